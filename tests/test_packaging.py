@@ -1,0 +1,200 @@
+"""What a user gets who installs the distribution: metadata, markers, imports, README examples."""
+
+import importlib.metadata
+import importlib.resources
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+
+import lottery_ticket_pruner
+from lottery_ticket_pruner import criteria
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def _python(code: str, **environment: str) -> subprocess.CompletedProcess:
+    """Runs code in a fresh interpreter, with the backend of this test run unless told otherwise."""
+    environment = {"KERAS_BACKEND": keras.backend.backend(), **environment}
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def _section(heading: str) -> str:
+    body = re.search(rf"^## {heading}\n(.*?)(?=^## |\Z)", README, flags=re.M | re.S)
+    assert body, f"README.md has no section {heading!r}"
+    return body.group(1)
+
+
+def _block(heading: str, language: str) -> str:
+    blocks = re.findall(rf"^```{language}\n(.*?)^```$", _section(heading), flags=re.M | re.S)
+    assert len(blocks) == 1, f"{heading!r} has {len(blocks)} {language} blocks instead of one"
+    return blocks[0]
+
+
+@pytest.mark.parametrize("package", ["masked_layers", "lottery_ticket_pruner"])
+def test_packages_are_marked_as_typed(package):
+    assert importlib.resources.files(package).joinpath("py.typed").is_file()
+
+
+def test_version_is_the_one_of_the_distribution():
+    assert lottery_ticket_pruner.__version__ == PYPROJECT["project"]["version"]
+
+
+def test_installed_distribution_declares_its_version_and_command():
+    try:
+        distribution = importlib.metadata.distribution("lottery-ticket-pruner")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("runs from the source tree; every tox environment installs the wheel")
+    assert distribution.version == lottery_ticket_pruner.__version__
+    assert {e.name: e.value for e in distribution.entry_points} == PYPROJECT["project"]["scripts"]
+
+
+def test_import_costs_little_beside_keras():
+    code = """
+import time
+import keras
+start = time.perf_counter()
+import lottery_ticket_pruner
+print(time.perf_counter() - start)
+"""
+    # Whatever else the machine does only adds to a measurement, so the least of several is the cost.
+    seconds = []
+    for _ in range(5):
+        seconds.append(float(_python(code).stdout))
+        if seconds[-1] <= 0.3:
+            break
+    assert min(seconds) <= 0.3, f"seconds on top of `import keras`: {seconds}"
+
+
+def test_import_brings_neither_another_backend_nor_what_the_command_line_needs():
+    code = """
+import sys
+import keras
+before = set(sys.modules)
+import lottery_ticket_pruner, masked_layers
+print(*sorted({name.partition(".")[0] for name in set(sys.modules) - before}))
+"""
+    imported = set(_python(code).stdout.split())
+    assert {"lottery_ticket_pruner", "masked_layers"} <= imported
+    foreign = {"tensorflow", "jax", "torch", "matplotlib", "sklearn", "tyro", "tensorboard"}
+    assert not imported & (foreign - {keras.backend.backend()})
+
+
+@pytest.mark.skipif(
+    keras.backend.backend() == "tensorflow", reason="TensorFlow is the backend of this run"
+)
+def test_tensorflow_stays_out_of_the_other_backends():
+    code = """
+import sys
+import lottery_ticket_pruner, masked_layers
+import keras
+model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
+masked = masked_layers.convert_to_masked(model)
+pruner = lottery_ticket_pruner.LotteryTicketPruner(masked)
+pruner.update_masks("large_init", rate=0.5)
+print(sorted(name for name in sys.modules if name.partition(".")[0] == "tensorflow"))
+"""
+    result = _python(code)
+    assert result.stdout.strip() == "[]", result.stderr
+
+
+@pytest.mark.skipif(
+    os.environ.get("TOX_ENV_NAME") not in ("jax", "torch"),
+    reason="only these tox environments leave TensorFlow out",
+)
+def test_environment_without_tensorflow_has_none():
+    assert importlib.util.find_spec("tensorflow") is None
+
+
+def test_command_without_its_extra_says_what_to_install():
+    code = """
+import sys
+for name in ("tyro", "matplotlib", "sklearn", "tensorboard"):
+    sys.modules[name] = None  # as if it were not installed
+sys.argv = ["lottery-ticket", "run"]
+from lottery_ticket_pruner.cli import main
+main()
+"""
+    result = _python(code)
+    assert result.returncode != 0
+    assert 'pip install "lottery-ticket-pruner[cli]"' in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def _classifier() -> keras.Model:
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential(
+        [
+            keras.Input((8,)),
+            keras.layers.Dense(16, activation="relu"),
+            keras.layers.Dense(3, activation="softmax"),
+        ]
+    )
+    model.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
+    return model
+
+
+@pytest.fixture
+def names():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(96, 8)).astype("float32"), rng.integers(0, 3, size=96)
+    data = {"x_train": x, "y_train": y, "X": x, "Y": y, "y": y, "x_test": x[:32], "y_test": y[:32]}
+    return {"model": _classifier(), **data}
+
+
+def test_readme_prunes_a_model_as_it_says(names, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    block = _block("Prune a model of your own", "python")
+    assert sum(1 for line in block.splitlines() if line.strip()) == 12
+
+    exec(block, names)
+
+    remaining = re.search(r"(\d+) % of the weights", block)
+    share = float(remaining.group(1)) / 100
+    report = names["masked_layers"].sparsity_report(names["masked"])
+    assert report.sparsity == pytest.approx(1 - share, abs=0.02)
+    ticket = keras.models.load_model(tmp_path / "ticket.keras")
+    kernels = [layer.kernel for layer in ticket.layers]
+    zeros = sum(int((keras.ops.convert_to_numpy(kernel) == 0).sum()) for kernel in kernels)
+    assert zeros == report.size - report.alive
+    assert "dense" in capsys.readouterr().out
+
+
+def test_readme_runs_the_earlier_interface(names):
+    exec(_block("The earlier API", "python"), names)
+
+    kernels = [keras.ops.convert_to_numpy(layer.kernel) for layer in names["model"].layers]
+    assert [int((kernel == 0).sum()) for kernel in kernels] == [k.size // 2 for k in kernels]
+    assert np.isfinite([names["untrained_loss"], names["trained_loss"]]).all()
+
+
+def test_readme_lists_every_strategy():
+    listed = re.findall(r"^\| `(\w+)` \|", _section("Strategies"), flags=re.M)
+    assert sorted(listed) == sorted(criteria.names())
+
+
+def test_readme_lists_every_extra():
+    extras = re.findall(r"^\| (`.+`) \|", _section("Installing"), flags=re.M)
+    listed = [name for row in extras for name in re.findall(r"`(\w+)`", row)]
+    assert sorted(listed) == sorted(PYPROJECT["project"]["optional-dependencies"])
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/architecture.md", "docs/algorithms.md"])
+def test_documents_link_to_what_exists(document):
+    path = ROOT / document
+    links = re.findall(r"\]\((?!https?://|#)([^)]+)\)", path.read_text(encoding="utf-8"))
+    assert [link for link in links if not (path.parent / link).exists()] == []
