@@ -1,4 +1,7 @@
-"""Installs with pip what it is given, less one distribution: install_without.py NAME [PIP ARGUMENT ...]."""
+"""Installs with pip what it is given, less one distribution.
+
+Usage: python install_without.py NAME [PIP ARGUMENT ...]
+"""
 
 import re
 import subprocess

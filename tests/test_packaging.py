@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import importlib.resources
+import importlib.util
 import os
 import re
 import subprocess
@@ -71,7 +72,7 @@ start = time.perf_counter()
 import lottery_ticket_pruner
 print(time.perf_counter() - start)
 """
-    # Whatever else the machine does only adds to a measurement, so the least of several is the cost.
+    # Whatever else the machine does only adds to a measurement: the least of several is the cost.
     seconds = []
     for _ in range(5):
         seconds.append(float(_python(code).stdout))
