@@ -1,0 +1,185 @@
+"""Everything this library needs from Keras beyond its public API, in one place.
+
+Each function says why the public API does not do; `tests/test_masked_keras.py` checks each of them
+against the installed Keras, so that a move upstream is noticed there and not by a user.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+
+# None of these has a public name.
+from keras.src.backend.common import global_state
+from keras.src.layers.rnn.conv_lstm import ConvLSTMCell
+from keras.src.models.functional import Functional
+from keras.src.saving.object_registration import get_registered_name
+from keras.src.saving.serialization_lib import ObjectSharingScope
+from keras.src.utils.naming import to_snake_case
+
+
+def is_functional(layer: keras.layers.Layer) -> bool:
+    """True for models defined by a graph of layers, subclasses included."""
+    return isinstance(layer, Functional)
+
+
+def is_plain_container(layer: keras.layers.Layer) -> bool:
+    """True where the layer's own config holds the full config of every layer inside it."""
+    plain = (
+        Functional,
+        keras.Sequential,
+        keras.layers.TimeDistributed,
+        keras.layers.RNN,
+        keras.layers.StackedRNNCells,
+    )
+    return type(layer) in plain
+
+
+def sublayers(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
+    """Returns the layers that `layer` tracks itself.
+
+    `Layer` has no public list of its children (only `Model.layers` exists).
+    """
+    return list(layer._layers)
+
+
+@contextlib.contextmanager
+def unlocked(layer: keras.layers.Layer) -> Iterator[None]:
+    """Allows new state on a built layer.
+
+    Keras locks a layer once it is built; there is no public way to add a child layer later, which
+    is what masking a built layer means. `Layer.enable_lora` does the same inside Keras.
+    """
+    tracker = layer._tracker
+    locked = tracker.locked
+    tracker.unlock()
+    try:
+        yield
+    finally:
+        if locked:
+            tracker.lock()
+
+
+def untrack(layer: keras.layers.Layer, name: str) -> None:
+    """Removes the child layer `name` from `layer` altogether.
+
+    `del layer.name` removes the attribute but leaves the child among the tracked layers.
+    """
+    child = getattr(layer, name)
+    layer._tracker.untrack(child)
+    with unlocked(layer):
+        delattr(layer, name)
+
+
+@contextlib.contextmanager
+def layer_scope(layer: keras.layers.Layer) -> Iterator[None]:
+    """Gives variables created inside it paths below the path of a built layer.
+
+    `keras.name_scope` takes one name at a time and starts from the current scope, which depends on
+    what is being built around the layer at the moment.
+    """
+    outer = global_state.get_global_attribute("name_scope_stack")
+    global_state.set_global_attribute("name_scope_stack", [])
+    try:
+        with contextlib.ExitStack() as stack:
+            for name in (layer.path or layer.name).split("/"):
+                stack.enter_context(keras.name_scope(name))
+            yield
+    finally:
+        global_state.set_global_attribute("name_scope_stack", outer)
+
+
+def match_layout(variable: keras.Variable, like: keras.Variable) -> None:
+    """Gives `variable` the memory order of `like` on torch; nothing to do elsewhere.
+
+    `torch.where(mask, weight, 0)` takes the strides of its first operand, and a product with a
+    row-major copy of a column-major kernel differs in the last bit.
+    """
+    if keras.backend.backend() == "torch":
+        import torch
+
+        with torch.no_grad():
+            ordered = torch.empty_like(like.value, dtype=variable.value.dtype)
+            variable.value.data = ordered.copy_(variable.value.data)
+
+
+def refresh_parameters(layer: keras.layers.Layer) -> None:
+    """Makes `torch.nn.Module` see the current variables of a layer and of all inside it.
+
+    On torch, Keras lists a layer's variables as module parameters when the layer is built; masks
+    attached later would be missing from `state_dict()` and from `.to(device)`.
+    """
+    if keras.backend.backend() == "torch":
+        for inner in layer._flatten_layers():
+            if hasattr(inner, "_torch_params"):
+                inner._track_variables()
+
+
+def serialize(layer: keras.layers.Layer) -> dict[str, Any]:
+    """Returns the config of a layer or model in which shared objects are marked as shared.
+
+    Outside `ObjectSharingScope`, which has no public name, a layer held twice comes back as two.
+    """
+    with ObjectSharingScope():
+        return keras.saving.serialize_keras_object(layer)
+
+
+def deserialize(config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> Any:
+    """Inverse of `serialize`; `Lambda` layers are allowed, as the config never left the process."""
+    with ObjectSharingScope():
+        return keras.saving.deserialize_keras_object(
+            config, custom_objects=custom_objects, safe_mode=False
+        )
+
+
+def own_variables(layer: keras.layers.Layer) -> list[keras.Variable]:
+    """Returns the weights that the layer holds itself; `Layer.weights` adds those inside it."""
+    return list(layer._trainable_variables + layer._non_trainable_variables)
+
+
+def sync(model: keras.layers.Layer) -> None:
+    """Brings the state of a JAX training loop that is under way back into the variables.
+
+    `fit` on JAX works on its own copy of the state. Without this a value assigned in
+    `on_train_batch_end` is lost, and one read there is stale.
+    """
+    if hasattr(model, "jax_state_sync"):
+        model.jax_state_sync()
+
+
+def forget_functions(model: keras.Model) -> None:
+    """Makes `fit`, `evaluate` and `predict` compile anew, and count nothing as compiled."""
+    model.train_function = model.test_function = model.predict_function = None
+
+
+def compile_arguments(model: keras.Model) -> list[Any]:
+    """Returns what `compile` was given: optimizer, losses and metrics as the user passed them.
+
+    The config that the public `get_compile_config` returns has names in place of the objects.
+    """
+    config = getattr(model, "_compile_config", None)
+    return [] if config is None else list(config.config.values())
+
+
+def check_strategy(model: keras.Model) -> None:
+    """Refuses a model made under a TensorFlow distribution strategy outside of its scope.
+
+    Variables created there would be plain ones, silently, and would not be mirrored.
+
+    Raises:
+        ValueError: If a variable of the model is distributed and no strategy is in scope.
+    """
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        if not tf.distribute.has_strategy() and any(
+            isinstance(variable.value, tf.distribute.DistributedValues)
+            for variable in model.variables
+        ):
+            raise ValueError(
+                f"'{model.name}' was made under a `tf.distribute` strategy. Convert it in the same "
+                "scope: `with strategy.scope(): masked = convert_to_masked(model)`."
+            )

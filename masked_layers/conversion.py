@@ -1,0 +1,265 @@
+"""From a plain Keras model to a masked one and back."""
+
+from __future__ import annotations
+
+import logging
+import re
+import tempfile
+import types
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import keras
+import numpy as np
+
+from masked_layers import _keras
+from masked_layers.inspection import masked_refs
+from masked_layers.layers import MaskedLayer, by_hand, mask_weights, mask_when_built, unmask
+from masked_layers.maskable import maskable, weights_inside
+from masked_layers.paths import plain_class, resolve, walk
+
+Layer = keras.layers.Layer
+Filter = str | Iterable[str] | Callable[[Layer], bool]
+
+logger = logging.getLogger(__name__)
+
+
+def convert_to_masked(
+    model: keras.Model,
+    *,
+    include: Filter | None = None,
+    exclude: Filter | None = None,
+    mask_bias: bool = False,
+    inplace: bool = False,
+) -> keras.Model:
+    """Returns a copy of a model whose maskable layers are masked; its outputs are the same bits.
+
+    Masks start as ones. Weights, names, trainable flags, dtype policies, compilation and the state
+    of the optimizer are carried over, so that a partly trained model continues where it stood.
+    Layers that cannot be masked stay as they are; `sparsity_report(model)` lists them.
+
+    Args:
+        model: Sequential, functional or subclassed model, built or not, compiled or not.
+        include: Which layers to mask: a regular expression searched in their names, a list of
+            those, or a function of the layer (what `Model.quantize(filters=...)` takes). A layer
+            that holds others stands for all of them. Default: all.
+        exclude: Which layers to leave as they are; it outranks `include`.
+        mask_bias: Whether biases get masks too.
+        inplace: Change `model` itself and return it. Needed for subclassed models that have no
+            `get_config`.
+
+    Returns:
+        The masked model.
+
+    Raises:
+        TypeError: If `model` is no Keras model, or a filter is none of the kinds above.
+        ValueError: If it has nothing to mask, or cannot be copied.
+    """
+    if not isinstance(model, keras.Model):
+        raise TypeError(f"Expected a `keras.Model`. Received: {model!r}")
+    _keras.check_strategy(model)
+    selected = _select(model, include, exclude, mask_bias)
+    if not inplace:
+        model = copy_model(model)
+    weights = [path for path, unbuilt in selected if not unbuilt]
+    mask_weights(model, weights, mask_bias=mask_bias)
+    for path, unbuilt in selected:
+        if unbuilt:
+            mask_when_built(resolve(model, f"{path}/")[-1][1], mask_bias=mask_bias)
+    _keras.forget_functions(model)
+    logger.info("Masked %d weights of '%s'.", len(selected), model.name)
+    return model
+
+
+def strip_masks(model: keras.Model, *, inplace: bool = False) -> keras.Model:
+    """Returns a plain copy of a masked model: no masks, pruned weights exactly 0, same outputs.
+
+    The result is made of Keras' own layers (and the user's), loads without this library, and can be
+    quantized and exported like any other.
+
+    Args:
+        model: A masked model.
+        inplace: Change `model` itself and return it.
+
+    Raises:
+        TypeError: If `model` is no Keras model.
+        ValueError: If it has no masked weight, or cannot be copied.
+    """
+    if not isinstance(model, keras.Model):
+        raise TypeError(f"Expected a `keras.Model`. Received: {model!r}")
+    masked_refs(model)
+    if not inplace:
+        model = copy_model(model)
+    for ref in masked_refs(model):
+        effective = keras.ops.convert_to_numpy(ref.mask.apply(ref.variable))
+        ref.variable.assign(effective)
+    unmask(model)
+    _keras.forget_functions(model)
+    return model
+
+
+# --- What to mask ---------------------------------------------------------------------------------
+
+
+def _select(
+    model: keras.Model, include: Filter | None, exclude: Filter | None, mask_bias: bool
+) -> list[tuple[str, bool]]:
+    """Returns (path, False) of each weight to mask and (path, True) of layers masked when built."""
+    included = (lambda layer: True) if include is None else _predicate("include", include)
+    excluded = (lambda layer: False) if exclude is None else _predicate("exclude", exclude)
+
+    def chosen(chain: list[Layer]) -> bool:
+        return any(map(included, chain)) and not any(map(excluded, chain))
+
+    cache: dict[int, Any] = {}
+    selected = []
+    for path, *_ in weights_inside(model, biases=mask_bias):
+        chain = [layer for _, layer in resolve(model, path, cache)]
+        if chosen(chain[1:] or chain):
+            selected.append((path, False))
+    for path, layer in walk(model):
+        if not layer.built and layer is not model and maskable(type(layer)) is None:
+            chain = [layer for _, layer in resolve(model, f"{path}/", cache)]
+            holds_more = not weights_inside(layer) and not isinstance(layer, MaskedLayer)
+            if type(layer) in by_hand and holds_more and chosen(chain[1:]):
+                selected.append((path, True))
+    if not selected:
+        reason = "its layers have no maskable weight"
+        if include is not None or exclude is not None:
+            reason = f"include={include!r}, exclude={exclude!r} leave no maskable layer"
+        elif not model.built:
+            reason = "it is not built yet: call `model.build(input_shape)` or call it on a batch"
+        inside = sorted({plain_class(layer).__name__ for _, layer in walk(model)})
+        raise ValueError(
+            f"Nothing to mask in '{model.name}': {reason}. Its layers: {inside}. A layer of your "
+            "own becomes maskable with `masked_layers.register(cls, weights=[...])`."
+        )
+    return selected
+
+
+def _predicate(argument: str, value: Filter) -> Callable[[Layer], bool]:
+    if isinstance(value, str):
+        value = [value]
+    if callable(value):
+        return lambda layer: bool(value(layer))
+    if isinstance(value, Iterable):
+        patterns = list(value)
+        if all(isinstance(pattern, str) for pattern in patterns):
+            compiled = [re.compile(pattern) for pattern in patterns]
+            return lambda layer: any(pattern.search(layer.name) for pattern in compiled)
+    raise TypeError(
+        f"`{argument}` must be a regular expression, a list of them or a function of a layer. "
+        f"Received: {value!r}"
+    )
+
+
+# --- Copying --------------------------------------------------------------------------------------
+
+
+def copy_model(model: keras.Model) -> keras.Model:
+    """Returns a model with the same layers, values, compilation and optimizer state.
+
+    Nothing is shared with `model`.
+
+    Raises:
+        ValueError: If the model cannot be made again from its config.
+    """
+    custom = _custom_objects(model)
+    try:
+        config = _keras.serialize(model)
+        compile_config = config.pop("compile_config", None)
+        copy = _keras.deserialize(config, custom)
+    except Exception as error:
+        raise ValueError(
+            f"'{model.name}' ({plain_class(model).__name__}) cannot be copied, because Keras "
+            f"cannot make it again from its config: {error}\nGive it a `get_config()` and "
+            "`from_config()`, or pass `inplace=True` to change the model itself."
+        ) from error
+    _copy_state(model, copy)
+    if compile_config is not None:
+        with keras.saving.custom_object_scope(custom):
+            copy.compile_from_config(compile_config)
+        _copy_optimizer(model, copy)
+    return copy
+
+
+def _copy_state(source: keras.Model, target: keras.Model) -> None:
+    pairs = list(zip(walk(source), walk(target), strict=False))
+    before = [(v.path.rpartition("/")[2], tuple(v.shape)) for v in source.variables]
+    after = [(v.path.rpartition("/")[2], tuple(v.shape)) for v in target.variables]
+    if before != after:
+        raise ValueError(
+            f"The copy of '{source.name}' that its config makes has other variables "
+            f"({len(after)}) than the model itself ({len(before)}): its `get_config()` does not "
+            "describe it fully, or it is not built. Build it by calling it on a batch, mend "
+            "`get_config()`, or pass `inplace=True` to change the model itself."
+        )
+    for (_, old), (_, new) in pairs:
+        if new.trainable != old.trainable:
+            new.trainable = old.trainable
+    for old, new in zip(source.variables, target.variables, strict=True):
+        # Through the host: on JAX an assigned variable shares its buffer with the other one.
+        new.assign(np.array(keras.ops.convert_to_numpy(old)))
+        if new.trainable != old.trainable:
+            new.trainable = old.trainable
+    for (_, old), (_, new) in pairs:
+        _copy_assets(old, new)
+
+
+def _copy_assets(source: Layer, target: Layer) -> None:
+    """Copies what a layer keeps beside its variables: vocabularies, adapted statistics."""
+    if hasattr(source, "save_assets"):
+        with tempfile.TemporaryDirectory() as folder:
+            source.save_assets(folder)
+            target.load_assets(folder)
+    if hasattr(target, "finalize_state") and target.built:
+        target.finalize_state()
+
+
+def _copy_optimizer(source: keras.Model, target: keras.Model) -> None:
+    old, new = getattr(source, "optimizer", None), getattr(target, "optimizer", None)
+    if old is None or new is None or not old.built:
+        return
+    if not new.built:
+        new.build(target.trainable_variables)
+    shapes = [[tuple(v.shape) for v in o.variables] for o in (old, new)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f"The state of the optimizer of '{source.name}' does not fit the copy: "
+            f"{len(shapes[0])} variables before, {len(shapes[1])} after. Compile the model anew "
+            "before it is converted."
+        )
+    for a, b in zip(old.variables, new.variables, strict=True):
+        b.assign(np.array(keras.ops.convert_to_numpy(a)))
+
+
+def _custom_objects(model: keras.Model) -> dict[str, Any]:
+    """Returns the classes and functions in use that Keras could not find by name by itself.
+
+    Classes of Keras are left out: one named like an op of Keras would stand in for it.
+    """
+    found: dict[str, Any] = {}
+
+    def add(value: Any) -> None:
+        if isinstance(value, (list, tuple)):
+            for item in value:
+                add(item)
+        elif isinstance(value, dict):
+            for item in value.values():
+                add(item)
+        elif isinstance(value, types.FunctionType):
+            if value.__name__ != "<lambda>":
+                add_named(value)
+        elif hasattr(value, "get_config"):
+            add_named(getattr(type(value), "plain_class", type(value)))
+
+    def add_named(value: Any) -> None:
+        ours = value.__module__.partition(".")[0] in ("keras", "masked_layers")
+        if not ours:
+            found.setdefault(_keras.get_registered_name(value), value)
+
+    for _, layer in walk(model):
+        add(layer)
+        add([value for key, value in vars(layer).items() if key not in ("_layers", "_modules")])
+    add(_keras.compile_arguments(model))
+    return found

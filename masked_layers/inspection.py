@@ -1,0 +1,311 @@
+"""What a model holds: its maskable weights, their masks, and how sparse it is."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+
+from masked_layers import _keras
+from masked_layers.maskable import mask_of, output_axes, raw_variable, weights_inside
+from masked_layers.masks import Mask
+from masked_layers.paths import plain_class, walk
+
+Layer = keras.layers.Layer
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class WeightRef:
+    """One maskable weight of a model.
+
+    Attributes:
+        path: Its path; the same before and after masking, saving and loading.
+        layer: The layer that holds it (the first one, where layers share it).
+        name: Its name in that layer, such as `"kernel"`.
+        variable: The raw weight.
+        mask: Its mask, or None where it is not masked.
+        output_axes: Axes that index outputs, counted from the last; empty for a bias.
+    """
+
+    path: str
+    layer: Layer
+    name: str
+    variable: keras.Variable
+    mask: Mask | None
+    output_axes: tuple[int, ...]
+
+
+def weight_refs(model: Layer, *, mask_bias: bool = False) -> list[WeightRef]:
+    """Returns every maskable weight of a plain or masked model, each once, in a fixed order.
+
+    Args:
+        model: A model or layer. Parts of it that are not built have no weights yet.
+        mask_bias: Whether to list biases too; those that have a mask are always listed.
+    """
+    refs: dict[int, WeightRef] = {}
+    for path, layer, name in weights_inside(model, biases=True):
+        variable, mask = raw_variable(layer, name), mask_of(layer, name)
+        axes = output_axes(layer, name)
+        if variable is not None and (axes or mask_bias or mask is not None):
+            ref = WeightRef(path, layer, name, variable, mask, axes)
+            refs.setdefault(id(variable), ref)
+    return list(refs.values())
+
+
+def masked_refs(model: Layer) -> list[WeightRef]:
+    """Returns the weights of a model that have a mask, in a fixed order.
+
+    Raises:
+        ValueError: If none has.
+    """
+    refs = [ref for ref in weight_refs(model) if ref.mask is not None]
+    if not refs:
+        raise ValueError(
+            f"'{model.name}' has no masked weight. Call `masked_layers.convert_to_masked(model)` "
+            "first and use the model it returns."
+        )
+    return refs
+
+
+def get_masks(model: Layer) -> dict[str, np.ndarray]:
+    """Returns a copy of every mask of a masked model: path to bool array, True where kept.
+
+    Raises:
+        ValueError: If the model has no masked weight.
+    """
+    _keras.sync(model)
+    return {
+        ref.path: np.array(keras.ops.convert_to_numpy(ref.mask.value), dtype=bool)
+        for ref in masked_refs(model)
+    }
+
+
+def set_masks(model: Layer, masks: Mapping[str, Any]) -> None:
+    """Writes masks into a masked model; takes effect in every function already compiled.
+
+    Args:
+        model: A masked model.
+        masks: Path to array of the weight's shape, of bool or of zeros and ones. Masks of other
+            weights stay as they are.
+
+    Raises:
+        ValueError: If a path names no masked weight, or an array has another shape or other values
+            than 0 and 1. Nothing is written then.
+    """
+    refs = {ref.path: ref for ref in masked_refs(model)}
+    values = {}
+    for path, array in masks.items():
+        array = np.asarray(array)
+        if path not in refs:
+            raise ValueError(
+                f"The model has no masked weight at '{path}'. Its masked weights: {list(refs)}"
+            )
+        shape = tuple(refs[path].variable.shape)
+        if array.shape != shape:
+            raise ValueError(
+                f"The mask of '{path}' must have the shape of the weight, {shape}. "
+                f"Received: {array.shape}"
+            )
+        if array.dtype != bool and not np.isin(array, (0, 1)).all():
+            raise ValueError(
+                f"The mask of '{path}' must be of bool or hold only 0 and 1. "
+                f"Received: dtype {array.dtype}, values from {array.min()} to {array.max()}"
+            )
+        values[path] = array.astype(bool)
+    _keras.sync(model)
+    for path, value in values.items():
+        refs[path].mask.value.assign(value)
+
+
+def save_masks(model: Layer, path: str | os.PathLike[str]) -> None:
+    """Writes the masks of a model to one file, packed to a bit per weight (NumPy's `.npz`).
+
+    The file is complete or not there: a file of that name is replaced at the end.
+
+    Raises:
+        ValueError: If the model has no masked weight.
+    """
+    path = Path(path)
+    arrays = {}
+    for name, mask in get_masks(model).items():
+        arrays[f"bits/{name}"] = np.packbits(mask)
+        arrays[f"shape/{name}"] = np.array(mask.shape, dtype=np.int64)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            np.savez_compressed(file, **arrays)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def load_masks(model: Layer, path: str | os.PathLike[str]) -> None:
+    """Reads the masks that `save_masks` wrote into a masked model of the same architecture.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is none of `save_masks`, or its paths and shapes are not those of
+            the model's masked weights. No mask is changed then.
+    """
+    masks = {}
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            for key in file.files:
+                kind, _, name = key.partition("/")
+                if kind == "shape":
+                    shape = tuple(file[key])
+                    bits = np.unpackbits(file[f"bits/{name}"], count=int(np.prod(shape)))
+                    masks[name] = bits.reshape(shape).astype(bool)
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise ValueError(f"'{path}' is no file that `save_masks` wrote: {error}") from error
+    if not masks:
+        raise ValueError(f"'{path}' is no file that `save_masks` wrote: it holds no mask.")
+    missing = [ref.path for ref in masked_refs(model) if ref.path not in masks]
+    if missing:
+        raise ValueError(
+            f"'{path}' has no mask for these weights of the model: {missing}. It has: {list(masks)}"
+        )
+    set_masks(model, masks)
+
+
+# --- Report ---------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class SparsityRow:
+    """Counts of one masked weight.
+
+    Attributes:
+        path: Path of the weight.
+        shape: Its shape.
+        alive: Number of entries that the mask keeps.
+        mask_bytes: Size of the mask in memory.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    alive: int
+    mask_bytes: int
+
+    @property
+    def size(self) -> int:
+        """Number of entries."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    @property
+    def sparsity(self) -> float:
+        """Share of pruned entries."""
+        return 1.0 - self.alive / self.size if self.size else 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class SparsityReport:
+    """How sparse a model is: iterates over its rows, prints as a table.
+
+    Attributes:
+        rows: One per masked weight.
+        unmasked: (path, class, number of weights) of every layer with weights outside any mask:
+            biases, normalization, layers that could not be masked or were left out.
+    """
+
+    rows: tuple[SparsityRow, ...]
+    unmasked: tuple[tuple[str, str, int], ...]
+
+    @property
+    def size(self) -> int:
+        """Number of weights under masks, kept and pruned."""
+        return sum(row.size for row in self.rows)
+
+    @property
+    def alive(self) -> int:
+        """Number of weights that the masks keep."""
+        return sum(row.alive for row in self.rows)
+
+    @property
+    def sparsity(self) -> float:
+        """Share of pruned weights among those under masks."""
+        return 1.0 - self.alive / self.size if self.size else 0.0
+
+    @property
+    def mask_bytes(self) -> int:
+        """Size of all masks in memory."""
+        return sum(row.mask_bytes for row in self.rows)
+
+    def __iter__(self) -> Iterator[SparsityRow]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the report as plain numbers, strings and lists, ready for JSON."""
+        total = {"size": self.size, "alive": self.alive, "sparsity": self.sparsity}
+        return {
+            "total": {**total, "mask_bytes": self.mask_bytes},
+            "weights": [
+                {
+                    "path": row.path,
+                    "shape": list(row.shape),
+                    "size": row.size,
+                    "alive": row.alive,
+                    "sparsity": row.sparsity,
+                    "mask_bytes": row.mask_bytes,
+                }
+                for row in self.rows
+            ],
+            "unmasked": [
+                {"path": path, "layer": layer, "weights": count}
+                for path, layer, count in self.unmasked
+            ],
+        }
+
+    def __str__(self) -> str:
+        total = SparsityRow("total", (self.size,), self.alive, self.mask_bytes)
+        lines = [("masked weight", "shape", "weights", "alive", "sparsity", "mask bytes")]
+        for row in (*self.rows, total):
+            shape = "" if row is total else str(row.shape)
+            numbers = (f"{row.size:,}", f"{row.alive:,}", f"{row.sparsity:.2%}")
+            lines.append((row.path, shape, *numbers, f"{row.mask_bytes:,}"))
+        widths = [max(len(line[i]) for line in lines) for i in range(6)]
+        text = [
+            "  ".join(
+                cell.ljust(width) if i < 2 else cell.rjust(width)
+                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+            for line in lines
+        ]
+        if self.unmasked:
+            count = sum(count for *_, count in self.unmasked)
+            names = ", ".join(f"{path} ({layer})" for path, layer, _ in self.unmasked)
+            text.append(f"outside masks: {count:,} weights of {names}")
+        return "\n".join(text)
+
+
+def sparsity_report(model: Layer) -> SparsityReport:
+    """Counts the kept and pruned weights of a masked model.
+
+    Raises:
+        ValueError: If the model has no masked weight.
+    """
+    rows = tuple(
+        SparsityRow(path, mask.shape, int(np.count_nonzero(mask)), mask.nbytes)
+        for path, mask in get_masks(model).items()
+    )
+    seen = {id(ref.variable) for ref in masked_refs(model)}
+    unmasked = []
+    for path, layer in walk(model):
+        own = [v for v in _keras.own_variables(layer) if id(v) not in seen]
+        seen.update(id(variable) for variable in own)
+        if own:
+            count = sum(int(np.prod(variable.shape)) for variable in own)
+            unmasked.append((path or model.name, plain_class(layer).__name__, count))
+    return SparsityReport(rows, tuple(unmasked))

@@ -1,0 +1,443 @@
+"""Masked forms of Keras layers, and how any existing layer becomes one.
+
+A masked layer is the Keras layer it replaces plus one `Mask` child per masked weight. Where the
+layer reads `self.kernel` it now reads `mask(raw kernel)`; nothing else of it changes. A composite
+layer (an RNN around its cell, attention around its projections, a user's own block) is masked when
+layers inside it are.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import keras
+from keras import layers
+
+from masked_layers import _keras
+from masked_layers.maskable import (
+    Maskable,
+    mask_of,
+    maskable,
+    own_weights,
+    raw_variable,
+    weights_inside,
+)
+from masked_layers.masks import Mask, MaskedConstraint, MaskedRegularizer, is_raw_view, raw_view
+from masked_layers.paths import plain_class, resolve, walk
+
+Layer = layers.Layer
+PACKAGE = "masked_layers"
+
+
+class EffectiveWeight:
+    """Attribute of a masked layer that reads `mask(raw weight)` and writes the raw weight.
+
+    Keras keeps a weight either in a plain attribute or behind a property; both work, as a data
+    descriptor of the class comes before the attributes of the instance.
+    """
+
+    def __init__(self, base: type[Layer], name: str) -> None:
+        self.inherited = inspect.getattr_static(base, name, None)
+        self.name = name
+
+    def __get__(self, layer: Layer | None, owner: type | None = None) -> Any:
+        if layer is None:
+            return self
+        if self.inherited is not None:
+            weight = self.inherited.__get__(layer, type(layer))
+        elif self.name in vars(layer):
+            weight = vars(layer)[self.name]
+        else:
+            raise AttributeError(
+                f"'{type(layer).__name__}' has no '{self.name}' before it is built"
+            )
+        mask = None if weight is None or is_raw_view() else mask_of(layer, self.name)
+        return weight if mask is None else mask.apply(weight)
+
+    def __set__(self, layer: Layer, value: Any) -> None:
+        if self.inherited is not None:
+            self.inherited.__set__(layer, value)
+        else:
+            vars(layer)[self.name] = value
+
+    def __delete__(self, layer: Layer) -> None:
+        if self.inherited is not None:
+            self.inherited.__delete__(layer)
+        else:
+            del vars(layer)[self.name]
+
+
+class MaskedLayer:
+    """What all masked layers have in common; test for it with `isinstance`.
+
+    Attributes:
+        plain_class: Class of the layer without its masks.
+        masked_weights: Paths, relative to the layer, of the weights that have a mask; None for all
+            kernel-like ones.
+        mask_bias: Whether biases have masks too.
+        mask_initializer: Initializer of the masks.
+    """
+
+    plain_class: type[Layer]
+
+    def save_own_variables(self, store: Any) -> None:
+        """Saves raw values, those under a mask included."""
+        with raw_view():
+            super().save_own_variables(store)
+
+    def load_own_variables(self, store: Any) -> None:
+        """Loads raw values."""
+        with raw_view():
+            super().load_own_variables(store)
+
+    def quantize(self, *args: Any, **kwargs: Any) -> None:
+        """Refuses: see `Mask.quantize`."""
+        if not isinstance(self, MaskedLayer):  # Stripped: Keras still holds this bound method.
+            return type(self).quantize(self, *args, **kwargs)
+        return Mask.quantize(self, *args, **kwargs)
+
+    def _masking_config(self) -> dict[str, Any]:
+        return {
+            "masked_weights": None if self.masked_weights is None else list(self.masked_weights),
+            "mask_bias": self.mask_bias,
+            "mask_initializer": keras.initializers.serialize(self.mask_initializer),
+        }
+
+
+# --- Classes --------------------------------------------------------------------------------------
+
+by_hand: dict[type[Layer], type[Layer]] = {}
+
+
+def _define(base: type[Layer]) -> type[Layer]:
+    """Makes the masked form of a Keras layer: a class that can also be constructed by hand."""
+
+    @functools.wraps(base.__init__)
+    def __init__(
+        self: Any,
+        *args: Any,
+        masked_weights: Sequence[str] | None = None,
+        mask_bias: bool = False,
+        mask_initializer: Any = "ones",
+        **kwargs: Any,
+    ) -> None:
+        base.__init__(self, *args, **kwargs)
+        _set_masking(self, masked_weights, mask_bias, mask_initializer)
+
+    plain = inspect.signature(base.__init__)
+    masking = inspect.signature(__init__, follow_wrapped=False).parameters.values()
+    parameters = [p for p in plain.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    parameters += [p for p in masking if p.kind in (p.KEYWORD_ONLY, p.VAR_KEYWORD)]
+    __init__.__signature__ = plain.replace(parameters=parameters)
+
+    @functools.wraps(base.build)
+    def build(self: Any, *args: Any, **kwargs: Any) -> None:
+        base.build(self, *args, **kwargs)
+        self.built = True
+        if isinstance(self, MaskedLayer):  # Stripped: Keras still holds this bound method.
+            _mask_built(self)
+
+    def get_config(self: Any) -> dict[str, Any]:
+        return {**base.get_config(self), **self._masking_config()}
+
+    namespace = {
+        "__doc__": f"""`keras.layers.{base.__name__}` with a mask over each of its kernels.
+
+    Every forward pass reads `mask(raw weight)` in place of the weight. Takes the arguments of
+    `keras.layers.{base.__name__}`, which describes them, and those below.
+
+    Args:
+        masked_weights: Which weights get a mask, by path relative to the layer: `"kernel"`, or
+            `"cell/recurrent_kernel"` for a weight of a layer inside. Default: every kernel.
+        mask_bias: Whether biases get a mask too. Ignored where `masked_weights` is given.
+        mask_initializer: Initializer of the masks; entries other than 0 are kept. Default: ones.
+
+    Raises:
+        ValueError: When it is built, if `masked_weights` names a weight it does not have.
+    """,
+        "__init__": __init__,
+        "build": build,
+        "get_config": get_config,
+    }
+    cls = _subclass(base, maskable(base), namespace)
+    by_hand[base] = keras.saving.register_keras_serializable(PACKAGE)(cls)
+    return cls
+
+
+@functools.cache
+def _made_for(base: type[Layer], spec: Maskable | None) -> type[Layer]:
+    """Makes the masked form of a class that this module does not define one for.
+
+    `spec`, what can be masked in it, is part of the key: a class may be registered later.
+
+    All of these share one registered name: their config is that of the plain layer and the paths
+    of the masks in it, so that a saved model needs only the plain class to be known to Keras.
+    """
+
+    def get_config(self: Any) -> dict[str, Any]:
+        return {"layer": _plain_config(self), **self._masking_config()}
+
+    def from_config(cls: type, config: dict[str, Any], custom_objects: Any = None) -> Layer:
+        deserialize = functools.partial(
+            keras.saving.deserialize_keras_object, custom_objects=custom_objects
+        )
+        layer = deserialize(config["layer"])
+        initializer = deserialize(config["mask_initializer"])
+        _change_class(layer, config["masked_weights"], config["mask_bias"], initializer)
+        _when_built(layer, _mask_built)
+        return layer
+
+    namespace = {
+        "__doc__": f"`{base.__name__}` with masks over weights of it or of layers inside it.",
+        "get_config": get_config,
+        "from_config": classmethod(from_config),
+    }
+    cls = _subclass(base, spec, namespace)
+    return keras.saving.register_keras_serializable(PACKAGE, "MaskedLayer")(cls)
+
+
+def _subclass(base: type[Layer], spec: Maskable | None, namespace: dict[str, Any]) -> type[Layer]:
+    names = () if spec is None else spec.weights + spec.biases
+    return type(
+        f"Masked{base.__name__}",
+        (MaskedLayer, base),
+        {
+            "__module__": __name__,
+            "plain_class": base,
+            **{name: EffectiveWeight(base, name) for name in names},
+            **namespace,
+        },
+    )
+
+
+def _plain_config(layer: Layer) -> dict[str, Any]:
+    # Serialised as an instance of its plain class: Keras and user code look at the class of `self`.
+    cls = type(layer)
+    layer.__class__ = plain_class(layer)
+    try:
+        config = keras.saving.serialize_keras_object(layer)
+    except NotImplementedError as error:
+        raise NotImplementedError(
+            f"'{layer.name}' cannot be saved with its architecture, because "
+            f"{plain_class(layer).__name__} has no `get_config()`. Add one, or save its state "
+            "alone: `model.save_weights(path)` keeps weights and masks."
+        ) from error
+    finally:
+        layer.__class__ = cls
+    for key in ("build_config", "compile_config", "shared_object_id"):
+        config.pop(key, None)  # Stands beside the config of the masked layer.
+    return config
+
+
+MaskedDense = _define(layers.Dense)
+MaskedEinsumDense = _define(layers.EinsumDense)
+MaskedEmbedding = _define(layers.Embedding)
+MaskedReversibleEmbedding = _define(layers.ReversibleEmbedding)
+MaskedConv1D = _define(layers.Conv1D)
+MaskedConv2D = _define(layers.Conv2D)
+MaskedConv3D = _define(layers.Conv3D)
+MaskedConv1DTranspose = _define(layers.Conv1DTranspose)
+MaskedConv2DTranspose = _define(layers.Conv2DTranspose)
+MaskedConv3DTranspose = _define(layers.Conv3DTranspose)
+MaskedDepthwiseConv1D = _define(layers.DepthwiseConv1D)
+MaskedDepthwiseConv2D = _define(layers.DepthwiseConv2D)
+MaskedSeparableConv1D = _define(layers.SeparableConv1D)
+MaskedSeparableConv2D = _define(layers.SeparableConv2D)
+MaskedSimpleRNNCell = _define(layers.SimpleRNNCell)
+MaskedLSTMCell = _define(layers.LSTMCell)
+MaskedGRUCell = _define(layers.GRUCell)
+MaskedSimpleRNN = _define(layers.SimpleRNN)
+MaskedLSTM = _define(layers.LSTM)
+MaskedGRU = _define(layers.GRU)
+MaskedConvLSTM1D = _define(layers.ConvLSTM1D)
+MaskedConvLSTM2D = _define(layers.ConvLSTM2D)
+MaskedConvLSTM3D = _define(layers.ConvLSTM3D)
+MaskedMultiHeadAttention = _define(layers.MultiHeadAttention)
+MaskedGroupedQueryAttention = _define(layers.GroupQueryAttention)
+MaskedTimeDistributed = _define(layers.TimeDistributed)
+MaskedBidirectional = _define(layers.Bidirectional)
+
+
+# --- Masking and unmasking layers that exist ------------------------------------------------------
+
+
+def mask_weights(
+    root: Layer, paths: Iterable[str], *, initializer: Any = "ones", mask_bias: bool = False
+) -> None:
+    """Puts masks over weights inside `root`, changing the layers in place.
+
+    Weights that have a mask keep it, and weights that layers share get one mask. A layer that is
+    not built yet gets its masks when it is built.
+
+    Args:
+        root: A layer or model.
+        paths: Paths of weights, relative to `root`.
+        initializer: Initializer of new masks.
+        mask_bias: What the configs of the layers are to say about their biases.
+
+    Raises:
+        ValueError: If a path names no maskable weight.
+    """
+    cache: dict[int, Any] = {}
+    chains = []
+    for path in paths:
+        try:
+            chain = resolve(root, path, cache)
+        except KeyError:
+            chain = []
+        if not chain or chain[-1][0] not in own_weights(chain[-1][1], biases=True):
+            raise ValueError(
+                f"'{root.name}' has no weight '{path}' that can be masked. Those it has: "
+                f"{[path for path, *_ in weights_inside(root, biases=True)]}"
+            )
+        chains.append(chain)
+
+    shared = _masks_by_variable(root)
+    for chain in chains:
+        *holders, (name, layer) = chain
+        for rest, holder in holders:
+            if isinstance(holder, MaskedLayer) or not _keras.is_plain_container(holder):
+                _change_class(holder, (), mask_bias, initializer)
+                _add_path(holder, rest)
+        _change_class(layer, (), mask_bias, initializer)
+        _add_path(layer, name)
+        if layer.built:
+            _attach(layer, name, shared)
+        elif not vars(layer).get("_masked_when_built"):
+            vars(layer)["_masked_when_built"] = True
+            _when_built(layer, _mask_built)
+    _keras.refresh_parameters(root)
+
+
+def mask_when_built(layer: Layer, *, initializer: Any = "ones", mask_bias: bool = False) -> None:
+    """Makes a layer that is not built yet, and makes its inner layers then, masked throughout."""
+    _change_class(layer, None, mask_bias, initializer)
+    _when_built(layer, _mask_built)
+
+
+def unmask(root: Layer) -> None:
+    """Removes every mask inside `root` in place; raw weights stay as they are.
+
+    Each masked layer becomes an instance of its plain class again.
+    """
+    for _, layer in list(walk(root)):
+        if isinstance(layer, MaskedLayer):
+            for name in own_weights(layer, biases=True):
+                _detach(layer, name)
+            for attribute in ("masked_weights", "mask_bias", "mask_initializer"):
+                delattr(layer, attribute)
+            layer.__class__ = plain_class(layer)
+            if "_plain_quantize" in vars(layer):
+                vars(layer)["quantize"] = vars(layer).pop("_plain_quantize")
+    _keras.refresh_parameters(root)
+
+
+def _set_masking(
+    layer: Layer, masked_weights: Iterable[str] | None, mask_bias: bool, initializer: Any
+) -> None:
+    layer.masked_weights = None if masked_weights is None else tuple(masked_weights)
+    layer.mask_bias = mask_bias
+    layer.mask_initializer = keras.initializers.get(initializer)
+
+
+def _change_class(
+    layer: Layer, masked_weights: Iterable[str] | None, mask_bias: bool, initializer: Any
+) -> None:
+    if not isinstance(layer, MaskedLayer):
+        base = type(layer)
+        layer.__class__ = by_hand.get(base) or _made_for(base, maskable(base))
+        _set_masking(layer, masked_weights, mask_bias, initializer)
+        # Keras bound the method of the plain class when the layer was made.
+        vars(layer)["_plain_quantize"] = vars(layer)["quantize"]
+        vars(layer)["quantize"] = functools.partial(MaskedLayer.quantize, layer)
+
+
+def _add_path(layer: Layer, path: str) -> None:
+    paths = _paths(layer) if layer.built else layer.masked_weights
+    if paths is not None and path not in paths:
+        layer.masked_weights = (*paths, path)
+
+
+def _paths(layer: Layer) -> list[str]:
+    if layer.masked_weights is not None:
+        return list(layer.masked_weights)
+    return [path for path, *_ in weights_inside(layer, biases=layer.mask_bias)]
+
+
+def _when_built(layer: Layer, then: Callable[[Layer], None]) -> None:
+    if layer.built:
+        then(layer)
+        return
+    plain_build = layer.build
+
+    @functools.wraps(plain_build)
+    def build(*args: Any, **kwargs: Any) -> None:
+        plain_build(*args, **kwargs)
+        if isinstance(layer, MaskedLayer):
+            then(layer)
+
+    layer.build = build
+
+
+def _mask_built(layer: Layer) -> None:
+    """Gives a masked layer that was just built exactly the masks that it names."""
+    paths = _paths(layer)
+    inner = [path for path in paths if "/" in path]
+    shared = _masks_by_variable(layer)
+    for name in paths:
+        if "/" not in name:
+            _attach(layer, name, shared)
+    if inner:
+        mask_weights(layer, inner, initializer=layer.mask_initializer, mask_bias=layer.mask_bias)
+    # A layer made from the config of a masked one, as the second direction of `Bidirectional` is,
+    # may have brought more masks than this one names.
+    for path, owner, name in weights_inside(layer, biases=True):
+        if path not in paths and mask_of(owner, name) is not None:
+            _detach(owner, name)
+            owner.masked_weights = tuple(own for own in _paths(owner) if own != name)
+
+
+def _masks_by_variable(root: Layer) -> dict[int, Mask]:
+    found = {}
+    for _, layer, name in weights_inside(root, biases=True):
+        if (mask := mask_of(layer, name)) is not None:
+            found[id(raw_variable(layer, name))] = mask
+    return found
+
+
+def _attach(layer: Layer, name: str, shared: dict[int, Mask]) -> None:
+    if mask_of(layer, name) is not None:
+        return
+    if name not in own_weights(layer, biases=True):
+        raise ValueError(
+            f"{type(layer).__name__} '{layer.name}' has no weight '{name}' that can be masked. "
+            f"Those it has: {own_weights(layer, biases=True)}"
+        )
+    variable = raw_variable(layer, name)
+    mask = shared.get(id(variable))
+    with _keras.unlocked(layer):
+        if mask is None:
+            mask = Mask(initializer=layer.mask_initializer, dtype="float32", name=f"{name}_mask")
+            with _keras.layer_scope(layer):
+                mask.build(variable.shape)
+            _keras.match_layout(mask.value, variable)
+            if variable.regularizer is not None:
+                variable.regularizer = MaskedRegularizer(variable.regularizer, mask)
+            if variable.constraint is not None:
+                variable.constraint = MaskedConstraint(variable.constraint, mask)
+            shared[id(variable)] = mask
+        setattr(layer, f"{name}_mask", mask)
+
+
+def _detach(layer: Layer, name: str) -> None:
+    if mask_of(layer, name) is None:
+        return
+    variable = raw_variable(layer, name)
+    if isinstance(variable.regularizer, MaskedRegularizer):
+        variable.regularizer = variable.regularizer.plain
+    if isinstance(variable.constraint, MaskedConstraint):
+        variable.constraint = variable.constraint.plain
+    _keras.untrack(layer, f"{name}_mask")

@@ -1,0 +1,169 @@
+"""Which weights of which layers can be masked."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+
+import keras
+from keras import layers
+
+from masked_layers._keras import ConvLSTMCell
+from masked_layers.masks import Mask, raw_view
+from masked_layers.paths import join, walk
+
+Layer = layers.Layer
+
+
+@dataclasses.dataclass(frozen=True)
+class Maskable:
+    """The weights of one layer class that can be masked, by attribute name.
+
+    Attributes:
+        weights: Kernel-like weights, masked by default.
+        biases: Weights masked only on request.
+        output_axes: Function of the layer and the name of a kernel-like weight that returns the
+            axes of the weight that index outputs. Default: the last axis.
+    """
+
+    weights: tuple[str, ...]
+    biases: tuple[str, ...] = ()
+    output_axes: Callable[[Layer, str], tuple[int, ...]] = lambda layer, name: (-1,)
+
+
+def _einsum_outputs(layer: layers.EinsumDense, name: str) -> tuple[int, ...]:
+    inputs, outputs = layer.equation.replace(" ", "").split("->")
+    inputs, kernel = inputs.split(",")
+    return tuple(
+        axis - len(kernel) for axis, i in enumerate(kernel) if i in outputs and i not in inputs
+    )
+
+
+def _separable_outputs(layer: Layer, name: str) -> tuple[int, ...]:
+    return (-2, -1) if name == "depthwise_kernel" else (-1,)
+
+
+_registry: dict[type[Layer], Maskable] = {}
+
+for _cls in (layers.Dense, layers.Conv1D, layers.Conv2D, layers.Conv3D):
+    _registry[_cls] = Maskable(("kernel",), ("bias",))
+_registry[layers.EinsumDense] = Maskable(("kernel",), ("bias",), _einsum_outputs)
+for _cls in (layers.Conv1DTranspose, layers.Conv2DTranspose, layers.Conv3DTranspose):
+    _registry[_cls] = Maskable(("kernel",), ("bias",), lambda layer, name: (-2,))
+for _cls in (layers.DepthwiseConv1D, layers.DepthwiseConv2D):
+    _registry[_cls] = Maskable(("kernel",), ("bias",), lambda layer, name: (-2, -1))
+for _cls in (layers.SeparableConv1D, layers.SeparableConv2D):
+    _registry[_cls] = Maskable(
+        ("depthwise_kernel", "pointwise_kernel"), ("bias",), _separable_outputs
+    )
+_registry[layers.Embedding] = Maskable(("embeddings",))
+_registry[layers.ReversibleEmbedding] = Maskable(("embeddings", "reverse_embeddings"))
+for _cls in (layers.SimpleRNNCell, layers.LSTMCell, layers.GRUCell, ConvLSTMCell):
+    _registry[_cls] = Maskable(("kernel", "recurrent_kernel"), ("bias",))
+
+# Layers that overwrite the weights of the layer inside them: a mask in there would be skipped.
+_OPAQUE = (layers.SpectralNormalization,)
+
+
+def register(
+    cls: type[Layer], weights: Iterable[str], *, biases: Iterable[str] = ()
+) -> type[Layer]:
+    """Makes a layer class of one's own maskable: names its weights, and conversion does the rest.
+
+    Subclasses are maskable with it. The layer must read each weight through the attribute named
+    here, as a tensor (`ops.matmul(x, self.w)`), not through `self.w.value` or a second reference.
+
+    Args:
+        cls: The layer class.
+        weights: Names of the attributes that hold its kernel-like weights.
+        biases: Names of those to be masked only with `mask_bias=True`.
+
+    Returns:
+        `cls`.
+
+    Raises:
+        TypeError: If `cls` is no layer class, or a string stands where a list of names belongs.
+        ValueError: If no weight is named.
+    """
+    if not (isinstance(cls, type) and issubclass(cls, Layer)):
+        raise TypeError(f"Expected a subclass of `keras.layers.Layer`. Received: {cls!r}")
+    for names in (weights, biases):
+        if isinstance(names, str):
+            raise TypeError(f"Expected a list of attribute names. Received the string {names!r}")
+    spec = Maskable(tuple(weights), tuple(biases))
+    if not spec.weights + spec.biases:
+        raise ValueError(f"Name at least one weight of {cls.__name__} to be masked.")
+    _registry[cls] = spec
+    return cls
+
+
+def maskable(cls: type[Layer]) -> Maskable | None:
+    """Returns what can be masked in layers of a class, or None."""
+    return next((_registry[base] for base in cls.__mro__ if base in _registry), None)
+
+
+def own_weights(layer: Layer, *, biases: bool = False) -> list[str]:
+    """Returns the names of the maskable weights that the layer itself holds.
+
+    A layer not built yet has no weights; those that its class may create are named.
+
+    Raises:
+        TypeError: If a registered attribute holds something else than a variable.
+    """
+    spec = maskable(type(layer))
+    if spec is None or getattr(layer, "quantization_mode", None) is not None:
+        return []
+    names = spec.weights + (spec.biases if biases else ())
+    return [name for name in names if not layer.built or raw_variable(layer, name) is not None]
+
+
+def raw_variable(layer: Layer, name: str) -> keras.Variable | None:
+    """Returns the variable behind the weight `name` of a built layer, None if it has none.
+
+    It starts from the variable and not from the property of that name, which may add LoRA factors.
+
+    Raises:
+        TypeError: If the attribute holds something else than a variable.
+    """
+    with raw_view():
+        value = getattr(layer, f"_{name}", None)
+        if not isinstance(value, keras.Variable):
+            value = getattr(layer, name, None)
+    if value is not None and not isinstance(value, keras.Variable):
+        raise TypeError(
+            f"'{name}' of {type(layer).__name__} '{layer.name}' cannot be masked: expected a "
+            f"`keras.Variable`. Received: {type(value).__name__}"
+        )
+    return value
+
+
+def weights_inside(root: Layer, *, biases: bool = False) -> list[tuple[str, Layer, str]]:
+    """Returns (path, layer, name) of every maskable weight inside `root`.
+
+    A weight that several layers share is listed once for each of them. Layers that overwrite the
+    weights inside them (`SpectralNormalization`) are passed over.
+    """
+    layers_inside = list(walk(root))
+    hidden = {
+        id(inner)
+        for _, layer in layers_inside
+        if isinstance(layer, _OPAQUE)
+        for _, inner in walk(layer)
+    }
+    return [
+        (join(path, name), layer, name)
+        for path, layer in layers_inside
+        if id(layer) not in hidden
+        for name in own_weights(layer, biases=biases)
+    ]
+
+
+def mask_of(layer: Layer, name: str) -> Mask | None:
+    """Returns the mask of the layer's own weight `name`, or None."""
+    return getattr(layer, f"{name}_mask", None)
+
+
+def output_axes(layer: Layer, name: str) -> tuple[int, ...]:
+    """Returns the axes of a weight that index outputs, counted from the last; none for a bias."""
+    spec = maskable(type(layer))
+    return spec.output_axes(layer, name) if spec is not None and name in spec.weights else ()

@@ -1,0 +1,182 @@
+"""The mask: a small Keras layer that decides what a layer reads in place of its raw weight."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+_raw_view: contextvars.ContextVar[bool] = contextvars.ContextVar("raw_view", default=False)
+
+
+@contextlib.contextmanager
+def raw_view() -> Iterator[None]:
+    """Makes masked layers read their raw weights (the variables themselves) while it is open.
+
+    Some Keras layers save and load what their `kernel` property returns; without this view the
+    values under a mask would be lost on disk.
+    """
+    token = _raw_view.set(True)
+    try:
+        yield
+    finally:
+        _raw_view.reset(token)
+
+
+def is_raw_view() -> bool:
+    """True inside `raw_view()`."""
+    return _raw_view.get()
+
+
+@keras.saving.register_keras_serializable(package="masked_layers")
+class Mask(keras.layers.Layer):
+    """A binary mask over one weight: kept entries pass, pruned entries read as exactly 0.
+
+    The product is a selection, `where(mask, weight, 0)`, and not a multiplication: a pruned entry
+    is +0.0 even where the raw weight is negative, infinite or NaN, no gradient of the loss reaches
+    it, and a mask of ones changes no bit of the weight or of its gradient.
+
+    A mask is state of the model but not one of its weights: `value` is among `model.variables`
+    and in every saved file, and not among `model.weights`, so that `get_weights`, `set_weights`
+    and `count_params` are those of the plain model.
+
+    Args:
+        initializer: Initializer of the mask; entries other than 0 are kept. Default: keep all.
+        rescale: Whether to multiply the kept weights by `size / ones(mask)` (dynamic weight
+            rescaling, arXiv 1905.01067, section 5.2; factor 0 for a mask without ones). It is a
+            property of the forward pass and never changes a stored weight. Functions compiled
+            before it is changed must be compiled anew.
+        **kwargs: `name` and the other arguments of `keras.layers.Layer`.
+
+    Attributes:
+        value: `keras.Variable` of dtype bool and of the weight's shape; not trainable.
+    """
+
+    def __init__(self, *, initializer: Any = "ones", rescale: bool = False, **kwargs: Any) -> None:
+        super().__init__(trainable=False, **kwargs)
+        self.initializer = keras.initializers.get(initializer)
+        self.rescale = rescale
+
+    def build(self, shape: tuple[int, ...]) -> None:
+        """Creates `value`.
+
+        Args:
+            shape: Shape of the weight.
+        """
+
+        def keep(shape: tuple[int, ...], dtype: Any = None) -> Any:
+            return ops.not_equal(self.initializer(shape, dtype="float32"), 0.0)
+
+        self.value = self.add_weight(
+            name="value", shape=shape, dtype="bool", initializer=keep, trainable=False
+        )
+
+    @property
+    def weights(self) -> list[keras.Variable]:
+        """Always empty: a mask is state, not a weight."""
+        return []
+
+    def apply(self, weight: Any) -> Any:
+        """Returns the effective weight as a tensor.
+
+        Args:
+            weight: Raw weight, variable or tensor, of the mask's shape and any float dtype. A
+                variable is cast as the layer around it would cast it (mixed precision).
+        """
+        weight = ops.convert_to_tensor(weight)
+        effective = self.select(weight, ops.cast(0, weight.dtype))
+        if self.rescale:
+            effective = effective * ops.cast(self._factor(), weight.dtype)
+        return effective
+
+    call = apply
+
+    def select(self, kept: Any, pruned: Any) -> Any:
+        """Returns `kept` where the mask keeps an entry and `pruned` elsewhere."""
+        return ops.where(ops.convert_to_tensor(self.value), kept, pruned)
+
+    def _factor(self) -> Any:
+        ones = ops.cast(ops.count_nonzero(ops.convert_to_tensor(self.value)), "float32")
+        size = math.prod(self.value.shape)
+        return ops.where(ones > 0, size / ops.maximum(ones, 1.0), 0.0)
+
+    def quantize(self, *args: Any, **kwargs: Any) -> None:
+        """Refuses: a quantized layer would read its raw weight and skip the mask.
+
+        Raises:
+            ValueError: Always; it names `strip_masks`.
+        """
+        raise ValueError(
+            "A masked model cannot be quantized: its masks would be skipped. Call "
+            "`masked_layers.strip_masks(model)` first and quantize what it returns; pruned "
+            "weights stay zero."
+        )
+
+    def save_own_variables(self, store: Any) -> None:
+        """Saves the mask and whether it rescales."""
+        store["0"] = self.value
+        if self.rescale:
+            store["rescale"] = np.ones((), "bool")
+
+    def load_own_variables(self, store: Any) -> None:
+        """Loads a saved mask; a file of the plain model holds none and leaves the mask alone.
+
+        Raises:
+            ValueError: If the saved mask has another shape.
+        """
+        if "0" not in store:
+            return
+        value = np.asarray(store["0"])
+        if value.shape != tuple(self.value.shape):
+            raise ValueError(
+                f"The saved mask '{self.path}' has shape {value.shape}, but the weight it is for "
+                f"has shape {tuple(self.value.shape)}. Load it into the model it was saved from."
+            )
+        self.value.assign(value.astype("bool"))
+        self.rescale = "rescale" in store
+
+    def get_config(self) -> dict[str, Any]:
+        """Returns the arguments of the constructor."""
+        config = super().get_config()
+        del config["trainable"]
+        return {
+            **config,
+            "initializer": keras.initializers.serialize(self.initializer),
+            "rescale": self.rescale,
+        }
+
+    def compute_output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Returns `shape`: the effective weight has the shape of the raw one."""
+        return shape
+
+
+class MaskedRegularizer(keras.regularizers.Regularizer):
+    """The penalty of the effective weight, so that a raw value under the mask costs nothing."""
+
+    def __init__(self, plain: keras.regularizers.Regularizer, mask: Mask) -> None:
+        self.plain = plain
+        self.mask = mask
+
+    def __call__(self, x: Any) -> Any:
+        """Returns the penalty of `mask(x)`."""
+        return self.plain(self.mask.apply(x))
+
+
+class MaskedConstraint(keras.constraints.Constraint):
+    """A constraint of the kept weights as if pruned ones were 0; raw values under it stay."""
+
+    def __init__(self, plain: keras.constraints.Constraint, mask: Mask) -> None:
+        self.plain = plain
+        self.mask = mask
+
+    def __call__(self, w: Any) -> Any:
+        """Returns the constrained weight."""
+        w = ops.convert_to_tensor(w)
+        constrained = self.plain(self.mask.select(w, ops.cast(0, w.dtype)))
+        return self.mask.select(constrained, w)
