@@ -1,0 +1,6 @@
+"""Lottery tickets in Keras 3: find the sparse nets that train as well as the dense one."""
+
+from lottery_ticket_pruner.callbacks import PrunerCallback
+from lottery_ticket_pruner.pruner import LotteryTicketPruner
+
+__all__ = ["LotteryTicketPruner", "PrunerCallback"]

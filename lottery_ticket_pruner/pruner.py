@@ -1,0 +1,716 @@
+"""The pruner: what a model's weights were, and what the masks over them become."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import tempfile
+import warnings
+import zipfile
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import keras
+import numpy as np
+
+import masked_layers as ml
+from lottery_ticket_pruner import criteria, fitting, selection
+from masked_layers import _keras, paths
+
+if TYPE_CHECKING:
+    from masked_layers import SparsityReport, WeightRef
+
+_logger = logging.getLogger(__name__)
+
+_FORMAT = "lottery-ticket-pruner"
+_FORMAT_VERSION = 1
+
+
+class LotteryTicketPruner:
+    """Records what a model's weights were, and prunes, rewinds and evaluates it by these records.
+
+    The weights of the model are recorded here as the *initial* ones, those a ticket is rewound to,
+    and by `set_pretrained_weights` as the *final* ones, those most criteria rank. A record is a
+    read-only copy of every weight: kernels, biases and statistics. Masks are not weights.
+
+    The masks of a masked model are its own variables: the pruner reads and writes them there and
+    keeps no copy. For a plain model, the pruner holds the masks itself, and `apply_pruning` and
+    `PrunerCallback` zero the pruned weights; `update_masks`, `rewind` and `evaluate_supermask` take
+    a masked model.
+
+    Compile the model first if its learning rate is to be rewound too.
+
+    Args:
+        model: A built Keras model with at least one kernel-like weight, plain or made by
+            `masked_layers.convert_to_masked`.
+
+    Raises:
+        ValueError: The model is not built, or it has nothing to prune.
+
+    Example:
+    ```python
+    model = masked_layers.convert_to_masked(model)
+    pruner = LotteryTicketPruner(model)
+    for _ in range(5):
+        model.fit(x, y)
+        pruner.set_pretrained_weights()
+        pruner.update_masks("large_final", rate=0.2)
+        pruner.rewind()
+    model.fit(x, y)
+    ```
+
+    References:
+        - [Frankle & Carbin, arXiv 1803.03635](https://arxiv.org/abs/1803.03635)
+        - [Frankle et al., arXiv 1912.05671](https://arxiv.org/abs/1912.05671) (rewinding)
+    """
+
+    def __init__(self, model: keras.Model) -> None:
+        if not model.built or not model.weights:
+            raise ValueError(
+                f"The model {model.name!r} has no weights yet. Build it first: call it on a batch, "
+                "or `model.build(input_shape)`."
+            )
+        self.model = model
+        self._keys = _weight_keys(model)
+        self._shapes = tuple(tuple(variable.shape) for variable in model.weights)
+        # For plain models, by position among the weights; those of a masked model are in the model.
+        self._masks = {i: np.ones(self._shapes[i], bool) for i in _prunables(model)}
+        if not self._masks:
+            raise ValueError(
+                f"The model {model.name!r} has no weight that can be pruned. Kernels of Keras' "
+                "layers can; weights of other layers after `masked_layers.register`."
+            )
+        self.masks_version = 0
+        self._rescaled: dict[int, float] = {}  # factors that `apply_dwr` left in plain weights
+        self._final: tuple[np.ndarray, ...] | None = None
+        self._final_is_new = False
+        self._updates = 0
+        self.set_initial_weights()
+
+    # Records.
+
+    @property
+    def initial_weights(self) -> Mapping[str, np.ndarray]:
+        """The initial weights by path: read-only arrays, those that `rewind` brings back."""
+        return MappingProxyType(dict(zip(self._keys, self._initial, strict=True)))
+
+    @property
+    def final_weights(self) -> Mapping[str, np.ndarray] | None:
+        """The final weights by path: read-only arrays; None before they are recorded."""
+        if self._final is None:
+            return None
+        return MappingProxyType(dict(zip(self._keys, self._final, strict=True)))
+
+    def set_initial_weights(self, model: keras.Model | None = None) -> None:
+        """Records the initial weights anew: the point that `rewind` goes back to.
+
+        Called after k steps of training, this is rewinding to step k. The step count and the
+        learning rate of the optimizer are recorded with the weights.
+
+        Args:
+            model: The model to record, of the same architecture; by default the pruner's own.
+
+        Raises:
+            ValueError: The model has other weights; the message names the layer and both shapes.
+        """
+        model = self._checked(model)
+        self._initial = self._snapshot(model)
+        self._clocks = fitting.read_clocks(_optimizer(model))
+        self._timed_optimizer = _optimizer(model)
+        _logger.info("Recorded %d initial weights of %r.", len(self._initial), model.name)
+
+    def set_pretrained_weights(self, model: keras.Model | None = None) -> None:
+        """Records the final weights, those after training, which most criteria rank.
+
+        Args:
+            model: The model to record, of the same architecture; by default the pruner's own.
+
+        Raises:
+            ValueError: The model has other weights; the message names the layer and both shapes.
+        """
+        model = self._checked(model)
+        self._final = self._snapshot(model)
+        self._final_is_new = True
+        _logger.info("Recorded %d final weights of %r.", len(self._final), model.name)
+
+    # Masked models.
+
+    def update_masks(
+        self,
+        strategy: Any = "large_final",
+        *,
+        rate: selection.Share | None = None,
+        sparsity: selection.Share | None = None,
+        scope: str | None = None,
+        seed: int | None = None,
+    ) -> SparsityReport:
+        """Prunes the masked model further: its masks lose what the criterion ranks lowest.
+
+        Raw weights are not changed. Pruned weights never come back; `reset_masks` starts over.
+
+        Args:
+            strategy: A criterion: name, configuration, `criteria.Criterion` or function.
+            rate: Share of the alive weights to drop now, in [0, 1); or a mapping from patterns of
+                paths to shares, with a `"default"`.
+            sparsity: Share of all weights that are pruned afterwards, likewise. Exactly one of
+                `rate` and `sparsity`.
+            scope: Who competes with whom: `"layer"` (the default for most criteria), `"global"` or
+                `"output"`.
+            seed: For random scores and ties. By default the number of updates since the masks were
+                last reset, so that every update draws anew and a repeated run repeats.
+
+        Returns:
+            The report of the model's sparsity.
+
+        Raises:
+            ValueError: The model is not masked, a record is missing, or an argument is wrong.
+                Nothing has changed then.
+
+        Warns:
+            UserWarning: The criterion ranks final weights that are older than the last update.
+        """
+        self._require_masked("update_masks")
+        criterion = criteria.get(strategy)
+        stale = "final" in criterion.needs and not self._final_is_new
+        self._prune(self.model, criterion, rate=rate, sparsity=sparsity, scope=scope, seed=seed)
+        if stale:
+            warnings.warn(
+                "The masks were updated since the final weights were recorded; the same weights "
+                "were ranked again. Call `set_pretrained_weights` after training.",
+                stacklevel=2,
+            )
+        return ml.sparsity_report(self.model)
+
+    def rewind(self, optimizer: bool = True) -> None:
+        """Brings the initial weights back under the masks, which stay.
+
+        Args:
+            optimizer: Also bring the optimizer back: slots as after `build`, the learning rate as
+                recorded with the weights (if it is a variable of the optimizer that the model was
+                compiled with then; one set by a later `compile` stays), the step count 0, or the
+                recorded one where a learning-rate schedule reads it. Compiled functions stay valid.
+
+        Raises:
+            ValueError: The model is not masked, or its trainable weights have changed since the
+                optimizer was built. Nothing has changed then.
+        """
+        self._require_masked("rewind")
+        model = self._checked(self.model)
+        compiled = _optimizer(model) if optimizer else None
+        fresh = fitting.fresh_optimizer(compiled) if compiled is not None else None
+        before = [fitting.read(variable) for variable in model.weights]
+        _assign(model.weights, self._initial)
+        if compiled is not None:
+            # After the weights: there are optimizers whose slots start as copies of them.
+            same = compiled is self._timed_optimizer
+            steps = [step for step, _ in self._clocks]
+            rates = [rate if same else None for _, rate in self._clocks]
+            try:
+                fitting.reset_optimizer(compiled, fresh, model.trainable_variables, steps, rates)
+            except Exception:
+                _assign(model.weights, before)
+                raise
+        _logger.info(
+            "Rewound %d weights of %r%s.",
+            len(before),
+            model.name,
+            " and its optimizer" if compiled is not None else "",
+        )
+
+    def reset_masks(self) -> None:
+        """Sets all masks to one, and the count of pruned weights with them; raw weights stay."""
+        if is_masked(self.model):
+            masks = ml.get_masks(self.model)
+            ml.set_masks(self.model, {path: np.ones_like(mask) for path, mask in masks.items()})
+        self._masks = {position: np.ones_like(mask) for position, mask in self._masks.items()}
+        self.masks_version += 1
+        self._rescaled = {}
+        self._updates = 0
+        _logger.info("Reset the masks of %r: all weights are alive.", self.model.name)
+
+    def evaluate_supermask(
+        self,
+        x: Any = None,
+        y: Any = None,
+        *,
+        weights: str = "initial",
+        dwr: bool = False,
+        **evaluate_kwargs: Any,
+    ) -> dict[str, float]:
+        """What the masks alone know: the metrics of the model with its masks over initial weights.
+
+        The model is left exactly as it was: weights, masks, optimizer, metrics and compiled
+        functions, also where the evaluation fails.
+
+        Args:
+            x: Input data, as for `keras.Model.evaluate`.
+            y: Targets.
+            weights: `"initial"`, or `"signed_constant"`: sign(w0) times the standard deviation of
+                w0, per masked weight. All other weights are the recorded initial ones.
+            dwr: Whether masked weights are multiplied by size / ones(mask).
+            **evaluate_kwargs: Further arguments of `keras.Model.evaluate`.
+
+        Returns:
+            The metrics by name.
+
+        Raises:
+            ValueError: The model is not masked or not compiled, or `weights` is neither of the two.
+
+        Reference:
+            - [Zhou et al., arXiv 1905.01067](https://arxiv.org/abs/1905.01067), sections 4 and 5
+        """
+        self._require_masked("evaluate_supermask")
+        if weights not in ("initial", "signed_constant"):
+            raise ValueError(
+                f'`weights` must be "initial" or "signed_constant". Received: weights={weights!r}'
+            )
+        model = self._checked(self.model)
+        if not model.compiled:
+            raise ValueError(
+                f"The model {model.name!r} is not compiled. Call `model.compile(loss=..., "
+                "metrics=...)` before `evaluate_supermask`."
+            )
+        values = list(self._initial)
+        if weights == "signed_constant":
+            for position in self._prunables(model):
+                values[position] = _signed_constant(values[position])
+        with _restored(model), _rescaling(model, dict.fromkeys(_masks(model), dwr)):
+            _assign(model.weights, values)
+            return model.evaluate(x, y, **evaluate_kwargs, return_dict=True)
+
+    # Plain and masked models: the earlier API.
+
+    def calc_prune_mask(
+        self, model: keras.Model, prune_percentage: float, prune_strategy: Any = "large_final"
+    ) -> None:
+        """Computes masks that drop a share of the weights that remain: 0.5, then 0.2, gives 0.6.
+
+        In a masked model the masks take effect at once. The weights of a plain model stay as they
+        are until `apply_pruning`.
+
+        Args:
+            model: The model to prune, of the pruner's architecture.
+            prune_percentage: Share of the alive weights to drop, above 0 and below 1.
+            prune_strategy: A criterion: name, configuration, `criteria.Criterion` or function.
+
+        Raises:
+            ValueError: The share is out of bounds, a record is missing, the strategy is unknown or
+                the model has other weights. Nothing has changed then.
+        """
+        if not 0 < prune_percentage < 1:
+            raise ValueError(
+                "`prune_percentage` must be between 0 and 1, exclusive. "
+                f"Received: prune_percentage={prune_percentage!r}"
+            )
+        self._prune(self._checked(model), prune_strategy, rate=prune_percentage)
+
+    def apply_pruning(self, model: keras.Model) -> None:
+        """Zeroes the pruned weights of a plain model; a masked one reads them as zero already.
+
+        Args:
+            model: The model, of the pruner's architecture.
+
+        Raises:
+            ValueError: The model has other weights; the message names the layer and both shapes.
+        """
+        model = self._checked(model)
+        if is_masked(model):
+            return
+        _keras.sync(model)
+        for variable, mask in self.held_masks(model):
+            variable.assign(fitting.zero_pruned(mask, variable))
+
+    def apply_dwr(self, model: keras.Model) -> None:
+        """Rescales what is left of each layer by size / ones(mask), once and no more.
+
+        Dynamic weight rescaling. In a masked model this switches on a factor of the forward pass,
+        which follows the masks. In a plain one the masked weights are multiplied, and pruned ones
+        are zero afterwards. A second call does nothing, and after a change of the masks the factor
+        is exchanged: a weight carries size / ones(mask) at most once. Weights that equal a record,
+        or whose masks were reset, count as not rescaled. The factor of a mask without ones is 0.
+
+        Args:
+            model: The model, of the pruner's architecture.
+
+        Raises:
+            ValueError: The model has other weights; the message names the layer and both shapes.
+
+        Reference:
+            - [Zhou et al., arXiv 1905.01067](https://arxiv.org/abs/1905.01067), section 5.2
+        """
+        model = self._checked(model)
+        if is_masked(model):
+            _set_rescale(model, dict.fromkeys(_masks(model), True))
+            return
+        _keras.sync(model)
+        for position, ref in self._prunables(model).items():
+            mask = self._masks[position]
+            current = fitting.read(ref.variable)
+            ones = int(mask.sum())
+            factor = mask.size / ones if ones else 0.0
+            carried = self._carried(position, current)
+            if factor != carried:
+                scaled = np.where(mask, current * (factor / carried), 0.0)
+                ref.variable.assign(scaled.astype(current.dtype))
+                # Weights times 0 are lost: nothing is left to take out again.
+                self._rescaled[position] = factor or 1.0
+
+    def iterate_prunables(
+        self, model: keras.Model
+    ) -> Iterator[
+        tuple[
+            str,
+            keras.layers.Layer,
+            int,
+            np.ndarray,
+            np.ndarray | None,
+            np.ndarray,
+            np.ndarray,
+        ]
+    ]:
+        """Yields what is known of each prunable weight.
+
+        Args:
+            model: The model, of the pruner's architecture.
+
+        Yields:
+            `(key, layer, index, initial, pretrained, current, mask)`: the path of the weight, the
+            layer that holds it, its position in `layer.weights`, the recorded initial and final
+            weights (the latter None before they are recorded), the raw weight now and the bool
+            mask. Changing an array changes neither record nor model.
+
+        Raises:
+            ValueError: The model has other weights; the message names the layer and both shapes.
+        """
+        model = self._checked(model)
+        _keras.sync(model)
+        for position, ref in self._prunables(model).items():
+            index = next(i for i, v in enumerate(ref.layer.weights) if v is ref.variable)
+            yield (
+                self._keys[position],
+                ref.layer,
+                index,
+                self._initial[position],
+                None if self._final is None else self._final[position],
+                fitting.read(ref.variable),
+                self._mask(position, ref),
+            )
+
+    def held_masks(self, model: keras.Model) -> list[tuple[keras.Variable, np.ndarray]]:
+        """The masks that the pruner holds for a plain model, each with its variable there."""
+        return [
+            (ref.variable, self._masks[position])
+            for position, ref in self._prunables(model).items()
+        ]
+
+    # Files.
+
+    def save(self, file: str | os.PathLike) -> None:
+        """Writes the whole state of the pruner to one file: records, masks and counts.
+
+        The file holds arrays and JSON, no pickled objects. An existing one is replaced as a whole
+        or not at all.
+
+        Args:
+            file: Where to; the name is taken as it is.
+        """
+        prunables = self._prunables(self.model)
+        masks = {position: self._mask(position, ref) for position, ref in prunables.items()}
+        same = _optimizer(self.model) is self._timed_optimizer
+        state = {
+            "format": _FORMAT,
+            "version": _FORMAT_VERSION,
+            "paths": self._keys,
+            "masked": list(masks),
+            "final": self._final is not None,
+            "final_is_new": self._final_is_new,
+            "updates": self._updates,
+            "clocks": [(step, rate if same else None) for step, rate in self._clocks],
+            "rescaled": list(self._rescaled.items()),
+        }
+        arrays = {"state": np.array(json.dumps(state))}
+        arrays |= {f"initial/{i}": array for i, array in enumerate(self._initial)}
+        arrays |= {f"final/{i}": array for i, array in enumerate(self._final or ())}
+        arrays |= {f"mask/{position}": mask for position, mask in masks.items()}
+        folder, name = os.path.split(os.path.abspath(file))
+        descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=f".{name}.")
+        try:
+            with os.fdopen(descriptor, "wb") as stream:
+                np.savez(stream, allow_pickle=False, **arrays)
+            os.replace(temporary, file)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+        _logger.info("Saved the pruner of %r to %s.", self.model.name, file)
+
+    @classmethod
+    def load(cls, file: str | os.PathLike, model: keras.Model) -> LotteryTicketPruner:
+        """Reads a pruner from a file that `save` wrote, for a model of the same architecture.
+
+        A masked model gets the saved masks. Its weights stay as they are; `rewind` brings the
+        recorded ones.
+
+        Args:
+            file: The file.
+            model: The model that the pruner is for from now on.
+
+        Raises:
+            ValueError: The file is not a pruner's, or the model has other weights (the message
+                names the layer and both shapes) or other masks. The model has not changed then.
+        """
+        state, arrays = _read_file(file)
+        pruner = cls(model)
+        count = len(state["paths"])
+        initial = [arrays[f"initial/{i}"] for i in range(count)]
+        pruner._compare(state["paths"], [array.shape for array in initial], f"The file {file}")
+        prunables = pruner._prunables(model)
+        if list(prunables) != state["masked"]:
+            raise ValueError(
+                f"The file {file} has masks for {[state['paths'][i] for i in state['masked']]}, "
+                f"the model {model.name!r} for {[pruner._keys[i] for i in prunables]}. Convert the "
+                "model as it was when the pruner was saved."
+            )
+        pruner._initial = tuple(_read_only(array) for array in initial)
+        if state["final"]:
+            pruner._final = tuple(_read_only(arrays[f"final/{i}"]) for i in range(count))
+        pruner._final_is_new = state["final_is_new"]
+        pruner._updates = state["updates"]
+        pruner._clocks = [tuple(clock) for clock in state["clocks"]]
+        pruner._rescaled = dict(state["rescaled"])
+        pruner._write_masks(model, {i: arrays[f"mask/{i}"] for i in prunables})
+        _logger.info("Loaded the pruner of %r from %s.", model.name, file)
+        return pruner
+
+    # Inside.
+
+    def _snapshot(self, model: keras.Model) -> tuple[np.ndarray, ...]:
+        _keras.sync(model)
+        return tuple(_read_only(fitting.read(variable)) for variable in model.weights)
+
+    def _prunables(self, model: keras.Model) -> dict[int, WeightRef]:
+        """Those of `_prunables` that have a mask, in the model or here."""
+        refs = _prunables(model).items()
+        return {i: ref for i, ref in refs if ref.mask is not None or i in self._masks}
+
+    def _mask(self, position: int, ref: WeightRef) -> np.ndarray:
+        if ref.mask is None:
+            return self._masks[position].copy()
+        return fitting.read(ref.mask.value)
+
+    def _prune(
+        self,
+        model: keras.Model,
+        strategy: Any,
+        *,
+        rate: selection.Share | None = None,
+        sparsity: selection.Share | None = None,
+        scope: str | None = None,
+        seed: int | None = None,
+    ) -> None:
+        criterion = criteria.get(strategy)
+        _keras.sync(model)
+        prunables = self._prunables(model)
+        reads_current = "current" in criterion.needs | criterion.optional
+        kernels = {
+            self._keys[position]: selection.Weights(
+                mask=self._mask(position, ref),
+                output_axes=ref.output_axes,
+                initial=self._initial[position],
+                final=None if self._final is None else self._final[position],
+                current=fitting.read(ref.variable) if reads_current else None,
+            )
+            for position, ref in prunables.items()
+        }
+        masks = selection.update(
+            criterion,
+            kernels,
+            rate=rate,
+            sparsity=sparsity,
+            scope=scope,
+            seed=self._updates if seed is None else seed,
+        )
+        self._write_masks(model, {i: masks[self._keys[i]] for i in prunables})
+        self._final_is_new = False
+        self._updates += 1
+        size = sum(mask.size for mask in masks.values())
+        alive = sum(int(mask.sum()) for mask in masks.values())
+        _logger.info(
+            "Pruned %r by %s: %d of %d weights alive (%.2f %%).",
+            model.name,
+            criterion.name,
+            alive,
+            size,
+            100 * alive / size,
+        )
+
+    def _write_masks(self, model: keras.Model, masks: Mapping[int, np.ndarray]) -> None:
+        """Sets masks, of the model if it is masked, of the pruner otherwise, and counts them."""
+        if is_masked(model):
+            refs = self._prunables(model)
+            ml.set_masks(model, {refs[position].path: mask for position, mask in masks.items()})
+        else:
+            self._masks = {position: mask.astype(bool) for position, mask in masks.items()}
+            self.masks_version += 1
+
+    def _carried(self, position: int, current: np.ndarray) -> float:
+        """The factor of `apply_dwr` that is in a weight of a plain model."""
+        mask = self._masks[position]
+        for record in (self._initial, self._final):
+            if record is not None and np.array_equal(current[mask], record[position][mask]):
+                return 1.0
+        return self._rescaled.get(position, 1.0)
+
+    def _require_masked(self, method: str) -> None:
+        if not is_masked(self.model):
+            raise ValueError(
+                f"`{method}` needs a masked model, and {self.model.name!r} is plain. Make the "
+                "pruner for `masked_layers.convert_to_masked(model)` instead, or use "
+                "`calc_prune_mask`, `apply_pruning` and `PrunerCallback` with the plain model."
+            )
+
+    def _checked(self, model: keras.Model | None) -> keras.Model:
+        """The model, by default the pruner's own, if its weights are those of the records."""
+        if model is None:
+            model = self.model
+        shapes = [tuple(variable.shape) for variable in model.weights]
+        if shapes != list(self._shapes):
+            self._compare(_weight_keys(model), shapes, f"The model {model.name!r}")
+        return model
+
+    def _compare(self, keys: list[str], shapes: list[tuple[int, ...]], what: str) -> None:
+        for i in range(max(len(keys), len(self._keys))):
+            found = (keys[i], tuple(shapes[i])) if i < len(keys) else None
+            expected = (self._keys[i], self._shapes[i]) if i < len(self._keys) else None
+            if found is None or expected is None or found[1] != expected[1]:
+                raise ValueError(
+                    f"{what} does not fit this pruner: it has {_describe(found)} where the pruner "
+                    f"has {_describe(expected)}. Both must be of the same architecture."
+                )
+
+
+def _describe(weight: tuple[str, tuple[int, ...]] | None) -> str:
+    if weight is None:
+        return "no further weight"
+    layer, _, name = weight[0].rpartition("/")
+    return f"{name!r} of layer {layer!r} with shape {weight[1]}"
+
+
+def is_masked(model: keras.Model) -> bool:
+    """Whether any weight of the model has a mask."""
+    return any(ref.mask is not None for ref in ml.weight_refs(model))
+
+
+def _prunables(model: keras.Model) -> dict[int, WeightRef]:
+    """The masked weights, in a plain model all maskable ones, by position among the weights."""
+    positions = {id(variable): i for i, variable in enumerate(model.weights)}
+    refs = {positions[id(ref.variable)]: ref for ref in ml.weight_refs(model)}
+    return {i: ref for i, ref in refs.items() if ref.mask is not None} or refs
+
+
+def _weight_keys(model: keras.Model) -> list[str]:
+    """A path for each of the model's weights, in their order, each different."""
+    names = {
+        id(variable): paths.join(path, variable.name)
+        for path, layer in paths.walk(model)
+        for variable in _keras.own_variables(layer)
+    }
+    names |= {id(ref.variable): ref.path for ref in ml.weight_refs(model)}
+    keys: dict[str, None] = {}
+    for variable in model.weights:
+        key = name = names.get(id(variable), variable.path)
+        count = 0
+        while key in keys:
+            count += 1
+            key = f"{name}_{count}"
+        keys[key] = None
+    return list(keys)
+
+
+def _masks(model: keras.Model) -> list[ml.Mask]:
+    return [ref.mask for ref in ml.masked_refs(model)]
+
+
+def _optimizer(model: keras.Model) -> keras.Optimizer | None:
+    return getattr(model, "optimizer", None)
+
+
+def _read_only(array: np.ndarray) -> np.ndarray:
+    array.flags.writeable = False
+    return array
+
+
+def _assign(variables: list[keras.Variable], values: Any) -> None:
+    for variable, value in zip(variables, values, strict=True):
+        variable.assign(value)
+
+
+def _signed_constant(initial: np.ndarray) -> np.ndarray:
+    deviation = initial.astype("float64").std()
+    return (np.sign(initial) * deviation).astype(initial.dtype)
+
+
+@contextlib.contextmanager
+def _restored(model: keras.Model) -> Iterator[None]:
+    """Puts every variable of the model back at the end, and hides its optimizer until then."""
+    _keras.sync(model)
+    variables = {id(v): v for v in [*model.variables, *model.metrics_variables]}.values()
+    before = [fitting.read(variable) for variable in variables]
+    attributes = vars(model)
+    optimizer = attributes["optimizer"]
+    # `evaluate` builds an optimizer that is not, and some copy weights then.
+    attributes["optimizer"] = None
+    try:
+        yield
+    finally:
+        attributes["optimizer"] = optimizer
+        # An evaluation that failed left the state outside the variables.
+        with contextlib.suppress(RuntimeError):
+            _keras.sync(model)
+        model.reset_metrics()  # those that the evaluation created
+        _assign(list(variables), before)
+
+
+def _set_rescale(model: keras.Model, flags: Mapping[ml.Mask, bool]) -> bool:
+    """Switches the factor of each mask; functions compiled with another one are made anew."""
+    changed = {mask: rescale for mask, rescale in flags.items() if mask.rescale != rescale}
+    for mask, rescale in changed.items():
+        mask.rescale = rescale
+    if changed:
+        for kind in ("train", "test", "predict"):
+            if getattr(model, f"{kind}_function", None) is not None:
+                fitting.remake_function(model, kind)
+    return bool(changed)
+
+
+@contextlib.contextmanager
+def _rescaling(model: keras.Model, flags: Mapping[ml.Mask, bool]) -> Iterator[None]:
+    """Evaluates with other factors, and gives back the flags and the compiled functions."""
+    names = [f"{kind}_function" for kind in ("train", "test", "predict")]
+    functions = {name: getattr(model, name, None) for name in names}
+    before = {mask: mask.rescale for mask in flags}
+    changed = _set_rescale(model, flags)
+    try:
+        yield
+    finally:
+        if changed:
+            for mask, rescale in before.items():
+                mask.rescale = rescale
+            for name, function in functions.items():
+                setattr(model, name, function)
+
+
+def _read_file(file: str | os.PathLike) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    try:
+        with np.load(file, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+        state = json.loads(str(arrays.pop("state")))
+        if state["format"] != _FORMAT or state["version"] != _FORMAT_VERSION:
+            raise ValueError(f"format {state['format']} {state['version']}")
+    except (ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"{file} is not a file that `LotteryTicketPruner.save` of this version wrote: {error}"
+        ) from error
+    return state, arrays
