@@ -14,11 +14,11 @@ import keras
 
 # None of these has a public name.
 from keras.src.backend.common import global_state
-from keras.src.layers.rnn.conv_lstm import ConvLSTMCell
+from keras.src.layers.rnn.conv_lstm import ConvLSTMCell as ConvLSTMCell
 from keras.src.models.functional import Functional
-from keras.src.saving.object_registration import get_registered_name
+from keras.src.saving.object_registration import get_registered_name as get_registered_name
 from keras.src.saving.serialization_lib import ObjectSharingScope
-from keras.src.utils.naming import to_snake_case
+from keras.src.utils.naming import to_snake_case as to_snake_case
 
 
 def is_functional(layer: keras.layers.Layer) -> bool:
@@ -183,3 +183,16 @@ def check_strategy(model: keras.Model) -> None:
                 f"'{model.name}' was made under a `tf.distribute` strategy. Convert it in the same "
                 "scope: `with strategy.scope(): masked = convert_to_masked(model)`."
             )
+
+
+def export_signature(model: keras.Model, input_signature: Any = None) -> Any:
+    """Returns the `tf.TensorSpec`s that `Model.export` gives to its serving function.
+
+    The structure of a model's inputs and the conversion of the four kinds of specs that Keras takes
+    have no public name. TensorFlow must be installed.
+    """
+    from keras.src.export import export_utils
+
+    if input_signature is None:
+        input_signature = export_utils.get_input_signature(model)
+    return keras.tree.map_structure(export_utils.make_tf_tensor_spec, input_signature)

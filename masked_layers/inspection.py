@@ -13,7 +13,13 @@ import keras
 import numpy as np
 
 from masked_layers import _keras
-from masked_layers.maskable import mask_of, output_axes, raw_variable, weights_inside
+from masked_layers.maskable import (
+    mask_of,
+    output_axes,
+    own_weights,
+    raw_variable,
+    weights_inside,
+)
 from masked_layers.masks import Mask
 from masked_layers.paths import plain_class, walk
 
@@ -213,8 +219,8 @@ class SparsityReport:
 
     Attributes:
         rows: One per masked weight.
-        unmasked: (path, class, number of weights) of every layer with weights outside any mask:
-            biases, normalization, layers that could not be masked or were left out.
+        unmasked: (path, class, number of weights) of every layer that holds weights and no mask:
+            those that cannot be masked, such as normalization, and those left out on request.
     """
 
     rows: tuple[SparsityRow, ...]
@@ -286,7 +292,7 @@ class SparsityReport:
         if self.unmasked:
             count = sum(count for *_, count in self.unmasked)
             names = ", ".join(f"{path} ({layer})" for path, layer, _ in self.unmasked)
-            text.append(f"outside masks: {count:,} weights of {names}")
+            text.append(f"layers without masks ({count:,} weights): {names}")
         return "\n".join(text)
 
 
@@ -300,12 +306,9 @@ def sparsity_report(model: Layer) -> SparsityReport:
         SparsityRow(path, mask.shape, int(np.count_nonzero(mask)), mask.nbytes)
         for path, mask in get_masks(model).items()
     )
-    seen = {id(ref.variable) for ref in masked_refs(model)}
     unmasked = []
     for path, layer in walk(model):
-        own = [v for v in _keras.own_variables(layer) if id(v) not in seen]
-        seen.update(id(variable) for variable in own)
-        if own:
-            count = sum(int(np.prod(variable.shape)) for variable in own)
+        count = sum(int(np.prod(variable.shape)) for variable in _keras.own_variables(layer))
+        if count and not any(mask_of(layer, name) for name in own_weights(layer, biases=True)):
             unmasked.append((path or model.name, plain_class(layer).__name__, count))
     return SparsityReport(rows, tuple(unmasked))

@@ -116,7 +116,7 @@ def _define(base: type[Layer]) -> type[Layer]:
     """Makes the masked form of a Keras layer: a class that can also be constructed by hand."""
 
     @functools.wraps(base.__init__)
-    def __init__(
+    def init(
         self: Any,
         *args: Any,
         masked_weights: Sequence[str] | None = None,
@@ -128,10 +128,10 @@ def _define(base: type[Layer]) -> type[Layer]:
         _set_masking(self, masked_weights, mask_bias, mask_initializer)
 
     plain = inspect.signature(base.__init__)
-    masking = inspect.signature(__init__, follow_wrapped=False).parameters.values()
+    masking = inspect.signature(init, follow_wrapped=False).parameters.values()
     parameters = [p for p in plain.parameters.values() if p.kind is not p.VAR_KEYWORD]
     parameters += [p for p in masking if p.kind in (p.KEYWORD_ONLY, p.VAR_KEYWORD)]
-    __init__.__signature__ = plain.replace(parameters=parameters)
+    init.__signature__ = plain.replace(parameters=parameters)
 
     @functools.wraps(base.build)
     def build(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -158,7 +158,7 @@ def _define(base: type[Layer]) -> type[Layer]:
     Raises:
         ValueError: When it is built, if `masked_weights` names a weight it does not have.
     """,
-        "__init__": __init__,
+        "__init__": init,
         "build": build,
         "get_config": get_config,
     }
