@@ -1,0 +1,306 @@
+"""Criteria say how much a weight matters: one score per weight, the highest are kept.
+
+A criterion is a pure function from the arrays of one competition group (`Group`) to scores. Adding
+one takes a function of a few lines and one registration:
+
+>>> @register("small_step", needs=("initial", "final"))
+... def small_step(group):
+...     '''Keeps the weights that moved least.'''
+...     return -np.abs(group.final - group.initial)
+
+Notation in the docstrings: `w0` the recorded initial weight, `wf` the recorded final one.
+
+References:
+    - [Frankle & Carbin, arXiv 1803.03635](https://arxiv.org/abs/1803.03635), section 2
+    - [Zhou et al., arXiv 1905.01067](https://arxiv.org/abs/1905.01067), section 2 (the criteria)
+      and section 5 (those that look at signs)
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+
+import numpy as np
+
+RECORDS = ("initial", "final", "current")
+SCOPES = ("layer", "global", "output")
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Group:
+    """The weights that compete with each other, as 1-D arrays of one length.
+
+    Args:
+        mask: bool array, True where a weight is alive. Dead entries are scored and ignored.
+        rng: the group's generator; it depends on the seed and the group alone.
+        initial: float array of the recorded initial weights, or None where not recorded or not
+            asked for. Read-only, finite, float32 or wider. So are the next two.
+        final: the recorded final weights.
+        current: the raw weights as they are now.
+    """
+
+    mask: np.ndarray
+    rng: np.random.Generator
+    initial: np.ndarray | None = None
+    final: np.ndarray | None = None
+    current: np.ndarray | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Criterion:
+    """A named score function and the records it reads.
+
+    Made by `register` and `get`, not by hand.
+
+    Args:
+        name: the name `get` knows it by.
+        function: `function(group)` gives an array of scores with the shape of `group.mask`. Minus
+            infinity is a legal score, NaN is not.
+        needs: the records it cannot do without, out of `RECORDS`.
+        optional: the records it is given where they exist.
+        scope: the only scope that goes with this criterion; None where any does.
+    """
+
+    name: str
+    function: Callable[[Group], np.ndarray]
+    needs: frozenset[str] = frozenset()
+    optional: frozenset[str] = frozenset()
+    scope: str | None = None
+
+    def __call__(self, group: Group) -> np.ndarray:
+        """The scores of a group's weights; the highest are kept."""
+        return self.function(group)
+
+    @property
+    def doc(self) -> str:
+        """The first line of the function's docstring, for tables and help texts."""
+        return (inspect.getdoc(self.function) or "").partition("\n")[0]
+
+    def get_config(self) -> dict:
+        """The name, from which `get` finds the criterion again if it is registered."""
+        return {"name": self.name}
+
+    @classmethod
+    def from_config(cls, config: Mapping) -> "Criterion":
+        """What `get` makes of a configuration."""
+        return get(config)
+
+
+Identifier = str | Mapping | Criterion | Callable[[Group], np.ndarray]
+
+_REGISTRY: dict[str, Criterion] = {}
+
+
+def register(
+    name: str, *, needs: Iterable[str] = (), scope: str | None = None
+) -> Callable[[Callable], Callable]:
+    """Makes a score function known by name; decorates it and hands it back unchanged.
+
+    Args:
+        name: the name for `get`, configurations and command lines.
+        needs: the records that the function reads, out of `"initial"`, `"final"`, `"current"`;
+            the others are None in its `Group`.
+        scope: the only scope that makes sense with it, or None.
+
+    Raises:
+        ValueError: an unknown record or scope, or a name that another function has. The same
+            function defined again (a notebook cell run twice) replaces the earlier one.
+    """
+    needs = frozenset((needs,) if isinstance(needs, str) else needs)
+    if not needs <= set(RECORDS):
+        raise ValueError(f"`needs` must be out of {RECORDS}. Received: needs={sorted(needs)}")
+    if scope is not None and scope not in SCOPES:
+        raise ValueError(f"`scope` must be None or one of {SCOPES}. Received: scope={scope!r}")
+
+    def decorate(function: Callable) -> Callable:
+        known = _REGISTRY.get(name)
+        if known is not None and _origin(known.function) != _origin(function):
+            raise ValueError(
+                f"The criterion name {name!r} is taken by {_origin(known.function)}. "
+                "Register under another name."
+            )
+        _REGISTRY[name] = Criterion(name, function, needs, scope=scope)
+        return function
+
+    return decorate
+
+
+def names() -> list[str]:
+    """The known names, in the order of registration; `get(name).doc` describes each in a line."""
+    return list(_REGISTRY)
+
+
+def get(identifier: Identifier) -> Criterion:
+    """Turns whatever names a criterion into a `Criterion`.
+
+    Args:
+        identifier: a known name; a dict from `get_config()` or Keras' `serialize_keras_object`; a
+            `Criterion`; or a function `Group -> scores`. A function that was not registered is
+            given every record that exists.
+
+    Raises:
+        ValueError: an unknown name, something that is none of these, or an unregistered function
+            that has the name of a known criterion (its configuration would restore the other one).
+    """
+    if isinstance(identifier, Criterion):
+        return identifier
+    if isinstance(identifier, Mapping):
+        config = identifier.get("config", identifier)
+        return get(config.get("name") if isinstance(config, Mapping) else config)
+    if isinstance(identifier, str):
+        if identifier in _REGISTRY:
+            return _REGISTRY[identifier]
+        raise ValueError(
+            f"Unknown criterion {identifier!r}. Known are: {', '.join(names())}. "
+            "Pass a function of your own itself, or `criteria.register` it under this name."
+        )
+    if callable(identifier) and not isinstance(identifier, type):
+        return _from_function(identifier)
+    raise ValueError(
+        "A criterion is given as a name, a configuration dict, a `Criterion` or a function of a "
+        f"`Group`. Received: {identifier!r} of type {type(identifier).__name__}"
+    )
+
+
+def _from_function(function: Callable) -> Criterion:
+    for criterion in _REGISTRY.values():
+        if criterion.function is function:
+            return criterion
+    name = getattr(function, "__name__", type(function).__name__)
+    if name in _REGISTRY:
+        raise ValueError(
+            f"A function named {name!r} was given that is not the criterion known by that name. "
+            "Rename it, or `criteria.register` it under a name of its own."
+        )
+    return Criterion(name, function, optional=frozenset(RECORDS))
+
+
+def _origin(function: Callable) -> str:
+    qualname = getattr(function, "__qualname__", type(function).__qualname__)
+    return f"{getattr(function, '__module__', None)}.{qualname}"
+
+
+@register("large_final", needs={"final"})
+def large_final(group: Group) -> np.ndarray:
+    """Keeps weights that end large: abs(wf)."""
+    return np.abs(group.final)
+
+
+@register("small_final", needs={"final"})
+def small_final(group: Group) -> np.ndarray:
+    """Keeps weights that end small: -abs(wf)."""
+    return -np.abs(group.final)
+
+
+@register("large_init", needs={"initial"})
+def large_init(group: Group) -> np.ndarray:
+    """Keeps weights that start large: abs(w0)."""
+    return np.abs(group.initial)
+
+
+@register("small_init", needs={"initial"})
+def small_init(group: Group) -> np.ndarray:
+    """Keeps weights that start small: -abs(w0)."""
+    return -np.abs(group.initial)
+
+
+@register("large_init_large_final", needs={"initial", "final"})
+def large_init_large_final(group: Group) -> np.ndarray:
+    """Keeps weights that start and end large: min(rank(abs(w0)), rank(abs(wf))).
+
+    The paper writes min(alpha abs(wf), abs(w0)) with an alpha that aligns the two; ranks among the
+    alive weights of the scope need no alpha.
+    """
+    initial = _rank(np.abs(group.initial), group.mask)
+    return np.minimum(initial, _rank(np.abs(group.final), group.mask))
+
+
+@register("small_init_small_final", needs={"initial", "final"})
+def small_init_small_final(group: Group) -> np.ndarray:
+    """Keeps weights that start and end small: min(rank(-abs(w0)), rank(-abs(wf)))."""
+    initial = _rank(-np.abs(group.initial), group.mask)
+    return np.minimum(initial, _rank(-np.abs(group.final), group.mask))
+
+
+@register("magnitude_increase", needs={"initial", "final"})
+def magnitude_increase(group: Group) -> np.ndarray:
+    """Keeps weights whose magnitude grew most: abs(wf) - abs(w0)."""
+    return np.abs(group.final) - np.abs(group.initial)
+
+
+@register("movement", needs={"initial", "final"})
+def movement(group: Group) -> np.ndarray:
+    """Keeps weights that moved furthest: abs(wf - w0)."""
+    return np.abs(group.final - group.initial)
+
+
+@register("random")
+def random(group: Group) -> np.ndarray:
+    """Keeps weights at random: seeded uniform."""
+    return group.rng.random(group.mask.size, dtype=np.float32)
+
+
+@register("large_final_same_sign", needs={"initial", "final"})
+def large_final_same_sign(group: Group) -> np.ndarray:
+    """Keeps weights that end large with the sign they started with: max(0, wf sign(w0)).
+
+    Flipped weights go first, in seeded order. Zero has no sign, so a `w0` or `wf` of zero is no
+    flip: it scores 0 and goes after every flipped weight.
+    """
+    aligned = group.final * np.sign(group.initial)
+    return np.where(aligned < 0, -np.inf, aligned)
+
+
+@register("large_final_diff_sign", needs={"initial", "final"})
+def large_final_diff_sign(group: Group) -> np.ndarray:
+    """Keeps weights that end large with the other sign: max(0, -wf sign(w0)).
+
+    Weights that kept their sign go first, in seeded order; a `w0` or `wf` of zero scores 0.
+    """
+    opposed = -group.final * np.sign(group.initial)
+    return np.where(opposed < 0, -np.inf, opposed)
+
+
+@register("magnitude_increase_same_sign", needs={"initial", "final"})
+def magnitude_increase_same_sign(group: Group) -> np.ndarray:
+    """Keeps weights that grew most without flipping: abs(wf) - abs(w0), -infinity if flipped.
+
+    A `w0` or `wf` of zero is no flip.
+    """
+    flipped = group.final * np.sign(group.initial) < 0
+    return np.where(flipped, -np.inf, magnitude_increase(group))
+
+
+@register("magnitude_increase_diff_sign", needs={"initial", "final"})
+def magnitude_increase_diff_sign(group: Group) -> np.ndarray:
+    """Keeps weights that grew most and flipped: abs(wf) - abs(w0), -infinity if the sign is kept.
+
+    A `w0` or `wf` of zero keeps no sign.
+    """
+    kept = group.final * np.sign(group.initial) > 0
+    return np.where(kept, -np.inf, magnitude_increase(group))
+
+
+@register("smallest_weights", needs={"current"})
+def smallest_weights(group: Group) -> np.ndarray:
+    """Drops the smallest weights as they are now: abs(w)."""
+    return np.abs(group.current)
+
+
+@register("smallest_weights_global", needs={"current"}, scope="global")
+def smallest_weights_global(group: Group) -> np.ndarray:
+    """Drops the smallest weights as they are now, over all layers together: abs(w)."""
+    return np.abs(group.current)
+
+
+def _rank(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """How many alive weights have a smaller value: equal values share a rank, dead ones have 0."""
+    alive = values[mask]
+    order = np.argsort(alive)
+    ordered = alive[order]
+    ranks = np.empty(alive.shape, dtype=np.int64)
+    # Sorted needles make the binary search cheap: it walks through memory.
+    ranks[order] = np.searchsorted(ordered, ordered)
+    spread = np.zeros(values.shape, dtype=np.int64)
+    spread[mask] = ranks
+    return spread
