@@ -3,4 +3,6 @@
 from lottery_ticket_pruner.callbacks import PrunerCallback
 from lottery_ticket_pruner.pruner import LotteryTicketPruner
 
+__version__ = "1.0.0.dev0"
+
 __all__ = ["LotteryTicketPruner", "PrunerCallback"]
