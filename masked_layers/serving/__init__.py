@@ -1,0 +1,9 @@
+"""Sparse models on disk: a SavedModel that any TensorFlow runtime serves, and its encoding.
+
+TensorFlow is imported when a function needs it.
+"""
+
+from masked_layers.serving.report import StorageReport, StorageRow
+from masked_layers.serving.saved_model import export_sparse_saved_model
+
+__all__ = ["StorageReport", "StorageRow", "export_sparse_saved_model"]

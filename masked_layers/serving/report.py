@@ -1,0 +1,188 @@
+"""What an exported model takes on disk, weight by weight."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+COLUMNS = ("path", "shape", "dtype", "encoding", "alive", "nbytes")
+FILE = "assets.extra/sparsity.json"
+"""Where the report lies in a SavedModel folder (`assets.extra` is the format's place for it)."""
+
+
+@dataclass(frozen=True)
+class StorageRow:
+    """One weight on disk.
+
+    Attributes:
+        path: Path of the weight in the model.
+        shape: Its shape.
+        dtype: Dtype of the stored values.
+        encoding: `"sparse"` (only the non-zero values and the gaps between them), `"packed"` (all
+            values, compressed), or `"dense"` (as they are).
+        alive: Number of entries that are not zero.
+        nbytes: Bytes on disk; of streams that weights share, its share.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    encoding: str
+    alive: int
+    nbytes: int
+
+    @property
+    def size(self) -> int:
+        """Number of entries."""
+        return math.prod(self.shape)
+
+    @property
+    def sparsity(self) -> float:
+        """Share of entries that are zero."""
+        return 1.0 - self.alive / self.size if self.size else 0.0
+
+    @property
+    def entropy_nbytes(self) -> float:
+        """Entropy of a random mask of this sparsity, in bytes."""
+        return sum(
+            -self.size * p * math.log2(p) / 8 for p in (self.sparsity, 1 - self.sparsity) if p
+        )
+
+
+@dataclass(frozen=True)
+class StorageReport:
+    """What a model takes on disk: iterates over its weights, prints as a table.
+
+    Attributes:
+        rows: One per weight.
+        files: Bytes by file, this report's own JSON left out; empty if it is no folder.
+        dense_nbytes: Bytes of all weights as they are in the model, uncompressed.
+        values: Dtype asked for the values: `"float32"` stands for exact.
+        output_error: Largest absolute difference between the outputs on the sample inputs and those
+            of the model itself, relative to the largest absolute output; None if not measured.
+    """
+
+    rows: tuple[StorageRow, ...]
+    dense_nbytes: int
+    files: Mapping[str, int] = field(default_factory=dict)
+    values: str = "float32"
+    output_error: float | None = None
+
+    def __iter__(self) -> Iterator[StorageRow]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def size(self) -> int:
+        """Number of weights."""
+        return sum(row.size for row in self.rows)
+
+    @property
+    def alive(self) -> int:
+        """Number of weights that are not zero."""
+        return sum(row.alive for row in self.rows)
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros among all weights."""
+        return 1.0 - self.alive / self.size if self.size else 0.0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights on disk."""
+        return sum(row.nbytes for row in self.rows)
+
+    @property
+    def folder_nbytes(self) -> int:
+        """Bytes of the whole folder, graph and this report included."""
+        return sum(self.files.values()) + len(self.to_json())
+
+    @property
+    def dense_folder_nbytes(self) -> int:
+        """Bytes of the same graph with one uncompressed copy of the weights beside it."""
+        return self.dense_nbytes + self.files.get("saved_model.pb", 0)
+
+    @property
+    def reference_nbytes(self) -> float:
+        """Entropy of the masks plus 4 bytes for every value: a yardstick, not a bound."""
+        return sum(row.entropy_nbytes + 4 * row.alive for row in self.rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the report as plain numbers, strings and lists."""
+        return {
+            "values": self.values,
+            "output_error": self.output_error,
+            "dense_nbytes": self.dense_nbytes,
+            "files": dict(self.files),
+            "columns": list(COLUMNS),
+            "rows": [[getattr(row, column) for column in COLUMNS] for row in self.rows],
+        }
+
+    def to_json(self) -> bytes:
+        """Returns the report as JSON on one line."""
+        return json.dumps(self.to_dict(), separators=(",", ":")).encode()
+
+    @classmethod
+    def from_json(cls, data: bytes) -> StorageReport:
+        """Inverse of `to_json`.
+
+        Raises:
+            ValueError: If the bytes are no such report.
+        """
+        try:
+            content = json.loads(data)
+            rows = []
+            for cells in content.pop("rows"):
+                cells = dict(zip(content["columns"], cells, strict=True))
+                rows.append(StorageRow(**{**cells, "shape": tuple(cells["shape"])}))
+            del content["columns"]
+            return cls(rows=tuple(rows), **content)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"Not a storage report: {error!r}") from error
+
+    def __str__(self) -> str:
+        lines = [("weight", "shape", "values", "encoding", "alive", "sparsity", "bytes")]
+        # Dense odds and ends (biases, statistics) are summed up: a large model has hundreds.
+        shown = [row for row in self.rows if row.encoding == "sparse" or len(row.shape) > 1]
+        rest = [row for row in self.rows if row not in shown]
+        for row in shown:
+            shape = "x".join(map(str, row.shape))
+            lines.append((row.path, shape, row.dtype, row.encoding, *_numbers(row)))
+        if rest:
+            others = StorageReport(tuple(rest), 0)
+            encodings = "/".join(sorted({row.encoding for row in rest}))
+            dtypes = "/".join(sorted({row.dtype for row in rest}))
+            lines.append((f"{len(rest)} others", "", dtypes, encodings, *_numbers(others)))
+        lines.append(("total", "", "", "", *_numbers(self)))
+        widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+        text = [
+            "  ".join(
+                cell.ljust(width) if i < 4 else cell.rjust(width)
+                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+            for line in lines
+        ]
+        text += [
+            f"uncompressed weights: {self.dense_nbytes:,} bytes",
+            f"mask entropy + 4 bytes per value: {round(self.reference_nbytes):,} bytes",
+        ]
+        if self.files:
+            ratio = self.dense_folder_nbytes / self.folder_nbytes
+            text.append(
+                f"folder: {self.folder_nbytes:,} bytes, {ratio:.1f} times smaller than with "
+                f"uncompressed weights ({self.dense_folder_nbytes:,})"
+            )
+        if self.output_error is not None:
+            text.append(
+                f"largest difference of an output: {self.output_error:.2g} of the largest output"
+            )
+        return "\n".join(text)
+
+
+def _numbers(counts: StorageRow | StorageReport) -> tuple[str, str, str]:
+    return f"{counts.alive:,}", f"{counts.sparsity:.2%}", f"{counts.nbytes:,}"

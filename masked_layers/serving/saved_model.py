@@ -1,0 +1,574 @@
+"""Sparse SavedModel: small on disk, decoded once when it is loaded, dense speed after that.
+
+The folder holds the weights as one file in the format of `encoding.py`, an asset of the SavedModel.
+The initializer that every TensorFlow runtime runs on loading decodes it into variables that are in
+no checkpoint; the serving function then is the dense model's. Only TensorFlow's own ops are used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import itertools
+import logging
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import keras
+import numpy as np
+
+from masked_layers.serving import encoding
+from masked_layers.serving.report import FILE, StorageReport, StorageRow
+from masked_layers.serving.tracing import Traced, effective_values, trace
+
+if TYPE_CHECKING:
+    import tensorflow as tf
+
+logger = logging.getLogger(__name__)
+
+PACK = "weights.mlsp"
+
+_PACKED_BELOW = 1 << 14
+"""Elements below which a dense array joins the pack: as a variable of its own in the checkpoint, a
+bias costs more bytes in indices than in values. A larger one loads faster from the checkpoint."""
+
+_BITCAST = frozenset(
+    (
+        *("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
+        *("float16", "float32", "float64", "bfloat16"),
+    )
+)
+"""Dtypes that TensorFlow's `bitcast` makes from bytes; others stay in the checkpoint."""
+
+
+def export_sparse_saved_model(
+    model: keras.Model,
+    path: str | os.PathLike[str],
+    *,
+    values: str = "float32",
+    include: str | Iterable[str] | Callable[[str], bool] | None = None,
+    level: int = 9,
+    input_signature: Any = None,
+    sample_inputs: Any = None,
+) -> StorageReport:
+    """Writes a SavedModel folder that takes about as many bytes as the model has non-zero weights.
+
+    Any TensorFlow runtime loads it, with neither Keras nor this library nor a custom op; its
+    signatures are those of `model.export(path)`. The folder is loaded back and compared with the
+    model before it takes its place; if anything fails, what was at `path` is still there.
+
+    Args:
+        model: A built model, masked or plain (a plain one with zeros in its kernels).
+        path: Folder to write. An empty folder or a SavedModel there is replaced.
+        values: `"float32"` keeps every value exactly (whatever its dtype). `"float16"` and
+            `"bfloat16"` round the values of sparse weights to 2 bytes on disk; the model still
+            computes in its own dtype. The report gives the error of the outputs.
+        include: Which weights may be encoded sparsely: a regular expression searched in their
+            paths, a list of those, or a function of the path. Default: all; a weight for which it
+            does not pay stays dense by itself.
+        level: Compression level, 0 to 9.
+        input_signature: As in `keras.Model.export`.
+        sample_inputs: What to call the model with when outputs are compared. Default: seeded
+            random numbers of the shapes of the signature, zeros and ones for integers.
+
+    Returns:
+        The report that also lies in the folder as `assets.extra/sparsity.json`.
+
+    Raises:
+        FileExistsError: If something else than a SavedModel is at `path`.
+        ImportError: If TensorFlow is missing.
+        NotImplementedError: If Keras cannot trace a model into TensorFlow under this backend.
+        OverflowError: If a value does not fit `values`.
+        RuntimeError: If the folder that was written does not compute what the model computes.
+        ValueError: If an argument is invalid or the model is not built.
+    """
+    if values not in ("float32", "float16", "bfloat16"):
+        raise ValueError(
+            f"`values` must be 'float32' (exact), 'float16' or 'bfloat16'. Received: {values!r}"
+        )
+    path = Path(path)
+    _check_replaceable(path)
+    arrays = effective_values(model)
+    traced = trace(model, arrays, input_signature)
+    arrays = {name: _canonical(name, arrays[name]) for name in traced.variables}
+    encodings = {name: _encoding(array, included(include, name)) for name, array in arrays.items()}
+    stored = {
+        name: _rounded(name, array, values if encodings[name] == "sparse" else "float32")
+        for name, array in arrays.items()
+        if encodings[name] != "dense"
+    }
+    names = {"sparse": "sparse", "packed": "dense"}
+    pack = encoding.encode(
+        stored, encodings={name: names[encodings[name]] for name in stored}, level=level
+    )
+    expected = {
+        name: stored[name].astype(array.dtype) if name in stored else array
+        for name, array in arrays.items()
+    }
+    samples = _samples(traced, sample_inputs)
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        os.chmod(folder, 0o777 & ~_umask())
+        _write(folder, traced, pack)
+        _compact(folder / "saved_model.pb", keep_saver="dense" in encodings.values())
+        # A hash of the graph as it was before compaction; loaders take its absence in their stride.
+        (folder / "fingerprint.pb").unlink(missing_ok=True)
+        error = _verify(folder, model, traced, expected, samples, exact=values == "float32")
+        files = {
+            file.relative_to(folder).as_posix(): file.stat().st_size
+            for file in sorted(folder.rglob("*"))
+            if file.is_file()
+        }
+        report = StorageReport(
+            rows=_rows(arrays, stored, pack, encodings),
+            dense_nbytes=sum(array.nbytes for array in arrays.values()),
+            files=files,
+            values=values,
+            output_error=error,
+        )
+        (folder / FILE).parent.mkdir()
+        (folder / FILE).write_bytes(report.to_json())
+        _replace(folder, path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    logger.info("Wrote '%s': %d bytes, sparsity %.4f.", path, report.folder_nbytes, report.sparsity)
+    return report
+
+
+def included(include: Any, path: str) -> bool:
+    """Whether a weight is among those that `include` names; see `export_sparse_saved_model`.
+
+    Raises:
+        TypeError: If `include` is none of the kinds that are allowed.
+    """
+    if include is None:
+        return True
+    if callable(include):
+        return bool(include(path))
+    patterns = [include] if isinstance(include, str) else list(include)
+    if not all(isinstance(pattern, str) for pattern in patterns):
+        raise TypeError(
+            "`include` must be a regular expression, a list of them or a function of a path. "
+            f"Received: {include!r}"
+        )
+    return any(re.search(pattern, path) for pattern in patterns)
+
+
+# --- Weights --------------------------------------------------------------------------------------
+
+
+def _canonical(name: str, array: np.ndarray) -> np.ndarray:
+    return encoding.canonical(name, array) if array.dtype.name in _BITCAST else array
+
+
+def _encoding(array: np.ndarray, allowed: bool) -> str:
+    if array.dtype.name not in _BITCAST:
+        return "dense"
+    if allowed and encoding.choose(array) == "sparse":
+        return "sparse"
+    return "packed" if array.size < _PACKED_BELOW else "dense"
+
+
+def _rounded(name: str, array: np.ndarray, dtype: str) -> np.ndarray:
+    if dtype == "float32" or array.dtype.kind in "iu" or array.dtype.itemsize <= 2:
+        return array
+    import ml_dtypes
+
+    with np.errstate(over="ignore"):
+        rounded = array.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    if (np.isfinite(array) & ~np.isfinite(rounded)).any():
+        raise OverflowError(
+            f"'{name}' holds values up to {np.nanmax(np.abs(array))}, beyond the range of {dtype}. "
+            "Use values='bfloat16' or 'float32', or leave the weight out with `include`."
+        )
+    return rounded
+
+
+def _rows(
+    arrays: Mapping[str, np.ndarray],
+    stored: Mapping[str, np.ndarray],
+    pack: bytes,
+    encodings: Mapping[str, str],
+) -> tuple[StorageRow, ...]:
+    nbytes = {
+        entry.name: count
+        for block in encoding.blocks(pack)
+        for entry, count in zip(block.entries, block.nbytes, strict=True)
+    }
+    rows = []
+    for name, array in arrays.items():
+        array = stored.get(name, array)
+        alive = array.size - int(np.count_nonzero(array == np.zeros((), array.dtype)))
+        rows.append(
+            StorageRow(
+                name,
+                array.shape,
+                array.dtype.name,
+                encodings[name],
+                alive,
+                nbytes.get(name, array.nbytes),
+            )
+        )
+    return tuple(rows)
+
+
+# --- Graph ----------------------------------------------------------------------------------------
+
+
+def _write(folder: Path, traced: Traced, pack: bytes) -> None:
+    """Writes the SavedModel: the serving function, the pack as an asset, what decodes it."""
+    import tensorflow as tf
+
+    packed = {entry.name for block in encoding.blocks(pack) for entry in block.entries}
+
+    class Weights(tf.saved_model.experimental.TrackableResource):
+        """Decodes the pack into the variables when the SavedModel is loaded."""
+
+        def _create_resource(self) -> Any:
+            # A resource must have a handle; the weights are variables, so nothing is behind it.
+            name = next(iter(traced.variables.values()), root).name
+            return tf.raw_ops.VarHandleOp(dtype=tf.bool, shape=[], shared_name=f"{name}/decoder")
+
+        def _initialize(self) -> None:
+            decode(root.pack.asset_path, encoding.blocks(pack), traced.variables)
+
+    for name in packed:
+        _keep_out_of_checkpoint(traced.variables[name])
+    with tempfile.TemporaryDirectory() as assets:
+        file = Path(assets, PACK)
+        file.write_bytes(pack)
+        # Whatever the functions touch hangs on the root: a `TrackableResource` tracks nothing by
+        # itself, and an untracked asset would leave the path of this machine in the graph.
+        root = tf.__internal__.tracking.AutoTrackable()
+        root.serve = traced.function
+        root.variables = list(traced.variables.values())
+        root.resources = list(traced.resources)
+        if packed:
+            root.pack = tf.saved_model.Asset(str(file))
+            root.weights = Weights()
+        # Keras gives the endpoint its own name and makes it TensorFlow Serving's default.
+        signatures = {"serve": traced.function, "serving_default": traced.function}
+        tf.saved_model.save(root, str(folder), signatures=signatures)
+
+
+def decode(
+    file: Any, blocks: Sequence[encoding.Block], variables: Mapping[str, tf.Variable]
+) -> None:
+    """Adds the ops to a graph that decode a packed file into variables.
+
+    One block after the other, so that memory holds one decoded block beside the variables.
+
+    Args:
+        file: String tensor, path of the packed file.
+        blocks: `encoding.blocks` of its bytes.
+        variables: Variables by name of the array; values are cast to their dtype.
+    """
+    import tensorflow as tf
+
+    data = tf.io.read_file(file)
+    done: list[Any] = []
+    for block in blocks:
+        with tf.control_dependencies(done):
+            flat = _decode_block(data, block)
+            done = []
+            # Arrays of equal shape lie side by side: few ops for many variables.
+            shapes = [
+                (shape, list(members))
+                for shape, members in itertools.groupby(block.entries, lambda entry: entry.shape)
+            ]
+            sizes = [sum(entry.size for entry in members) for _, members in shapes]
+            parts = tf.split(flat, sizes) if len(sizes) > 1 else [flat]
+            for (shape, members), part in zip(shapes, parts, strict=True):
+                if len(members) == 1:
+                    arrays = [tf.reshape(part, shape)]
+                else:
+                    arrays = tf.unstack(tf.reshape(part, [len(members), *shape]))
+                for entry, array in zip(members, arrays, strict=True):
+                    variable = variables[entry.name]
+                    value = tf.cast(array, variable.dtype)
+                    done.append(tf.raw_ops.AssignVariableOp(resource=variable.handle, value=value))
+
+
+def _decode_block(data: tf.Tensor, block: encoding.Block) -> tf.Tensor:
+    """Returns the values of a block, zeros included, as one flat tensor."""
+    import tensorflow as tf
+
+    def stream(first: int, last: int | None) -> tf.Tensor:
+        offsets, lengths = zip(*block.streams[first:last], strict=True)
+        integer = tf.int32 if max(offsets) + max(lengths) < 2**31 else tf.int64
+        packed = tf.strings.substr(
+            data, tf.constant(offsets, integer), tf.constant(lengths, integer)
+        )
+        return tf.io.decode_raw(tf.io.decode_compressed(packed, "ZLIB"), tf.uint8)
+
+    sparse = block.encoding == "sparse"
+    dtype = tf.as_dtype(block.dtype)
+    planes = stream(1 if sparse else 0, None)
+    if dtype.size == 1:
+        values = tf.bitcast(tf.reshape(planes, [-1]), dtype)
+    else:
+        values = tf.bitcast(tf.transpose(planes), dtype)
+    if not sparse:
+        return values
+    gaps = stream(0, 1)
+    index = tf.int32 if block.size < 2**31 else tf.int64
+    # A gap of g < 255 moves on by g zeros and one value, 255 by 255 zeros.
+    steps = tf.minimum(tf.cast(gaps, index) + 1, encoding.SKIP)
+    ends = tf.cumsum(tf.reshape(steps, [-1]))
+    taken = tf.where(tf.not_equal(tf.reshape(gaps, [-1]), encoding.SKIP))
+    positions = tf.gather_nd(tf.reshape(ends - 1, [-1, 1]), taken)
+    return tf.scatter_nd(positions, values, tf.constant([block.size], index))
+
+
+def _keep_out_of_checkpoint(variable: tf.Variable) -> None:
+    """Makes `tf.saved_model.save` write the variable without a value.
+
+    TensorFlow has no public way to say so. It asks the variable itself for the checkpoint, and the
+    copy in the exported graph for the restore function that the v1 loader runs.
+    """
+    export = variable._export_to_saved_model_graph
+
+    def export_without_value(object_map: Any, **kwargs: Any) -> Any:
+        exported = export(object_map=object_map, **kwargs)
+        object_map[variable]._serialize_to_tensors = dict
+        return exported
+
+    variable._serialize_to_tensors = dict
+    variable._export_to_saved_model_graph = export_without_value
+
+
+def _compact(file: Path, *, keep_saver: bool) -> None:
+    """Removes from a SavedModel's graph what no loader needs; about half of a small model's folder.
+
+    Args:
+        file: The `saved_model.pb`.
+        keep_saver: Whether the checkpoint holds values. Without any, the graph that saves and
+            restores them goes too.
+    """
+    from tensorflow.core.protobuf import saved_model_pb2
+
+    model = saved_model_pb2.SavedModel.FromString(file.read_bytes())
+    (meta,) = model.meta_graphs
+    graph = meta.graph_def
+    # Only for a runtime older than this one; defaults that it could not know are stripped already.
+    meta.meta_info_def.ClearField("stripped_op_list")
+    if not keep_saver:
+        meta.ClearField("saver_def")
+
+    roots = {
+        tensor.name.partition(":")[0]
+        for signature in meta.signature_def.values()
+        for tensor in (*signature.inputs.values(), *signature.outputs.values())
+    }
+    roots |= {asset.tensor_info.name.partition(":")[0] for asset in meta.asset_file_def}
+    if keep_saver:
+        saver = meta.saver_def
+        names = (saver.filename_tensor_name, saver.save_tensor_name, saver.restore_op_name)
+        roots |= {name.partition(":")[0] for name in names}
+    nodes = {node.name: node for node in graph.node}
+    kept = _closure(
+        roots, lambda name: (i.lstrip("^").partition(":")[0] for i in nodes[name].input)
+    )
+    _retain(graph.node, lambda node: node.name in kept)
+
+    functions = {function.signature.name: function for function in graph.library.function}
+    called = {name for node in graph.node for name in _functions_of(node)}
+    called |= set(meta.object_graph_def.concrete_functions)
+    called = _closure(
+        called & functions.keys(),
+        lambda name: (
+            inner
+            for node in functions[name].node_def
+            for inner in _functions_of(node)
+            if inner in functions
+        ),
+    )
+    _retain(graph.library.function, lambda function: function.signature.name in called)
+    _retain(graph.library.gradient, lambda gradient: gradient.function_name in called)
+    for node in itertools.chain(graph.node, *(f.node_def for f in graph.library.function)):
+        # Every loader infers the shapes inside the graph again.
+        node.attr.pop("_output_shapes", None)
+    file.write_bytes(model.SerializeToString(deterministic=True))
+
+
+def _closure(start: Iterable[str], following: Callable[[str], Iterable[str]]) -> set[str]:
+    found: set[str] = set()
+    waiting = list(start)
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            found.add(name)
+            waiting.extend(following(name))
+    return found
+
+
+def _functions_of(node: Any) -> Iterator[str]:
+    yield node.op
+    for value in node.attr.values():
+        yield value.func.name
+        yield from (function.name for function in value.list.func)
+
+
+def _retain(messages: Any, keep: Callable[[Any], bool]) -> None:
+    kept = [message for message in messages if keep(message)]
+    del messages[:]
+    messages.extend(kept)
+
+
+# --- Verification ---------------------------------------------------------------------------------
+
+
+def _samples(traced: Traced, sample_inputs: Any) -> list[Any]:
+    """Returns the positional inputs to compare outputs on, as tensors of the signature's dtypes."""
+    import tensorflow as tf
+
+    rng = np.random.default_rng(0)
+
+    def random(spec: tf.TensorSpec) -> tf.Tensor:
+        # A free batch of 2; other free dimensions (time, height) long enough for what slides.
+        shape = [
+            size if size is not None else 2 if axis == 0 else 8
+            for axis, size in enumerate(spec.shape)
+        ]
+        if spec.dtype == tf.string:
+            return tf.fill(shape, "")
+        if spec.dtype.is_floating or spec.dtype.is_complex:
+            return tf.cast(rng.standard_normal(shape), spec.dtype)
+        return tf.cast(rng.integers(0, 2, shape), spec.dtype)
+
+    signature = list(traced.signature)
+    if sample_inputs is None:
+        return keras.tree.map_structure(random, signature)
+    given = [sample_inputs] if len(signature) == 1 else list(sample_inputs)
+    try:
+        return keras.tree.map_structure(
+            lambda spec, value: tf.cast(tf.convert_to_tensor(value), spec.dtype), signature, given
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"`sample_inputs` does not fit the model's inputs {signature}: {error}"
+        ) from error
+
+
+def _verify(
+    folder: Path,
+    model: keras.Model,
+    traced: Traced,
+    expected: Mapping[str, np.ndarray],
+    samples: list[Any],
+    *,
+    exact: bool,
+) -> float:
+    """Returns the relative difference between the outputs of the folder and of the dense function.
+
+    Raises:
+        RuntimeError: If a weight comes back with another bit, or outputs differ by more than
+            rounding.
+    """
+    import ml_dtypes
+    import tensorflow as tf
+
+    loaded = tf.saved_model.load(str(folder))
+    for (name, value), variable in zip(expected.items(), loaded.variables, strict=True):
+        if variable.numpy().tobytes() != value.tobytes():
+            raise RuntimeError(
+                f"Weight '{name}' does not come back from the SavedModel as it was written. "
+                "Nothing was changed at the target path; please report this."
+            )
+
+    with keras.StatelessScope():
+        inputs = samples
+        if keras.backend.backend() != "tensorflow":
+            inputs = keras.tree.map_structure(lambda sample: sample.numpy(), samples)
+        truth = [keras.ops.convert_to_numpy(x) for x in keras.tree.flatten(model(*inputs))]
+    dense = [x.numpy() for x in keras.tree.flatten(traced.function(*samples))]
+    sparse = [x.numpy() for x in keras.tree.flatten(loaded.serve(*samples))]
+
+    # Graphs fuse ops and so round elsewhere than the model does when it is called op by op. This
+    # much tells wrong weights from rounding; it is the weights that are compared bit for bit.
+    dtypes = {model.compute_dtype, *(x.dtype.name for x in truth)}
+    floats = [tf.as_dtype(name) for name in dtypes if tf.as_dtype(name).is_floating]
+    tolerance = max((float(ml_dtypes.finfo(d.as_numpy_dtype).eps) for d in floats), default=0.0)
+    for kind, got, wanted in (("Traced", dense, truth), ("Exported", sparse, dense)):
+        error = max(map(_difference, got, wanted), default=0.0)
+        if error > tolerance**0.5 and (exact or kind == "Traced"):
+            raise RuntimeError(
+                f"{kind} outputs differ from the model's by {error:.2g} of the largest output, "
+                f"more than the rounding of {sorted(dtypes)} explains. Nothing was changed at the "
+                "target path. If the model computes something random, it cannot be compared."
+            )
+    return error
+
+
+def _difference(got: np.ndarray, wanted: np.ndarray) -> float:
+    """Returns max abs(got - wanted) / max abs(wanted); equal NaNs and infinities differ by 0."""
+    if got.shape != wanted.shape:
+        return float("inf")
+    if not wanted.size or got.tobytes() == wanted.tobytes():
+        return 0.0
+    if wanted.dtype.kind in "OSUb":
+        return 0.0 if (got == wanted).all() else float("inf")
+    got, wanted = (
+        np.asarray(x, "complex128" if x.dtype.kind == "c" else "float64") for x in (got, wanted)
+    )
+    same = (got == wanted) | (np.isnan(got) & np.isnan(wanted))
+    with np.errstate(invalid="ignore"):
+        difference = np.where(same, 0.0, np.abs(got - wanted))
+    if not np.isfinite(difference).all():
+        return float("inf")
+    finite = np.abs(wanted[np.isfinite(wanted)])
+    return float(difference.max() / max(finite.max(initial=0.0), np.finfo("float32").tiny))
+
+
+# --- Files ----------------------------------------------------------------------------------------
+
+
+def _check_replaceable(path: Path) -> None:
+    if not path.exists():
+        return
+    if not path.is_dir() or (any(path.iterdir()) and not (path / "saved_model.pb").is_file()):
+        raise FileExistsError(
+            f"'{path}' exists and is no SavedModel folder. Remove it or choose another path."
+        )
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _replace(new: Path, path: Path) -> None:
+    """Puts folder `new` at `path` in one step; what was there is at `new` afterwards, or gone."""
+    if not path.exists():
+        new.rename(path)
+    elif not _exchange(new, path):
+        # Where the system cannot exchange two folders: two steps, undone if the second fails.
+        old = path.with_name(f"{new.name}.old")
+        path.rename(old)
+        try:
+            new.rename(path)
+        except BaseException:
+            old.rename(path)
+            raise
+        shutil.rmtree(old)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Exchanges two paths atomically; False where the system or file system cannot."""
+    library = ctypes.CDLL(None)
+    names = os.fsencode(a), os.fsencode(b)
+    with contextlib.suppress(AttributeError):
+        here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+        return library.renameat2(here, names[0], here, names[1], exchange) == 0
+    with contextlib.suppress(AttributeError):
+        swap = 2  # RENAME_SWAP
+        return library.renamex_np(*names, swap) == 0
+    return False

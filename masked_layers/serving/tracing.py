@@ -1,0 +1,211 @@
+"""From a Keras model to a TensorFlow function whose weights are variables of ours."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import keras
+import numpy as np
+
+from masked_layers import _keras
+from masked_layers.inspection import weight_refs
+from masked_layers.masks import raw_view
+from masked_layers.paths import join, walk
+
+if TYPE_CHECKING:
+    import tensorflow as tf
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A serving function and what it reads.
+
+    Attributes:
+        function: `tf.function` with one concrete function; it takes what `model` takes.
+        signature: Its arguments, a structure of `tf.TensorSpec`.
+        variables: The weights it reads, by path; none of them is a variable of the model.
+        resources: Other objects it reads, to be saved as they are: lookup tables, variables that
+            are not Keras'.
+    """
+
+    function: Any
+    signature: Any
+    variables: dict[str, tf.Variable]
+    resources: list[Any]
+
+
+def effective_values(model: keras.Model) -> dict[str, np.ndarray]:
+    """Returns every variable's value by path, as the forward pass reads it; masks are left out."""
+    _keras.sync(model)
+    return {
+        path: np.array(
+            keras.ops.convert_to_numpy(variable if mask is None else mask.apply(variable))
+        )
+        for path, (variable, mask) in _sources(model).items()
+    }
+
+
+def trace(
+    model: keras.Model, values: Mapping[str, np.ndarray], input_signature: Any = None
+) -> Traced:
+    """Traces the inference pass of a model over TensorFlow variables that hold `values`.
+
+    Masks do not appear in the graph: the variables hold effective values.
+
+    Args:
+        model: A built model, plain or masked.
+        values: What `effective_values(model)` returned.
+        input_signature: As in `keras.Model.export`.
+
+    Raises:
+        ImportError: If TensorFlow, or what traces into it from another backend, is missing.
+        NotImplementedError: If the backend cannot trace into TensorFlow.
+    """
+    import tensorflow as tf
+
+    backend = keras.backend.backend()
+    if backend not in ("tensorflow", "jax"):
+        raise NotImplementedError(
+            f"Keras cannot trace a model into TensorFlow under the '{backend}' backend without "
+            "further packages. Save it with `masked_layers.strip_masks(model).save('model.keras')` "
+            "and export that file in a process with KERAS_BACKEND=tensorflow (or jax)."
+        )
+    signature = _keras.export_signature(model, input_signature)
+    sources = {path: variable for path, (variable, _) in _sources(model).items()}
+
+    # A name that no other model in the process has: variables of one name are one variable in a
+    # session, and two models may be loaded into one.
+    digest = hashlib.sha256(model.name.encode())
+    for path, value in values.items():
+        digest.update(f"{path}{value.dtype}{value.shape}".encode())
+        digest.update(value.tobytes())
+    prefix = digest.hexdigest()[:12]
+    with tf.device("CPU"):
+        variables = {
+            path: tf.Variable(
+                values[path], name=f"{prefix}/{i}", trainable=source.trainable, dtype=source.dtype
+            )
+            for i, (path, source) in enumerate(sources.items())
+        }
+
+    make = _tensorflow_function if backend == "tensorflow" else _jax_function
+    # The inference pass reads some variables not at all (seeds of dropout layers, metrics); which
+    # ones shows only in the graph. The second trace leaves them out.
+    function, reads = make(model, signature, sources, variables)
+    function.get_concrete_function()
+    used = {path for path, read in reads.items() if read.consumers()}
+    if used < sources.keys():
+        sources = {path: source for path, source in sources.items() if path in used}
+        variables = {path: variable for path, variable in variables.items() if path in used}
+        function, _ = make(model, signature, sources, variables)
+
+    return Traced(function, signature, variables, _other_resources(model, function, variables))
+
+
+Maker = Callable[[keras.Model, Any, dict[str, Any], dict[str, Any]], tuple[Any, dict[str, Any]]]
+
+
+def _tensorflow_function(
+    model: keras.Model, signature: Any, sources: dict[str, Any], variables: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    import tensorflow as tf
+
+    reads: dict[str, Any] = {}
+
+    def serve(*args: Any) -> Any:
+        reads.update({path: tf.convert_to_tensor(v) for path, v in variables.items()})
+        outputs, updates = _call(model, sources, reads, args)
+        for path, value in updates.items():
+            variables[path].assign(value)
+        return outputs
+
+    return tf.function(serve, input_signature=signature, autograph=False), reads
+
+
+def _jax_function(
+    model: keras.Model, signature: Any, sources: dict[str, Any], variables: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    import tensorflow as tf
+    from jax.experimental import jax2tf
+
+    reads: dict[str, Any] = {}
+    free = iter(range(10**6))
+
+    def polymorphic(spec: Any) -> str:
+        # Keras' convention: the first free dimension is the batch, the same for all inputs.
+        names = [
+            str(size) if size is not None else "batch" if axis == 0 else f"d{next(free)}"
+            for axis, size in enumerate(spec.shape)
+        ]
+        return f"({', '.join(names)})"
+
+    convert = jax2tf.convert(
+        lambda values, *args: _call(model, sources, values, args),
+        polymorphic_shapes=[None, *keras.tree.map_structure(polymorphic, list(signature))],
+        with_gradient=False,
+    )
+
+    def serve(*args: Any) -> Any:
+        reads.update({path: tf.convert_to_tensor(v) for path, v in variables.items()})
+        outputs, updates = convert(dict(reads), *args)
+        for path, value in updates.items():
+            variables[path].assign(tf.cast(value, variables[path].dtype))
+        return outputs
+
+    return tf.function(serve, input_signature=signature, autograph=False), reads
+
+
+def _call(
+    model: keras.Model, sources: dict[str, Any], values: Mapping[str, Any], args: tuple[Any, ...]
+) -> tuple[Any, dict[str, Any]]:
+    """Returns the outputs of `model(*args)` over `values` and the variables that it updated."""
+    mapping = [(source, values[path]) for path, source in sources.items()]
+    with raw_view(), keras.StatelessScope(mapping) as scope:
+        before = {path: scope.get_current_value(source) for path, source in sources.items()}
+        outputs = model(*args)
+        after = {path: scope.get_current_value(source) for path, source in sources.items()}
+    return outputs, {path: after[path] for path in after if after[path] is not before[path]}
+
+
+def _sources(model: keras.Model) -> dict[str, tuple[keras.Variable, Any]]:
+    """Returns (variable, mask or None) by path: all variables of a model but its masks."""
+    found = {id(ref.variable): (ref.path, ref.mask) for ref in weight_refs(model, mask_bias=True)}
+    skip = {id(mask.value) for _, mask in found.values() if mask is not None}
+    for path, layer in walk(model):
+        for variable in _keras.own_variables(layer):
+            found.setdefault(id(variable), (join(path, variable.name), None))
+    sources: dict[str, tuple[keras.Variable, Any]] = {}
+    for variable in model.variables:
+        if id(variable) not in skip:
+            path, mask = found.get(id(variable), (variable.path, None))
+            unique, count = path, 0
+            while unique in sources:
+                count += 1
+                unique = f"{path}_{count}"
+            sources[unique] = (variable, mask)
+    return sources
+
+
+def _other_resources(
+    model: keras.Model, function: Any, variables: Mapping[str, tf.Variable]
+) -> list[Any]:
+    """Returns what a function reads beside `variables`: variables of TensorFlow, lookup tables."""
+    import tensorflow as tf
+
+    concrete = function.get_concrete_function()
+    own = {id(variable) for variable in variables.values()}
+    others = [variable for variable in concrete.variables if id(variable) not in own]
+    if len(concrete.captured_inputs) == len(concrete.variables):
+        return others
+
+    class View(tf.train.TrackableView):
+        # The public view lists what a checkpoint holds, and tables are not in checkpoints.
+        @classmethod
+        def children(cls, obj: Any, save_type: str = "savedmodel", **kwargs: Any) -> Any:
+            return super().children(obj, save_type, cache={}, **kwargs)
+
+    resource = tf.saved_model.experimental.TrackableResource
+    return others + [found for found in View(model).descendants() if isinstance(found, resource)]
