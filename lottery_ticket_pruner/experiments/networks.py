@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import keras
 
 _CONV_WIDTHS = {"conv-2": (64,), "conv-4": (64, 128), "conv-6": (64, 128, 256)}
-_DENSE_WIDTHS = {"fc-100-50": (100, 50), "lenet-300-100": (300, 100)}
+_DENSE_WIDTHS = {"lenet-300-100": (300, 100)}
 
 NAMES = (*_DENSE_WIDTHS, *_CONV_WIDTHS)
 
@@ -13,7 +13,7 @@ NAMES = (*_DENSE_WIDTHS, *_CONV_WIDTHS)
 def build(name: str, input_shape: Sequence[int], classes: int = 10) -> keras.Sequential:
     """Build a network for images of one shape; its outputs are logits.
 
-    Fully connected: `fc-100-50` (for 8 x 8 digits) and `lenet-300-100`. Convolutional: `conv-2`,
+    Fully connected: `lenet-300-100`. Convolutional: `conv-2`,
     `conv-4`, `conv-6`, with one, two, three pairs of 3 x 3 convolutions of 64, 128 and 256
     filters, each pair followed by 2 x 2 max pooling, then 256-256-classes fully connected
     (Frankle & Carbin, arXiv 1803.03635, figure 2).

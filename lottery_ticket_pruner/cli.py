@@ -1,0 +1,45 @@
+"""The command `lottery-ticket`."""
+
+import importlib.util
+import sys
+from collections.abc import Sequence
+
+_EXTRA = ("matplotlib", "rich", "sklearn", "tensorboard", "tyro")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status; `lottery-ticket --help` describes it.
+
+    Args:
+        arguments: of the command line; None: the process's own.
+    """
+    missing = [name for name in _EXTRA if importlib.util.find_spec(name) is None]
+    if missing:
+        print(
+            f"lottery-ticket needs {', '.join(missing)}, which is not installed. Install what the "
+            'command line needs with: pip install "lottery-ticket-pruner[cli]"',
+            file=sys.stderr,
+        )
+        return 1
+    import tyro
+
+    from lottery_ticket_pruner.experiments.config import RunConfig
+    from lottery_ticket_pruner.experiments.run import prepare, run
+
+    config = tyro.extras.subcommand_cli_from_dict(
+        {"run": RunConfig},
+        prog="lottery-ticket",
+        description="Lottery tickets in Keras 3: the papers' experiments as commands.",
+        args=arguments,
+    )
+    try:
+        experiment = prepare(config)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"lottery-ticket: {error}", file=sys.stderr)
+        return 2
+    run(*experiment)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,227 @@
+"""One experiment as a typed configuration, which is also its command line and its folder's name."""
+
+import dataclasses
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from lottery_ticket_pruner import criteria
+from lottery_ticket_pruner.experiments import datasets, networks
+from lottery_ticket_pruner.tickets import CONTROLS
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What a run uses where its configuration leaves a choice open."""
+
+    network: str
+    learning_rate: float
+    steps: int
+    rounds: int
+    rate: float = 0.2
+    conv_share: float = 0.5
+    batch_size: int = 60
+
+
+# Frankle & Carbin, arXiv 1803.03635, figure 2. Convolutions lose `conv_share` of `rate`, the
+# output layer half of it.
+_RECIPES = {
+    "lenet-300-100": Recipe("lenet-300-100", 1.2e-3, 50_000, 20),
+    "conv-2": Recipe("conv-2", 2e-4, 20_000, 20),
+    "conv-4": Recipe("conv-4", 3e-4, 25_000, 20),
+    "conv-6": Recipe("conv-6", 3e-4, 30_000, 20, conv_share=0.75),
+}
+# The recipe of `lottery-ticket run` without arguments: down to 2 % in nine large rounds, and
+# quick enough for three seeds in less than a minute.
+_DIGITS = Recipe("lenet-300-100", 2e-3, 600, 9, rate=0.36)
+
+# On the command line an option without a value says so by being left out.
+_NO_HINT = tyro.conf.arg(help_behavior_hint="")
+_Int = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
+_Float = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")]
+_Path = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
+_STRATEGY = tyro.conf.arg(
+    metavar="NAME",
+    help=f"Pruning criterion, which decides what stays: {', '.join(criteria.names())}.",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """Find lottery tickets: train, prune, rewind, repeat, next to controls at the same sparsity.
+
+    Without any option: scikit-learn's handwritten digits, a fully connected 300-100 network, nine
+    rounds of pruning down to 2 % of the weights, three seeds; under a minute on two cores. Options
+    left out take the values of Frankle & Carbin's recipe for the network.
+    """
+
+    data: Literal[*datasets.NAMES] = "digits"
+    """Data set; all but digits are read from --data-dir or downloaded."""
+    data_dir: _Path = None
+    """Folder with the data set's published files or its .npz, or with a subfolder of them."""
+    network: Annotated[Literal[*networks.NAMES] | None, _NO_HINT] = None
+    """Network; by default lenet-300-100, for CIFAR-10 conv-2."""
+    strategy: Annotated[str, _STRATEGY] = "large_final"
+    scope: Annotated[Literal["layer", "global"] | None, _NO_HINT] = None
+    """Which weights compete: those of a layer or all; by default the strategy's choice, layer."""
+    rounds: _Int = None
+    """Rounds of pruning after the dense run; by default 20, for digits 9."""
+    rate: _Float = None
+    """Share of the remaining weights dropped per round; by default 0.2, for digits 0.36."""
+    conv_rate: _Float = None
+    """The same for convolutions; by default half of --rate, for conv-6 three quarters."""
+    output_rate: _Float = None
+    """The same for the output layer; by default half of --rate."""
+    final_sparsity: _Float = None
+    """Instead of rates: share of pruned weights after the last round, reached at one rate."""
+    rewind_to: str = "0"
+    """Training step to rewind to: 0, or as in 500it (steps) or 2ep (epochs)."""
+    controls: tuple[Literal[*CONTROLS], ...] = CONTROLS
+    """Arms next to the ticket; name none to train the ticket alone."""
+    steps: _Int = None
+    """Training steps of each run; by default those of the network's recipe, for digits 600."""
+    epochs: _Int = None
+    """Instead of --steps: epochs of each run."""
+    batch_size: _Int = None
+    """Examples per step; by default 60."""
+    learning_rate: _Float = None
+    """Adam's learning rate; by default that of the network's recipe (0.0012 for lenet-300-100)."""
+    eval_every: _Int = None
+    """Steps between looks at the validation images; by default a tenth of all, at most 500."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """One replicate for each seed, from the initial weights on."""
+    out: _Path = None
+    """Run folder, by default one in ./runs named after the configuration. What an earlier run left
+    there is replaced."""
+
+    def resolve(self, training_images: int) -> "RunConfig":
+        """The same configuration with every choice made.
+
+        Args:
+            training_images: how many there are, to count epochs in steps.
+
+        Raises:
+            ValueError: contradicting options, unknown names, numbers out of their range.
+        """
+        recipe = self._recipe()
+        criterion = criteria.get(self.strategy)
+        self._check_numbers()
+        batch_size = _chosen(self.batch_size, recipe.batch_size)
+        steps_per_epoch = -(-training_images // batch_size)
+        epochs = None if self.epochs is None else self.epochs * steps_per_epoch
+        steps = _chosen(self.steps, epochs, recipe.steps)
+        scope = _chosen(self.scope, criterion.scope, "layer")
+        rewind_to = parse_steps(self.rewind_to, steps_per_epoch)
+        if rewind_to >= steps:
+            raise ValueError(f"--rewind-to {self.rewind_to} is not before the end, step {steps}.")
+        return dataclasses.replace(
+            self,
+            network=recipe.network,
+            scope=scope,
+            rounds=_chosen(self.rounds, recipe.rounds),
+            steps=steps,
+            epochs=None,
+            batch_size=batch_size,
+            learning_rate=_chosen(self.learning_rate, recipe.learning_rate),
+            eval_every=_chosen(self.eval_every, min(500, max(1, steps // 10))),
+            rewind_to=f"{rewind_to}it",
+            **self._rates(recipe, scope),
+        )
+
+    @property
+    def name(self) -> str:
+        """What a resolved configuration is called: readable, and different for different runs."""
+        content = {k: v for k, v in self.to_dict().items() if k not in ("out", "data_dir")}
+        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        return f"{self.data}-{self.network}-{self.strategy}-{digest[:8]}"
+
+    @property
+    def folder(self) -> Path:
+        """Where a resolved configuration writes."""
+        return self.out or Path("runs") / self.name
+
+    @property
+    def amount(self) -> dict[str, Any]:
+        """A resolved configuration's `rate` or `sparsity`, as `find_ticket` takes it."""
+        if self.final_sparsity is not None:
+            return {"sparsity": self.final_sparsity}
+        if self.scope == "global":
+            return {"rate": self.rate}
+        rates = {"^output/": self.output_rate, "default": self.rate}
+        if networks.has_convolutions(self.network):
+            rates["^conv_"] = self.conv_rate
+        return {"rate": rates}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration in JSON's types."""
+        values = dataclasses.asdict(self)
+        return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
+
+    def _recipe(self) -> Recipe:
+        if self.data not in datasets.NAMES:
+            raise ValueError(f"Unknown data set {self.data!r}: {', '.join(datasets.NAMES)}.")
+        if self.data == "digits" and self.network in (None, _DIGITS.network):
+            return _DIGITS
+        network = self.network or ("conv-2" if "cifar10" in self.data else "lenet-300-100")
+        if network not in _RECIPES:
+            raise ValueError(f"Unknown network {network!r}: {', '.join(networks.NAMES)}.")
+        return _RECIPES[network]
+
+    def _check_numbers(self) -> None:
+        for name in ("rounds", "steps", "epochs", "batch_size", "learning_rate", "eval_every"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{_option(name)} must be positive. Received: {value}.")
+        for name in ("rate", "conv_rate", "output_rate", "final_sparsity"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1:
+                raise ValueError(f"{_option(name)} must be in [0, 1). Received: {value}.")
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError("Give --steps or --epochs, not both.")
+        if not self.seeds:
+            raise ValueError("Give at least one seed.")
+
+    def _rates(self, recipe: Recipe, scope: str) -> dict[str, float | None]:
+        per_layer = {"conv_rate": self.conv_rate, "output_rate": self.output_rate}
+        given = [_option(name) for name, value in per_layer.items() if value is not None]
+        if self.final_sparsity is not None:
+            given += ["--rate"] if self.rate is not None else []
+            if given:
+                raise ValueError(f"Give --final-sparsity or {' and '.join(given)}, not both.")
+            return {}
+        rate = _chosen(self.rate, recipe.rate)
+        if scope == "global":
+            if given:
+                raise ValueError(f"{' and '.join(given)}: all layers compete under scope global.")
+            return {"rate": rate}
+        return {
+            "rate": rate,
+            "conv_rate": _chosen(self.conv_rate, recipe.conv_share * rate),
+            "output_rate": _chosen(self.output_rate, 0.5 * rate),
+        }
+
+
+def parse_steps(text: str, steps_per_epoch: int) -> int:
+    """Read a point in training: `0`, `500`, `500it` (steps), `2ep` (epochs).
+
+    Raises:
+        ValueError: the text is none of these.
+    """
+    match = re.fullmatch(r"(\d+)(it|ep)?", text)
+    if match is None:
+        raise ValueError(f"Expected a step such as 0, 500it or 2ep. Received: {text!r}.")
+    number, unit = match.groups()
+    return int(number) * (steps_per_epoch if unit == "ep" else 1)
+
+
+def _chosen(*values: Any) -> Any:
+    """The first value that is given."""
+    return next(value for value in values if value is not None)
+
+
+def _option(field: str) -> str:
+    return f"--{field.replace('_', '-')}"

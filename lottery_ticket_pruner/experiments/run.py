@@ -1,0 +1,209 @@
+"""One configuration carried out: tickets over all seeds, and a folder of what came out."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import keras
+import rich.progress
+from rich.console import Console
+
+import masked_layers as ml
+from lottery_ticket_pruner import training
+from lottery_ticket_pruner.experiments import datasets, networks, report
+from lottery_ticket_pruner.experiments.config import RunConfig, parse_steps
+from lottery_ticket_pruner.experiments.tensorboard import EventWriter
+from lottery_ticket_pruner.tickets import TicketResult, find_ticket
+
+
+def prepare(config: RunConfig) -> tuple[RunConfig, datasets.Dataset]:
+    """Make every choice that the configuration leaves open, and load its data.
+
+    Raises:
+        ValueError: the configuration makes no sense.
+        DatasetNotFoundError: the data is neither in `data_dir` nor to be had by download.
+    """
+    data = datasets.load(config.data, config.data_dir)
+    return config.resolve(len(data.x_train)), data
+
+
+def run(config: RunConfig, data: datasets.Dataset, console: Console | None = None) -> Path:
+    """Run a prepared experiment (see `prepare`) and return its folder.
+
+    The folder holds `config.json` (every choice made), `results.csv` (a row per round, arm and
+    replicate, written as they come), `accuracy.png`, `ticket.keras` (the last ticket of the first
+    seed; `ticket-1.keras` and so on of the others) and TensorBoard's `logs`.
+    """
+    started = time.perf_counter()
+    console = console or Console()
+    model = _compiled(config, data, config.seeds[0])
+    model = ml.convert_to_masked(model)
+    folder = _prepare_folder(config)
+    console.print(
+        f"{config.data}: {len(data.x_train)} training, {len(data.x_validation)} validation, "
+        f"{len(data.x_test)} test images; {config.network}: "
+        f"{ml.sparsity_report(model).size} weights; {config.steps} steps of {config.batch_size} "
+        f"per run; {keras.backend.backend()}",
+        highlight=False,
+    )
+    results = report.CsvWriter(folder / "results.csv")
+    rows: list[dict[str, Any]] = []
+    with _Progress(config, console) as progress:
+        for replicate, seed in enumerate(config.seeds):
+            if replicate:
+                model.set_weights(_compiled(config, data, seed).get_weights())
+            logs = _Logs(folder / "logs", replicate, model)
+
+            def record(row: dict[str, Any], logs: _Logs = logs) -> None:
+                rows.append(row)
+                results.write(row)
+                logs.write(row)
+                progress.show(row)
+
+            callbacks = {"on_result": record, "on_progress": progress.advance}
+            found = _find(config, data, model, replicate, **callbacks)
+            suffix = f"-{replicate}" if replicate else ""
+            found.ticket.save(folder / f"ticket{suffix}.keras")
+            logs.close()
+    results.close()
+    picture = report.accuracy_picture(rows, f"{config.data}, {config.network}, {config.strategy}")
+    picture.savefig(folder / "accuracy.png", dpi=150)
+    console.print(report.summary_table(rows))
+    console.print(f"{time.perf_counter() - started:.0f} s. Results in {folder}", highlight=False)
+    return folder
+
+
+def _compiled(config: RunConfig, data: datasets.Dataset, seed: int) -> keras.Model:
+    keras.utils.set_random_seed(seed)
+    model = networks.build(config.network, data.input_shape, data.classes)
+    model.compile(
+        keras.optimizers.Adam(config.learning_rate),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+        **training.compile_options(
+            config.eval_every, convolutions=networks.has_convolutions(config.network)
+        ),
+    )
+    return model
+
+
+def _find(
+    config: RunConfig, data: datasets.Dataset, model: keras.Model, replicate: int, **callbacks
+) -> TicketResult:
+    return find_ticket(
+        model,
+        data.x_train,
+        data.y_train,
+        rounds=config.rounds,
+        steps=config.steps,
+        batch_size=config.batch_size,
+        strategy=config.strategy,
+        scope=config.scope,
+        rewind_to=parse_steps(config.rewind_to, 1),
+        controls=config.controls,
+        validation_data=(data.x_validation, data.y_validation),
+        test_data=(data.x_test, data.y_test),
+        eval_every=config.eval_every,
+        seed=config.seeds[replicate],
+        replicate=replicate,
+        **config.amount,
+        **callbacks,
+    )
+
+
+def _prepare_folder(config: RunConfig) -> Path:
+    folder = config.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    for stale in folder.glob("logs/*/events.out.tfevents.*"):
+        stale.unlink()
+    (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+    return folder
+
+
+class _Logs:
+    """TensorBoard runs of one replicate: one per arm, so that their curves share a chart."""
+
+    def __init__(self, folder: Path, replicate: int, model: keras.Model) -> None:
+        self._folder = folder
+        self._replicate = replicate
+        self._model = model
+        self._writers: dict[str, EventWriter] = {}
+        self._writer("ticket").graph(model)
+
+    def write(self, row: dict[str, Any]) -> None:
+        # The dense run is round 0 of every arm.
+        arms = [row["arm"]] if row["round"] else ["ticket"]
+        for arm in arms:
+            writer = self._writer(arm)
+            for name in ("test_accuracy", "test_loss", "validation_loss"):
+                writer.scalar(name, row[name], row["round"])
+            if arm == "ticket":
+                writer.sparsity(self._model, row["round"])
+
+    def close(self) -> None:
+        for writer in self._writers.values():
+            writer.close()
+
+    def _writer(self, arm: str) -> EventWriter:
+        if arm not in self._writers:
+            self._writers[arm] = EventWriter(self._folder / f"{arm}-{self._replicate}")
+        return self._writers[arm]
+
+
+class _Progress:
+    """A bar over all steps of a run, and a line of the table above it after every round."""
+
+    def __init__(self, config: RunConfig, console: Console) -> None:
+        self._config = config
+        self._console = console
+        self._arms = ("ticket", *config.controls)
+        self._round: dict[str, dict[str, Any]] = {}
+        self._bar = rich.progress.Progress(
+            rich.progress.TextColumn("{task.description}"),
+            rich.progress.BarColumn(),
+            rich.progress.TextColumn("{task.completed:.0f} of {task.total:.0f} steps"),
+            rich.progress.TimeRemainingColumn(),
+            console=console,
+            transient=True,
+        )
+        runs = config.rounds * len(self._arms)
+        rest = config.steps - parse_steps(config.rewind_to, 1)
+        total = len(config.seeds) * (config.steps + runs * rest)
+        self._task = self._bar.add_task("dense", total=total)
+        arms = [report.LABELS[arm] for arm in self._arms]
+        headings = ["seed", "round", "weights left", *arms, "early stop"]
+        self._widths = [max(len(heading), 6) for heading in headings]
+        self._line(*headings)
+
+    def __enter__(self) -> "_Progress":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def advance(self, steps: int) -> None:
+        self._bar.advance(self._task, steps)
+
+    def show(self, row: dict[str, Any]) -> None:
+        self._round[row["arm"]] = row
+        if row["arm"] not in ("dense", "ticket"):
+            return
+        shown = [self._round.get(arm) for arm in self._arms] if row["round"] else [row]
+        seed = self._config.seeds[row["replicate"]]
+        self._line(
+            str(seed),
+            str(row["round"]) if row["round"] else "dense",
+            f"{1 - row['sparsity']:.2%}",
+            *(f"{100 * one['test_accuracy']:.2f}" for one in shown),
+            *[""] * (len(self._arms) - len(shown)),
+            str(row["early_stop_step"]),
+        )
+        self._round = {}
+        following = f"seed {seed}, round {row['round'] + 1} of {self._config.rounds}"
+        self._bar.update(self._task, description=following)
+
+    def _line(self, *texts: str) -> None:
+        cells = [text.rjust(width) for text, width in zip(texts, self._widths, strict=True)]
+        self._console.print("  ".join(cells), highlight=False)

@@ -1,0 +1,91 @@
+"""TensorBoard logs on every backend: event files written without TensorFlow."""
+
+import json
+import os
+import socket
+import time
+from pathlib import Path
+from typing import Self
+
+import keras
+from tensorboard.compat.proto.attr_value_pb2 import AttrValue
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.graph_pb2 import GraphDef
+from tensorboard.compat.proto.node_def_pb2 import NodeDef
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
+from tensorboard.plugins.graph.keras_util import keras_model_to_graph_def
+from tensorboard.summary.writer.record_writer import RecordWriter
+
+import masked_layers as ml
+
+
+class EventWriter:
+    """One TensorBoard run (a folder with one event file), flushed after every entry.
+
+    Used as a context manager. `tensorboard --logdir` on the parent folder shows several runs
+    over each other.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"events.out.tfevents.{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}"
+        self._records = RecordWriter((folder / name).open("wb"))
+        self._write(Event(file_version="brain.Event:2"))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def scalar(self, tag: str, value: float, step: int) -> None:
+        """Log one number."""
+        summary = Summary(value=[Summary.Value(tag=tag, simple_value=value)])
+        self._write(Event(step=step, summary=summary))
+
+    def graph(self, model: keras.Model) -> None:
+        """Log a model's layers as TensorBoard's graph (see `layer_graph`)."""
+        self._write(Event(graph_def=layer_graph(model).SerializeToString()))
+
+    def sparsity(self, model: keras.Model, step: int) -> None:
+        """Log the share of pruned weights under every mask of a masked model, and in total."""
+        report = ml.sparsity_report(model)
+        for row in report:
+            self.scalar(f"sparsity/{row.path}", row.sparsity, step)
+        self.scalar("sparsity/total", report.sparsity, step)
+
+    def close(self) -> None:
+        """Close the event file."""
+        self._records.close()
+
+    def _write(self, event: Event) -> None:
+        event.wall_time = time.time()
+        self._records.write(event.SerializeToString())
+        self._records.flush()
+
+
+def layer_graph(model: keras.Model) -> GraphDef:
+    """The layers of a model as a TensorBoard graph: what feeds what, masked weights and masks.
+
+    Made from the model's configuration, so it is the same on every backend. A masked layer is a
+    scope that holds its masked weights and their masks, each with its shape.
+    """
+    graph = keras_model_to_graph_def(json.loads(model.to_json()))
+    nodes = {node.name: node for node in graph.node}
+    for ref in ml.masked_refs(model):
+        mask = _shaped_node(f"{ref.path}_mask", "Mask", ref.variable.shape)
+        weight = _shaped_node(ref.path, "Variable", ref.variable.shape)
+        weight.input.append(mask.name)
+        graph.node.extend([mask, weight])
+        layer = nodes.get(ref.path.rpartition("/")[0])
+        if layer is not None:
+            layer.input.append(weight.name)
+    return graph
+
+
+def _shaped_node(name: str, op: str, shape: tuple[int, ...]) -> NodeDef:
+    sizes = [TensorShapeProto.Dim(size=size) for size in shape]
+    output = AttrValue.ListValue(shape=[TensorShapeProto(dim=sizes)])
+    return NodeDef(name=name, op=op, attr={"_output_shapes": AttrValue(list=output)})
