@@ -3,7 +3,8 @@
 TensorFlow is imported when a function needs it.
 """
 
+from masked_layers.serving.inspection import inspect
 from masked_layers.serving.report import StorageReport, StorageRow
 from masked_layers.serving.saved_model import export_sparse_saved_model
 
-__all__ = ["StorageReport", "StorageRow", "export_sparse_saved_model"]
+__all__ = ["StorageReport", "StorageRow", "export_sparse_saved_model", "inspect"]

@@ -124,7 +124,7 @@ def encode(
     arrays: Mapping[str, np.ndarray],
     *,
     encodings: Mapping[str, Encoding] | None = None,
-    level: int = 9,
+    level: int = 6,
 ) -> bytes:
     """Packs named arrays into bytes that `decode` turns back into the same arrays.
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 COLUMNS = ("path", "shape", "dtype", "encoding", "alive", "nbytes")
@@ -58,7 +60,7 @@ class StorageReport:
 
     Attributes:
         rows: One per weight.
-        files: Bytes by file, this report's own JSON left out; empty if it is no folder.
+        files: Bytes by file.
         dense_nbytes: Bytes of all weights as they are in the model, uncompressed.
         values: Dtype asked for the values: `"float32"` stands for exact.
         output_error: Largest absolute difference between the outputs on the sample inputs and those
@@ -67,7 +69,7 @@ class StorageReport:
 
     rows: tuple[StorageRow, ...]
     dense_nbytes: int
-    files: Mapping[str, int] = field(default_factory=dict)
+    files: Mapping[str, int]
     values: str = "float32"
     output_error: float | None = None
 
@@ -98,12 +100,12 @@ class StorageReport:
         return sum(row.nbytes for row in self.rows)
 
     @property
-    def folder_nbytes(self) -> int:
-        """Bytes of the whole folder, graph and this report included."""
-        return sum(self.files.values()) + len(self.to_json())
+    def disk_nbytes(self) -> int:
+        """Bytes of all files, graph and this report included."""
+        return sum(self.files.values())
 
     @property
-    def dense_folder_nbytes(self) -> int:
+    def dense_disk_nbytes(self) -> int:
         """Bytes of the same graph with one uncompressed copy of the weights beside it."""
         return self.dense_nbytes + self.files.get("saved_model.pb", 0)
 
@@ -111,6 +113,15 @@ class StorageReport:
     def reference_nbytes(self) -> float:
         """Entropy of the masks plus 4 bytes for every value: a yardstick, not a bound."""
         return sum(row.entropy_nbytes + 4 * row.alive for row in self.rows)
+
+    def with_own_size(self) -> StorageReport:
+        """Returns the report with its own JSON among the files."""
+        report = self
+        # The size is part of the text; its number of digits settles at once.
+        for _ in range(3):
+            files = {**self.files, FILE: len(report.to_json())}
+            report = dataclasses.replace(self, files=files)
+        return report
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the report as plain numbers, strings and lists."""
@@ -135,7 +146,7 @@ class StorageReport:
             ValueError: If the bytes are no such report.
         """
         try:
-            content = json.loads(data)
+            content = dict(json.loads(data))
             rows = []
             for cells in content.pop("rows"):
                 cells = dict(zip(content["columns"], cells, strict=True))
@@ -154,7 +165,7 @@ class StorageReport:
             shape = "x".join(map(str, row.shape))
             lines.append((row.path, shape, row.dtype, row.encoding, *_numbers(row)))
         if rest:
-            others = StorageReport(tuple(rest), 0)
+            others = StorageReport(tuple(rest), 0, {})
             encodings = "/".join(sorted({row.encoding for row in rest}))
             dtypes = "/".join(sorted({row.dtype for row in rest}))
             lines.append((f"{len(rest)} others", "", dtypes, encodings, *_numbers(others)))
@@ -167,16 +178,13 @@ class StorageReport:
             ).rstrip()
             for line in lines
         ]
+        ratio = self.dense_disk_nbytes / max(self.disk_nbytes, 1)
         text += [
             f"uncompressed weights: {self.dense_nbytes:,} bytes",
             f"mask entropy + 4 bytes per value: {round(self.reference_nbytes):,} bytes",
+            f"on disk: {self.disk_nbytes:,} bytes, {ratio:.1f} times smaller than one uncompressed "
+            f"copy of the weights with the same graph ({self.dense_disk_nbytes:,})",
         ]
-        if self.files:
-            ratio = self.dense_folder_nbytes / self.folder_nbytes
-            text.append(
-                f"folder: {self.folder_nbytes:,} bytes, {ratio:.1f} times smaller than with "
-                f"uncompressed weights ({self.dense_folder_nbytes:,})"
-            )
         if self.output_error is not None:
             text.append(
                 f"largest difference of an output: {self.output_error:.2g} of the largest output"
@@ -186,3 +194,11 @@ class StorageReport:
 
 def _numbers(counts: StorageRow | StorageReport) -> tuple[str, str, str]:
     return f"{counts.alive:,}", f"{counts.sparsity:.2%}", f"{counts.nbytes:,}"
+
+
+def file_sizes(path: Path) -> dict[str, int]:
+    """Returns the bytes of every file below a folder, or of one file, by its relative path."""
+    if path.is_file():
+        return {path.name: path.stat().st_size}
+    files = (file for file in sorted(path.rglob("*")) if file.is_file())
+    return {file.relative_to(path).as_posix(): file.stat().st_size for file in files}

@@ -23,7 +23,7 @@ import keras
 import numpy as np
 
 from masked_layers.serving import encoding
-from masked_layers.serving.report import FILE, StorageReport, StorageRow
+from masked_layers.serving.report import FILE, StorageReport, StorageRow, file_sizes
 from masked_layers.serving.tracing import Traced, effective_values, trace
 
 if TYPE_CHECKING:
@@ -36,6 +36,9 @@ PACK = "weights.mlsp"
 _PACKED_BELOW = 1 << 14
 """Elements below which a dense array joins the pack: as a variable of its own in the checkpoint, a
 bias costs more bytes in indices than in values. A larger one loads faster from the checkpoint."""
+
+_JOINED_BELOW = 1 << 11
+"""Elements of all packed dense arrays together below which they join the sparse ones."""
 
 _BITCAST = frozenset(
     (
@@ -52,7 +55,7 @@ def export_sparse_saved_model(
     *,
     values: str = "float32",
     include: str | Iterable[str] | Callable[[str], bool] | None = None,
-    level: int = 9,
+    level: int = 6,
     input_signature: Any = None,
     sample_inputs: Any = None,
 ) -> StorageReport:
@@ -102,7 +105,9 @@ def export_sparse_saved_model(
         for name, array in arrays.items()
         if encodings[name] != "dense"
     }
-    names = {"sparse": "sparse", "packed": "dense"}
+    # Decoding one more block takes more bytes of graph than the gaps of so few values.
+    odds = sum(arrays[name].size for name in arrays if encodings[name] == "packed")
+    names = {"sparse": "sparse", "packed": "sparse" if odds < _JOINED_BELOW else "dense"}
     pack = encoding.encode(
         stored, encodings={name: names[encodings[name]] for name in stored}, level=level
     )
@@ -117,22 +122,18 @@ def export_sparse_saved_model(
     try:
         os.chmod(folder, 0o777 & ~_umask())
         _write(folder, traced, pack)
-        _compact(folder / "saved_model.pb", keep_saver="dense" in encodings.values())
+        keep_saver = "dense" in encodings.values() or bool(traced.resources)
+        _compact(folder / "saved_model.pb", traced.prefix, keep_saver=keep_saver)
         # A hash of the graph as it was before compaction; loaders take its absence in their stride.
         (folder / "fingerprint.pb").unlink(missing_ok=True)
         error = _verify(folder, model, traced, expected, samples, exact=values == "float32")
-        files = {
-            file.relative_to(folder).as_posix(): file.stat().st_size
-            for file in sorted(folder.rglob("*"))
-            if file.is_file()
-        }
         report = StorageReport(
             rows=_rows(arrays, stored, pack, encodings),
             dense_nbytes=sum(array.nbytes for array in arrays.values()),
-            files=files,
+            files=file_sizes(folder),
             values=values,
             output_error=error,
-        )
+        ).with_own_size()
         (folder / FILE).parent.mkdir()
         (folder / FILE).write_bytes(report.to_json())
         _replace(folder, path)
@@ -233,8 +234,8 @@ def _write(folder: Path, traced: Traced, pack: bytes) -> None:
 
         def _create_resource(self) -> Any:
             # A resource must have a handle; the weights are variables, so nothing is behind it.
-            name = next(iter(traced.variables.values()), root).name
-            return tf.raw_ops.VarHandleOp(dtype=tf.bool, shape=[], shared_name=f"{name}/decoder")
+            name = f"{traced.prefix}/decoder"
+            return tf.raw_ops.VarHandleOp(dtype=tf.bool, shape=[], shared_name=name)
 
         def _initialize(self) -> None:
             decode(root.pack.asset_path, encoding.blocks(pack), traced.variables)
@@ -287,7 +288,7 @@ def decode(
             parts = tf.split(flat, sizes) if len(sizes) > 1 else [flat]
             for (shape, members), part in zip(shapes, parts, strict=True):
                 if len(members) == 1:
-                    arrays = [tf.reshape(part, shape)]
+                    arrays = [part if len(shape) == 1 else tf.reshape(part, shape)]
                 else:
                     arrays = tf.unstack(tf.reshape(part, [len(members), *shape]))
                 for entry, array in zip(members, arrays, strict=True):
@@ -300,30 +301,27 @@ def _decode_block(data: tf.Tensor, block: encoding.Block) -> tf.Tensor:
     """Returns the values of a block, zeros included, as one flat tensor."""
     import tensorflow as tf
 
-    def stream(first: int, last: int | None) -> tf.Tensor:
-        offsets, lengths = zip(*block.streams[first:last], strict=True)
-        integer = tf.int32 if max(offsets) + max(lengths) < 2**31 else tf.int64
-        packed = tf.strings.substr(
-            data, tf.constant(offsets, integer), tf.constant(lengths, integer)
-        )
+    def stream(place: Any) -> tf.Tensor:
+        offset, length = np.asarray(place).T
+        index = np.int32 if (offset + length).max() < 2**31 else np.int64
+        packed = tf.strings.substr(data, offset.astype(index), length.astype(index))
         return tf.io.decode_raw(tf.io.decode_compressed(packed, "ZLIB"), tf.uint8)
 
     sparse = block.encoding == "sparse"
     dtype = tf.as_dtype(block.dtype)
-    planes = stream(1 if sparse else 0, None)
+    planes = stream(block.streams[sparse:])
     if dtype.size == 1:
         values = tf.bitcast(tf.reshape(planes, [-1]), dtype)
     else:
         values = tf.bitcast(tf.transpose(planes), dtype)
     if not sparse:
         return values
-    gaps = stream(0, 1)
+    gaps = stream(block.streams[0])
     index = tf.int32 if block.size < 2**31 else tf.int64
     # A gap of g < 255 moves on by g zeros and one value, 255 by 255 zeros.
-    steps = tf.minimum(tf.cast(gaps, index) + 1, encoding.SKIP)
-    ends = tf.cumsum(tf.reshape(steps, [-1]))
-    taken = tf.where(tf.not_equal(tf.reshape(gaps, [-1]), encoding.SKIP))
-    positions = tf.gather_nd(tf.reshape(ends - 1, [-1, 1]), taken)
+    ends = tf.cumsum(tf.minimum(tf.cast(gaps, index) + 1, encoding.SKIP))
+    taken = tf.where(tf.not_equal(gaps, encoding.SKIP))
+    positions = tf.gather(ends - 1, taken)
     return tf.scatter_nd(positions, values, tf.constant([block.size], index))
 
 
@@ -344,14 +342,16 @@ def _keep_out_of_checkpoint(variable: tf.Variable) -> None:
     variable._export_to_saved_model_graph = export_without_value
 
 
-def _compact(file: Path, *, keep_saver: bool) -> None:
+def _compact(file: Path, prefix: str, *, keep_saver: bool) -> None:
     """Removes from a SavedModel's graph what no loader needs; about half of a small model's folder.
 
     Args:
         file: The `saved_model.pb`.
+        prefix: What the names of the model's variables begin with.
         keep_saver: Whether the checkpoint holds values. Without any, the graph that saves and
             restores them goes too.
     """
+    from tensorflow.core.framework import types_pb2
     from tensorflow.core.protobuf import saved_model_pb2
 
     model = saved_model_pb2.SavedModel.FromString(file.read_bytes())
@@ -393,8 +393,17 @@ def _compact(file: Path, *, keep_saver: bool) -> None:
     _retain(graph.library.function, lambda function: function.signature.name in called)
     _retain(graph.library.gradient, lambda gradient: gradient.function_name in called)
     for node in itertools.chain(graph.node, *(f.node_def for f in graph.library.function)):
-        # Every loader infers the shapes inside the graph again.
+        # Every loader infers the shapes inside the graph again; debug names are for messages.
         node.attr.pop("_output_shapes", None)
+        node.attr.pop("debug_name", None)
+    for function in graph.library.function:
+        for i, argument in enumerate(function.signature.input_arg):
+            if argument.type == types_pb2.DT_RESOURCE:
+                del function.arg_attr[i]  # All it says is that a handle is a scalar.
+    # TensorFlow calls the variable that holds an asset's path "Variable" in every model.
+    for node in graph.node:
+        if node.op == "VarHandleOp" and node.attr["shared_name"].s == b"Variable":
+            node.attr["shared_name"].s = f"{prefix}/path".encode()
     file.write_bytes(model.SerializeToString(deterministic=True))
 
 

@@ -26,6 +26,7 @@ class Traced:
     Attributes:
         function: `tf.function` with one concrete function; it takes what `model` takes.
         signature: Its arguments, a structure of `tf.TensorSpec`.
+        prefix: What the names of its variables begin with; other models have another.
         variables: The weights it reads, by path; none of them is a variable of the model.
         resources: Other objects it reads, to be saved as they are: lookup tables, variables that
             are not Keras'.
@@ -33,6 +34,7 @@ class Traced:
 
     function: Any
     signature: Any
+    prefix: str
     variables: dict[str, tf.Variable]
     resources: list[Any]
 
@@ -82,7 +84,7 @@ def trace(
     for path, value in values.items():
         digest.update(f"{path}{value.dtype}{value.shape}".encode())
         digest.update(value.tobytes())
-    prefix = digest.hexdigest()[:12]
+    prefix = digest.hexdigest()[:10]
     with tf.device("CPU"):
         variables = {
             path: tf.Variable(
@@ -102,7 +104,9 @@ def trace(
         variables = {path: variable for path, variable in variables.items() if path in used}
         function, _ = make(model, signature, sources, variables)
 
-    return Traced(function, signature, variables, _other_resources(model, function, variables))
+    return Traced(
+        function, signature, prefix, variables, _other_resources(model, function, variables)
+    )
 
 
 Maker = Callable[[keras.Model, Any, dict[str, Any], dict[str, Any]], tuple[Any, dict[str, Any]]]
