@@ -209,18 +209,18 @@ def _prune_outputs(
     where: str,
 ) -> np.ndarray:
     first = range(len(kernel.output_axes))
+    moved_shape = np.moveaxis(kernel.mask, kernel.output_axes, first).shape
+    units, inputs = math.prod(moved_shape[: len(first)]), math.prod(moved_shape[len(first) :])
 
     def rows(array: np.ndarray) -> np.ndarray:
-        moved = np.moveaxis(array, kernel.output_axes, first)
-        return moved.reshape(math.prod(moved.shape[: len(first)]), -1)
+        return np.moveaxis(array, kernel.output_axes, first).reshape(units, inputs)
 
     mask = rows(kernel.mask)
     records = {record: rows(array) for record, array in _records(kernel).items()}
     pruned = np.empty_like(mask)
-    for unit in range(len(mask)):
+    for unit in range(units):
         row = Weights(mask=mask[unit], **{name: array[unit] for name, array in records.items()})
         pruned[unit] = _prune_together(criterion, [row], amount, rng, f"{where}, output {unit}")
-    moved_shape = np.moveaxis(kernel.mask, kernel.output_axes, first).shape
     return np.ascontiguousarray(np.moveaxis(pruned.reshape(moved_shape), first, kernel.output_axes))
 
 
