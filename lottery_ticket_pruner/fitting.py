@@ -172,7 +172,7 @@ class ZeroHold:
         self._held_function = self._model.train_function
 
 
-class _ZeroConstraint:
+class _ZeroConstraint(keras.constraints.Constraint):
     """The constraint that a variable had, on its free entries; zero on the others."""
 
     def __init__(self, hold: ZeroHold, mask: np.ndarray, inner: Any) -> None:
