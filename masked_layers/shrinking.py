@@ -1,0 +1,401 @@
+"""`shrink` turns zeroed units and filters into speed: a smaller plain model, the same outputs.
+
+Pruning whole filters leaves channels that nothing reads and channels that always hold one value.
+`shrink` follows every channel through the graph by the rules in `channel_rules`:
+
+1. *Forward*: which channels have a constant value, and which stay or go together?
+2. *Backward*: which of them does an output need? One that reads a constant needs it only where the
+   constant cannot move into a bias exactly.
+3. The model is built again from configs with smaller widths and sliced weights.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, overload
+
+import keras
+import numpy as np
+
+from masked_layers import _keras, _keras_graph
+from masked_layers.channel_rules import RULES, array
+from masked_layers.channels import WHOLE, Call, CannotFollow, Edit, Flow, Reader, constant_shift
+from masked_layers.conversion import _copy_assets, _custom_objects, strip_masks
+from masked_layers.layers import MaskedLayer
+from masked_layers.paths import walk
+
+
+@dataclass(frozen=True)
+class ShrinkRow:
+    """What happened to the units or filters of one layer.
+
+    Attributes:
+        layer: Name of the layer; "nested/name" inside a nested model.
+        kind: Its class name.
+        before: Units or filters before.
+        after: Units or filters left.
+        constant: Removed because they always held one value; it moved into the biases that read it.
+        unread: Removed because nothing that matters read them.
+        kept: Reason -> number of constant units or filters that had to stay.
+    """
+
+    layer: str
+    kind: str
+    before: int
+    after: int
+    constant: int
+    unread: int
+    kept: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class ShrinkReport:
+    """What `shrink` removed, what stayed, and why. Prints as a table; iterates over its rows.
+
+    Attributes:
+        rows: One per layer that makes channels, in the order of the graph.
+        not_followed: Layer -> reason, for layers whose inputs and outputs were left whole.
+        weights_before: Number of weights of the model given.
+        weights_after: Number of weights of the model returned.
+    """
+
+    rows: tuple[ShrinkRow, ...]
+    not_followed: Mapping[str, str]
+    weights_before: int
+    weights_after: int
+
+    def __iter__(self) -> Iterator[ShrinkRow]:
+        return iter(self.rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the report as plain dicts, lists, strings and numbers."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        width = max([5, *(len(row.layer) for row in self.rows)])
+        lines = [f"{'layer':<{width}}  before   after  constant  unread"]
+        for row in self.rows:
+            lines.append(
+                f"{row.layer:<{width}}  {row.before:>6}  {row.after:>6}  {row.constant:>8}"
+                f"  {row.unread:>6}"
+            )
+            lines += [f"  {count} constant stay: {why}" for why, count in row.kept.items()]
+        lines += [f"left whole: {name}: {why}" for name, why in self.not_followed.items()]
+        lines.append(f"weights: {self.weights_before:,} -> {self.weights_after:,}")
+        return "\n".join(lines)
+
+
+@overload
+def shrink(model: keras.Model, *, return_report: Literal[False] = False) -> keras.Model: ...
+@overload
+def shrink(
+    model: keras.Model, *, return_report: Literal[True]
+) -> tuple[keras.Model, ShrinkReport]: ...
+
+
+def shrink(
+    model: keras.Model, *, return_report: bool = False
+) -> keras.Model | tuple[keras.Model, ShrinkReport]:
+    """Returns a smaller plain model with the same outputs: dead and constant channels are gone.
+
+    Outputs agree to float rounding (1e-5 relative in float32) for finite inputs in inference mode.
+    The inputs and outputs of the model keep their shapes. Masked models are stripped first. The
+    model given is not changed. The model returned has the same layers under the same names, each
+    with at least one unit or filter, the same dtype policies and trainable flags; it is not
+    compiled, as the optimizer's state has other shapes.
+
+    Followed are Dense, convolutions (plain, depthwise, separable, transposed), BatchNormalization,
+    pooling, element-wise activations, dropout and noise, flatten, zero padding, cropping,
+    upsampling, concatenation, and additions and other element-wise merges, the latter both as
+    layers and as operators on symbolic tensors. Nested Sequential and Functional models shrink
+    inside. All other layers, grouped convolutions, layers with weights that are called more than
+    once, calls in training mode and tensors with a Keras mask stay whole on their inputs and
+    outputs: the report names them, and without `return_report` a warning does.
+
+    A constant other than zero that enters a zero-padded convolution is no constant at the border;
+    such channels stay, and are reported. They are rare where biases are pruned with their filters.
+
+    Args:
+        model: A built Sequential or Functional model.
+        return_report: Whether to return a `ShrinkReport` too.
+
+    Returns:
+        The smaller model, or `(model, report)`.
+
+    Raises:
+        TypeError: If `model` is no Keras model.
+        ValueError: If it is neither Sequential nor Functional, overrides `call`, is not built, or
+            has a layer that cannot be copied from its config.
+
+    Example:
+    ```python
+    model = keras.Sequential(
+        [keras.Input((4,)), keras.layers.Dense(3, "relu"), keras.layers.Dense(1)]
+    )
+    kernel = model.layers[0].kernel
+    kernel.assign(kernel * [1.0, 0.0, 1.0])  # the second unit is relu(bias), whatever comes in
+    small, report = shrink(model, return_report=True)
+    small.layers[0].units  # 2
+    print(report)
+    ```
+    """
+    if not isinstance(model, keras.Model):
+        raise TypeError(f"Expected a `keras.Model`. Received: {model!r}")
+    if any(isinstance(layer, MaskedLayer) for _, layer in walk(model)):
+        model = strip_masks(model)
+    with keras.saving.custom_object_scope(_custom_objects(model)):
+        smaller, report = _shrink(model)
+    if return_report:
+        return smaller, report
+    if report.not_followed:
+        whole = "; ".join(f"{name}: {why}" for name, why in report.not_followed.items())
+        warnings.warn(f"shrink left whole what it cannot follow. {whole}", stacklevel=2)
+    return smaller
+
+
+def _shrink(model: keras.Model) -> tuple[keras.Model, ShrinkReport]:
+    graph = _graph_of(model)
+    calls = list(_keras_graph.graph_calls(graph))
+    flow = _follow(graph, calls)
+    inside = {
+        id(operation): (operation, *_shrink(operation))
+        for operation, *_ in calls
+        if flow.not_followed.get(operation.name) == _NESTED
+    }
+    clones: dict[int, tuple[Any, Any]] = {}
+
+    def clone(operation: Any) -> Any:
+        if id(operation) not in clones:
+            if id(operation) in inside:
+                copy = inside[id(operation)][1]
+            else:
+                copy = _smaller(flow, operation)
+            clones[id(operation)] = (operation, copy)
+        return clones[id(operation)][1]
+
+    # `clone_model` would name inputs after their tensors, not after their layers.
+    entries = {
+        id(layer.output): keras.layers.InputLayer.from_config(layer.get_config())
+        for layer in graph.layers
+        if isinstance(layer, keras.layers.InputLayer)
+    }
+    if isinstance(model, keras.Sequential):
+        smaller = keras.Sequential([*entries.values(), *map(clone, model.layers)], name=model.name)
+    else:
+        # Cloning the bare graph and not the model: the clone of a compiled model is compiled.
+        smaller = keras.models.clone_model(
+            graph,
+            clone_function=clone,
+            input_tensors=keras.tree.map_structure(lambda x: entries[id(x)].output, graph.input),
+        )
+    if not model.trainable:
+        smaller.trainable = False
+    for old, new in clones.values():
+        if isinstance(old, keras.Layer) and id(old) not in inside:
+            _copy_weights(flow, old, new)
+
+    rows, not_followed = _rows(flow), dict(flow.not_followed)
+    for nested, _, report in inside.values():
+        rows += [replace(row, layer=f"{nested.name}/{row.layer}") for row in report]
+        for name, reason in report.not_followed.items():
+            not_followed[f"{nested.name}/{name}"] = reason
+    counts = (model.count_params(), smaller.count_params())
+    return smaller, ShrinkReport(tuple(rows), not_followed, *counts)
+
+
+def _graph_of(model: keras.Model) -> keras.Model:
+    """Returns the model's graph as a bare Functional model on the same layers."""
+    if not isinstance(model, (keras.Sequential, keras.Function)):
+        raise ValueError(
+            f"shrink() follows the graph of a Sequential or Functional model. Received "
+            f"'{model.name}' of class {type(model).__name__}. Shrink the Sequential or Functional "
+            "models inside it one by one."
+        )
+    if not (model.built and model.inputs):
+        raise ValueError(
+            f"shrink() needs the shapes and weights of the model, and '{model.name}' is not built. "
+            "Start it with keras.Input, or call it on data, first."
+        )
+    # A Sequential model has no `input` once it is called elsewhere; its lists are always there.
+    ends = (model.inputs, model.outputs)
+    if isinstance(model, keras.Function):
+        ends = (model.input, model.output)
+    graph = keras.Model(*ends, name=model.name)
+    if type(model).call not in (keras.Sequential.call, type(graph).call):
+        raise ValueError(
+            f"shrink() follows the graph of layers, and {type(model).__name__} ('{model.name}') "
+            "has a `call` of its own. Shrink keras.Model(model.inputs, model.outputs) if that "
+            "computes the same."
+        )
+    return graph
+
+
+# --- Analysis -------------------------------------------------------------------------------------
+
+_NESTED = "a nested model: smaller inside, its inputs and outputs are whole"
+
+
+def _follow(graph: keras.Model, calls: list[_keras_graph.GraphCall]) -> Flow:
+    """Follows all channels from the inputs of the graph to its outputs, and finds the live ones."""
+    flow = Flow({id(tensor): WHOLE for tensor in graph.inputs})
+    obstacles = _obstacles(graph, calls)
+    for operation, args, kwargs, outputs in calls:
+        inputs = [x for x in keras.tree.flatten((args, kwargs)) if _is_tensor(x)]
+        try:
+            if id(operation) in obstacles:
+                raise CannotFollow(obstacles[id(operation)])
+            results = [RULES[type(operation)](flow, Call(operation, inputs, outputs[0]))]
+        except CannotFollow as reason:
+            flow.leave_whole(operation, inputs, str(reason))
+            results = [WHOLE] * len(outputs)
+        flow.tensors.update(zip(map(id, outputs), results, strict=True))
+    for tensor in graph.outputs:
+        flow.pin(flow.tensors[id(tensor)], "an output of the model")
+    flow.settle()
+    return flow
+
+
+def _obstacles(graph: keras.Model, calls: list[_keras_graph.GraphCall]) -> dict[int, str]:
+    """Returns why operations cannot be followed whatever their rule says, by their id."""
+    times = Counter(id(operation) for operation, *_ in calls)
+    obstacles: dict[int, str] = {}
+    for operation, args, kwargs, _ in calls:
+        tensors = keras.tree.flatten(args)
+        obstacle = None
+        if not all(map(_is_tensor, tensors)) or not all(
+            value is None or value is False for value in kwargs.values()
+        ):
+            obstacle = "called with arguments other than tensors"
+        elif any(map(_keras_graph.carries_mask, tensors)):
+            obstacle = "its input carries a Keras mask"
+        elif type(operation) in (keras.Sequential, type(graph)):
+            # Another call may have met another obstacle: then it cannot be smaller inside either.
+            obstacle = obstacles.get(id(operation), _NESTED)
+        elif type(operation) not in RULES:
+            obstacle = f"class {type(operation).__name__} is not known"
+        elif times[id(operation)] > 1 and getattr(operation, "weights", ()):
+            obstacle = f"called {times[id(operation)]} times with the same weights"
+        elif getattr(operation, "quantization_mode", None):
+            obstacle = "quantized"
+        elif getattr(operation, "lora_enabled", False):
+            obstacle = "LoRA is enabled"
+        if obstacle:
+            obstacles[id(operation)] = obstacle
+    return obstacles
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, keras.KerasTensor)
+
+
+# --- Rebuilding -----------------------------------------------------------------------------------
+
+
+def _smaller(flow: Flow, operation: Any) -> Any:
+    """Returns a copy of an operation for the new model, without its weights."""
+    try:
+        if isinstance(operation, keras.Layer) and type(operation) not in RULES:
+            return _keras.deserialize(_keras.serialize(operation))
+        # Not `_keras.deserialize`: it would build the layer for the shapes of the old model.
+        config = operation.get_config()
+        if id(operation) in flow.edits:
+            config |= _widths(flow, flow.edits[id(operation)][1])
+        return type(operation).from_config(config)
+    except Exception as error:
+        raise ValueError(
+            f"'{operation.name}' ({type(operation).__name__}) cannot be copied, because Keras "
+            f"cannot make it again from its config: {error}"
+        ) from error
+
+
+def _widths(flow: Flow, edit: Edit) -> dict[str, Any]:
+    if edit.width is None:
+        return {}
+    config: dict[str, Any] = {edit.width: int(flow.alive(edit.reader.target).sum())}
+    if _shift(flow, edit.reader).any():
+        config["use_bias"] = True
+    return config
+
+
+def _shift(flow: Flow, reader: Reader) -> np.ndarray:
+    """Returns what the constants that go add to the bias of the outputs that stay."""
+    moved = reader.fixed & ~flow.alive(reader.source)
+    shift = constant_shift(reader.source.constants, reader.gain, moved)
+    return shift[flow.alive(reader.target)]
+
+
+def _copy_weights(flow: Flow, old: keras.Layer, new: keras.Layer) -> None:
+    """Gives a layer of the new model the state of the old one, sliced where channels went."""
+    if id(old) in flow.edits:
+        edit = flow.edits[id(old)][1]
+        for name, axes in edit.slices.items():
+            if getattr(old, name) is not None:
+                value = array(getattr(old, name))
+                for axis, channels in axes.items():
+                    value = np.compress(flow.alive(channels), value, axis)
+                getattr(new, name).assign(value)
+        if edit.reader is not None and (shift := _shift(flow, edit.reader)).any():
+            bias = array(new.bias).astype("float64") if old.use_bias else 0.0
+            new.bias.assign(bias + shift)
+        return
+    if len(old.variables) != len(new.variables):
+        raise ValueError(
+            f"'{old.name}' ({type(old).__name__}) has {len(old.variables)} variables, and the copy "
+            f"that its config makes has {len(new.variables)}: its `get_config()` does not describe "
+            "it fully."
+        )
+    for variable, copy in zip(old.variables, new.variables, strict=True):
+        copy.assign(array(variable))
+    for (_, part), (_, copy) in zip(walk(old), walk(new), strict=False):
+        _copy_assets(part, copy)
+
+
+# --- Reporting ------------------------------------------------------------------------------------
+
+
+def _rows(flow: Flow) -> list[ShrinkRow]:
+    constant = {
+        flow.root(slot)
+        for channels in flow.tensors.values()
+        for slot in channels.slots[~np.isnan(channels.constants)]
+    }
+    pinned = {flow.root(slot): reason for slot, reason in flow.pinned.items()}
+    lost = {flow.root(slot): reason for slot, reason in flow.lost.items()}
+
+    def reason(slot: int) -> str:
+        if slot == 0:
+            return "joined with channels that are left whole"
+        if slot in flow.forced:
+            return "a layer keeps at least one"
+        return pinned.get(slot) or lost.get(slot) or "joined with a channel that varies"
+
+    rows = []
+    for operation, edit in flow.edits.values():
+        if edit.width is None:
+            continue
+        target = edit.reader.target
+        channels = list(
+            zip(map(flow.root, target.slots), target.constants, flow.alive(target), strict=True)
+        )
+        removed = [slot for slot, _, alive in channels if not alive]
+        moved = sum(slot in constant for slot in removed)
+        stuck = [
+            slot
+            for slot, value, alive in channels
+            if alive and (not np.isnan(value) or slot in lost)
+        ]
+        rows.append(
+            ShrinkRow(
+                layer=operation.name,
+                kind=type(operation).__name__,
+                before=len(channels),
+                after=len(channels) - len(removed),
+                constant=moved,
+                unread=len(removed) - moved,
+                kept=dict(Counter(map(reason, stuck))),
+            )
+        )
+    return rows
