@@ -18,7 +18,7 @@ def build(name: str, input_shape: Sequence[int], classes: int = 10) -> keras.Seq
     filters, each pair followed by 2 x 2 max pooling, then 256-256-classes fully connected
     (Frankle & Carbin, arXiv 1803.03635, figure 2).
 
-    Layers are called `conv_1`..., `dense_1`... and `output`, which rates per layer refer to.
+    Layers are called `conv_1`..., `fc_1`... and `output`, which rates per layer refer to.
     Weights come from Keras' global seed: call `keras.utils.set_random_seed` first.
 
     Raises:
@@ -32,7 +32,7 @@ def build(name: str, input_shape: Sequence[int], classes: int = 10) -> keras.Seq
         )
     layers: list[keras.Layer] = [keras.Input(tuple(input_shape))]
     convolution = _numbered("conv", keras.layers.Conv2D, kernel_size=3, padding="same")
-    dense = _numbered("dense", keras.layers.Dense)
+    dense = _numbered("fc", keras.layers.Dense)
     for width in _CONV_WIDTHS.get(name, ()):
         layers += [convolution(width), convolution(width), keras.layers.MaxPooling2D()]
     layers.append(keras.layers.Flatten())

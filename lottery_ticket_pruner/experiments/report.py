@@ -138,7 +138,7 @@ def accuracy_picture(rows: Sequence[dict[str, Any]], title: str) -> Figure:
     axes = figure.subplots()
     level = np.mean(dense.accuracies)
     style = {"color": "0.3", "linewidth": 1.2, "linestyle": "--"}
-    axes.axhline(_error(level), label=f"dense, {level:.2%}", **style)
+    axes.axhline(_error(level), label=f"dense, {100 * level:.2f} %", **style)
     for arm in arms_of(rows):
         own = [cell for cell in grouped if cell.arm == arm]
         left = [100 * (1 - cell.sparsity) for cell in own]

@@ -73,15 +73,18 @@ def layer_graph(model: keras.Model) -> GraphDef:
     scope that holds its masked weights and their masks, each with its shape.
     """
     graph = keras_model_to_graph_def(json.loads(model.to_json()))
-    nodes = {node.name: node for node in graph.node}
+    nodes = {node.name.rpartition("/")[2]: node for node in graph.node}
+    for node in graph.node:
+        node.op = node.attr["keras_class"].s.decode()
     for ref in ml.masked_refs(model):
-        mask = _shaped_node(f"{ref.path}_mask", "Mask", ref.variable.shape)
-        weight = _shaped_node(ref.path, "Variable", ref.variable.shape)
-        weight.input.append(mask.name)
-        graph.node.extend([mask, weight])
-        layer = nodes.get(ref.path.rpartition("/")[0])
+        layer = nodes.get(ref.layer.name)
+        scope = f"{layer.name}/{ref.name}" if layer is not None else ref.path
+        mask = _shaped_node(f"{scope}_mask", "Mask", ref.variable.shape)
+        weight = _shaped_node(scope, "Variable", ref.variable.shape)
         if layer is not None:
-            layer.input.append(weight.name)
+            layer.op = type(ref.layer).__name__
+            layer.input.extend([weight.name, mask.name])
+        graph.node.extend([mask, weight])
     return graph
 
 

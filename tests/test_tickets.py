@@ -1,0 +1,306 @@
+"""Iterative pruning with rewinding: what each arm starts from, trains and keeps."""
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+
+import masked_layers as ml
+from lottery_ticket_pruner import tickets, training
+from lottery_ticket_pruner.tickets import find_ticket
+
+BACKEND = keras.backend.backend()
+
+
+@pytest.fixture
+def data():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(60, 8)).astype("float32")
+    return x, (x[:, 0] > x[:, 1]).astype("int32")
+
+
+# Stretches of two steps throughout, so that the shared model is traced once.
+SHORT = {"steps": 4, "batch_size": 20, "eval_every": 2}
+
+
+def make_model(seed=0, optimizer="adam"):
+    keras.utils.set_random_seed(seed)
+    model = keras.Sequential(
+        [
+            keras.Input((8,)),
+            layers.Dense(10, activation="relu", name="hidden"),
+            layers.BatchNormalization(),
+            layers.Dense(2, name="output"),
+        ]
+    )
+    model.compile(
+        optimizer,
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+        jit_compile=False,
+    )
+    return model
+
+
+@pytest.fixture(scope="module")
+def shared():
+    """A masked model whose functions are compiled once for the whole module."""
+    return ml.convert_to_masked(make_model())
+
+
+@pytest.fixture
+def masked(shared):
+    """The shared model with the weights of `make_model()`."""
+    shared.set_weights(make_model().get_weights())
+    return shared
+
+
+@pytest.fixture
+def starts(monkeypatch):
+    """Records model weights and masks before every stretch of training."""
+    seen = []
+    original = training.train
+
+    def recording(model, *args, **kwargs):
+        state = (model.get_weights(), ml.get_masks(model), int(model.optimizer.iterations))
+        seen.append(state)
+        return original(model, *args, **kwargs)
+
+    monkeypatch.setattr(training, "train", recording)
+    return seen
+
+
+def assert_equal(left, right):
+    for a, b in zip(left, right, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_rows_masks_and_ticket(data):
+    model = make_model()
+    initial = model.get_weights()
+    reported = []
+    result = find_ticket(
+        model, *data, rounds=2, steps=6, batch_size=20, rate=0.5, eval_every=2,
+        validation_data=data, test_data=data, replicate=3, on_result=reported.append,
+    )  # fmt: skip
+    assert_equal(initial, model.get_weights())
+    assert_equal(initial, result.initial_weights)
+    assert result.rows == reported
+    shown = [(row["round"], row["arm"], row["sparsity"]) for row in result.rows]
+    # 80 and 20 weights: half of them, then half of the rest.
+    assert shown == [
+        (0, "dense", 0),
+        (1, "random_reinit", 0.5),
+        (1, "random_mask", 0.5),
+        (1, "ticket", 0.5),
+        (2, "random_reinit", 0.75),
+        (2, "random_mask", 0.75),
+        (2, "ticket", 0.75),
+    ]
+    for row in result.rows:
+        assert row["replicate"] == 3
+        assert row["early_stop_step"] in (2, 4, 6)
+        assert row["validation_loss"] > 0
+        assert row["seconds"] > 0
+        assert 0 <= row["test_accuracy"] <= 1
+    assert [sum(m.sum() for m in masks.values()) for masks in result.masks] == [100, 50, 25]
+    for path, mask in result.masks[1].items():
+        assert not (result.masks[2][path] & ~mask).any()
+    assert_equal(ml.get_masks(result.ticket).values(), result.masks[2].values())
+    final = training.evaluate(result.ticket, *data)
+    assert final["accuracy"] == pytest.approx(result.rows[-1]["test_accuracy"])
+    assert final["loss"] == pytest.approx(result.rows[-1]["test_loss"], rel=1e-5)
+
+
+def test_what_each_arm_starts_from(data, masked, starts):
+    result = find_ticket(masked, *data, rounds=2, rate=0.5, **SHORT)
+    empty, dense, *rounds = starts
+    assert_equal(empty[0], dense[0])
+    assert all(iterations == 0 for *_, iterations in starts)
+    draws = []
+    for number, arms in ((1, rounds[:3]), (2, rounds[3:])):
+        (reinit, reinit_masks, _), (shuffled, shuffled_masks, _), (ticket, ticket_masks, _) = arms
+        wanted = result.masks[number]
+        assert_equal(ticket, result.initial_weights)
+        assert_equal(ticket_masks.values(), wanted.values())
+        assert_equal(shuffled, result.initial_weights)
+        for path, mask in shuffled_masks.items():
+            assert mask.sum() == wanted[path].sum()
+            assert (mask != wanted[path]).any()
+        assert_equal(reinit_masks.values(), wanted.values())
+        # Kernels are drawn anew, biases and statistics are those of step 0.
+        for variable, value, first in zip(result.ticket.weights, reinit, ticket, strict=True):
+            if variable.name == "kernel":
+                limit = np.sqrt(6 / sum(value.shape))
+                assert np.abs(value).max() <= limit
+                assert not np.isin(value, first).any()
+                draws.append(value.ravel())
+            else:
+                np.testing.assert_array_equal(value, first)
+    assert len(np.unique(np.concatenate(draws))) == sum(map(len, draws))
+
+
+def test_masks_are_those_of_large_final(data, masked):
+    """An independent run of the dense phase, ranked by sorting."""
+    result = find_ticket(masked, *data, rounds=1, rate=0.3, controls=(), seed=4, **SHORT)
+    model = make_model()
+    order = training.batch_order(60, 4, 20, tickets._seed(4, "dense", 0, "train"))
+    for indices in order:
+        model.train_on_batch(data[0][indices], data[1][indices])
+    for path, mask in result.masks[1].items():
+        layer = model.get_layer(path.split("/")[0])
+        sizes = np.abs(keras.ops.convert_to_numpy(layer.kernel))
+        assert sizes[mask].min() > sizes[~mask].max()
+        assert (~mask).sum() == int(0.3 * mask.size + 1e-6)
+
+
+def test_rewinding_to_a_later_step(data, masked, starts):
+    arguments = SHORT | {"steps": 6, "rewind_to": 2}
+    result = find_ticket(masked, *data, rounds=1, validation_data=data, **arguments)
+    first, dense, reinit, shuffled, ticket = starts
+    assert_equal(dense[0], result.initial_weights)
+    assert any((a != b).any() for a, b in zip(first[0], dense[0], strict=True))
+    assert_equal(ticket[0], result.initial_weights)
+    assert_equal(shuffled[0], result.initial_weights)
+    # The reinitialised network starts from step 0: its other weights are not trained ones.
+    assert_equal(reinit[0][1:2], first[0][1:2])
+    assert all(row["early_stop_step"] in (4, 6) for row in result.rows)
+
+
+def test_a_learning_rate_schedule_goes_back_to_the_rewinding_point(data, starts):
+    schedule = keras.optimizers.schedules.PiecewiseConstantDecay([4], [0.1, 0.01])
+    model = make_model(optimizer=keras.optimizers.SGD(schedule))
+    find_ticket(model, *data, rounds=1, steps=6, batch_size=20, rewind_to=2)
+    assert [iterations for *_, iterations in starts] == [0, 2, 2, 2, 2]
+
+
+def test_the_result_of_an_arm_does_not_depend_on_the_other_arms(data, masked):
+    start = masked.get_weights()
+
+    def run(*controls):
+        masked.set_weights(start)
+        result = find_ticket(
+            masked, *data, rounds=2, test_data=data, controls=controls, seed=5, **SHORT
+        )
+        rows = [{k: v for k, v in row.items() if k != "seconds"} for row in result.rows]
+        return result.ticket.get_weights(), rows
+
+    alone, rows_alone = run()
+    among, rows_among = run("random_mask", "random_reinit")
+    assert_equal(alone, among)
+    assert rows_alone == [row for row in rows_among if row["arm"] in ("dense", "ticket")]
+    _, other_order = run("random_reinit", "random_mask")
+    assert sorted(rows_among, key=str) == sorted(other_order, key=str)
+
+
+def test_seeds_make_a_difference(data, masked):
+    start = masked.get_weights()
+    first = find_ticket(masked, *data, rounds=1, seed=0, **SHORT).ticket.get_weights()
+    masked.set_weights(start)
+    second = find_ticket(masked, *data, rounds=1, seed=1, **SHORT).ticket.get_weights()
+    assert (first[0] != second[0]).any()
+
+
+def test_a_masked_model_is_trained_itself_from_dense_masks_on(data, masked):
+    start = masked.get_weights()
+    first = find_ticket(masked, *data, rounds=1, rate=0.5, controls=(), **SHORT)
+    trained = first.ticket.get_weights()
+    assert first.ticket is masked
+    masked.set_weights(start)
+    second = find_ticket(masked, *data, rounds=1, rate=0.5, controls=(), **SHORT)
+    assert_equal(trained, second.ticket.get_weights())
+    assert second.masks[0]["output/kernel"].all()
+
+
+def test_final_sparsity_is_reached_in_rounds_of_one_rate(data, masked):
+    result = find_ticket(masked, *data, rounds=2, sparsity=0.75, controls=(), **SHORT)
+    assert [masks["hidden/kernel"].sum() for masks in result.masks] == [80, 40, 20]
+    mapping = {"^output/": 0.0, "default": 0.75}
+    result = find_ticket(masked, *data, rounds=2, sparsity=mapping, controls=(), **SHORT)
+    assert [masks["output/kernel"].sum() for masks in result.masks] == [20, 20, 20]
+    assert [masks["hidden/kernel"].sum() for masks in result.masks] == [80, 40, 20]
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="counts the traces of TensorFlow")
+def test_rounds_and_arms_share_one_trace(data):
+    traces = []
+
+    class Counted(keras.Sequential):
+        def train_step(self, batch):
+            traces.append(batch)
+            return super().train_step(batch)
+
+    keras.utils.set_random_seed(0)
+    model = Counted([keras.Input((8,)), layers.Dense(2)])
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile("adam", loss, jit_compile=False)
+    arguments = {"steps": 4, "batch_size": 20, "rate": 0.2}
+    find_ticket(model, *data, rounds=1, **arguments)
+    first = len(traces)
+    traces.clear()
+    find_ticket(model, *data, rounds=3, **arguments)
+    assert len(traces) <= first
+
+
+def test_recurrent_and_convolutional_weights_are_drawn_again():
+    model = keras.Sequential(
+        [
+            keras.Input((4, 3)),
+            layers.SeparableConv1D(4, 2),
+            layers.LSTM(3),
+            layers.Dense(2, kernel_initializer="ones"),
+        ]
+    )
+    masked = ml.convert_to_masked(model)
+    before = {ref.path: keras.ops.convert_to_numpy(ref.variable) for ref in ml.masked_refs(masked)}
+    tickets._draw_again(masked, (0, "random_reinit", 1))
+    after = {ref.path: keras.ops.convert_to_numpy(ref.variable) for ref in ml.masked_refs(masked)}
+    assert len(before) == 5
+    for path, value in before.items():
+        assert (after[path] == value).all() == path.startswith("dense")
+    recurrent = next(after[path] for path in after if path.endswith("recurrent_kernel"))
+    np.testing.assert_allclose(recurrent @ recurrent.T, np.eye(3), atol=1e-5)
+
+
+def test_frozen_weights_are_not_drawn_again():
+    model = ml.convert_to_masked(make_model())
+    model.get_layer("hidden").trainable = False
+    before = model.get_weights()
+    tickets._draw_again(model, (0,))
+    assert_equal(before[:1], model.get_weights()[:1])
+    assert (before[-2] != model.get_weights()[-2]).all()
+
+
+def test_a_weight_without_an_initializer_is_named(data):
+    class Odd(layers.Layer):
+        def build(self, shape):
+            self.table = self.add_weight(shape=(shape[-1], 2), name="table")
+
+        def call(self, x):
+            return keras.ops.matmul(x, self.table)
+
+    ml.register(Odd, weights=["table"])
+    model = ml.convert_to_masked(keras.Sequential([keras.Input((3,)), Odd(name="odd")]))
+    with pytest.raises(ValueError, match=r"odd/table cannot be drawn again.*table_initializer"):
+        tickets._draw_again(model, (0,))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"rounds": 0}, "rounds=0"),
+        ({"steps": 3, "rewind_to": 3}, "rewind_to=3"),
+        ({"rate": 0.1, "sparsity": 0.5}, "rate=0.1, sparsity=0.5"),
+        ({"controls": ("reinit",)}, r"\['reinit'\].*random_reinit, random_mask"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_training(data, arguments, message):
+    model = make_model()
+    with pytest.raises(ValueError, match=message):
+        find_ticket(model, *data, **{"rounds": 1, "steps": 2} | arguments)
+
+
+def test_an_uncompiled_model_is_refused(data):
+    model = keras.Sequential([keras.Input((8,)), layers.Dense(2)])
+    with pytest.raises(ValueError, match="not compiled"):
+        find_ticket(model, *data, rounds=1, steps=1)
