@@ -291,7 +291,8 @@ def canonical(name: str, array: np.ndarray) -> np.ndarray:
         )
     array = array.astype(array.dtype.newbyteorder("="), order="C", copy=False)
     if array.dtype.kind not in "iub":
-        negative = np.signbit(array) & (array == 0)
+        with np.errstate(invalid="ignore"):  # Comparing a signalling NaN.
+            negative = np.signbit(array) & (array == 0)
         if negative.any():
             array = np.where(negative, np.zeros((), array.dtype), array)
     return array

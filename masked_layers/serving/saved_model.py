@@ -139,7 +139,7 @@ def export_sparse_saved_model(
         _replace(folder, path)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    logger.info("Wrote '%s': %d bytes, sparsity %.4f.", path, report.folder_nbytes, report.sparsity)
+    logger.info("Wrote '%s': %d bytes, sparsity %.4f.", path, report.disk_nbytes, report.sparsity)
     return report
 
 
