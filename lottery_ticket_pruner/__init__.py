@@ -2,7 +2,8 @@
 
 from lottery_ticket_pruner.callbacks import PrunerCallback
 from lottery_ticket_pruner.pruner import LotteryTicketPruner
+from lottery_ticket_pruner.tickets import TicketResult, find_ticket
 
 __version__ = "1.0.0.dev0"
 
-__all__ = ["LotteryTicketPruner", "PrunerCallback"]
+__all__ = ["LotteryTicketPruner", "PrunerCallback", "TicketResult", "find_ticket"]
