@@ -13,7 +13,7 @@ import keras
 import numpy as np
 
 from masked_layers import _keras
-from masked_layers.inspection import masked_refs
+from masked_layers.inspection import masked_refs, weight_refs
 from masked_layers.layers import MaskedLayer, by_hand, mask_weights, mask_when_built, unmask
 from masked_layers.maskable import maskable, weights_inside
 from masked_layers.paths import plain_class, resolve, walk
@@ -176,7 +176,7 @@ def copy_model(model: keras.Model) -> keras.Model:
             "`from_config()`, or pass `inplace=True` to change the model itself."
         ) from error
     _copy_state(model, copy)
-    if compile_config is not None:
+    if compile_config:  # An empty one would compile with defaults.
         with keras.saving.custom_object_scope(custom):
             copy.compile_from_config(compile_config)
         _copy_optimizer(model, copy)
@@ -185,8 +185,7 @@ def copy_model(model: keras.Model) -> keras.Model:
 
 def _copy_state(source: keras.Model, target: keras.Model) -> None:
     pairs = list(zip(walk(source), walk(target), strict=False))
-    before = [(v.path.rpartition("/")[2], tuple(v.shape)) for v in source.variables]
-    after = [(v.path.rpartition("/")[2], tuple(v.shape)) for v in target.variables]
+    before, after = ([tuple(v.shape) for v in model.variables] for model in (source, target))
     if before != after:
         raise ValueError(
             f"The copy of '{source.name}' that its config makes has other variables "
@@ -195,6 +194,8 @@ def _copy_state(source: keras.Model, target: keras.Model) -> None:
             "`get_config()`, or pass `inplace=True` to change the model itself."
         )
     for (_, old), (_, new) in pairs:
+        if new.name != old.name:  # An automatic name inside a composite layer.
+            new.name = old.name
         if new.trainable != old.trainable:
             new.trainable = old.trainable
     for old, new in zip(source.variables, target.variables, strict=True):
@@ -202,6 +203,9 @@ def _copy_state(source: keras.Model, target: keras.Model) -> None:
         new.assign(np.array(keras.ops.convert_to_numpy(old)))
         if new.trainable != old.trainable:
             new.trainable = old.trainable
+    for old, new in zip(weight_refs(source), weight_refs(target), strict=True):
+        if old.mask is not None:
+            new.mask.rescale = old.mask.rescale
     for (_, old), (_, new) in pairs:
         _copy_assets(old, new)
 

@@ -83,6 +83,9 @@ class MaskedLayer:
 
     plain_class: type[Layer]
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__qualname__} name={self.name}, built={self.built}>"
+
     def save_own_variables(self, store: Any) -> None:
         """Saves raw values, those under a mask included."""
         with raw_view():
@@ -163,7 +166,7 @@ def _define(base: type[Layer]) -> type[Layer]:
         "get_config": get_config,
     }
     cls = _subclass(base, maskable(base), namespace)
-    by_hand[base] = keras.saving.register_keras_serializable(PACKAGE)(cls)
+    by_hand[base] = keras.saving.register_keras_serializable(PACKAGE, cls.__qualname__)(cls)
     return cls
 
 
@@ -201,11 +204,14 @@ def _made_for(base: type[Layer], spec: Maskable | None) -> type[Layer]:
 
 def _subclass(base: type[Layer], spec: Maskable | None, namespace: dict[str, Any]) -> type[Layer]:
     names = () if spec is None else spec.weights + spec.biases
+    # Keras names the entries of a weights file, and layers without a name, after `__name__`: with
+    # that of the plain class, plain and masked models read each other's files.
     return type(
-        f"Masked{base.__name__}",
+        base.__name__,
         (MaskedLayer, base),
         {
             "__module__": __name__,
+            "__qualname__": f"Masked{base.__name__}",
             "plain_class": base,
             **{name: EffectiveWeight(base, name) for name in names},
             **namespace,
@@ -413,7 +419,7 @@ def _attach(layer: Layer, name: str, shared: dict[int, Mask]) -> None:
         return
     if name not in own_weights(layer, biases=True):
         raise ValueError(
-            f"{type(layer).__name__} '{layer.name}' has no weight '{name}' that can be masked. "
+            f"{type(layer).__qualname__} '{layer.name}' has no weight '{name}' that can be masked. "
             f"Those it has: {own_weights(layer, biases=True)}"
         )
     variable = raw_variable(layer, name)

@@ -98,11 +98,8 @@ def join(*names: str) -> str:
 def _names(layers: Iterable[Layer]) -> list[str]:
     names: list[str] = []
     for layer in layers:
-        stem = _keras.to_snake_case(plain_class(layer).__name__)
-        own = _keras.to_snake_case(type(layer).__name__)
-        name = layer.name
-        if re.fullmatch(rf"(?:{re.escape(stem)}|{re.escape(own)})(?:_\d+)?", name):
-            name = stem
+        stem = _keras.to_snake_case(type(layer).__name__)
+        name = stem if re.fullmatch(rf"{re.escape(stem)}_\d+", layer.name) else layer.name
         unique, count = name, 0
         while unique in names:
             count += 1

@@ -1,6 +1,7 @@
 """Masked layers made by hand: every Keras layer with a kernel, and what a mask means in it."""
 
 import inspect
+import pickle
 
 import keras
 import numpy as np
@@ -100,8 +101,9 @@ def multiply_raw_weights(model):
 def test_every_masked_class_is_covered_here():
     assert set(by_hand) == set(CASES) | CELLS | WRAPPERS
     for base, masked in by_hand.items():
-        assert masked.__name__ == f"Masked{base.__name__}"
-        assert getattr(ml, masked.__name__) is masked
+        assert masked.__qualname__ == f"Masked{base.__name__}"
+        assert getattr(ml, masked.__qualname__) is masked
+        assert pickle.loads(pickle.dumps(masked)) is masked
 
 
 @pytest.mark.parametrize("base", CASES, ids=lambda base: base.__name__)
