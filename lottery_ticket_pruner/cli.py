@@ -23,8 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     import tyro
 
+    from lottery_ticket_pruner.experiments import run
     from lottery_ticket_pruner.experiments.config import RunConfig
-    from lottery_ticket_pruner.experiments.run import prepare, run
 
     config = tyro.extras.subcommand_cli_from_dict(
         {"run": RunConfig},
@@ -33,11 +33,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args=arguments,
     )
     try:
-        experiment = prepare(config)
+        experiment = run.prepare(config)
     except (ValueError, FileNotFoundError) as error:
         print(f"lottery-ticket: {error}", file=sys.stderr)
         return 2
-    run(*experiment)
+    try:
+        run.run(*experiment)
+    except KeyboardInterrupt:
+        print("Interrupted. The results so far are in the run folder.", file=sys.stderr)
+        return 130
     return 0
 
 

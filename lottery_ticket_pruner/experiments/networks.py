@@ -33,9 +33,10 @@ def build(name: str, input_shape: Sequence[int], classes: int = 10) -> keras.Seq
     layers: list[keras.Layer] = [keras.Input(tuple(input_shape))]
     convolution = _numbered("conv", keras.layers.Conv2D, kernel_size=3, padding="same")
     dense = _numbered("fc", keras.layers.Dense)
-    for width in _CONV_WIDTHS.get(name, ()):
-        layers += [convolution(width), convolution(width), keras.layers.MaxPooling2D()]
-    layers.append(keras.layers.Flatten())
+    for number, width in enumerate(_CONV_WIDTHS.get(name, ()), 1):
+        pool = keras.layers.MaxPooling2D(name=f"pool_{number}")
+        layers += [convolution(width), convolution(width), pool]
+    layers.append(keras.layers.Flatten(name="flatten"))
     layers += [dense(width) for width in _DENSE_WIDTHS.get(name, (256, 256))]
     layers.append(
         keras.layers.Dense(classes, kernel_initializer="glorot_normal", name="output"),

@@ -1,0 +1,97 @@
+"""The command: its help, its errors, what it says when its extra is missing."""
+
+import importlib.util
+import json
+import sys
+
+import pytest
+
+pytest.importorskip("tyro")
+
+from lottery_ticket_pruner import cli
+from lottery_ticket_pruner.experiments import run as run_module
+
+
+def test_help_explains_every_option(capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["run", "--help"])
+    assert caught.value.code == 0
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for part in (
+        "Without any option",
+        "--data {digits,mnist,fashion_mnist,cifar10,cifar10_reduced_10x}",
+        "--data-dir PATH",
+        "large_final, small_final",
+        "--final-sparsity FLOAT",
+        "(default: 0 1 2)",
+    ):
+        assert part in text
+    assert "None}" not in text.replace("{None,lenet", "").replace("{None,layer", "")
+
+
+def test_the_command_lists_its_subcommands(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    assert "run" in capsys.readouterr().out
+
+
+def test_a_run_from_the_command_line(tmp_path, capsys):
+    options = {"rounds": 1, "steps": 4, "seeds": 3, "final-sparsity": 0.9, "out": tmp_path}
+    arguments = [text for key, value in options.items() for text in (f"--{key}", str(value))]
+    assert cli.main(["run", *arguments, "--controls"]) == 0
+    printed = capsys.readouterr().out
+    assert "10.00%" in printed
+    stored = json.loads((tmp_path / "config.json").read_text())
+    assert (stored["seeds"], stored["controls"], stored["final_sparsity"]) == ([3], [], 0.9)
+    assert len((tmp_path / "results.csv").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rate", "2"], "--rate must be in [0, 1)"),
+        (["--strategy", "biggest"], "large_final"),
+        (["--steps", "3", "--epochs", "2"], "not both"),
+    ],
+)
+def test_wrong_options_are_explained_without_a_traceback(arguments, message, capsys):
+    assert cli.main(["run", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_missing_data_is_explained_without_a_traceback(tmp_path, capsys, monkeypatch):
+    import keras
+
+    def fail():
+        raise OSError("no network here")
+
+    monkeypatch.setattr(keras.datasets.mnist, "load_data", fail)
+    assert cli.main(["run", "--data", "mnist", "--data-dir", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "train-images-idx3-ubyte.gz" in error
+    assert "Traceback" not in error
+
+
+def test_a_missing_extra_is_named(capsys, monkeypatch):
+    find_spec = importlib.util.find_spec
+
+    def without(name, *arguments):
+        return None if name in ("tyro", "sklearn") else find_spec(name, *arguments)
+
+    monkeypatch.setattr(importlib.util, "find_spec", without)
+    assert cli.main(["run"]) == 1
+    error = capsys.readouterr().err
+    assert "sklearn, tyro" in error
+    assert 'pip install "lottery-ticket-pruner[cli]"' in error
+
+
+def test_an_interrupted_run_ends_quietly(capsys, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_module, "run", interrupt)
+    monkeypatch.setattr(sys, "argv", ["lottery-ticket", "run"])
+    assert cli.main() == 130
+    assert "Interrupted" in capsys.readouterr().err

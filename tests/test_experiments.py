@@ -1,0 +1,294 @@
+"""Configurations, runs, reports and logs: one short run, looked at from all sides."""
+
+import csv
+import dataclasses
+import io
+import json
+import math
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+
+pytest.importorskip("tyro")
+pytest.importorskip("tensorboard")
+
+from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import masked_layers as ml
+from lottery_ticket_pruner import training
+from lottery_ticket_pruner.experiments import datasets, report
+from lottery_ticket_pruner.experiments.config import RunConfig, parse_steps
+from lottery_ticket_pruner.experiments.run import prepare, run
+from lottery_ticket_pruner.experiments.tensorboard import layer_graph
+
+# --- Configurations -------------------------------------------------------------------------------
+
+
+def test_the_default_run_goes_down_to_two_percent():
+    config = RunConfig().resolve(1318)
+    assert config.network == "lenet-300-100"
+    assert len(config.seeds) == 3
+    assert config.rounds == 9
+    assert config.amount == {"rate": {"^output/": 0.18, "default": 0.36}}
+    left = (19_200 + 30_000) * 0.64**9 + 1_000 * 0.82**9
+    assert left / 50_200 == pytest.approx(0.021, abs=0.0005)
+
+
+@pytest.mark.parametrize(
+    ("data", "network", "expected"),
+    [
+        ("mnist", None, ("lenet-300-100", 1.2e-3, 50_000, None)),
+        ("cifar10", None, ("conv-2", 2e-4, 20_000, 0.1)),
+        ("cifar10", "conv-4", ("conv-4", 3e-4, 25_000, 0.1)),
+        ("cifar10", "conv-6", ("conv-6", 3e-4, 30_000, 0.15)),
+    ],
+)
+def test_recipes_of_the_paper(data, network, expected):
+    config = RunConfig(data=data, network=network).resolve(45_000)
+    name, learning_rate, steps, conv_rate = expected
+    assert (config.network, config.learning_rate, config.steps) == (name, learning_rate, steps)
+    assert config.batch_size == 60
+    rates = config.amount["rate"]
+    assert rates["default"] == 0.2
+    assert rates["^output/"] == 0.1
+    assert rates.get("^conv_") == pytest.approx(conv_rate)
+
+
+def test_what_is_given_wins_over_the_recipe():
+    given = {"steps": 7, "rounds": 2, "rate": 0.5, "output_rate": 0.4, "batch_size": 10}
+    config = RunConfig(learning_rate=0.1, eval_every=3, **given).resolve(100)
+    assert {name: getattr(config, name) for name in given} == given
+    assert (config.learning_rate, config.eval_every) == (0.1, 3)
+
+
+def test_epochs_and_rewinding_points_become_steps():
+    config = RunConfig(epochs=3, batch_size=20, rewind_to="2ep").resolve(101)
+    assert (config.steps, config.epochs, config.rewind_to) == (18, None, "12it")
+    assert parse_steps("0", 10) == 0
+    assert parse_steps("500it", 10) == 500
+    assert parse_steps("2ep", 10) == 20
+
+
+def test_a_global_scope_has_one_rate():
+    for config in (RunConfig(scope="global"), RunConfig(strategy="smallest_weights_global")):
+        resolved = config.resolve(100)
+        assert resolved.scope == "global"
+        assert resolved.amount == {"rate": 0.36}
+    assert RunConfig(final_sparsity=0.9).resolve(100).amount == {"sparsity": 0.9}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 5, "epochs": 1}, "--steps or --epochs"),
+        ({"rounds": 0}, "--rounds must be positive. Received: 0"),
+        ({"rate": 1.0}, r"--rate must be in \[0, 1\). Received: 1.0"),
+        ({"final_sparsity": 0.9, "output_rate": 0.1}, "--final-sparsity or --output-rate"),
+        ({"scope": "global", "conv_rate": 0.1}, "--conv-rate: all layers compete"),
+        ({"strategy": "largest"}, "large_final"),
+        ({"seeds": ()}, "at least one seed"),
+        ({"steps": 5, "rewind_to": "5"}, "--rewind-to 5 is not before the end"),
+        ({"rewind_to": "5s"}, "500it"),
+        ({"network": "vgg"}, "lenet-300-100"),
+        ({"data": "svhn"}, "fashion_mnist"),
+    ],
+)
+def test_contradictions_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        RunConfig(**options).resolve(100)
+
+
+def test_a_run_is_named_after_its_choices_not_after_places():
+    config = RunConfig().resolve(1318)
+    assert config.name.startswith("digits-lenet-300-100-large_final-")
+    assert config.folder == Path("runs") / config.name
+    elsewhere = dataclasses.replace(config, out=Path("x"), data_dir=Path("y"))
+    assert elsewhere.name == config.name
+    assert elsewhere.folder == Path("x")
+    assert dataclasses.replace(config, steps=5).name != config.name
+    written_out = RunConfig(rounds=9, rate=0.36, network="lenet-300-100").resolve(1318)
+    assert written_out.name == config.name
+
+
+# --- One short run --------------------------------------------------------------------------------
+
+ARMS = ["random_reinit", "random_mask", "ticket"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of two rounds and two seeds: its folder, its configuration, what it printed."""
+    out = tmp_path_factory.mktemp("run") / "folder"
+    (out / "logs" / "ticket-0").mkdir(parents=True)
+    (out / "logs" / "ticket-0" / "events.out.tfevents.1.stale").write_bytes(b"")
+    config, data = prepare(RunConfig(rounds=2, steps=40, rate=0.5, seeds=(4, 5), out=out))
+    console = Console(file=io.StringIO(), width=80)
+    folder = run(config, data, console)
+    assert folder == out
+    return folder, config, console.file.getvalue()
+
+
+def test_results_hold_a_row_per_round_arm_and_replicate(finished):
+    folder, _, _ = finished
+    with (folder / "results.csv").open() as file:
+        header = next(csv.reader(file))
+    assert header[:8] == [
+        "round", "arm", "replicate", "sparsity", "test_accuracy", "test_loss", "early_stop_step",
+        "seconds",
+    ]  # fmt: skip
+    rows = report.read_rows(folder / "results.csv")
+    per_replicate = [(0, "dense"), *[(1, arm) for arm in ARMS], *[(2, arm) for arm in ARMS]]
+    expected = [(*one, replicate) for replicate in (0, 1) for one in per_replicate]
+    assert [(row["round"], row["arm"], row["replicate"]) for row in rows] == expected
+    for row in rows:
+        assert 0.1 < row["test_accuracy"] <= 1
+        assert row["early_stop_step"] in range(4, 41, 4)
+    # Half of the hidden weights, a quarter of the output's go in each round.
+    sparsity = 1 - (0.5 * 49_200 + 0.75 * 1_000) / 50_200
+    assert rows[1]["sparsity"] == pytest.approx(sparsity, abs=1e-4)
+
+
+def test_the_ticket_is_a_masked_model_that_scores_what_the_table_says(finished):
+    folder, _, _ = finished
+    rows = report.read_rows(folder / "results.csv")
+    data = datasets.load("digits")
+    for name, row in (("ticket.keras", rows[6]), ("ticket-1.keras", rows[13])):
+        model = keras.models.load_model(folder / name)
+        assert ml.sparsity_report(model).sparsity == pytest.approx(row["sparsity"], abs=1e-5)
+        results = training.evaluate(model, data.x_test, data.y_test)
+        assert results["accuracy"] == pytest.approx(row["test_accuracy"], abs=1e-5)
+
+
+def test_the_configuration_on_file_repeats_the_run(finished):
+    folder, config, _ = finished
+    stored = json.loads((folder / "config.json").read_text())
+    assert stored["steps"] == 40
+    assert stored["learning_rate"] == 2e-3
+    stored = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
+    again = RunConfig(**stored | {"out": config.out})
+    assert again.resolve(1318) == config
+
+
+def test_what_a_run_prints(finished):
+    folder, _, printed = finished
+    assert "1318 training, 120 validation, 359 test images" in " ".join(printed.split())
+    rows = report.read_rows(folder / "results.csv")
+    lines = [line.split() for line in printed.splitlines()]
+    ticket, mask, reinit = rows[6], rows[5], rows[4]
+    accuracies = [f"{100 * row['test_accuracy']:.2f}" for row in (ticket, reinit, mask)]
+    left = f"{1 - ticket['sparsity']:.2%}"
+    assert ["4", "2", left, *accuracies, f"{ticket['early_stop_step']:.0f}"] in lines
+    assert max(map(len, printed.splitlines())) <= 80
+    assert "mean ± standard deviation of 2 replicates" in printed
+    assert "…" not in printed
+    assert str(folder) in printed.replace("\n", "")
+
+
+def test_the_picture_is_there(finished):
+    folder, _, _ = finished
+    assert (folder / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+
+
+def load_log(folder):
+    log = EventAccumulator(str(folder))
+    log.Reload()
+    return log
+
+
+def test_tensorboard_shows_accuracy_and_sparsity_per_round(finished):
+    folder, _, _ = finished
+    rows = report.read_rows(folder / "results.csv")
+    assert not (folder / "logs" / "ticket-0" / "events.out.tfevents.1.stale").exists()
+    log = load_log(folder / "logs" / "ticket-1")
+    shown = [(s.step, pytest.approx(s.value)) for s in log.Scalars("test_accuracy")]
+    own = [r for r in rows if r["replicate"] == 1 and r["arm"] in ("dense", "ticket")]
+    assert shown == [(row["round"], row["test_accuracy"]) for row in own]
+    sparsity = [(s.step, pytest.approx(s.value)) for s in log.Scalars("sparsity/fc_1/kernel")]
+    assert sparsity == [(0, 0), (1, 0.5), (2, 0.75)]
+    total = [pytest.approx(s.value, abs=1e-5) for s in log.Scalars("sparsity/total")]
+    assert total == [row["sparsity"] for row in own]
+    control = load_log(folder / "logs" / "random_mask-0")
+    assert [s.step for s in control.Scalars("test_loss")] == [1, 2]
+
+
+def test_tensorboard_shows_the_graph(finished):
+    folder, _, _ = finished
+    graph = load_log(folder / "logs" / "ticket-0").Graph()
+    nodes = {node.name.split("/", 1)[1]: node for node in graph.node}
+    assert {"flatten", "fc_1", "fc_2", "output", "fc_1/kernel", "fc_1/kernel_mask"} <= set(nodes)
+    inputs = [name.split("/", 1)[1] for name in nodes["fc_2"].input]
+    assert inputs == ["fc_1", "fc_2/kernel", "fc_2/kernel_mask"]
+    assert nodes["fc_1"].op == "MaskedDense"
+    shape = nodes["fc_1/kernel_mask"].attr["_output_shapes"].list.shape[0]
+    assert [dim.size for dim in shape.dim] == [64, 300]
+
+
+def test_the_graph_of_a_branching_model():
+    x = keras.Input((4,), name="x")
+    left = keras.layers.Dense(3, name="left")(x)
+    right = keras.layers.Dense(3, name="right")(x)
+    model = ml.convert_to_masked(keras.Model(x, keras.layers.Add(name="sum")([left, right])))
+    nodes = {node.name.rpartition("/")[2]: node for node in layer_graph(model).node}
+    assert [name.rpartition("/")[2] for name in nodes["sum"].input] == ["left", "right"]
+
+
+# --- Reports --------------------------------------------------------------------------------------
+
+
+def row(number, arm, replicate, accuracy, sparsity):
+    return {
+        "round": number, "arm": arm, "replicate": replicate, "sparsity": sparsity,
+        "test_accuracy": accuracy, "test_loss": 0.1, "early_stop_step": 10 * replicate,
+        "seconds": 1.0, "validation_loss": 0.2,
+    }  # fmt: skip
+
+
+ROWS = [
+    row(0, "dense", 1, 0.9, 0.0),
+    row(1, "random_mask", 1, 0.5, 0.5),
+    row(1, "ticket", 1, 0.8, 0.5),
+    row(0, "dense", 2, 0.92, 0.0),
+    row(1, "random_mask", 2, 0.7, 0.5),
+    row(1, "ticket", 2, 1.0, 0.5),
+]
+
+
+def rendered(table):
+    console = Console(file=io.StringIO(), width=100)
+    console.print(table)
+    return [line.split() for line in console.file.getvalue().splitlines()]
+
+
+def test_the_table_of_means_and_deviations():
+    lines = rendered(report.summary_table(ROWS))
+    assert ["dense", "100.00%", "91.00", "±", "1.41", "15"] in lines
+    wanted = ["1", "50.00%", "90.00", "±", "14.14", "60.00", "±", "14.14", "15"]
+    assert wanted in lines
+    single = rendered(report.summary_table(ROWS[:3]))
+    assert ["1", "50.00%", "80.00", "50.00", "10"] in single
+
+
+def test_the_picture_draws_every_arm_with_its_band():
+    figure = report.accuracy_picture(ROWS, "a title")
+    axes = figure.axes[0]
+    lines = {line.get_label(): line for line in axes.get_lines()}
+    assert set(lines) == {"dense, 91.00 %", "ticket", "random mask"}
+    np.testing.assert_allclose(lines["ticket"].get_xdata(), [50])
+    np.testing.assert_allclose(lines["ticket"].get_ydata(), [10])
+    assert len(axes.collections) == 2
+    assert "2 replicates" in axes.get_title()
+    formatted = axes.yaxis.get_major_formatter()(10)
+    assert formatted == "90 %"
+    # The error of a perfect run has no logarithm: it is drawn at the edge.
+    assert math.isfinite(axes.get_ylim()[1])
+
+
+def test_rows_survive_their_file(tmp_path):
+    writer = report.CsvWriter(tmp_path / "rows.csv")
+    for one in ROWS:
+        writer.write(one)
+    assert report.read_rows(tmp_path / "rows.csv") == ROWS
+    writer.close()

@@ -1,0 +1,243 @@
+"""Data sets: published formats read from a folder, fixed splits, errors that say what to do."""
+
+import gzip
+import importlib
+import io
+import pickle
+import tarfile
+
+import numpy as np
+import pytest
+
+pytest.importorskip("tyro")
+
+from lottery_ticket_pruner.experiments import datasets
+
+
+def small_images(seed, count, shape):
+    rng = np.random.default_rng(seed)
+    labels = np.arange(count) % 10
+    return rng.integers(0, 256, (count, *shape), dtype="uint8"), labels.astype("uint8")
+
+
+def idx(array):
+    header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
+    return header + array.tobytes()
+
+
+def write_idx(folder, train, test, compressed=True):
+    folder.mkdir(parents=True, exist_ok=True)
+    for stem, (images, labels) in (("train", train), ("t10k", test)):
+        for kind, array in (("images-idx3", images), ("labels-idx1", labels)):
+            content = idx(array)
+            name = f"{stem}-{kind}-ubyte"
+            if compressed:
+                (folder / f"{name}.gz").write_bytes(gzip.compress(content))
+            else:
+                (folder / name).write_bytes(content)
+
+
+@pytest.fixture
+def no_download(monkeypatch):
+    for name in ("mnist", "fashion_mnist", "cifar10"):
+        module = importlib.import_module(f"keras.datasets.{name}")
+
+        def fail(*_args):
+            raise OSError("no network here")
+
+        monkeypatch.setattr(module, "load_data", fail)
+
+
+@pytest.fixture
+def mnist():
+    return small_images(1, 120, (28, 28)), small_images(2, 30, (28, 28))
+
+
+def assert_same_images(scaled, images):
+    """The same images whatever their order; scaled ones are in [0, 1] with a channel axis."""
+    assert scaled.dtype == "float32"
+    restored = np.round(scaled * 255).astype("uint8").reshape(len(scaled), -1)
+    flat = images.reshape(len(images), -1)
+    assert sorted(map(bytes, restored)) == sorted(map(bytes, flat))
+
+
+def test_digits_are_embedded_and_split_the_same_way_every_time():
+    digits = datasets.load("digits")
+    again = datasets.load("digits")
+    assert digits.input_shape == (8, 8, 1)
+    assert digits.classes == 10
+    parts = [digits.x_train, digits.x_validation, digits.x_test]
+    assert [len(part) for part in parts] == [1318, 120, 359]
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    for x, y in (
+        (digits.x_train, digits.y_train),
+        (digits.x_validation, digits.y_validation),
+        (digits.x_test, digits.y_test),
+    ):
+        assert x.min() == 0
+        assert x.max() == 1
+        assert y.dtype == "int32"
+        assert set(y) == set(range(10))
+    # Every image is in one part only, with its own label.
+    everything = np.concatenate([part.reshape(-1, 64) for part in parts])
+    labels = np.concatenate([digits.y_train, digits.y_validation, digits.y_test])
+    found = sorted(
+        (tuple(np.round(i * 16).astype(int)), int(k))
+        for i, k in zip(everything, labels, strict=True)
+    )
+    wanted = sorted(
+        (tuple(i.astype(int)), int(k)) for i, k in zip(bunch.data, bunch.target, strict=True)
+    )
+    assert found == wanted
+    np.testing.assert_array_equal(digits.x_train, again.x_train)
+
+
+@pytest.mark.parametrize("subfolder", ["", "mnist", "MNIST/raw", "datasets/mnist"])
+@pytest.mark.parametrize("compressed", [True, False])
+def test_mnist_from_idx_files(tmp_path, mnist, no_download, subfolder, compressed):
+    write_idx(tmp_path / subfolder, *mnist, compressed=compressed)
+    loaded = datasets.load("mnist", tmp_path)
+    assert loaded.input_shape == (28, 28, 1)
+    assert len(loaded.x_validation) == 10
+    together = np.concatenate([loaded.x_train, loaded.x_validation])
+    assert_same_images(together, mnist[0][0])
+    np.testing.assert_array_equal(np.round(loaded.x_test[..., 0] * 255), mnist[1][0])
+    np.testing.assert_array_equal(loaded.y_test, mnist[1][1])
+
+
+def test_labels_stay_with_their_images(tmp_path, no_download):
+    labels = (np.arange(120) % 10).astype("uint8")
+    images = np.broadcast_to(labels[:, None, None], (120, 28, 28))
+    write_idx(tmp_path, (images, labels), (images[:10], labels[:10]))
+    loaded = datasets.load("mnist", tmp_path)
+    for x, y in ((loaded.x_train, loaded.y_train), (loaded.x_validation, loaded.y_validation)):
+        np.testing.assert_array_equal(np.round(x[:, 0, 0, 0] * 255), y)
+
+
+def test_files_of_the_same_name_are_told_apart_by_their_folder(tmp_path, mnist, no_download):
+    write_idx(tmp_path / "mnist", *mnist)
+    with pytest.raises(datasets.DatasetNotFoundError, match="fashion_mnist"):
+        datasets.load("fashion_mnist", tmp_path)
+    with pytest.raises(datasets.DatasetNotFoundError, match="fashion_mnist"):
+        datasets.load("fashion_mnist", tmp_path / "mnist")
+    fashion = small_images(3, 120, (28, 28)), small_images(4, 30, (28, 28))
+    write_idx(tmp_path / "datasets" / "fashion-mnist", *fashion)
+    loaded = datasets.load("fashion_mnist", tmp_path)
+    np.testing.assert_array_equal(np.round(loaded.x_test[..., 0] * 255), fashion[1][0])
+    direct = datasets.load("fashion_mnist", tmp_path / "datasets" / "fashion-mnist")
+    np.testing.assert_array_equal(direct.x_train, loaded.x_train)
+
+
+@pytest.fixture
+def cifar():
+    train, test = small_images(5, 6_000, (32, 32, 3)), small_images(6, 20, (32, 32, 3))
+    return *train, *test
+
+
+def planes(images):
+    return images.transpose(0, 3, 1, 2).reshape(len(images), 3072)
+
+
+def write_batches(folder, cifar):
+    folder.mkdir(parents=True)
+    x_train, y_train, x_test, y_test = cifar
+    parts = [(x_train[i::5], y_train[i::5]) for i in range(5)] + [(x_test, y_test)]
+    names = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
+    for name, (images, labels) in zip(names, parts, strict=True):
+        content = {b"data": planes(images), b"labels": labels.tolist()}
+        (folder / name).write_bytes(pickle.dumps(content, protocol=2))
+
+
+@pytest.mark.parametrize("form", ["npz", "folder", "its own folder", "archive"])
+def test_cifar10_in_its_published_forms(tmp_path, cifar, no_download, form):
+    x_train, y_train, x_test, y_test = cifar
+    data_dir = tmp_path
+    if form == "npz":
+        np.savez(
+            tmp_path / "cifar10.npz",
+            x_train=x_train, y_train=y_train[:, None], x_test=x_test, y_test=y_test[:, None],
+        )  # fmt: skip
+    else:
+        folder = tmp_path / "cifar-10-batches-py"
+        write_batches(folder, cifar)
+        if form == "its own folder":
+            data_dir = folder
+        if form == "archive":
+            data_dir = tmp_path / "elsewhere"
+            data_dir.mkdir()
+            with tarfile.open(data_dir / "cifar-10-python.tar.gz", "w:gz", compresslevel=1) as tar:
+                tar.add(folder, "cifar-10-batches-py")
+    loaded = datasets.load("cifar10", data_dir)
+    assert loaded.x_train.shape == (1_000, 32, 32, 3)
+    assert len(loaded.x_validation) == 5_000
+    assert_same_images(np.concatenate([loaded.x_train, loaded.x_validation]), x_train)
+    np.testing.assert_array_equal(np.round(loaded.x_test * 255), x_test)
+    np.testing.assert_array_equal(loaded.y_test, y_test)
+
+
+def test_the_reduced_set_is_the_first_tenth_of_each_class(tmp_path, cifar, no_download):
+    x_train, y_train, x_test, y_test = cifar
+    np.savez(
+        tmp_path / "cifar10.npz", x_train=x_train, y_train=y_train, x_test=x_test, y_test=y_test
+    )
+    loaded = datasets.load("cifar10_reduced_10x", tmp_path)
+    assert len(loaded.x_train) == 540
+    assert len(loaded.x_validation) == 60
+    together = np.concatenate([loaded.x_train, loaded.x_validation])
+    first = np.concatenate([np.flatnonzero(y_train == label)[:60] for label in range(10)])
+    assert_same_images(together, x_train[first])
+    assert len(loaded.x_test) == 20
+
+
+def test_what_a_pickle_may_hold(tmp_path, cifar, no_download):
+    folder = tmp_path / "cifar-10-batches-py"
+    write_batches(folder, cifar)
+    harmful = pickle.dumps({b"data": io.StringIO("x")})
+    (folder / "data_batch_3").write_bytes(harmful)
+    with pytest.raises(pickle.UnpicklingError, match="StringIO"):
+        datasets.load("cifar10", tmp_path)
+
+
+def test_missing_data_says_what_to_put_where(tmp_path, no_download):
+    with pytest.raises(datasets.DatasetNotFoundError) as caught:
+        datasets.load("mnist", tmp_path)
+    message = str(caught.value)
+    for part in (str(tmp_path), "no network here", "train-images-idx3-ubyte.gz", "--data-dir"):
+        assert part in message
+    with pytest.raises(datasets.DatasetNotFoundError, match=r"cifar-10-python\.tar\.gz"):
+        datasets.load("cifar10")
+
+
+def test_download_is_the_last_resort(tmp_path, mnist, monkeypatch):
+    module = importlib.import_module("keras.datasets.mnist")
+    monkeypatch.setattr(module, "load_data", lambda: mnist)
+    loaded = datasets.load("mnist", tmp_path)
+    np.testing.assert_array_equal(loaded.y_test, mnist[1][1])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "not an IDX file"),
+        (b"\x00\x00\x0d\x01", "not an IDX file"),
+        (b"\x00\x00\x08\x01\x00\x00\x00\x05ab", r"should hold \(5,\) values and holds 2"),
+    ],
+)
+def test_broken_files_are_named(tmp_path, mnist, content, message):
+    write_idx(tmp_path, *mnist)
+    (tmp_path / "t10k-labels-idx1-ubyte.gz").write_bytes(gzip.compress(content))
+    with pytest.raises(ValueError, match=rf"t10k-labels-idx1-ubyte\.gz.*{message}"):
+        datasets.load("mnist", tmp_path)
+
+
+def test_an_npz_without_its_arrays_is_named(tmp_path):
+    np.savez(tmp_path / "mnist.npz", x_train=np.zeros(1))
+    with pytest.raises(ValueError, match=r"mnist\.npz lacks y_train, x_test, y_test"):
+        datasets.load("mnist", tmp_path)
+
+
+def test_unknown_names_list_the_known():
+    with pytest.raises(ValueError, match=r"'svhn'.*digits, mnist, fashion_mnist, cifar10"):
+        datasets.load("svhn")
