@@ -45,6 +45,7 @@ from masked_layers.layers import (
 )
 from masked_layers.maskable import register
 from masked_layers.masks import Mask
+from masked_layers.shrinking import ShrinkReport, ShrinkRow, shrink
 
 __all__ = [
     "Mask",
@@ -76,6 +77,8 @@ __all__ = [
     "MaskedSimpleRNN",
     "MaskedSimpleRNNCell",
     "MaskedTimeDistributed",
+    "ShrinkReport",
+    "ShrinkRow",
     "SparsityReport",
     "SparsityRow",
     "WeightRef",
@@ -86,6 +89,7 @@ __all__ = [
     "register",
     "save_masks",
     "set_masks",
+    "shrink",
     "sparsity_report",
     "strip_masks",
     "weight_refs",
