@@ -54,20 +54,24 @@ def randomized(name, seed=0):
     """
     keras.utils.set_random_seed(seed)
     build = getattr(keras.applications, name)
-    model = build(
-        weights=None, input_shape=(SIDE, SIDE, 3), classes=10, classifier_activation=None
-    )
+    model = build(weights=None, input_shape=(SIDE, SIDE, 3), classes=10, classifier_activation=None)
     rng = np.random.default_rng(seed)
-    values = []
+    outputs = {id(ref.variable): ref.output_axes for ref in ml.weight_refs(model)}
+    adapted = {
+        id(variable)
+        for layer in model.layers
+        if isinstance(layer, keras.layers.Normalization)
+        for variable in layer.weights
+    }
     for variable in model.weights:
         shape = tuple(variable.shape)
-        if len(shape) > 1:
-            fan_in = np.prod(shape[:-1]) if "depthwise" not in variable.path else shape[0] ** 2
+        if id(variable) in outputs:
+            fan_in = np.prod(shape) / np.prod([shape[axis] for axis in outputs[id(variable)]])
             value = rng.standard_normal(shape, dtype="float32") * np.sqrt(2 / fan_in)
-        else:  # Scales, offsets and statistics: positive, near one.
-            value = rng.uniform(0.5, 1.5, shape)
-        values.append(value)
-    model.set_weights(values)
+            variable.assign(value)
+        elif id(variable) not in adapted:
+            # Scales, offsets and statistics: positive, near one.
+            variable.assign(rng.uniform(0.5, 1.5, shape))
     return model
 
 

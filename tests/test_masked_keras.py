@@ -1,0 +1,114 @@
+"""What this library uses of Keras beyond its public API: these fail when Keras moves it."""
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+
+from masked_layers import _keras
+
+
+def built_dense():
+    layer = layers.Dense(3, name="d")
+    layer.build((None, 4))
+    return layer
+
+
+def test_sublayers_are_the_tracked_children():
+    wrapper = layers.TimeDistributed(layers.Dense(2))
+    assert _keras.sublayers(wrapper) == [wrapper.layer]
+
+
+def test_unlocked_allows_new_state_and_locks_again():
+    layer = built_dense()
+    with pytest.raises(ValueError, match="already built"):
+        layer.extra = layers.Dense(1)
+    with _keras.unlocked(layer):
+        layer.extra = layers.Dense(1)
+    assert _keras.sublayers(layer) == [layer.extra]
+    with pytest.raises(ValueError, match="already built"):
+        layer.more = layers.Dense(1)
+    _keras.untrack(layer, "extra")
+    assert _keras.sublayers(layer) == []
+    assert not hasattr(layer, "extra")
+
+
+def test_layer_scope_names_variables_after_a_built_layer():
+    layer = built_dense()
+    with keras.name_scope("elsewhere"), _keras.layer_scope(layer):
+        variable = keras.Variable(np.zeros(1), name="v")
+    assert variable.path == f"{layer.path}/v"
+    with keras.name_scope("elsewhere"):
+        assert keras.Variable(np.zeros(1), name="v").path == "elsewhere/v"
+
+
+def test_functional_and_plain_containers():
+    x = keras.Input((4,))
+    model = keras.Model(x, layers.Dense(2)(x))
+    assert _keras.is_functional(model)
+    assert not _keras.is_functional(layers.Dense(2))
+    for container in (model, keras.Sequential(), layers.TimeDistributed(layers.Dense(1))):
+        assert _keras.is_plain_container(container)
+
+    class Mine(keras.Model):
+        pass
+
+    assert not _keras.is_plain_container(Mine(x, layers.Dense(2)(x)))
+    assert not _keras.is_plain_container(layers.Bidirectional(layers.LSTM(1)))
+
+
+def test_shared_objects_stay_shared_through_serialize():
+    @keras.saving.register_keras_serializable("tests")
+    class Twice(layers.Layer):
+        def __init__(self, first, second, **kwargs):
+            super().__init__(**kwargs)
+            self.first, self.second = first, second
+
+        def get_config(self):
+            return {**super().get_config(), "first": self.first, "second": self.second}
+
+        @classmethod
+        def from_config(cls, config):
+            for key in ("first", "second"):
+                config[key] = keras.saving.deserialize_keras_object(config[key])
+            return cls(**config)
+
+    shared = layers.Dense(2)
+    copy = _keras.deserialize(_keras.serialize(Twice(shared, shared)))
+    assert copy.first is copy.second
+
+
+def test_own_variables_leave_out_those_of_layers_inside():
+    model = keras.Sequential([keras.Input((4,)), layers.BatchNormalization()])
+    assert _keras.own_variables(model) == []
+    assert len(_keras.own_variables(model.layers[0])) == 4
+
+
+def test_compile_arguments_are_the_objects_that_were_passed():
+    def loss(y_true, y_pred):
+        return y_pred
+
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(2)])
+    assert _keras.compile_arguments(model) == []
+    model.compile("sgd", loss)
+    assert loss in _keras.compile_arguments(model)
+
+
+def test_forgotten_functions_are_made_again():
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(2)])
+    model.compile("sgd", "mse")
+    x = np.ones((2, 4), "float32")
+    model.fit(x, x[:, :2], verbose=0)
+    assert model.train_function is not None
+    _keras.forget_functions(model)
+    assert model.train_function is None
+    model.fit(x, x[:, :2], verbose=0)
+    assert model.train_function is not None
+
+
+def test_names():
+    assert _keras.to_snake_case("MultiHeadAttention") == "multi_head_attention"
+    assert _keras.to_snake_case("Conv2D") == "conv2d"
+    assert _keras.ConvLSTMCell.__name__ == "ConvLSTMCell"
+    assert isinstance(layers.ConvLSTM2D(1, 1).cell, _keras.ConvLSTMCell)
+    assert _keras.get_registered_name(layers.Dense) == "Dense"
