@@ -230,7 +230,7 @@ def groups(weights, scope):
 
 
 @pytest.mark.parametrize("name", [n for n in criteria.names() if n != "random"])
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=30)
 @given(
     weights=networks(),
     percent=st.integers(0, 99),
@@ -266,7 +266,7 @@ def test_update_is_a_sort_in_plain_python(name, weights, percent, scope, seed):
             assert now.flags.writeable
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=30)
 @given(
     weights=networks(),
     percents=st.tuples(st.integers(0, 99), st.integers(0, 99)),
