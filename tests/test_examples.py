@@ -1,0 +1,114 @@
+"""The examples run as they are, on the embedded data."""
+
+import csv
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+
+pytest.importorskip("sklearn")
+
+from lottery_ticket_pruner.experiments import datasets
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("options", [[], ["--dwr", "--prune_strategy", "magnitude_increase"]])
+def test_example(capsys, options):
+    load("example").main(["--quick", *options])
+    name = "magnitude_increase_dwr" if options else "large_final"
+    with Path(f"results_digits_{name}.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    stages = ["untrained", "dense", *["untrained-pruned", "trained-pruned"] * 4]
+    assert [row["stage"] for row in rows] == stages
+    sparsities = [0, 0, *np.repeat([0.5, 0.75, 0.875, 0.9375], 2)]
+    assert [float(row["sparsity"]) for row in rows] == pytest.approx(sparsities, abs=1e-4)
+    accuracies = [float(row["accuracy"]) for row in rows]
+    assert accuracies[1] > 0.8
+    assert accuracies[3] > 0.7
+    printed = capsys.readouterr().out
+    averages = printed[printed.index("Averages over 1 iterations") :]
+    assert [line.split()[0] for line in averages.splitlines()[1:11]] == stages
+
+
+def test_lenet_mnist(capsys):
+    pytest.importorskip("tensorboard")
+    load("lenet_mnist").main(["--quick", "--prune_pc", "0.5", "--logs", "logs"])
+    printed = capsys.readouterr().out
+    rounds = re.findall(r"round (\d): +([\d.]+)% pruned, .*accuracy ([\d.]+)", printed)
+    # Of 49 200 hidden and 1 000 output weights a half and a quarter go, twice.
+    assert [(number, share) for number, share, _ in rounds] == [
+        ("0", "0.00"), ("1", "49.50"), ("2", "74.38"),
+    ]  # fmt: skip
+    assert float(rounds[0][2]) > 0.6
+    assert "fc_1/kernel" in printed
+    assert list(Path("logs").glob("events.out.tfevents.*"))
+
+
+def test_transfer_learning_example(capsys):
+    load("transfer_learning_example").main(["--quick"])
+    printed = capsys.readouterr().out
+    assert re.findall(r"([\d.]+)% of the base pruned", printed) == ["50.0", "80.0", "90.0", "95.0"]
+    tuned = [float(text) for text in re.findall(r"fine-tuned ([\d.]+)", printed)]
+    assert tuned[0] > 0.7
+    model = keras.models.load_model("transferred.keras")
+    assert "Masked" not in model.to_json()
+    kernels = [w for layer in model.layers[:-1] for w in layer.get_weights() if w.ndim > 1]
+    zeros = sum(int((w == 0).sum()) for w in kernels) / sum(w.size for w in kernels)
+    assert zeros == pytest.approx(0.95, abs=1e-3)
+    data = datasets.load("digits")
+    new = data.y_test >= 5
+    outputs = model.predict(data.x_test[new], verbose=0)
+    accuracy = np.mean(outputs.argmax(-1) == data.y_test[new] - 5)
+    assert accuracy == pytest.approx(tuned[-1], abs=1e-4)
+
+
+@pytest.mark.skipif(shutil.which("sh") is None, reason="needs a POSIX shell")
+def test_example_sh_runs_the_matrix(tmp_path):
+    """With a stand-in for Python that writes down what it is called with."""
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\nshift\necho "$@" >> calls\n')
+    python.chmod(0o755)
+    environment = os.environ | {"PYTHON": str(python)}
+    command = ["sh", str(EXAMPLES / "example.sh"), "--data-dir", "DIR"]
+    subprocess.run(command, check=True, env=environment, capture_output=True)
+    calls = (tmp_path / "calls").read_text().splitlines()
+    pattern = r"--which_set (\w+) --prune_strategy (\w+) --data-dir DIR"
+    pairs = [re.fullmatch(pattern, call).groups() for call in calls]
+    assert len(set(pairs)) == len(pairs) == 33
+    from lottery_ticket_pruner import criteria
+
+    assert {strategy for _, strategy in pairs} <= set(criteria.names())
+    assert {name for name, _ in pairs} <= set(datasets.NAMES)
+
+
+@pytest.mark.skipif(shutil.which("sh") is None, reason="needs a POSIX shell")
+def test_example_sh_quick(tmp_path):
+    path = os.pathsep.join([str(EXAMPLES.parent), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHON": sys.executable, "PYTHONPATH": path}
+    environment["STRATEGIES"] = "random"
+    command = ["sh", str(EXAMPLES / "example.sh"), "--quick"]
+    done = subprocess.run(
+        command, check=True, env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert "== digits, random" in done.stdout
+    assert (tmp_path / "results_digits_random.csv").exists()
