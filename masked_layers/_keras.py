@@ -14,6 +14,7 @@ import keras
 
 # None of these has a public name.
 from keras.src.backend.common import global_state
+from keras.src.backend.common.stateless_scope import get_stateless_scope, in_stateless_scope
 from keras.src.layers.rnn.conv_lstm import ConvLSTMCell as ConvLSTMCell
 from keras.src.models.functional import Functional
 from keras.src.saving.object_registration import get_registered_name as get_registered_name
@@ -150,6 +151,29 @@ def sync(model: keras.layers.Layer) -> None:
         model.jax_state_sync()
 
 
+def is_withdrawn(variable: keras.Variable) -> bool:
+    """True where Keras has taken the value out of a variable for the time of a JAX `fit`.
+
+    `fit` on JAX hands the state to its compiled step and empties the variables meanwhile; inside
+    the step they have values only in the scope of the forward pass.
+    """
+    return (
+        keras.backend.backend() == "jax"
+        and variable._value is None
+        and in_stateless_scope()
+        and get_stateless_scope().get_current_value(variable) is None
+    )
+
+
+def is_tracing(tensor: Any) -> bool:
+    """True for a JAX tensor that stands for a value in a function being traced."""
+    if keras.backend.backend() != "jax":
+        return False
+    import jax
+
+    return isinstance(tensor, jax.core.Tracer)
+
+
 def forget_functions(model: keras.Model) -> None:
     """Makes `fit`, `evaluate` and `predict` compile anew, and count nothing as compiled."""
     model.train_function = model.test_function = model.predict_function = None
@@ -194,5 +218,11 @@ def export_signature(model: keras.Model, input_signature: Any = None) -> Any:
     from keras.src.export import export_utils
 
     if input_signature is None:
-        input_signature = export_utils.get_input_signature(model)
+        # Built is enough: a copy of a subclassed model knows its shapes before its first call.
+        called = model._called
+        model._called = True
+        try:
+            input_signature = export_utils.get_input_signature(model)
+        finally:
+            model._called = called
     return keras.tree.map_structure(export_utils.make_tf_tensor_spec, input_signature)

@@ -12,6 +12,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from masked_layers import _keras
+
 _raw_view: contextvars.ContextVar[bool] = contextvars.ContextVar("raw_view", default=False)
 
 
@@ -62,6 +64,7 @@ class Mask(keras.layers.Layer):
         super().__init__(trainable=False, **kwargs)
         self.initializer = keras.initializers.get(initializer)
         self.rescale = rescale
+        self._traced: Any = None
 
     def build(self, shape: tuple[int, ...]) -> None:
         """Creates `value`.
@@ -99,10 +102,20 @@ class Mask(keras.layers.Layer):
 
     def select(self, kept: Any, pruned: Any) -> Any:
         """Returns `kept` where the mask keeps an entry and `pruned` elsewhere."""
-        return ops.where(ops.convert_to_tensor(self.value), kept, pruned)
+        return ops.where(self._keep(), kept, pruned)
+
+    def _keep(self) -> Any:
+        if _keras.is_withdrawn(self.value):
+            # Inside the optimizer's part of a training step on JAX, where the variables are empty
+            # and only the optimizer's own are at hand: the forward pass of the same step, traced
+            # just before, was given the mask.
+            return self._traced
+        keep = ops.convert_to_tensor(self.value)
+        self._traced = keep if _keras.is_tracing(keep) else None
+        return keep
 
     def _factor(self) -> Any:
-        ones = ops.cast(ops.count_nonzero(ops.convert_to_tensor(self.value)), "float32")
+        ones = ops.cast(ops.count_nonzero(self._keep()), "float32")
         size = math.prod(self.value.shape)
         return ops.where(ones > 0, size / ops.maximum(ones, 1.0), 0.0)
 

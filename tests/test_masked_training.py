@@ -240,6 +240,31 @@ def test_penalty_of_masked_weights_moves_nothing_under_the_mask():
     assert (model.get_weights()[0][keep] != raw[keep]).all()
 
 
+def test_constraints_act_on_the_effective_weight_in_fit():
+    model = ml.convert_to_masked(
+        keras.Sequential(
+            [
+                keras.Input((4,)),
+                layers.Dense(3, use_bias=False, kernel_constraint="unit_norm"),
+            ]
+        )
+    )
+    model.set_weights([np.full((4, 3), 3.0)])
+    keep = np.ones((4, 3), bool)
+    keep[2:] = False
+    ml.set_masks(model, {"dense/kernel": keep})
+    model.compile(keras.optimizers.SGD(0.01), "mse")
+    for _ in range(2):  # The masks may change between two calls that share a compiled function.
+        model.fit(data(16, 4), data(16, 3, seed=1), epochs=2, batch_size=4, verbose=0)
+        raw = model.get_weights()[0]
+        np.testing.assert_allclose(np.linalg.norm(np.where(keep, raw, 0), axis=0), 1, rtol=1e-5)
+        np.testing.assert_array_equal(raw[~keep], 3.0)
+        keep[1] = False
+        raw[1] = 3.0
+        model.set_weights([np.where(keep, 3.0, raw)])
+        ml.set_masks(model, {"dense/kernel": keep})
+
+
 @needs["tensorflow"]
 def test_exported_saved_model_is_masked(tmp_path):
     import tensorflow as tf
