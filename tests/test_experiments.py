@@ -221,7 +221,7 @@ def test_tensorboard_shows_the_graph(finished):
     assert {"flatten", "fc_1", "fc_2", "output", "fc_1/kernel", "fc_1/kernel_mask"} <= set(nodes)
     inputs = [name.split("/", 1)[1] for name in nodes["fc_2"].input]
     assert inputs == ["fc_1", "fc_2/kernel", "fc_2/kernel_mask"]
-    assert nodes["fc_1"].op == "MaskedDense"
+    assert nodes["fc_1"].op == "Dense"
     shape = nodes["fc_1/kernel_mask"].attr["_output_shapes"].list.shape[0]
     assert [dim.size for dim in shape.dim] == [64, 300]
 

@@ -82,7 +82,6 @@ def layer_graph(model: keras.Model) -> GraphDef:
         mask = _shaped_node(f"{scope}_mask", "Mask", ref.variable.shape)
         weight = _shaped_node(scope, "Variable", ref.variable.shape)
         if layer is not None:
-            layer.op = type(ref.layer).__name__
             layer.input.extend([weight.name, mask.name])
         graph.node.extend([mask, weight])
     return graph
