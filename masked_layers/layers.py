@@ -385,7 +385,18 @@ def _when_built(layer: Layer, then: Callable[[Layer], None]) -> None:
         if isinstance(layer, MaskedLayer):
             then(layer)
 
+    plain_restore = layer.build_from_config
+
+    @functools.wraps(plain_restore)
+    def build_from_config(config: dict[str, Any]) -> None:
+        # A model without a `build` of its own is built by running it: `build` is not called then,
+        # and Keras says `built` only later.
+        plain_restore(config)
+        if isinstance(layer, MaskedLayer) and weights_inside(layer, biases=True):
+            then(layer)
+
     layer.build = build
+    layer.build_from_config = build_from_config
 
 
 def _mask_built(layer: Layer) -> None:

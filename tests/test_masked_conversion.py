@@ -226,6 +226,25 @@ def test_subclassed_model_with_from_config(tmp_path):
     assert len(ml.get_masks(masked)) == 6
 
 
+@keras.saving.register_keras_serializable("tests")
+class BuiltByCall(keras.Model):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.first = layers.Dense(6, activation="relu")
+        self.second = layers.Dense(2)
+
+    def call(self, x):
+        return self.second(self.first(x))
+
+
+def test_subclassed_model_without_a_build_of_its_own(tmp_path):
+    """Keras builds its copy by running it and never calls `build`."""
+    model = BuiltByCall()
+    model(data(3, 4))
+    masked = assert_round_trips(model, data(3, 4), tmp_path)
+    assert len(ml.get_masks(masked)) == 2
+
+
 class NoConfig(keras.Model):
     def __init__(self, make):
         super().__init__()
