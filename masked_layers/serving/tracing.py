@@ -66,8 +66,6 @@ def trace(
         ImportError: If TensorFlow, or what traces into it from another backend, is missing.
         NotImplementedError: If the backend cannot trace into TensorFlow.
     """
-    import tensorflow as tf
-
     backend = keras.backend.backend()
     if backend not in ("tensorflow", "jax"):
         raise NotImplementedError(
@@ -75,6 +73,13 @@ def trace(
             "further packages. Save it with `masked_layers.strip_masks(model).save('model.keras')` "
             "and export that file in a process with KERAS_BACKEND=tensorflow (or jax)."
         )
+    try:
+        import tensorflow as tf
+    except ImportError as error:
+        raise ImportError(
+            "A SavedModel is written by TensorFlow, which is not installed here. Install it beside "
+            f"{backend}: `pip install tensorflow`."
+        ) from error
     signature = _keras.export_signature(model, input_signature)
     sources = {path: variable for path, (variable, _) in _sources(model).items()}
 
