@@ -226,3 +226,11 @@ def export_signature(model: keras.Model, input_signature: Any = None) -> Any:
         finally:
             model._called = called
     return keras.tree.map_structure(export_utils.make_tf_tensor_spec, input_signature)
+
+
+def copy_called(source: keras.Model, target: keras.Model) -> None:
+    """Lets a copy be exported where the original can be.
+
+    Keras' exporters refuse a model that was never called, and it keeps that in a private flag.
+    """
+    target._called = source._called

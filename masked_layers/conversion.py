@@ -176,6 +176,7 @@ def copy_model(model: keras.Model) -> keras.Model:
             "`from_config()`, or pass `inplace=True` to change the model itself."
         ) from error
     _copy_state(model, copy)
+    _keras.copy_called(model, copy)
     if compile_config:  # An empty one would compile with defaults.
         with keras.saving.custom_object_scope(custom):
             copy.compile_from_config(compile_config)

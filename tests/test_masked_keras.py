@@ -112,3 +112,43 @@ def test_names():
     assert _keras.ConvLSTMCell.__name__ == "ConvLSTMCell"
     assert isinstance(layers.ConvLSTM2D(1, 1).cell, _keras.ConvLSTMCell)
     assert _keras.get_registered_name(layers.Dense) == "Dense"
+
+
+def test_a_copy_can_be_exported_where_the_original_can():
+    called, copy = keras.Sequential([layers.Dense(2)]), keras.Sequential([layers.Dense(2)])
+    called(np.zeros((1, 3), "float32"))
+    assert called._called
+    assert not copy._called
+    _keras.copy_called(called, copy)
+    assert copy._called
+
+
+@pytest.mark.skipif(keras.backend.backend() == "torch", reason="Keras cannot export there")
+def test_export_signature_is_the_one_of_keras_export():
+    tf = pytest.importorskip("tensorflow")
+    x = {"a": keras.Input((4,), name="a"), "b": keras.Input((2,), dtype="int32", name="b")}
+    model = keras.Model(x, layers.Dense(2)(x["a"]))
+    (spec,) = _keras.export_signature(model)
+    assert spec == {
+        "a": tf.TensorSpec((None, 4), "float32", "a"),
+        "b": tf.TensorSpec((None, 2), "int32", "b"),
+    }
+    given = [keras.InputSpec(shape=(3, 4), dtype="float32", name="c")]
+    assert _keras.export_signature(model, given) == [tf.TensorSpec((3, 4), "float32", "c")]
+
+    class BuiltNotCalled(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.dense = layers.Dense(2)
+
+        def build(self, shape):
+            self.dense.build(shape)
+
+        def call(self, x):
+            return self.dense(x)
+
+    model = BuiltNotCalled()
+    model.build((None, 4))
+    (spec,) = _keras.export_signature(model)
+    assert spec.shape.as_list() == [None, 4]
+    assert not model._called

@@ -1,0 +1,130 @@
+"""Other formats through Keras' own exporters, and looking at what lies on disk."""
+
+import ast
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+
+import masked_layers as ml
+import masked_layers.serving
+from masked_layers.serving import StorageReport, export_sparse_saved_model, inspect
+
+tensorflow_only = pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow", reason="needs the TensorFlow backend"
+)
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")
+
+
+def masked_model(density=0.05):
+    model = keras.Sequential(
+        [
+            keras.Input((784,), name="x"),
+            layers.Dense(300, activation="relu"),
+            layers.Dense(100, activation="relu"),
+            layers.Dense(10),
+        ]
+    )
+    model = ml.convert_to_masked(model)
+    rng = np.random.default_rng(0)
+    masks = {path: rng.random(mask.shape) < density for path, mask in ml.get_masks(model).items()}
+    ml.set_masks(model, masks)
+    return model
+
+
+X = np.random.default_rng(1).standard_normal((4, 784)).astype("float32")
+
+
+@tensorflow_only
+def test_onnx(tmp_path):
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("tf2onnx")
+    model = masked_model()
+    wanted = model.predict(X, verbose=0)
+    # From the documentation: one line.
+    ml.strip_masks(model).export(tmp_path / "model.onnx", format="onnx", verbose=False)
+    session = runtime.InferenceSession(tmp_path / "model.onnx")
+    (source,) = session.get_inputs()
+    (got,) = session.run(None, {source.name: X})
+    np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+@tensorflow_only
+def test_litert_with_its_sparse_encoding(tmp_path):
+    tf = pytest.importorskip("tensorflow")
+    model = masked_model()
+    plain = ml.strip_masks(model)
+    plain.export(tmp_path / "dense.tflite", format="litert", verbose=False)
+    # From the documentation: one line.
+    plain.export(
+        tmp_path / "sparse.tflite",
+        format="litert",
+        optimizations=[tf.lite.Optimize.EXPERIMENTAL_SPARSITY],
+        verbose=False,
+    )
+    sizes = [(tmp_path / f"{name}.tflite").stat().st_size for name in ("sparse", "dense")]
+    assert sizes[0] < sizes[1] / 8
+    interpreter = tf.lite.Interpreter(str(tmp_path / "sparse.tflite"))
+    (source,), (target,) = interpreter.get_input_details(), interpreter.get_output_details()
+    interpreter.resize_tensor_input(source["index"], X.shape)
+    interpreter.allocate_tensors()
+    interpreter.set_tensor(source["index"], X)
+    interpreter.invoke()
+    got = interpreter.get_tensor(target["index"])
+    np.testing.assert_allclose(got, model.predict(X, verbose=0), rtol=1e-4, atol=1e-5)
+
+
+# --- inspect --------------------------------------------------------------------------------------
+
+
+def test_inspect_a_keras_file(tmp_path):
+    model = masked_model()
+    for name, saved in (("masked", model), ("plain", ml.strip_masks(model))):
+        path = tmp_path / f"{name}.keras"
+        saved.save(path)
+        report = inspect(path)
+        masks = ml.get_masks(model)
+        alive = {row.path: row.alive for row in report if len(row.shape) > 1}
+        assert alive == {path: np.count_nonzero(mask) for path, mask in masks.items()}
+        assert report.disk_nbytes == path.stat().st_size
+        assert report.dense_nbytes == report.nbytes == 4 * model.count_params()
+        assert {row.encoding for row in report} == {"dense"}
+
+
+@tensorflow_only
+def test_inspect_a_sparse_saved_model(tmp_path):
+    report = export_sparse_saved_model(masked_model(), tmp_path / "out")
+    assert inspect(tmp_path / "out") == report
+    (tmp_path / "out" / "assets.extra" / "note.txt").write_text("added later")
+    assert inspect(tmp_path / "out").disk_nbytes == report.disk_nbytes + 11
+
+
+@tensorflow_only
+def test_inspect_another_saved_model(tmp_path):
+    model = ml.strip_masks(masked_model())
+    model.export(tmp_path / "out", verbose=False)
+    report = inspect(tmp_path / "out")
+    assert isinstance(report, StorageReport)
+    shapes = {row.shape for row in report}
+    assert {(784, 300), (300, 100), (100, 10)} <= shapes
+    kernel = next(row for row in report if row.shape == (784, 300))
+    assert kernel.alive == np.count_nonzero(model.layers[0].kernel)
+
+
+def test_inspect_says_what_it_takes(tmp_path):
+    with pytest.raises(FileNotFoundError, match="There is no"):
+        inspect(tmp_path / "missing")
+    (tmp_path / "file.txt").write_text("text")
+    for path in (tmp_path, tmp_path / "file.txt"):
+        with pytest.raises(ValueError, match=r"neither a '\.keras' file nor a SavedModel"):
+            inspect(path)
+
+
+def test_the_package_does_not_import_tensorflow():
+    """Its modules load wherever the library does; TensorFlow is asked for when it is needed."""
+    for file in Path(masked_layers.serving.__file__).parent.glob("*.py"):
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                assert "tensorflow" not in ast.unparse(node), file
