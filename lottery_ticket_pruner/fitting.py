@@ -118,7 +118,7 @@ def _clock_variables(
 
 def read(variable: keras.Variable) -> np.ndarray:
     """A copy of a variable's value that shares no memory with it; bfloat16 becomes float32."""
-    array = np.array(ops.convert_to_numpy(variable.value))
+    array = np.array(variable.numpy())
     return array.astype("float32") if array.dtype.name == "bfloat16" else array
 
 

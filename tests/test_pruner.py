@@ -445,10 +445,9 @@ def test_rewinding_an_uncompiled_model():
 
 @pytest.mark.parametrize("dwr", [False, True])
 @pytest.mark.parametrize("weights", ["initial", "signed_constant"])
-@pytest.mark.parametrize("jit_compile", [False, True] if BACKEND == "jax" else [False])
-def test_evaluate_supermask_against_a_model_made_by_hand(weights, dwr, jit_compile, data):
+def test_evaluate_supermask_against_a_model_made_by_hand(weights, dwr, data):
     x, y = data
-    model, pruner = trained(data, jit_compile=jit_compile)
+    model, pruner = trained(data, jit_compile=BACKEND == "jax")
     pruner.update_masks(rate={"head": 0.25, "default": 0.5})
     model.evaluate(x, y, verbose=0)  # a test function compiled without the factor
     metrics = pruner.evaluate_supermask(x, y, weights=weights, dwr=dwr, verbose=0)
