@@ -6,7 +6,6 @@ order statistic; weights with equal scores go in an order that the seed alone de
 
 import dataclasses
 import hashlib
-import logging
 import math
 import numbers
 import re
@@ -15,8 +14,6 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from lottery_ticket_pruner import criteria
-
-_logger = logging.getLogger(__name__)
 
 # 0.29 * 100 is 28.999999999999996 in floating point; 29 is meant.
 _ROUNDING = 1e-6
@@ -152,7 +149,7 @@ def update(
         weights: the kernels by path. Nothing in them is changed.
         rate: share of the alive weights to drop now, in [0, 1). Or a mapping from a pattern to a
             share: the first one that `re.search` finds in the path holds, the key `"default"`
-            holds for the rest.
+            holds for the rest. A pattern that is found in no path is an error.
         sparsity: share of all weights that are pruned afterwards, likewise. Exactly one of the two.
         scope: who competes: `"layer"` (each kernel alone), `"global"` (all weights together) or
             `"output"` (each output unit of each kernel alone). By default `"layer"`, or the scope
@@ -373,7 +370,9 @@ def _shares(name: str, share: Share, paths: Sequence[str], scope: str) -> dict[s
         except (re.error, TypeError) as error:
             raise ValueError(f"`{name}` has the key {key!r}, no pattern: {error}") from error
         if not any(patterns[key].search(path) for path in paths):
-            _logger.warning("The pattern %r of `%s` matches no weight.", key, name)
+            raise ValueError(
+                f"The pattern {key!r} of `{name}` is found in no path. The paths: {list(paths)}"
+            )
     shares = {}
     for path in paths:
         key = next((key for key, found in patterns.items() if found.search(path)), "default")
