@@ -397,6 +397,8 @@ def _compact(file: Path, prefix: str, *, keep_saver: bool) -> None:
         node.attr.pop("_output_shapes", None)
         node.attr.pop("debug_name", None)
     for function in graph.library.function:
+        if function.signature.name.startswith("__inference__initializer_"):
+            _shorten_names(function)  # Ours; the serving function keeps the layers' names.
         for i, argument in enumerate(function.signature.input_arg):
             if argument.type == types_pb2.DT_RESOURCE:
                 del function.arg_attr[i]  # All it says is that a handle is a scalar.
@@ -405,6 +407,29 @@ def _compact(file: Path, prefix: str, *, keep_saver: bool) -> None:
         if node.op == "VarHandleOp" and node.attr["shared_name"].s == b"Variable":
             node.attr["shared_name"].s = f"{prefix}/path".encode()
     file.write_bytes(model.SerializeToString(deterministic=True))
+
+
+def _shorten_names(function: Any) -> None:
+    """Numbers the nodes inside a function: in a small model the names are a tenth of the graph."""
+    short = {node.name: np.base_repr(i, 36) for i, node in enumerate(function.node_def)}
+
+    def renamed(reference: str) -> str:
+        # "^node" for a control input, "node:output:0" for a value, or the name of an argument.
+        caret = "^" * reference.startswith("^")
+        name, colon, output = reference[len(caret) :].partition(":")
+        return f"{caret}{short.get(name, name)}{colon}{output}"
+
+    for node in function.node_def:
+        node.name = short[node.name]
+        node.input[:] = [renamed(reference) for reference in node.input]
+    for name, reference in function.ret.items():
+        function.ret[name] = renamed(reference)
+    controls = {name: short[node] for name, node in function.control_ret.items()}
+    function.signature.control_output[:] = [
+        controls[name] for name in function.signature.control_output
+    ]
+    function.control_ret.clear()
+    function.control_ret.update({node: node for node in controls.values()})
 
 
 def _closure(start: Iterable[str], following: Callable[[str], Iterable[str]]) -> set[str]:
