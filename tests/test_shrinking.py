@@ -81,11 +81,11 @@ def widths(model):
     }
 
 
-def checked(model):
+def checked(model, tolerance=1e-5):
     """Shrinks, and checks what holds for every model."""
     before = [numpy(v) for v in model.variables]
     smaller, report = shrink(model, return_report=True)
-    assert_same_outputs(model, smaller)
+    assert_same_outputs(model, smaller, tolerance)
     for old, variable in zip(before, model.variables, strict=True):
         np.testing.assert_array_equal(old, numpy(variable))
     assert [layer.name for layer in smaller.layers] == [layer.name for layer in model.layers]
@@ -979,8 +979,17 @@ def test_carries_mask():
 
 
 @st.composite
-def nets(draw):
+def nets(draw, dtype="float32"):
     """Convolutional nets with zeroed filters, odd statistics and biases that are not zero."""
+    policy = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(dtype)
+    try:
+        return draw_net(draw)
+    finally:
+        keras.config.set_dtype_policy(policy)
+
+
+def draw_net(draw):
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     padding = st.sampled_from(["same", "same", "valid"])
     activation = st.sampled_from(["linear", "relu", "tanh", "sigmoid"])
@@ -1056,6 +1065,15 @@ def test_random_nets_keep_their_outputs_and_shrink_no_further(model):
     assert report.not_followed == {}
     _, again = shrink(smaller, return_report=True)
     assert again.weights_after == again.weights_before
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="computes float64 in float32 here and there")
+@settings(
+    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
+)
+@given(nets("float64"))
+def test_nothing_but_rounding_differs(model):
+    checked(model, tolerance=1e-12)
 
 
 @st.composite
