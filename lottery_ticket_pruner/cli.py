@@ -3,6 +3,10 @@
 import importlib.util
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lottery_ticket_pruner.storage import ExportConfig, InspectConfig
 
 _EXTRA = ("matplotlib", "rich", "sklearn", "tensorboard", "tyro")
 
@@ -25,13 +29,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     from lottery_ticket_pruner.experiments import run
     from lottery_ticket_pruner.experiments.config import RunConfig
+    from lottery_ticket_pruner.storage import ExportConfig, InspectConfig
 
     config = tyro.extras.subcommand_cli_from_dict(
-        {"run": RunConfig},
+        {"run": RunConfig, "export": ExportConfig, "inspect": InspectConfig},
         prog="lottery-ticket",
-        description="Lottery tickets in Keras 3: the papers' experiments as commands.",
+        description="Lottery tickets in Keras 3: the papers' experiments as commands, and serving.",
         args=arguments,
     )
+    if not isinstance(config, RunConfig):
+        return _print_report(config)
     try:
         experiment = run.prepare(config)
     except (ValueError, FileNotFoundError) as error:
@@ -42,6 +49,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("Interrupted. The results so far are in the run folder.", file=sys.stderr)
         return 130
+    return 0
+
+
+def _print_report(config: "ExportConfig | InspectConfig") -> int:
+    try:
+        print(config.execute())
+    except (ArithmeticError, ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
+        print(f"lottery-ticket: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -45,6 +45,7 @@ from masked_layers.layers import (
 )
 from masked_layers.maskable import register
 from masked_layers.masks import Mask
+from masked_layers.serving import export_sparse_saved_model
 from masked_layers.shrinking import ShrinkReport, ShrinkRow, shrink
 
 __all__ = [
@@ -83,6 +84,7 @@ __all__ = [
     "SparsityRow",
     "WeightRef",
     "convert_to_masked",
+    "export_sparse_saved_model",
     "get_masks",
     "load_masks",
     "masked_refs",

@@ -15,6 +15,7 @@ from lottery_ticket_pruner.experiments import datasets, networks, report
 from lottery_ticket_pruner.experiments.config import RunConfig, parse_steps
 from lottery_ticket_pruner.experiments.tensorboard import EventWriter
 from lottery_ticket_pruner.tickets import TicketResult, find_ticket
+from masked_layers.serving import export_sparse_saved_model
 
 
 def prepare(config: RunConfig) -> tuple[RunConfig, datasets.Dataset]:
@@ -33,7 +34,8 @@ def run(config: RunConfig, data: datasets.Dataset, console: Console | None = Non
 
     The folder holds `config.json` (every choice made), `results.csv` (a row per round, arm and
     replicate, written as they come), `accuracy.png`, `ticket.keras` (the last ticket of the first
-    seed; `ticket-1.keras` and so on of the others) and TensorBoard's `logs`.
+    seed; `ticket-1.keras` and so on of the others), that ticket again as a sparse SavedModel in
+    `served/1` where the backend can write one, and TensorBoard's `logs`.
     """
     started = time.perf_counter()
     console = console or Console()
@@ -65,6 +67,8 @@ def run(config: RunConfig, data: datasets.Dataset, console: Console | None = Non
             found = _find(config, data, model, replicate, **callbacks)
             suffix = f"-{replicate}" if replicate else ""
             found.ticket.save(folder / f"ticket{suffix}.keras")
+            if not suffix:
+                _export(found.ticket, folder / "served" / "1", console)
             logs.close()
     results.close()
     picture = report.accuracy_picture(rows, f"{config.data}, {config.network}, {config.strategy}")
@@ -72,6 +76,16 @@ def run(config: RunConfig, data: datasets.Dataset, console: Console | None = Non
     console.print(report.summary_table(rows))
     console.print(f"{time.perf_counter() - started:.0f} s. Results in {folder}", highlight=False)
     return folder
+
+
+def _export(ticket: keras.Model, path: Path, console: Console) -> None:
+    """Write the ticket as TensorFlow Serving takes it: a folder per version."""
+    try:
+        stored = export_sparse_saved_model(ticket, path)
+    except (ImportError, NotImplementedError) as error:
+        console.print(f"No SavedModel: {error}", markup=False, highlight=False)
+    else:
+        console.print(f"{path}: {stored.disk_nbytes:,} bytes", markup=False, highlight=False)
 
 
 def _compiled(config: RunConfig, data: datasets.Dataset, seed: int) -> keras.Model:

@@ -1,0 +1,60 @@
+"""The commands `lottery-ticket export` and `lottery-ticket inspect`: saved models on disk."""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from masked_layers import serving
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportConfig:
+    """Write a saved model as a sparse SavedModel folder, which any TensorFlow runtime serves."""
+
+    model: tyro.conf.Positional[Path]
+    """A `.keras` file: masked, or plain with zeros in its kernels."""
+    out: tyro.conf.Positional[Path]
+    """Folder to write, such as served/1. A SavedModel that is there is replaced."""
+    values: Literal["float32", "float16", "bfloat16"] = "float32"
+    """float32 keeps every value; the others store 2 bytes, and the error is printed."""
+    level: int = 6
+    """Compression level, 0 to 9."""
+    include: tuple[str, ...] = ()
+    """Regular expressions for the paths of weights that may be sparse. Left out: all."""
+
+    def execute(self) -> serving.StorageReport:
+        """Load the model, write the folder and return the report of what it takes."""
+        # A ticket's own classes are registered when its packages are imported.
+        import keras
+
+        import lottery_ticket_pruner  # noqa: F401
+
+        _check_model(self.model)
+        return serving.export_sparse_saved_model(
+            keras.models.load_model(self.model, compile=False),
+            self.out,
+            values=self.values,
+            level=self.level,
+            include=self.include or None,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class InspectConfig:
+    """Print sparsity, encoding and bytes of every weight of a saved model."""
+
+    path: tyro.conf.Positional[Path]
+    """A `.keras` file or a SavedModel folder."""
+
+    def execute(self) -> serving.StorageReport:
+        """Return the report."""
+        return serving.inspect(self.path)
+
+
+def _check_model(path: Path) -> None:
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file '{path}'.")
+    if path.suffix != ".keras":
+        raise ValueError(f"Expected a '.keras' file. Received: '{path}'")

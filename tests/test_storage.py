@@ -1,0 +1,89 @@
+"""The commands that write sparse SavedModels and look at saved models."""
+
+import keras
+import numpy as np
+import pytest
+
+pytest.importorskip("tyro")
+
+import masked_layers as ml
+from lottery_ticket_pruner import cli
+from masked_layers import serving
+
+
+@pytest.fixture
+def saved(tmp_path):
+    model = keras.Sequential([keras.Input((50,)), keras.layers.Dense(40), keras.layers.Dense(4)])
+    model = ml.convert_to_masked(model)
+    rng = np.random.default_rng(0)
+    ml.set_masks(model, {p: rng.random(m.shape) < 0.1 for p, m in ml.get_masks(model).items()})
+    model.save(tmp_path / "ticket.keras")
+    return tmp_path / "ticket.keras"
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="needs the TensorFlow backend")
+def test_export_and_inspect(saved, tmp_path, capsys):
+    out = tmp_path / "served" / "1"
+    assert cli.main(["export", str(saved), str(out), "--values", "bfloat16"]) == 0
+    printed = capsys.readouterr().out
+    assert "bfloat16  sparse" in printed
+    assert "largest difference of an output" in printed
+    assert (out / "saved_model.pb").is_file()
+    assert cli.main(["inspect", str(out)]) == 0
+    assert capsys.readouterr().out == printed
+    assert cli.main(["export", str(saved), str(out), "--include", "^dense_1", "--level", "9"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[3] for line in lines if "/kernel" in line] == ["packed", "sparse"]
+
+
+@pytest.mark.skipif(keras.backend.backend() == "torch", reason="Keras cannot export there")
+def test_a_run_leaves_its_ticket_ready_to_serve(tmp_path, capsys):
+    tf = pytest.importorskip("tensorflow")
+    options = {"rounds": 1, "steps": 4, "final-sparsity": 0.9, "out": tmp_path}
+    arguments = [text for key, value in options.items() for text in (f"--{key}", str(value))]
+    assert cli.main(["run", *arguments, "--seeds", "3", "4", "--controls"]) == 0
+    assert "served/1: " in capsys.readouterr().out.replace("\n", "")
+    assert [path.name for path in (tmp_path / "served").iterdir()] == ["1"]
+    ticket = keras.models.load_model(tmp_path / "ticket.keras")
+    served = tf.saved_model.load(str(tmp_path / "served" / "1"))
+    x = np.random.default_rng(0).random((3, *ticket.input_shape[1:]), "float32")
+    np.testing.assert_allclose(served.serve(x), ticket.predict(x, verbose=0), rtol=1e-4, atol=1e-5)
+    report = serving.inspect(tmp_path / "served" / "1")
+    assert sum(row.alive for row in report if row.path.endswith("kernel")) == (
+        ml.sparsity_report(ticket).alive
+    )
+
+
+def test_inspect_a_keras_file(saved, capsys):
+    assert cli.main(["inspect", str(saved)]) == 0
+    report = capsys.readouterr().out
+    size = sum(mask.size for mask in ml.get_masks(keras.models.load_model(saved)).values())
+    assert f"{size * 4 + 44 * 4:,} bytes" in report
+    assert f"on disk: {saved.stat().st_size:,} bytes" in report
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["inspect", "nowhere"], "There is no 'nowhere'"),
+        (["export", "nowhere.keras", "out"], "There is no file 'nowhere.keras'"),
+        (["export", __file__, "out"], "Expected a '.keras' file"),
+    ],
+)
+def test_errors_are_explained_without_a_traceback(arguments, message, capsys):
+    assert cli.main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_wrong_values_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["export", "a.keras", "out", "--values", "int8"])
+    assert "int8" in capsys.readouterr().err
+
+
+def test_help_names_the_commands(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    text = capsys.readouterr().out
+    assert "export" in text
+    assert "inspect" in text
