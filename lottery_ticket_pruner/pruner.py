@@ -6,7 +6,6 @@ import contextlib
 import json
 import logging
 import os
-import tempfile
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -19,6 +18,7 @@ import numpy as np
 import masked_layers as ml
 from lottery_ticket_pruner import criteria, fitting, selection
 from masked_layers import _keras, paths
+from masked_layers.files import replacing
 
 if TYPE_CHECKING:
     from masked_layers import SparsityReport, WeightRef
@@ -435,15 +435,8 @@ class LotteryTicketPruner:
         arrays |= {f"initial/{i}": array for i, array in enumerate(self._initial)}
         arrays |= {f"final/{i}": array for i, array in enumerate(self._final or ())}
         arrays |= {f"mask/{position}": mask for position, mask in masks.items()}
-        folder, name = os.path.split(os.path.abspath(file))
-        descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=f".{name}.")
-        try:
-            with os.fdopen(descriptor, "wb") as stream:
-                np.savez(stream, allow_pickle=False, **arrays)
-            os.replace(temporary, file)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        with replacing(file) as stream:
+            np.savez(stream, allow_pickle=False, **arrays)
         _logger.info("Saved the pruner of %r to %s.", self.model.name, file)
 
     @classmethod

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
 
 from masked_layers import _keras
+from masked_layers.files import replacing
 from masked_layers.maskable import (
     mask_of,
     output_axes,
@@ -137,19 +136,12 @@ def save_masks(model: Layer, path: str | os.PathLike[str]) -> None:
     Raises:
         ValueError: If the model has no masked weight.
     """
-    path = Path(path)
     arrays = {}
     for name, mask in get_masks(model).items():
         arrays[f"bits/{name}"] = np.packbits(mask)
         arrays[f"shape/{name}"] = np.array(mask.shape, dtype=np.int64)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez_compressed(file, **arrays)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with replacing(path) as file:
+        np.savez_compressed(file, **arrays)
 
 
 def load_masks(model: Layer, path: str | os.PathLike[str]) -> None:
