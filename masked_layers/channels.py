@@ -184,14 +184,20 @@ class Flow:
     def settle(self) -> None:
         """Finds the live slots: all that the pinned ones need, and no more.
 
-        This is the least fixed point: channels that only feed each other, as around a residual
-        stream, go together. Keras has no layer without units, so a tensor left empty gets its first
-        channel back. What that one reads may go all the same: nothing reads it, or it is constant.
+        Readers are asked from the last to the first, so whatever needs the output of one is known
+        when its turn comes. A slot may turn out to be live only after that, through another tensor
+        that it is joined with, as early in a residual stream: then nothing reads it where this
+        reader writes, and what the reader would need for it can go. Keras has no layer without
+        units, so a tensor left empty gets its first channel back. What that one reads can go too:
+        nothing reads it, or it is constant.
         """
         self._live = np.zeros(len(self._parents), bool)
         for slot in (0, *self.pinned):
             self._live[self.root(slot)] = True
-        self._spread()
+        for _, edit in reversed(self.edits.values()):
+            if edit.reader is not None:
+                needed = edit.reader.demand[:, self.alive(edit.reader.target)].any(axis=1)
+                self._live[self._roots(edit.reader.source.slots[needed])] = True
         for channels in self.tensors.values():
             if channels.axis is not None and not self.alive(channels).any():
                 first = self.root(channels.slots[0])
@@ -201,15 +207,6 @@ class Flow:
     def alive(self, channels: Channels) -> np.ndarray:
         """Returns which channels stay, as bools."""
         return self._live[self._roots(channels.slots)]
-
-    def _spread(self) -> None:
-        readers = [edit.reader for _, edit in self.edits.values() if edit.reader]
-        live = -1
-        while live != self._live.sum():
-            live = self._live.sum()
-            for reader in reversed(readers):
-                needed = reader.demand[:, self.alive(reader.target)].any(axis=1)
-                self._live[self._roots(reader.source.slots[needed])] = True
 
     def _roots(self, slots: np.ndarray) -> np.ndarray:
         return np.fromiter(map(self.root, slots), int, len(slots))

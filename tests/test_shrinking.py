@@ -490,6 +490,22 @@ def test_residual_stream_that_only_feeds_itself_goes():
     assert widths(smaller) == {"stem": 3, "b0": 4, "b1": 3, "top": 3}
 
 
+def test_what_is_written_to_a_stream_after_its_last_reader_goes():
+    x = keras.Input((6,))
+    stream = layers.Dense(4, name="stem")(x)
+    for block in "ab":
+        branch = layers.Dense(5, "relu", name=f"{block}0")(stream)
+        stream = stream + layers.Dense(4, name=f"{block}1")(branch)
+    model = randomize(keras.Model(x, layers.Dense(3, name="top")(stream)))
+    for name in ("b0", "top"):
+        zero(model.get_layer(name), [3], axis=-2)  # only block a reads channel 3 ...
+    kernel = numpy(model.get_layer("b1").kernel)
+    kernel[2, :3] = 0  # ... and unit 2 of b0 writes only there
+    model.get_layer("b1").kernel.assign(kernel)
+    smaller, _ = checked(model)
+    assert widths(smaller) == {"stem": 4, "a0": 5, "a1": 4, "b0": 4, "b1": 4, "top": 3}
+
+
 def test_constants_of_all_branches_add_up():
     x = keras.Input((6,))
     a = layers.Dense(3, name="a")(x)
