@@ -164,7 +164,7 @@ def copy_model(model: keras.Model) -> keras.Model:
     Raises:
         ValueError: If the model cannot be made again from its config.
     """
-    custom = _custom_objects(model)
+    custom = custom_objects_of(model)
     try:
         config = _keras.serialize(model)
         compile_config = config.pop("compile_config", None)
@@ -208,10 +208,10 @@ def _copy_state(source: keras.Model, target: keras.Model) -> None:
         if old.mask is not None:
             new.mask.rescale = old.mask.rescale
     for (_, old), (_, new) in pairs:
-        _copy_assets(old, new)
+        copy_assets(old, new)
 
 
-def _copy_assets(source: Layer, target: Layer) -> None:
+def copy_assets(source: Layer, target: Layer) -> None:
     """Copies what a layer keeps beside its variables: vocabularies, adapted statistics."""
     if hasattr(source, "save_assets"):
         with tempfile.TemporaryDirectory() as folder:
@@ -238,7 +238,7 @@ def _copy_optimizer(source: keras.Model, target: keras.Model) -> None:
         b.assign(np.array(keras.ops.convert_to_numpy(a)))
 
 
-def _custom_objects(model: keras.Model) -> dict[str, Any]:
+def custom_objects_of(model: keras.Model) -> dict[str, Any]:
     """Returns the classes and functions in use that Keras could not find by name by itself.
 
     Classes of Keras are left out: one named like an op of Keras would stand in for it.

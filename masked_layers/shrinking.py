@@ -23,7 +23,7 @@ import numpy as np
 from masked_layers import _keras, _keras_graph
 from masked_layers.channel_rules import RULES, array
 from masked_layers.channels import WHOLE, Call, CannotFollow, Edit, Flow, Reader, constant_shift
-from masked_layers.conversion import _copy_assets, _custom_objects, strip_masks
+from masked_layers.conversion import copy_assets, custom_objects_of, strip_masks
 from masked_layers.layers import MaskedLayer
 from masked_layers.paths import walk
 
@@ -146,7 +146,7 @@ def shrink(
         raise TypeError(f"Expected a `keras.Model`. Received: {model!r}")
     if any(isinstance(layer, MaskedLayer) for _, layer in walk(model)):
         model = strip_masks(model)
-    with keras.saving.custom_object_scope(_custom_objects(model)):
+    with keras.saving.custom_object_scope(custom_objects_of(model)):
         smaller, report = _shrink(model)
     if return_report:
         return smaller, report
@@ -350,7 +350,7 @@ def _copy_weights(flow: Flow, old: keras.Layer, new: keras.Layer) -> None:
     for variable, copy in zip(old.variables, new.variables, strict=True):
         copy.assign(array(variable))
     for (_, part), (_, copy) in zip(walk(old), walk(new), strict=False):
-        _copy_assets(part, copy)
+        copy_assets(part, copy)
 
 
 # --- Reporting ------------------------------------------------------------------------------------
