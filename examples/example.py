@@ -15,7 +15,7 @@ from collections import defaultdict
 import keras
 
 import masked_layers as ml
-from lottery_ticket_pruner import LotteryTicketPruner
+from lottery_ticket_pruner import LotteryTicketPruner, criteria
 from lottery_ticket_pruner.experiments import datasets, networks
 
 ROUNDS = 4
@@ -68,7 +68,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--which_set", default="mnist", choices=datasets.NAMES)
     parser.add_argument("--data-dir", help="folder with the data set's published files")
-    parser.add_argument("--prune_strategy", default="large_final")
+    parser.add_argument("--prune_strategy", default="large_final", choices=criteria.names())
     parser.add_argument("--dwr", action="store_true", help="rescale layers by weights left")
     parser.add_argument("--iterations", type=int, default=3, help="repetitions, new seeds each")
     parser.add_argument("--epochs", type=int, default=50, help="at most, for each training")

@@ -40,12 +40,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not isinstance(config, RunConfig):
         return _print_report(config)
     try:
-        experiment = run.prepare(config)
-    except (ValueError, FileNotFoundError) as error:
+        run.run(*run.prepare(config))
+    except (OSError, ValueError) as error:
         print(f"lottery-ticket: {error}", file=sys.stderr)
         return 2
-    try:
-        run.run(*experiment)
     except KeyboardInterrupt:
         print("Interrupted. The results so far are in the run folder.", file=sys.stderr)
         return 130

@@ -165,7 +165,7 @@ def update(
             already exceeded. The message names the path.
     """
     criterion = criteria.get(criterion)
-    scope = _check_scope(criterion, scope)
+    scope = resolve_scope(criterion, scope)
     name, share = _one_of(rate, sparsity)
     if isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or seed < 0:
         raise ValueError(f"`seed` must be a non-negative integer. Received: seed={seed!r}")
@@ -318,7 +318,12 @@ def _generator(seed: int, path: str) -> np.random.Generator:
     return np.random.default_rng(np.random.SeedSequence([int(seed), int.from_bytes(digest, "big")]))
 
 
-def _check_scope(criterion: criteria.Criterion, scope: str | None) -> str:
+def resolve_scope(criterion: criteria.Criterion, scope: str | None) -> str:
+    """Who competes: what is asked for, else what the criterion insists on, else `"layer"`.
+
+    Raises:
+        ValueError: no scope has this name, or the criterion insists on another.
+    """
     if scope is None:
         return criterion.scope or "layer"
     if scope not in criteria.SCOPES:

@@ -74,6 +74,15 @@ def test_missing_data_is_explained_without_a_traceback(tmp_path, capsys, monkeyp
     assert "Traceback" not in error
 
 
+def test_a_folder_that_cannot_be_written_is_explained_without_a_traceback(tmp_path, capsys):
+    taken = tmp_path / "taken"
+    taken.write_text("a file")
+    assert cli.main(["run", "--steps", "4", "--out", str(taken)]) == 2
+    error = capsys.readouterr().err
+    assert str(taken) in error
+    assert "Traceback" not in error
+
+
 def test_a_missing_extra_is_named(capsys, monkeypatch):
     find_spec = importlib.util.find_spec
 

@@ -82,6 +82,13 @@ def test_transfer_learning_example(capsys):
     assert accuracy == pytest.approx(tuned[-1], abs=1e-4)
 
 
+def test_example_refuses_an_unknown_strategy_before_it_trains(capsys):
+    with pytest.raises(SystemExit) as caught:
+        load("example").main(["--quick", "--prune_strategy", "biggest"])
+    assert caught.value.code == 2
+    assert "large_final" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(shutil.which("sh") is None, reason="needs a POSIX shell")
 def test_example_sh_runs_the_matrix(tmp_path):
     """With a stand-in for Python that writes down what it is called with."""

@@ -90,6 +90,9 @@ def test_a_global_scope_has_one_rate():
         ({"scope": "global", "conv_rate": 0.1}, "--conv-rate: all layers compete"),
         ({"strategy": "largest"}, "large_final"),
         ({"seeds": ()}, "at least one seed"),
+        ({"seeds": (0, -1)}, r"Received: \(0, -1\)"),
+        ({"learning_rate": math.nan}, "--learning-rate must be positive. Received: nan"),
+        ({"strategy": "smallest_weights_global", "scope": "layer"}, "scope='global' alone"),
         ({"steps": 5, "rewind_to": "5"}, "--rewind-to 5 is not before the end"),
         ({"rewind_to": "5s"}, "500it"),
         ({"network": "vgg"}, "lenet-300-100"),
@@ -116,14 +119,24 @@ def test_a_run_is_named_after_its_choices_not_after_places():
 # --- One short run --------------------------------------------------------------------------------
 
 ARMS = ["random_reinit", "random_mask", "ticket"]
+LEFT_BY_AN_EARLIER_RUN = (
+    "logs/ticket-0/events.out.tfevents.1.stale",
+    "logs/ticket-2/events.out.tfevents.1.stale",
+    "ticket-2.keras",
+    "served/1/stale",
+)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run of two rounds and two seeds: its folder, its configuration, what it printed."""
+    """A run of two rounds and two seeds: its folder, its configuration, what it printed.
+
+    In the folder lies what an earlier run of more seeds left, and a file of the user's.
+    """
     out = tmp_path_factory.mktemp("run") / "folder"
-    (out / "logs" / "ticket-0").mkdir(parents=True)
-    (out / "logs" / "ticket-0" / "events.out.tfevents.1.stale").write_bytes(b"")
+    for name in (*LEFT_BY_AN_EARLIER_RUN, "notes.txt"):
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_bytes(b"")
     config, data = prepare(RunConfig(rounds=2, steps=40, rate=0.5, seeds=(4, 5), out=out))
     console = Console(file=io.StringIO(), width=80)
     folder = run(config, data, console)
@@ -170,6 +183,12 @@ def test_the_configuration_on_file_repeats_the_run(finished):
     stored = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
     again = RunConfig(**stored | {"out": config.out})
     assert again.resolve(1318) == config
+
+
+def test_what_an_earlier_run_left_is_gone(finished):
+    folder, _, _ = finished
+    assert [name for name in LEFT_BY_AN_EARLIER_RUN if (folder / name).exists()] == []
+    assert (folder / "notes.txt").exists()
 
 
 def test_what_a_run_prints(finished):

@@ -3,13 +3,14 @@
 import dataclasses
 import hashlib
 import json
+import math
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
-from lottery_ticket_pruner import criteria
+from lottery_ticket_pruner import criteria, selection
 from lottery_ticket_pruner.experiments import datasets, networks
 from lottery_ticket_pruner.tickets import CONTROLS
 
@@ -95,8 +96,7 @@ class RunConfig:
     seeds: tuple[int, ...] = (0, 1, 2)
     """One replicate for each seed, from the initial weights on."""
     out: _Path = None
-    """Run folder, by default one in ./runs named after the configuration. What an earlier run left
-    there is replaced."""
+    """Run folder; by default one in ./runs, named after the options. An earlier run is replaced."""
 
     def resolve(self, training_images: int) -> "RunConfig":
         """The same configuration with every choice made.
@@ -114,7 +114,7 @@ class RunConfig:
         steps_per_epoch = -(-training_images // batch_size)
         epochs = None if self.epochs is None else self.epochs * steps_per_epoch
         steps = _chosen(self.steps, epochs, recipe.steps)
-        scope = _chosen(self.scope, criterion.scope, "layer")
+        scope = selection.resolve_scope(criterion, self.scope)
         rewind_to = parse_steps(self.rewind_to, steps_per_epoch)
         if rewind_to >= steps:
             raise ValueError(f"--rewind-to {self.rewind_to} is not before the end, step {steps}.")
@@ -174,7 +174,7 @@ class RunConfig:
     def _check_numbers(self) -> None:
         for name in ("rounds", "steps", "epochs", "batch_size", "learning_rate", "eval_every"):
             value = getattr(self, name)
-            if value is not None and value <= 0:
+            if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{_option(name)} must be positive. Received: {value}.")
         for name in ("rate", "conv_rate", "output_rate", "final_sparsity"):
             value = getattr(self, name)
@@ -182,8 +182,10 @@ class RunConfig:
                 raise ValueError(f"{_option(name)} must be in [0, 1). Received: {value}.")
         if self.steps is not None and self.epochs is not None:
             raise ValueError("Give --steps or --epochs, not both.")
-        if not self.seeds:
-            raise ValueError("Give at least one seed.")
+        if not self.seeds or not all(0 <= seed < 2**32 for seed in self.seeds):
+            raise ValueError(
+                f"Give at least one seed, from 0 to 2**32 - 1. Received: {self.seeds}."
+            )
 
     def _rates(self, recipe: Recipe, scope: str) -> dict[str, float | None]:
         per_layer = {"conv_rate": self.conv_rate, "output_rate": self.output_rate}

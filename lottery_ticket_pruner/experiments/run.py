@@ -1,6 +1,7 @@
 """One configuration carried out: tickets over all seeds, and a folder of what came out."""
 
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,14 @@ from lottery_ticket_pruner.experiments.config import RunConfig, parse_steps
 from lottery_ticket_pruner.experiments.tensorboard import EventWriter
 from lottery_ticket_pruner.tickets import TicketResult, find_ticket
 from masked_layers.serving import export_sparse_saved_model
+
+_RESULTS = (
+    "results.csv",
+    "accuracy.png",
+    "ticket.keras",
+    "ticket-[0-9]*.keras",
+    "logs/*/events.out.tfevents.*",
+)
 
 
 def prepare(config: RunConfig) -> tuple[RunConfig, datasets.Dataset]:
@@ -44,10 +53,12 @@ def run(config: RunConfig, data: datasets.Dataset, console: Console | None = Non
     folder = _prepare_folder(config)
     console.print(
         f"{config.data}: {len(data.x_train)} training, {len(data.x_validation)} validation, "
-        f"{len(data.x_test)} test images; {config.network}: "
-        f"{ml.sparsity_report(model).size} weights; {config.steps} steps of {config.batch_size} "
-        f"per run; {keras.backend.backend()}",
+        f"{len(data.x_test)} test images\n"
+        f"{config.network}: {ml.sparsity_report(model).size} weights; {config.steps} steps of "
+        f"{config.batch_size} per run; {keras.backend.backend()}\n"
+        f"Results go to {folder}",
         highlight=False,
+        markup=False,
     )
     results = report.CsvWriter(folder / "results.csv")
     rows: list[dict[str, Any]] = []
@@ -129,8 +140,10 @@ def _find(
 def _prepare_folder(config: RunConfig) -> Path:
     folder = config.folder
     folder.mkdir(parents=True, exist_ok=True)
-    for stale in folder.glob("logs/*/events.out.tfevents.*"):
-        stale.unlink()
+    for left_by_earlier_runs in _RESULTS:
+        for file in folder.glob(left_by_earlier_runs):
+            file.unlink()
+    shutil.rmtree(folder / "served" / "1", ignore_errors=True)
     (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
     return folder
 
@@ -146,7 +159,7 @@ class _Logs:
         self._writer("ticket").graph(model)
 
     def write(self, row: dict[str, Any]) -> None:
-        # The dense run is round 0 of every arm.
+        # The dense run is round 0, where the ticket's curves start.
         arms = [row["arm"]] if row["round"] else ["ticket"]
         for arm in arms:
             writer = self._writer(arm)
