@@ -42,8 +42,8 @@ class TicketResult:
 
 def find_ticket(
     model: keras.Model,
-    x: np.ndarray,
-    y: np.ndarray,
+    x: training.Arrays,
+    y: training.Arrays,
     *,
     rounds: int,
     steps: int,
@@ -54,8 +54,8 @@ def find_ticket(
     scope: str | None = None,
     rewind_to: int = 0,
     controls: Sequence[str] = CONTROLS,
-    validation_data: tuple[np.ndarray, np.ndarray] | None = None,
-    test_data: tuple[np.ndarray, np.ndarray] | None = None,
+    validation_data: tuple[training.Arrays, training.Arrays] | None = None,
+    test_data: tuple[training.Arrays, training.Arrays] | None = None,
     eval_every: int | None = None,
     seed: int = 0,
     replicate: int = 0,
@@ -74,16 +74,17 @@ def find_ticket(
     masks and draws the weights afresh from each layer's own initialiser (the rest starts from
     step 0); `"random_mask"` keeps the weights of the rewinding point and shuffles each mask.
 
-    The order of the examples is a function of `seed`, arm and round alone, so an arm's result
-    does not depend on which other arms run. All of them share one model, whose values are
-    reassigned: nothing is compiled twice.
+    The order of the examples and what dropout draws are functions of `seed`, arm and round alone,
+    so an arm's result does not depend on which other arms run (on torch give dropout layers a
+    seed: without one Keras draws from torch's global generator). All of them share one model,
+    whose values are reassigned: nothing is compiled twice.
 
     Args:
         model: compiled. A plain one is left untouched: a masked copy is trained. One that is
             masked already is trained itself, from dense masks on, so that several calls can
             share its compiled functions.
-        x: training inputs in memory.
-        y: training targets.
+        x: training inputs in memory: an array, or a list or dict of them.
+        y: training targets, likewise.
         rounds: rounds of pruning after the dense run, at least 1.
         steps: optimiser steps of a full run.
         batch_size: examples per step.
@@ -105,7 +106,8 @@ def find_ticket(
 
     Raises:
         ValueError: a number out of its range, both of `rate` and `sparsity`, an unknown control,
-            a model that is not compiled, and whatever `update_masks` refuses.
+            a model that is not compiled, a weight to draw again that has no initialiser, and
+            whatever `update_masks` refuses. No step was trained then.
     """
     _check(rounds, steps, rewind_to, rate, sparsity, controls)
     if not getattr(model, "compiled", False):
@@ -114,11 +116,18 @@ def find_ticket(
         model = ml.convert_to_masked(model)
     pruner = LotteryTicketPruner(model)
     pruner.reset_masks()
+    # A rehearsal: what cannot be pruned or drawn is refused now, not after the dense run.
+    pruner.set_pretrained_weights()
+    pruner.update_masks(strategy, scope=scope, **_amount(rate, sparsity, 1 / rounds))
+    pruner.reset_masks()
+    if "random_reinit" in controls:
+        _draw_again(model, (seed,))
     pruner.rewind()
     weights_at_0 = model.get_weights()
     rows: list[dict[str, Any]] = []
 
     def train(arm: str, number: int, todo: int, stage: str = "train") -> training.History:
+        _restart_randomness(model, (seed, arm, number, stage))
         return training.train(
             model,
             x,
@@ -239,6 +248,13 @@ def _draw_again(model: keras.Model, parts: tuple[int | str, ...]) -> None:
             initializer = _reseeded(_initializer(ref), _integer(*parts, ref.path))
             drawn = initializer(ref.variable.shape, dtype=ref.variable.dtype)
             ref.variable.assign(drawn)
+
+
+def _restart_randomness(model: keras.Model, parts: tuple[int | str, ...]) -> None:
+    """Set what dropout and its like draw from, which goes on from arm to arm otherwise."""
+    states = [v for v in model.variables if v.name == "seed_generator_state"]
+    for number, state in enumerate(states):
+        state.assign([_integer(*parts, "layers", number) % 2**31, 0])  # the seed, draws so far
 
 
 def _initializer(ref: ml.WeightRef) -> keras.initializers.Initializer:

@@ -7,13 +7,19 @@ torch the stretches go through `model.fit`.
 """
 
 import dataclasses
+import functools
+import operator
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import keras
 import numpy as np
 
 _EVALUATION_BATCH = 1_000
+
+# As Keras takes it: an array with the examples along the first axis, or a list or dict of such.
+Arrays = Any
 
 
 @dataclasses.dataclass
@@ -33,14 +39,14 @@ class History:
 
 def train(
     model: keras.Model,
-    x: np.ndarray,
-    y: np.ndarray,
+    x: Arrays,
+    y: Arrays,
     *,
     steps: int,
     batch_size: int,
     seed: int | Sequence[int] = 0,
     eval_every: int | None = None,
-    validation_data: tuple[np.ndarray, np.ndarray] | None = None,
+    validation_data: tuple[Arrays, Arrays] | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> History:
     """Train a compiled model for exactly `steps` optimiser steps.
@@ -50,7 +56,7 @@ def train(
 
     Args:
         model: compiled; its optimiser state continues from where it is.
-        x: inputs, the examples along the first axis.
+        x: inputs, the examples along the first axis; or a list or dict of such arrays.
         y: targets, likewise.
         steps: how many batches to train on, at least 0.
         batch_size: examples per step.
@@ -74,7 +80,7 @@ def train(
     if steps == 0:
         return history
     started = time.perf_counter()
-    order = batch_order(len(x), steps, batch_size, seed)
+    order = batch_order(len(keras.tree.flatten(x)[0]), steps, batch_size, seed)
     stretch = eval_every or steps
     run = _steps_function(model, x, y)
     for start in range(0, steps, stretch):
@@ -118,7 +124,7 @@ def compile_options(stretch: int, *, convolutions: bool) -> dict[str, bool | int
     }
 
 
-def evaluate(model: keras.Model, x: np.ndarray, y: np.ndarray) -> dict[str, float]:
+def evaluate(model: keras.Model, x: Arrays, y: Arrays) -> dict[str, float]:
     """The loss and the compiled metrics over a whole data set, by name."""
     if keras.backend.backend() == "tensorflow":
         results = _tensorflow_functions(model).evaluate(x, y)
@@ -127,9 +133,7 @@ def evaluate(model: keras.Model, x: np.ndarray, y: np.ndarray) -> dict[str, floa
     return {name: float(value) for name, value in results.items()}
 
 
-def _steps_function(
-    model: keras.Model, x: np.ndarray, y: np.ndarray
-) -> Callable[[np.ndarray], None]:
+def _steps_function(model: keras.Model, x: Arrays, y: Arrays) -> Callable[[np.ndarray], None]:
     """A function that trains on the batches whose example indices it is given."""
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
@@ -137,12 +141,13 @@ def _steps_function(
         if not model.optimizer.built:
             model.optimizer.build(model.trainable_variables)
         compiled = _tensorflow_functions(model)
-        x, y = tf.convert_to_tensor(x), tf.convert_to_tensor(y)
+        x, y = keras.tree.map_structure(tf.convert_to_tensor, (x, y))
         return lambda indices: compiled.train(x, y, tf.constant(indices))
 
     def fit(indices: np.ndarray) -> None:
         flat = indices.ravel()
-        model.fit(x[flat], y[flat], batch_size=indices.shape[1], shuffle=False, verbose=0)
+        chosen = keras.tree.map_structure(lambda array: array[flat], (x, y))
+        model.fit(*chosen, batch_size=indices.shape[1], shuffle=False, verbose=0)
 
     return fit
 
@@ -172,17 +177,19 @@ def _make_tensorflow_functions(model: keras.Model) -> _TensorFlowFunctions:
     import tensorflow as tf
 
     @tf.function(jit_compile=model.jit_compile)
-    def train_stretch(x: tf.Tensor, y: tf.Tensor, order: tf.Tensor) -> None:
+    def train_stretch(x: Arrays, y: Arrays, order: tf.Tensor) -> None:
         for indices in order:
-            model.train_step((tf.gather(x, indices), tf.gather(y, indices)))
+            batch = functools.partial(tf.gather, indices=indices)
+            model.train_step(keras.tree.map_structure(batch, (x, y)))
 
     @tf.function
-    def evaluate_all(x: tf.Tensor, y: tf.Tensor) -> dict[str, tf.Tensor]:
+    def evaluate_all(x: Arrays, y: Arrays) -> dict[str, tf.Tensor]:
         for metric in model.metrics:
             metric.reset_state()
-        for start in tf.range(0, tf.shape(x)[0], _EVALUATION_BATCH):
-            stop = start + _EVALUATION_BATCH
-            model.test_step((x[start:stop], y[start:stop]))
+        examples = tf.shape(keras.tree.flatten(x)[0])[0]
+        for start in tf.range(0, examples, _EVALUATION_BATCH):
+            batch = operator.itemgetter(slice(start, start + _EVALUATION_BATCH))
+            model.test_step(keras.tree.map_structure(batch, (x, y)))
         return model.get_metrics_result()
 
     return _TensorFlowFunctions(model.train_function, train_stretch, evaluate_all)

@@ -193,6 +193,43 @@ def test_the_result_of_an_arm_does_not_depend_on_the_other_arms(data, masked):
     assert sorted(rows_among, key=str) == sorted(other_order, key=str)
 
 
+def test_what_dropout_draws_depends_on_seed_arm_and_round_alone(data):
+    keras.utils.set_random_seed(0)
+    # On torch, dropout without a seed draws from torch's global generator.
+    dropout = layers.Dropout(0.5, seed=1 if BACKEND == "torch" else None)
+    model = keras.Sequential([keras.Input((8,)), dropout, layers.Dense(2)])
+    model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    model = ml.convert_to_masked(model)
+    start = model.get_weights()
+
+    def ticket(seed, **arguments):
+        model.set_weights(start)
+        find_ticket(model, *data, rounds=1, rate=0.2, seed=seed, **SHORT | arguments)
+        return model.get_weights()
+
+    first = ticket(0)
+    assert_equal(first, ticket(0, controls=()))
+    # Batches of all examples: their order is no part of the difference that the seed makes.
+    whole = {"batch_size": 60, "controls": ()}
+    assert np.abs(ticket(0, **whole)[0] - ticket(1, **whole)[0]).max() > 1e-4
+
+
+def test_a_model_of_several_inputs_and_outputs(data):
+    x, y = data
+    left, right = keras.Input((8,), name="left"), keras.Input((8,), name="right")
+    label = layers.Dense(2, name="label")(layers.Concatenate()([left, right]))
+    model = keras.Model([left, right], [label, layers.Dense(1, name="sum")(right)])
+    model.compile("adam", [keras.losses.SparseCategoricalCrossentropy(from_logits=True), "mse"])
+    both = [x, x[:, ::-1].copy()], [y, x.sum(1, keepdims=True)]
+    named = {"left": both[0][0], "right": both[0][1]}, both[1]
+    arguments = {"rounds": 1, "controls": (), **SHORT}
+    result = find_ticket(model, *both, validation_data=both, test_data=both, **arguments)
+    again = find_ticket(model, *named, validation_data=named, test_data=named, **arguments)
+    assert_equal(result.ticket.get_weights(), again.ticket.get_weights())
+    assert result.rows[-1]["test_loss"] == pytest.approx(again.rows[-1]["test_loss"])
+    assert (result.ticket.get_weights()[0] != model.get_weights()[0]).any()
+
+
 def test_seeds_make_a_difference(data, masked):
     start = masked.get_weights()
     first = find_ticket(masked, *data, rounds=1, seed=0, **SHORT).ticket.get_weights()
@@ -271,7 +308,7 @@ def test_frozen_weights_are_not_drawn_again():
     assert (before[-2] != model.get_weights()[-2]).all()
 
 
-def test_a_weight_without_an_initializer_is_named(data):
+def test_a_weight_without_an_initializer_is_named(data, starts):
     class Odd(layers.Layer):
         def build(self, shape):
             self.table = self.add_weight(shape=(shape[-1], 2), name="table")
@@ -280,9 +317,13 @@ def test_a_weight_without_an_initializer_is_named(data):
             return keras.ops.matmul(x, self.table)
 
     ml.register(Odd, weights=["table"])
-    model = ml.convert_to_masked(keras.Sequential([keras.Input((3,)), Odd(name="odd")]))
+    model = keras.Sequential([keras.Input((8,)), Odd(name="odd")])
+    model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     with pytest.raises(ValueError, match=r"odd/table cannot be drawn again.*table_initializer"):
-        tickets._draw_again(model, (0,))
+        find_ticket(model, *data, rounds=1, **SHORT)
+    assert starts == []
+    find_ticket(model, *data, rounds=1, controls=("random_mask",), **SHORT)
+    assert len(starts) == 4
 
 
 @pytest.mark.parametrize(
@@ -292,12 +333,17 @@ def test_a_weight_without_an_initializer_is_named(data):
         ({"steps": 3, "rewind_to": 3}, "rewind_to=3"),
         ({"rate": 0.1, "sparsity": 0.5}, "rate=0.1, sparsity=0.5"),
         ({"controls": ("reinit",)}, r"\['reinit'\].*random_reinit, random_mask"),
+        ({"rate": 1.5}, "rate=1.5"),
+        ({"rate": {"^no_such_layer/": 0.1, "default": 0.2}}, "no_such_layer"),
+        ({"strategy": "largest"}, "large_final"),
+        ({"strategy": "smallest_weights_global", "scope": "layer"}, "scope='layer'"),
     ],
 )
-def test_wrong_arguments_are_refused_before_training(data, arguments, message):
+def test_wrong_arguments_are_refused_before_training(data, starts, arguments, message):
     model = make_model()
     with pytest.raises(ValueError, match=message):
         find_ticket(model, *data, **{"rounds": 1, "steps": 2} | arguments)
+    assert starts == []
 
 
 def test_an_uncompiled_model_is_refused(data):
