@@ -45,17 +45,17 @@ SPARSITIES = {"lenet-300-100": 0.95, "conv-6": 0.9, "ResNet50": 0.9}
 
 # Runs with TensorFlow alone. Memory is of the process, in KiB.
 LOAD = """
-import json, resource, sys, time
+import json, sys, time
 import tensorflow as tf
 path, shape = sys.argv[1], json.loads(sys.argv[2])
-memory = lambda: int(next(l for l in open("/proc/self/status") if "VmRSS" in l).split()[1])
-base = memory()
+memory = lambda key: int(next(l for l in open("/proc/self/status") if key in l).split()[1])
+base = memory("VmRSS")
 start = time.perf_counter()
 model = tf.saved_model.load(path)
 seconds = time.perf_counter() - start
-loaded = memory()
+loaded = memory("VmRSS")
 model.serve(tf.zeros(shape))
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+peak = memory("VmHWM")  # Not `ru_maxrss`, which a child takes over from its parent.
 start = time.perf_counter()
 with tf.Graph().as_default(), tf.compat.v1.Session() as session:
     tf.compat.v1.saved_model.loader.load(session, ["serve"], path)
@@ -94,7 +94,8 @@ def write_dense(model, path):
     root = tf.Module()
     root.serve = traced.function
     root.weights = list(traced.variables.values())
-    tf.saved_model.save(root, str(path), signatures={"serving_default": traced.function})
+    signatures = {"serve": traced.function, "serving_default": traced.function}
+    tf.saved_model.save(root, str(path), signatures=signatures)
 
 
 def both(name, weights, sparsity, folder):

@@ -274,27 +274,30 @@ def decode(
     import tensorflow as tf
 
     data = tf.io.read_file(file)
-    done: list[Any] = []
     for block in blocks:
-        with tf.control_dependencies(done):
-            flat = _decode_block(data, block)
-            done = []
-            # Arrays of equal shape lie side by side: few ops for many variables.
-            shapes = [
-                (shape, list(members))
-                for shape, members in itertools.groupby(block.entries, lambda entry: entry.shape)
-            ]
-            sizes = [sum(entry.size for entry in members) for _, members in shapes]
-            parts = tf.split(flat, sizes) if len(sizes) > 1 else [flat]
-            for (shape, members), part in zip(shapes, parts, strict=True):
-                if len(members) == 1:
-                    arrays = [part if len(shape) == 1 else tf.reshape(part, shape)]
-                else:
-                    arrays = tf.unstack(tf.reshape(part, [len(members), *shape]))
-                for entry, array in zip(members, arrays, strict=True):
-                    variable = variables[entry.name]
-                    value = tf.cast(array, variable.dtype)
-                    done.append(tf.raw_ops.AssignVariableOp(resource=variable.handle, value=value))
+        flat = _decode_block(data, block)
+        # Arrays of equal shape lie side by side: few ops for many variables.
+        shapes = [
+            (shape, list(members))
+            for shape, members in itertools.groupby(block.entries, lambda entry: entry.shape)
+        ]
+        sizes = [sum(entry.size for entry in members) for _, members in shapes]
+        parts = tf.split(flat, sizes) if len(sizes) > 1 else [flat]
+        assigned = []
+        for (shape, members), part in zip(shapes, parts, strict=True):
+            if len(members) == 1:
+                arrays = [part if len(shape) == 1 else tf.reshape(part, shape)]
+            else:
+                arrays = tf.unstack(tf.reshape(part, [len(members), *shape]))
+            for entry, array in zip(members, arrays, strict=True):
+                variable = variables[entry.name]
+                value = tf.cast(array, variable.dtype)
+                assigned.append(tf.raw_ops.AssignVariableOp(resource=variable.handle, value=value))
+        if block is not blocks[-1]:
+            # On this op alone: an edge from every assignment to every op of the next block would
+            # take TensorFlow's graph optimizer longer than decoding does.
+            with tf.control_dependencies(assigned):
+                data = tf.identity(data)
 
 
 def _decode_block(data: tf.Tensor, block: encoding.Block) -> tf.Tensor:
@@ -318,11 +321,22 @@ def _decode_block(data: tf.Tensor, block: encoding.Block) -> tf.Tensor:
         return values
     gaps = stream(block.streams[0])
     index = tf.int32 if block.size < 2**31 else tf.int64
-    # A gap of g < 255 moves on by g zeros and one value, 255 by 255 zeros.
-    ends = tf.cumsum(tf.minimum(tf.cast(gaps, index) + 1, encoding.SKIP))
-    taken = tf.where(tf.not_equal(gaps, encoding.SKIP))
-    positions = tf.gather(ends - 1, taken)
-    return tf.scatter_nd(positions, values, tf.constant([block.size], index))
+    steps = tf.cast(gaps, index) + 1
+    if block.gaps == block.values:
+        positions = tf.cumsum(steps) - 1
+    else:
+        # A gap of g < 255 moves on by g zeros and one value, 255 by 255 zeros.
+        ends = tf.cumsum(tf.minimum(steps, encoding.SKIP)) - 1
+        taken = tf.where(tf.not_equal(gaps, encoding.SKIP))
+        positions = tf.reshape(tf.gather(ends, taken), [-1])
+    # Five times faster than `scatter_nd`, which treats every value as a slice.
+    return tf.raw_ops.SparseToDense(
+        sparse_indices=positions,
+        output_shape=tf.constant([block.size], index),
+        sparse_values=values,
+        default_value=tf.zeros([], dtype),
+        validate_indices=False,
+    )
 
 
 def _keep_out_of_checkpoint(variable: tf.Variable) -> None:
