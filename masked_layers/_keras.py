@@ -136,6 +136,23 @@ def deserialize(config: dict[str, Any], custom_objects: dict[str, Any] | None = 
         )
 
 
+@contextlib.contextmanager
+def custom_object_scope(custom_objects: dict[str, Any]) -> Iterator[None]:
+    """Lets Keras find these objects first.
+
+    In the scope that Keras has, whatever was registered under a name last goes before them: after
+    the definition of a class is run again, as in a notebook, a copy would be of the new class.
+    """
+    registered = keras.saving.get_custom_objects()
+    hidden = {name: registered[name] for name in custom_objects if name in registered}
+    registered.update({name: custom_objects[name] for name in hidden})
+    try:
+        with keras.saving.custom_object_scope(custom_objects):
+            yield
+    finally:
+        registered.update(hidden)
+
+
 def own_variables(layer: keras.layers.Layer) -> list[keras.Variable]:
     """Returns the weights that the layer holds itself; `Layer.weights` adds those inside it."""
     return list(layer._trainable_variables + layer._non_trainable_variables)
@@ -165,18 +182,20 @@ def is_withdrawn(variable: keras.Variable) -> bool:
     )
 
 
-def is_tracing(tensor: Any) -> bool:
-    """True for a JAX tensor that stands for a value in a function being traced."""
-    if keras.backend.backend() != "jax":
-        return False
-    import jax
-
-    return isinstance(tensor, jax.core.Tracer)
+def is_lent(variable: keras.Variable) -> bool:
+    """True where the value of a variable on JAX is one that the current scope was given for it."""
+    return (
+        keras.backend.backend() == "jax"
+        and in_stateless_scope()
+        and get_stateless_scope().get_current_value(variable) is not None
+    )
 
 
 def forget_functions(model: keras.Model) -> None:
-    """Makes `fit`, `evaluate` and `predict` compile anew, and count nothing as compiled."""
-    model.train_function = model.test_function = model.predict_function = None
+    """Makes `fit`, `evaluate` and `predict` of a model, and of models in it, compile anew."""
+    for layer in model._flatten_layers():
+        if isinstance(layer, keras.Model):
+            layer.train_function = layer.test_function = layer.predict_function = None
 
 
 def compile_arguments(model: keras.Model) -> list[Any]:

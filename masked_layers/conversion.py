@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import operator
 import re
 import tempfile
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import keras
 import numpy as np
 
 from masked_layers import _keras
-from masked_layers.inspection import masked_refs, weight_refs
+from masked_layers.inspection import WeightRef, masked_refs, weight_refs
 from masked_layers.layers import MaskedLayer, by_hand, mask_weights, mask_when_built, unmask
 from masked_layers.maskable import maskable, weights_inside
+from masked_layers.masks import raw_view
 from masked_layers.paths import plain_class, resolve, walk
 
 Layer = keras.layers.Layer
@@ -83,19 +86,53 @@ def strip_masks(model: keras.Model, *, inplace: bool = False) -> keras.Model:
 
     Raises:
         TypeError: If `model` is no Keras model.
-        ValueError: If it has no masked weight, or cannot be copied.
+        ValueError: If it has no masked weight, cannot be copied, or has a masked layer that has no
+            plain form or computes its weight from something else. Nothing is changed then.
     """
     if not isinstance(model, keras.Model):
         raise TypeError(f"Expected a `keras.Model`. Received: {model!r}")
-    masked_refs(model)
+    _check_strippable(model)
+    _keras.sync(model)
     if not inplace:
         model = copy_model(model)
     for ref in masked_refs(model):
-        effective = keras.ops.convert_to_numpy(ref.mask.apply(ref.variable))
-        ref.variable.assign(effective)
+        _fold(ref)
     unmask(model)
     _keras.forget_functions(model)
     return model
+
+
+def _check_strippable(model: keras.Model) -> None:
+    for ref in masked_refs(model):
+        if issubclass(plain_class(ref.layer), MaskedLayer):
+            raise ValueError(
+                f"'{ref.path}' cannot be stripped: {type(ref.layer).__name__} derives from a "
+                "masked layer, so that there is no plain class to make of it. Derive it from the "
+                "Keras layer and mask it with `convert_to_masked`."
+            )
+        with raw_view():
+            derived = getattr(ref.layer, ref.name) is not ref.variable
+        if derived and _lora_factor(ref) is None:
+            raise ValueError(
+                f"'{ref.path}' cannot be stripped: {plain_class(ref.layer).__name__} computes "
+                f"'{ref.name}' from its variable, and what it makes of zeros there need not be "
+                "zero. Serve the masked model, or leave the layer out: "
+                "`convert_to_masked(model, exclude=...)`."
+            )
+
+
+def _fold(ref: WeightRef) -> None:
+    """Writes the effective weight into the variable, and LoRA's addition with it."""
+    factor = _lora_factor(ref)
+    weight = ref.mask.apply(ref.variable) if factor is None else getattr(ref.layer, ref.name)
+    ref.variable.assign(np.array(keras.ops.convert_to_numpy(weight)))
+    if factor is not None:
+        factor.assign(np.zeros(factor.shape))
+
+
+def _lora_factor(ref: WeightRef) -> keras.Variable | None:
+    """Returns the second factor of the product that LoRA adds to the weight, None without LoRA."""
+    return getattr(ref.layer, f"lora_{ref.name}_b", None)
 
 
 # --- What to mask ---------------------------------------------------------------------------------
@@ -164,11 +201,14 @@ def copy_model(model: keras.Model) -> keras.Model:
     Raises:
         ValueError: If the model cannot be made again from its config.
     """
+    _keras.sync(model)
     custom = custom_objects_of(model)
     try:
-        config = _keras.serialize(model)
+        with _lambdas_by_name(model, custom):
+            config = _keras.serialize(model)
         compile_config = config.pop("compile_config", None)
-        copy = _keras.deserialize(config, custom)
+        with _keras.custom_object_scope(custom):
+            copy = _keras.deserialize(config, custom)
     except Exception as error:
         raise ValueError(
             f"'{model.name}' ({plain_class(model).__name__}) cannot be copied, because Keras "
@@ -178,10 +218,42 @@ def copy_model(model: keras.Model) -> keras.Model:
     _copy_state(model, copy)
     _keras.copy_called(model, copy)
     if compile_config:  # An empty one would compile with defaults.
-        with keras.saving.custom_object_scope(custom):
-            copy.compile_from_config(compile_config)
+        try:
+            with _keras.custom_object_scope(custom):
+                copy.compile_from_config(compile_config)
+        except Exception as error:
+            raise ValueError(
+                f"'{model.name}' cannot be copied as it is compiled: {error}\nCompile it with "
+                "named functions in place of lambdas, or pass `inplace=True` to change the model "
+                "itself."
+            ) from error
         _copy_optimizer(model, copy)
     return copy
+
+
+@contextlib.contextmanager
+def _lambdas_by_name(model: keras.Model, custom: dict[str, Any]) -> Iterator[None]:
+    """Lets `Lambda` layers be serialized by the name of a custom object while it is open.
+
+    Keras serializes the code of a lambda without the module it refers to: in a copy made of it,
+    `lambda x: ops.tanh(x)` does not know `ops`.
+    """
+    named = {}
+    for _, layer in walk(model):
+        function = layer.function if isinstance(layer, keras.layers.Lambda) else None
+        if getattr(function, "__name__", None) == "<lambda>":
+            named[layer] = function
+    try:
+        for index, (layer, function) in enumerate(named.items()):
+            name = f"<lambda {index}>"
+            layer.function = types.FunctionType(
+                function.__code__, {}, name, None, function.__closure__
+            )
+            custom[name] = function
+        yield
+    finally:
+        for layer, function in named.items():
+            layer.function = function
 
 
 def _copy_state(source: keras.Model, target: keras.Model) -> None:
@@ -238,10 +310,24 @@ def _copy_optimizer(source: keras.Model, target: keras.Model) -> None:
         b.assign(np.array(keras.ops.convert_to_numpy(a)))
 
 
+def _same(a: Any, b: Any) -> bool:
+    """True for one object, and for functions made anew by the same code from the same objects."""
+    if a is b or not all(isinstance(value, types.FunctionType) for value in (a, b)):
+        return a is b
+    made_of = [
+        (*(f.__defaults__ or ()), *(cell.cell_contents for cell in f.__closure__ or ()))
+        for f in (a, b)
+    ]
+    return a.__code__ is b.__code__ and all(map(operator.is_, *made_of))
+
+
 def custom_objects_of(model: keras.Model) -> dict[str, Any]:
     """Returns the classes and functions in use that Keras could not find by name by itself.
 
     Classes of Keras are left out: one named like an op of Keras would stand in for it.
+
+    Raises:
+        ValueError: If two different ones have the same name.
     """
     found: dict[str, Any] = {}
 
@@ -256,15 +342,24 @@ def custom_objects_of(model: keras.Model) -> dict[str, Any]:
             if value.__name__ != "<lambda>":
                 add_named(value)
         elif hasattr(value, "get_config"):
-            add_named(getattr(type(value), "plain_class", type(value)))
+            add_named(plain_class(value))
 
     def add_named(value: Any) -> None:
         ours = value.__module__.partition(".")[0] in ("keras", "masked_layers")
         if not ours:
-            found.setdefault(_keras.get_registered_name(value), value)
+            name = _keras.get_registered_name(value)
+            if not _same(found.setdefault(name, value), value):
+                raise ValueError(
+                    f"'{model.name}' cannot be copied: it uses {found[name]!r} and {value!r}, and "
+                    f"Keras knows both as '{name}'. Rename one, or pass `inplace=True` to change "
+                    "the model itself."
+                )
 
     for _, layer in walk(model):
         add(layer)
-        add([value for key, value in vars(layer).items() if key not in ("_layers", "_modules")])
+        for key, value in vars(layer).items():
+            # Keras wraps some methods of a layer, which then stand among its attributes.
+            if key not in ("_layers", "_modules") and not callable(getattr(type(layer), key, None)):
+                add(value)
     add(_keras.compile_arguments(model))
     return found

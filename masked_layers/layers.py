@@ -8,6 +8,7 @@ layers inside it are.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Sequence
@@ -70,18 +71,31 @@ class EffectiveWeight:
             del vars(layer)[self.name]
 
 
+@dataclasses.dataclass
+class _Masking:
+    """What a masked layer keeps about its masks, in one attribute: its other names are the user's.
+
+    Attributes:
+        weights: Paths, relative to the layer, of the weights that have a mask; None for all
+            kernel-like ones.
+        bias: Whether biases have masks too.
+        initializer: Initializer of the masks.
+    """
+
+    weights: tuple[str, ...] | None
+    bias: bool
+    initializer: keras.initializers.Initializer
+
+
 class MaskedLayer:
     """What all masked layers have in common; test for it with `isinstance`.
 
     Attributes:
         plain_class: Class of the layer without its masks.
-        masked_weights: Paths, relative to the layer, of the weights that have a mask; None for all
-            kernel-like ones.
-        mask_bias: Whether biases have masks too.
-        mask_initializer: Initializer of the masks.
     """
 
     plain_class: type[Layer]
+    _masking: _Masking
 
     def __repr__(self) -> str:
         return f"<{type(self).__qualname__} name={self.name}, built={self.built}>"
@@ -103,11 +117,37 @@ class MaskedLayer:
         return Mask.quantize(self, *args, **kwargs)
 
     def _masking_config(self) -> dict[str, Any]:
+        weights = self._masking.weights
         return {
-            "masked_weights": None if self.masked_weights is None else list(self.masked_weights),
-            "mask_bias": self.mask_bias,
-            "mask_initializer": keras.initializers.serialize(self.mask_initializer),
+            "masked_weights": None if weights is None else list(weights),
+            "mask_bias": self._masking.bias,
+            "mask_initializer": keras.initializers.serialize(self._masking.initializer),
         }
+
+
+@keras.saving.register_keras_serializable(PACKAGE, "MaskedLayer")
+class MaskedByConversion(MaskedLayer):
+    """Masked form of a class that this module does not define one for.
+
+    All of these share one registered name: their config is that of the plain layer and the paths
+    of the masks in it, so that a saved model needs only the plain class to be known to Keras.
+    """
+
+    def get_config(self) -> dict[str, Any]:
+        """Returns the config of the plain layer and what is masked in it."""
+        return {"layer": _plain_config(self), **self._masking_config()}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Layer:
+        """Makes the plain layer and masks it, once it is built."""
+        deserialize = functools.partial(
+            keras.saving.deserialize_keras_object, custom_objects=custom_objects
+        )
+        layer = deserialize(config["layer"])
+        initializer = deserialize(config["mask_initializer"])
+        _change_class(layer, config["masked_weights"], config["mask_bias"], initializer)
+        _when_built(layer, _mask_built)
+        return layer
 
 
 # --- Classes --------------------------------------------------------------------------------------
@@ -165,7 +205,7 @@ def _define(base: type[Layer]) -> type[Layer]:
         "build": build,
         "get_config": get_config,
     }
-    cls = _subclass(base, maskable(base), namespace)
+    cls = _subclass(MaskedLayer, base, maskable(base), namespace)
     by_hand[base] = keras.saving.register_keras_serializable(PACKAGE, cls.__qualname__)(cls)
     return cls
 
@@ -175,40 +215,21 @@ def _made_for(base: type[Layer], spec: Maskable | None) -> type[Layer]:
     """Makes the masked form of a class that this module does not define one for.
 
     `spec`, what can be masked in it, is part of the key: a class may be registered later.
-
-    All of these share one registered name: their config is that of the plain layer and the paths
-    of the masks in it, so that a saved model needs only the plain class to be known to Keras.
     """
-
-    def get_config(self: Any) -> dict[str, Any]:
-        return {"layer": _plain_config(self), **self._masking_config()}
-
-    def from_config(cls: type, config: dict[str, Any], custom_objects: Any = None) -> Layer:
-        deserialize = functools.partial(
-            keras.saving.deserialize_keras_object, custom_objects=custom_objects
-        )
-        layer = deserialize(config["layer"])
-        initializer = deserialize(config["mask_initializer"])
-        _change_class(layer, config["masked_weights"], config["mask_bias"], initializer)
-        _when_built(layer, _mask_built)
-        return layer
-
-    namespace = {
-        "__doc__": f"`{base.__name__}` with masks over weights of it or of layers inside it.",
-        "get_config": get_config,
-        "from_config": classmethod(from_config),
-    }
-    cls = _subclass(base, spec, namespace)
+    doc = f"`{base.__name__}` with masks over weights of it or of layers inside it."
+    cls = _subclass(MaskedByConversion, base, spec, {"__doc__": doc})
     return keras.saving.register_keras_serializable(PACKAGE, "MaskedLayer")(cls)
 
 
-def _subclass(base: type[Layer], spec: Maskable | None, namespace: dict[str, Any]) -> type[Layer]:
+def _subclass(
+    kind: type[MaskedLayer], base: type[Layer], spec: Maskable | None, namespace: dict[str, Any]
+) -> type[Layer]:
     names = () if spec is None else spec.weights + spec.biases
     # Keras names the entries of a weights file, and layers without a name, after `__name__`: with
     # that of the plain class, plain and masked models read each other's files.
     return type(
         base.__name__,
-        (MaskedLayer, base),
+        (kind, base),
         {
             "__module__": __name__,
             "__qualname__": f"Masked{base.__name__}",
@@ -333,8 +354,7 @@ def unmask(root: Layer) -> None:
         if isinstance(layer, MaskedLayer):
             for name in own_weights(layer, biases=True):
                 _detach(layer, name)
-            for attribute in ("masked_weights", "mask_bias", "mask_initializer"):
-                delattr(layer, attribute)
+            del layer._masking
             layer.__class__ = plain_class(layer)
             if "_plain_quantize" in vars(layer):
                 vars(layer)["quantize"] = vars(layer).pop("_plain_quantize")
@@ -344,9 +364,11 @@ def unmask(root: Layer) -> None:
 def _set_masking(
     layer: Layer, masked_weights: Iterable[str] | None, mask_bias: bool, initializer: Any
 ) -> None:
-    layer.masked_weights = None if masked_weights is None else tuple(masked_weights)
-    layer.mask_bias = mask_bias
-    layer.mask_initializer = keras.initializers.get(initializer)
+    layer._masking = _Masking(
+        None if masked_weights is None else tuple(masked_weights),
+        mask_bias,
+        keras.initializers.get(initializer),
+    )
 
 
 def _change_class(
@@ -362,15 +384,15 @@ def _change_class(
 
 
 def _add_path(layer: Layer, path: str) -> None:
-    paths = _paths(layer) if layer.built else layer.masked_weights
+    paths = _paths(layer) if layer.built else layer._masking.weights
     if paths is not None and path not in paths:
-        layer.masked_weights = (*paths, path)
+        layer._masking.weights = (*paths, path)
 
 
 def _paths(layer: Layer) -> list[str]:
-    if layer.masked_weights is not None:
-        return list(layer.masked_weights)
-    return [path for path, *_ in weights_inside(layer, biases=layer.mask_bias)]
+    if layer._masking.weights is not None:
+        return list(layer._masking.weights)
+    return [path for path, *_ in weights_inside(layer, biases=layer._masking.bias)]
 
 
 def _when_built(layer: Layer, then: Callable[[Layer], None]) -> None:
@@ -408,13 +430,14 @@ def _mask_built(layer: Layer) -> None:
         if "/" not in name:
             _attach(layer, name, shared)
     if inner:
-        mask_weights(layer, inner, initializer=layer.mask_initializer, mask_bias=layer.mask_bias)
+        masking = layer._masking
+        mask_weights(layer, inner, initializer=masking.initializer, mask_bias=masking.bias)
     # A layer made from the config of a masked one, as the second direction of `Bidirectional` is,
     # may have brought more masks than this one names.
     for path, owner, name in weights_inside(layer, biases=True):
         if path not in paths and mask_of(owner, name) is not None:
             _detach(owner, name)
-            owner.masked_weights = tuple(own for own in _paths(owner) if own != name)
+            owner._masking.weights = tuple(own for own in _paths(owner) if own != name)
 
 
 def _masks_by_variable(root: Layer) -> dict[int, Mask]:
@@ -437,7 +460,8 @@ def _attach(layer: Layer, name: str, shared: dict[int, Mask]) -> None:
     mask = shared.get(id(variable))
     with _keras.unlocked(layer):
         if mask is None:
-            mask = Mask(initializer=layer.mask_initializer, dtype="float32", name=f"{name}_mask")
+            initializer = layer._masking.initializer
+            mask = Mask(initializer=initializer, dtype="float32", name=f"{name}_mask")
             with _keras.layer_scope(layer):
                 mask.build(variable.shape)
             _keras.match_layout(mask.value, variable)

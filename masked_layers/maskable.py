@@ -105,7 +105,8 @@ def maskable(cls: type[Layer]) -> Maskable | None:
 def own_weights(layer: Layer, *, biases: bool = False) -> list[str]:
     """Returns the names of the maskable weights that the layer itself holds.
 
-    A layer not built yet has no weights; those that its class may create are named.
+    A layer not built yet has no weights; those that its class may create are named. A weight beside
+    which the layer has something of its own under the name of the mask cannot be masked.
 
     Raises:
         TypeError: If a registered attribute holds something else than a variable.
@@ -114,7 +115,12 @@ def own_weights(layer: Layer, *, biases: bool = False) -> list[str]:
     if spec is None or getattr(layer, "quantization_mode", None) is not None:
         return []
     names = spec.weights + (spec.biases if biases else ())
-    return [name for name in names if not layer.built or raw_variable(layer, name) is not None]
+    return [
+        name
+        for name in names
+        if (not layer.built or raw_variable(layer, name) is not None)
+        and isinstance(getattr(layer, f"{name}_mask", None), Mask | None)
+    ]
 
 
 def raw_variable(layer: Layer, name: str) -> keras.Variable | None:
@@ -160,7 +166,8 @@ def weights_inside(root: Layer, *, biases: bool = False) -> list[tuple[str, Laye
 
 def mask_of(layer: Layer, name: str) -> Mask | None:
     """Returns the mask of the layer's own weight `name`, or None."""
-    return getattr(layer, f"{name}_mask", None)
+    mask = getattr(layer, f"{name}_mask", None)
+    return mask if isinstance(mask, Mask) else None
 
 
 def output_axes(layer: Layer, name: str) -> tuple[int, ...]:

@@ -64,7 +64,7 @@ class Mask(keras.layers.Layer):
         super().__init__(trainable=False, **kwargs)
         self.initializer = keras.initializers.get(initializer)
         self.rescale = rescale
-        self._traced: Any = None
+        self._lent: Any = None
 
     def build(self, shape: tuple[int, ...]) -> None:
         """Creates `value`.
@@ -107,11 +107,11 @@ class Mask(keras.layers.Layer):
     def _keep(self) -> Any:
         if _keras.is_withdrawn(self.value):
             # Inside the optimizer's part of a training step on JAX, where the variables are empty
-            # and only the optimizer's own are at hand: the forward pass of the same step, traced
-            # just before, was given the mask.
-            return self._traced
+            # and only the optimizer's own are at hand: the forward pass of the same step, just
+            # before, was given the mask.
+            return self._lent
         keep = ops.convert_to_tensor(self.value)
-        self._traced = keep if _keras.is_tracing(keep) else None
+        self._lent = keep if _keras.is_lent(self.value) else None
         return keep
 
     def _factor(self) -> Any:

@@ -20,12 +20,12 @@ from masked_layers.masks import Mask
 Layer = keras.layers.Layer
 
 # Attributes in which Keras, torch and TensorFlow list the children of a layer once more.
-_BOOKKEEPING = ("_layers", "_modules", "_tracker", "_self_", "_metrics")
+_BOOKKEEPING = re.compile("_layers|_modules|_tracker|_metrics|_self_.*")
 
 
 def plain_class(layer: Layer) -> type[Layer]:
     """Returns the class of the layer without its masks."""
-    return getattr(type(layer), "plain_class", type(layer))
+    return vars(type(layer)).get("plain_class", type(layer))
 
 
 def children(layer: Layer) -> list[tuple[str, Layer]]:
@@ -39,10 +39,11 @@ def children(layer: Layer) -> list[tuple[str, Layer]]:
         # On torch, child layers live in `_modules` and not among the attributes.
         attributes = {**vars(layer), **vars(layer).get("_modules", {})}
         for name, value in attributes.items():
-            if not name.startswith(_BOOKKEEPING):
+            if not _BOOKKEEPING.fullmatch(name):
                 for path, child in _layers_in(name, value):
-                    if id(child) in tracked:
-                        found.setdefault(id(child), (path, child))
+                    if id(child) in tracked and id(child) not in found:
+                        taken = [name for name, _ in found.values()]
+                        found[id(child)] = (_unique(path, taken), child)
     return [(path, child) for path, child in found.values() if not isinstance(child, Mask)]
 
 
@@ -100,12 +101,16 @@ def _names(layers: Iterable[Layer]) -> list[str]:
     for layer in layers:
         stem = _keras.to_snake_case(type(layer).__name__)
         name = stem if re.fullmatch(rf"{re.escape(stem)}_\d+", layer.name) else layer.name
-        unique, count = name, 0
-        while unique in names:
-            count += 1
-            unique = f"{name}_{count}"
-        names.append(unique)
+        names.append(_unique(name, names))
     return names
+
+
+def _unique(name: str, taken: list[str]) -> str:
+    unique, count = name, 0
+    while unique in taken:
+        count += 1
+        unique = f"{name}_{count}"
+    return unique
 
 
 def _layers_in(path: str, value: Any) -> Iterator[tuple[str, Layer]]:

@@ -146,7 +146,7 @@ def shrink(
         raise TypeError(f"Expected a `keras.Model`. Received: {model!r}")
     if any(isinstance(layer, MaskedLayer) for _, layer in walk(model)):
         model = strip_masks(model)
-    with keras.saving.custom_object_scope(custom_objects_of(model)):
+    with _keras.custom_object_scope(custom_objects_of(model)):
         smaller, report = _shrink(model)
     if return_report:
         return smaller, report

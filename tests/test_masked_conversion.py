@@ -1,5 +1,10 @@
 """Converting models to masked ones and back."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import keras
 import numpy as np
 import pytest
@@ -61,6 +66,48 @@ def assert_round_trips(plain, inputs, tmp_path, custom_objects=None):
         np.testing.assert_array_equal(a, b)
     assert not any(isinstance(layer, ml.MaskedLayer) for layer in plain._flatten_layers())
     return masked
+
+
+PROGRAM = """
+import keras
+import numpy as np
+from keras import layers
+
+class Block(layers.Layer):
+    def __init__(self, units, **kwargs):
+        super().__init__(**kwargs)
+        self.units = units
+        self.dense = layers.Dense(units)
+
+    def build(self, shape):
+        self.dense.build(shape)
+
+    def call(self, x):
+        return self.dense(x) + 1
+
+    def get_config(self):
+        return {**super().get_config(), "units": self.units}
+"""
+
+
+def test_a_masked_block_of_ones_own_loads_in_a_fresh_process(tmp_path):
+    own = {}
+    exec(PROGRAM, own)
+    model = ml.convert_to_masked(
+        keras.Sequential([keras.Input((4,)), own["Block"](3), layers.Dense(2)])
+    )
+    half_masks(model)
+    model.save(tmp_path / "masked.keras")
+    program = PROGRAM + (
+        "import masked_layers\n"
+        "model = keras.models.load_model('masked.keras', custom_objects={'Block': Block})\n"
+        "np.save('y.npy', keras.ops.convert_to_numpy(model(np.ones((1, 4), 'float32'))))\n"
+    )
+    root = str(Path(ml.__file__).parent.parent)
+    environment = {**os.environ, "PYTHONPATH": root, "KERAS_BACKEND": BACKEND}
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, check=True)
+    y = numpy(model(np.ones((1, 4), "float32")))
+    np.testing.assert_array_equal(np.load(tmp_path / "y.npy"), y)
 
 
 # --- Kinds of models ------------------------------------------------------------------------------
@@ -281,6 +328,95 @@ def test_subclassed_model_without_config_only_in_place(tmp_path):
     np.testing.assert_array_equal(numpy(model(x)), effective)
 
 
+@keras.saving.register_keras_serializable("tests")
+class Awkward(layers.Layer):
+    """Its attributes are named like those of Keras and of masked layers."""
+
+    def __init__(self, mask_bias=-3.0, **kwargs):
+        super().__init__(**kwargs)
+        self.mask_bias = mask_bias
+        self.masked_weights = "none"
+        self._layers_of_mine = [layers.Dense(4), {"a": layers.Dense(4)}]
+        self._metrics_head = layers.Dense(4)
+
+    def build(self, shape):
+        for dense in (self._layers_of_mine[0], self._layers_of_mine[1]["a"], self._metrics_head):
+            dense.build(shape)
+
+    def call(self, x):
+        x = self._layers_of_mine[1]["a"](self._layers_of_mine[0](x))
+        assert self.masked_weights == "none"
+        return self._metrics_head(x) + self.mask_bias
+
+    def get_config(self):
+        return {**super().get_config(), "mask_bias": self.mask_bias}
+
+
+def test_attributes_may_have_any_name(tmp_path):
+    model = keras.Sequential([keras.Input((4,)), Awkward(mask_bias=-2.0)])
+    masked = assert_round_trips(model, data(3, 4), tmp_path)
+    assert list(ml.get_masks(masked)) == [
+        "awkward/_layers_of_mine/0/kernel",
+        "awkward/_layers_of_mine/1/a/kernel",
+        "awkward/_metrics_head/kernel",
+    ]
+
+
+@keras.saving.register_keras_serializable("tests")
+class CausalConv(layers.Conv1D):
+    """Has a `kernel_mask` of its own."""
+
+    def build(self, shape):
+        super().build(shape)
+        self.kernel_mask = np.zeros(tuple(self.kernel.shape), "float32")
+        self.kernel_mask[:2] = 1
+
+    def call(self, x):
+        return ops.conv(x, self.kernel * self.kernel_mask, padding="same")
+
+
+def test_a_layer_with_a_mask_of_its_own_stays_as_it_is(tmp_path):
+    model = keras.Sequential([keras.Input((6, 4)), CausalConv(3, 3), layers.Dense(2)])
+    masked = assert_round_trips(model, data(2, 6, 4), tmp_path)
+    assert list(ml.get_masks(masked)) == ["dense/kernel"]
+    assert ("causal_conv", "CausalConv", 39) in ml.sparsity_report(masked).unmasked
+
+
+@keras.saving.register_keras_serializable("tests")
+class TwoHeads(keras.Model):
+    """A functional subclass with an attribute named like a layer of its graph."""
+
+    def __init__(self, **kwargs):
+        x = keras.Input((4,))
+        super().__init__(x, layers.Dense(3, name="head")(x), **kwargs)
+        self.head = layers.Dense(2)
+        self.head.build((None, 3))
+
+    def call(self, x):
+        return self.head(super().call(x))
+
+    def get_config(self):
+        return {"name": self.name}
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(**config)
+
+
+def test_a_layer_and_an_attribute_of_one_name_have_two_paths(tmp_path):
+    masked = assert_round_trips(TwoHeads(), data(3, 4), tmp_path)
+    assert list(ml.get_masks(masked)) == ["head/kernel", "head_1/kernel"]
+
+
+def test_a_model_inside_one_converted_in_place_sees_its_masks():
+    inner = keras.Sequential([keras.Input((4,)), layers.Dense(4)])
+    model = keras.Sequential([keras.Input((4,)), inner, layers.Dense(2)])
+    inner.predict(data(3, 4), verbose=0)
+    ml.convert_to_masked(model, inplace=True)
+    ml.set_masks(model, {path: np.zeros_like(m) for path, m in ml.get_masks(model).items()})
+    assert not inner.predict(data(3, 4), verbose=0).any()
+
+
 def test_tied_weights_share_one_mask(tmp_path):
     @keras.saving.register_keras_serializable("tests")
     class Tied(layers.Layer):
@@ -370,6 +506,78 @@ def test_losses_metrics_and_layers_of_ones_own_need_no_registration():
     assert_equal_outputs(model, masked, x)
     assert isinstance(masked.layers[0], MyDense)
     assert model.evaluate(x, y, verbose=0) == masked.evaluate(x, y, verbose=0)
+
+
+def test_lambdas_keep_what_they_refer_to(tmp_path):
+    factor = 3.0
+    model = keras.Sequential(
+        [
+            keras.Input((4,)),
+            layers.Lambda(lambda x, power=2: ops.tanh(x) ** power * factor),
+            layers.Lambda(lambda x: x + 1),
+            layers.Dense(3),
+        ]
+    )
+    masked = ml.convert_to_masked(model)
+    assert_equal_outputs(model, masked, data(3, 4))
+    assert_equal_outputs(masked, ml.strip_masks(masked), data(3, 4))
+    assert model.layers[0].function is masked.layers[0].function
+
+
+def test_a_lambda_in_compile_is_refused_by_name():
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(3)])
+    model.compile("sgd", loss=lambda y, p: ops.mean(ops.square(y - p)))
+    with (
+        pytest.warns(UserWarning, match="lambda"),
+        pytest.raises(ValueError, match=r"named functions(.|\n)*inplace=True"),
+    ):
+        ml.convert_to_masked(model)
+    ml.convert_to_masked(model, inplace=True).fit(data(8, 4), data(8, 3), verbose=0)
+
+
+def test_different_classes_and_functions_of_one_name_are_not_mixed_up():
+    def scaled(factor):
+        class Scaled(layers.Layer):
+            def build(self, shape):
+                self.dense = layers.Dense(4)
+                self.dense.build(shape)
+
+            def call(self, x):
+                return self.dense(x) * factor
+
+        return Scaled
+
+    def loss(factor):
+        def scaled_loss(y_true, y_pred):
+            return ops.mean(ops.square(y_true - y_pred)) * factor
+
+        return scaled_loss
+
+    model = keras.Sequential([keras.Input((4,)), scaled(1)(), scaled(2)()])
+    with pytest.raises(ValueError, match=r"both as 'Scaled'.*inplace=True"):
+        ml.convert_to_masked(model)
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(3)])
+    model.compile("sgd", loss(1.0), metrics=[loss(2.0)])
+    with pytest.raises(ValueError, match="both as 'scaled_loss'"):
+        ml.convert_to_masked(model)
+    factor = 2.0
+    model.compile("sgd", loss(factor), metrics=[loss(factor)])  # Two functions, one meaning.
+    ml.convert_to_masked(model)
+
+
+def test_a_class_in_use_goes_before_one_registered_under_its_name_since():
+    def define(bias):
+        @keras.saving.register_keras_serializable("tests")
+        class Redefined(layers.Layer):
+            def call(self, x):
+                return x + bias
+
+        return Redefined
+
+    model = keras.Sequential([keras.Input((4,)), define(1)(), layers.Dense(2)])
+    newer = define(2)
+    assert_equal_outputs(model, ml.convert_to_masked(model), data(3, 4))
+    assert keras.saving.get_custom_objects()["tests>Redefined"] is newer
 
 
 def test_trainable_flags_and_dtype_policies_are_kept():
@@ -675,3 +883,43 @@ def test_regularizers_and_constraints_come_back_plain():
     kernel = stripped.layers[0].kernel
     assert type(kernel.regularizer) is keras.regularizers.L2
     assert type(kernel.constraint) is keras.constraints.NonNeg
+
+
+def test_stripping_folds_lora_in():
+    model = keras.Sequential(
+        [keras.Input((6,), dtype="int32"), layers.Embedding(7, 4), layers.Conv1D(3, 2)]
+    )
+    for layer in model.layers:
+        layer.enable_lora(2)
+        for variable in layer.trainable_variables:
+            variable.assign(np.random.default_rng(0).normal(size=variable.shape))
+    masked = ml.convert_to_masked(model)
+    tokens = np.arange(6)[None]
+    assert_equal_outputs(model, masked, tokens)
+    half_masks(masked)
+    stripped = ml.strip_masks(masked)
+    assert_equal_outputs(masked, stripped, tokens)
+    for name, layer in (("embeddings", stripped.layers[0]), ("kernel", stripped.layers[1])):
+        keep = ml.get_masks(masked)[f"{layer.name.rsplit('_', 1)[0]}/{name}"]
+        assert not numpy(getattr(layer, name))[~keep].any()
+
+
+def test_what_cannot_be_stripped_is_refused():
+    class Centered(layers.Dense):
+        @property
+        def kernel(self):
+            return self._kernel - ops.mean(self._kernel, axis=0)
+
+    class Twice(ml.MaskedDense):
+        def call(self, x):
+            return 2 * super().call(x)
+
+    derived = ml.convert_to_masked(keras.Sequential([keras.Input((4,)), Centered(3)]))
+    by_hand = keras.Sequential([keras.Input((4,)), Twice(3)])
+    for model, reason in ((derived, "Centered computes 'kernel'"), (by_hand, "Twice derives")):
+        half_masks(model)
+        before = numpy(model(data(2, 4)))
+        for inplace in (False, True):
+            with pytest.raises(ValueError, match=reason):
+                ml.strip_masks(model, inplace=inplace)
+        np.testing.assert_array_equal(numpy(model(data(2, 4))), before)

@@ -104,6 +104,9 @@ def test_forgotten_functions_are_made_again():
     assert model.train_function is None
     model.fit(x, x[:, :2], verbose=0)
     assert model.train_function is not None
+    outer = keras.Sequential([keras.Input((3, 4)), layers.TimeDistributed(model)])
+    _keras.forget_functions(outer)  # That of a model inside another too.
+    assert model.train_function is None
 
 
 def test_names():

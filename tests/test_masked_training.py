@@ -240,7 +240,8 @@ def test_penalty_of_masked_weights_moves_nothing_under_the_mask():
     assert (model.get_weights()[0][keep] != raw[keep]).all()
 
 
-def test_constraints_act_on_the_effective_weight_in_fit():
+@pytest.mark.parametrize("run_eagerly", [False, True])
+def test_constraints_act_on_the_effective_weight_in_fit(run_eagerly):
     model = ml.convert_to_masked(
         keras.Sequential(
             [
@@ -253,7 +254,7 @@ def test_constraints_act_on_the_effective_weight_in_fit():
     keep = np.ones((4, 3), bool)
     keep[2:] = False
     ml.set_masks(model, {"dense/kernel": keep})
-    model.compile(keras.optimizers.SGD(0.01), "mse")
+    model.compile(keras.optimizers.SGD(0.01), "mse", run_eagerly=run_eagerly)
     for _ in range(2):  # The masks may change between two calls that share a compiled function.
         model.fit(data(16, 4), data(16, 3, seed=1), epochs=2, batch_size=4, verbose=0)
         raw = model.get_weights()[0]
