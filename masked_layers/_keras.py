@@ -177,6 +177,7 @@ def is_withdrawn(variable: keras.Variable) -> bool:
     return (
         keras.backend.backend() == "jax"
         and variable._value is None
+        and variable._initializer is None  # Otherwise it is a new one, not initialized yet.
         and in_stateless_scope()
         and get_stateless_scope().get_current_value(variable) is None
     )

@@ -327,9 +327,9 @@ def mask_weights(
         *holders, (name, layer) = chain
         for rest, holder in holders:
             if isinstance(holder, MaskedLayer) or not _keras.is_plain_container(holder):
-                _change_class(holder, (), mask_bias, initializer)
+                _name_masks(holder, mask_bias, initializer)
                 _add_path(holder, rest)
-        _change_class(layer, (), mask_bias, initializer)
+        _name_masks(layer, mask_bias, initializer)
         _add_path(layer, name)
         if layer.built:
             _attach(layer, name, shared)
@@ -381,6 +381,17 @@ def _change_class(
         # Keras bound the method of the plain class when the layer was made.
         vars(layer)["_plain_quantize"] = vars(layer)["quantize"]
         vars(layer)["quantize"] = functools.partial(MaskedLayer.quantize, layer)
+
+
+def _name_masks(layer: Layer, mask_bias: bool, initializer: Any) -> None:
+    """Makes a layer one whose config names the masks in it; those there already come first."""
+    if not isinstance(layer, MaskedLayer):
+        masked = [
+            path
+            for path, owner, name in weights_inside(layer, biases=True)
+            if isinstance(owner, MaskedLayer) and name in _paths(owner)
+        ]
+        _change_class(layer, masked, mask_bias, initializer)
 
 
 def _add_path(layer: Layer, path: str) -> None:

@@ -624,6 +624,35 @@ def three_layers():
     )
 
 
+@keras.saving.register_keras_serializable("tests")
+class MadeByHand(keras.Model):
+    """Holds masked layers of its own, and is built by running it."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.first = ml.MaskedDense(4)
+        self.second = ml.MaskedDense(3, masked_weights=["kernel", "bias"])
+        self.plain = layers.Dense(2)
+
+    def call(self, x):
+        return self.plain(self.second(self.first(x)))
+
+    def get_config(self):
+        return super().get_config()
+
+
+def test_masks_made_by_hand_stay_beside_those_of_a_conversion(tmp_path):
+    model = MadeByHand()
+    model(data(1, 4))
+    masked = ml.convert_to_masked(model, include="^dense")  # The name of `plain`.
+    for each, count in ((model, 3), (masked, 4)):
+        half_masks(each)
+        each.save(tmp_path / "made.keras")
+        loaded = keras.models.load_model(tmp_path / "made.keras")
+        assert len(ml.get_masks(loaded)) == count
+        assert_equal_outputs(each, loaded, data(3, 4))
+
+
 @pytest.mark.parametrize(
     ("filters", "expected"),
     [
