@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from keras import layers
+from keras import layers, ops
 
 from masked_layers import _keras
 
@@ -130,7 +130,7 @@ def test_a_copy_can_be_exported_where_the_original_can():
 def test_export_signature_is_the_one_of_keras_export():
     tf = pytest.importorskip("tensorflow")
     x = {"a": keras.Input((4,), name="a"), "b": keras.Input((2,), dtype="int32", name="b")}
-    model = keras.Model(x, layers.Dense(2)(x["a"]))
+    model = keras.Model(x, layers.Dense(2)(x["a"]) + ops.cast(x["b"], "float32"))
     (spec,) = _keras.export_signature(model)
     assert spec == {
         "a": tf.TensorSpec((None, 4), "float32", "a"),
