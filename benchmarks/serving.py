@@ -4,9 +4,10 @@
 
 Weights, seed 0: `fresh` are Keras' own initial weights; `normal` are drawn from a normal
 distribution with He's standard deviation, whose exponents compress worse. Trained weights, and
-biases that are not zero, can take more than either. In every kernel, that of the output layer included, the weights of smallest magnitude are
-pruned; biases and BatchNormalization are as Keras makes them. The dense folder is what
-`tf.saved_model.save` writes of the same function with one copy of the weights.
+biases that are not zero, can take more than either. In every kernel, that of the output layer
+included, the weights of smallest magnitude are pruned; biases and BatchNormalization are as Keras
+makes them. The dense folder is what `tf.saved_model.save` writes of the same function with one copy
+of the weights.
 
 Latency: both folders in one process, calls in turns. Load: fresh processes with TensorFlow alone,
 in turns. Ratios are of medians over the rounds; the load average at the start is printed. On a busy
