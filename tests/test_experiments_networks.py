@@ -34,8 +34,10 @@ def test_kernels_are_glorot_normal_and_biases_zero():
     for layer in model.layers[1:]:
         kernel, bias = layer.get_weights()
         assert np.std(kernel) == pytest.approx(np.sqrt(2 / sum(kernel.shape)), rel=0.1)
-        # A truncated normal: nothing beyond two deviations of the untruncated one.
-        assert np.abs(kernel).max() < 2.3 * np.sqrt(2 / sum(kernel.shape))
+        # A truncated normal: nothing beyond two deviations of the untruncated one. Keras on torch
+        # draws four times at most and lets one in 200 000 through.
+        beyond = np.abs(kernel) > 2.3 * np.sqrt(2 / sum(kernel.shape))
+        assert beyond.mean() < (1e-4 if keras.backend.backend() == "torch" else 1e-9)
         assert not bias.any()
 
 
