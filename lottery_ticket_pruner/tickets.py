@@ -109,7 +109,7 @@ def find_ticket(
             a model that is not compiled, a weight to draw again that has no initialiser, and
             whatever `update_masks` refuses. No step was trained then.
     """
-    _check(rounds, steps, rewind_to, rate, sparsity, controls)
+    _check(rounds, steps, rewind_to, rate, sparsity, controls, seed)
     if not getattr(model, "compiled", False):
         raise ValueError(f"{model.name} is not compiled: call compile() before find_ticket().")
     if all(ref.mask is None for ref in ml.weight_refs(model)):
@@ -192,6 +192,7 @@ def _check(
     rate: Share | None,
     sparsity: Share | None,
     controls: Sequence[str],
+    seed: int,
 ) -> None:
     if rounds < 1 or not 0 <= rewind_to < steps:
         raise ValueError(
@@ -202,9 +203,10 @@ def _check(
         raise ValueError(
             f"Give rate or sparsity, not both. Received: rate={rate}, sparsity={sparsity}."
         )
-    unknown = [control for control in controls if control not in CONTROLS]
-    if unknown:
-        raise ValueError(f"Unknown controls {unknown}. Expected some of: {', '.join(CONTROLS)}.")
+    if isinstance(controls, str) or not set(controls) <= set(CONTROLS):
+        raise ValueError(f"`controls` must be a list of some of {CONTROLS}. Received: {controls!r}")
+    if seed < 0:
+        raise ValueError(f"`seed` must not be negative. Received: {seed}.")
 
 
 def _amount(rate: Share | None, sparsity: Share | None, progress: float) -> dict[str, Share]:

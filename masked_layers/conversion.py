@@ -56,7 +56,8 @@ def convert_to_masked(
 
     Raises:
         TypeError: If `model` is no Keras model, or a filter is none of the kinds above.
-        ValueError: If it has nothing to mask, or cannot be copied.
+        ValueError: If it has nothing to mask, cannot be copied, or is not built and has a layer
+            that may make others when it is.
     """
     if not isinstance(model, keras.Model):
         raise TypeError(f"Expected a `keras.Model`. Received: {model!r}")
@@ -160,6 +161,13 @@ def _select(
             holds_more = not weights_inside(layer) and not isinstance(layer, MaskedLayer)
             if type(layer) in by_hand and holds_more and chosen(chain[1:]):
                 selected.append((path, True))
+            elif not model.built and _builds_itself(layer) and chosen(chain[1:]):
+                raise ValueError(
+                    f"'{model.name}' is not built yet, and '{path}' ({type(layer).__name__}) has a "
+                    "`build` that may make the layers to be masked. Call "
+                    "`model.build(input_shape)` or call the model on a batch first, or leave that "
+                    "layer out: `convert_to_masked(model, exclude=...)`."
+                )
     if not selected:
         reason = "its layers have no maskable weight"
         if include is not None or exclude is not None:
@@ -174,6 +182,11 @@ def _select(
     return selected
 
 
+def _builds_itself(layer: Layer) -> bool:
+    """True for a layer not of Keras with a `build` of its own."""
+    return type(layer).build.__module__.partition(".")[0] != "keras"
+
+
 def _predicate(argument: str, value: Filter) -> Callable[[Layer], bool]:
     if isinstance(value, str):
         value = [value]
@@ -182,7 +195,12 @@ def _predicate(argument: str, value: Filter) -> Callable[[Layer], bool]:
     if isinstance(value, Iterable):
         patterns = list(value)
         if all(isinstance(pattern, str) for pattern in patterns):
-            compiled = [re.compile(pattern) for pattern in patterns]
+            try:
+                compiled = [re.compile(pattern) for pattern in patterns]
+            except re.error as error:
+                raise ValueError(
+                    f"`{argument}` must be a regular expression: {error}. Received: {value!r}"
+                ) from error
             return lambda layer: any(pattern.search(layer.name) for pattern in compiled)
     raise TypeError(
         f"`{argument}` must be a regular expression, a list of them or a function of a layer. "

@@ -147,6 +147,28 @@ def test_unbuilt_attention_is_masked_when_it_is_built():
     assert len(ml.get_masks(model)) == 4
 
 
+def test_an_unbuilt_layer_that_may_make_others_in_build_is_refused():
+    class Lazy(layers.Layer):
+        def build(self, shape):
+            self.inner = layers.Dense(3)
+            self.inner.build(shape)
+
+        def call(self, x):
+            return self.inner(x)
+
+    def model():
+        return keras.Sequential([Lazy(name="lazy"), layers.Dense(2)])
+
+    with pytest.raises(ValueError, match=r"not built yet, and 'lazy' \(Lazy\).*exclude"):
+        ml.convert_to_masked(model())
+    built = model()
+    built.build((None, 4))
+    assert list(ml.get_masks(ml.convert_to_masked(built))) == ["lazy/inner/kernel", "dense/kernel"]
+    masked = ml.convert_to_masked(model(), exclude="lazy")
+    masked.build((None, 4))
+    assert list(ml.get_masks(masked)) == ["dense/kernel"]
+
+
 def test_functional_with_several_inputs_and_outputs_and_a_shared_layer(tmp_path):
     a, b = keras.Input((4,), name="a"), keras.Input((4,), name="b")
     shared = layers.Dense(6, "tanh", name="shared")
@@ -792,6 +814,11 @@ def test_nothing_maskable():
 def test_wrong_filters(wrong):
     with pytest.raises(TypeError, match="`include` must be a regular expression"):
         ml.convert_to_masked(three_layers(), include=wrong)
+
+
+def test_wrong_regular_expression():
+    with pytest.raises(ValueError, match=r"`exclude` must be a regular expression: .*'\(head'"):
+        ml.convert_to_masked(three_layers(), exclude="(head")
 
 
 def test_wrong_models():
