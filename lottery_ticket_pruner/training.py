@@ -1,25 +1,13 @@
-"""Training for an exact number of steps, on data in memory, with nothing traced twice.
-
-The one seam between experiments and the way a backend trains fast. On TensorFlow whole stretches
-of steps run inside one compiled function around the model's own `train_step`, so that overridden
-training steps, metrics, loss scaling and `jit_compile` mean what they mean in `fit`; on JAX and
-torch the stretches go through `model.fit`.
-"""
+"""Training on data in memory, for an exact number of steps or for epochs, at the engine's speed."""
 
 import dataclasses
-import functools
-import operator
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import keras
 import numpy as np
 
-_EVALUATION_BATCH = 1_000
-
-# As Keras takes it: an array with the examples along the first axis, or a list or dict of such.
-Arrays = Any
+from lottery_ticket_pruner.engine import Arrays, Examples, engine_of, say_once
 
 
 @dataclasses.dataclass
@@ -44,10 +32,12 @@ def train(
     *,
     steps: int,
     batch_size: int,
+    sample_weight: Arrays | None = None,
     seed: int | Sequence[int] = 0,
     eval_every: int | None = None,
-    validation_data: tuple[Arrays, Arrays] | None = None,
+    validation_data: tuple[Arrays, ...] | None = None,
     on_progress: Callable[[int], None] | None = None,
+    deterministic: bool = False,
 ) -> History:
     """Train a compiled model for exactly `steps` optimiser steps.
 
@@ -60,17 +50,18 @@ def train(
         y: targets, likewise.
         steps: how many batches to train on, at least 0.
         batch_size: examples per step.
+        sample_weight: a weight per example, or None.
         seed: of the order of the examples, anything `numpy.random.default_rng` takes.
         eval_every: steps between evaluations on `validation_data`; None: only after the last.
-            A divisor of `steps` spares one compilation.
-        validation_data: `(x, y)` to evaluate on, or None to not evaluate.
+        validation_data: `(x, y)` or `(x, y, sample_weight)` to evaluate on, or None.
         on_progress: called with the number of new steps done, after each stretch of them.
+        deterministic: choose between the compiled loop and `fit` by what is known of the model,
+            never by the clock, so that a repeated run rounds alike.
 
     Raises:
         ValueError: the model is not compiled, or a number is out of its range.
     """
-    if not getattr(model, "compiled", False):
-        raise ValueError(f"{model.name} is not compiled: call compile() before training it.")
+    _check_compiled(model)
     if steps < 0 or batch_size < 1 or (eval_every is not None and eval_every < 1):
         raise ValueError(
             "Expected steps >= 0, batch_size >= 1 and eval_every >= 1 or None. Received: "
@@ -80,18 +71,118 @@ def train(
     if steps == 0:
         return history
     started = time.perf_counter()
-    order = batch_order(len(keras.tree.flatten(x)[0]), steps, batch_size, seed)
+    data = Examples.of(x, y, sample_weight)
+    validation = None if validation_data is None else Examples.of(*validation_data)
+    order = batch_order(len(data), steps, batch_size, seed)
     stretch = eval_every or steps
-    run = _steps_function(model, x, y)
     for start in range(0, steps, stretch):
-        indices = order[start : start + stretch]
-        run(indices)
-        if validation_data is not None:
-            history.steps.append(start + len(indices))
-            history.validation.append(evaluate(model, *validation_data))
+        batches = order[start : start + stretch]
+        engine_of(model).train(data, batches.ravel(), batch_size, deterministic=deterministic)
+        done = start + len(batches)
+        if done == steps:
+            model.optimizer.finalize_variable_values(model.trainable_variables)
+        if validation is not None:
+            history.steps.append(done)
+            history.validation.append(engine_of(model).evaluate(validation))
         if on_progress is not None:
-            on_progress(len(indices))
+            on_progress(len(batches))
     history.seconds = time.perf_counter() - started
+    return history
+
+
+def fit(
+    model: keras.Model,
+    x: Arrays,
+    y: Arrays,
+    *,
+    batch_size: int = 32,
+    epochs: int = 1,
+    sample_weight: Arrays | None = None,
+    validation_data: tuple[Arrays, ...] | None = None,
+    callbacks: Sequence[keras.callbacks.Callback] = (),
+    shuffle: bool = True,
+    seed: int = 0,
+    verbose: int = 0,
+    deterministic: bool = False,
+) -> keras.callbacks.History:
+    """Does what `model.fit` does on arrays, each epoch one compiled program where that is faster.
+
+    Callbacks see epochs; with one that acts on batches, the training goes through `model.fit`.
+
+    Args:
+        model: compiled; its optimiser state continues from where it is.
+        x: inputs, the examples along the first axis; or a list or dict of such arrays.
+        y: targets, likewise.
+        batch_size: examples per step; the last batch of an epoch has what is left.
+        epochs: how often to go through the data.
+        sample_weight: a weight per example, or None.
+        validation_data: `(x, y)` or `(x, y, sample_weight)` to evaluate on after every epoch.
+        callbacks: as for `model.fit`.
+        shuffle: whether every epoch has another order, a function of `seed` and its number alone.
+        seed: a non-negative integer.
+        verbose: as for `model.fit`: 0 is silent, 1 a progress bar, 2 a line per epoch.
+        deterministic: as for `train`.
+
+    Returns:
+        Keras' `History`, with the logs of every epoch.
+
+    Raises:
+        ValueError: the model is not compiled, or a number is out of its range.
+    """
+    _check_compiled(model)
+    if epochs < 0 or batch_size < 1:
+        raise ValueError(
+            "Expected epochs >= 0 and batch_size >= 1. Received: "
+            f"epochs={epochs}, batch_size={batch_size}."
+        )
+    callbacks = list(callbacks)
+    slow = [type(callback).__name__ for callback in callbacks if _acts_on_batches(callback)]
+    if slow:
+        say_once(f"Training goes through `fit`: {', '.join(slow)} acts on batches.")
+        return model.fit(
+            x,
+            y,
+            batch_size=batch_size,
+            epochs=epochs,
+            sample_weight=sample_weight,
+            validation_data=validation_data,
+            callbacks=callbacks,
+            shuffle=shuffle,
+            verbose=verbose,
+        )
+    data = Examples.of(x, y, sample_weight)
+    validation = None if validation_data is None else Examples.of(*validation_data)
+    history = next((c for c in callbacks if isinstance(c, keras.callbacks.History)), None)
+    if history is None:
+        history = keras.callbacks.History()
+        callbacks.append(history)
+    steps = -(-len(data) // batch_size)
+    chain = keras.callbacks.CallbackList(
+        callbacks, add_progbar=verbose != 0, verbose=verbose, epochs=epochs, steps=steps
+    )
+    chain.set_model(model)
+    order = np.arange(len(data))
+    model.stop_training = False
+    logs = None
+    chain.on_train_begin()
+    for epoch in range(epochs):
+        chain.on_epoch_begin(epoch)
+        if shuffle:
+            order = np.random.default_rng((seed, epoch)).permutation(len(data))
+        engine_of(model).train(data, order, batch_size, whole=True, deterministic=deterministic)
+        logs = {name: float(value) for name, value in model.get_metrics_result().items()}
+        if validation is not None:
+            chain.on_test_begin()
+            results = engine_of(model).evaluate(validation)
+            chain.on_test_end(results)
+            logs |= {f"val_{name}": value for name, value in results.items()}
+        chain.on_epoch_end(epoch, logs)
+        if model.stop_training:
+            break
+    if epochs:
+        model.optimizer.finalize_variable_values(model.trainable_variables)
+    chain.on_train_end(logs)
+    model.history = history
     return history
 
 
@@ -109,87 +200,22 @@ def batch_order(
     return stream[: steps * batch_size].reshape(steps, batch_size)
 
 
-def compile_options(stretch: int, *, convolutions: bool) -> dict[str, bool | int]:
-    """What to hand to `compile` so that `train` is fast with `eval_every=stretch`.
-
-    XLA gains several-fold in small dense networks; convolutions in an XLA loop on a CPU are some
-    hundred times slower than outside.
-    """
-    backend = keras.backend.backend()
-    on_gpu = bool(keras.distribution.list_devices("gpu")) if backend == "tensorflow" else False
-    return {
-        "jit_compile": backend == "jax"
-        or (backend == "tensorflow" and (on_gpu or not convolutions)),
-        "steps_per_execution": stretch if backend == "jax" else 1,
-    }
-
-
-def evaluate(model: keras.Model, x: Arrays, y: Arrays) -> dict[str, float]:
+def evaluate(
+    model: keras.Model, x: Arrays, y: Arrays, sample_weight: Arrays | None = None
+) -> dict[str, float]:
     """The loss and the compiled metrics over a whole data set, by name."""
-    if keras.backend.backend() == "tensorflow":
-        results = _tensorflow_functions(model).evaluate(x, y)
-    else:
-        results = model.evaluate(x, y, batch_size=_EVALUATION_BATCH, verbose=0, return_dict=True)
-    return {name: float(value) for name, value in results.items()}
+    return engine_of(model).evaluate(Examples.of(x, y, sample_weight))
 
 
-def _steps_function(model: keras.Model, x: Arrays, y: Arrays) -> Callable[[np.ndarray], None]:
-    """A function that trains on the batches whose example indices it is given."""
-    if keras.backend.backend() == "tensorflow":
-        import tensorflow as tf
-
-        if not model.optimizer.built:
-            model.optimizer.build(model.trainable_variables)
-        compiled = _tensorflow_functions(model)
-        x, y = keras.tree.map_structure(tf.convert_to_tensor, (x, y))
-        return lambda indices: compiled.train(x, y, tf.constant(indices))
-
-    def fit(indices: np.ndarray) -> None:
-        flat = indices.ravel()
-        chosen = keras.tree.map_structure(lambda array: array[flat], (x, y))
-        model.fit(*chosen, batch_size=indices.shape[1], shuffle=False, verbose=0)
-
-    return fit
+def _check_compiled(model: keras.Model) -> None:
+    if not getattr(model, "compiled", False):
+        raise ValueError(f"{model.name} is not compiled: call compile() before training it.")
 
 
-@dataclasses.dataclass(frozen=True)
-class _TensorFlowFunctions:
-    """Compiled stretches of training and evaluation, for as long as `train_function` is valid."""
-
-    train_function: Callable
-    train: Callable
-    evaluate: Callable
-
-
-def _tensorflow_functions(model: keras.Model) -> _TensorFlowFunctions:
-    # compile(), and whoever changes what the model's graph computes, resets `train_function`:
-    # functions made beside an older one are stale.
-    if model.train_function is None:
-        model.make_train_function()
-    functions = getattr(model, "_lottery_ticket_functions", None)
-    if functions is None or functions.train_function is not model.train_function:
-        functions = _make_tensorflow_functions(model)
-        model._lottery_ticket_functions = functions
-    return functions
-
-
-def _make_tensorflow_functions(model: keras.Model) -> _TensorFlowFunctions:
-    import tensorflow as tf
-
-    @tf.function(jit_compile=model.jit_compile)
-    def train_stretch(x: Arrays, y: Arrays, order: tf.Tensor) -> None:
-        for indices in order:
-            batch = functools.partial(tf.gather, indices=indices)
-            model.train_step(keras.tree.map_structure(batch, (x, y)))
-
-    @tf.function
-    def evaluate_all(x: Arrays, y: Arrays) -> dict[str, tf.Tensor]:
-        for metric in model.metrics:
-            metric.reset_state()
-        examples = tf.shape(keras.tree.flatten(x)[0])[0]
-        for start in tf.range(0, examples, _EVALUATION_BATCH):
-            batch = operator.itemgetter(slice(start, start + _EVALUATION_BATCH))
-            model.test_step(keras.tree.map_structure(batch, (x, y)))
-        return model.get_metrics_result()
-
-    return _TensorFlowFunctions(model.train_function, train_stretch, evaluate_all)
+def _acts_on_batches(callback: keras.callbacks.Callback) -> bool:
+    if isinstance(callback, keras.callbacks.ModelCheckpoint) and callback.save_freq == "epoch":
+        return False
+    kinds = ("batch", "train_batch", "test_batch")
+    names = [f"on_{kind}_{end}" for kind in kinds for end in ("begin", "end")]
+    own = [getattr(getattr(callback, name), "__func__", None) for name in names]
+    return own != [getattr(keras.callbacks.Callback, name) for name in names]

@@ -192,6 +192,35 @@ def is_lent(variable: keras.Variable) -> bool:
     )
 
 
+@contextlib.contextmanager
+def withdrawn(*groups: list[keras.Variable]) -> Iterator[tuple[list[Any], ...]]:
+    """Takes the values out of variables on JAX for a while, as `fit` does, and yields them.
+
+    A compiled step that is handed a state must not read a variable instead: it would keep the value
+    as a constant. `Variable` has no public way to be without a value.
+    """
+    values = tuple([variable.value for variable in group] for group in groups)
+    for group in groups:
+        for variable in group:
+            variable._value = None
+    try:
+        yield values
+    finally:
+        for group, old in zip(groups, values, strict=True):
+            for variable, value in zip(group, old, strict=True):
+                variable._value = value
+
+
+def symbolic_build(model: keras.Model, batch: tuple[Any, ...]) -> None:
+    """Creates what `fit` would create before its first step: metrics, the optimizer's slots.
+
+    Inside a compiled loop no variable can be created, and only `fit` does this in public.
+    """
+    model._symbolic_build(data_batch=batch)
+    if not model.optimizer.built:
+        model.optimizer.build(model.trainable_variables)
+
+
 def forget_functions(model: keras.Model) -> None:
     """Makes `fit`, `evaluate` and `predict` of a model, and of models in it, compile anew."""
     for layer in model._flatten_layers():

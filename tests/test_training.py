@@ -23,7 +23,6 @@ def make_model(seed=0):
         keras.optimizers.SGD(0.1),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
-        **training.compile_options(4, convolutions=False),
     )
     return model
 

@@ -11,7 +11,6 @@ import rich.progress
 from rich.console import Console
 
 import masked_layers as ml
-from lottery_ticket_pruner import training
 from lottery_ticket_pruner.experiments import datasets, networks, report
 from lottery_ticket_pruner.experiments.config import RunConfig, parse_steps
 from lottery_ticket_pruner.experiments.tensorboard import EventWriter
@@ -106,9 +105,6 @@ def _compiled(config: RunConfig, data: datasets.Dataset, seed: int) -> keras.Mod
         keras.optimizers.Adam(config.learning_rate),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
-        **training.compile_options(
-            config.eval_every, convolutions=networks.has_convolutions(config.network)
-        ),
     )
     return model
 
