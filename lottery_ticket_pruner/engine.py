@@ -95,7 +95,7 @@ class Engine:
         reason = _why_not(model)
         if reason:
             say_once(f"Training goes through `fit`: {reason}.")
-        self.route = "fit" if reason or self._programs.slow_loops() else "loop"
+        self.route = "fit" if reason or self._programs.slow_loops else "loop"
         self._settled = self.route == "fit"
         self._compiled: set[tuple] = set()
         self._loop_seconds = 0.0
@@ -273,10 +273,10 @@ class _Stopwatch(keras.callbacks.Callback):
 class _Programs(Protocol):
     """What an engine needs of a backend."""
 
-    def __init__(self, model: keras.Model) -> None: ...
+    slow_loops: bool
+    """Whether the model is known to be faster in `fit`."""
 
-    def slow_loops(self) -> bool:
-        """Whether the model is known to be faster in `fit`."""
+    def __init__(self, model: keras.Model) -> None: ...
 
     def train(self, data: Examples, batches: np.ndarray) -> None:
         """Runs a step for each row of indices, at most `_BLOCK`."""
@@ -288,11 +288,10 @@ class _Programs(Protocol):
 class _FitPrograms:
     """No program: Keras' own methods."""
 
+    slow_loops = True
+
     def __init__(self, model: keras.Model) -> None:
         self._model = model
-
-    def slow_loops(self) -> bool:
-        return True
 
     def evaluate(self, data: Examples) -> dict[str, Any]:
         x, y, sample_weight = (*data.host, None)[:3]
@@ -307,12 +306,19 @@ class _FitPrograms:
 
 
 class _TensorFlowPrograms:
-    """A `tf.function` whose loop updates the variables in place, by XLA where `fit` uses it."""
+    """A `tf.function` whose loop updates the variables in place.
+
+    By XLA where `fit` would use it, but for convolutions on a CPU, which are faster without.
+    """
+
+    slow_loops = False
 
     def __init__(self, model: keras.Model) -> None:
         import tensorflow as tf
 
-        @tf.function(jit_compile=model.jit_compile)
+        on_gpu = bool(tf.config.list_logical_devices("GPU"))
+
+        @tf.function(jit_compile=model.jit_compile and (on_gpu or not _has_convolutions(model)))
         def train(data: tuple[Arrays, ...], batches: tf.Tensor, count: tf.Tensor) -> None:
             for step in tf.range(count):
                 batch = functools.partial(tf.gather, indices=batches[step])
@@ -331,11 +337,6 @@ class _TensorFlowPrograms:
         self._model = model
         self._train = train
         self._evaluate = evaluate
-
-    def slow_loops(self) -> bool:
-        import tensorflow as tf
-
-        return not tf.config.list_logical_devices("GPU") and _has_convolutions(self._model)
 
     def train(self, data: Examples, batches: np.ndarray) -> None:
         _keras.symbolic_build(self._model, data.take(batches[0]))
@@ -365,11 +366,7 @@ class _JaxPrograms:
         self._model = model
         self._train = jax.jit(train)
         self._evaluate = jax.jit(evaluate)
-
-    def slow_loops(self) -> bool:
-        import jax
-
-        return jax.default_backend() == "cpu" and _has_convolutions(self._model)
+        self.slow_loops = jax.default_backend() == "cpu" and _has_convolutions(model)
 
     def train(self, data: Examples, batches: np.ndarray) -> None:
         import jax
@@ -426,5 +423,5 @@ def _assign(groups: Any, values: Any) -> None:
 
 
 def _has_convolutions(model: keras.Model) -> bool:
-    """Whether an XLA loop on a CPU, where convolutions are some hundred times slower, is no use."""
+    """Whether XLA should not make a loop of it on a CPU: some fifty times slower than a step."""
     return any(isinstance(layer, _CONVOLUTIONS) for _, layer in paths.walk(model))

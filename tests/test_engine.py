@@ -245,7 +245,7 @@ def test_a_step_that_cannot_be_compiled_falls_back(caplog, monkeypatch):
 
 
 @needs_loop
-def test_convolutions_go_through_fit_on_a_cpu():
+def test_convolutions_are_in_no_xla_loop_on_a_cpu():
     model = compiled(
         lambda: keras.Sequential(
             [
@@ -257,7 +257,10 @@ def test_convolutions_go_through_fit_on_a_cpu():
             ]
         )
     )
-    assert engine.engine_of(model).route == "fit"
+    assert engine.engine_of(model).route == {"jax": "fit", "tensorflow": "loop"}[BACKEND]
+    training.train(model, X, Y, steps=2, batch_size=10)
+    if BACKEND == "tensorflow":
+        assert not engine.engine_of(model)._programs._train.function_spec.jit_compile
 
 
 @needs_loop
