@@ -27,11 +27,25 @@ LABELS = {
     "dense": "dense",
     "ticket": "ticket",
     "random_reinit": "random reinit",
+    "reinit_same_sign": "reinit same signs",
     "random_mask": "random mask",
+    "reshuffled_mask": "reshuffled mask",
 }
 # Okabe & Ito's palette, which readers with any colour vision tell apart.
-_COLOURS = {"ticket": "#0072B2", "random_reinit": "#D55E00", "random_mask": "#009E73"}
-_MARKERS = {"ticket": "o", "random_reinit": "s", "random_mask": "^"}
+_COLOURS = {
+    "ticket": "#0072B2",
+    "random_reinit": "#D55E00",
+    "reinit_same_sign": "#E69F00",
+    "random_mask": "#009E73",
+    "reshuffled_mask": "#CC79A7",
+}
+_MARKERS = {
+    "ticket": "o",
+    "random_reinit": "s",
+    "reinit_same_sign": "D",
+    "random_mask": "^",
+    "reshuffled_mask": "v",
+}
 _TICKS = (100, 50, 20, 10, 5, 2, 1, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01)
 
 
