@@ -103,6 +103,55 @@ def reset_optimizer(
                 rate.assign(old_rate)
 
 
+def advance(optimizer: keras.Optimizer, steps: int) -> None:
+    """Moves the step count on where a learning-rate schedule reads it, and only there."""
+    for step, rate in _clock_variables(optimizer):
+        if rate is None:
+            step.assign(step + steps)
+
+
+def optimizer_slots(
+    optimizer: keras.Optimizer, variables: Sequence[keras.Variable]
+) -> dict[int, list[keras.Variable]]:
+    """What an optimizer keeps for each variable: momenta, averages, accumulated gradients.
+
+    Args:
+        optimizer: The optimizer; one that is not built yet keeps nothing.
+        variables: The trainable variables it was built for.
+
+    Returns:
+        A dict from the id of a variable to those variables of the optimizer that have its shape.
+    """
+    if not optimizer.built:
+        return {}
+    # An optimizer does not tell which slot is whose, and names may repeat: a second one, built for
+    # the same variables, is watched.
+    twin = fresh_optimizer(optimizer)
+    made: dict[int, list[keras.Variable]] = {}
+
+    def watch(maker: keras.Optimizer) -> None:
+        add = maker.add_variable_from_reference
+
+        def note(reference_variable: keras.Variable, *args: Any, **kwargs: Any) -> keras.Variable:
+            slot = add(reference_variable, *args, **kwargs)
+            made.setdefault(id(reference_variable), []).append(slot)
+            return slot
+
+        object.__setattr__(maker, "add_variable_from_reference", note)
+        inner = getattr(maker, "inner_optimizer", None)
+        if inner is not None:
+            watch(inner)
+
+    watch(twin)
+    twin.build(list(variables))
+    position = {id(variable): i for i, variable in enumerate(twin.variables)}
+    own = optimizer.variables
+    return {
+        key: [own[position[id(slot)]] for slot in slots if id(slot) in position]
+        for key, slots in made.items()
+    }
+
+
 def _clock_variables(
     optimizer: keras.Optimizer,
 ) -> list[tuple[keras.Variable, keras.Variable | None]]:

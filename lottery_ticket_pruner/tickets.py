@@ -1,18 +1,25 @@
 """Iterative pruning with rewinding: a lottery ticket and the controls it has to beat."""
 
 import dataclasses
+import logging
+import os
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
 
 import masked_layers as ml
-from lottery_ticket_pruner import training
+from lottery_ticket_pruner import criteria, fitting, selection, training
+from lottery_ticket_pruner.checkpoint import Checkpoint
 from lottery_ticket_pruner.pruner import LotteryTicketPruner
 
-CONTROLS = ("random_reinit", "random_mask")
+CONTROLS = ("random_reinit", "reinit_same_sign", "random_mask", "reshuffled_mask")
+RETRAINING = ("weight_rewinding", "learning_rate_rewinding", "fine_tuning")
+
+_logger = logging.getLogger(__name__)
 
 Share = float | Mapping[str, float]
 
@@ -53,12 +60,16 @@ def find_ticket(
     strategy: Any = "large_final",
     scope: str | None = None,
     rewind_to: int = 0,
-    controls: Sequence[str] = CONTROLS,
+    retraining: str = "weight_rewinding",
+    controls: Sequence[str] = ("random_reinit", "random_mask"),
+    control_rounds: Sequence[int] | None = None,
     validation_data: tuple[training.Arrays, training.Arrays] | None = None,
     test_data: tuple[training.Arrays, training.Arrays] | None = None,
     eval_every: int | None = None,
     seed: int = 0,
     replicate: int = 0,
+    deterministic: bool = False,
+    checkpoint: str | os.PathLike | None = None,
     on_result: Callable[[dict[str, Any]], None] | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> TicketResult:
@@ -68,11 +79,17 @@ def find_ticket(
     rewinding point. Every round then updates the masks from the weights trained last, brings all
     weights and the optimiser back to the rewinding point, and trains the remaining `steps -
     rewind_to` steps under the masks (Frankle & Carbin, arXiv 1803.03635; rewinding later than
-    step 0: Frankle et al., arXiv 1912.05671).
+    step 0: Frankle et al., arXiv 1912.05671). `retraining` has two alternatives to that (Renda et
+    al., arXiv 2003.02389): with `"learning_rate_rewinding"` the trained weights stay and only the
+    optimiser goes back; with `"fine_tuning"` they stay and train on at the last learning rate.
 
-    Controls train as long under as many weights per layer: `"random_reinit"` keeps the ticket's
-    masks and draws the weights afresh from each layer's own initialiser (the rest starts from
-    step 0); `"random_mask"` keeps the weights of the rewinding point and shuffles each mask.
+    Controls train as long under as many weights from the rewinding point:
+
+    - `"random_reinit"` keeps the ticket's masks and draws the weights afresh from each layer's own
+      initialiser (the rest starts from step 0); `"reinit_same_sign"` gives them the signs that
+      they had at step 0;
+    - `"random_mask"` keeps the weights and takes a random mask: as many in each layer, or with
+      global scope as many in all; `"reshuffled_mask"` always keeps the number in each layer.
 
     The order of the examples and what dropout draws are functions of `seed`, arm and round alone,
     so an arm's result does not depend on which other arms run (on torch give dropout layers a
@@ -95,21 +112,30 @@ def find_ticket(
         strategy: the pruning criterion.
         scope: who competes, the criterion's own default if None.
         rewind_to: the step to rewind to, 0 <= rewind_to < steps.
+        retraining: one of `RETRAINING`: what the ticket trains from after pruning.
         controls: which of `CONTROLS` to train.
+        control_rounds: the rounds to train them in, None: in every one.
         validation_data: `(x, y)` for the early-stop step, None: not measured.
         test_data: `(x, y)` for the metrics, None: not measured.
         eval_every: steps between evaluations on the validation data; None: at the end only.
         seed: of everything random here; not of the initial weights, which are the model's.
         replicate: goes into the rows as it is.
+        deterministic: as for `training.train`.
+        checkpoint: folder for the state after every round. Where it holds that of an earlier call
+            with the same arguments, the work goes on from there, with the same results as without
+            the interruption; it replays what it knows to `on_result`. The masks of each round stay
+            there as `masks-<round>.npz` (see `masked_layers.load_masks`).
         on_result: called with each row as soon as it is known.
         on_progress: called with the number of new steps done.
 
     Raises:
         ValueError: a number out of its range, both of `rate` and `sparsity`, an unknown control,
-            a model that is not compiled, a weight to draw again that has no initialiser, and
-            whatever `update_masks` refuses. No step was trained then.
+            a model that is not compiled, a weight to draw again that has no initialiser, a
+            checkpoint of something else, and whatever `update_masks` refuses. No step was trained
+            then.
     """
-    _check(rounds, steps, rewind_to, rate, sparsity, controls, seed)
+    _check(rounds, steps, rewind_to, rate, sparsity, seed)
+    _check_names(controls, control_rounds, rounds, retraining)
     if not getattr(model, "compiled", False):
         raise ValueError(f"{model.name} is not compiled: call compile() before find_ticket().")
     if all(ref.mask is None for ref in ml.weight_refs(model)):
@@ -120,11 +146,13 @@ def find_ticket(
     pruner.set_pretrained_weights()
     pruner.update_masks(strategy, scope=scope, **_amount(rate, sparsity, 1 / rounds))
     pruner.reset_masks()
-    if "random_reinit" in controls:
+    if {"random_reinit", "reinit_same_sign"} & set(controls):
         _draw_again(model, (seed,))
     pruner.rewind()
     weights_at_0 = model.get_weights()
+    together = selection.resolve_scope(criteria.get(strategy), scope) == "global"
     rows: list[dict[str, Any]] = []
+    masks: list[dict[str, np.ndarray]] = []
 
     def train(arm: str, number: int, todo: int, stage: str = "train") -> training.History:
         _restart_randomness(model, (seed, arm, number, stage))
@@ -138,7 +166,13 @@ def find_ticket(
             eval_every=eval_every,
             validation_data=validation_data,
             on_progress=on_progress,
+            deterministic=deterministic,
         )
+
+    def show(row: dict[str, Any]) -> None:
+        rows.append(row)
+        if on_result is not None:
+            on_result(row)
 
     def measure(arm: str, number: int) -> None:
         history = train(arm, number, steps - rewind_to)
@@ -151,18 +185,44 @@ def find_ticket(
             row["validation_loss"] = history.validation[history.early_stop]["loss"]
             row["early_stop_step"] = rewind_to + history.steps[history.early_stop]
         row["seconds"] = history.seconds
-        rows.append(row)
-        if on_result is not None:
-            on_result(row)
+        show(row)
 
-    train("dense", 0, rewind_to, stage="to the rewinding point")
-    if rewind_to:
-        pruner.set_initial_weights()
-    initial_weights = model.get_weights()
-    measure("dense", 0)
-    masks = [ml.get_masks(model)]
-    for number in range(1, rounds + 1):
+    def control(arm: str, number: int) -> None:
+        pruner.rewind()
+        if arm in ("random_reinit", "reinit_same_sign"):
+            model.set_weights(weights_at_0)
+            _draw_again(model, (seed, arm, number), keep_signs=arm == "reinit_same_sign")
+        else:
+            whole = together and arm == "random_mask"
+            ml.set_masks(model, _shuffled(masks[-1], (seed, arm, number), together=whole))
+        measure(arm, number)
+        ml.set_masks(model, masks[-1])
+
+    saved = None
+    if checkpoint is not None:
+        arguments = {
+            "rounds": rounds, "steps": steps, "batch_size": batch_size, "rate": rate,
+            "sparsity": sparsity, "strategy": criteria.get(strategy).name, "scope": scope,
+            "rewind_to": rewind_to, "retraining": retraining, "controls": list(controls),
+            "control_rounds": control_rounds, "eval_every": eval_every, "seed": seed,
+        }  # fmt: skip
+        saved = Checkpoint(Path(checkpoint), arguments)
+    if saved is not None and saved.exists():
+        pruner, masks, known = saved.load(model)
+        for row in known:
+            show(row)
+        model.set_weights(list(pruner.final_weights.values()))
+        _logger.info("%s: going on after round %d.", checkpoint, len(masks) - 1)
+    else:
+        train("dense", 0, rewind_to, stage="to the rewinding point")
+        if rewind_to:
+            pruner.set_initial_weights()
+        measure("dense", 0)
         pruner.set_pretrained_weights()
+        masks.append(ml.get_masks(model))
+        if saved is not None:
+            saved.save(pruner, rows, 0)
+    for number in range(len(masks), rounds + 1):
         pruner.update_masks(
             strategy,
             scope=scope,
@@ -170,18 +230,20 @@ def find_ticket(
             **_amount(rate, sparsity, number / rounds),
         )
         masks.append(ml.get_masks(model))
-        for arm in controls:
-            pruner.rewind()
-            if arm == "random_reinit":
-                model.set_weights(weights_at_0)
-                _draw_again(model, (seed, arm, number))
-            else:
-                ml.set_masks(model, _shuffled(masks[-1], (seed, arm, number)))
-            measure(arm, number)
-            ml.set_masks(model, masks[-1])
+        if control_rounds is None or number in control_rounds:
+            for arm in controls:
+                control(arm, number)
         # The ticket comes last, so that the model holds it, optimiser state included.
         pruner.rewind()
+        if retraining != "weight_rewinding":
+            model.set_weights(list(pruner.final_weights.values()))
+        if retraining == "fine_tuning":
+            fitting.advance(model.optimizer, steps - rewind_to)
         measure("ticket", number)
+        pruner.set_pretrained_weights()
+        if saved is not None:
+            saved.save(pruner, rows, number)
+    initial_weights = [np.array(array) for array in pruner.initial_weights.values()]
     return TicketResult(model, initial_weights, masks, rows)
 
 
@@ -191,7 +253,6 @@ def _check(
     rewind_to: int,
     rate: Share | None,
     sparsity: Share | None,
-    controls: Sequence[str],
     seed: int,
 ) -> None:
     if rounds < 1 or not 0 <= rewind_to < steps:
@@ -203,10 +264,21 @@ def _check(
         raise ValueError(
             f"Give rate or sparsity, not both. Received: rate={rate}, sparsity={sparsity}."
         )
-    if isinstance(controls, str) or not set(controls) <= set(CONTROLS):
-        raise ValueError(f"`controls` must be a list of some of {CONTROLS}. Received: {controls!r}")
     if seed < 0:
         raise ValueError(f"`seed` must not be negative. Received: {seed}.")
+
+
+def _check_names(
+    controls: Sequence[str], control_rounds: Sequence[int] | None, rounds: int, retraining: str
+) -> None:
+    if isinstance(controls, str) or not set(controls) <= set(CONTROLS):
+        raise ValueError(f"`controls` must be a list of some of {CONTROLS}. Received: {controls!r}")
+    if control_rounds is not None and not set(control_rounds) <= set(range(1, rounds + 1)):
+        raise ValueError(
+            f"`control_rounds` must be out of 1 to {rounds}. Received: {control_rounds!r}"
+        )
+    if retraining not in RETRAINING:
+        raise ValueError(f"`retraining` must be one of {RETRAINING}. Received: {retraining!r}")
 
 
 def _amount(rate: Share | None, sparsity: Share | None, progress: float) -> dict[str, Share]:
@@ -232,9 +304,18 @@ def _integer(*parts: int | str) -> int:
 
 
 def _shuffled(
-    masks: Mapping[str, np.ndarray], parts: tuple[int | str, ...]
+    masks: Mapping[str, np.ndarray], parts: tuple[int | str, ...], *, together: bool
 ) -> dict[str, np.ndarray]:
-    """Masks with the same counts per weight, every arrangement equally likely."""
+    """Masks with the same count per kernel, or in all; every arrangement equally likely."""
+    if together:
+        joined = np.concatenate([mask.reshape(-1) for mask in masks.values()])
+        joined = np.random.default_rng(_seed(*parts)).permutation(joined)
+        ends = np.cumsum([mask.size for mask in masks.values()])
+        pieces = np.split(joined, ends[:-1])
+        return {
+            path: piece.reshape(mask.shape)
+            for (path, mask), piece in zip(masks.items(), pieces, strict=True)
+        }
     return {
         path: np.random.default_rng(_seed(*parts, path))
         .permutation(mask.reshape(-1))
@@ -243,12 +324,16 @@ def _shuffled(
     }
 
 
-def _draw_again(model: keras.Model, parts: tuple[int | str, ...]) -> None:
+def _draw_again(
+    model: keras.Model, parts: tuple[int | str, ...], *, keep_signs: bool = False
+) -> None:
     """Give every trainable kernel a new value from its layer's own initialiser."""
     for ref in ml.weight_refs(model):
         if ref.variable.trainable:
             initializer = _reseeded(_initializer(ref), _integer(*parts, ref.path))
             drawn = initializer(ref.variable.shape, dtype=ref.variable.dtype)
+            if keep_signs:
+                drawn = keras.ops.abs(drawn) * keras.ops.sign(ref.variable)
             ref.variable.assign(drawn)
 
 

@@ -335,6 +335,8 @@ def test_a_weight_without_an_initializer_is_named(data, starts):
         ({"controls": ("reinit",)}, r"random_reinit.*Received: \('reinit',\)"),
         ({"controls": "random_mask"}, "list of some of.*Received: 'random_mask'"),
         ({"seed": -1}, "Received: -1"),
+        ({"control_rounds": (0, 1)}, "out of 1 to 1"),
+        ({"retraining": "none"}, "fine_tuning.*Received: 'none'"),
         ({"rate": 1.5}, "rate=1.5"),
         ({"rate": {"^no_such_layer/": 0.1, "default": 0.2}}, "no_such_layer"),
         ({"strategy": "largest"}, "large_final"),
@@ -352,3 +354,126 @@ def test_an_uncompiled_model_is_refused(data):
     model = keras.Sequential([keras.Input((8,)), layers.Dense(2)])
     with pytest.raises(ValueError, match="not compiled"):
         find_ticket(model, *data, rounds=1, steps=1)
+
+
+# --- Retraining, more controls, going on after an interruption ------------------------------------
+
+
+def scheduled_model():
+    model = make_model()
+    rate = keras.optimizers.schedules.PiecewiseConstantDecay([4], [0.1, 0.01])
+    model.compile(keras.optimizers.SGD(rate), model.loss, metrics=["accuracy"])
+    return model
+
+
+@pytest.mark.parametrize(
+    ("retraining", "weights_stay", "step"),
+    [
+        ("weight_rewinding", False, 2),
+        ("learning_rate_rewinding", True, 2),
+        ("fine_tuning", True, 6),
+    ],
+)
+def test_what_the_ticket_trains_from(data, starts, retraining, weights_stay, step):
+    result = find_ticket(
+        scheduled_model(), *data, rounds=1, steps=6, batch_size=20, rate=0.5, rewind_to=2,
+        retraining=retraining, controls=("random_mask",),
+    )  # fmt: skip
+    at_rewinding_point, before_control, before_ticket = starts[1:]
+    assert_equal(at_rewinding_point[0], before_control[0])
+    assert before_control[2] == 2
+    same = [
+        np.array_equal(a, b) for a, b in zip(at_rewinding_point[0], before_ticket[0], strict=True)
+    ]
+    assert all(same) != weights_stay
+    assert before_ticket[2] == step
+    assert_equal(before_ticket[1].values(), result.masks[1].values())
+
+
+def test_a_fine_tuned_ticket_starts_from_the_dense_weights(data, starts):
+    find_ticket(
+        make_model(), *data, rounds=1, steps=3, batch_size=20, controls=(), retraining="fine_tuning"
+    )
+    before_ticket = starts[2][0]  # after the stretches to the rewinding point and of the dense run
+    model = ml.convert_to_masked(make_model())
+    training.train(model, *data, steps=3, batch_size=20, seed=tickets._seed(0, "dense", 0, "train"))
+    for a, b in zip(before_ticket, model.get_weights(), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_controls_keep_signs_or_counts(data, starts):
+    model = make_model()
+    initial = ml.convert_to_masked(model).get_weights()
+    result = find_ticket(
+        model, *data, rounds=1, steps=2, batch_size=20, rate=0.5, scope="global",
+        controls=("reinit_same_sign", "random_mask", "reshuffled_mask"),
+    )  # fmt: skip
+    kernels = [position for position, value in enumerate(initial) if value.ndim == 2]
+    signed, random, reshuffled = starts[2:5]
+    for position in kernels:
+        assert_equal([np.sign(initial[position])], [np.sign(signed[0][position])])
+        assert not np.array_equal(initial[position], signed[0][position])
+    ticket = result.masks[1]
+    for weights, masks, _ in (random, reshuffled):
+        assert_equal(initial, weights)
+        assert sum(mask.sum() for mask in masks.values()) == 50
+        assert any(not np.array_equal(masks[path], ticket[path]) for path in ticket)
+    assert [m.sum() for m in reshuffled[1].values()] == [m.sum() for m in ticket.values()]
+    assert [m.sum() for m in random[1].values()] != [m.sum() for m in ticket.values()]
+
+
+def test_controls_in_some_rounds(data):
+    result = find_ticket(
+        make_model(), *data, rounds=3, control_rounds=(2,), controls=("random_mask",), **SHORT
+    )
+    arms = [(row["round"], row["arm"]) for row in result.rows]
+    assert arms == [(0, "dense"), (1, "ticket"), (2, "random_mask"), (2, "ticket"), (3, "ticket")]
+
+
+class InterruptionError(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("retraining", "rows_before"), [("weight_rewinding", 2), ("learning_rate_rewinding", 4)]
+)
+def test_a_search_goes_on_where_it_was_interrupted(data, tmp_path, retraining, rows_before):
+    search = {
+        "rounds": 2, "steps": 5, "batch_size": 20, "rate": 0.4, "rewind_to": 1,
+        "controls": ("random_reinit",), "retraining": retraining, "validation_data": data,
+        "test_data": data, "deterministic": True,
+    }  # fmt: skip
+    alone = find_ticket(make_model(), *data, **search)
+    seen = []
+
+    def interrupt(row):
+        seen.append(row)
+        if len(seen) == rows_before:
+            raise InterruptionError
+
+    with pytest.raises(InterruptionError):
+        find_ticket(make_model(), *data, checkpoint=tmp_path, on_result=interrupt, **search)
+    again = []
+    resumed = find_ticket(
+        make_model(), *data, checkpoint=tmp_path, on_result=again.append, **search
+    )
+    # All before the round in which it was interrupted is known and not trained again.
+    known = 1 if rows_before == 2 else 3
+    assert again[:known] == seen[:known]
+    untimed = [[{**row, "seconds": 0} for row in found.rows] for found in (alone, resumed)]
+    assert untimed[0] == untimed[1]
+    assert_equal(alone.initial_weights, resumed.initial_weights)
+    assert_equal(alone.ticket.get_weights(), resumed.ticket.get_weights())
+    for masks, others in zip(alone.masks, resumed.masks, strict=True):
+        assert_equal(masks.values(), others.values())
+    assert {file.name for file in tmp_path.iterdir()} == {
+        "state.json", "pruner-02.npz", "masks-00.npz", "masks-01.npz", "masks-02.npz",
+    }  # fmt: skip
+    finished = find_ticket(make_model(), *data, checkpoint=tmp_path, **search)
+    assert finished.rows == resumed.rows
+    assert_equal(finished.ticket.get_weights(), resumed.ticket.get_weights())
+    with pytest.raises(ValueError, match=r"state of another search.*'rate': \(0.4, 0.3\)"):
+        find_ticket(make_model(), *data, checkpoint=tmp_path, **search | {"rate": 0.3})
+    (tmp_path / "state.json").write_text("[]")
+    with pytest.raises(ValueError, match="not the state of a search"):
+        find_ticket(make_model(), *data, checkpoint=tmp_path, **search)
