@@ -59,6 +59,8 @@ class Criterion:
         needs: the records it cannot do without, out of `RECORDS`.
         optional: the records it is given where they exist.
         scope: the only scope that goes with this criterion; None where any does.
+        elementwise: whether the score of a weight depends on nothing but its own records. Then
+            weights are scored some at a time, into an array of the records' dtype.
     """
 
     name: str
@@ -66,6 +68,7 @@ class Criterion:
     needs: frozenset[str] = frozenset()
     optional: frozenset[str] = frozenset()
     scope: str | None = None
+    elementwise: bool = False
 
     def __call__(self, group: Group) -> np.ndarray:
         """The scores of a group's weights; the highest are kept."""
@@ -92,7 +95,11 @@ _REGISTRY: dict[str, Criterion] = {}
 
 
 def register(
-    name: str, *, needs: Iterable[str] = (), scope: str | None = None
+    name: str,
+    *,
+    needs: Iterable[str] = (),
+    scope: str | None = None,
+    elementwise: bool = False,
 ) -> Callable[[Callable], Callable]:
     """Makes a score function known by name; decorates it and hands it back unchanged.
 
@@ -101,6 +108,8 @@ def register(
         needs: the records that the function reads, out of `"initial"`, `"final"`, `"current"`;
             the others are None in its `Group`.
         scope: the only scope that makes sense with it, or None.
+        elementwise: whether the score of a weight depends on nothing but its own records, not on
+            other weights, the mask or chance. Large models are then ranked with less memory.
 
     Raises:
         ValueError: an unknown record or scope, or a name that another function has. The same
@@ -119,7 +128,7 @@ def register(
                 f"The criterion name {name!r} is taken by {_origin(known.function)}. "
                 "Register under another name."
             )
-        _REGISTRY[name] = Criterion(name, function, needs, scope=scope)
+        _REGISTRY[name] = Criterion(name, function, needs, scope=scope, elementwise=elementwise)
         return function
 
     return decorate
@@ -180,25 +189,25 @@ def _origin(function: Callable) -> str:
     return f"{getattr(function, '__module__', None)}.{qualname}"
 
 
-@register("large_final", needs={"final"})
+@register("large_final", needs={"final"}, elementwise=True)
 def large_final(group: Group) -> np.ndarray:
     """Keeps weights that end large: abs(wf)."""
     return np.abs(group.final)
 
 
-@register("small_final", needs={"final"})
+@register("small_final", needs={"final"}, elementwise=True)
 def small_final(group: Group) -> np.ndarray:
     """Keeps weights that end small: -abs(wf)."""
     return -np.abs(group.final)
 
 
-@register("large_init", needs={"initial"})
+@register("large_init", needs={"initial"}, elementwise=True)
 def large_init(group: Group) -> np.ndarray:
     """Keeps weights that start large: abs(w0)."""
     return np.abs(group.initial)
 
 
-@register("small_init", needs={"initial"})
+@register("small_init", needs={"initial"}, elementwise=True)
 def small_init(group: Group) -> np.ndarray:
     """Keeps weights that start small: -abs(w0)."""
     return -np.abs(group.initial)
@@ -222,13 +231,13 @@ def small_init_small_final(group: Group) -> np.ndarray:
     return np.minimum(initial, _rank(-np.abs(group.final), group.mask))
 
 
-@register("magnitude_increase", needs={"initial", "final"})
+@register("magnitude_increase", needs={"initial", "final"}, elementwise=True)
 def magnitude_increase(group: Group) -> np.ndarray:
     """Keeps weights whose magnitude grew most: abs(wf) - abs(w0)."""
     return np.abs(group.final) - np.abs(group.initial)
 
 
-@register("movement", needs={"initial", "final"})
+@register("movement", needs={"initial", "final"}, elementwise=True)
 def movement(group: Group) -> np.ndarray:
     """Keeps weights that moved furthest: abs(wf - w0)."""
     return np.abs(group.final - group.initial)
@@ -240,7 +249,7 @@ def random(group: Group) -> np.ndarray:
     return group.rng.random(group.mask.size, dtype=np.float32)
 
 
-@register("large_final_same_sign", needs={"initial", "final"})
+@register("large_final_same_sign", needs={"initial", "final"}, elementwise=True)
 def large_final_same_sign(group: Group) -> np.ndarray:
     """Keeps weights that end large with the sign they started with: max(0, wf sign(w0)).
 
@@ -251,7 +260,7 @@ def large_final_same_sign(group: Group) -> np.ndarray:
     return np.where(aligned < 0, -np.inf, aligned)
 
 
-@register("large_final_diff_sign", needs={"initial", "final"})
+@register("large_final_diff_sign", needs={"initial", "final"}, elementwise=True)
 def large_final_diff_sign(group: Group) -> np.ndarray:
     """Keeps weights that end large with the other sign: max(0, -wf sign(w0)).
 
@@ -261,7 +270,7 @@ def large_final_diff_sign(group: Group) -> np.ndarray:
     return np.where(opposed < 0, -np.inf, opposed)
 
 
-@register("magnitude_increase_same_sign", needs={"initial", "final"})
+@register("magnitude_increase_same_sign", needs={"initial", "final"}, elementwise=True)
 def magnitude_increase_same_sign(group: Group) -> np.ndarray:
     """Keeps weights that grew most without flipping: abs(wf) - abs(w0), -infinity if flipped.
 
@@ -271,7 +280,7 @@ def magnitude_increase_same_sign(group: Group) -> np.ndarray:
     return np.where(flipped, -np.inf, magnitude_increase(group))
 
 
-@register("magnitude_increase_diff_sign", needs={"initial", "final"})
+@register("magnitude_increase_diff_sign", needs={"initial", "final"}, elementwise=True)
 def magnitude_increase_diff_sign(group: Group) -> np.ndarray:
     """Keeps weights that grew most and flipped: abs(wf) - abs(w0), -infinity if the sign is kept.
 
@@ -281,13 +290,13 @@ def magnitude_increase_diff_sign(group: Group) -> np.ndarray:
     return np.where(kept, -np.inf, magnitude_increase(group))
 
 
-@register("smallest_weights", needs={"current"})
+@register("smallest_weights", needs={"current"}, elementwise=True)
 def smallest_weights(group: Group) -> np.ndarray:
     """Drops the smallest weights as they are now: abs(w)."""
     return np.abs(group.current)
 
 
-@register("smallest_weights_global", needs={"current"}, scope="global")
+@register("smallest_weights_global", needs={"current"}, scope="global", elementwise=True)
 def smallest_weights_global(group: Group) -> np.ndarray:
     """Drops the smallest weights as they are now, over all layers together: abs(w)."""
     return np.abs(group.current)

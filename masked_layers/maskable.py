@@ -24,40 +24,67 @@ class Maskable:
         biases: Weights masked only on request.
         output_axes: Function of the layer and the name of a kernel-like weight that returns the
             axes of the weight that index outputs. Default: the last axis.
+        input_axes: Likewise, the axes that index what is summed over, without those of a
+            convolution's window, outermost first. Default: the last axis but one.
     """
 
     weights: tuple[str, ...]
     biases: tuple[str, ...] = ()
     output_axes: Callable[[Layer, str], tuple[int, ...]] = lambda layer, name: (-1,)
+    input_axes: Callable[[Layer, str], tuple[int, ...]] = lambda layer, name: (-2,)
 
 
 def _einsum_outputs(layer: layers.EinsumDense, name: str) -> tuple[int, ...]:
-    inputs, outputs = layer.equation.replace(" ", "").split("->")
-    inputs, kernel = inputs.split(",")
+    inputs, kernel, outputs = _einsum_indices(layer)
     return tuple(
         axis - len(kernel) for axis, i in enumerate(kernel) if i in outputs and i not in inputs
     )
+
+
+def _einsum_inputs(layer: layers.EinsumDense, name: str) -> tuple[int, ...]:
+    inputs, kernel, outputs = _einsum_indices(layer)
+    return tuple(
+        axis - len(kernel) for axis, i in enumerate(kernel) if i in inputs and i not in outputs
+    )
+
+
+def _einsum_indices(layer: layers.EinsumDense) -> tuple[str, str, str]:
+    operands, outputs = layer.equation.replace(" ", "").split("->")
+    inputs, kernel = operands.split(",")
+    return inputs, kernel, outputs
+
+
+def _none(layer: Layer, name: str) -> tuple[int, ...]:
+    return ()
 
 
 def _separable_outputs(layer: Layer, name: str) -> tuple[int, ...]:
     return (-2, -1) if name == "depthwise_kernel" else (-1,)
 
 
+def _separable_inputs(layer: Layer, name: str) -> tuple[int, ...]:
+    return () if name == "depthwise_kernel" else (-2,)
+
+
 _registry: dict[type[Layer], Maskable] = {}
 
 for _cls in (layers.Dense, layers.Conv1D, layers.Conv2D, layers.Conv3D):
     _registry[_cls] = Maskable(("kernel",), ("bias",))
-_registry[layers.EinsumDense] = Maskable(("kernel",), ("bias",), _einsum_outputs)
+_registry[layers.EinsumDense] = Maskable(("kernel",), ("bias",), _einsum_outputs, _einsum_inputs)
 for _cls in (layers.Conv1DTranspose, layers.Conv2DTranspose, layers.Conv3DTranspose):
-    _registry[_cls] = Maskable(("kernel",), ("bias",), lambda layer, name: (-2,))
+    _registry[_cls] = Maskable(
+        ("kernel",), ("bias",), lambda layer, name: (-2,), lambda layer, name: (-1,)
+    )
 for _cls in (layers.DepthwiseConv1D, layers.DepthwiseConv2D):
-    _registry[_cls] = Maskable(("kernel",), ("bias",), lambda layer, name: (-2, -1))
+    _registry[_cls] = Maskable(("kernel",), ("bias",), lambda layer, name: (-2, -1), _none)
 for _cls in (layers.SeparableConv1D, layers.SeparableConv2D):
     _registry[_cls] = Maskable(
-        ("depthwise_kernel", "pointwise_kernel"), ("bias",), _separable_outputs
+        ("depthwise_kernel", "pointwise_kernel"), ("bias",), _separable_outputs, _separable_inputs
     )
-_registry[layers.Embedding] = Maskable(("embeddings",))
-_registry[layers.ReversibleEmbedding] = Maskable(("embeddings", "reverse_embeddings"))
+_registry[layers.Embedding] = Maskable(("embeddings",), input_axes=_none)
+_registry[layers.ReversibleEmbedding] = Maskable(
+    ("embeddings", "reverse_embeddings"), input_axes=_none
+)
 for _cls in (layers.SimpleRNNCell, layers.LSTMCell, layers.GRUCell, ConvLSTMCell):
     _registry[_cls] = Maskable(("kernel", "recurrent_kernel"), ("bias",))
 
@@ -174,3 +201,12 @@ def output_axes(layer: Layer, name: str) -> tuple[int, ...]:
     """Returns the axes of a weight that index outputs, counted from the last; none for a bias."""
     spec = maskable(type(layer))
     return spec.output_axes(layer, name) if spec is not None and name in spec.weights else ()
+
+
+def input_axes(layer: Layer, name: str) -> tuple[int, ...]:
+    """Returns the axes of a weight that index what is summed over, counted from the last.
+
+    Without those of a convolution's window; none for a bias, an embedding or a depthwise kernel.
+    """
+    spec = maskable(type(layer))
+    return spec.input_axes(layer, name) if spec is not None and name in spec.weights else ()
