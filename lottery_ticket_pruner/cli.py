@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from lottery_ticket_pruner.storage import ExportConfig, InspectConfig
 
-_EXTRA = ("matplotlib", "rich", "sklearn", "tensorboard", "tyro")
+_EXTRA = ("jinja2", "matplotlib", "pandas", "rich", "scipy", "sklearn", "tensorboard", "tyro")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -8,7 +8,6 @@ import math
 from pathlib import Path
 
 import keras
-import numpy as np
 import pytest
 
 pytest.importorskip("tyro")
@@ -252,62 +251,3 @@ def test_the_graph_of_a_branching_model():
     model = ml.convert_to_masked(keras.Model(x, keras.layers.Add(name="sum")([left, right])))
     nodes = {node.name.rpartition("/")[2]: node for node in layer_graph(model).node}
     assert [name.rpartition("/")[2] for name in nodes["sum"].input] == ["left", "right"]
-
-
-# --- Reports --------------------------------------------------------------------------------------
-
-
-def row(number, arm, replicate, accuracy, sparsity):
-    return {
-        "round": number, "arm": arm, "replicate": replicate, "sparsity": sparsity,
-        "test_accuracy": accuracy, "test_loss": 0.1, "early_stop_step": 10 * replicate,
-        "seconds": 1.0, "validation_loss": 0.2,
-    }  # fmt: skip
-
-
-ROWS = [
-    row(0, "dense", 1, 0.9, 0.0),
-    row(1, "random_mask", 1, 0.5, 0.5),
-    row(1, "ticket", 1, 0.8, 0.5),
-    row(0, "dense", 2, 0.92, 0.0),
-    row(1, "random_mask", 2, 0.7, 0.5),
-    row(1, "ticket", 2, 1.0, 0.5),
-]
-
-
-def rendered(table):
-    console = Console(file=io.StringIO(), width=100)
-    console.print(table)
-    return [line.split() for line in console.file.getvalue().splitlines()]
-
-
-def test_the_table_of_means_and_deviations():
-    lines = rendered(report.summary_table(ROWS))
-    assert ["dense", "100.00%", "91.00", "±", "1.41", "15"] in lines
-    wanted = ["1", "50.00%", "90.00", "±", "14.14", "60.00", "±", "14.14", "15"]
-    assert wanted in lines
-    single = rendered(report.summary_table(ROWS[:3]))
-    assert ["1", "50.00%", "80.00", "50.00", "10"] in single
-
-
-def test_the_picture_draws_every_arm_with_its_band():
-    figure = report.accuracy_picture(ROWS, "a title")
-    axes = figure.axes[0]
-    lines = {line.get_label(): line for line in axes.get_lines()}
-    assert set(lines) == {"dense, 91.00 %", "ticket", "random mask"}
-    np.testing.assert_allclose(lines["ticket"].get_xdata(), [50])
-    np.testing.assert_allclose(lines["ticket"].get_ydata(), [10])
-    assert len(axes.collections) == 2
-    assert "2 replicates" in axes.get_title()
-    formatted = axes.yaxis.get_major_formatter()(10)
-    assert formatted == "90 %"
-    # The error of a perfect run has no logarithm: it is drawn at the edge.
-    assert math.isfinite(axes.get_ylim()[1])
-
-
-def test_rows_survive_their_file(tmp_path):
-    writer = report.CsvWriter(tmp_path / "rows.csv")
-    for one in ROWS:
-        writer.write(one)
-    assert report.read_rows(tmp_path / "rows.csv") == ROWS
-    writer.close()

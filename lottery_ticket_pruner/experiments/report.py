@@ -1,4 +1,4 @@
-"""Tables and pictures of a run's rows."""
+"""Tables and pictures of results, and the command that compares run folders."""
 
 import csv
 import dataclasses
@@ -7,9 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import rich.box
+import scipy.stats
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 from rich.table import Table
 
 COLUMNS = (
@@ -31,22 +35,29 @@ LABELS = {
     "random_mask": "random mask",
     "reshuffled_mask": "reshuffled mask",
 }
-# Okabe & Ito's palette, which readers with any colour vision tell apart.
-_COLOURS = {
-    "ticket": "#0072B2",
-    "random_reinit": "#D55E00",
-    "reinit_same_sign": "#E69F00",
-    "random_mask": "#009E73",
-    "reshuffled_mask": "#CC79A7",
-}
-_MARKERS = {
-    "ticket": "o",
-    "random_reinit": "s",
-    "reinit_same_sign": "D",
-    "random_mask": "^",
-    "reshuffled_mask": "v",
+# Okabe & Ito's palette, which readers with any colour vision tell apart; its yellow is replaced,
+# which does not stand out from a white page.
+PALETTE = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#8C6D46",
+    "#7F7F7F",
+)
+_MARKERS = "os^vDPX*"
+_STYLES = ("-", "--", ":", "-.")
+_LOOKS = {
+    "ticket": (PALETTE[0], "o"),
+    "random_reinit": (PALETTE[1], "s"),
+    "random_mask": (PALETTE[2], "^"),
+    "reshuffled_mask": (PALETTE[3], "v"),
+    "reinit_same_sign": (PALETTE[4], "D"),
 }
 _TICKS = (100, 50, 20, 10, 5, 2, 1, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01)
+_CONFIDENCE = 0.95
 
 
 class CsvWriter:
@@ -71,126 +82,307 @@ class CsvWriter:
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Read a `results.csv` back into rows of numbers."""
-    with path.open(newline="", encoding="utf-8") as file:
-        return [
-            {k: v if k == "arm" else float(v) for k, v in r.items()} for r in csv.DictReader(file)
-        ]
+    return pd.read_csv(path).to_dict("records")
+
+
+# --- Statistics -----------------------------------------------------------------------------------
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """The confidence interval (95 %) of the mean by Student's t, from three values on.
+
+    Of two values it is the lower and the higher, of one that value twice.
+    """
+    if len(values) < 3:
+        return min(values), max(values)
+    mean, error = np.mean(values), scipy.stats.sem(values)
+    half = error * scipy.stats.t.ppf(0.5 + _CONFIDENCE / 2, len(values) - 1)
+    return float(mean - half), float(mean + half)
+
+
+def describe_bands(counts: Iterable[int]) -> str:
+    """What the bands of a picture are, given the replicates behind each of its points."""
+    numbers = sorted(set(counts))
+    texts = []
+    if several := [n for n in numbers if n >= 3]:
+        shown = f"{several[0]} to {several[-1]}" if len(several) > 1 else several[0]
+        texts.append(
+            f"{_CONFIDENCE:.0%} confidence intervals of the mean by Student's t, "
+            f"{shown} replicates".replace("%", " %")
+        )
+    if 2 in numbers:
+        texts.append("lowest to highest of 2 replicates")
+    return f"Bands: {'; '.join(texts)}" if texts else ""
 
 
 @dataclasses.dataclass(frozen=True)
-class Cell:
-    """The replicates of one arm in one round."""
+class Line:
+    """A line of a picture: where its points are, and the accuracies of the replicates at each."""
 
-    round: int
-    arm: str
-    sparsity: float
-    accuracies: tuple[float, ...]
-    early_stop_steps: tuple[float, ...]
-
-
-def cells(rows: Iterable[dict[str, Any]]) -> list[Cell]:
-    """Group rows by round and arm, in order of the rounds."""
-    groups: dict[tuple[int, str], list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault((int(row["round"]), row["arm"]), []).append(row)
-    return [
-        Cell(
-            number,
-            arm,
-            float(np.mean([row["sparsity"] for row in group])),
-            tuple(row["test_accuracy"] for row in group),
-            tuple(row["early_stop_step"] for row in group),
-        )
-        for (number, arm), group in sorted(groups.items(), key=lambda item: item[0][0])
-    ]
+    label: str
+    x: tuple[float, ...]
+    samples: tuple[tuple[float, ...], ...]
+    colour: str = PALETTE[0]
+    marker: str = "o"
+    style: str = "-"
 
 
-def arms_of(rows: Iterable[dict[str, Any]]) -> list[str]:
-    """The arms that occur, the ticket first."""
-    present = {row["arm"] for row in rows}
-    return [arm for arm in LABELS if arm in present and arm != "dense"]
+def arms_of(rows: pd.DataFrame) -> list[str]:
+    """The arms that occur next to the dense run: the ticket first, unknown ones last."""
+    present = dict.fromkeys(rows["arm"])
+    known = [arm for arm in LABELS if arm in present]
+    return [arm for arm in (*known, *(a for a in present if a not in LABELS)) if arm != "dense"]
 
 
-def summary_table(rows: Sequence[dict[str, Any]]) -> Table:
+def arm_label(arm: str) -> str:
+    """The name of an arm as readers see it."""
+    return LABELS.get(arm, arm.replace("_", " "))
+
+
+def line_of_arm(rows: pd.DataFrame, arm: str, **look: str) -> Line:
+    """Accuracies of one arm by percent of weights left, in the order of its rounds."""
+    own = rows[rows["arm"] == arm].groupby("round")
+    left = tuple(100 * (1 - own["sparsity"].mean()))
+    return Line(arm_label(arm), left, tuple(map(tuple, own["test_accuracy"].apply(list))), **look)
+
+
+def dense_accuracies(rows: pd.DataFrame) -> list[float]:
+    """Test accuracies of the dense runs, one per replicate; empty where none was run."""
+    return rows.loc[rows["arm"] == "dense", "test_accuracy"].tolist()
+
+
+# --- Tables ---------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Sheet:
+    """A table as text: the terminal and the page show the same one."""
+
+    title: str
+    headings: tuple[str, ...]
+    lines: tuple[tuple[str, ...], ...]
+    # How many columns from the left are names, not numbers.
+    names: int = 0
+
+    def table(self) -> Table:
+        """The table for the terminal; wide ones are set closer."""
+        close = len(self.headings) > 6
+        table = Table(box=rich.box.SIMPLE, title=self.title, padding=0 if close else (0, 1))
+        for number, heading in enumerate(self.headings):
+            is_name = number < self.names
+            table.add_column(
+                heading.replace(" ", "\n") if close and not is_name else heading,
+                justify="left" if is_name else "right",
+                no_wrap=not is_name,
+                overflow="fold" if is_name else "ellipsis",
+            )
+        for line in self.lines:
+            table.add_row(*(cell.replace(" ± ", "±") if close else cell for cell in line))
+        return table
+
+
+def summary_table(rows: Sequence[dict[str, Any]] | pd.DataFrame) -> Table:
+    """The table of `accuracy_sheet` for the terminal."""
+    return accuracy_sheet(pd.DataFrame(rows)).table()
+
+
+def accuracy_sheet(rows: pd.DataFrame) -> Sheet:
     """Accuracy of every arm per round: the mean over replicates, and their deviation.
 
     The column of early stops is the ticket's (in the first line the dense run's), in steps.
     """
-    found = {(cell.round, cell.arm): cell for cell in cells(rows)}
     arms = arms_of(rows)
-    replicates = len({row["replicate"] for row in rows})
-    table = Table(
-        box=rich.box.SIMPLE,
-        title="test accuracy, %"
-        + (f": mean ± standard deviation of {replicates} replicates" if replicates > 1 else ""),
-    )
-    for heading in ("round", "weights", *(LABELS[arm] for arm in arms), "early stop"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for number in sorted({number for number, _ in found}):
-        main = found.get((number, "ticket")) or found[number, "dense"]
-        shown = [found.get((number, arm)) for arm in arms] if number else [main]
-        accuracies = [_accuracy(cell) if cell else "" for cell in shown]
-        table.add_row(
-            str(number) if number else "dense",
-            f"{1 - main.sparsity:.2%}",
-            *accuracies,
-            *[""] * (len(arms) - len(accuracies)),
-            f"{np.mean(main.early_stop_steps):.0f}",
+    replicates = rows["replicate" if "seed" not in rows else "seed"].nunique()
+    lines = []
+    for number, of_round in rows.groupby("round"):
+        main = of_round[of_round["arm"].isin(["dense", "ticket"])]
+        shown = ["dense"] if not number else arms
+        cells = [_accuracy(of_round.loc[of_round["arm"] == arm, "test_accuracy"]) for arm in shown]
+        early_stop = main["early_stop_step"].mean() if "early_stop_step" in main else np.nan
+        lines.append(
+            (
+                str(number) if number else "dense",
+                f"{1 - of_round['sparsity'].mean():.2%}",
+                *cells,
+                *[""] * (len(arms) - len(cells)),
+                "" if np.isnan(early_stop) else f"{early_stop:.0f}",
+            )
         )
-    return table
+    title = "test accuracy, %"
+    if replicates > 1:
+        title += f": mean ± standard deviation of {replicates} replicates"
+    headings = ("round", "weights", *map(arm_label, arms), "early stop")
+    return Sheet(title, headings, tuple(lines))
 
 
-def accuracy_picture(rows: Sequence[dict[str, Any]], title: str) -> Figure:
-    """Test accuracy against weights left: lines through the means, bands over the replicates.
+def difference_sheet(rows: pd.DataFrame) -> Sheet:
+    """What the ticket has over the dense run and the controls, in points of test accuracy.
 
-    Both axes are logarithmic, the upright one in the error, so that 98 and 99 % stay apart while
-    an arm that collapses still shows.
+    Differences are taken within a seed, so that what all arms of a seed share drops out.
     """
-    grouped = cells(rows)
-    dense = next(cell for cell in grouped if cell.arm == "dense")
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
-    level = np.mean(dense.accuracies)
-    style = {"color": "0.3", "linewidth": 1.2, "linestyle": "--"}
-    axes.axhline(_error(level), label=f"dense, {100 * level:.2f} %", **style)
-    for arm in arms_of(rows):
-        own = [cell for cell in grouped if cell.arm == arm]
-        left = [100 * (1 - cell.sparsity) for cell in own]
-        means = [_error(np.mean(cell.accuracies)) for cell in own]
-        style = {"color": _COLOURS[arm], "marker": _MARKERS[arm], "markersize": 5}
-        axes.plot(left, means, label=LABELS[arm], linewidth=1.8, **style)
-        lowest = [_error(min(cell.accuracies)) for cell in own]
-        highest = [_error(max(cell.accuracies)) for cell in own]
-        axes.fill_between(left, lowest, highest, color=_COLOURS[arm], alpha=0.15, linewidth=0)
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    least = min(100 * (1 - cell.sparsity) for cell in grouped)
-    axes.set_xlim(105, 0.9 * least)
-    axes.set_xticks([tick for tick in _TICKS if tick > 0.9 * least], minor=False)
-    errors = [_error(accuracy) for cell in grouped for accuracy in cell.accuracies]
-    bottom, top = 1.15 * max(errors), 0.85 * min(errors)
-    axes.set_ylim(bottom, top)
-    axes.set_yticks([tick for tick in _TICKS if top <= tick <= bottom], minor=False)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda left, _: f"{left:g} %"))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda error, _: f"{100 - error:g} %"))
-    axes.minorticks_off()
-    axes.set_xlabel("weights left")
-    axes.set_ylabel("test accuracy")
-    replicates = len(dense.accuracies)
-    bands = f"; bands: lowest to highest of {replicates} replicates" if replicates > 1 else ""
-    axes.set_title(title + bands, fontsize=10)
-    axes.grid(alpha=0.3)
-    axes.legend(loc="lower left", frameon=False)
+    by_seed = rows.pivot_table("test_accuracy", ["round", "seed"], "arm").reset_index("round")
+    dense = by_seed.loc[by_seed["round"] == 0, "dense"] if "dense" in by_seed else None
+    controls = [arm for arm in arms_of(rows) if arm != "ticket"]
+    counts: set[int] = set()
+
+    def cell(ticket: pd.Series, other: pd.Series) -> str:
+        points = (100 * (ticket - other)).dropna().tolist()
+        if not points:
+            return ""
+        counts.add(len(points))
+        half = f" ± {interval(points)[1] - np.mean(points):.2f}" if len(points) > 2 else ""
+        return f"{np.mean(points):+.2f}{half}"
+
+    lines = []
+    for number, of_round in by_seed[by_seed["round"] > 0].groupby("round"):
+        ticket = of_round["ticket"]
+        left = 1 - rows.loc[(rows["round"] == number), "sparsity"].mean()
+        versus = [] if dense is None else [cell(ticket, dense)]
+        versus += [cell(ticket, of_round[arm]) for arm in controls]
+        lines.append((str(number), f"{left:.2%}", *versus))
+    title = "the ticket's test accuracy minus that of others, points"
+    if max(counts, default=0) > 2:
+        title += f": mean ± half of the {_CONFIDENCE:.0%} interval by Student's t, paired by seed"
+    others = ([] if dense is None else ["dense"]) + [arm_label(arm) for arm in controls]
+    return Sheet(title, ("round", "weights", *(f"minus {name}" for name in others)), tuple(lines))
+
+
+def _accuracy(accuracies: Sequence[float]) -> str:
+    if not len(accuracies):
+        return ""
+    mean = f"{100 * np.mean(accuracies):.2f}"
+    if len(accuracies) == 1:
+        return mean
+    return f"{mean} ± {100 * np.std(accuracies, ddof=1):.2f}"
+
+
+# --- Pictures -------------------------------------------------------------------------------------
+
+
+def accuracy_picture(rows: Sequence[dict[str, Any]] | pd.DataFrame, title: str) -> Figure:
+    """Test accuracy of every arm against weights left, as a picture for a file.
+
+    Lines go through the means; bands show how sure these are (see `interval`).
+    """
+    rows = pd.DataFrame(rows)
+    lines = arm_lines(rows)
+    figure = picture(lines, dense=dense_accuracies(rows), figsize=(8, 5))
+    bands = describe_bands(len(sample) for line in lines for sample in line.samples)
+    figure.axes[0].set_title("\n".join(filter(None, (title, bands))), fontsize=10)
     return figure
+
+
+def arm_lines(rows: pd.DataFrame) -> list[Line]:
+    """A line for every arm but the dense one; an arm looks the same in every picture."""
+    lines = []
+    free = iter(zip(PALETTE[5:], _MARKERS[5:], strict=True))
+    for arm in arms_of(rows):
+        colour, marker = _LOOKS.get(arm) or next(free, (PALETTE[-1], "."))
+        lines.append(line_of_arm(rows, arm, colour=colour, marker=marker))
+    return lines
+
+
+def with_looks(lines: Sequence[Line]) -> list[Line]:
+    """The same lines, told apart by colour and marker, from the ninth on by dashes too."""
+    return [
+        dataclasses.replace(
+            line,
+            colour=PALETTE[number % len(PALETTE)],
+            marker=_MARKERS[number % len(_MARKERS)],
+            style=_STYLES[number // len(PALETTE) % len(_STYLES)],
+        )
+        for number, line in enumerate(lines)
+    ]
+
+
+def picture(
+    lines: Sequence[Line],
+    *,
+    dense: Sequence[float] = (),
+    x_label: str = "weights left",
+    figsize: tuple[float, float] = (6, 4.4),
+) -> Figure:
+    """Test accuracy against weights left (in percent) or, with another label, against that.
+
+    The upright axis is logarithmic in the error, so that 98 and 99 % stay apart while an arm that
+    collapses still shows; weights left are logarithmic too, and fall to the right.
+    """
+    figure = Figure(figsize=figsize, layout="constrained")
+    axes = figure.subplots()
+    means, edges = [], []
+    if dense:
+        means.append(_error(np.mean(dense)))
+        style = {"color": "0.45", "linewidth": 1.2, "linestyle": (0, (5, 3))}
+        label = f"dense, {100 * np.mean(dense):.2f} %"
+        axes.axhline(means[0], label=label, zorder=1, **style)
+    for line in lines:
+        means += [_error(np.mean(sample)) for sample in line.samples]
+        bands = [interval(sample) for sample in line.samples]
+        low, high = ([_error(band[side]) for band in bands] for side in (0, 1))
+        edges += [*low, *high]
+        axes.plot(
+            line.x,
+            means[-len(line.x) :],
+            label=line.label,
+            color=line.colour,
+            marker=line.marker,
+            markersize=4.5,
+            linewidth=1.6,
+            linestyle=line.style,
+        )
+        axes.fill_between(line.x, low, high, color=line.colour, alpha=0.15, linewidth=0)
+        if len(line.x) == 1:  # a band without width
+            axes.vlines(line.x, low, high, color=line.colour, alpha=0.4, linewidth=3)
+    _accuracy_axis(axes, means, edges)
+    if x_label == "weights left":
+        _weights_axis(axes, [left for line in lines for left in line.x])
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel(x_label)
+    axes.set_ylabel("test accuracy")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    _legend(figure, axes)
+    return figure
+
+
+def _accuracy_axis(axes: Axes, means: Sequence[float], edges: Sequence[float]) -> None:
+    # A band may reach far beyond its mean, even beyond 100 %: the means decide what is shown.
+    top = 0.85 * max(min([*edges, *means]), 0.4 * min(means))
+    bottom = 1.1 * min(max([*edges, *means]), 2.5 * max(means))
+    axes.set_yscale("log")
+    axes.set_ylim(min(bottom, 110), top)
+    _ticks(axes.yaxis, top, bottom, lambda error: f"{100 - error:.6g} %")
+
+
+def _weights_axis(axes: Axes, left: Sequence[float]) -> None:
+    least = max(min(left, default=100), 0.01)
+    axes.set_xscale("log")
+    axes.set_xlim(105, 0.9 * least)
+    _ticks(axes.xaxis, 0.9 * least, 105, lambda left: f"{left:.6g} %")
+
+
+def _ticks(axis: Axis, low: float, high: float, text: Any) -> None:
+    """Round numbers from low to high, at least three of them where the range is narrow."""
+    ticks = [tick for tick in _TICKS if low <= tick <= min(high, 100)]
+    if len(ticks) < 3:
+        even = MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(low, high)
+        ticks = [tick for tick in even if low <= tick <= min(high, 100)]
+    axis.set_ticks(ticks)
+    axis.set_ticks([], minor=True)
+    axis.set_major_formatter(FuncFormatter(lambda value, _: text(value)))
+
+
+def _legend(figure: Figure, axes: Axes) -> None:
+    labels = axes.get_legend_handles_labels()[1]
+    longest = max(map(len, labels), default=0)
+    if len(labels) <= 6 and longest <= 20:
+        axes.legend(loc="lower left", frameon=False, fontsize=9)
+    else:
+        columns = max(1, min(3, int(figure.get_figwidth() * 12 // (longest + 8))))
+        figure.legend(loc="outside lower left", frameon=False, fontsize=8.5, ncols=columns)
 
 
 def _error(accuracy: float) -> float:
     """Errors in percent; none at all is drawn where one in ten thousand would be."""
     return max(100 * (1 - accuracy), 0.01)
-
-
-def _accuracy(cell: Cell) -> str:
-    mean = f"{100 * np.mean(cell.accuracies):.2f}"
-    if len(cell.accuracies) == 1:
-        return mean
-    return f"{mean} ± {100 * np.std(cell.accuracies, ddof=1):.2f}"

@@ -1,0 +1,193 @@
+"""Run folders read back: their rows, and which of them are replicates of one configuration."""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+CONFIG_FILE = "config.json"
+RESULTS_FILE = "results.csv"
+# Options that say where to run and what to print: they change no number of the results.
+_NO_CHOICE = ("data_dir", "out", "quiet", "seeds")
+# Options whose values speak for themselves.
+_PLAIN = ("data", "network", "strategy", "criterion")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Run:
+    """One run folder.
+
+    Attributes:
+        folder: Where it is.
+        config: The options of the run, every choice made.
+        rows: Its results, one line per measurement, with a column `seed`.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    rows: pd.DataFrame
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Group:
+    """Runs of one configuration: they differ in seeds, or in where they were written.
+
+    Attributes:
+        label: What sets it apart from the other groups, in words.
+        config: The options that all its runs share.
+        runs: The runs.
+        rows: Their rows together; each seed counts once, in the run that got furthest.
+    """
+
+    label: str
+    config: dict[str, Any]
+    runs: tuple[Run, ...]
+    rows: pd.DataFrame
+
+    @property
+    def title(self) -> str:
+        """Data set, network and criterion."""
+        return ", ".join(str(self.config[key]) for key in _PLAIN if self.config.get(key))
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder holds a configuration and its results."""
+    return (folder / CONFIG_FILE).is_file() and (folder / RESULTS_FILE).is_file()
+
+
+def read_run(folder: Path) -> Run:
+    """Read a run folder, finished or not.
+
+    Raises:
+        ValueError: it is no run folder, or a file of it is not what a run writes.
+    """
+    if not is_run(folder):
+        raise ValueError(f"'{folder}' is no run folder: it lacks {CONFIG_FILE} or {RESULTS_FILE}.")
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        rows = pd.read_csv(folder / RESULTS_FILE)
+    # Of decoding, of JSON and of pandas' parser: all of them are this one.
+    except ValueError as error:
+        raise ValueError(f"'{folder}' cannot be read as a run: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"'{folder / CONFIG_FILE}' holds no options. Received: {config!r}")
+    missing = [name for name in ("replicate", "test_accuracy") if name not in rows]
+    if missing:
+        raise ValueError(
+            f"'{folder / RESULTS_FILE}' lacks the columns {missing}. It has: {list(rows)}"
+        )
+    for name in {"replicate", "round", "sparsity", "test_accuracy"} & set(rows):
+        if len(rows) and not pd.api.types.is_numeric_dtype(rows[name]):
+            raise ValueError(
+                f"'{folder / RESULTS_FILE}' holds something that is no number in column '{name}'."
+            )
+    seeds = config.get("seeds") or []
+    numbers = rows["replicate"].astype(int)
+    rows["seed"] = [seeds[n] if 0 <= n < len(seeds) else n for n in numbers]
+    return Run(folder, config, rows)
+
+
+def find_runs(folders: Iterable[Path]) -> list[Run]:
+    """Read run folders, and those inside of folders of runs, such as a sweep's; each once.
+
+    Inside of such a folder, what holds no results yet is passed over.
+
+    Raises:
+        FileNotFoundError: a folder is not there.
+        ValueError: a folder is no run and holds none, cannot be read, or holds no results yet.
+    """
+    found: dict[Path, Run] = {}
+    for folder in folders:
+        if not folder.is_dir():
+            raise FileNotFoundError(f"There is no folder '{folder}'.")
+        if is_run(folder):
+            runs = [read_run(folder)]
+        else:
+            runs = [read_run(inside) for inside in sorted(folder.iterdir()) if is_run(inside)]
+            if not runs:
+                raise ValueError(
+                    f"'{folder}' is neither a run folder, with {CONFIG_FILE} and {RESULTS_FILE}, "
+                    "nor a folder that holds run folders."
+                )
+        begun = [run for run in runs if len(run.rows)]
+        if not begun:
+            raise ValueError(f"'{folder}' holds no results yet.")
+        found.update((run.folder.resolve(), run) for run in begun)
+    return list(found.values())
+
+
+def groups_of(runs: Sequence[Run]) -> list[Group]:
+    """Put runs together that differ in nothing but seeds and places, in the order given."""
+    together: dict[str, list[Run]] = {}
+    for run in runs:
+        key = json.dumps(_choices(run), sort_keys=True)
+        together.setdefault(key, []).append(run)
+    configs = [_choices(same[0]) for same in together.values()]
+    labels = _labels(configs)
+    return [
+        Group(label, config, tuple(same), _pooled(same))
+        for label, config, same in zip(labels, configs, together.values(), strict=True)
+    ]
+
+
+def varied_options(configs: Sequence[dict[str, Any]]) -> list[str]:
+    """The options in which configurations differ, in the order of the configurations."""
+    options = dict.fromkeys(option for config in configs for option in config)
+    return [option for option in options if len({_text(c.get(option)) for c in configs}) > 1]
+
+
+def tidy(runs: Sequence[Run]) -> pd.DataFrame:
+    """All rows of all runs in one table: run folder, options that differ, seed, results."""
+    options = varied_options([_choices(run) for run in runs])
+    tables = []
+    for run in runs:
+        rows = run.rows.drop(columns="replicate")
+        heading = {"run": run.folder.name}
+        heading |= {option: _text(run.config.get(option)) for option in options}
+        columns = {name: value for name, value in heading.items() if name not in rows}
+        columns["seed"] = rows.pop("seed")
+        tables.append(pd.concat([pd.DataFrame(columns, index=rows.index), rows], axis=1))
+    return pd.concat(tables, ignore_index=True)
+
+
+def _choices(run: Run) -> dict[str, Any]:
+    return {key: value for key, value in run.config.items() if key not in _NO_CHOICE}
+
+
+def _pooled(runs: Sequence[Run]) -> pd.DataFrame:
+    seen: set[int] = set()
+    tables = []
+    for run in sorted(runs, key=lambda run: -len(run.rows)):
+        tables.append(run.rows[~run.rows["seed"].isin(seen)])
+        seen |= set(run.rows["seed"])
+    return pd.concat(tables, ignore_index=True)
+
+
+def _labels(configs: Sequence[dict[str, Any]]) -> list[str]:
+    """The shortest list of options that tells configurations apart, as text.
+
+    An option that follows from those before it, as a layer's rate does from --rate, is left out.
+    """
+    labels: list[tuple[str, ...]] = [() for _ in configs]
+    for option in varied_options(configs):
+        values = [config.get(option) for config in configs]
+        refined = [(*label, _text(value)) for label, value in zip(labels, values, strict=True)]
+        if len(set(refined)) > len(set(labels)) or None in values:
+            described = [_described(option, value) for value in values]
+            labels = [(*label, *text) for label, text in zip(labels, described, strict=True)]
+    return [", ".join(label) for label in labels]
+
+
+def _described(option: str, value: Any) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    return (_text(value) if option in _PLAIN else f"{option.replace('_', ' ')} {_text(value)}",)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return " ".join(map(_text, value)) or "none"
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,260 @@
+"""Rows, groups of runs, tables and pictures, on made-up results."""
+
+import io
+import json
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+
+pytest.importorskip("tyro")
+pytest.importorskip("matplotlib")
+
+import scipy.stats
+from rich.console import Console
+
+from lottery_ticket_pruner.experiments import report, results
+
+
+def row(number, arm, replicate, accuracy, sparsity):
+    return {
+        "round": number, "arm": arm, "replicate": replicate, "sparsity": sparsity,
+        "test_accuracy": accuracy, "test_loss": 0.1, "early_stop_step": 10 * replicate,
+        "seconds": 1.0, "validation_loss": 0.2,
+    }  # fmt: skip
+
+
+ROWS = [
+    row(0, "dense", 0, 0.9, 0.0),
+    row(1, "random_mask", 0, 0.5, 0.5),
+    row(1, "ticket", 0, 0.8, 0.5),
+    row(0, "dense", 1, 0.92, 0.0),
+    row(1, "random_mask", 1, 0.7, 0.5),
+    row(1, "ticket", 1, 1.0, 0.5),
+]
+CONFIG = {
+    "data": "digits", "network": "lenet-300-100", "strategy": "large_final", "rounds": 1,
+    "rate": 0.2, "output_rate": 0.1, "controls": ["random_mask"], "seeds": [7, 8],
+    "out": None, "data_dir": None,
+}  # fmt: skip
+
+
+def write_run(folder, rows=ROWS, **changes):
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(CONFIG | {"out": str(folder)} | changes))
+    pd.DataFrame(rows).to_csv(folder / "results.csv", index=False)
+    return folder
+
+
+def pooled(rows):
+    return pd.DataFrame(rows).assign(seed=lambda table: table["replicate"])
+
+
+def rendered(table, width=100):
+    console = Console(file=io.StringIO(), width=width)
+    console.print(table)
+    return [line.split() for line in console.file.getvalue().splitlines()]
+
+
+# --- Tables ---------------------------------------------------------------------------------------
+
+
+def test_the_table_of_means_and_deviations():
+    lines = rendered(report.summary_table(ROWS))
+    assert ["dense", "100.00%", "91.00", "±", "1.41", "5"] in lines
+    wanted = ["1", "50.00%", "90.00", "±", "14.14", "60.00", "±", "14.14", "5"]
+    assert wanted in lines
+    single = rendered(report.summary_table(ROWS[:3]))
+    assert ["1", "50.00%", "80.00", "50.00", "0"] in single
+
+
+def test_a_round_without_its_ticket_yet_has_a_line():
+    lines = rendered(report.summary_table(ROWS[:2]))
+    assert ["1", "50.00%", "50.00"] in lines
+
+
+def test_the_table_of_all_controls_fits_a_terminal():
+    arms = [*report.LABELS, "something_else"]
+    rows = [row(min(n, 1), arm, r, 0.9 + r / 50, 0.5) for n, arm in enumerate(arms) for r in (0, 1)]
+    lines = rendered(report.summary_table([r for r in rows if r["arm"] != "something_else"]), 80)
+    assert ["1", "50.00%", *["91.00±1.41"] * 5, "5"] in lines
+    assert "…" not in str(lines)
+    assert report.arms_of(pd.DataFrame(rows))[-1] == "something_else"
+    assert ["something"] in [line[-2:-1] for line in rendered(report.summary_table(rows), 120)]
+
+
+def test_differences_are_paired_by_seed():
+    rng = np.random.default_rng(0)
+    ticket, mask = rng.uniform(0.8, 0.9, (2, 4))
+    rows = [row(1, "ticket", r, ticket[r], 0.5) for r in (2, 0, 1, 3)]
+    rows += [row(1, "random_mask", r, mask[r], 0.5) for r in range(4)]
+    rows += [row(0, "dense", 0, 0.9, 0.0)]
+    sheet = report.difference_sheet(pooled(rows))
+    assert sheet.headings == ("round", "weights", "minus dense", "minus random mask")
+    test = scipy.stats.ttest_rel(ticket, mask)
+    half = 100 * (test.confidence_interval(0.95).high - (ticket - mask).mean())
+    mean = 100 * (ticket - mask).mean()
+    expected = f"{mean:+.2f} ± {half:.2f}"
+    versus_dense = f"{100 * (ticket[0] - 0.9):+.2f}"
+    assert sheet.lines == (("1", "50.00%", versus_dense, expected),)
+
+
+# --- Pictures -------------------------------------------------------------------------------------
+
+
+def test_intervals_are_those_of_the_t_test():
+    values = [0.91, 0.93, 0.92, 0.97]
+    expected = scipy.stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    assert report.interval(values) == pytest.approx((expected.low, expected.high))
+    assert report.interval([0.5, 0.5, 0.5]) == (0.5, 0.5)
+    assert report.interval([0.4, 0.3]) == (0.3, 0.4)
+    assert report.interval([0.4]) == (0.4, 0.4)
+
+
+def test_captions_say_what_the_bands_are():
+    assert report.describe_bands([1, 1]) == ""
+    assert report.describe_bands([2, 1]) == "Bands: lowest to highest of 2 replicates"
+    assert "95 % confidence intervals" in report.describe_bands([3])
+    assert "Student's t, 3 to 5 replicates" in report.describe_bands([5, 3, 5])
+
+
+def test_the_picture_draws_every_arm_with_its_band():
+    rows = [*ROWS, *[{**r, "round": 2, "sparsity": 0.75} for r in ROWS if r["round"]]]
+    figure = report.accuracy_picture(rows, "a title")
+    axes = figure.axes[0]
+    lines = {line.get_label(): line for line in axes.get_lines()}
+    assert set(lines) == {"dense, 91.00 %", "ticket", "random mask"}
+    np.testing.assert_allclose(lines["ticket"].get_xdata(), [50, 25])
+    np.testing.assert_allclose(lines["ticket"].get_ydata(), [10, 10])
+    assert len(axes.collections) == 2
+    assert "lowest to highest of 2 replicates" in axes.get_title()
+    formatted = axes.yaxis.get_major_formatter()(10)
+    assert formatted == "90 %"
+    # The error of a perfect run has no logarithm: it is drawn at the edge.
+    assert math.isfinite(axes.get_ylim()[1])
+
+
+def test_bands_of_three_replicates_are_confidence_intervals():
+    accuracies = [0.9, 0.92, 0.91]
+    rows = [row(n, "ticket", r, a, 0.5 * n) for n in (1, 2) for r, a in enumerate(accuracies)]
+    axes = report.accuracy_picture(rows, "").axes[0]
+    low, high = report.interval(accuracies)
+    corners = axes.collections[0].get_paths()[0].vertices[:, 1]
+    assert corners.min() == pytest.approx(100 * (1 - high))
+    assert corners.max() == pytest.approx(100 * (1 - low))
+
+
+@pytest.mark.parametrize("levels", [(0.979, 0.9795), (0.1, 0.99), (1.0, 1.0), (0.5, 0.5)])
+def test_axes_always_have_ticks(levels):
+    rows = [row(1, "ticket", 0, levels[0], 0.1), row(2, "ticket", 0, levels[1], 0.19)]
+    axes = report.accuracy_picture(rows, "").axes[0]
+    for axis, (one, other) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
+        ticks = axis.get_ticklocs()
+        assert len(ticks) >= 2
+        assert min(one, other) <= min(ticks) <= max(ticks) <= max(one, other)
+
+
+def test_unknown_arms_and_rows_without_a_dense_run_are_drawn():
+    rows = [row(1, arm, 0, 0.5, 0.5) for arm in ("mine", "ticket", "reinit_same_sign")]
+    axes = report.accuracy_picture(rows, "").axes[0]
+    labels = [line.get_label() for line in axes.get_lines()]
+    assert labels == ["ticket", "reinit same signs", "mine"]
+    assert len({line.get_color() for line in axes.get_lines()}) == 3
+
+
+# --- Rows and folders -----------------------------------------------------------------------------
+
+
+def test_rows_survive_their_file(tmp_path):
+    writer = report.CsvWriter(tmp_path / "rows.csv")
+    for one in ROWS:
+        writer.write(one)
+    assert report.read_rows(tmp_path / "rows.csv") == ROWS
+    writer.close()
+
+
+def test_runs_that_differ_in_seeds_alone_are_replicates(tmp_path):
+    write_run(tmp_path / "b", seeds=[9, 8])
+    write_run(tmp_path / "a", ROWS[:4])
+    runs = results.find_runs([tmp_path, tmp_path / "a"])
+    assert [run.folder.name for run in runs] == ["a", "b"]
+    (group,) = results.groups_of(runs)
+    assert group.title == "digits, lenet-300-100, large_final"
+    # Seed 8 is in both: it counts once, as the run has it that got further.
+    assert sorted(zip(group.rows["seed"], group.rows["round"], strict=True)) == sorted(
+        [(7, 0), (7, 1), (7, 1), (8, 0), (8, 1), (8, 1), (9, 0), (9, 1), (9, 1)]
+    )
+
+
+def test_labels_name_what_differs_and_what_does_not_follow_from_it(tmp_path):
+    write_run(tmp_path / "a")
+    write_run(tmp_path / "b", rate=0.4, output_rate=0.2)
+    write_run(tmp_path / "c", strategy="random", controls=[])
+    write_run(tmp_path / "d", strategy="random", rounds=2, controls=[])
+    groups = results.groups_of(results.find_runs([tmp_path]))
+    assert [group.label for group in groups] == [
+        "large_final, rounds 1, rate 0.2",
+        "large_final, rounds 1, rate 0.4",
+        "random, rounds 1, rate 0.2",
+        "random, rounds 2, rate 0.2",
+    ]
+
+
+def test_labels_without_a_value_name_the_alternative(tmp_path):
+    write_run(tmp_path / "a", final_sparsity=None)
+    write_run(tmp_path / "b", rate=None, output_rate=None, final_sparsity=0.9)
+    groups = results.groups_of(results.find_runs([tmp_path]))
+    assert groups[0].label == "rate 0.2, output rate 0.1"
+    assert groups[1].label == "final sparsity 0.9"
+
+
+def test_the_tidy_table_has_options_and_seeds(tmp_path):
+    write_run(tmp_path / "a")
+    write_run(tmp_path / "b", rate=0.4, controls=[])
+    table = results.tidy(results.find_runs([tmp_path]))
+    assert list(table)[:5] == ["run", "rate", "controls", "seed", "round"]
+    assert "replicate" not in table
+    assert len(table) == 12
+    assert set(table.loc[table["run"] == "b", "controls"]) == {"none"}
+    assert sorted(set(table["seed"])) == [7, 8]
+
+
+def foreign(folder, **files):
+    folder.mkdir()
+    for name, content in files.items():
+        (folder / {"config": "config.json", "results": "results.csv"}[name]).write_bytes(content)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "neither a run folder"),
+        ({"config": b"{}"}, "neither a run folder"),
+        ({"config": b"{", "results": b"replicate,test_accuracy\n"}, "cannot be read as a run"),
+        ({"config": b"[]", "results": b"replicate,test_accuracy\n0,1\n"}, "holds no options"),
+        ({"config": b"{}", "results": b""}, "cannot be read as a run"),
+        ({"config": b"{}", "results": b"\xff\xfe\x00"}, "cannot be read as a run"),
+        ({"config": b"{}", "results": b"a,b\n1,2\n"}, r"lacks the columns.*It has: \['a', 'b'\]"),
+        ({"config": b"{}", "results": b"replicate,test_accuracy\n"}, "no results yet"),
+        ({"config": b"{}", "results": b"replicate,test_accuracy\n0,high\n"}, "'test_accuracy'"),
+    ],
+)
+def test_foreign_folders_are_explained(tmp_path, files, message):
+    folder = foreign(tmp_path / "folder", **files)
+    with pytest.raises(ValueError, match=message) as caught:
+        results.find_runs([folder])
+    assert str(folder) in str(caught.value)
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        results.find_runs([tmp_path / "nowhere"])
+
+
+def test_runs_without_results_yet_are_passed_over_in_a_folder_of_runs(tmp_path):
+    write_run(tmp_path / "a")
+    foreign(tmp_path / "b", config=b"{}", results=b"replicate,test_accuracy\n")
+    foreign(tmp_path / "c")
+    assert [run.folder.name for run in results.find_runs([tmp_path])] == ["a"]
