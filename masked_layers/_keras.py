@@ -13,7 +13,7 @@ from typing import Any
 import keras
 
 # None of these has a public name.
-from keras.src.backend.common import global_state
+from keras.src.backend.common import dtypes, global_state
 from keras.src.backend.common.stateless_scope import get_stateless_scope, in_stateless_scope
 from keras.src.layers.rnn.conv_lstm import ConvLSTMCell as ConvLSTMCell
 from keras.src.models.functional import Functional
@@ -73,6 +73,14 @@ def untrack(layer: keras.layers.Layer, name: str) -> None:
     layer._tracker.untrack(child)
     with unlocked(layer):
         delattr(layer, name)
+
+
+def untrack_variable(layer: keras.layers.Layer, name: str) -> None:
+    """Removes the variable `name` from the state of `layer`, and leaves the attribute.
+
+    `add_weight` has no inverse; Keras' quantization and LoRA untrack variables in the same way.
+    """
+    layer._untrack_variable(getattr(layer, name))
 
 
 @contextlib.contextmanager
@@ -219,6 +227,60 @@ def symbolic_build(model: keras.Model, batch: tuple[Any, ...]) -> None:
     model._symbolic_build(data_batch=batch)
     if not model.optimizer.built:
         model.optimizer.build(model.trainable_variables)
+
+
+@contextlib.contextmanager
+def double_precision() -> Iterator[None]:
+    """Lets layers of dtype float64 compute in float64, on every backend.
+
+    JAX has no 64 bits unless asked for them, and on JAX and torch Keras turns float64 to float32
+    wherever it determines the type of a result: by a table that has no public name.
+    """
+    narrowed = dtypes.BIT64_TO_BIT32_DTYPE["float64"]
+    dtypes.BIT64_TO_BIT32_DTYPE["float64"] = "float64"
+    with contextlib.ExitStack() as stack:
+        stack.callback(dtypes.BIT64_TO_BIT32_DTYPE.update, float64=narrowed)
+        if keras.backend.backend() == "jax":
+            import jax
+
+            wide = jax.config.jax_enable_x64
+            jax.config.update("jax_enable_x64", True)
+            stack.callback(jax.config.update, "jax_enable_x64", wide)
+        yield
+
+
+def build_loss(model: keras.Model, batch: tuple[Any, ...]) -> None:
+    """Creates what `evaluate` would create before its first step: the state of losses and metrics.
+
+    It cannot be created inside a compiled function. Keras would build the optimizer with it.
+    """
+    optimizer = model.optimizer
+    vars(model)["optimizer"] = None
+    try:
+        model._symbolic_build(data_batch=batch)
+    finally:
+        vars(model)["optimizer"] = optimizer
+
+
+def training_loss(model: keras.Model, batch: tuple[Any, ...]) -> Any:
+    """Returns the loss of a forward pass in training mode, as `train_step` computes it.
+
+    Which models take `training` in `call` and in `compute_loss`, Keras keeps to itself.
+    """
+    x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)
+    y_pred = model(x, training=True) if model._call_has_training_arg else model(x)
+    return model._compute_loss(x, y, y_pred, sample_weight, training=True)
+
+
+def seed_variables(model: keras.Model) -> list[keras.Variable]:
+    """Returns the states of all seed generators in a model; they are not among its weights."""
+    generators = [seed for layer in flatten(model) for seed in layer._seed_generators]
+    return list({id(seed.state): seed.state for seed in generators}.values())
+
+
+def flatten(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
+    """Returns a layer and all layers inside it, masks included."""
+    return list(layer._flatten_layers())
 
 
 def forget_functions(model: keras.Model) -> None:

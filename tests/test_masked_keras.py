@@ -109,6 +109,45 @@ def test_forgotten_functions_are_made_again():
     assert model.train_function is None
 
 
+def test_layers_of_float64_compute_in_float64():
+    third = np.full((2, 3), 1 / 3)
+    with _keras.double_precision():
+        x = ops.convert_to_tensor(third, dtype="float64")
+        dense = layers.Dense(2, activation="tanh", kernel_initializer="ones", dtype="float64")
+        outputs = [ops.mean(x, axis=-1), dense(x)]
+        for output, expected in zip(outputs, [1 / 3, np.tanh(1.0)], strict=True):
+            assert keras.backend.standardize_dtype(output.dtype) == "float64"
+            np.testing.assert_allclose(ops.convert_to_numpy(output), expected, rtol=1e-15)
+    if keras.backend.backend() != "tensorflow":
+        assert keras.backend.result_type("float64", "float32") == "float32"
+    if keras.backend.backend() == "jax":
+        assert ops.convert_to_tensor(third).dtype == "float32"
+
+
+def test_the_loss_is_built_without_the_optimizer():
+    outputs = [layers.Dense(2, name="a"), layers.Dense(1, name="b")]
+    inputs = keras.Input((4,))
+    model = keras.Model(inputs, [layer(inputs) for layer in outputs])
+    model.compile("adam", ["mse", "mae"])
+    batch = (np.ones((3, 4)), [np.ones((3, 2)), np.ones((3, 1))])
+    _keras.build_loss(model, batch)
+    assert len(model.metrics_variables) > 2  # those of each loss beside those of their sum
+    assert not model.optimizer.built
+    x, y = batch
+    loss = _keras.training_loss(model, (ops.convert_to_tensor(x), y))
+    expected = model.evaluate(x, y, verbose=0, return_dict=True)["loss"]
+    np.testing.assert_allclose(ops.convert_to_numpy(loss), expected, rtol=1e-5)
+
+
+def test_seed_variables_are_those_of_every_layer_inside():
+    inner = keras.Sequential([keras.Input((4,)), layers.Dropout(0.5), layers.Dense(2)])
+    model = keras.Sequential([keras.Input((4,)), inner, layers.GaussianNoise(1.0)])
+    seeds = _keras.seed_variables(model)
+    assert len(seeds) == 2
+    assert {id(seed) for seed in seeds} <= {id(v) for v in model.non_trainable_variables}
+    assert inner in _keras.flatten(model)
+
+
 def test_names():
     assert _keras.to_snake_case("MultiHeadAttention") == "multi_head_attention"
     assert _keras.to_snake_case("Conv2D") == "conv2d"

@@ -1,0 +1,265 @@
+"""Gradients of a model's loss by its effective weights, those of pruned entries included.
+
+A mask lets no gradient reach a pruned entry. Here the effective weights themselves are the
+variables of the loss: the masked layers read them in place of `mask(raw weight)`, so that a pruned
+entry is a zero like any other and has the gradient that it would have if it were alive.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+import masked_layers as ml
+from lottery_ticket_pruner.engine import Arrays, Examples
+from masked_layers import WeightRef, _keras
+from masked_layers.masks import raw_view
+
+Tensor = Any
+
+
+def loss_gradients(
+    model: keras.Model,
+    x: Arrays,
+    y: Arrays,
+    *,
+    sample_weight: Arrays | None = None,
+    batch_size: int = 256,
+) -> dict[str, np.ndarray]:
+    """The dense gradient of the loss of a compiled model by each masked weight's effective value.
+
+    The loss is what `fit` minimizes on the data: the compiled loss and what layers add to it with
+    `add_loss`. Penalties on the weights themselves (`kernel_regularizer` and the like) do not
+    count: they say nothing about the data.
+
+    The model runs in training mode, as in the steps whose gradient this is to foresee: batch
+    normalization takes the statistics of each batch (the moving ones of a new model hold nothing
+    yet), and dropout draws from the seeds that `fit` would use next.
+
+    The result is the mean over the batches, weighted by their number of examples: the gradient of
+    the loss over all examples at once, whatever the batch size, if the examples of a batch do not
+    depend on each other (batch normalization) and the loss is a mean over them, as Keras' losses
+    are by default.
+
+    The model is left exactly as it was: weights, masks, statistics, seeds, optimizer and metrics.
+    A second call with batches of the same shape uses the function compiled for the first.
+
+    Args:
+        model: compiled, masked or plain.
+        x: inputs, the examples along the first axis; or a list or dict of such arrays.
+        y: targets, likewise.
+        sample_weight: a weight per example, or None.
+        batch_size: examples per forward pass; it bounds the memory needed.
+
+    Returns:
+        A dict from the path of each masked weight (in a plain model of each maskable one) to an
+        array of the weight's shape: float64 for a float64 weight, else float32.
+
+    Raises:
+        ValueError: the model is not compiled or has nothing to prune, or there are no examples.
+    """
+    loss, data = _prepare(model, x, y, sample_weight)
+    return loss.named(loss.gradients(data, batch_size))
+
+
+class _Loss:
+    """The loss of a model as a pure function of its effective weights, and its derivatives.
+
+    Obtained from `_loss_of`, which keeps it for the next call: it holds the compiled functions.
+    """
+
+    def __init__(self, model: keras.Model) -> None:
+        self.model = model
+        self.refs = prunable_refs(model)
+        self.signature = _signature(model)
+        self._seeds = _keras.seed_variables(model)
+        self._others: list[keras.Variable] = []
+        if keras.backend.backend() == "jax":
+            # A compiled function on JAX would keep the value of a variable that it is not handed.
+            own = {id(variable) for variable in [ref.variable for ref in self.refs] + self._seeds}
+            everything = [*model.variables, *model.metrics_variables]
+            self._others = [variable for variable in everything if id(variable) not in own]
+        self._gradient = _compiled(model, self._trace_gradient)
+
+    def gradients(self, data: Examples, batch_size: int) -> list[np.ndarray]:
+        """The mean gradient over all examples."""
+        return self._mean(self._gradient, data, batch_size)
+
+    def named(self, arrays: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+        """The arrays by path, in the precision of the weights but in float32 at least."""
+        return {
+            ref.path: array.astype(
+                "float64" if ref.variable.dtype == "float64" else "float32", copy=False
+            )
+            for ref, array in zip(self.refs, arrays, strict=True)
+        }
+
+    def _mean(self, function: Callable, data: Examples, batch_size: int) -> list[np.ndarray]:
+        """The mean over all batches of what `function` gives, in float64."""
+        weights = [effective_value(ref) for ref in self.refs]
+        others = [variable.value for variable in self._others]
+        seeds = [ops.copy(variable.value) for variable in self._seeds]
+        totals = [np.zeros(ref.variable.shape, "float64") for ref in self.refs]
+        for start in range(0, len(data), batch_size):
+            batch = data.take(slice(start, start + batch_size))
+            share = len(keras.tree.flatten(batch)[0]) / len(data)
+            batch = keras.tree.map_structure(ops.convert_to_tensor, batch)
+            arrays, seeds = function(weights, seeds, others, batch)
+            for total, array in zip(totals, arrays, strict=True):
+                total += share * ops.convert_to_numpy(array).astype("float64")
+        return totals
+
+    def _trace_gradient(
+        self, weights: list[Tensor], seeds: list[Tensor], others: list[Tensor], batch: Any
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        return gradient(functools.partial(self._value, seeds, others, batch), weights)
+
+    def _value(
+        self, seeds: list[Tensor], others: list[Tensor], batch: Any, weights: list[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The loss on a batch at these effective weights, and the seeds after it."""
+        kernels = [ref.variable for ref in self.refs]
+        state = zip(
+            [*kernels, *self._seeds, *self._others], [*weights, *seeds, *others], strict=True
+        )
+        scope = keras.StatelessScope(list(state), collect_losses=True)
+        with raw_view(), _without_penalties(self.model), scope:
+            value = _keras.training_loss(self.model, batch)
+            return value, [scope.get_current_value(seed) for seed in self._seeds]
+
+
+def prunable_refs(model: keras.Model) -> list[WeightRef]:
+    """The masked weights of a model, in a plain model all that can be masked.
+
+    Raises:
+        ValueError: there are none.
+    """
+    refs = ml.weight_refs(model)
+    refs = [ref for ref in refs if ref.mask is not None] or refs
+    if not refs:
+        raise ValueError(f"The model {model.name!r} has no weight that can be pruned.")
+    return refs
+
+
+def effective_value(ref: WeightRef) -> Tensor:
+    """What to put in place of the raw weight for its layer, unmasked, to read the effective one."""
+    effective = ops.convert_to_tensor(getattr(ref.layer, ref.name))
+    with raw_view():
+        unmasked = getattr(ref.layer, ref.name)
+    if unmasked is ref.variable:
+        return effective
+    # Low-rank factors (LoRA) are added to the raw weight before the mask.
+    return effective - (unmasked - ref.variable.value)
+
+
+def gradient(
+    function: Callable[[list[Tensor]], tuple[Tensor, Any]], tensors: list[Tensor]
+) -> tuple[list[Tensor], Any]:
+    """The gradient of a scalar function, on any backend; also inside such a function.
+
+    Args:
+        function: gives the scalar and anything else that is to be handed on.
+        tensors: where to differentiate. Those that the function does not use have gradient 0.
+
+    Returns:
+        The gradients, one per tensor, and what the function gave beside the scalar.
+    """
+    backend = keras.backend.backend()
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(tensors)
+            value, rest = function(tensors)
+        gradients = tape.gradient(value, tensors, unconnected_gradients="zero")
+        # The gradient of a look-up comes as indices and values.
+        return [tf.convert_to_tensor(gradient) for gradient in gradients], rest
+    if backend == "jax":
+        import jax
+
+        return jax.grad(function, has_aux=True)(tensors)
+    if backend == "torch":
+        import torch
+
+        inner = any(tensor.requires_grad for tensor in tensors)
+        if not inner:
+            tensors = [tensor.detach().requires_grad_() for tensor in tensors]
+        with torch.enable_grad():
+            value, rest = function(tensors)
+            gradients = torch.autograd.grad(
+                value, tensors, create_graph=inner, materialize_grads=True
+            )
+        return list(gradients), rest
+    raise NotImplementedError(f"There are no gradients on the backend {backend!r}.")
+
+
+def _prepare(
+    model: keras.Model, x: Arrays, y: Arrays, sample_weight: Arrays | None
+) -> tuple[_Loss, Examples]:
+    if not getattr(model, "compiled", False):
+        raise ValueError(
+            f"The model {model.name!r} is not compiled, so it has no loss to differentiate. Call "
+            "`model.compile(loss=...)` first."
+        )
+    data = Examples.of(x, y, sample_weight)
+    lengths = {len(array) for array in keras.tree.flatten(data.host)}
+    if len(lengths) != 1 or 0 in lengths:
+        raise ValueError(
+            "Expected inputs and targets with one entry per example, and at least one example. "
+            f"Received arrays of lengths {sorted(lengths)}."
+        )
+    _keras.sync(model)
+    _keras.build_loss(model, data.take(slice(0, 1)))
+    return _loss_of(model), data
+
+
+def _loss_of(model: keras.Model) -> _Loss:
+    """The loss of a compiled model, made anew where something it was traced with has changed."""
+    loss = vars(model).get("_lottery_ticket_loss")
+    if loss is None or not _same(loss.signature, _signature(model)):
+        loss = _Loss(model)
+        # Past Keras' tracking, which would look for variables in it.
+        object.__setattr__(model, "_lottery_ticket_loss", loss)
+    return loss
+
+
+def _signature(model: keras.Model) -> list[Any]:
+    """The objects that a compiled function of the model depends on, held so that they live on."""
+    trainable = [layer.trainable for layer in _keras.flatten(model)]
+    variables = [*model.variables, *model.metrics_variables]
+    return [*_keras.compile_arguments(model), *variables, *trainable]
+
+
+def _same(one: list[Any], other: list[Any]) -> bool:
+    return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
+
+
+def _compiled(model: keras.Model, function: Callable) -> Callable:
+    if not model.run_eagerly and keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        return tf.function(function, autograph=False, reduce_retracing=True)
+    if not model.run_eagerly and keras.backend.backend() == "jax":
+        import jax
+
+        return jax.jit(function)
+    return function
+
+
+@contextlib.contextmanager
+def _without_penalties(model: keras.Model) -> Iterator[None]:
+    """Leaves out what regularizers of weights would add to the loss."""
+    found = [(v, v.regularizer) for v in model.trainable_variables if v.regularizer is not None]
+    for variable, _ in found:
+        variable.regularizer = None
+    try:
+        yield
+    finally:
+        for variable, regularizer in found:
+            variable.regularizer = regularizer

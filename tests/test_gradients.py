@@ -1,0 +1,226 @@
+"""Dense gradients against central differences in float64, and against each backend's own."""
+
+import keras
+import numpy as np
+import pytest
+
+import masked_layers as ml
+from lottery_ticket_pruner import gradients
+from masked_layers import _keras
+from masked_layers.masks import raw_view
+
+BACKEND = keras.backend.backend()
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(10, 6, 3)).astype("float32")
+Y = RNG.integers(0, 4, size=10)
+WEIGHT = RNG.uniform(0.5, 2, size=10).astype("float32")
+
+
+@pytest.fixture
+def float64():
+    """Makes layers that compute in float64."""
+    keras.config.set_dtype_policy("float64")
+    keras.config.set_floatx("float64")
+    with _keras.double_precision():
+        yield
+    keras.config.set_floatx("float32")
+
+
+def small_model(loss=None, norm=False):
+    """Nested, with a convolution, a layer used twice, a penalty, and masks with pruned entries."""
+    inner_input = keras.Input((4,))
+    inner = keras.Model(inner_input, keras.layers.Dense(4, activation="tanh")(inner_input))
+    x = inputs = keras.Input((6, 3))
+    x = keras.layers.Conv1D(4, 3, activation="tanh", kernel_regularizer="l2")(x)
+    if norm:
+        x = keras.layers.BatchNormalization()(x)
+    x = inner(inner(keras.layers.GlobalAveragePooling1D()(x)))
+    model = ml.convert_to_masked(keras.Model(inputs, keras.layers.Dense(4)(x)))
+    prune_some(model)
+    model.compile("sgd", loss or keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    return model
+
+
+def prune_some(model, share=0.4):
+    rng = np.random.default_rng(1)
+    masks = {path: rng.random(mask.shape) > share for path, mask in ml.get_masks(model).items()}
+    ml.set_masks(model, masks)
+
+
+def state(model):
+    variables = [*model.variables, *model.metrics_variables, *model.optimizer.variables]
+    return [np.array(keras.ops.convert_to_numpy(variable)) for variable in variables]
+
+
+def compiled_loss(model):
+    """The compiled loss of a plain model, worked out beside its trainer."""
+    return float(keras.ops.convert_to_numpy(model.loss(Y, model(X, training=True))))
+
+
+def test_alive_and_pruned_entries_agree_with_central_differences(float64):
+    model = small_model()
+    found = gradients.loss_gradients(model, X, Y, batch_size=4)
+    # A copy in which pruned entries are zeros of alive weights.
+    bare = ml.strip_masks(model)
+    step = 1e-5
+    for ref in ml.weight_refs(bare):
+        values = keras.ops.convert_to_numpy(ref.variable).copy()
+        mask = ml.get_masks(model)[ref.path]
+        for index in [*np.argwhere(mask)[:4], *np.argwhere(~mask)[:4]]:
+            around = []
+            for sign in (1, -1):
+                moved = values.copy()
+                moved[tuple(index)] += sign * step
+                ref.variable.assign(moved)
+                around.append(compiled_loss(bare))
+            expected = (around[0] - around[1]) / (2 * step)
+            assert found[ref.path].dtype == "float64"
+            assert found[ref.path][tuple(index)] == pytest.approx(expected, rel=1e-6, abs=1e-9)
+            assert expected != 0
+        ref.variable.assign(values)
+
+
+def test_alive_entries_have_the_gradient_that_an_sgd_step_follows():
+    model = small_model()
+    for variable in model.trainable_variables:
+        variable.regularizer = None
+    model.optimizer.learning_rate = 1.0
+    found = gradients.loss_gradients(model, X, Y, sample_weight=WEIGHT)
+    before = {ref.path: keras.ops.convert_to_numpy(ref.variable) for ref in ml.masked_refs(model)}
+    before = {path: value.copy() for path, value in before.items()}
+    model.fit(X, Y, sample_weight=WEIGHT, batch_size=len(X), verbose=0)
+    for ref in ml.masked_refs(model):
+        step = before[ref.path] - keras.ops.convert_to_numpy(ref.variable)
+        alive = keras.ops.convert_to_numpy(ref.mask.value)
+        np.testing.assert_allclose(step, found[ref.path] * alive, rtol=1e-4, atol=1e-6)
+
+
+def test_the_mean_does_not_depend_on_the_batch_size():
+    model = small_model()
+    whole = gradients.loss_gradients(model, X, Y, sample_weight=WEIGHT, batch_size=10)
+    for batch_size in (3, 7):
+        parts = gradients.loss_gradients(model, X, Y, sample_weight=WEIGHT, batch_size=batch_size)
+        for path, array in whole.items():
+            np.testing.assert_allclose(parts[path], array, rtol=1e-4, atol=1e-6)
+
+
+def test_a_penalty_on_weights_does_not_count_and_an_added_loss_does():
+    class Adding(keras.layers.Layer):
+        def call(self, x):
+            self.add_loss(100 * keras.ops.mean(keras.ops.square(x)))
+            return x
+
+    def build(*extra, penalty=None):
+        keras.utils.set_random_seed(3)
+        model = keras.Sequential(
+            [
+                keras.Input((6, 3)),
+                keras.layers.Flatten(),
+                keras.layers.Dense(4, kernel_regularizer=penalty, name="dense"),
+                *extra,
+            ]
+        )
+        model = ml.convert_to_masked(model)
+        model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+        return gradients.loss_gradients(model, X, Y)["dense/kernel"]
+
+    plain = build()
+    np.testing.assert_array_equal(build(penalty=keras.regularizers.L2(10.0)), plain)
+    assert np.abs(build(Adding()) - plain).max() > 1
+
+
+def test_the_model_stays_as_it_was_and_nothing_is_traced_again(monkeypatch):
+    inputs = keras.Input((6, 3))
+    x = keras.layers.Dropout(0.5, seed=1)(keras.layers.Dense(5)(inputs))
+    x = keras.layers.Flatten()(keras.layers.BatchNormalization()(x))
+    outputs = [keras.layers.Dense(4, name="a")(x), keras.layers.Dense(1, name="b")(x)]
+    model = ml.convert_to_masked(keras.Model(inputs, outputs))
+    prune_some(model)
+    losses = [keras.losses.SparseCategoricalCrossentropy(from_logits=True), "mse"]
+    model.compile("adam", losses, metrics=[["accuracy"], ["mae"]])
+    targets = [Y, WEIGHT[:, None]]
+    model.fit(X, targets, verbose=0)
+    before = state(model)
+    traces = []
+    original = gradients._Loss._value
+    monkeypatch.setattr(
+        gradients._Loss, "_value", lambda *args: traces.append(1) or original(*args)
+    )
+    first = gradients.loss_gradients(model, X, targets, batch_size=5)
+    count = len(traces)
+    second = gradients.loss_gradients(model, X, targets, batch_size=5)
+    for path, array in first.items():
+        np.testing.assert_array_equal(second[path], array)  # dropout starts from the same seed
+    for old, new in zip(before, state(model), strict=True):
+        np.testing.assert_array_equal(new, old)
+    if BACKEND != "torch":
+        assert count == 1
+        assert len(traces) == 1
+    prune_some(model, share=0.9)  # seen without a new trace
+    third = gradients.loss_gradients(model, X, targets, batch_size=5)
+    assert any(np.abs(third[path] - array).max() > 1e-3 for path, array in first.items())
+    assert BACKEND == "torch" or len(traces) == 1
+    model.compile("adam", ["sparse_categorical_crossentropy", "mae"])
+    fourth = gradients.loss_gradients(model, X, targets, batch_size=5)
+    assert any(np.abs(fourth[path] - array).max() > 1e-3 for path, array in third.items())
+
+
+def test_batch_normalization_takes_the_statistics_of_the_batch():
+    model = small_model(norm=True)
+    before = gradients.loss_gradients(model, X, Y)
+    statistics = [v for v in model.non_trainable_weights if "moving" in v.name]
+    assert len(statistics) == 2
+    for variable in statistics:
+        variable.assign(variable + 5.0)
+    after = gradients.loss_gradients(model, X, Y)
+    for path, array in before.items():
+        np.testing.assert_array_equal(after[path], array)
+
+
+def test_it_can_be_asked_for_while_the_model_trains():
+    class Ask(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            self.last = gradients.loss_gradients(self.model, X, Y)
+
+    model, ask = small_model(), Ask()
+    model.fit(X, Y, batch_size=4, verbose=0, callbacks=[ask])
+    for path, array in gradients.loss_gradients(model, X, Y).items():
+        np.testing.assert_allclose(ask.last[path], array, rtol=1e-5, atol=1e-7)
+
+
+def test_low_rank_factors_are_part_of_the_effective_weight():
+    dense = keras.layers.Dense(4, name="dense")
+    model = keras.Sequential([keras.Input((6, 3)), keras.layers.Flatten(), dense])
+    dense.enable_lora(2)
+    dense.lora_kernel_b.assign(RNG.normal(size=dense.lora_kernel_b.shape))
+    merged = keras.Sequential(
+        [keras.Input((6, 3)), keras.layers.Flatten(), keras.layers.Dense(4, name="dense")]
+    )
+    masked = [ml.convert_to_masked(each) for each in (model, merged)]
+    with raw_view():
+        masked[1].layers[-1].kernel.assign(keras.ops.convert_to_numpy(dense.kernel))
+    found = []
+    for each in masked:
+        prune_some(each)
+        each.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+        found.append(gradients.loss_gradients(each, X, Y)["dense/kernel"])
+    np.testing.assert_allclose(*found, rtol=1e-4, atol=1e-6)
+
+
+def test_a_plain_model_gives_all_that_can_be_pruned():
+    model = keras.Sequential([keras.Input((6, 3)), keras.layers.Flatten(), keras.layers.Dense(4)])
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    masked = ml.convert_to_masked(model)
+    plain, masked = (gradients.loss_gradients(each, X, Y) for each in (model, masked))
+    np.testing.assert_array_equal(plain["dense/kernel"], masked["dense/kernel"])
+
+
+def test_what_cannot_be_differentiated_is_refused():
+    model = ml.convert_to_masked(keras.Sequential([keras.Input((3,)), keras.layers.Dense(4)]))
+    with pytest.raises(ValueError, match=r"not compiled.*compile\(loss"):
+        gradients.loss_gradients(model, X[:, 0], Y)
+    model.compile(loss="mse")
+    with pytest.raises(ValueError, match=r"lengths \[3, 10\]"):
+        gradients.loss_gradients(model, X[:, 0], Y[:3])
+    with pytest.raises(ValueError, match=r"lengths \[0\]"):
+        gradients.loss_gradients(model, X[:0, 0], Y[:0])
