@@ -4,16 +4,18 @@ Pure functions on arrays. Ranking is by partition, so that it costs little more 
 order statistic; weights with equal scores go in an order that the seed alone decides.
 """
 
+import copy
 import dataclasses
+import functools
 import hashlib
 import math
 import numbers
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from lottery_ticket_pruner import criteria
+from lottery_ticket_pruner import criteria, distributions, structures
 
 # 0.29 * 100 is 28.999999999999996 in floating point; 29 is meant.
 _ROUNDING = 1e-6
@@ -23,6 +25,9 @@ _HOW_TO_RECORD = {
     "final": "Record them with `pruner.set_pretrained_weights(model)` after training.",
     "current": "Pass the raw weights as `current`.",
 }
+
+# Weights scored at a time: a criterion's intermediate arrays stay in the processor's cache.
+_CHUNK = 2**17
 
 Share = float | Mapping[str, float]
 
@@ -34,6 +39,7 @@ class Weights:
     Args:
         mask: bool array, True where a weight is alive.
         output_axes: the axes that index outputs, for `scope="output"`; the last one by default.
+        input_axes: the axes that index inputs, for structures; the last one but one by default.
         initial: array of the recorded initial weights (any real dtype), or None.
         final: array of the recorded final weights, or None.
         current: array of the raw weights as they are now, or None.
@@ -41,9 +47,15 @@ class Weights:
 
     mask: np.ndarray
     output_axes: tuple[int, ...] = (-1,)
+    input_axes: tuple[int, ...] = (-2,)
     initial: np.ndarray | None = None
     final: np.ndarray | None = None
     current: np.ndarray | None = None
+
+    @property
+    def layout(self) -> structures.Layout:
+        """What the axes mean."""
+        return structures.Layout(self.mask.shape, self.input_axes, self.output_axes)
 
 
 def drop_count(
@@ -53,6 +65,7 @@ def drop_count(
     rate: float | None = None,
     sparsity: float | None = None,
     where: str = "the weights",
+    unit: str = "weights",
 ) -> int:
     """The exact number of alive weights to drop now.
 
@@ -63,6 +76,7 @@ def drop_count(
         sparsity: share of all weights that are pruned afterwards:
             `floor(sparsity * size + 1e-6)` less those that are dead already.
         where: what the error message calls these weights.
+        unit: what it says is counted.
 
     Raises:
         ValueError: not exactly one of `rate` and `sparsity`, one outside [0, 1), or a `sparsity`
@@ -76,7 +90,7 @@ def drop_count(
     if drop < 0:
         raise ValueError(
             f"A sparsity of {share} was asked for, but {where} is already sparser: "
-            f"{size - alive} of {size} weights are pruned, and pruned weights do not come back. "
+            f"{size - alive} of {size} {unit} are pruned, and pruned weights do not come back. "
             "Ask for a higher sparsity, give a `rate`, or reset the masks first."
         )
     return drop
@@ -97,17 +111,13 @@ def drop_lowest(
         ValueError: shapes that differ, a NaN among the alive scores, or a `drop` that is negative
             or more than there are alive.
     """
-    if scores.shape != mask.shape:
-        raise ValueError(f"scores of shape {scores.shape} for a mask of shape {mask.shape}.")
-    alive = int(np.count_nonzero(mask))
-    if not 0 <= drop <= alive:
-        raise ValueError(f"`drop` must be in [0, {alive}], the number alive. Received: {drop}")
+    alive = _check_drop(scores, mask, drop)
     if drop == 0:
         return mask.copy()
     competing = scores.copy() if alive == mask.size else scores[mask]
     lowest = competing.min()
     if np.isnan(lowest):
-        raise ValueError("NaN among the scores of alive weights; scores must be numbers.")
+        raise ValueError(_NAN)
     # Many equal scores (flipped weights, weights that never moved) slow a partition down tenfold,
     # and in practice they are the lowest ones.
     if drop <= np.count_nonzero(competing == lowest):
@@ -116,9 +126,29 @@ def drop_lowest(
         competing.partition(drop - 1)
         threshold = competing[drop - 1]
     del competing  # as large as the scores: not wanted beside the arrays below
+    return _drop_up_to(threshold, scores, mask, alive - drop, rng)
+
+
+_NAN = "NaN among the scores of alive weights; scores must be numbers."
+
+
+def _check_drop(scores: np.ndarray, mask: np.ndarray, drop: int) -> int:
+    """How many are alive, after a look at the arguments of `drop_lowest`."""
+    if scores.shape != mask.shape:
+        raise ValueError(f"scores of shape {scores.shape} for a mask of shape {mask.shape}.")
+    alive = int(np.count_nonzero(mask))
+    if not 0 <= drop <= alive:
+        raise ValueError(f"`drop` must be in [0, {alive}], the number alive. Received: {drop}")
+    return alive
+
+
+def _drop_up_to(
+    threshold: float, scores: np.ndarray, mask: np.ndarray, keep: int, rng: np.random.Generator
+) -> np.ndarray:
+    """The mask of the `keep` weights above the threshold, and of some that are at it."""
     kept = scores > threshold
     kept &= mask
-    spared = alive - drop - int(np.count_nonzero(kept))
+    spared = keep - int(np.count_nonzero(kept))
     if spared:
         tied = scores == threshold
         tied &= mask
@@ -138,6 +168,8 @@ def update(
     sparsity: Share | None = None,
     scope: str | None = None,
     seed: int = 0,
+    structure: structures.Identifier | None = None,
+    distribution: distributions.Identifier | None = None,
 ) -> dict[str, np.ndarray]:
     """New masks for all kernels, each scope at its exact count, by what the criterion ranks lowest.
 
@@ -148,13 +180,19 @@ def update(
         criterion: whatever `criteria.get` takes.
         weights: the kernels by path. Nothing in them is changed.
         rate: share of the alive weights to drop now, in [0, 1). Or a mapping from a pattern to a
-            share: the first one that `re.search` finds in the path holds, the key `"default"`
-            holds for the rest. A pattern that is found in no path is an error.
+            share: a key that is the path itself holds, else the first one that `re.search` finds in
+            the path, else the key `"default"`. A pattern that is found in no path is an error.
         sparsity: share of all weights that are pruned afterwards, likewise. Exactly one of the two.
         scope: who competes: `"layer"` (each kernel alone), `"global"` (all weights together) or
             `"output"` (each output unit of each kernel alone). By default `"layer"`, or the scope
             that the criterion insists on.
         seed: non-negative integer for random scores and for the order of ties.
+        structure: whatever `structures.get` takes. Tiles of weights then compete, and rates,
+            sparsities and counts are those of tiles; a tile is alive as long as one of its weights
+            is. N:M sets the sparsity itself and takes none of `rate`, `sparsity`, `scope` and
+            `distribution`. Kernels without such tiles stay as they are and count for nothing.
+        distribution: whatever `distributions.get` takes: shares `sparsity`, which is then that of
+            all kernels together, out among them. With tiles the shares are rounded to whole ones.
 
     Returns:
         A dict from path to a new bool mask, in the order of `weights`.
@@ -162,89 +200,331 @@ def update(
     Raises:
         ValueError: shares, scope or criterion that make no sense; no kernels; a record that is
             missing, has another shape than its mask or holds a NaN or an infinity; a sparsity
-            already exceeded. The message names the path.
+            already exceeded; a structure that applies to no kernel. The message names the path.
     """
+    structure = None if structure is None else structures.get(structure)
+    criterion, scope, kernels = _admit(criterion, weights, scope, seed, structure)
+    if structure is not None and structure.kept is not None:
+        _refuse_amounts(structure, rate=rate, sparsity=sparsity, distribution=distribution)
+        amounts = None
+    else:
+        if distribution is not None:
+            sparsity = _distribute(distribution, kernels, scope, rate, sparsity)
+        name, share = _one_of(rate, sparsity)
+        shares = _shares(name, share, kernels, scope)
+        amounts = {path: {name: value} for path, value in shares.items()}
+    pruned = {}
+    for contest in _contests(criterion, kernels, scope, seed, structure):
+        pruned |= contest.prune(amounts and amounts[contest.paths[0]])
+    return _in_order(weights, pruned)
+
+
+def update_many(
+    criterion: criteria.Identifier,
+    weights: Mapping[str, Weights],
+    *,
+    sparsities: Sequence[Share],
+    scope: str | None = None,
+    seed: int = 0,
+    structure: structures.Identifier | None = None,
+) -> Iterator[dict[str, np.ndarray]]:
+    """The masks of `update` for each of many sparsities, from one ranking.
+
+    Every one is what `update(criterion, weights, sparsity=..., scope=scope, seed=seed)` returns for
+    these same weights, ties included: they do not build on each other, and need no order. Weights
+    are scored and sorted once; each mask then costs a comparison per weight.
+
+    Args:
+        criterion: as for `update`.
+        weights: as for `update`.
+        sparsities: shares of all weights that are pruned afterwards: numbers or mappings.
+        scope: as for `update`.
+        seed: as for `update`.
+        structure: as for `update`, but for those that fix the sparsity themselves.
+
+    Returns:
+        An iterator over dicts from path to bool mask, one for each sparsity. Masks are made when
+        they are asked for.
+
+    Raises:
+        ValueError: what `update` refuses.
+    """
+    structure = None if structure is None else structures.get(structure)
+    criterion, scope, kernels = _admit(criterion, weights, scope, seed, structure)
+    if structure is not None and structure.kept is not None:
+        _refuse_amounts(structure, sparsities=sparsities)
+    shares = [_shares("sparsity", share, kernels, scope) for share in sparsities]
+    contests = list(_contests(criterion, kernels, scope, seed, structure))
+
+    def masks() -> Iterator[dict[str, np.ndarray]]:
+        for share in shares:
+            pruned: dict[str, np.ndarray] = {}
+            for contest in contests:
+                pruned |= contest.prune({"sparsity": share[contest.paths[0]]}, again=True)
+            yield _in_order(weights, pruned)
+
+    return masks()
+
+
+def _admit(
+    criterion: criteria.Identifier,
+    weights: Mapping[str, Weights],
+    scope: str | None,
+    seed: int,
+    structure: structures.Structure | None,
+) -> tuple[criteria.Criterion, str, dict[str, Weights]]:
+    """The criterion, the scope, and the checked kernels to which the structure applies."""
     criterion = criteria.get(criterion)
-    scope = resolve_scope(criterion, scope)
-    name, share = _one_of(rate, sparsity)
+    if structure is not None and structure.kept is not None:
+        _refuse_amounts(structure, scope=scope)
+        # Who competes is settled; what may still matter is which weights are scored together.
+        scope = "global" if criterion.scope == "global" else "layer"
+    else:
+        scope = resolve_scope(criterion, scope)
+    if structure is not None and scope == "output":
+        raise ValueError(
+            f"{structure} makes tiles of whole layers compete, which contradicts "
+            f'scope="output" (criterion {criterion.name!r}). Use "layer" or "global".'
+        )
     if isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or seed < 0:
         raise ValueError(f"`seed` must be a non-negative integer. Received: seed={seed!r}")
     if not weights:
         raise ValueError("There are no weights to prune: the mapping of weights is empty.")
-    shares = _shares(name, share, weights, scope)
-    kernels = {path: _prepare(criterion, path, kernel) for path, kernel in weights.items()}
+    kernels = {
+        path: _prepare(criterion, path, kernel)
+        for path, kernel in weights.items()
+        if structure is None or structure.applies(kernel.layout)
+    }
+    if not kernels:
+        raise ValueError(f"{structure} applies to none of the weights {list(weights)}.")
+    return criterion, scope, kernels
 
-    if scope == "global":
-        paths = sorted(kernels)
-        group = (criterion, [kernels[path] for path in paths], {name: share})
-        joined = _prune_together(*group, _generator(seed, ""), "the model as a whole")
-        ends = np.cumsum([kernels[path].mask.size for path in paths])
-        masks = dict(zip(paths, np.split(joined, ends[:-1]), strict=True))
-        return {path: masks[path].reshape(kernels[path].mask.shape) for path in weights}
-    prune = _prune_outputs if scope == "output" else _prune_alone
+
+def _refuse_amounts(structure: structures.Structure, **arguments: object) -> None:
+    given = {name: value for name, value in arguments.items() if value is not None}
+    if given:
+        raise ValueError(
+            f"{structure} says itself how many weights stay, and which compete. Leave out: {given}"
+        )
+
+
+def _distribute(
+    distribution: distributions.Identifier,
+    kernels: Mapping[str, Weights],
+    scope: str,
+    rate: Share | None,
+    sparsity: Share | None,
+) -> dict[str, float]:
+    if rate is not None or isinstance(sparsity, Mapping | None) or scope != "layer":
+        raise ValueError(
+            "A `distribution` shares one `sparsity` of all kernels together out among them: give a "
+            f'number, no `rate`, and the scope "layer". Received: distribution={distribution!r}, '
+            f"rate={rate!r}, sparsity={sparsity!r}, scope={scope!r}"
+        )
+    _check_share("sparsity", sparsity)
+    shapes = {path: kernel.mask.shape for path, kernel in kernels.items()}
+    return distributions.get(distribution)(shapes, sparsity)
+
+
+def _in_order(
+    weights: Mapping[str, Weights], pruned: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
     return {
-        path: prune(criterion, kernel, {name: shares[path]}, _generator(seed, path), repr(path))
-        for path, kernel in kernels.items()
+        path: pruned[path] if path in pruned else np.array(kernel.mask, dtype=bool)
+        for path, kernel in weights.items()
     }
 
 
-def _prune_alone(
+# --- Contests -------------------------------------------------------------------------------------
+
+
+def _contests(
     criterion: criteria.Criterion,
-    kernel: Weights,
-    amount: dict[str, float],
-    rng: np.random.Generator,
-    where: str,
-) -> np.ndarray:
-    return _prune_together(criterion, [kernel], amount, rng, where).reshape(kernel.mask.shape)
+    kernels: Mapping[str, Weights],
+    scope: str,
+    seed: int,
+    structure: structures.Structure | None,
+) -> "Iterator[_Contest | _OutputContests]":
+    if scope == "global":
+        together = {path: kernels[path] for path in sorted(kernels)}
+        rng = _generator(seed, "")
+        yield _Contest(criterion, together, rng, "the model as a whole", structure)
+        return
+    for path, kernel in kernels.items():
+        rng = _generator(seed, path)
+        if scope == "output":
+            yield _OutputContests(criterion, path, kernel, rng)
+        else:
+            yield _Contest(criterion, {path: kernel}, rng, repr(path), structure)
 
 
-def _prune_outputs(
-    criterion: criteria.Criterion,
-    kernel: Weights,
-    amount: dict[str, float],
-    rng: np.random.Generator,
-    where: str,
-) -> np.ndarray:
-    first = range(len(kernel.output_axes))
-    moved_shape = np.moveaxis(kernel.mask, kernel.output_axes, first).shape
-    units, inputs = math.prod(moved_shape[: len(first)]), math.prod(moved_shape[len(first) :])
+class _Contest:
+    """Kernels whose weights, or tiles, compete with each other.
 
-    def rows(array: np.ndarray) -> np.ndarray:
-        return np.moveaxis(array, kernel.output_axes, first).reshape(units, inputs)
+    They are scored when the first one has to go. `prune` may be called more than once with
+    `again=True`: then the scores are kept and sorted, and every call starts from the same masks and
+    from the same state of the generator.
+    """
 
-    mask = rows(kernel.mask)
-    records = {record: rows(array) for record, array in _records(kernel).items()}
-    pruned = np.empty_like(mask)
-    for unit in range(units):
-        row = Weights(mask=mask[unit], **{name: array[unit] for name, array in records.items()})
-        pruned[unit] = _prune_together(criterion, [row], amount, rng, f"{where}, output {unit}")
-    return np.ascontiguousarray(np.moveaxis(pruned.reshape(moved_shape), first, kernel.output_axes))
+    def __init__(
+        self,
+        criterion: criteria.Criterion,
+        kernels: Mapping[str, Weights],
+        rng: np.random.Generator,
+        where: str,
+        structure: structures.Structure | None = None,
+    ) -> None:
+        self.paths = list(kernels)
+        self._criterion = criterion
+        self._kernels = list(kernels.values())
+        self._rng = rng
+        self._where = where
+        self._structure = structure
+        if structure is None:
+            self._alive = _join([kernel.mask for kernel in self._kernels])
+        else:
+            self._members = [self._cut(kernel.mask, kernel) for kernel in self._kernels]
+            self._alive = np.concatenate([tiles.any(axis=1) for tiles in self._members])
+
+    def prune(
+        self, amount: Mapping[str, float] | None, *, again: bool = False
+    ) -> dict[str, np.ndarray]:
+        """The new mask of each kernel."""
+        if amount is None:
+            return dict(zip(self.paths, self._best_of_each_tile(), strict=True))
+        alive = int(np.count_nonzero(self._alive))
+        unit = "weights" if self._structure is None else "tiles"
+        drop = drop_count(self._alive.size, alive, where=self._where, unit=unit, **amount)
+        if drop == 0:
+            kept = self._alive.copy()
+        else:
+            try:
+                kept = self._drop_again(drop, alive) if again else self._drop(drop)
+            except ValueError as error:
+                name = self._criterion.name
+                raise ValueError(f"Criterion {name!r} on {self._where}: {error}") from error
+        reached = int(np.count_nonzero(kept))
+        assert reached == alive - drop, f"{reached} {unit} alive in {self._where}, not {alive}"
+        return dict(zip(self.paths, self._spread(kept), strict=True))
+
+    def _drop(self, drop: int) -> np.ndarray:
+        return drop_lowest(self._scores(), self._alive, drop, self._rng)
+
+    def _drop_again(self, drop: int, alive: int) -> np.ndarray:
+        scores, ordered, rng = self._ranking
+        return _drop_up_to(ordered[drop - 1], scores, self._alive, alive - drop, copy.deepcopy(rng))
+
+    @functools.cached_property
+    def _ranking(self) -> tuple[np.ndarray, np.ndarray, np.random.Generator]:
+        scores = self._scores()
+        _check_drop(scores, self._alive, 0)
+        ordered = np.sort(scores[self._alive])
+        if np.isnan(ordered[-1]):
+            raise ValueError(_NAN)
+        return scores, ordered, self._rng
+
+    def _scores(self) -> np.ndarray:
+        """One score per weight or tile."""
+        scores = self._weight_scores()
+        if self._structure is None:
+            return scores
+        return np.concatenate(
+            [
+                self._structure.pool(self._cut(part, kernel), tiles)
+                for part, kernel, tiles in self._parts(scores)
+            ]
+        )
+
+    def _weight_scores(self) -> np.ndarray:
+        if self._criterion.elementwise:
+            return _score_in_chunks(self._criterion, self._kernels, self._rng)
+        masks = [kernel.mask for kernel in self._kernels]
+        mask = self._alive if self._structure is None else _join(masks)
+        return _score(self._criterion, self._kernels, mask, self._rng, self._where)
+
+    def _parts(self, scores: np.ndarray) -> Iterator[tuple[np.ndarray, Weights, np.ndarray]]:
+        sizes = [kernel.mask.size for kernel in self._kernels]
+        if scores.shape != (sum(sizes),):
+            raise ValueError(f"scores of shape {scores.shape} for {sum(sizes)} weights.")
+        parts = np.split(scores, np.cumsum(sizes)[:-1])
+        for part, kernel, tiles in zip(parts, self._kernels, self._members, strict=True):
+            yield part.reshape(kernel.mask.shape), kernel, tiles
+
+    def _cut(self, array: np.ndarray, kernel: Weights) -> np.ndarray:
+        layout = kernel.layout
+        return structures.cut(array, layout, self._structure.tile(layout))
+
+    def _paste(self, tiles: np.ndarray, kernel: Weights) -> np.ndarray:
+        layout = kernel.layout
+        return structures.paste(tiles, layout, self._structure.tile(layout))
+
+    def _spread(self, kept: np.ndarray) -> Iterator[np.ndarray]:
+        """The masks of the kernels, of the flags of the weights or tiles that are kept."""
+        if self._structure is None:
+            ends = np.cumsum([kernel.mask.size for kernel in self._kernels])
+            for part, kernel in zip(np.split(kept, ends[:-1]), self._kernels, strict=True):
+                yield part.reshape(kernel.mask.shape)
+            return
+        ends = np.cumsum([len(tiles) for tiles in self._members])
+        parts = np.split(kept, ends[:-1])
+        for part, kernel, tiles in zip(parts, self._kernels, self._members, strict=True):
+            yield self._paste(tiles & part[:, None], kernel)
+
+    def _best_of_each_tile(self) -> Iterator[np.ndarray]:
+        for part, kernel, tiles in self._parts(self._weight_scores()):
+            scores = self._cut(part, kernel)
+            if np.isnan(scores[tiles]).any():
+                raise ValueError(f"Criterion {self._criterion.name!r} on {self._where}: {_NAN}")
+            # The last key counts first: the dead, then the lowest, then chance.
+            chance = self._rng.random(scores.shape, dtype=np.float32)
+            order = np.lexsort((chance, scores, tiles), axis=-1)
+            best = np.zeros_like(tiles)
+            np.put_along_axis(best, order[:, -self._structure.kept :], True, axis=-1)
+            yield self._paste(tiles & best, kernel)
 
 
-def _prune_together(
-    criterion: criteria.Criterion,
-    kernels: Sequence[Weights],
-    amount: dict[str, float],
-    rng: np.random.Generator,
-    where: str,
-) -> np.ndarray:
-    """The new mask, as one 1-D array, of kernels that form one competition group."""
-    mask = _join([kernel.mask for kernel in kernels])
-    alive = int(np.count_nonzero(mask))
-    drop = drop_count(mask.size, alive, where=where, **amount)
-    if drop == 0:
-        return mask.copy()
-    scores = _scores(criterion, kernels, mask, rng, where)
-    try:
-        pruned = drop_lowest(scores, mask, drop, rng)
-    except ValueError as error:
-        raise ValueError(f"Criterion {criterion.name!r} on {where}: {error}") from error
-    reached = int(np.count_nonzero(pruned))
-    assert reached == alive - drop, f"{reached} alive in {where}, {alive - drop} expected"
-    return pruned
+class _OutputContests:
+    """A contest for each output of one kernel."""
+
+    def __init__(
+        self,
+        criterion: criteria.Criterion,
+        path: str,
+        kernel: Weights,
+        rng: np.random.Generator,
+    ) -> None:
+        self.paths = [path]
+        self._axes = kernel.output_axes
+        self._first = range(len(self._axes))
+        self._shape = np.moveaxis(kernel.mask, self._axes, self._first).shape
+        units = math.prod(self._shape[: len(self._axes)])
+        inputs = math.prod(self._shape[len(self._axes) :])
+
+        def rows(array: np.ndarray) -> np.ndarray:
+            return np.moveaxis(array, self._axes, self._first).reshape(units, inputs)
+
+        mask = rows(kernel.mask)
+        records = {name: rows(array) for name, array in _records(kernel).items()}
+        self._contests = [
+            _Contest(
+                criterion,
+                {path: Weights(mask=mask[i], **{name: a[i] for name, a in records.items()})},
+                # Of its own, so that what one output draws does not depend on the others.
+                unit_rng,
+                f"{path!r}, output {i}",
+            )
+            for i, unit_rng in enumerate(rng.spawn(units))
+        ]
+
+    def prune(self, amount: Mapping[str, float], *, again: bool = False) -> dict[str, np.ndarray]:
+        """The new mask of the kernel."""
+        (path,) = self.paths
+        rows = [contest.prune(amount, again=again)[path] for contest in self._contests]
+        pruned = np.array(rows, dtype=bool).reshape(self._shape)
+        return {path: np.ascontiguousarray(np.moveaxis(pruned, self._first, self._axes))}
 
 
-def _scores(
+def _score(
     criterion: criteria.Criterion,
     kernels: Sequence[Weights],
     mask: np.ndarray,
@@ -267,6 +547,27 @@ def _scores(
             f"recorded, and are None: {', '.join(missing)}. "
             + " ".join(_HOW_TO_RECORD[name] for name in missing)
         ) from error
+
+
+def _score_in_chunks(
+    criterion: criteria.Criterion, kernels: Sequence[Weights], rng: np.random.Generator
+) -> np.ndarray:
+    """Scores without a copy of the records: straight into one array, some weights at a time."""
+    arrays = [array for kernel in kernels for array in _records(kernel).values()]
+    scores = np.empty(
+        sum(kernel.mask.size for kernel in kernels), np.result_type(np.float32, *arrays)
+    )
+    done = 0
+    for kernel in kernels:
+        mask = _join([kernel.mask])
+        records = {name: _join([array]) for name, array in _records(kernel).items()}
+        for start in range(0, mask.size, _CHUNK):
+            chunk = slice(start, start + _CHUNK)
+            part = {name: array[chunk] for name, array in records.items()}
+            group = criteria.Group(mask=mask[chunk], rng=rng, **part)
+            scores[done : done + group.mask.size] = criterion(group)
+            done += group.mask.size
+    return scores
 
 
 def _join(arrays: Sequence[np.ndarray]) -> np.ndarray:
@@ -309,7 +610,8 @@ def _prepare(criterion: criteria.Criterion, path: str, kernel: Weights) -> Weigh
                 "Did the training diverge?"
             )
         records[name] = array
-    return Weights(mask=mask, output_axes=kernel.output_axes, **records)
+    kept = dict.fromkeys(criteria.RECORDS) | records
+    return dataclasses.replace(kernel, mask=mask, **kept)
 
 
 def _generator(seed: int, path: str) -> np.random.Generator:
@@ -381,6 +683,7 @@ def _shares(name: str, share: Share, paths: Sequence[str], scope: str) -> dict[s
     shares = {}
     for path in paths:
         key = next((key for key, found in patterns.items() if found.search(path)), "default")
+        key = path if path in share else key
         if key not in share:
             raise ValueError(
                 f'`{name}` has neither a pattern that matches {path!r} nor a "default". '

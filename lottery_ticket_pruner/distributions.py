@@ -1,0 +1,168 @@
+"""Distributions share one sparsity of a whole model out among its kernels, to the exact count."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Distribution:
+    """A rule of which share of each kernel is kept, such that the whole has a given sparsity.
+
+    Densities are in proportion to what the rule says. None exceeds 1: kernels that would are dense,
+    and the others take over what they cannot. All in all exactly `floor(sparsity * size + 1e-6)`
+    weights are pruned; a kernel's own count is rounded up or down for that, and it keeps at least
+    one weight.
+
+    Args:
+        name: `"uniform"`: one density for all; `"erk"`, Erdos-Renyi-kernel: in proportion to
+            sum(shape) / prod(shape) of each kernel; or the name of a rule that was registered.
+        dense_first: whether the first kernel stays dense. The others make up for it.
+        dense_last: whether the last one does.
+
+    Raises:
+        ValueError: no rule has this name.
+
+    Reference:
+        - [Evci et al., arXiv 1911.11134](https://arxiv.org/abs/1911.11134), section 3 (1)
+    """
+
+    name: str
+    dense_first: bool = False
+    dense_last: bool = False
+
+    def __post_init__(self) -> None:
+        if self.name not in _RULES:
+            raise ValueError(
+                f"Unknown distribution {self.name!r}. Known are: {', '.join(_RULES)}. "
+                "`distributions.register` adds one."
+            )
+
+    def __call__(self, shapes: Mapping[str, Sequence[int]], sparsity: float) -> dict[str, float]:
+        """The sparsity of each kernel, by path.
+
+        Args:
+            shapes: the shapes of the kernels by path, from the first of the model to the last.
+            sparsity: share of all weights that are to be pruned, in [0, 1).
+
+        Raises:
+            ValueError: a sparsity outside [0, 1), or one that cannot be reached since each kernel
+                keeps a weight and some are dense.
+        """
+        if not 0 <= sparsity < 1:
+            raise ValueError(f"`sparsity` must be a number in [0, 1). Received: {sparsity!r}")
+        paths = list(shapes)
+        sizes = np.array([math.prod(shapes[path]) for path in paths], dtype=np.int64)
+        drop = math.floor(sparsity * int(sizes.sum()) + 1e-6)
+        weights = np.array([_RULES[self.name](tuple(shapes[path])) for path in paths], dtype=float)
+        most = np.maximum(sizes - 1, 0)
+        if paths and self.dense_first:
+            most[0] = 0
+        if paths and self.dense_last:
+            most[-1] = 0
+        if drop > most.sum():
+            raise ValueError(
+                f"A sparsity of {sparsity} means {drop} of {sizes.sum()} weights, but only "
+                f"{most.sum()} can go: each kernel keeps a weight, and dense ones keep all."
+            )
+        counts = _counts(sizes, weights, most, drop)
+        return {
+            path: int(count) / int(size) if size else 0.0
+            for path, count, size in zip(paths, counts, sizes, strict=True)
+        }
+
+    def get_config(self) -> dict[str, Any]:
+        """The arguments, from which `get` makes the same distribution."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "Distribution":
+        """What `get` makes of a configuration."""
+        return get(config)
+
+
+Identifier = str | Mapping | Distribution
+
+_RULES: dict[str, Callable[[tuple[int, ...]], float]] = {}
+
+
+def register(name: str) -> Callable[[Callable], Callable]:
+    """Makes a rule known by name: a function from a kernel's shape to its relative density.
+
+    Raises:
+        ValueError: another rule has the name.
+    """
+
+    def decorate(rule: Callable[[tuple[int, ...]], float]) -> Callable[[tuple[int, ...]], float]:
+        known = _RULES.get(name, rule)
+        if (known.__module__, known.__qualname__) != (rule.__module__, rule.__qualname__):
+            raise ValueError(f"The distribution name {name!r} is taken by {known.__qualname__}.")
+        _RULES[name] = rule
+        return rule
+
+    return decorate
+
+
+@register("uniform")
+def uniform(shape: tuple[int, ...]) -> float:
+    """The same density for every kernel."""
+    return 1.0
+
+
+@register("erk")
+def erk(shape: tuple[int, ...]) -> float:
+    """A higher density for smaller kernels: sum(shape) / prod(shape)."""
+    return sum(shape) / max(math.prod(shape), 1)
+
+
+def get(identifier: Identifier) -> Distribution:
+    """Turns whatever names a distribution into a `Distribution`.
+
+    Args:
+        identifier: `"uniform"`, `"erk"` or a registered name; a dict from `get_config()` or Keras'
+            `serialize_keras_object`; a `Distribution`.
+
+    Raises:
+        ValueError: an unknown name, or something that is none of these.
+    """
+    if isinstance(identifier, Distribution):
+        return identifier
+    if isinstance(identifier, str):
+        return Distribution(identifier)
+    if isinstance(identifier, Mapping):
+        config = identifier.get("config", identifier)
+        try:
+            return Distribution(**config)
+        except TypeError as error:
+            raise ValueError(
+                f"A distribution takes a name, `dense_first` and `dense_last`. Received: {config}"
+            ) from error
+    raise ValueError(
+        "A distribution is given as a name, a configuration dict or a `Distribution`. "
+        f"Received: {identifier!r} of type {type(identifier).__name__}"
+    )
+
+
+def _counts(sizes: np.ndarray, weights: np.ndarray, most: np.ndarray, drop: int) -> np.ndarray:
+    """How many weights of each kernel go: `drop` in all, none below 0 nor above `most`."""
+    shared = np.flatnonzero(most)
+    # Density = scale * weight. Kernels for which it exceeds 1 are dense, and the scale grows.
+    while len(shared):
+        left = sizes[shared].sum() - drop
+        scale = left / (weights[shared] * sizes[shared]).sum()
+        over = scale * weights[shared] > 1
+        if not over.any():
+            break
+        shared = shared[~over]
+    exact = np.zeros(len(sizes))
+    if len(shared):
+        exact[shared] = sizes[shared] * (1 - scale * weights[shared])
+    counts = np.minimum(np.floor(exact + 1e-6).astype(np.int64), most)
+    # What rounding down left over goes where the most was cut off, if a weight is left to give.
+    while missing := drop - int(counts.sum()):
+        order = np.argsort(counts - exact, kind="stable")
+        counts[order[counts[order] < most[order]][:missing]] += 1
+    return counts

@@ -1,0 +1,313 @@
+"""Structures say which weights of a kernel stand or fall together: blocks, filters, N of every M.
+
+A structure cuts a kernel into tiles. Of `Blocks` and `Outputs` a tile is kept or dropped as a
+whole, by the pooled score of its weights. Of `NOfM` each tile keeps its N best weights.
+
+Kernels have axes that index inputs, axes that index outputs, and others (the positions of a
+convolution's window). A tile is given as (positions, inputs, outputs), and the last tile along an
+axis is smaller where the axis is no multiple of it.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+POOLINGS = ("average", "max")
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """What the axes of a kernel mean.
+
+    Args:
+        shape: the kernel's shape.
+        input_axes: the axes that are summed over besides those of the window, outermost first;
+            none for an embedding (its rows are looked up), a depthwise kernel and a bias.
+        output_axes: the axes that index output units or filters; none for a bias.
+    """
+
+    shape: tuple[int, ...]
+    input_axes: tuple[int, ...] = (-2,)
+    output_axes: tuple[int, ...] = (-1,)
+
+    @property
+    def inputs(self) -> tuple[int, ...]:
+        """The input axes that the kernel has, counted from the first."""
+        return self._found(self.input_axes)
+
+    @property
+    def outputs(self) -> tuple[int, ...]:
+        """The output axes that the kernel has, counted from the first."""
+        return self._found(self.output_axes)
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """All axes: positions, inputs, outputs."""
+        last = self.inputs + self.outputs
+        return tuple(axis for axis in range(len(self.shape)) if axis not in last) + last
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """The numbers of positions, inputs and outputs."""
+        inputs = math.prod(self.shape[axis] for axis in self.inputs)
+        outputs = math.prod(self.shape[axis] for axis in self.outputs)
+        last = self.inputs + self.outputs
+        others = (size for axis, size in enumerate(self.shape) if axis not in last)
+        return math.prod(others), inputs, outputs
+
+    def _found(self, axes: tuple[int, ...]) -> tuple[int, ...]:
+        rank = len(self.shape)
+        return tuple(axis % rank for axis in axes if -rank <= axis < rank)
+
+
+class Structure:
+    """What decides about a kernel's weights together; the base of all structures.
+
+    Attributes:
+        kept: how many weights each tile keeps, whatever their number; None where tiles compete
+            with each other and are kept or dropped as a whole.
+    """
+
+    kept: int | None = None
+
+    def applies(self, layout: Layout) -> bool:
+        """Whether a kernel of this layout has such tiles."""
+        raise NotImplementedError
+
+    def tile(self, layout: Layout) -> tuple[int, int, int]:
+        """The size of a tile: positions, inputs and outputs."""
+        raise NotImplementedError
+
+    def pool(self, scores: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        """One score per tile, of `scores` and `mask` of shape (tiles, weights in a tile)."""
+        raise NotImplementedError
+
+    def get_config(self) -> dict[str, Any]:
+        """The name and the arguments, from which `get` makes the same structure."""
+        name = next(name for name, made in _REGISTRY.items() if made is type(self))
+        return {"name": name} | {
+            field.name: getattr(self, field.name) for field in dataclasses.fields(self)
+        }
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "Structure":
+        """What `get` makes of a configuration."""
+        return get(config)
+
+
+def register(name: str) -> Callable[[type[Structure]], type[Structure]]:
+    """Makes a structure known by name; decorates its class, a dataclass of its arguments.
+
+    Raises:
+        ValueError: another class has the name.
+    """
+
+    def decorate(cls: type[Structure]) -> type[Structure]:
+        known = _REGISTRY.get(name, cls)
+        if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(f"The structure name {name!r} is taken by {known.__qualname__}.")
+        _REGISTRY[name] = cls
+        return cls
+
+    return decorate
+
+
+_REGISTRY: dict[str, type[Structure]] = {}
+
+Identifier = str | Mapping | Structure
+
+
+@register("n_of_m")
+@dataclasses.dataclass(frozen=True)
+class NOfM(Structure):
+    """At most N of every M consecutive weights along the inputs are kept: N:M sparsity, as 2:4.
+
+    Groups are counted within each position of the window and each output, from the first input.
+    That is how hardware wants them: M neighbors along the innermost axis of the reduction, once the
+    kernel lies as (outputs, window, inputs). Padded with zeros to a multiple of M, the last group
+    is one like the others, so of its r weights it keeps min(N, r).
+
+    Args:
+        n: how many are kept, at least 1.
+        m: of how many.
+
+    Reference:
+        - [Mishra et al., arXiv 2104.08378](https://arxiv.org/abs/2104.08378)
+    """
+
+    n: int
+    m: int
+
+    def __post_init__(self) -> None:
+        if not (_is_count(self.n) and _is_count(self.m) and self.n < self.m):
+            raise ValueError(
+                f"N:M keeps N of every M weights, with 1 <= N < M. Received: {self.n}:{self.m}"
+            )
+
+    @property
+    def kept(self) -> int:
+        """N."""
+        return self.n
+
+    def applies(self, layout: Layout) -> bool:
+        """Whether the kernel has inputs."""
+        return bool(layout.inputs)
+
+    def tile(self, layout: Layout) -> tuple[int, int, int]:
+        """M inputs."""
+        return 1, self.m, 1
+
+
+class _Whole(Structure):
+    """Tiles that are kept or dropped as a whole."""
+
+    pooling: str
+
+    def __post_init__(self) -> None:
+        if self.pooling not in POOLINGS:
+            raise ValueError(f"`pooling` must be one of {POOLINGS}. Received: {self.pooling!r}")
+
+    def pool(self, scores: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        """The average or the greatest score of those alive in each tile."""
+        if self.pooling == "max":
+            scores = scores.astype(np.result_type(scores, np.float32), copy=False)
+            return np.max(scores, axis=1, where=mask, initial=-np.inf)
+        alive = np.maximum(np.count_nonzero(mask, axis=1), 1)
+        return np.sum(scores, axis=1, where=mask, dtype=np.float64) / alive
+
+
+@register("blocks")
+@dataclasses.dataclass(frozen=True)
+class Blocks(_Whole):
+    """Blocks of inputs x outputs are kept or dropped as a whole, at each position of the window.
+
+    Blocks at the edges are as large as what is left there, and count like the others.
+
+    Args:
+        block_size: (inputs, outputs) of a block: rows and columns of a Dense kernel.
+        pooling: what a block scores: `"average"` or `"max"` of its weights that are alive.
+    """
+
+    block_size: tuple[int, int]
+    pooling: str = "average"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        size = self.block_size
+        if isinstance(size, str) or len(size) != 2 or not all(map(_is_count, size)):
+            raise ValueError(f"`block_size` must be two positive integers. Received: {size!r}")
+        object.__setattr__(self, "block_size", tuple(size))
+
+    def applies(self, layout: Layout) -> bool:
+        """Whether the kernel has inputs and outputs."""
+        return bool(layout.inputs and layout.outputs)
+
+    def tile(self, layout: Layout) -> tuple[int, int, int]:
+        """The block, at one position."""
+        return 1, *self.block_size
+
+
+@register("outputs")
+@dataclasses.dataclass(frozen=True)
+class Outputs(_Whole):
+    """Whole outputs are kept or dropped: units, filters, columns of an embedding.
+
+    With criteria of magnitude, `"average"` ranks the filters of a layer by their L1 norm (Li et
+    al.). `masked_layers.shrink` then makes the model smaller. Keep the last layer out of it (a rate
+    of 0 for its path), or the model loses classes.
+
+    Args:
+        pooling: what an output scores: `"average"` or `"max"` of its weights that are alive.
+
+    Reference:
+        - [Li et al., arXiv 1608.08710](https://arxiv.org/abs/1608.08710)
+    """
+
+    pooling: str = "average"
+
+    def applies(self, layout: Layout) -> bool:
+        """Whether the kernel has outputs."""
+        return bool(layout.outputs)
+
+    def tile(self, layout: Layout) -> tuple[int, int, int]:
+        """All that one output has."""
+        positions, inputs, _ = layout.sizes
+        return positions, inputs, 1
+
+
+_NAMES = {"filters": "outputs", "units": "outputs"}
+
+
+def get(identifier: Identifier) -> Structure:
+    """Turns whatever names a structure into a `Structure`.
+
+    Args:
+        identifier: `"2:4"` or any N:M; `"4x1"` or any inputs x outputs, for blocks; `"filters"` or
+            `"units"`, which are the same; the name of a registered structure; a dict from
+            `get_config()` or Keras' `serialize_keras_object`; a `Structure`.
+
+    Raises:
+        ValueError: an unknown name, arguments that the structure does not take, or something that
+            is none of these.
+    """
+    if isinstance(identifier, Structure):
+        return identifier
+    if isinstance(identifier, Mapping):
+        config = dict(identifier.get("config", identifier))
+        return _make(config.pop("name", None), config)
+    if isinstance(identifier, str):
+        numbers = re.fullmatch(r"(\d+)([:x])(\d+)", identifier)
+        if numbers:
+            first, second = int(numbers[1]), int(numbers[3])
+            return NOfM(first, second) if numbers[2] == ":" else Blocks((first, second))
+        return _make(identifier, {})
+    raise ValueError(
+        "A structure is given as a name, a configuration dict or a `Structure`. "
+        f"Received: {identifier!r} of type {type(identifier).__name__}"
+    )
+
+
+def _make(name: Any, arguments: dict[str, Any]) -> Structure:
+    known = _REGISTRY.get(_NAMES.get(name, name))
+    if known is None:
+        raise ValueError(
+            f"Unknown structure {name!r}. Known are: N:M such as '2:4', blocks such as '4x1', "
+            f"{', '.join([*_NAMES, *_REGISTRY])}. `structures.register` adds one."
+        )
+    try:
+        return known(**arguments)
+    except TypeError as error:
+        raise ValueError(
+            f"The structure {name!r} does not take these arguments: {error}. Received: {arguments}"
+        ) from error
+
+
+def cut(array: np.ndarray, layout: Layout, tile: tuple[int, int, int]) -> np.ndarray:
+    """The tiles of a kernel, shape (tiles, weights in a tile); 0 or False where they stick out."""
+    sizes = layout.sizes
+    counts = [-(-size // edge) if edge else 0 for size, edge in zip(sizes, tile, strict=True)]
+    array = array.transpose(layout.order).reshape(sizes)
+    beyond = [(0, n * edge - size) for n, edge, size in zip(counts, tile, sizes, strict=True)]
+    if any(after for _, after in beyond):
+        array = np.pad(array, beyond)
+    (a, b, c), (p, i, o) = counts, tile
+    array = array.reshape(a, p, b, i, c, o).transpose(0, 2, 4, 1, 3, 5)
+    return array.reshape(a * b * c, p * i * o)
+
+
+def paste(tiles: np.ndarray, layout: Layout, tile: tuple[int, int, int]) -> np.ndarray:
+    """The kernel that `cut` made these tiles of: a new contiguous array of its shape."""
+    sizes, (p, i, o) = layout.sizes, tile
+    a, b, c = (-(-size // edge) if edge else 0 for size, edge in zip(sizes, tile, strict=True))
+    array = tiles.reshape(a, b, c, p, i, o).transpose(0, 3, 1, 4, 2, 5)
+    array = array.reshape(a * p, b * i, c * o)[: sizes[0], : sizes[1], : sizes[2]]
+    array = array.reshape([layout.shape[axis] for axis in layout.order])
+    return np.ascontiguousarray(array.transpose(np.argsort(layout.order)))
+
+
+def _is_count(number: Any) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool) and number > 0
