@@ -16,9 +16,10 @@ import keras
 import numpy as np
 
 import masked_layers as ml
-from lottery_ticket_pruner import criteria, fitting, selection
+from lottery_ticket_pruner import criteria, fitting, selection, structures
 from masked_layers import _keras, paths
 from masked_layers.files import replacing
+from masked_layers.maskable import input_axes
 
 if TYPE_CHECKING:
     from masked_layers import SparsityReport, WeightRef
@@ -146,6 +147,8 @@ class LotteryTicketPruner:
         sparsity: selection.Share | None = None,
         scope: str | None = None,
         seed: int | None = None,
+        structure: Any = None,
+        distribution: Any = None,
     ) -> SparsityReport:
         """Prunes the masked model further: its masks lose what the criterion ranks lowest.
 
@@ -161,6 +164,12 @@ class LotteryTicketPruner:
                 `"output"`.
             seed: For random scores and ties. By default the number of updates since the masks were
                 last reset, so that every update draws anew and a repeated run repeats.
+            structure: What stands or falls together: `"filters"`, `"units"`, blocks such as
+                `"4x1"`, N:M such as `"2:4"` (which takes no rate, sparsity or scope), or whatever
+                else `structures.get` takes. Weights that it does not apply to stay as they are, and
+                a warning is logged that names them.
+            distribution: How one `sparsity` of the whole model is shared out among the layers:
+                `"uniform"`, `"erk"`, or whatever else `distributions.get` takes.
 
         Returns:
             The report of the model's sparsity.
@@ -175,7 +184,16 @@ class LotteryTicketPruner:
         self._require_masked("update_masks")
         criterion = criteria.get(strategy)
         stale = "final" in criterion.needs and not self._final_is_new
-        self._prune(self.model, criterion, rate=rate, sparsity=sparsity, scope=scope, seed=seed)
+        self._prune(
+            self.model,
+            criterion,
+            rate=rate,
+            sparsity=sparsity,
+            scope=scope,
+            seed=seed,
+            structure=structure,
+            distribution=distribution,
+        )
         if stale:
             warnings.warn(
                 "The masks were updated since the final weights were recorded; the same weights "
@@ -502,21 +520,14 @@ class LotteryTicketPruner:
         sparsity: selection.Share | None = None,
         scope: str | None = None,
         seed: int | None = None,
+        structure: Any = None,
+        distribution: Any = None,
     ) -> None:
         criterion = criteria.get(strategy)
+        structure = None if structure is None else structures.get(structure)
         _keras.sync(model)
         prunables = self._prunables(model)
-        reads_current = "current" in criterion.needs | criterion.optional
-        kernels = {
-            self._keys[position]: selection.Weights(
-                mask=self._mask(position, ref),
-                output_axes=ref.output_axes,
-                initial=self._initial[position],
-                final=None if self._final is None else self._final[position],
-                current=fitting.read(ref.variable) if reads_current else None,
-            )
-            for position, ref in prunables.items()
-        }
+        kernels = self._kernels(prunables, criterion)
         masks = selection.update(
             criterion,
             kernels,
@@ -524,6 +535,8 @@ class LotteryTicketPruner:
             sparsity=sparsity,
             scope=scope,
             seed=self._updates if seed is None else seed,
+            structure=structure,
+            distribution=distribution,
         )
         self._write_masks(model, {i: masks[self._keys[i]] for i in prunables})
         self._final_is_new = False
@@ -538,6 +551,30 @@ class LotteryTicketPruner:
             size,
             100 * alive / size,
         )
+        left = [
+            path
+            for path, kernel in kernels.items()
+            if structure is not None and not structure.applies(kernel.layout)
+        ]
+        if left:
+            _logger.warning("%s does not apply to %s; left as they were.", structure, left)
+
+    def _kernels(
+        self, prunables: Mapping[int, WeightRef], criterion: criteria.Criterion
+    ) -> dict[str, selection.Weights]:
+        """What selection is to know of these weights, by path."""
+        reads_current = "current" in criterion.needs | criterion.optional
+        return {
+            self._keys[position]: selection.Weights(
+                mask=self._mask(position, ref),
+                output_axes=ref.output_axes,
+                input_axes=input_axes(ref.layer, ref.name),
+                initial=self._initial[position],
+                final=None if self._final is None else self._final[position],
+                current=fitting.read(ref.variable) if reads_current else None,
+            )
+            for position, ref in prunables.items()
+        }
 
     def _write_masks(self, model: keras.Model, masks: Mapping[int, np.ndarray]) -> None:
         """Sets masks, of the model if it is masked, of the pruner otherwise, and counts them."""
