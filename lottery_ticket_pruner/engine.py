@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import keras
 import numpy as np
 
+from lottery_ticket_pruner.augmentation import Augmentation
 from masked_layers import _keras, paths
 
 # An array with the examples along the first axis, or a list or dict of such.
@@ -48,12 +49,19 @@ class Examples:
     """A data set in memory: `(x, y)` or `(x, y, sample_weight)`, and its copy on the device."""
 
     host: tuple[Arrays, ...]
+    augment: Augmentation | None = None
 
     @classmethod
-    def of(cls, x: Arrays, y: Arrays, sample_weight: Arrays | None = None) -> Examples:
+    def of(
+        cls,
+        x: Arrays,
+        y: Arrays,
+        sample_weight: Arrays | None = None,
+        augment: Augmentation | None = None,
+    ) -> Examples:
         """Takes what `fit` takes as arrays; floats become `keras.config.floatx()`, as there."""
         data = (x, y) if sample_weight is None else (x, y, sample_weight)
-        return cls(keras.tree.map_structure(_as_keras_would, data))
+        return cls(keras.tree.map_structure(_as_keras_would, data), augment)
 
     def __len__(self) -> int:
         return len(keras.tree.flatten(self.host)[0])
@@ -61,6 +69,23 @@ class Examples:
     def take(self, indices: Any) -> tuple[Arrays, ...]:
         """Returns these examples, a copy on the host."""
         return keras.tree.map_structure(lambda array: array[indices], self.host)
+
+    def rows(self, order: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
+        """Returns an int32 row for each index of `order`: the index, and what is random then."""
+        order = order.astype("int32")[:, None]
+        if self.augment is None:
+            return order
+        return np.concatenate([order, self.augment.draw(rng, len(order))], axis=1)
+
+    def augmented(self, rows: np.ndarray, batch_size: int) -> tuple[Arrays, ...]:
+        """Returns the examples of these rows, changed batch by batch, a copy on the host."""
+        x, *rest = self.take(rows[:, 0])
+        if self.augment is not None:
+            starts = range(0, len(rows), batch_size)
+            batches = (slice(start, start + batch_size) for start in starts)
+            changed = [self.augment.apply(x[batch], rows[batch, 1:]) for batch in batches]
+            x = np.concatenate([keras.ops.convert_to_numpy(batch) for batch in changed])
+        return (x, *rest)
 
     @functools.cached_property
     def device(self) -> tuple[Arrays, ...]:
@@ -107,6 +132,7 @@ class Engine:
         order: np.ndarray,
         batch_size: int,
         *,
+        rng: np.random.Generator | None = None,
         whole: bool = False,
         deterministic: bool = False,
     ) -> None:
@@ -116,62 +142,61 @@ class Engine:
             data: The examples.
             order: 1-D array of indices.
             batch_size: Examples per step.
+            rng: What an augmentation draws from.
             whole: Whether the model's metrics must be those of the whole call in the end; without
                 it they may be those of a part.
             deterministic: Whether the route must not depend on the time that anything took.
         """
         self._model.reset_metrics()
+        rows = data.rows(order, rng)
         if not (self._settled or deterministic) and self._loop_seconds > _PATIENCE:
-            trial = len(order) if whole else batch_size * self._trial_steps()
-            if len(order) >= batch_size * self._trial_steps():
-                self._compare(data, order[:trial], batch_size)
-                order = order[trial:]
-        if len(order) == 0:
-            return
-        if self.route == "loop":
-            order = self._begin(data, order, batch_size)
-        if self.route == "fit":
-            self._fit(data, order, batch_size)
-        else:
-            self._loop(data, order, batch_size)
+            trial = batch_size * self._trial_steps()
+            if len(rows) >= trial:
+                trial = len(rows) if whole else trial
+                self._compare(data, rows[:trial], batch_size)
+                rows = rows[trial:]
+        if len(rows) and self.route == "loop":
+            rows = self._begin(data, rows, batch_size)
+        if len(rows):
+            (self._loop if self.route == "loop" else self._fit)(data, rows, batch_size)
 
     def evaluate(self, data: Examples) -> dict[str, float]:
         """Returns the loss and the compiled metrics over all examples, by name."""
         results = self._programs.evaluate(data)
         return {name: float(value) for name, value in results.items()}
 
-    def _begin(self, data: Examples, order: np.ndarray, batch_size: int) -> np.ndarray:
+    def _begin(self, data: Examples, rows: np.ndarray, batch_size: int) -> np.ndarray:
         """Compiles the loop with the first step; what cannot be compiled goes through `fit`."""
-        size = min(batch_size, len(order))
-        shapes = keras.tree.map_structure(lambda array: (array.shape, array.dtype), data.host)
-        key = (size, *map(str, keras.tree.flatten(shapes)))
+        size = min(batch_size, len(rows))
+        shapes = [(array.shape, array.dtype) for array in keras.tree.flatten(data.host)]
+        key = (size, data.augment, *map(str, shapes))
         if key in self._compiled:
-            return order
+            return rows
         step = int(self._model.optimizer.iterations)
         try:
-            self._programs.train(data, order[None, :size])
+            self._programs.train(data, rows[None, :size])
         except Exception as error:
             if int(self._model.optimizer.iterations) != step:
                 raise
             self.route, self._settled = "fit", True
             say_once(f"Training goes through `fit`: {type(error).__name__}: {error}")
-            return order
+            return rows
         self._compiled.add(key)
-        return order[size:]
+        return rows[size:]
 
-    def _loop(self, data: Examples, order: np.ndarray, batch_size: int) -> None:
+    def _loop(self, data: Examples, rows: np.ndarray, batch_size: int) -> None:
         started = time.perf_counter()
-        full = len(order) // batch_size
-        batches = order[: full * batch_size].reshape(full, batch_size)
+        full = len(rows) // batch_size
+        batches = rows[: full * batch_size].reshape(full, batch_size, rows.shape[1])
         for start in range(0, full, _BLOCK):
             self._programs.train(data, batches[start : start + _BLOCK])
         self._loop_seconds += time.perf_counter() - started
         self._loop_steps += full
-        if len(order) % batch_size:
-            self._programs.train(data, order[None, full * batch_size :])
+        if len(rows) % batch_size:
+            self._programs.train(data, rows[None, full * batch_size :])
 
-    def _fit(self, data: Examples, order: np.ndarray, batch_size: int, **kwargs: Any) -> None:
-        x, y, sample_weight = (*data.take(order), None)[:3]
+    def _fit(self, data: Examples, rows: np.ndarray, batch_size: int, **kwargs: Any) -> None:
+        x, y, sample_weight = (*data.augmented(rows, batch_size), None)[:3]
         with _not_finalizing(self._model.optimizer):
             self._model.fit(
                 x,
@@ -186,9 +211,9 @@ class Engine:
     def _trial_steps(self) -> int:
         return max(_TRIAL_STEPS, 4 * self._model.steps_per_execution)
 
-    def _compare(self, data: Examples, order: np.ndarray, batch_size: int) -> None:
+    def _compare(self, data: Examples, rows: np.ndarray, batch_size: int) -> None:
         watch = _Stopwatch()
-        self._fit(data, order, batch_size, callbacks=[watch])
+        self._fit(data, rows, batch_size, callbacks=[watch])
         self.route = "loop" if self._loop_seconds / self._loop_steps < watch.pace() else "fit"
         self._settled = True
         _logger.info(
@@ -279,7 +304,7 @@ class _Programs(Protocol):
     def __init__(self, model: keras.Model) -> None: ...
 
     def train(self, data: Examples, batches: np.ndarray) -> None:
-        """Runs a step for each row of indices, at most `_BLOCK`."""
+        """Runs a step for each batch of rows, at most `_BLOCK`."""
 
     def evaluate(self, data: Examples) -> dict[str, Any]:
         """Returns the loss and the metrics."""
@@ -319,10 +344,18 @@ class _TensorFlowPrograms:
         on_gpu = bool(tf.config.list_logical_devices("GPU"))
 
         @tf.function(jit_compile=model.jit_compile and (on_gpu or not _has_convolutions(model)))
-        def train(data: tuple[Arrays, ...], batches: tf.Tensor, count: tf.Tensor) -> None:
+        def train(
+            data: tuple[Arrays, ...],
+            batches: tf.Tensor,
+            count: tf.Tensor,
+            augment: Augmentation | None,
+        ) -> None:
             for step in tf.range(count):
-                batch = functools.partial(tf.gather, indices=batches[step])
-                model.train_step(tf.nest.map_structure(batch, data))
+                batch = functools.partial(tf.gather, indices=batches[step, :, 0])
+                x, *rest = tf.nest.map_structure(batch, data)
+                if augment is not None:
+                    x = augment.apply(x, batches[step, :, 1:])
+                model.train_step((x, *rest))
 
         @tf.function
         def evaluate(data: tuple[Arrays, ...]) -> dict[str, tf.Tensor]:
@@ -339,9 +372,9 @@ class _TensorFlowPrograms:
         self._evaluate = evaluate
 
     def train(self, data: Examples, batches: np.ndarray) -> None:
-        _keras.symbolic_build(self._model, data.take(batches[0]))
+        _keras.symbolic_build(self._model, data.take(batches[0, :, 0]))
         batches, count = _padded(batches)
-        self._train(data.device, batches, count)
+        self._train(data.device, batches, count, data.augment)
 
     def evaluate(self, data: Examples) -> dict[str, Any]:
         return self._evaluate(data.device)
@@ -353,10 +386,19 @@ class _JaxPrograms:
     def __init__(self, model: keras.Model) -> None:
         import jax
 
-        def train(state: Any, data: tuple[Arrays, ...], batches: jax.Array, count: int) -> Any:
+        def train(
+            augment: Augmentation | None,
+            state: Any,
+            data: tuple[Arrays, ...],
+            batches: jax.Array,
+            count: int,
+        ) -> Any:
             def step(number: int, state: Any) -> Any:
-                batch = operator.itemgetter(batches[number])
-                return model.train_step(state, jax.tree.map(batch, data))[1]
+                batch = operator.itemgetter(batches[number, :, 0])
+                x, *rest = jax.tree.map(batch, data)
+                if augment is not None:
+                    x = augment.apply(x, batches[number, :, 1:])
+                return model.train_step(state, (x, *rest))[1]
 
             return jax.lax.fori_loop(0, count, step, state)
 
@@ -364,7 +406,7 @@ class _JaxPrograms:
             return model.test_step(state, batch)[1]
 
         self._model = model
-        self._train = jax.jit(train)
+        self._train = jax.jit(train, static_argnums=0)
         self._evaluate = jax.jit(evaluate)
         self.slow_loops = jax.default_backend() == "cpu" and _has_convolutions(model)
 
@@ -372,7 +414,7 @@ class _JaxPrograms:
         import jax
 
         model = self._model
-        _keras.symbolic_build(model, data.take(batches[0]))
+        _keras.symbolic_build(model, data.take(batches[0, :, 0]))
         groups = (
             model.trainable_variables,
             model.non_trainable_variables,
@@ -380,7 +422,7 @@ class _JaxPrograms:
             model.metrics_variables,
         )
         with _keras.withdrawn(*groups) as state:
-            state = self._train(state, data.device, *_padded(batches))
+            state = self._train(data.augment, state, data.device, *_padded(batches))
         # Here, so that whoever times the call times the steps.
         _assign(groups, jax.block_until_ready(state))
 
@@ -410,8 +452,8 @@ _PROGRAMS: dict[str, type[_Programs]] = {
 
 
 def _padded(batches: np.ndarray) -> tuple[Any, Any]:
-    """Returns the rows in a table of `_BLOCK` rows, and their number, as tensors."""
-    table = np.zeros((_BLOCK, batches.shape[1]), "int32")
+    """Returns the batches in a table of `_BLOCK` of them, and their number, as tensors."""
+    table = np.zeros((_BLOCK, *batches.shape[1:]), "int32")
     table[: len(batches)] = batches
     return keras.ops.convert_to_tensor(table), keras.ops.convert_to_tensor(len(batches), "int32")
 

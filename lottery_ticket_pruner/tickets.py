@@ -13,6 +13,7 @@ import numpy as np
 
 import masked_layers as ml
 from lottery_ticket_pruner import criteria, fitting, selection, training
+from lottery_ticket_pruner.augmentation import Augmentation
 from lottery_ticket_pruner.checkpoint import Checkpoint
 from lottery_ticket_pruner.pruner import LotteryTicketPruner
 
@@ -68,6 +69,7 @@ def find_ticket(
     eval_every: int | None = None,
     seed: int = 0,
     replicate: int = 0,
+    augment: Augmentation | None = None,
     deterministic: bool = False,
     checkpoint: str | os.PathLike | None = None,
     on_result: Callable[[dict[str, Any]], None] | None = None,
@@ -120,7 +122,8 @@ def find_ticket(
         eval_every: steps between evaluations on the validation data; None: at the end only.
         seed: of everything random here; not of the initial weights, which are the model's.
         replicate: goes into the rows as it is.
-        deterministic: as for `training.train`.
+        augment: as for `training.train`; so is `deterministic`.
+        deterministic: see there.
         checkpoint: folder for the state after every round. Where it holds that of an earlier call
             with the same arguments, the work goes on from there, with the same results as without
             the interruption; it replays what it knows to `on_result`. The masks of each round stay
@@ -165,9 +168,14 @@ def find_ticket(
             seed=_seed(seed, arm, number, stage),
             eval_every=eval_every,
             validation_data=validation_data,
-            on_progress=on_progress,
+            on_progress=progress,
+            augment=augment,
             deterministic=deterministic,
         )
+
+    def progress(done: int) -> None:
+        if on_progress is not None:
+            on_progress(done)
 
     def show(row: dict[str, Any]) -> None:
         rows.append(row)
@@ -209,8 +217,11 @@ def find_ticket(
         saved = Checkpoint(Path(checkpoint), arguments)
     if saved is not None and saved.exists():
         pruner, masks, known = saved.load(model)
+        progress(rewind_to)
         for row in known:
+            ml.set_masks(model, masks[row["round"]])
             show(row)
+            progress(steps - rewind_to)
         model.set_weights(list(pruner.final_weights.values()))
         _logger.info("%s: going on after round %d.", checkpoint, len(masks) - 1)
     else:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import keras
 import numpy as np
 
+from lottery_ticket_pruner.augmentation import Augmentation
 from lottery_ticket_pruner.engine import Arrays, Examples, engine_of, say_once
 
 
@@ -37,6 +38,7 @@ def train(
     eval_every: int | None = None,
     validation_data: tuple[Arrays, ...] | None = None,
     on_progress: Callable[[int], None] | None = None,
+    augment: Augmentation | None = None,
     deterministic: bool = False,
 ) -> History:
     """Train a compiled model for exactly `steps` optimiser steps.
@@ -55,6 +57,8 @@ def train(
         eval_every: steps between evaluations on `validation_data`; None: only after the last.
         validation_data: `(x, y)` or `(x, y, sample_weight)` to evaluate on, or None.
         on_progress: called with the number of new steps done, after each stretch of them.
+        augment: what happens to the inputs of each batch, a single array of images; what it draws
+            is a function of `seed` too.
         deterministic: choose between the compiled loop and `fit` by what is known of the model,
             never by the clock, so that a repeated run rounds alike.
 
@@ -71,13 +75,16 @@ def train(
     if steps == 0:
         return history
     started = time.perf_counter()
-    data = Examples.of(x, y, sample_weight)
+    data = Examples.of(x, y, sample_weight, augment)
     validation = None if validation_data is None else Examples.of(*validation_data)
     order = batch_order(len(data), steps, batch_size, seed)
+    rng = np.random.default_rng(np.random.SeedSequence(seed).spawn(1)[0])
     stretch = eval_every or steps
     for start in range(0, steps, stretch):
         batches = order[start : start + stretch]
-        engine_of(model).train(data, batches.ravel(), batch_size, deterministic=deterministic)
+        engine_of(model).train(
+            data, batches.ravel(), batch_size, rng=rng, deterministic=deterministic
+        )
         done = start + len(batches)
         if done == steps:
             model.optimizer.finalize_variable_values(model.trainable_variables)

@@ -9,6 +9,7 @@ from keras import layers
 
 import masked_layers as ml
 from lottery_ticket_pruner import engine, training
+from lottery_ticket_pruner.augmentation import CropAndFlip
 
 BACKEND = keras.backend.backend()
 COMPILED = BACKEND in ("tensorflow", "jax")
@@ -157,6 +158,37 @@ def test_loss_scaling_and_mixed_precision():
     theirs.fit(X, Y, batch_size=12, shuffle=False, verbose=0)
     for a, b in zip(everything(ours), everything(theirs), strict=True):
         np.testing.assert_allclose(a, b, rtol=5e-3, atol=1e-4)
+
+
+def test_augmented_images_are_the_same_in_the_loop_and_in_fit():
+    images = RNG.normal(size=(50, 5, 4, 2)).astype("float32")
+    crop = CropAndFlip(padding=2)
+
+    def flat():
+        return keras.Sequential([keras.Input((5, 4, 2)), layers.Flatten(), layers.Dense(2)])
+
+    ours, theirs, plain = (compiled(flat) for _ in range(3))
+    engine.engine_of(theirs).route = "fit"
+    for model in (ours, theirs):
+        training.train(model, images, Y, steps=7, batch_size=12, seed=3, augment=crop, eval_every=4)
+    assert_close(everything(ours), everything(theirs))
+    training.train(plain, images, Y, steps=7, batch_size=12, seed=3)
+    assert not np.allclose(ours.get_weights()[0], plain.get_weights()[0], atol=1e-4)
+
+
+def test_crops_and_flips_against_slicing():
+    images = RNG.normal(size=(30, 5, 4, 2)).astype("float32")
+    crop = CropAndFlip(padding=2)
+    drawn = crop.draw(np.random.default_rng(0), 30)
+    assert drawn.min(axis=0).tolist() == [0, 0, 0]
+    assert drawn.max(axis=0).tolist() == [4, 4, 1]
+    padded = np.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0)))
+    expected = [
+        padded[i, row : row + 5, column : column + 4][:, :: -1 if flip else 1]
+        for i, (row, column, flip) in enumerate(drawn)
+    ]
+    found = keras.ops.convert_to_numpy(crop.apply(images, drawn))
+    np.testing.assert_array_equal(found, np.stack(expected))
 
 
 def test_new_masks_hold_from_the_next_call_on():

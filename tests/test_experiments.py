@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 
 import keras
+import numpy as np
 import pytest
 
 pytest.importorskip("tyro")
@@ -56,6 +57,16 @@ def test_recipes_of_the_paper(data, network, expected):
     assert rates.get("^conv_") == pytest.approx(conv_rate)
 
 
+def test_the_recipe_of_the_residual_network():
+    config = RunConfig(data="cifar10", network="resnet-20").resolve(45_000)
+    chosen = (config.optimizer, config.learning_rate, config.batch_size, config.steps, config.scope)
+    assert chosen == ("sgd", 0.1, 128, 72_000, "global")
+    assert config.amount == {"rate": 0.2}
+    layer = RunConfig(data="cifar10", network="resnet-20", output_rate=0.1).resolve(45_000)
+    assert layer.scope == "layer"
+    assert layer.amount == {"rate": {"^output/": 0.1, "default": 0.2, "^conv_": 0.1}}
+
+
 def test_what_is_given_wins_over_the_recipe():
     given = {"steps": 7, "rounds": 2, "rate": 0.5, "output_rate": 0.4, "batch_size": 10}
     config = RunConfig(learning_rate=0.1, eval_every=3, **given).resolve(100)
@@ -96,6 +107,7 @@ def test_a_global_scope_has_one_rate():
         ({"rewind_to": "5s"}, "500it"),
         ({"network": "vgg"}, "lenet-300-100"),
         ({"data": "svhn"}, "fashion_mnist"),
+        ({"rounds": 2, "control_rounds": (3,)}, "counts from 1 to --rounds"),
     ],
 )
 def test_contradictions_are_refused(options, message):
@@ -107,7 +119,7 @@ def test_a_run_is_named_after_its_choices_not_after_places():
     config = RunConfig().resolve(1318)
     assert config.name.startswith("digits-lenet-300-100-large_final-")
     assert config.folder == Path("runs") / config.name
-    elsewhere = dataclasses.replace(config, out=Path("x"), data_dir=Path("y"))
+    elsewhere = dataclasses.replace(config, out=Path("x"), data_dir=Path("y"), quiet=True)
     assert elsewhere.name == config.name
     assert elsewhere.folder == Path("x")
     assert dataclasses.replace(config, steps=5).name != config.name
@@ -208,6 +220,47 @@ def test_what_a_run_prints(finished):
 def test_the_picture_is_there(finished):
     folder, _, _ = finished
     assert (folder / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_interrupted_run_goes_on(finished, monkeypatch):
+    folder, config, _ = finished
+    elsewhere = folder.parent / "again"
+    config = dataclasses.replace(config, out=elsewhere, quiet=True, deterministic=True)
+    straight = dataclasses.replace(config, out=folder.parent / "straight")
+    data = datasets.load("digits")
+    run(straight, data)
+    trained = []
+    train = training.train
+
+    def interrupted(*args, **kwargs):
+        trained.append(args)
+        if len(trained) == 11:  # in the second round of the second seed
+            raise KeyboardInterrupt
+        return train(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "train", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(config, data)
+    assert len(report.read_rows(elsewhere / "results.csv")) < 14
+    trained.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "train", lambda *a, **k: (trained.append(a), train(*a, **k))[1])
+        run(config, data)
+    assert len(trained) < 8
+    both = [report.read_rows(out / "results.csv") for out in (elsewhere, straight.out)]
+    for ours, theirs in zip(*both, strict=True):
+        assert {**ours, "seconds": 0} == {**theirs, "seconds": 0}
+    for name in ("ticket.keras", "ticket-1.keras"):
+        ours, theirs = (keras.models.load_model(out / name) for out in (elsewhere, straight.out))
+        for a, b in zip(ours.get_weights(), theirs.get_weights(), strict=True):
+            np.testing.assert_array_equal(a, b)
+        for path, mask in ml.get_masks(ours).items():
+            np.testing.assert_array_equal(mask, ml.get_masks(theirs)[path])
+    files = {file.name for file in (elsewhere / "rounds" / "1").iterdir()}
+    assert files == {"masks-00.npz", "masks-01.npz", "masks-02.npz"}
+    log = load_log(elsewhere / "logs" / "ticket-0")
+    assert [s.value for s in log.Scalars("sparsity/fc_1/kernel")] == [0, 0.5, 0.75]
 
 
 def load_log(folder):

@@ -12,7 +12,7 @@ import tyro
 
 from lottery_ticket_pruner import criteria, selection
 from lottery_ticket_pruner.experiments import datasets, networks
-from lottery_ticket_pruner.tickets import CONTROLS
+from lottery_ticket_pruner.tickets import CONTROLS, RETRAINING
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +26,8 @@ class Recipe:
     rate: float = 0.2
     conv_share: float = 0.5
     batch_size: int = 60
+    optimizer: str = "adam"
+    scope: str | None = None
 
 
 # Frankle & Carbin, arXiv 1803.03635, figure 2. Convolutions lose `conv_share` of `rate`, the
@@ -35,6 +37,10 @@ _RECIPES = {
     "conv-2": Recipe("conv-2", 2e-4, 20_000, 20),
     "conv-4": Recipe("conv-4", 3e-4, 25_000, 20),
     "conv-6": Recipe("conv-6", 3e-4, 30_000, 20, conv_share=0.75),
+    # Frankle et al., arXiv 1912.05671, table 2: all layers compete.
+    "resnet-20": Recipe(
+        "resnet-20", 0.1, 72_000, 20, batch_size=128, optimizer="sgd", scope="global"
+    ),
 }
 # The recipe of `lottery-ticket run` without arguments: down to 2 % in nine large rounds, and
 # quick enough for three seeds in less than a minute.
@@ -81,22 +87,35 @@ class RunConfig:
     """Instead of rates: share of pruned weights after the last round, reached at one rate."""
     rewind_to: str = "0"
     """Training step to rewind to: 0, or as in 500it (steps) or 2ep (epochs)."""
-    controls: tuple[Literal[*CONTROLS], ...] = CONTROLS
+    retraining: Literal[*RETRAINING] = "weight_rewinding"
+    """What the ticket trains from: rewound weights, its trained ones with the learning rates of the
+    rewinding point, or its trained ones at the last learning rate."""
+    controls: tuple[Literal[*CONTROLS], ...] = ("random_reinit", "random_mask")
     """Arms next to the ticket; name none to train the ticket alone."""
+    control_rounds: Annotated[tuple[int, ...] | None, _NO_HINT] = None
+    """Rounds to train the controls in; by default all."""
     steps: _Int = None
     """Training steps of each run; by default those of the network's recipe, for digits 600."""
     epochs: _Int = None
     """Instead of --steps: epochs of each run."""
     batch_size: _Int = None
     """Examples per step; by default 60."""
+    optimizer: Annotated[Literal[*networks.OPTIMIZERS] | None, _NO_HINT] = None
+    """Adam, or SGD with momentum and a tenth of the rate after half and three quarters of the
+    steps; by default that of the network's recipe: sgd for resnet-20, else adam."""
     learning_rate: _Float = None
-    """Adam's learning rate; by default that of the network's recipe (0.0012 for lenet-300-100)."""
+    """Learning rate; by default that of the network's recipe (0.0012 for lenet-300-100)."""
     eval_every: _Int = None
     """Steps between looks at the validation images; by default a tenth of all, at most 500."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """One replicate for each seed, from the initial weights on."""
     out: _Path = None
-    """Run folder; by default one in ./runs, named after the options. An earlier run is replaced."""
+    """Run folder; by default one in ./runs, named after the options. A run of the same options that
+    was interrupted goes on; any other one there is replaced."""
+    deterministic: bool = False
+    """Repeat bit for bit on this machine: deterministic operations, nothing decided by timing."""
+    quiet: bool = False
+    """Print nothing."""
 
     def resolve(self, training_images: int) -> "RunConfig":
         """The same configuration with every choice made.
@@ -114,7 +133,8 @@ class RunConfig:
         steps_per_epoch = -(-training_images // batch_size)
         epochs = None if self.epochs is None else self.epochs * steps_per_epoch
         steps = _chosen(self.steps, epochs, recipe.steps)
-        scope = selection.resolve_scope(criterion, self.scope)
+        default = None if self.final_sparsity is None and self._rates_given() else recipe.scope
+        scope = selection.resolve_scope(criterion, self.scope or criterion.scope or default)
         rewind_to = parse_steps(self.rewind_to, steps_per_epoch)
         if rewind_to >= steps:
             raise ValueError(f"--rewind-to {self.rewind_to} is not before the end, step {steps}.")
@@ -126,6 +146,7 @@ class RunConfig:
             steps=steps,
             epochs=None,
             batch_size=batch_size,
+            optimizer=_chosen(self.optimizer, recipe.optimizer),
             learning_rate=_chosen(self.learning_rate, recipe.learning_rate),
             eval_every=_chosen(self.eval_every, min(500, max(1, steps // 10))),
             rewind_to=f"{rewind_to}it",
@@ -135,8 +156,8 @@ class RunConfig:
     @property
     def name(self) -> str:
         """What a resolved configuration is called: readable, and different for different runs."""
-        content = {k: v for k, v in self.to_dict().items() if k not in ("out", "data_dir")}
-        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        content = json.dumps(_choices(self.to_dict()), sort_keys=True)
+        digest = hashlib.sha256(content.encode()).hexdigest()
         return f"{self.data}-{self.network}-{self.strategy}-{digest[:8]}"
 
     @property
@@ -161,6 +182,14 @@ class RunConfig:
         values = dataclasses.asdict(self)
         return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
 
+    def same_run(self, file: Path) -> bool:
+        """Whether a file that `to_dict` went into is of a run with the same results."""
+        try:
+            stored = json.loads(file.read_text())
+        except ValueError:
+            return False
+        return _choices(stored) == json.loads(json.dumps(_choices(self.to_dict())))
+
     def _recipe(self) -> Recipe:
         if self.data not in datasets.NAMES:
             raise ValueError(f"Unknown data set {self.data!r}: {', '.join(datasets.NAMES)}.")
@@ -180,12 +209,20 @@ class RunConfig:
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1:
                 raise ValueError(f"{_option(name)} must be in [0, 1). Received: {value}.")
+        last = math.inf if self.rounds is None else self.rounds
+        if self.control_rounds is not None and not all(1 <= n <= last for n in self.control_rounds):
+            raise ValueError(
+                f"--control-rounds counts from 1 to --rounds. Received: {self.control_rounds}."
+            )
         if self.steps is not None and self.epochs is not None:
             raise ValueError("Give --steps or --epochs, not both.")
         if not self.seeds or not all(0 <= seed < 2**32 for seed in self.seeds):
             raise ValueError(
                 f"Give at least one seed, from 0 to 2**32 - 1. Received: {self.seeds}."
             )
+
+    def _rates_given(self) -> bool:
+        return self.conv_rate is not None or self.output_rate is not None
 
     def _rates(self, recipe: Recipe, scope: str) -> dict[str, float | None]:
         per_layer = {"conv_rate": self.conv_rate, "output_rate": self.output_rate}
@@ -218,6 +255,11 @@ def parse_steps(text: str, steps_per_epoch: int) -> int:
         raise ValueError(f"Expected a step such as 0, 500it or 2ep. Received: {text!r}.")
     number, unit = match.groups()
     return int(number) * (steps_per_epoch if unit == "ep" else 1)
+
+
+def _choices(values: dict[str, Any]) -> dict[str, Any]:
+    """What decides what comes out of a run."""
+    return {k: v for k, v in values.items() if k not in ("out", "data_dir", "quiet")}
 
 
 def _chosen(*values: Any) -> Any:

@@ -4,32 +4,58 @@ from collections.abc import Callable, Sequence
 
 import keras
 
+from lottery_ticket_pruner.augmentation import CropAndFlip
+
 _CONV_WIDTHS = {"conv-2": (64,), "conv-4": (64, 128), "conv-6": (64, 128, 256)}
 _DENSE_WIDTHS = {"lenet-300-100": (300, 100)}
 
-NAMES = (*_DENSE_WIDTHS, *_CONV_WIDTHS)
+_RESNET = "resnet-20"
+_RESNET_WIDTHS = (16, 32, 64)
+_RESNET_DECAY = 1e-4
+_RESNET_AUGMENTATION = CropAndFlip()
+
+NAMES = (*_DENSE_WIDTHS, *_CONV_WIDTHS, _RESNET)
+OPTIMIZERS = ("adam", "sgd")
 
 
-def build(name: str, input_shape: Sequence[int], classes: int = 10) -> keras.Sequential:
+def build(
+    name: str,
+    input_shape: Sequence[int],
+    classes: int = 10,
+    *,
+    mean: Sequence[float] = (0.0,),
+    variance: Sequence[float] = (1.0,),
+) -> keras.Model:
     """Build a network for images of one shape; its outputs are logits.
 
     Fully connected: `lenet-300-100`. Convolutional: `conv-2`,
     `conv-4`, `conv-6`, with one, two, three pairs of 3 x 3 convolutions of 64, 128 and 256
     filters, each pair followed by 2 x 2 max pooling, then 256-256-classes fully connected
-    (Frankle & Carbin, arXiv 1803.03635, figure 2).
+    (Frankle & Carbin, arXiv 1803.03635, figure 2). Residual: `resnet-20`, three stages of three
+    blocks, widths 16, 32 and 64, He normal kernels with a weight decay of 1e-4 (He et al., arXiv
+    1512.03385, section 4.2; projections where the width changes).
 
     Layers are called `conv_1`..., `fc_1`... and `output`, which rates per layer refer to.
     Weights come from Keras' global seed: call `keras.utils.set_random_seed` first.
+
+    Args:
+        name: one of `NAMES`.
+        input_shape: of one image, channels last.
+        classes: number of outputs.
+        mean: of every channel of the images, by which `resnet-20` normalizes them.
+        variance: likewise.
 
     Raises:
         ValueError: the name is unknown, or the images do not suit the network.
     """
     if name not in NAMES:
         raise ValueError(f"Unknown network {name!r}. Expected one of: {', '.join(NAMES)}.")
-    if name in _CONV_WIDTHS and (len(input_shape) != 3 or min(input_shape[:2]) < 8):
+    if has_convolutions(name) and (len(input_shape) != 3 or min(input_shape[:2]) < 8):
         raise ValueError(
             f"{name} needs images of at least 8 x 8 with channels; received {tuple(input_shape)}."
         )
+    if name == _RESNET:
+        return _resnet(input_shape, classes, mean, variance)
     layers: list[keras.Layer] = [keras.Input(tuple(input_shape))]
     convolution = _numbered("conv", keras.layers.Conv2D, kernel_size=3, padding="same")
     dense = _numbered("fc", keras.layers.Dense)
@@ -45,8 +71,69 @@ def build(name: str, input_shape: Sequence[int], classes: int = 10) -> keras.Seq
 
 
 def has_convolutions(name: str) -> bool:
-    """Whether XLA loops over this network are slow on a CPU (see `training`)."""
-    return name in _CONV_WIDTHS
+    """Whether rates for convolutions mean anything to this network."""
+    return name not in _DENSE_WIDTHS
+
+
+def augmentation(name: str) -> CropAndFlip | None:
+    """What the recipe of the network does to its training images."""
+    return _RESNET_AUGMENTATION if name == _RESNET else None
+
+
+def optimizer(name: str, learning_rate: float, steps: int) -> keras.Optimizer:
+    """Adam at one rate, or SGD with momentum 0.9 and a rate that falls to a tenth twice.
+
+    Args:
+        name: one of `OPTIMIZERS`.
+        learning_rate: of the first half of the steps.
+        steps: of the whole training; SGD's rate falls after a half and three quarters of them.
+    """
+    if name == "adam":
+        return keras.optimizers.Adam(learning_rate)
+    schedule = keras.optimizers.schedules.PiecewiseConstantDecay(
+        [steps // 2, 3 * steps // 4], [learning_rate * factor for factor in (1.0, 0.1, 0.01)]
+    )
+    return keras.optimizers.SGD(schedule, momentum=0.9)
+
+
+def _resnet(
+    input_shape: Sequence[int], classes: int, mean: Sequence[float], variance: Sequence[float]
+) -> keras.Model:
+    numbers = iter(range(1, 100))
+
+    def convolution(x: keras.KerasTensor, width: int, size: int, strides: int) -> keras.KerasTensor:
+        number = next(numbers)
+        x = keras.layers.Conv2D(
+            width,
+            size,
+            strides,
+            padding="same",
+            use_bias=False,
+            kernel_initializer="he_normal",
+            # Whose gradient is the decay times the weight.
+            kernel_regularizer=keras.regularizers.L2(_RESNET_DECAY / 2),
+            name=f"conv_{number}",
+        )(x)
+        return keras.layers.BatchNormalization(name=f"norm_{number}")(x)
+
+    x = inputs = keras.Input(tuple(input_shape))
+    x = keras.layers.Normalization(mean=list(mean), variance=list(variance), name="normalize")(x)
+    x = keras.layers.ReLU()(convolution(x, _RESNET_WIDTHS[0], 3, 1))
+    for stage, width in enumerate(_RESNET_WIDTHS):
+        for block in range(3):
+            strides = 2 if stage and not block else 1
+            shortcut = convolution(x, width, 1, strides) if strides > 1 else x
+            y = keras.layers.ReLU()(convolution(x, width, 3, strides))
+            y = convolution(y, width, 3, 1)
+            x = keras.layers.ReLU()(keras.layers.Add()([shortcut, y]))
+    x = keras.layers.GlobalAveragePooling2D()(x)
+    outputs = keras.layers.Dense(
+        classes,
+        kernel_initializer="he_normal",
+        kernel_regularizer=keras.regularizers.L2(_RESNET_DECAY / 2),
+        name="output",
+    )(x)
+    return keras.Model(inputs, outputs, name="resnet_20")
 
 
 def _numbered(stem: str, layer: type[keras.Layer], **kwargs) -> Callable[[int], keras.Layer]:

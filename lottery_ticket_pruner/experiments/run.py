@@ -23,6 +23,7 @@ _RESULTS = (
     "ticket.keras",
     "ticket-[0-9]*.keras",
     "logs/*/events.out.tfevents.*",
+    "rounds/*/*",
 )
 
 
@@ -43,10 +44,14 @@ def run(config: RunConfig, data: datasets.Dataset, console: Console | None = Non
     The folder holds `config.json` (every choice made), `results.csv` (a row per round, arm and
     replicate, written as they come), `accuracy.png`, `ticket.keras` (the last ticket of the first
     seed; `ticket-1.keras` and so on of the others), that ticket again as a sparse SavedModel in
-    `served/1` where the backend can write one, and TensorBoard's `logs`.
+    `served/1` where the backend can write one, the masks of every round in `rounds/<replicate>`
+    (for `masked_layers.load_masks`), and TensorBoard's `logs`. A run that was interrupted goes on
+    after the last round that it finished.
     """
     started = time.perf_counter()
-    console = console or Console()
+    console = console or Console(quiet=config.quiet)
+    if config.deterministic:
+        _make_deterministic()
     model = _compiled(config, data, config.seeds[0])
     model = ml.convert_to_masked(model)
     folder = _prepare_folder(config)
@@ -76,16 +81,36 @@ def run(config: RunConfig, data: datasets.Dataset, console: Console | None = Non
             callbacks = {"on_result": record, "on_progress": progress.advance}
             found = _find(config, data, model, replicate, **callbacks)
             suffix = f"-{replicate}" if replicate else ""
-            found.ticket.save(folder / f"ticket{suffix}.keras")
+            _save(found.ticket, folder / f"ticket{suffix}.keras")
             if not suffix:
                 _export(found.ticket, folder / "served" / "1", console)
             logs.close()
     results.close()
     picture = report.accuracy_picture(rows, f"{config.data}, {config.network}, {config.strategy}")
     picture.savefig(folder / "accuracy.png", dpi=150)
+    for state in _states(folder):
+        state.unlink()
     console.print(report.summary_table(rows))
     console.print(f"{time.perf_counter() - started:.0f} s. Results in {folder}", highlight=False)
     return folder
+
+
+def _make_deterministic() -> None:
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        tf.config.experimental.enable_op_determinism()
+    elif keras.backend.backend() == "torch":
+        import torch
+
+        torch.use_deterministic_algorithms(True)
+
+
+def _save(ticket: keras.Model, path: Path) -> None:
+    """Write a model so that an interruption leaves no half of it."""
+    unfinished = path.with_name(f".{path.name}.part.keras")
+    ticket.save(unfinished)
+    unfinished.replace(path)
 
 
 def _export(ticket: keras.Model, path: Path, console: Console) -> None:
@@ -100,9 +125,16 @@ def _export(ticket: keras.Model, path: Path, console: Console) -> None:
 
 def _compiled(config: RunConfig, data: datasets.Dataset, seed: int) -> keras.Model:
     keras.utils.set_random_seed(seed)
-    model = networks.build(config.network, data.input_shape, data.classes)
+    pixels = data.x_train.reshape(-1, data.input_shape[-1])
+    model = networks.build(
+        config.network,
+        data.input_shape,
+        data.classes,
+        mean=pixels.mean(0, dtype="float64").tolist(),
+        variance=pixels.var(0, dtype="float64").tolist(),
+    )
     model.compile(
-        keras.optimizers.Adam(config.learning_rate),
+        networks.optimizer(config.optimizer, config.learning_rate, config.steps),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
     )
@@ -122,12 +154,17 @@ def _find(
         strategy=config.strategy,
         scope=config.scope,
         rewind_to=parse_steps(config.rewind_to, 1),
+        retraining=config.retraining,
         controls=config.controls,
+        control_rounds=config.control_rounds,
+        augment=networks.augmentation(config.network),
         validation_data=(data.x_validation, data.y_validation),
         test_data=(data.x_test, data.y_test),
         eval_every=config.eval_every,
         seed=config.seeds[replicate],
         replicate=replicate,
+        deterministic=config.deterministic,
+        checkpoint=config.folder / "rounds" / str(replicate),
         **config.amount,
         **callbacks,
     )
@@ -136,12 +173,20 @@ def _find(
 def _prepare_folder(config: RunConfig) -> Path:
     folder = config.folder
     folder.mkdir(parents=True, exist_ok=True)
-    for left_by_earlier_runs in _RESULTS:
-        for file in folder.glob(left_by_earlier_runs):
-            file.unlink()
+    stored = folder / "config.json"
+    interrupted = any(_states(folder)) and stored.is_file() and config.same_run(stored)
+    for pattern in _RESULTS:
+        if not (interrupted and pattern.startswith("rounds")):
+            for left_by_an_earlier_run in folder.glob(pattern):
+                left_by_an_earlier_run.unlink()
     shutil.rmtree(folder / "served" / "1", ignore_errors=True)
-    (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+    stored.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
     return folder
+
+
+def _states(folder: Path) -> list[Path]:
+    """The files from which an interrupted run goes on."""
+    return [*folder.glob("rounds/*/state.json"), *folder.glob("rounds/*/pruner-*.npz")]
 
 
 class _Logs:
@@ -190,7 +235,10 @@ class _Progress:
             console=console,
             transient=True,
         )
-        runs = config.rounds * len(self._arms)
+        with_controls = (
+            config.rounds if config.control_rounds is None else len(config.control_rounds)
+        )
+        runs = config.rounds + with_controls * len(config.controls)
         rest = config.steps - parse_steps(config.rewind_to, 1)
         total = len(config.seeds) * (config.steps + runs * rest)
         self._task = self._bar.add_task("dense", total=total)
