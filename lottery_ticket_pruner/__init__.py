@@ -1,9 +1,16 @@
 """Lottery tickets in Keras 3: find the sparse nets that train as well as the dense one."""
 
-from lottery_ticket_pruner.callbacks import PrunerCallback
+from lottery_ticket_pruner.callbacks import DynamicSparseTraining, GradualPruning, PrunerCallback
 from lottery_ticket_pruner.pruner import LotteryTicketPruner
 from lottery_ticket_pruner.tickets import TicketResult, find_ticket
 
 __version__ = "1.0.0.dev0"
 
-__all__ = ["LotteryTicketPruner", "PrunerCallback", "TicketResult", "find_ticket"]
+__all__ = [
+    "DynamicSparseTraining",
+    "GradualPruning",
+    "LotteryTicketPruner",
+    "PrunerCallback",
+    "TicketResult",
+    "find_ticket",
+]

@@ -1,14 +1,21 @@
-"""Callbacks that keep a model pruned while it trains."""
+"""Callbacks that keep a model pruned while it trains, or prune and rewire it meanwhile."""
 
 from __future__ import annotations
 
+import math
 import weakref
+import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import keras
+import numpy as np
+from keras import ops
 
-from lottery_ticket_pruner import fitting
+import masked_layers as ml
+from lottery_ticket_pruner import criteria, fitting, gradients, ranking, schedules, selection
 from lottery_ticket_pruner.pruner import LotteryTicketPruner, is_masked
+from masked_layers import WeightRef, _keras
 
 
 class PrunerCallback(keras.callbacks.Callback):
@@ -73,3 +80,391 @@ class PrunerCallback(keras.callbacks.Callback):
         if self.use_dwr:
             self.pruner.apply_dwr(self.model)
         self._version = self.pruner.masks_version
+
+
+class MaskSchedule(keras.callbacks.Callback):
+    """Changes the masks of a masked model at certain steps of its training.
+
+    What `GradualPruning` and `DynamicSparseTraining` have in common. Each of them is two things: a
+    callback of `fit`, and, without `fit`, an object whose `advance` is called as training proceeds.
+
+    A step is a batch that was trained on. In `fit` the count starts from the optimizer's, so that a
+    training that is continued, or resumed from a file, goes on where it stood; elsewhere it starts
+    at 0. With `steps_per_execution` above 1, masks change after the execution in which a step was
+    due: choose intervals that are multiples of it.
+
+    At the end of every epoch of `fit` the sparsity of the model is in the logs, as `"sparsity"`.
+
+    Attributes:
+        pruner: The pruner of the masked model.
+    """
+
+    def __init__(self, pruner: LotteryTicketPruner) -> None:
+        super().__init__()
+        if not is_masked(pruner.model):
+            raise ValueError(
+                f"{type(self).__name__} changes masks, and {pruner.model.name!r} has none. Make "
+                "the pruner for `masked_layers.convert_to_masked(model)` and train that model."
+            )
+        self.pruner = pruner
+        self._step = 0
+        self._unseen = 0  # the first step that was not asked about
+
+    @property
+    def step(self) -> int:
+        """How many steps of training lie behind; assign to it after rewinding one's own loop."""
+        return self._step
+
+    @step.setter
+    def step(self, step: int) -> None:
+        if step != self._step:
+            self._step = self._unseen = step
+
+    def advance(self, steps: int = 1) -> bool:
+        """Tells that so many steps were trained since the last call, and changes masks if due.
+
+        Of several changes that fell due among these steps, only the last is made.
+
+        Args:
+            steps: How many; 0 asks about the present step.
+
+        Returns:
+            Whether the masks were changed.
+
+        Raises:
+            ValueError: The weights contain NaN or infinity. No mask has changed then.
+        """
+        if steps < 0:
+            raise ValueError(f"`steps` must not be negative. Received: steps={steps}")
+        self._step += steps
+        due = [step for step in range(self._unseen, self._step + 1) if self._due(step)]
+        self._unseen = self._step + 1
+        if due:
+            _keras.sync(self.pruner.model)
+            self._change(due[-1])
+            self.pruner.note_changed_masks()
+        return bool(due)
+
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        """Takes the count from the optimizer, and changes masks that are due before any step."""
+        if self.model is not self.pruner.model:
+            raise ValueError(
+                f"{type(self).__name__} was made with a pruner of another model than "
+                f"{self.model.name!r}. Make the pruner for the model that is trained."
+            )
+        optimizer = self.model.optimizer
+        batches = getattr(optimizer, "gradient_accumulation_steps", None) or 1
+        self.step = int(ops.convert_to_numpy(optimizer.iterations)) * batches
+        self._epoch_start = self.step
+        self.advance(0)
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Notes where the epoch starts."""
+        self._epoch_start = self.step
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        """Advances to the end of this batch."""
+        # The last execution of an epoch may have had fewer batches than Keras says.
+        done = min(batch + 1, self.params.get("steps") or batch + 1)
+        self.advance(self._epoch_start + done - self.step)
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Adds the sparsity to the logs."""
+        if logs is not None:
+            refs = ml.masked_refs(self.model)
+            size = sum(math.prod(ref.variable.shape) for ref in refs)
+            logs["sparsity"] = 1 - sum(_alive(refs)) / size
+
+    def _due(self, step: int) -> bool:
+        raise NotImplementedError
+
+    def _change(self, step: int) -> None:
+        raise NotImplementedError
+
+
+class GradualPruning(MaskSchedule):
+    """Prunes a masked model further and further while it trains.
+
+    Pruned weights are exactly zero at the end of every batch: the masks are part of the model.
+
+    By the magnitude of the weights, the default, masks are ranked on the device, in one compiled
+    program: no weight leaves it. Any other criterion, and structures, go through
+    `LotteryTicketPruner.update_masks` on the host; criteria of final weights then see those of the
+    moment, which are recorded.
+
+    Args:
+        pruner: The pruner of the masked model.
+        schedule: What `schedules.get` takes: a schedule, a function `step -> sparsity`, a number, a
+            configuration, or a `PruningSchedule` of TensorFlow Model Optimization. Where the model
+            is sparser than the schedule asks for, nothing changes.
+        strategy: The criterion.
+        scope: Who competes with whom, `"layer"` or `"global"`; for other criteria than the default
+            also `"output"`.
+        regrowth: Whether pruned weights may come back: masks are then made anew from all raw
+            weights. A raw weight under the mask has no gradient, but momentum and weight decay of
+            the optimizer move it.
+        seed: Decides which of equal weights go.
+        **options: Further arguments of `update_masks`, such as `structure`.
+
+    Raises:
+        ValueError: The model has no masks, or schedule, criterion or scope is unknown.
+
+    Example:
+    ```python
+    masked = masked_layers.convert_to_masked(model)
+    schedule = schedules.Polynomial(0.5, 0.9, begin_step=1000, end_step=5000)
+    pruning = GradualPruning(LotteryTicketPruner(masked), schedule)
+    masked.fit(x, y, epochs=10, callbacks=[pruning])
+
+    for batch in batches:  # without `fit`
+        train_step(batch)
+        pruning.advance()
+    ```
+
+    References:
+        - [Zhu & Gupta, arXiv 1710.01878](https://arxiv.org/abs/1710.01878)
+    """
+
+    def __init__(
+        self,
+        pruner: LotteryTicketPruner,
+        schedule: schedules.Identifier,
+        strategy: Any = "smallest_weights",
+        *,
+        scope: str | None = None,
+        regrowth: bool = False,
+        seed: int = 0,
+        **options: Any,
+    ) -> None:
+        super().__init__(pruner)
+        self.schedule = schedules.get(schedule)
+        self.criterion = criteria.get(strategy)
+        self.scope = selection.resolve_scope(self.criterion, scope)
+        self.regrowth = regrowth
+        self.seed = seed
+        self.options = options
+        by_magnitude = self.criterion in map(criteria.get, _MAGNITUDE)
+        self._on_device = by_magnitude and self.scope != "output" and not options
+
+    def _due(self, step: int) -> bool:
+        return self.schedule.due(step)
+
+    def _change(self, step: int) -> None:
+        sparsity = self.schedule.sparsity(step)
+        if self._on_device:
+            self._rank(sparsity, step)
+        else:
+            self._update(sparsity, step)
+
+    def _rank(self, sparsity: float, step: int) -> None:
+        refs = ml.masked_refs(self.pruner.model)
+        groups = [refs] if self.scope == "global" else [[ref] for ref in refs]
+        masks, finite = [], []
+        with fitting.variable_scope(self.pruner.model):
+            for group in groups:
+                weights = _joined([ref.variable for ref in group])
+                alive = _joined([ref.mask.value for ref in group])
+                size = sum(math.prod(ref.variable.shape) for ref in group)
+                mask, fine = ranking.keep_largest(
+                    weights,
+                    ops.ones_like(alive) if self.regrowth else alive,
+                    _integer(size - selection.drop_count(size, size, sparsity=sparsity)),
+                    _seed(self.seed, step, group[0].path),
+                )
+                masks.append(mask)
+                finite.append(fine)
+            _check_finite(groups, finite)
+            for group, mask in zip(groups, masks, strict=True):
+                for ref, part in zip(group, _parted(mask, group), strict=True):
+                    ref.mask.value.assign(part)
+
+    def _update(self, sparsity: float, step: int) -> None:
+        pruner = self.pruner
+        before = ml.get_masks(pruner.model)
+        if self.regrowth:
+            ml.set_masks(pruner.model, {path: np.ones_like(m) for path, m in before.items()})
+        elif ml.sparsity_report(pruner.model).sparsity >= sparsity:
+            return
+        try:
+            if "final" in self.criterion.needs:
+                pruner.set_pretrained_weights()
+            pruner.update_masks(
+                self.criterion,
+                sparsity=sparsity,
+                scope=self.scope,
+                seed=int(np.random.SeedSequence([self.seed, step]).generate_state(1)[0]),
+                **self.options,
+            )
+        except Exception:
+            ml.set_masks(pruner.model, before)
+            raise
+
+
+class DynamicSparseTraining(MaskSchedule):
+    """Moves the weights of a sparse model to better places while it trains; their number stays.
+
+    Every `frequency` steps each layer drops the smallest of its weights and grows as many others
+    that were pruned, from zero, slots of the optimizer included. SET grows weights at random, RigL
+    where the gradient of the loss is largest. The share of the weights that move falls from
+    `fraction` to 0 by half a cosine.
+
+    Start from any masks, such as `pruner.update_masks("random", sparsity=0.9)`. The control, static
+    sparse training, is to train under them without this callback.
+
+    Weights are ranked on the device; the gradient for RigL is computed there and goes through the
+    host once per change.
+
+    Args:
+        pruner: The pruner of the masked model.
+        steps: Steps of the whole training, for the decay of the fraction.
+        growth: `"gradient"` (RigL) or `"random"` (SET).
+        data: For RigL: `(x, y)` or `(x, y, sample_weight)`, arrays of examples, from which each
+            change draws a batch. The training data will do.
+        batch_size: Examples in such a batch.
+        fraction: Share of the weights alive that moves at first, in (0, 1).
+        until: Share of the training after which masks stay as they are, in (0, 1].
+        frequency: Steps from one change to the next.
+        seed: Of random growth, of equal weights and of the batches drawn from `data`.
+        optimizer: The optimizer of a loop of one's own; by default that of the model.
+
+    Raises:
+        ValueError: The model has no masks, or an argument is out of its range.
+
+    References:
+        - [Mocanu et al., arXiv 1707.04780](https://arxiv.org/abs/1707.04780) (SET)
+        - [Evci et al., arXiv 1911.11134](https://arxiv.org/abs/1911.11134) (RigL)
+    """
+
+    def __init__(
+        self,
+        pruner: LotteryTicketPruner,
+        steps: int,
+        growth: str = "gradient",
+        *,
+        data: Sequence[Any] | None = None,
+        batch_size: int = 256,
+        fraction: float = 0.3,
+        until: float = 0.75,
+        frequency: int = 100,
+        seed: int = 0,
+        optimizer: keras.Optimizer | None = None,
+    ) -> None:
+        super().__init__(pruner)
+        if growth not in ("gradient", "random"):
+            raise ValueError(
+                f'`growth` must be "gradient" or "random". Received: growth={growth!r}'
+            )
+        if (growth == "gradient") != (data is not None):
+            raise ValueError(
+                'growth="gradient" needs `data=(x, y)` to take the gradient on, and '
+                f'growth="random" takes none. Received: growth={growth!r}, data of type '
+                f"{type(data).__name__}"
+            )
+        if not (0 < fraction < 1 and 0 < until <= 1):
+            raise ValueError(
+                "`fraction` must be in (0, 1) and `until` in (0, 1]. Received: "
+                f"fraction={fraction}, until={until}"
+            )
+        if steps < 1 or frequency < 1 or batch_size < 1:
+            raise ValueError(
+                "`steps`, `frequency` and `batch_size` must be at least 1. Received: "
+                f"steps={steps}, frequency={frequency}, batch_size={batch_size}"
+            )
+        self.steps = steps
+        self.growth = growth
+        self.data = data
+        self.batch_size = batch_size
+        self.fraction = fraction
+        self.until = until
+        self.frequency = frequency
+        self.seed = seed
+        self.optimizer = optimizer
+
+    def moving_share(self, step: int) -> float:
+        """The share of the weights alive that moves at a step: `fraction` at first, then less."""
+        progress = min(step / (self.until * self.steps), 1.0)
+        return self.fraction * (1 + math.cos(math.pi * progress)) / 2
+
+    def _due(self, step: int) -> bool:
+        return 0 < step < self.until * self.steps and step % self.frequency == 0
+
+    def _change(self, step: int) -> None:
+        model = self.pruner.model
+        refs = ml.masked_refs(model)
+        share = self.moving_share(step)
+        growth = self._gradients(step) if self.growth == "gradient" else {}
+        with fitting.variable_scope(model):
+            results = []
+            for ref, count in zip(refs, _alive(refs), strict=True):
+                wanted = growth.get(ref.path)
+                results.append(
+                    ranking.rewire(
+                        _joined([ref.variable]),
+                        _joined([ref.mask.value]),
+                        None if wanted is None else _joined([wanted]),
+                        _integer(selection.drop_count(count, count, rate=share)),
+                        _seed(self.seed, step, ref.path),
+                    )
+                )
+            _check_finite([[ref] for ref in refs], [fine for _, _, fine in results])
+            slots = self._slots()
+            for ref, (mask, grown, _) in zip(refs, results, strict=True):
+                kept = ops.reshape(ops.logical_not(grown), ref.variable.shape)
+                for variable in [ref.variable, *slots.get(id(ref.variable), [])]:
+                    variable.assign(fitting.zero_pruned(kept, variable))
+                ref.mask.value.assign(ops.reshape(mask, ref.variable.shape))
+
+    def _gradients(self, step: int) -> dict[str, np.ndarray]:
+        size = len(keras.tree.flatten(self.data)[0])
+        draw = np.random.default_rng([self.seed, step])
+        chosen = draw.choice(size, min(self.batch_size, size), replace=False)
+        x, y, weights = (*keras.tree.map_structure(lambda a: a[chosen], tuple(self.data)), None)[:3]
+        return gradients.loss_gradients(
+            self.pruner.model, x, y, sample_weight=weights, batch_size=len(chosen)
+        )
+
+    def _slots(self) -> dict[int, list[keras.Variable]]:
+        model = self.pruner.model
+        optimizer = self.optimizer or getattr(model, "optimizer", None)
+        if optimizer is None:
+            return {}
+        return fitting.optimizer_slots(optimizer, model.trainable_variables)
+
+
+_MAGNITUDE = ("smallest_weights", "smallest_weights_global")
+
+
+def _alive(refs: Sequence[WeightRef]) -> list[int]:
+    """How many weights each mask keeps: counted on the device, read all at once."""
+    masks = [ops.convert_to_tensor(ref.mask.value) for ref in refs]
+    counts = ops.stack([ops.sum(ops.cast(mask, "int32")) for mask in masks])
+    return ops.convert_to_numpy(counts).tolist()
+
+
+def _joined(tensors: Sequence[Any]) -> Any:
+    return ops.concatenate([ops.reshape(ops.convert_to_tensor(t), (-1,)) for t in tensors])
+
+
+def _parted(mask: Any, group: Sequence[WeightRef]) -> list[Any]:
+    ends = np.cumsum([math.prod(ref.variable.shape) for ref in group])[:-1].tolist()
+    parts = ops.split(mask, ends) if ends else [mask]
+    return [ops.reshape(part, ref.variable.shape) for part, ref in zip(parts, group, strict=True)]
+
+
+def _integer(value: int) -> Any:
+    return ops.convert_to_tensor(value, "int32")
+
+
+def _seed(seed: int, step: int, path: str) -> Any:
+    entropy = np.random.SeedSequence([seed, step, zlib.crc32(path.encode())])
+    return _integer(int(entropy.generate_state(1)[0] >> 2))
+
+
+def _check_finite(groups: Sequence[Sequence[WeightRef]], finite: Sequence[Any]) -> None:
+    """Reads one flag per group from the device, all of them at once."""
+    for group, fine in zip(groups, ops.convert_to_numpy(ops.stack(finite)), strict=True):
+        if not fine:
+            raise ValueError(
+                f"The weights of {[ref.path for ref in group]} contain NaN or infinity, or their "
+                "gradients do; they cannot be ranked. Did the training diverge?"
+            )

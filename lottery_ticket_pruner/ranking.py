@@ -1,0 +1,162 @@
+"""Ranking on the device: which weights stay, without a weight that leaves for the host.
+
+For masks that change while a model trains. Counts are exact, and equal weights go in an order that
+a seed decides, the same on every backend. The threshold is found by bisection over the bits of the
+keys: 31 passes over memory, where sorting a million weights costs ten times as much.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import keras
+from keras import ops
+
+# Keys from a lottery have this many bits, so that they are below every threshold for 0 of them.
+_LOTTERY_BITS = 30
+MAX_SIZE = 2**_LOTTERY_BITS
+_INFINITY = 0x7F800000  # as the bits of a float32; NaN lies above
+
+
+def magnitude(weight: Any) -> Any:
+    """Keys in the order of the absolute values of a tensor of floats: int32, 1-D, at least 0."""
+    # A column: Keras asks for the size of the last axis, which a traced function may not know.
+    column = ops.view(ops.cast(ops.reshape(weight, (-1, 1)), "float32"), "int32")
+    return ops.bitwise_and(ops.reshape(column, (-1,)), 0x7FFFFFFF)
+
+
+def is_finite(keys: Any) -> Any:
+    """Where the values behind keys of `magnitude` are neither infinite nor NaN."""
+    return keys < _INFINITY
+
+
+def lottery(keys: Any, seed: Any) -> Any:
+    """As many keys in a random order that the seed decides: int32, at least 0, all different.
+
+    Args:
+        keys: 1-D tensor of at most `MAX_SIZE` entries; only its length counts.
+        seed: int32 scalar.
+    """
+    low = MAX_SIZE - 1
+    number = ops.arange(ops.shape(keys)[0], dtype="int32")
+    # Every step permutes the integers of 30 bits: no two numbers ever meet.
+    for shift, factor in ((15, 0x2C1B3C6D), (12, 0x297A2D39), (14, 0x3B5D5C4B)):
+        number = ops.bitwise_xor(number, ops.bitwise_and(seed, low))
+        number = ops.bitwise_xor(number, ops.right_shift(number, shift))
+        number = ops.bitwise_and(number * factor, low)
+        seed = seed * 0x2545F491 + 0x1B873593
+    return ops.bitwise_xor(number, ops.right_shift(number, 15))
+
+
+def keep_highest(keys: Any, candidates: Any, count: Any, seed: Any) -> Any:
+    """True for exactly `count` of the candidates, those with the highest keys.
+
+    Args:
+        keys: 1-D int32 tensor of at most `MAX_SIZE` entries, all at least 0.
+        candidates: bool tensor of that shape.
+        count: int32 scalar, from 0 to the number of candidates.
+        seed: int32 scalar: decides which of several candidates with the key at the threshold stay.
+    """
+    keys = ops.where(candidates, keys, -1)
+    threshold = _threshold(keys, count)
+    above = keys > threshold
+    tied = keys == threshold
+    places = count - _count(above)
+
+    def draw() -> Any:
+        tickets = ops.where(tied, lottery(keys, seed), -1)
+        return ops.logical_or(above, tickets >= _threshold(tickets, places))
+
+    def take_all() -> Any:
+        return ops.logical_or(above, tied)
+
+    return ops.cond(_count(tied) > places, draw, take_all)
+
+
+def _threshold(keys: Any, count: Any) -> Any:
+    """The greatest integer that at least `count` of the keys reach."""
+
+    def set_next_bit(number: Any, found: Any) -> Any:
+        bit = ops.left_shift(ops.ones((), "int32"), 30 - ops.cast(number, "int32"))
+        higher = found + bit
+        return ops.where(_count(keys >= higher) >= count, higher, found)
+
+    return ops.fori_loop(0, 31, set_next_bit, ops.zeros((), "int32"))
+
+
+def _count(flags: Any) -> Any:
+    return ops.sum(ops.cast(flags, "int32"))
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function as one program of the backend, for tensors; compiled when it is first called."""
+
+    @functools.cache
+    def program() -> Callable[..., Any]:
+        backend = keras.backend.backend()
+        if backend == "tensorflow":
+            import tensorflow as tf
+
+            # One trace for all lengths; XLA would compile one for each.
+            return tf.function(function, autograph=False, reduce_retracing=True)
+        if backend == "jax":
+            import jax
+
+            return jax.jit(function)
+        return function
+
+    @functools.wraps(function)
+    def call(*args: Any) -> Any:
+        return program()(*args)
+
+    return call
+
+
+@compiled
+def keep_largest(weight: Any, candidates: Any, most: Any, seed: Any) -> tuple[Any, Any]:
+    """Which weights stay if the largest do, at most so many of them.
+
+    Args:
+        weight: 1-D tensor of floats.
+        candidates: bool tensor of that shape: those that may stay.
+        most: int32 scalar; where there are fewer candidates, all of them stay.
+        seed: int32 scalar, for equal weights.
+
+    Returns:
+        The bool mask, and whether every candidate is finite: nothing is to be made of it if not.
+    """
+    keys = magnitude(weight)
+    mask = keep_highest(keys, candidates, ops.minimum(most, _count(candidates)), seed)
+    return mask, ops.all(ops.logical_or(is_finite(keys), ops.logical_not(candidates)))
+
+
+@compiled
+def rewire(weight: Any, mask: Any, growth: Any, count: Any, seed: Any) -> tuple[Any, Any, Any]:
+    """Drops the smallest weights and grows as many elsewhere.
+
+    A weight that was just dropped may grow again, from zero.
+
+    Args:
+        weight: 1-D tensor of floats.
+        mask: bool tensor of that shape.
+        growth: tensor of floats of that shape: those with the largest absolute value grow. Or None:
+            those that grow are drawn by lot.
+        count: int32 scalar: how many of the weights alive go.
+        seed: int32 scalar.
+
+    Returns:
+        The bool mask, where it grew (bool), and whether all that was ranked is finite.
+    """
+    keys = magnitude(weight)
+    kept = keep_highest(keys, mask, _count(mask) - count, seed)
+    free = ops.logical_not(kept)
+    finite = ops.all(ops.logical_or(is_finite(keys), ops.logical_not(mask)))
+    if growth is None:
+        wanted = lottery(keys, seed + 1)
+    else:
+        wanted = magnitude(growth)
+        finite = ops.logical_and(finite, ops.all(is_finite(wanted)))
+    grown = keep_highest(wanted, free, count, seed + 2)
+    return ops.logical_or(kept, grown), grown, finite

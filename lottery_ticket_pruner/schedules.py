@@ -1,0 +1,405 @@
+"""Schedules say how sparse a model is to be at each training step, and when its masks change.
+
+A schedule is a function of the step. Adding one takes a function of a line or two and one
+registration:
+
+>>> @register("staircase")
+... def staircase(step):
+...     '''Another tenth every thousand steps, up to 0.9.'''
+...     return min(step // 1000, 9) / 10
+
+Steps are counted as batches that were trained on: `schedule(100)` is for the weights as a hundred
+batches left them.
+
+References:
+    - [Zhu & Gupta, arXiv 1710.01878](https://arxiv.org/abs/1710.01878) (polynomial)
+"""
+
+import inspect
+import numbers
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+Identifier = Any
+
+
+class Schedule:
+    """The sparsity at each step, and the steps at which masks are brought to it.
+
+    Masks change at `begin_step` and every `frequency` steps from there, up to and including
+    `end_step`. Subclasses give `sparsity`.
+
+    Args:
+        begin_step: First step at which masks change.
+        end_step: Last step at which they may; None for no end.
+        frequency: Steps from one change to the next.
+
+    Raises:
+        ValueError: A step is negative or no integer, the end lies before the beginning, or the
+            frequency is below 1.
+    """
+
+    name: str
+
+    def __init__(
+        self, begin_step: int = 0, end_step: int | None = None, frequency: int = 100
+    ) -> None:
+        _check_integer("begin_step", begin_step, 0)
+        _check_integer("frequency", frequency, 1)
+        if end_step is not None:
+            _check_integer("end_step", end_step, begin_step)
+        self.begin_step = begin_step
+        self.end_step = end_step
+        self.frequency = frequency
+
+    def sparsity(self, step: int) -> float:
+        """The share of weights that is pruned after this many steps, in [0, 1)."""
+        raise NotImplementedError
+
+    def due(self, step: int) -> bool:
+        """Whether the masks change after this many steps."""
+        ended = self.end_step is not None and step > self.end_step
+        since = step - self.begin_step
+        return since >= 0 and not ended and since % self.frequency == 0
+
+    def __call__(self, step: int) -> float:
+        """What `sparsity` gives."""
+        return self.sparsity(step)
+
+    def get_config(self) -> dict[str, Any]:
+        """The name and the arguments, from which `get` makes the schedule again."""
+        arguments = [
+            name for name in inspect.signature(type(self).__init__).parameters if name != "self"
+        ]
+        return {"name": self.name} | {name: getattr(self, name) for name in arguments}
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "Schedule":
+        """What `get` makes of a configuration."""
+        return get(config)
+
+    def __repr__(self) -> str:
+        arguments = list(self.get_config().items())[1:]
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in arguments)})"
+
+
+class Function(Schedule):
+    """A function of one's own as a schedule.
+
+    Args:
+        function: `function(step)` gives a sparsity in [0, 1).
+        begin_step: First step at which masks change.
+        end_step: Last step at which they may; None for no end.
+        frequency: Steps from one change to the next.
+    """
+
+    def __init__(
+        self,
+        function: Callable[[int], float],
+        begin_step: int = 0,
+        end_step: int | None = None,
+        frequency: int = 100,
+    ) -> None:
+        super().__init__(begin_step, end_step, frequency)
+        self.function = function
+
+    @property
+    def name(self) -> str:
+        """The name it was registered under, else that of the function."""
+        known = (name for name, made_by in _REGISTRY.items() if made_by is self.function)
+        return next(known, getattr(self.function, "__name__", type(self.function).__name__))
+
+    def sparsity(self, step: int) -> float:
+        """What the function gives."""
+        return self.function(step)
+
+    def get_config(self) -> dict[str, Any]:
+        """The name and the steps; `get` finds the function again if it is registered."""
+        config = super().get_config()
+        del config["function"]
+        return config
+
+
+class _Pairs(Schedule):
+    """A schedule that gives `(whether masks change, sparsity)` at each step, as those of tfmot."""
+
+    def __init__(self, function: Callable[[int], tuple[Any, Any]]) -> None:
+        super().__init__()
+        self.function = function
+
+    def sparsity(self, step: int) -> float:
+        # In float32, 0.9 is 0.8999999762: of a hundred weights 89 would go.
+        return float(str(np.float32(self.function(step)[1])))
+
+    def due(self, step: int) -> bool:
+        return bool(self.function(step)[0])
+
+    def get_config(self) -> dict[str, Any]:
+        raise NotImplementedError(
+            f"{type(self.function).__name__} is a schedule of TensorFlow Model Optimization that "
+            "this library cannot make again. Write it as a function `step -> sparsity` and "
+            "`schedules.register` it."
+        )
+
+    def __repr__(self) -> str:
+        return repr(self.function)
+
+
+_REGISTRY: dict[str, type[Schedule] | Callable[[int], float]] = {}
+
+
+def register(name: str) -> Callable[[Any], Any]:
+    """Makes a schedule known by name; decorates it and hands it back.
+
+    Args:
+        name: The name for `get` and configurations.
+
+    Returns:
+        A decorator of a function `step -> sparsity` or of a subclass of `Schedule`.
+
+    Raises:
+        ValueError: Another schedule has that name. The same one defined again (a notebook cell
+            run twice) replaces the earlier one.
+    """
+
+    def decorate(schedule: Any) -> Any:
+        known = _REGISTRY.get(name)
+        if known is not None and _origin(known) != _origin(schedule):
+            raise ValueError(
+                f"The schedule name {name!r} is taken by {_origin(known)}. "
+                "Register under another name."
+            )
+        _REGISTRY[name] = schedule
+        if isinstance(schedule, type):
+            schedule.name = name
+        return schedule
+
+    return decorate
+
+
+def names() -> list[str]:
+    """The known names, in the order of registration."""
+    return list(_REGISTRY)
+
+
+def get(identifier: Identifier) -> Schedule:
+    """Turns whatever stands for a schedule into a `Schedule`.
+
+    Args:
+        identifier: A `Schedule`; a number, for a sparsity that does not change; a dict from
+            `get_config()`, or any other with a `"name"` and arguments; the name of a registered
+            function; a function `step -> sparsity`, which is asked every 100 steps (`Function`
+            has other intervals); a `PruningSchedule` of TensorFlow Model Optimization or what its
+            `get_config()` gives.
+
+    Raises:
+        ValueError: An unknown name, arguments that do not fit it, or something that is none of
+            these.
+    """
+    if isinstance(identifier, Schedule):
+        return identifier
+    if isinstance(identifier, numbers.Real) and not isinstance(identifier, bool):
+        return Constant(float(identifier))
+    if isinstance(identifier, str):
+        return _make(identifier, {})
+    if isinstance(identifier, Mapping):
+        if "class_name" in identifier:
+            return _from_tfmot_config(identifier["class_name"], identifier.get("config", {}))
+        arguments = dict(identifier)
+        return _make(arguments.pop("name", None), arguments)
+    if _is_tfmot(type(identifier)):
+        if type(identifier).__name__ in _TFMOT:
+            return get(identifier.get_config())
+        return _Pairs(identifier)
+    if callable(identifier) and not isinstance(identifier, type):
+        return Function(identifier)
+    raise ValueError(
+        "A schedule is given as a `Schedule`, a number, a function `step -> sparsity`, a "
+        "configuration dict, a name or a `PruningSchedule` of TensorFlow Model Optimization. "
+        f"Received: {identifier!r} of type {type(identifier).__name__}"
+    )
+
+
+def _make(name: Any, arguments: dict[str, Any]) -> Schedule:
+    if name not in _REGISTRY:
+        raise ValueError(
+            f"Unknown schedule {name!r}. Known are: {', '.join(names())}. Pass a function "
+            "`step -> sparsity` itself, or `schedules.register` it under this name."
+        )
+    schedule = _REGISTRY[name]
+    make = schedule if isinstance(schedule, type) else lambda **kw: Function(schedule, **kw)
+    try:
+        return make(**arguments)
+    except TypeError as error:
+        raise ValueError(
+            f"The schedule {name!r} cannot be made from the arguments {arguments}: {error}. "
+            f'Give them as a dict, {{"name": {name!r}, ...}}, or make the schedule itself.'
+        ) from error
+
+
+def _is_tfmot(cls: type) -> bool:
+    # By name: importing the package changes the process (see `interop.tfmot`).
+    return any(
+        base.__name__ == "PruningSchedule"
+        and base.__module__.startswith("tensorflow_model_optimization.")
+        for base in cls.__mro__
+    )
+
+
+def _from_tfmot_config(name: str, config: Mapping[str, Any]) -> Schedule:
+    if name not in _TFMOT:
+        raise ValueError(
+            f"Unknown schedule class {name!r}. Configurations of TensorFlow Model Optimization "
+            f"are known for: {', '.join(_TFMOT)}."
+        )
+    arguments = {_TFMOT_ARGUMENTS.get(key, key): value for key, value in config.items()}
+    if arguments.get("end_step") == -1:
+        arguments["end_step"] = None
+    return _make(_TFMOT[name], arguments)
+
+
+def _check_integer(name: str, value: int, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
+        raise ValueError(
+            f"`{name}` must be an integer of at least {least}. Received: {name}={value!r}"
+        )
+
+
+def _check_sparsity(name: str, value: float) -> None:
+    if not isinstance(value, numbers.Real) or not 0 <= value < 1:
+        raise ValueError(f"`{name}` must be a number in [0, 1). Received: {name}={value!r}")
+
+
+def _origin(schedule: Any) -> str:
+    return f"{getattr(schedule, '__module__', None)}.{getattr(schedule, '__qualname__', schedule)}"
+
+
+@register("constant")
+class Constant(Schedule):
+    """The same sparsity throughout.
+
+    Args:
+        sparsity: Share of weights that is pruned, in [0, 1).
+        begin_step: Step at which they are.
+        end_step: Last step at which masks may change, where pruned weights can come back.
+        frequency: Steps from one change to the next.
+    """
+
+    def __init__(
+        self,
+        sparsity: float,
+        begin_step: int = 0,
+        end_step: int | None = None,
+        frequency: int = 100,
+    ) -> None:
+        super().__init__(begin_step, end_step, frequency)
+        _check_sparsity("sparsity", sparsity)
+        self._sparsity = float(sparsity)
+
+    def sparsity(self, step: int) -> float:
+        """The sparsity, at any step."""
+        return self._sparsity
+
+    def get_config(self) -> dict[str, Any]:
+        """The name and the arguments."""
+        return super().get_config() | {"sparsity": self._sparsity}
+
+
+class _Ramp(Schedule):
+    """From one sparsity to another, between two steps."""
+
+    def __init__(
+        self,
+        initial_sparsity: float,
+        final_sparsity: float,
+        begin_step: int,
+        end_step: int,
+        frequency: int,
+    ) -> None:
+        super().__init__(begin_step, end_step, frequency)
+        _check_sparsity("initial_sparsity", initial_sparsity)
+        _check_sparsity("final_sparsity", final_sparsity)
+        _check_integer("end_step", end_step, begin_step + 1)
+        self.initial_sparsity = float(initial_sparsity)
+        self.final_sparsity = float(final_sparsity)
+
+    def _progress(self, step: int) -> float:
+        done = (step - self.begin_step) / (self.end_step - self.begin_step)
+        return min(max(done, 0.0), 1.0)
+
+
+@register("polynomial")
+class Polynomial(_Ramp):
+    """Prunes fast at first and slowly at the end.
+
+    With p from 0 at `begin_step` to 1 at `end_step`, the sparsity is
+    `final + (initial - final) (1 - p)^power`.
+
+    Args:
+        initial_sparsity: Sparsity at `begin_step`, in [0, 1).
+        final_sparsity: Sparsity at `end_step` and after it, in [0, 1).
+        begin_step: First step at which masks change.
+        end_step: Last step at which they do; to reach the final sparsity it must be a whole
+            number of `frequency` steps after `begin_step`.
+        power: The exponent.
+        frequency: Steps from one change to the next.
+
+    Reference:
+        - [Zhu & Gupta, arXiv 1710.01878](https://arxiv.org/abs/1710.01878), section 3
+    """
+
+    def __init__(
+        self,
+        initial_sparsity: float,
+        final_sparsity: float,
+        begin_step: int,
+        end_step: int,
+        power: float = 3,
+        frequency: int = 100,
+    ) -> None:
+        super().__init__(initial_sparsity, final_sparsity, begin_step, end_step, frequency)
+        self.power = power
+
+    def sparsity(self, step: int) -> float:
+        """The polynomial at this step."""
+        left = (1 - self._progress(step)) ** self.power
+        return self.final_sparsity + (self.initial_sparsity - self.final_sparsity) * left
+
+
+@register("geometric")
+class Geometric(_Ramp):
+    """Drops the same share of the weights that are left at every change, as rounds of pruning do.
+
+    With p from 0 at `begin_step` to 1 at `end_step`, the share of weights that are left is
+    `(1 - initial) ((1 - final) / (1 - initial))^p`.
+
+    Args:
+        initial_sparsity: Sparsity at `begin_step`, in [0, 1).
+        final_sparsity: Sparsity at `end_step` and after it, in [0, 1).
+        begin_step: First step at which masks change.
+        end_step: Last step at which they do; to reach the final sparsity it must be a whole
+            number of `frequency` steps after `begin_step`.
+        frequency: Steps from one change to the next.
+    """
+
+    def __init__(
+        self,
+        initial_sparsity: float,
+        final_sparsity: float,
+        begin_step: int,
+        end_step: int,
+        frequency: int = 100,
+    ) -> None:
+        super().__init__(initial_sparsity, final_sparsity, begin_step, end_step, frequency)
+
+    def sparsity(self, step: int) -> float:
+        """The geometric mean of both densities, weighted by the progress."""
+        first, last = 1 - self.initial_sparsity, 1 - self.final_sparsity
+        return 1 - first * (last / first) ** self._progress(step)
+
+
+# Their classes of the same meaning, and the argument that has another name.
+_TFMOT = {"ConstantSparsity": "constant", "PolynomialDecay": "polynomial"}
+_TFMOT_ARGUMENTS = {"target_sparsity": "sparsity"}

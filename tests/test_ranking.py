@@ -1,0 +1,135 @@
+"""Ranking on the device: the exact count, the highest keys, ties by lot; against NumPy."""
+
+import keras
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from keras import ops
+
+from lottery_ticket_pruner import ranking
+
+# One length, so that JAX compiles once.
+SIZE = 24
+# Many equal values, signed zeros, subnormal and huge ones.
+VALUES = st.one_of(
+    st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.0, 1e-45, 3e38, -3e38]), st.floats(-4, 4, width=32)
+)
+
+
+def integer(value):
+    return ops.convert_to_tensor(value, "int32")
+
+
+def as_numpy(tensors):
+    return [ops.convert_to_numpy(tensor) for tensor in tensors]
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(VALUES, min_size=SIZE, max_size=SIZE),
+    st.lists(st.booleans(), min_size=SIZE, max_size=SIZE),
+    st.integers(0, SIZE),
+    st.integers(0, 2**30),
+)
+def test_the_largest_candidates_stay(values, candidates, most, seed):
+    weight, candidates = np.array(values, "float32"), np.array(candidates)
+    mask, finite = as_numpy(
+        ranking.keep_largest(
+            ops.convert_to_tensor(weight),
+            ops.convert_to_tensor(candidates),
+            integer(most),
+            integer(seed),
+        )
+    )
+    assert finite
+    assert not (mask & ~candidates).any()
+    assert mask.sum() == min(most, candidates.sum())
+    kept, dropped = np.abs(weight[mask]), np.abs(weight[candidates & ~mask])
+    assert not kept.size or not dropped.size or kept.min() >= dropped.max()
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.lists(VALUES, min_size=SIZE, max_size=SIZE),
+    st.lists(VALUES, min_size=SIZE, max_size=SIZE),
+    st.lists(st.booleans(), min_size=SIZE, max_size=SIZE),
+    st.floats(0, 1),
+    st.booleans(),
+)
+def test_rewiring_keeps_the_count(values, growth, mask, share, by_lot):
+    weight, mask, growth = np.array(values, "float32"), np.array(mask), np.array(growth, "float32")
+    count = int(share * mask.sum())
+    new, grown, finite = as_numpy(
+        ranking.rewire(
+            ops.convert_to_tensor(weight),
+            ops.convert_to_tensor(mask),
+            None if by_lot else ops.convert_to_tensor(growth),
+            integer(count),
+            integer(7),
+        )
+    )
+    kept = new & ~grown
+    assert finite
+    assert new.sum() == mask.sum()
+    assert grown.sum() == count
+    assert not (kept & ~mask).any()
+    left, dropped = np.abs(weight[kept]), np.abs(weight[mask & ~kept])
+    assert not left.size or not dropped.size or left.min() >= dropped.max()
+    if not by_lot:
+        chosen, passed = np.abs(growth[grown]), np.abs(growth[~new])
+        assert not chosen.size or not passed.size or chosen.min() >= passed.max()
+
+
+def test_the_lot_draws_every_number_once_and_evenly():
+    keys = ops.zeros((50_000,), "int32")
+    one, other = as_numpy(ranking.lottery(keys, integer(seed)) for seed in (1, 2))
+    assert len(np.unique(one)) == len(np.unique(other)) == 50_000
+    assert 0 <= one.min() < one.max() < ranking.MAX_SIZE
+    expected = 50_000 / 8
+    counts = np.histogram(one, 8, (0, ranking.MAX_SIZE))[0]
+    assert ((counts - expected) ** 2 / expected).sum() < 30  # chi-squared, 7 degrees of freedom
+    for pair in ((one[1:], one[:-1]), (one, other), (one, np.arange(50_000))):
+        assert abs(np.corrcoef(*pair)[0, 1]) < 0.02
+
+
+def test_equal_weights_go_by_the_seed_alike_on_every_backend():
+    weight, alive = ops.ones((SIZE,)), ops.ones((SIZE,), "bool")
+    kept = [
+        np.flatnonzero(as_numpy(ranking.keep_largest(weight, alive, integer(6), integer(seed)))[0])
+        for seed in (0, 1)
+    ]
+    assert kept[0].tolist() == [1, 5, 7, 12, 17, 18]
+    assert kept[0].tolist() != kept[1].tolist()
+
+
+def test_what_is_not_finite_is_told_where_it_competes():
+    weight = ops.convert_to_tensor(np.array([1, np.nan, -np.inf, 2], "float32"))
+    for alive, expected in (
+        ([True, False, False, True], True),
+        ([False, True, False, False], False),
+    ):
+        mask = ops.cast(ops.convert_to_tensor(alive), "bool")
+        assert bool(ranking.keep_largest(weight, mask, integer(1), integer(0))[1]) is expected
+        assert bool(ranking.rewire(weight, mask, None, integer(1), integer(0))[2]) is expected
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_is_ranked_as_it_is(dtype):
+    weight = ops.cast(ops.convert_to_tensor([0.5, -2.0, 1.0, 0.25]), dtype)
+    mask = ranking.keep_largest(weight, ops.ones((4,), "bool"), integer(2), integer(0))[0]
+    assert ops.convert_to_numpy(mask).tolist() == [False, True, True, False]
+
+
+@pytest.mark.skipif(keras.backend.backend() == "torch", reason="torch runs as it is")
+def test_another_count_or_seed_compiles_nothing_anew():
+    traces = []
+
+    @ranking.compiled
+    def double(weight, count):
+        traces.append(1)
+        return weight * ops.cast(count, "float32")
+
+    results = [float(double(ops.ones(()), integer(count))) for count in (1, 2, 3)]
+    assert results == [1.0, 2.0, 3.0]
+    assert len(traces) == 1
