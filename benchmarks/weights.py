@@ -1,0 +1,124 @@
+"""Conversion, mask updates and memory, with no training: contenders for `benchmarks.plan`."""
+
+import ctypes
+import gc
+import sys
+
+import keras
+import numpy as np
+import psutil
+
+import masked_layers as ml
+from benchmarks.timing import peak_bytes, seconds
+from lottery_ticket_pruner import LotteryTicketPruner
+
+
+def network(quick):
+    keras.utils.set_random_seed(0)
+    side = 32 if quick else 224
+    return keras.applications.ResNet50(weights=None, input_shape=(side, side, 3))
+
+
+def conversion(quick):
+    """Seconds of `convert_to_masked` and of `clone_model` for ResNet-50."""
+    plain = network(quick)
+    contenders = {
+        "convert": seconds(lambda: ml.convert_to_masked(plain)),
+        "clone": seconds(lambda: keras.models.clone_model(plain)),
+    }
+    for contender in contenders.values():
+        contender()
+    return contenders
+
+
+def variables(quick):
+    """Megabytes of the variables of ResNet-50, masked and plain."""
+    plain = network(quick)
+    masked = ml.convert_to_masked(plain)
+    return {"masked": lambda: _nbytes(masked), "plain": lambda: _nbytes(plain)}
+
+
+def _nbytes(model):
+    return sum(keras.ops.convert_to_numpy(variable).nbytes for variable in model.variables) / 1e6
+
+
+def resident(quick, masks):
+    """Megabytes by which the process grows when it makes ResNet-50, masked or plain."""
+    # What is imported and made once for all models.
+    ml.convert_to_masked(keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)]))
+    before = _resident()
+    model = network(quick)
+    if masks:
+        model = ml.convert_to_masked(model)
+    growth = _resident() - before
+    return {"resident": lambda: growth}
+
+
+def _resident():
+    gc.collect()
+    if sys.platform == "linux":
+        # Gives back what was freed: the C library keeps it for later.
+        ctypes.CDLL(None).malloc_trim(0)
+    return psutil.Process().memory_info().rss / 1e6
+
+
+RATE = 0.2
+LAYERS = 10
+
+
+def update(size):
+    """A fifth of so many weights in ten kernels goes, all of them competing.
+
+    Seconds of `update_masks` from full masks and once more, of `numpy.partition` and an argsort of
+    the same magnitudes, and of a copy of them; megabytes of the weights and of what the process
+    grows by at most in a first update.
+    """
+    side = round((size / LAYERS) ** 0.5)
+    keras.utils.set_random_seed(0)
+    layers = [keras.layers.Dense(side, use_bias=False) for _ in range(LAYERS)]
+    model = ml.convert_to_masked(keras.Sequential([keras.Input((side,)), *layers]))
+    pruner = LotteryTicketPruner(model)
+    rng = np.random.default_rng(0)
+    for variable in model.trainable_variables:
+        variable.assign_add(rng.standard_normal(variable.shape, dtype="float32") / 100)
+    pruner.set_pretrained_weights()
+    kernels = [keras.ops.convert_to_numpy(variable) for variable in model.trainable_variables]
+    magnitudes = np.abs(np.concatenate([kernel.ravel() for kernel in kernels]))
+    copy = np.empty_like(magnitudes)
+    drop = int(RATE * magnitudes.size)
+    full = {path: np.ones(mask.shape, bool) for path, mask in ml.get_masks(model).items()}
+
+    def again():
+        pruner.set_pretrained_weights()  # Without it the pruner warns that nothing was recorded.
+        return seconds(lambda: pruner.update_masks("large_final", rate=RATE, scope="global"))()
+
+    def first():
+        ml.set_masks(model, full)
+        return again()
+
+    def second():
+        first()
+        return again()
+
+    def peak():
+        ml.set_masks(model, full)
+        pruner.set_pretrained_weights()
+        grown = peak_bytes(lambda: pruner.update_masks("large_final", rate=RATE, scope="global"))
+        return grown / 1e6
+
+    def argsort():
+        """A threshold from all magnitudes in order, as the earlier library found it."""
+        joined = np.concatenate([np.abs(kernel).ravel() for kernel in kernels])
+        threshold = joined[np.argsort(joined)[drop]]
+        return [(np.abs(kernel) >= threshold).astype("float32") for kernel in kernels]
+
+    first()
+    return {
+        "first": first,
+        "second": second,
+        "partition": seconds(lambda: np.partition(magnitudes, drop - 1)),
+        "argsort": seconds(argsort),
+        "copy": seconds(lambda: np.copyto(copy, magnitudes)),
+        "peak": peak,
+        "weights": lambda: magnitudes.nbytes / 1e6,
+    }
