@@ -8,7 +8,7 @@ import logging
 import os
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ import keras
 import numpy as np
 
 import masked_layers as ml
-from lottery_ticket_pruner import criteria, fitting, selection, structures
+from lottery_ticket_pruner import criteria, fitting, selection, structures, treatments
 from masked_layers import _keras, paths
 from masked_layers.files import replacing
 from masked_layers.maskable import input_axes
@@ -133,7 +133,15 @@ class LotteryTicketPruner:
             ValueError: The model has other weights; the message names the layer and both shapes.
         """
         model = self._checked(model)
-        self._final = self._snapshot(model)
+        final = list(self._snapshot(model))
+        for position, ref in self._prunables(model).items():
+            if ref.mask is not None and ref.mask.frozen is not None:
+                # What a frozen weight ended as: whoever compares it with w0 must not see the raw
+                # value, which means nothing.
+                held = fitting.read(ref.mask.frozen)
+                held = np.where(self._mask(position, ref), final[position], held)
+                final[position] = _read_only(held)
+        self._final = tuple(final)
         self._final_is_new = True
         _logger.info("Recorded %d final weights of %r.", len(self._final), model.name)
 
@@ -216,33 +224,79 @@ class LotteryTicketPruner:
                 optimizer was built. Nothing has changed then.
         """
         self._require_masked("rewind")
-        model = self._checked(self.model)
-        compiled = _optimizer(model) if optimizer else None
-        fresh = fitting.fresh_optimizer(compiled) if compiled is not None else None
-        before = [fitting.read(variable) for variable in model.weights]
-        _assign(model.weights, self._initial)
-        if compiled is not None:
-            # After the weights: there are optimizers whose slots start as copies of them.
-            same = compiled is self._timed_optimizer
-            steps = [step for step, _ in self._clocks]
-            rates = [rate if same else None for _, rate in self._clocks]
-            try:
-                fitting.reset_optimizer(compiled, fresh, model.trainable_variables, steps, rates)
-            except Exception:
-                _assign(model.weights, before)
-                raise
+        self._restart(self._initial, optimizer)
+        _logger.info("Rewound %d weights of %r.", len(self._initial), self.model.name)
+
+    def treat(
+        self,
+        kept: Any = "rewind",
+        pruned: Any = "zero",
+        *,
+        seed: int = 0,
+        optimizer: bool = True,
+    ) -> None:
+        """Sets what the kept weights start from, and what the pruned ones are from now on.
+
+        Zhou et al. call these mask-1 and mask-0 actions. `treat()` is `rewind()` with pruned
+        weights at zero; `lottery_ticket_pruner.treatments` describes the others. Everything is
+        derived from the recorded initial and final weights: treatments of several rounds do not
+        compound. All other weights (biases, statistics) go back to the initial ones, with
+        `kept="finetune"` to the final ones. Pruned weights that are not zero are frozen values of
+        the mask: held in the graph, not trained, and saved with it; `rewind` leaves them, and
+        `treat` and `reset_masks` take them away. Not to be called while `fit` is under way.
+
+        Args:
+            kept: The treatment of kept weights: name, configuration, `treatments.Treatment` or
+                function.
+            pruned: The treatment of pruned weights, likewise.
+            seed: For fresh draws, permutations and signs.
+            optimizer: As for `rewind`.
+
+        Raises:
+            ValueError: The model is not masked, a treatment is unknown or reads final weights that
+                were not recorded, or a layer has no initializer to draw from. Nothing has changed
+                then.
+
+        Reference:
+            - [Zhou et al., arXiv 1905.01067](https://arxiv.org/abs/1905.01067), sections 3 and 4
+        """
+        self._require_masked("treat")
+        kept, pruned = treatments.get_kept(kept), treatments.get_pruned(pruned)
+        for treatment in (kept, pruned):
+            if treatment.needs_final and self._final is None:
+                raise ValueError(
+                    f"The treatment {treatment.name!r} reads the final weights. Call "
+                    "`set_pretrained_weights` after training."
+                )
+        _keras.sync(self.model)
+        tuned = kept is treatments.get_kept("finetune")
+        values = list(self._final if tuned else self._initial)
+        frozen = {}
+        for position, ref in self._prunables(self.model).items():
+            kernel = self._kernel(position, ref, seed)
+            effective = treatments.treat(kernel, kept, pruned)
+            values[position] = np.where(kernel.mask, effective, kernel.initial)
+            used = effective[~kernel.mask].any()
+            # Entries pruned by a later update read as w0 until they are treated.
+            frozen[position] = np.where(kernel.mask, kernel.initial, effective) if used else None
+        self._restart(values, optimizer)
+        self._freeze(frozen)
         _logger.info(
-            "Rewound %d weights of %r%s.",
-            len(before),
-            model.name,
-            " and its optimizer" if compiled is not None else "",
+            "Treated kept weights of %r by %s, pruned ones by %s.",
+            self.model.name,
+            kept.name,
+            pruned.name,
         )
 
     def reset_masks(self) -> None:
-        """Sets all masks to one, and the count of pruned weights with them; raw weights stay."""
+        """Sets all masks to one, and the count of pruned weights with them; raw weights stay.
+
+        Nothing is frozen any more.
+        """
         if is_masked(self.model):
             masks = ml.get_masks(self.model)
             ml.set_masks(self.model, {path: np.ones_like(mask) for path, mask in masks.items()})
+            self._freeze(dict.fromkeys(self._prunables(self.model)))
         self._masks = {position: np.ones_like(mask) for position, mask in self._masks.items()}
         self.masks_version += 1
         self._rescaled = {}
@@ -294,10 +348,14 @@ class LotteryTicketPruner:
         values = list(self._initial)
         if weights == "signed_constant":
             for position in self._prunables(model):
-                values[position] = _signed_constant(values[position])
+                values[position] = treatments.signed_constant(values[position])
         with _restored(model), _rescaling(model, dict.fromkeys(_masks(model), dwr)):
             _assign(model.weights, values)
             return model.evaluate(x, y, **evaluate_kwargs, return_dict=True)
+
+    def note_changed_masks(self) -> None:
+        """Tells the pruner that its model's masks were changed: final weights are out of date."""
+        self._final_is_new = False
 
     # Plain and masked models: the earlier API.
 
@@ -501,6 +559,43 @@ class LotteryTicketPruner:
         _keras.sync(model)
         return tuple(_read_only(fitting.read(variable)) for variable in model.weights)
 
+    def _restart(self, values: Sequence[np.ndarray], optimizer: bool) -> None:
+        """Assigns all weights and brings the optimizer back to its recorded step."""
+        model = self._checked(self.model)
+        compiled = _optimizer(model) if optimizer else None
+        fresh = fitting.fresh_optimizer(compiled) if compiled is not None else None
+        before = [fitting.read(variable) for variable in model.weights]
+        _assign(model.weights, values)
+        if compiled is not None:
+            # After the weights: there are optimizers whose slots start as copies of them.
+            same = compiled is self._timed_optimizer
+            steps = [step for step, _ in self._clocks]
+            rates = [rate if same else None for _, rate in self._clocks]
+            try:
+                fitting.reset_optimizer(compiled, fresh, model.trainable_variables, steps, rates)
+            except Exception:
+                _assign(model.weights, before)
+                raise
+
+    def _kernel(self, position: int, ref: WeightRef, seed: int) -> treatments.Kernel:
+        rng = treatments.generator(seed, ref.path)
+        draw_seed = int(rng.integers(2**31))
+        return treatments.Kernel(
+            mask=self._mask(position, ref),
+            rng=rng,
+            initial=self._initial[position],
+            final=None if self._final is None else self._final[position],
+            draw=lambda: treatments.draw_again(ref, draw_seed),
+        )
+
+    def _freeze(self, frozen: Mapping[int, np.ndarray | None]) -> None:
+        """Writes what pruned weights are; functions compiled for masks without are made anew."""
+        refs = self._prunables(self.model)
+        with fitting.variable_scope(self.model):
+            changed = [refs[position].mask.freeze(values) for position, values in frozen.items()]
+        if any(changed):
+            _remake_functions(self.model)
+
     def _prunables(self, model: keras.Model) -> dict[int, WeightRef]:
         """Those of `_prunables` that have a mask, in the model or here."""
         refs = _prunables(model).items()
@@ -509,7 +604,7 @@ class LotteryTicketPruner:
     def _mask(self, position: int, ref: WeightRef) -> np.ndarray:
         if ref.mask is None:
             return self._masks[position].copy()
-        return fitting.read(ref.mask.value)
+        return ref.mask.to_numpy()
 
     def _prune(
         self,
@@ -677,11 +772,6 @@ def _assign(variables: list[keras.Variable], values: Any) -> None:
         variable.assign(value)
 
 
-def _signed_constant(initial: np.ndarray) -> np.ndarray:
-    deviation = initial.astype("float64").std()
-    return (np.sign(initial) * deviation).astype(initial.dtype)
-
-
 @contextlib.contextmanager
 def _restored(model: keras.Model) -> Iterator[None]:
     """Puts every variable of the model back at the end, and hides its optimizer until then."""
@@ -709,10 +799,14 @@ def _set_rescale(model: keras.Model, flags: Mapping[ml.Mask, bool]) -> bool:
     for mask, rescale in changed.items():
         mask.rescale = rescale
     if changed:
-        for kind in ("train", "test", "predict"):
-            if getattr(model, f"{kind}_function", None) is not None:
-                fitting.remake_function(model, kind)
+        _remake_functions(model)
     return bool(changed)
+
+
+def _remake_functions(model: keras.Model) -> None:
+    for kind in ("train", "test", "predict"):
+        if getattr(model, f"{kind}_function", None) is not None:
+            fitting.remake_function(model, kind)
 
 
 @contextlib.contextmanager

@@ -78,6 +78,8 @@ def convert_to_masked(
 def strip_masks(model: keras.Model, *, inplace: bool = False) -> keras.Model:
     """Returns a plain copy of a masked model: no masks, pruned weights exactly 0, same outputs.
 
+    Frozen pruned weights (`Mask.freeze`) are folded in as what they are frozen at.
+
     The result is made of Keras' own layers (and the user's), loads without this library, and can be
     quantized and exported like any other.
 
@@ -211,10 +213,15 @@ def _predicate(argument: str, value: Filter) -> Callable[[Layer], bool]:
 # --- Copying --------------------------------------------------------------------------------------
 
 
-def copy_model(model: keras.Model) -> keras.Model:
+def copy_model(model: keras.Model, *, dtype: str | None = None) -> keras.Model:
     """Returns a model with the same layers, values, compilation and optimizer state.
 
     Nothing is shared with `model`.
+
+    Args:
+        model: The model.
+        dtype: The float type that the copy is to compute and keep its weights in, whatever the
+            model does. The copy is not compiled then.
 
     Raises:
         ValueError: If the model cannot be made again from its config.
@@ -225,6 +232,8 @@ def copy_model(model: keras.Model) -> keras.Model:
         with _lambdas_by_name(model, custom):
             config = _keras.serialize(model)
         compile_config = config.pop("compile_config", None)
+        if dtype is not None:
+            config, compile_config = _with_dtype(config, dtype), None
         with _keras.custom_object_scope(custom):
             copy = _keras.deserialize(config, custom)
     except Exception as error:
@@ -247,6 +256,24 @@ def copy_model(model: keras.Model) -> keras.Model:
             ) from error
         _copy_optimizer(model, copy)
     return copy
+
+
+def _with_dtype(config: Any, dtype: str) -> Any:
+    """The config of a layer with another float type, all layers inside it included."""
+    if isinstance(config, dict):
+        return {
+            key: dtype if key == "dtype" and _is_float(value) else _with_dtype(value, dtype)
+            for key, value in config.items()
+        }
+    if isinstance(config, (list, tuple)):
+        return type(config)(_with_dtype(value, dtype) for value in config)
+    return config
+
+
+def _is_float(dtype: Any) -> bool:
+    if isinstance(dtype, dict):  # a policy
+        dtype = dtype.get("config", {}).get("name")
+    return isinstance(dtype, str) and "float" in dtype
 
 
 @contextlib.contextmanager
@@ -276,6 +303,9 @@ def _lambdas_by_name(model: keras.Model, custom: dict[str, Any]) -> Iterator[Non
 
 def _copy_state(source: keras.Model, target: keras.Model) -> None:
     pairs = list(zip(walk(source), walk(target), strict=False))
+    for old, new in zip(weight_refs(source), weight_refs(target), strict=False):
+        if old.mask is not None and new.mask is not None and old.mask.frozen is not None:
+            new.mask.freeze(keras.ops.convert_to_numpy(old.mask.frozen))
     before, after = ([tuple(v.shape) for v in model.variables] for model in (source, target))
     if before != after:
         raise ValueError(

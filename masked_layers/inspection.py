@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -85,10 +86,7 @@ def get_masks(model: Layer) -> dict[str, np.ndarray]:
         ValueError: If the model has no masked weight.
     """
     _keras.sync(model)
-    return {
-        ref.path: np.array(keras.ops.convert_to_numpy(ref.mask.value), dtype=bool)
-        for ref in masked_refs(model)
-    }
+    return {ref.path: ref.mask.to_numpy() for ref in masked_refs(model)}
 
 
 def set_masks(model: Layer, masks: Mapping[str, Any]) -> None:
@@ -186,13 +184,15 @@ class SparsityRow:
         path: Path of the weight.
         shape: Its shape.
         alive: Number of entries that the mask keeps.
-        mask_bytes: Size of the mask in memory.
+        mask_bytes: Size of the mask in memory, frozen values included.
+        frozen: Number of pruned entries that are frozen at another value than 0.
     """
 
     path: str
     shape: tuple[int, ...]
     alive: int
     mask_bytes: int
+    frozen: int = 0
 
     @property
     def size(self) -> int:
@@ -234,8 +234,13 @@ class SparsityReport:
         return 1.0 - self.alive / self.size if self.size else 0.0
 
     @property
+    def frozen(self) -> int:
+        """Number of pruned weights that are frozen at another value than 0."""
+        return sum(row.frozen for row in self.rows)
+
+    @property
     def mask_bytes(self) -> int:
-        """Size of all masks in memory."""
+        """Size of all masks in memory, frozen values included."""
         return sum(row.mask_bytes for row in self.rows)
 
     def __iter__(self) -> Iterator[SparsityRow]:
@@ -248,7 +253,7 @@ class SparsityReport:
         """Returns the report as plain numbers, strings and lists, ready for JSON."""
         total = {"size": self.size, "alive": self.alive, "sparsity": self.sparsity}
         return {
-            "total": {**total, "mask_bytes": self.mask_bytes},
+            "total": {**total, "frozen": self.frozen, "mask_bytes": self.mask_bytes},
             "weights": [
                 {
                     "path": row.path,
@@ -256,6 +261,7 @@ class SparsityReport:
                     "size": row.size,
                     "alive": row.alive,
                     "sparsity": row.sparsity,
+                    "frozen": row.frozen,
                     "mask_bytes": row.mask_bytes,
                 }
                 for row in self.rows
@@ -281,6 +287,11 @@ class SparsityReport:
             ).rstrip()
             for line in lines
         ]
+        if self.frozen:
+            text.append(
+                f"pruned weights frozen at another value than 0: {self.frozen:,}; without them "
+                f"{(self.size - self.alive - self.frozen) / self.size:.2%} are zero"
+            )
         if self.unmasked:
             count = sum(count for *_, count in self.unmasked)
             names = ", ".join(f"{path} ({layer})" for path, layer, _ in self.unmasked)
@@ -294,13 +305,22 @@ def sparsity_report(model: Layer) -> SparsityReport:
     Raises:
         ValueError: If the model has no masked weight.
     """
-    rows = tuple(
-        SparsityRow(path, mask.shape, int(np.count_nonzero(mask)), mask.nbytes)
-        for path, mask in get_masks(model).items()
-    )
+    _keras.sync(model)
+    rows = tuple(_row(ref) for ref in masked_refs(model))
     unmasked = []
     for path, layer in walk(model):
         count = sum(int(np.prod(variable.shape)) for variable in _keras.own_variables(layer))
         if count and not any(mask_of(layer, name) for name in own_weights(layer, biases=True)):
             unmasked.append((path or model.name, plain_class(layer).__name__, count))
     return SparsityReport(rows, tuple(unmasked))
+
+
+def _row(ref: WeightRef) -> SparsityRow:
+    mask, frozen = ref.mask.to_numpy(), 0
+    if ref.mask.frozen is not None:
+        frozen = int(np.count_nonzero(keras.ops.convert_to_numpy(ref.mask.frozen)[~mask]))
+    nbytes = sum(
+        math.prod(variable.shape) * np.dtype(variable.dtype).itemsize
+        for variable in _keras.own_variables(ref.mask)
+    )
+    return SparsityRow(ref.path, mask.shape, int(np.count_nonzero(mask)), nbytes, frozen)

@@ -40,6 +40,9 @@ def is_raw_view() -> bool:
 class Mask(keras.layers.Layer):
     """A binary mask over one weight: kept entries pass, pruned entries read as exactly 0.
 
+    After `freeze(values)` pruned entries read as these constants in place of 0: part of the forward
+    pass, not trained, saved with the mask. Without it there is no variable for them.
+
     The product is a selection, `where(mask, weight, 0)`, and not a multiplication: a pruned entry
     is +0.0 even where the raw weight is negative, infinite or NaN, no gradient of the loss reaches
     it, and a mask of ones changes no bit of the weight or of its gradient.
@@ -58,13 +61,19 @@ class Mask(keras.layers.Layer):
 
     Attributes:
         value: `keras.Variable` of dtype bool and of the weight's shape; not trainable.
+        frozen: What pruned entries read as: `keras.Variable` of the weight's shape, not trainable;
+            None for 0.
     """
+
+    learned = False  # Whether training changes it.
 
     def __init__(self, *, initializer: Any = "ones", rescale: bool = False, **kwargs: Any) -> None:
         super().__init__(trainable=False, **kwargs)
         self.initializer = keras.initializers.get(initializer)
         self.rescale = rescale
-        self._lent: Any = None
+        self.frozen: keras.Variable | None = None
+        self._lent_value: Any = None
+        self._lent_frozen: Any = None
 
     def build(self, shape: tuple[int, ...]) -> None:
         """Creates `value`.
@@ -93,7 +102,10 @@ class Mask(keras.layers.Layer):
                 variable is cast as the layer around it would cast it (mixed precision).
         """
         weight = ops.convert_to_tensor(weight)
-        effective = self.select(weight, ops.cast(0, weight.dtype))
+        if self.frozen is not None:
+            kept = weight * ops.cast(self._factor(), weight.dtype) if self.rescale else weight
+            return self.select(kept, self.pruned(weight.dtype))
+        effective = self.select(weight, self.pruned(weight.dtype))
         if self.rescale:
             effective = effective * ops.cast(self._factor(), weight.dtype)
         return effective
@@ -104,15 +116,73 @@ class Mask(keras.layers.Layer):
         """Returns `kept` where the mask keeps an entry and `pruned` elsewhere."""
         return ops.where(self._keep(), kept, pruned)
 
+    def pruned(self, dtype: str) -> Any:
+        """Returns what pruned entries read as: 0, or the frozen values in the weight's shape."""
+        if self.frozen is None:
+            return ops.cast(0, dtype)
+        return ops.cast(self._read("frozen"), dtype)
+
+    def freeze(self, values: Any) -> bool:
+        """Makes pruned entries read as constants; kept ones are not concerned.
+
+        A call that adds or removes the variable of these values changes what the model computes:
+        functions compiled before must be compiled anew. `LotteryTicketPruner.treat` does so.
+
+        Args:
+            values: Array of the weight's shape, or None for 0 again.
+
+        Returns:
+            Whether the variable was added or removed.
+
+        Raises:
+            ValueError: If the values have another shape.
+        """
+        before = self.frozen
+        if values is None:
+            if before is not None:
+                _keras.untrack_variable(self, "frozen")
+                self.frozen = None
+        else:
+            values = np.asarray(values)
+            if not np.issubdtype(values.dtype, np.floating):
+                values = values.astype("float32")
+            if values.shape != tuple(self.value.shape):
+                raise ValueError(
+                    f"The frozen values of '{self.path or self.name}' must have the shape of the "
+                    f"weight, {tuple(self.value.shape)}. Received: {values.shape}"
+                )
+            if before is None:
+                with _keras.unlocked(self), _keras.layer_scope(self):
+                    self.frozen = self.add_weight(
+                        name="frozen",
+                        shape=values.shape,
+                        dtype=values.dtype.name,
+                        initializer="zeros",
+                        trainable=False,
+                        autocast=False,
+                    )
+            self.frozen.assign(values)
+        if changed := (before is None) != (self.frozen is None):
+            _keras.refresh_parameters(self)
+        return changed
+
+    def to_numpy(self) -> np.ndarray:
+        """Returns a copy of the mask as a bool array, True where an entry is kept."""
+        return np.array(ops.convert_to_numpy(self._keep()), dtype=bool)
+
     def _keep(self) -> Any:
-        if _keras.is_withdrawn(self.value):
+        return self._read("value")
+
+    def _read(self, name: str) -> Any:
+        variable, lent = getattr(self, name), f"_lent_{name}"
+        if _keras.is_withdrawn(variable):
             # Inside the optimizer's part of a training step on JAX, where the variables are empty
             # and only the optimizer's own are at hand: the forward pass of the same step, just
             # before, was given the mask.
-            return self._lent
-        keep = ops.convert_to_tensor(self.value)
-        self._lent = keep if _keras.is_lent(self.value) else None
-        return keep
+            return getattr(self, lent)
+        value = ops.convert_to_tensor(variable)
+        setattr(self, lent, value if _keras.is_lent(variable) else None)
+        return value
 
     def _factor(self) -> Any:
         ones = ops.cast(ops.count_nonzero(self._keep()), "float32")
@@ -132,8 +202,10 @@ class Mask(keras.layers.Layer):
         )
 
     def save_own_variables(self, store: Any) -> None:
-        """Saves the mask and whether it rescales."""
+        """Saves the mask, its frozen values and whether it rescales."""
         store["0"] = self.value
+        if self.frozen is not None:
+            store["frozen"] = self.frozen
         if self.rescale:
             store["rescale"] = np.ones((), "bool")
 
@@ -152,6 +224,7 @@ class Mask(keras.layers.Layer):
                 f"has shape {tuple(self.value.shape)}. Load it into the model it was saved from."
             )
         self.value.assign(value.astype("bool"))
+        self.freeze(np.asarray(store["frozen"]) if "frozen" in store else None)
         self.rescale = "rescale" in store
 
     def get_config(self) -> dict[str, Any]:
@@ -182,7 +255,7 @@ class MaskedRegularizer(keras.regularizers.Regularizer):
 
 
 class MaskedConstraint(keras.constraints.Constraint):
-    """A constraint of the kept weights as if pruned ones were 0; raw values under it stay."""
+    """A constraint of the effective weight, of which raw values under the mask are no part."""
 
     def __init__(self, plain: keras.constraints.Constraint, mask: Mask) -> None:
         self.plain = plain
@@ -191,5 +264,5 @@ class MaskedConstraint(keras.constraints.Constraint):
     def __call__(self, w: Any) -> Any:
         """Returns the constrained weight."""
         w = ops.convert_to_tensor(w)
-        constrained = self.plain(self.mask.select(w, ops.cast(0, w.dtype)))
+        constrained = self.plain(self.mask.select(w, self.mask.pruned(w.dtype)))
         return self.mask.select(constrained, w)

@@ -185,6 +185,7 @@ def test_sparsity_report():
         "size": 73,
         "alive": 48,
         "sparsity": pytest.approx(25 / 73),
+        "frozen": 0,
         "mask_bytes": 73,
     }
     assert as_dict["weights"][1]["shape"] == [8, 5]

@@ -33,6 +33,16 @@ def test_unlocked_allows_new_state_and_locks_again():
     assert not hasattr(layer, "extra")
 
 
+def test_untrack_variable_takes_it_out_of_the_state():
+    layer = built_dense()
+    bias = layer.bias
+    _keras.untrack_variable(layer, "bias")
+    assert id(bias) not in map(id, layer.variables)
+    assert layer.bias is bias
+    with pytest.raises(ValueError, match="already built"):
+        layer.extra = layers.Dense(1)
+
+
 def test_layer_scope_names_variables_after_a_built_layer():
     layer = built_dense()
     with keras.name_scope("elsewhere"), _keras.layer_scope(layer):

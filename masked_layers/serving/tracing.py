@@ -51,7 +51,10 @@ def effective_values(model: keras.Model) -> dict[str, np.ndarray]:
 
 
 def trace(
-    model: keras.Model, values: Mapping[str, np.ndarray], input_signature: Any = None
+    model: keras.Model,
+    values: Mapping[str, np.ndarray],
+    input_signature: Any = None,
+    salt: str = "",
 ) -> Traced:
     """Traces the inference pass of a model over TensorFlow variables that hold `values`.
 
@@ -61,6 +64,8 @@ def trace(
         model: A built model, plain or masked.
         values: What `effective_values(model)` returned.
         input_signature: As in `keras.Model.export`.
+        salt: Goes into the names of the variables; another for other values, if the variables will
+            hold rounded ones.
 
     Raises:
         ImportError: If TensorFlow, or what traces into it from another backend, is missing.
@@ -85,7 +90,7 @@ def trace(
 
     # A name that no other model in the process has: variables of one name are one variable in a
     # session, and two models may be loaded into one.
-    digest = hashlib.sha256(model.name.encode())
+    digest = hashlib.sha256(f"{model.name}{salt}".encode())
     for path, value in values.items():
         digest.update(f"{path}{value.dtype}{value.shape}".encode())
         digest.update(value.tobytes())
@@ -182,7 +187,8 @@ def _call(
 def _sources(model: keras.Model) -> dict[str, tuple[keras.Variable, Any]]:
     """Returns (variable, mask or None) by path: all variables of a model but its masks."""
     found = {id(ref.variable): (ref.path, ref.mask) for ref in weight_refs(model, mask_bias=True)}
-    skip = {id(mask.value) for _, mask in found.values() if mask is not None}
+    masks = [mask for _, mask in found.values() if mask is not None]
+    skip = {id(variable) for mask in masks for variable in mask.variables}
     for path, layer in walk(model):
         for variable in _keras.own_variables(layer):
             found.setdefault(id(variable), (join(path, variable.name), None))
