@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -210,6 +211,40 @@ class LotteryTicketPruner:
             )
         return ml.sparsity_report(self.model)
 
+    def masks_at(
+        self,
+        strategy: Any = "large_final",
+        *,
+        sparsities: Sequence[selection.Share],
+        scope: str | None = None,
+        seed: int = 0,
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """Makes the masks of many sparsities from one ranking of all weights, and sets none.
+
+        Each is what `update_masks` would set on masks that were just reset, ties included.
+
+        Args:
+            strategy: A criterion, as for `update_masks`.
+            sparsities: The sparsities, in any order; each as for `update_masks`.
+            scope: As for `update_masks`.
+            seed: For random scores and ties.
+
+        Returns:
+            An iterator over dicts from path to bool mask, one for each sparsity.
+
+        Raises:
+            ValueError: A record is missing, or an argument is wrong.
+        """
+        criterion = criteria.get(strategy)
+        _keras.sync(self.model)
+        kernels = {
+            path: dataclasses.replace(kernel, mask=np.ones_like(kernel.mask))
+            for path, kernel in self._kernels(self._prunables(self.model), criterion).items()
+        }
+        return selection.update_many(
+            criterion, kernels, sparsities=sparsities, scope=scope, seed=seed
+        )
+
     def rewind(self, optimizer: bool = True) -> None:
         """Brings the initial weights back under the masks, which stay.
 
@@ -349,7 +384,7 @@ class LotteryTicketPruner:
         if weights == "signed_constant":
             for position in self._prunables(model):
                 values[position] = treatments.signed_constant(values[position])
-        with _restored(model), _rescaling(model, dict.fromkeys(_masks(model), dwr)):
+        with restored(model), rescaling(model, dict.fromkeys(_masks(model), dwr)):
             _assign(model.weights, values)
             return model.evaluate(x, y, **evaluate_kwargs, return_dict=True)
 
@@ -773,7 +808,7 @@ def _assign(variables: list[keras.Variable], values: Any) -> None:
 
 
 @contextlib.contextmanager
-def _restored(model: keras.Model) -> Iterator[None]:
+def restored(model: keras.Model) -> Iterator[None]:
     """Puts every variable of the model back at the end, and hides its optimizer until then."""
     _keras.sync(model)
     variables = {id(v): v for v in [*model.variables, *model.metrics_variables]}.values()
@@ -810,7 +845,7 @@ def _remake_functions(model: keras.Model) -> None:
 
 
 @contextlib.contextmanager
-def _rescaling(model: keras.Model, flags: Mapping[ml.Mask, bool]) -> Iterator[None]:
+def rescaling(model: keras.Model, flags: Mapping[ml.Mask, bool]) -> Iterator[None]:
     """Evaluates with other factors, and gives back the flags and the compiled functions."""
     names = [f"{kind}_function" for kind in ("train", "test", "predict")]
     functions = {name: getattr(model, name, None) for name in names}
