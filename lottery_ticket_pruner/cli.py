@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from lottery_ticket_pruner.experiments.sweep import Failure
     from lottery_ticket_pruner.storage import ExportConfig, InspectConfig
 
 _EXTRA = ("jinja2", "matplotlib", "pandas", "rich", "scipy", "sklearn", "tensorboard", "tyro")
@@ -27,12 +28,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     import tyro
 
-    from lottery_ticket_pruner.experiments import run
+    from lottery_ticket_pruner.experiments import run, sweep
     from lottery_ticket_pruner.experiments.config import RunConfig
+    from lottery_ticket_pruner.experiments.sweep import SweepConfig
     from lottery_ticket_pruner.storage import ExportConfig, InspectConfig
 
     config = tyro.extras.subcommand_cli_from_dict(
-        {"run": RunConfig, "export": ExportConfig, "inspect": InspectConfig},
+        {
+            "run": RunConfig,
+            "sweep": SweepConfig,
+            "export": ExportConfig,
+            "inspect": InspectConfig,
+        },
         prog="lottery-ticket",
         description="Lottery tickets in Keras 3: the papers' experiments as commands, and serving.",
         args=arguments,
@@ -40,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not isinstance(config, RunConfig):
         return _print_report(config)
     try:
+        if isinstance(config, SweepConfig):
+            return _print_failures(sweep.sweep(config))
         run.run(*run.prepare(config))
     except (OSError, ValueError) as error:
         print(f"lottery-ticket: {error}", file=sys.stderr)
@@ -48,6 +57,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("Interrupted. The results so far are in the run folder.", file=sys.stderr)
         return 130
     return 0
+
+
+def _print_failures(failures: "Sequence[Failure]") -> int:
+    for failure in failures:
+        print(
+            f"failed: {failure.child.label}: {failure.message} (see {failure.log})", file=sys.stderr
+        )
+    return 1 if failures else 0
 
 
 def _print_report(config: "ExportConfig | InspectConfig") -> int:

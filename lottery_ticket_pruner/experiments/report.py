@@ -16,6 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from rich.table import Table
 
+from lottery_ticket_pruner.experiments.results import Group
+
 COLUMNS = (
     "round",
     "arm",
@@ -245,6 +247,44 @@ def difference_sheet(rows: pd.DataFrame) -> Sheet:
         title += f": mean ± half of the {_CONFIDENCE:.0%} interval by Student's t, paired by seed"
     others = ([] if dense is None else ["dense"]) + [arm_label(arm) for arm in controls]
     return Sheet(title, ("round", "weights", *(f"minus {name}" for name in others)), tuple(lines))
+
+
+def overview_sheet(groups: Sequence[Group]) -> Sheet:
+    """A line for every group: where its last round ended, and how far its tickets hold up.
+
+    The last column has the fewest weights with which the ticket is not behind the dense network.
+    """
+    groups = [group for group in groups if "arm" in group.rows]
+    lines = []
+    for group in groups:
+        last = group.rows[group.rows["round"] == group.rows["round"].max()]
+        arms = {arm: own["test_accuracy"].tolist() for arm, own in last.groupby("arm")}
+        ticket = arms.pop("ticket", [])
+        arms.pop("dense", None)
+        lines.append(
+            (
+                group.label or group.title,
+                str(group.rows["seed"].nunique()),
+                f"{1 - last['sparsity'].mean():.2%}",
+                _accuracy(dense_accuracies(group.rows)),
+                _accuracy(ticket),
+                _accuracy(max(arms.values(), key=np.mean, default=[])),
+                _holds_down_to(group.rows),
+            )
+        )
+    headings = ("", "seeds", "weights", "dense", "ticket", "best control", "matches dense to")
+    title = "test accuracy of the dense network and at the last round, %"
+    return Sheet(title, headings, tuple(lines), names=1)
+
+
+def _holds_down_to(rows: pd.DataFrame) -> str:
+    """The fewest weights left with which the ticket's mean is not below the dense one."""
+    dense = dense_accuracies(rows)
+    tickets = rows[rows["arm"] == "ticket"].groupby("round")[["sparsity", "test_accuracy"]].mean()
+    if not dense or tickets.empty:
+        return ""
+    matching = tickets[tickets["test_accuracy"] >= np.mean(dense) - 1e-9]
+    return f"{1 - matching['sparsity'].max():.2%}" if len(matching) else "never"
 
 
 def _accuracy(accuracies: Sequence[float]) -> str:

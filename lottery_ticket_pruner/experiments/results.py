@@ -139,9 +139,12 @@ def varied_options(configs: Sequence[dict[str, Any]]) -> list[str]:
     return [option for option in options if len({_text(c.get(option)) for c in configs}) > 1]
 
 
-def tidy(runs: Sequence[Run]) -> pd.DataFrame:
-    """All rows of all runs in one table: run folder, options that differ, seed, results."""
-    options = varied_options([_choices(run) for run in runs])
+def tidy(runs: Sequence[Run], options: Iterable[str] = ()) -> pd.DataFrame:
+    """All rows of all runs in one table: run folder, options, seed, results.
+
+    Options are those named, and all others that differ.
+    """
+    options = [*dict.fromkeys([*options, *varied_options([_choices(run) for run in runs])])]
     tables = []
     for run in runs:
         rows = run.rows.drop(columns="replicate")

@@ -1,0 +1,425 @@
+"""Many runs: every combination of options and seeds, in processes of their own."""
+
+import collections
+import concurrent.futures
+import contextlib
+import csv
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import rich.progress
+import tyro
+from rich.console import Console
+
+from lottery_ticket_pruner.experiments import datasets, report, results
+from lottery_ticket_pruner.experiments.config import RunConfig
+from masked_layers.files import replacing
+
+_Path = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
+_Int = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
+_Over = Annotated[
+    tuple[str, ...],
+    tyro.conf.UseAppendAction,
+    tyro.conf.arg(metavar="OPTION=VALUE,VALUE", help_behavior_hint="(repeatable)"),
+]
+_COMMAND = (sys.executable, "-m", "lottery_ticket_pruner.cli")
+# What the numerical libraries read where they make their pools of threads.
+_THREADS = (
+    "OMP_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "TF_NUM_INTRAOP_THREADS",
+    "TF_NUM_INTEROP_THREADS",
+)
+# The last file that a run writes, and the first that it removes.
+_LAST_FILE = "accuracy.png"
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepConfig(RunConfig):
+    """Run every combination of some options and of the seeds, several at a time.
+
+    Takes every option of `lottery-ticket run`. --over rate=0.2,0.4 gives an option several values
+    in turn; with --over strategy=large_final,random next to it, all four pairs are run, each with
+    each seed. Join the values of an option that takes several with plus signs, as in
+    --over controls=none,random_mask+random_reinit. A sweep that was interrupted goes on.
+    """
+
+    over: _Over = ()
+    """An option of run and the values to try."""
+    jobs: _Int = None
+    """Runs at a time, each on its share of the cores; by default one per core."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """A run of its own for each seed of each combination."""
+    out: _Path = None
+    """Folder of all run folders and of results.csv; by default one in ./runs."""
+    quiet: bool = False
+    """Print nothing but errors."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Child:
+    """One run of a sweep.
+
+    Attributes:
+        label: What it tries, in words.
+        config: Its configuration, every choice made, its folder included.
+        arguments: What to call `lottery-ticket` with for the same run.
+    """
+
+    label: str
+    config: RunConfig
+    arguments: tuple[str, ...]
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether its folder holds all of its results."""
+        return results.is_run(self.config.folder) and (self.config.folder / _LAST_FILE).is_file()
+
+    @property
+    def work(self) -> int:
+        """Training steps of one arm over all rounds: what it takes, up to a factor."""
+        return self.config.steps * (self.config.rounds + 1)
+
+    @property
+    def work_done(self) -> int:
+        """The same for the rounds that have begun to show in its results."""
+        try:
+            with (self.config.folder / results.RESULTS_FILE).open(newline="") as file:
+                rounds = [int(row["round"]) for row in csv.DictReader(file)]
+        except (OSError, ValueError):  # not there yet, or being written
+            return 0
+        return self.config.steps * (max(rounds) + 1) if rounds else 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Failure:
+    """A run of a sweep that ended with an error.
+
+    Attributes:
+        child: The run.
+        message: What it said last.
+        log: The file that holds all it said.
+    """
+
+    child: Child
+    message: str
+    log: Path
+
+
+def plan(config: SweepConfig) -> list[Child]:
+    """The runs of a sweep, in the order of --over, the seeds of a combination side by side.
+
+    Raises:
+        ValueError: an option that `run` does not have, or a combination that it refuses.
+        DatasetNotFoundError: data is neither in its folder nor to be had by download.
+    """
+    if config.jobs is not None and config.jobs < 1:
+        raise ValueError(f"--jobs must be positive. Received: {config.jobs}.")
+    over = [_parse_over(text) for text in config.over]
+    names = [name for name, _ in over]
+    fixed = {
+        field.name: getattr(config, field.name)
+        for field in _options()
+        if getattr(config, field.name) != field.default
+    }
+    for name in names:
+        if names.count(name) > 1 or name in fixed:
+            raise ValueError(f"{_option(name)} is given twice. Put all its values into one --over.")
+    common = [text for name, value in fixed.items() for text in _arguments(name, value)]
+    if not config.seeds:
+        raise ValueError("Give at least one seed.")
+    images: dict[tuple[str, Path | None], int] = {}
+    found: dict[str, tuple[str, RunConfig, list[str]]] = {}
+    for values in itertools.product(*(values for _, values in over)):
+        pairs = list(zip(names, values, strict=True))
+        label = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in pairs)
+        arguments = [*common, *(text for pair in pairs for text in _given(*pair))]
+        parsed = tyro.cli(RunConfig, args=arguments, prog="lottery-ticket run")
+        source = (parsed.data, parsed.data_dir)
+        for seed in config.seeds:
+            try:
+                if source not in images:
+                    images[source] = len(datasets.load(*source).x_train)
+                child = dataclasses.replace(parsed, seeds=(seed,)).resolve(images[source])
+            except ValueError as error:
+                raise ValueError(f"{label}: {error}" if label else str(error)) from error
+            text = ", ".join(filter(None, (label, f"seed {seed}")))
+            found.setdefault(child.name, (text, child, [*arguments, "--seeds", str(seed)]))
+    folder = config.out or Path("runs") / _name(config, found)
+    return [
+        Child(
+            label,
+            dataclasses.replace(child, out=folder / name),
+            ("run", *arguments, "--out", str(folder / name)),
+        )
+        for name, (label, child, arguments) in found.items()
+    ]
+
+
+def sweep(config: SweepConfig, console: Console | None = None) -> list[Failure]:
+    """Run what is not finished yet, write all results into one table, and return what failed.
+
+    The folder holds a run folder for each combination and seed, with what the run printed in
+    `output.log`; `results.csv`, the rows of all finished runs with their options and seeds; and
+    `sweep.json`, the options of the last call.
+
+    Raises:
+        ValueError: see `plan`. Nothing has run then.
+        OSError: the folder cannot be written.
+    """
+    started = time.perf_counter()
+    console = console or Console(quiet=config.quiet)
+    children = plan(config)
+    folder = children[0].config.folder.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "sweep.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+    todo = [child for child in children if not child.is_finished]
+    cores = _cores()
+    jobs = min(config.jobs or len(cores), len(todo))
+    pace = f"{jobs} at a time on {len(cores)} cores" if todo else "nothing left to run"
+    console.print(
+        f"{len(children)} runs, {len(children) - len(todo)} of them finished earlier; {pace}\n"
+        f"Results go to {folder}",
+        highlight=False,
+        markup=False,
+    )
+    failures = _Pool(todo, _shares(cores, jobs), console).run()
+    _combine(folder, [_parse_over(text)[0] for text in config.over])
+    finished = [child.config.folder for child in children if child.is_finished]
+    if finished:
+        groups = results.groups_of(results.find_runs(finished))
+        console.print(report.overview_sheet(groups).table())
+    console.print(f"{time.perf_counter() - started:.0f} s. Results in {folder}", highlight=False)
+    return failures
+
+
+class _Pool:
+    """Processes at work on a list of children, one at a time for each share of the cores."""
+
+    def __init__(
+        self, todo: Sequence[Child], shares: Sequence[Sequence[int]], console: Console
+    ) -> None:
+        self._todo = collections.deque(todo)
+        self._children = todo
+        self._shares = shares
+        self._console = console
+        self._running: dict[Child, subprocess.Popen] = {}
+        self._lock = threading.Lock()
+        self._stopped = False
+        self._ended = 0
+        self._failures: list[Failure] = []
+        self._bar = rich.progress.Progress(
+            rich.progress.TextColumn("{task.description}"),
+            rich.progress.BarColumn(),
+            rich.progress.TextColumn("{task.percentage:.0f} %"),
+            rich.progress.TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            # Runs report a round at a time: look back far for the speed.
+            speed_estimate_period=3600,
+        )
+
+    def run(self) -> list[Failure]:
+        """Run all of them; on an interruption end what is running, then pass it on."""
+        if not self._children:
+            return []
+        total = sum(child.work for child in self._children)
+        done = sum(child.work_done for child in self._children)
+        task = self._bar.add_task("", total=total, completed=done)
+        with (
+            _termination_interrupts(),
+            concurrent.futures.ThreadPoolExecutor(len(self._shares)) as threads,
+            self._bar,
+        ):
+            workers = [threads.submit(self._work, share) for share in self._shares]
+            try:
+                waiting = set(workers)
+                while waiting:
+                    _, waiting = concurrent.futures.wait(waiting, timeout=0.5)
+                    self._show(task)
+            except BaseException:
+                self._stop()
+                raise
+        for worker in workers:
+            worker.result()
+        order = {child: number for number, child in enumerate(self._children)}
+        return sorted(self._failures, key=lambda failure: order[failure.child])
+
+    def _work(self, cores: Sequence[int]) -> None:
+        # A process inherits the cores of the thread that starts it, and the pools of threads of
+        # all backends are as large as the cores they may use. Elsewhere there are the variables.
+        if hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, cores)
+        environment = dict.fromkeys(_THREADS, str(len(cores)))
+        # On a GPU, processes share its memory.
+        environment |= {
+            "TF_FORCE_GPU_ALLOW_GROWTH": "true",
+            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        }
+        environment = os.environ | environment if len(self._shares) > 1 else dict(os.environ)
+        while True:
+            with self._lock:
+                if not self._todo:
+                    return
+                child = self._todo.popleft()
+                process, log = self._start(child, environment)
+                self._running[child] = process
+            started = time.perf_counter()
+            status = process.wait()
+            self._end(child, status, time.perf_counter() - started, log)
+
+    def _start(self, child: Child, environment: dict[str, str]) -> tuple[subprocess.Popen, Path]:
+        child.config.folder.mkdir(parents=True, exist_ok=True)
+        log = child.config.folder / "output.log"
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                [*_COMMAND, *child.arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=environment,
+            )
+        return process, log
+
+    def _end(self, child: Child, status: int, seconds: float, log: Path) -> None:
+        with self._lock:
+            del self._running[child]
+            if self._stopped:
+                return
+            self._ended += 1
+            if status:
+                self._failures.append(Failure(child, _message(log, status), log))
+        outcome = "failed" if status else f"{seconds:.0f} s"
+        text = f"{self._ended} of {len(self._children)}  {child.label}: {outcome}"
+        self._console.print(text, highlight=False, markup=False)
+
+    def _show(self, task: rich.progress.TaskID) -> None:
+        with self._lock:
+            running, ended = list(self._running), self._ended
+            left = {*running, *self._todo}
+        done = sum(c.work_done if c in left else c.work for c in self._children)
+        text = f"{ended} of {len(self._children)} runs, {len(running)} running"
+        self._bar.update(task, completed=done, description=text)
+
+    def _stop(self) -> None:
+        with self._lock:
+            self._todo.clear()
+            self._stopped = True
+            for process in self._running.values():
+                process.terminate()
+
+
+@contextlib.contextmanager
+def _termination_interrupts() -> Iterator[None]:
+    """Treats SIGTERM as Ctrl-C, so that no run outlives its sweep."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _cores() -> list[int]:
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def _shares(cores: Sequence[int], jobs: int) -> list[Sequence[int]]:
+    """Cores for each job: all of them, none twice unless there are more jobs than cores."""
+    if not jobs or jobs >= len(cores):
+        return [[cores[number % len(cores)]] for number in range(jobs)]
+    edges = [len(cores) * number // jobs for number in range(jobs + 1)]
+    return [cores[start:end] for start, end in itertools.pairwise(edges)]
+
+
+def _message(log: Path, status: int) -> str:
+    """What a process said last, without the traceback above it."""
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    last = lines[-1].removeprefix("lottery-ticket: ") if lines else ""
+    if status < 0:
+        return f"ended by {signal.Signals(-status).name}. {last}".strip()
+    return last or f"exit status {status}"
+
+
+def _combine(folder: Path, options: Sequence[str]) -> None:
+    inside = [path for path in sorted(folder.iterdir()) if (path / _LAST_FILE).is_file()]
+    if inside:
+        with replacing(folder / results.RESULTS_FILE) as file:
+            results.tidy(results.find_runs(inside), options).to_csv(file, index=False)
+
+
+def _name(config: SweepConfig, children: Sequence[str]) -> str:
+    digest = hashlib.sha256(json.dumps(sorted(children)).encode()).hexdigest()
+    return f"sweep-{config.data}-{digest[:8]}"
+
+
+# --- Options as text ------------------------------------------------------------------------------
+
+
+def _options() -> list[dataclasses.Field]:
+    """What a sweep hands on to its runs as it was given."""
+    own = ("seeds", "out", "quiet")
+    return [field for field in dataclasses.fields(RunConfig) if field.name not in own]
+
+
+def _parse_over(text: str) -> tuple[str, list[str]]:
+    name, equals, values = text.partition("=")
+    name = name.removeprefix("--").replace("-", "_")
+    allowed = [field.name for field in _options()]
+    if name in ("seeds", "seed"):
+        raise ValueError("Give seeds as in --seeds 0 1 2: each has a run of its own.")
+    if name not in allowed:
+        raise ValueError(
+            f"--over {text}: there is no option {name!r}. Options: {', '.join(allowed)}."
+        )
+    found = list(dict.fromkeys(values.split(",")))
+    if not equals or "" in found:
+        raise ValueError(f"--over expects values, as in --over rate=0.2,0.4. Received: {text!r}.")
+    return name, found
+
+
+def _given(name: str, value: str) -> list[str]:
+    """The command line of one value of --over."""
+    hint = typing.get_type_hints(RunConfig)[name]
+    if _takes_several(hint):
+        return [_option(name), *([] if value == "none" else value.split("+"))]
+    if hint is bool:
+        if value.lower() not in ("true", "false"):
+            raise ValueError(f"--over {name} takes true and false. Received: {value!r}.")
+        return _arguments(name, value.lower() == "true")
+    return [_option(name), value]
+
+
+def _takes_several(hint: Any) -> bool:
+    return typing.get_origin(hint) is tuple or any(map(_takes_several, typing.get_args(hint)))
+
+
+def _arguments(name: str, value: Any) -> list[str]:
+    """The command line of one option."""
+    if isinstance(value, bool):
+        return [_option(name) if value else f"--no-{name.replace('_', '-')}"]
+    if isinstance(value, tuple):
+        return [_option(name), *map(str, value)]
+    return [_option(name), str(value)]
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

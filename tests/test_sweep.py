@@ -1,0 +1,227 @@
+"""The sweep: which runs it makes, and what becomes of them. Most children here are stand-ins."""
+
+import io
+import json
+import os
+import signal
+import sys
+import threading
+import time
+
+import pandas as pd
+import pytest
+
+pytest.importorskip("tyro")
+
+from rich.console import Console
+
+from lottery_ticket_pruner import cli
+from lottery_ticket_pruner.experiments import sweep as sweep_module
+from lottery_ticket_pruner.experiments.sweep import SweepConfig, plan, sweep
+
+# Writes what a run writes, twice the rate as accuracy, and fails where the rate is 0.5.
+STAND_IN = """
+import json, os, pathlib, sys, time
+arguments = sys.argv[1:]
+value = lambda name: arguments[arguments.index(name) + 1]
+out, rate, seed = pathlib.Path(value("--out")), float(value("--rate")), int(value("--seeds"))
+print("the rate is", rate)
+if rate == 0.5:
+    print("lottery-ticket: this rate is bad", file=sys.stderr)
+    sys.exit(2)
+if rate == 0.6:
+    (out.parent / "started").touch()
+    time.sleep(60)
+cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+config = {"rate": rate, "seeds": [seed], "cores": cores, "threads": os.environ["OMP_NUM_THREADS"]}
+(out / "config.json").write_text(json.dumps(config))
+(out / "results.csv").write_text(
+    "round,arm,replicate,sparsity,test_accuracy,early_stop_step\\n"
+    f"0,dense,0,0,{2 * rate},4\\n1,ticket,0,0.5,{2 * rate},4\\n"
+)
+(out / "accuracy.png").touch()
+"""
+
+
+@pytest.fixture
+def stand_in(tmp_path, monkeypatch):
+    """Children that end at once; returns a function that sweeps over rates."""
+    script = tmp_path / "stand_in.py"
+    script.write_text(STAND_IN)
+    monkeypatch.setattr(sweep_module, "_COMMAND", (sys.executable, str(script)))
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    folder = tmp_path / "sweep"
+
+    def run(rates, **options):
+        console = Console(file=io.StringIO(), width=120)
+        config = SweepConfig(over=(f"rate={rates}",), out=folder, **options)
+        return folder, sweep(config, console), console.file.getvalue()
+
+    return run
+
+
+# --- Plans ----------------------------------------------------------------------------------------
+
+
+def test_every_combination_runs_with_every_seed(tmp_path):
+    over = ("strategy=large_final,random", "rate=0.2,0.4")
+    children = plan(SweepConfig(over=over, seeds=(3, 5), rounds=2, out=tmp_path))
+    found = [(c.config.strategy, c.config.rate, c.config.seeds) for c in children]
+    assert found == [
+        (strategy, rate, (seed,))
+        for strategy in ("large_final", "random")
+        for rate in (0.2, 0.4)
+        for seed in (3, 5)
+    ]
+    assert {child.config.rounds for child in children} == {2}
+    assert children[1].label == "strategy large_final, rate 0.2, seed 5"
+    folders = {child.config.folder for child in children}
+    assert len(folders) == 8
+    assert {folder.parent for folder in folders} == {tmp_path}
+
+
+def test_a_child_is_what_run_makes_of_its_arguments(tmp_path, monkeypatch):
+    from lottery_ticket_pruner.experiments import run
+
+    over = ("controls=none,random_mask+random_reinit", "rewind-to=0,2ep", "epochs=4")
+    config = SweepConfig(over=over, seeds=(3,), rounds=2, batch_size=700, out=tmp_path)
+    children = plan(config)
+    assert [child.config.controls for child in children[::2]] == [
+        (),
+        ("random_mask", "random_reinit"),
+    ]
+    assert [child.config.rewind_to for child in children[:2]] == ["0it", "4it"]
+    prepared = []
+    monkeypatch.setattr(run, "run", lambda config, data: prepared.append(config))
+    for child in children:
+        assert cli.main(child.arguments) == 0
+    assert prepared == [child.config for child in children]
+
+
+def test_the_default_folder_is_named_after_all_runs():
+    first, same, other = (
+        plan(SweepConfig(over=(f"rate={rates}",), seeds=(0,)))[0].config.folder.parent
+        for rates in ("0.1,0.2", "0.2,0.1", "0.1,0.3")
+    )
+    assert first.parent.name == "runs"
+    assert first.name.startswith("sweep-digits-")
+    assert first == same != other
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"over": ("rat=0.1",)}, "no option 'rat'.*rate"),
+        ({"over": ("rate",)}, "--over rate=0.2,0.4. Received: 'rate'"),
+        ({"over": ("rate=0.1,",)}, "Received: 'rate=0.1,'"),
+        ({"over": ("seeds=1,2",)}, "--seeds 0 1 2"),
+        ({"over": ("out=a,b",)}, "no option 'out'"),
+        ({"over": ("rate=0.1", "rate=0.2")}, "--rate is given twice"),
+        ({"over": ("rate=0.1",), "rate": 0.3}, "--rate is given twice"),
+        ({"over": ("rate=0.1,2",)}, r"^rate 2: --rate must be in \[0, 1\)"),
+        ({"over": ("strategy=large_final,biggest",)}, "^strategy biggest: .*large_final"),
+        ({"seeds": ()}, "at least one seed"),
+        ({"jobs": 0}, "--jobs must be positive. Received: 0"),
+    ],
+)
+def test_sweeps_that_make_no_sense_are_refused_before_anything_runs(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        sweep(SweepConfig(out=tmp_path / "sweep", **options))
+    assert not (tmp_path / "sweep").exists()
+
+
+@pytest.mark.parametrize("cores", [1, 2, 5, 8])
+def test_shares_of_the_cores(cores):
+    for jobs in range(1, cores + 1):
+        shares = sweep_module._shares(range(cores), jobs)
+        assert sorted(core for share in shares for core in share) == list(range(cores))
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    assert sweep_module._shares(range(cores), 2 * cores) == [[i % cores] for i in range(2 * cores)]
+
+
+# --- Runs -----------------------------------------------------------------------------------------
+
+
+def test_results_come_into_one_table(stand_in):
+    folder, failures, printed = stand_in("0.1,0.2", seeds=(4, 5), jobs=2)
+    assert failures == []
+    table = pd.read_csv(folder / "results.csv")
+    assert list(table)[:4] == ["run", "rate", "seed", "round"]
+    assert len(table) == 8
+    assert (table["test_accuracy"] == 2 * table["rate"]).all()
+    assert set(table["seed"]) == {4, 5}
+    assert "4 of 4" in printed
+    assert "rate 0.1, seed 4" in printed
+    stored = json.loads((folder / "sweep.json").read_text())
+    assert stored["over"] == ["rate=0.1,0.2"]
+
+
+def test_a_second_call_runs_what_is_missing(stand_in):
+    folder, _, _ = stand_in("0.1", seeds=(4,))
+    (finished,) = folder.glob("*/accuracy.png")
+    before = finished.stat().st_mtime_ns
+    _, _, printed = stand_in("0.1,0.2", seeds=(4,))
+    assert "2 runs, 1 of them finished earlier" in printed
+    assert finished.stat().st_mtime_ns == before
+    assert len(pd.read_csv(folder / "results.csv")) == 4
+    _, failures, printed = stand_in("0.1,0.2", seeds=(4,))
+    assert "nothing left to run" in printed
+    assert failures == []
+
+
+def test_failures_come_at_the_end_and_the_others_go_on(stand_in, capsys):
+    folder, failures, printed = stand_in("0.5,0.1", seeds=(0, 1), jobs=1)
+    assert [f.child.label for f in failures] == ["rate 0.5, seed 0", "rate 0.5, seed 1"]
+    assert {f.message for f in failures} == {"this rate is bad"}
+    assert "the rate is 0.5" in failures[0].log.read_text()
+    assert set(pd.read_csv(folder / "results.csv")["rate"]) == {0.1}
+    assert "rate 0.5, seed 0: failed" in printed
+    # The same from the command line, which runs only the failed ones again.
+    arguments = ["--over", "rate=0.5,0.1", "--seeds", "0", "1", "--out", str(folder), "--quiet"]
+    assert cli.main(["sweep", *arguments]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("this rate is bad") == 2
+    assert "rate 0.5, seed 1" in captured.err
+
+
+def test_children_get_their_share_of_the_machine(stand_in):
+    folder, _, _ = stand_in("0.1,0.2", seeds=(0,), jobs=2)
+    cores = len(sweep_module._cores())
+    shares = sorted(max(1, share) for share in (cores // 2, cores - cores // 2))
+    found = [json.loads(path.read_text()) for path in folder.glob("*/config.json")]
+    assert {int(one["threads"]) for one in found} <= set(shares)
+    if hasattr(os, "sched_getaffinity"):
+        assert {one["cores"] for one in found} <= set(shares)
+        assert len(os.sched_getaffinity(0)) == cores
+    # One job alone is left as `run` would be.
+    folder, _, _ = stand_in("0.3", seeds=(0,), jobs=1)
+    found = [json.loads(path.read_text()) for path in folder.glob("*/config.json")]
+    assert [one["threads"] for one in found if one["rate"] == 0.3] == ["7"]
+
+
+def test_an_interruption_ends_the_children(stand_in, tmp_path):
+    def interrupt():
+        while not (tmp_path / "sweep" / "started").exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    started = time.perf_counter()
+    with pytest.raises(KeyboardInterrupt):
+        stand_in("0.6,0.1", seeds=(0,), jobs=1)
+    # The child would have slept for a minute; the one after it has not begun.
+    assert time.perf_counter() - started < 30
+    assert not list((tmp_path / "sweep").glob("*/accuracy.png"))
+
+
+def test_a_real_child_gives_what_run_gives(tmp_path):
+    options = ["--rounds", "1", "--steps", "8", "--seeds", "3", "--deterministic"]
+    sweeping = [*options, "--over", "strategy=large_final", "--over", "controls=none"]
+    assert cli.main(["sweep", *sweeping, "--out", str(tmp_path / "sweep"), "--quiet"]) == 0
+    assert cli.main(["run", *options, "--controls", "--out", str(tmp_path / "alone")]) == 0
+    tables = [
+        pd.read_csv(folder / "results.csv").drop(columns="seconds")
+        for folder in (*(tmp_path / "sweep").glob("*/"), tmp_path / "alone")
+    ]
+    pd.testing.assert_frame_equal(*tables)
