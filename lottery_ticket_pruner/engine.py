@@ -430,7 +430,7 @@ class _JaxPrograms:
         import jax
 
         model = self._model
-        _keras.symbolic_build(model, data.take(slice(0, 1)))
+        _keras.build_loss(model, data.take(slice(0, 1)))
         model.reset_metrics()
         groups = (
             model.trainable_variables,
