@@ -273,6 +273,48 @@ def test_state_that_a_call_changes_goes_on_changing(tmp_path):
     assert [float(loaded.serve(x)[0, 0]) for _ in range(3)] == [1.0, 2.0, 3.0]
 
 
+def test_a_fixed_batch_is_kept_and_state_goes_on(tmp_path):
+    model = keras.Sequential(
+        [keras.Input(batch_shape=(3, 5, 4)), layers.LSTM(8, stateful=True), layers.Dense(2)]
+    )
+    export_sparse_saved_model(prune(model, 0.5), tmp_path / "out")
+    loaded = tf.saved_model.load(str(tmp_path / "out"))
+    x = np.random.default_rng(0).standard_normal((3, 5, 4)).astype("float32")
+    outputs = [loaded.serve(x).numpy() for _ in range(2)]
+    for got in outputs:
+        np.testing.assert_allclose(got, model(x), rtol=1e-5, atol=1e-6)
+    assert np.abs(outputs[0] - outputs[1]).max() > 1e-3
+
+
+def test_images_of_any_size_are_compared_at_a_size_that_leaves_something(tmp_path):
+    convolutions = [layers.Conv2D(4, 3) for _ in range(5)]
+    model = keras.Sequential([keras.Input((None, None, 3)), *convolutions, layers.MaxPooling2D(4)])
+    assert export_sparse_saved_model(prune(model, 0.5), tmp_path / "out").output_error == 0.0
+
+
+def test_an_exact_and_a_rounded_export_share_nothing_in_one_session(tmp_path):
+    model = prune(dense())
+    x = np.random.default_rng(0).standard_normal((2, 20)).astype("float32")
+    wanted, got = {}, {}
+    for values in ("float32", "bfloat16"):
+        export_sparse_saved_model(model, tmp_path / values, values=values)
+        loaded = tf.saved_model.load(str(tmp_path / values))
+        wanted[values] = loaded.serve(x).numpy()
+    assert np.abs(wanted["float32"] - wanted["bfloat16"]).max() > 1e-3
+    load = tf.compat.v1.saved_model.loader.load
+    with tf.Graph().as_default(), tf.compat.v1.Session() as session:
+        ends = {
+            values: load(session, ["serve"], str(tmp_path / values), import_scope=values)
+            for values in wanted
+        }
+        for values, meta in ends.items():
+            signature = meta.signature_def["serve"]
+            feed = {f"{values}/{signature.inputs['x'].name}": x}
+            got[values] = session.run(f"{values}/{signature.outputs['output_0'].name}", feed)
+    for values, outputs in wanted.items():
+        np.testing.assert_allclose(got[values], outputs, rtol=1e-5, atol=1e-6)
+
+
 # --- Encodings and the report ---------------------------------------------------------------------
 
 
@@ -305,7 +347,13 @@ def test_each_weight_gets_the_encoding_that_pays(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "include", ["last", ["^last", "nowhere"], lambda path: path.startswith("last/")]
+    "include",
+    [
+        "last",
+        ["^last", "nowhere"],
+        (pattern for pattern in ["^last"]),
+        lambda path: path.startswith("last/"),
+    ],
 )
 def test_include_names_the_weights_that_may_be_sparse(include, tmp_path):
     model = prune(subclassed())
@@ -358,6 +406,18 @@ def test_rounded_values_are_smaller_and_the_error_is_reported(values, bits, tmp_
         if row.encoding == "sparse" and row.alive:
             assert row.dtype == values
             np.testing.assert_array_equal(tf.cast(tf.cast(variable, values), "float32"), variable)
+
+
+def test_a_value_too_small_for_float16_becomes_zero(tmp_path):
+    model = prune(dense())
+    kernel = np.array(model.layers[0].kernel)
+    kernel[0, :2] = [-1e-9, 1e-9]
+    model.layers[0].kernel.assign(kernel)
+    report = export_sparse_saved_model(model, tmp_path / "out", values="float16")
+    kernel[0, :2] = 0
+    assert report.rows[0].alive == np.count_nonzero(kernel)
+    stored = tf.saved_model.load(str(tmp_path / "out")).variables[0].numpy()
+    assert not np.signbit(stored[stored == 0]).any()
 
 
 def test_level_changes_bytes_and_nothing_else(tmp_path):
@@ -415,10 +475,21 @@ def test_wrong_arguments_leave_nothing_behind(tmp_path):
         export_sparse_saved_model(model, tmp_path / "out", level=11)
     with pytest.raises(TypeError, match="`include` must be a regular expression"):
         export_sparse_saved_model(model, tmp_path / "out", include=[1])
+    with pytest.raises(TypeError, match="Received: 1"):
+        export_sparse_saved_model(model, tmp_path / "out", include=1)
+    with pytest.raises(ValueError, match=r"`include` holds '\[', which is no regular expression"):
+        export_sparse_saved_model(model, tmp_path / "out", include=["dense", "["])
     with pytest.raises(ValueError, match="`sample_inputs` does not fit"):
         export_sparse_saved_model(model, tmp_path / "out", sample_inputs=["a", "b"])
     with pytest.raises(ValueError, match="has not yet been built"):
         export_sparse_saved_model(keras.Sequential([layers.Dense(2)]), tmp_path / "out")
+    x = keras.Input((2,), dtype="int64")
+    lookup = layers.IntegerLookup(vocabulary=[5, 6], num_oov_indices=0)
+    picky = keras.Model(x, layers.Embedding(4, 8)(lookup(x)))
+    with pytest.raises(
+        ValueError, match=r"(?s)Give `sample_inputs` that it takes\..*num_oov_indices=0"
+    ):
+        export_sparse_saved_model(picky, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
@@ -449,6 +520,35 @@ def test_an_older_export_is_replaced_and_other_folders_are_not(tmp_path):
         with pytest.raises(FileExistsError, match="is no SavedModel folder"):
             export_sparse_saved_model(model, path)
     assert (precious / "thesis.txt").read_text() == "years"
+
+
+def test_a_link_stays_and_the_folder_behind_it_is_replaced(tmp_path, monkeypatch):
+    (tmp_path / "link").symlink_to(tmp_path / "real", target_is_directory=True)
+    for unit in (0.0, 1.0):
+        model = dense()
+        model.layers[-1].bias.assign([unit] * 4)
+        export_sparse_saved_model(model, tmp_path / "link")
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]
+        loaded = tf.saved_model.load(str(tmp_path / "real"))
+        np.testing.assert_array_equal(loaded.serve(np.zeros((1, 20), "float32")), [[unit] * 4])
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    export_sparse_saved_model(model, ".")
+    assert (tmp_path / "here" / "saved_model.pb").is_file()
+
+
+def test_what_appears_at_the_path_meanwhile_is_not_replaced(tmp_path, monkeypatch):
+    verify = saved_model._verify
+
+    def slow(*args, **kwargs):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "thesis.txt").write_text("years")
+        return verify(*args, **kwargs)
+
+    monkeypatch.setattr(saved_model, "_verify", slow)
+    with pytest.raises(FileExistsError, match="is no SavedModel folder"):
+        export_sparse_saved_model(dense(), tmp_path / "out")
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "thesis.txt"]
 
 
 @pytest.mark.parametrize("old", [False, True])
@@ -510,6 +610,14 @@ def test_folders_are_replaced_where_exchange_works_and_where_not(exchange, tmp_p
     assert (tmp_path / "old" / "saved_model.pb").read_text() == "new"
     shutil.rmtree(tmp_path / "new", ignore_errors=True)
     assert [path.name for path in tmp_path.iterdir()] == ["old"]
+
+
+def test_without_a_library_of_the_process_nothing_is_exchanged(tmp_path, monkeypatch):
+    def windows(name):
+        raise TypeError("argument of type 'NoneType' is not iterable")
+
+    monkeypatch.setattr(saved_model.ctypes, "CDLL", windows)
+    assert saved_model._exchange(tmp_path / "a", tmp_path / "b") is False
 
 
 def test_a_failed_replacement_is_undone(tmp_path, monkeypatch):

@@ -94,12 +94,14 @@ def export_sparse_saved_model(
         raise ValueError(
             f"`values` must be 'float32' (exact), 'float16' or 'bfloat16'. Received: {values!r}"
         )
-    path = Path(path)
+    path = Path(path).resolve()  # Behind a link, the folder is replaced and not the link.
     _check_replaceable(path)
     arrays = effective_values(model)
-    traced = trace(model, arrays, input_signature)
+    allowed = _included(include, arrays)
+    # What else decides on the bits that are decoded.
+    traced = trace(model, arrays, input_signature, salt=f"{values}{sorted(allowed)}")
     arrays = {name: _canonical(name, arrays[name]) for name in traced.variables}
-    encodings = {name: _encoding(array, included(include, name)) for name, array in arrays.items()}
+    encodings = {name: _encoding(array, name in allowed) for name, array in arrays.items()}
     stored = {
         name: _rounded(name, array, values if encodings[name] == "sparse" else "float32")
         for name, array in arrays.items()
@@ -115,7 +117,7 @@ def export_sparse_saved_model(
         name: stored[name].astype(array.dtype) if name in stored else array
         for name, array in arrays.items()
     }
-    samples = _samples(traced, sample_inputs)
+    samples = _samples(model, traced, sample_inputs)
 
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
@@ -136,6 +138,7 @@ def export_sparse_saved_model(
         ).with_own_size()
         (folder / FILE).parent.mkdir()
         (folder / FILE).write_bytes(report.to_json())
+        _check_replaceable(path)  # Writing took a while.
         _replace(folder, path)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -143,23 +146,30 @@ def export_sparse_saved_model(
     return report
 
 
-def included(include: Any, path: str) -> bool:
-    """Whether a weight is among those that `include` names; see `export_sparse_saved_model`.
+def _included(include: Any, paths: Iterable[str]) -> set[str]:
+    """Returns the paths that `include` names; see `export_sparse_saved_model`.
 
     Raises:
         TypeError: If `include` is none of the kinds that are allowed.
+        ValueError: If a pattern is no regular expression.
     """
     if include is None:
-        return True
+        return set(paths)
     if callable(include):
-        return bool(include(path))
-    patterns = [include] if isinstance(include, str) else list(include)
+        return {path for path in paths if include(path)}
+    single = isinstance(include, str) or not isinstance(include, Iterable)
+    patterns = [include] if single else list(include)
     if not all(isinstance(pattern, str) for pattern in patterns):
         raise TypeError(
             "`include` must be a regular expression, a list of them or a function of a path. "
             f"Received: {include!r}"
         )
-    return any(re.search(pattern, path) for pattern in patterns)
+    try:
+        return {path for path in paths if any(re.search(pattern, path) for pattern in patterns)}
+    except re.error as error:
+        raise ValueError(
+            f"`include` holds {error.pattern!r}, which is no regular expression: {error}."
+        ) from error
 
 
 # --- Weights --------------------------------------------------------------------------------------
@@ -189,7 +199,7 @@ def _rounded(name: str, array: np.ndarray, dtype: str) -> np.ndarray:
             f"'{name}' holds values up to {np.nanmax(np.abs(array))}, beyond the range of {dtype}. "
             "Use values='bfloat16' or 'float32', or leave the weight out with `include`."
         )
-    return rounded
+    return encoding.canonical(name, rounded)  # What is too small has become a zero with a sign.
 
 
 def _rows(
@@ -473,16 +483,20 @@ def _retain(messages: Any, keep: Callable[[Any], bool]) -> None:
 # --- Verification ---------------------------------------------------------------------------------
 
 
-def _samples(traced: Traced, sample_inputs: Any) -> list[Any]:
+def _samples(model: keras.Model, traced: Traced, sample_inputs: Any) -> list[Any]:
     """Returns the positional inputs to compare outputs on, as tensors of the signature's dtypes."""
     import tensorflow as tf
 
     rng = np.random.default_rng(0)
+    # Keras' signatures leave the batch free where the model does not, as with stateful layers.
+    shapes = [x.shape for x in getattr(model, "inputs", None) or ()]
+    batch = next((shape[0] for shape in shapes if shape and shape[0]), 2)
 
     def random(spec: tf.TensorSpec) -> tf.Tensor:
-        # A free batch of 2; other free dimensions (time, height) long enough for what slides.
+        # Free dimensions are long enough for what slides over images, or over time.
+        free = 96 if len(spec.shape) == 4 else 8
         shape = [
-            size if size is not None else 2 if axis == 0 else 8
+            size if size is not None else batch if axis == 0 else free
             for axis, size in enumerate(spec.shape)
         ]
         if spec.dtype == tf.string:
@@ -519,6 +533,7 @@ def _verify(
     Raises:
         RuntimeError: If a weight comes back with another bit, or outputs differ by more than
             rounding.
+        ValueError: If the model cannot be called on the samples.
     """
     import ml_dtypes
     import tensorflow as tf
@@ -535,7 +550,13 @@ def _verify(
         inputs = samples
         if keras.backend.backend() != "tensorflow":
             inputs = keras.tree.map_structure(lambda sample: sample.numpy(), samples)
-        truth = [keras.ops.convert_to_numpy(x) for x in keras.tree.flatten(model(*inputs))]
+        try:
+            truth = [keras.ops.convert_to_numpy(x) for x in keras.tree.flatten(model(*inputs))]
+        except Exception as error:  # Whatever its layers raise.
+            raise ValueError(
+                f"The model cannot be called on sample inputs of {traced.signature}, batch and "
+                f"other free dimensions chosen. Give `sample_inputs` that it takes. {error}"
+            ) from error
     dense = [x.numpy() for x in keras.tree.flatten(traced.function(*samples))]
     sparse = [x.numpy() for x in keras.tree.flatten(loaded.serve(*samples))]
 
@@ -611,8 +632,10 @@ def _replace(new: Path, path: Path) -> None:
 
 def _exchange(a: Path, b: Path) -> bool:
     """Exchanges two paths atomically; False where the system or file system cannot."""
-    library = ctypes.CDLL(None)
     names = os.fsencode(a), os.fsencode(b)
+    library = None
+    with contextlib.suppress(TypeError):  # Windows has no library of the whole process.
+        library = ctypes.CDLL(None)
     with contextlib.suppress(AttributeError):
         here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
         return library.renameat2(here, names[0], here, names[1], exchange) == 0

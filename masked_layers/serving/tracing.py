@@ -40,8 +40,18 @@ class Traced:
 
 
 def effective_values(model: keras.Model) -> dict[str, np.ndarray]:
-    """Returns every variable's value by path, as the forward pass reads it; masks are left out."""
+    """Returns every variable's value by path, as the forward pass reads it; masks are left out.
+
+    Raises:
+        ValueError: If a mask is learned.
+    """
     _keras.sync(model)
+    for ref in weight_refs(model):
+        if ref.mask is not None and ref.mask.learned:
+            raise ValueError(
+                f"The mask of '{ref.path}' is learned. Call `masked_layers.harden(model)` first, "
+                "and export what it returns."
+            )
     return {
         path: np.array(
             keras.ops.convert_to_numpy(variable if mask is None else mask.apply(variable))
@@ -185,15 +195,20 @@ def _call(
 
 
 def _sources(model: keras.Model) -> dict[str, tuple[keras.Variable, Any]]:
-    """Returns (variable, mask or None) by path: all variables of a model but its masks."""
+    """Returns (variable, mask or None) by path: all state of a model but its masks."""
     found = {id(ref.variable): (ref.path, ref.mask) for ref in weight_refs(model, mask_bias=True)}
     masks = [mask for _, mask in found.values() if mask is not None]
     skip = {id(variable) for mask in masks for variable in mask.variables}
+    states = []  # Of stateful recurrent layers: Keras lists them among no layer's variables.
     for path, layer in walk(model):
         for variable in _keras.own_variables(layer):
             found.setdefault(id(variable), (join(path, variable.name), None))
+        if isinstance(layer, keras.layers.RNN) and layer.stateful and layer.built:
+            for state in keras.tree.flatten(layer.states):
+                states.append(state)
+                found.setdefault(id(state), (join(path, "states"), None))
     sources: dict[str, tuple[keras.Variable, Any]] = {}
-    for variable in model.variables:
+    for variable in [*model.variables, *states]:
         if id(variable) not in skip:
             path, mask = found.get(id(variable), (variable.path, None))
             unique, count = path, 0
