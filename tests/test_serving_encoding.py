@@ -175,7 +175,7 @@ def test_the_payload_is_below_entropy_plus_four_bytes(density):
 
 def test_the_choice_takes_fewer_bytes():
     rng = np.random.default_rng(0)
-    for share in (0.0, 0.01, 0.1, 0.5, 0.9):
+    for share in (0.0, 0.001, 0.01, 0.1, 0.5, 0.9):
         array = np.where(rng.random(50_000) < share, 0, rng.standard_normal(50_000))
         array = array.astype(np.float32)
         nbytes = {e: len(encode({"": array}, encodings={"": e})) for e in ("sparse", "dense")}
@@ -199,6 +199,8 @@ def test_wrong_arguments_are_refused():
         encode({}, level=10)
     with pytest.raises(ValueError, match=r"must be 'sparse' or 'dense'\. Received: 'csr'"):
         encode({"w": np.ones(3)}, encodings={"w": "csr"})
+    with pytest.raises(ValueError, match=r"no arrays of these names: \['v'\]"):
+        encode({"w": np.ones(3)}, encodings={"v": "sparse"})
 
 
 # --- Damage ---------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Other formats through Keras' own exporters, and looking at what lies on disk."""
 
 import ast
+import zipfile
 from pathlib import Path
 
 import keras
@@ -120,6 +121,23 @@ def test_inspect_says_what_it_takes(tmp_path):
     for path in (tmp_path, tmp_path / "file.txt"):
         with pytest.raises(ValueError, match=r"neither a '\.keras' file nor a SavedModel"):
             inspect(path)
+
+
+def test_inspect_names_what_is_damaged(tmp_path):
+    with zipfile.ZipFile(tmp_path / "other.keras", "w") as file:
+        file.writestr("note.txt", "text")
+    with pytest.raises(ValueError, match=r"other\.keras' is no file that Keras wrote"):
+        inspect(tmp_path / "other.keras")
+
+
+@tensorflow_only
+def test_inspect_names_damaged_variables(tmp_path):
+    folder = tmp_path / "out"
+    (folder / "variables").mkdir(parents=True)
+    for file in ("saved_model.pb", "variables/variables.index"):
+        (folder / file).write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=r"The variables in '.*out' are damaged"):
+        inspect(folder)
 
 
 def test_the_package_does_not_import_tensorflow():

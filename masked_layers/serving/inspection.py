@@ -23,14 +23,17 @@ def inspect(path: str | os.PathLike[str]) -> StorageReport:
 
     Raises:
         FileNotFoundError: If there is nothing at `path`.
-        ValueError: If it is neither of the two.
+        ValueError: If it is neither of the two, or damaged.
     """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"There is no '{path}'.")
     files = file_sizes(path)
     if path.suffix == ".keras" and path.is_file():
-        arrays = effective_values(keras.models.load_model(path, compile=False))
+        try:
+            arrays = effective_values(keras.models.load_model(path, compile=False))
+        except KeyError as error:
+            raise ValueError(f"'{path}' is no file that Keras wrote: {error}.") from error
     elif FILE in files and "saved_model.pb" in files:
         return dataclasses.replace(StorageReport.from_json((path / FILE).read_bytes()), files=files)
     elif "saved_model.pb" in files:
@@ -55,7 +58,10 @@ def _checkpoint(path: Path) -> dict[str, np.ndarray]:
 
     if not (path / "variables" / "variables.index").is_file():
         return {}
-    reader = tf.train.load_checkpoint(str(path / "variables" / "variables"))
+    try:
+        reader = tf.train.load_checkpoint(str(path / "variables" / "variables"))
+    except tf.errors.OpError as error:
+        raise ValueError(f"The variables in '{path}' are damaged: {error}.") from error
     suffix = "/.ATTRIBUTES/VARIABLE_VALUE"
     return {
         name.removesuffix(suffix): np.asarray(reader.get_tensor(name))
