@@ -113,7 +113,8 @@ def shrink(
     layers and as operators on symbolic tensors. Nested Sequential and Functional models shrink
     inside. All other layers, grouped convolutions, layers with weights that are called more than
     once, calls in training mode and tensors with a Keras mask stay whole on their inputs and
-    outputs: the report names them, and without `return_report` a warning does.
+    outputs: the report names them, and without `return_report` a warning does. A layer that several
+    nested models share becomes one of its own in each.
 
     A constant other than zero that enters a zero-padded convolution is no constant at the border;
     such channels stay, and are reported. They are rare where biases are pruned with their filters.
@@ -303,6 +304,11 @@ def _smaller(flow: Flow, operation: Any) -> Any:
         config = operation.get_config()
         if id(operation) in flow.edits:
             config |= _widths(flow, flow.edits[id(operation)][1])
+            # An initializer that holds an array has the old shape, and is not needed any more.
+            for name in config:
+                values = getattr(getattr(operation, name, None), "value", 0.0)
+                if name.endswith("_initializer") and np.ndim(values):
+                    config[name] = "zeros"
         return type(operation).from_config(config)
     except Exception as error:
         raise ValueError(

@@ -171,6 +171,16 @@ def test_constants_run_through_several_layers():
     assert widths(smaller) == {"d0": 1, "d1": 1, "d2": 3, "out": 2}
 
 
+def test_initializer_that_holds_an_array_does_not_hinder():
+    bias = keras.initializers.Constant(np.arange(4.0))
+    model = keras.Sequential(
+        [keras.Input((5,)), layers.Dense(4, "relu", bias_initializer=bias), layers.Dense(2)]
+    )
+    zero(randomize(model).layers[0], [1])
+    smaller, _ = checked(model)
+    assert smaller.layers[0].units == 3
+
+
 def test_layer_without_bias_gets_one_only_if_it_needs_it():
     model = dense_net(4, 4, 2, use_bias=False)
     zero(model.layers[0], [0])
