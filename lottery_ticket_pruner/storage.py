@@ -26,10 +26,7 @@ class ExportConfig:
 
     def execute(self) -> serving.StorageReport:
         """Load the model, write the folder and return the report of what it takes."""
-        # A ticket's own classes are registered when its packages are imported.
         import keras
-
-        import lottery_ticket_pruner  # noqa: F401
 
         _check_model(self.model)
         return serving.export_sparse_saved_model(
