@@ -1,0 +1,1 @@
+"""Models and schedules of other pruning libraries. Nothing here is imported unless asked for."""
