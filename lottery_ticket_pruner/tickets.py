@@ -12,7 +12,7 @@ import keras
 import numpy as np
 
 import masked_layers as ml
-from lottery_ticket_pruner import criteria, fitting, selection, training
+from lottery_ticket_pruner import criteria, fitting, selection, training, treatments
 from lottery_ticket_pruner.augmentation import Augmentation
 from lottery_ticket_pruner.checkpoint import Checkpoint
 from lottery_ticket_pruner.pruner import LotteryTicketPruner
@@ -62,6 +62,8 @@ def find_ticket(
     scope: str | None = None,
     rewind_to: int = 0,
     retraining: str = "weight_rewinding",
+    kept: Any = "rewind",
+    pruned: Any = "zero",
     controls: Sequence[str] = ("random_reinit", "random_mask"),
     control_rounds: Sequence[int] | None = None,
     validation_data: tuple[training.Arrays, training.Arrays] | None = None,
@@ -115,6 +117,9 @@ def find_ticket(
         scope: who competes, the criterion's own default if None.
         rewind_to: the step to rewind to, 0 <= rewind_to < steps.
         retraining: one of `RETRAINING`: what the ticket trains from after pruning.
+        kept: the treatment of the ticket's kept weights, see `treatments`: what stands in for the
+            rewound ones in weight rewinding.
+        pruned: the treatment of its pruned weights.
         controls: which of `CONTROLS` to train.
         control_rounds: the rounds to train them in, None: in every one.
         validation_data: `(x, y)` for the early-stop step, None: not measured.
@@ -139,6 +144,14 @@ def find_ticket(
     """
     _check(rounds, steps, rewind_to, rate, sparsity, seed)
     _check_names(controls, control_rounds, rounds, retraining)
+    kept, pruned = treatments.get_kept(kept), treatments.get_pruned(pruned)
+    if retraining != "weight_rewinding":
+        if kept.name not in ("rewind", "finetune"):
+            raise ValueError(
+                f"With retraining={retraining!r} the kept weights stay as they were trained. "
+                f"Received: kept={kept.name!r}"
+            )
+        kept = treatments.get_kept("finetune")
     if not getattr(model, "compiled", False):
         raise ValueError(f"{model.name} is not compiled: call compile() before find_ticket().")
     if all(ref.mask is None for ref in ml.weight_refs(model)):
@@ -196,7 +209,7 @@ def find_ticket(
         show(row)
 
     def control(arm: str, number: int) -> None:
-        pruner.rewind()
+        pruner.treat()
         if arm in ("random_reinit", "reinit_same_sign"):
             model.set_weights(weights_at_0)
             _draw_again(model, (seed, arm, number), keep_signs=arm == "reinit_same_sign")
@@ -211,7 +224,8 @@ def find_ticket(
         arguments = {
             "rounds": rounds, "steps": steps, "batch_size": batch_size, "rate": rate,
             "sparsity": sparsity, "strategy": criteria.get(strategy).name, "scope": scope,
-            "rewind_to": rewind_to, "retraining": retraining, "controls": list(controls),
+            "rewind_to": rewind_to, "retraining": retraining, "kept": kept.name,
+            "pruned": pruned.name, "controls": list(controls),
             "control_rounds": control_rounds, "eval_every": eval_every, "seed": seed,
         }  # fmt: skip
         saved = Checkpoint(Path(checkpoint), arguments)
@@ -245,9 +259,7 @@ def find_ticket(
             for arm in controls:
                 control(arm, number)
         # The ticket comes last, so that the model holds it, optimiser state included.
-        pruner.rewind()
-        if retraining != "weight_rewinding":
-            model.set_weights(list(pruner.final_weights.values()))
+        pruner.treat(kept, pruned, seed=_integer(seed, "treatment", number))
         if retraining == "fine_tuning":
             fitting.advance(model.optimizer, steps - rewind_to)
         measure("ticket", number)

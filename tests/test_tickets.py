@@ -337,6 +337,8 @@ def test_a_weight_without_an_initializer_is_named(data, starts):
         ({"seed": -1}, "Received: -1"),
         ({"control_rounds": (0, 1)}, "out of 1 to 1"),
         ({"retraining": "none"}, "fine_tuning.*Received: 'none'"),
+        ({"retraining": "fine_tuning", "kept": "reinit"}, "stay as they were trained.*'reinit'"),
+        ({"pruned": "nothing"}, "zero_if_shrunk"),
         ({"rate": 1.5}, "rate=1.5"),
         ({"rate": {"^no_such_layer/": 0.1, "default": 0.2}}, "no_such_layer"),
         ({"strategy": "largest"}, "large_final"),
@@ -391,13 +393,16 @@ def test_what_the_ticket_trains_from(data, starts, retraining, weights_stay, ste
 
 
 def test_a_fine_tuned_ticket_starts_from_the_dense_weights(data, starts):
-    find_ticket(
+    result = find_ticket(
         make_model(), *data, rounds=1, steps=3, batch_size=20, controls=(), retraining="fine_tuning"
     )
     before_ticket = starts[2][0]  # after the stretches to the rewinding point and of the dense run
     model = ml.convert_to_masked(make_model())
     training.train(model, *data, steps=3, batch_size=20, seed=tickets._seed(0, "dense", 0, "train"))
-    for a, b in zip(before_ticket, model.get_weights(), strict=True):
+    masks = {id(ref.variable): result.masks[1][ref.path] for ref in ml.masked_refs(model)}
+    for variable, a, b in zip(model.weights, before_ticket, model.get_weights(), strict=True):
+        kept = masks.get(id(variable), ...)
+        a, b = a[kept], b[kept]
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
@@ -420,6 +425,23 @@ def test_controls_keep_signs_or_counts(data, starts):
         assert any(not np.array_equal(masks[path], ticket[path]) for path in ticket)
     assert [m.sum() for m in reshuffled[1].values()] == [m.sum() for m in ticket.values()]
     assert [m.sum() for m in random[1].values()] != [m.sum() for m in ticket.values()]
+
+
+def test_treatments_are_of_the_ticket_alone(data, starts):
+    result = find_ticket(
+        make_model(), *data, rounds=1, steps=2, batch_size=20, rate=0.5,
+        kept="constant_same_sign", pruned="freeze", controls=("random_mask",),
+    )  # fmt: skip
+    initial = result.initial_weights
+    control, ticket = starts[2][0], starts[3][0]
+    assert_equal(initial, control)
+    for ref in ml.masked_refs(result.ticket):
+        position = [v is ref.variable for v in result.ticket.weights].index(True)
+        mask, w0 = result.masks[1][ref.path], initial[position]
+        expected = np.sign(w0) * np.std(w0.astype("float64"))
+        np.testing.assert_allclose(ticket[position][mask], expected[mask], rtol=1e-6)
+        effective = keras.ops.convert_to_numpy(getattr(ref.layer, ref.name))
+        np.testing.assert_array_equal(effective[~mask], w0[~mask])
 
 
 def test_controls_in_some_rounds(data):

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from lottery_ticket_pruner import criteria, selection
+from lottery_ticket_pruner import criteria, selection, treatments
 from lottery_ticket_pruner.experiments import datasets, networks
 from lottery_ticket_pruner.tickets import CONTROLS, RETRAINING
 
@@ -55,6 +55,15 @@ _STRATEGY = tyro.conf.arg(
     metavar="NAME",
     help=f"Pruning criterion, which decides what stays: {', '.join(criteria.names())}.",
 )
+_KEPT = tyro.conf.arg(
+    metavar="NAME",
+    help="What the ticket's kept weights start from in every round: "
+    f"{', '.join(treatments.kept_names())}.",
+)
+_PRUNED = tyro.conf.arg(
+    metavar="NAME",
+    help=f"What its pruned weights are: {', '.join(treatments.pruned_names())}.",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +99,8 @@ class RunConfig:
     retraining: Literal[*RETRAINING] = "weight_rewinding"
     """What the ticket trains from: rewound weights, its trained ones with the learning rates of the
     rewinding point, or its trained ones at the last learning rate."""
+    kept: Annotated[str, _KEPT] = "rewind"
+    pruned: Annotated[str, _PRUNED] = "zero"
     controls: tuple[Literal[*CONTROLS], ...] = ("random_reinit", "random_mask")
     """Arms next to the ticket; name none to train the ticket alone."""
     control_rounds: Annotated[tuple[int, ...] | None, _NO_HINT] = None
@@ -128,6 +139,8 @@ class RunConfig:
         """
         recipe = self._recipe()
         criterion = criteria.get(self.strategy)
+        treatments.get_kept(self.kept)
+        treatments.get_pruned(self.pruned)
         self._check_numbers()
         batch_size = _chosen(self.batch_size, recipe.batch_size)
         steps_per_epoch = -(-training_images // batch_size)

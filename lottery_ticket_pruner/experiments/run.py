@@ -155,6 +155,8 @@ def _find(
         scope=config.scope,
         rewind_to=parse_steps(config.rewind_to, 1),
         retraining=config.retraining,
+        kept=config.kept,
+        pruned=config.pruned,
         controls=config.controls,
         control_rounds=config.control_rounds,
         augment=networks.augmentation(config.network),
