@@ -28,8 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     import tyro
 
-    from lottery_ticket_pruner.experiments import run, sweep
+    from lottery_ticket_pruner.experiments import page, run, sweep
     from lottery_ticket_pruner.experiments.config import RunConfig
+    from lottery_ticket_pruner.experiments.page import ReportConfig
     from lottery_ticket_pruner.experiments.sweep import SweepConfig
     from lottery_ticket_pruner.storage import ExportConfig, InspectConfig
 
@@ -37,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         {
             "run": RunConfig,
             "sweep": SweepConfig,
+            "report": ReportConfig,
             "export": ExportConfig,
             "inspect": InspectConfig,
         },
@@ -44,11 +46,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Lottery tickets in Keras 3: the papers' experiments as commands, and serving.",
         args=arguments,
     )
-    if not isinstance(config, RunConfig):
+    if isinstance(config, ExportConfig | InspectConfig):
         return _print_report(config)
     try:
         if isinstance(config, SweepConfig):
             return _print_failures(sweep.sweep(config))
+        if isinstance(config, ReportConfig):
+            page.write_report(config)
+            return 0
         run.run(*run.prepare(config))
     except (OSError, ValueError) as error:
         print(f"lottery-ticket: {error}", file=sys.stderr)

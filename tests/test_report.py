@@ -232,13 +232,22 @@ def foreign(folder, **files):
     [
         ({}, "neither a run folder"),
         ({"config": b"{}"}, "neither a run folder"),
-        ({"config": b"{", "results": b"replicate,test_accuracy\n"}, "cannot be read as a run"),
-        ({"config": b"[]", "results": b"replicate,test_accuracy\n0,1\n"}, "holds no options"),
+        (
+            {"config": b"{", "results": b"replicate,sparsity,test_accuracy\n"},
+            "cannot be read as a run",
+        ),
+        (
+            {"config": b"[]", "results": b"replicate,sparsity,test_accuracy\n0,0,1\n"},
+            "holds no options",
+        ),
         ({"config": b"{}", "results": b""}, "cannot be read as a run"),
         ({"config": b"{}", "results": b"\xff\xfe\x00"}, "cannot be read as a run"),
         ({"config": b"{}", "results": b"a,b\n1,2\n"}, r"lacks the columns.*It has: \['a', 'b'\]"),
-        ({"config": b"{}", "results": b"replicate,test_accuracy\n"}, "no results yet"),
-        ({"config": b"{}", "results": b"replicate,test_accuracy\n0,high\n"}, "'test_accuracy'"),
+        ({"config": b"{}", "results": b"replicate,sparsity,test_accuracy\n"}, "no results yet"),
+        (
+            {"config": b"{}", "results": b"replicate,sparsity,test_accuracy\n0,0,high\n"},
+            "'test_accuracy'",
+        ),
     ],
 )
 def test_foreign_folders_are_explained(tmp_path, files, message):
@@ -255,6 +264,6 @@ def test_a_missing_folder_is_named(tmp_path):
 
 def test_runs_without_results_yet_are_passed_over_in_a_folder_of_runs(tmp_path):
     write_run(tmp_path / "a")
-    foreign(tmp_path / "b", config=b"{}", results=b"replicate,test_accuracy\n")
+    foreign(tmp_path / "b", config=b"{}", results=b"replicate,sparsity,test_accuracy\n")
     foreign(tmp_path / "c")
     assert [run.folder.name for run in results.find_runs([tmp_path])] == ["a"]

@@ -1,4 +1,4 @@
-"""Tables and pictures of results, and the command that compares run folders."""
+"""Tables and pictures of results."""
 
 import csv
 import dataclasses
@@ -254,7 +254,7 @@ def overview_sheet(groups: Sequence[Group]) -> Sheet:
 
     The last column has the fewest weights with which the ticket is not behind the dense network.
     """
-    groups = [group for group in groups if "arm" in group.rows]
+    groups = [group for group in groups if group.has_rounds]
     lines = []
     for group in groups:
         last = group.rows[group.rows["round"] == group.rows["round"].max()]
@@ -294,6 +294,70 @@ def _accuracy(accuracies: Sequence[float]) -> str:
     if len(accuracies) == 1:
         return mean
     return f"{mean} ± {100 * np.std(accuracies, ddof=1):.2f}"
+
+
+# --- Results of other commands --------------------------------------------------------------------
+
+# Columns that are measured, not chosen, as all others with numbers in them are taken to be.
+_CHOICES = ("criterion", "dwr", "kind", "weights")
+
+
+def factors_of(rows: pd.DataFrame) -> list[str]:
+    """The columns of choices in rows that are not those of rounds: texts, truths, known names."""
+    numeric = pd.api.types.is_numeric_dtype
+    return [
+        name
+        for name, column in rows.items()
+        if name in _CHOICES or not numeric(column) or pd.api.types.is_bool_dtype(column)
+    ]
+
+
+def best_sheet(rows: pd.DataFrame) -> Sheet:
+    """For every combination of choices the best mean accuracy, and where it was reached."""
+    factors, place = factors_of(rows), place_of(rows)
+    lines = []
+    for values, own in _by(rows, factors):
+        means = own.groupby(place, dropna=False)["test_accuracy"].mean()
+        best = own[own[place] == means.idxmax()]
+        at = means.idxmax()
+        shown = f"{1 - at:.2%}" if place == "sparsity" else f"{at:g}"
+        lines.append((*map(str, values), _accuracy(best["test_accuracy"]), shown))
+    replicates = rows["seed"].nunique()
+    title = "best test accuracy, %"
+    if replicates > 1:
+        title += f": mean ± standard deviation of {replicates} replicates"
+    headings = (*factors, "accuracy", "weights" if place == "sparsity" else place)
+    return Sheet(title, headings, tuple(lines), names=len(factors))
+
+
+def charts(rows: pd.DataFrame) -> list[tuple[str, list[Line], str]]:
+    """Title, lines and label of the level axis of the pictures of rows that have no rounds.
+
+    The choice with the most values gives the lines; every combination of the others a picture.
+    """
+    place = place_of(rows)
+    factors = sorted(factors_of(rows), key=lambda name: -rows[name].nunique())
+    found = []
+    for values, of_chart in _by(rows, factors[1:]):
+        names = zip(factors[1:], values, strict=True)
+        title = ", ".join(f"{name} {value}" for name, value in names)
+        lines = []
+        for label, own in _by(of_chart, factors[:1]):
+            by_place = own.groupby(place)["test_accuracy"].apply(list)
+            x = 100 * (1 - by_place.index) if place == "sparsity" else by_place.index
+            samples = tuple(map(tuple, by_place))
+            lines.append(Line(" ".join(map(str, label)) or "accuracy", tuple(x), samples))
+        found.append((title, with_looks(lines), "weights left" if place == "sparsity" else place))
+    return found
+
+
+def place_of(rows: pd.DataFrame) -> str:
+    """What rows without rounds are ordered by: epochs where there are some, else sparsity."""
+    return "epoch" if "epoch" in rows else "sparsity"
+
+
+def _by(rows: pd.DataFrame, columns: list[str]) -> Iterable[tuple[tuple, pd.DataFrame]]:
+    return rows.groupby(columns, sort=False, dropna=False) if columns else [((), rows)]
 
 
 # --- Pictures -------------------------------------------------------------------------------------
@@ -370,7 +434,7 @@ def picture(
             linewidth=1.6,
             linestyle=line.style,
         )
-        axes.fill_between(line.x, low, high, color=line.colour, alpha=0.15, linewidth=0)
+        axes.fill_between(line.x, low, high, color=line.colour, alpha=0.14, linewidth=0)
         if len(line.x) == 1:  # a band without width
             axes.vlines(line.x, low, high, color=line.colour, alpha=0.4, linewidth=3)
     _accuracy_axis(axes, means, edges)
@@ -414,13 +478,10 @@ def _ticks(axis: Axis, low: float, high: float, text: Any) -> None:
 
 
 def _legend(figure: Figure, axes: Axes) -> None:
-    labels = axes.get_legend_handles_labels()[1]
-    longest = max(map(len, labels), default=0)
-    if len(labels) <= 6 and longest <= 20:
-        axes.legend(loc="lower left", frameon=False, fontsize=9)
-    else:
-        columns = max(1, min(3, int(figure.get_figwidth() * 12 // (longest + 8))))
-        figure.legend(loc="outside lower left", frameon=False, fontsize=8.5, ncols=columns)
+    """Below the axes, where it hides no band, in as many columns as fit."""
+    longest = max(map(len, axes.get_legend_handles_labels()[1]), default=0)
+    columns = max(1, min(4, int(figure.get_figwidth() * 12 // (longest + 7))))
+    figure.legend(loc="outside lower left", frameon=False, fontsize=9, ncols=columns)
 
 
 def _error(accuracy: float) -> float:

@@ -48,6 +48,11 @@ class Group:
     rows: pd.DataFrame
 
     @property
+    def has_rounds(self) -> bool:
+        """Whether its rows are those of `lottery-ticket run`, by rounds and arms."""
+        return "arm" in self.rows and "round" in self.rows
+
+    @property
     def title(self) -> str:
         """Data set, network and criterion."""
         return ", ".join(str(self.config[key]) for key in _PLAIN if self.config.get(key))
@@ -74,7 +79,8 @@ def read_run(folder: Path) -> Run:
         raise ValueError(f"'{folder}' cannot be read as a run: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"'{folder / CONFIG_FILE}' holds no options. Received: {config!r}")
-    missing = [name for name in ("replicate", "test_accuracy") if name not in rows]
+    place = "epoch" if "epoch" in rows else "sparsity"
+    missing = [name for name in ("replicate", place, "test_accuracy") if name not in rows]
     if missing:
         raise ValueError(
             f"'{folder / RESULTS_FILE}' lacks the columns {missing}. It has: {list(rows)}"
@@ -136,7 +142,7 @@ def groups_of(runs: Sequence[Run]) -> list[Group]:
 def varied_options(configs: Sequence[dict[str, Any]]) -> list[str]:
     """The options in which configurations differ, in the order of the configurations."""
     options = dict.fromkeys(option for config in configs for option in config)
-    return [option for option in options if len({_text(c.get(option)) for c in configs}) > 1]
+    return [option for option in options if len({as_text(c.get(option)) for c in configs}) > 1]
 
 
 def tidy(runs: Sequence[Run], options: Iterable[str] = ()) -> pd.DataFrame:
@@ -149,7 +155,7 @@ def tidy(runs: Sequence[Run], options: Iterable[str] = ()) -> pd.DataFrame:
     for run in runs:
         rows = run.rows.drop(columns="replicate")
         heading = {"run": run.folder.name}
-        heading |= {option: _text(run.config.get(option)) for option in options}
+        heading |= {option: as_text(run.config.get(option)) for option in options}
         columns = {name: value for name, value in heading.items() if name not in rows}
         columns["seed"] = rows.pop("seed")
         tables.append(pd.concat([pd.DataFrame(columns, index=rows.index), rows], axis=1))
@@ -177,7 +183,7 @@ def _labels(configs: Sequence[dict[str, Any]]) -> list[str]:
     labels: list[tuple[str, ...]] = [() for _ in configs]
     for option in varied_options(configs):
         values = [config.get(option) for config in configs]
-        refined = [(*label, _text(value)) for label, value in zip(labels, values, strict=True)]
+        refined = [(*label, as_text(value)) for label, value in zip(labels, values, strict=True)]
         if len(set(refined)) > len(set(labels)) or None in values:
             described = [_described(option, value) for value in values]
             labels = [(*label, *text) for label, text in zip(labels, described, strict=True)]
@@ -187,10 +193,11 @@ def _labels(configs: Sequence[dict[str, Any]]) -> list[str]:
 def _described(option: str, value: Any) -> tuple[str, ...]:
     if value is None:
         return ()
-    return (_text(value) if option in _PLAIN else f"{option.replace('_', ' ')} {_text(value)}",)
+    return (as_text(value) if option in _PLAIN else f"{option.replace('_', ' ')} {as_text(value)}",)
 
 
-def _text(value: Any) -> str:
+def as_text(value: Any) -> str:
+    """The value of an option as readers see it."""
     if isinstance(value, list | tuple):
-        return " ".join(map(_text, value)) or "none"
+        return " ".join(map(as_text, value)) or "none"
     return f"{value:g}" if isinstance(value, float) else str(value)

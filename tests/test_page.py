@@ -1,0 +1,242 @@
+"""The web page and the command that writes it, on made-up results with a real ticket."""
+
+import html.parser
+import io
+import re
+import shutil
+import xml.etree.ElementTree
+
+import keras
+import numpy as np
+import pandas as pd
+import pytest
+
+pytest.importorskip("tyro")
+pytest.importorskip("jinja2")
+
+from rich.console import Console
+from test_report import ROWS, write_run
+
+import masked_layers as ml
+from lottery_ticket_pruner import cli
+from lottery_ticket_pruner.experiments import page, report, results
+from lottery_ticket_pruner.experiments.page import ReportConfig
+
+
+@pytest.fixture(scope="module")
+def ticket(tmp_path_factory):
+    """A masked model on file: 3 of 12 and 4 of 6 weights are left."""
+    model = keras.Sequential(
+        [keras.Input((4,)), keras.layers.Dense(3, name="a"), keras.layers.Dense(2, name="b")]
+    )
+    masked = ml.convert_to_masked(model)
+    keep = {"a/kernel": np.arange(12) < 3, "b/kernel": np.arange(6) < 4}
+    ml.set_masks(masked, {path: mask.reshape(-1, {"a": 3, "b": 2}[path[0]])
+                          for path, mask in keep.items()})  # fmt: skip
+    path = tmp_path_factory.mktemp("ticket") / "ticket.keras"
+    masked.save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(ticket, tmp_path_factory):
+    """Two runs that differ in their criterion, whose name is one that HTML would trip over."""
+    folder = tmp_path_factory.mktemp("runs")
+    write_run(folder / "one")
+    write_run(folder / "two", strategy="<script>alert(1)</script>")
+    shutil.copy(ticket, folder / "one")
+    (folder / "two" / "ticket.keras").write_bytes(b"no model")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(folder):
+    return page.render(results.groups_of(results.find_runs([folder])))
+
+
+class Reader(html.parser.HTMLParser):
+    """Collects elements, and checks that they are closed in their order."""
+
+    void = ("meta", "img", "br")
+
+    def __init__(self, text):
+        super().__init__()
+        self.found, self.open, self.words = [], [], []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.found.append((tag, dict(attributes)))
+        if tag not in self.void:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.found.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] != "style":
+            self.words.append(data.strip())
+
+
+def test_the_page_needs_nothing_else(text):
+    reader = Reader(text)
+    tags = [tag for tag, _ in reader.found]
+    assert not {"script", "link", "iframe"} & set(tags)
+    for tag, attributes in reader.found:
+        for name in ("src", "href", "xlink:href"):
+            assert attributes.get(name, "#").startswith(("#", "data:")), (tag, attributes)
+    style = text[text.index("<style>") : text.index("</style>")]
+    assert "url(" not in style
+    assert "@import" not in style
+    assert "prefers-color-scheme: dark" in style
+    assert 'name="viewport"' in text
+
+
+def test_identifiers_are_unique_and_point_somewhere(text):
+    identifiers = re.findall(r'\bid="([^"]+)"', text)
+    assert len(identifiers) == len(set(identifiers)) > 0
+    targets = set(re.findall(r"url\(#([^)]+)\)", text)) | set(re.findall(r'href="#([^"]+)"', text))
+    assert targets
+    assert targets <= set(identifiers)
+
+
+def test_the_page_shows_tables_pictures_options_and_layers(text):
+    words = " ".join(Reader(text).words)
+    for expected in (
+        "2 configurations, 2 run folders",
+        "Seeds 7, 8",
+        "91.00 ± 1.41",  # the dense run
+        "lowest to highest of 2 replicates",
+        "Tickets compared: digits, lenet-300-100",
+        "a/kernel 4 \N{MULTIPLICATION SIGN} 3 12 3 25.00%",
+        "total 18 7 38.89%",
+        "output rate 0.1",
+        "controls random_mask",
+    ):
+        assert expected in words, expected
+    # The comparison, and the arms of both runs.
+    assert text.count("<svg") == 3
+    assert "Not loaded:" in words
+
+
+def test_names_cannot_become_markup(text):
+    assert "<script" not in text
+    assert "&lt;script&gt;alert(1)" in text
+
+
+def test_pictures_take_the_colours_of_the_page():
+    rows = pd.DataFrame(ROWS)
+    figure = report.picture(report.arm_lines(rows), dense=[0.9])
+    image = page.svg(figure, "p1", 'a "label" <here>')
+    root = xml.etree.ElementTree.fromstring(image)
+    assert root.get("aria-label") == 'a "label" <here>'
+    assert root.get("width") is None
+    texts = {
+        "".join(element.itertext()).strip() for element in root.iter() if "text" in element.tag
+    }
+    assert {"ticket", "random mask", "dense, 90.00 %", "test accuracy", "50 %"} <= texts
+    assert "var(--c0)" in image
+    assert "var(--ink)" in image
+    assert "#0072b2" not in image
+    assert "#000000" not in image
+
+
+def test_layers_over_several_tickets(ticket, tmp_path):
+    write_run(tmp_path / "run")
+    shutil.copy(ticket, tmp_path / "run")
+    other = keras.models.load_model(ticket, compile=False)
+    ml.set_masks(other, {"a/kernel": np.ones((4, 3), bool)})
+    other.save(tmp_path / "run" / "ticket-1.keras")
+    (group,) = results.groups_of(results.find_runs([tmp_path]))
+    rows, tickets, unreadable = page.layers_of(group)
+    assert tickets == 2
+    assert unreadable == []
+    assert [(row.path, row.kept_text) for row in rows] == [
+        ("a/kernel", "3 to 12"),
+        ("b/kernel", "4"),
+        ("total", "7 to 16"),
+    ]
+    assert rows[0].share == pytest.approx(15 / 24)
+
+
+def test_the_command_writes_page_pictures_and_rows(folder, tmp_path, capsys):
+    assert cli.main(["report", str(folder / "one"), "--out", str(tmp_path)]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "91.00±1.41" in printed
+    assert "digits, lenet-300-100, large_final" in printed
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["picture-1.png", "report.html", "results.csv"]
+    assert (tmp_path / "picture-1.png").read_bytes().startswith(b"\x89PNG")
+    assert len(pd.read_csv(tmp_path / "results.csv")) == len(ROWS)
+
+
+def test_quiet_reports_go_into_the_folder_they_are_of(ticket, tmp_path, capsys):
+    write_run(tmp_path / "runs" / "one")
+    for _ in range(2):  # the report's own folder is no run
+        assert cli.main(["report", str(tmp_path / "runs"), "--quiet"]) == 0
+    assert (tmp_path / "runs" / "report" / "report.html").is_file()
+    assert capsys.readouterr().out == ""
+
+
+def test_folders_that_are_no_runs_are_errors(tmp_path, capsys):
+    for arguments, message in (
+        ([str(tmp_path)], "neither a run folder"),
+        ([str(tmp_path / "none")], "There is no folder"),
+    ):
+        assert cli.main(["report", *arguments]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert "Traceback" not in error
+    with pytest.raises(ValueError, match="at least one run folder"):
+        page.write_report(ReportConfig(()))
+
+
+def test_results_without_rounds_are_drawn_by_their_choices(tmp_path):
+    """Those of untrained masks: a picture for each treatment, a line for each criterion."""
+    rows = [
+        {"criterion": c, "weights": w, "dwr": d, "sparsity": s, "replicate": r,
+         "test_accuracy": 0.5 + 0.1 * s + 0.01 * r + (0.2 if c == "large_final" else 0)}
+        for c in ("large_final", "random", "movement")
+        for w in ("initial", "signed_constant")
+        for d in (True, False)
+        for s in (0.2, 0.6)
+        for r in (0, 1)
+    ]  # fmt: skip
+    write_run(tmp_path / "grid", rows, strategy=None)
+    image = tmp_path / "grid" / "heat.png"
+    image.write_bytes(b"\x89PNG")
+    (group,) = groups = results.groups_of(results.find_runs([tmp_path]))
+    assert [title for title, _, _ in report.charts(group.rows)] == [
+        "weights initial, dwr True",
+        "weights initial, dwr False",
+        "weights signed_constant, dwr True",
+        "weights signed_constant, dwr False",
+    ]
+    _, lines, _ = report.charts(group.rows)[0]
+    assert [line.label for line in lines] == ["large_final", "random", "movement"]
+    assert sorted(lines[0].x) == pytest.approx([40, 80])
+    at_40 = lines[0].samples[np.argmin(lines[0].x)]
+    assert at_40 == pytest.approx((0.76, 0.77))
+    sheet = report.best_sheet(group.rows)
+    assert sheet.lines[0] == ("large_final", "initial", "True", "76.50 ± 0.71", "40.00%")
+    assert len(sheet.lines) == 12
+    text = page.render(groups, Console(file=io.StringIO()))
+    Reader(text)
+    assert text.count("<svg") == 4
+    assert 'src="data:image/png;base64,' in text
+
+
+def test_results_by_epoch_have_epochs_below(tmp_path):
+    rows = [
+        {"kind": "bernoulli", "epoch": e, "replicate": 0, "test_accuracy": 0.8 + 0.01 * e}
+        for e in (1, 2, 3)
+    ]
+    write_run(tmp_path / "learned", rows)
+    (group,) = results.groups_of(results.find_runs([tmp_path]))
+    ((_, (line,), x_label),) = report.charts(group.rows)
+    assert (line.label, line.x, x_label) == ("bernoulli", (1, 2, 3), "epoch")
+    assert report.best_sheet(group.rows).lines == (("bernoulli", "83.00", "3"),)
+    assert report.picture([line], x_label=x_label).axes[0].get_xscale() == "linear"
