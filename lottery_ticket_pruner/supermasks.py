@@ -86,6 +86,9 @@ def evaluate_grid(
     with restored(model), rescaling(model, dict.fromkeys([ref.mask for ref in refs], False)):
         for variable, value in zip(model.weights, initial.values(), strict=True):
             variable.assign(value)
+        for ref in refs:
+            if ref.mask.frozen is not None:
+                ref.mask.freeze(np.zeros(ref.variable.shape))
         held: Any = None
         for name, ranking in rankings:
             for sparsity, masks in zip(sparsities, ranking, strict=True):

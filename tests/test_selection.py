@@ -1,5 +1,6 @@
 """Selection against plain Python that sorts, against torch, and at its edges."""
 
+import dataclasses
 import math
 import tracemalloc
 from fractions import Fraction
@@ -12,6 +13,8 @@ from hypothesis.extra import numpy as hnp
 
 from lottery_ticket_pruner import criteria, selection
 from lottery_ticket_pruner.selection import Weights, drop_count, drop_lowest, update
+
+RANKING_RECORDS = [name for name in criteria.names() if not criteria.get(name).evidence]
 
 
 def kernel(values, mask=None, **kwargs):
@@ -229,7 +232,7 @@ def groups(weights, scope):
     return list(found.values())
 
 
-@pytest.mark.parametrize("name", [n for n in criteria.names() if n != "random"])
+@pytest.mark.parametrize("name", [n for n in RANKING_RECORDS if n != "random"])
 @settings(deadline=None, max_examples=30)
 @given(
     weights=networks(),
@@ -545,7 +548,7 @@ def test_nothing_to_prune_is_an_error():
 
 
 @pytest.mark.parametrize("scope", criteria.SCOPES)
-@pytest.mark.parametrize("name", [n for n in criteria.names() if n != "smallest_weights_global"])
+@pytest.mark.parametrize("name", [n for n in RANKING_RECORDS if n != "smallest_weights_global"])
 def test_groups_without_alive_weights_and_without_weights_stay(name, scope):
     weights = {
         "dead": kernel(np.ones((2, 3)), np.zeros((2, 3))),
@@ -620,3 +623,103 @@ def test_ranking_by_magnitude_takes_less_than_three_times_the_weights_in_memory(
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert peak < 3 * sum(w.final.nbytes for w in weights.values())
+
+
+# ------------------------------------------------------------------- many sparsities, and chunks
+
+
+BY_RECORDS = [n for n in criteria.names() if criteria.get(n).needs <= set(criteria.RECORDS)]
+
+
+@pytest.mark.parametrize("name", BY_RECORDS)
+@settings(deadline=None, max_examples=20)
+@given(
+    weights=networks(),
+    percents=st.lists(st.integers(0, 99), max_size=4),
+    scope=st.sampled_from(criteria.SCOPES),
+    seed=st.integers(0, 3),
+)
+def test_masks_at_many_sparsities_are_those_of_update(name, weights, percents, scope, seed):
+    scope = criteria.get(name).scope or scope
+    weights = {path: dataclasses.replace(w, mask=w.mask | True) for path, w in weights.items()}
+    sparsities = [percent / 100 for percent in percents]
+    many = list(selection.update_many(name, weights, sparsities=sparsities, scope=scope, seed=seed))
+    assert len(many) == len(sparsities)
+    for sparsity, masks in zip(sparsities, many, strict=True):
+        expected = update(name, weights, sparsity=sparsity, scope=scope, seed=seed)
+        assert list(masks) == list(expected)
+        for path in expected:
+            np.testing.assert_array_equal(masks[path], expected[path])
+            assert masks[path].dtype == bool
+            assert masks[path].flags.writeable
+
+
+def test_many_sparsities_start_from_the_given_masks_and_take_mappings():
+    rng = np.random.default_rng(0)
+    weights = {
+        path: kernel(rng.integers(0, 9, size=40), rng.random(40) < 0.8) for path in ("a", "b")
+    }
+    sparsities = [0.6, {"a": 0.9, "default": 0.7}, 0.5]
+    many = selection.update_many("large_final", weights, sparsities=sparsities, seed=5)
+    for sparsity, masks in zip(sparsities, many, strict=True):
+        expected = update("large_final", weights, sparsity=sparsity, seed=5)
+        assert all((masks[path] == expected[path]).all() for path in weights)
+
+
+def test_many_sparsities_are_checked_before_any_mask_is_made():
+    weights = {"k": kernel([1, 2, 3, 4])}
+    with pytest.raises(ValueError, match=r"`sparsity` must be a number in \[0, 1\)"):
+        selection.update_many("large_final", weights, sparsities=[0.5, 1.0])
+    with pytest.raises(ValueError, match="NaN among the scores"):
+        list(selection.update_many(lambda g: g.final * np.nan, weights, sparsities=[0.5]))
+    with pytest.raises(ValueError, match=r"scores of shape \(1,\)"):
+        list(selection.update_many(lambda g: g.final[:1], weights, sparsities=[0.5]))
+
+
+@pytest.mark.parametrize("name", BY_RECORDS)
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_scores_in_chunks_are_scores_of_the_whole(name, scope, monkeypatch):
+    rng = np.random.default_rng(0)
+    weights = {
+        f"{i}": kernel(rng.integers(-9, 9, shape).astype(np.float32),
+                       rng.random(shape) < 0.8, initial=rng.integers(-9, 9, shape))
+        for i, shape in enumerate([(7, 11), (1,), (13, 3)])
+    }  # fmt: skip
+    scope = criteria.get(name).scope or scope
+    monkeypatch.setattr(selection, "_CHUNK", 10)
+    in_chunks = update(name, weights, rate=0.5, scope=scope)
+    whole = dataclasses.replace(criteria.get(name), elementwise=False)
+    at_once = update(whole, weights, rate=0.5, scope=scope)
+    assert all((in_chunks[path] == at_once[path]).all() for path in weights)
+
+
+def test_an_elementwise_criterion_cannot_change_the_records():
+    criterion = dataclasses.replace(
+        criteria.get("large_final"), function=lambda group: np.abs(group.final, out=group.final)
+    )
+    with pytest.raises(ValueError, match="read-only"):
+        update(criterion, {"k": kernel([1, 2])}, rate=0.5)
+
+
+def test_a_path_as_a_key_holds_for_that_path_alone():
+    weights = {path: kernel(np.arange(1.0, 11.0)) for path in ("a/kernel", "b/a/kernel")}
+    masks = update("large_final", weights, sparsity={"a/kernel": 0.2, "b/a/kernel": 0.7})
+    assert [int((~mask).sum()) for mask in masks.values()] == [2, 7]
+
+
+@pytest.mark.parametrize("name", [n for n in BY_RECORDS if criteria.get(n).elementwise])
+def test_elementwise_criteria_take_less_than_three_times_the_weights_in_memory(name):
+    rng = np.random.default_rng(0)
+    size = 500_000
+    weights = {
+        f"{i}": kernel(
+            rng.standard_normal(size, dtype=np.float32),
+            initial=rng.standard_normal(size, dtype=np.float32),
+        )
+        for i in range(4)
+    }
+    tracemalloc.start()
+    update(name, weights, rate=0.2, scope="global")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 3 * sum(w.final.nbytes for w in weights.values())
