@@ -87,7 +87,7 @@ class Chart:
     x_label: str = "weights left"
     dense: Sequence[float] = ()
 
-    def figure(self, figsize: tuple[float, float] = (4.8, 3.8)) -> Figure:
+    def figure(self, figsize: tuple[float, float] = (4.8, 3.4)) -> Figure:
         """The picture without its title and caption."""
         return report.picture(self.lines, dense=self.dense, x_label=self.x_label, figsize=figsize)
 
@@ -190,7 +190,7 @@ def _bands(lines: Sequence[report.Line]) -> str:
 
 
 def _titled(chart: Chart) -> Figure:
-    figure = chart.figure((8, 5.4))
+    figure = chart.figure((8, 4.6))
     title = "\n".join(filter(None, (chart.title, chart.caption)))
     figure.axes[0].set_title(title, fontsize=10)
     return figure

@@ -370,7 +370,7 @@ def accuracy_picture(rows: Sequence[dict[str, Any]] | pd.DataFrame, title: str) 
     """
     rows = pd.DataFrame(rows)
     lines = arm_lines(rows)
-    figure = picture(lines, dense=dense_accuracies(rows), figsize=(8, 5))
+    figure = picture(lines, dense=dense_accuracies(rows), figsize=(8, 4.6))
     bands = describe_bands(len(sample) for line in lines for sample in line.samples)
     figure.axes[0].set_title("\n".join(filter(None, (title, bands))), fontsize=10)
     return figure
@@ -404,7 +404,7 @@ def picture(
     *,
     dense: Sequence[float] = (),
     x_label: str = "weights left",
-    figsize: tuple[float, float] = (6, 4.4),
+    figsize: tuple[float, float] = (6, 4),
 ) -> Figure:
     """Test accuracy against weights left (in percent) or, with another label, against that.
 
@@ -478,9 +478,11 @@ def _ticks(axis: Axis, low: float, high: float, text: Any) -> None:
 
 
 def _legend(figure: Figure, axes: Axes) -> None:
-    """Below the axes, where it hides no band, in as many columns as fit."""
-    longest = max(map(len, axes.get_legend_handles_labels()[1]), default=0)
+    """Below the axes, where it hides no band, in as many columns as fit; the figure grows for it."""
+    labels = axes.get_legend_handles_labels()[1]
+    longest = max(map(len, labels), default=0)
     columns = max(1, min(4, int(figure.get_figwidth() * 12 // (longest + 7))))
+    figure.set_figheight(figure.get_figheight() + 0.19 * -(-len(labels) // columns))
     figure.legend(loc="outside lower left", frameon=False, fontsize=9, ncols=columns)
 
 
