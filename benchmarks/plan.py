@@ -234,6 +234,32 @@ def ranking(quick: bool) -> Iterator[Group]:
     )
 
 
+def supermasks(quick: bool) -> Iterator[Group]:
+    """A grid of untrained masks against the bare matrix products of that work."""
+    examples, criteria, sparsities = (500, 2, 2) if quick else (10_000, 13, 25)
+    for backend, keras in (("tensorflow", "TensorFlow"), ("jax", "JAX")):
+        work = {"examples": examples, "criteria": criteria, "sparsities": sparsities}
+
+        def contender(name, backend=backend, work=work):
+            return Contender("benchmarks.supermasks:grid", name, work, _on(backend, **_CPU))
+
+        yield Group(
+            {"grid": contender("grid"), "products": contender("products")},
+            (
+                Comparison(
+                    f"{criteria} criteria x {sparsities} sparsities of LeNet-300-100, "
+                    f"{examples:,} images, {keras}",
+                    "grid",
+                    "its matrix products alone",
+                    "products",
+                    1.5,
+                    unit="s",
+                ),
+            ),
+            2 if quick else 5,
+        )
+
+
 def memory(quick: bool) -> Iterator[Group]:
     """What masks add to a model."""
 
@@ -314,6 +340,7 @@ BENCHMARKS = {
     "engine": engine,
     "masked": masked,
     "ranking": ranking,
+    "supermasks": supermasks,
     "conversion": conversion,
     "memory": memory,
     "gpu": gpu,
