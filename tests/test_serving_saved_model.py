@@ -315,6 +315,28 @@ def test_an_exact_and_a_rounded_export_share_nothing_in_one_session(tmp_path):
         np.testing.assert_allclose(got[values], outputs, rtol=1e-5, atol=1e-6)
 
 
+@keras.saving.register_keras_serializable(package="test_serving")
+class Noise(keras.layers.Layer):
+    def __init__(self, seeded, **kwargs):
+        super().__init__(**kwargs)
+        self.seed = keras.random.SeedGenerator(0) if seeded else None
+
+    def call(self, x):
+        return x + keras.random.normal(keras.ops.shape(x), seed=self.seed)
+
+
+def test_noise_is_new_with_every_call_or_refused(tmp_path):
+    export_sparse_saved_model(keras.Sequential([keras.Input((20,)), Noise(True)]), tmp_path / "out")
+    loaded = tf.saved_model.load(str(tmp_path / "out"))
+    x = np.zeros((1, 20), "float32")
+    assert np.abs(loaded.serve(x) - loaded.serve(x)).min() > 0
+    with pytest.raises(NotImplementedError, match=r"Give the layer a `keras.random.SeedGenerator`"):
+        export_sparse_saved_model(
+            keras.Sequential([keras.Input((20,)), Noise(False)]), tmp_path / "unseeded"
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 # --- Encodings and the report ---------------------------------------------------------------------
 
 

@@ -85,7 +85,8 @@ def export_sparse_saved_model(
     Raises:
         FileExistsError: If something else than a SavedModel is at `path`.
         ImportError: If TensorFlow is missing.
-        NotImplementedError: If Keras cannot trace a model into TensorFlow under this backend.
+        NotImplementedError: If Keras cannot trace a model into TensorFlow under this backend, or a
+            call of the model changes a variable that is not its own.
         OverflowError: If a value does not fit `values`.
         RuntimeError: If the folder that was written does not compute what the model computes.
         ValueError: If an argument is invalid or the model is not built.

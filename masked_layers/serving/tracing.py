@@ -79,7 +79,8 @@ def trace(
 
     Raises:
         ImportError: If TensorFlow, or what traces into it from another backend, is missing.
-        NotImplementedError: If the backend cannot trace into TensorFlow.
+        NotImplementedError: If the backend cannot trace into TensorFlow, or a call changes a
+            variable that is not the model's.
     """
     backend = keras.backend.backend()
     if backend not in ("tensorflow", "jax"):
@@ -191,6 +192,13 @@ def _call(
         before = {path: scope.get_current_value(source) for path, source in sources.items()}
         outputs = model(*args)
         after = {path: scope.get_current_value(source) for path, source in sources.items()}
+    known = {id(variable) for variable, _ in _sources(model).values()}
+    if scope.state_mapping.keys() - known:
+        raise NotImplementedError(
+            f"'{model.name}' changes a variable that is not among its own when it is called, as "
+            "`keras.random` does without a seed, and the SavedModel would go on with its old "
+            "value. Give the layer a `keras.random.SeedGenerator`, or track the variable in it."
+        )
     return outputs, {path: after[path] for path in after if after[path] is not before[path]}
 
 
