@@ -33,6 +33,8 @@ class Group:
     Args:
         mask: bool array, True where a weight is alive. Dead entries are scored and ignored.
         rng: the group's generator; it depends on the seed and the group alone.
+        drop: how many of those alive go, where scores need to tell no more than which; None where
+            their whole order counts.
         initial: float array of the recorded initial weights, or None where not recorded or not
             asked for. Read-only, finite, float32 or wider. So are the next two.
         final: the recorded final weights.
@@ -41,6 +43,7 @@ class Group:
 
     mask: np.ndarray
     rng: np.random.Generator
+    drop: int | None = None
     initial: np.ndarray | None = None
     final: np.ndarray | None = None
     current: np.ndarray | None = None
@@ -220,15 +223,13 @@ def large_init_large_final(group: Group) -> np.ndarray:
     The paper writes min(alpha abs(wf), abs(w0)) with an alpha that aligns the two; ranks among the
     alive weights of the scope need no alpha.
     """
-    initial = _rank(np.abs(group.initial), group.mask)
-    return np.minimum(initial, _rank(np.abs(group.final), group.mask))
+    return _lower_rank(np.abs(group.initial), np.abs(group.final), group)
 
 
 @register("small_init_small_final", needs={"initial", "final"})
 def small_init_small_final(group: Group) -> np.ndarray:
     """Keeps weights that start and end small: min(rank(-abs(w0)), rank(-abs(wf)))."""
-    initial = _rank(-np.abs(group.initial), group.mask)
-    return np.minimum(initial, _rank(-np.abs(group.final), group.mask))
+    return _lower_rank(-np.abs(group.initial), -np.abs(group.final), group)
 
 
 @register("magnitude_increase", needs={"initial", "final"}, elementwise=True)
@@ -300,6 +301,45 @@ def smallest_weights(group: Group) -> np.ndarray:
 def smallest_weights_global(group: Group) -> np.ndarray:
     """Drops the smallest weights as they are now, over all layers together: abs(w)."""
     return np.abs(group.current)
+
+
+def _lower_rank(first: np.ndarray, second: np.ndarray, group: Group) -> np.ndarray:
+    """min(rank(first), rank(second)), or scores that drop the same weights."""
+    if group.drop is None:
+        return np.minimum(_rank(first, group.mask), _rank(second, group.mask))
+    scores = np.zeros(group.mask.shape, dtype=np.int8)
+    if group.drop:
+        scores[group.mask] = _about_place(first[group.mask], second[group.mask], group.drop)
+    return scores
+
+
+def _about_place(first: np.ndarray, second: np.ndarray, count: int) -> np.ndarray:
+    """0, 1 or 2 where the lower of two ranks is below, at or above the `count`-th lowest of them.
+
+    A rank is at most t if the value is at most the one at place t of the order. So two order
+    statistics tell how many of the lower ranks are at most t, and t is found by bisection. What is
+    left to put in order halves with each step, where ranking everything would take two sorts.
+    """
+    ordered = first.copy(), second.copy()
+
+    def are_among(values: list[np.floating]) -> np.ndarray:
+        return (first <= values[0]) | (second <= values[1])
+
+    low, high = 0, count - 1
+    for values in ordered:
+        values.partition(high)
+    while low < high:
+        middle = (low + high) // 2
+        for values in ordered:
+            values[low : high + 1].partition(middle - low)
+        if np.count_nonzero(are_among([values[middle] for values in ordered])) >= count:
+            high = middle
+        else:
+            low = middle + 1
+    scores = 2 - are_among([values[low] for values in ordered]).astype(np.int8)
+    if low:
+        scores -= are_among([values[:low].max() for values in ordered])
+    return scores
 
 
 def _rank(values: np.ndarray, mask: np.ndarray) -> np.ndarray:

@@ -408,7 +408,7 @@ class _Contest:
         return dict(zip(self.paths, self._spread(kept), strict=True))
 
     def _drop(self, drop: int) -> np.ndarray:
-        return drop_lowest(self._scores(), self._alive, drop, self._rng)
+        return drop_lowest(self._scores(drop), self._alive, drop, self._rng)
 
     def _drop_again(self, drop: int, alive: int) -> np.ndarray:
         scores, ordered, rng = self._ranking
@@ -423,11 +423,11 @@ class _Contest:
             raise ValueError(_NAN)
         return scores, ordered, self._rng
 
-    def _scores(self) -> np.ndarray:
-        """One score per weight or tile."""
-        scores = self._weight_scores()
+    def _scores(self, drop: int | None = None) -> np.ndarray:
+        """One score per weight or tile; with `drop` such that the right ones are dropped."""
         if self._structure is None:
-            return scores
+            return self._weight_scores(drop)
+        scores = self._weight_scores()
         return np.concatenate(
             [
                 self._structure.pool(self._cut(part, kernel), tiles)
@@ -435,12 +435,12 @@ class _Contest:
             ]
         )
 
-    def _weight_scores(self) -> np.ndarray:
+    def _weight_scores(self, drop: int | None = None) -> np.ndarray:
         if self._criterion.elementwise:
             return _score_in_chunks(self._criterion, self._kernels, self._rng)
         masks = [kernel.mask for kernel in self._kernels]
         mask = self._alive if self._structure is None else _join(masks)
-        return _score(self._criterion, self._kernels, mask, self._rng, self._where)
+        return _score(self._criterion, self._kernels, mask, self._rng, drop, self._where)
 
     def _parts(self, scores: np.ndarray) -> Iterator[tuple[np.ndarray, Weights, np.ndarray]]:
         sizes = [kernel.mask.size for kernel in self._kernels]
@@ -529,13 +529,14 @@ def _score(
     kernels: Sequence[Weights],
     mask: np.ndarray,
     rng: np.random.Generator,
+    drop: int | None,
     where: str,
 ) -> np.ndarray:
     # A function of its own so that the joined records are freed before the ranking copies scores.
     records = {
         name: _join([getattr(kernel, name) for kernel in kernels]) for name in _records(kernels[0])
     }
-    group = criteria.Group(mask=mask, rng=rng, **records)
+    group = criteria.Group(mask=mask, rng=rng, drop=drop, **records)
     try:
         return np.asarray(criterion(group))
     except TypeError as error:
