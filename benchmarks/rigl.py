@@ -23,7 +23,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--data", default="fashion_mnist", choices=["mnist", "fashion_mnist"])
     parser.add_argument("--data-dir", required=True)
-    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.9, 0.95])
     arguments = parser.parse_args()
