@@ -70,7 +70,9 @@ def write_report(config: ReportConfig, console: Console | None = None) -> Path:
         results.tidy(runs).to_csv(file, index=False)
     with replacing(out / "report.html") as file:
         file.write(render(groups, console).encode())
-    console.print(f"{out / 'report.html'}, results.csv and {len(charts)} pictures", highlight=False)
+    console.print(
+        f"{out / 'report.html'}; results.csv and {len(charts)} *.png next to it", highlight=False
+    )
     return out / "report.html"
 
 

@@ -273,8 +273,13 @@ def overview_sheet(groups: Sequence[Group]) -> Sheet:
             )
         )
     headings = ("", "seeds", "weights", "dense", "ticket", "best control", "matches dense to")
-    title = "test accuracy of the dense network and at the last round, %"
-    return Sheet(title, headings, tuple(lines), names=1)
+    filled = [number for number in range(len(headings)) if any(line[number] for line in lines)]
+    return Sheet(
+        "test accuracy of the dense network and at the last round, %",
+        tuple(headings[number] for number in filled),
+        tuple(tuple(line[number] for number in filled) for line in lines),
+        names=1,
+    )
 
 
 def _holds_down_to(rows: pd.DataFrame) -> str:
@@ -326,7 +331,7 @@ def best_sheet(rows: pd.DataFrame) -> Sheet:
     title = "best test accuracy, %"
     if replicates > 1:
         title += f": mean ± standard deviation of {replicates} replicates"
-    headings = (*factors, "accuracy", "weights" if place == "sparsity" else place)
+    headings = (*factors, "accuracy", "weights left" if place == "sparsity" else place)
     return Sheet(title, headings, tuple(lines), names=len(factors))
 
 
@@ -478,7 +483,7 @@ def _ticks(axis: Axis, low: float, high: float, text: Any) -> None:
 
 
 def _legend(figure: Figure, axes: Axes) -> None:
-    """Below the axes, where it hides no band, in as many columns as fit; the figure grows for it."""
+    """Below the axes, where it hides no band, in columns that fit; the figure grows for it."""
     labels = axes.get_legend_handles_labels()[1]
     longest = max(map(len, labels), default=0)
     columns = max(1, min(4, int(figure.get_figwidth() * 12 // (longest + 7))))
