@@ -29,7 +29,7 @@ class Schedule:
     """The sparsity at each step, and the steps at which masks are brought to it.
 
     Masks change at `begin_step` and every `frequency` steps from there, up to and including
-    `end_step`. Subclasses give `sparsity`.
+    `end_step`. Subclasses give `sparsity`, and keep their arguments in attributes of the same names.
 
     Args:
         begin_step: First step at which masks change.
@@ -41,7 +41,11 @@ class Schedule:
             frequency is below 1.
     """
 
-    name: str
+    name = "schedule"
+
+    def __init_subclass__(cls) -> None:
+        if "name" not in vars(cls):
+            cls.name = cls.__name__  # until it is registered
 
     def __init__(
         self, begin_step: int = 0, end_step: int | None = None, frequency: int = 100

@@ -90,6 +90,24 @@ def test_a_registered_function_is_known_by_its_name(monkeypatch):
         schedules.register("staircase")(lambda step: 0.0)
 
 
+def test_a_registered_class_is_known_by_its_name(monkeypatch):
+    monkeypatch.setattr(schedules, "_REGISTRY", dict(schedules._REGISTRY))
+
+    class Linear(schedules.Schedule):
+        def __init__(self, slope, frequency=100):
+            super().__init__(frequency=frequency)
+            self.slope = slope
+
+        def sparsity(self, step):
+            return self.slope * step
+
+    assert repr(Linear(0.1)) == "Linear(slope=0.1, frequency=100)"
+    schedules.register("linear")(Linear)
+    config = Linear(0.01, 5).get_config()
+    assert config == {"name": "linear", "slope": 0.01, "frequency": 5}
+    assert schedules.get(config)(50) == 0.5
+
+
 def test_get_takes_numbers_and_functions():
     assert schedules.get(0.75)(123) == 0.75
     own = schedules.get(lambda step: step / 1000)
