@@ -1,6 +1,6 @@
 """Masked layers for Keras 3: any model with masks over its weights, inside the compiled graph."""
 
-from masked_layers.conversion import convert_to_masked, strip_masks
+from masked_layers.conversion import convert_to_masked, harden, sample_masks, strip_masks
 from masked_layers.inspection import (
     SparsityReport,
     SparsityRow,
@@ -43,12 +43,16 @@ from masked_layers.layers import (
     MaskedSimpleRNNCell,
     MaskedTimeDistributed,
 )
+from masked_layers.learned import BernoulliMask, EdgePopupMask, LearnedMask
 from masked_layers.maskable import register
 from masked_layers.masks import Mask
 from masked_layers.serving import export_sparse_saved_model
 from masked_layers.shrinking import ShrinkReport, ShrinkRow, shrink
 
 __all__ = [
+    "BernoulliMask",
+    "EdgePopupMask",
+    "LearnedMask",
     "Mask",
     "MaskedBidirectional",
     "MaskedConv1D",
@@ -86,9 +90,11 @@ __all__ = [
     "convert_to_masked",
     "export_sparse_saved_model",
     "get_masks",
+    "harden",
     "load_masks",
     "masked_refs",
     "register",
+    "sample_masks",
     "save_masks",
     "set_masks",
     "shrink",

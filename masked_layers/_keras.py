@@ -7,7 +7,7 @@ against the installed Keras, so that a move upstream is noticed there and not by
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
@@ -81,6 +81,16 @@ def untrack_variable(layer: keras.layers.Layer, name: str) -> None:
     `add_weight` has no inverse; Keras' quantization and LoRA untrack variables in the same way.
     """
     layer._untrack_variable(getattr(layer, name))
+
+
+def is_training() -> bool:
+    """True inside a call in training mode.
+
+    A layer gets the mode as an argument of its `call`; an attribute that is read there, as a kernel
+    is, can learn it only from the context of the call, which has no public name.
+    """
+    context = global_state.get_global_attribute("current_call_ctx")
+    return bool(getattr(context, "training", None))
 
 
 @contextlib.contextmanager
@@ -233,13 +243,18 @@ def symbolic_build(model: keras.Model, batch: tuple[Any, ...]) -> None:
 def double_precision() -> Iterator[None]:
     """Lets layers of dtype float64 compute in float64, on every backend.
 
-    JAX has no 64 bits unless asked for them, and on JAX and torch Keras turns float64 to float32
-    wherever it determines the type of a result: by a table that has no public name.
+    New layers are of float64 then. JAX has no 64 bits unless asked for them, and on JAX and torch
+    Keras turns float64 to float32 wherever it determines the type of a result: by a table that has
+    no public name.
     """
-    narrowed = dtypes.BIT64_TO_BIT32_DTYPE["float64"]
-    dtypes.BIT64_TO_BIT32_DTYPE["float64"] = "float64"
     with contextlib.ExitStack() as stack:
+        narrowed = dtypes.BIT64_TO_BIT32_DTYPE["float64"]
+        dtypes.BIT64_TO_BIT32_DTYPE["float64"] = "float64"
         stack.callback(dtypes.BIT64_TO_BIT32_DTYPE.update, float64=narrowed)
+        stack.callback(keras.config.set_floatx, keras.config.floatx())
+        stack.callback(keras.config.set_dtype_policy, keras.config.dtype_policy())
+        keras.config.set_floatx("float64")
+        keras.config.set_dtype_policy("float64")
         if keras.backend.backend() == "jax":
             import jax
 
@@ -247,6 +262,38 @@ def double_precision() -> Iterator[None]:
             jax.config.update("jax_enable_x64", True)
             stack.callback(jax.config.update, "jax_enable_x64", wide)
         yield
+
+
+def output_layers(model: keras.layers.Layer) -> list[Any]:
+    """Returns the layers and operations that make the outputs of a model; none if it is subclassed.
+
+    Where in a model a tensor was made is known to Keras alone.
+    """
+    if isinstance(model, keras.Sequential):
+        return model.layers[-1:]
+    if is_functional(model):
+        return [tensor._keras_history.operation for tensor in model.outputs]
+    return []
+
+
+def input_specs(model: keras.Model) -> Any:
+    """Returns a symbolic tensor for each input, in the structure that the model takes.
+
+    The structure has no public name, nor have the inputs of a subclassed model: its one input has
+    the shape that it was built with.
+
+    Raises:
+        ValueError: If Keras does not know.
+    """
+    if getattr(model, "inputs", None):
+        structure = getattr(model, "_inputs_struct", model.inputs[0])
+        return keras.tree.map_structure(
+            lambda tensor: keras.KerasTensor(tensor.shape, tensor.dtype), structure
+        )
+    shape = (model.get_build_config() or {}).get("input_shape")
+    if shape is None:
+        raise ValueError(f"The shapes of the inputs of '{model.name}' are not known.")
+    return keras.KerasTensor(shape, model.compute_dtype)
 
 
 def build_loss(model: keras.Model, batch: tuple[Any, ...]) -> None:
@@ -262,13 +309,20 @@ def build_loss(model: keras.Model, batch: tuple[Any, ...]) -> None:
         vars(model)["optimizer"] = optimizer
 
 
-def training_loss(model: keras.Model, batch: tuple[Any, ...]) -> Any:
+def training_loss(
+    model: keras.Model, batch: tuple[Any, ...], adjust: Callable[[Any], Any] = lambda y_pred: y_pred
+) -> Any:
     """Returns the loss of a forward pass in training mode, as `train_step` computes it.
 
     Which models take `training` in `call` and in `compute_loss`, Keras keeps to itself.
+
+    Args:
+        model: A compiled model.
+        batch: `(x, y)` or `(x, y, sample_weight)` as tensors.
+        adjust: What to do to the outputs before the loss sees them.
     """
     x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)
-    y_pred = model(x, training=True) if model._call_has_training_arg else model(x)
+    y_pred = adjust(model(x, training=True) if model._call_has_training_arg else model(x))
     return model._compute_loss(x, y, y_pred, sample_weight, training=True)
 
 

@@ -8,15 +8,23 @@ import operator
 import re
 import tempfile
 import types
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import keras
 import numpy as np
 
-from masked_layers import _keras
-from masked_layers.inspection import WeightRef, masked_refs, weight_refs
-from masked_layers.layers import MaskedLayer, by_hand, mask_weights, mask_when_built, unmask
+from masked_layers import _keras, learned
+from masked_layers.inspection import WeightRef, get_masks, masked_refs, weight_refs
+from masked_layers.layers import (
+    MaskedLayer,
+    by_hand,
+    make_binary,
+    mask_weights,
+    mask_when_built,
+    unmask,
+)
 from masked_layers.maskable import maskable, weights_inside
 from masked_layers.masks import raw_view
 from masked_layers.paths import plain_class, resolve, walk
@@ -33,6 +41,7 @@ def convert_to_masked(
     include: Filter | None = None,
     exclude: Filter | None = None,
     mask_bias: bool = False,
+    mask: Any = "binary",
     inplace: bool = False,
 ) -> keras.Model:
     """Returns a copy of a model whose maskable layers are masked; its outputs are the same bits.
@@ -48,6 +57,11 @@ def convert_to_masked(
             that holds others stands for all of them. Default: all.
         exclude: Which layers to leave as they are; it outranks `include`.
         mask_bias: Whether biases get masks too.
+        mask: Kind of the masks: `"binary"`; `"bernoulli"` or `"edge_popup"` for learned ones, whose
+            scores are trained and the weights of their layers are not (layers without masks, such
+            as normalization, train as before); a mask that is not built, as a prototype of all,
+            such as `EdgePopupMask(sparsity=0.7, seed=1)`; the config of one, or a function that
+            makes one. The optimizer starts afresh where masks are learned.
         inplace: Change `model` itself and return it. Needed for subclassed models that have no
             `get_config`.
 
@@ -57,19 +71,29 @@ def convert_to_masked(
     Raises:
         TypeError: If `model` is no Keras model, or a filter is none of the kinds above.
         ValueError: If it has nothing to mask, cannot be copied, or is not built and has a layer
-            that may make others when it is.
+            that may make others when it is; if `mask` is no mask, cannot go over a weight, or is
+            learned and there are masks already.
     """
     if not isinstance(model, keras.Model):
         raise TypeError(f"Expected a `keras.Model`. Received: {model!r}")
     _keras.check_strategy(model)
+    prototype = None if mask == "binary" else learned.get(mask)
+    if prototype is not None and any(ref.mask is not None for ref in weight_refs(model)):
+        raise ValueError(
+            f"'{model.name}' has masks already, which would stay. Call `strip_masks(model)` first, "
+            f"and convert what it returns. Received: mask={mask!r}"
+        )
     selected = _select(model, include, exclude, mask_bias)
     if not inplace:
         model = copy_model(model)
     weights = [path for path, unbuilt in selected if not unbuilt]
-    mask_weights(model, weights, mask_bias=mask_bias)
+    mask_weights(model, weights, mask_bias=mask_bias, mask=prototype)
     for path, unbuilt in selected:
         if unbuilt:
-            mask_when_built(resolve(model, f"{path}/")[-1][1], mask_bias=mask_bias)
+            layer = resolve(model, f"{path}/")[-1][1]
+            mask_when_built(layer, mask_bias=mask_bias, mask=prototype)
+    if prototype is not None and prototype.learned:
+        renew_optimizer(model)
     _keras.forget_functions(model)
     logger.info("Masked %d weights of '%s'.", len(selected), model.name)
     return model
@@ -105,8 +129,79 @@ def strip_masks(model: keras.Model, *, inplace: bool = False) -> keras.Model:
     return model
 
 
+def harden(model: keras.Model, *, seed: int | None = None, inplace: bool = False) -> keras.Model:
+    """Returns a copy of a model in which learned masks are binary ones; its weights train again.
+
+    What it returns is a masked model like any other: reports, `update_masks`, `strip_masks` and
+    exporters take it. Its outputs are those of the deterministic evaluation of the model given, or,
+    with a seed, of one sample.
+
+    Args:
+        model: A model with learned masks.
+        seed: None for the masks that `get_masks` gives; otherwise they are sampled, where training
+            samples them.
+        inplace: Change `model` itself and return it.
+
+    Raises:
+        TypeError: If `model` is no Keras model.
+        ValueError: If it has no learned mask, or cannot be copied.
+    """
+    if not isinstance(model, keras.Model):
+        raise TypeError(f"Expected a `keras.Model`. Received: {model!r}")
+    masks = get_masks(model) if seed is None else sample_masks(model, seed)
+    if not any(ref.mask.learned for ref in masked_refs(model)):
+        raise ValueError(
+            f"'{model.name}' has no learned mask. Convert a plain model with "
+            "`convert_to_masked(model, mask=...)` and train it first."
+        )
+    if not inplace:
+        model = copy_model(model)
+    make_binary(model, {id(ref.variable): masks[ref.path] for ref in masked_refs(model)})
+    renew_optimizer(model)
+    _keras.forget_functions(model)
+    return model
+
+
+def sample_masks(model: keras.Model, seed: int) -> dict[str, np.ndarray]:
+    """Returns a sample of every learned mask, and the others as they are: path to bool array.
+
+    Args:
+        model: A masked model.
+        seed: A sample is a function of the scores, this seed and the path of the weight.
+
+    Raises:
+        ValueError: If the model has no masked weight.
+    """
+    _keras.sync(model)
+    masks = {}
+    for ref in masked_refs(model):
+        rng = np.random.default_rng([seed, zlib.crc32(ref.path.encode())])
+        masks[ref.path] = ref.mask.sample(rng) if ref.mask.learned else ref.mask.to_numpy()
+    return masks
+
+
+def renew_optimizer(model: keras.Model) -> None:
+    """Gives a compiled model an optimizer that is not built: other variables are trainable now."""
+    old = getattr(model, "optimizer", None)
+    if old is not None:
+        vars(model)["optimizer"] = type(old).from_config(old.get_config())
+
+
+def compile_with(model: keras.Model, optimizer: keras.Optimizer) -> None:
+    """Compiles a compiled model anew as it is, but for its optimizer."""
+    config = model.get_compile_config()
+    config["optimizer"] = keras.saving.serialize_keras_object(optimizer)
+    with _keras.custom_object_scope(custom_objects_of(model)):
+        model.compile_from_config(config)
+
+
 def _check_strippable(model: keras.Model) -> None:
     for ref in masked_refs(model):
+        if ref.mask.learned:
+            raise ValueError(
+                f"'{ref.path}' cannot be stripped: its mask is learned. Call "
+                "`masked_layers.harden(model)` first, and strip what it returns."
+            )
         if issubclass(plain_class(ref.layer), MaskedLayer):
             raise ValueError(
                 f"'{ref.path}' cannot be stripped: {type(ref.layer).__name__} derives from a "
@@ -405,6 +500,8 @@ def custom_objects_of(model: keras.Model) -> dict[str, Any]:
 
     for _, layer in walk(model):
         add(layer)
+        if isinstance(layer, MaskedLayer):
+            add([layer._masking.mask, layer._masking.initializer])
         for key, value in vars(layer).items():
             # Keras wraps some methods of a layer, which then stand among its attributes.
             if key not in ("_layers", "_modules") and not callable(getattr(type(layer), key, None)):

@@ -82,6 +82,8 @@ def masked_refs(model: Layer) -> list[WeightRef]:
 def get_masks(model: Layer) -> dict[str, np.ndarray]:
     """Returns a copy of every mask of a masked model: path to bool array, True where kept.
 
+    Learned masks are given as `harden` would make them.
+
     Raises:
         ValueError: If the model has no masked weight.
     """
@@ -98,10 +100,16 @@ def set_masks(model: Layer, masks: Mapping[str, Any]) -> None:
             weights stay as they are.
 
     Raises:
-        ValueError: If a path names no masked weight, or an array has another shape or other values
-            than 0 and 1. Nothing is written then.
+        ValueError: If a path names no masked weight or one whose mask is learned, or an array has
+            another shape or other values than 0 and 1. Nothing is written then.
     """
     refs = {ref.path: ref for ref in masked_refs(model)}
+    for path in masks:
+        if path in refs and refs[path].mask.learned:
+            raise ValueError(
+                f"The mask of '{path}' is learned: it follows from its scores and cannot be set. "
+                "Call `masked_layers.harden(model)` and set the masks of the model it returns."
+            )
     values = {}
     for path, array in masks.items():
         array = np.asarray(array)

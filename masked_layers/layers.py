@@ -11,13 +11,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 from keras import layers
 
-from masked_layers import _keras
+from masked_layers import _keras, learned
 from masked_layers.maskable import (
     Maskable,
     mask_of,
@@ -27,7 +28,7 @@ from masked_layers.maskable import (
     weights_inside,
 )
 from masked_layers.masks import Mask, MaskedConstraint, MaskedRegularizer, is_raw_view, raw_view
-from masked_layers.paths import plain_class, resolve, walk
+from masked_layers.paths import join, plain_class, resolve, walk
 
 Layer = layers.Layer
 PACKAGE = "masked_layers"
@@ -79,12 +80,16 @@ class _Masking:
         weights: Paths, relative to the layer, of the weights that have a mask; None for all
             kernel-like ones.
         bias: Whether biases have masks too.
-        initializer: Initializer of the masks.
+        initializer: Initializer of binary masks.
+        mask: Prototype of the masks; None for binary ones.
+        frozen: Variables of the layer that are not trainable because a mask of it is learned.
     """
 
     weights: tuple[str, ...] | None
     bias: bool
     initializer: keras.initializers.Initializer
+    mask: Mask | None = None
+    frozen: list[keras.Variable] = dataclasses.field(default_factory=list)
 
 
 class MaskedLayer:
@@ -117,12 +122,15 @@ class MaskedLayer:
         return Mask.quantize(self, *args, **kwargs)
 
     def _masking_config(self) -> dict[str, Any]:
-        weights = self._masking.weights
-        return {
-            "masked_weights": None if weights is None else list(weights),
-            "mask_bias": self._masking.bias,
-            "mask_initializer": keras.initializers.serialize(self._masking.initializer),
+        masking = self._masking
+        config = {
+            "masked_weights": None if masking.weights is None else list(masking.weights),
+            "mask_bias": masking.bias,
+            "mask_initializer": keras.initializers.serialize(masking.initializer),
         }
+        if masking.mask is not None:
+            config["mask"] = keras.saving.serialize_keras_object(masking.mask)
+        return config
 
 
 @keras.saving.register_keras_serializable(PACKAGE, "MaskedLayer")
@@ -145,7 +153,8 @@ class MaskedByConversion(MaskedLayer):
         )
         layer = deserialize(config["layer"])
         initializer = deserialize(config["mask_initializer"])
-        _change_class(layer, config["masked_weights"], config["mask_bias"], initializer)
+        mask = deserialize(config["mask"]) if "mask" in config else None
+        _change_class(layer, config["masked_weights"], config["mask_bias"], initializer, mask)
         _when_built(layer, _mask_built)
         return layer
 
@@ -165,10 +174,12 @@ def _define(base: type[Layer]) -> type[Layer]:
         masked_weights: Sequence[str] | None = None,
         mask_bias: bool = False,
         mask_initializer: Any = "ones",
+        mask: Any = None,
         **kwargs: Any,
     ) -> None:
         base.__init__(self, *args, **kwargs)
-        _set_masking(self, masked_weights, mask_bias, mask_initializer)
+        prototype = None if mask is None else learned.get(mask)
+        _set_masking(self, masked_weights, mask_bias, mask_initializer, prototype)
 
     plain = inspect.signature(base.__init__)
     masking = inspect.signature(init, follow_wrapped=False).parameters.values()
@@ -196,10 +207,12 @@ def _define(base: type[Layer]) -> type[Layer]:
         masked_weights: Which weights get a mask, by path relative to the layer: `"kernel"`, or
             `"cell/recurrent_kernel"` for a weight of a layer inside. Default: every kernel.
         mask_bias: Whether biases get a mask too. Ignored where `masked_weights` is given.
-        mask_initializer: Initializer of the masks; entries other than 0 are kept. Default: ones.
+        mask_initializer: Initializer of binary masks; entries other than 0 are kept. Default: ones.
+        mask: Kind of the masks, as for `convert_to_masked`. Default: binary.
 
     Raises:
-        ValueError: When it is built, if `masked_weights` names a weight it does not have.
+        ValueError: If `mask` is no mask; when it is built, if `masked_weights` names a weight it
+            does not have, or one that cannot have such a mask.
     """,
         "__init__": init,
         "build": build,
@@ -292,7 +305,13 @@ MaskedBidirectional = _define(layers.Bidirectional)
 
 
 def mask_weights(
-    root: Layer, paths: Iterable[str], *, initializer: Any = "ones", mask_bias: bool = False
+    root: Layer,
+    paths: Iterable[str],
+    *,
+    initializer: Any = "ones",
+    mask_bias: bool = False,
+    mask: Mask | None = None,
+    prefix: str = "",
 ) -> None:
     """Puts masks over weights inside `root`, changing the layers in place.
 
@@ -302,11 +321,14 @@ def mask_weights(
     Args:
         root: A layer or model.
         paths: Paths of weights, relative to `root`.
-        initializer: Initializer of new masks.
+        initializer: Initializer of new binary masks.
         mask_bias: What the configs of the layers are to say about their biases.
+        mask: Prototype of new masks; None for binary ones.
+        prefix: What comes before the paths where seeds are derived from them.
 
     Raises:
-        ValueError: If a path names no maskable weight.
+        ValueError: If a path names no maskable weight, or one that cannot have such a mask.
+            Nothing has changed then.
     """
     cache: dict[int, Any] = {}
     chains = []
@@ -320,6 +342,7 @@ def mask_weights(
                 f"'{root.name}' has no weight '{path}' that can be masked. Those it has: "
                 f"{[path for path, *_ in weights_inside(root, biases=True)]}"
             )
+        _check_mask(chain[-1][1], mask)
         chains.append(chain)
 
     shared = _masks_by_variable(root)
@@ -327,22 +350,45 @@ def mask_weights(
         *holders, (name, layer) = chain
         for rest, holder in holders:
             if isinstance(holder, MaskedLayer) or not _keras.is_plain_container(holder):
-                _name_masks(holder, mask_bias, initializer)
+                _name_masks(holder, mask_bias, initializer, mask)
                 _add_path(holder, rest)
-        _name_masks(layer, mask_bias, initializer)
+        _name_masks(layer, mask_bias, initializer, mask)
         _add_path(layer, name)
         if layer.built:
-            _attach(layer, name, shared)
+            _attach(layer, name, shared, join(prefix, chain[0][0]))
         elif not vars(layer).get("_masked_when_built"):
             vars(layer)["_masked_when_built"] = True
             _when_built(layer, _mask_built)
     _keras.refresh_parameters(root)
 
 
-def mask_when_built(layer: Layer, *, initializer: Any = "ones", mask_bias: bool = False) -> None:
+def mask_when_built(
+    layer: Layer, *, initializer: Any = "ones", mask_bias: bool = False, mask: Mask | None = None
+) -> None:
     """Makes a layer that is not built yet, and makes its inner layers then, masked throughout."""
-    _change_class(layer, None, mask_bias, initializer)
+    _change_class(layer, None, mask_bias, initializer, mask)
     _when_built(layer, _mask_built)
+
+
+def make_binary(root: Layer, masks: Mapping[int, np.ndarray]) -> None:
+    """Replaces learned masks inside `root` by binary ones in place; weights can be trained again.
+
+    Args:
+        root: A layer or model.
+        masks: The masks, by the id of the raw variable that each is over.
+    """
+    shared: dict[int, Mask] = {}
+    for _, layer in list(walk(root)):
+        if isinstance(layer, MaskedLayer):
+            old = {name: mask_of(layer, name) for name in own_weights(layer, biases=True)}
+            layer._masking.mask = None
+            for name, mask in old.items():
+                if mask is not None and mask.learned:
+                    _detach(layer, name)
+                    new = _attach(layer, name, shared, name)
+                    new.value.assign(masks[id(raw_variable(layer, name))])
+                    new.rescale = mask.rescale
+    _keras.refresh_parameters(root)
 
 
 def unmask(root: Layer) -> None:
@@ -362,28 +408,37 @@ def unmask(root: Layer) -> None:
 
 
 def _set_masking(
-    layer: Layer, masked_weights: Iterable[str] | None, mask_bias: bool, initializer: Any
+    layer: Layer,
+    masked_weights: Iterable[str] | None,
+    mask_bias: bool,
+    initializer: Any,
+    mask: Mask | None,
 ) -> None:
     layer._masking = _Masking(
         None if masked_weights is None else tuple(masked_weights),
         mask_bias,
         keras.initializers.get(initializer),
+        mask,
     )
 
 
 def _change_class(
-    layer: Layer, masked_weights: Iterable[str] | None, mask_bias: bool, initializer: Any
+    layer: Layer,
+    masked_weights: Iterable[str] | None,
+    mask_bias: bool,
+    initializer: Any,
+    mask: Mask | None,
 ) -> None:
     if not isinstance(layer, MaskedLayer):
         base = type(layer)
         layer.__class__ = by_hand.get(base) or _made_for(base, maskable(base))
-        _set_masking(layer, masked_weights, mask_bias, initializer)
+        _set_masking(layer, masked_weights, mask_bias, initializer, mask)
         # Keras bound the method of the plain class when the layer was made.
         vars(layer)["_plain_quantize"] = vars(layer)["quantize"]
         vars(layer)["quantize"] = functools.partial(MaskedLayer.quantize, layer)
 
 
-def _name_masks(layer: Layer, mask_bias: bool, initializer: Any) -> None:
+def _name_masks(layer: Layer, mask_bias: bool, initializer: Any, mask: Mask | None) -> None:
     """Makes a layer one whose config names the masks in it; those there already come first."""
     if not isinstance(layer, MaskedLayer):
         masked = [
@@ -391,7 +446,7 @@ def _name_masks(layer: Layer, mask_bias: bool, initializer: Any) -> None:
             for path, owner, name in weights_inside(layer, biases=True)
             if isinstance(owner, MaskedLayer) and name in _paths(owner)
         ]
-        _change_class(layer, masked, mask_bias, initializer)
+        _change_class(layer, masked, mask_bias, initializer, mask)
 
 
 def _add_path(layer: Layer, path: str) -> None:
@@ -439,10 +494,18 @@ def _mask_built(layer: Layer) -> None:
     shared = _masks_by_variable(layer)
     for name in paths:
         if "/" not in name:
-            _attach(layer, name, shared)
+            _check_mask(layer, layer._masking.mask)
+            _attach(layer, name, shared, join(layer.name, name))
     if inner:
         masking = layer._masking
-        mask_weights(layer, inner, initializer=masking.initializer, mask_bias=masking.bias)
+        mask_weights(
+            layer,
+            inner,
+            initializer=masking.initializer,
+            mask_bias=masking.bias,
+            mask=masking.mask,
+            prefix=layer.name,
+        )
     # A layer made from the config of a masked one, as the second direction of `Bidirectional` is,
     # may have brought more masks than this one names.
     for path, owner, name in weights_inside(layer, biases=True):
@@ -459,29 +522,48 @@ def _masks_by_variable(root: Layer) -> dict[int, Mask]:
     return found
 
 
-def _attach(layer: Layer, name: str, shared: dict[int, Mask]) -> None:
-    if mask_of(layer, name) is not None:
-        return
+def _check_mask(layer: Layer, mask: Mask | None) -> None:
+    # What Keras' RNN layers ask of a cell.
+    if isinstance(mask, learned.BernoulliMask) and hasattr(layer, "state_size"):
+        raise ValueError(
+            f"'{layer.name}' ({plain_class(layer).__name__}) is a recurrent cell: it reads its "
+            "weights at every time step, and each reading of a BernoulliMask draws anew. Use "
+            "EdgePopupMask, or leave the layer out: `convert_to_masked(model, exclude=...)`."
+        )
+
+
+def _attach(layer: Layer, name: str, shared: dict[int, Mask], path: str) -> Mask:
+    if (mask := mask_of(layer, name)) is not None:
+        return mask
     if name not in own_weights(layer, biases=True):
         raise ValueError(
             f"{type(layer).__qualname__} '{layer.name}' has no weight '{name}' that can be masked. "
             f"Those it has: {own_weights(layer, biases=True)}"
         )
-    variable = raw_variable(layer, name)
+    variable, masking = raw_variable(layer, name), layer._masking
     mask = shared.get(id(variable))
     with _keras.unlocked(layer):
         if mask is None:
-            initializer = layer._masking.initializer
-            mask = Mask(initializer=initializer, dtype="float32", name=f"{name}_mask")
+            if masking.mask is None:
+                mask = Mask(initializer=masking.initializer, dtype="float32", name=f"{name}_mask")
+            else:
+                mask = learned.for_weight(masking.mask, f"{name}_mask", path)
             with _keras.layer_scope(layer):
                 mask.build(variable.shape)
-            _keras.match_layout(mask.value, variable)
+            for own in _keras.own_variables(mask):
+                _keras.match_layout(own, variable)
             if variable.regularizer is not None:
                 variable.regularizer = MaskedRegularizer(variable.regularizer, mask)
             if variable.constraint is not None:
                 variable.constraint = MaskedConstraint(variable.constraint, mask)
             shared[id(variable)] = mask
         setattr(layer, f"{name}_mask", mask)
+    if mask.learned:
+        frozen = [variable for variable in _keras.own_variables(layer) if variable.trainable]
+        for variable in frozen:
+            variable.trainable = False
+        masking.frozen += frozen
+    return mask
 
 
 def _detach(layer: Layer, name: str) -> None:
@@ -493,3 +575,6 @@ def _detach(layer: Layer, name: str) -> None:
     if isinstance(variable.constraint, MaskedConstraint):
         variable.constraint = variable.constraint.plain
     _keras.untrack(layer, f"{name}_mask")
+    for variable in layer._masking.frozen:
+        variable.trainable = True
+    layer._masking.frozen.clear()

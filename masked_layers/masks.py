@@ -68,7 +68,7 @@ class Mask(keras.layers.Layer):
     learned = False  # Whether training changes it.
 
     def __init__(self, *, initializer: Any = "ones", rescale: bool = False, **kwargs: Any) -> None:
-        super().__init__(trainable=False, **kwargs)
+        super().__init__(trainable=self.learned, **kwargs)
         self.initializer = keras.initializers.get(initializer)
         self.rescale = rescale
         self.frozen: keras.Variable | None = None
@@ -213,8 +213,13 @@ class Mask(keras.layers.Layer):
         """Loads a saved mask; a file of the plain model holds none and leaves the mask alone.
 
         Raises:
-            ValueError: If the saved mask has another shape.
+            ValueError: If the file holds a learned mask, or the saved one has another shape.
         """
+        if "scores" in store:
+            raise ValueError(
+                f"The file holds a learned mask for '{self.path or self.name}', which is binary. "
+                "Load it into a model with such masks, and harden that: `masked_layers.harden`."
+            )
         if "0" not in store:
             return
         value = np.asarray(store["0"])

@@ -43,6 +43,23 @@ def test_untrack_variable_takes_it_out_of_the_state():
         layer.extra = layers.Dense(1)
 
 
+def test_the_mode_of_a_call_reaches_what_is_read_in_it():
+    seen = []
+
+    class Watching(layers.Layer):
+        def call(self, x):
+            seen.append(_keras.is_training())
+            return x
+
+    model = keras.Sequential([keras.Input((2,)), keras.Sequential([Watching()])])
+    seen.clear()
+    model(np.ones((1, 2)), training=True)
+    model(np.ones((1, 2)))
+    model(np.ones((1, 2)), training=False)
+    assert seen == [True, False, False]
+    assert not _keras.is_training()
+
+
 def test_layer_scope_names_variables_after_a_built_layer():
     layer = built_dense()
     with keras.name_scope("elsewhere"), _keras.layer_scope(layer):
@@ -147,6 +164,33 @@ def test_the_loss_is_built_without_the_optimizer():
     loss = _keras.training_loss(model, (ops.convert_to_tensor(x), y))
     expected = model.evaluate(x, y, verbose=0, return_dict=True)["loss"]
     np.testing.assert_allclose(ops.convert_to_numpy(loss), expected, rtol=1e-5)
+
+
+def test_output_layers_and_input_specs():
+    inputs = {"a": keras.Input((4,), name="a"), "b": keras.Input((2,), dtype="int32", name="b")}
+    dense, cast = layers.Dense(2), layers.Lambda(lambda x: ops.cast(x, "float32"))
+    model = keras.Model(inputs, [dense(inputs["a"]), cast(inputs["b"])])
+    assert _keras.output_layers(model) == [dense, cast]
+    specs = _keras.input_specs(model)
+    assert {name: (spec.shape, spec.dtype) for name, spec in specs.items()} == {
+        "a": ((None, 4), "float32"),
+        "b": ((None, 2), "int32"),
+    }
+    last = layers.Dense(3)
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(2), last])
+    assert _keras.output_layers(model) == [last]
+    assert _keras.input_specs(model).shape == (None, 4)
+
+    class Subclassed(keras.Model):
+        def call(self, x):
+            return last(x)
+
+    model = Subclassed()
+    with pytest.raises(ValueError, match="not known"):
+        _keras.input_specs(model)
+    model(np.ones((1, 2), "float32"))
+    assert _keras.input_specs(model).shape == (1, 2)
+    assert _keras.output_layers(model) == []
 
 
 def test_seed_variables_are_those_of_every_layer_inside():

@@ -114,6 +114,7 @@ def test_arguments_are_those_of_the_base_layer_and_the_masking_ones(base):
         "masked_weights",
         "mask_bias",
         "mask_initializer",
+        "mask",
         "kwargs",
     }
     for name, parameter in plain.items():

@@ -1,0 +1,389 @@
+"""What can be asked of weights, masks and solutions once they are there, and pictures of it.
+
+Each analysis is a function on models or arrays; the `plot_` function beside it draws what it
+returns (matplotlib, in the `cli` extra). None changes the model that it is given.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import keras
+import numpy as np
+
+import masked_layers as ml
+from lottery_ticket_pruner import fitting, training
+from masked_layers import _keras, conversion
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Masks = Mapping[str, np.ndarray]
+# A model, or what its `get_weights()` gives.
+Solution = keras.Model | Sequence[np.ndarray]
+
+
+# --- Between two solutions ------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Interpolation:
+    """Metrics along the line between two solutions.
+
+    Attributes:
+        shares: Where on the line: 0 is the first solution, 1 the second.
+        metrics: Arrays of the values there, by name; the loss among them.
+        metric: The one that `errors` is of.
+    """
+
+    shares: np.ndarray
+    metrics: dict[str, np.ndarray]
+    metric: str
+
+    @property
+    def errors(self) -> np.ndarray:
+        """1 - accuracy, or the loss itself."""
+        values = self.metrics[self.metric]
+        return values if self.metric == "loss" else 1 - values
+
+    @property
+    def barrier(self) -> float:
+        """The instability: the largest error on the line minus the mean of those at its ends."""
+        return float(self.errors.max() - (self.errors[0] + self.errors[-1]) / 2)
+
+
+def interpolate(
+    model: keras.Model,
+    first: Solution,
+    second: Solution,
+    x: training.Arrays,
+    y: training.Arrays,
+    *,
+    points: int = 30,
+    metric: str | None = None,
+) -> Interpolation:
+    """Evaluates the weights on the line between two solutions, ends included.
+
+    What is interpolated is what the forward pass reads: pruned weights of a masked model are zero
+    (or what they are frozen at), statistics count as weights. Integers are those of the first.
+
+    Args:
+        model: compiled, plain or masked; a plain copy of it is evaluated.
+        first: a model of this architecture under its own masks, or a list of weights, under the
+            masks of `model`.
+        second: likewise.
+        x: inputs.
+        y: targets.
+        points: how many, at least 2.
+        metric: `"loss"` or the name of a compiled metric of which 1 is best; by default the first
+            one with "accuracy" in its name, without such the loss.
+
+    Raises:
+        ValueError: the model is not compiled, a solution does not fit it, or an argument is wrong.
+
+    Reference:
+        - [Frankle et al., arXiv 1912.05671](https://arxiv.org/abs/1912.05671), section 2
+    """
+    if points < 2:
+        raise ValueError(f"`points` must be at least 2. Received: points={points}")
+    if not getattr(model, "compiled", False):
+        raise ValueError(f"{model.name} is not compiled: call compile() before interpolate().")
+    ends = [_effective(model, solution) for solution in (first, second)]
+    plain = _plain(model)
+    shares = np.linspace(0.0, 1.0, points)
+    rows = []
+    for share in shares:
+        plain.set_weights([_between(a, b, share) for a, b in zip(*ends, strict=True)])
+        rows.append(training.evaluate(plain, x, y))
+    metrics = {name: np.array([row[name] for row in rows]) for name in rows[0]}
+    if metric is None:
+        metric = next((name for name in metrics if "accuracy" in name), "loss")
+    elif metric not in metrics:
+        raise ValueError(f"`metric` must be one of {list(metrics)}. Received: metric={metric!r}")
+    return Interpolation(shares, metrics, metric)
+
+
+def plot_interpolation(lines: Interpolation | Mapping[str, Interpolation]) -> Figure:
+    """Draws the error along one line or several, each with its barrier in the legend."""
+    if isinstance(lines, Interpolation):
+        lines = {"": lines}
+    figure, axes = _figure()
+    for label, line in lines.items():
+        text = f"{label}, barrier {line.barrier:.3f}".removeprefix(", ")
+        axes.plot(line.shares, line.errors, marker=".", label=text)
+    kind = "loss" if all(line.metric == "loss" for line in lines.values()) else "error"
+    axes.set(xlabel="share of the second solution", ylabel=kind, ylim=(0, None))
+    axes.legend(frameon=False)
+    return figure
+
+
+# --- Signs ----------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class SignAgreement:
+    """Which share of weights ended with the sign that they started with.
+
+    A `w0` or `wf` of zero is no change of sign. Shares of nothing are NaN.
+
+    Attributes:
+        kept: Among the kept weights.
+        pruned: Among the pruned ones.
+        all: Among both.
+    """
+
+    kept: float
+    pruned: float
+    all: float
+
+
+def sign_agreement(
+    initial: Mapping[str, np.ndarray], final: Mapping[str, np.ndarray], masks: Masks
+) -> dict[str, SignAgreement]:
+    """Compares the signs of initial and final weights by what the masks keep.
+
+    Args:
+        initial: initial weights by path, such as `pruner.initial_weights`; more than the masked
+            ones do no harm.
+        final: final weights likewise.
+        masks: masks by path, such as `masked_layers.get_masks(model)`.
+
+    Returns:
+        A row for each mask by path, and `"total"` over all of them.
+
+    Raises:
+        ValueError: a mask has no weights, or not of its shape.
+    """
+    same, kept = {}, {}
+    for path, mask in masks.items():
+        for name, weights in (("initial", initial), ("final", final)):
+            if path not in weights or np.shape(weights[path]) != np.shape(mask):
+                raise ValueError(
+                    f"`{name}` has no weights of shape {np.shape(mask)} for the mask of {path!r}."
+                )
+        same[path] = (np.sign(initial[path]) * np.sign(final[path]) >= 0).ravel()
+        kept[path] = np.asarray(mask, bool).ravel()
+    same["total"] = np.concatenate(list(same.values()))
+    kept["total"] = np.concatenate(list(kept.values()))
+    return {
+        path: SignAgreement(_mean(agrees[kept[path]]), _mean(agrees[~kept[path]]), _mean(agrees))
+        for path, agrees in same.items()
+    }
+
+
+def plot_sign_agreement(rows: Mapping[str, SignAgreement]) -> Figure:
+    """Draws the share of kept signs per weight: kept, pruned and all weights side by side."""
+    columns = {
+        f"{kind} weights": [getattr(row, kind) for row in rows.values()]
+        for kind in ("kept", "pruned", "all")
+    }
+    figure = _bars(list(rows), columns)
+    figure.axes[0].set(ylabel="share with the sign they started with", ylim=(0, 1))
+    return figure
+
+
+# --- Masks ----------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Overlap:
+    """How much masks have in common, pair by pair.
+
+    Attributes:
+        names: Of the masks.
+        jaccard: Kept by both over kept by either, of shape (masks, masks); NaN where neither keeps
+            a weight.
+        expected: The same for random masks that keep as many weights in each layer: with a and b of
+            n weights kept, a b / n are expected to be kept by both.
+    """
+
+    names: tuple[str, ...]
+    jaccard: np.ndarray
+    expected: np.ndarray
+
+
+def mask_overlap(masks: Mapping[str, Masks]) -> Overlap:
+    """Compares the masks of several runs, seeds or criteria, all layers together.
+
+    Args:
+        masks: masks by path, such as `masked_layers.get_masks(model)`, for each name.
+
+    Raises:
+        ValueError: the masks are not of the same weights.
+    """
+    names = tuple(masks)
+    shapes = [{path: np.shape(mask) for path, mask in masks[name].items()} for name in names]
+    for name, shape in zip(names, shapes, strict=True):
+        if shape != shapes[0]:
+            raise ValueError(
+                f"The masks of {names[0]!r} and {name!r} are not of the same weights: "
+                f"{shapes[0]} and {shape}."
+            )
+    both, union, chance = (np.zeros((len(names), len(names))) for _ in range(3))
+    for path in masks[names[0]] if names else ():
+        kept = np.stack([np.ravel(masks[name][path]) for name in names]).astype("float64")
+        counts = kept.sum(1)
+        both += kept @ kept.T
+        union += counts[:, None] + counts
+        chance += np.outer(counts, counts) / kept.shape[1]
+    with np.errstate(invalid="ignore"):
+        return Overlap(names, both / (union - both), chance / (union - chance))
+
+
+def plot_overlap(overlap: Overlap) -> Figure:
+    """Draws the Jaccard index of every pair, and beside it that of random masks."""
+    figure, axes = _figure(columns=2)
+    panels = {"masks": overlap.jaccard, "random masks of these counts": overlap.expected}
+    for ax, (title, values) in zip(axes, panels.items(), strict=True):
+        _matrix(ax, values, overlap.names, overlap.names, "{:.2f}", limits=(0, 1))
+        ax.set_title(title)
+    return figure
+
+
+def layer_sparsity(masks: keras.Model | Masks) -> dict[str, float]:
+    """The share of pruned weights of every mask by path.
+
+    Args:
+        masks: a masked model, or masks by path.
+    """
+    if isinstance(masks, keras.Model):
+        masks = ml.get_masks(masks)
+    return {path: 1 - _mean(np.asarray(mask, bool)) for path, mask in masks.items()}
+
+
+def plot_layer_sparsity(sparsities: Mapping[str, Mapping[str, float]]) -> Figure:
+    """Draws `layer_sparsity` of several named models or masks side by side, layer by layer."""
+    paths = list(dict.fromkeys(path for rows in sparsities.values() for path in rows))
+    columns = {
+        name: [rows.get(path, np.nan) for path in paths] for name, rows in sparsities.items()
+    }
+    figure = _bars(paths, columns)
+    figure.axes[0].set(ylabel="share of pruned weights", ylim=(0, 1))
+    return figure
+
+
+# --- Predictions ----------------------------------------------------------------------------------
+
+
+def confusion_matrix(
+    model: keras.Model,
+    x: training.Arrays,
+    labels: np.ndarray,
+    *,
+    weights: Sequence[np.ndarray] | None = None,
+) -> np.ndarray:
+    """Counts what a classifier predicts of every class.
+
+    With the initial weights under the masks of a trained model, it shows what an untrained mask
+    predicts: `weights=list(pruner.initial_weights.values())`.
+
+    Args:
+        model: a classifier with one score per class on the last axis of its output.
+        x: inputs.
+        labels: the classes, 1-D integers from 0.
+        weights: what `get_weights` gives, to be used under the masks of `model`; None: its own.
+
+    Returns:
+        Integers of shape (classes, classes): rows are true classes, columns predicted ones.
+
+    Raises:
+        ImportError: scikit-learn, of the `cli` extra, is not installed.
+        ValueError: the weights do not fit the model.
+    """
+    from sklearn import metrics
+
+    plain = _plain(model)
+    plain.set_weights(_effective(model, model if weights is None else weights))
+    scores = plain.predict(x, batch_size=1000, verbose=0)
+    classes = np.arange(scores.shape[-1])
+    return metrics.confusion_matrix(np.ravel(labels), scores.argmax(-1), labels=classes)
+
+
+def plot_confusion(counts: np.ndarray, names: Sequence[str] | None = None) -> Figure:
+    """Draws a confusion matrix; shades are shares of each true class, the numbers are counts."""
+    names = [str(i) for i in range(len(counts))] if names is None else names
+    figure, axes = _figure()
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    _matrix(axes, shares, names, names, "{}", limits=(0, 1), texts=counts)
+    axes.set(xlabel="predicted class", ylabel="true class")
+    return figure
+
+
+# --- Inside ---------------------------------------------------------------------------------------
+
+
+def _plain(model: keras.Model) -> keras.Model:
+    """A plain copy: it reads the weights that it is given and has no mask of its own."""
+    masked = any(ref.mask is not None for ref in ml.weight_refs(model))
+    return ml.strip_masks(model) if masked else conversion.copy_model(model)
+
+
+def _effective(model: keras.Model, solution: Solution) -> list[np.ndarray]:
+    """All weights of a solution as the forward pass reads them, in the order of `get_weights`."""
+    source = solution if isinstance(solution, keras.Model) else model
+    _keras.sync(source)
+    values = [fitting.read(variable) for variable in source.weights]
+    if source is not solution:
+        values = [np.asarray(array) for array in solution]
+    shapes = [tuple(variable.shape) for variable in model.weights]
+    if [value.shape for value in values] != shapes:
+        raise ValueError(
+            f"The solution does not fit {model.name!r}: it has weights of the shapes "
+            f"{[value.shape for value in values]}, the model of {shapes}."
+        )
+    positions = {id(variable): i for i, variable in enumerate(source.weights)}
+    for ref in ml.weight_refs(source):
+        if ref.mask is not None:
+            i = positions[id(ref.variable)]
+            raw = keras.ops.cast(values[i], ref.variable.dtype)
+            effective = keras.ops.convert_to_numpy(ref.mask.apply(raw))
+            values[i] = np.array(effective).astype(values[i].dtype)
+    return values
+
+
+def _between(first: np.ndarray, second: np.ndarray, share: float) -> np.ndarray:
+    if not np.issubdtype(first.dtype, np.floating):
+        return first
+    return ((1 - share) * first + share * second).astype(first.dtype)
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(np.mean(values)) if values.size else float("nan")
+
+
+def _figure(columns: int = 1) -> tuple[Figure, Any]:
+    from matplotlib.figure import Figure  # Not pyplot: a library opens no windows.
+
+    figure = Figure(figsize=(6.4 * columns, 4.4), layout="constrained")
+    return figure, figure.subplots(1, columns)
+
+
+def _bars(groups: Sequence[str], columns: Mapping[str, Sequence[float]]) -> Figure:
+    figure, axes = _figure()
+    width = 0.8 / max(len(columns), 1)
+    for number, (name, values) in enumerate(columns.items()):
+        at = np.arange(len(groups)) + (number - (len(columns) - 1) / 2) * width
+        axes.bar(at, values, width, label=name)
+    axes.set_xticks(np.arange(len(groups)), groups, rotation=30, ha="right")
+    axes.legend(frameon=False)
+    return figure
+
+
+def _matrix(
+    axes: Any,
+    values: np.ndarray,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    style: str,
+    *,
+    limits: tuple[float, float],
+    texts: np.ndarray | None = None,
+) -> None:
+    axes.imshow(values, cmap="Blues", vmin=limits[0], vmax=limits[1])
+    axes.set_xticks(np.arange(len(columns)), columns, rotation=30, ha="right")
+    axes.set_yticks(np.arange(len(rows)), rows)
+    for (i, j), value in np.ndenumerate(values):
+        text = style.format(value if texts is None else texts[i, j])
+        axes.text(j, i, text, ha="center", va="center", color="white" if value > 0.6 else "black")

@@ -1,0 +1,165 @@
+"""Learned supermasks: train the masks over weights that stay as they were drawn."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+
+import masked_layers as ml
+from lottery_ticket_pruner import training, treatments
+from masked_layers import conversion, learned
+
+WEIGHTS = ("initial", "signed_constant")
+
+
+@dataclasses.dataclass(frozen=True)
+class LearnedSupermask:
+    """A learned supermask and what it knows.
+
+    Attributes:
+        model: the model with learned masks, as training left it.
+        supermask: the same masks as binary ones (`masked_layers.harden`), not sampled.
+        samples: test metrics by name, an array with a value for each sampled mask; for masks
+            without chance one value. Empty without test data.
+        deterministic: test metrics of `supermask` by name. Empty without test data.
+        history: what the training saw.
+    """
+
+    model: keras.Model
+    supermask: keras.Model
+    samples: dict[str, np.ndarray]
+    deterministic: dict[str, float]
+    history: training.History
+
+
+def learn_supermask(
+    model: keras.Model,
+    x: training.Arrays,
+    y: training.Arrays,
+    *,
+    steps: int,
+    mask: Any = "bernoulli",
+    weights: str = "initial",
+    optimizer: keras.Optimizer | None = None,
+    batch_size: int = 250,
+    samples: int = 10,
+    test_data: tuple[training.Arrays, training.Arrays] | None = None,
+    validation_data: tuple[training.Arrays, training.Arrays] | None = None,
+    eval_every: int | None = None,
+    seed: int = 0,
+    deterministic: bool = False,
+    on_progress: Callable[[int], None] | None = None,
+) -> LearnedSupermask:
+    """Learns which of a model's weights to keep; kernels and biases stay as they are.
+
+    Under an `EdgePopupMask` of sparsity s the kernels are multiplied by 1 / sqrt(1 - s) first, as
+    Ramanujan et al. scale theirs (arXiv 1911.13299, section 3).
+
+    Args:
+        model: compiled and plain; left untouched.
+        x: training inputs in memory: an array, or a list or dict of them.
+        y: training targets, likewise.
+        steps: optimiser steps.
+        mask: what `masked_layers.convert_to_masked` takes; a name stands for a mask with this
+            function's seed.
+        weights: `"initial"`, those that the model has; or `"signed_constant"`: sign(w) times the
+            standard deviation of w, per kernel.
+        optimizer: by default the papers': SGD with momentum 0.9, for Bernoulli masks with learning
+            rate 100 (Zhou et al., arXiv 1905.01067, section 5), otherwise 0.1, decayed to 0 by a
+            cosine.
+        batch_size: examples per step.
+        samples: how many masks to sample for the test.
+        test_data: `(x, y)` for the metrics, None: not measured.
+        validation_data: `(x, y)` for `history`, None: not measured.
+        eval_every: steps between evaluations on the validation data; None: at the end only.
+        seed: of the order of the examples and of the samples in the test; of a mask given by name.
+        deterministic: as for `training.train`.
+        on_progress: called with the number of new steps done.
+
+    Raises:
+        ValueError: the model is not compiled or is masked already, or an argument is wrong.
+    """
+    if not getattr(model, "compiled", False):
+        raise ValueError(f"{model.name} is not compiled: call compile() before learn_supermask().")
+    if weights not in WEIGHTS:
+        raise ValueError(f"`weights` must be one of {WEIGHTS}. Received: weights={weights!r}")
+    prototype = learned.get(mask)
+    if not prototype.learned:
+        raise ValueError(f"`mask` must be a learned one. Received: mask={mask!r}")
+    if isinstance(mask, str):
+        prototype.seed = seed
+    model = ml.convert_to_masked(model, mask=prototype)
+    scale = 1.0
+    if isinstance(prototype, ml.EdgePopupMask):
+        scale = 1 / math.sqrt(1 - prototype.sparsity)
+    for ref in ml.masked_refs(model):
+        values = keras.ops.convert_to_numpy(ref.variable)
+        if weights == "signed_constant":
+            values = treatments.signed_constant(values)
+        ref.variable.assign(values * np.asarray(scale, values.dtype))
+    conversion.compile_with(model, optimizer or _optimizer(prototype, steps))
+    history = training.train(
+        model,
+        x,
+        y,
+        steps=steps,
+        batch_size=batch_size,
+        seed=seed,
+        eval_every=eval_every,
+        validation_data=validation_data,
+        on_progress=on_progress,
+        deterministic=deterministic,
+    )
+    supermask, sampled, results = ml.harden(model), {}, {}
+    if test_data is not None:
+        results = training.evaluate(supermask, *test_data)
+        if isinstance(prototype, ml.BernoulliMask):
+            sampled = evaluate_sampled(model, *test_data, samples=samples, seed=seed)
+        else:
+            sampled = {name: np.array([value]) for name, value in results.items()}
+    return LearnedSupermask(model, supermask, sampled, results, history)
+
+
+def evaluate_sampled(
+    model: keras.Model,
+    x: training.Arrays,
+    y: training.Arrays,
+    *,
+    samples: int = 10,
+    seed: int = 0,
+) -> dict[str, np.ndarray]:
+    """Metrics of sampled masks, each over the whole data set: by name, a value for each mask.
+
+    The mean of the accuracies is Zhou et al.'s accuracy of a learned supermask; it is not the
+    accuracy of an averaged prediction, nor that of a new mask for every batch. The model is left as
+    it was.
+
+    Args:
+        model: compiled, with learned masks.
+        x: inputs.
+        y: targets.
+        samples: how many masks, at least 1.
+        seed: of the samples.
+
+    Raises:
+        ValueError: the model has no learned mask, or `samples` is less than 1.
+    """
+    if samples < 1:
+        raise ValueError(f"`samples` must be at least 1. Received: samples={samples}")
+    hardened = ml.harden(model)
+    results = []
+    for number in range(samples):
+        drawn = np.random.SeedSequence([seed, number]).generate_state(1)[0]
+        ml.set_masks(hardened, ml.sample_masks(model, int(drawn)))
+        results.append(training.evaluate(hardened, x, y))
+    return {name: np.array([result[name] for result in results]) for name in results[0]}
+
+
+def _optimizer(mask: ml.LearnedMask, steps: int) -> keras.Optimizer:
+    if isinstance(mask, ml.BernoulliMask):
+        return keras.optimizers.SGD(100.0, momentum=0.9)
+    rate = keras.optimizers.schedules.CosineDecay(0.1, max(steps, 1))
+    return keras.optimizers.SGD(rate, momentum=0.9)

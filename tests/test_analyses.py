@@ -1,0 +1,151 @@
+"""Analyses of weights, masks and solutions against numbers by hand."""
+
+import itertools
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+
+import masked_layers as ml
+from lottery_ticket_pruner import analyses, training
+
+
+@pytest.fixture
+def line():
+    """One weight, no bias: the loss of weight w is (w - 1)^2."""
+    model = keras.Sequential([keras.Input((1,)), layers.Dense(1, use_bias=False)])
+    model.compile("sgd", "mse", metrics=["mae"])
+    return model
+
+
+ONE = np.ones((4, 1), "float32")
+
+
+def test_the_barrier_of_a_parabola(line):
+    result = analyses.interpolate(line, [[[-1.0]]], [[[5.0]]], ONE, ONE, points=7)
+    weights = np.array([-1.0, 0.0, 1.0, 2.0, 3.0, 4.0, 5.0])
+    np.testing.assert_allclose(result.shares * 6 - 1, weights)
+    assert result.metric == "loss"
+    np.testing.assert_allclose(result.errors, (weights - 1) ** 2, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(result.metrics["mae"], abs(weights - 1), rtol=1e-5, atol=1e-6)
+    # The largest error is at an end: 16 - (4 + 16) / 2.
+    assert result.barrier == pytest.approx(6, rel=1e-5)
+    with pytest.raises(ValueError, match="at least 2"):
+        analyses.interpolate(line, line, line, ONE, ONE, points=1)
+    with pytest.raises(ValueError, match="`metric` must be one of"):
+        analyses.interpolate(line, line, line, ONE, ONE, points=2, metric="accuracy")
+    with pytest.raises(ValueError, match="does not fit"):
+        analyses.interpolate(line, [np.ones((2, 1))], line, ONE, ONE)
+
+
+X = np.random.default_rng(0).normal(size=(40, 4)).astype("float32")
+Y = np.random.default_rng(1).integers(0, 3, 40)
+
+
+def classifier():
+    model = keras.Sequential(
+        [keras.Input((4,)), layers.Dense(5, "tanh", name="a"), layers.Dense(3, name="b")]
+    )
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile("sgd", loss, metrics=["accuracy"])
+    return model
+
+
+def test_masked_solutions_are_interpolated_as_they_are_read():
+    model = ml.convert_to_masked(classifier())
+    rng = np.random.default_rng(2)
+    ml.set_masks(model, {p: rng.random(m.shape) < 0.6 for p, m in ml.get_masks(model).items()})
+    other = ml.convert_to_masked(classifier())
+    ml.set_masks(other, {p: rng.random(m.shape) < 0.6 for p, m in ml.get_masks(other).items()})
+    ml.masked_refs(other)[0].mask.freeze(rng.normal(size=(4, 5)))
+    ml.masked_refs(other)[1].mask.rescale = True
+    weights, masks = model.get_weights(), ml.get_masks(model)
+    result = analyses.interpolate(model, weights, other, X, Y, points=3)
+
+    assert result.metric == "accuracy"
+    np.testing.assert_allclose(result.errors, 1 - result.metrics["accuracy"])
+    assert training.evaluate(model, X, Y)["loss"] == pytest.approx(
+        result.metrics["loss"][0], rel=1e-5
+    )
+    assert training.evaluate(other, X, Y)["loss"] == pytest.approx(
+        result.metrics["loss"][2], rel=1e-5
+    )
+    # The middle by hand, from the kernels as they are read.
+    ends = [ml.strip_masks(m).get_weights() for m in (model, other)]
+    a, b, c, d = (sum(pair) / 2 for pair in zip(*ends, strict=True))
+    logits = np.tanh(X @ a + b) @ c + d
+    logits -= np.log(np.exp(logits).sum(1, keepdims=True))
+    assert result.metrics["loss"][1] == pytest.approx(-logits[np.arange(40), Y].mean(), rel=1e-4)
+    for was, now in zip(weights, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(was, now)
+    for path, mask in ml.get_masks(model).items():
+        np.testing.assert_array_equal(mask, masks[path])
+
+    # What the mask predicts over other weights.
+    ones = [np.ones_like(w) for w in weights]
+    counts = analyses.confusion_matrix(model, X, Y, weights=ones)
+    c = masks["b/kernel"].astype("float32")
+    predicted = (np.tanh(X @ masks["a/kernel"] + 1) @ c + 1).argmax(1)
+    by_hand = [[(predicted[i == Y] == j).sum() for j in range(3)] for i in range(3)]
+    np.testing.assert_array_equal(counts, by_hand)
+    assert analyses.plot_confusion(counts).axes[0].get_xlabel() == "predicted class"
+
+
+def test_sign_agreement_by_hand():
+    initial = {"a": np.array([[1.0, -2.0], [0.0, 3.0]]), "b": np.array([-1.0]), "bias": np.ones(2)}
+    final = {"a": np.array([[2.0, 1.0], [-4.0, -3.0]]), "b": np.array([-0.5]), "bias": np.ones(2)}
+    masks = {"a": np.array([[True, True], [True, False]]), "b": np.array([True])}
+    rows = analyses.sign_agreement(initial, final, masks)
+    assert rows["a"] == analyses.SignAgreement(pytest.approx(2 / 3), 0.0, 0.5)
+    assert rows["total"] == analyses.SignAgreement(0.75, 0.0, pytest.approx(0.6))
+    assert rows["b"].kept == 1
+    assert np.isnan(rows["b"].pruned)
+    figure = analyses.plot_sign_agreement(rows)
+    assert [t.get_text() for t in figure.axes[0].get_xticklabels()] == ["a", "b", "total"]
+    with pytest.raises(ValueError, match=r"`final` has no weights of shape \(1,\) for .*'b'"):
+        analyses.sign_agreement(initial, {"a": final["a"]}, masks)
+
+
+def test_overlap_by_hand_and_against_all_random_masks():
+    masks = {
+        "one": {"a": np.array([1, 1, 0, 0, 0], bool), "b": np.array([1, 0], bool)},
+        "two": {"a": np.array([0, 1, 1, 1, 0], bool), "b": np.array([1, 0], bool)},
+        "none": {"a": np.zeros(5, bool), "b": np.zeros(2, bool)},
+    }
+    overlap = analyses.mask_overlap(masks)
+    assert overlap.names == ("one", "two", "none")
+    np.testing.assert_allclose(overlap.jaccard[:2, :2], [[1, 2 / 5], [2 / 5, 1]])
+    np.testing.assert_array_equal(overlap.jaccard[2], [0, 0, np.nan])
+    # Every mask of the second's counts, by brute force: how many it shares with the first.
+    shared = [
+        len({0, 1} & set(kept)) + (out == 0)
+        for kept in itertools.combinations(range(5), 3)
+        for out in range(2)
+    ]
+    both = np.mean(shared)
+    assert overlap.expected[0, 1] == pytest.approx(both / (3 + 4 - both))
+    assert len(analyses.plot_overlap(overlap).axes) == 2
+    with pytest.raises(ValueError, match="'one' and 'other' are not of the same weights"):
+        analyses.mask_overlap({"one": masks["one"], "other": {"a": masks["one"]["a"]}})
+
+
+def test_sparsity_per_layer_and_pictures_that_can_be_written(tmp_path, line):
+    model = ml.convert_to_masked(classifier())
+    half = np.ones((4, 5), bool)
+    half[:2] = False
+    ml.set_masks(model, {"a/kernel": half})
+    rows = analyses.layer_sparsity(model)
+    assert rows == {"a/kernel": 0.5, "b/kernel": 0.0}
+    assert analyses.layer_sparsity({"a/kernel": half}) == {"a/kernel": 0.5}
+    figures = [
+        analyses.plot_layer_sparsity({"model": rows, "part": {"a/kernel": 0.1}}),
+        analyses.plot_interpolation(
+            {"seeds": analyses.interpolate(line, [[[0.0]]], [[[3.0]]], ONE, ONE, points=4)}
+        ),
+    ]
+    legend = figures[1].axes[0].get_legend().get_texts()[0].get_text()
+    assert legend == "seeds, barrier 1.500"
+    for number, figure in enumerate(figures):
+        figure.savefig(tmp_path / f"{number}.png")
+        assert (tmp_path / f"{number}.png").stat().st_size > 5000
