@@ -23,6 +23,15 @@ from masked_layers.masks import raw_view
 
 Tensor = Any
 
+_TEMPERATURE = 200.0
+# Functions and classes of both spellings.
+_SOFTMAX = (
+    "categoricalcrossentropy",
+    "sparsecategoricalcrossentropy",
+    "categoricalfocalcrossentropy",
+)
+_SIGMOID = ("binarycrossentropy", "binaryfocalcrossentropy")
+
 
 def loss_gradients(
     model: keras.Model,
@@ -68,6 +77,30 @@ def loss_gradients(
     return loss.named(loss.gradients(data, batch_size))
 
 
+def hessian_gradients(
+    model: keras.Model,
+    x: Arrays,
+    y: Arrays,
+    *,
+    sample_weight: Arrays | None = None,
+    batch_size: int = 256,
+) -> dict[str, np.ndarray]:
+    """The Hessian of the loss times its gradient, both by all effective weights together.
+
+    Half the gradient of the squared norm of the gradient: what GraSP ranks by. The loss is that of
+    `loss_gradients`, with the logits divided by 200 as the paper has it: those that the loss takes
+    (`from_logits=True`), or those behind the probabilities that it takes. That is done for Keras'
+    categorical and binary cross-entropies, by name or as objects, and nothing is divided for any
+    other loss. Gradient and Hessian are those of the mean over all examples, from two passes over
+    the data; arguments, result and errors are those of `loss_gradients`.
+
+    Reference:
+        - [Wang et al., arXiv 2002.07376](https://arxiv.org/abs/2002.07376), section 4
+    """
+    loss, data = _prepare(model, x, y, sample_weight)
+    return loss.named(loss.hessian_gradients(data, batch_size))
+
+
 class _Loss:
     """The loss of a model as a pure function of its effective weights, and its derivatives.
 
@@ -85,11 +118,23 @@ class _Loss:
             own = {id(variable) for variable in [ref.variable for ref in self.refs] + self._seeds}
             everything = [*model.variables, *model.metrics_variables]
             self._others = [variable for variable in everything if id(variable) not in own]
-        self._gradient = _compiled(model, self._trace_gradient)
+        self._gradient = compiled(model, functools.partial(self._trace_gradient, 1.0))
+        self._cool_gradient = compiled(model, functools.partial(self._trace_gradient, _TEMPERATURE))
+        self._cool_product = compiled(model, self._trace_product)
 
     def gradients(self, data: Examples, batch_size: int) -> list[np.ndarray]:
         """The mean gradient over all examples."""
         return self._mean(self._gradient, data, batch_size)
+
+    def hessian_gradients(self, data: Examples, batch_size: int) -> list[np.ndarray]:
+        """The mean Hessian over all examples times the mean gradient, of cooled logits."""
+        direction = [
+            ops.convert_to_tensor(array, dtype=ref.variable.dtype)
+            for ref, array in zip(
+                self.refs, self._mean(self._cool_gradient, data, batch_size), strict=True
+            )
+        ]
+        return self._mean(functools.partial(self._cool_product, direction), data, batch_size)
 
     def named(self, arrays: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
         """The arrays by path, in the precision of the weights but in float32 at least."""
@@ -116,12 +161,38 @@ class _Loss:
         return totals
 
     def _trace_gradient(
-        self, weights: list[Tensor], seeds: list[Tensor], others: list[Tensor], batch: Any
+        self,
+        temperature: float,
+        weights: list[Tensor],
+        seeds: list[Tensor],
+        others: list[Tensor],
+        batch: Any,
     ) -> tuple[list[Tensor], list[Tensor]]:
-        return gradient(functools.partial(self._value, seeds, others, batch), weights)
+        return gradient(functools.partial(self._value, temperature, seeds, others, batch), weights)
+
+    def _trace_product(
+        self,
+        direction: list[Tensor],
+        weights: list[Tensor],
+        seeds: list[Tensor],
+        others: list[Tensor],
+        batch: Any,
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        value = functools.partial(self._value, _TEMPERATURE, seeds, others, batch)
+
+        def along(weights: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+            slopes, seeds = gradient(value, weights)
+            return sum(ops.sum(a * b) for a, b in zip(slopes, direction, strict=True)), seeds
+
+        return gradient(along, weights)
 
     def _value(
-        self, seeds: list[Tensor], others: list[Tensor], batch: Any, weights: list[Tensor]
+        self,
+        temperature: float,
+        seeds: list[Tensor],
+        others: list[Tensor],
+        batch: Any,
+        weights: list[Tensor],
     ) -> tuple[Tensor, list[Tensor]]:
         """The loss on a batch at these effective weights, and the seeds after it."""
         kernels = [ref.variable for ref in self.refs]
@@ -130,7 +201,8 @@ class _Loss:
         )
         scope = keras.StatelessScope(list(state), collect_losses=True)
         with raw_view(), _without_penalties(self.model), scope:
-            value = _keras.training_loss(self.model, batch)
+            adjust = functools.partial(_cooled, self.model.loss, temperature)
+            value = _keras.training_loss(self.model, batch, adjust)
             return value, [scope.get_current_value(seed) for seed in self._seeds]
 
 
@@ -190,7 +262,9 @@ def gradient(
         inner = any(tensor.requires_grad for tensor in tensors)
         if not inner:
             tensors = [tensor.detach().requires_grad_() for tensor in tensors]
-        with torch.enable_grad():
+        # The fast kernels of attention have no second derivative.
+        kernels = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+        with torch.enable_grad(), kernels if inner else contextlib.nullcontext():
             value, rest = function(tensors)
             gradients = torch.autograd.grad(
                 value, tensors, create_graph=inner, materialize_grads=True
@@ -240,7 +314,8 @@ def _same(one: list[Any], other: list[Any]) -> bool:
     return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
 
 
-def _compiled(model: keras.Model, function: Callable) -> Callable:
+def compiled(model: keras.Model, function: Callable) -> Callable:
+    """The function, compiled where the backend does that and the model does not forbid it."""
     if not model.run_eagerly and keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
@@ -250,6 +325,29 @@ def _compiled(model: keras.Model, function: Callable) -> Callable:
 
         return jax.jit(function)
     return function
+
+
+def _cooled(loss: Any, temperature: float, y_pred: Any) -> Any:
+    """The outputs of a model with its logits divided, where its one loss is a cross-entropy."""
+    if temperature == 1.0:
+        return y_pred
+    return keras.tree.map_structure(functools.partial(_cool, loss, temperature), y_pred)
+
+
+def _cool(loss: Any, temperature: float, output: Tensor) -> Tensor:
+    try:
+        loss = keras.losses.get(loss)
+    except (ValueError, TypeError):  # several losses, one for each output
+        return output
+    name = getattr(loss, "__name__", type(loss).__name__).replace("_", "").lower()
+    if name not in (*_SOFTMAX, *_SIGMOID):
+        return output
+    if getattr(loss, "from_logits", False):
+        return output / temperature
+    output = ops.clip(output, keras.config.epsilon(), 1 - keras.config.epsilon())
+    if name in _SOFTMAX:
+        return ops.softmax(ops.log(output) / temperature, axis=getattr(loss, "axis", -1))
+    return ops.sigmoid((ops.log(output) - ops.log1p(-output)) / temperature)
 
 
 @contextlib.contextmanager

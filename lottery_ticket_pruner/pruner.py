@@ -17,7 +17,7 @@ import keras
 import numpy as np
 
 import masked_layers as ml
-from lottery_ticket_pruner import criteria, fitting, selection, structures, treatments
+from lottery_ticket_pruner import criteria, evidence, fitting, selection, structures, treatments
 from masked_layers import _keras, paths
 from masked_layers.files import replacing
 from masked_layers.maskable import input_axes
@@ -158,6 +158,7 @@ class LotteryTicketPruner:
         seed: int | None = None,
         structure: Any = None,
         distribution: Any = None,
+        data: Any = None,
     ) -> SparsityReport:
         """Prunes the masked model further: its masks lose what the criterion ranks lowest.
 
@@ -179,13 +180,16 @@ class LotteryTicketPruner:
                 a warning is logged that names them.
             distribution: How one `sparsity` of the whole model is shared out among the layers:
                 `"uniform"`, `"erk"`, or whatever else `distributions.get` takes.
+            data: What a criterion of gradients or activations looks at, as arrays: `(x, y)` or
+                `(x, y, sample_weight)`, or `x` alone where no targets are needed. Other criteria
+                take no notice.
 
         Returns:
             The report of the model's sparsity.
 
         Raises:
-            ValueError: The model is not masked, a record is missing, or an argument is wrong.
-                Nothing has changed then.
+            ValueError: The model is not masked, a record or data are missing, or an argument is
+                wrong. Nothing has changed then.
 
         Warns:
             UserWarning: The criterion ranks final weights that are older than the last update.
@@ -202,6 +206,7 @@ class LotteryTicketPruner:
             seed=seed,
             structure=structure,
             distribution=distribution,
+            data=data,
         )
         if stale:
             warnings.warn(
@@ -652,22 +657,26 @@ class LotteryTicketPruner:
         seed: int | None = None,
         structure: Any = None,
         distribution: Any = None,
+        data: Any = None,
     ) -> None:
         criterion = criteria.get(strategy)
         structure = None if structure is None else structures.get(structure)
         _keras.sync(model)
         prunables = self._prunables(model)
         kernels = self._kernels(prunables, criterion)
-        masks = selection.update(
-            criterion,
-            kernels,
-            rate=rate,
-            sparsity=sparsity,
-            scope=scope,
-            seed=self._updates if seed is None else seed,
-            structure=structure,
-            distribution=distribution,
-        )
+        options = {
+            "rate": rate,
+            "sparsity": sparsity,
+            "scope": scope,
+            "seed": self._updates if seed is None else seed,
+            "structure": structure,
+            "distribution": distribution,
+        }
+        if criterion.evidence and is_masked(model):
+            with self._as_ranked(model, criterion):
+                masks = evidence.update(model, criterion, kernels, data=data, **options)
+        else:
+            masks = selection.update(criterion, kernels, **options)
         self._write_masks(model, {i: masks[self._keys[i]] for i in prunables})
         self._final_is_new = False
         self._updates += 1
@@ -688,6 +697,16 @@ class LotteryTicketPruner:
         ]
         if left:
             _logger.warning("%s does not apply to %s; left as they were.", structure, left)
+
+    @contextlib.contextmanager
+    def _as_ranked(self, model: keras.Model, criterion: criteria.Criterion) -> Iterator[None]:
+        """Gives the model the final weights for a while, if it is those that are ranked."""
+        if "final" not in criterion.needs or self._final is None:
+            yield
+            return
+        with restored(model):
+            _assign(model.weights, self._final)
+            yield
 
     def _kernels(
         self, prunables: Mapping[int, WeightRef], criterion: criteria.Criterion

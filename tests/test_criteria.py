@@ -10,6 +10,8 @@ FINAL = [1.0, -3.1, -2.0, 0.5, 3.0, -5.0, 4.0, 0.1]
 # abs(w0)   0.5   3.0   2.0  1.0  4.0   2.5  1.5  3.5
 # abs(wf)   1.0   3.1   2.0  0.5  3.0   5.0  4.0  0.1
 # sign      same  same  flip flip same  same same same
+EVIDENCE = [-2.0, 0.6, 0.7, 8.0, -0.1, -0.3, 0.4, 20.0]
+# times wf  -2.0 -1.86 -1.4  4.0 -0.3   1.5  1.6  2.0
 HALF = {
     "large_final": [0, 1, 0, 0, 1, 1, 1, 0],
     "small_final": [1, 0, 1, 1, 0, 0, 0, 1],
@@ -29,20 +31,33 @@ HALF = {
     "magnitude_increase_same_sign": [1, 1, 0, 0, 0, 1, 1, 0],
     "smallest_weights": [0, 1, 0, 0, 1, 1, 1, 0],
     "smallest_weights_global": [0, 1, 0, 0, 1, 1, 1, 0],
+    "snip": [1, 1, 0, 1, 0, 0, 0, 1],
+    "grasp": [0, 0, 0, 1, 0, 1, 1, 1],
+    "synflow": [1, 1, 0, 1, 0, 0, 0, 1],
+    "gradient": [1, 0, 1, 1, 0, 0, 0, 1],
+    "saliency": [1, 1, 0, 1, 0, 0, 0, 1],
+    # -2.0 1.86 1.4 4.0 -0.3 -1.5 1.6 2.0
+    "wanda": [0, 1, 0, 1, 0, 0, 1, 1],
 }
 
 
 def prune(name, drop, initial=INITIAL, final=FINAL, mask=None, seed=0):
     """The mask of one kernel as a list of 0 and 1; the current weights are the final ones."""
     mask = np.ones(len(final), dtype=bool) if mask is None else np.array(mask, dtype=bool)
+
+    def column(values):
+        return np.array(values, dtype=np.float32)[:, None]
+
     kernel = selection.Weights(
-        initial=np.array(initial, dtype=np.float32),
-        final=np.array(final, dtype=np.float32),
-        current=np.array(final, dtype=np.float32),
-        mask=mask,
+        initial=column(initial),
+        final=column(final),
+        current=column(final),
+        mask=mask[:, None],
+        **dict.fromkeys(criteria.EVIDENCE, column(EVIDENCE[: len(mask)])),
     )
     rate = drop / np.count_nonzero(mask)
-    return selection.update(name, {"kernel": kernel}, rate=rate, seed=seed)["kernel"].tolist()
+    masks = selection.update(name, {"kernel": kernel}, rate=rate, seed=seed)
+    return masks["kernel"].ravel().tolist()
 
 
 @pytest.mark.parametrize("name", HALF)
@@ -234,4 +249,14 @@ def test_registration_checks_its_arguments(registry):
         criteria.register("mine", needs={"last"})
     with pytest.raises(ValueError, match="scope='everywhere'"):
         criteria.register("mine", scope="everywhere")
+    with pytest.raises(ValueError, match="rounds=0"):
+        criteria.register("mine", rounds=0)
     assert "mine" not in criteria.names()
+
+
+@pytest.mark.parametrize("name", [n for n in criteria.names() if criteria.get(n).evidence])
+def test_evidence_that_is_missing_names_who_works_it_out(name):
+    ones = np.ones((2, 2))
+    weights = {"k": selection.Weights(mask=ones > 0, initial=ones, final=ones, current=ones)}
+    with pytest.raises(ValueError, match=rf"{name!r} needs the .* 'k', .*update_masks"):
+        selection.update(name, weights, rate=0.5)

@@ -19,11 +19,8 @@ WEIGHT = RNG.uniform(0.5, 2, size=10).astype("float32")
 @pytest.fixture
 def float64():
     """Makes layers that compute in float64."""
-    keras.config.set_dtype_policy("float64")
-    keras.config.set_floatx("float64")
     with _keras.double_precision():
         yield
-    keras.config.set_floatx("float32")
 
 
 def small_model(loss=None, norm=False):
@@ -186,6 +183,97 @@ def test_it_can_be_asked_for_while_the_model_trains():
     model.fit(X, Y, batch_size=4, verbose=0, callbacks=[ask])
     for path, array in gradients.loss_gradients(model, X, Y).items():
         np.testing.assert_allclose(ask.last[path], array, rtol=1e-5, atol=1e-7)
+
+
+def numpy_loss(weights, x, y, temperature):
+    """A net of two dense layers with a tanh between, and the cross-entropy of its cooled logits."""
+    logits = np.tanh(x @ weights[:6].reshape(3, 2)) @ weights[6:].reshape(2, 3) / temperature
+    logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
+    return -logits[np.arange(len(y)), y].mean()
+
+
+def differences(function, at, step):
+    """The gradient and the Hessian of a function by central differences."""
+    moves = step * np.eye(len(at))
+    slopes = np.array([function(at + a) - function(at - a) for a in moves]) / (2 * step)
+    bends = [
+        [
+            function(at + a + b)
+            - function(at + a - b)
+            - function(at - a + b)
+            + function(at - a - b)
+            for b in moves
+        ]
+        for a in moves
+    ]
+    return slopes, np.array(bends) / (4 * step**2)
+
+
+@pytest.mark.parametrize("outputs", ["logits", "softmax"])
+def test_the_hessian_times_the_gradient_agrees_with_differences_in_numpy(float64, outputs):
+    activation = None if outputs == "logits" else "softmax"
+    model = keras.Sequential(
+        [
+            keras.Input((3,)),
+            keras.layers.Dense(2, activation="tanh", use_bias=False, name="a"),
+            keras.layers.Dense(3, activation=activation, use_bias=False, name="b"),
+        ]
+    )
+    model = ml.convert_to_masked(model)
+    prune_some(model)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=outputs == "logits")
+    model.compile("sgd", loss if outputs == "logits" else "sparse_categorical_crossentropy")
+    x, y = X[:, 0].astype("float64"), Y % 3
+    weights = ml.strip_masks(model).get_weights()
+    at = np.concatenate([weight.ravel() for weight in weights])
+    slopes, bends = differences(lambda w: numpy_loss(w, x, y, 200.0), at, 1e-3)
+    expected = np.split(bends @ slopes, [6])
+    found = gradients.hessian_gradients(model, x, y, batch_size=4)
+    for array, wanted in zip(found.values(), expected, strict=True):
+        np.testing.assert_allclose(array.ravel(), wanted, rtol=2e-3, atol=1e-11)
+    slopes, _ = differences(lambda w: numpy_loss(w, x, y, 1.0), at, 1e-5)
+    for array, wanted in zip(
+        gradients.loss_gradients(model, x, y).values(), np.split(slopes, [6]), strict=True
+    ):
+        np.testing.assert_allclose(array.ravel(), wanted, rtol=1e-5, atol=1e-9)
+
+
+def test_binary_outputs_are_cooled_and_other_losses_are_not(float64):
+    def found(loss, activation, temperature):
+        keras.utils.set_random_seed(1)
+        dense = keras.layers.Dense(1, name="dense")
+        model = keras.Sequential(
+            [
+                keras.Input((3,)),
+                dense,
+                keras.layers.Rescaling(1 / temperature),
+                keras.layers.Activation(activation),
+            ]
+        )
+        model = ml.convert_to_masked(model)
+        model.compile("sgd", loss)
+        y = (Y % 2)[:, None]
+        return gradients.hessian_gradients(model, X[:, 0].astype("float64"), y)["dense/kernel"]
+
+    def unknown(y_true, y_pred):
+        return keras.losses.binary_crossentropy(y_true, y_pred, from_logits=True)
+
+    expected = found(unknown, "linear", 200.0)
+    np.testing.assert_allclose(found("binary_crossentropy", "sigmoid", 1.0), expected, rtol=1e-6)
+    logits = keras.losses.BinaryCrossentropy(from_logits=True)
+    np.testing.assert_allclose(found(logits, "linear", 1.0), expected, rtol=1e-6)
+    assert np.abs(found(unknown, "linear", 1.0) / expected).min() > 100
+
+
+def test_attention_has_a_second_derivative():
+    inputs = keras.Input((6, 3))
+    x = keras.layers.MultiHeadAttention(2, 3)(inputs, inputs)
+    outputs = keras.layers.Dense(4)(keras.layers.Flatten()(x))
+    model = ml.convert_to_masked(keras.Model(inputs, outputs))
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    found = gradients.hessian_gradients(model, X, Y)
+    assert len(found) == 5
+    assert all(np.isfinite(array).all() and array.any() for array in found.values())
 
 
 def test_low_rank_factors_are_part_of_the_effective_weight():

@@ -11,6 +11,8 @@ import pytest
 from keras import layers, ops
 
 import masked_layers as ml
+from masked_layers import _keras
+from masked_layers.conversion import copy_model
 
 BACKEND = keras.backend.backend()
 
@@ -981,3 +983,23 @@ def test_what_cannot_be_stripped_is_refused():
             with pytest.raises(ValueError, match=reason):
                 ml.strip_masks(model, inplace=inplace)
         np.testing.assert_array_equal(numpy(model(data(2, 4))), before)
+
+
+def test_a_copy_of_another_precision_computes_in_it():
+    inner = keras.Sequential([keras.Input((4,)), layers.Dense(4, activation="tanh")])
+    inputs = keras.Input((3,))
+    x = inner(layers.Dense(4, dtype="mixed_bfloat16")(inputs))
+    model = ml.convert_to_masked(keras.Model(inputs, layers.BatchNormalization()(x)))
+    model.compile("adam", "mse")
+    with _keras.double_precision():
+        copy = copy_model(model, dtype="float64")
+        data = keras.ops.convert_to_tensor(np.full((2, 3), 1 / 3))
+        (first, *_), outputs = copy.layers[1:], copy(data)
+        assert keras.backend.standardize_dtype(outputs.dtype) == "float64"
+        hidden = keras.ops.convert_to_numpy(first(data))
+    expected = np.full((2, 3), 1 / 3) @ model.get_weights()[0].astype("float64")
+    np.testing.assert_allclose(hidden, expected, rtol=1e-14)
+    assert {v.dtype for v in copy.variables} == {"float64", "bool"}
+    assert not copy.compiled
+    for old, new in zip(model.get_weights(), copy.get_weights(), strict=True):
+        np.testing.assert_array_equal(new, old.astype("float64"))

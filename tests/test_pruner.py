@@ -120,6 +120,8 @@ def test_no_strategy_changes_a_record():
     records += [array.copy() for array in pruner.final_weights.values()]
     raw = model.get_weights()
     for name in criteria.names():
+        if criteria.get(name).evidence:  # see test_evidence
+            continue
         pruner.reset_masks()
         with warnings.catch_warnings(action="ignore"):
             pruner.update_masks(name, rate=0.3)

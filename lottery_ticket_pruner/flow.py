@@ -1,0 +1,136 @@
+"""Synaptic flow: how much of what enters a model made positive leaves it through each weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import keras
+import numpy as np
+from keras import layers, ops
+
+import masked_layers as ml
+from lottery_ticket_pruner.engine import Arrays
+from lottery_ticket_pruner.gradients import Tensor, compiled, effective_value, gradient
+from masked_layers import _keras
+from masked_layers.conversion import copy_model
+from masked_layers.masks import raw_view
+
+
+class SynapticFlow:
+    """The gradient of the sum of a model's logits by its weights, all of them made positive.
+
+    It is that of a copy in float64: products over many layers leave the range of float32. Every
+    weight of the copy, biases and statistics included, is replaced by its absolute value; the
+    activations of its outputs (a softmax would make the sum constant) are taken away; it runs in
+    inference mode on an input of ones.
+
+    In a network of linear maps and rectifiers, the sum of abs(weight) times flow is the same for
+    every layer. A weight that cannot change the output has a flow of zero and goes first: so do the
+    queries and keys of an attention, which looks everywhere alike where all positions are.
+
+    Args:
+        model: masked; it is not changed.
+        x: inputs of which only the shape counts; None where the model's own is fixed.
+
+    Raises:
+        ValueError: the model cannot be copied, its inputs are not of floats or their shape is not
+            known, or its outputs are probabilities by something else than an activation.
+
+    Reference:
+        - [Tanaka et al., arXiv 2006.05467](https://arxiv.org/abs/2006.05467), section 5
+    """
+
+    def __init__(self, model: keras.Model, x: Arrays | None = None) -> None:
+        ones = _ones(model, x)
+        with _keras.double_precision():
+            self._model = copy_model(model, dtype="float64")
+            for output in _keras.output_layers(self._model):
+                _take_activation(output)
+            for variable in self._model.weights:
+                if "float" in variable.dtype:
+                    variable.assign(ops.abs(variable.value))
+            self._ones = keras.tree.map_structure(ops.convert_to_tensor, ones)
+            _refuse_probabilities(model, self._model(self._ones, training=False))
+            self._refs = ml.masked_refs(self._model)
+            self._masks = ml.get_masks(self._model)
+            self._weights = [ops.abs(effective_value(ref)) for ref in self._refs]
+            own = {id(ref.variable) for ref in self._refs}
+            others = [variable for variable in self._model.variables if id(variable) not in own]
+            # A compiled function on JAX would keep what it is not handed as constants.
+            self._others = others if keras.backend.backend() == "jax" else []
+            self._gradient = compiled(self._model, self._trace)
+
+    def __call__(self, masks: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The flow through each weight, pruned ones included, when these are the masks.
+
+        Args:
+            masks: bool arrays by path, of all masked weights; none keeps what the model prunes.
+
+        Returns:
+            A dict from path to float64 array.
+        """
+        with _keras.double_precision():
+            pruned = [self._masks[ref.path] & ~masks[ref.path] for ref in self._refs]
+            weights = [
+                ops.where(ops.convert_to_tensor(gone), ops.zeros_like(weight), weight)
+                for gone, weight in zip(pruned, self._weights, strict=True)
+            ]
+            flows = self._gradient(weights, [variable.value for variable in self._others])
+            return {
+                ref.path: ops.convert_to_numpy(flow)
+                for ref, flow in zip(self._refs, flows, strict=True)
+            }
+
+    def _trace(self, weights: list[Tensor], others: list[Tensor]) -> list[Tensor]:
+        def total(weights: list[Tensor]) -> tuple[Tensor, None]:
+            variables = [*[ref.variable for ref in self._refs], *self._others]
+            state = list(zip(variables, [*weights, *others], strict=True))
+            with raw_view(), keras.StatelessScope(state):
+                outputs = self._model(self._ones, training=False)
+            return sum(ops.sum(output) for output in keras.tree.flatten(outputs)), None
+
+        return gradient(total, weights)[0]
+
+
+def _ones(model: keras.Model, x: Arrays | None) -> Arrays:
+    """One example of ones, in the structure of the model's inputs."""
+    inputs = _keras.input_specs(model) if x is None else keras.tree.map_structure(np.asarray, x)
+    if any("float" not in str(tensor.dtype) for tensor in keras.tree.flatten(inputs)):
+        raise ValueError(
+            "SynFlow sends ones through the model, which must take floats. "
+            f"{model.name!r} has an input of integers, such as the indices of an embedding: use "
+            "another criterion."
+        )
+    shapes = [tuple(tensor.shape)[1:] for tensor in keras.tree.flatten(inputs)]
+    if any(size is None for shape in shapes for size in shape):
+        raise ValueError(
+            f"SynFlow needs inputs of a fixed shape. Those of {model.name!r} have {shapes}: pass "
+            "`data=x` with an example, of which only the shape counts."
+        )
+    ones = [np.ones((1, *shape)) for shape in shapes]
+    return keras.tree.pack_sequence_as(inputs, ones)
+
+
+def _take_activation(output: keras.Operation) -> None:
+    """Makes the activation of an output layer the identity."""
+    inner = _keras.output_layers(output)
+    if isinstance(output, layers.TimeDistributed):
+        inner = [output.layer]
+    for layer in inner:
+        _take_activation(layer)
+    if isinstance(output, layers.Softmax):
+        # Past Keras' tracking. The layer is one of a copy that nobody else sees.
+        vars(output)["call"] = lambda inputs, mask=None: inputs
+    elif isinstance(output, layers.Layer) and hasattr(output, "activation"):
+        output.activation = keras.activations.linear
+
+
+def _refuse_probabilities(model: keras.Model, outputs: Tensor) -> None:
+    for output in keras.tree.flatten(outputs):
+        array = ops.convert_to_numpy(output)
+        if array.ndim > 1 and array.shape[-1] > 1 and np.allclose(array.sum(-1), 1, atol=1e-9):
+            raise ValueError(
+                f"The outputs of {model.name!r} add up to 1: they are probabilities, which do not "
+                "change with the scale of what flows into them. SynFlow takes the activation of an "
+                "output layer away by itself; here it is elsewhere. Let the model give logits."
+            )
