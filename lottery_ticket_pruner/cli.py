@@ -28,15 +28,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     import tyro
 
-    from lottery_ticket_pruner.experiments import page, run, sweep
+    from lottery_ticket_pruner.experiments import page, run, supermask, sweep
     from lottery_ticket_pruner.experiments.config import RunConfig
     from lottery_ticket_pruner.experiments.page import ReportConfig
+    from lottery_ticket_pruner.experiments.supermask import SupermaskConfig
     from lottery_ticket_pruner.experiments.sweep import SweepConfig
     from lottery_ticket_pruner.storage import ExportConfig, InspectConfig
 
     config = tyro.extras.subcommand_cli_from_dict(
         {
             "run": RunConfig,
+            "supermask": SupermaskConfig,
             "sweep": SweepConfig,
             "report": ReportConfig,
             "export": ExportConfig,
@@ -53,6 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _print_failures(sweep.sweep(config))
         if isinstance(config, ReportConfig):
             page.write_report(config)
+            return 0
+        if isinstance(config, SupermaskConfig):
+            supermask.run(*supermask.prepare(config))
             return 0
         run.run(*run.prepare(config))
     except (OSError, ValueError) as error:

@@ -51,8 +51,8 @@ def run(config: RunConfig, data: datasets.Dataset, console: Console | None = Non
     started = time.perf_counter()
     console = console or Console(quiet=config.quiet)
     if config.deterministic:
-        _make_deterministic()
-    model = _compiled(config, data, config.seeds[0])
+        make_deterministic()
+    model = compiled(config, data, config.seeds[0])
     model = ml.convert_to_masked(model)
     folder = _prepare_folder(config)
     console.print(
@@ -69,7 +69,7 @@ def run(config: RunConfig, data: datasets.Dataset, console: Console | None = Non
     with _Progress(config, console) as progress:
         for replicate, seed in enumerate(config.seeds):
             if replicate:
-                model.set_weights(_compiled(config, data, seed).get_weights())
+                model.set_weights(compiled(config, data, seed).get_weights())
             logs = _Logs(folder / "logs", replicate, model)
 
             def record(row: dict[str, Any], logs: _Logs = logs) -> None:
@@ -81,7 +81,7 @@ def run(config: RunConfig, data: datasets.Dataset, console: Console | None = Non
             callbacks = {"on_result": record, "on_progress": progress.advance}
             found = _find(config, data, model, replicate, **callbacks)
             suffix = f"-{replicate}" if replicate else ""
-            _save(found.ticket, folder / f"ticket{suffix}.keras")
+            save(found.ticket, folder / f"ticket{suffix}.keras")
             if not suffix:
                 _export(found.ticket, folder / "served" / "1", console)
             logs.close()
@@ -95,7 +95,8 @@ def run(config: RunConfig, data: datasets.Dataset, console: Console | None = Non
     return folder
 
 
-def _make_deterministic() -> None:
+def make_deterministic() -> None:
+    """Has the backend take operations that repeat bit for bit, for the rest of the process."""
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
@@ -106,10 +107,10 @@ def _make_deterministic() -> None:
         torch.use_deterministic_algorithms(True)
 
 
-def _save(ticket: keras.Model, path: Path) -> None:
+def save(ticket: keras.Model, path: Path, **kwargs: Any) -> None:
     """Write a model so that an interruption leaves no half of it."""
     unfinished = path.with_name(f".{path.name}.part.keras")
-    ticket.save(unfinished)
+    ticket.save(unfinished, **kwargs)
     unfinished.replace(path)
 
 
@@ -124,7 +125,8 @@ def _export(ticket: keras.Model, path: Path, console: Console) -> None:
         console.print(f"{path}: {stored.disk_nbytes:,} bytes", markup=False, highlight=False)
 
 
-def _compiled(config: RunConfig, data: datasets.Dataset, seed: int) -> keras.Model:
+def compiled(config: RunConfig, data: datasets.Dataset, seed: int) -> keras.Model:
+    """The network of a resolved configuration with the initial weights of a seed, compiled."""
     keras.utils.set_random_seed(seed)
     pixels = data.x_train.reshape(-1, data.input_shape[-1])
     model = networks.build(

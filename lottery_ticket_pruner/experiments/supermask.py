@@ -1,0 +1,371 @@
+"""Supermasks as an experiment: what masks know over weights that nobody trained."""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import keras
+import numpy as np
+import pandas as pd
+import rich.progress
+import tyro
+from matplotlib.figure import Figure
+from rich.console import Console
+
+import masked_layers as ml
+from lottery_ticket_pruner import criteria, training
+from lottery_ticket_pruner.experiments import datasets, networks, report
+from lottery_ticket_pruner.experiments.config import RunConfig
+from lottery_ticket_pruner.experiments.run import compiled, make_deterministic, save
+from lottery_ticket_pruner.learned import learn_supermask
+from lottery_ticket_pruner.pruner import LotteryTicketPruner
+from lottery_ticket_pruner.supermasks import WEIGHTS, evaluate_grid
+from masked_layers.files import replacing
+
+# Those that rank recorded weights alone: all of Zhou et al.'s and the earlier library's.
+CRITERIA = tuple(
+    name
+    for name in criteria.names()
+    if criteria.get(name).needs <= {"initial", "final"} and criteria.get(name).scope is None
+)
+_SPARSITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
+_LEARNING_STEPS = 20_000
+_LEARNING_BATCH = 250
+
+_NO_HINT = tyro.conf.arg(help_behavior_hint="")
+_Int = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
+_Float = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")]
+_Path = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
+
+
+@dataclasses.dataclass(frozen=True)
+class SupermaskConfig:
+    """Evaluate masks over untrained weights, or learn them.
+
+    Without --learn a network is trained, each criterion makes masks of many sparsities from its
+    initial and trained weights, and the masks are evaluated over the initial weights. With --learn
+    the masks themselves are trained over weights that stay as they were drawn.
+    """
+
+    learn: Annotated[Literal["bernoulli", "edge_popup"] | None, _NO_HINT] = None
+    """Learn masks instead: sampled from probabilities, or of the weights with the best scores."""
+    data: Literal[*datasets.NAMES] = "digits"
+    """Data set; all but digits are read from --data-dir or downloaded."""
+    data_dir: _Path = None
+    """Folder with the data set's published files or its .npz, or with a subfolder of them."""
+    network: Annotated[Literal[*networks.NAMES] | None, _NO_HINT] = None
+    """Network; by default lenet-300-100, for CIFAR-10 conv-2."""
+    criteria: tuple[Literal[*CRITERIA], ...] = CRITERIA
+    """What makes the masks (without --learn)."""
+    sparsities: Annotated[tuple[float, ...] | None, _NO_HINT] = None
+    """Shares of pruned weights; by default eleven from 0.1 to 0.98, to learn edge_popup masks 0.5.
+    A bernoulli mask finds its own."""
+    weights: tuple[Literal[*WEIGHTS], ...] = tuple(WEIGHTS)
+    """What the masks are laid over: initial weights, or their signs times their deviation."""
+    dwr: tuple[bool, ...] = (False, True)
+    """Whether weights are rescaled by size / ones(mask)."""
+    scope: Annotated[Literal["layer", "global"] | None, _NO_HINT] = None
+    """Which weights compete: those of a layer or all; by default layer."""
+    steps: _Int = None
+    """Training steps; by default those of the network's recipe, to learn masks 20 000."""
+    epochs: _Int = None
+    """Instead of --steps: epochs."""
+    batch_size: _Int = None
+    """Examples per step; by default those of the recipe, to learn masks 250."""
+    learning_rate: _Float = None
+    """Of the trained network; by default that of its recipe. Masks are learned as published."""
+    samples: int = 10
+    """Masks sampled to evaluate a learned bernoulli mask."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """One replicate for each seed, from the initial weights on."""
+    out: _Path = None
+    """Run folder; by default one in ./runs, named after the options. Seeds that an interrupted run
+    of the same options finished are kept."""
+    deterministic: bool = False
+    """Repeat bit for bit on this machine."""
+    quiet: bool = False
+    """Print nothing."""
+
+    def resolve(self, training_images: int) -> "SupermaskConfig":
+        """The same configuration with every choice made.
+
+        Raises:
+            ValueError: contradicting options, unknown names, numbers out of their range.
+        """
+        own = {field.name for field in dataclasses.fields(self)}
+        shared = own & {field.name for field in dataclasses.fields(RunConfig)}
+        values = {name: getattr(self, name) for name in shared}
+        if self.learn:
+            if self.learning_rate is not None or self.scope is not None:
+                raise ValueError("--learning-rate and --scope have no meaning with --learn.")
+            if self.sparsities and self.learn == "bernoulli":
+                raise ValueError("A bernoulli mask finds its own sparsity: leave --sparsities out.")
+            values["batch_size"] = self.batch_size or _LEARNING_BATCH
+            if self.epochs is None:
+                values["steps"] = self.steps or _LEARNING_STEPS
+        run = RunConfig(**values).resolve(training_images)
+        sparsities = self.sparsities or ((0.5,) if self.learn else _SPARSITIES)
+        if not all(0 <= sparsity < 1 for sparsity in sparsities):
+            raise ValueError(f"--sparsities must be in [0, 1). Received: {sparsities}.")
+        for name in ("criteria", "weights", "dwr"):
+            if not getattr(self, name):
+                raise ValueError(f"Give at least one value for --{name}.")
+        if self.samples < 1:
+            raise ValueError(f"--samples must be positive. Received: {self.samples}.")
+        taken = ("network", "steps", "epochs", "batch_size", "learning_rate", "scope")
+        return dataclasses.replace(
+            self,
+            **{name: getattr(run, name) for name in taken},
+            sparsities=None if self.learn == "bernoulli" else tuple(sparsities),
+        )
+
+    @property
+    def name(self) -> str:
+        """What a resolved configuration is called: readable, and different for different runs."""
+        content = json.dumps(self._choices(self.to_dict()), sort_keys=True)
+        digest = hashlib.sha256(content.encode()).hexdigest()
+        return f"{self.data}-{self.network}-{self.learn or 'untrained'}-masks-{digest[:8]}"
+
+    @property
+    def folder(self) -> Path:
+        """Where a resolved configuration writes."""
+        return self.out or Path("runs") / self.name
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration in JSON's types."""
+        values = dataclasses.asdict(self)
+        texts = {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
+        return json.loads(json.dumps(texts))
+
+    def same_run(self, file: Path) -> bool:
+        """Whether a file that `to_dict` went into is of a run with the same results."""
+        try:
+            stored = json.loads(file.read_text())
+        except (OSError, ValueError):
+            return False
+        return self._choices(stored) == self._choices(self.to_dict())
+
+    def training_config(self) -> RunConfig:
+        """The run whose network and training this one shares."""
+        names = ("data", "network", "steps", "batch_size", "learning_rate", "seeds")
+        values = {name: getattr(self, name) for name in names}
+        return RunConfig(**values).resolve(self.batch_size)
+
+    @staticmethod
+    def _choices(values: dict[str, Any]) -> dict[str, Any]:
+        return {k: v for k, v in values.items() if k not in ("out", "data_dir", "quiet")}
+
+
+def prepare(config: SupermaskConfig) -> tuple[SupermaskConfig, datasets.Dataset]:
+    """Make every choice that the configuration leaves open, and load its data.
+
+    Raises:
+        ValueError: the configuration makes no sense.
+        DatasetNotFoundError: the data is neither in `data_dir` nor to be had by download.
+    """
+    data = datasets.load(config.data, config.data_dir)
+    return config.resolve(len(data.x_train)), data
+
+
+def run(config: SupermaskConfig, data: datasets.Dataset, console: Console | None = None) -> Path:
+    """Run a prepared experiment (see `prepare`) and return its folder.
+
+    The folder holds `config.json`, `results.csv` (a row per mask) and `curves-<number>.png`; for
+    untrained masks also `heat-map.png`; for learned ones the masks as binary ones over their
+    weights, `supermask-<weights>-<dwr>-<replicate>.keras`.
+    """
+    started = time.perf_counter()
+    console = console or Console(quiet=config.quiet)
+    if config.deterministic:
+        make_deterministic()
+    folder = config.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = _finished_rows(config)
+    (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+    console.print(
+        f"{config.data}, {config.network}, {config.learn or 'untrained'} masks; "
+        f"{keras.backend.backend()}\nResults go to {folder}",
+        highlight=False,
+        markup=False,
+    )
+    done = {row["replicate"] for row in rows}
+    one_seed = _learned if config.learn else _untrained
+    bar = rich.progress.Progress(
+        rich.progress.TextColumn("{task.description}"),
+        rich.progress.BarColumn(),
+        rich.progress.TextColumn("{task.completed:.0f} of {task.total:.0f} steps"),
+        rich.progress.TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    )
+    with bar:
+        total = config.steps * (len(_cells(config)) if config.learn else 1)
+        task = bar.add_task("", total=total * (len(config.seeds) - len(done)))
+        for replicate, seed in enumerate(config.seeds):
+            if replicate not in done:
+                bar.update(task, description=f"seed {seed}")
+                advance = lambda steps: bar.advance(task, steps)  # noqa: E731
+                for row in one_seed(config, data, seed, replicate, advance):
+                    rows.append({"replicate": replicate, **row})
+                with replacing(folder / "results.csv") as file:
+                    pd.DataFrame(rows).to_csv(file, index=False)
+    table = pd.DataFrame(rows)
+    table["seed"] = [config.seeds[replicate] for replicate in table["replicate"]]
+    shown = table.drop(columns=["dense_accuracy"], errors="ignore")
+    for number, (title, lines, label) in enumerate(report.charts(shown), 1):
+        picture = report.picture(lines, x_label=label)
+        picture.suptitle(title, fontsize=10)
+        picture.savefig(folder / f"curves-{number}.png", dpi=150)
+    if not config.learn:
+        heat_map(shown).savefig(folder / "heat-map.png", dpi=150)
+        dense = table.groupby("replicate")["dense_accuracy"].first()
+        console.print(f"trained, all weights: {dense.mean():.2%}", highlight=False)
+    console.print(report.best_sheet(shown).table())
+    console.print(f"{time.perf_counter() - started:.0f} s. Results in {folder}", highlight=False)
+    return folder
+
+
+def heat_map(rows: pd.DataFrame) -> Figure:
+    """Mean accuracy of untrained masks, criteria against sparsities; a field per weights and dwr.
+
+    Args:
+        rows: `criterion`, `sparsity`, `weights`, `dwr` and `test_accuracy` of every mask.
+    """
+    settings = list(rows.groupby(["weights", "dwr"], sort=False))
+    names, sparsities = rows["criterion"].unique(), sorted(rows["sparsity"].unique())
+    columns = min(2, len(settings))
+    lines = math.ceil(len(settings) / columns)
+    size = (2.6 + 0.45 * columns * len(sparsities), 0.8 + lines * (0.7 + 0.24 * len(names)))
+    figure = Figure(figsize=size, layout="constrained")
+    fields = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
+    for axes in fields.flat[len(settings) :]:
+        axes.remove()
+    for axes, ((weights, dwr), own) in zip(fields.flat, settings, strict=False):
+        means = own.pivot_table("test_accuracy", "criterion", "sparsity", aggfunc="mean")
+        means = 100 * means.reindex(index=names, columns=sparsities).to_numpy()
+        image = axes.imshow(means, vmin=0, vmax=100, aspect="auto", cmap="viridis")
+        for line, column in itertools.product(*map(range, means.shape)):
+            value = means[line, column]
+            colour = "white" if value < 55 else "black"
+            axes.text(
+                column, line, f"{value:.0f}", ha="center", va="center", color=colour, fontsize=7
+            )
+        axes.set_xticks(range(len(sparsities)), [f"{s:g}" for s in sparsities], fontsize=7)
+        axes.set_yticks(range(len(names)), names, fontsize=7)
+        axes.set_title(f"{weights}{', rescaled' if dwr else ''}", fontsize=9)
+    figure.supxlabel("sparsity", fontsize=9)
+    figure.colorbar(image, ax=fields, label="test accuracy, %", shrink=0.7)
+    return figure
+
+
+def _finished_rows(config: SupermaskConfig) -> list[dict[str, Any]]:
+    """The rows of seeds that an earlier, interrupted run of the same options finished."""
+    file = config.folder / "results.csv"
+    if not (file.is_file() and config.same_run(config.folder / "config.json")):
+        return []
+    rows = pd.read_csv(file)
+    # Written after every seed: what is there is whole. A finished run is run again.
+    return [] if rows["replicate"].nunique() == len(config.seeds) else rows.to_dict("records")
+
+
+def _untrained(
+    config: SupermaskConfig,
+    data: datasets.Dataset,
+    seed: int,
+    replicate: int,
+    advance: Callable[[int], None],
+) -> list[dict[str, Any]]:
+    model = ml.convert_to_masked(compiled(config.training_config(), data, seed))
+    pruner = LotteryTicketPruner(model)
+    training.train(
+        model,
+        data.x_train,
+        data.y_train,
+        steps=config.steps,
+        batch_size=config.batch_size,
+        seed=seed,
+        on_progress=advance,
+        deterministic=config.deterministic,
+    )
+    pruner.set_pretrained_weights()
+    dense = training.evaluate(model, data.x_test, data.y_test)["accuracy"]
+    grid = evaluate_grid(
+        pruner,
+        data.x_test,
+        data.y_test,
+        criteria=config.criteria,
+        sparsities=config.sparsities,
+        weights=config.weights,
+        dwr=config.dwr,
+        scope=config.scope,
+        seed=seed,
+    )
+    return [
+        {
+            **{key: row[key] for key in ("criterion", "sparsity", "weights", "dwr")},
+            "test_accuracy": row["accuracy"],
+            "test_loss": row["loss"],
+            "dense_accuracy": dense,
+        }
+        for row in grid
+    ]
+
+
+def _cells(config: SupermaskConfig) -> list[tuple[str, bool, float | None]]:
+    return list(itertools.product(config.weights, config.dwr, config.sparsities or (None,)))
+
+
+def _learned(
+    config: SupermaskConfig,
+    data: datasets.Dataset,
+    seed: int,
+    replicate: int,
+    advance: Callable[[int], None],
+) -> list[dict[str, Any]]:
+    rows = []
+    for weights, dwr, sparsity in _cells(config):
+        mask = (
+            ml.BernoulliMask(rescale=dwr, seed=seed)
+            if sparsity is None
+            else ml.EdgePopupMask(sparsity=sparsity, rescale=dwr, seed=seed)
+        )
+        found = learn_supermask(
+            compiled(config.training_config(), data, seed),
+            data.x_train,
+            data.y_train,
+            steps=config.steps,
+            batch_size=config.batch_size,
+            mask=mask,
+            weights=weights,
+            samples=config.samples,
+            test_data=(data.x_test, data.y_test),
+            seed=seed,
+            on_progress=advance,
+            deterministic=config.deterministic,
+        )
+        scaled = "rescaled" if dwr else "plain"
+        asked = "" if sparsity is None else f"-{sparsity:g}"
+        save(
+            found.supermask,
+            config.folder / f"supermask-{weights}-{scaled}{asked}-{replicate}.keras",
+            include_optimizer=False,  # that of the scores
+        )
+        rows.append(
+            {
+                "weights": weights,
+                "dwr": dwr,
+                "sparsity": ml.sparsity_report(found.supermask).sparsity,
+                "test_accuracy": float(np.mean(found.samples["accuracy"])),
+                "test_loss": float(np.mean(found.samples["loss"])),
+                "accuracy_of_samples_deviation": float(np.std(found.samples["accuracy"])),
+                "deterministic_accuracy": found.deterministic["accuracy"],
+                "seconds": found.history.seconds,
+            }
+        )
+    return rows

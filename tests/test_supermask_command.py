@@ -1,0 +1,98 @@
+"""`lottery-ticket supermask`: untrained grids and learned masks, from the options to the files."""
+
+import dataclasses
+import io
+import json
+
+import keras
+import pytest
+
+pytest.importorskip("tyro")
+
+import pandas as pd
+from rich.console import Console
+
+import masked_layers as ml
+from lottery_ticket_pruner import cli, training
+from lottery_ticket_pruner.experiments import datasets, supermask
+from lottery_ticket_pruner.experiments.supermask import SupermaskConfig
+
+UNTRAINED = SupermaskConfig(
+    criteria=("large_final", "random"), sparsities=(0.5, 0.9), steps=40, seeds=(3, 4)
+)
+
+
+def test_what_is_left_open_is_chosen():
+    config = SupermaskConfig().resolve(1000)
+    assert len(config.criteria) == 13
+    assert (config.network, config.steps, config.batch_size) == ("lenet-300-100", 600, 60)
+    assert len(config.sparsities) == 11
+    learned = SupermaskConfig(learn="bernoulli").resolve(1000)
+    assert (learned.steps, learned.batch_size, learned.sparsities) == (20_000, 250, None)
+    assert SupermaskConfig(learn="edge_popup", epochs=3).resolve(1000).steps == 12
+    assert SupermaskConfig(learn="edge_popup").resolve(1000).sparsities == (0.5,)
+    names = {config.name, learned.name, dataclasses.replace(config, dwr=(True,)).name}
+    assert len(names) == 3
+    assert dataclasses.replace(config, quiet=True).name == config.name
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"learn": "bernoulli", "sparsities": (0.5,)}, "finds its own sparsity"),
+        ({"learn": "bernoulli", "learning_rate": 0.1}, "no meaning with --learn"),
+        ({"sparsities": (1.0,)}, r"must be in \[0, 1\)"),
+        ({"criteria": ()}, "at least one value for --criteria"),
+        ({"samples": 0}, "--samples must be positive"),
+        ({"steps": 1, "epochs": 1}, "--steps or --epochs"),
+    ],
+)
+def test_contradictions_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        SupermaskConfig(**options).resolve(100)
+
+
+def test_untrained_masks(tmp_path, monkeypatch):
+    config, data = supermask.prepare(dataclasses.replace(UNTRAINED, out=tmp_path / "run"))
+    console = Console(file=io.StringIO(), width=100)
+    folder = supermask.run(config, data, console)
+    rows = pd.read_csv(folder / "results.csv")
+    assert len(rows) == 2 * 2 * 2 * 2 * 2
+    assert rows["replicate"].value_counts().tolist() == [16, 16]
+    best = rows[rows["criterion"] == "large_final"]["test_accuracy"].max()
+    assert best > rows[rows["criterion"] == "random"]["test_accuracy"].max()
+    assert (rows["dense_accuracy"] > best).all()
+    assert {file.name for file in folder.glob("*.png")} >= {"heat-map.png", "curves-4.png"}
+    assert "trained, all weights" in console.file.getvalue()
+
+    # What an interrupted run finished is not trained again.
+    rows[rows["replicate"] == 0].to_csv(folder / "results.csv", index=False)
+    seeds, train = [], training.train
+
+    def counted(*args, **kwargs):
+        seeds.append(kwargs["seed"])
+        return train(*args, **kwargs)
+
+    monkeypatch.setattr(training, "train", counted)
+    supermask.run(config, data, Console(quiet=True))
+    assert seeds == [4]
+    again = pd.read_csv(folder / "results.csv")
+    pd.testing.assert_frame_equal(again, rows, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["bernoulli", "edge_popup"])
+def test_learned_masks(tmp_path, kind):
+    arguments = {"learn": kind, "steps": 30, "seeds": 0, "samples": 3, "out": tmp_path}
+    words = [text for key, value in arguments.items() for text in (f"--{key}", str(value))]
+    words += ["--weights", "signed_constant", "--dwr", "True", "--quiet"]
+    assert cli.main(["supermask", *words]) == 0
+    (row,) = pd.read_csv(tmp_path / "results.csv").to_dict("records")
+    assert json.loads((tmp_path / "config.json").read_text())["learn"] == kind
+    (file,) = tmp_path.glob("supermask-signed_constant-rescaled*-0.keras")
+    found = keras.models.load_model(file)
+    data = datasets.load("digits")
+    accuracy = training.evaluate(found, data.x_test, data.y_test)["accuracy"]
+    assert accuracy == pytest.approx(row["deterministic_accuracy"], abs=1e-6)
+    assert ml.sparsity_report(found).sparsity == pytest.approx(row["sparsity"], abs=1e-6)
+    assert row["test_accuracy"] > 0.15
+    assert (row["accuracy_of_samples_deviation"] > 0) == (kind == "bernoulli")
