@@ -8,12 +8,18 @@ one takes a function of a few lines and one registration:
 ...     '''Keeps the weights that moved least.'''
 ...     return -np.abs(group.final - group.initial)
 
-Notation in the docstrings: `w0` the recorded initial weight, `wf` the recorded final one.
+Notation in the docstrings: `w0` the recorded initial weight, `wf` the recorded final one, `w` the
+raw one as it is now. A criterion may also need *evidence*, which the pruner prepares for it: `g`
+the dense gradient of the loss, `H g` the product of the loss's Hessian with it, and the like.
 
 References:
     - [Frankle & Carbin, arXiv 1803.03635](https://arxiv.org/abs/1803.03635), section 2
     - [Zhou et al., arXiv 1905.01067](https://arxiv.org/abs/1905.01067), section 2 (the criteria)
       and section 5 (those that look at signs)
+    - [Lee et al., arXiv 1810.02340](https://arxiv.org/abs/1810.02340) (`snip`)
+    - [Wang et al., arXiv 2002.07376](https://arxiv.org/abs/2002.07376) (`grasp`)
+    - [Tanaka et al., arXiv 2006.05467](https://arxiv.org/abs/2006.05467) (`synflow`)
+    - [Sun et al., arXiv 2306.11695](https://arxiv.org/abs/2306.11695) (`wanda`)
 """
 
 import dataclasses
@@ -23,6 +29,7 @@ from collections.abc import Callable, Iterable, Mapping
 import numpy as np
 
 RECORDS = ("initial", "final", "current")
+EVIDENCE = ("gradient", "hessian_gradient", "flow", "input_norm")
 SCOPES = ("layer", "global", "output")
 
 
@@ -39,6 +46,11 @@ class Group:
             asked for. Read-only, finite, float32 or wider. So are the next two.
         final: the recorded final weights.
         current: the raw weights as they are now.
+        gradient: the dense gradient of the loss by each weight, or None where the criterion does
+            not need it. So are the next three; `evidence` says how each is found.
+        hessian_gradient: the Hessian of the loss, by all masked weights, times its gradient.
+        flow: the gradient of the sum of the logits of the model made positive.
+        input_norm: the 2-norm of what each weight is multiplied with, over the data.
     """
 
     mask: np.ndarray
@@ -47,11 +59,15 @@ class Group:
     initial: np.ndarray | None = None
     final: np.ndarray | None = None
     current: np.ndarray | None = None
+    gradient: np.ndarray | None = None
+    hessian_gradient: np.ndarray | None = None
+    flow: np.ndarray | None = None
+    input_norm: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Criterion:
-    """A named score function and the records it reads.
+    """A named score function and the records and evidence it reads.
 
     Made by `register` and `get`, not by hand.
 
@@ -59,11 +75,13 @@ class Criterion:
         name: the name `get` knows it by.
         function: `function(group)` gives an array of scores with the shape of `group.mask`. Minus
             infinity is a legal score, NaN is not.
-        needs: the records it cannot do without, out of `RECORDS`.
+        needs: what it cannot do without, out of `RECORDS` and `EVIDENCE`.
         optional: the records it is given where they exist.
         scope: the only scope that goes with this criterion; None where any does.
         elementwise: whether the score of a weight depends on nothing but its own records. Then
             weights are scored some at a time, into an array of the records' dtype.
+        rounds: in how many steps the pruner goes to what is asked of it; the evidence is prepared
+            anew before each.
     """
 
     name: str
@@ -72,6 +90,12 @@ class Criterion:
     optional: frozenset[str] = frozenset()
     scope: str | None = None
     elementwise: bool = False
+    rounds: int = 1
+
+    @property
+    def evidence(self) -> frozenset[str]:
+        """What the pruner is to prepare for it."""
+        return self.needs & set(EVIDENCE)
 
     def __call__(self, group: Group) -> np.ndarray:
         """The scores of a group's weights; the highest are kept."""
@@ -103,24 +127,30 @@ def register(
     needs: Iterable[str] = (),
     scope: str | None = None,
     elementwise: bool = False,
+    rounds: int = 1,
 ) -> Callable[[Callable], Callable]:
     """Makes a score function known by name; decorates it and hands it back unchanged.
 
     Args:
         name: the name for `get`, configurations and command lines.
-        needs: the records that the function reads, out of `"initial"`, `"final"`, `"current"`;
-            the others are None in its `Group`.
+        needs: what the function reads, out of the records `"initial"`, `"final"`, `"current"` and
+            the evidence `"gradient"`, `"hessian_gradient"`, `"flow"`, `"input_norm"`; the others
+            are None in its `Group`.
         scope: the only scope that makes sense with it, or None.
         elementwise: whether the score of a weight depends on nothing but its own records, not on
             other weights, the mask or chance. Large models are then ranked with less memory.
+        rounds: in how many steps to prune, with new evidence before each.
 
     Raises:
-        ValueError: an unknown record or scope, or a name that another function has. The same
-            function defined again (a notebook cell run twice) replaces the earlier one.
+        ValueError: an unknown record or scope, rounds below 1, or a name that another function has.
+            The same function defined again (a notebook cell run twice) replaces the earlier one.
     """
     needs = frozenset((needs,) if isinstance(needs, str) else needs)
-    if not needs <= set(RECORDS):
-        raise ValueError(f"`needs` must be out of {RECORDS}. Received: needs={sorted(needs)}")
+    if not needs <= {*RECORDS, *EVIDENCE}:
+        known = (*RECORDS, *EVIDENCE)
+        raise ValueError(f"`needs` must be out of {known}. Received: needs={sorted(needs)}")
+    if rounds < 1:
+        raise ValueError(f"`rounds` must be at least 1. Received: rounds={rounds}")
     if scope is not None and scope not in SCOPES:
         raise ValueError(f"`scope` must be None or one of {SCOPES}. Received: scope={scope!r}")
 
@@ -131,7 +161,9 @@ def register(
                 f"The criterion name {name!r} is taken by {_origin(known.function)}. "
                 "Register under another name."
             )
-        _REGISTRY[name] = Criterion(name, function, needs, scope=scope, elementwise=elementwise)
+        _REGISTRY[name] = Criterion(
+            name, function, needs, scope=scope, elementwise=elementwise, rounds=rounds
+        )
         return function
 
     return decorate
@@ -301,6 +333,45 @@ def smallest_weights(group: Group) -> np.ndarray:
 def smallest_weights_global(group: Group) -> np.ndarray:
     """Drops the smallest weights as they are now, over all layers together: abs(w)."""
     return np.abs(group.current)
+
+
+@register("snip", needs={"current", "gradient"}, scope="global", elementwise=True)
+def snip(group: Group) -> np.ndarray:
+    """Keeps connections that the loss at initialization feels most: abs(g w)."""
+    return np.abs(group.gradient * group.current)
+
+
+@register("grasp", needs={"current", "hessian_gradient"}, scope="global", elementwise=True)
+def grasp(group: Group) -> np.ndarray:
+    """Keeps what lets the gradient flow at initialization: w (H g).
+
+    The paper prunes the highest of -w (H g).
+    """
+    return group.current * group.hessian_gradient
+
+
+@register("synflow", needs={"current", "flow"}, scope="global", elementwise=True, rounds=100)
+def synflow(group: Group) -> np.ndarray:
+    """Keeps paths from input to output, without data: abs(w dR/dw), in 100 rounds."""
+    return np.abs(group.current) * np.abs(group.flow)
+
+
+@register("gradient", needs={"gradient"}, elementwise=True)
+def gradient(group: Group) -> np.ndarray:
+    """Keeps weights that the loss would change most: abs(g)."""
+    return np.abs(group.gradient)
+
+
+@register("saliency", needs={"final", "gradient"}, elementwise=True)
+def saliency(group: Group) -> np.ndarray:
+    """Keeps trained weights that the loss would miss most, to first order: abs(g wf)."""
+    return np.abs(group.gradient * group.final)
+
+
+@register("wanda", needs={"current", "input_norm"}, scope="output", elementwise=True)
+def wanda(group: Group) -> np.ndarray:
+    """Keeps, of each output, what passes most on: abs(w) times the norm of its input."""
+    return np.abs(group.current) * group.input_norm
 
 
 def _lower_rank(first: np.ndarray, second: np.ndarray, group: Group) -> np.ndarray:

@@ -26,6 +26,8 @@ _HOW_TO_RECORD = {
     "current": "Pass the raw weights as `current`.",
 }
 
+_ARRAYS = (*criteria.RECORDS, *criteria.EVIDENCE)
+
 # Weights scored at a time: a criterion's intermediate arrays stay in the processor's cache.
 _CHUNK = 2**17
 
@@ -43,6 +45,10 @@ class Weights:
         initial: array of the recorded initial weights (any real dtype), or None.
         final: array of the recorded final weights, or None.
         current: array of the raw weights as they are now, or None.
+        gradient: evidence, as `criteria.Group` has it, or None. So are the next three.
+        hessian_gradient: evidence, or None.
+        flow: evidence, or None.
+        input_norm: evidence, or None.
     """
 
     mask: np.ndarray
@@ -51,6 +57,10 @@ class Weights:
     initial: np.ndarray | None = None
     final: np.ndarray | None = None
     current: np.ndarray | None = None
+    gradient: np.ndarray | None = None
+    hessian_gradient: np.ndarray | None = None
+    flow: np.ndarray | None = None
+    input_norm: np.ndarray | None = None
 
     @property
     def layout(self) -> structures.Layout:
@@ -580,7 +590,7 @@ def _join(arrays: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def _records(kernel: Weights) -> dict[str, np.ndarray]:
-    arrays = {name: getattr(kernel, name) for name in criteria.RECORDS}
+    arrays = {name: getattr(kernel, name) for name in _ARRAYS}
     return {name: array for name, array in arrays.items() if array is not None}
 
 
@@ -591,6 +601,11 @@ def _prepare(criterion: criteria.Criterion, path: str, kernel: Weights) -> Weigh
     for name in criterion.needs | criterion.optional:
         array = getattr(kernel, name)
         if array is None:
+            if name in criterion.evidence:
+                raise ValueError(
+                    f"Criterion {criterion.name!r} needs the {name} of {path!r}, which only "
+                    "`LotteryTicketPruner.update_masks` of a masked model works out."
+                )
             if name in criterion.needs:
                 raise ValueError(
                     f"Criterion {criterion.name!r} needs the {name} weights of {path!r}, which "
@@ -600,19 +615,23 @@ def _prepare(criterion: criteria.Criterion, path: str, kernel: Weights) -> Weigh
         array = np.asarray(array)
         if array.shape != mask.shape:
             raise ValueError(
-                f"The {name} weights of {path!r} have shape {array.shape}, its mask {mask.shape}. "
+                f"The {_called(name)} of {path!r} have shape {array.shape}, its mask {mask.shape}. "
                 "Both must be recorded from the same model."
             )
         # Differences of half-precision weights would round or overflow.
         array = array.astype(np.result_type(array.dtype, np.float32), copy=False)
         if not np.isfinite(array).all():
             raise ValueError(
-                f"The {name} weights of {path!r} contain NaN or infinity, which cannot be ranked. "
-                "Did the training diverge?"
+                f"The {_called(name)} of {path!r} contain NaN or infinity, which cannot be "
+                "ranked. Did the training diverge?"
             )
         records[name] = array
-    kept = dict.fromkeys(criteria.RECORDS) | records
+    kept = dict.fromkeys(_ARRAYS) | records
     return dataclasses.replace(kernel, mask=mask, **kept)
+
+
+def _called(name: str) -> str:
+    return f"{name} weights" if name in criteria.RECORDS else f"{name} values"
 
 
 def _generator(seed: int, path: str) -> np.random.Generator:
