@@ -1,7 +1,8 @@
-"""Compares a global mask update with `numpy.partition` on the same numbers.
+"""Compares global mask updates by every criterion of records with `numpy.partition`.
 
 `python -m benchmarks.ranking` prints seconds (median over alternating repeats in one process),
 their ratio, and the peak of memory that the update adds, in multiples of the weights' own bytes.
+This is the ranking alone, on arrays; `python -m benchmarks ranking` has `update_masks` of a model.
 """
 
 import argparse
@@ -11,17 +12,18 @@ import tracemalloc
 
 import numpy as np
 
-from lottery_ticket_pruner import selection
+from lottery_ticket_pruner import criteria, selection
 
 LAYERS = 10
 RATE = 0.2
 
 
 def main() -> None:
+    known = [name for name in criteria.names() if not criteria.get(name).evidence]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("criteria", nargs="*", default=known, help="default: all of records")
     parser.add_argument("--size", type=int, default=25_000_000, help="number of weights")
-    parser.add_argument("--repeats", type=int, default=7, help="how often each one is timed")
-    parser.add_argument("--criterion", default="large_final", help="what ranks the weights")
+    parser.add_argument("--repeats", type=int, default=5, help="how often each one is timed")
     args = parser.parse_args()
 
     rng = np.random.default_rng(0)
@@ -36,43 +38,27 @@ def main() -> None:
     size = LAYERS * shape[0]
     magnitudes = np.abs(np.concatenate([kernel.final for kernel in kernels.values()]))
     drop = selection.drop_count(size, size, rate=RATE)
-
-    def partition():
-        np.partition(magnitudes, drop - 1)
-
-    def first_update():
-        return selection.update(args.criterion, kernels, rate=RATE, scope="global")
-
-    pruned = {
-        path: selection.Weights(
-            initial=kernel.initial, final=kernel.final, current=kernel.current, mask=mask
-        )
-        for (path, mask), kernel in zip(first_update().items(), kernels.values(), strict=True)
-    }
-
-    def second_update():
-        return selection.update(args.criterion, pruned, rate=RATE, scope="global")
-
-    rows = {"numpy.partition": partition, "update": first_update, "second update": second_update}
-    seconds = {name: [] for name in rows}
-    for _ in range(args.repeats):
-        for name, function in rows.items():
+    print(f"global, rate {RATE}, {size:,} float32 weights in {LAYERS} kernels")
+    for criterion in args.criteria:
+        seconds = {"partition": [], "update": []}
+        for _ in range(args.repeats):
             start = time.perf_counter()
-            function()
-            seconds[name].append(time.perf_counter() - start)
-
-    print(f"{args.criterion}, global, rate {RATE}, {size:,} float32 weights in {LAYERS} kernels")
-    baseline = statistics.median(seconds["numpy.partition"])
-    for name, function in rows.items():
+            np.partition(magnitudes, drop - 1)
+            seconds["partition"].append(time.perf_counter() - start)
+            start = time.perf_counter()
+            selection.update(criterion, kernels, rate=RATE, scope="global")
+            seconds["update"].append(time.perf_counter() - start)
         tracemalloc.start()
-        function()
+        selection.update(criterion, kernels, rate=RATE, scope="global")
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        median = statistics.median(seconds[name])
+        ratios = [b / a for a, b in zip(*seconds.values(), strict=True)]
         print(
-            f"{name:16} {median:7.3f} s ({min(seconds[name]):.3f}..{max(seconds[name]):.3f})"
-            f"  ratio {median / baseline:5.2f}"
-            f"  peak {peak / 2**20:6.0f} MiB = {peak / (4 * size):.2f} x weights"
+            f"{criterion:28} {statistics.median(seconds['update']):7.3f} s, partition "
+            f"{statistics.median(seconds['partition']):.3f} s, ratio "
+            f"{statistics.median(ratios):5.2f} ({min(ratios):.2f}..{max(ratios):.2f}), peak "
+            f"{peak / (4 * size):.2f} x weights",
+            flush=True,
         )
 
 
