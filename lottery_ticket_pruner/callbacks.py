@@ -396,16 +396,14 @@ class DynamicSparseTraining(MaskSchedule):
         with fitting.variable_scope(model):
             results = []
             for ref, count in zip(refs, _alive(refs), strict=True):
-                wanted = growth.get(ref.path)
-                results.append(
-                    ranking.rewire(
-                        _joined([ref.variable]),
-                        _joined([ref.mask.value]),
-                        None if wanted is None else _joined([wanted]),
-                        _integer(selection.drop_count(count, count, rate=share)),
-                        _seed(self.seed, step, ref.path),
-                    )
-                )
+                state = [_joined([ref.variable]), _joined([ref.mask.value])]
+                number = _integer(selection.drop_count(count, count, rate=share))
+                seed = _seed(self.seed, step, ref.path)
+                if self.growth == "gradient":
+                    wanted = _joined([growth[ref.path]])
+                    results.append(ranking.rewire_by_growth(*state, wanted, number, seed))
+                else:
+                    results.append(ranking.rewire_by_lot(*state, number, seed))
             _check_finite([[ref] for ref in refs], [fine for _, _, fine in results])
             slots = self._slots()
             for ref, (mask, grown, _) in zip(refs, results, strict=True):

@@ -99,8 +99,12 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         if backend == "tensorflow":
             import tensorflow as tf
 
-            # One trace for all lengths; XLA would compile one for each.
-            return tf.function(function, autograph=False, reduce_retracing=True)
+            # One program for all lengths; XLA compiles one for each. On a GPU it must, or
+            # TensorFlow would do the arithmetic of int32 on the host.
+            on_gpu = bool(tf.config.list_logical_devices("GPU"))
+            return tf.function(
+                function, autograph=False, reduce_retracing=True, jit_compile=on_gpu or None
+            )
         if backend == "jax":
             import jax
 
@@ -133,30 +137,39 @@ def keep_largest(weight: Any, candidates: Any, most: Any, seed: Any) -> tuple[An
 
 
 @compiled
-def rewire(weight: Any, mask: Any, growth: Any, count: Any, seed: Any) -> tuple[Any, Any, Any]:
-    """Drops the smallest weights and grows as many elsewhere.
+def rewire_by_lot(weight: Any, mask: Any, count: Any, seed: Any) -> tuple[Any, Any, Any]:
+    """Drops the smallest weights and grows as many elsewhere, drawn by lot.
 
     A weight that was just dropped may grow again, from zero.
 
     Args:
         weight: 1-D tensor of floats.
         mask: bool tensor of that shape.
-        growth: tensor of floats of that shape: those with the largest absolute value grow. Or None:
-            those that grow are drawn by lot.
         count: int32 scalar: how many of the weights alive go.
         seed: int32 scalar.
 
     Returns:
         The bool mask, where it grew (bool), and whether all that was ranked is finite.
     """
+    return _rewire(weight, mask, lottery(mask, seed + 1), count, seed)
+
+
+@compiled
+def rewire_by_growth(
+    weight: Any, mask: Any, growth: Any, count: Any, seed: Any
+) -> tuple[Any, Any, Any]:
+    """Drops the smallest weights and grows those with the largest absolute values in `growth`.
+
+    Args and returns are those of `rewire_by_lot`, and `growth`, a tensor of the shape of `weight`.
+    """
+    wanted = magnitude(growth)
+    new, grown, finite = _rewire(weight, mask, wanted, count, seed)
+    return new, grown, ops.logical_and(finite, ops.all(is_finite(wanted)))
+
+
+def _rewire(weight: Any, mask: Any, wanted: Any, count: Any, seed: Any) -> tuple[Any, Any, Any]:
     keys = magnitude(weight)
     kept = keep_highest(keys, mask, _count(mask) - count, seed)
-    free = ops.logical_not(kept)
+    grown = keep_highest(wanted, ops.logical_not(kept), count, seed + 2)
     finite = ops.all(ops.logical_or(is_finite(keys), ops.logical_not(mask)))
-    if growth is None:
-        wanted = lottery(keys, seed + 1)
-    else:
-        wanted = magnitude(growth)
-        finite = ops.logical_and(finite, ops.all(is_finite(wanted)))
-    grown = keep_highest(wanted, free, count, seed + 2)
     return ops.logical_or(kept, grown), grown, finite

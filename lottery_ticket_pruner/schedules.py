@@ -29,7 +29,7 @@ class Schedule:
     """The sparsity at each step, and the steps at which masks are brought to it.
 
     Masks change at `begin_step` and every `frequency` steps from there, up to and including
-    `end_step`. Subclasses give `sparsity`, and keep their arguments in attributes of the same names.
+    `end_step`. Subclasses give `sparsity`, and keep their arguments as attributes of those names.
 
     Args:
         begin_step: First step at which masks change.

@@ -60,15 +60,13 @@ def test_the_largest_candidates_stay(values, candidates, most, seed):
 def test_rewiring_keeps_the_count(values, growth, mask, share, by_lot):
     weight, mask, growth = np.array(values, "float32"), np.array(mask), np.array(growth, "float32")
     count = int(share * mask.sum())
-    new, grown, finite = as_numpy(
-        ranking.rewire(
-            ops.convert_to_tensor(weight),
-            ops.convert_to_tensor(mask),
-            None if by_lot else ops.convert_to_tensor(growth),
-            integer(count),
-            integer(7),
-        )
-    )
+    state = [ops.convert_to_tensor(weight), ops.convert_to_tensor(mask)]
+    if by_lot:
+        results = ranking.rewire_by_lot(*state, integer(count), integer(7))
+    else:
+        wanted = ops.convert_to_tensor(growth)
+        results = ranking.rewire_by_growth(*state, wanted, integer(count), integer(7))
+    new, grown, finite = as_numpy(results)
     kept = new & ~grown
     assert finite
     assert new.sum() == mask.sum()
@@ -111,7 +109,7 @@ def test_what_is_not_finite_is_told_where_it_competes():
     ):
         mask = ops.cast(ops.convert_to_tensor(alive), "bool")
         assert bool(ranking.keep_largest(weight, mask, integer(1), integer(0))[1]) is expected
-        assert bool(ranking.rewire(weight, mask, None, integer(1), integer(0))[2]) is expected
+        assert bool(ranking.rewire_by_lot(weight, mask, integer(1), integer(0))[2]) is expected
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
