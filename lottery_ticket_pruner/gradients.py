@@ -320,7 +320,7 @@ def compiled(model: keras.Model, function: Callable) -> Callable:
         import tensorflow as tf
 
         return tf.function(function, autograph=False, reduce_retracing=True)
-    if not model.run_eagerly and keras.backend.backend() == "jax":
+    if not model.run_eagerly and model.jit_compile and keras.backend.backend() == "jax":
         import jax
 
         return jax.jit(function)

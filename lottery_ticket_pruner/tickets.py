@@ -113,7 +113,8 @@ def find_ticket(
             see `LotteryTicketPruner.update_masks`. Default 0.2, unless `sparsity` is given.
         sparsity: instead of `rate`: the share of pruned weights after the last round, reached in
             rounds of equal rates; also as a mapping.
-        strategy: the pruning criterion.
+        strategy: the pruning criterion. One of gradients or activations looks at `x` and `y`, all
+            of them, at the end of each round.
         scope: who competes, the criterion's own default if None.
         rewind_to: the step to rewind to, 0 <= rewind_to < steps.
         retraining: one of `RETRAINING`: what the ticket trains from after pruning.
@@ -160,13 +161,13 @@ def find_ticket(
     pruner.reset_masks()
     # A rehearsal: what cannot be pruned or drawn is refused now, not after the dense run.
     pruner.set_pretrained_weights()
-    pruner.update_masks(strategy, scope=scope, **_amount(rate, sparsity, 1 / rounds))
+    pruner.update_masks(strategy, scope=scope, data=(x, y), **_amount(rate, sparsity, 1 / rounds))
     pruner.reset_masks()
     if {"random_reinit", "reinit_same_sign"} & set(controls):
         _draw_again(model, (seed,))
     pruner.rewind()
     weights_at_0 = model.get_weights()
-    together = selection.resolve_scope(criteria.get(strategy), scope) == "global"
+    together = selection.resolve_scope(criterion, scope) == "global"
     rows: list[dict[str, Any]] = []
     masks: list[dict[str, np.ndarray]] = []
 
@@ -223,7 +224,7 @@ def find_ticket(
     if checkpoint is not None:
         arguments = {
             "rounds": rounds, "steps": steps, "batch_size": batch_size, "rate": rate,
-            "sparsity": sparsity, "strategy": criteria.get(strategy).name, "scope": scope,
+            "sparsity": sparsity, "strategy": criterion.name, "scope": scope,
             "rewind_to": rewind_to, "retraining": retraining, "kept": kept.name,
             "pruned": pruned.name, "controls": list(controls),
             "control_rounds": control_rounds, "eval_every": eval_every, "seed": seed,
@@ -249,9 +250,11 @@ def find_ticket(
             saved.save(pruner, rows, 0)
     for number in range(len(masks), rounds + 1):
         pruner.update_masks(
-            strategy,
+            criterion,
             scope=scope,
+            data=data,
             seed=_integer(seed, "masks", number),
+            data=(x, y),
             **_amount(rate, sparsity, number / rounds),
         )
         masks.append(ml.get_masks(model))

@@ -444,6 +444,12 @@ def test_treatments_are_of_the_ticket_alone(data, starts):
         np.testing.assert_array_equal(effective[~mask], w0[~mask])
 
 
+@pytest.mark.parametrize("strategy", ["saliency", "wanda"])
+def test_criteria_that_look_at_data(data, masked, strategy):
+    result = find_ticket(masked, *data, rounds=1, rate=0.5, strategy=strategy, controls=(), **SHORT)
+    assert [sum(m.sum() for m in masks.values()) for masks in result.masks] == [100, 50]
+
+
 def test_controls_in_some_rounds(data):
     result = find_ticket(
         make_model(), *data, rounds=3, control_rounds=(2,), controls=("random_mask",), **SHORT
@@ -499,3 +505,13 @@ def test_a_search_goes_on_where_it_was_interrupted(data, tmp_path, retraining, r
     (tmp_path / "state.json").write_text("[]")
     with pytest.raises(ValueError, match="not the state of a search"):
         find_ticket(make_model(), *data, checkpoint=tmp_path, **search)
+
+
+# Wanda drops 7 of the 10 inputs of both outputs of the last layer.
+@pytest.mark.parametrize(("strategy", "left"), [("snip", 25), ("synflow", 25), ("wanda", 26)])
+def test_criteria_that_look_at_the_model_get_its_data(masked, data, strategy, left):
+    result = find_ticket(
+        masked, *data, rounds=2, sparsity=0.75, strategy=strategy, controls=(), **SHORT
+    )
+    sizes = [sum(mask.sum() for mask in masks.values()) for masks in result.masks]
+    assert sizes == [100, 50, left]
