@@ -167,7 +167,7 @@ def find_ticket(
         _draw_again(model, (seed,))
     pruner.rewind()
     weights_at_0 = model.get_weights()
-    together = selection.resolve_scope(criterion, scope) == "global"
+    together = selection.resolve_scope(criteria.get(strategy), scope) == "global"
     rows: list[dict[str, Any]] = []
     masks: list[dict[str, np.ndarray]] = []
 
@@ -224,7 +224,7 @@ def find_ticket(
     if checkpoint is not None:
         arguments = {
             "rounds": rounds, "steps": steps, "batch_size": batch_size, "rate": rate,
-            "sparsity": sparsity, "strategy": criterion.name, "scope": scope,
+            "sparsity": sparsity, "strategy": criteria.get(strategy).name, "scope": scope,
             "rewind_to": rewind_to, "retraining": retraining, "kept": kept.name,
             "pruned": pruned.name, "controls": list(controls),
             "control_rounds": control_rounds, "eval_every": eval_every, "seed": seed,
@@ -250,9 +250,8 @@ def find_ticket(
             saved.save(pruner, rows, 0)
     for number in range(len(masks), rounds + 1):
         pruner.update_masks(
-            criterion,
+            strategy,
             scope=scope,
-            data=data,
             seed=_integer(seed, "masks", number),
             data=(x, y),
             **_amount(rate, sparsity, number / rounds),

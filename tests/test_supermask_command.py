@@ -28,7 +28,7 @@ def test_what_is_left_open_is_chosen():
     assert (config.network, config.steps, config.batch_size) == ("lenet-300-100", 600, 60)
     assert len(config.sparsities) == 11
     learned = SupermaskConfig(learn="bernoulli").resolve(1000)
-    assert (learned.steps, learned.batch_size, learned.sparsities) == (20_000, 250, None)
+    assert (learned.steps, learned.batch_size, learned.sparsities) == (20_000, 250, ())
     assert SupermaskConfig(learn="edge_popup", epochs=3).resolve(1000).steps == 12
     assert SupermaskConfig(learn="edge_popup").resolve(1000).sparsities == (0.5,)
     names = {config.name, learned.name, dataclasses.replace(config, dwr=(True,)).name}

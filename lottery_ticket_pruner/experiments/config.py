@@ -97,13 +97,13 @@ class RunConfig:
     rewind_to: str = "0"
     """Training step to rewind to: 0, or as in 500it (steps) or 2ep (epochs)."""
     retraining: Literal[*RETRAINING] = "weight_rewinding"
-    """What the ticket trains from: rewound weights, its trained ones with the learning rates of the
-    rewinding point, or its trained ones at the last learning rate."""
+    """What the ticket trains from: rewound weights, its trained ones with the learning rates of \
+the rewinding point, or its trained ones at the last learning rate."""
     kept: Annotated[str, _KEPT] = "rewind"
     pruned: Annotated[str, _PRUNED] = "zero"
     controls: tuple[Literal[*CONTROLS], ...] = ("random_reinit", "random_mask")
     """Arms next to the ticket; name none to train the ticket alone."""
-    control_rounds: Annotated[tuple[int, ...] | None, _NO_HINT] = None
+    control_rounds: tuple[int, ...] = ()
     """Rounds to train the controls in; by default all."""
     steps: _Int = None
     """Training steps of each run; by default those of the network's recipe, for digits 600."""
@@ -112,8 +112,8 @@ class RunConfig:
     batch_size: _Int = None
     """Examples per step; by default 60."""
     optimizer: Annotated[Literal[*networks.OPTIMIZERS] | None, _NO_HINT] = None
-    """Adam, or SGD with momentum and a tenth of the rate after half and three quarters of the
-    steps; by default that of the network's recipe: sgd for resnet-20, else adam."""
+    """Adam, or SGD with momentum and a tenth of the rate after half and three quarters of the \
+steps; by default that of the network's recipe: sgd for resnet-20, else adam."""
     learning_rate: _Float = None
     """Learning rate; by default that of the network's recipe (0.0012 for lenet-300-100)."""
     eval_every: _Int = None
@@ -121,8 +121,8 @@ class RunConfig:
     seeds: tuple[int, ...] = (0, 1, 2)
     """One replicate for each seed, from the initial weights on."""
     out: _Path = None
-    """Run folder; by default one in ./runs, named after the options. A run of the same options that
-    was interrupted goes on; any other one there is replaced."""
+    """Run folder; by default one in ./runs, named after the options. A run of the same options \
+that was interrupted goes on; any other one there is replaced."""
     deterministic: bool = False
     """Repeat bit for bit on this machine: deterministic operations, nothing decided by timing."""
     quiet: bool = False
@@ -223,7 +223,7 @@ class RunConfig:
             if value is not None and not 0 <= value < 1:
                 raise ValueError(f"{_option(name)} must be in [0, 1). Received: {value}.")
         last = math.inf if self.rounds is None else self.rounds
-        if self.control_rounds is not None and not all(1 <= n <= last for n in self.control_rounds):
+        if not all(1 <= n <= last for n in self.control_rounds):
             raise ValueError(
                 f"--control-rounds counts from 1 to --rounds. Received: {self.control_rounds}."
             )

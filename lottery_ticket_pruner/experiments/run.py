@@ -18,8 +18,8 @@ from lottery_ticket_pruner.tickets import TicketResult, find_ticket
 from masked_layers.serving import export_sparse_saved_model
 
 _RESULTS = (
+    "accuracy.png",  # first: whoever finds it takes the run for a finished one
     "results.csv",
-    "accuracy.png",
     "ticket.keras",
     "ticket-[0-9]*.keras",
     "logs/*/events.out.tfevents.*",
@@ -161,7 +161,7 @@ def _find(
         kept=config.kept,
         pruned=config.pruned,
         controls=config.controls,
-        control_rounds=config.control_rounds,
+        control_rounds=config.control_rounds or None,
         augment=networks.augmentation(config.network),
         validation_data=(data.x_validation, data.y_validation),
         test_data=(data.x_test, data.y_test),
@@ -240,14 +240,12 @@ class _Progress:
             console=console,
             transient=True,
         )
-        with_controls = (
-            config.rounds if config.control_rounds is None else len(config.control_rounds)
-        )
+        with_controls = len(config.control_rounds) or config.rounds
         runs = config.rounds + with_controls * len(config.controls)
         rest = config.steps - parse_steps(config.rewind_to, 1)
         total = len(config.seeds) * (config.steps + runs * rest)
         self._task = self._bar.add_task("dense", total=total)
-        arms = [report.LABELS[arm] for arm in self._arms]
+        arms = [report.arm_label(arm) for arm in self._arms]
         headings = ["seed", "round", "weights left", *arms, "early stop"]
         self._widths = [max(len(heading), 6) for heading in headings]
         self._line(*headings)

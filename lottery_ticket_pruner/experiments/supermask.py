@@ -63,9 +63,9 @@ class SupermaskConfig:
     """Network; by default lenet-300-100, for CIFAR-10 conv-2."""
     criteria: tuple[Literal[*CRITERIA], ...] = CRITERIA
     """What makes the masks (without --learn)."""
-    sparsities: Annotated[tuple[float, ...] | None, _NO_HINT] = None
-    """Shares of pruned weights; by default eleven from 0.1 to 0.98, to learn edge_popup masks 0.5.
-    A bernoulli mask finds its own."""
+    sparsities: tuple[float, ...] = ()
+    """Shares of pruned weights; by default eleven from 0.1 to 0.98, to learn edge_popup masks \
+0.5. A bernoulli mask finds its own."""
     weights: tuple[Literal[*WEIGHTS], ...] = tuple(WEIGHTS)
     """What the masks are laid over: initial weights, or their signs times their deviation."""
     dwr: tuple[bool, ...] = (False, True)
@@ -85,8 +85,8 @@ class SupermaskConfig:
     seeds: tuple[int, ...] = (0, 1, 2)
     """One replicate for each seed, from the initial weights on."""
     out: _Path = None
-    """Run folder; by default one in ./runs, named after the options. Seeds that an interrupted run
-    of the same options finished are kept."""
+    """Run folder; by default one in ./runs, named after the options. Seeds that an interrupted \
+run of the same options finished are kept."""
     deterministic: bool = False
     """Repeat bit for bit on this machine."""
     quiet: bool = False
@@ -122,7 +122,7 @@ class SupermaskConfig:
         return dataclasses.replace(
             self,
             **{name: getattr(run, name) for name in taken},
-            sparsities=None if self.learn == "bernoulli" else tuple(sparsities),
+            sparsities=() if self.learn == "bernoulli" else sparsities,
         )
 
     @property
