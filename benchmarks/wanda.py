@@ -1,0 +1,93 @@
+"""Wanda beside magnitude: a transformer pruned once, with no training to follow.
+
+    python -m benchmarks.wanda
+
+A small transformer learns scikit-learn's digits as sequences of eight rows of eight pixels; then
+the projections of its attention and its feed-forward layers (not the embedding of the rows, not the
+output layer) lose a share of their weights. Wanda's calibration set are `--examples` training
+images. Test accuracy in percent, the mean over seeds and half the distance between the extremes.
+"""
+
+import argparse
+
+import keras
+import numpy as np
+from keras import layers
+
+import masked_layers as ml
+from lottery_ticket_pruner import LotteryTicketPruner, training
+from lottery_ticket_pruner.experiments import datasets
+
+SPARSITIES = (0.5, 0.6, 0.7, 0.8)
+CONTENDERS = {
+    "magnitude, within each layer": ("smallest_weights", None),
+    "magnitude, within each output": ("smallest_weights", "output"),
+    "wanda": ("wanda", None),
+}
+
+
+def build(rows, width, classes, *, blocks=2, units=32):
+    """A transformer encoder over the rows of an image; its outputs are logits."""
+    inputs = keras.Input((rows, width))
+    positions = layers.Embedding(rows, units, name="positions")(keras.ops.arange(rows))
+    x = layers.Dense(units, name="rows")(inputs) + positions
+    for number in range(blocks):
+        y = layers.LayerNormalization()(x)
+        x = x + layers.MultiHeadAttention(4, units // 4, name=f"attention_{number}")(y, y)
+        y = layers.LayerNormalization()(x)
+        y = layers.Dense(4 * units, activation="gelu", name=f"up_{number}")(y)
+        x = x + layers.Dense(units, name=f"down_{number}")(y)
+    x = layers.GlobalAveragePooling1D()(layers.LayerNormalization()(x))
+    return keras.Model(inputs, layers.Dense(classes, name="output")(x), name="transformer")
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--steps", type=int, default=1_500)
+    parser.add_argument("--examples", type=int, default=128)
+    parser.add_argument("--seeds", type=int, default=3)
+    arguments = parser.parse_args()
+
+    data = datasets.load("digits")
+    x_train, x_test = (images[..., 0] for images in (data.x_train, data.x_test))
+    found = {}
+    for seed in range(arguments.seeds):
+        keras.utils.set_random_seed(seed)
+        plain = build(*x_train.shape[1:], data.classes)
+        model = ml.convert_to_masked(plain, exclude=["positions", "rows", "output"])
+        model.compile(
+            keras.optimizers.Adam(1e-3),
+            keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+            metrics=["accuracy"],
+        )
+        steps = arguments.steps
+        training.train(model, x_train, data.y_train, steps=steps, batch_size=64, seed=seed)
+
+        def accuracy(model=model):
+            return 100 * training.evaluate(model, x_test, data.y_test)["accuracy"]
+
+        found.setdefault("dense", []).append(accuracy())
+        pruner = LotteryTicketPruner(model)
+        for title, (criterion, scope) in CONTENDERS.items():
+            for sparsity in SPARSITIES:
+                pruner.reset_masks()
+                calibration = x_train[: arguments.examples]
+                pruner.update_masks(criterion, sparsity=sparsity, scope=scope, data=calibration)
+                found.setdefault((title, sparsity), []).append(accuracy())
+
+    size = ml.sparsity_report(model).size
+    print(f"{size:,} of {model.count_params():,} weights pruned; dense: {_cell(found['dense'])}")
+    print(f"{'':32}" + "".join(f"{share:>14.0%}" for share in SPARSITIES))
+    for title in CONTENDERS:
+        cells = "".join(f"{_cell(found[title, share]):>14}" for share in SPARSITIES)
+        print(f"{title:32}{cells}")
+
+
+def _cell(accuracies):
+    return f"{np.mean(accuracies):.2f} ±{np.ptp(accuracies) / 2:.2f}"
+
+
+if __name__ == "__main__":
+    main()
