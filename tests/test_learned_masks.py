@@ -106,7 +106,7 @@ def test_edge_popup_keeps_the_exact_count_also_of_equal_scores():
         assert keep.sum() == kept
         assert sorted(abs(scores[keep])) == sorted(abs(scores).ravel())[100 - kept :]
         assert abs(scores).max() <= np.sqrt(6 / 10)
-        mask.scores.assign(np.ones((10, 10)))
+        mask.scores.assign(np.repeat([[1.0], [-1.0]], 5, axis=0) * np.ones((10, 10)))
         assert mask.to_numpy().ravel()[:kept].all()
         assert mask.to_numpy().sum() == kept
 
