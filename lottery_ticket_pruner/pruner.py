@@ -749,6 +749,11 @@ class LotteryTicketPruner:
                 "pruner for `masked_layers.convert_to_masked(model)` instead, or use "
                 "`calc_prune_mask`, `apply_pruning` and `PrunerCallback` with the plain model."
             )
+        if any(mask.learned for mask in _masks(self.model)):
+            raise ValueError(
+                f"`{method}` needs binary masks, and those of {self.model.name!r} are learned. "
+                "Make the pruner for `masked_layers.harden(model)` instead."
+            )
 
     def _checked(self, model: keras.Model | None) -> keras.Model:
         """The model, by default the pruner's own, if its weights are those of the records."""
