@@ -17,6 +17,10 @@ from lottery_ticket_pruner.experiments import datasets, networks
 
 BATCH = 100
 METHODS = ("static", "SET", "RigL")
+OPTIMIZERS = {
+    "sgd": lambda: keras.optimizers.SGD(0.1, momentum=0.9),  # the kind that RigL's paper uses
+    "adam": lambda: keras.optimizers.Adam(1.2e-3),
+}
 
 
 def main():
@@ -24,16 +28,19 @@ def main():
     parser.add_argument("--data", default="fashion_mnist", choices=["mnist", "fashion_mnist"])
     parser.add_argument("--data-dir", required=True)
     parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--optimizer", default="sgd", choices=list(OPTIMIZERS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.9, 0.95])
     arguments = parser.parse_args()
     data = datasets.load(arguments.data, arguments.data_dir)
-    print(f"{arguments.data}, {arguments.steps} steps, {arguments.seeds} seeds, test accuracy")
+    print(
+        f"{arguments.data}, {arguments.steps} steps, {arguments.seeds} seeds, test accuracy, {arguments.optimizer}"
+    )
     print("sparsity  method      mean     least      most  moved", flush=True)
     for sparsity in arguments.sparsities:
         for method in METHODS:
             runs = [
-                accuracy_of(method, sparsity, data, arguments.steps, seed)
+                accuracy_of(method, sparsity, data, arguments.steps, seed, arguments.optimizer)
                 for seed in range(arguments.seeds)
             ]
             scores, moved = np.array(runs).T
@@ -44,12 +51,12 @@ def main():
             )
 
 
-def accuracy_of(method, sparsity, data, steps, seed):
+def accuracy_of(method, sparsity, data, steps, seed, optimizer):
     """Test accuracy, and the share of the final masks that was not in the first ones."""
     keras.utils.set_random_seed(seed)
     model = ml.convert_to_masked(networks.build("lenet-300-100", data.input_shape, data.classes))
     model.compile(
-        keras.optimizers.Adam(1.2e-3),
+        OPTIMIZERS[optimizer](),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
     )
