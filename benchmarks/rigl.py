@@ -34,7 +34,8 @@ def main():
     arguments = parser.parse_args()
     data = datasets.load(arguments.data, arguments.data_dir)
     print(
-        f"{arguments.data}, {arguments.steps} steps, {arguments.seeds} seeds, test accuracy, {arguments.optimizer}"
+        f"{arguments.data}, {arguments.optimizer}, {arguments.steps} steps, "
+        f"{arguments.seeds} seeds, test accuracy"
     )
     print("sparsity  method      mean     least      most  moved", flush=True)
     for sparsity in arguments.sparsities:
