@@ -355,10 +355,9 @@ def _draw_again(
     """Give every trainable kernel a new value from its layer's own initialiser."""
     for ref in ml.weight_refs(model):
         if ref.variable.trainable:
-            initializer = _reseeded(_initializer(ref), _integer(*parts, ref.path))
-            drawn = initializer(ref.variable.shape, dtype=ref.variable.dtype)
+            drawn = treatments.draw_again(ref, _integer(*parts, ref.path))
             if keep_signs:
-                drawn = keras.ops.abs(drawn) * keras.ops.sign(ref.variable)
+                drawn = np.abs(drawn) * np.sign(fitting.read(ref.variable))
             ref.variable.assign(drawn)
 
 
@@ -367,25 +366,3 @@ def _restart_randomness(model: keras.Model, parts: tuple[int | str, ...]) -> Non
     states = [v for v in model.variables if v.name == "seed_generator_state"]
     for number, state in enumerate(states):
         state.assign([_integer(*parts, "layers", number) % 2**31, 0])  # the seed, draws so far
-
-
-def _initializer(ref: ml.WeightRef) -> keras.initializers.Initializer:
-    # `recurrent_kernel` is drawn by `recurrent_initializer`, `kernel` by `kernel_initializer`.
-    for name in (ref.name, ref.name.removesuffix("_kernel")):
-        initializer = getattr(ref.layer, f"{name}_initializer", None)
-        if initializer is not None:
-            return keras.initializers.get(initializer)
-    raise ValueError(
-        f"{ref.path} cannot be drawn again: {type(ref.layer).__name__} has no "
-        f"`{ref.name}_initializer`. Leave 'random_reinit' out of the controls, or give the layer "
-        "that attribute."
-    )
-
-
-def _reseeded(
-    initializer: keras.initializers.Initializer, seed: int
-) -> keras.initializers.Initializer:
-    config = initializer.get_config()
-    if "seed" not in config:
-        return initializer
-    return type(initializer).from_config({**config, "seed": seed})
