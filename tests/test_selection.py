@@ -723,3 +723,23 @@ def test_elementwise_criteria_take_less_than_three_times_the_weights_in_memory(n
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 3 * sum(w.final.nbytes for w in weights.values())
+
+
+@pytest.mark.parametrize("winners", [0, 1, 2, 100, 499, 500, 501, 900, 999, 1000])
+def test_a_lottery_has_its_winners_wherever_they_are(winners, monkeypatch):
+    monkeypatch.setattr(selection, "_CHUNK", 64)
+    draws = [selection._lottery(1000, winners, np.random.default_rng(s)) for s in range(200)]
+    assert {int(np.count_nonzero(flags)) for flags in draws} == {winners}
+    by_tenth = np.sum(draws, axis=0).reshape(10, 100).sum(axis=1)
+    # The counts of a tenth are hypergeometric in each draw.
+    share = winners / 1000
+    deviation = math.sqrt(200 * winners * 0.1 * 0.9 * (1 - share) * 1000 / 999)
+    np.testing.assert_allclose(by_tenth, 20 * winners, atol=5 * deviation)
+
+
+def test_every_choice_of_a_lottery_is_equally_likely():
+    rng = np.random.default_rng(0)
+    choices = [tuple(np.flatnonzero(selection._lottery(6, 3, rng))) for _ in range(4000)]
+    counts = [choices.count(choice) for choice in set(choices)]
+    assert len(counts) == 20
+    np.testing.assert_allclose(counts, 200, atol=5 * math.sqrt(200))
