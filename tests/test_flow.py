@@ -36,8 +36,7 @@ OUTPUTS = {
     "logits": lambda: [layers.Dense(3, name="b")],
     "softmax": lambda: [layers.Dense(3, activation="softmax", name="b")],
     "softmax layer": lambda: [layers.Dense(3, name="b"), layers.Softmax()],
-    "activation layer": lambda: [layers.Dense(3, name="b"), layers.Activation("softmax")],
-    "sigmoid": lambda: [layers.Dense(3, activation="sigmoid", name="b")],
+    "activation layer": lambda: [layers.Dense(3, name="b"), layers.Activation("sigmoid")],
     "nested": lambda: [
         keras.Sequential([keras.Input((4,)), layers.Dense(3, activation="softmax")], name="b")
     ],
@@ -120,9 +119,9 @@ def test_counts_are_exact_from_masks_that_are_not_ones():
 
 
 def test_products_beyond_single_precision_are_kept_apart():
-    deep = [layers.Dense(4, use_bias=False, kernel_initializer="random_normal") for _ in range(40)]
+    deep = [layers.Dense(4, use_bias=False, kernel_initializer="random_normal") for _ in range(25)]
     model = sequential(*deep, shape=(4,))
-    model.set_weights([100 * weight for weight in model.get_weights()])
+    model.set_weights([1000 * weight for weight in model.get_weights()])
     flow = SynapticFlow(model)(ml.get_masks(model))
     assert all(np.isfinite(array).all() for array in flow.values())
     assert min(array.min() for array in flow.values()) > np.finfo("float32").max
