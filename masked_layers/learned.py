@@ -286,11 +286,14 @@ def _largest(values: Any, kept: int) -> Any:
     def count(marks: Any) -> Any:
         return ops.sum(ops.cast(marks, "int32"))
 
-    low, high = -ops.ones((), values.dtype), ops.max(values)
-    for _ in range(40):
+    def halve(_: Any, interval: tuple[Any, Any]) -> tuple[Any, Any]:
+        low, high = interval
         middle = (low + high) / 2
         enough = count(values > middle) >= kept
-        low, high = ops.where(enough, middle, low), ops.where(enough, high, middle)
+        return ops.where(enough, middle, low), ops.where(enough, high, middle)
+
+    # At least as many as wanted are above `low`, and not more than wanted above `high`.
+    low, high = ops.fori_loop(0, 40, halve, (-ops.ones((), values.dtype), ops.max(values)))
     above = values > high
     equal = ops.logical_and(values > low, ops.logical_not(above))
     rank = ops.cumsum(ops.reshape(ops.cast(equal, "int32"), (-1,)))
