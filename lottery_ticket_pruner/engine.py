@@ -33,6 +33,8 @@ _BLOCK = 1024
 # Compiling `fit` takes about as many seconds: asking earlier costs more than the answer can save.
 _PATIENCE = 3.0
 _TRIAL_STEPS = 40
+# On TensorFlow, XLA takes a second or more to compile what then saves about a millisecond a step.
+_WORTH_XLA = 300
 
 _CONVOLUTIONS = tuple(
     layer
@@ -132,6 +134,7 @@ class Engine:
         order: np.ndarray,
         batch_size: int,
         *,
+        steps: int,
         rng: np.random.Generator | None = None,
         whole: bool = False,
         deterministic: bool = False,
@@ -142,6 +145,7 @@ class Engine:
             data: The examples.
             order: 1-D array of indices.
             batch_size: Examples per step.
+            steps: Of the whole training that this is a part of: what compiling may cost.
             rng: What an augmentation draws from.
             whole: Whether the model's metrics must be those of the whole call in the end; without
                 it they may be those of a part.
@@ -155,45 +159,50 @@ class Engine:
                 trial = len(rows) if whole else trial
                 self._compare(data, rows[:trial], batch_size)
                 rows = rows[trial:]
+        long = steps >= _WORTH_XLA
         if len(rows) and self.route == "loop":
-            rows = self._begin(data, rows, batch_size)
-        if len(rows):
-            (self._loop if self.route == "loop" else self._fit)(data, rows, batch_size)
+            rows = self._begin(data, rows, batch_size, long)
+        if len(rows) and self.route == "loop":
+            self._loop(data, rows, batch_size, long)
+        elif len(rows):
+            self._fit(data, rows, batch_size)
 
     def evaluate(self, data: Examples) -> dict[str, float]:
         """Returns the loss and the compiled metrics over all examples, by name."""
         results = self._programs.evaluate(data)
         return {name: float(value) for name, value in results.items()}
 
-    def _begin(self, data: Examples, rows: np.ndarray, batch_size: int) -> np.ndarray:
+    def _begin(self, data: Examples, rows: np.ndarray, batch_size: int, long: bool) -> np.ndarray:
         """Compiles the loop with the first step; what cannot be compiled goes through `fit`."""
         size = min(batch_size, len(rows))
         shapes = [(array.shape, array.dtype) for array in keras.tree.flatten(data.host)]
-        key = (size, data.augment, *map(str, shapes))
+        key = (size, long, data.augment, *map(str, shapes))
         if key in self._compiled:
             return rows
         step = int(self._model.optimizer.iterations)
         try:
-            self._programs.train(data, rows[None, :size])
+            self._programs.train(data, rows[None, :size], long)
         except Exception as error:
             if int(self._model.optimizer.iterations) != step:
                 raise
+            if self._programs.simplify():
+                return self._begin(data, rows, batch_size, long)
             self.route, self._settled = "fit", True
             say_once(f"Training goes through `fit`: {type(error).__name__}: {error}")
             return rows
         self._compiled.add(key)
         return rows[size:]
 
-    def _loop(self, data: Examples, rows: np.ndarray, batch_size: int) -> None:
+    def _loop(self, data: Examples, rows: np.ndarray, batch_size: int, long: bool) -> None:
         started = time.perf_counter()
         full = len(rows) // batch_size
         batches = rows[: full * batch_size].reshape(full, batch_size, rows.shape[1])
         for start in range(0, full, _BLOCK):
-            self._programs.train(data, batches[start : start + _BLOCK])
+            self._programs.train(data, batches[start : start + _BLOCK], long)
         self._loop_seconds += time.perf_counter() - started
         self._loop_steps += full
         if len(rows) % batch_size:
-            self._programs.train(data, rows[None, full * batch_size :])
+            self._programs.train(data, rows[None, full * batch_size :], long)
 
     def _fit(self, data: Examples, rows: np.ndarray, batch_size: int, **kwargs: Any) -> None:
         x, y, sample_weight = (*data.augmented(rows, batch_size), None)[:3]
@@ -303,8 +312,17 @@ class _Programs(Protocol):
 
     def __init__(self, model: keras.Model) -> None: ...
 
-    def train(self, data: Examples, batches: np.ndarray) -> None:
-        """Runs a step for each batch of rows, at most `_BLOCK`."""
+    def train(self, data: Examples, batches: np.ndarray, long: bool) -> None:
+        """Runs a step for each batch of rows, at most `_BLOCK`.
+
+        Args:
+            data: The examples.
+            batches: Their rows, of shape `(steps, batch size, row)`.
+            long: Whether the training is long enough for the dearer of two compilations.
+        """
+
+    def simplify(self) -> bool:
+        """Changes to programs that fewer models are too much for; False if there are none."""
 
     def evaluate(self, data: Examples) -> dict[str, Any]:
         """Returns the loss and the metrics."""
@@ -333,7 +351,9 @@ class _FitPrograms:
 class _TensorFlowPrograms:
     """A `tf.function` whose loop updates the variables in place.
 
-    By XLA where `fit` would use it, but for convolutions on a CPU, which are faster without.
+    A long training is compiled by XLA where `fit` uses that, and on a CPU, where
+    `compile(jit_compile="auto")` does not: XLA makes a loop several times faster there, unless
+    there are convolutions in it.
     """
 
     slow_loops = False
@@ -341,21 +361,29 @@ class _TensorFlowPrograms:
     def __init__(self, model: keras.Model) -> None:
         import tensorflow as tf
 
-        on_gpu = bool(tf.config.list_logical_devices("GPU"))
+        self._by_xla = model.jit_compile
+        if not tf.config.list_logical_devices("GPU"):
+            layers = [layer for _, layer in paths.walk(model)]
+            self._by_xla = all(layer.supports_jit for layer in layers)
+            self._by_xla &= not _has_convolutions(model)
 
-        @tf.function(jit_compile=model.jit_compile and (on_gpu or not _has_convolutions(model)))
         def train(
             data: tuple[Arrays, ...],
             batches: tf.Tensor,
             count: tf.Tensor,
             augment: Augmentation | None,
         ) -> None:
-            for step in tf.range(count):
-                batch = functools.partial(tf.gather, indices=batches[step, :, 0])
+            # Over `tf.range(count)` XLA would compile a loop for every count.
+            step = tf.constant(0)
+            while step < count:
+                # In two steps: XLA gets `batches[step, :, 1:]` wrong, silently (TensorFlow 2.21).
+                rows = tf.gather(batches, step)
+                batch = functools.partial(tf.gather, indices=rows[:, 0])
                 x, *rest = tf.nest.map_structure(batch, data)
                 if augment is not None:
-                    x = augment.apply(x, batches[step, :, 1:])
+                    x = augment.apply(x, rows[:, 1:])
                 model.train_step((x, *rest))
+                step += 1
 
         @tf.function
         def evaluate(data: tuple[Arrays, ...]) -> dict[str, tf.Tensor]:
@@ -368,13 +396,17 @@ class _TensorFlowPrograms:
             return model.get_metrics_result()
 
         self._model = model
-        self._train = train
+        self._train = {by_xla: tf.function(train, jit_compile=by_xla) for by_xla in (False, True)}
         self._evaluate = evaluate
 
-    def train(self, data: Examples, batches: np.ndarray) -> None:
+    def simplify(self) -> bool:
+        changed, self._by_xla = self._by_xla, False
+        return changed
+
+    def train(self, data: Examples, batches: np.ndarray, long: bool) -> None:
         _keras.symbolic_build(self._model, data.take(batches[0, :, 0]))
         batches, count = _padded(batches)
-        self._train(data.device, batches, count, data.augment)
+        self._train[self._by_xla and long](data.device, batches, count, data.augment)
 
     def evaluate(self, data: Examples) -> dict[str, Any]:
         return self._evaluate(data.device)
@@ -410,7 +442,10 @@ class _JaxPrograms:
         self._evaluate = jax.jit(evaluate)
         self.slow_loops = jax.default_backend() == "cpu" and _has_convolutions(model)
 
-    def train(self, data: Examples, batches: np.ndarray) -> None:
+    def simplify(self) -> bool:
+        return False
+
+    def train(self, data: Examples, batches: np.ndarray, long: bool) -> None:
         import jax
 
         model = self._model

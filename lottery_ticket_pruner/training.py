@@ -83,7 +83,7 @@ def train(
     for start in range(0, steps, stretch):
         batches = order[start : start + stretch]
         engine_of(model).train(
-            data, batches.ravel(), batch_size, rng=rng, deterministic=deterministic
+            data, batches.ravel(), batch_size, steps=steps, rng=rng, deterministic=deterministic
         )
         done = start + len(batches)
         if done == steps:
@@ -176,7 +176,14 @@ def fit(
         chain.on_epoch_begin(epoch)
         if shuffle:
             order = np.random.default_rng((seed, epoch)).permutation(len(data))
-        engine_of(model).train(data, order, batch_size, whole=True, deterministic=deterministic)
+        engine_of(model).train(
+            data,
+            order,
+            batch_size,
+            steps=epochs * steps,
+            whole=True,
+            deterministic=deterministic,
+        )
         logs = {name: float(value) for name, value in model.get_metrics_result().items()}
         if validation is not None:
             chain.on_test_begin()

@@ -1,6 +1,7 @@
 """The compiled loop against Keras' own `fit` on the same batches; when it gives way to it."""
 
 import logging
+import time
 
 import keras
 import numpy as np
@@ -88,6 +89,9 @@ CASES = {
 
 
 def compiled(make, optimizer=None, **kwargs):
+    if BACKEND == "tensorflow":
+        # As the loop is: by XLA TensorFlow draws its random numbers in another way.
+        kwargs.setdefault("jit_compile", make is with_state)
     keras.utils.set_random_seed(0)
     model = make()
     model.compile(
@@ -111,10 +115,16 @@ def assert_close(ours, theirs):
         np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-6)
 
 
+def by_xla(monkeypatch):
+    monkeypatch.setattr(engine, "_WORTH_XLA", 0)
+
+
 @pytest.mark.parametrize(
     ("case", "weighted"), [*((case, False) for case in CASES), ("state", True), ("inputs", True)]
 )
-def test_same_as_fit_on_the_same_batches(case, weighted):
+def test_same_as_fit_on_the_same_batches(case, weighted, monkeypatch):
+    if case == "state":
+        by_xla(monkeypatch)
     make, optimizer = CASES[case]
     x = {"a": X, "b": X[::-1]} if case == "inputs" else X
     weight = WEIGHT if weighted else None
@@ -160,7 +170,8 @@ def test_loss_scaling_and_mixed_precision():
         np.testing.assert_allclose(a, b, rtol=5e-3, atol=1e-4)
 
 
-def test_augmented_images_are_the_same_in_the_loop_and_in_fit():
+def test_augmented_images_are_the_same_in_the_loop_and_in_fit(monkeypatch):
+    by_xla(monkeypatch)
     images = RNG.normal(size=(50, 5, 4, 2)).astype("float32")
     crop = CropAndFlip(padding=2)
 
@@ -292,7 +303,45 @@ def test_convolutions_are_in_no_xla_loop_on_a_cpu():
     assert engine.engine_of(model).route == {"jax": "fit", "tensorflow": "loop"}[BACKEND]
     training.train(model, X, Y, steps=2, batch_size=10)
     if BACKEND == "tensorflow":
-        assert not engine.engine_of(model)._programs._train.function_spec.jit_compile
+        assert not engine.engine_of(model)._programs._by_xla
+        assert engine.engine_of(compiled(dense))._programs._by_xla
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="XLA is a choice on TensorFlow alone")
+def test_xla_compiles_once_for_any_number_of_steps(monkeypatch):
+    by_xla(monkeypatch)
+    model = compiled(dense)
+    training.train(model, X, Y, steps=2, batch_size=10)
+    started = time.perf_counter()
+    for steps in range(3, 13):
+        training.train(model, X, Y, steps=steps, batch_size=10)
+    again = time.perf_counter() - started
+    other = compiled(dense)
+    started = time.perf_counter()
+    training.train(other, X, Y, steps=2, batch_size=10)
+    assert again < 3 * (time.perf_counter() - started)
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="XLA is a choice on TensorFlow alone")
+def test_what_xla_cannot_compile_loops_without_it(caplog, monkeypatch):
+    by_xla(monkeypatch)
+    import tensorflow as tf
+
+    class InPython(layers.Layer):
+        def call(self, x):
+            tf.numpy_function(lambda a: a, [x], "float32")
+            return x
+
+    ours, theirs = (
+        compiled(lambda: keras.Sequential([keras.Input((6,)), layers.Dense(2), InPython()]))
+        for _ in range(2)
+    )
+    training.train(ours, X, Y, steps=3, batch_size=10)
+    order = training.batch_order(50, 3, 10, 0).ravel()
+    theirs.fit(X[order], Y[order], batch_size=10, shuffle=False, verbose=0)
+    assert_close(everything(ours), everything(theirs))
+    assert engine.engine_of(ours).route == "loop"
+    assert caplog.text == ""
 
 
 @needs_loop
@@ -304,9 +353,9 @@ def test_the_faster_route_is_taken_after_a_trial(monkeypatch, caplog, slowness, 
     current = engine.engine_of(model)
     train = current._programs.train
 
-    def slowed(data, batches):
-        train(data, batches)
-        engine.time.sleep(slowness * len(batches))
+    def slowed(data, batches, long):
+        train(data, batches, long)
+        time.sleep(slowness * len(batches))
 
     monkeypatch.setattr(current._programs, "train", slowed)
     training.train(model, X, Y, steps=20, batch_size=5, deterministic=True)

@@ -100,7 +100,8 @@ def make_deterministic() -> None:
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
-        tf.config.experimental.enable_op_determinism()
+        if tf.config.list_physical_devices("GPU"):  # Without one, all repeats as it is.
+            tf.config.experimental.enable_op_determinism()
     elif keras.backend.backend() == "torch":
         import torch
 
