@@ -44,6 +44,7 @@ class CropAndFlip:
 
     def apply(self, images: Any, drawn: Any) -> Any:
         """Returns the crops; `images` has the shape (batch, height, width, channels)."""
+        images, drawn = ops.convert_to_tensor(images), ops.convert_to_tensor(drawn)
         batch, height, width, channels = images.shape
         around = (self.padding, self.padding)
         padded = ops.pad(images, ((0, 0), around, around, (0, 0)))
