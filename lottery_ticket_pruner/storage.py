@@ -2,20 +2,21 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
 from masked_layers import serving
+from masked_layers.serving.inspection import load_model
 
 
 @dataclasses.dataclass(frozen=True)
 class ExportConfig:
     """Write a saved model as a sparse SavedModel folder, which any TensorFlow runtime serves."""
 
-    model: tyro.conf.Positional[Path]
+    model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
     """A `.keras` file: masked, or plain with zeros in its kernels."""
-    out: tyro.conf.Positional[Path]
+    out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
     """Folder to write, such as served/1. A SavedModel that is there is replaced."""
     values: Literal["float32", "float16", "bfloat16"] = "float32"
     """float32 keeps every value; the others store 2 bytes, and the error is printed."""
@@ -26,11 +27,9 @@ class ExportConfig:
 
     def execute(self) -> serving.StorageReport:
         """Load the model, write the folder and return the report of what it takes."""
-        import keras
-
         _check_model(self.model)
         return serving.export_sparse_saved_model(
-            keras.models.load_model(self.model, compile=False),
+            load_model(self.model),
             self.out,
             values=self.values,
             level=self.level,

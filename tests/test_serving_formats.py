@@ -92,6 +92,7 @@ def test_inspect_a_keras_file(tmp_path):
         assert report.disk_nbytes == path.stat().st_size
         assert report.dense_nbytes == report.nbytes == 4 * model.count_params()
         assert {row.encoding for row in report} == {"dense"}
+        assert str(report).splitlines()[-1] == f"on disk: {report.disk_nbytes:,} bytes"
 
 
 @tensorflow_only
@@ -128,6 +129,30 @@ def test_inspect_names_what_is_damaged(tmp_path):
         file.writestr("note.txt", "text")
     with pytest.raises(ValueError, match=r"other\.keras' is no file that Keras wrote"):
         inspect(tmp_path / "other.keras")
+
+
+@tensorflow_only
+def test_inspect_names_the_file_of_a_sparse_folder_that_is_not_as_it_was_written(tmp_path):
+    export_sparse_saved_model(masked_model(), tmp_path / "out")
+    weights = tmp_path / "out" / "assets" / "weights.mlsp"
+    report = tmp_path / "out" / "assets.extra" / "sparsity.json"
+    packed = weights.read_bytes()
+    weights.write_bytes(packed[:-100])
+    with pytest.raises(ValueError, match=rf"weights\.mlsp' has {len(packed) - 100} bytes; "):
+        inspect(tmp_path / "out")
+    weights.write_bytes(packed[:-1] + bytes([packed[-1] ^ 1]))
+    with pytest.raises(ValueError, match=r"weights\.mlsp' is damaged: .*checksum"):
+        inspect(tmp_path / "out")
+    weights.unlink()
+    with pytest.raises(ValueError, match=r"weights\.mlsp' is missing; "):
+        inspect(tmp_path / "out")
+    weights.write_bytes(packed)
+    report.write_bytes(report.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"sparsity\.json' is damaged: Not a storage report"):
+        inspect(tmp_path / "out")
+    report.unlink()
+    with pytest.raises(ValueError, match=r"The report '.*sparsity\.json' is missing"):
+        inspect(tmp_path / "out")
 
 
 @tensorflow_only

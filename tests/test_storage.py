@@ -62,6 +62,21 @@ def test_inspect_a_keras_file(saved, capsys):
     assert f"on disk: {saved.stat().st_size:,} bytes" in report
 
 
+@pytest.mark.parametrize("command", ["export", "inspect"])
+@pytest.mark.parametrize("cut", [True, False])
+def test_a_damaged_file_is_named_without_a_traceback(cut, command, saved, tmp_path, capsys):
+    content = saved.read_bytes()
+    half = len(content) // 2
+    flipped = content[:half] + bytes(255 - byte for byte in content[half : half + 9])
+    saved.write_bytes(content[:half] if cut else flipped + content[half + 9 :])
+    out = tmp_path / "served" / "1"
+    assert cli.main([command, str(saved), *([str(out)] if command == "export" else [])]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert ("exists, but is no '.keras' file or was cut short" if cut else "is damaged") in error
+    assert not out.parent.exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -87,3 +102,10 @@ def test_help_names_the_commands(capsys):
     text = capsys.readouterr().out
     assert "export" in text
     assert "inspect" in text
+
+
+def test_help_names_what_export_takes(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["export", "--help"])
+    usage, _, _ = capsys.readouterr().out.partition("\n\n")
+    assert usage.split()[-2:] == ["MODEL", "OUT"]

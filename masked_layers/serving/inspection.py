@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import zipfile
+import zlib
+from collections.abc import Mapping
 from pathlib import Path
 
 import keras
 import numpy as np
 
+from masked_layers.serving import encoding
 from masked_layers.serving.report import FILE, StorageReport, StorageRow, file_sizes
+from masked_layers.serving.saved_model import PACK
 from masked_layers.serving.tracing import effective_values
 
 
@@ -30,12 +35,9 @@ def inspect(path: str | os.PathLike[str]) -> StorageReport:
         raise FileNotFoundError(f"There is no '{path}'.")
     files = file_sizes(path)
     if path.suffix == ".keras" and path.is_file():
-        try:
-            arrays = effective_values(keras.models.load_model(path, compile=False))
-        except KeyError as error:
-            raise ValueError(f"'{path}' is no file that Keras wrote: {error}.") from error
-    elif FILE in files and "saved_model.pb" in files:
-        return dataclasses.replace(StorageReport.from_json((path / FILE).read_bytes()), files=files)
+        arrays = effective_values(load_model(path))
+    elif "saved_model.pb" in files and (FILE in files or f"assets/{PACK}" in files):
+        return _written_report(path, files)
     elif "saved_model.pb" in files:
         arrays = _checkpoint(path)
     else:
@@ -50,6 +52,68 @@ def inspect(path: str | os.PathLike[str]) -> StorageReport:
         for name, array in arrays.items()
     ]
     return StorageReport(tuple(rows), sum(row.nbytes for row in rows), files)
+
+
+def load_model(path: Path) -> keras.Model:
+    """Loads a `.keras` file without its compilation, after a check that it is whole.
+
+    Raises:
+        ValueError: If it is cut short, damaged, or nothing that Keras wrote.
+    """
+    with path.open("rb") as file:
+        complete = zipfile.is_zipfile(file)
+    if not complete:  # Keras says "File not found".
+        raise ValueError(
+            f"'{path}' exists, but is no '.keras' file or was cut short: it does not end as a zip "
+            "archive does. Restore it from where it was copied, or save the model again."
+        )
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    # What `zipfile` makes of wrong lengths, flags and names.
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, ValueError) as error:
+        damaged = repr(error)
+    if damaged is not None:
+        raise ValueError(
+            f"'{path}' is damaged ({damaged}). Restore it from where it was copied, or save the "
+            "model again."
+        )
+    try:
+        return keras.models.load_model(path, compile=False)
+    except KeyError as error:
+        raise ValueError(f"'{path}' is no file that Keras wrote: {error}.") from error
+
+
+def _written_report(path: Path, files: Mapping[str, int]) -> StorageReport:
+    """Returns the report in a sparse folder after a check that the files are those it is about.
+
+    Raises:
+        ValueError: If the report or another file is missing or not as it was written. Of the
+            packed weights every byte is checked, of other files the length.
+    """
+    if FILE not in files:
+        raise ValueError(
+            f"The report '{path / FILE}' is missing: copy `assets.extra` along with the rest of "
+            "the folder, or export the model again."
+        )
+    try:
+        report = StorageReport.from_json((path / FILE).read_bytes())
+    except ValueError as error:
+        raise ValueError(f"'{path / FILE}' is damaged: {error}") from error
+    for name, nbytes in report.files.items():
+        if name != FILE and files.get(name) != nbytes:
+            found = f"has {files[name]} bytes" if name in files else "is missing"
+            raise ValueError(
+                f"'{path / name}' {found}; {nbytes} bytes were written. Restore it from where the "
+                "folder was copied, or export the model again."
+            )
+    if f"assets/{PACK}" in files:
+        file = path / "assets" / PACK
+        try:
+            encoding.blocks(file.read_bytes())
+        except ValueError as error:
+            raise ValueError(f"'{file}' is damaged: {error}") from error
+    return dataclasses.replace(report, files=files)
 
 
 def _checkpoint(path: Path) -> dict[str, np.ndarray]:

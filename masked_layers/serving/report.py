@@ -178,12 +178,17 @@ class StorageReport:
             ).rstrip()
             for line in lines
         ]
-        ratio = self.dense_disk_nbytes / max(self.disk_nbytes, 1)
+        on_disk = f"on disk: {self.disk_nbytes:,} bytes"
+        if "saved_model.pb" in self.files:
+            ratio = self.dense_disk_nbytes / max(self.disk_nbytes, 1)
+            on_disk += (
+                f", {ratio:.1f} times smaller than one uncompressed copy of the weights with the "
+                f"same graph ({self.dense_disk_nbytes:,})"
+            )
         text += [
             f"uncompressed weights: {self.dense_nbytes:,} bytes",
             f"mask entropy + 4 bytes per value: {round(self.reference_nbytes):,} bytes",
-            f"on disk: {self.disk_nbytes:,} bytes, {ratio:.1f} times smaller than one uncompressed "
-            f"copy of the weights with the same graph ({self.dense_disk_nbytes:,})",
+            on_disk,
         ]
         if self.output_error is not None:
             text.append(
