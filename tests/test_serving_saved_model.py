@@ -363,7 +363,7 @@ def test_each_weight_gets_the_encoding_that_pays(tmp_path):
     reader = tf.train.load_checkpoint(str(tmp_path / "out" / "variables" / "variables"))
     shapes = [shape for shape in reader.get_variable_to_shape_map().values() if shape]
     assert shapes == [[200, 200]]
-    everything_dense = export_sparse_saved_model(model, tmp_path / "dense", include="nothing")
+    everything_dense = export_sparse_saved_model(model, tmp_path / "dense", include=lambda _: False)
     assert {row.encoding for row in everything_dense} == {"packed", "dense"}
     assert everything_dense.disk_nbytes > report.disk_nbytes
 
@@ -501,8 +501,15 @@ def test_wrong_arguments_leave_nothing_behind(tmp_path):
         export_sparse_saved_model(model, tmp_path / "out", include=1)
     with pytest.raises(ValueError, match=r"`include` holds '\[', which is no regular expression"):
         export_sparse_saved_model(model, tmp_path / "out", include=["dense", "["])
-    with pytest.raises(ValueError, match="`sample_inputs` does not fit"):
-        export_sparse_saved_model(model, tmp_path / "out", sample_inputs=["a", "b"])
+    with pytest.raises(ValueError, match=r"include=\['nothing_here'\] matches no weight"):
+        export_sparse_saved_model(model, tmp_path / "out", include=["nothing_here"])
+    words = np.full((1, 20), "a")
+    for sample_inputs in (["a", "b"], words, np.zeros((2, 7)), np.zeros(20), np.zeros((0, 20))):
+        with pytest.raises(ValueError, match="`sample_inputs` does not fit the model's inputs"):
+            export_sparse_saved_model(model, tmp_path / "out", sample_inputs=sample_inputs)
+    for wrong in ("ticket.keras", None):
+        with pytest.raises(TypeError, match=f"Expected a `keras.Model`. Received: {wrong!r}"):
+            export_sparse_saved_model(wrong, tmp_path / "out")
     with pytest.raises(ValueError, match="has not yet been built"):
         export_sparse_saved_model(keras.Sequential([layers.Dense(2)]), tmp_path / "out")
     x = keras.Input((2,), dtype="int64")
@@ -512,7 +519,22 @@ def test_wrong_arguments_leave_nothing_behind(tmp_path):
         ValueError, match=r"(?s)Give `sample_inputs` that it takes\..*num_oov_indices=0"
     ):
         export_sparse_saved_model(picky, tmp_path / "out")
-    assert not list(tmp_path.iterdir())
+    with pytest.raises(
+        ValueError, match=r"(?s)cannot be called on the `sample_inputs` given: .*num_oov_indices=0"
+    ):
+        export_sparse_saved_model(picky, tmp_path / "made" / "out", sample_inputs=np.ones((1, 2)))
+    assert not list(tmp_path.iterdir())  # Nor the folder above, which the last one needed.
+
+
+@pytest.mark.parametrize(("bias", "error"), [([1, np.nan, 1, 1], 0.0), ([np.nan] * 4, None)])
+def test_outputs_that_are_not_finite_are_warned_of(bias, error, tmp_path):
+    model = dense()
+    model.layers[-1].bias.assign(bias)
+    count = 2 * np.isnan(bias).sum()
+    with pytest.warns(UserWarning, match=f"{count} of 8 outputs of the model itself are NaN"):
+        report = export_sparse_saved_model(model, tmp_path / "out")
+    assert report.output_error == (error if error is None else pytest.approx(error, abs=1e-6))
+    assert ("largest difference" in str(report)) == (error is not None)
 
 
 def test_values_beyond_float16_are_refused(tmp_path):

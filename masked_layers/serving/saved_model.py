@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,12 +73,14 @@ def export_sparse_saved_model(
             `"bfloat16"` round the values of sparse weights to 2 bytes on disk; the model still
             computes in its own dtype. The report gives the error of the outputs.
         include: Which weights may be encoded sparsely: a regular expression searched in their
-            paths, a list of those, or a function of the path. Default: all; a weight for which it
-            does not pay stays dense by itself.
+            paths, a list of those (one at least must match), or a function of the path. Default:
+            all; a weight for which it does not pay stays dense by itself.
         level: Compression level, 0 to 9.
         input_signature: As in `keras.Model.export`.
-        sample_inputs: What to call the model with when outputs are compared. Default: seeded
-            random numbers of the shapes of the signature, zeros and ones for integers.
+        sample_inputs: What to call the model with when outputs are compared, one row at least, in
+            the structure that the model takes: an array, or a list or dict of them; for a model
+            whose `call` takes several arguments, the list of these. Default: seeded random numbers
+            of the shapes of the signature, zeros and ones for integers.
 
     Returns:
         The report that also lies in the folder as `assets.extra/sparsity.json`.
@@ -89,8 +92,15 @@ def export_sparse_saved_model(
             call of the model changes a variable that is not its own.
         OverflowError: If a value does not fit `values`.
         RuntimeError: If the folder that was written does not compute what the model computes.
+        TypeError: If `model` is no Keras model, or `include` none of the kinds above.
         ValueError: If an argument is invalid or the model is not built.
+
+    Warns:
+        UserWarning: If outputs on the sample inputs are not finite, so that comparing them says
+            little.
     """
+    if not isinstance(model, keras.Model):
+        raise TypeError(f"Expected a `keras.Model`. Received: {model!r}")
     if values not in ("float32", "float16", "bfloat16"):
         raise ValueError(
             f"`values` must be 'float32' (exact), 'float16' or 'bfloat16'. Received: {values!r}"
@@ -120,16 +130,16 @@ def export_sparse_saved_model(
     }
     samples = _samples(model, traced, sample_inputs)
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
+    given = sample_inputs is not None
+    with _scratch(path) as folder:
         os.chmod(folder, 0o777 & ~_umask())
         _write(folder, traced, pack)
         keep_saver = "dense" in encodings.values() or bool(traced.resources)
         _compact(folder / "saved_model.pb", traced.prefix, keep_saver=keep_saver)
         # A hash of the graph as it was before compaction; loaders take its absence in their stride.
         (folder / "fingerprint.pb").unlink(missing_ok=True)
-        error = _verify(folder, model, traced, expected, samples, exact=values == "float32")
+        exact = values == "float32"
+        error = _verify(folder, model, traced, expected, samples, given=given, exact=exact)
         report = StorageReport(
             rows=_rows(arrays, stored, pack, encodings),
             dense_nbytes=sum(array.nbytes for array in arrays.values()),
@@ -141,8 +151,6 @@ def export_sparse_saved_model(
         (folder / FILE).write_bytes(report.to_json())
         _check_replaceable(path)  # Writing took a while.
         _replace(folder, path)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     logger.info("Wrote '%s': %d bytes, sparsity %.4f.", path, report.disk_nbytes, report.sparsity)
     return report
 
@@ -152,7 +160,7 @@ def _included(include: Any, paths: Iterable[str]) -> set[str]:
 
     Raises:
         TypeError: If `include` is none of the kinds that are allowed.
-        ValueError: If a pattern is no regular expression.
+        ValueError: If a pattern is no regular expression, or none matches.
     """
     if include is None:
         return set(paths)
@@ -165,12 +173,16 @@ def _included(include: Any, paths: Iterable[str]) -> set[str]:
             "`include` must be a regular expression, a list of them or a function of a path. "
             f"Received: {include!r}"
         )
+    paths = list(paths)
     try:
-        return {path for path in paths if any(re.search(pattern, path) for pattern in patterns)}
+        found = {path for path in paths if any(re.search(pattern, path) for pattern in patterns)}
     except re.error as error:
         raise ValueError(
             f"`include` holds {error.pattern!r}, which is no regular expression: {error}."
         ) from error
+    if not found:
+        raise ValueError(f"include={patterns} matches no weight. The weights: {paths}")
+    return found
 
 
 # --- Weights --------------------------------------------------------------------------------------
@@ -510,11 +522,16 @@ def _samples(model: keras.Model, traced: Traced, sample_inputs: Any) -> list[Any
     if sample_inputs is None:
         return keras.tree.map_structure(random, signature)
     given = [sample_inputs] if len(signature) == 1 else list(sample_inputs)
+
+    def cast(spec: tf.TensorSpec, value: Any) -> tf.Tensor:
+        tensor = tf.cast(tf.convert_to_tensor(value), spec.dtype)
+        if not spec.shape.is_compatible_with(tensor.shape) or 0 in tensor.shape:
+            raise ValueError(f"shape {tensor.shape} for {spec}, with one row at least")
+        return tensor
+
     try:
-        return keras.tree.map_structure(
-            lambda spec, value: tf.cast(tf.convert_to_tensor(value), spec.dtype), signature, given
-        )
-    except (TypeError, ValueError) as error:
+        return keras.tree.map_structure(cast, signature, given)
+    except (TypeError, ValueError, tf.errors.OpError) as error:
         raise ValueError(
             f"`sample_inputs` does not fit the model's inputs {signature}: {error}"
         ) from error
@@ -527,9 +544,12 @@ def _verify(
     expected: Mapping[str, np.ndarray],
     samples: list[Any],
     *,
+    given: bool,
     exact: bool,
-) -> float:
+) -> float | None:
     """Returns the relative difference between the outputs of the folder and of the dense function.
+
+    None if no output is finite. `given`: whether the samples are the caller's.
 
     Raises:
         RuntimeError: If a weight comes back with another bit, or outputs differ by more than
@@ -554,6 +574,10 @@ def _verify(
         try:
             truth = [keras.ops.convert_to_numpy(x) for x in keras.tree.flatten(model(*inputs))]
         except Exception as error:  # Whatever its layers raise.
+            if given:
+                raise ValueError(
+                    f"The model cannot be called on the `sample_inputs` given: {error}"
+                ) from error
             raise ValueError(
                 f"The model cannot be called on sample inputs of {traced.signature}, batch and "
                 f"other free dimensions chosen. Give `sample_inputs` that it takes. {error}"
@@ -574,7 +598,17 @@ def _verify(
                 f"more than the rounding of {sorted(dtypes)} explains. Nothing was changed at the "
                 "target path. If the model computes something random, it cannot be compared."
             )
-    return error
+    numbers = [x for x in truth if x.dtype.kind not in "OSUbiu"]
+    total = sum(x.size for x in numbers)
+    finite = sum(int(np.isfinite(x).sum()) for x in numbers)
+    if finite < total:
+        warnings.warn(
+            f"{total - finite} of {total} outputs of the model itself are NaN or infinite on the "
+            "sample inputs, so that comparing the folder's outputs with them says little. Look for "
+            "such values among the weights, or give other `sample_inputs`.",
+            stacklevel=3,
+        )
+    return error if finite or not total else None
 
 
 def _difference(got: np.ndarray, wanted: np.ndarray) -> float:
@@ -607,6 +641,23 @@ def _check_replaceable(path: Path) -> None:
         raise FileExistsError(
             f"'{path}' exists and is no SavedModel folder. Remove it or choose another path."
         )
+
+
+@contextlib.contextmanager
+def _scratch(path: Path) -> Iterator[Path]:
+    """Makes a folder beside `path`, and its parents; takes it away, and parents left empty."""
+    made = [parent for parent in path.parents if not parent.exists()]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        for parent in made:
+            with contextlib.suppress(OSError):  # Not empty if all went well.
+                parent.rmdir()
 
 
 def _umask() -> int:
