@@ -60,7 +60,9 @@ def export_sparse_saved_model(
     input_signature: Any = None,
     sample_inputs: Any = None,
 ) -> StorageReport:
-    """Writes a SavedModel folder that takes about as many bytes as the model has non-zero weights.
+    """Writes a SavedModel folder whose weights take about the bytes of the non-zero ones.
+
+    The graph comes on top, and is most of the folder of a model with a few thousand weights.
 
     Any TensorFlow runtime loads it, with neither Keras nor this library nor a custom op; its
     signatures are those of `model.export(path)`. The folder is loaded back and compared with the
