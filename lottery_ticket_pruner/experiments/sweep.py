@@ -269,7 +269,9 @@ class _Pool:
             "TF_FORCE_GPU_ALLOW_GROWTH": "true",
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
         }
-        environment = os.environ | environment if len(self._shares) > 1 else dict(os.environ)
+        environment = os.environ | (environment if len(self._shares) > 1 else {})
+        # Or what a run prints on its way lands after its last word, the error.
+        environment["PYTHONUNBUFFERED"] = "1"
         while True:
             with self._lock:
                 if not self._todo:
