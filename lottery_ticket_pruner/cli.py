@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             page.write_report(config)
             return 0
         if isinstance(config, SupermaskConfig):
-            supermask.run(*supermask.prepare(config))
+            supermask.run(*run.prepare(config))
             return 0
         run.run(*run.prepare(config))
     except (OSError, ValueError) as error:

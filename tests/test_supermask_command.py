@@ -15,6 +15,7 @@ from rich.console import Console
 import masked_layers as ml
 from lottery_ticket_pruner import cli, training
 from lottery_ticket_pruner.experiments import datasets, supermask
+from lottery_ticket_pruner.experiments.run import prepare
 from lottery_ticket_pruner.experiments.supermask import SupermaskConfig
 
 UNTRAINED = SupermaskConfig(
@@ -53,7 +54,7 @@ def test_contradictions_are_refused(options, message):
 
 
 def test_untrained_masks(tmp_path, monkeypatch):
-    config, data = supermask.prepare(dataclasses.replace(UNTRAINED, out=tmp_path / "run"))
+    config, data = prepare(dataclasses.replace(UNTRAINED, out=tmp_path / "run"))
     console = Console(file=io.StringIO(), width=100)
     folder = supermask.run(config, data, console)
     rows = pd.read_csv(folder / "results.csv")

@@ -169,7 +169,7 @@ that was interrupted goes on; any other one there is replaced."""
     @property
     def name(self) -> str:
         """What a resolved configuration is called: readable, and different for different runs."""
-        content = json.dumps(_choices(self.to_dict()), sort_keys=True)
+        content = json.dumps(choices(self.to_dict()), sort_keys=True)
         digest = hashlib.sha256(content.encode()).hexdigest()
         return f"{self.data}-{self.network}-{self.strategy}-{digest[:8]}"
 
@@ -197,11 +197,7 @@ that was interrupted goes on; any other one there is replaced."""
 
     def same_run(self, file: Path) -> bool:
         """Whether a file that `to_dict` went into is of a run with the same results."""
-        try:
-            stored = json.loads(file.read_text())
-        except ValueError:
-            return False
-        return _choices(stored) == json.loads(json.dumps(_choices(self.to_dict())))
+        return same_choices(self.to_dict(), file)
 
     def _recipe(self) -> Recipe:
         if self.data not in datasets.NAMES:
@@ -270,9 +266,18 @@ def parse_steps(text: str, steps_per_epoch: int) -> int:
     return int(number) * (steps_per_epoch if unit == "ep" else 1)
 
 
-def _choices(values: dict[str, Any]) -> dict[str, Any]:
-    """What decides what comes out of a run."""
+def choices(values: dict[str, Any]) -> dict[str, Any]:
+    """What decides what comes out of a run, among the values of its configuration."""
     return {k: v for k, v in values.items() if k not in ("out", "data_dir", "quiet")}
+
+
+def same_choices(values: dict[str, Any], file: Path) -> bool:
+    """Whether a file that holds a configuration in JSON makes the choices of this one."""
+    try:
+        stored = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return False
+    return choices(stored) == json.loads(json.dumps(choices(values)))
 
 
 def _chosen(*values: Any) -> Any:

@@ -4,7 +4,7 @@ import json
 import shutil
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import keras
 import rich.progress
@@ -17,6 +17,9 @@ from lottery_ticket_pruner.experiments.tensorboard import EventWriter
 from lottery_ticket_pruner.tickets import TicketResult, find_ticket
 from masked_layers.serving import export_sparse_saved_model
 
+if TYPE_CHECKING:
+    from lottery_ticket_pruner.experiments.supermask import SupermaskConfig
+
 _RESULTS = (
     "accuracy.png",  # first: whoever finds it takes the run for a finished one
     "results.csv",
@@ -27,7 +30,10 @@ _RESULTS = (
 )
 
 
-def prepare(config: RunConfig) -> tuple[RunConfig, datasets.Dataset]:
+_Config = TypeVar("_Config", "RunConfig", "SupermaskConfig")
+
+
+def prepare(config: _Config) -> tuple[_Config, datasets.Dataset]:
     """Make every choice that the configuration leaves open, and load its data.
 
     Raises:

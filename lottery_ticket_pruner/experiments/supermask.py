@@ -21,7 +21,7 @@ from rich.console import Console
 import masked_layers as ml
 from lottery_ticket_pruner import criteria, training
 from lottery_ticket_pruner.experiments import datasets, networks, report
-from lottery_ticket_pruner.experiments.config import RunConfig
+from lottery_ticket_pruner.experiments.config import RunConfig, choices, same_choices
 from lottery_ticket_pruner.experiments.run import compiled, make_deterministic, save
 from lottery_ticket_pruner.learned import learn_supermask
 from lottery_ticket_pruner.pruner import LotteryTicketPruner
@@ -128,7 +128,7 @@ run of the same options finished are kept."""
     @property
     def name(self) -> str:
         """What a resolved configuration is called: readable, and different for different runs."""
-        content = json.dumps(self._choices(self.to_dict()), sort_keys=True)
+        content = json.dumps(choices(self.to_dict()), sort_keys=True)
         digest = hashlib.sha256(content.encode()).hexdigest()
         return f"{self.data}-{self.network}-{self.learn or 'untrained'}-masks-{digest[:8]}"
 
@@ -143,38 +143,15 @@ run of the same options finished are kept."""
         texts = {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
         return json.loads(json.dumps(texts))
 
-    def same_run(self, file: Path) -> bool:
-        """Whether a file that `to_dict` went into is of a run with the same results."""
-        try:
-            stored = json.loads(file.read_text())
-        except (OSError, ValueError):
-            return False
-        return self._choices(stored) == self._choices(self.to_dict())
-
     def training_config(self) -> RunConfig:
         """The run whose network and training this one shares."""
         names = ("data", "network", "steps", "batch_size", "learning_rate", "seeds")
         values = {name: getattr(self, name) for name in names}
         return RunConfig(**values).resolve(self.batch_size)
 
-    @staticmethod
-    def _choices(values: dict[str, Any]) -> dict[str, Any]:
-        return {k: v for k, v in values.items() if k not in ("out", "data_dir", "quiet")}
-
-
-def prepare(config: SupermaskConfig) -> tuple[SupermaskConfig, datasets.Dataset]:
-    """Make every choice that the configuration leaves open, and load its data.
-
-    Raises:
-        ValueError: the configuration makes no sense.
-        DatasetNotFoundError: the data is neither in `data_dir` nor to be had by download.
-    """
-    data = datasets.load(config.data, config.data_dir)
-    return config.resolve(len(data.x_train)), data
-
 
 def run(config: SupermaskConfig, data: datasets.Dataset, console: Console | None = None) -> Path:
-    """Run a prepared experiment (see `prepare`) and return its folder.
+    """Run a prepared experiment (see `run.prepare`) and return its folder.
 
     The folder holds `config.json`, `results.csv` (a row per mask) and `curves-<number>.png`; for
     untrained masks also `heat-map.png`; for learned ones the masks as binary ones over their
@@ -267,7 +244,7 @@ def heat_map(rows: pd.DataFrame) -> Figure:
 def _finished_rows(config: SupermaskConfig) -> list[dict[str, Any]]:
     """The rows of seeds that an earlier, interrupted run of the same options finished."""
     file = config.folder / "results.csv"
-    if not (file.is_file() and config.same_run(config.folder / "config.json")):
+    if not (file.is_file() and same_choices(config.to_dict(), config.folder / "config.json")):
         return []
     rows = pd.read_csv(file)
     # Written after every seed: what is there is whole. A finished run is run again.
