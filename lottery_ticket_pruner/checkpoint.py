@@ -1,7 +1,7 @@
 """The state of an iterative search between two rounds, on disk."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +9,13 @@ import keras
 import numpy as np
 
 import masked_layers as ml
+from lottery_ticket_pruner import fitting
 from lottery_ticket_pruner.pruner import LotteryTicketPruner
 from masked_layers.files import replacing
 
 
 class Checkpoint:
-    """A folder with the state after the last round: records, masks of every round, results.
+    """A folder with the state after the last round: model, records, masks of every round, results.
 
     The state changes as a whole: after a crash it is that of one round or of the next.
 
@@ -38,15 +39,21 @@ class Checkpoint:
         self._folder.mkdir(parents=True, exist_ok=True)
         ml.save_masks(pruner.model, self._masks_file(number))
         pruner.save(self._pruner_file(number))
+        arrays = {name: fitting.read(variable) for name, variable in _variables(pruner.model)}
+        with replacing(self._model_file(number)) as file:
+            np.savez(file, allow_pickle=False, **arrays)
         state = {"arguments": self._arguments, "round": number, "rows": rows}
         with replacing(self._state) as file:
             file.write(json.dumps(state, indent=1).encode())
         self._pruner_file(number - 1).unlink(missing_ok=True)
+        self._model_file(number - 1).unlink(missing_ok=True)
 
     def load(
         self, model: keras.Model
     ) -> tuple[LotteryTicketPruner, list[dict[str, np.ndarray]], list[dict[str, Any]]]:
-        """Returns the pruner, the masks after each round and the rows; the model gets the masks.
+        """Returns the pruner, the masks after each round and the rows.
+
+        The model gets back all its variables, optimizer and masks included.
 
         Raises:
             ValueError: The state is of other arguments or of another model, or not readable.
@@ -70,10 +77,27 @@ class Checkpoint:
         for done in range(number + 1):
             ml.load_masks(model, self._masks_file(done))
             masks.append(ml.get_masks(model))
-        return LotteryTicketPruner.load(self._pruner_file(number), model), masks, rows
+        pruner = LotteryTicketPruner.load(self._pruner_file(number), model)
+        if not model.optimizer.built:
+            with fitting.variable_scope(model):
+                model.optimizer.build(model.trainable_variables)
+        with np.load(self._model_file(number), allow_pickle=False) as arrays:
+            for name, variable in _variables(model):
+                variable.assign(arrays[name])
+        return pruner, masks, rows
 
     def _masks_file(self, number: int) -> Path:
         return self._folder / f"masks-{number:02}.npz"
 
     def _pruner_file(self, number: int) -> Path:
         return self._folder / f"pruner-{number:02}.npz"
+
+    def _model_file(self, number: int) -> Path:
+        return self._folder / f"model-{number:02}.npz"
+
+
+def _variables(model: keras.Model) -> Iterator[tuple[str, keras.Variable]]:
+    """Everything that a model and its optimizer hold, by kind and position."""
+    for kind, variables in (("model", model.variables), ("optimizer", model.optimizer.variables)):
+        for position, variable in enumerate(variables):
+            yield f"{kind}/{position}", variable

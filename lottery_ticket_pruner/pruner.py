@@ -527,8 +527,9 @@ class LotteryTicketPruner:
     def save(self, file: str | os.PathLike) -> None:
         """Writes the whole state of the pruner to one file: records, masks and counts.
 
-        The file holds arrays and JSON, no pickled objects. An existing one is replaced as a whole
-        or not at all.
+        What pruned weights of a masked model are frozen at is part of it, see `treat`. The file
+        holds arrays and JSON, no pickled objects. An existing one is replaced as a whole or not at
+        all.
 
         Args:
             file: Where to; the name is taken as it is.
@@ -551,6 +552,11 @@ class LotteryTicketPruner:
         arrays |= {f"initial/{i}": array for i, array in enumerate(self._initial)}
         arrays |= {f"final/{i}": array for i, array in enumerate(self._final or ())}
         arrays |= {f"mask/{position}": mask for position, mask in masks.items()}
+        arrays |= {
+            f"frozen/{position}": fitting.read(ref.mask.frozen)
+            for position, ref in prunables.items()
+            if ref.mask is not None and ref.mask.frozen is not None
+        }
         with replacing(file) as stream:
             np.savez(stream, allow_pickle=False, **arrays)
         _logger.info("Saved the pruner of %r to %s.", self.model.name, file)
@@ -559,8 +565,8 @@ class LotteryTicketPruner:
     def load(cls, file: str | os.PathLike, model: keras.Model) -> LotteryTicketPruner:
         """Reads a pruner from a file that `save` wrote, for a model of the same architecture.
 
-        A masked model gets the saved masks. Its weights stay as they are; `rewind` brings the
-        recorded ones.
+        A masked model gets the saved masks and what they freeze pruned weights at. Its weights stay
+        as they are; `rewind` brings the recorded ones.
 
         Args:
             file: The file.
@@ -590,6 +596,8 @@ class LotteryTicketPruner:
         pruner._clocks = [tuple(clock) for clock in state["clocks"]]
         pruner._rescaled = dict(state["rescaled"])
         pruner._write_masks(model, {i: arrays[f"mask/{i}"] for i in prunables})
+        if is_masked(model):
+            pruner._freeze({i: arrays.get(f"frozen/{i}") for i in prunables})
         _logger.info("Loaded the pruner of %r from %s.", model.name, file)
         return pruner
 

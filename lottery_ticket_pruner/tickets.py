@@ -237,7 +237,6 @@ def find_ticket(
             ml.set_masks(model, masks[row["round"]])
             show(row)
             progress(steps - rewind_to)
-        model.set_weights(list(pruner.final_weights.values()))
         _logger.info("%s: going on after round %d.", checkpoint, len(masks) - 1)
     else:
         train("dense", 0, rewind_to, stage="to the rewinding point")

@@ -573,6 +573,27 @@ def test_a_loaded_pruner_continues_like_the_saved_one(convert, tmp_path, data):
         assert int(ops.convert_to_numpy(other.optimizer.iterations)) == 4
 
 
+@pytest.mark.parametrize("pruned", ["freeze", "zero"])
+def test_a_loaded_pruner_brings_what_pruned_weights_are_frozen_at(pruned, tmp_path, data):
+    model, pruner = moved()
+    pruner.update_masks(rate=0.5)
+    pruner.treat(pruned=pruned)
+    pruner.save(tmp_path / "pruner")
+    other, another = moved()
+    # What the model froze before does not outlive the loading.
+    another.update_masks(rate=0.2)
+    another.treat("constant", "freeze")
+    other.predict(data[0], verbose=0)
+    LotteryTicketPruner.load(tmp_path / "pruner", other)
+    other.set_weights(model.get_weights())
+    assert [ref.mask.frozen is None for ref in ml.masked_refs(other)] == [pruned == "zero"] * 2
+    outputs = model.predict(data[0], verbose=0)
+    np.testing.assert_array_equal(other.predict(data[0], verbose=0), outputs)
+    if pruned == "freeze":
+        kernel = ops.convert_to_numpy(other.get_layer("hidden").kernel)
+        np.testing.assert_array_equal(kernel, pruner.initial_weights["hidden/kernel"])
+
+
 def test_rescaled_weights_are_known_after_loading(tmp_path):
     model = plain_model()
     pruner = LotteryTicketPruner(model)

@@ -6,7 +6,7 @@ import pytest
 from keras import layers
 
 import masked_layers as ml
-from lottery_ticket_pruner import tickets, training
+from lottery_ticket_pruner import fitting, tickets, training
 from lottery_ticket_pruner.tickets import find_ticket
 
 BACKEND = keras.backend.backend()
@@ -462,14 +462,23 @@ class InterruptionError(Exception):
     pass
 
 
+def everything(model):
+    """All that a model and its optimizer hold, masks and what they freeze included."""
+    return [fitting.read(v) for v in (*model.variables, *model.optimizer.variables)]
+
+
 @pytest.mark.parametrize(
-    ("retraining", "rows_before"), [("weight_rewinding", 2), ("learning_rate_rewinding", 4)]
+    ("retraining", "pruned", "rows_before"),
+    [
+        ("weight_rewinding", "freeze", 4),
+        ("learning_rate_rewinding", "zero", 2),
+    ],
 )
-def test_a_search_goes_on_where_it_was_interrupted(data, tmp_path, retraining, rows_before):
+def test_a_search_goes_on_where_it_was_interrupted(data, tmp_path, retraining, pruned, rows_before):
     search = {
         "rounds": 2, "steps": 5, "batch_size": 20, "rate": 0.4, "rewind_to": 1,
-        "controls": ("random_reinit",), "retraining": retraining, "validation_data": data,
-        "test_data": data, "deterministic": True,
+        "controls": ("random_reinit",), "retraining": retraining, "pruned": pruned,
+        "validation_data": data, "test_data": data, "deterministic": True,
     }  # fmt: skip
     alone = find_ticket(make_model(), *data, **search)
     seen = []
@@ -491,15 +500,16 @@ def test_a_search_goes_on_where_it_was_interrupted(data, tmp_path, retraining, r
     untimed = [[{**row, "seconds": 0} for row in found.rows] for found in (alone, resumed)]
     assert untimed[0] == untimed[1]
     assert_equal(alone.initial_weights, resumed.initial_weights)
-    assert_equal(alone.ticket.get_weights(), resumed.ticket.get_weights())
+    assert_equal(everything(alone.ticket), everything(resumed.ticket))
     for masks, others in zip(alone.masks, resumed.masks, strict=True):
         assert_equal(masks.values(), others.values())
     assert {file.name for file in tmp_path.iterdir()} == {
-        "state.json", "pruner-02.npz", "masks-00.npz", "masks-01.npz", "masks-02.npz",
+        "state.json", "pruner-02.npz", "model-02.npz",
+        "masks-00.npz", "masks-01.npz", "masks-02.npz",
     }  # fmt: skip
     finished = find_ticket(make_model(), *data, checkpoint=tmp_path, **search)
     assert finished.rows == resumed.rows
-    assert_equal(finished.ticket.get_weights(), resumed.ticket.get_weights())
+    assert_equal(everything(alone.ticket), everything(finished.ticket))
     with pytest.raises(ValueError, match=r"state of another search.*'rate': \(0.4, 0.3\)"):
         find_ticket(make_model(), *data, checkpoint=tmp_path, **search | {"rate": 0.3})
     (tmp_path / "state.json").write_text("[]")

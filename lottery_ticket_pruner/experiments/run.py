@@ -198,7 +198,8 @@ def _prepare_folder(config: RunConfig) -> Path:
 
 def _states(folder: Path) -> list[Path]:
     """The files from which an interrupted run goes on."""
-    return [*folder.glob("rounds/*/state.json"), *folder.glob("rounds/*/pruner-*.npz")]
+    names = ("state.json", "pruner-*.npz", "model-*.npz")
+    return [file for name in names for file in folder.glob(f"rounds/*/{name}")]
 
 
 class _Logs:
@@ -277,7 +278,7 @@ class _Progress:
             str(seed),
             str(row["round"]) if row["round"] else "dense",
             f"{1 - row['sparsity']:.2%}",
-            *(f"{100 * one['test_accuracy']:.2f}" for one in shown),
+            *(f"{100 * one['test_accuracy']:.2f}" if one else "" for one in shown),
             *[""] * (len(self._arms) - len(shown)),
             str(row["early_stop_step"]),
         )
