@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from lottery_ticket_pruner.experiments.config import RunConfig
     from lottery_ticket_pruner.experiments.page import ReportConfig
     from lottery_ticket_pruner.experiments.supermask import SupermaskConfig
-    from lottery_ticket_pruner.experiments.sweep import SweepConfig
+    from lottery_ticket_pruner.experiments.sweep import SupermaskSweepConfig, SweepConfig
     from lottery_ticket_pruner.storage import ExportConfig, InspectConfig
 
     config = tyro.extras.subcommand_cli_from_dict(
@@ -40,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "run": RunConfig,
             "supermask": SupermaskConfig,
             "sweep": SweepConfig,
+            "sweep-supermask": SupermaskSweepConfig,
             "report": ReportConfig,
             "export": ExportConfig,
             "inspect": InspectConfig,
@@ -51,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if isinstance(config, ExportConfig | InspectConfig):
         return _print_report(config)
     try:
-        if isinstance(config, SweepConfig):
+        if isinstance(config, SweepConfig | SupermaskSweepConfig):
             return _print_failures(sweep.sweep(config))
         if isinstance(config, ReportConfig):
             page.write_report(config)

@@ -221,8 +221,10 @@ def test_results_without_rounds_are_drawn_by_their_choices(tmp_path):
     at_40 = lines[0].samples[np.argmin(lines[0].x)]
     assert at_40 == pytest.approx((0.76, 0.77))
     sheet = report.best_sheet(group.rows)
-    assert sheet.lines[0] == ("large_final", "initial", "True", "76.50 ± 0.71", "40.00%")
-    assert len(sheet.lines) == 12
+    assert sheet.headings[:3] == ("criterion", "initial, dwr", "initial")
+    assert sheet.lines[0] == ("large_final", *["76.50 ± 0.71 at 40%"] * 4)
+    assert "| large_final | 76.50 ± 0.71 at 40% |" in sheet.markdown()
+    assert [line[0] for line in sheet.lines] == ["large_final", "random", "movement"]
     text = page.render(groups, Console(file=io.StringIO()))
     Reader(text)
     assert text.count("<svg") == 4

@@ -1,8 +1,10 @@
 """The sweep: which runs it makes, and what becomes of them. Most children here are stand-ins."""
 
+import dataclasses
 import io
 import json
 import os
+import runpy
 import signal
 import sys
 import threading
@@ -17,14 +19,30 @@ from rich.console import Console
 
 from lottery_ticket_pruner import cli
 from lottery_ticket_pruner.experiments import sweep as sweep_module
-from lottery_ticket_pruner.experiments.sweep import SweepConfig, plan, sweep
+from lottery_ticket_pruner.experiments.sweep import (
+    SupermaskSweepConfig,
+    SweepConfig,
+    plan,
+    sweep,
+)
 
 # Writes what a run writes, twice the rate as accuracy, and fails where the rate is 0.5.
 STAND_IN = """
 import json, os, pathlib, sys, time
 arguments = sys.argv[1:]
 value = lambda name: arguments[arguments.index(name) + 1]
-out, rate, seed = pathlib.Path(value("--out")), float(value("--rate")), int(value("--seeds"))
+out, seed = pathlib.Path(value("--out")), int(value("--seeds"))
+if arguments[0] == "supermask":
+    accuracy = {"initial": 0.6, "signed_constant": 0.7}[value("--weights")] + seed / 10
+    config = {"learn": value("--learn"), "weights": [value("--weights")], "seeds": [seed]}
+    (out / "config.json").write_text(json.dumps(config))
+    (out / "results.csv").write_text(
+        "replicate,weights,sparsity,test_accuracy\\n"
+        f"0,{value('--weights')},{0.5 + seed / 100},{accuracy}\\n"
+    )
+    (out / "curves-1.png").touch()
+    sys.exit()
+rate = float(value("--rate"))
 print("the rate is", rate)
 if rate == 0.5:
     print("lottery-ticket: this rate is bad", file=sys.stderr)
@@ -96,6 +114,26 @@ def test_a_child_is_what_run_makes_of_its_arguments(tmp_path, monkeypatch):
     for child in children:
         assert cli.main(child.arguments) == 0
     assert prepared == [child.config for child in children]
+
+
+def test_children_of_supermasks_are_what_supermask_makes_of_their_arguments(tmp_path, monkeypatch):
+    from lottery_ticket_pruner.experiments import supermask
+
+    over = ("learn=bernoulli,edge_popup", "dwr=True,False+True")
+    config = SupermaskSweepConfig(over=over, weights=("initial",), epochs=2, seeds=(3,))
+    children = plan(dataclasses.replace(config, out=tmp_path))
+    assert [(child.config.learn, child.config.dwr) for child in children] == [
+        (learn, dwr) for learn in ("bernoulli", "edge_popup") for dwr in ((True,), (False, True))
+    ]
+    # The steps of two epochs by 250, for each kind of mask.
+    assert [child.work for child in children] == [12, 24, 12, 24]
+    prepared = []
+    monkeypatch.setattr(supermask, "run", lambda config, data: prepared.append(config))
+    for child in children:
+        assert cli.main(child.arguments) == 0
+    assert prepared == [child.config for child in children]
+    with pytest.raises(ValueError, match=r"no option 'rate'.*criteria"):
+        plan(SupermaskSweepConfig(over=("rate=0.1",)))
 
 
 def test_the_default_folder_is_named_after_all_runs():
@@ -215,13 +253,33 @@ def test_an_interruption_ends_the_children(stand_in, tmp_path):
     assert not list((tmp_path / "sweep").glob("*/accuracy.png"))
 
 
-def test_a_real_child_gives_what_run_gives(tmp_path):
-    options = ["--rounds", "1", "--steps", "8", "--seeds", "3", "--deterministic"]
-    sweeping = [*options, "--over", "strategy=large_final", "--over", "controls=none"]
-    assert cli.main(["sweep", *sweeping, "--out", str(tmp_path / "sweep"), "--quiet"]) == 0
-    assert cli.main(["run", *options, "--controls", "--out", str(tmp_path / "alone")]) == 0
-    tables = [
-        pd.read_csv(folder / "results.csv").drop(columns="seconds")
-        for folder in (*(tmp_path / "sweep").glob("*/"), tmp_path / "alone")
-    ]
-    pd.testing.assert_frame_equal(*tables)
+@pytest.mark.usefixtures("stand_in")
+def test_sweeps_over_supermasks_compare_masks(tmp_path, capsys):
+    arguments = ["--learn", "bernoulli", "--over", "weights=initial,signed_constant"]
+    for again in (False, True):
+        assert cli.main(["sweep-supermask", *arguments, "--out", str(tmp_path / "masks")]) == 0
+        printed = capsys.readouterr().out
+        assert ("6 runs, 6 of them finished earlier" in printed) == again
+        lines = [" ".join(line.split()) for line in printed.splitlines()]
+        # Every seed has a sparsity of its own.
+        assert "weights initial initial 70.00 ± 10.00 49%" in lines
+        assert "weights signed_constant signed_constant 80.00 ± 10.00 49%" in lines
+    table = pd.read_csv(tmp_path / "masks" / "results.csv")
+    assert list(table)[:3] == ["run", "seed", "weights"]
+    assert len(table) == 6
+
+
+def test_children_start_as_the_module_of_the_command(tmp_path, monkeypatch):
+    from lottery_ticket_pruner.experiments import run
+
+    (child,) = plan(SweepConfig(over=("rate=0.2",), seeds=(3,), out=tmp_path))
+    prepared = []
+    monkeypatch.setattr(run, "run", lambda config, data: prepared.append(config))
+    python, flag, module = sweep_module._COMMAND
+    assert (python, flag) == (sys.executable, "-m")
+    monkeypatch.setattr(sys, "argv", ["cli.py", *child.arguments])
+    monkeypatch.delitem(sys.modules, module)
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_module(module, run_name="__main__")
+    assert caught.value.code == 0
+    assert prepared == [child.config]

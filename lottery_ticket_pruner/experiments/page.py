@@ -53,7 +53,7 @@ def write_report(config: ReportConfig, console: Console | None = None) -> Path:
     if not config.folders:
         raise ValueError("Name at least one run folder, or a folder of run folders.")
     groups = results.groups_of(results.find_runs(config.folders))
-    for sheet in _overviews(groups):
+    for sheet in report.overviews(groups):
         console.print(sheet.table())
     for group in groups:
         console.print(f"\n{group.label or group.title}", markup=False, style="bold")
@@ -147,11 +147,9 @@ def _tickets(group: Group) -> list[Path]:
     return [path for run in group.runs for path in sorted(run.folder.glob("ticket*.keras"))]
 
 
-def _overviews(groups: Sequence[Group]) -> list[report.Sheet]:
-    return [report.overview_sheet(groups)] if any(group.has_rounds for group in groups) else []
-
-
 def _sheets(group: Group) -> list[report.Sheet]:
+    if group.is_instability:
+        return [report.instability_sheet(group.rows)]
     if not group.has_rounds:
         return [report.best_sheet(group.rows)]
     sheets = [report.accuracy_sheet(group.rows)]
@@ -162,6 +160,8 @@ def _sheets(group: Group) -> list[report.Sheet]:
 
 def _charts(group: Group) -> list[Chart]:
     title = group.label or group.title
+    if group.is_instability:
+        return []  # The run's own picture shows it.
     if not group.has_rounds:
         return [
             Chart(", ".join(filter(None, (title, name))), _bands(lines), lines, x_label)
@@ -238,7 +238,7 @@ def render(groups: Sequence[Group], console: Console | None = None) -> str:
     return page.render(
         title=_title(groups),
         groups=groups,
-        overviews=_overviews(groups),
+        overviews=report.overviews(groups),
         comparisons=comparisons,
         sections=sections,
         varied=varied,

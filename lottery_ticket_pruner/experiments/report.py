@@ -158,18 +158,24 @@ def dense_accuracies(rows: pd.DataFrame) -> list[float]:
 
 @dataclasses.dataclass(frozen=True)
 class Sheet:
-    """A table as text: the terminal and the page show the same one."""
+    """A table as text: the terminal, the page and the Markdown file show the same one."""
 
     title: str
     headings: tuple[str, ...]
     lines: tuple[tuple[str, ...], ...]
     # How many columns from the left are names, not numbers.
     names: int = 0
+    note: str = ""
 
     def table(self) -> Table:
         """The table for the terminal; wide ones are set closer."""
         close = len(self.headings) > 6
-        table = Table(box=rich.box.SIMPLE, title=self.title, padding=0 if close else (0, 1))
+        table = Table(
+            box=rich.box.SIMPLE,
+            title=self.title,
+            caption=self.note or None,
+            padding=0 if close else (0, 1),
+        )
         for number, heading in enumerate(self.headings):
             is_name = number < self.names
             table.add_column(
@@ -181,6 +187,15 @@ class Sheet:
         for line in self.lines:
             table.add_row(*(cell.replace(" ± ", "±") if close else cell for cell in line))
         return table
+
+    def markdown(self) -> str:
+        """The table in Markdown, its title above it and its note below."""
+        rule = [":--" if n < self.names else "--:" for n in range(len(self.headings))]
+        lines = [
+            [cell.replace("|", r"\|") for cell in line] for line in (self.headings, *self.lines)
+        ]
+        table = "\n".join(f"| {' | '.join(line)} |" for line in (lines[0], rule, *lines[1:]))
+        return "\n\n".join(filter(None, (self.title, table, self.note)))
 
 
 def summary_table(rows: Sequence[dict[str, Any]] | pd.DataFrame) -> Table:
@@ -199,7 +214,9 @@ def accuracy_sheet(rows: pd.DataFrame) -> Sheet:
     for number, of_round in rows.groupby("round"):
         main = of_round[of_round["arm"].isin(["dense", "ticket"])]
         shown = ["dense"] if not number else arms
-        cells = [_accuracy(of_round.loc[of_round["arm"] == arm, "test_accuracy"]) for arm in shown]
+        cells = [
+            accuracy_text(of_round.loc[of_round["arm"] == arm, "test_accuracy"]) for arm in shown
+        ]
         early_stop = main["early_stop_step"].mean() if "early_stop_step" in main else np.nan
         lines.append(
             (
@@ -250,11 +267,7 @@ def difference_sheet(rows: pd.DataFrame) -> Sheet:
 
 
 def overview_sheet(groups: Sequence[Group]) -> Sheet:
-    """A line for every group: where its last round ended, and how far its tickets hold up.
-
-    The last column has the fewest weights with which the ticket is not behind the dense network.
-    """
-    groups = [group for group in groups if group.has_rounds]
+    """A line for every group: where its last round ended, and how far its tickets hold up."""
     lines = []
     for group in groups:
         last = group.rows[group.rows["round"] == group.rows["round"].max()]
@@ -266,19 +279,70 @@ def overview_sheet(groups: Sequence[Group]) -> Sheet:
                 group.label or group.title,
                 str(group.rows["seed"].nunique()),
                 f"{1 - last['sparsity'].mean():.2%}",
-                _accuracy(dense_accuracies(group.rows)),
-                _accuracy(ticket),
-                _accuracy(max(arms.values(), key=np.mean, default=[])),
+                accuracy_text(dense_accuracies(group.rows)),
+                accuracy_text(ticket),
+                accuracy_text(max(arms.values(), key=np.mean, default=[])),
                 _holds_down_to(group.rows),
             )
         )
     headings = ("", "seeds", "weights", "dense", "ticket", "best control", "matches dense to")
-    filled = [number for number in range(len(headings)) if any(line[number] for line in lines)]
-    return Sheet(
-        "test accuracy of the dense network and at the last round, %",
-        tuple(headings[number] for number in filled),
-        tuple(tuple(line[number] for number in filled) for line in lines),
-        names=1,
+    return filled(
+        Sheet(
+            "test accuracy of the dense network and at the last round, %",
+            headings,
+            tuple(lines),
+            names=1,
+            note="The last column has the fewest weights with which the ticket's mean is not below "
+            "that of the dense network.",
+        )
+    )
+
+
+def tickets_sheet(groups: Sequence[Group]) -> Sheet:
+    """The accuracy of the tickets of every group, round by round: six rounds if there are more."""
+    rows = [group.rows[group.rows["arm"] == "ticket"] for group in groups]
+    last = max(own["round"].max() for own in rows)
+    shown = np.unique(np.linspace(1, last, 6).round())
+    left = [(1 - own.groupby("round")["sparsity"].mean()).map("{:.2%}".format) for own in rows]
+    headings = []
+    for number in shown:
+        texts = {own[number] for own in left if number in own}
+        headings.append(texts.pop() if len(texts) == 1 else f"round {number:.0f}")
+    lines = [
+        (
+            group.label or group.title,
+            *(accuracy_text(own.loc[own["round"] == n, "test_accuracy"]) for n in shown),
+        )
+        for group, own in zip(groups, rows, strict=True)
+    ]
+    title = "test accuracy of the tickets by weights left, %: mean ± standard deviation"
+    return Sheet(title, ("", *headings), tuple(lines), names=1)
+
+
+def overviews(groups: Sequence[Group]) -> list[Sheet]:
+    """The tables that put groups side by side."""
+    sheets = []
+    searches = [group for group in groups if group.has_rounds]
+    if searches:
+        sheets.append(overview_sheet(searches))
+    found = [group for group in searches if (group.rows["arm"] == "ticket").any()]
+    if len(found) > 1:
+        sheets.append(tickets_sheet(found))
+    others = [group for group in groups if not (group.has_rounds or group.is_instability)]
+    if len(others) > 1:
+        named = [group.rows.assign(configuration=group.label or group.title) for group in others]
+        rows = pd.concat(named, ignore_index=True)
+        sheets.append(best_sheet(rows[["configuration", *rows.columns.drop("configuration")]]))
+    return sheets
+
+
+def filled(sheet: Sheet) -> Sheet:
+    """The same table without the columns that are empty in every line."""
+    keep = [n for n in range(len(sheet.headings)) if any(line[n] for line in sheet.lines)]
+    return dataclasses.replace(
+        sheet,
+        headings=tuple(sheet.headings[n] for n in keep),
+        lines=tuple(tuple(line[n] for n in keep) for line in sheet.lines),
     )
 
 
@@ -292,13 +356,16 @@ def _holds_down_to(rows: pd.DataFrame) -> str:
     return f"{1 - matching['sparsity'].max():.2%}" if len(matching) else "never"
 
 
-def _accuracy(accuracies: Sequence[float]) -> str:
-    if not len(accuracies):
+def accuracy_text(accuracies: Sequence[float]) -> str:
+    """The mean in percent and, of several, the standard deviation."""
+    return _spread(100 * np.asarray(accuracies, float), "{:.2f}")
+
+
+def _spread(values: Sequence[float], style: str) -> str:
+    if not len(values):
         return ""
-    mean = f"{100 * np.mean(accuracies):.2f}"
-    if len(accuracies) == 1:
-        return mean
-    return f"{mean} ± {100 * np.std(accuracies, ddof=1):.2f}"
+    mean = style.format(np.mean(values))
+    return mean if len(values) == 1 else f"{mean} ± {style.format(np.std(values, ddof=1))}"
 
 
 # --- Results of other commands --------------------------------------------------------------------
@@ -318,21 +385,82 @@ def factors_of(rows: pd.DataFrame) -> list[str]:
 
 
 def best_sheet(rows: pd.DataFrame) -> Sheet:
-    """For every combination of choices the best mean accuracy, and where it was reached."""
+    """For every combination of choices the best mean accuracy, and where it was reached.
+
+    Criteria have a line each, with what else was chosen for them in columns.
+    """
     factors, place = factors_of(rows), place_of(rows)
-    lines = []
-    for values, own in _by(rows, factors):
-        means = own.groupby(place, dropna=False)["test_accuracy"].mean()
-        best = own[own[place] == means.idxmax()]
-        at = means.idxmax()
-        shown = f"{1 - at:.2%}" if place == "sparsity" else f"{at:g}"
-        lines.append((*map(str, values), _accuracy(best["test_accuracy"]), shown))
-    replicates = rows["seed"].nunique()
+    where = "weights left" if place == "sparsity" else place
     title = "best test accuracy, %"
+    replicates = rows["seed"].nunique()
     if replicates > 1:
         title += f": mean ± standard deviation of {replicates} replicates"
-    headings = (*factors, "accuracy", "weights left" if place == "sparsity" else place)
-    return Sheet(title, headings, tuple(lines), names=len(factors))
+    down = factors[: factors.index("criterion") + 1] if "criterion" in factors else factors
+    across = factors[len(down) :]
+    if not across:
+        lines = [(*map(_text, values), *_best(own, place)) for values, own in _by(rows, down)]
+        return Sheet(title, (*down, "accuracy", where), tuple(lines), names=len(down))
+    columns = [values for values, _ in _by(rows, across)]
+    lines = []
+    for values, of_line in _by(rows, down):
+        cells = dict.fromkeys(columns, "")
+        for setting, own in _by(of_line, across):
+            cells[setting] = " at ".join(_best(own, place))
+        lines.append((*map(_text, values), *cells.values()))
+    headings = [_setting(across, values) for values in columns]
+    return Sheet(f"{title}, at {where}", (*down, *headings), tuple(lines), names=len(down))
+
+
+def instability_sheet(rows: pd.DataFrame) -> Sheet:
+    """What `lottery-ticket instability` found, a line per point."""
+    lines = []
+    for (step, sparsity), own in rows.groupby(["rewind_to", "sparsity"]):
+        lines.append(
+            (
+                f"{step}",
+                f"{1 - sparsity:.2%}",
+                accuracy_text(own["instability"]),
+                _spread(own["loss_barrier"], "{:.3f}"),
+                accuracy_text(own["test_accuracy"]),
+                accuracy_text(own["lowest_accuracy"]),
+            )
+        )
+    headings = ("steps", "weights", "instability", "by loss", "ends", "lowest")
+    title = "instability, points of test error; test accuracy, %"
+    replicates = rows["seed"].nunique()
+    if replicates > 1:
+        title += f": mean ± standard deviation of {replicates} replicates"
+    note = "Below 2 points a network counts as stable (Frankle et al., arXiv 1912.05671)."
+    return Sheet(title, headings, tuple(lines), note=note)
+
+
+def _best(rows: pd.DataFrame, place: str) -> tuple[str, str]:
+    at, best = max(_levels(rows, place), key=lambda level: level[1]["test_accuracy"].mean())
+    shown = f"{100 * (1 - at):.4g}%" if place == "sparsity" else f"{at:g}"
+    return accuracy_text(best["test_accuracy"]), shown
+
+
+def _levels(rows: pd.DataFrame, place: str) -> list[tuple[float, pd.DataFrame]]:
+    """Where the rows are, in order, with those of all seeds there.
+
+    They are put together by their turn within their seed: a learned mask finds a sparsity of its
+    own for every seed.
+    """
+    turns = rows.groupby("seed")[place].rank(method="first")
+    return [(own[place].mean(), own) for _, own in rows.groupby(turns)]
+
+
+def _setting(names: Sequence[str], values: Sequence[Any]) -> str:
+    """Choices as a heading: truths by their names."""
+    texts = [
+        name * bool(value) if isinstance(value, bool | np.bool_) else _text(value)
+        for name, value in zip(names, values, strict=True)
+    ]
+    return ", ".join(filter(None, texts)) or f"no {names[0]}"
+
+
+def _text(value: Any) -> str:
+    return "" if pd.isna(value) else str(value)
 
 
 def charts(rows: pd.DataFrame) -> list[tuple[str, list[Line], str]]:
@@ -348,10 +476,10 @@ def charts(rows: pd.DataFrame) -> list[tuple[str, list[Line], str]]:
         title = ", ".join(f"{name} {value}" for name, value in names)
         lines = []
         for label, own in _by(of_chart, factors[:1]):
-            by_place = own.groupby(place)["test_accuracy"].apply(list)
-            x = 100 * (1 - by_place.index) if place == "sparsity" else by_place.index
-            samples = tuple(map(tuple, by_place))
-            lines.append(Line(" ".join(map(str, label)) or "accuracy", tuple(x), samples))
+            levels = _levels(own, place)
+            x = [100 * (1 - at) if place == "sparsity" else at for at, _ in levels]
+            samples = tuple(tuple(of_level["test_accuracy"]) for _, of_level in levels)
+            lines.append(Line(" ".join(map(_text, label)) or "accuracy", tuple(x), samples))
         found.append((title, with_looks(lines), "weights left" if place == "sparsity" else place))
     return found
 

@@ -13,7 +13,7 @@ RESULTS_FILE = "results.csv"
 # Options that say where to run and what to print: they change no number of the results.
 _NO_CHOICE = ("data_dir", "out", "quiet", "seeds")
 # Options whose values speak for themselves.
-_PLAIN = ("data", "network", "strategy", "criterion")
+_PLAIN = ("data", "network", "strategy", "criterion", "learn")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -51,6 +51,11 @@ class Group:
     def has_rounds(self) -> bool:
         """Whether its rows are those of `lottery-ticket run`, by rounds and arms."""
         return "arm" in self.rows and "round" in self.rows
+
+    @property
+    def is_instability(self) -> bool:
+        """Whether its rows are those of `lottery-ticket instability`."""
+        return "instability" in self.rows
 
     @property
     def title(self) -> str:

@@ -35,6 +35,7 @@ CRITERIA = tuple(
     if criteria.get(name).needs <= {"initial", "final"} and criteria.get(name).scope is None
 )
 _SPARSITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
+_PICTURES = ("curves-*.png", "heat-map.png")
 _LEARNING_STEPS = 20_000
 _LEARNING_BATCH = 250
 
@@ -137,6 +138,11 @@ run of the same options finished are kept."""
         """Where a resolved configuration writes."""
         return self.out or Path("runs") / self.name
 
+    @property
+    def work(self) -> int:
+        """Training steps of a resolved configuration for each of its seeds."""
+        return self.steps * (len(_cells(self)) if self.learn else 1)
+
     def to_dict(self) -> dict[str, Any]:
         """The configuration in JSON's types."""
         values = dataclasses.asdict(self)
@@ -164,6 +170,9 @@ def run(config: SupermaskConfig, data: datasets.Dataset, console: Console | None
     folder = config.folder
     folder.mkdir(parents=True, exist_ok=True)
     rows = _finished_rows(config)
+    for pattern in _PICTURES if rows else (*_PICTURES, "results.csv", "supermask-*.keras"):
+        for left_by_an_earlier_run in folder.glob(pattern):
+            left_by_an_earlier_run.unlink()
     (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
     console.print(
         f"{config.data}, {config.network}, {config.learn or 'untrained'} masks; "
@@ -182,8 +191,7 @@ def run(config: SupermaskConfig, data: datasets.Dataset, console: Console | None
         transient=True,
     )
     with bar:
-        total = config.steps * (len(_cells(config)) if config.learn else 1)
-        task = bar.add_task("", total=total * (len(config.seeds) - len(done)))
+        task = bar.add_task("", total=config.work * (len(config.seeds) - len(done)))
         for replicate, seed in enumerate(config.seeds):
             if replicate not in done:
                 bar.update(task, description=f"seed {seed}")
@@ -195,14 +203,15 @@ def run(config: SupermaskConfig, data: datasets.Dataset, console: Console | None
     table = pd.DataFrame(rows)
     table["seed"] = [config.seeds[replicate] for replicate in table["replicate"]]
     shown = table.drop(columns=["dense_accuracy"], errors="ignore")
-    for number, (title, lines, label) in enumerate(report.charts(shown), 1):
+    if not config.learn:
+        heat_map(shown).savefig(folder / "heat-map.png", dpi=150)
+        dense = report.accuracy_text(table.groupby("replicate")["dense_accuracy"].first())
+        console.print(f"trained, all weights: {dense} %", highlight=False)
+    # The first comes last: whoever finds it takes the run for a finished one.
+    for number, (title, lines, label) in reversed([*enumerate(report.charts(shown), 1)]):
         picture = report.picture(lines, x_label=label)
         picture.suptitle(title, fontsize=10)
         picture.savefig(folder / f"curves-{number}.png", dpi=150)
-    if not config.learn:
-        heat_map(shown).savefig(folder / "heat-map.png", dpi=150)
-        dense = table.groupby("replicate")["dense_accuracy"].first()
-        console.print(f"trained, all weights: {dense.mean():.2%}", highlight=False)
     console.print(report.best_sheet(shown).table())
     console.print(f"{time.perf_counter() - started:.0f} s. Results in {folder}", highlight=False)
     return folder

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,6 +25,7 @@ from rich.console import Console
 
 from lottery_ticket_pruner.experiments import datasets, report, results
 from lottery_ticket_pruner.experiments.config import RunConfig
+from lottery_ticket_pruner.experiments.supermask import SupermaskConfig
 from masked_layers.files import replacing
 
 _Path = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
@@ -43,22 +44,12 @@ _THREADS = (
     "TF_NUM_INTRAOP_THREADS",
     "TF_NUM_INTEROP_THREADS",
 )
-# The last file that a run writes, and the first that it removes.
-_LAST_FILE = "accuracy.png"
 
 
 @dataclasses.dataclass(frozen=True)
-class SweepConfig(RunConfig):
-    """Run every combination of some options and of the seeds, several at a time.
-
-    Takes every option of `lottery-ticket run`. --over rate=0.2,0.4 gives an option several values
-    in turn; with --over strategy=large_final,random next to it, all four pairs are run, each with
-    each seed. Join the values of an option that takes several with plus signs, as in
-    --over controls=none,random_mask+random_reinit. A sweep that was interrupted goes on.
-    """
-
+class _Sweeping:
     over: _Over = ()
-    """An option of run and the values to try."""
+    """An option of the command and the values to try."""
     jobs: _Int = None
     """Runs at a time, each on its share of the cores; by default one per core."""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -67,6 +58,45 @@ class SweepConfig(RunConfig):
     """Folder of all run folders and of results.csv; by default one in ./runs."""
     quiet: bool = False
     """Print nothing but errors."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepConfig(_Sweeping, RunConfig):
+    """Run every combination of some options and of the seeds, several at a time.
+
+    Takes every option of `lottery-ticket run`. --over rate=0.2,0.4 gives an option several values
+    in turn; with --over strategy=large_final,random next to it, all four pairs are run, each with
+    each seed. Join the values of an option that takes several with plus signs, as in
+    --over controls=none,random_mask+random_reinit. A sweep that was interrupted goes on.
+    """
+
+
+@dataclasses.dataclass(frozen=True)
+class SupermaskSweepConfig(_Sweeping, SupermaskConfig):
+    """Make or learn supermasks for every combination of some options and of the seeds.
+
+    Takes every option of `lottery-ticket supermask`, and --over as `lottery-ticket sweep` does:
+    --over learn=bernoulli,edge_popup --over weights=initial,signed_constant learns four kinds of
+    masks, each with each seed, several at a time. A sweep that was interrupted goes on.
+    """
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kind:
+    """What there is to know of a command to sweep over its options."""
+
+    name: str
+    config: type[RunConfig] | type[SupermaskConfig]
+    # The last file that a run writes, and the first that it removes.
+    last_file: str
+    # Training steps of a resolved configuration with one seed, up to a factor.
+    work: Callable[[Any], int]
+
+
+_KINDS = (
+    _Kind("run", RunConfig, "accuracy.png", lambda config: config.steps * (config.rounds + 1)),
+    _Kind("supermask", SupermaskConfig, "curves-1.png", lambda config: config.work),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,18 +110,19 @@ class Child:
     """
 
     label: str
-    config: RunConfig
+    config: RunConfig | SupermaskConfig
     arguments: tuple[str, ...]
 
     @property
     def is_finished(self) -> bool:
         """Whether its folder holds all of its results."""
-        return results.is_run(self.config.folder) and (self.config.folder / _LAST_FILE).is_file()
+        last_file = _kind(self.config).last_file
+        return results.is_run(self.config.folder) and (self.config.folder / last_file).is_file()
 
     @property
     def work(self) -> int:
-        """Training steps of one arm over all rounds: what it takes, up to a factor."""
-        return self.config.steps * (self.config.rounds + 1)
+        """Training steps (of a ticket, those of one arm over all rounds): what it takes."""
+        return _kind(self.config).work(self.config)
 
     @property
     def work_done(self) -> int:
@@ -99,7 +130,8 @@ class Child:
         try:
             with (self.config.folder / results.RESULTS_FILE).open(newline="") as file:
                 rounds = [int(row["round"]) for row in csv.DictReader(file)]
-        except (OSError, ValueError):  # not there yet, or being written
+        # Not there yet, or being written, or of supermasks.
+        except (OSError, ValueError, KeyError):
             return 0
         return self.config.steps * (max(rounds) + 1) if rounds else 0
 
@@ -119,20 +151,21 @@ class Failure:
     log: Path
 
 
-def plan(config: SweepConfig) -> list[Child]:
+def plan(config: SweepConfig | SupermaskSweepConfig) -> list[Child]:
     """The runs of a sweep, in the order of --over, the seeds of a combination side by side.
 
     Raises:
-        ValueError: an option that `run` does not have, or a combination that it refuses.
+        ValueError: an option that the command does not have, or a combination that it refuses.
         DatasetNotFoundError: data is neither in its folder nor to be had by download.
     """
     if config.jobs is not None and config.jobs < 1:
         raise ValueError(f"--jobs must be positive. Received: {config.jobs}.")
-    over = [_parse_over(text) for text in config.over]
+    kind = _kind(config)
+    over = [_parse_over(text, kind) for text in config.over]
     names = [name for name, _ in over]
     fixed = {
         field.name: getattr(config, field.name)
-        for field in _options()
+        for field in _options(kind)
         if getattr(config, field.name) != field.default
     }
     for name in names:
@@ -142,12 +175,12 @@ def plan(config: SweepConfig) -> list[Child]:
     if not config.seeds:
         raise ValueError("Give at least one seed.")
     images: dict[tuple[str, Path | None], int] = {}
-    found: dict[str, tuple[str, RunConfig, list[str]]] = {}
+    found: dict[str, tuple[str, RunConfig | SupermaskConfig, list[str]]] = {}
     for values in itertools.product(*(values for _, values in over)):
         pairs = list(zip(names, values, strict=True))
         label = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in pairs)
-        arguments = [*common, *(text for pair in pairs for text in _given(*pair))]
-        parsed = tyro.cli(RunConfig, args=arguments, prog="lottery-ticket run")
+        arguments = [*common, *(text for pair in pairs for text in _given(*pair, kind))]
+        parsed = tyro.cli(kind.config, args=arguments, prog=f"lottery-ticket {kind.name}")
         source = (parsed.data, parsed.data_dir)
         for seed in config.seeds:
             try:
@@ -163,13 +196,15 @@ def plan(config: SweepConfig) -> list[Child]:
         Child(
             label,
             dataclasses.replace(child, out=folder / name),
-            ("run", *arguments, "--out", str(folder / name)),
+            (kind.name, *arguments, "--out", str(folder / name)),
         )
         for name, (label, child, arguments) in found.items()
     ]
 
 
-def sweep(config: SweepConfig, console: Console | None = None) -> list[Failure]:
+def sweep(
+    config: SweepConfig | SupermaskSweepConfig, console: Console | None = None
+) -> list[Failure]:
     """Run what is not finished yet, write all results into one table, and return what failed.
 
     The folder holds a run folder for each combination and seed, with what the run printed in
@@ -197,11 +232,13 @@ def sweep(config: SweepConfig, console: Console | None = None) -> list[Failure]:
         markup=False,
     )
     failures = _Pool(todo, _shares(cores, jobs), console).run()
-    _combine(folder, [_parse_over(text)[0] for text in config.over])
+    kind = _kind(config)
+    _combine(folder, kind, [_parse_over(text, kind)[0] for text in config.over])
     finished = [child.config.folder for child in children if child.is_finished]
     if finished:
         groups = results.groups_of(results.find_runs(finished))
-        console.print(report.overview_sheet(groups).table())
+        for sheet in report.overviews(groups):
+            console.print(sheet.table())
     console.print(f"{time.perf_counter() - started:.0f} s. Results in {folder}", highlight=False)
     return failures
 
@@ -361,31 +398,35 @@ def _message(log: Path, status: int) -> str:
     return last or f"exit status {status}"
 
 
-def _combine(folder: Path, options: Sequence[str]) -> None:
-    inside = [path for path in sorted(folder.iterdir()) if (path / _LAST_FILE).is_file()]
+def _combine(folder: Path, kind: _Kind, options: Sequence[str]) -> None:
+    inside = [path for path in sorted(folder.iterdir()) if (path / kind.last_file).is_file()]
     if inside:
         with replacing(folder / results.RESULTS_FILE) as file:
             results.tidy(results.find_runs(inside), options).to_csv(file, index=False)
 
 
-def _name(config: SweepConfig, children: Sequence[str]) -> str:
+def _name(config: SweepConfig | SupermaskSweepConfig, children: Sequence[str]) -> str:
     digest = hashlib.sha256(json.dumps(sorted(children)).encode()).hexdigest()
     return f"sweep-{config.data}-{digest[:8]}"
+
+
+def _kind(config: RunConfig | SupermaskConfig) -> _Kind:
+    return next(kind for kind in _KINDS if isinstance(config, kind.config))
 
 
 # --- Options as text ------------------------------------------------------------------------------
 
 
-def _options() -> list[dataclasses.Field]:
+def _options(kind: _Kind) -> list[dataclasses.Field]:
     """What a sweep hands on to its runs as it was given."""
     own = ("seeds", "out", "quiet")
-    return [field for field in dataclasses.fields(RunConfig) if field.name not in own]
+    return [field for field in dataclasses.fields(kind.config) if field.name not in own]
 
 
-def _parse_over(text: str) -> tuple[str, list[str]]:
+def _parse_over(text: str, kind: _Kind) -> tuple[str, list[str]]:
     name, equals, values = text.partition("=")
     name = name.removeprefix("--").replace("-", "_")
-    allowed = [field.name for field in _options()]
+    allowed = [field.name for field in _options(kind)]
     if name in ("seeds", "seed"):
         raise ValueError("Give seeds as in --seeds 0 1 2: each has a run of its own.")
     if name not in allowed:
@@ -398,9 +439,9 @@ def _parse_over(text: str) -> tuple[str, list[str]]:
     return name, found
 
 
-def _given(name: str, value: str) -> list[str]:
+def _given(name: str, value: str, kind: _Kind) -> list[str]:
     """The command line of one value of --over."""
-    hint = typing.get_type_hints(RunConfig)[name]
+    hint = typing.get_type_hints(kind.config)[name]
     if _takes_several(hint):
         return [_option(name), *([] if value == "none" else value.split("+"))]
     if hint is bool:
