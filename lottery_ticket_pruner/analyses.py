@@ -7,7 +7,7 @@ returns (matplotlib, in the `cli` extra). None changes the model that it is give
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import keras
@@ -15,6 +15,7 @@ import numpy as np
 
 import masked_layers as ml
 from lottery_ticket_pruner import fitting, training
+from lottery_ticket_pruner.augmentation import Augmentation
 from masked_layers import _keras, conversion
 
 if TYPE_CHECKING:
@@ -116,6 +117,117 @@ def plot_interpolation(lines: Interpolation | Mapping[str, Interpolation]) -> Fi
     kind = "loss" if all(line.metric == "loss" for line in lines.values()) else "error"
     axes.set(xlabel="share of the second solution", ylabel=kind, ylim=(0, None))
     axes.legend(frameon=False)
+    return figure
+
+
+def instability(
+    model: keras.Model,
+    x: training.Arrays,
+    y: training.Arrays,
+    *,
+    steps: int,
+    batch_size: int,
+    test_data: tuple[training.Arrays, training.Arrays],
+    points: int = 30,
+    metric: str | None = None,
+    seed: int = 0,
+    augment: Augmentation | None = None,
+    deterministic: bool = False,
+    on_progress: Callable[[int], None] | None = None,
+) -> Interpolation:
+    """Trains twice from where a model is, on other orders of the examples, and looks in between.
+
+    Both trainings start from the model's weights, under its masks if it has some, with a fresh
+    state of the optimizer; a learning-rate schedule goes on from the optimizer's step. The
+    `barrier` of what is returned is the instability of the model at that point: below 0.02 of the
+    error it counts as stable in the paper.
+
+    Args:
+        model: compiled, plain or masked.
+        x: training inputs in memory: an array, or a list or dict of them.
+        y: training targets, likewise.
+        steps: optimizer steps of each of the trainings.
+        batch_size: examples per step.
+        test_data: `(x, y)`, what `interpolate` evaluates on.
+        points: as for `interpolate`; so is `metric`.
+        metric: see there.
+        seed: of the two orders.
+        augment: as for `training.train`; so is `deterministic`.
+        deterministic: see there.
+        on_progress: called with the number of new steps done.
+
+    Raises:
+        ValueError: the model is not compiled, or an argument is wrong.
+
+    Reference:
+        - [Frankle et al., arXiv 1912.05671](https://arxiv.org/abs/1912.05671), section 2
+    """
+    if not getattr(model, "compiled", False):
+        raise ValueError(f"{model.name} is not compiled: call compile() before instability().")
+    _keras.sync(model)
+    optimizer = model.optimizer
+    if not optimizer.built:
+        with fitting.variable_scope(model):
+            optimizer.build(model.trainable_variables)
+    steps_done, rates = zip(*fitting.read_clocks(optimizer), strict=True)
+    start = model.get_weights()
+    variables = [*model.variables, *optimizer.variables]
+    before = [fitting.read(variable) for variable in variables]
+    ends = []
+    try:
+        for number in range(2):
+            model.set_weights(start)
+            fresh = fitting.fresh_optimizer(optimizer)
+            parameters = model.trainable_variables
+            fitting.reset_optimizer(optimizer, fresh, parameters, steps_done, rates)
+            training.train(
+                model,
+                x,
+                y,
+                steps=steps,
+                batch_size=batch_size,
+                seed=[seed, number],
+                on_progress=on_progress,
+                augment=augment,
+                deterministic=deterministic,
+            )
+            ends.append(model.get_weights())
+        return interpolate(model, *ends, *test_data, points=points, metric=metric)
+    finally:
+        for variable, value in zip(variables, before, strict=True):
+            variable.assign(value)
+
+
+def plot_instability(lines: Mapping[int, Sequence[Interpolation]]) -> Figure:
+    """Draws the instability against the step of the common start, and the errors between the ends.
+
+    Args:
+        lines: the interpolations of all replicates for each step. A dot is a replicate, lines go
+            through the means.
+    """
+    figure, (left, right) = _figure(columns=2)
+    steps = sorted(lines)
+    barriers = [[line.barrier for line in lines[step]] for step in steps]
+    is_loss = lines[steps[0]][0].metric == "loss"
+    colours = _shades(len(steps))
+    left.plot(steps, [np.mean(values) for values in barriers], color="0.6", zorder=1)
+    for step, values, colour in zip(steps, barriers, colours, strict=True):
+        left.scatter([step] * len(values), values, color=colour, s=20)
+        errors = np.mean([line.errors for line in lines[step]], axis=0)
+        right.plot(lines[step][0].shares, errors, color=colour, label=f"{step} steps")
+    if not is_loss:
+        left.axhline(0.02, color="0.6", linewidth=1, linestyle="--", label="stable below")
+        left.legend(frameon=False)
+    if steps[-1]:
+        first = min(step for step in steps if step)
+        left.set_xscale("symlog", linthresh=first)
+        left.set_xlim(-first / 4, 1.5 * steps[-1])
+        left.set_xticks(steps, [str(step) for step in steps], rotation=30)
+        left.set_xticks([], minor=True)
+    kind = "loss" if is_loss else "error"
+    left.set(xlabel="steps that both have in common", ylabel=f"instability ({kind})")
+    right.set(xlabel="share of the second solution", ylabel=kind, ylim=(0, None))
+    right.legend(frameon=False)
     return figure
 
 
@@ -358,6 +470,13 @@ def _figure(columns: int = 1) -> tuple[Figure, Any]:
 
     figure = Figure(figsize=(6.4 * columns, 4.4), layout="constrained")
     return figure, figure.subplots(1, columns)
+
+
+def _shades(count: int) -> list[tuple[float, ...]]:
+    """Colours in order, dark to light."""
+    import matplotlib as mpl
+
+    return [mpl.colormaps["viridis"](share) for share in np.linspace(0, 0.9, count)]
 
 
 def _bars(groups: Sequence[str], columns: Mapping[str, Sequence[float]]) -> Figure:

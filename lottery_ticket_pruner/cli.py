@@ -28,8 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     import tyro
 
-    from lottery_ticket_pruner.experiments import page, run, supermask, sweep
+    from lottery_ticket_pruner.experiments import instability, page, run, supermask, sweep
     from lottery_ticket_pruner.experiments.config import RunConfig
+    from lottery_ticket_pruner.experiments.instability import InstabilityConfig
     from lottery_ticket_pruner.experiments.page import ReportConfig
     from lottery_ticket_pruner.experiments.supermask import SupermaskConfig
     from lottery_ticket_pruner.experiments.sweep import SupermaskSweepConfig, SweepConfig
@@ -39,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         {
             "run": RunConfig,
             "supermask": SupermaskConfig,
+            "instability": InstabilityConfig,
             "sweep": SweepConfig,
             "sweep-supermask": SupermaskSweepConfig,
             "report": ReportConfig,
@@ -59,6 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         if isinstance(config, SupermaskConfig):
             supermask.run(*run.prepare(config))
+            return 0
+        if isinstance(config, InstabilityConfig):
+            instability.run(*instability.prepare(config))
             return 0
         run.run(*run.prepare(config))
     except (OSError, ValueError) as error:

@@ -92,6 +92,47 @@ def test_masked_solutions_are_interpolated_as_they_are_read():
     assert analyses.plot_confusion(counts).axes[0].get_xlabel() == "predicted class"
 
 
+def test_instability_is_the_barrier_between_two_orders(line):
+    """One step on one of two examples that pull the weight to 1 and to -1."""
+    y = np.array([[1.0], [-1.0]], "float32")
+    line.compile(keras.optimizers.SGD(0.5), "mse")
+    line.set_weights([np.zeros((1, 1))])
+    expected = set()
+    for seed in range(4):
+        ends = [float(y[training.batch_order(2, 1, 1, [seed, n])[0, 0], 0]) for n in (0, 1)]
+        found = analyses.instability(
+            line, ONE[:2], y, steps=1, batch_size=1, test_data=(ONE, ONE), points=5, seed=seed
+        )
+        assert found.metrics["loss"][[0, -1]] == pytest.approx([(end - 1) ** 2 for end in ends])
+        # From 1 to -1 the loss goes from 0 to 4 without a hill in between: 4 - 2.
+        assert found.barrier == pytest.approx(0 if ends[0] == ends[1] else 2)
+        expected.add(ends[0] == ends[1])
+        assert line.get_weights()[0].item() == 0
+    assert expected == {True, False}
+    axes = analyses.plot_instability({0: [found], 3: [found, found]}).axes
+    assert [len(ax.collections) for ax in axes] == [2, 0]
+
+
+def test_instability_goes_on_where_schedule_and_masks_are():
+    model = ml.convert_to_masked(classifier())
+    mask = np.arange(20).reshape(4, 5) % 2 == 0
+    ml.set_masks(model, {"a/kernel": mask})
+    schedule = keras.optimizers.schedules.PiecewiseConstantDecay([5], [0.5, 0.0])
+    model.compile(keras.optimizers.SGD(schedule, momentum=0.9), model.loss, metrics=["accuracy"])
+    options = {"steps": 3, "batch_size": 8, "test_data": (X, Y), "points": 2, "metric": "loss"}
+    moved = analyses.instability(model, X, Y, **options)
+    assert len(set(moved.errors)) == 2
+    model.optimizer.iterations.assign(6)
+    before = [np.array(v.numpy()) for v in (*model.variables, *model.optimizer.variables)]
+    stood = analyses.instability(model, X, Y, **options)
+    start = training.evaluate(model, X, Y)["loss"]
+    assert stood.errors == pytest.approx([start, start], rel=1e-5)
+    for was, now in zip(before, (*model.variables, *model.optimizer.variables), strict=True):
+        np.testing.assert_array_equal(was, now.numpy())
+    with pytest.raises(ValueError, match="not compiled"):
+        analyses.instability(keras.Sequential(), X, Y, **options)
+
+
 def test_sign_agreement_by_hand():
     initial = {"a": np.array([[1.0, -2.0], [0.0, 3.0]]), "b": np.array([-1.0]), "bias": np.ones(2)}
     final = {"a": np.array([[2.0, 1.0], [-4.0, -3.0]]), "b": np.array([-0.5]), "bias": np.ones(2)}

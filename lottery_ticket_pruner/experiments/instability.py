@@ -1,0 +1,326 @@
+"""Instability as an experiment: from which point on do two trainings end in one valley?"""
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import keras
+import numpy as np
+import pandas as pd
+import rich.progress
+import tyro
+from rich.console import Console
+
+import masked_layers as ml
+from lottery_ticket_pruner import analyses, fitting
+from lottery_ticket_pruner.experiments import datasets, networks, report, results
+from lottery_ticket_pruner.experiments.config import RunConfig, choices, parse_steps, same_choices
+from lottery_ticket_pruner.experiments.run import compiled, make_deterministic
+from lottery_ticket_pruner.pruner import LotteryTicketPruner
+from lottery_ticket_pruner.tickets import find_ticket
+from masked_layers.files import replacing
+
+_SHARES = (0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
+# What has to be as in the run whose masks are used.
+_COMMON = ("data", "network", "batch_size", "optimizer", "learning_rate")
+_LINES_FILE = "lines.csv"
+_PICTURE = "instability.png"
+
+_NO_HINT = tyro.conf.arg(help_behavior_hint="")
+_Int = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
+_Float = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")]
+_Path = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
+
+
+@dataclasses.dataclass(frozen=True)
+class InstabilityConfig:
+    """Train twice from the same weights, on other orders of the examples, and look in between.
+
+    A network is trained to each of several points, and from there to the end two times. The largest
+    test error on the straight line between the two ends, minus the mean of theirs, is the
+    instability of that point: below 2 points the network counts as stable there (Frankle et al.,
+    arXiv 1912.05671). With --masks the same is asked of a ticket.
+    """
+
+    data: Literal[*datasets.NAMES] = "digits"
+    """Data set; all but digits are read from --data-dir or downloaded."""
+    data_dir: _Path = None
+    """Folder with the data set's published files or its .npz, or with a subfolder of them."""
+    network: Annotated[Literal[*networks.NAMES] | None, _NO_HINT] = None
+    """Network; by default lenet-300-100, for CIFAR-10 conv-2."""
+    rewind_to: tuple[str, ...] = ()
+    """Points to train to: 0, or as in 500it (steps) or 2ep (epochs); by default 0, 1, 2, 5, 10, \
+20 and 50 % of the steps, with --masks the rewinding point of that run."""
+    masks: _Path = None
+    """Folder of a finished run: both trainings go under its masks, for each seed under its own."""
+    round: _Int = None
+    """Round of that run whose masks these are; by default the last."""
+    steps: _Int = None
+    """Training steps of the whole training; by default those of the network's recipe, for digits \
+600."""
+    epochs: _Int = None
+    """Instead of --steps: epochs."""
+    batch_size: _Int = None
+    """Examples per step; by default 60."""
+    optimizer: Annotated[Literal[*networks.OPTIMIZERS] | None, _NO_HINT] = None
+    """By default that of the network's recipe."""
+    learning_rate: _Float = None
+    """Learning rate; by default that of the network's recipe."""
+    points: int = 30
+    """Points on the line, its ends included."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """One replicate for each seed, from the initial weights on."""
+    out: _Path = None
+    """Run folder; by default one in ./runs, named after the options. What an interrupted run of \
+the same options measured is kept."""
+    deterministic: bool = False
+    """Repeat bit for bit on this machine."""
+    quiet: bool = False
+    """Print nothing."""
+
+    def resolve(self, training_images: int) -> "InstabilityConfig":
+        """The same configuration with every choice made.
+
+        Raises:
+            ValueError: contradicting options, unknown names, numbers out of their range, masks of
+                another kind of run.
+        """
+        names = ("data", "network", "steps", "epochs", "batch_size", "optimizer", "learning_rate")
+        run = RunConfig(**{name: getattr(self, name) for name in names}, seeds=self.seeds)
+        run = run.resolve(training_images)
+        if self.points < 2:
+            raise ValueError(f"--points must be at least 2. Received: {self.points}.")
+        if self.round is not None and self.masks is None:
+            raise ValueError("--round says which of the masks of --masks: give that, too.")
+        stored = {} if self.masks is None else results.read_run(self.masks).config
+        for name in _COMMON if stored else ():
+            if stored.get(name) != getattr(run, name):
+                raise ValueError(
+                    f"'{self.masks}' has {name} {stored.get(name)!r}, not {getattr(run, name)!r}: "
+                    "its masks say nothing of this training. Give it the same options."
+                )
+        default = [f"{round(share * run.steps)}it" for share in _SHARES]
+        points = self.rewind_to or ([stored["rewind_to"]] if stored else default)
+        steps_per_epoch = -(-training_images // run.batch_size)
+        found = sorted({parse_steps(text, steps_per_epoch) for text in points})
+        if found[-1] >= run.steps:
+            raise ValueError(f"--rewind-to {found[-1]} is not before the end, step {run.steps}.")
+        resolved = dataclasses.replace(
+            self,
+            **{name: getattr(run, name) for name in names},
+            round=self.round or stored.get("rounds"),
+            rewind_to=tuple(f"{step}it" for step in found),
+        )
+        for seed in self.seeds if stored else ():
+            if seed not in stored["seeds"] or not resolved.masks_file(seed, stored).is_file():
+                raise ValueError(
+                    f"'{self.masks}' has no masks of round {resolved.round} for seed {seed}. Its "
+                    f"seeds: {stored['seeds']}, its rounds: 1 to {stored['rounds']}."
+                )
+        return resolved
+
+    @property
+    def name(self) -> str:
+        """What a resolved configuration is called: readable, and different for different runs."""
+        content = json.dumps(choices(self.to_dict()), sort_keys=True)
+        digest = hashlib.sha256(content.encode()).hexdigest()
+        return f"{self.data}-{self.network}-instability-{digest[:8]}"
+
+    @property
+    def folder(self) -> Path:
+        """Where a resolved configuration writes."""
+        return self.out or Path("runs") / self.name
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration in JSON's types."""
+        values = dataclasses.asdict(self)
+        texts = {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
+        return json.loads(json.dumps(texts))
+
+    def training_config(self) -> RunConfig:
+        """The run whose network and training this one shares."""
+        names = ("data", "network", "steps", "batch_size", "optimizer", "learning_rate", "seeds")
+        values = {name: getattr(self, name) for name in names}
+        return RunConfig(**values).resolve(self.batch_size)
+
+    def masks_file(self, seed: int, stored: dict[str, Any]) -> Path:
+        """The file that a run of the configuration `stored` wrote this seed's masks to."""
+        replicate = stored["seeds"].index(seed)
+        return self.masks / "rounds" / str(replicate) / f"masks-{self.round:02}.npz"
+
+    @property
+    def work(self) -> int:
+        """Training steps of a resolved configuration for each of its seeds."""
+        points = [parse_steps(text, 1) for text in self.rewind_to]
+        return sum(_steps_to(point) + 2 * (self.steps - point) for point in points)
+
+
+def prepare(config: InstabilityConfig) -> tuple[InstabilityConfig, datasets.Dataset]:
+    """Make every choice that the configuration leaves open, and load its data.
+
+    Raises:
+        ValueError: the configuration makes no sense.
+        DatasetNotFoundError: the data is neither in `data_dir` nor to be had by download.
+    """
+    data = datasets.load(config.data, config.data_dir)
+    return config.resolve(len(data.x_train)), data
+
+
+def run(config: InstabilityConfig, data: datasets.Dataset, console: Console | None = None) -> Path:
+    """Run a prepared experiment (see `prepare`) and return its folder.
+
+    The folder holds `config.json`, `results.csv` (a row per point and replicate), `lines.csv` (the
+    metrics along every line) and `instability.png`.
+    """
+    started = time.perf_counter()
+    console = console or Console(quiet=config.quiet)
+    if config.deterministic:
+        make_deterministic()
+    folder = config.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    rows, lines = _measured(config)
+    (folder / _PICTURE).unlink(missing_ok=True)
+    (folder / results.CONFIG_FILE).write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+    under = f" under the masks of {config.masks}, round {config.round}" if config.masks else ""
+    console.print(
+        f"{config.data}, {config.network}: instability{under}; {keras.backend.backend()}\n"
+        f"Results go to {folder}",
+        highlight=False,
+        markup=False,
+    )
+    done = {(row["replicate"], row["rewind_to"]) for row in rows}
+    bar = rich.progress.Progress(
+        rich.progress.TextColumn("{task.description}"),
+        rich.progress.BarColumn(),
+        rich.progress.TextColumn("{task.completed:.0f} of {task.total:.0f} steps"),
+        rich.progress.TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    )
+    points = [parse_steps(text, 1) for text in config.rewind_to]
+    with bar:
+        task = bar.add_task("", total=config.work * len(config.seeds))
+        bar.advance(task, sum(_steps_to(k) + 2 * (config.steps - k) for _, k in done))
+        trainer = _Trainer(config, data, lambda steps: bar.advance(task, steps))
+        for replicate, seed in enumerate(config.seeds):
+            for point in points:
+                if (replicate, point) in done:
+                    continue
+                bar.update(task, description=f"seed {seed}, {point} steps before")
+                row, line = trainer.measure(seed, point)
+                place = {"replicate": replicate, "rewind_to": point}
+                rows.append(place | row)
+                lines += [place | of_share for of_share in line.to_dict("records")]
+                # Lines first: a row that is there has its line.
+                for name, table in ((_LINES_FILE, lines), (results.RESULTS_FILE, rows)):
+                    with replacing(folder / name) as file:
+                        pd.DataFrame(table).to_csv(file, index=False)
+    table = pd.DataFrame(rows)
+    table["seed"] = [config.seeds[replicate] for replicate in table["replicate"]]
+    found: dict[str, list[analyses.Interpolation]] = {}
+    for (point, _), line in pd.DataFrame(lines).groupby(["rewind_to", "replicate"]):
+        metrics = {name: line[name].to_numpy() for name in ("loss", "accuracy")}
+        line = analyses.Interpolation(line["share"].to_numpy(), metrics, "accuracy")
+        found.setdefault(point, []).append(line)
+    analyses.plot_instability(found).savefig(folder / _PICTURE, dpi=150)
+    console.print(report.instability_sheet(table).table())
+    console.print(f"{time.perf_counter() - started:.0f} s. Results in {folder}", highlight=False)
+    return folder
+
+
+def _measured(config: InstabilityConfig) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows and lines of an earlier, interrupted run of the same options."""
+    files = [config.folder / name for name in (results.RESULTS_FILE, _LINES_FILE)]
+    same = same_choices(config.to_dict(), config.folder / results.CONFIG_FILE)
+    if not (same and all(file.is_file() for file in files)):
+        return [], []
+    rows, lines = (pd.read_csv(file) for file in files)
+    if len(rows) == len(config.seeds) * len(config.rewind_to):  # A finished run is run again.
+        return [], []
+    keys = ["replicate", "rewind_to"]
+    lines = lines.merge(rows[keys], on=keys)
+    return rows.to_dict("records"), lines.to_dict("records")
+
+
+def _steps_to(point: int) -> int:
+    """Training steps that getting to a point takes, see `_Trainer.measure`."""
+    return point + 2 if point else 0
+
+
+class _Trainer:
+    """One model that is trained over and over again, so that nothing is compiled twice."""
+
+    def __init__(
+        self,
+        config: InstabilityConfig,
+        data: datasets.Dataset,
+        on_progress: Callable[[int], None],
+    ) -> None:
+        self._config = config
+        self._data = data
+        self._model = ml.convert_to_masked(
+            compiled(config.training_config(), data, config.seeds[0])
+        )
+        self._fresh = LotteryTicketPruner(self._model)
+        self._stored = None if config.masks is None else results.read_run(config.masks).config
+        self._common = {
+            "batch_size": config.batch_size,
+            "seed": 0,
+            "augment": networks.augmentation(config.network),
+            "deterministic": config.deterministic,
+            "on_progress": on_progress,
+        }
+
+    def measure(self, seed: int, point: int) -> tuple[dict[str, Any], pd.DataFrame]:
+        """Returns the row of a point, and the metrics along its line."""
+        started = time.perf_counter()
+        config, data, model = self._config, self._data, self._model
+        common = self._common | {"seed": seed}
+        start = compiled(config.training_config(), data, seed).get_weights()
+        self._fresh.reset_masks()
+        self._restart(start)
+        if point:
+            # The weights that `lottery-ticket run` rewinds to there: under its masks, no others do.
+            found = find_ticket(
+                model,
+                data.x_train,
+                data.y_train,
+                rounds=1,
+                steps=point + 1,
+                rewind_to=point,
+                rate=0.0,
+                controls=(),
+                **common,
+            )
+            start = found.initial_weights
+        if self._stored is not None:
+            ml.load_masks(model, config.masks_file(seed, self._stored))
+        self._restart(start)
+        fitting.advance(model.optimizer, point)
+        line = analyses.instability(
+            model,
+            data.x_train,
+            data.y_train,
+            steps=config.steps - point,
+            test_data=(data.x_test, data.y_test),
+            points=config.points,
+            **common,
+        )
+        accuracy = line.metrics["accuracy"]
+        row = {
+            "sparsity": ml.sparsity_report(model).sparsity,
+            "instability": line.barrier,
+            "loss_barrier": dataclasses.replace(line, metric="loss").barrier,
+            "test_accuracy": float(np.mean(accuracy[[0, -1]])),
+            "lowest_accuracy": float(accuracy.min()),
+            "seconds": time.perf_counter() - started,
+        }
+        return row, pd.DataFrame({"share": line.shares, **line.metrics})
+
+    def _restart(self, weights: list[np.ndarray]) -> None:
+        self._fresh.rewind()  # for the optimizer
+        self._model.set_weights(weights)
