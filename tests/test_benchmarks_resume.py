@@ -1,0 +1,96 @@
+"""The comparison of a killed run with one left alone, on stand-ins for the command."""
+
+import io
+import shutil
+import sys
+import zipfile
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+# At the end: an installed package goes before the source.
+sys.path.append(str(Path(__file__).parents[1]))
+
+from benchmarks import resume
+
+# Writes a line of results at a time; all of them at once where it finds some.
+STAND_IN = """
+import pathlib, sys, time
+folder = pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
+file = folder / "results.csv"
+resumed = file.exists()
+folder.mkdir(parents=True, exist_ok=True)
+with file.open("w") as out:
+    print("round,arm,replicate,test_accuracy,seconds", file=out)
+    for number in range(4):
+        pause = 0 if resumed or "--fast" in sys.argv else 0.2
+        time.sleep(pause)
+        print(f"{number},ticket,0,{WRONG if resumed else 0.5},{pause}", file=out, flush=True)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """What a run leaves: results, masks of a round, a ticket."""
+    folder = tmp_path / "run"
+    (folder / "rounds" / "0").mkdir(parents=True)
+    (folder / "results.csv").write_text("round,arm,seconds\n0,dense,1.5\n1,ticket,1.6\n1,tick")
+    np.savez(folder / "rounds" / "0" / "masks-01.npz", mask=np.array([1, 0], bool))
+    write_ticket(folder / "ticket.keras", [0.5, -0.0])
+    return folder
+
+
+def write_ticket(path, values):
+    stored = io.BytesIO()
+    with h5py.File(stored, "w") as weights:
+        weights["layers/fc/vars/0"] = np.array(values, "float32")
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("metadata.json", "{}")
+        archive.writestr("model.weights.h5", stored.getvalue())
+
+
+def test_everything_but_times_is_compared_byte_for_byte(folder, tmp_path):
+    whole = resume.contents(folder)
+    # Two complete lines of two numbers, a mask, an array of the ticket.
+    assert len(whole) == 4 + 1 + 1
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    (other / "results.csv").write_text("round,arm,seconds\n0,dense,9.5\n1,ticket,9.6\n")
+    assert resume.compare(whole, resume.contents(other)) == []
+
+    (other / "results.csv").write_text("round,arm,seconds\n0,dense,9.5\n")
+    np.savez(other / "rounds" / "0" / "masks-01.npz", mask=np.array([0, 1], bool))
+    write_ticket(other / "ticket.keras", [0.5, 0.0])
+    assert resume.compare(whole, resume.contents(other)) == [
+        "results.csv, line 2, arm",
+        "results.csv, line 2, round",
+        "rounds/0/masks-01.npz: mask",
+        "ticket.keras: layers/fc/vars/0",
+    ]
+
+
+@pytest.mark.parametrize("wrong", [0.5, 0.6])
+def test_a_run_is_killed_resumed_and_compared(tmp_path, monkeypatch, capsys, wrong):
+    script = tmp_path / "stand_in.py"
+    script.write_text(STAND_IN.replace("WRONG", str(wrong)))
+    monkeypatch.setattr(resume, "COMMAND", (sys.executable, str(script)))
+    status = resume.main(["--slow", "--kill-after", "2", "--out", str(tmp_path / "out")])
+    printed = capsys.readouterr().out
+    assert "left alone: 1 s, 4 lines" in printed
+    assert "killed after line 2: ticket of round 1, replicate 0" in printed
+    differ = 4 if wrong == 0.6 else 0
+    assert f"numbers of results.csv: 16 compared, {differ} differ" in printed
+    assert status == bool(differ)
+
+
+def test_runs_that_end_too_soon_or_fail_say_so(tmp_path, monkeypatch):
+    script = tmp_path / "stand_in.py"
+    script.write_text(STAND_IN)
+    monkeypatch.setattr(resume, "COMMAND", (sys.executable, str(script)))
+    with pytest.raises(RuntimeError, match="ended before it was killed"):
+        resume.run(["--fast"], tmp_path / "fast", kill_after=5)
+    script.write_text("import sys; sys.exit('no such data')")
+    with pytest.raises(RuntimeError, match="ended with 1: no such data"):
+        resume.run([], tmp_path / "failed")
