@@ -1,5 +1,7 @@
 """The state of an iterative search between two rounds, on disk."""
 
+import dataclasses
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -64,10 +66,11 @@ class Checkpoint:
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{self._state} is not the state of a search: {error!r}") from error
         if arguments != self._arguments:
+            there, here = dict(_flat(arguments)), dict(_flat(self._arguments))
             changed = {
-                key: (arguments.get(key), value)
-                for key, value in self._arguments.items()
-                if arguments.get(key) != value
+                key: (there.get(key), here.get(key))
+                for key in there | here
+                if there.get(key) != here.get(key)
             }
             raise ValueError(
                 f"{self._folder} holds the state of another search. (There, here): {changed}. "
@@ -94,6 +97,44 @@ class Checkpoint:
 
     def _model_file(self, number: int) -> Path:
         return self._folder / f"model-{number:02}.npz"
+
+
+def digest(data: Any) -> str:
+    """A short text that changes with any array in any nesting of lists and dicts of them."""
+    found = hashlib.sha256()
+    for path, leaf in keras.tree.flatten_with_path(data):
+        array = np.asarray(leaf)
+        found.update(f"{path} {array.shape} {array.dtype}".encode())
+        found.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return found.hexdigest()[:16]
+
+
+def description(thing: Any) -> Any:
+    """What an optimizer, losses or an augmentation are configured to do, in JSON's types.
+
+    Names are left out: in them Keras counts the objects of a process.
+    """
+    if thing is None or isinstance(thing, str | int | float):
+        return thing
+    if isinstance(thing, np.ndarray | np.generic):
+        return thing.tolist()
+    if isinstance(thing, Mapping):
+        return {key: description(value) for key, value in thing.items() if key != "name"}
+    if isinstance(thing, list | tuple):
+        return [description(value) for value in thing]
+    if hasattr(thing, "get_config"):
+        return {"class_name": type(thing).__name__, **description(thing.get_config())}
+    if dataclasses.is_dataclass(thing):
+        return repr(thing)
+    return getattr(thing, "__name__", type(thing).__name__)
+
+
+def _flat(arguments: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in arguments.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
 
 
 def _variables(model: keras.Model) -> Iterator[tuple[str, keras.Variable]]:

@@ -14,7 +14,7 @@ import numpy as np
 import masked_layers as ml
 from lottery_ticket_pruner import criteria, fitting, selection, training, treatments
 from lottery_ticket_pruner.augmentation import Augmentation
-from lottery_ticket_pruner.checkpoint import Checkpoint
+from lottery_ticket_pruner.checkpoint import Checkpoint, description, digest
 from lottery_ticket_pruner.pruner import LotteryTicketPruner
 
 CONTROLS = ("random_reinit", "reinit_same_sign", "random_mask", "reshuffled_mask")
@@ -131,9 +131,10 @@ def find_ticket(
         augment: as for `training.train`; so is `deterministic`.
         deterministic: see there.
         checkpoint: folder for the state after every round. Where it holds that of an earlier call
-            with the same arguments, the work goes on from there, with the same results as without
-            the interruption; it replays what it knows to `on_result`. The masks of each round stay
-            there as `masks-<round>.npz` (see `masked_layers.load_masks`).
+            with the same arguments, initial weights, data, optimizer and loss, the work goes on
+            from there, with the same results as without the interruption; it replays what it knows
+            to `on_result`. The masks of each round stay there as `masks-<round>.npz` (see
+            `masked_layers.load_masks`).
         on_result: called with each row as soon as it is known.
         on_progress: called with the number of new steps done.
 
@@ -228,6 +229,10 @@ def find_ticket(
             "rewind_to": rewind_to, "retraining": retraining, "kept": kept.name,
             "pruned": pruned.name, "controls": list(controls),
             "control_rounds": control_rounds, "eval_every": eval_every, "seed": seed,
+            "augment": description(augment), "optimizer": description(model.optimizer),
+            "loss": description(model.loss), "initial_weights": digest(weights_at_0),
+            "data": digest((x, y)), "validation_data": digest(validation_data or ()),
+            "test_data": digest(test_data or ()),
         }  # fmt: skip
         saved = Checkpoint(Path(checkpoint), arguments)
     if saved is not None and saved.exists():

@@ -1,5 +1,7 @@
 """Iterative pruning with rewinding: what each arm starts from, trains and keeps."""
 
+import re
+
 import keras
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ from keras import layers
 
 import masked_layers as ml
 from lottery_ticket_pruner import fitting, tickets, training
+from lottery_ticket_pruner.augmentation import CropAndFlip
 from lottery_ticket_pruner.tickets import find_ticket
 
 BACKEND = keras.backend.backend()
@@ -468,16 +471,19 @@ def everything(model):
 
 
 @pytest.mark.parametrize(
-    ("retraining", "pruned", "rows_before"),
+    ("retraining", "pruned", "controls", "rows_before", "known"),
     [
-        ("weight_rewinding", "freeze", 4),
-        ("learning_rate_rewinding", "zero", 2),
+        ("weight_rewinding", "freeze", (), 3, 2),
+        ("weight_rewinding", "zero", ("random_reinit",), 2, 1),
+        ("learning_rate_rewinding", "zero", ("random_reinit",), 4, 3),
     ],
 )
-def test_a_search_goes_on_where_it_was_interrupted(data, tmp_path, retraining, pruned, rows_before):
+def test_a_search_goes_on_where_it_was_interrupted(
+    data, tmp_path, retraining, pruned, controls, rows_before, known
+):
     search = {
         "rounds": 2, "steps": 5, "batch_size": 20, "rate": 0.4, "rewind_to": 1,
-        "controls": ("random_reinit",), "retraining": retraining, "pruned": pruned,
+        "controls": controls, "retraining": retraining, "pruned": pruned,
         "validation_data": data, "test_data": data, "deterministic": True,
     }  # fmt: skip
     alone = find_ticket(make_model(), *data, **search)
@@ -495,7 +501,6 @@ def test_a_search_goes_on_where_it_was_interrupted(data, tmp_path, retraining, p
         make_model(), *data, checkpoint=tmp_path, on_result=again.append, **search
     )
     # All before the round in which it was interrupted is known and not trained again.
-    known = 1 if rows_before == 2 else 3
     assert again[:known] == seen[:known]
     untimed = [[{**row, "seconds": 0} for row in found.rows] for found in (alone, resumed)]
     assert untimed[0] == untimed[1]
@@ -515,6 +520,39 @@ def test_a_search_goes_on_where_it_was_interrupted(data, tmp_path, retraining, p
     (tmp_path / "state.json").write_text("[]")
     with pytest.raises(ValueError, match="not the state of a search"):
         find_ticket(make_model(), *data, checkpoint=tmp_path, **search)
+
+
+def test_a_search_of_another_model_or_of_other_data_does_not_go_on(data, tmp_path):
+    x, y = data
+    arguments = {"rounds": 1, "steps": 1, "controls": (), "checkpoint": tmp_path}
+    arguments |= {"validation_data": data, "test_data": data}
+
+    def search(model=None, x=x, y=y, **changed):
+        return find_ticket(model or make_model(), x, y, **arguments | changed)
+
+    found = search()
+    other_loss = make_model()
+    other_loss.compile(other_loss.optimizer, "sparse_categorical_crossentropy")
+    for change, what in [
+        ({"model": make_model(seed=1)}, "initial_weights"),
+        ({"model": make_model(optimizer=keras.optimizers.Adam(0.1))}, "optimizer.learning_rate"),
+        ({"model": make_model(optimizer="sgd")}, "optimizer"),
+        ({"model": other_loss}, "loss"),
+        ({"x": x + 1e-6}, "data"),
+        ({"y": y.astype("int64")}, "data"),
+        ({"y": 1 - y}, "data"),
+        ({"validation_data": (x, 1 - y)}, "validation_data"),
+        ({"validation_data": None}, "validation_data"),
+        ({"test_data": (x, 1 - y)}, "test_data"),
+        ({"augment": CropAndFlip(2)}, "augment"),
+    ]:
+        with pytest.raises(ValueError, match="holds the state of another search") as caught:
+            search(**change)
+        changed = re.findall(r"'([\w.]+)': \(", str(caught.value))
+        assert changed == [what] or {key.partition(".")[0] for key in changed} == {what}
+    # The same, made anew: names that Keras gives and types of containers say nothing.
+    again = search(x=x.copy(), validation_data=list(data))
+    assert again.rows == found.rows
 
 
 # Wanda drops 7 of the 10 inputs of both outputs of the last layer.
