@@ -367,12 +367,15 @@ def layer_sparsity(masks: keras.Model | Masks) -> dict[str, float]:
 
 def plot_layer_sparsity(sparsities: Mapping[str, Mapping[str, float]]) -> Figure:
     """Draws `layer_sparsity` of several named models or masks side by side, layer by layer."""
-    paths = list(dict.fromkeys(path for rows in sparsities.values() for path in rows))
-    columns = {
-        name: [rows.get(path, np.nan) for path in paths] for name, rows in sparsities.items()
-    }
+    return plot_by_layer(sparsities, "share of pruned weights")
+
+
+def plot_by_layer(shares: Mapping[str, Mapping[str, float]], label: str) -> Figure:
+    """Draws a share for each weight by path, those of several names side by side."""
+    paths = list(dict.fromkeys(path for rows in shares.values() for path in rows))
+    columns = {name: [rows.get(path, np.nan) for path in paths] for name, rows in shares.items()}
     figure = _bars(paths, columns)
-    figure.axes[0].set(ylabel="share of pruned weights", ylim=(0, 1))
+    figure.axes[0].set(ylabel=label, ylim=(0, 1))
     return figure
 
 
@@ -505,4 +508,5 @@ def _matrix(
     axes.set_yticks(np.arange(len(rows)), rows)
     for (i, j), value in np.ndenumerate(values):
         text = style.format(value if texts is None else texts[i, j])
-        axes.text(j, i, text, ha="center", va="center", color="white" if value > 0.6 else "black")
+        # Not black: that is left out of an SVG, and a page's own colour of text takes its place.
+        axes.text(j, i, text, ha="center", va="center", color="white" if value > 0.6 else "0.1")

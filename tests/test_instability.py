@@ -109,9 +109,9 @@ def test_an_interrupted_run_goes_on_and_reports_show_it(tmp_path, measured):
     assert len(pd.read_csv(tmp_path / "a" / "lines.csv")) == 9
     assert json.loads((tmp_path / "a" / "config.json").read_text())["rewind_to"] == ["0it"]
 
-    groups = results.groups_of(results.find_runs([tmp_path]))
-    assert "10.00 ± 0.00" in page.render(groups)
-    assert "a/instability.png" in page.render(groups)
+    text = page.render(page.read_tickets(results.groups_of(results.find_runs([tmp_path]))))
+    assert "10.00 ± 0.00" in text
+    assert "a/instability.png" in text
 
 
 def test_instability_for_real(tmp_path, capsys):

@@ -1,7 +1,6 @@
 """The web page and the command that writes it, on made-up results with a real ticket."""
 
 import html.parser
-import io
 import re
 import shutil
 import xml.etree.ElementTree
@@ -14,7 +13,6 @@ import pytest
 pytest.importorskip("tyro")
 pytest.importorskip("jinja2")
 
-from rich.console import Console
 from test_report import ROWS, write_run
 
 import masked_layers as ml
@@ -51,7 +49,11 @@ def folder(ticket, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def text(folder):
-    return page.render(results.groups_of(results.find_runs([folder])))
+    return rendered(folder)
+
+
+def rendered(*folders):
+    return page.render(page.read_tickets(results.groups_of(results.find_runs(folders))))
 
 
 class Reader(html.parser.HTMLParser):
@@ -117,8 +119,8 @@ def test_the_page_shows_tables_pictures_options_and_layers(text):
         "controls random_mask",
     ):
         assert expected in words, expected
-    # The comparison, and the arms of both runs.
-    assert text.count("<svg") == 3
+    # The comparison, what is left of each layer, and the arms of both runs.
+    assert text.count("<svg") == 4
     assert "Not loaded:" in words
 
 
@@ -144,31 +146,18 @@ def test_pictures_take_the_colours_of_the_page():
     assert "#000000" not in image
 
 
-def test_layers_over_several_tickets(ticket, tmp_path):
-    write_run(tmp_path / "run")
-    shutil.copy(ticket, tmp_path / "run")
-    other = keras.models.load_model(ticket, compile=False)
-    ml.set_masks(other, {"a/kernel": np.ones((4, 3), bool)})
-    other.save(tmp_path / "run" / "ticket-1.keras")
-    (group,) = results.groups_of(results.find_runs([tmp_path]))
-    rows, tickets, unreadable = page.layers_of(group)
-    assert tickets == 2
-    assert unreadable == []
-    assert [(row.path, row.kept_text) for row in rows] == [
-        ("a/kernel", "3 to 12"),
-        ("b/kernel", "4"),
-        ("total", "7 to 16"),
-    ]
-    assert rows[0].share == pytest.approx(15 / 24)
-
-
 def test_the_command_writes_page_pictures_and_rows(folder, tmp_path, capsys):
     assert cli.main(["report", str(folder / "one"), "--out", str(tmp_path)]) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "91.00±1.41" in printed
     assert "digits, lenet-300-100, large_final" in printed
     names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == ["picture-1.png", "report.html", "results.csv"]
+    assert names == ["picture-1.png", "picture-2.png", "report.html", "results.csv", "tables.md"]
+    assert "a/kernel 12 3 25.00%" in printed
+    markdown = (tmp_path / "tables.md").read_text()
+    assert "| dense | 100.00% | 91.00 ± 1.41 |" in markdown
+    assert "| a/kernel | 12 | 3 | 25.00% |" in markdown
+    assert markdown.startswith("# Lottery tickets: digits, lenet-300-100\n\n")
     assert (tmp_path / "picture-1.png").read_bytes().startswith(b"\x89PNG")
     assert len(pd.read_csv(tmp_path / "results.csv")) == len(ROWS)
 
@@ -208,7 +197,7 @@ def test_results_without_rounds_are_drawn_by_their_choices(tmp_path):
     write_run(tmp_path / "grid", rows, strategy=None)
     image = tmp_path / "grid" / "heat.png"
     image.write_bytes(b"\x89PNG")
-    (group,) = groups = results.groups_of(results.find_runs([tmp_path]))
+    (group,) = results.groups_of(results.find_runs([tmp_path]))
     assert [title for title, _, _ in report.charts(group.rows)] == [
         "weights initial, dwr True",
         "weights initial, dwr False",
@@ -225,7 +214,7 @@ def test_results_without_rounds_are_drawn_by_their_choices(tmp_path):
     assert sheet.lines[0] == ("large_final", *["76.50 ± 0.71 at 40%"] * 4)
     assert "| large_final | 76.50 ± 0.71 at 40% |" in sheet.markdown()
     assert [line[0] for line in sheet.lines] == ["large_final", "random", "movement"]
-    text = page.render(groups, Console(file=io.StringIO()))
+    text = rendered(tmp_path)
     Reader(text)
     assert text.count("<svg") == 4
     assert 'src="data:image/png;base64,' in text

@@ -2,15 +2,15 @@
 
 import base64
 import dataclasses
+import functools
 import importlib.resources
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import jinja2
-import keras
 import matplotlib as mpl
 import rich.progress
 import tyro
@@ -18,8 +18,9 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 import lottery_ticket_pruner
-import masked_layers as ml
-from lottery_ticket_pruner.experiments import report, results
+from lottery_ticket_pruner import analyses
+from lottery_ticket_pruner.experiments import masks, report, results
+from lottery_ticket_pruner.experiments.masks import Kept
 from lottery_ticket_pruner.experiments.results import Group
 from masked_layers.files import replacing
 
@@ -29,19 +30,24 @@ _Folders = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metav
 
 @dataclasses.dataclass(frozen=True)
 class ReportConfig:
-    """Compare runs: tables here, and pictures, a table of all rows and a web page in a folder."""
+    """Compare runs: tables here, and pictures, a table of all rows and a web page in a folder.
+
+    Where runs left their tickets, they are compared, too: what they keep of each layer, what the
+    masks of several seeds and configurations have in common next to what chance gives, and how many
+    of the kept weights ended with the sign they started with.
+    """
 
     folders: _Folders
     """Run folders, and folders that hold some, such as a sweep's or ./runs."""
     out: _Path = None
-    """Folder to write report.html, results.csv and *.png to; by default `report` inside of FOLDER,
-    if that is one, else ./report."""
+    """Folder to write report.html, tables.md, results.csv and *.png to; by default `report` inside
+    of FOLDER, if that is one, else ./report."""
     quiet: bool = False
     """Print nothing but errors."""
 
 
 def write_report(config: ReportConfig, console: Console | None = None) -> Path:
-    """Print the tables, write the pictures and the page, and return the page's path.
+    """Print the tables, write them, the pictures and the page, and return the page's path.
 
     Runs that differ in nothing but their seeds are replicates of each other.
 
@@ -53,27 +59,43 @@ def write_report(config: ReportConfig, console: Console | None = None) -> Path:
     if not config.folders:
         raise ValueError("Name at least one run folder, or a folder of run folders.")
     groups = results.groups_of(results.find_runs(config.folders))
-    for sheet in report.overviews(groups):
-        console.print(sheet.table())
-    for group in groups:
-        console.print(f"\n{group.label or group.title}", markup=False, style="bold")
-        for sheet in _sheets(group):
+    kepts = read_tickets(groups, console)
+    overviews = [*report.overviews(groups), *masks.comparisons(kepts)]
+    sections = [(kept.label, [*_sheets(kept.group), *masks.sheets_of(kept)]) for kept in kepts]
+    for title, sheets in (("", overviews), *sections):
+        console.print(f"\n{title}", markup=False, style="bold")
+        for sheet in sheets:
             console.print(sheet.table())
     out = config.out or (config.folders[0] if len(config.folders) == 1 else Path()) / "report"
     out.mkdir(parents=True, exist_ok=True)
     charts = [chart for group in groups for chart in _charts(group)]
-    charts = [*_comparisons(groups), *charts]
+    charts = [*_comparisons(groups), *_mask_charts(kepts), *charts]
     for number, chart in enumerate(charts, 1):
         _titled(chart).savefig(out / f"picture-{number}.png", dpi=150)
     runs = [run for group in groups for run in group.runs]
     with replacing(out / "results.csv") as file:
         results.tidy(runs).to_csv(file, index=False)
+    with replacing(out / "tables.md") as file:
+        texts = [f"# Lottery tickets: {_title(groups)}", *(sheet.markdown() for sheet in overviews)]
+        for title, sheets in sections:
+            texts += [f"## {title}", *(sheet.markdown() for sheet in sheets)]
+        file.write("\n\n".join([*texts, ""]).encode())
     with replacing(out / "report.html") as file:
-        file.write(render(groups, console).encode())
+        file.write(render(kepts).encode())
     console.print(
-        f"{out / 'report.html'}; results.csv and {len(charts)} *.png next to it", highlight=False
+        f"{out / 'report.html'}; tables.md, results.csv and {len(charts)} *.png next to it",
+        highlight=False,
     )
     return out / "report.html"
+
+
+def read_tickets(groups: Sequence[Group], console: Console | None = None) -> list[Kept]:
+    """What the tickets of each group keep; loading them takes a moment, which a bar shows."""
+    console = console or Console(quiet=True)
+    tracked: Iterable[Group] = rich.progress.track(
+        groups, "reading tickets", console=console, transient=True
+    )
+    return [masks.read_tickets(group) for group in tracked]
 
 
 # --- What is shown --------------------------------------------------------------------------------
@@ -95,56 +117,16 @@ class Chart:
 
 
 @dataclasses.dataclass(frozen=True)
-class LayerRow:
-    """What the tickets of a group keep of one weight.
+class Drawing:
+    """A picture of another kind: what draws it, and what stands above and below it."""
 
-    Attributes:
-        path: The weight.
-        shape: Its shape.
-        size: Number of its entries.
-        kept: How many the masks keep, in each ticket.
-    """
+    title: str
+    caption: str
+    draw: Callable[[], Figure]
 
-    path: str
-    shape: tuple[int, ...]
-    size: int
-    kept: tuple[int, ...]
-
-    @property
-    def share(self) -> float:
-        """Share of weights left, over all tickets."""
-        return sum(self.kept) / (len(self.kept) * self.size)
-
-    @property
-    def kept_text(self) -> str:
-        """How many are kept, from the least to the most."""
-        least, most = min(self.kept), max(self.kept)
-        return f"{least:,}" if least == most else f"{least:,} to {most:,}"
-
-
-def layers_of(group: Group) -> tuple[list[LayerRow], int, list[str]]:
-    """What is left of every masked weight: rows, number of tickets, files that did not load."""
-    kept: dict[str, tuple[tuple[int, ...], int, list[int]]] = {}
-    unreadable, tickets = [], 0
-    for path in _tickets(group):
-        try:
-            found = ml.sparsity_report(keras.models.load_model(path, compile=False))
-        # Whatever Keras and its file formats raise about a file, or a layer not imported.
-        except Exception as error:
-            unreadable.append(f"{path}: {str(error).splitlines()[0]}")
-            continue
-        tickets += 1
-        for row in found:
-            kept.setdefault(row.path, (row.shape, row.size, []))[2].append(row.alive)
-    rows = [LayerRow(path, *columns[:2], tuple(columns[2])) for path, columns in kept.items()]
-    if rows:
-        totals = tuple(map(sum, zip(*(row.kept for row in rows), strict=True)))
-        rows.append(LayerRow("total", (), sum(row.size for row in rows), totals))
-    return rows, tickets, unreadable
-
-
-def _tickets(group: Group) -> list[Path]:
-    return [path for run in group.runs for path in sorted(run.folder.glob("ticket*.keras"))]
+    def figure(self, figsize: tuple[float, float] | None = None) -> Figure:
+        """The picture without its title and caption, in the size that suits it."""
+        return self.draw()
 
 
 def _sheets(group: Group) -> list[report.Sheet]:
@@ -187,42 +169,65 @@ def _comparisons(groups: Sequence[Group]) -> list[Chart]:
     ]
 
 
+def _mask_charts(kepts: Sequence[Kept]) -> list[Drawing]:
+    """What tickets keep of each layer, the signs of that, and what they have in common."""
+    charts = []
+    sparsities, signs = masks.layer_sparsities(kepts), masks.same_signs(kepts)
+    if sparsities:
+        draw = functools.partial(analyses.plot_layer_sparsity, sparsities)
+        charts.append(Drawing("Pruned weights of each layer", "Of the last tickets", draw))
+    if signs:
+        label = "share with the sign they started with"
+        draw = functools.partial(analyses.plot_by_layer, signs, label)
+        charts.append(Drawing("Signs of the kept weights", "Of the last tickets", draw))
+    for overlap, seeds in masks.between(kepts):
+        caption = f"Of the last tickets at the same seed, {seeds} seed{'s' if seeds > 1 else ''}"
+        draw = functools.partial(analyses.plot_overlap, overlap)
+        charts.append(Drawing("Kept by both masks over kept by either", caption, draw))
+    return charts
+
+
 def _bands(lines: Sequence[report.Line]) -> str:
     return report.describe_bands(len(sample) for line in lines for sample in line.samples)
 
 
-def _titled(chart: Chart) -> Figure:
+def _titled(chart: Chart | Drawing) -> Figure:
     figure = chart.figure((8, 4.6))
-    title = "\n".join(filter(None, (chart.title, chart.caption)))
-    figure.axes[0].set_title(title, fontsize=10)
+    figure.suptitle("\n".join(filter(None, (chart.title, chart.caption))), fontsize=10)
     return figure
 
 
 # --- The page -------------------------------------------------------------------------------------
 
 
-def render(groups: Sequence[Group], console: Console | None = None) -> str:
-    """The page as HTML that needs no other file: styles and pictures are inside."""
+def render(kepts: Sequence[Kept]) -> str:
+    """The page as HTML that needs no other file: styles and pictures are inside.
+
+    Args:
+        kepts: The groups with their tickets, see `read_tickets`.
+    """
     numbers = iter(range(1, 10**6))
 
-    def drawn(chart: Chart) -> dict[str, Any]:
+    def drawn(chart: Chart | Drawing) -> dict[str, Any]:
         image = svg(chart.figure(), f"p{next(numbers)}", f"{chart.title}. {chart.caption}")
         return {"title": chart.title, "caption": chart.caption, "svg": image}
 
+    groups = [kept.group for kept in kepts]
     comparisons = [drawn(chart) for chart in _comparisons(groups)]
+    mask_charts = [drawn(chart) for chart in _mask_charts(kepts)]
     sections = []
-    for group in _tracked(groups, console):
-        layers, tickets, unreadable = layers_of(group)
+    for kept in kepts:
+        group = kept.group
         sections.append(
             {
-                "title": group.label or group.title,
+                "title": kept.label,
                 "runs": [run.folder for run in group.runs],
                 "seeds": sorted({int(seed) for seed in group.rows["seed"]}),
                 "charts": [drawn(chart) for chart in _charts(group)],
                 "sheets": _sheets(group),
-                "layers": layers,
-                "tickets": tickets,
-                "unreadable": unreadable,
+                "layers": kept.layers,
+                "tickets": len(kept.tickets),
+                "unreadable": kept.unreadable,
                 "images": _images(group),
             }
         )
@@ -240,6 +245,8 @@ def render(groups: Sequence[Group], console: Console | None = None) -> str:
         groups=groups,
         overviews=report.overviews(groups),
         comparisons=comparisons,
+        mask_sheets=masks.comparisons(kepts),
+        mask_charts=mask_charts,
         sections=sections,
         varied=varied,
         common=[option for option in options if option not in varied],
@@ -309,8 +316,3 @@ def _title(groups: Sequence[Group]) -> str:
         for group in groups
     )
     return " and ".join(filter(None, names)) if len(names) <= 2 else f"{len(groups)} configurations"
-
-
-def _tracked(groups: Sequence[Group], console: Console | None) -> Iterator[Group]:
-    console = console or Console(quiet=True)
-    yield from rich.progress.track(groups, "reading tickets", console=console, transient=True)
