@@ -158,122 +158,219 @@ def find_ticket(
         raise ValueError(f"{model.name} is not compiled: call compile() before find_ticket().")
     if all(ref.mask is None for ref in ml.weight_refs(model)):
         model = ml.convert_to_masked(model)
-    pruner = LotteryTicketPruner(model)
-    pruner.reset_masks()
-    # A rehearsal: what cannot be pruned or drawn is refused now, not after the dense run.
-    pruner.set_pretrained_weights()
-    pruner.update_masks(strategy, scope=scope, data=(x, y), **_amount(rate, sparsity, 1 / rounds))
-    pruner.reset_masks()
-    if {"random_reinit", "reinit_same_sign"} & set(controls):
-        _draw_again(model, (seed,))
-    pruner.rewind()
-    weights_at_0 = model.get_weights()
-    together = selection.resolve_scope(criteria.get(strategy), scope) == "global"
-    rows: list[dict[str, Any]] = []
-    masks: list[dict[str, np.ndarray]] = []
+    search = _Search(
+        model=model,
+        data=(x, y),
+        test_data=test_data,
+        options={
+            "batch_size": batch_size,
+            "eval_every": eval_every,
+            "validation_data": validation_data,
+            "augment": augment,
+            "deterministic": deterministic,
+        },
+        rounds=rounds,
+        steps=steps,
+        rewind_to=rewind_to,
+        criterion=criteria.get(strategy),
+        rate=rate,
+        sparsity=sparsity,
+        scope=scope,
+        retraining=retraining,
+        kept=kept,
+        pruned=pruned,
+        controls=controls,
+        control_rounds=control_rounds,
+        seed=seed,
+        replicate=replicate,
+        on_result=on_result,
+        on_progress=on_progress,
+    )
+    search.rehearse()
+    saved = None if checkpoint is None else Checkpoint(Path(checkpoint), search.arguments())
+    if saved is not None and saved.exists():
+        search.resume(saved)
+    else:
+        search.dense()
+        search.save(saved)
+    while len(search.masks) <= rounds:
+        search.prune()
+        if control_rounds is None or search.round in control_rounds:
+            for arm in controls:
+                search.control(arm)
+        search.ticket()
+        search.save(saved)
+    return search.result()
 
-    def train(arm: str, number: int, todo: int, stage: str = "train") -> training.History:
-        _restart_randomness(model, (seed, arm, number, stage))
-        return training.train(
-            model,
-            x,
-            y,
-            steps=todo,
-            batch_size=batch_size,
-            seed=_seed(seed, arm, number, stage),
-            eval_every=eval_every,
-            validation_data=validation_data,
-            on_progress=progress,
-            augment=augment,
-            deterministic=deterministic,
+
+@dataclasses.dataclass(kw_only=True)
+class _Search:
+    """A search under way: what `find_ticket` was asked to do, and what came of it so far."""
+
+    model: keras.Model
+    data: tuple[training.Arrays, training.Arrays]
+    test_data: tuple[training.Arrays, training.Arrays] | None
+    options: Mapping[str, Any]  # of every stretch of training
+    rounds: int
+    steps: int
+    rewind_to: int
+    criterion: criteria.Criterion
+    rate: Share | None
+    sparsity: Share | None
+    scope: str | None
+    retraining: str
+    kept: treatments.Treatment
+    pruned: treatments.Treatment
+    controls: Sequence[str]
+    control_rounds: Sequence[int] | None
+    seed: int
+    replicate: int
+    on_result: Callable[[dict[str, Any]], None] | None
+    on_progress: Callable[[int], None] | None
+
+    def __post_init__(self) -> None:
+        self.pruner = LotteryTicketPruner(self.model)
+        self.weights_at_0 = self.model.get_weights()
+        self.masks: list[dict[str, np.ndarray]] = []
+        self.rows: list[dict[str, Any]] = []
+
+    @property
+    def round(self) -> int:
+        """The round under way, or done last."""
+        return len(self.masks) - 1
+
+    def rehearse(self) -> None:
+        """Refuses what cannot be pruned or drawn, before anything is trained."""
+        self.pruner.reset_masks()
+        self.pruner.set_pretrained_weights()
+        self.pruner.update_masks(
+            self.criterion,
+            scope=self.scope,
+            data=self.data,
+            **_amount(self.rate, self.sparsity, 1 / self.rounds),
         )
+        self.pruner.reset_masks()
+        if {"random_reinit", "reinit_same_sign"} & set(self.controls):
+            _draw_again(self.model, (self.seed,))
+        self.pruner.rewind()
 
-    def progress(done: int) -> None:
-        if on_progress is not None:
-            on_progress(done)
+    def arguments(self) -> dict[str, Any]:
+        """All that decides what comes of the search, in JSON's types."""
+        plain = (
+            "rounds", "steps", "rewind_to", "rate", "sparsity", "scope", "retraining", "controls",
+            "control_rounds", "seed",
+        )  # fmt: skip
+        return {name: getattr(self, name) for name in plain} | {
+            "strategy": self.criterion.name,
+            "kept": self.kept.name,
+            "pruned": self.pruned.name,
+            "batch_size": self.options["batch_size"],
+            "eval_every": self.options["eval_every"],
+            "augment": description(self.options["augment"]),
+            "optimizer": description(self.model.optimizer),
+            "loss": description(self.model.loss),
+            "initial_weights": digest(self.weights_at_0),
+            "data": digest(self.data),
+            "validation_data": digest(self.options["validation_data"] or ()),
+            "test_data": digest(self.test_data or ()),
+        }
 
-    def show(row: dict[str, Any]) -> None:
-        rows.append(row)
-        if on_result is not None:
-            on_result(row)
+    def resume(self, saved: Checkpoint) -> None:
+        """Takes up the state after the last round that was saved, and shows what is known."""
+        self.pruner, self.masks, known = saved.load(self.model)
+        self._progress(self.rewind_to)
+        for row in known:
+            ml.set_masks(self.model, self.masks[row["round"]])
+            self._show(row)
+            self._progress(self.steps - self.rewind_to)
+        _logger.info("Going on after round %d.", self.round)
 
-    def measure(arm: str, number: int) -> None:
-        history = train(arm, number, steps - rewind_to)
-        row = {"round": number, "arm": arm, "replicate": replicate}
-        row["sparsity"] = ml.sparsity_report(model).sparsity
-        if test_data is not None:
-            results = training.evaluate(model, *test_data)
+    def save(self, saved: Checkpoint | None) -> None:
+        """Records the trained weights, and writes the state after this round."""
+        self.pruner.set_pretrained_weights()
+        if saved is not None:
+            saved.save(self.pruner, self.rows, self.round)
+
+    def dense(self) -> None:
+        """Trains the dense model, by way of the rewinding point."""
+        self.masks.append(ml.get_masks(self.model))
+        self._train("dense", self.rewind_to, stage="to the rewinding point")
+        if self.rewind_to:
+            self.pruner.set_initial_weights()
+        self._measure("dense")
+
+    def prune(self) -> None:
+        """Begins a round: new masks from the weights trained last."""
+        number = self.round + 1
+        self.pruner.update_masks(
+            self.criterion,
+            scope=self.scope,
+            seed=_integer(self.seed, "masks", number),
+            data=self.data,
+            **_amount(self.rate, self.sparsity, number / self.rounds),
+        )
+        self.masks.append(ml.get_masks(self.model))
+
+    def control(self, arm: str) -> None:
+        """Trains a control of this round; the model has the round's masks again afterwards."""
+        self.pruner.treat()
+        parts = (self.seed, arm, self.round)
+        if arm in ("random_reinit", "reinit_same_sign"):
+            self.model.set_weights(self.weights_at_0)
+            _draw_again(self.model, parts, keep_signs=arm == "reinit_same_sign")
+        else:
+            scope = selection.resolve_scope(self.criterion, self.scope)
+            together = scope == "global" and arm == "random_mask"
+            ml.set_masks(self.model, _shuffled(self.masks[-1], parts, together=together))
+        self._measure(arm)
+        ml.set_masks(self.model, self.masks[-1])
+
+    def ticket(self) -> None:
+        """Trains the ticket of this round: last, so that the model holds it in the end."""
+        seed = _integer(self.seed, "treatment", self.round)
+        self.pruner.treat(self.kept, self.pruned, seed=seed)
+        if self.retraining == "fine_tuning":
+            fitting.advance(self.model.optimizer, self.steps - self.rewind_to)
+        self._measure("ticket")
+
+    def result(self) -> TicketResult:
+        """What `find_ticket` returns."""
+        initial_weights = [np.array(array) for array in self.pruner.initial_weights.values()]
+        return TicketResult(self.model, initial_weights, self.masks, self.rows)
+
+    def _measure(self, arm: str) -> None:
+        """Trains an arm of this round from the rewinding point on, and shows how it did."""
+        history = self._train(arm, self.steps - self.rewind_to)
+        row = {"round": self.round, "arm": arm, "replicate": self.replicate}
+        row["sparsity"] = ml.sparsity_report(self.model).sparsity
+        if self.test_data is not None:
+            results = training.evaluate(self.model, *self.test_data)
             row |= {f"test_{name}": value for name, value in results.items()}
         if history.early_stop is not None:
             row["validation_loss"] = history.validation[history.early_stop]["loss"]
-            row["early_stop_step"] = rewind_to + history.steps[history.early_stop]
+            row["early_stop_step"] = self.rewind_to + history.steps[history.early_stop]
         row["seconds"] = history.seconds
-        show(row)
+        self._show(row)
 
-    def control(arm: str, number: int) -> None:
-        pruner.treat()
-        if arm in ("random_reinit", "reinit_same_sign"):
-            model.set_weights(weights_at_0)
-            _draw_again(model, (seed, arm, number), keep_signs=arm == "reinit_same_sign")
-        else:
-            whole = together and arm == "random_mask"
-            ml.set_masks(model, _shuffled(masks[-1], (seed, arm, number), together=whole))
-        measure(arm, number)
-        ml.set_masks(model, masks[-1])
-
-    saved = None
-    if checkpoint is not None:
-        arguments = {
-            "rounds": rounds, "steps": steps, "batch_size": batch_size, "rate": rate,
-            "sparsity": sparsity, "strategy": criteria.get(strategy).name, "scope": scope,
-            "rewind_to": rewind_to, "retraining": retraining, "kept": kept.name,
-            "pruned": pruned.name, "controls": list(controls),
-            "control_rounds": control_rounds, "eval_every": eval_every, "seed": seed,
-            "augment": description(augment), "optimizer": description(model.optimizer),
-            "loss": description(model.loss), "initial_weights": digest(weights_at_0),
-            "data": digest((x, y)), "validation_data": digest(validation_data or ()),
-            "test_data": digest(test_data or ()),
-        }  # fmt: skip
-        saved = Checkpoint(Path(checkpoint), arguments)
-    if saved is not None and saved.exists():
-        pruner, masks, known = saved.load(model)
-        progress(rewind_to)
-        for row in known:
-            ml.set_masks(model, masks[row["round"]])
-            show(row)
-            progress(steps - rewind_to)
-        _logger.info("%s: going on after round %d.", checkpoint, len(masks) - 1)
-    else:
-        train("dense", 0, rewind_to, stage="to the rewinding point")
-        if rewind_to:
-            pruner.set_initial_weights()
-        measure("dense", 0)
-        pruner.set_pretrained_weights()
-        masks.append(ml.get_masks(model))
-        if saved is not None:
-            saved.save(pruner, rows, 0)
-    for number in range(len(masks), rounds + 1):
-        pruner.update_masks(
-            strategy,
-            scope=scope,
-            seed=_integer(seed, "masks", number),
-            data=(x, y),
-            **_amount(rate, sparsity, number / rounds),
+    def _train(self, arm: str, steps: int, stage: str = "train") -> training.History:
+        _restart_randomness(self.model, (self.seed, arm, self.round, stage))
+        return training.train(
+            self.model,
+            *self.data,
+            steps=steps,
+            seed=_seed(self.seed, arm, self.round, stage),
+            on_progress=self._progress,
+            **self.options,
         )
-        masks.append(ml.get_masks(model))
-        if control_rounds is None or number in control_rounds:
-            for arm in controls:
-                control(arm, number)
-        # The ticket comes last, so that the model holds it, optimiser state included.
-        pruner.treat(kept, pruned, seed=_integer(seed, "treatment", number))
-        if retraining == "fine_tuning":
-            fitting.advance(model.optimizer, steps - rewind_to)
-        measure("ticket", number)
-        pruner.set_pretrained_weights()
-        if saved is not None:
-            saved.save(pruner, rows, number)
-    initial_weights = [np.array(array) for array in pruner.initial_weights.values()]
-    return TicketResult(model, initial_weights, masks, rows)
+
+    def _progress(self, done: int) -> None:
+        if self.on_progress is not None:
+            self.on_progress(done)
+
+    def _show(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        if self.on_result is not None:
+            self.on_result(row)
 
 
 def _check(
