@@ -82,6 +82,8 @@ class Criterion:
             weights are scored some at a time, into an array of the records' dtype.
         rounds: in how many steps the pruner goes to what is asked of it; the evidence is prepared
             anew before each.
+        at_initialization: whether it is made for a model that is yet to be trained. `find_ticket`
+            has it rank the rewound model, not the one that was trained last.
     """
 
     name: str
@@ -91,6 +93,7 @@ class Criterion:
     scope: str | None = None
     elementwise: bool = False
     rounds: int = 1
+    at_initialization: bool = False
 
     @property
     def evidence(self) -> frozenset[str]:
@@ -128,6 +131,7 @@ def register(
     scope: str | None = None,
     elementwise: bool = False,
     rounds: int = 1,
+    at_initialization: bool = False,
 ) -> Callable[[Callable], Callable]:
     """Makes a score function known by name; decorates it and hands it back unchanged.
 
@@ -140,6 +144,7 @@ def register(
         elementwise: whether the score of a weight depends on nothing but its own records, not on
             other weights, the mask or chance. Large models are then ranked with less memory.
         rounds: in how many steps to prune, with new evidence before each.
+        at_initialization: whether `find_ticket` is to rank the rewound model.
 
     Raises:
         ValueError: an unknown record or scope, rounds below 1, or a name that another function has.
@@ -162,7 +167,13 @@ def register(
                 "Register under another name."
             )
         _REGISTRY[name] = Criterion(
-            name, function, needs, scope=scope, elementwise=elementwise, rounds=rounds
+            name,
+            function,
+            needs,
+            scope=scope,
+            elementwise=elementwise,
+            rounds=rounds,
+            at_initialization=at_initialization,
         )
         return function
 
@@ -335,13 +346,25 @@ def smallest_weights_global(group: Group) -> np.ndarray:
     return np.abs(group.current)
 
 
-@register("snip", needs={"current", "gradient"}, scope="global", elementwise=True)
+@register(
+    "snip",
+    needs={"current", "gradient"},
+    scope="global",
+    elementwise=True,
+    at_initialization=True,
+)
 def snip(group: Group) -> np.ndarray:
     """Keeps connections that the loss at initialization feels most: abs(g w)."""
     return np.abs(group.gradient * group.current)
 
 
-@register("grasp", needs={"current", "hessian_gradient"}, scope="global", elementwise=True)
+@register(
+    "grasp",
+    needs={"current", "hessian_gradient"},
+    scope="global",
+    elementwise=True,
+    at_initialization=True,
+)
 def grasp(group: Group) -> np.ndarray:
     """Keeps what lets the gradient flow at initialization: w (H g).
 
@@ -350,7 +373,14 @@ def grasp(group: Group) -> np.ndarray:
     return group.current * group.hessian_gradient
 
 
-@register("synflow", needs={"current", "flow"}, scope="global", elementwise=True, rounds=100)
+@register(
+    "synflow",
+    needs={"current", "flow"},
+    scope="global",
+    elementwise=True,
+    rounds=100,
+    at_initialization=True,
+)
 def synflow(group: Group) -> np.ndarray:
     """Keeps paths from input to output, without data: abs(w dR/dw), in 100 rounds."""
     return np.abs(group.current) * np.abs(group.flow)

@@ -114,7 +114,9 @@ def find_ticket(
         sparsity: instead of `rate`: the share of pruned weights after the last round, reached in
             rounds of equal rates; also as a mapping.
         strategy: the pruning criterion. One of gradients or activations looks at `x` and `y`, all
-            of them, at the end of each round.
+            of them, with the weights trained last. One for models that are yet to be trained
+            (`snip`, `grasp`, `synflow`) ranks those of the rewinding point under the masks of the
+            round before; with one round that is pruning at initialization.
         scope: who competes, the criterion's own default if None.
         rewind_to: the step to rewind to, 0 <= rewind_to < steps.
         retraining: one of `RETRAINING`: what the ticket trains from after pruning.
@@ -300,7 +302,9 @@ class _Search:
         self._measure("dense")
 
     def prune(self) -> None:
-        """Begins a round: new masks from the weights trained last."""
+        """Begins a round: new masks from the weights trained last, or from the initial ones."""
+        if self.criterion.at_initialization:
+            self.pruner.rewind(optimizer=False)
         number = self.round + 1
         self.pruner.update_masks(
             self.criterion,
