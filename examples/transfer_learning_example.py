@@ -1,16 +1,18 @@
-"""Prune a pretrained network while it is fine-tuned on another task.
+"""Lottery tickets of a pretrained network on another task, and those of a random start.
 
-A pretrained base gets a new head. The head is trained first, then everything is fine-tuned,
-then pruned step by step, with fine-tuning after each step (no rewinding: pretrained weights are
-the ones to keep). By default the base is a small network that this script trains itself on the
-first half of the classes; the new task is the other half:
+A pretrained base gets a new head and learns another task. Its large weights stay, the others are
+pruned, what is left goes back to where it started and learns the task again, step by step down to
+5 % of the base. The same is done from random weights: what the tickets of the two starts lose
+tells what pretrained weights are worth to a sparse network. By default the base is a small network
+that this script trains itself on the first half of the classes; the new task is the other half:
 
-    python examples/transfer_learning_example.py --which_set cifar10 --data-dir DIR
+    python examples/transfer_learning_example.py --which_set cifar10 --data-dir DIR --seeds 0 1 2
     python examples/transfer_learning_example.py --which_set cifar10 --base mobilenet_v2
     python examples/transfer_learning_example.py --quick
 """
 
 import argparse
+import statistics
 
 import keras
 from keras import layers
@@ -37,7 +39,7 @@ def fit(model, train, validation, epochs):
     stop_early = keras.callbacks.EarlyStopping(patience=2, restore_best_weights=True)
     model.fit(
         *train,
-        batch_size=64,
+        batch_size=32,
         epochs=epochs,
         validation_data=validation,
         callbacks=[stop_early],
@@ -49,9 +51,9 @@ def with_head(base, classes):
     return keras.Sequential([base, layers.Dense(classes, activation="softmax", name="head")])
 
 
-def own_base(input_shape, train, validation, epochs):
-    """A small convolutional network, trained here on another task."""
-    base = keras.Sequential(
+def own_base(input_shape):
+    """A small convolutional network."""
+    return keras.Sequential(
         [
             keras.Input(input_shape),
             layers.Conv2D(32, 3, padding="same", activation="relu"),
@@ -63,20 +65,62 @@ def own_base(input_shape, train, validation, epochs):
         ],
         name="base",
     )
-    model = with_head(base, int(train[1].max()) + 1)
-    compile_model(model, 1e-3)
-    fit(model, train, validation, epochs)
-    return base
 
 
-def mobilenet_base(input_shape):
-    """MobileNetV2 with ImageNet weights (a download), on images scaled up to 96 x 96."""
+def mobilenet_base(input_shape, weights):
+    """MobileNetV2 on images scaled up to 96 x 96; its ImageNet weights are a download."""
     inputs = keras.Input(input_shape)
     x = layers.Rescaling(2.0, offset=-1.0)(layers.Resizing(96, 96)(inputs))
     mobilenet = keras.applications.MobileNetV2(
-        (96, 96, 3), include_top=False, weights="imagenet", pooling="avg"
+        (96, 96, 3), include_top=False, weights=weights, pooling="avg"
     )
     return keras.Model(inputs, mobilenet(x), name="base")
+
+
+def base_and_starts(name, data, classes, epochs):
+    """The base, and its weights by where it starts: pretrained and random."""
+    if name == "mobilenet_v2":
+        base = mobilenet_base(data.input_shape, "imagenet")
+        random = mobilenet_base(data.input_shape, None).get_weights()
+    else:
+        base = own_base(data.input_shape)
+        random = base.get_weights()
+        model = with_head(base, len(classes))
+        compile_model(model, 1e-3)
+        train = of_classes(data.x_train, data.y_train, classes)
+        fit(model, train, of_classes(data.x_validation, data.y_validation, classes), epochs)
+    return base, {"pretrained": base.get_weights(), "random": random}
+
+
+def find_tickets(model, train, validation, test, epochs):
+    """Test accuracies by sparsity of the base: of the dense model, then of one ticket a line."""
+    pruner = LotteryTicketPruner(model)  # records where the model starts
+    pruner.reset_masks()
+    accuracies = {}
+    for sparsity in (0.0, *SPARSITIES):
+        if sparsity:
+            pruner.set_pretrained_weights()
+            pruner.update_masks("large_final", sparsity=sparsity, scope="global")
+        pruner.rewind()
+        fit(model, train, validation, epochs)
+        accuracies[sparsity] = model.evaluate(*test, verbose=0)[1]
+        print(f"  {sparsity:6.1%} of the base pruned: accuracy {accuracies[sparsity]:.4f}")
+    return accuracies
+
+
+def table(found):
+    """Markdown: sparsities down, starts across; the mean over seeds and their deviation."""
+    starts = list(found[0])
+    lines = [f"| base pruned | {' | '.join(f'{start} start' for start in starts)} |"]
+    lines.append("| --: " * (1 + len(starts)) + "|")
+    for sparsity in (0.0, *SPARSITIES):
+        cells = [f"{sparsity:.0%}"]
+        for start in starts:
+            percent = [100 * of_seed[start][sparsity] for of_seed in found]
+            spread = f" ± {statistics.stdev(percent):.2f}" if len(percent) > 1 else ""
+            cells.append(f"{statistics.mean(percent):.2f}{spread}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def main(argv=None):
@@ -85,6 +129,7 @@ def main(argv=None):
     parser.add_argument("--data-dir", help="folder with the data set's published files")
     parser.add_argument("--base", default="own", choices=["own", "mobilenet_v2"])
     parser.add_argument("--epochs", type=int, default=20, help="at most, for each training")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--out", default="transferred.keras", help="file for the sparse model")
     parser.add_argument("--quick", action="store_true", help="digits, own base, five epochs")
     args = parser.parse_args(argv)
@@ -94,44 +139,31 @@ def main(argv=None):
     data = datasets.load(args.which_set, args.data_dir)
     half = data.classes // 2
     old, new = range(half), range(half, data.classes)
-    parts = [
-        (data.x_train, data.y_train),
-        (data.x_validation, data.y_validation),
-        (data.x_test, data.y_test),
-    ]
-    keras.utils.set_random_seed(0)
-    if args.base == "own":
-        old_train, old_validation, _ = (of_classes(*part, old) for part in parts)
-        base = own_base(data.input_shape, old_train, old_validation, args.epochs)
-    else:
-        base = mobilenet_base(data.input_shape)
-    train, validation, test = (of_classes(*part, new) for part in parts)
-
-    model = with_head(base, len(new))
-    base.trainable = False
-    compile_model(model, 1e-3)
-    fit(model, train, validation, args.epochs)
-    print(f"new head on the frozen base: accuracy {model.evaluate(*test, verbose=0)[1]:.4f}")
-    base.trainable = True
-    compile_model(model, 3e-4)
-    fit(model, train, validation, args.epochs)
-    print(f"fine-tuned, dense:           accuracy {model.evaluate(*test, verbose=0)[1]:.4f}")
-
-    model = ml.convert_to_masked(model, exclude="head")
-    pruner = LotteryTicketPruner(model)
-    for sparsity in SPARSITIES:
-        pruner.set_pretrained_weights()
-        report = pruner.update_masks("large_final", sparsity=sparsity, scope="global")
-        pruned = model.evaluate(*test, verbose=0)[1]
-        fit(model, train, validation, args.epochs)
-        tuned = model.evaluate(*test, verbose=0)[1]
-        print(
-            f"{report.sparsity:6.1%} of the base pruned:     accuracy {pruned:.4f}, "
-            f"fine-tuned {tuned:.4f}"
-        )
-    # Plain Keras layers with zeros for pruned weights: loads without this library.
-    ml.strip_masks(model).save(args.out)
-    print(f"Written to {args.out}")
+    train = of_classes(data.x_train, data.y_train, new)
+    validation = of_classes(data.x_validation, data.y_validation, new)
+    test = of_classes(data.x_test, data.y_test, new)
+    found = []
+    for seed in args.seeds:
+        keras.utils.set_random_seed(seed)
+        base, starts = base_and_starts(args.base, data, old, args.epochs)
+        model = ml.convert_to_masked(with_head(base, len(new)), exclude="head")
+        compile_model(model, 1e-4 if args.base == "mobilenet_v2" else 1e-3)
+        head = model.get_layer("head").get_weights()
+        accuracies = {}
+        for start, weights in starts.items():
+            print(f"seed {seed}, {start} start")
+            model.get_layer("base").set_weights(weights)
+            model.get_layer("head").set_weights(head)
+            accuracies[start] = find_tickets(model, train, validation, test, args.epochs)
+            if start == "pretrained" and not found:
+                # Plain Keras layers with zeros for pruned weights: loads without this library.
+                ml.strip_masks(model).save(args.out)
+        found.append(accuracies)
+    print(
+        f"\nTest accuracy on the new task, %, {len(found)} seed{'s' if len(found) > 1 else ''}:\n"
+    )
+    print(table(found))
+    print(f"\nThe sparsest ticket of the first pretrained start is in {args.out}")
 
 
 if __name__ == "__main__":
