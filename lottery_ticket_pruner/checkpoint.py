@@ -103,7 +103,7 @@ def digest(data: Any) -> str:
     """A short text that changes with any array in any nesting of lists and dicts of them."""
     found = hashlib.sha256()
     for path, leaf in keras.tree.flatten_with_path(data):
-        array = np.asarray(leaf)
+        array = np.asarray(() if leaf is None else leaf)
         found.update(f"{path} {array.shape} {array.dtype}".encode())
         found.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
     return found.hexdigest()[:16]

@@ -15,6 +15,7 @@ import masked_layers as ml
 from lottery_ticket_pruner import criteria, fitting, selection, training, treatments
 from lottery_ticket_pruner.augmentation import Augmentation
 from lottery_ticket_pruner.checkpoint import Checkpoint, description, digest
+from lottery_ticket_pruner.data import arrays_of, pair_of
 from lottery_ticket_pruner.pruner import LotteryTicketPruner
 
 CONTROLS = ("random_reinit", "reinit_same_sign", "random_mask", "reshuffled_mask")
@@ -50,8 +51,8 @@ class TicketResult:
 
 def find_ticket(
     model: keras.Model,
-    x: training.Arrays,
-    y: training.Arrays,
+    x: Any,
+    y: training.Arrays | None = None,
     *,
     rounds: int,
     steps: int,
@@ -66,8 +67,8 @@ def find_ticket(
     pruned: Any = "zero",
     controls: Sequence[str] = ("random_reinit", "random_mask"),
     control_rounds: Sequence[int] | None = None,
-    validation_data: tuple[training.Arrays, training.Arrays] | None = None,
-    test_data: tuple[training.Arrays, training.Arrays] | None = None,
+    validation_data: Any = None,
+    test_data: Any = None,
     eval_every: int | None = None,
     seed: int = 0,
     replicate: int = 0,
@@ -104,8 +105,11 @@ def find_ticket(
         model: compiled. A plain one is left untouched: a masked copy is trained. One that is
             masked already is trained itself, from dense masks on, so that several calls can
             share its compiled functions.
-        x: training inputs in memory: an array, or a list or dict of them.
-        y: training targets, likewise.
+        x: training inputs in memory: an array, or a list or dict of them. Or inputs and targets
+            together as a finite `tf.data.Dataset`, a `keras.utils.PyDataset` or a torch
+            `DataLoader` of batches, which is read into memory once (see `data.arrays_of`).
+        y: training targets, likewise; None beside such a data set, or for a model that has its
+            loss from elsewhere.
         rounds: rounds of pruning after the dense run, at least 1.
         steps: optimiser steps of a full run.
         batch_size: examples per step.
@@ -125,8 +129,8 @@ def find_ticket(
         pruned: the treatment of its pruned weights.
         controls: which of `CONTROLS` to train.
         control_rounds: the rounds to train them in, None: in every one.
-        validation_data: `(x, y)` for the early-stop step, None: not measured.
-        test_data: `(x, y)` for the metrics, None: not measured.
+        validation_data: `(x, y)` or a data set for the early-stop step, None: not measured.
+        test_data: `(x, y)` or a data set for the metrics, None: not measured.
         eval_every: steps between evaluations on the validation data; None: at the end only.
         seed: of everything random here; not of the initial weights, which are the model's.
         replicate: goes into the rows as it is.
@@ -143,8 +147,8 @@ def find_ticket(
     Raises:
         ValueError: a number out of its range, both of `rate` and `sparsity`, an unknown control,
             a model that is not compiled, a weight to draw again that has no initialiser, a
-            checkpoint of something else, and whatever `update_masks` refuses. No step was trained
-            then.
+            checkpoint of something else, and whatever `update_masks` or `data.arrays_of` refuses.
+            No step was trained then.
     """
     _check(rounds, steps, rewind_to, rate, sparsity, seed)
     _check_names(controls, control_rounds, rounds, retraining)
@@ -158,11 +162,18 @@ def find_ticket(
         kept = treatments.get_kept("finetune")
     if not getattr(model, "compiled", False):
         raise ValueError(f"{model.name} is not compiled: call compile() before find_ticket().")
+    data, validation_data, test_data = arrays_of(x, y), pair_of(validation_data), pair_of(test_data)
+    if data[1] is None and model.loss is not None:
+        raise ValueError(
+            f"The loss of {model.name} needs targets: pass `y`, or as `x` a tf.data.Dataset, a "
+            "keras.utils.PyDataset or a torch DataLoader of batches (inputs, targets). Received: "
+            f"x of type {type(x).__name__}, y={y}."
+        )
     if all(ref.mask is None for ref in ml.weight_refs(model)):
         model = ml.convert_to_masked(model)
     search = _Search(
         model=model,
-        data=(x, y),
+        data=data,
         test_data=test_data,
         options={
             "batch_size": batch_size,
@@ -210,8 +221,8 @@ class _Search:
     """A search under way: what `find_ticket` was asked to do, and what came of it so far."""
 
     model: keras.Model
-    data: tuple[training.Arrays, training.Arrays]
-    test_data: tuple[training.Arrays, training.Arrays] | None
+    data: tuple[training.Arrays, training.Arrays | None]
+    test_data: tuple[training.Arrays, ...] | None
     options: Mapping[str, Any]  # of every stretch of training
     rounds: int
     steps: int

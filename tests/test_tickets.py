@@ -361,6 +361,11 @@ def test_an_uncompiled_model_is_refused(data):
         find_ticket(model, *data, rounds=1, steps=1)
 
 
+def test_a_loss_without_targets_is_refused(data):
+    with pytest.raises(ValueError, match=r"pass `y`.*x of type ndarray, y=None"):
+        find_ticket(make_model(), data[0], rounds=1, steps=1)
+
+
 # --- Retraining, more controls, going on after an interruption ------------------------------------
 
 
