@@ -1,4 +1,13 @@
-"""Distributions share one sparsity of a whole model out among its kernels, to the exact count."""
+"""Distributions share one sparsity of a whole model out among its kernels, to the exact count.
+
+Adding one takes a function from a kernel's shape to its density, relative to those of the others,
+and one registration:
+
+>>> @register("small_dense")
+... def small_dense(shape):
+...     '''A higher density for smaller kernels: 1 / sqrt(size).'''
+...     return math.prod(shape) ** -0.5
+"""
 
 import dataclasses
 import math
@@ -93,7 +102,8 @@ def register(name: str) -> Callable[[Callable], Callable]:
     """Makes a rule known by name: a function from a kernel's shape to its relative density.
 
     Raises:
-        ValueError: another rule has the name.
+        ValueError: another rule has the name. The same one defined again (a notebook cell run
+            twice) replaces the earlier one.
     """
 
     def decorate(rule: Callable[[tuple[int, ...]], float]) -> Callable[[tuple[int, ...]], float]:
@@ -104,6 +114,11 @@ def register(name: str) -> Callable[[Callable], Callable]:
         return rule
 
     return decorate
+
+
+def names() -> list[str]:
+    """The known names, in the order of registration."""
+    return list(_RULES)
 
 
 @register("uniform")

@@ -5,7 +5,13 @@ whole, by the pooled score of its weights. Of `NOfM` each tile keeps its N best 
 
 Kernels have axes that index inputs, axes that index outputs, and others (the positions of a
 convolution's window). A tile is given as (positions, inputs, outputs), and the last tile along an
-axis is smaller where the axis is no multiple of it.
+axis is smaller where the axis is no multiple of it. Adding a structure takes a function that gives
+its tile and one registration:
+
+>>> @register("windows")
+... def windows(layout):
+...     '''The whole window of each pair of an input and an output.'''
+...     return layout.sizes[0], 1, 1
 """
 
 import dataclasses
@@ -17,6 +23,8 @@ from typing import Any
 import numpy as np
 
 POOLINGS = ("average", "max")
+
+Tile = tuple[int, int, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +86,7 @@ class Structure:
         """Whether a kernel of this layout has such tiles."""
         raise NotImplementedError
 
-    def tile(self, layout: Layout) -> tuple[int, int, int]:
+    def tile(self, layout: Layout) -> Tile:
         """The size of a tile: positions, inputs and outputs."""
         raise NotImplementedError
 
@@ -99,26 +107,40 @@ class Structure:
         return get(config)
 
 
-def register(name: str) -> Callable[[type[Structure]], type[Structure]]:
-    """Makes a structure known by name; decorates its class, a dataclass of its arguments.
+_REGISTRY: dict[str, type[Structure] | Callable[[Layout], Tile | None]] = {}
+
+Identifier = str | Mapping | Structure | Callable[[Layout], Tile | None]
+
+
+def register(name: str) -> Callable[[Any], Any]:
+    """Makes a structure known by name; decorates it and hands it back.
+
+    Args:
+        name: the name for `get` and configurations.
+
+    Returns:
+        A decorator of a function `layout -> (positions, inputs, outputs)`, which gives the tile
+        that is kept or dropped as a whole (`Tiles`), or None for kernels without such tiles; or of
+        a subclass of `Structure`, a dataclass of its arguments.
 
     Raises:
-        ValueError: another class has the name.
+        ValueError: another structure has the name. The same one defined again (a notebook cell run
+            twice) replaces the earlier one.
     """
 
-    def decorate(cls: type[Structure]) -> type[Structure]:
-        known = _REGISTRY.get(name, cls)
-        if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+    def decorate(made: Any) -> Any:
+        known = _REGISTRY.get(name, made)
+        if (known.__module__, known.__qualname__) != (made.__module__, made.__qualname__):
             raise ValueError(f"The structure name {name!r} is taken by {known.__qualname__}.")
-        _REGISTRY[name] = cls
-        return cls
+        _REGISTRY[name] = made
+        return made
 
     return decorate
 
 
-_REGISTRY: dict[str, type[Structure]] = {}
-
-Identifier = str | Mapping | Structure
+def names() -> list[str]:
+    """The known names, in the order of registration."""
+    return list(_REGISTRY)
 
 
 @register("n_of_m")
@@ -157,7 +179,7 @@ class NOfM(Structure):
         """Whether the kernel has inputs."""
         return bool(layout.inputs)
 
-    def tile(self, layout: Layout) -> tuple[int, int, int]:
+    def tile(self, layout: Layout) -> Tile:
         """M inputs."""
         return 1, self.m, 1
 
@@ -206,7 +228,7 @@ class Blocks(_Whole):
         """Whether the kernel has inputs and outputs."""
         return bool(layout.inputs and layout.outputs)
 
-    def tile(self, layout: Layout) -> tuple[int, int, int]:
+    def tile(self, layout: Layout) -> Tile:
         """The block, at one position."""
         return 1, *self.block_size
 
@@ -233,10 +255,51 @@ class Outputs(_Whole):
         """Whether the kernel has outputs."""
         return bool(layout.outputs)
 
-    def tile(self, layout: Layout) -> tuple[int, int, int]:
+    def tile(self, layout: Layout) -> Tile:
         """All that one output has."""
         positions, inputs, _ = layout.sizes
         return positions, inputs, 1
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Tiles(_Whole):
+    """Tiles of the size that a function gives are kept or dropped as a whole.
+
+    Args:
+        function: `function(layout)` gives a tile as (positions, inputs, outputs), or None for
+            kernels that have none.
+        pooling: what a tile scores: `"average"` or `"max"` of its weights that are alive.
+    """
+
+    function: Callable[[Layout], Tile | None]
+    pooling: str = "average"
+
+    @property
+    def name(self) -> str:
+        """The name it was registered under, else that of the function."""
+        known = (name for name, made in _REGISTRY.items() if made is self.function)
+        return next(known, getattr(self.function, "__name__", type(self.function).__name__))
+
+    def applies(self, layout: Layout) -> bool:
+        """Whether the function gives a tile."""
+        return self.function(layout) is not None
+
+    def tile(self, layout: Layout) -> Tile:
+        """What the function gives."""
+        tile = self.function(layout)
+        if not (isinstance(tile, tuple) and len(tile) == 3 and all(map(_is_count, tile))):
+            raise ValueError(
+                f"The structure {self.name!r} must give the size of a tile as (positions, inputs, "
+                f"outputs), three positive integers, or None. Received: {tile!r} for {layout}"
+            )
+        return tile
+
+    def get_config(self) -> dict[str, Any]:
+        """The name and the pooling; `get` finds the function again if it is registered."""
+        return {"name": self.name, "pooling": self.pooling}
+
+    def __repr__(self) -> str:
+        return f"Tiles({self.name}, pooling={self.pooling!r})"
 
 
 _NAMES = {"filters": "outputs", "units": "outputs"}
@@ -248,7 +311,8 @@ def get(identifier: Identifier) -> Structure:
     Args:
         identifier: `"2:4"` or any N:M; `"4x1"` or any inputs x outputs, for blocks; `"filters"` or
             `"units"`, which are the same; the name of a registered structure; a dict from
-            `get_config()` or Keras' `serialize_keras_object`; a `Structure`.
+            `get_config()` or Keras' `serialize_keras_object`; a `Structure`; a function from a
+            `Layout` to a tile, as `register` takes it.
 
     Raises:
         ValueError: an unknown name, arguments that the structure does not take, or something that
@@ -265,8 +329,11 @@ def get(identifier: Identifier) -> Structure:
             first, second = int(numbers[1]), int(numbers[3])
             return NOfM(first, second) if numbers[2] == ":" else Blocks((first, second))
         return _make(identifier, {})
+    if callable(identifier) and not isinstance(identifier, type):
+        return Tiles(identifier)
     raise ValueError(
-        "A structure is given as a name, a configuration dict or a `Structure`. "
+        "A structure is given as a name, a configuration dict, a `Structure` or a function of a "
+        "`Layout`. "
         f"Received: {identifier!r} of type {type(identifier).__name__}"
     )
 
@@ -279,14 +346,14 @@ def _make(name: Any, arguments: dict[str, Any]) -> Structure:
             f"{', '.join([*_NAMES, *_REGISTRY])}. `structures.register` adds one."
         )
     try:
-        return known(**arguments)
+        return known(**arguments) if isinstance(known, type) else Tiles(known, **arguments)
     except TypeError as error:
         raise ValueError(
             f"The structure {name!r} does not take these arguments: {error}. Received: {arguments}"
         ) from error
 
 
-def cut(array: np.ndarray, layout: Layout, tile: tuple[int, int, int]) -> np.ndarray:
+def cut(array: np.ndarray, layout: Layout, tile: Tile) -> np.ndarray:
     """The tiles of a kernel, shape (tiles, weights in a tile); 0 or False where they stick out."""
     sizes = layout.sizes
     counts = [-(-size // edge) if edge else 0 for size, edge in zip(sizes, tile, strict=True)]
@@ -299,7 +366,7 @@ def cut(array: np.ndarray, layout: Layout, tile: tuple[int, int, int]) -> np.nda
     return array.reshape(a * b * c, p * i * o)
 
 
-def paste(tiles: np.ndarray, layout: Layout, tile: tuple[int, int, int]) -> np.ndarray:
+def paste(tiles: np.ndarray, layout: Layout, tile: Tile) -> np.ndarray:
     """The kernel that `cut` made these tiles of: a new contiguous array of its shape."""
     sizes, (p, i, o) = layout.sizes, tile
     a, b, c = (-(-size // edge) if edge else 0 for size, edge in zip(sizes, tile, strict=True))

@@ -26,7 +26,7 @@ def dropped(shapes, sparsities):
     return {path: sparsities[path] * math.prod(shape) for path, shape in shapes.items()}
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=60)
 @given(
     shapes=st.lists(
         st.lists(st.integers(1, 40), min_size=1, max_size=4).map(tuple), min_size=1, max_size=6

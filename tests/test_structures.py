@@ -1,8 +1,10 @@
 """Structures against loops in plain Python and against torch; what they leave to `shrink`."""
 
+import dataclasses
 import itertools
 import logging
 import math
+import re
 
 import keras
 import numpy as np
@@ -131,7 +133,7 @@ def kernels(draw):
     return kernel(values, mask, input_axes=inputs, output_axes=outputs)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=100)
 @given(
     kernels=st.lists(kernels(), min_size=1, max_size=3),
     structure=STRUCTURES,
@@ -345,22 +347,59 @@ def test_what_is_no_structure_is_an_error_that_quotes_it(identifier):
         structures.get(identifier)
 
 
-def test_a_registered_structure_works_by_name(monkeypatch):
+@pytest.fixture
+def registry(monkeypatch):
     monkeypatch.setattr(structures, "_REGISTRY", dict(structures._REGISTRY))
 
+
+def test_a_registered_function_works_by_name(registry):
     @structures.register("rows")
-    class Rows(structures.Outputs):
+    def rows(layout):
+        return (1, 1, layout.sizes[2]) if layout.inputs else None
+
+    assert structures.names() == ["n_of_m", "blocks", "outputs", "rows"]
+    values = [[1, 2], [3, 4], [0, 6]]
+    weights = {"k": kernel(values), "b": kernel([1, 2])}
+    for identifier in ("rows", rows, {"name": "rows", "pooling": "average"}):
+        masks = update("large_final", weights, rate=0.4, structure=identifier)
+        np.testing.assert_array_equal(masks["k"], [[0, 0], [1, 1], [1, 1]])
+        assert masks["b"].all()
+    by_maximum = {"name": "rows", "pooling": "max"}
+    mask = update("large_final", weights, rate=0.7, structure=by_maximum)["k"]
+    np.testing.assert_array_equal(mask, [[0, 0], [0, 0], [1, 1]])
+    structure = structures.get(by_maximum)
+    assert structure.get_config() == by_maximum
+    assert structures.get(structure.get_config()) == structure == structures.Tiles(rows, "max")
+    with pytest.raises(ValueError, match="taken by Outputs"):
+        structures.register("outputs")(rows)
+
+
+def test_a_registered_class_works_by_name(registry):
+    @structures.register("best")
+    @dataclasses.dataclass(frozen=True)
+    class Best(structures.Structure):
+        """The best weight of every output."""
+
+        kept = 1
+
         def applies(self, layout):
-            return len(layout.inputs) == 1
+            return bool(layout.inputs)
 
         def tile(self, layout):
-            return 1, 1, layout.sizes[2]
+            return layout.sizes[0], layout.sizes[1], 1
 
-    mask = update("large_final", {"k": kernel([[1, 2], [3, 4]])}, rate=0.5, structure="rows")["k"]
-    np.testing.assert_array_equal(mask, [[0, 0], [1, 1]])
-    assert structures.get(structures.get("rows").get_config()) == Rows()
-    with pytest.raises(ValueError, match="taken by Outputs"):
-        structures.register("outputs")(Rows)
+    mask = update("large_final", {"k": kernel([[1, 4], [3, 2]])}, structure="best")["k"]
+    np.testing.assert_array_equal(mask, [[0, 1], [1, 0]])
+    assert structures.get(structures.get("best").get_config()) == Best()
+
+
+@pytest.mark.parametrize("tile", [3, (1, 2), (1, 0, 1), (1, 1.5, 1)])
+def test_what_is_no_tile_is_an_error_that_quotes_it(tile):
+    def odd(layout):
+        return tile
+
+    with pytest.raises(ValueError, match=rf"'odd' must give .* Received: {re.escape(str(tile))}"):
+        update("large_final", {"k": kernel(np.ones((4, 4)))}, rate=0.5, structure=odd)
 
 
 # --------------------------------------------------------------------------------- on a model
