@@ -1,18 +1,17 @@
 """The migration page: its calls of tfmot and ours, run as they stand."""
 
 import importlib.util
-import re
-from pathlib import Path
 
 import keras
 import numpy as np
+import pages
 import pytest
 
 import masked_layers
 from lottery_ticket_pruner.interop.tfmot import import_tfmot
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "migrating-from-tfmot.md"
-BLOCKS = re.findall(r"(?:(tfmot|here):\n\n)?```python\n(.*?)```", PAGE.read_text("utf-8"), re.S)
+PAGE = "migrating-from-tfmot.md"
+BLOCKS = pages.blocks(PAGE)
 IMPORTS, CONVERSION = (code for kind, code in BLOCKS if not kind)
 THEIRS, OURS = ([code for kind, code in BLOCKS if kind == which] for which in ("tfmot", "here"))
 DATA = {
@@ -48,8 +47,7 @@ def tfmot():
 
 
 def run(code, **names):
-    exec(compile(code, PAGE.name, "exec"), names)
-    return names
+    return pages.run(PAGE, code, names)
 
 
 def ours(number, tmp_path):
