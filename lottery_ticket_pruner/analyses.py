@@ -7,6 +7,7 @@ returns (matplotlib, in the `cli` extra). None changes the model that it is give
 from __future__ import annotations
 
 import dataclasses
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -347,10 +348,13 @@ def mask_overlap(masks: Mapping[str, Masks]) -> Overlap:
 def plot_overlap(overlap: Overlap) -> Figure:
     """Draws the Jaccard index of every pair, and beside it that of random masks."""
     figure, axes = _figure(columns=2)
+    names = ["\n".join(textwrap.wrap(name, 24)) for name in overlap.names]
+    figure.set_size_inches(max(12.8, 4 + 0.9 * len(names)), max(4.4, 1.5 + 0.45 * len(names)))
     panels = {"masks": overlap.jaccard, "random masks of these counts": overlap.expected}
     for ax, (title, values) in zip(axes, panels.items(), strict=True):
-        _matrix(ax, values, overlap.names, overlap.names, "{:.2f}", limits=(0, 1))
+        _matrix(ax, values, names, names, "{:.2f}", limits=(0, 1))
         ax.set_title(title)
+    axes[1].set_yticklabels([])
     return figure
 
 
@@ -489,7 +493,11 @@ def _bars(groups: Sequence[str], columns: Mapping[str, Sequence[float]]) -> Figu
         at = np.arange(len(groups)) + (number - (len(columns) - 1) / 2) * width
         axes.bar(at, values, width, label=name)
     axes.set_xticks(np.arange(len(groups)), groups, rotation=30, ha="right")
-    axes.legend(frameon=False)
+    # Below the axes, where it hides no bar; the figure grows for it.
+    across = max(1, min(3, 90 // (8 + max(map(len, columns), default=0))))
+    figure.set_figheight(figure.get_figheight() + 0.22 * -(-len(columns) // across))
+    names = [textwrap.shorten(name, 90, placeholder="…") for name in columns]
+    figure.legend(axes.containers, names, loc="outside lower left", frameon=False, ncols=across)
     return figure
 
 

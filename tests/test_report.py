@@ -209,6 +209,33 @@ def test_labels_without_a_value_name_the_alternative(tmp_path):
     assert groups[1].label == "final sparsity 0.9"
 
 
+def test_labels_do_not_name_options_of_other_commands(tmp_path):
+    write_run(tmp_path / "a")
+    write_run(tmp_path / "b", strategy="random")
+    point = {"replicate": 0, "rewind_to": 0, "sparsity": 0.0, "instability": 0.01,
+             "loss_barrier": 0.1, "test_accuracy": 0.9, "lowest_accuracy": 0.8}  # fmt: skip
+    folder = write_run(tmp_path / "c", [point])
+    options = {"data": "digits", "network": "lenet-300-100", "points": 30, "seeds": [7]}
+    (folder / "config.json").write_text(json.dumps(options))
+    groups = results.groups_of(results.find_runs([tmp_path]))
+    assert [group.label for group in groups] == ["large_final", "random", ""]
+    assert groups[2].title == "digits, lenet-300-100, instability"
+    sheet = report.instability_sheet(groups[2].rows)
+    assert sheet.lines == (("0", "100.00%", "1.00", "0.100", "90.00", "80.00"),)
+
+
+def test_tickets_are_compared_at_six_rounds_at_most(tmp_path):
+    rows = [row(n, "ticket", r, 0.9 + n / 1000 + r / 100, 1 - 0.8**n)
+            for n in range(1, 12) for r in (0, 1)]  # fmt: skip
+    write_run(tmp_path / "a", rows)
+    write_run(tmp_path / "b", rows[:6], strategy="random")
+    overview, sheet = report.overviews(results.groups_of(results.find_runs([tmp_path])))
+    assert overview.lines[0][0] == "large_final"
+    assert sheet.headings == ("", "80.00%", "51.20%", "32.77%", "20.97%", "13.42%", "8.59%")
+    assert sheet.lines[0][1:3] == ("90.60 ± 0.71", "90.80 ± 0.71")
+    assert sheet.lines[1] == ("random", "90.60 ± 0.71", "90.80 ± 0.71", "", "", "", "")
+
+
 def test_the_tidy_table_has_options_and_seeds(tmp_path):
     write_run(tmp_path / "a")
     write_run(tmp_path / "b", rate=0.4, controls=[])

@@ -147,7 +147,9 @@ def _seed(run: Run, ticket: Path) -> int:
 def _signs(
     config: Mapping[str, Any], seed: int, ticket: keras.Model
 ) -> dict[str, analyses.SignAgreement] | None:
-    if config.get("network") not in networks.NAMES:
+    kept = config.get("kept", "rewind")
+    starts_with_signs = kept == "rewind" or kept.endswith("same_sign")
+    if config.get("network") not in networks.NAMES or not starts_with_signs:
         return None
     keras.utils.set_random_seed(seed)
     plain = networks.build(config["network"], ticket.input_shape[1:], ticket.output_shape[-1])

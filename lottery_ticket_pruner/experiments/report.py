@@ -328,7 +328,7 @@ def overviews(groups: Sequence[Group]) -> list[Sheet]:
     found = [group for group in searches if (group.rows["arm"] == "ticket").any()]
     if len(found) > 1:
         sheets.append(tickets_sheet(found))
-    others = [group for group in groups if not (group.has_rounds or group.is_instability)]
+    others = [group for group in groups if group.has_masks]
     if len(others) > 1:
         named = [group.rows.assign(configuration=group.label or group.title) for group in others]
         rows = pd.concat(named, ignore_index=True)

@@ -53,14 +53,20 @@ class Group:
         return "arm" in self.rows and "round" in self.rows
 
     @property
+    def has_masks(self) -> bool:
+        """Whether its rows are those of `lottery-ticket supermask`, by sparsity or by epoch."""
+        return not (self.has_rounds or self.is_instability)
+
+    @property
     def is_instability(self) -> bool:
         """Whether its rows are those of `lottery-ticket instability`."""
         return "instability" in self.rows
 
     @property
     def title(self) -> str:
-        """Data set, network and criterion."""
-        return ", ".join(str(self.config[key]) for key in _PLAIN if self.config.get(key))
+        """Data set, network, criterion and what was made of them."""
+        words = [str(self.config[key]) for key in _PLAIN if self.config.get(key)]
+        return ", ".join(words + ["instability"] * self.is_instability)
 
 
 def is_run(folder: Path) -> bool:
@@ -136,12 +142,16 @@ def groups_of(runs: Sequence[Run]) -> list[Group]:
     for run in runs:
         key = json.dumps(_choices(run), sort_keys=True)
         together.setdefault(key, []).append(run)
-    configs = [_choices(same[0]) for same in together.values()]
-    labels = _labels(configs)
-    return [
-        Group(label, config, tuple(same), _pooled(same))
-        for label, config, same in zip(labels, configs, together.values(), strict=True)
+    groups = [
+        Group("", _choices(same[0]), tuple(same), _pooled(same)) for same in together.values()
     ]
+    # Each command has options of its own, that tell nothing of a run of another one.
+    for kind in ("has_rounds", "has_masks", "is_instability"):
+        places = [place for place, group in enumerate(groups) if getattr(group, kind)]
+        labels = _labels([groups[place].config for place in places])
+        for place, label in zip(places, labels, strict=True):
+            groups[place] = dataclasses.replace(groups[place], label=label)
+    return groups
 
 
 def varied_options(configs: Sequence[dict[str, Any]]) -> list[str]:
