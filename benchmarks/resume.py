@@ -1,11 +1,12 @@
-"""Kills a run in the middle of a round, resumes it, and compares it with one left alone.
+"""Kills a run in the middle of rounds, resumes it, and compares it with one left alone.
 
     python -m benchmarks.resume [OPTION ...] [--out FOLDER]
 
 Options are those of `lottery-ticket run` (default: three rounds on the digits with all controls).
-The run is a process of its own. When half of its lines of results are there it gets SIGKILL, half
-the time of the last line later, so in the middle of a training; the same command is then given
-again. Next to that, the command runs once without interruption. Both are deterministic. Compared
+The run is a process of its own. When a third of its lines of results are there it gets SIGKILL,
+half the time of the last line later, so in the middle of a training; the same command is given
+again, and killed again when two thirds are there; then it is given a last time. Next to that, the
+command runs once without interruption. Both are deterministic. Compared
 are all numbers of results.csv but the seconds, the masks of every round, and every array of the
 saved tickets (weights, masks, optimizer) byte for byte. Prints what was compared and what differs.
 """
@@ -108,7 +109,9 @@ def main(arguments=None):
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", type=Path, help="folder for both runs; by default none is left")
-    parser.add_argument("--kill-after", type=int, metavar="LINES", help="lines of results")
+    parser.add_argument(
+        "--kill-after", type=int, nargs="+", metavar="LINES", help="lines of results, in order"
+    )
     options, given = parser.parse_known_args(arguments)
     given = given or OPTIONS
     with tempfile.TemporaryDirectory() as temporary:
@@ -117,13 +120,14 @@ def main(arguments=None):
         started = time.perf_counter()
         run(given, whole)
         print(f"left alone: {time.perf_counter() - started:.0f} s, {len(lines_of(whole))} lines")
-        kill_after = options.kill_after or len(lines_of(whole)) // 2
-        run(given, killed, kill_after)
-        last = lines_of(killed)[-1]
-        print(
-            f"killed after line {len(lines_of(killed))}: {last['arm']} of round {last['round']}, "
-            f"replicate {last['replicate']}"
-        )
+        count = len(lines_of(whole))
+        for kill_after in options.kill_after or (count // 3, 2 * count // 3):
+            run(given, killed, kill_after)
+            last = lines_of(killed)[-1]
+            print(
+                f"killed after line {len(lines_of(killed))}: {last['arm']} of round "
+                f"{last['round']}, replicate {last['replicate']}"
+            )
         run(given, killed)
         found = [contents(folder) for folder in (whole, killed)]
     differences = compare(*found)

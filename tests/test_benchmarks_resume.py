@@ -76,7 +76,7 @@ def test_a_run_is_killed_resumed_and_compared(tmp_path, monkeypatch, capsys, wro
     script = tmp_path / "stand_in.py"
     script.write_text(STAND_IN.replace("WRONG", str(wrong)))
     monkeypatch.setattr(resume, "COMMAND", (sys.executable, str(script)))
-    status = resume.main(["--slow", "--kill-after", "2", "--out", str(tmp_path / "out")])
+    status = resume.main(["--out", str(tmp_path / "out"), "--slow", "--kill-after", "2"])
     printed = capsys.readouterr().out
     assert "left alone: 1 s, 4 lines" in printed
     assert "killed after line 2: ticket of round 1, replicate 0" in printed
