@@ -1,127 +1,188 @@
-"""Gradual pruning beside TensorFlow Model Optimization: accuracy, zeros, time.
-
-The same network and the same schedule, once as a Keras 3 model with `GradualPruning`, once as a
-`tf_keras` model under `prune_low_magnitude`. "zeros" is how many weights are exactly zero at the
-end of a batch, over how many the masks prune then: the least of 40 batches, which are trained after
-those that are timed. Times are the least of all epochs but the first, on the clock and summed over
-the threads of the process: on a machine with other work compare the latter.
+"""Gradual pruning beside TensorFlow Model Optimization: accuracy, exact zeros, seconds per epoch.
 
     python -m benchmarks.gradual --data-dir DIR
 
-With MNIST or Fashion-MNIST in DIR (`--data`); TensorFlow Model Optimization must be installed.
+The same network, LeNet-300-100, and the same polynomial schedule up to 90 %, once as a Keras 3
+model with `GradualPruning(regrowth=True)`, once as a `tf_keras` model under `prune_low_magnitude`;
+masks change after every step or after every 100.
+
+A second training from the same seed stops at the end of every batch of the schedule at which
+something is to be pruned, and counts the zeros of each layer's `kernel`. "exact" is the share of
+these batches at which every kernel has exactly as many as were asked for last; "zeros" how many of
+those asked for there are, the least over the batches. Asked for: of us, what the schedule says; of
+tfmot, as many as its own masks prune.
+
+Epochs are timed in turns, each library in a process of its own (tfmot turns `tf.keras` into Keras
+2); the first epoch, which compiles, is left out. Numbers are medians, in brackets the extremes.
 """
 
 import argparse
-import json
-import os
-import subprocess
-import sys
+import contextlib
+import statistics
 import time
+
+import numpy as np
+
+from benchmarks.timing import Contender, MissingError, Worker
 
 BATCH = 128
 SPARSITY = 0.9
+LIBRARIES = (("ours", "tensorflow"), ("ours", "jax"), ("tfmot", "tensorflow"))
+FREQUENCIES = (1, 100)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", default="mnist", choices=["mnist", "fashion_mnist"])
     parser.add_argument("--data-dir", required=True)
-    parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--examples", type=int, default=10_000)
+    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--examples", type=int, help="of the training images; by default all")
     arguments = parser.parse_args()
-    print("library  backend     frequency  accuracy  sparsity    zeros  s/epoch  cpu s", flush=True)
-    runs = [("ours", "tensorflow"), ("ours", "jax"), ("tfmot", "tensorflow")]
-    for library, backend in runs:
-        for frequency in (1, 100):
-            task = {**vars(arguments), "library": library, "frequency": frequency}
-            # In a process of its own: tfmot turns `tf.keras` into Keras 2.
-            code = f"from benchmarks.gradual import measure; measure({json.dumps(task)!r})"
-            environment = {**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
-            result = subprocess.run(
-                [sys.executable, "-c", code],
-                env=environment,
-                check=True,
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-            row = json.loads(result.stdout.splitlines()[-1])
-            print(
-                f"{library:9}{backend:12}{frequency:9}{row['accuracy']:10.4f}"
-                f"{row['sparsity']:10.4f}{row['zeros']:9.4f}{row['seconds']:9.2f}"
-                f"{row['processor']:7.2f}",
-                flush=True,
-            )
+    if arguments.epochs < 2:
+        parser.error("--epochs must be at least 2: the first one is not timed")
+
+    print("every  library  backend     accuracy  sparsity   exact   zeros  seconds per epoch")
+    for frequency in FREQUENCIES:
+        seconds = {}
+        with contextlib.ExitStack() as stack:
+            workers = {}
+            for library, backend in LIBRARIES:
+                task = {**vars(arguments), "library": library, "frequency": frequency}
+                environment = {"KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
+                contender = Contender("benchmarks.gradual:contest", "", task, environment)
+                try:
+                    worker = stack.enter_context(contextlib.closing(Worker(contender)))
+                except MissingError as error:
+                    print(f"{frequency:5}  {library:9}{backend:12}{error} is not installed")
+                else:
+                    workers[library, backend] = worker
+            for epoch in range(arguments.epochs):
+                for key in list(workers)[:: 1 if epoch % 2 == 0 else -1]:
+                    seconds.setdefault(key, []).append(workers[key].measure("epoch"))
+            for (library, backend), worker in workers.items():
+                accuracy, sparsity = worker.measure("result")
+                exact, zeros = worker.measure("zeros")
+                print(
+                    f"{frequency:5}  {library:9}{backend:12}{accuracy:8.4f}{sparsity:10.4f}"
+                    f"{exact:8.1%}{zeros:8.1%}  {_spread(seconds[library, backend][1:])}",
+                    flush=True,
+                )
+        theirs = seconds.get(("tfmot", "tensorflow"))
+        for library, backend in workers if theirs else ():
+            if library == "ours":
+                ours = seconds[library, backend]
+                ratios = [b / a for a, b in zip(ours[1:], theirs[1:], strict=True)]
+                print(f"{frequency:5}  tfmot's seconds over ours on {backend}: {_spread(ratios)}")
 
 
-def measure(task):
-    """Trains in this process and prints a row as JSON."""
-    task = json.loads(task)
+def _spread(values):
+    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+def contest(library, frequency, data, data_dir, epochs, examples):
+    """Trains an epoch and times it; the result; the zeros at the end of every batch."""
+    from lottery_ticket_pruner import schedules
     from lottery_ticket_pruner.experiments import datasets
 
-    data = datasets.load(task["data"], task["data_dir"])
-    x, y = data.x_train[: task["examples"]], data.y_train[: task["examples"]]
-    x, x_test = x.reshape(len(x), -1), data.x_test.reshape(len(data.x_test), -1)
-    measure_with = _ours if task["library"] == "ours" else _tfmot
-    row = measure_with((x, y), (x_test, data.y_test), task["epochs"], task["frequency"])
-    print(json.dumps(row))
+    loaded = datasets.load(data, data_dir)
+    x, y = loaded.x_train[:examples], loaded.y_train[:examples]
+    x, x_test = x.reshape(len(x), -1), loaded.x_test.reshape(len(loaded.x_test), -1)
+    steps = epochs * -(-len(x) // BATCH)
+    arguments = {
+        "initial_sparsity": 0.0,
+        "final_sparsity": SPARSITY,
+        "begin_step": 0,
+        "end_step": max(steps // 100 * 100, 1),  # updates in every epoch that is timed
+        "frequency": frequency,
+    }
+    keras, make = (_ours if library == "ours" else _tfmot)(x.shape[1], arguments)
+    schedule = schedules.Polynomial(**arguments)
+    model, pruning, _, masks = make()
+
+    def epoch():
+        started = time.perf_counter()
+        model.fit(x, y, batch_size=BATCH, verbose=0, callbacks=[pruning])
+        return time.perf_counter() - started
+
+    def result():
+        accuracy = model.evaluate(x_test, loaded.y_test, batch_size=1000, verbose=0)[1]
+        pruned = sum(np.count_nonzero(mask == 0) for mask in masks())
+        return accuracy, pruned / sum(mask.size for mask in masks())
+
+    def zeros():
+        model, pruning, kernels, masks = make()
+        exact, shares = [], []
+
+        class Watch(keras.callbacks.Callback):
+            step = 0
+
+            def on_train_batch_end(self, batch, logs=None):
+                self.step += 1
+                if library == "ours":
+                    last = min(self.step, schedule.end_step) // frequency * frequency
+                    asked = [int(schedule(last) * k.size + 1e-6) for k in kernels()]
+                else:
+                    asked = [np.count_nonzero(mask == 0) for mask in masks()]
+                found = [np.count_nonzero(kernel == 0) for kernel in kernels()]
+                if sum(asked):
+                    exact.append(found == asked)
+                    there = [min(pair) for pair in zip(found, asked, strict=True)]
+                    shares.append(sum(there) / sum(asked))
+
+        model.fit(x, y, batch_size=BATCH, epochs=epochs, verbose=0, callbacks=[pruning, Watch()])
+        return statistics.mean(exact), min(shares)
+
+    return {"epoch": epoch, "result": result, "zeros": zeros}
 
 
-def _ours(train, test, epochs, frequency):
+def _ours(inputs, schedule):
     import keras
 
     import masked_layers as ml
     from lottery_ticket_pruner import GradualPruning, LotteryTicketPruner, schedules
 
-    keras.utils.set_random_seed(0)
-    model = ml.convert_to_masked(_network(keras, train[0].shape[1]))
-    _compile(keras, model)
-    pruner = LotteryTicketPruner(model)
-    schedule = schedules.Polynomial(**_schedule(train, epochs, frequency))
-    refs = ml.masked_refs(model)
+    def make():
+        keras.utils.set_random_seed(0)
+        model = ml.convert_to_masked(_network(keras, inputs))
+        _compile(keras, model)
+        pruner = LotteryTicketPruner(model)
+        # As tfmot does: what is pruned may come back.
+        pruning = GradualPruning(pruner, schedules.Polynomial(**schedule), regrowth=True)
+        refs = ml.masked_refs(model)
 
-    def kernels():
-        if hasattr(model, "jax_state_sync"):
-            model.jax_state_sync()
-        return [keras.ops.convert_to_numpy(getattr(ref.layer, ref.name)) for ref in refs]
+        def kernels():
+            if hasattr(model, "jax_state_sync"):
+                model.jax_state_sync()
+            return [keras.ops.convert_to_numpy(ref.layer.kernel) for ref in refs]
 
-    def masks():
-        return list(ml.get_masks(model).values())
+        return model, pruning, kernels, lambda: list(ml.get_masks(model).values())
 
-    pruning = GradualPruning(pruner, schedule, regrowth=True)  # as tfmot does
-    return _run(keras, model, [pruning], train, test, epochs, kernels, masks)
+    return keras, make
 
 
-def _tfmot(train, test, epochs, frequency):
+def _tfmot(inputs, schedule):
+    import tf_keras
+
     from lottery_ticket_pruner.interop.tfmot import import_tfmot
 
     tfmot = import_tfmot().sparsity.keras
-    import tf_keras
 
-    tf_keras.utils.set_random_seed(0)
-    schedule = tfmot.PolynomialDecay(**_schedule(train, epochs, frequency))
-    model = tfmot.prune_low_magnitude(_network(tf_keras, train[0].shape[1]), schedule)
-    _compile(tf_keras, model)
-    variables = [pair for layer in model.layers for pair in layer.pruning_vars]
+    def make():
+        tf_keras.utils.set_random_seed(0)
+        decay = tfmot.PolynomialDecay(**schedule)
+        model = tfmot.prune_low_magnitude(_network(tf_keras, inputs), decay)
+        _compile(tf_keras, model)
+        variables = [pair for layer in model.layers for pair in layer.pruning_vars]
+        return (
+            model,
+            tfmot.UpdatePruningStep(),
+            lambda: [kernel.numpy() for kernel, _, _ in variables],
+            lambda: [mask.numpy() for _, mask, _ in variables],
+        )
 
-    def kernels():
-        return [kernel.numpy() for kernel, _, _ in variables]
-
-    def masks():
-        return [mask.numpy() for _, mask, _ in variables]
-
-    update = tfmot.UpdatePruningStep()
-    return _run(tf_keras, model, [update], train, test, epochs, kernels, masks)
-
-
-def _schedule(train, epochs, frequency):
-    steps = epochs * -(-len(train[0]) // BATCH)
-    return {
-        "initial_sparsity": 0.0,
-        "final_sparsity": SPARSITY,
-        "begin_step": 0,
-        "end_step": steps // 100 * 100,  # updates in every epoch that is timed
-        "frequency": frequency,
-    }
+    return tf_keras, make
 
 
 def _network(library, inputs):
@@ -139,42 +200,6 @@ def _network(library, inputs):
 def _compile(library, model):
     loss = library.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(library.optimizers.Adam(1.2e-3), loss, metrics=["accuracy"])
-
-
-def _run(library, model, pruning, train, test, epochs, kernels, masks):
-    shares = []
-
-    class Zeros(library.callbacks.Callback):
-        def on_train_batch_end(self, batch, logs=None):
-            pairs = zip(kernels(), masks(), strict=True)
-            found = [((kernel == 0).sum(), (mask == 0).sum()) for kernel, mask in pairs]
-            zeros, pruned = (sum(counts) for counts in zip(*found, strict=True))
-            if pruned:
-                shares.append(min(zeros / pruned, 1.0))
-
-    class Clock(library.callbacks.Callback):
-        def on_epoch_begin(self, epoch, logs=None):
-            self.started = time.perf_counter(), time.process_time()
-
-        def on_epoch_end(self, epoch, logs=None):
-            if epoch:  # the first one compiles
-                now = time.perf_counter(), time.process_time()
-                times.append([end - start for end, start in zip(now, self.started, strict=True)])
-
-    times = []
-    arguments = {"batch_size": BATCH, "verbose": 0}
-    model.fit(*train, epochs=epochs, callbacks=[*pruning, Clock()], **arguments)
-    accuracy = model.evaluate(*test, batch_size=1000, verbose=0)[1]
-    sparsity = sum((m == 0).sum() for m in masks()) / sum(m.size for m in masks())
-    short = [array[: 40 * BATCH] for array in train]
-    model.fit(*short, callbacks=[*pruning, Zeros()], **arguments)
-    return {
-        "accuracy": accuracy,
-        "sparsity": float(sparsity),
-        "zeros": float(min(shares)),
-        "seconds": min(seconds for seconds, _ in times),
-        "processor": min(processor for _, processor in times),
-    }
 
 
 if __name__ == "__main__":
