@@ -1,6 +1,6 @@
 """Every criterion at a few sparsities: test accuracy of LeNet-300-100, in one table.
 
-    python -m benchmarks.criteria --data mnist --data-dir DIR
+    python -m benchmarks.criteria --data digits mnist --data-dir DIR
 
 Criteria made for new models (`snip`, `grasp`, `synflow`; `random` as their control) prune before
 any training, and what is left trains for `--steps` steps from its initial weights. All others prune
@@ -29,14 +29,32 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", default="digits", choices=datasets.NAMES)
+    parser.add_argument("--data", nargs="+", default=["digits"], choices=datasets.NAMES)
     parser.add_argument("--data-dir")
-    parser.add_argument("--steps", type=int, default=500, help="of each training")
+    parser.add_argument("--steps", type=int, default=1_000, help="of each training")
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--criteria", nargs="*", choices=criteria.names(), default=criteria.names())
+    parser.add_argument("--criteria", nargs="+", choices=criteria.names(), default=criteria.names())
     arguments = parser.parse_args()
 
-    data = datasets.load(arguments.data, arguments.data_dir)
+    names = sorted(arguments.criteria, key=lambda name: name not in AT_INITIALIZATION)
+    found = {
+        data: accuracies(names, datasets.load(data, arguments.data_dir), arguments)
+        for data in arguments.data
+    }
+    print(f"LeNet-300-100, {arguments.steps} steps of {BATCH}, {arguments.seeds} seeds")
+    print(f"{'':40}" + "".join(f"{f'{data}, pruned':>{14 * len(SPARSITIES)}}" for data in found))
+    shares = "".join(f"{share:>14.0%}" for share in SPARSITIES)
+    print(f"{'criterion':30}{'model':10}" + shares * len(found))
+    for name in names:
+        when = "new" if name in AT_INITIALIZATION else "trained"
+        cells = (_cell(each[name, share]) for each in found.values() for share in SPARSITIES)
+        print(f"{name:30}{when:10}" + "".join(f"{cell:>14}" for cell in cells))
+    dense = ", ".join(f"{data} {_cell(each['none'])}" for data, each in found.items())
+    print(f"not pruned: {dense}")
+
+
+def accuracies(names, data, arguments):
+    """Test accuracies over the seeds: of `"none"`, and by criterion and sparsity."""
     model = ml.convert_to_masked(networks.build("lenet-300-100", data.input_shape, data.classes))
     model.compile(
         keras.optimizers.Adam(1.2e-3),
@@ -51,7 +69,6 @@ def main():
         )
         return 100 * training.evaluate(model, data.x_test, data.y_test)["accuracy"]
 
-    names = sorted(arguments.criteria, key=lambda name: name not in AT_INITIALIZATION)
     found = {}
     for seed in range(arguments.seeds):
         keras.utils.set_random_seed(seed)
@@ -76,16 +93,7 @@ def main():
                     data=(data.x_train[:EXAMPLES], data.y_train[:EXAMPLES]),
                 )
                 found.setdefault((name, sparsity), []).append(train(seed + arguments.seeds))
-
-    print(
-        f"{arguments.data}, LeNet-300-100, {arguments.steps} steps of {BATCH}, "
-        f"{arguments.seeds} seeds; not pruned: {_cell(found['none'])}"
-    )
-    print(f"{'criterion':30}{'pruned':10}" + "".join(f"{share:>14.0%}" for share in SPARSITIES))
-    for name in names:
-        when = "new" if name in AT_INITIALIZATION else "trained"
-        cells = "".join(f"{_cell(found[name, share]):>14}" for share in SPARSITIES)
-        print(f"{name:30}{when:10}{cells}")
+    return found
 
 
 def _cell(accuracies):
