@@ -308,8 +308,11 @@ class DynamicSparseTraining(MaskSchedule):
     where the gradient of the loss is largest. The share of the weights that move falls from
     `fraction` to 0 by half a cosine.
 
-    Start from any masks, such as `pruner.update_masks("random", sparsity=0.9)`. The control, static
-    sparse training, is to train under them without this callback.
+    Start from any masks, such as `pruner.update_masks("random", sparsity=0.9, distribution="erk")`,
+    as RigL's paper does. The control, static sparse training, is to train under them without this
+    callback. The papers train with SGD and momentum. Adam's averages start from zero with the
+    weight but without the correction for it that they have when training starts: for some hundred
+    steps those of a grown weight are several times as large as others.
 
     Weights are ranked on the device; the gradient for RigL is computed there and goes through the
     host once per change.
