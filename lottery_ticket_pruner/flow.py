@@ -48,12 +48,15 @@ class SynapticFlow:
                 _take_activation(output)
             for variable in self._model.weights:
                 if "float" in variable.dtype:
-                    variable.assign(ops.abs(variable.value))
+                    variable.assign(np.abs(ops.convert_to_numpy(variable)))
             self._ones = keras.tree.map_structure(ops.convert_to_tensor, ones)
             _refuse_probabilities(model, self._model(self._ones, training=False))
             self._refs = ml.masked_refs(self._model)
             self._masks = ml.get_masks(self._model)
-            self._weights = [ops.abs(effective_value(ref)) for ref in self._refs]
+            self._weights = [
+                ops.convert_to_tensor(np.abs(ops.convert_to_numpy(effective_value(ref))))
+                for ref in self._refs
+            ]
             own = {id(ref.variable) for ref in self._refs}
             others = [variable for variable in self._model.variables if id(variable) not in own]
             # A compiled function on JAX would keep what it is not handed as constants.
@@ -71,17 +74,22 @@ class SynapticFlow:
         """
         with _keras.double_precision():
             pruned = [self._masks[ref.path] & ~masks[ref.path] for ref in self._refs]
-            weights = [
-                ops.where(ops.convert_to_tensor(gone), ops.zeros_like(weight), weight)
-                for gone, weight in zip(pruned, self._weights, strict=True)
-            ]
-            flows = self._gradient(weights, [variable.value for variable in self._others])
+            pruned = [ops.convert_to_tensor(gone) for gone in pruned]
+            others = [variable.value for variable in self._others]
+            flows = self._gradient(self._weights, pruned, others)
             return {
                 ref.path: ops.convert_to_numpy(flow)
                 for ref, flow in zip(self._refs, flows, strict=True)
             }
 
-    def _trace(self, weights: list[Tensor], others: list[Tensor]) -> list[Tensor]:
+    def _trace(
+        self, weights: list[Tensor], pruned: list[Tensor], others: list[Tensor]
+    ) -> list[Tensor]:
+        weights = [
+            ops.where(gone, ops.zeros_like(weight), weight)
+            for gone, weight in zip(pruned, weights, strict=True)
+        ]
+
         def total(weights: list[Tensor]) -> tuple[Tensor, None]:
             variables = [*[ref.variable for ref in self._refs], *self._others]
             state = list(zip(variables, [*weights, *others], strict=True))
