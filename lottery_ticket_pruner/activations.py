@@ -10,7 +10,7 @@ import keras
 import numpy as np
 from keras import layers, ops
 
-from lottery_ticket_pruner.engine import Arrays
+from lottery_ticket_pruner.examples import Arrays
 from lottery_ticket_pruner.gradients import Tensor, gradient, prunable_refs
 from masked_layers import _keras
 from masked_layers.maskable import raw_variable, weights_inside

@@ -2,103 +2,45 @@
 
 Keras' own loop costs a small network several times what its arithmetic does. The engine runs the
 model's own `train_step` in a loop inside the graph, so that losses, metrics, optimizers, dropout,
-statistics and masks mean what they mean in `fit`: in a `tf.function` on TensorFlow, in a
-`fori_loop` on JAX. What it cannot run, and what `fit` runs faster, goes through `fit`.
+statistics and masks mean what they mean in `fit`: see `programs`. What it cannot run, and what
+`fit` runs faster, goes through `fit`.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
-import functools
 import logging
-import operator
 import time
-from collections.abc import Iterator
-from typing import Any, Protocol
+from collections.abc import Hashable, Iterator
+from typing import Any
 
 import keras
 import numpy as np
 
-from lottery_ticket_pruner.augmentation import Augmentation
-from masked_layers import _keras, paths
+from lottery_ticket_pruner.examples import Arrays as Arrays
+from lottery_ticket_pruner.examples import Examples
+from lottery_ticket_pruner.programs import BLOCK, PROGRAMS, Programs
+from masked_layers import _keras
 
-# An array with the examples along the first axis, or a list or dict of such.
-Arrays = Any
+# Most examples per step of an evaluation, and most bytes of them.
+_EVALUATION_BATCH = 1_000
+_EVALUATION_BYTES = 2**24
+# What `fit` is given at a time is a copy: of the data once, or of so many bytes where that is less.
+_PART_BYTES = 2**28
 
-EVALUATION_BATCH = 1_000
-
-# Steps per call of a compiled loop. One size for all calls, so that one program serves them all.
-_BLOCK = 1024
+# Calls of a compiled loop become longer until they take so many seconds: the route may change only
+# between them, and a step may turn out to take a second.
+_BLOCK_SECONDS = 0.5
 # Compiling `fit` takes about as many seconds: asking earlier costs more than the answer can save.
 _PATIENCE = 3.0
 _TRIAL_STEPS = 40
-# On TensorFlow, XLA takes a second or more to compile what then saves about a millisecond a step.
-_WORTH_XLA = 300
-
-_CONVOLUTIONS = tuple(
-    layer
-    for name, layer in vars(keras.layers).items()
-    if "Conv" in name and isinstance(layer, type)
-)
+# `fit` must be faster by more than what a timing is wrong by.
+_MARGIN = 0.95
 
 _logger = logging.getLogger(__name__)
 _said: set[str] = set()
-
-
-@dataclasses.dataclass
-class Examples:
-    """A data set in memory: `(x, y)` or `(x, y, sample_weight)`, and its copy on the device."""
-
-    host: tuple[Arrays, ...]
-    augment: Augmentation | None = None
-
-    @classmethod
-    def of(
-        cls,
-        x: Arrays,
-        y: Arrays,
-        sample_weight: Arrays | None = None,
-        augment: Augmentation | None = None,
-    ) -> Examples:
-        """Takes what `fit` takes as arrays; floats become `keras.config.floatx()`, as there."""
-        data = (x, y) if sample_weight is None else (x, y, sample_weight)
-        return cls(keras.tree.map_structure(_as_keras_would, data), augment)
-
-    def __len__(self) -> int:
-        return len(keras.tree.flatten(self.host)[0])
-
-    def take(self, indices: Any) -> tuple[Arrays, ...]:
-        """Returns these examples, a copy on the host."""
-        return keras.tree.map_structure(lambda array: array[indices], self.host)
-
-    def rows(self, order: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
-        """Returns an int32 row for each index of `order`: the index, and what is random then."""
-        order = order.astype("int32")[:, None]
-        if self.augment is None:
-            return order
-        return np.concatenate([order, self.augment.draw(rng, len(order))], axis=1)
-
-    def augmented(self, rows: np.ndarray, batch_size: int) -> tuple[Arrays, ...]:
-        """Returns the examples of these rows, changed batch by batch, a copy on the host."""
-        x, *rest = self.take(rows[:, 0])
-        if self.augment is not None:
-            starts = range(0, len(rows), batch_size)
-            batches = (slice(start, start + batch_size) for start in starts)
-            changed = [self.augment.apply(x[batch], rows[batch, 1:]) for batch in batches]
-            x = np.concatenate([keras.ops.convert_to_numpy(batch) for batch in changed])
-        return (x, *rest)
-
-    @functools.cached_property
-    def device(self) -> tuple[Arrays, ...]:
-        """The data as tensors of the backend."""
-        return keras.tree.map_structure(keras.ops.convert_to_tensor, self.host)
-
-
-def _as_keras_would(array: Any) -> np.ndarray:
-    array = np.asarray(array)
-    floating = np.issubdtype(array.dtype, np.floating)
-    return array.astype(keras.config.floatx(), copy=False) if floating else array
 
 
 class Engine:
@@ -107,26 +49,25 @@ class Engine:
     Obtained from `engine_of`. Between calls the model and its optimizer are as between calls of
     `fit`, but for `Optimizer.finalize_variable_values`, which is the caller's to call at the end.
 
+    Where a compiled loop has run for some seconds, a few steps go through `fit` to see which is
+    faster, for each kind of loop and each batch size once.
+
     Args:
         model: A compiled model.
-
-    Attributes:
-        route: `"loop"` or `"fit"`. It starts from what is known of the model; the first time that
-            the loop has run for some seconds, a few steps go through `fit` to see which is faster.
     """
 
     def __init__(self, model: keras.Model) -> None:
         self.train_function = model.train_function
         self._model = model
-        self._programs = _PROGRAMS.get(keras.backend.backend(), _FitPrograms)(model)
-        reason = _why_not(model)
-        if reason:
-            say_once(f"Training goes through `fit`: {reason}.")
-        self.route = "fit" if reason or self._programs.slow_loops else "loop"
-        self._settled = self.route == "fit"
+        self._programs: Programs | None = None
+        reason = _why_no_programs(model)
+        if reason is None:
+            self._programs = PROGRAMS[keras.backend.backend()](model)
+        self._why_fit = reason or _why_fit(model)
+        self._why_evaluate = reason or _why_evaluate(model)
+        self._refused: set[str] = set()
         self._compiled: set[tuple] = set()
-        self._loop_seconds = 0.0
-        self._loop_steps = 0
+        self._races: dict[tuple[str, int], _Race] = collections.defaultdict(_Race)
 
     def train(
         self,
@@ -136,9 +77,9 @@ class Engine:
         *,
         steps: int,
         rng: np.random.Generator | None = None,
-        whole: bool = False,
+        logged: bool = False,
         deterministic: bool = False,
-    ) -> None:
+    ) -> dict[str, Any]:
         """Trains on the examples of these indices, batch by batch, the last one maybe smaller.
 
         Args:
@@ -147,90 +88,224 @@ class Engine:
             batch_size: Examples per step.
             steps: Of the whole training that this is a part of: what compiling may cost.
             rng: What an augmentation draws from.
-            whole: Whether the model's metrics must be those of the whole call in the end; without
-                it they may be those of a part.
+            logged: Whether what `fit` would log is wanted.
             deterministic: Whether the route must not depend on the time that anything took.
+
+        Returns:
+            The metrics over this call, by name, or what the model's own step returned last; nothing
+            unless `logged`.
         """
         self._model.reset_metrics()
         rows = data.rows(order, rng)
-        if not (self._settled or deterministic) and self._loop_seconds > _PATIENCE:
-            trial = batch_size * self._trial_steps()
-            if len(rows) >= trial:
-                trial = len(rows) if whole else trial
-                self._compare(data, rows[:trial], batch_size)
-                rows = rows[trial:]
-        long = steps >= _WORTH_XLA
-        if len(rows) and self.route == "loop":
-            rows = self._begin(data, rows, batch_size, long)
-        if len(rows) and self.route == "loop":
-            self._loop(data, rows, batch_size, long)
-        elif len(rows):
-            self._fit(data, rows, batch_size)
+        # What a step returns only `fit` hands out: it takes the last batch.
+        own = logged and _own_method(self._model, "train_step", "compute_metrics") is not None
+        kept = (len(rows) % batch_size or batch_size) if own else 0
+        logs = None
+        while len(rows):
+            kinds = self._kinds(data, steps)
+            race = self._races[kinds[0], batch_size] if kinds else None
+            free = len(rows) - kept
+            if race is None or race.lost or not free:
+                logs = self._fit(data, rows, batch_size)
+                break
+            if race.is_due and free >= batch_size and not deterministic:
+                used, logs = self._try_fit(data, rows[:free], batch_size, race)
+            else:
+                used, logs = self._loop(data, rows[:free], batch_size, race, kinds), None
+            rows = rows[used:]
+        return _as_numbers(logs or self._model.get_metrics_result()) if logged else {}
 
-    def evaluate(self, data: Examples) -> dict[str, float]:
-        """Returns the loss and the compiled metrics over all examples, by name."""
-        results = self._programs.evaluate(data)
-        return {name: float(value) for name, value in results.items()}
+    def evaluate(self, data: Examples, batch_size: int | None = None) -> dict[str, Any]:
+        """Returns the loss and the compiled metrics over all examples, by name.
 
-    def _begin(self, data: Examples, rows: np.ndarray, batch_size: int, long: bool) -> np.ndarray:
-        """Compiles the loop with the first step; what cannot be compiled goes through `fit`."""
-        size = min(batch_size, len(rows))
-        shapes = [(array.shape, array.dtype) for array in keras.tree.flatten(data.host)]
-        key = (size, long, data.augment, *map(str, shapes))
-        if key in self._compiled:
-            return rows
-        step = int(self._model.optimizer.iterations)
-        try:
-            self._programs.train(data, rows[None, :size], long)
-        except Exception as error:
-            if int(self._model.optimizer.iterations) != step:
-                raise
-            if self._programs.simplify():
-                return self._begin(data, rows, batch_size, long)
-            self.route, self._settled = "fit", True
-            say_once(f"Training goes through `fit`: {type(error).__name__}: {error}")
-            return rows
-        self._compiled.add(key)
-        return rows[size:]
-
-    def _loop(self, data: Examples, rows: np.ndarray, batch_size: int, long: bool) -> None:
-        started = time.perf_counter()
-        full = len(rows) // batch_size
-        batches = rows[: full * batch_size].reshape(full, batch_size, rows.shape[1])
-        for start in range(0, full, _BLOCK):
-            self._programs.train(data, batches[start : start + _BLOCK], long)
-        self._loop_seconds += time.perf_counter() - started
-        self._loop_steps += full
-        if len(rows) % batch_size:
-            self._programs.train(data, rows[None, full * batch_size :], long)
-
-    def _fit(self, data: Examples, rows: np.ndarray, batch_size: int, **kwargs: Any) -> None:
-        x, y, sample_weight = (*data.augmented(rows, batch_size), None)[:3]
-        with _not_finalizing(self._model.optimizer):
-            self._model.fit(
+        Args:
+            data: The examples.
+            batch_size: Examples per step. None: what the model's inputs are fixed to, or else
+                1,000, fewer where examples are large.
+        """
+        batch_size = batch_size or self._evaluation_batch(data)
+        reason = self._why_evaluate
+        if reason is None:
+            try:
+                return _as_numbers(self._programs.evaluate(data, batch_size))
+            except Exception as error:
+                reason = f"{type(error).__name__}: {error}"
+        x, y, sample_weight = (*data.host, None, None)[:3]
+        with _keras.kept_on_error(self._model):
+            results = self._model.evaluate(
                 x,
                 y,
                 sample_weight=sample_weight,
                 batch_size=batch_size,
-                shuffle=False,
                 verbose=0,
-                **kwargs,
+                return_dict=True,
             )
+        self._why_evaluate = reason
+        say_once(f"Evaluation goes through `evaluate`: {reason}.")
+        return _as_numbers(results)
 
-    def _trial_steps(self) -> int:
-        return max(_TRIAL_STEPS, 4 * self._model.steps_per_execution)
+    def _evaluation_batch(self, data: Examples) -> int:
+        inputs = getattr(self._model, "inputs", None)
+        fixed = inputs[0].shape[0] if inputs else None
+        return fixed or min(_EVALUATION_BATCH, max(1, int(_EVALUATION_BYTES / data.bytes_each)))
 
-    def _compare(self, data: Examples, rows: np.ndarray, batch_size: int) -> None:
-        watch = _Stopwatch()
-        self._fit(data, rows, batch_size, callbacks=[watch])
-        self.route = "loop" if self._loop_seconds / self._loop_steps < watch.pace() else "fit"
-        self._settled = True
-        _logger.info(
-            "%s: %.3f ms a step in a compiled loop, %.3f in `fit`.",
-            self._model.name,
-            1e3 * self._loop_seconds / self._loop_steps,
-            1e3 * watch.pace(),
-        )
+    def _kinds(self, data: Examples, steps: int) -> tuple[str, ...]:
+        """The kinds of loops to try, the best one first; none if there is only `fit`."""
+        reason = self._why_fit
+        if reason is None and not isinstance(data.augment, Hashable):
+            reason = f"{type(data.augment).__name__} is not hashable"
+        if reason is not None:
+            say_once(f"Training goes through `fit`: {reason}.")
+            return ()
+        return tuple(kind for kind in self._programs.kinds(steps) if kind not in self._refused)
+
+    def _loop(
+        self, data: Examples, rows: np.ndarray, batch_size: int, race: _Race, kinds: tuple[str, ...]
+    ) -> int:
+        """Trains on a block of batches; returns how many rows that were."""
+        size = min(batch_size, len(rows))
+        compiled_for = (size, data.augment, *data.specification)
+        if (kinds[0], *compiled_for) not in self._compiled:
+            kind = self._begin(data, rows[:size], kinds)
+            self._compiled.add((kind, *compiled_for))
+            return size
+        count = min(race.block, len(rows) // size)
+        batches = rows[: count * size].reshape(count, size, rows.shape[1])
+        started = time.perf_counter()
+        self._programs.train(data, batches, kinds[0])
+        if size == batch_size:
+            race.note_loop(time.perf_counter() - started, count)
+        return count * size
+
+    def _begin(self, data: Examples, batch: np.ndarray, kinds: tuple[str, ...]) -> str:
+        """Trains on a batch by the first kind of loop that can be compiled, or else by `fit`."""
+        step = int(self._model.optimizer.iterations)
+        errors = []
+        for kind in kinds:
+            try:
+                _keras.symbolic_build(self._model, data.take(batch[:, 0]))
+                self._programs.train(data, batch[None], kind)
+                break
+            except Exception as error:
+                if int(self._model.optimizer.iterations) != step:
+                    raise
+                errors.append(f"{type(error).__name__}: {error}")
+        else:
+            kind = "fit"
+            # Where the call is wrong and not the model, this fails too, and nothing has changed.
+            self._fit(data, batch, len(batch))
+            self._why_fit = errors[-1]
+        self._refused.update(kinds[: len(errors)])
+        return kind
+
+    def _fit(
+        self, data: Examples, rows: np.ndarray, batch_size: int, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Trains through `fit`; returns what that logs."""
+        examples = max(len(data), int(_PART_BYTES / data.bytes_each))
+        part = max(1, examples // batch_size) * batch_size
+        history = None
+        for start in range(0, len(rows), part):
+            x, *targets = data.augmented(rows[start : start + part], batch_size)
+            y, sample_weight = (*targets, None, None)[:2]
+            with _part_of_training(self._model), _keras.kept_on_error(self._model):
+                history = self._model.fit(
+                    x,
+                    y,
+                    sample_weight=sample_weight,
+                    batch_size=batch_size,
+                    shuffle=False,
+                    verbose=0,
+                    **kwargs,
+                )
+        # A `fit` of the model's own may return anything.
+        logs = getattr(history, "history", {})
+        return {name: values[-1] for name, values in logs.items()}
+
+    def _try_fit(
+        self, data: Examples, rows: np.ndarray, batch_size: int, race: _Race
+    ) -> tuple[int, dict[str, Any]]:
+        """Trains some steps through `fit` for the time they take; returns the rows and the logs."""
+        trial = max(_TRIAL_STEPS, 4 * self._model.steps_per_execution)
+        count = min(trial, len(rows) // batch_size)
+        first = _FirstStep()
+        started = time.perf_counter()
+        logs = self._fit(data, rows[: count * batch_size], batch_size, callbacks=[first])
+        ended = time.perf_counter()
+        if race.fit_tried:
+            race.note_fit(ended - started, count)
+        else:
+            race.note_fit(ended - first.ended, max(0, count - first.steps))
+        if race.fit_steps >= trial // 2:
+            race.settle()
+            _logger.info(
+                "%s: %.3f ms a step in a compiled loop, %.3f in `fit`.",
+                self._model.name,
+                1e3 * race.loop_pace,
+                1e3 * race.fit_pace,
+            )
+        return count * batch_size, logs
+
+
+@dataclasses.dataclass
+class _Race:
+    """A compiled loop against `fit`: how many steps of each took how long so far."""
+
+    block: int = 1
+    loop_seconds: float = 0.0
+    loop_steps: int = 0
+    fit_seconds: float = 0.0
+    fit_steps: int = 0
+    fit_tried: bool = False
+    settled: bool = False
+    lost: bool = False
+
+    def note_loop(self, seconds: float, steps: int) -> None:
+        self.loop_seconds += seconds
+        self.loop_steps += steps
+        if steps == self.block and seconds < _BLOCK_SECONDS:
+            self.block = min(2 * steps, BLOCK)
+
+    def note_fit(self, seconds: float, steps: int) -> None:
+        self.fit_seconds += seconds
+        self.fit_steps += steps
+        self.fit_tried = True
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the loop has run long enough for a look at `fit`."""
+        return not self.settled and self.loop_seconds > _PATIENCE
+
+    @property
+    def loop_pace(self) -> float:
+        """Seconds per step."""
+        return self.loop_seconds / self.loop_steps
+
+    @property
+    def fit_pace(self) -> float:
+        """Seconds per step."""
+        return self.fit_seconds / self.fit_steps
+
+    def settle(self) -> None:
+        self.settled = True
+        self.lost = self.fit_pace < _MARGIN * self.loop_pace
+
+
+class _FirstStep(keras.callbacks.Callback):
+    """Notes when the first execution of `fit`, which compiles, has ended."""
+
+    # Keras would wait for the results of every step otherwise.
+    async_safe = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps = 0
+        self.ended = 0.0
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        if not self.steps:
+            self.steps = batch + 1
+            self.ended = time.perf_counter()
 
 
 def engine_of(model: keras.Model) -> Engine:
@@ -247,25 +322,6 @@ def engine_of(model: keras.Model) -> Engine:
     return engine
 
 
-def _why_not(model: keras.Model) -> str | None:
-    """Why the model's training steps cannot run inside a compiled loop; None if they can."""
-    backend = keras.backend.backend()
-    if backend not in _PROGRAMS:
-        return f"there is no compiled loop for Keras on {backend}"
-    if model.run_eagerly:
-        return "the model is compiled with run_eagerly=True"
-    if backend == "jax" and not model.jit_compile:
-        return "the model is compiled with jit_compile=False"
-    if keras.distribution.distribution() is not None:
-        return "a `keras.distribution` is set"
-    replicas = getattr(model, "distribute_strategy", None)
-    if replicas is not None and replicas.num_replicas_in_sync > 1:
-        return "the model is distributed over several replicas"
-    if not type(model).make_train_function.__module__.startswith("keras."):
-        return f"{type(model).__name__} makes a training function of its own"
-    return None
-
-
 def say_once(text: str) -> None:
     """Logs a warning that this process has not seen yet."""
     if text not in _said:
@@ -273,232 +329,68 @@ def say_once(text: str) -> None:
         _logger.warning(text)
 
 
-@contextlib.contextmanager
-def _not_finalizing(optimizer: keras.Optimizer) -> Iterator[None]:
-    """Keeps `fit` from replacing the weights by their averages: the training goes on after it."""
-    object.__setattr__(optimizer, "finalize_variable_values", lambda variables: None)
-    try:
-        yield
-    finally:
-        object.__delattr__(optimizer, "finalize_variable_values")
-
-
-class _Stopwatch(keras.callbacks.Callback):
-    """Times the steps of `fit` but for the first, which compiles."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._times: list[float] = []
-        self._batches: list[int] = []
-
-    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        self._times.append(time.perf_counter())
-        self._batches.append(batch)
-
-    def pace(self) -> float:
-        """Seconds per step."""
-        steps = self._batches[-1] - self._batches[0]
-        return (self._times[-1] - self._times[0]) / steps
-
-
-# --- One class per backend ------------------------------------------------------------------------
-
-
-class _Programs(Protocol):
-    """What an engine needs of a backend."""
-
-    slow_loops: bool
-    """Whether the model is known to be faster in `fit`."""
-
-    def __init__(self, model: keras.Model) -> None: ...
-
-    def train(self, data: Examples, batches: np.ndarray, long: bool) -> None:
-        """Runs a step for each batch of rows, at most `_BLOCK`.
-
-        Args:
-            data: The examples.
-            batches: Their rows, of shape `(steps, batch size, row)`.
-            long: Whether the training is long enough for the dearer of two compilations.
-        """
-
-    def simplify(self) -> bool:
-        """Changes to programs that fewer models are too much for; False if there are none."""
-
-    def evaluate(self, data: Examples) -> dict[str, Any]:
-        """Returns the loss and the metrics."""
-
-
-class _FitPrograms:
-    """No program: Keras' own methods."""
-
-    slow_loops = True
-
-    def __init__(self, model: keras.Model) -> None:
-        self._model = model
-
-    def evaluate(self, data: Examples) -> dict[str, Any]:
-        x, y, sample_weight = (*data.host, None)[:3]
-        return self._model.evaluate(
-            x,
-            y,
-            sample_weight=sample_weight,
-            batch_size=EVALUATION_BATCH,
-            verbose=0,
-            return_dict=True,
-        )
-
-
-class _TensorFlowPrograms:
-    """A `tf.function` whose loop updates the variables in place.
-
-    A long training is compiled by XLA where `fit` uses that, and on a CPU, where
-    `compile(jit_compile="auto")` does not: XLA makes a loop several times faster there, unless
-    there are convolutions in it.
-    """
-
-    slow_loops = False
-
-    def __init__(self, model: keras.Model) -> None:
+def _why_no_programs(model: keras.Model) -> str | None:
+    """Why nothing of the model can run inside a compiled loop; None if it can."""
+    backend = keras.backend.backend()
+    if backend not in PROGRAMS:
+        return f"there is no compiled loop for Keras on {backend}"
+    if model.run_eagerly:
+        return "the model is compiled with run_eagerly=True"
+    if backend == "jax" and not model.jit_compile:
+        return "the model is compiled with jit_compile=False"
+    if keras.distribution.distribution() is not None:
+        return "a `keras.distribution` is set"
+    if backend == "tensorflow":
         import tensorflow as tf
 
-        self._by_xla = model.jit_compile
-        if not tf.config.list_logical_devices("GPU"):
-            layers = [layer for _, layer in paths.walk(model)]
-            self._by_xla = all(layer.supports_jit for layer in layers)
-            self._by_xla &= not _has_convolutions(model)
-
-        def train(
-            data: tuple[Arrays, ...],
-            batches: tf.Tensor,
-            count: tf.Tensor,
-            augment: Augmentation | None,
-        ) -> None:
-            # Over `tf.range(count)` XLA would compile a loop for every count.
-            step = tf.constant(0)
-            while step < count:
-                # In two steps: XLA gets `batches[step, :, 1:]` wrong, silently (TensorFlow 2.21).
-                rows = tf.gather(batches, step)
-                batch = functools.partial(tf.gather, indices=rows[:, 0])
-                x, *rest = tf.nest.map_structure(batch, data)
-                if augment is not None:
-                    x = augment.apply(x, rows[:, 1:])
-                model.train_step((x, *rest))
-                step += 1
-
-        @tf.function
-        def evaluate(data: tuple[Arrays, ...]) -> dict[str, tf.Tensor]:
-            for metric in model.metrics:
-                metric.reset_state()
-            examples = tf.shape(tf.nest.flatten(data)[0])[0]
-            for start in tf.range(0, examples, EVALUATION_BATCH):
-                batch = operator.itemgetter(slice(start, start + EVALUATION_BATCH))
-                model.test_step(tf.nest.map_structure(batch, data))
-            return model.get_metrics_result()
-
-        self._model = model
-        self._train = {by_xla: tf.function(train, jit_compile=by_xla) for by_xla in (False, True)}
-        self._evaluate = evaluate
-
-    def simplify(self) -> bool:
-        changed, self._by_xla = self._by_xla, False
-        return changed
-
-    def train(self, data: Examples, batches: np.ndarray, long: bool) -> None:
-        _keras.symbolic_build(self._model, data.take(batches[0, :, 0]))
-        batches, count = _padded(batches)
-        self._train[self._by_xla and long](data.device, batches, count, data.augment)
-
-    def evaluate(self, data: Examples) -> dict[str, Any]:
-        return self._evaluate(data.device)
+        strategy = model.distribute_strategy
+        # Outside of every scope the strategy is the default one.
+        if tf.distribute.has_strategy() or strategy is not tf.distribute.get_strategy():
+            return f"the model is distributed by {type(strategy).__name__}"
+    return None
 
 
-class _JaxPrograms:
-    """A `fori_loop` over the state of the training; the variables get it back after each call."""
-
-    def __init__(self, model: keras.Model) -> None:
-        import jax
-
-        def train(
-            augment: Augmentation | None,
-            state: Any,
-            data: tuple[Arrays, ...],
-            batches: jax.Array,
-            count: int,
-        ) -> Any:
-            def step(number: int, state: Any) -> Any:
-                batch = operator.itemgetter(batches[number, :, 0])
-                x, *rest = jax.tree.map(batch, data)
-                if augment is not None:
-                    x = augment.apply(x, batches[number, :, 1:])
-                return model.train_step(state, (x, *rest))[1]
-
-            return jax.lax.fori_loop(0, count, step, state)
-
-        def evaluate(state: Any, batch: tuple[Arrays, ...]) -> Any:
-            return model.test_step(state, batch)[1]
-
-        self._model = model
-        self._train = jax.jit(train, static_argnums=0)
-        self._evaluate = jax.jit(evaluate)
-        self.slow_loops = jax.default_backend() == "cpu" and _has_convolutions(model)
-
-    def simplify(self) -> bool:
-        return False
-
-    def train(self, data: Examples, batches: np.ndarray, long: bool) -> None:
-        import jax
-
-        model = self._model
-        _keras.symbolic_build(model, data.take(batches[0, :, 0]))
-        groups = (
-            model.trainable_variables,
-            model.non_trainable_variables,
-            model.optimizer.variables,
-            model.metrics_variables,
-        )
-        with _keras.withdrawn(*groups) as state:
-            state = self._train(data.augment, state, data.device, *_padded(batches))
-        # Here, so that whoever times the call times the steps.
-        _assign(groups, jax.block_until_ready(state))
-
-    def evaluate(self, data: Examples) -> dict[str, Any]:
-        import jax
-
-        model = self._model
-        _keras.build_loss(model, data.take(slice(0, 1)))
-        model.reset_metrics()
-        groups = (
-            model.trainable_variables,
-            model.non_trainable_variables,
-            model.metrics_variables,
-        )
-        with _keras.withdrawn(*groups) as state:
-            for start in range(0, len(data), EVALUATION_BATCH):
-                batch = operator.itemgetter(slice(start, start + EVALUATION_BATCH))
-                state = self._evaluate(state, jax.tree.map(batch, data.device))
-        _assign(groups, state)
-        return model.get_metrics_result()
+def _why_fit(model: keras.Model) -> str | None:
+    """Why its training steps cannot; None if they can."""
+    if not isinstance(model.optimizer, keras.Optimizer):
+        return "the model is compiled without an optimizer of Keras"
+    return _own_method(model, "fit", "make_train_function")
 
 
-_PROGRAMS: dict[str, type[_Programs]] = {
-    "tensorflow": _TensorFlowPrograms,
-    "jax": _JaxPrograms,
-}
+def _why_evaluate(model: keras.Model) -> str | None:
+    """Why its evaluation cannot; None if it can."""
+    # What a step of the model's own returns, only `evaluate` hands out.
+    return _own_method(model, "evaluate", "make_test_function", "test_step", "compute_metrics")
 
 
-def _padded(batches: np.ndarray) -> tuple[Any, Any]:
-    """Returns the batches in a table of `_BLOCK` of them, and their number, as tensors."""
-    table = np.zeros((_BLOCK, *batches.shape[1:]), "int32")
-    table[: len(batches)] = batches
-    return keras.ops.convert_to_tensor(table), keras.ops.convert_to_tensor(len(batches), "int32")
+def _own_method(model: keras.Model, *names: str) -> str | None:
+    """Says which of these methods is not Keras' own; None if all are."""
+    for name in names:
+        if not (getattr(model, name).__module__ or "").startswith("keras."):
+            return f"{type(model).__name__} has a `{name}` of its own"
+    return None
 
 
-def _assign(groups: Any, values: Any) -> None:
-    for variables, group in zip(groups, values, strict=True):
-        for variable, value in zip(variables, group, strict=True):
-            variable.assign(value)
+def _as_numbers(results: dict[str, Any]) -> dict[str, Any]:
+    """Returns the results as Python's numbers, and as NumPy arrays where they are not single."""
+    numbers = {}
+    for name, value in results.items():
+        value = keras.ops.convert_to_numpy(value) if keras.ops.is_tensor(value) else value
+        numbers[name] = value.item() if getattr(value, "size", 0) == 1 else value
+    return numbers
 
 
-def _has_convolutions(model: keras.Model) -> bool:
-    """Whether XLA should not make a loop of it on a CPU: some fifty times slower than a step."""
-    return any(isinstance(layer, _CONVOLUTIONS) for _, layer in paths.walk(model))
+@contextlib.contextmanager
+def _part_of_training(model: keras.Model) -> Iterator[None]:
+    """Makes `fit` go on with the metrics, and keep the weights that it would replace by averages.
+
+    It starts the metrics anew and finalizes the weights, as if no training went on around it.
+    """
+    with contextlib.ExitStack() as stack:
+        owners = [(model, "reset_metrics")]
+        if isinstance(model.optimizer, keras.Optimizer):
+            owners.append((model.optimizer, "finalize_variable_values"))
+        for owner, name in owners:
+            object.__setattr__(owner, name, lambda *args: None)
+            stack.callback(object.__delattr__, owner, name)
+        yield

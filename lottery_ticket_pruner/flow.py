@@ -9,7 +9,7 @@ import numpy as np
 from keras import layers, ops
 
 import masked_layers as ml
-from lottery_ticket_pruner.engine import Arrays
+from lottery_ticket_pruner.examples import Arrays
 from lottery_ticket_pruner.gradients import Tensor, compiled, effective_value, gradient
 from masked_layers import _keras
 from masked_layers.conversion import copy_model

@@ -17,7 +17,7 @@ import numpy as np
 from keras import ops
 
 import masked_layers as ml
-from lottery_ticket_pruner.engine import Arrays, Examples
+from lottery_ticket_pruner.examples import Arrays, Examples
 from masked_layers import WeightRef, _keras
 from masked_layers.masks import raw_view
 

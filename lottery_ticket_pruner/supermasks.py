@@ -9,7 +9,8 @@ import numpy as np
 import masked_layers as ml
 from lottery_ticket_pruner import criteria as criteria_module
 from lottery_ticket_pruner import treatments
-from lottery_ticket_pruner.engine import Arrays, Examples, engine_of
+from lottery_ticket_pruner.engine import engine_of
+from lottery_ticket_pruner.examples import Arrays, Examples
 from lottery_ticket_pruner.pruner import LotteryTicketPruner, is_masked, rescaling, restored
 
 # What masked weights are set to, from the recorded initial ones.

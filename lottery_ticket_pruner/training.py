@@ -3,33 +3,42 @@
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import keras
 import numpy as np
 
 from lottery_ticket_pruner.augmentation import Augmentation
-from lottery_ticket_pruner.engine import Arrays, Examples, engine_of, say_once
+from lottery_ticket_pruner.engine import engine_of, say_once
+from lottery_ticket_pruner.examples import Arrays, Examples
+from masked_layers import _keras
 
 
 @dataclasses.dataclass
 class History:
-    """What one call of `train` saw: validation results after each stretch, and the time."""
+    """What one call of `train` saw: validation results after each stretch, and the time.
+
+    Results are numbers; those of a metric of several values, one for each class, are arrays.
+    """
 
     steps: list[int] = dataclasses.field(default_factory=list)
-    validation: list[dict[str, float]] = dataclasses.field(default_factory=list)
+    validation: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     seconds: float = 0.0
 
     @property
     def early_stop(self) -> int | None:
-        """Where in `steps` the validation loss was least (the first such), found afterwards."""
+        """Where in `steps` the validation loss was least (the first such), found afterwards.
+
+        NaN is above every number; where there is nothing else, it is the first one.
+        """
         losses = [result["loss"] for result in self.validation]
-        return int(np.argmin(losses)) if losses else None
+        return min(range(len(losses)), key=lambda i: (np.isnan(losses[i]), losses[i]), default=None)
 
 
 def train(
     model: keras.Model,
     x: Arrays,
-    y: Arrays,
+    y: Arrays | None,
     *,
     steps: int,
     batch_size: int,
@@ -37,6 +46,7 @@ def train(
     seed: int | Sequence[int] = 0,
     eval_every: int | None = None,
     validation_data: tuple[Arrays, ...] | None = None,
+    validation_batch_size: int | None = None,
     on_progress: Callable[[int], None] | None = None,
     augment: Augmentation | None = None,
     deterministic: bool = False,
@@ -46,16 +56,20 @@ def train(
     The order of the examples is a function of `seed` alone, whatever was trained before: see
     `batch_order`.
 
+    Class labels must be in range: Keras on TensorFlow refuses others on a processor, while in a
+    loop compiled by XLA, as on JAX, they make the loss NaN.
+
     Args:
         model: compiled; its optimiser state continues from where it is.
         x: inputs, the examples along the first axis; or a list or dict of such arrays.
-        y: targets, likewise.
+        y: targets, likewise; None for a model that has its loss from elsewhere.
         steps: how many batches to train on, at least 0.
         batch_size: examples per step.
         sample_weight: a weight per example, or None.
         seed: of the order of the examples, anything `numpy.random.default_rng` takes.
         eval_every: steps between evaluations on `validation_data`; None: only after the last.
         validation_data: `(x, y)` or `(x, y, sample_weight)` to evaluate on, or None.
+        validation_batch_size: examples per step of that, as `evaluate` has it.
         on_progress: called with the number of new steps done, after each stretch of them.
         augment: what happens to the inputs of each batch, a single array of images; what it draws
             is a function of `seed` too.
@@ -63,7 +77,8 @@ def train(
             never by the clock, so that a repeated run rounds alike.
 
     Raises:
-        ValueError: the model is not compiled, or a number is out of its range.
+        ValueError: the model is not compiled, a number is out of its range, or arrays differ in
+            length or are empty.
     """
     _check_compiled(model)
     if steps < 0 or batch_size < 1 or (eval_every is not None and eval_every < 1):
@@ -71,6 +86,7 @@ def train(
             "Expected steps >= 0, batch_size >= 1 and eval_every >= 1 or None. Received: "
             f"steps={steps}, batch_size={batch_size}, eval_every={eval_every}."
         )
+    _check_validation_batch(validation_batch_size)
     history = History()
     if steps == 0:
         return history
@@ -87,10 +103,11 @@ def train(
         )
         done = start + len(batches)
         if done == steps:
-            model.optimizer.finalize_variable_values(model.trainable_variables)
+            _finalize(model)
         if validation is not None:
             history.steps.append(done)
-            history.validation.append(engine_of(model).evaluate(validation))
+            results = engine_of(model).evaluate(validation, validation_batch_size)
+            history.validation.append(results)
         if on_progress is not None:
             on_progress(len(batches))
     history.seconds = time.perf_counter() - started
@@ -100,12 +117,13 @@ def train(
 def fit(
     model: keras.Model,
     x: Arrays,
-    y: Arrays,
+    y: Arrays | None = None,
     *,
     batch_size: int = 32,
     epochs: int = 1,
     sample_weight: Arrays | None = None,
     validation_data: tuple[Arrays, ...] | None = None,
+    validation_batch_size: int | None = None,
     callbacks: Sequence[keras.callbacks.Callback] = (),
     shuffle: bool = True,
     seed: int = 0,
@@ -114,16 +132,18 @@ def fit(
 ) -> keras.callbacks.History:
     """Does what `model.fit` does on arrays, each epoch one compiled program where that is faster.
 
-    Callbacks see epochs; with one that acts on batches, the training goes through `model.fit`.
+    Callbacks see epochs; with one that acts on batches, the training goes through `model.fit`, on
+    the same batches. Of labels out of range see `train`.
 
     Args:
         model: compiled; its optimiser state continues from where it is.
         x: inputs, the examples along the first axis; or a list or dict of such arrays.
-        y: targets, likewise.
+        y: targets, likewise; None for a model that has its loss from elsewhere.
         batch_size: examples per step; the last batch of an epoch has what is left.
         epochs: how often to go through the data.
         sample_weight: a weight per example, or None.
         validation_data: `(x, y)` or `(x, y, sample_weight)` to evaluate on after every epoch.
+        validation_batch_size: examples per step of that; None: `batch_size`.
         callbacks: as for `model.fit`.
         shuffle: whether every epoch has another order, a function of `seed` and its number alone.
         seed: a non-negative integer.
@@ -134,7 +154,8 @@ def fit(
         Keras' `History`, with the logs of every epoch.
 
     Raises:
-        ValueError: the model is not compiled, or a number is out of its range.
+        ValueError: the model is not compiled, a number is out of its range, or arrays differ in
+            length or are empty.
     """
     _check_compiled(model)
     if epochs < 0 or batch_size < 1:
@@ -142,59 +163,59 @@ def fit(
             "Expected epochs >= 0 and batch_size >= 1. Received: "
             f"epochs={epochs}, batch_size={batch_size}."
         )
+    _check_validation_batch(validation_batch_size)
+    validation_batch_size = validation_batch_size or batch_size
+    data = Examples.of(x, y, sample_weight)
+    validation = None if validation_data is None else Examples.of(*validation_data)
+    batches = _Batches(data, batch_size, seed if shuffle else None)
     callbacks = list(callbacks)
     slow = [type(callback).__name__ for callback in callbacks if _acts_on_batches(callback)]
     if slow:
         say_once(f"Training goes through `fit`: {', '.join(slow)} acts on batches.")
-        return model.fit(
-            x,
-            y,
-            batch_size=batch_size,
-            epochs=epochs,
-            sample_weight=sample_weight,
-            validation_data=validation_data,
-            callbacks=callbacks,
-            shuffle=shuffle,
-            verbose=verbose,
-        )
-    data = Examples.of(x, y, sample_weight)
-    validation = None if validation_data is None else Examples.of(*validation_data)
+        start = keras.callbacks.LambdaCallback(on_epoch_begin=batches.start)
+        with _keras.kept_on_error(model):
+            return model.fit(
+                batches,
+                epochs=epochs,
+                validation_data=None if validation is None else validation.host,
+                validation_batch_size=validation_batch_size,
+                callbacks=[start, *callbacks],
+                shuffle=False,
+                verbose=verbose,
+            )
     history = next((c for c in callbacks if isinstance(c, keras.callbacks.History)), None)
     if history is None:
         history = keras.callbacks.History()
         callbacks.append(history)
-    steps = -(-len(data) // batch_size)
+    steps = len(batches)
     chain = keras.callbacks.CallbackList(
         callbacks, add_progbar=verbose != 0, verbose=verbose, epochs=epochs, steps=steps
     )
     chain.set_model(model)
-    order = np.arange(len(data))
     model.stop_training = False
     logs = None
     chain.on_train_begin()
     for epoch in range(epochs):
         chain.on_epoch_begin(epoch)
-        if shuffle:
-            order = np.random.default_rng((seed, epoch)).permutation(len(data))
-        engine_of(model).train(
+        batches.start(epoch)
+        logs = engine_of(model).train(
             data,
-            order,
+            batches.order,
             batch_size,
             steps=epochs * steps,
-            whole=True,
+            logged=True,
             deterministic=deterministic,
         )
-        logs = {name: float(value) for name, value in model.get_metrics_result().items()}
         if validation is not None:
             chain.on_test_begin()
-            results = engine_of(model).evaluate(validation)
+            results = engine_of(model).evaluate(validation, validation_batch_size)
             chain.on_test_end(results)
             logs |= {f"val_{name}": value for name, value in results.items()}
         chain.on_epoch_end(epoch, logs)
         if model.stop_training:
             break
     if epochs:
-        model.optimizer.finalize_variable_values(model.trainable_variables)
+        _finalize(model)
     chain.on_train_end(logs)
     model.history = history
     return history
@@ -215,21 +236,87 @@ def batch_order(
 
 
 def evaluate(
-    model: keras.Model, x: Arrays, y: Arrays, sample_weight: Arrays | None = None
-) -> dict[str, float]:
-    """The loss and the compiled metrics over a whole data set, by name."""
-    return engine_of(model).evaluate(Examples.of(x, y, sample_weight))
+    model: keras.Model,
+    x: Arrays,
+    y: Arrays | None = None,
+    sample_weight: Arrays | None = None,
+    batch_size: int | None = None,
+) -> dict[str, Any]:
+    """The loss and the compiled metrics over a whole data set, by name.
+
+    Args:
+        model: compiled.
+        x: inputs, the examples along the first axis; or a list or dict of such arrays.
+        y: targets, likewise; None for a model that has its loss from elsewhere.
+        sample_weight: a weight per example, or None.
+        batch_size: examples per step. It matters to what is not a mean over examples, as a loss
+            with `reduction="sum"` is not: Keras takes the mean of what it is for each batch. None:
+            what the model's inputs are fixed to, or else 1,000, fewer where examples are large.
+
+    Raises:
+        ValueError: the model is not compiled, `batch_size` is less than 1, or arrays differ in
+            length or are empty.
+    """
+    _check_compiled(model)
+    _check_validation_batch(batch_size)
+    return engine_of(model).evaluate(Examples.of(x, y, sample_weight), batch_size)
+
+
+class _Batches(keras.utils.PyDataset):
+    """The batches of an epoch, in an order that is a function of the seed and its number alone.
+
+    Args:
+        data: The examples.
+        batch_size: Examples per batch; the last one has what is left.
+        seed: Of the order. None: that of the examples.
+    """
+
+    def __init__(self, data: Examples, batch_size: int, seed: int | None) -> None:
+        super().__init__()
+        self._data = data
+        self._batch_size = batch_size
+        self._seed = seed
+        self.start(0)
+
+    def start(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Takes the order of this epoch: Keras does not count them for a data set."""
+        count = len(self._data)
+        if self._seed is None:
+            self.order = np.arange(count)
+        else:
+            self.order = np.random.default_rng((self._seed, epoch)).permutation(count)
+
+    def __len__(self) -> int:
+        return -(-len(self._data) // self._batch_size)
+
+    def __getitem__(self, index: int) -> tuple[Arrays, ...]:
+        start = index * self._batch_size
+        batch = self._data.take(self.order[start : start + self._batch_size])
+        # In a list TensorFlow would take the arrays for one.
+        return keras.tree.lists_to_tuples(batch)
 
 
 def _check_compiled(model: keras.Model) -> None:
     if not getattr(model, "compiled", False):
-        raise ValueError(f"{model.name} is not compiled: call compile() before training it.")
+        raise ValueError(f"{model.name} is not compiled: call compile() before using it.")
+
+
+def _check_validation_batch(size: int | None) -> None:
+    if size is not None and size < 1:
+        raise ValueError(f"Expected a batch size of at least 1 for evaluation. Received: {size}.")
+
+
+def _finalize(model: keras.Model) -> None:
+    # Others than those of Keras have no such method, and `fit` leaves them alone.
+    if isinstance(model.optimizer, keras.Optimizer):
+        model.optimizer.finalize_variable_values(model.trainable_variables)
 
 
 def _acts_on_batches(callback: keras.callbacks.Callback) -> bool:
+    base = keras.callbacks.Callback
     if isinstance(callback, keras.callbacks.ModelCheckpoint) and callback.save_freq == "epoch":
-        return False
+        base = keras.callbacks.ModelCheckpoint
     kinds = ("batch", "train_batch", "test_batch")
     names = [f"on_{kind}_{end}" for kind in kinds for end in ("begin", "end")]
     own = [getattr(getattr(callback, name), "__func__", None) for name in names]
-    return own != [getattr(keras.callbacks.Callback, name) for name in names]
+    return own != [getattr(base, name) for name in names]

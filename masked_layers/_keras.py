@@ -229,6 +229,40 @@ def withdrawn(*groups: list[keras.Variable]) -> Iterator[tuple[list[Any], ...]]:
                 variable._value = value
 
 
+@contextlib.contextmanager
+def kept_on_error(model: keras.Model) -> Iterator[None]:
+    """Gives a model on JAX its values back where `fit` or `evaluate` fails inside.
+
+    Both take the values out of the variables before the first step. `fit` puts those back that it
+    has after a later one, `evaluate` none; Keras has no public way to tell when they are taken.
+    """
+    purge = getattr(model, "_purge_model_variables", None)
+    if purge is None:
+        yield
+        return
+    held: list[tuple[keras.Variable, Any]] = []
+
+    def hold_and_purge(**kwargs: Any) -> None:
+        variables = model.variables + model.metrics_variables
+        if isinstance(model.optimizer, keras.Optimizer):
+            variables += model.optimizer.variables
+        held[:] = [(variable, variable._value) for variable in variables]
+        purge(**kwargs)
+
+    object.__setattr__(model, "_purge_model_variables", hold_and_purge)
+    try:
+        yield
+    except BaseException:
+        model.jax_state_sync()
+        for variable, value in held:
+            if variable._value is None:
+                variable._value = value
+        raise
+    finally:
+        object.__delattr__(model, "_purge_model_variables")
+        held.clear()
+
+
 def symbolic_build(model: keras.Model, batch: tuple[Any, ...]) -> None:
     """Creates what `fit` would create before its first step: metrics, the optimizer's slots.
 

@@ -1,6 +1,7 @@
 """The compiled loop against Keras' own `fit` on the same batches; when it gives way to it."""
 
 import logging
+import re
 import time
 
 import keras
@@ -9,7 +10,7 @@ import pytest
 from keras import layers
 
 import masked_layers as ml
-from lottery_ticket_pruner import engine, training
+from lottery_ticket_pruner import engine, examples, programs, training
 from lottery_ticket_pruner.augmentation import CropAndFlip
 
 BACKEND = keras.backend.backend()
@@ -116,7 +117,15 @@ def assert_close(ours, theirs):
 
 
 def by_xla(monkeypatch):
-    monkeypatch.setattr(engine, "_WORTH_XLA", 0)
+    monkeypatch.setattr(programs, "_WORTH_XLA", 0)
+
+
+def through_fit(model):
+    """Why a long training goes through `fit`: a text, or True if it is faster there."""
+    current = engine.engine_of(model)
+    if current._why_fit is not None or not current._programs.kinds(1000):
+        return current._why_fit or True
+    return any(race.lost for race in current._races.values())
 
 
 @pytest.mark.parametrize(
@@ -133,7 +142,7 @@ def test_same_as_fit_on_the_same_batches(case, weighted, monkeypatch):
         ours, x, Y, batch_size=12, epochs=2, sample_weight=weight, validation_data=(x, Y), seed=5
     )
     if COMPILED:
-        assert engine.engine_of(ours).route == "loop"
+        assert not through_fit(ours)
     orders = [np.random.default_rng((5, epoch)).permutation(50) for epoch in range(2)]
     logs = [
         fit_on(theirs, x, weight, order, finalize=epoch == 1) for epoch, order in enumerate(orders)
@@ -179,7 +188,7 @@ def test_augmented_images_are_the_same_in_the_loop_and_in_fit(monkeypatch):
         return keras.Sequential([keras.Input((5, 4, 2)), layers.Flatten(), layers.Dense(2)])
 
     ours, theirs, plain = (compiled(flat) for _ in range(3))
-    engine.engine_of(theirs).route = "fit"
+    engine.engine_of(theirs)._why_fit = "it is asked for"
     for model in (ours, theirs):
         training.train(model, images, Y, steps=7, batch_size=12, seed=3, augment=crop, eval_every=4)
     assert_close(everything(ours), everything(theirs))
@@ -261,6 +270,47 @@ def test_progress_is_shown(capsys):
     assert "loss:" in out
 
 
+def test_batches_are_the_same_with_callbacks_of_batches():
+    nothing = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: None)
+    ours, plain = (compiled(two_inputs) for _ in range(2))
+    x = {"a": X, "b": X[::-1]}
+    given = {"batch_size": 12, "epochs": 3, "seed": 4}
+    found = training.fit(ours, x, Y, sample_weight=WEIGHT, callbacks=[nothing], **given).history
+    expected = training.fit(plain, x, Y, sample_weight=WEIGHT, **given).history
+    assert_close(everything(ours), everything(plain))
+    assert {name: pytest.approx(values, rel=1e-3) for name, values in expected.items()} == found
+
+
+def test_callbacks_of_batches_see_lists_of_inputs_and_no_targets():
+    a, b = keras.Input((6,)), keras.Input((6,))
+    model = keras.Model([a, b], with_own_loss()(layers.Add()([a, b])))
+    model.compile("sgd")
+    training.fit(model, [X, X], batch_size=20, callbacks=[keras.callbacks.TerminateOnNaN()])
+    assert int(model.optimizer.iterations) == 3
+
+
+class EveryOther(keras.callbacks.ModelCheckpoint):
+    def on_epoch_end(self, epoch, logs=None):
+        if epoch % 2:
+            super().on_epoch_end(epoch, logs)
+
+
+class Counting(EveryOther):
+    def on_train_batch_end(self, batch, logs=None):
+        self.batches = getattr(self, "batches", 0) + 1
+
+
+def test_checkpoints_count_as_callbacks_of_epochs_unless_they_act_on_batches(tmp_path, caplog):
+    model = compiled(dense)
+    other = EveryOther(tmp_path / "{epoch}.keras")
+    training.fit(model, X, Y, epochs=2, callbacks=[other])
+    assert [path.name for path in tmp_path.iterdir()] == ["2.keras"]
+    assert "acts on batches" not in caplog.text
+    counting = Counting(tmp_path / "{epoch}.keras")
+    training.fit(model, X, Y, batch_size=10, callbacks=[counting])
+    assert counting.batches == 5
+
+
 @needs_loop
 def test_what_cannot_run_falls_back_and_says_so_once(caplog):
     model = compiled(dense, run_eagerly=True)
@@ -283,7 +333,7 @@ def test_a_step_that_cannot_be_compiled_falls_back(caplog, monkeypatch):
     monkeypatch.setattr(current._programs, "train", refuse)
     training.train(model, X, Y, steps=3, batch_size=10)
     assert int(model.optimizer.iterations) == 3
-    assert current.route == "fit"
+    assert through_fit(model)
     assert "NotImplementedError: no such operation" in caplog.text
 
 
@@ -300,11 +350,11 @@ def test_convolutions_are_in_no_xla_loop_on_a_cpu():
             ]
         )
     )
-    assert engine.engine_of(model).route == {"jax": "fit", "tensorflow": "loop"}[BACKEND]
+    assert bool(through_fit(model)) == (BACKEND == "jax")
     training.train(model, X, Y, steps=2, batch_size=10)
     if BACKEND == "tensorflow":
-        assert not engine.engine_of(model)._programs._by_xla
-        assert engine.engine_of(compiled(dense))._programs._by_xla
+        assert engine.engine_of(model)._programs.kinds(1000) == ("graph",)
+        assert engine.engine_of(compiled(dense))._programs.kinds(1000) == ("XLA", "graph")
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="XLA is a choice on TensorFlow alone")
@@ -340,32 +390,390 @@ def test_what_xla_cannot_compile_loops_without_it(caplog, monkeypatch):
     order = training.batch_order(50, 3, 10, 0).ravel()
     theirs.fit(X[order], Y[order], batch_size=10, shuffle=False, verbose=0)
     assert_close(everything(ours), everything(theirs))
-    assert engine.engine_of(ours).route == "loop"
+    assert not through_fit(ours)
     assert caplog.text == ""
 
 
+def slow_down(monkeypatch, model, seconds, slow=("XLA", "graph")):
+    """Makes steps in loops of these kinds take so much longer; returns the steps of each call."""
+    current = engine.engine_of(model)
+    train = current._programs.train
+    counts = []
+
+    def slowed(data, batches, kind):
+        train(data, batches, kind)
+        counts.append(len(batches))
+        time.sleep(seconds * len(batches) * (kind in slow))
+
+    monkeypatch.setattr(current._programs, "train", slowed)
+    return counts
+
+
 @needs_loop
-@pytest.mark.parametrize(("slowness", "route"), [(0.0, "loop"), (0.05, "fit")])
-def test_the_faster_route_is_taken_after_a_trial(monkeypatch, caplog, slowness, route):
+@pytest.mark.parametrize("faster", ["loop", "fit"])
+def test_the_faster_route_is_taken_after_a_trial(monkeypatch, caplog, faster):
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(engine, "_PATIENCE", 0.0)
     model = compiled(dense)
-    current = engine.engine_of(model)
-    train = current._programs.train
+    fit = model.fit
 
-    def slowed(data, batches, long):
-        train(data, batches, long)
-        time.sleep(slowness * len(batches))
+    def slow_fit(*args, **kwargs):
+        history = fit(*args, **kwargs)
+        time.sleep(1.0)
+        return history
 
-    monkeypatch.setattr(current._programs, "train", slowed)
+    assert not through_fit(model)
+    if faster == "fit":
+        slow_down(monkeypatch, model, 0.02)
+    else:
+        object.__setattr__(model, "fit", slow_fit)
     training.train(model, X, Y, steps=20, batch_size=5, deterministic=True)
-    assert not current._settled
-    training.train(model, X, Y, steps=20, batch_size=5)
-    assert not current._settled  # too few steps to tell
+    assert "ms a step" not in caplog.text
     training.train(model, X, Y, steps=100, batch_size=5)
-    assert current.route == route
     assert "ms a step in a compiled loop" in caplog.text
-    assert int(model.optimizer.iterations) == 140
+    assert bool(through_fit(model)) == (faster == "fit")
+    assert int(model.optimizer.iterations) == 120
+
+
+@needs_loop
+def test_one_long_call_goes_over_to_fit_and_its_metrics_are_those_of_all_of_it(monkeypatch):
+    monkeypatch.setattr(engine, "_PATIENCE", 0.1)
+    ours, theirs = compiled(dense), compiled(dense)
+    counts = slow_down(monkeypatch, ours, 0.02)
+    history = training.fit(ours, X, Y, batch_size=1, shuffle=False)
+    assert through_fit(ours)
+    assert counts[:3] == [1, 1, 2]
+    assert sum(counts) < 20
+    expected = theirs.fit(X, Y, batch_size=1, shuffle=False, verbose=0)
+    assert_close(everything(ours), everything(theirs))
+    assert history.history == {
+        name: pytest.approx(values, rel=1e-4) for name, values in expected.history.items()
+    }
+
+
+@needs_loop
+def test_short_calls_ask_too(monkeypatch):
+    monkeypatch.setattr(engine, "_PATIENCE", 0.0)
+    monkeypatch.setattr(engine, "_TRIAL_STEPS", 10)
+    model = compiled(dense)
+    slow_down(monkeypatch, model, 0.5)
+    training.train(model, X, Y, steps=10, batch_size=10, eval_every=1)
+    assert through_fit(model)
+    assert int(model.optimizer.iterations) == 10
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="XLA is a choice on TensorFlow alone")
+def test_loops_of_two_kinds_are_timed_apart(monkeypatch):
+    monkeypatch.setattr(engine, "_PATIENCE", 0.0)
+    monkeypatch.setattr(programs, "_WORTH_XLA", 30)
+    model = compiled(dense)
+    slow_down(monkeypatch, model, 0.02, ["graph"])
+    for deterministic in (True, False):
+        for steps in (29, 30):
+            training.train(model, X, Y, steps=steps, batch_size=5, deterministic=deterministic)
+    lost = {kind: race.lost for (kind, _), race in engine.engine_of(model)._races.items()}
+    assert lost == {"graph": True, "XLA": False}
+
+
+def test_on_an_equal_pace_the_loop_is_taken():
+    for fit_seconds, lost in [(1.1, False), (0.98, False), (0.9, True)]:
+        race = engine._Race()
+        race.note_loop(10.0, 1000)
+        race.note_fit(fit_seconds, 100)
+        race.settle()
+        assert race.lost == lost
+
+
+def test_fit_gets_no_more_than_the_data_at_a_time(monkeypatch):
+    monkeypatch.setattr(engine, "_PART_BYTES", 0)
+    ours, theirs = compiled(dense), compiled(dense)
+    engine.engine_of(ours)._why_fit = "it is asked for"
+    given, fit = [], ours.fit
+
+    def watched(x, *args, **kwargs):
+        given.append(len(x))
+        return fit(x, *args, **kwargs)
+
+    object.__setattr__(ours, "fit", watched)
+    training.train(ours, X, Y, steps=9, batch_size=12)
+    assert given == [48, 48, 12]
+    order = training.batch_order(50, 9, 12, 0).ravel()
+    history = theirs.fit(X[order], Y[order], batch_size=12, shuffle=False, verbose=0).history
+    assert_close(everything(ours), everything(theirs))
+    for name, value in ours.get_metrics_result().items():  # of all three parts
+        assert float(value) == pytest.approx(history[name][0], rel=1e-4)
+
+
+def test_a_wrong_call_leaves_the_model_and_its_route(caplog, monkeypatch):
+    by_xla(monkeypatch)
+    model = compiled(dense)
+    wrong = np.zeros((50, 3), "int32")
+    for _ in range(2):
+        before = everything(model)
+        for call in (
+            lambda: training.train(model, X, wrong, steps=3, batch_size=10),
+            lambda: training.evaluate(model, X, wrong),
+            lambda: training.fit(
+                model, X, wrong, callbacks=[keras.callbacks.TerminateOnNaN()], batch_size=10
+            ),
+        ):
+            with pytest.raises(ValueError, match="shape"):
+                call()
+        found = everything(model)
+        assert_close(found[: len(before)], before)  # the optimizer may have its slots now
+        training.train(model, X, Y, steps=3, batch_size=10)
+        training.evaluate(model, X, Y)
+    assert int(model.optimizer.iterations) == 6
+    if COMPILED:
+        current = engine.engine_of(model)
+        assert (current._why_fit, current._why_evaluate, current._refused) == (None, None, set())
+        assert set(re.findall("goes through.*", caplog.text)) == {
+            "goes through `fit`: TerminateOnNaN acts on batches."
+        }
+
+
+class Eager(keras.Sequential):
+    """Needs NumPy in its evaluation."""
+
+    def test_step(self, *args):
+        logs = super().test_step(*args)
+        for value in logs.values() if isinstance(logs, dict) else logs[0].values():
+            np.asarray(value)
+        return logs
+
+
+def eager():
+    return Eager([keras.Input((6,)), layers.Dense(2)])
+
+
+@pytest.mark.parametrize("kwargs", [{"run_eagerly": True}, {"jit_compile": False}])
+def test_what_evaluates_eagerly_alone_goes_through_evaluate(kwargs, caplog):
+    make = dense if BACKEND == "tensorflow" and "jit_compile" in kwargs else eager
+    model = compiled(make, **kwargs)
+    for _ in range(2):
+        expected = model.evaluate(X, Y, verbose=0, return_dict=True)
+        assert training.evaluate(model, X, Y) == pytest.approx(expected, rel=1e-5)
+    if make is eager:
+        assert len(caplog.records) == 1
+        assert "Evaluation goes through `evaluate`: " in caplog.text
+
+
+@needs_loop
+def test_an_evaluation_that_cannot_be_compiled_goes_through_evaluate(monkeypatch, caplog):
+    model = compiled(dense)
+
+    def refuse(*args):
+        raise NotImplementedError("no such operation")
+
+    monkeypatch.setattr(engine.engine_of(model)._programs, "evaluate", refuse)
+    for _ in range(2):
+        expected = model.evaluate(X, Y, verbose=0, return_dict=True)
+        assert training.evaluate(model, X, Y) == pytest.approx(expected, rel=1e-5)
+    assert [record.message for record in caplog.records] == [
+        "Evaluation goes through `evaluate`: NotImplementedError: no such operation."
+    ]
+
+
+class OwnLogs(keras.Sequential):
+    """Steps that return something that is no metric of the model."""
+
+    def compute_metrics(self, x, y, y_pred, sample_weight=None):
+        return {"first": keras.ops.mean(y_pred[0]), "both": keras.ops.mean(y_pred, axis=0)}
+
+
+def test_what_a_step_of_the_models_own_returns_is_in_the_history():
+    ours, theirs = (OwnLogs([keras.Input((6,)), layers.Dense(2)]) for _ in range(2))
+    theirs.set_weights(ours.get_weights())
+    for model in (ours, theirs):
+        model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    given = {"batch_size": 12, "epochs": 2, "shuffle": False, "validation_data": (X, Y)}
+    found = training.fit(ours, X, Y, **given).history
+    expected = theirs.fit(X, Y, verbose=0, **given).history
+    assert set(found) == set(expected) == {"first", "both", "val_first", "val_both"}
+    for name, values in expected.items():
+        np.testing.assert_allclose(np.array(found[name]), np.array(values), rtol=1e-4, atol=1e-5)
+    assert_close(everything(ours), everything(theirs))
+
+
+def test_metrics_of_several_values():
+    model = dense()
+    model.compile("sgd", "mse", metrics=[keras.metrics.F1Score(average=None)])
+    y = np.eye(2, dtype="float32")[Y]
+    found = training.fit(model, X, y, validation_data=(X, y)).history
+    assert found["f1_score"][0].shape == (2,)
+    expected = model.evaluate(X, y, verbose=0, return_dict=True)
+    np.testing.assert_allclose(found["val_f1_score"][0], expected["f1_score"], rtol=1e-4)
+    assert found["val_loss"] == [pytest.approx(expected["loss"], rel=1e-4)]
+
+
+def with_own_loss():
+    """No targets: the loss is added on the way."""
+
+    class Sparse(layers.Layer):
+        def call(self, x):
+            self.add_loss(keras.ops.mean(keras.ops.abs(x)))
+            return x
+
+    return keras.Sequential([keras.Input((6,)), layers.Dense(2), Sparse()])
+
+
+def test_a_model_without_targets():
+    ours, theirs = (with_own_loss() for _ in range(2))
+    theirs.set_weights(ours.get_weights())
+    for model in (ours, theirs):
+        model.compile(keras.optimizers.SGD(0.1))
+    found = training.fit(ours, X, batch_size=12, epochs=2, shuffle=False, validation_data=(X,))
+    expected = theirs.fit(X, batch_size=12, epochs=2, shuffle=False, verbose=0)
+    assert_close(everything(ours), everything(theirs))
+    assert found.history["loss"] == pytest.approx(expected.history["loss"], rel=1e-5)
+    assert training.evaluate(ours, X)["loss"] == pytest.approx(found.history["val_loss"][-1])
+    training.train(ours, X, None, steps=2, batch_size=12)
+    if COMPILED:
+        assert not through_fit(ours)
+
+
+def test_an_output_without_a_loss_and_lists_of_arrays():
+    def make():
+        a, b = keras.Input((6,)), keras.Input((6,))
+        outputs = [layers.Dense(1)(a), layers.Dense(1)(b)]
+        model = keras.Model([a, b], outputs)
+        model.compile(keras.optimizers.SGD(0.1), ["mse", None])
+        return model
+
+    ours, theirs = make(), make()
+    theirs.set_weights(ours.get_weights())
+    data = ([X, X[::-1]], [Y.astype("float32")[:, None], None])
+    given = {"batch_size": 12, "shuffle": False, "validation_data": data}
+    found = training.fit(ours, *data, **given).history
+    expected = theirs.fit(*data, verbose=0, **given).history
+    assert_close(everything(ours), everything(theirs))
+    assert {name: pytest.approx(values, rel=1e-4) for name, values in expected.items()} == found
+    if COMPILED:
+        assert not through_fit(ours)
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "lengths"),
+    [(X, Y[:40], "x: 50, y: 40"), ({"a": X, "b": X[:7]}, Y, "x: 50, 7"), (X[:0], Y[:0], "x: 0")],
+)
+def test_arrays_of_other_lengths_are_refused(x, y, lengths):
+    model = compiled(two_inputs if isinstance(x, dict) else dense)
+    for call in (training.fit, training.evaluate):
+        with pytest.raises(ValueError, match=lengths):
+            call(model, x, y)
+    with pytest.raises(ValueError, match=lengths):
+        training.train(model, x, y, steps=1, batch_size=5)
+    with pytest.raises(ValueError, match="x: 0, y: 50"):
+        training.evaluate(model, 3.0, Y)
+
+
+def test_losses_that_are_sums_are_those_of_keras_batches():
+    model = dense()
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(True, reduction="sum"))
+
+    def expected(size):
+        loss = model.evaluate(X, Y, batch_size=size, verbose=0, return_dict=True)["loss"]
+        return pytest.approx(loss, rel=1e-5)
+
+    given = {"batch_size": 15, "validation_data": (X, Y)}
+    assert training.fit(model, X, Y, **given).history["val_loss"] == [expected(15)]
+    found = training.fit(model, X, Y, **given, validation_batch_size=20)
+    assert found.history["val_loss"] == [expected(20)]
+    assert training.evaluate(model, X, Y, batch_size=8)["loss"] == expected(8)
+    history = training.train(model, X, Y, **given, steps=1, validation_batch_size=7)
+    assert history.validation == [{"loss": expected(7)}]
+    for wrong in (
+        lambda: training.evaluate(model, X, Y, batch_size=0),
+        lambda: training.fit(model, X, Y, validation_batch_size=-1),
+        lambda: training.train(model, X, Y, steps=1, batch_size=1, validation_batch_size=0),
+    ):
+        with pytest.raises(ValueError, match="at least 1"):
+            wrong()
+
+
+class RowBias(layers.Layer):
+    """Works on batches of ten only."""
+
+    def call(self, x):
+        return x + 0.1 * keras.ops.arange(10, dtype="float32")[:, None]
+
+
+def test_a_model_of_one_batch_size_is_evaluated_by_it():
+    model = keras.Sequential(
+        [keras.Input(batch_shape=(10, 6)), RowBias(), layers.Dense(2, "softmax")]
+    )
+    model.compile("sgd", "sparse_categorical_crossentropy")
+    history = training.train(model, X, Y, steps=3, batch_size=10, validation_data=(X, Y))
+    expected = model.evaluate(X, Y, batch_size=10, verbose=0, return_dict=True)
+    assert history.validation == [pytest.approx(expected, rel=1e-5)]
+
+
+def test_evaluation_takes_fewer_of_large_examples():
+    current = engine.engine_of(compiled(dense))
+    small, large = (
+        examples.Examples.of(np.zeros((4, size), "float32"), np.zeros(4)) for size in (6, 2**17)
+    )
+    assert current._evaluation_batch(small) == 1000
+    assert current._evaluation_batch(large) == 31  # targets take some bytes too
+
+
+class OwnFit(keras.Sequential):
+    def fit(self, *args, **kwargs):
+        self.fitted = True
+        return super().fit(*args, **kwargs)
+
+
+class Unhashable(CropAndFlip):
+    __hash__ = None
+
+
+def test_models_with_a_fit_of_their_own_are_trained_by_it(caplog):
+    model = compiled(lambda: OwnFit([keras.Input((6,)), layers.Dense(2)]))
+    training.train(model, X, Y, steps=3, batch_size=10)
+    assert model.fitted
+    if COMPILED:
+        assert "OwnFit has a `fit` of its own" in caplog.text
+
+
+@needs_loop
+def test_an_augmentation_that_cannot_be_hashed_goes_through_fit(caplog):
+    images = RNG.normal(size=(50, 5, 4, 2)).astype("float32")
+    model = compiled(lambda: keras.Sequential([layers.Flatten(), layers.Dense(2)]))
+    training.train(model, images, Y, steps=3, batch_size=10, augment=Unhashable(padding=1))
+    assert int(model.optimizer.iterations) == 3
+    assert "Unhashable is not hashable" in caplog.text
+
+
+class OwnOptimizer(keras.Sequential):
+    """Trains itself, without an optimizer of Keras."""
+
+    def train_step(self, data):
+        for variable in self.trainable_variables:
+            variable.assign_sub(keras.ops.ones_like(variable))
+        return {"size": keras.ops.mean(data[0])}
+
+
+@pytest.mark.skipif(BACKEND == "jax", reason="Keras needs its optimizer there")
+def test_a_model_without_an_optimizer_of_keras_is_trained_by_fit():
+    model = OwnOptimizer([keras.Input((6,)), layers.Dense(2)])
+    before = model.get_weights()
+    model.compile(optimizer=None)
+    training.train(model, X, Y, steps=3, batch_size=10)
+    for old, new in zip(before, model.get_weights(), strict=True):
+        np.testing.assert_allclose(new, old - 3, rtol=1e-5)
+    assert list(training.fit(model, X, Y).history) == ["size"]
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="strategies of TensorFlow")
+def test_models_distributed_to_a_single_device_go_through_fit(caplog):
+    import tensorflow as tf
+
+    with tf.distribute.MirroredStrategy(["/cpu:0"]).scope():
+        ours, theirs = compiled(dense), compiled(dense)
+    training.fit(ours, X, Y, batch_size=10, shuffle=False, validation_data=(X, Y))
+    theirs.fit(X, Y, batch_size=10, shuffle=False, verbose=0)
+    assert_close(everything(ours), everything(theirs))
+    assert "the model is distributed by MirroredStrategy" in caplog.text
 
 
 def test_sums_of_large_data_are_those_of_evaluate():

@@ -72,6 +72,13 @@ def test_early_stop_is_the_first_minimum_of_the_validation_loss():
     results = [{"loss": loss} for loss in (0.5, 0.2, 0.3, 0.2)]
     assert training.History([10, 20, 30, 40], results).early_stop == 1
     assert training.History().early_stop is None
+    assert early_stop([np.nan, 0.5, np.nan, 0.4, 0.4]) == 3
+    assert early_stop([np.nan, np.inf]) == 1
+    assert early_stop([np.nan, np.nan]) == 0
+
+
+def early_stop(losses):
+    return training.History(list(range(len(losses))), [{"loss": x} for x in losses]).early_stop
 
 
 def test_zero_steps_change_nothing(data):

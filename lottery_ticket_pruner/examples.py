@@ -1,0 +1,113 @@
+"""A data set in memory, and its copy on the device."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+
+from lottery_ticket_pruner.augmentation import Augmentation
+
+# An array with the examples along the first axis, or a list or dict of such. None in it stands for
+# an array that there is not, as for an output without a loss.
+Arrays = Any
+
+
+def map_arrays(function: Callable[[Any], Any], arrays: Arrays) -> Arrays:
+    """Returns the same structure of what `function` makes of each array."""
+    return keras.tree.map_structure(function, arrays, none_is_leaf=False)
+
+
+@dataclasses.dataclass
+class Examples:
+    """A data set in memory: `(x,)`, `(x, y)` or `(x, y, sample_weight)`."""
+
+    host: tuple[Arrays, ...]
+    augment: Augmentation | None = None
+
+    @classmethod
+    def of(
+        cls,
+        x: Arrays,
+        y: Arrays | None = None,
+        sample_weight: Arrays | None = None,
+        augment: Augmentation | None = None,
+    ) -> Examples:
+        """Takes what `fit` takes as arrays; floats become `keras.config.floatx()`, as there.
+
+        Raises:
+            ValueError: The arrays are not of one length, or have no examples.
+        """
+        data = {"x": x}
+        # Without targets Keras drops the weights.
+        if y is not None:
+            data["y"] = y
+            if sample_weight is not None:
+                data["sample_weight"] = sample_weight
+        data = {name: map_arrays(_as_keras_would, arrays) for name, arrays in data.items()}
+        lengths = {
+            name: [len(array) if array.ndim else 0 for array in _flat(arrays)]
+            for name, arrays in data.items()
+        }
+        found = {length for each in lengths.values() for length in each}
+        if len(found) != 1 or 0 in found:
+            named = ", ".join(f"{name}: {str(each)[1:-1]}" for name, each in lengths.items())
+            raise ValueError(
+                "Expected inputs and targets with one entry per example, and at least one example. "
+                f"Received arrays of lengths {sorted(found)} ({named})."
+            )
+        return cls(tuple(data.values()), augment)
+
+    def __len__(self) -> int:
+        return len(_flat(self.host)[0])
+
+    @property
+    def bytes_each(self) -> float:
+        """The size of one example."""
+        return sum(array.nbytes for array in _flat(self.host)) / len(self)
+
+    @property
+    def specification(self) -> tuple[str, ...]:
+        """The structure, the shapes and the types: what programs are compiled for."""
+        each = map_arrays(lambda array: f"{array.dtype}{array.shape}", self.host)
+        return tuple(map(str, each))
+
+    def take(self, indices: Any) -> tuple[Arrays, ...]:
+        """Returns these examples, a copy on the host."""
+        return map_arrays(lambda array: array[indices], self.host)
+
+    def rows(self, order: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
+        """Returns an int32 row for each index of `order`: the index, and what is random then."""
+        order = order.astype("int32")[:, None]
+        if self.augment is None:
+            return order
+        return np.concatenate([order, self.augment.draw(rng, len(order))], axis=1)
+
+    def augmented(self, rows: np.ndarray, batch_size: int) -> tuple[Arrays, ...]:
+        """Returns the examples of these rows, changed batch by batch, a copy on the host."""
+        x, *rest = self.take(rows[:, 0])
+        if self.augment is not None:
+            starts = range(0, len(rows), batch_size)
+            batches = (slice(start, start + batch_size) for start in starts)
+            changed = [self.augment.apply(x[batch], rows[batch, 1:]) for batch in batches]
+            x = np.concatenate([keras.ops.convert_to_numpy(batch) for batch in changed])
+        return (x, *rest)
+
+    @functools.cached_property
+    def device(self) -> tuple[Arrays, ...]:
+        """The data as tensors of the backend."""
+        return map_arrays(keras.ops.convert_to_tensor, self.host)
+
+
+def _flat(arrays: Arrays) -> list[np.ndarray]:
+    return [array for array in keras.tree.flatten(arrays) if array is not None]
+
+
+def _as_keras_would(array: Any) -> np.ndarray:
+    array = np.asarray(array)
+    floating = np.issubdtype(array.dtype, np.floating)
+    return array.astype(keras.config.floatx(), copy=False) if floating else array

@@ -1,0 +1,192 @@
+"""Training steps and evaluations in compiled loops: one class per backend that has them."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from typing import Any, Protocol
+
+import keras
+import numpy as np
+
+from lottery_ticket_pruner.augmentation import Augmentation
+from lottery_ticket_pruner.examples import Arrays, Examples, map_arrays
+from masked_layers import _keras, paths
+
+# Most steps per call of a loop. One size for all calls, so that one program serves them all.
+BLOCK = 1024
+# On TensorFlow, XLA takes a second or more to compile what then saves about a millisecond a step.
+_WORTH_XLA = 300
+
+_CONVOLUTIONS = tuple(
+    layer
+    for name, layer in vars(keras.layers).items()
+    if "Conv" in name and isinstance(layer, type)
+)
+
+
+class Programs(Protocol):
+    """What an engine needs of a backend, for a model."""
+
+    def __init__(self, model: keras.Model) -> None: ...
+
+    def kinds(self, steps: int) -> tuple[str, ...]:
+        """Names the kinds of loops that suit a training of so many steps, the best one first."""
+
+    def train(self, data: Examples, batches: np.ndarray, kind: str) -> None:
+        """Runs a step for each batch, and returns when the last one is done.
+
+        Args:
+            data: The examples.
+            batches: Their rows, of shape `(steps, batch size, row)`, at most `BLOCK` steps.
+            kind: One of `kinds`.
+        """
+
+    def evaluate(self, data: Examples, batch_size: int) -> dict[str, Any]:
+        """Returns the loss and the metrics."""
+
+
+class _TensorFlowPrograms:
+    """A `tf.function` whose loop updates the variables in place.
+
+    A long training is compiled by XLA where `fit` uses that, and on a CPU, where
+    `compile(jit_compile="auto")` does not: XLA makes a loop several times faster there, unless
+    there are convolutions in it.
+    """
+
+    def __init__(self, model: keras.Model) -> None:
+        import tensorflow as tf
+
+        self._by_xla = model.jit_compile
+        if not tf.config.list_logical_devices("GPU"):
+            layers = [layer for _, layer in paths.walk(model)]
+            self._by_xla = all(layer.supports_jit for layer in layers)
+            self._by_xla &= not _has_convolutions(model)
+
+        def train(
+            data: tuple[Arrays, ...],
+            batches: tf.Tensor,
+            count: tf.Tensor,
+            augment: Augmentation | None,
+        ) -> None:
+            # Over `tf.range(count)` XLA would compile a loop for every count.
+            step = tf.constant(0)
+            while step < count:
+                # In two steps: XLA gets `batches[step, :, 1:]` wrong, silently (TensorFlow 2.21).
+                rows = tf.gather(batches, step)
+                x, *rest = map_arrays(functools.partial(tf.gather, indices=rows[:, 0]), data)
+                if augment is not None:
+                    x = augment.apply(x, rows[:, 1:])
+                model.train_step((x, *rest))
+                step += 1
+
+        @tf.function
+        def evaluate(
+            data: tuple[Arrays, ...], examples: tf.Tensor, batch_size: tf.Tensor
+        ) -> dict[str, tf.Tensor]:
+            for metric in model.metrics:
+                metric.reset_state()
+            for start in tf.range(0, examples, batch_size):
+                batch = operator.itemgetter(slice(start, start + batch_size))
+                model.test_step(map_arrays(batch, data))
+            return model.get_metrics_result()
+
+        self._train = {
+            "XLA": tf.function(train, jit_compile=True),
+            "graph": tf.function(train, jit_compile=False),
+        }
+        self._evaluate = evaluate
+
+    def kinds(self, steps: int) -> tuple[str, ...]:
+        return ("XLA", "graph") if self._by_xla and steps >= _WORTH_XLA else ("graph",)
+
+    def train(self, data: Examples, batches: np.ndarray, kind: str) -> None:
+        self._train[kind](data.device, *_padded(batches), data.augment)
+
+    def evaluate(self, data: Examples, batch_size: int) -> dict[str, Any]:
+        sizes = (keras.ops.convert_to_tensor(size, "int32") for size in (len(data), batch_size))
+        return self._evaluate(data.device, *sizes)
+
+
+class _JaxPrograms:
+    """A `fori_loop` over the state of the training; the variables get it back after each call."""
+
+    def __init__(self, model: keras.Model) -> None:
+        import jax
+
+        def train(
+            augment: Augmentation | None,
+            state: Any,
+            data: tuple[Arrays, ...],
+            batches: jax.Array,
+            count: int,
+        ) -> Any:
+            def step(number: int, state: Any) -> Any:
+                x, *rest = map_arrays(operator.itemgetter(batches[number, :, 0]), data)
+                if augment is not None:
+                    x = augment.apply(x, batches[number, :, 1:])
+                return model.train_step(state, (x, *rest))[1]
+
+            return jax.lax.fori_loop(0, count, step, state)
+
+        def evaluate(state: Any, batch: tuple[Arrays, ...]) -> Any:
+            return model.test_step(state, batch)[1]
+
+        self._model = model
+        self._train = jax.jit(train, static_argnums=0)
+        self._evaluate = jax.jit(evaluate)
+        self._slow = jax.default_backend() == "cpu" and _has_convolutions(model)
+
+    def kinds(self, steps: int) -> tuple[str, ...]:
+        return () if self._slow else ("XLA",)
+
+    def train(self, data: Examples, batches: np.ndarray, kind: str) -> None:
+        import jax
+
+        model = self._model
+        groups = (
+            model.trainable_variables,
+            model.non_trainable_variables,
+            model.optimizer.variables,
+            model.metrics_variables,
+        )
+        with _keras.withdrawn(*groups) as state:
+            state = self._train(data.augment, state, data.device, *_padded(batches))
+        _assign(groups, jax.block_until_ready(state))
+
+    def evaluate(self, data: Examples, batch_size: int) -> dict[str, Any]:
+        model = self._model
+        _keras.build_loss(model, data.take(slice(0, 1)))
+        model.reset_metrics()
+        groups = (
+            model.trainable_variables,
+            model.non_trainable_variables,
+            model.metrics_variables,
+        )
+        with _keras.withdrawn(*groups) as state:
+            for start in range(0, len(data), batch_size):
+                batch = operator.itemgetter(slice(start, start + batch_size))
+                state = self._evaluate(state, map_arrays(batch, data.device))
+        _assign(groups, state)
+        return model.get_metrics_result()
+
+
+PROGRAMS: dict[str, type[Programs]] = {"tensorflow": _TensorFlowPrograms, "jax": _JaxPrograms}
+
+
+def _padded(batches: np.ndarray) -> tuple[Any, Any]:
+    """Returns the batches in a table of `BLOCK` of them, and their number, as tensors."""
+    table = np.zeros((BLOCK, *batches.shape[1:]), "int32")
+    table[: len(batches)] = batches
+    return keras.ops.convert_to_tensor(table), keras.ops.convert_to_tensor(len(batches), "int32")
+
+
+def _assign(groups: Any, values: Any) -> None:
+    for variables, group in zip(groups, values, strict=True):
+        for variable, value in zip(variables, group, strict=True):
+            variable.assign(value)
+
+
+def _has_convolutions(model: keras.Model) -> bool:
+    """Whether XLA should not make a loop of it on a CPU: some fifty times slower than a step."""
+    return any(isinstance(layer, _CONVOLUTIONS) for _, layer in paths.walk(model))
