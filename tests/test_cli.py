@@ -19,7 +19,9 @@ def test_help_explains_every_option(capsys):
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     for part in (
         "Without any option",
-        "--data {digits,mnist,fashion_mnist,cifar10,cifar10_reduced_10x}",
+        "--data NAME",
+        "digits, mnist, fashion_mnist, cifar10, cifar10_reduced_10x",
+        "module:function or path/to/file.py:function",
         "--data-dir PATH",
         "large_final, small_final",
         "--final-sparsity FLOAT",

@@ -21,6 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import masked_layers as ml
 from lottery_ticket_pruner import training
+from lottery_ticket_pruner.cli import main
 from lottery_ticket_pruner.experiments import datasets, report
 from lottery_ticket_pruner.experiments.config import RunConfig, parse_steps
 from lottery_ticket_pruner.experiments.run import prepare, run
@@ -127,6 +128,15 @@ def test_a_run_is_named_after_its_choices_not_after_places():
     assert dataclasses.replace(config, steps=5).name != config.name
     written_out = RunConfig(rounds=9, rate=0.36, network="lenet-300-100").resolve(1318)
     assert written_out.name == config.name
+
+
+def test_own_data_has_a_folder_and_the_recipe_of_the_default_network():
+    for data, label in (("../code/cifar10.py:load", "cifar10.py-load"), ("a.b:load", "a.b-load")):
+        config = RunConfig(data=data).resolve(600)
+        assert (config.network, config.steps) == ("lenet-300-100", 50_000)
+        assert config.folder.parent == Path("runs")
+        assert config.name.startswith(f"{label}-lenet-300-100-large_final-")
+        assert config.to_dict()["data"] == data
 
 
 # --- One short run --------------------------------------------------------------------------------
@@ -275,6 +285,27 @@ def test_an_interrupted_run_goes_on(finished, monkeypatch):
     assert files == {"masks-00.npz", "masks-01.npz", "masks-02.npz"}
     log = load_log(elsewhere / "logs" / "ticket-0")
     assert [s.value for s in log.Scalars("sparsity/fc_1/kernel")] == [0, 0.5, 0.75]
+
+
+def test_a_run_on_own_data_repeats_from_its_configuration(tmp_path, monkeypatch):
+    (tmp_path / "own.py").write_text(
+        "import numpy as np\n"
+        "def load():\n"
+        "    x = np.random.default_rng(0).normal(size=(60, 4))\n"
+        "    return (x, x.argmax(-1)), (x[:9], x[:9].argmax(-1))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    options = ["--rounds", "1", "--steps", "4", "--seeds", "0", "--controls", "random_mask"]
+    assert main(["run", "--data", "own.py:load", *options, "--quiet", "--out", "first"]) == 0
+    stored = json.loads(Path("first/config.json").read_text())
+    assert stored["data"] == "own.py:load"
+    stored = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
+    run(*prepare(RunConfig(**stored | {"out": Path("again")})))
+    rows, again = (report.read_rows(Path(name) / "results.csv") for name in ("first", "again"))
+    assert [{**row, "seconds": 0} for row in rows] == [{**row, "seconds": 0} for row in again]
+    model = keras.models.load_model("first/ticket.keras")
+    assert (model.input_shape, model.output_shape) == ((None, 4), (None, 4))
+    assert main(["run", "--data", "own.py:lode", "--quiet"]) == 2
 
 
 def load_log(folder):

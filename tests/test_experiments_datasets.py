@@ -4,8 +4,10 @@ import gzip
 import importlib
 import io
 import pickle
+import sys
 import tarfile
 
+import keras
 import numpy as np
 import pytest
 
@@ -241,3 +243,166 @@ def test_an_npz_without_its_arrays_is_named(tmp_path):
 def test_unknown_names_list_the_known():
     with pytest.raises(ValueError, match=r"'svhn'.*digits, mnist, fashion_mnist, cifar10"):
         datasets.load("svhn")
+
+
+# --- One's own ------------------------------------------------------------------------------------
+
+OWN = """
+import dataclasses
+
+import keras
+import numpy as np
+
+from beside import COUNT
+
+rng = np.random.default_rng(0)
+
+
+@dataclasses.dataclass
+class Noted:
+    rows: "int"
+
+
+def table():
+    import beside_too
+
+    labels = np.arange(COUNT) % 3
+    rows = labels[:, None] + [0.25, 1000.0]
+    return (rows, labels), (rows[:6], labels[:6, None].astype("float64"))
+
+
+def pictures():
+    labels = np.arange(COUNT, dtype="uint8") % 5
+    images = np.broadcast_to(labels[:, None, None], (COUNT, 9, 7))
+    return [(images, labels), (images[:5], labels[:5])]
+
+
+class Batches(keras.utils.PyDataset):
+    num_batches = 4
+
+    def __getitem__(self, number):
+        x = np.full((6, 2), number, "float32")
+        return x, x[:, 0]
+
+
+def batches():
+    return Batches(), Batches()
+
+
+def datasets():
+    import tensorflow as tf
+
+    return [tf.data.Dataset.from_tensor_slices(part).batch(7) for part in table()]
+
+
+def one_hot():
+    (x, y), _ = table()
+    return (x, np.eye(3)[y]), (x, np.eye(3)[y])
+
+
+def four():
+    (x, y), _ = table()
+    return x, y, x, y
+
+
+def weighted():
+    (x, y), _ = table()
+    return (x, y, y), (x, y, y)
+
+
+def negative():
+    (x, y), _ = table()
+    return (x, y - 1), (x, y)
+
+
+def widths():
+    (x, y), _ = table()
+    return (x, y), (x[:, :1], y)
+
+
+def texts():
+    (x, y), _ = table()
+    return (x.astype(str), y), (x.astype(str), y)
+
+
+nothing = None
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """The path of a file with functions that load data, from modules beside it."""
+    folder = tmp_path / "code"
+    folder.mkdir()
+    (folder / "own.py").write_text(OWN)
+    (folder / "beside.py").write_text("COUNT = 36")
+    (folder / "beside_too.py").write_text("")
+    known = set(sys.modules)
+    yield folder / "own.py"
+    for name in set(sys.modules) - known:
+        del sys.modules[name]
+
+
+def test_own_rows_are_taken_as_they_are(own):
+    path = list(sys.path)
+    loaded = datasets.load(f"{own}:table")
+    assert sys.path == path
+    assert (loaded.input_shape, loaded.classes) == ((2,), 3)
+    assert [len(x) for x in (loaded.x_train, loaded.x_validation, loaded.x_test)] == [33, 3, 6]
+    for part in ("train", "validation", "test"):
+        x, y = getattr(loaded, f"x_{part}"), getattr(loaded, f"y_{part}")
+        assert (x.dtype, y.dtype, y.ndim) == ("float32", "int32", 1)
+        np.testing.assert_array_equal(x, y[:, None] + np.float32([0.25, 1000]))
+    again = datasets.load(f"{own}:table")
+    np.testing.assert_array_equal(loaded.x_validation, again.x_validation)
+
+
+def test_own_pixels_are_scaled(own):
+    loaded = datasets.load(f"{own}:pictures")
+    assert (loaded.input_shape, loaded.classes) == ((9, 7, 1), 5)
+    np.testing.assert_allclose(loaded.x_train[:, 4, 4, 0], loaded.y_train / 255, rtol=1e-6)
+
+
+def test_own_data_from_a_module_of_the_working_directory(own, monkeypatch):
+    monkeypatch.chdir(own.parent)
+    loaded = datasets.load("own:batches")
+    assert sorted([*loaded.y_train, *loaded.y_validation]) == sorted([0, 1, 2, 3] * 6)
+    np.testing.assert_array_equal(loaded.x_train[:, 1], loaded.y_train)
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="imports TensorFlow")
+def test_own_data_from_tensorflow_data_sets(own):
+    loaded, arrays = (datasets.load(f"{own}:{name}") for name in ("datasets", "table"))
+    for part in ("x_train", "y_train", "x_validation", "x_test", "y_test"):
+        np.testing.assert_array_equal(getattr(loaded, part), getattr(arrays, part))
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("tabel", r"no function 'tabel'.*It has: Noted, table, pictures, Batches, batches"),
+        ("nothing", "no function 'nothing'"),
+        ("one_hot", r"index of each example's class.*y.argmax\(-1\).*float64\(36, 3\)"),
+        ("four", r"\(\(x_train, y_train\), \(x_test, y_test\)\).*Received: tuple of 4: ndarray"),
+        ("weighted", r"pairs \(x, y\). Received one of 3 parts"),
+        ("negative", r"class indices 0, 1, ... as y. Received: \[-1  0  1"),
+        ("widths", r"of one shape and type.*float64\(2,\) and float64\(1,\)"),
+        ("texts", "one array of numbers.*x of <U"),
+    ],
+)
+def test_what_is_wrong_with_own_data_is_said(own, function, message):
+    with pytest.raises(ValueError, match=message):
+        datasets.load(f"{own}:{function}")
+
+
+def test_missing_files_and_modules_of_own_data_are_named(own, monkeypatch):
+    with pytest.raises(datasets.DatasetNotFoundError, match=r"no file 'nowhere/own.py'"):
+        datasets.load("nowhere/own.py:table")
+    monkeypatch.chdir(own.parent)
+    for name in ("no_such_package.own", "own.inside"):
+        with pytest.raises(datasets.DatasetNotFoundError, match=f"no module '{name}'.*by its path"):
+            datasets.load(f"{name}:table")
+    # What is missing there is not what was asked for: the user's own error is more help.
+    (own.parent / "broken.py").write_text("import no_such_package_either")
+    with pytest.raises(ModuleNotFoundError, match="no_such_package_either"):
+        datasets.load("broken:load")

@@ -51,6 +51,12 @@ _NO_HINT = tyro.conf.arg(help_behavior_hint="")
 _Int = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
 _Float = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")]
 _Path = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
+_DATA = tyro.conf.arg(
+    metavar="NAME",
+    help=f"Data set: {', '.join(datasets.NAMES)}; all but digits are read from --data-dir or "
+    "downloaded. Or your own: module:function or path/to/file.py:function, which returns "
+    "((x_train, y_train), (x_test, y_test)) or two tf.data.Datasets of batches.",
+)
 _STRATEGY = tyro.conf.arg(
     metavar="NAME",
     help=f"Pruning criterion, which decides what stays: {', '.join(criteria.names())}.",
@@ -75,8 +81,7 @@ class RunConfig:
     left out take the values of Frankle & Carbin's recipe for the network.
     """
 
-    data: Literal[*datasets.NAMES] = "digits"
-    """Data set; all but digits are read from --data-dir or downloaded."""
+    data: Annotated[str, _DATA] = "digits"
     data_dir: _Path = None
     """Folder with the data set's published files or its .npz, or with a subfolder of them."""
     network: Annotated[Literal[*networks.NAMES] | None, _NO_HINT] = None
@@ -171,7 +176,7 @@ that was interrupted goes on; any other one there is replaced."""
         """What a resolved configuration is called: readable, and different for different runs."""
         content = json.dumps(choices(self.to_dict()), sort_keys=True)
         digest = hashlib.sha256(content.encode()).hexdigest()
-        return f"{self.data}-{self.network}-{self.strategy}-{digest[:8]}"
+        return f"{datasets.label(self.data)}-{self.network}-{self.strategy}-{digest[:8]}"
 
     @property
     def folder(self) -> Path:
@@ -200,11 +205,13 @@ that was interrupted goes on; any other one there is replaced."""
         return same_choices(self.to_dict(), file)
 
     def _recipe(self) -> Recipe:
-        if self.data not in datasets.NAMES:
+        own = datasets.is_own(self.data)
+        if self.data not in datasets.NAMES and not own:
             raise ValueError(f"Unknown data set {self.data!r}: {', '.join(datasets.NAMES)}.")
         if self.data == "digits" and self.network in (None, _DIGITS.network):
             return _DIGITS
-        network = self.network or ("conv-2" if "cifar10" in self.data else "lenet-300-100")
+        cifar = "cifar10" in self.data and not own
+        network = self.network or ("conv-2" if cifar else "lenet-300-100")
         if network not in _RECIPES:
             raise ValueError(f"Unknown network {network!r}: {', '.join(networks.NAMES)}.")
         return _RECIPES[network]

@@ -1,16 +1,23 @@
-"""Image data sets by name, with fixed splits, from a folder or from Keras' own downloads."""
+"""Data sets with fixed splits: by name, from a folder or Keras' own downloads, or one's own."""
 
+import contextlib
 import dataclasses
 import gzip
 import importlib
+import importlib.util
 import io
 import logging
 import pickle
+import re
+import sys
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+
+from lottery_ticket_pruner.data import pair_of
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +59,10 @@ class DatasetNotFoundError(FileNotFoundError):
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """Images in [0, 1] (float32, channels last) with int32 labels, in three disjoint parts."""
+    """Images in [0, 1] (float32, channels last) with int32 labels, in three disjoint parts.
+
+    One's own data may be other arrays of numbers than images.
+    """
 
     name: str
     x_train: np.ndarray
@@ -69,8 +79,8 @@ class Dataset:
 
     @property
     def classes(self) -> int:
-        """The number of classes: one more than the largest training label."""
-        return int(self.y_train.max()) + 1
+        """The number of classes: one more than the largest label."""
+        return 1 + max(int(y.max()) for y in (self.y_train, self.y_validation, self.y_test))
 
 
 def load(name: str, data_dir: str | Path | None = None) -> Dataset:
@@ -82,17 +92,31 @@ def load(name: str, data_dir: str | Path | None = None) -> Dataset:
     `cifar10_reduced_10x` takes the first tenth of CIFAR-10's training images of each class, of
     which it holds out a tenth for validation, and keeps the whole test set.
 
+    One's own data comes from a function without arguments, named `module:function` or
+    `path/to/file.py:function`. Modules are looked for in the working directory, too. It returns
+    `((x_train, y_train), (x_test, y_test))`, as `load_data` of Keras' data sets does, or two data
+    sets of batches that `lottery_ticket_pruner.data.arrays_of` takes. Pixels of type uint8 are
+    divided by 255, other inputs taken as they are; labels are class indices from 0 on. A twelfth of
+    the training data is held out for validation.
+
     Args:
-        name: one of `NAMES`.
+        name: one of `NAMES`, or where to find a function.
         data_dir: where to look first, see `DatasetNotFoundError`'s message for what may lie
             there. Without it, or with nothing fitting in it, Keras downloads the data.
 
     Raises:
-        ValueError: the name is unknown, or a file is not what its name says.
-        DatasetNotFoundError: neither the folder nor the download gave the data.
+        ValueError: the name is unknown, a file is not what its name says, there is no such
+            function, or it returned something else.
+        DatasetNotFoundError: neither the folder nor the download gave the data, or there is no such
+            file or module.
     """
+    if is_own(name):
+        return _own(name)
     if name not in NAMES:
-        raise ValueError(f"Unknown data set {name!r}. Expected one of: {', '.join(NAMES)}.")
+        raise ValueError(
+            f"Unknown data set {name!r}. Expected one of: {', '.join(NAMES)}; or where to find a "
+            "function that loads your own, as module:function or path/to/file.py:function."
+        )
     if name == "digits":
         arrays, held_out = _digits()
     else:
@@ -103,6 +127,115 @@ def load(name: str, data_dir: str | Path | None = None) -> Dataset:
         else:
             held_out = round(len(arrays[0]) * _VALIDATION_SHARE) if "mnist" in name else 5_000
     return _split(name, arrays, held_out)
+
+
+def is_own(name: str) -> bool:
+    """Whether a name says where to find a function, and is none of `NAMES`."""
+    return ":" in name
+
+
+def label(name: str) -> str:
+    """A name as a part of a file's name."""
+    return re.sub(r"[^\w.-]+", "-", name.rpartition("/")[2])
+
+
+def _own(name: str) -> Dataset:
+    """The data that a function of the user's returns."""
+    source, _, attribute = name.rpartition(":")
+    folder = Path(source).parent if source.endswith(".py") else Path.cwd()
+    with _importing_from(folder):
+        function = _function(source, attribute)
+        returned = function()
+        # Read while what it may still import can be found.
+        parts = [_checked_part(name, part) for part in _two_parts(name, returned)]
+    (x_train, y_train), (x_test, y_test) = parts
+    pixels = [x.dtype == np.uint8 for x in (x_train, x_test)]
+    if x_train.shape[1:] != x_test.shape[1:] or pixels[0] != pixels[1]:
+        raise ValueError(
+            f"{name} must return inputs of one shape and type to train and to test on. Received: "
+            f"{x_train.dtype}{x_train.shape[1:]} and {x_test.dtype}{x_test.shape[1:]}."
+        )
+    held_out = max(1, round(len(x_train) * _VALIDATION_SHARE))
+    scale = 255 if pixels[0] else 1
+    return _split(name, (x_train, y_train, x_test, y_test), held_out, scale)
+
+
+@contextlib.contextmanager
+def _importing_from(folder: Path) -> Iterator[None]:
+    """Lets modules in a folder be imported, as Python does for those beside a script."""
+    before = sys.path[:]
+    sys.path.insert(0, str(folder.resolve()))
+    try:
+        yield
+    finally:
+        sys.path[:] = before
+
+
+def _function(source: str, name: str) -> Callable[[], Any]:
+    if source.endswith(".py"):
+        path = Path(source)
+        if not path.is_file():
+            raise DatasetNotFoundError(f"There is no file '{source}' to load data with.")
+        spec = importlib.util.spec_from_file_location(f"_{path.stem}_of_data", path)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # Dataclasses look their module up there.
+        spec.loader.exec_module(module)
+    else:
+        try:
+            module = importlib.import_module(source)
+        except ModuleNotFoundError as error:
+            if not f"{source}.".startswith(f"{error.name}."):
+                raise
+            raise DatasetNotFoundError(
+                f"There is no module {source!r} to load data with, here or among what is "
+                "installed. A file is named by its path, as in path/to/file.py:function."
+            ) from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        there = [key for key, value in vars(module).items() if _is_own_function(value, module)]
+        raise ValueError(
+            f"{source} has no function {name!r} to load data with. It has: "
+            f"{', '.join(there) or 'none'}."
+        )
+    return function
+
+
+def _is_own_function(value: Any, module: Any) -> bool:
+    return callable(value) and getattr(value, "__module__", None) == module.__name__
+
+
+def _two_parts(name: str, returned: Any) -> tuple[Any, Any]:
+    if not isinstance(returned, tuple | list) or len(returned) != 2:
+        what = type(returned).__name__
+        if isinstance(returned, tuple | list):
+            what = f"{what} of {len(returned)}: {', '.join(type(p).__name__ for p in returned)}"
+        raise ValueError(
+            f"{name} must return ((x_train, y_train), (x_test, y_test)), or two data sets of "
+            f"batches (inputs, targets). Received: {what}."
+        )
+    return tuple(returned)
+
+
+def _checked_part(name: str, part: Any) -> tuple[np.ndarray, np.ndarray]:
+    """One part of what a function returned, as inputs and labels."""
+    pair = pair_of(part)
+    if len(pair) != 2:
+        raise ValueError(f"{name} must return pairs (x, y). Received one of {len(pair)} parts.")
+    x, y = map(np.asarray, pair)
+    received = f"Received: x of {x.dtype}{x.shape}, y of {y.dtype}{y.shape}."
+    if x.ndim < 2 or x.dtype.kind not in "buif" or len(x) < 2:
+        raise ValueError(
+            f"{name} must return as x one array of numbers, with at least two examples along its "
+            f"first axis. {received}"
+        )
+    if y.shape not in ((len(x),), (len(x), 1)) or y.dtype.kind not in "buif":
+        raise ValueError(
+            f"{name} must return as y the index of each example's class, and not one column for "
+            f"each class: of those, y.argmax(-1). {received}"
+        )
+    if (y < 0).any() or (y != y.astype("int32")).any():
+        raise ValueError(f"{name} must return class indices 0, 1, ... as y. Received: {y[:10]}...")
+    return x, y
 
 
 def _digits() -> tuple[_Arrays, int]:
@@ -123,24 +256,24 @@ def _first_tenth_per_class(arrays: _Arrays) -> _Arrays:
     return x_train[keep], y_train[keep], x_test, y_test
 
 
-def _split(name: str, arrays: _Arrays, held_out: int) -> Dataset:
+def _split(name: str, arrays: _Arrays, held_out: int, scale: float = 255) -> Dataset:
     x_train, y_train, x_test, y_test = arrays
     order = np.random.default_rng(_SPLIT_SEED + 1).permutation(len(x_train))
     validation, train = np.sort(order[:held_out]), np.sort(order[held_out:])
     return Dataset(
         name,
-        _scaled(x_train[train]),
+        _scaled(x_train[train], scale),
         _labels(y_train[train]),
-        _scaled(x_train[validation]),
+        _scaled(x_train[validation], scale),
         _labels(y_train[validation]),
-        _scaled(x_test),
+        _scaled(x_test, scale),
         _labels(y_test),
     )
 
 
-def _scaled(images: np.ndarray) -> np.ndarray:
+def _scaled(images: np.ndarray, scale: float) -> np.ndarray:
     scaled = images.astype("float32")
-    scaled /= 255
+    scaled /= scale
     return scaled[..., None] if scaled.ndim == 3 else scaled
 
 
