@@ -41,7 +41,7 @@ def untrained(digits):
     for ref in ml.masked_refs(model):
         ref.mask.rescale = True
     pruner = LotteryTicketPruner(model)
-    training.train(model, *digits[0], steps=300, batch_size=50)
+    training.train(model, *digits[0], steps=290, batch_size=50)
     pruner.set_pretrained_weights()
     accuracies = []
     for sparsity in (0.3, 0.5, 0.8):
@@ -55,14 +55,23 @@ def untrained(digits):
 
 
 @pytest.mark.parametrize(
-    ("mask", "weights"),
-    [(ml.BernoulliMask(seed=0, rescale=True), "signed_constant"), ("edge_popup", "initial")],
+    ("mask", "weights", "steps"),
+    [
+        (ml.BernoulliMask(seed=0, rescale=True), "signed_constant", 290),
+        ("edge_popup", "initial", 600),
+    ],
 )
-def test_a_learned_mask_beats_untrained_ones(digits, untrained, mask, weights):
+def test_a_learned_mask_beats_untrained_ones(digits, untrained, mask, weights, steps):
     model = network()
     before = model.get_weights()
     result = learned.learn_supermask(
-        model, *digits[0], steps=600, batch_size=50, mask=mask, weights=weights, test_data=digits[1]
+        model,
+        *digits[0],
+        steps=steps,
+        batch_size=50,
+        mask=mask,
+        weights=weights,
+        test_data=digits[1],
     )
     accuracy = result.samples["accuracy"].mean()
     assert 0.4 < untrained < 0.85
