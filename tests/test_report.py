@@ -84,6 +84,25 @@ def test_the_table_of_all_controls_fits_a_terminal():
     assert ["something"] in [line[-2:-1] for line in rendered(report.summary_table(rows), 120)]
 
 
+def test_the_table_of_masks_fits_a_terminal():
+    """Of every mask the best level, with the seeds put together in the order of their levels."""
+    rows = pd.DataFrame(
+        {"criterion": criterion, "weights": weights, "dwr": dwr, "seed": seed,
+         "sparsity": 0.9 * level + seed / 1000, "test_accuracy": 0.5 + level / 4 + seed / 100}
+        for criterion in ("large_final", "magnitude_increase_same_sign")
+        for weights in ("initial", "signed_constant")
+        for dwr in (False, True)
+        for seed in (1, 3)
+        for level in (0, 1)
+    )  # fmt: skip
+    lines = rendered(report.best_sheet(rows).table(), 80)
+    # 10 % of the weights less 0.1 and 0.3 points.
+    place = lines.index(["large_final", *["77.00±1.41"] * 4])
+    assert lines[place + 1] == ["at", "9.8%"] * 4
+    assert ["magnitude_increase_same_sign", *["77.00±1.41"] * 4] in lines
+    assert "…" not in str(lines)
+
+
 def test_differences_are_paired_by_seed():
     rng = np.random.default_rng(0)
     ticket, mask = rng.uniform(0.8, 0.9, (2, 4))

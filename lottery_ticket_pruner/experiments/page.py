@@ -62,7 +62,9 @@ def write_report(config: ReportConfig, console: Console | None = None) -> Path:
     kepts = read_tickets(groups, console)
     overviews = [*report.overviews(groups), *masks.comparisons(kepts)]
     sections = [(kept.label, [*_sheets(kept.group), *masks.sheets_of(kept)]) for kept in kepts]
-    for title, sheets in (("", overviews), *sections):
+    for sheet in overviews:
+        console.print(sheet.table())
+    for title, sheets in sections:
         console.print(f"\n{title}", markup=False, style="bold")
         for sheet in sheets:
             console.print(sheet.table())

@@ -60,6 +60,7 @@ _LOOKS = {
 }
 _TICKS = (100, 50, 20, 10, 5, 2, 1, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01)
 _CONFIDENCE = 0.95
+_TERMINAL = 80
 
 
 class CsvWriter:
@@ -169,7 +170,8 @@ class Sheet:
 
     def table(self) -> Table:
         """The table for the terminal; wide ones are set closer."""
-        close = len(self.headings) > 6
+        columns = zip(self.headings, *self.lines, strict=True)
+        close = sum(2 + max(map(len, column)) for column in columns) > _TERMINAL
         table = Table(
             box=rich.box.SIMPLE,
             title=self.title,
@@ -185,7 +187,11 @@ class Sheet:
                 overflow="fold" if is_name else "ellipsis",
             )
         for line in self.lines:
-            table.add_row(*(cell.replace(" ± ", "±") if close else cell for cell in line))
+            # Names stay: they may hold anything.
+            numbers = line[self.names :]
+            if close:
+                numbers = [n.replace(" ± ", "±").replace(" at ", "\nat ") for n in numbers]
+            table.add_row(*line[: self.names], *numbers)
         return table
 
     def markdown(self) -> str:
@@ -391,12 +397,12 @@ def best_sheet(rows: pd.DataFrame) -> Sheet:
     """
     factors, place = factors_of(rows), place_of(rows)
     where = "weights left" if place == "sparsity" else place
-    title = "best test accuracy, %"
+    down = factors[: factors.index("criterion") + 1] if "criterion" in factors else factors
+    across = factors[len(down) :]
+    title = f"best test accuracy, %{f', at {where}' if across else ''}"
     replicates = rows["seed"].nunique()
     if replicates > 1:
         title += f": mean ± standard deviation of {replicates} replicates"
-    down = factors[: factors.index("criterion") + 1] if "criterion" in factors else factors
-    across = factors[len(down) :]
     if not across:
         lines = [(*map(_text, values), *_best(own, place)) for values, own in _by(rows, down)]
         return Sheet(title, (*down, "accuracy", where), tuple(lines), names=len(down))
@@ -408,7 +414,7 @@ def best_sheet(rows: pd.DataFrame) -> Sheet:
             cells[setting] = " at ".join(_best(own, place))
         lines.append((*map(_text, values), *cells.values()))
     headings = [_setting(across, values) for values in columns]
-    return Sheet(f"{title}, at {where}", (*down, *headings), tuple(lines), names=len(down))
+    return Sheet(title, (*down, *headings), tuple(lines), names=len(down))
 
 
 def instability_sheet(rows: pd.DataFrame) -> Sheet:
@@ -453,7 +459,7 @@ def _levels(rows: pd.DataFrame, place: str) -> list[tuple[float, pd.DataFrame]]:
 def _setting(names: Sequence[str], values: Sequence[Any]) -> str:
     """Choices as a heading: truths by their names."""
     texts = [
-        name * bool(value) if isinstance(value, bool | np.bool_) else _text(value)
+        name * bool(value) if isinstance(value, bool | np.bool_) else _text(value).replace("_", " ")
         for name, value in zip(names, values, strict=True)
     ]
     return ", ".join(filter(None, texts)) or f"no {names[0]}"

@@ -12,8 +12,9 @@ CONFIG_FILE = "config.json"
 RESULTS_FILE = "results.csv"
 # Options that say where to run and what to print: they change no number of the results.
 _NO_CHOICE = ("data_dir", "out", "quiet", "seeds")
+_NAMING = ("data", "network", "strategy", "criterion")
 # Options whose values speak for themselves.
-_PLAIN = ("data", "network", "strategy", "criterion", "learn")
+_PLAIN = (*_NAMING, "learn")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -65,8 +66,12 @@ class Group:
     @property
     def title(self) -> str:
         """Data set, network, criterion and what was made of them."""
-        words = [str(self.config[key]) for key in _PLAIN if self.config.get(key)]
-        return ", ".join(words + ["instability"] * self.is_instability)
+        words = [str(self.config[key]) for key in _NAMING if self.config.get(key)]
+        if self.is_instability:
+            words.append("instability")
+        elif "learn" in self.config:
+            words.append(f"{self.config['learn'] or 'untrained'} masks")
+        return ", ".join(words)
 
 
 def is_run(folder: Path) -> bool:
