@@ -36,7 +36,13 @@ class Checkpoint:
         """Whether there is a state to go on from."""
         return self._state.is_file()
 
-    def save(self, pruner: LotteryTicketPruner, rows: list[dict[str, Any]], number: int) -> None:
+    def save(
+        self,
+        pruner: LotteryTicketPruner,
+        number: int,
+        rows: list[dict[str, Any]],
+        evaluations: list[dict[str, Any]],
+    ) -> None:
         """Writes the state after round `number`, in which the final weights were trained."""
         self._folder.mkdir(parents=True, exist_ok=True)
         ml.save_masks(pruner.model, self._masks_file(number))
@@ -44,7 +50,12 @@ class Checkpoint:
         arrays = {name: fitting.read(variable) for name, variable in _variables(pruner.model)}
         with replacing(self._model_file(number)) as file:
             np.savez(file, allow_pickle=False, **arrays)
-        state = {"arguments": self._arguments, "round": number, "rows": rows}
+        state = {
+            "arguments": self._arguments,
+            "round": number,
+            "rows": rows,
+            "evaluations": evaluations,
+        }
         with replacing(self._state) as file:
             file.write(json.dumps(state, indent=1).encode())
         self._pruner_file(number - 1).unlink(missing_ok=True)
@@ -52,8 +63,13 @@ class Checkpoint:
 
     def load(
         self, model: keras.Model
-    ) -> tuple[LotteryTicketPruner, list[dict[str, np.ndarray]], list[dict[str, Any]]]:
-        """Returns the pruner, the masks after each round and the rows.
+    ) -> tuple[
+        LotteryTicketPruner,
+        list[dict[str, np.ndarray]],
+        list[dict[str, Any]],
+        list[dict[str, Any]],
+    ]:
+        """Returns the pruner, the masks after each round, the rows and the evaluations.
 
         The model gets back all its variables, optimizer and masks included.
 
@@ -62,7 +78,8 @@ class Checkpoint:
         """
         try:
             state = json.loads(self._state.read_bytes())
-            number, rows, arguments = state["round"], state["rows"], state["arguments"]
+            number, arguments = state["round"], state["arguments"]
+            rows, evaluations = state["rows"], state["evaluations"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{self._state} is not the state of a search: {error!r}") from error
         if arguments != self._arguments:
@@ -87,7 +104,7 @@ class Checkpoint:
         with np.load(self._model_file(number), allow_pickle=False) as arrays:
             for name, variable in _variables(model):
                 variable.assign(arrays[name])
-        return pruner, masks, rows
+        return pruner, masks, rows, evaluations
 
     def _masks_file(self, number: int) -> Path:
         return self._folder / f"masks-{number:02}.npz"

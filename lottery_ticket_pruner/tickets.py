@@ -76,6 +76,7 @@ def find_ticket(
     deterministic: bool = False,
     checkpoint: str | os.PathLike | None = None,
     on_result: Callable[[dict[str, Any]], None] | None = None,
+    on_evaluation: Callable[[dict[str, Any]], None] | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> TicketResult:
     """Train, prune and rewind for a number of rounds, next to controls at the same sparsity.
@@ -139,9 +140,12 @@ def find_ticket(
         checkpoint: folder for the state after every round. Where it holds that of an earlier call
             with the same arguments, initial weights, data, optimizer and loss, the work goes on
             from there, with the same results as without the interruption; it replays what it knows
-            to `on_result`. The masks of each round stay there as `masks-<round>.npz` (see
+            to the callbacks. The masks of each round stay there as `masks-<round>.npz` (see
             `masked_layers.load_masks`).
         on_result: called with each row as soon as it is known.
+        on_evaluation: called after each look at the validation data, while an arm trains, with a
+            dict: `round`, `arm`, `replicate`, `step` and `validation_<metric>` for the loss and
+            each compiled metric.
         on_progress: called with the number of new steps done.
 
     Raises:
@@ -197,6 +201,7 @@ def find_ticket(
         seed=seed,
         replicate=replicate,
         on_result=on_result,
+        on_evaluation=on_evaluation,
         on_progress=on_progress,
     )
     search.rehearse()
@@ -239,6 +244,7 @@ class _Search:
     seed: int
     replicate: int
     on_result: Callable[[dict[str, Any]], None] | None
+    on_evaluation: Callable[[dict[str, Any]], None] | None
     on_progress: Callable[[int], None] | None
 
     def __post_init__(self) -> None:
@@ -246,6 +252,7 @@ class _Search:
         self.weights_at_0 = self.model.get_weights()
         self.masks: list[dict[str, np.ndarray]] = []
         self.rows: list[dict[str, Any]] = []
+        self.evaluations: list[dict[str, Any]] = []
 
     @property
     def round(self) -> int:
@@ -290,9 +297,12 @@ class _Search:
 
     def resume(self, saved: Checkpoint) -> None:
         """Takes up the state after the last round that was saved, and shows what is known."""
-        self.pruner, self.masks, known = saved.load(self.model)
+        self.pruner, self.masks, rows, evaluations = saved.load(self.model)
         self._progress(self.rewind_to)
-        for row in known:
+        for row in rows:
+            for evaluation in evaluations:
+                if (evaluation["round"], evaluation["arm"]) == (row["round"], row["arm"]):
+                    self._tell(evaluation)
             ml.set_masks(self.model, self.masks[row["round"]])
             self._show(row)
             self._progress(self.steps - self.rewind_to)
@@ -302,7 +312,7 @@ class _Search:
         """Records the trained weights, and writes the state after this round."""
         self.pruner.set_pretrained_weights()
         if saved is not None:
-            saved.save(self.pruner, self.rows, self.round)
+            saved.save(self.pruner, self.round, self.rows, self.evaluations)
 
     def dense(self) -> None:
         """Trains the dense model, by way of the rewinding point."""
@@ -355,19 +365,23 @@ class _Search:
 
     def _measure(self, arm: str) -> None:
         """Trains an arm of this round from the rewinding point on, and shows how it did."""
-        history = self._train(arm, self.steps - self.rewind_to)
+        history = self._train(arm, self.steps - self.rewind_to, after=self.rewind_to)
         row = {"round": self.round, "arm": arm, "replicate": self.replicate}
         row["sparsity"] = ml.sparsity_report(self.model).sparsity
         if self.test_data is not None:
             results = training.evaluate(self.model, *self.test_data)
-            row |= {f"test_{name}": value for name, value in results.items()}
+            row |= _named("test", results)
         if history.early_stop is not None:
             row["validation_loss"] = history.validation[history.early_stop]["loss"]
             row["early_stop_step"] = self.rewind_to + history.steps[history.early_stop]
         row["seconds"] = history.seconds
         self._show(row)
 
-    def _train(self, arm: str, steps: int, stage: str = "train") -> training.History:
+    def _train(
+        self, arm: str, steps: int, after: int = 0, stage: str = "train"
+    ) -> training.History:
+        """Trains the model as it is for so many steps, of which `after` came before."""
+        where = {"round": self.round, "arm": arm, "replicate": self.replicate}
         _restart_randomness(self.model, (self.seed, arm, self.round, stage))
         return training.train(
             self.model,
@@ -375,6 +389,9 @@ class _Search:
             steps=steps,
             seed=_seed(self.seed, arm, self.round, stage),
             on_progress=self._progress,
+            on_evaluation=lambda step, results: self._tell(
+                {**where, "step": after + step, **_named("validation", results)}
+            ),
             **self.options,
         )
 
@@ -382,10 +399,20 @@ class _Search:
         if self.on_progress is not None:
             self.on_progress(done)
 
+    def _tell(self, evaluation: dict[str, Any]) -> None:
+        self.evaluations.append(evaluation)
+        if self.on_evaluation is not None:
+            self.on_evaluation(evaluation)
+
     def _show(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
         if self.on_result is not None:
             self.on_result(row)
+
+
+def _named(data: str, results: Mapping[str, Any]) -> dict[str, Any]:
+    """Results on some data as numbers, or lists of numbers, for a row."""
+    return {f"{data}_{name}": np.asarray(value).tolist() for name, value in results.items()}
 
 
 def _check(

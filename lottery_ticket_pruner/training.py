@@ -48,6 +48,7 @@ def train(
     validation_data: tuple[Arrays, ...] | None = None,
     validation_batch_size: int | None = None,
     on_progress: Callable[[int], None] | None = None,
+    on_evaluation: Callable[[int, dict[str, Any]], None] | None = None,
     augment: Augmentation | None = None,
     deterministic: bool = False,
 ) -> History:
@@ -71,6 +72,7 @@ def train(
         validation_data: `(x, y)` or `(x, y, sample_weight)` to evaluate on, or None.
         validation_batch_size: examples per step of that, as `evaluate` has it.
         on_progress: called with the number of new steps done, after each stretch of them.
+        on_evaluation: called with the steps done so far and the results, after each evaluation.
         augment: what happens to the inputs of each batch, a single array of images; what it draws
             is a function of `seed` too.
         deterministic: choose between the compiled loop and `fit` by what is known of the model,
@@ -108,6 +110,8 @@ def train(
             history.steps.append(done)
             results = engine_of(model).evaluate(validation, validation_batch_size)
             history.validation.append(results)
+            if on_evaluation is not None:
+                on_evaluation(done, results)
         if on_progress is not None:
             on_progress(len(batches))
     history.seconds = time.perf_counter() - started

@@ -253,20 +253,27 @@ def test_an_interrupted_run_goes_on(finished, monkeypatch):
     straight = dataclasses.replace(config, out=folder.parent / "straight")
     data = datasets.load("digits")
     run(straight, data)
-    trained = []
+    trained, seen = [], []
     train = training.train
 
     def interrupted(*args, **kwargs):
         trained.append(args)
-        if len(trained) == 11:  # in the second round of the second seed
-            raise KeyboardInterrupt
+        if len(trained) == 11:  # in the first round of the second seed
+            kwargs["on_progress"] = interrupt
         return train(*args, **kwargs)
+
+    def interrupt(_):
+        log = load_log(elsewhere / "logs" / "random_reinit-1")
+        seen.append([s.step for s in log.Scalars("round_01/validation_accuracy")])
+        if len(seen) == 2:
+            raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(training, "train", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run(config, data)
-    assert len(report.read_rows(elsewhere / "results.csv")) < 14
+    assert seen == [[4], [4, 8]]  # as the arm trained
+    assert len(report.read_rows(elsewhere / "results.csv")) == 8
     trained.clear()
     with monkeypatch.context() as patch:
         patch.setattr(training, "train", lambda *a, **k: (trained.append(a), train(*a, **k))[1])
@@ -283,8 +290,13 @@ def test_an_interrupted_run_goes_on(finished, monkeypatch):
             np.testing.assert_array_equal(ours[path], array, err_msg=path)
     files = {file.name for file in (elsewhere / "rounds" / "1").iterdir()}
     assert files == {"masks-00.npz", "masks-01.npz", "masks-02.npz"}
-    log = load_log(elsewhere / "logs" / "ticket-0")
-    assert [s.value for s in log.Scalars("sparsity/fc_1/kernel")] == [0, 0.5, 0.75]
+    for run_name in ("ticket-0", "random_mask-1"):
+        log, other = (load_log(out / "logs" / run_name) for out in (elsewhere, straight.out))
+        tags = log.Tags()["scalars"]
+        assert tags == other.Tags()["scalars"]
+        for tag in tags:
+            both = [[(s.step, s.value) for s in each.Scalars(tag)] for each in (log, other)]
+            assert both[0] == both[1], tag
 
 
 def test_a_run_on_own_data_repeats_from_its_configuration(tmp_path, monkeypatch):
@@ -326,6 +338,12 @@ def test_tensorboard_shows_accuracy_and_sparsity_per_round(finished):
     assert sparsity == [(0, 0), (1, 0.5), (2, 0.75)]
     total = [pytest.approx(s.value, abs=1e-5) for s in log.Scalars("sparsity/total")]
     assert total == [row["sparsity"] for row in own]
+    for row in own:
+        curve = log.Scalars(f"round_{row['round']:02}/validation_loss")
+        assert [s.step for s in curve] == list(range(4, 41, 4))
+        best = min(curve, key=lambda s: s.value)
+        assert best.step == row["early_stop_step"]
+        assert best.value == pytest.approx(row["validation_loss"], abs=1e-6)
     control = load_log(folder / "logs" / "random_mask-0")
     assert [s.step for s in control.Scalars("test_loss")] == [1, 2]
 

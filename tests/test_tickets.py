@@ -81,10 +81,11 @@ def assert_equal(left, right):
 def test_rows_masks_and_ticket(data):
     model = make_model()
     initial = model.get_weights()
-    reported = []
+    reported, told = [], []
     result = find_ticket(
         model, *data, rounds=2, steps=6, batch_size=20, rate=0.5, eval_every=2,
         validation_data=data, test_data=data, replicate=3, on_result=reported.append,
+        on_evaluation=lambda evaluation: told.append((len(reported), evaluation)),
     )  # fmt: skip
     assert_equal(initial, model.get_weights())
     assert_equal(initial, result.initial_weights)
@@ -106,6 +107,16 @@ def test_rows_masks_and_ticket(data):
         assert row["validation_loss"] > 0
         assert row["seconds"] > 0
         assert 0 <= row["test_accuracy"] <= 1
+    for number, row in enumerate(result.rows):
+        # Told while the arm trained, before its row was known.
+        evaluations = [evaluation for known, evaluation in told if known == number]
+        assert [evaluation["step"] for evaluation in evaluations] == [2, 4, 6]
+        best = min(evaluations, key=lambda evaluation: evaluation["validation_loss"])
+        assert best["validation_loss"] == row["validation_loss"]
+        assert best["step"] == row["early_stop_step"]
+        assert all(0 <= evaluation["validation_accuracy"] <= 1 for evaluation in evaluations)
+        for name in ("round", "arm", "replicate"):
+            assert {evaluation[name] for evaluation in evaluations} == {row[name]}
     assert [sum(m.sum() for m in masks.values()) for masks in result.masks] == [100, 50, 25]
     for path, mask in result.masks[1].items():
         assert not (result.masks[2][path] & ~mask).any()
@@ -491,7 +502,8 @@ def test_a_search_goes_on_where_it_was_interrupted(
         "controls": controls, "retraining": retraining, "pruned": pruned,
         "validation_data": data, "test_data": data, "deterministic": True,
     }  # fmt: skip
-    alone = find_ticket(make_model(), *data, **search)
+    told, told_again = [], []
+    alone = find_ticket(make_model(), *data, on_evaluation=told.append, **search)
     seen = []
 
     def interrupt(row):
@@ -503,12 +515,14 @@ def test_a_search_goes_on_where_it_was_interrupted(
         find_ticket(make_model(), *data, checkpoint=tmp_path, on_result=interrupt, **search)
     again = []
     resumed = find_ticket(
-        make_model(), *data, checkpoint=tmp_path, on_result=again.append, **search
-    )
+        make_model(), *data, checkpoint=tmp_path, on_result=again.append,
+        on_evaluation=told_again.append, **search,
+    )  # fmt: skip
     # All before the round in which it was interrupted is known and not trained again.
     assert again[:known] == seen[:known]
     untimed = [[{**row, "seconds": 0} for row in found.rows] for found in (alone, resumed)]
     assert untimed[0] == untimed[1]
+    assert told == told_again
     assert_equal(alone.initial_weights, resumed.initial_weights)
     assert_equal(everything(alone.ticket), everything(resumed.ticket))
     for masks, others in zip(alone.masks, resumed.masks, strict=True):

@@ -51,8 +51,9 @@ def run(config: RunConfig, data: datasets.Dataset, console: Console | None = Non
     replicate, written as they come), `accuracy.png`, `ticket.keras` (the last ticket of the first
     seed; `ticket-1.keras` and so on of the others), that ticket again as a sparse SavedModel in
     `served/1` where the backend can write one, the masks of every round in `rounds/<replicate>`
-    (for `masked_layers.load_masks`), and TensorBoard's `logs`. A run that was interrupted goes on
-    after the last round that it finished.
+    (for `masked_layers.load_masks`), and TensorBoard's `logs`: the rows, and while an arm trains
+    each look at the validation data. A run that was interrupted goes on after the last round that
+    it finished.
     """
     started = time.perf_counter()
     console = console or Console(quiet=config.quiet)
@@ -84,7 +85,11 @@ def run(config: RunConfig, data: datasets.Dataset, console: Console | None = Non
                 logs.write(row)
                 progress.show(row)
 
-            callbacks = {"on_result": record, "on_progress": progress.advance}
+            callbacks = {
+                "on_result": record,
+                "on_evaluation": logs.write_evaluation,
+                "on_progress": progress.advance,
+            }
             found = _find(config, data, model, replicate, **callbacks)
             suffix = f"-{replicate}" if replicate else ""
             save(found.ticket, folder / f"ticket{suffix}.keras")
@@ -221,6 +226,13 @@ class _Logs:
                 writer.scalar(name, row[name], row["round"])
             if arm == "ticket":
                 writer.sparsity(self._model, row["round"])
+
+    def write_evaluation(self, evaluation: dict[str, Any]) -> None:
+        """Logs a look at the validation data: a chart for each round, its steps along the axis."""
+        writer = self._writer(evaluation["arm"] if evaluation["round"] else "ticket")
+        for name, value in evaluation.items():
+            if name.startswith("validation_"):
+                writer.scalar(f"round_{evaluation['round']:02}/{name}", value, evaluation["step"])
 
     def close(self) -> None:
         for writer in self._writers.values():
