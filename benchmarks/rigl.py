@@ -1,81 +1,98 @@
 """Dynamic sparse training: RigL and SET against static sparse training from the same masks.
 
-LeNet-300-100 on MNIST or Fashion-MNIST, test accuracy after the same number of steps, mean and
-range over seeds. All three start from the same random masks.
-
     python -m benchmarks.rigl --data-dir DIR
+
+LeNet-300-100 on MNIST or Fashion-MNIST. All three methods start from the same weights and the same
+random masks, whose densities are those of ERK, and train for the same steps in the same order.
+
+The recipe follows Evci et al., arXiv 1911.11134: SGD with momentum 0.9 whose rate falls twice, a
+weight decay of 1e-4, and masks that change every 100 steps, by a share that falls from 0.3 to 0
+over 75 % of the training. Two parts of it matter more than they seem to. Weights of pixels that are
+always black have no gradient: only decay makes them small, so that they are dropped. And what
+rewiring finds grows with the number of changes, of which theirs were 250 (ImageNet) and 750
+(CIFAR-10): the training here is as long as 250 take.
+
+Accuracies, in percent, are those on the validation images that no method has trained on, and on the
+test images; the mean over seeds and, in brackets, the extremes. "over static" is the difference in
+validation accuracy to static training from the same seed.
 """
 
 import argparse
 
 import keras
-import numpy as np
 
 import masked_layers as ml
 from lottery_ticket_pruner import DynamicSparseTraining, LotteryTicketPruner, training
 from lottery_ticket_pruner.experiments import datasets, networks
 
 BATCH = 100
-METHODS = ("static", "SET", "RigL")
-OPTIMIZERS = {
-    "sgd": lambda: keras.optimizers.SGD(0.1, momentum=0.9),  # the kind that RigL's paper uses
-    "adam": lambda: keras.optimizers.Adam(1.2e-3),
-}
+FREQUENCY = 100
+METHODS = {"static": None, "SET": "random", "RigL": "gradient"}
+LEARNING_RATES = {"sgd": 0.1, "adam": 1.2e-3}
+DECAY = 1e-4
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--data", default="fashion_mnist", choices=["mnist", "fashion_mnist"])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", default="mnist", choices=["mnist", "fashion_mnist"])
     parser.add_argument("--data-dir", required=True)
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--optimizer", default="sgd", choices=list(OPTIMIZERS))
+    parser.add_argument("--steps", type=int, default=33_400)
+    parser.add_argument("--optimizer", default="sgd", choices=list(LEARNING_RATES))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.9, 0.95])
     arguments = parser.parse_args()
     data = datasets.load(arguments.data, arguments.data_dir)
     print(
-        f"{arguments.data}, {arguments.optimizer}, {arguments.steps} steps, "
-        f"{arguments.seeds} seeds, test accuracy"
+        f"{arguments.data}, LeNet-300-100, {arguments.steps} steps of {BATCH}, "
+        f"{arguments.optimizer}, {arguments.seeds} seeds"
     )
-    print("sparsity  method      mean     least      most  moved", flush=True)
+    print(f"pruned  method  {'validation':>22}{'over static':>24}{'test':>22}   moved", flush=True)
     for sparsity in arguments.sparsities:
-        for method in METHODS:
+        static = None
+        for method, growth in METHODS.items():
             runs = [
-                accuracy_of(method, sparsity, data, arguments.steps, seed, arguments.optimizer)
+                accuracies(growth, sparsity, data, arguments.steps, seed, arguments.optimizer)
                 for seed in range(arguments.seeds)
             ]
-            scores, moved = np.array(runs).T
+            validation, test, moved = zip(*runs, strict=True)
+            static = static or validation
+            gains = [a - b for a, b in zip(validation, static, strict=True)]
             print(
-                f"{sparsity:8.2f}  {method:8}{scores.mean():8.4f}{scores.min():10.4f}"
-                f"{scores.max():10.4f}{moved.mean():7.1%}",
+                f"{sparsity:6.0%}  {method:8}{_spread(validation):>22}{_spread(gains, '+'):>24}"
+                f"{_spread(test):>22}{sum(moved) / len(moved):8.1%}",
                 flush=True,
             )
 
 
-def accuracy_of(method, sparsity, data, steps, seed, optimizer):
-    """Test accuracy, and the share of the final masks that was not in the first ones."""
+def accuracies(growth, sparsity, data, steps, seed, optimizer):
+    """On validation and test images, and the share of the final masks that was not in the first."""
     keras.utils.set_random_seed(seed)
-    model = ml.convert_to_masked(networks.build("lenet-300-100", data.input_shape, data.classes))
+    plain = networks.build("lenet-300-100", data.input_shape, data.classes)
+    for layer in plain.layers:
+        if hasattr(layer, "kernel"):
+            # Its gradient is the decay times the weight.
+            layer.kernel_regularizer = keras.regularizers.L2(DECAY / 2)
+    model = ml.convert_to_masked(plain)
     model.compile(
-        OPTIMIZERS[optimizer](),
+        networks.optimizer(optimizer, LEARNING_RATES[optimizer], steps),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
     )
     pruner = LotteryTicketPruner(model)
-    pruner.update_masks("random", sparsity=sparsity, seed=seed)
+    pruner.update_masks("random", sparsity=sparsity, distribution="erk", seed=seed)
     first = ml.get_masks(model)
-    frequency = 100
-    advance = None
-    if method != "static":
+    rewiring = None
+    if growth is not None:
         rewiring = DynamicSparseTraining(
             pruner,
             steps,
-            "random" if method == "SET" else "gradient",
-            data=None if method == "SET" else (data.x_train, data.y_train),
-            frequency=frequency,
+            growth,
+            data=(data.x_train, data.y_train) if growth == "gradient" else None,
+            frequency=FREQUENCY,
             seed=seed,
         )
-        advance = rewiring.advance
     training.train(
         model,
         data.x_train,
@@ -83,13 +100,19 @@ def accuracy_of(method, sparsity, data, steps, seed, optimizer):
         steps=steps,
         batch_size=BATCH,
         seed=seed,
-        eval_every=frequency,
-        on_progress=advance,
+        eval_every=FREQUENCY,
+        on_progress=rewiring and rewiring.advance,
     )
     last = ml.get_masks(model)
     moved = sum(int((last[path] & ~first[path]).sum()) for path in last)
-    results = training.evaluate(model, data.x_test, data.y_test)
-    return results["accuracy"], moved / sum(int(mask.sum()) for mask in last.values())
+    images = ((data.x_validation, data.y_validation), (data.x_test, data.y_test))
+    found = [100 * training.evaluate(model, *pair)["accuracy"] for pair in images]
+    return *found, moved / sum(int(mask.sum()) for mask in last.values())
+
+
+def _spread(values, sign=""):
+    mean = sum(values) / len(values)
+    return f"{mean:{sign}.2f} ({min(values):{sign}.2f} to {max(values):{sign}.2f})"
 
 
 if __name__ == "__main__":

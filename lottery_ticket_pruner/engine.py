@@ -19,7 +19,6 @@ from typing import Any
 import keras
 import numpy as np
 
-from lottery_ticket_pruner.examples import Arrays as Arrays
 from lottery_ticket_pruner.examples import Examples
 from lottery_ticket_pruner.programs import BLOCK, PROGRAMS, Programs
 from masked_layers import _keras
@@ -97,6 +96,7 @@ class Engine:
         """
         self._model.reset_metrics()
         rows = data.rows(order, rng)
+        batch_size = min(batch_size, len(rows))
         # What a step returns only `fit` hands out: it takes the last batch.
         own = logged and _own_method(self._model, "train_step", "compute_metrics") is not None
         kept = (len(rows) % batch_size or batch_size) if own else 0

@@ -16,6 +16,9 @@ from lottery_ticket_pruner.augmentation import Augmentation
 # an array that there is not, as for an output without a loss.
 Arrays = Any
 
+# Most lengths in a message: there are as many as examples where these came as a list.
+_LISTED = 8
+
 
 def map_arrays(function: Callable[[Any], Any], arrays: Arrays) -> Arrays:
     """Returns the same structure of what `function` makes of each array."""
@@ -55,10 +58,11 @@ class Examples:
         }
         found = {length for each in lengths.values() for length in each}
         if len(found) != 1 or 0 in found:
-            named = ", ".join(f"{name}: {str(each)[1:-1]}" for name, each in lengths.items())
+            named = ", ".join(f"{name}: {_listed(each)}" for name, each in lengths.items())
             raise ValueError(
                 "Expected inputs and targets with one entry per example, and at least one example. "
-                f"Received arrays of lengths {sorted(found)} ({named})."
+                "A list stands for several arrays: make an array of a list of numbers or examples. "
+                f"Received arrays of lengths {_listed(sorted(found))} ({named})."
             )
         return cls(tuple(data.values()), augment)
 
@@ -105,6 +109,11 @@ class Examples:
 
 def _flat(arrays: Arrays) -> list[np.ndarray]:
     return [array for array in keras.tree.flatten(arrays) if array is not None]
+
+
+def _listed(numbers: list[int]) -> str:
+    more = len(numbers) - _LISTED
+    return ", ".join(map(str, numbers[:_LISTED])) + (f" and {more} more" if more > 0 else "")
 
 
 def _as_keras_would(array: Any) -> np.ndarray:

@@ -139,6 +139,10 @@ def fit(
     Callbacks see epochs; with one that acts on batches, the training goes through `model.fit`, on
     the same batches. Of labels out of range see `train`.
 
+    The logged losses of single outputs, where there are several, are means over examples; Keras on
+    TensorFlow takes the mean over batches. Of the arguments of `model.fit`, `class_weight` and
+    `validation_split` are not here: weigh and split the arrays.
+
     Args:
         model: compiled; its optimiser state continues from where it is.
         x: inputs, the examples along the first axis; or a list or dict of such arrays.

@@ -1,11 +1,68 @@
-import keras
+"""What holds for every test, and what keeps the suite quick."""
+
+import os
+
+import numpy as np
 import pytest
+
+
+def pytest_configure(config):
+    config.addinivalue_line(
+        "markers",
+        'once(on="tensorflow"): what it proves depends on no backend, so that it runs under one;'
+        " `on` names that in whose environment an oracle is installed",
+    )
+    # Under JAX most of the time goes into compiling each operation for each shape. What the tests
+    # compile runs for an instant, so that optimizing it does not pay; `optimized` is for those that
+    # are about its bits. Child processes take all of it over.
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    if hasattr(config, "cache"):
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(config.cache.mkdir("jax")))
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
+
+def pytest_collection_modifyitems(items):
+    import keras  # Not above: it reads the environment.
+
+    for item in items:
+        once = item.get_closest_marker("once")
+        if once and (on := once.kwargs.get("on", "tensorflow")) != keras.backend.backend():
+            item.add_marker(pytest.mark.skip(reason=f"tested once, on {on}"))
 
 
 @pytest.fixture(autouse=True)
 def _fresh_keras():
     """Every test starts from the same seed and leaves no global policy behind."""
+    import keras
+
     policy = keras.config.dtype_policy()
     keras.utils.set_random_seed(0)
     yield
     keras.config.set_dtype_policy(policy)
+
+
+@pytest.fixture
+def optimized():
+    """JAX compiles what the test makes as it does outside of the suite."""
+    import keras
+
+    if keras.backend.backend() != "jax":
+        yield
+        return
+    import jax
+
+    before = jax.config.jax_disable_most_optimizations
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture
+def nothing_drawn(monkeypatch):
+    """Kernels start as zeros, for tests that set them: drawing is compiled for each shape."""
+    import keras
+
+    def zeros(self, shape, dtype=None, **kwargs):
+        return keras.ops.convert_to_tensor(np.zeros(shape, "float32"), dtype)
+
+    monkeypatch.setattr(keras.initializers.VarianceScaling, "__call__", zeros)

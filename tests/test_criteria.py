@@ -5,6 +5,8 @@ import pytest
 
 from lottery_ticket_pruner import criteria, selection
 
+pytestmark = pytest.mark.once
+
 INITIAL = [0.5, -3.0, 2.0, -1.0, 4.0, -2.5, 1.5, 3.5]
 FINAL = [1.0, -3.1, -2.0, 0.5, 3.0, -5.0, 4.0, 0.1]
 # abs(w0)   0.5   3.0   2.0  1.0  4.0   2.5  1.5  3.5

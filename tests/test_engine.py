@@ -452,12 +452,16 @@ def test_one_long_call_goes_over_to_fit_and_its_metrics_are_those_of_all_of_it(m
 
 
 @needs_loop
-def test_short_calls_ask_too(monkeypatch):
+@pytest.mark.parametrize("train", ["train", "fit"])
+def test_short_calls_ask_too(monkeypatch, train):
     monkeypatch.setattr(engine, "_PATIENCE", 0.0)
     monkeypatch.setattr(engine, "_TRIAL_STEPS", 10)
     model = compiled(dense)
     slow_down(monkeypatch, model, 0.5)
-    training.train(model, X, Y, steps=10, batch_size=10, eval_every=1)
+    if train == "train":
+        training.train(model, X, Y, steps=10, batch_size=10, eval_every=1)
+    else:  # Each epoch is a batch that is not full.
+        training.fit(model, X, Y, batch_size=100, epochs=10)
     assert through_fit(model)
     assert int(model.optimizer.iterations) == 10
 

@@ -10,6 +10,7 @@ import masked_layers as ml
 from lottery_ticket_pruner.experiments import networks
 
 
+@pytest.mark.usefixtures("nothing_drawn")
 @pytest.mark.parametrize(
     ("name", "shape", "weights"),
     [

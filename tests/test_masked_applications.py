@@ -31,20 +31,27 @@ SMALLEST = {
     "vgg19": "VGG19",
     "xception": "Xception",
 }
-# All of them take minutes: once, on the main backend.
-QUICK = {"mobilenet_v3", "resnet"}
+# All of them take a minute: once, on the main backend. The benchmark checks them on any.
+EVERYWHERE = {"mobilenet_v3"}
 
 
+@pytest.mark.once
 def test_every_family_has_its_member_here():
     families = conversion.families()
     assert set(families) == set(SMALLEST)
     assert all(SMALLEST[family] in names for family, names in families.items())
 
 
-@pytest.mark.parametrize("family", sorted(SMALLEST))
-def test_outputs_are_the_same_bits(family):
-    if keras.backend.backend() != "tensorflow" and family not in QUICK:
-        pytest.skip("checked on TensorFlow; the benchmark checks it on any backend")
+@pytest.mark.usefixtures("nothing_drawn")
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(family, marks=[] if family in EVERYWHERE else pytest.mark.once)
+        for family in sorted(SMALLEST)
+    ],
+)
+def test_outputs_are_the_same_bits(family, monkeypatch):
+    monkeypatch.setattr(conversion, "SIDE", 75)  # The smallest that all of them take.
     plain = conversion.randomized(SMALLEST[family])
     masked = ml.convert_to_masked(plain)
     assert len(ml.get_masks(masked)) > 5

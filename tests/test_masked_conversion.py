@@ -92,6 +92,7 @@ class Block(layers.Layer):
 """
 
 
+@pytest.mark.once
 def test_a_masked_block_of_ones_own_loads_in_a_fresh_process(tmp_path):
     own = {}
     exec(PROGRAM, own)
@@ -485,6 +486,7 @@ def test_column_major_kernels_keep_their_bits():
 # --- What is carried over -------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "rmsprop", "momentum"])
 def test_a_partly_trained_model_continues_bit_for_bit(optimizer):
     if optimizer == "momentum":

@@ -14,6 +14,8 @@ from hypothesis.extra import numpy as hnp
 from lottery_ticket_pruner import criteria, selection
 from lottery_ticket_pruner.selection import Weights, drop_count, drop_lowest, update
 
+pytestmark = pytest.mark.once
+
 RANKING_RECORDS = [name for name in criteria.names() if not criteria.get(name).evidence]
 
 
@@ -302,6 +304,7 @@ def distinct(rng, *shape):
     return (magnitudes * rng.choice([-1, 1], size)).reshape(shape) / size
 
 
+@pytest.mark.once(on="torch")
 @pytest.mark.parametrize("seed", range(10))
 def test_layerwise_large_final_is_torchs_l1_unstructured(seed):
     torch = pytest.importorskip("torch")
@@ -317,6 +320,7 @@ def test_layerwise_large_final_is_torchs_l1_unstructured(seed):
     np.testing.assert_array_equal(mask, layer.weight_mask.numpy().astype(bool))
 
 
+@pytest.mark.once(on="torch")
 @pytest.mark.parametrize("seed", range(10))
 def test_two_global_rounds_are_torchs_global_unstructured(seed):
     torch = pytest.importorskip("torch")

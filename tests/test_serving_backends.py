@@ -58,6 +58,7 @@ for batch in (1, 4):
 """
 
 
+@pytest.mark.once  # It starts processes of its own.
 @pytest.mark.skipif(not installed("jax", "tensorflow"), reason="needs JAX and TensorFlow")
 def test_jax_exports_what_tensorflow_alone_runs(tmp_path):
     path = os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])

@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 from masked_layers.serving import encoding
 from masked_layers.serving.encoding import DTYPES, blocks, choose, decode, encode
 
+pytestmark = pytest.mark.once
+
 ENCODINGS = [None, "sparse", "dense"]
 
 

@@ -12,6 +12,8 @@ from masked_layers.shrinking import ShrinkReport, shrink
 
 BACKEND = keras.backend.backend()
 
+pytestmark = pytest.mark.usefixtures("nothing_drawn")
+
 
 @keras.saving.register_keras_serializable("test_shrinking")
 class Doubled(layers.Layer):
@@ -776,7 +778,8 @@ def test_preprocessing_layers_keep_what_they_learnt():
     model = keras.Sequential(
         [keras.Input((5,)), normalization, layers.Dense(4, "relu", name="d0"), layers.Dense(2)]
     )
-    model.layers[1].kernel.assign(np.random.default_rng(0).normal(size=(5, 4)))
+    for layer in model.layers[1:]:
+        layer.kernel.assign(np.random.default_rng(0).normal(size=layer.kernel.shape))
     zero(model.layers[1], [2])
     smaller, _ = checked(model)
     assert widths(smaller)["d0"] == 3

@@ -139,3 +139,10 @@ def test_train_refuses_what_it_cannot_do(data):
         training.train(model, *data, steps=1, batch_size=4, eval_every=0)
     with pytest.raises(ValueError, match="not compiled"):
         training.train(keras.Sequential([keras.layers.Dense(1)]), *data, steps=1, batch_size=4)
+
+
+def test_lists_of_numbers_are_refused_in_few_words(data):
+    x, y = data
+    with pytest.raises(ValueError, match="make an array of a list") as caught:
+        training.evaluate(make_model(), x, y.tolist())
+    assert len(str(caught.value)) < 400
