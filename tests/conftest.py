@@ -51,10 +51,11 @@ def optimized():
         return
     import jax
 
-    before = jax.config.jax_disable_most_optimizations
-    jax.config.update("jax_disable_most_optimizations", False)
+    flag = "jax_disable_most_optimizations"
+    before = jax.config.values[flag]
+    jax.config.update(flag, False)
     yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    jax.config.update(flag, before)
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ def dropped(shapes, sparsities):
     return {path: sparsities[path] * math.prod(shape) for path, shape in shapes.items()}
 
 
+@pytest.mark.once
 @settings(deadline=None, max_examples=60)
 @given(
     shapes=st.lists(

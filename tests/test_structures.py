@@ -133,6 +133,7 @@ def kernels(draw):
     return kernel(values, mask, input_axes=inputs, output_axes=outputs)
 
 
+@pytest.mark.once
 @settings(deadline=None, max_examples=100)
 @given(
     kernels=st.lists(kernels(), min_size=1, max_size=3),
@@ -183,6 +184,7 @@ def test_structures_are_loops_over_tiles(kernels, structure, percent, together, 
         np.testing.assert_allclose(dropped, sorted(score for score, _ in competing)[:drop])
 
 
+@pytest.mark.once(on="torch")
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("shape", [(7, 5), (3, 3, 4, 6)])
 def test_filters_by_magnitude_are_torchs_ln_structured(seed, shape):
