@@ -62,7 +62,7 @@ class Examples:
             raise ValueError(
                 "Expected inputs and targets with one entry per example, and at least one example. "
                 "A list stands for several arrays: make an array of a list of numbers or examples. "
-                f"Received arrays of lengths {_listed(sorted(found))} ({named})."
+                f"Received arrays of lengths [{_listed(sorted(found))}] ({named})."
             )
         return cls(tuple(data.values()), augment)
 
