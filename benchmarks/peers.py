@@ -8,7 +8,7 @@ import itertools
 
 import numpy as np
 
-from benchmarks.timing import seconds
+from benchmarks.timing import step_milliseconds
 
 WIDTHS = (784, 300, 100, 10)
 INPUTS = WIDTHS[0]
@@ -60,7 +60,7 @@ def hand_written(steps, batch_size):
         epoch(x, y, tf.constant(order))
 
     run()
-    return {"hand": seconds(run, per=steps / 1e3)}
+    return {"hand": step_milliseconds(run, steps)}
 
 
 def torch_prune(steps, batch_size):
@@ -90,7 +90,7 @@ def torch_prune(steps, batch_size):
                 optimizer.step()
 
         epoch()
-        return seconds(epoch, per=steps / 1e3)
+        return step_milliseconds(epoch, steps)
 
     return {"torch": contender(), "torch, fused": contender(fused=True)}
 
@@ -124,4 +124,4 @@ def tfmot(steps, batch_size, frequency):
         model.fit(x, y, batch_size=batch_size, callbacks=[sparsity.UpdatePruningStep()], verbose=0)
 
     epoch()
-    return {"tfmot": seconds(epoch, per=steps / 1e3)}
+    return {"tfmot": step_milliseconds(epoch, steps)}

@@ -69,23 +69,26 @@ def engine(quick: bool) -> Iterator[Group]:
     lenet = {"network": "lenet-300-100", **work}
     warm_up = {"warm_up": 0.0} if quick else {}
     net = "LeNet-300-100, batch 60"
+    repeats = 2 if quick else 7
+    plain = _training("engine", "engine", **lenet, **warm_up)
+    masked = _training("engine", "engine", **lenet, masks=True, **warm_up)
+    # Few at a time: each that waits holds memory and caches, and makes the turns long.
     yield Group(
-        {
-            "plain": _training("engine", "engine", **lenet, **warm_up),
-            "masked": _training("engine", "engine", **lenet, masks=True, **warm_up),
-            "hand": _peer("hand_written", "hand", **work),
-            "fit": _training("fit", "fit", **lenet),
-            "fit, 100": _training("fit", "fit", **lenet, steps_per_execution=100),
-            "torch": _peer("torch_prune", "torch", **work),
-            "torch, fused": _peer("torch_prune", "torch, fused", **work),
-            "tfmot, 1": _peer("tfmot", "tfmot", **work, frequency=1),
-            "tfmot, 100": _peer("tfmot", "tfmot", **work, frequency=100),
-            "callback": _training("earlier_callback", "callback", **work),
-        },
+        {"plain": plain, "hand": _peer("hand_written", "hand", **work)},
         (
             Comparison(
                 f"engine, {net}, TensorFlow", "plain", "hand-written XLA epoch", "hand", 1.15
             ),
+        ),
+        repeats,
+    )
+    yield Group(
+        {
+            "plain": plain,
+            "fit": _training("fit", "fit", **lenet),
+            "fit, 100": _training("fit", "fit", **lenet, steps_per_execution=100),
+        },
+        (
             Comparison(f"engine, {net}, TensorFlow", "plain", "Keras `fit`", "fit", 4.5, True),
             Comparison(
                 f"engine, {net}, TensorFlow",
@@ -94,6 +97,16 @@ def engine(quick: bool) -> Iterator[Group]:
                 "fit, 100",
                 faster=True,
             ),
+        ),
+        repeats,
+    )
+    yield Group(
+        {
+            "masked": masked,
+            "torch": _peer("torch_prune", "torch", **work),
+            "torch, fused": _peer("torch_prune", "torch, fused", **work),
+        },
+        (
             Comparison(
                 f"engine, {net}, TensorFlow, masked",
                 "masked",
@@ -109,6 +122,17 @@ def engine(quick: bool) -> Iterator[Group]:
                 "torch, fused",
                 faster=True,
             ),
+        ),
+        repeats,
+    )
+    yield Group(
+        {
+            "masked": masked,
+            "tfmot, 1": _peer("tfmot", "tfmot", **work, frequency=1),
+            "tfmot, 100": _peer("tfmot", "tfmot", **work, frequency=100),
+            "callback": _training("earlier_callback", "callback", **work),
+        },
+        (
             Comparison(
                 f"engine, {net}, TensorFlow, masked",
                 "masked",
@@ -131,7 +155,7 @@ def engine(quick: bool) -> Iterator[Group]:
                 faster=True,
             ),
         ),
-        2 if quick else 7,
+        2 if quick else 3,
     )
     on_jax = {"backend": "jax", **lenet}
     yield Group(
@@ -140,7 +164,7 @@ def engine(quick: bool) -> Iterator[Group]:
             "fit": _training("fit", "fit", **on_jax),
         },
         (Comparison(f"engine, {net}, JAX", "plain", "Keras `fit`", "fit", faster=True),),
-        2 if quick else 7,
+        repeats,
     )
     for backend, keras, network, name in (
         ("tensorflow", "TensorFlow", "conv-2", "Conv-2"),

@@ -159,6 +159,21 @@ def seconds(function: Callable[[], Any], per: float = 1.0) -> Callable[[], float
     return timed
 
 
+def step_milliseconds(function: Callable[[], Any], steps: int) -> Callable[[], float]:
+    """Returns a function that says how long each of the `steps` of a call of `function` takes.
+
+    It calls it twice and takes the second time: to a process that waited for its turn the first
+    call brings back what others and the system have driven out of caches and memory.
+    """
+    timed = seconds(function, per=steps / 1e3)
+
+    def warmed() -> float:
+        function()
+        return timed()
+
+    return warmed
+
+
 def peak_bytes(function: Callable[[], Any]) -> int:
     """Returns by how much the process' resident memory rose at most during a call.
 

@@ -12,7 +12,7 @@ from keras import layers
 
 import masked_layers as ml
 from benchmarks.peers import SPARSITY, examples
-from benchmarks.timing import peak_bytes, seconds
+from benchmarks.timing import peak_bytes, step_milliseconds
 from lottery_ticket_pruner import training
 from lottery_ticket_pruner.experiments import networks
 
@@ -89,7 +89,7 @@ def engine(network, batch_size, steps, masks=False, warm_up=WARM_UP_SECONDS):
     train()
     while time.perf_counter() < start + warm_up:
         train()
-    return {"engine": seconds(train, per=steps / 1e3)}
+    return {"engine": step_milliseconds(train, steps)}
 
 
 def fit(network, batch_size, steps, steps_per_execution=1, masks=False):
@@ -104,7 +104,7 @@ def fit(network, batch_size, steps, steps_per_execution=1, masks=False):
         model.fit(x, y, batch_size=batch_size, verbose=0)
 
     epoch()
-    return {"fit": seconds(epoch, per=steps / 1e3)}
+    return {"fit": step_milliseconds(epoch, steps)}
 
 
 def masked_and_plain(network, batch_size, steps):
@@ -119,7 +119,7 @@ def masked_and_plain(network, batch_size, steps):
             training.train(model, x, y, steps=steps, batch_size=batch_size, deterministic=True)
 
         train()
-        return seconds(train, per=steps / 1e3)
+        return step_milliseconds(train, steps)
 
     plain = build(network)
     return {"masked": contender(masked(plain)), "plain": contender(plain)}
@@ -147,7 +147,7 @@ def earlier_callback(steps, batch_size):
         model.fit(x, y, batch_size=batch_size, callbacks=[Prune()], verbose=0)
 
     epoch()
-    return {"callback": seconds(epoch, per=steps / 1e3)}
+    return {"callback": step_milliseconds(epoch, steps)}
 
 
 def on_device(network, batch_size, steps, shape, masks):
@@ -168,7 +168,7 @@ def on_device(network, batch_size, steps, shape, masks):
 
     grown = peak_bytes(train)
     return {
-        "step": seconds(train, per=steps / 1e3),
+        "step": step_milliseconds(train, steps),
         "memory": lambda: (_most_bytes() or grown) / 1e6,
     }
 
