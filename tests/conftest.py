@@ -9,8 +9,8 @@ import pytest
 def pytest_configure(config):
     config.addinivalue_line(
         "markers",
-        'once(on="tensorflow"): what it proves depends on no backend, so that it runs under one;'
-        " `on` names that in whose environment an oracle is installed",
+        "once(*backends): depends on no backend, so that it runs under these alone; under none named,"
+        " under TensorFlow",
     )
     # Under JAX most of the time goes into compiling each operation for each shape. What the tests
     # compile runs for an instant, so that optimizing it does not pay; `optimized` is for those that
@@ -26,8 +26,8 @@ def pytest_collection_modifyitems(items):
 
     for item in items:
         once = item.get_closest_marker("once")
-        if once and (on := once.kwargs.get("on", "tensorflow")) != keras.backend.backend():
-            item.add_marker(pytest.mark.skip(reason=f"tested once, on {on}"))
+        if once and keras.backend.backend() not in (backends := once.args or ("tensorflow",)):
+            item.add_marker(pytest.mark.skip(reason=f"tested on {', '.join(backends)}"))
 
 
 @pytest.fixture(autouse=True)

@@ -25,6 +25,8 @@ def test_what_is_left_open_is_chosen():
     # Two steps of pruning come on top of the way to a point.
     assert asked.work == 2 * 40 + (9 + 2 * 33) + (22 + 2 * 20)
     assert len({config.name, asked.name, dataclasses.replace(config, points=5).name}) == 3
+    own = InstabilityConfig(data="../code/own.py:load").resolve(600)
+    assert own.name.startswith("own.py-load-lenet-300-100-instability-")
 
 
 @pytest.mark.parametrize(

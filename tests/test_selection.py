@@ -304,7 +304,7 @@ def distinct(rng, *shape):
     return (magnitudes * rng.choice([-1, 1], size)).reshape(shape) / size
 
 
-@pytest.mark.once(on="torch")
+@pytest.mark.once("tensorflow", "torch")  # Where torch is installed.
 @pytest.mark.parametrize("seed", range(10))
 def test_layerwise_large_final_is_torchs_l1_unstructured(seed):
     torch = pytest.importorskip("torch")
@@ -320,7 +320,7 @@ def test_layerwise_large_final_is_torchs_l1_unstructured(seed):
     np.testing.assert_array_equal(mask, layer.weight_mask.numpy().astype(bool))
 
 
-@pytest.mark.once(on="torch")
+@pytest.mark.once("tensorflow", "torch")  # Where torch is installed.
 @pytest.mark.parametrize("seed", range(10))
 def test_two_global_rounds_are_torchs_global_unstructured(seed):
     torch = pytest.importorskip("torch")

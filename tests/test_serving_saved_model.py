@@ -65,7 +65,7 @@ def recurrent():
         [
             keras.Input((None,), dtype="int32"),
             layers.Embedding(50, 16, mask_zero=True),
-            layers.Bidirectional(layers.LSTM(8)),
+            layers.Bidirectional(layers.SimpleRNN(8)),
             layers.Dense(4),
         ]
     )

@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -136,7 +137,7 @@ def test_children_of_supermasks_are_what_supermask_makes_of_their_arguments(tmp_
         plan(SupermaskSweepConfig(over=("rate=0.1",)))
 
 
-def test_the_default_folder_is_named_after_all_runs():
+def test_the_default_folder_is_named_after_all_runs(tmp_path, monkeypatch):
     first, same, other = (
         plan(SweepConfig(over=(f"rate={rates}",), seeds=(0,)))[0].config.folder.parent
         for rates in ("0.1,0.2", "0.2,0.1", "0.1,0.3")
@@ -144,6 +145,17 @@ def test_the_default_folder_is_named_after_all_runs():
     assert first.parent.name == "runs"
     assert first.name.startswith("sweep-digits-")
     assert first == same != other
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.py").write_text(
+        "import numpy as np\n"
+        "def load():\n"
+        "    return (np.zeros((24, 4)), np.arange(24)), (np.zeros((6, 4)), np.arange(6))\n"
+    )
+    for kind in (SweepConfig, SupermaskSweepConfig):
+        (child,) = plan(kind(data="./own.py:load", seeds=(0,)))
+        assert child.config.folder.parent.parent == Path("runs")
+        assert child.config.folder.parent.name.startswith("sweep-own.py-load-")
+        assert child.config.folder.name.startswith("own.py-load-lenet-300-100-")
 
 
 @pytest.mark.parametrize(

@@ -46,8 +46,8 @@ class InstabilityConfig:
     arXiv 1912.05671). With --masks the same is asked of a ticket.
     """
 
-    data: Literal[*datasets.NAMES] = "digits"
-    """Data set; all but digits are read from --data-dir or downloaded."""
+    data: Annotated[str, tyro.conf.arg(metavar="NAME")] = "digits"
+    """Data set by name, or your own as module:function: see `lottery-ticket run --help`."""
     data_dir: _Path = None
     """Folder with the data set's published files or its .npz, or with a subfolder of them."""
     network: Annotated[Literal[*networks.NAMES] | None, _NO_HINT] = None
@@ -128,7 +128,7 @@ the same options measured is kept."""
         """What a resolved configuration is called: readable, and different for different runs."""
         content = json.dumps(choices(self.to_dict()), sort_keys=True)
         digest = hashlib.sha256(content.encode()).hexdigest()
-        return f"{self.data}-{self.network}-instability-{digest[:8]}"
+        return f"{datasets.label(self.data)}-{self.network}-instability-{digest[:8]}"
 
     @property
     def folder(self) -> Path:

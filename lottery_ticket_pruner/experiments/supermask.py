@@ -56,8 +56,8 @@ class SupermaskConfig:
 
     learn: Annotated[Literal["bernoulli", "edge_popup"] | None, _NO_HINT] = None
     """Learn masks instead: sampled from probabilities, or of the weights with the best scores."""
-    data: Literal[*datasets.NAMES] = "digits"
-    """Data set; all but digits are read from --data-dir or downloaded."""
+    data: Annotated[str, tyro.conf.arg(metavar="NAME")] = "digits"
+    """Data set by name, or your own as module:function: see `lottery-ticket run --help`."""
     data_dir: _Path = None
     """Folder with the data set's published files or its .npz, or with a subfolder of them."""
     network: Annotated[Literal[*networks.NAMES] | None, _NO_HINT] = None
@@ -131,7 +131,8 @@ run of the same options finished are kept."""
         """What a resolved configuration is called: readable, and different for different runs."""
         content = json.dumps(choices(self.to_dict()), sort_keys=True)
         digest = hashlib.sha256(content.encode()).hexdigest()
-        return f"{self.data}-{self.network}-{self.learn or 'untrained'}-masks-{digest[:8]}"
+        kind = f"{self.learn or 'untrained'}-masks"
+        return f"{datasets.label(self.data)}-{self.network}-{kind}-{digest[:8]}"
 
     @property
     def folder(self) -> Path:

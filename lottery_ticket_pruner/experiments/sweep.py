@@ -407,7 +407,7 @@ def _combine(folder: Path, kind: _Kind, options: Sequence[str]) -> None:
 
 def _name(config: SweepConfig | SupermaskSweepConfig, children: Sequence[str]) -> str:
     digest = hashlib.sha256(json.dumps(sorted(children)).encode()).hexdigest()
-    return f"sweep-{config.data}-{digest[:8]}"
+    return f"sweep-{datasets.label(config.data)}-{digest[:8]}"
 
 
 def _kind(config: RunConfig | SupermaskConfig) -> _Kind:
