@@ -88,8 +88,7 @@ def interpolate(
     Reference:
         - [Frankle et al., arXiv 1912.05671](https://arxiv.org/abs/1912.05671), section 2
     """
-    if points < 2:
-        raise ValueError(f"`points` must be at least 2. Received: points={points}")
+    _check_points(points)
     if not getattr(model, "compiled", False):
         raise ValueError(f"{model.name} is not compiled: call compile() before interpolate().")
     ends = [_effective(model, solution) for solution in (first, second)]
@@ -163,6 +162,7 @@ def instability(
     Reference:
         - [Frankle et al., arXiv 1912.05671](https://arxiv.org/abs/1912.05671), section 2
     """
+    _check_points(points)
     if not getattr(model, "compiled", False):
         raise ValueError(f"{model.name} is not compiled: call compile() before instability().")
     _keras.sync(model)
@@ -433,6 +433,11 @@ def plot_confusion(counts: np.ndarray, names: Sequence[str] | None = None) -> Fi
 # --- Inside ---------------------------------------------------------------------------------------
 
 
+def _check_points(points: int) -> None:
+    if points < 2:
+        raise ValueError(f"`points` must be at least 2. Received: points={points}")
+
+
 def _plain(model: keras.Model) -> keras.Model:
     """A plain copy: it reads the weights that it is given and has no mask of its own."""
     masked = any(ref.mask is not None for ref in ml.weight_refs(model))
@@ -445,7 +450,7 @@ def _effective(model: keras.Model, solution: Solution) -> list[np.ndarray]:
     _keras.sync(source)
     values = [fitting.read(variable) for variable in source.weights]
     if source is not solution:
-        values = [np.asarray(array) for array in solution]
+        values = [fitting.widened(np.asarray(array)) for array in solution]
     shapes = [tuple(variable.shape) for variable in model.weights]
     if [value.shape for value in values] != shapes:
         raise ValueError(

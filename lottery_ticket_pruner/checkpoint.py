@@ -29,7 +29,7 @@ class Checkpoint:
 
     def __init__(self, folder: Path, arguments: Mapping[str, Any]) -> None:
         self._folder = folder
-        self._arguments = json.loads(json.dumps(arguments))
+        self._arguments = json.loads(json.dumps(arguments, default=description))
         self._state = folder / "state.json"
 
     def exists(self) -> bool:
@@ -57,7 +57,7 @@ class Checkpoint:
             "evaluations": evaluations,
         }
         with replacing(self._state) as file:
-            file.write(json.dumps(state, indent=1).encode())
+            file.write(json.dumps(state, indent=1, default=description).encode())
         self._pruner_file(number - 1).unlink(missing_ok=True)
         self._model_file(number - 1).unlink(missing_ok=True)
 

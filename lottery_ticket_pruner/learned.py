@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -10,6 +10,7 @@ import numpy as np
 
 import masked_layers as ml
 from lottery_ticket_pruner import training, treatments
+from lottery_ticket_pruner.augmentation import Augmentation
 from masked_layers import conversion, learned
 
 WEIGHTS = ("initial", "signed_constant")
@@ -50,10 +51,14 @@ def learn_supermask(
     validation_data: tuple[training.Arrays, training.Arrays] | None = None,
     eval_every: int | None = None,
     seed: int = 0,
+    augment: Augmentation | None = None,
     deterministic: bool = False,
     on_progress: Callable[[int], None] | None = None,
 ) -> LearnedSupermask:
-    """Learns which of a model's weights to keep; kernels and biases stay as they are.
+    """Learns which of a model's weights to keep; all weights stay as they are.
+
+    Those of layers without masks, too, such as the scales and offsets of normalization; their
+    statistics follow the data as in any training.
 
     Under an `EdgePopupMask` of sparsity s the kernels are multiplied by 1 / sqrt(1 - s) first, as
     Ramanujan et al. scale theirs (arXiv 1911.13299, section 3).
@@ -76,6 +81,7 @@ def learn_supermask(
         validation_data: `(x, y)` for `history`, None: not measured.
         eval_every: steps between evaluations on the validation data; None: at the end only.
         seed: of the order of the examples and of the samples in the test; of a mask given by name.
+        augment: as for `training.train`.
         deterministic: as for `training.train`.
         on_progress: called with the number of new steps done.
 
@@ -100,6 +106,9 @@ def learn_supermask(
         if weights == "signed_constant":
             values = treatments.signed_constant(values)
         ref.variable.assign(values * np.asarray(scale, values.dtype))
+    scores = {id(ref.mask.scores) for ref in ml.masked_refs(model)}
+    others = [variable for variable in model.trainable_variables if id(variable) not in scores]
+    _set_trainable(others, False)
     conversion.compile_with(model, optimizer or _optimizer(prototype, steps))
     history = training.train(
         model,
@@ -111,9 +120,13 @@ def learn_supermask(
         eval_every=eval_every,
         validation_data=validation_data,
         on_progress=on_progress,
+        augment=augment,
         deterministic=deterministic,
     )
     supermask, sampled, results = ml.harden(model), {}, {}
+    # Only learning froze them.
+    paths = {variable.path for variable in others}
+    _set_trainable([v for v in supermask.variables if v.path in paths], True)
     if test_data is not None:
         results = training.evaluate(supermask, *test_data)
         if isinstance(prototype, ml.BernoulliMask):
@@ -121,6 +134,11 @@ def learn_supermask(
         else:
             sampled = {name: np.array([value]) for name, value in results.items()}
     return LearnedSupermask(model, supermask, sampled, results, history)
+
+
+def _set_trainable(variables: Sequence[keras.Variable], trainable: bool) -> None:
+    for variable in variables:
+        variable.trainable = trainable
 
 
 def evaluate_sampled(

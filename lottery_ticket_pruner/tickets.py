@@ -17,6 +17,7 @@ from lottery_ticket_pruner.augmentation import Augmentation
 from lottery_ticket_pruner.checkpoint import Checkpoint, description, digest
 from lottery_ticket_pruner.data import arrays_of, pair_of
 from lottery_ticket_pruner.pruner import LotteryTicketPruner
+from masked_layers import _keras
 
 CONTROLS = ("random_reinit", "reinit_same_sign", "random_mask", "reshuffled_mask")
 RETRAINING = ("weight_rewinding", "learning_rate_rewinding", "fine_tuning")
@@ -105,7 +106,8 @@ def find_ticket(
     Args:
         model: compiled. A plain one is left untouched: a masked copy is trained. One that is
             masked already is trained itself, from dense masks on, so that several calls can
-            share its compiled functions.
+            share its compiled functions. Either way the optimizer starts anew, a learning-rate
+            schedule at step 0.
         x: training inputs in memory: an array, or a list or dict of them. Or inputs and targets
             together as a finite `tf.data.Dataset`, a `keras.utils.PyDataset` or a torch
             `DataLoader` of batches, which is read into memory once (see `data.arrays_of`).
@@ -196,8 +198,8 @@ def find_ticket(
         retraining=retraining,
         kept=kept,
         pruned=pruned,
-        controls=controls,
-        control_rounds=control_rounds,
+        controls=list(controls),
+        control_rounds=None if control_rounds is None else list(control_rounds),
         seed=seed,
         replicate=replicate,
         on_result=on_result,
@@ -248,6 +250,9 @@ class _Search:
     on_progress: Callable[[int], None] | None
 
     def __post_init__(self) -> None:
+        # Of a model that was trained before, the schedule would be at its end.
+        _keras.sync(self.model)
+        fitting.start_over(self.model.optimizer)
         self.pruner = LotteryTicketPruner(self.model)
         self.weights_at_0 = self.model.get_weights()
         self.masks: list[dict[str, np.ndarray]] = []

@@ -27,6 +27,7 @@ import keras
 import numpy as np
 
 import masked_layers as ml
+from lottery_ticket_pruner import fitting
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -212,8 +213,7 @@ def draw_again(ref: ml.WeightRef, seed: int) -> np.ndarray:
     if "seed" in config:
         initializer = type(initializer).from_config({**config, "seed": seed})
     drawn = initializer(tuple(ref.variable.shape), dtype=ref.variable.dtype)
-    array = np.array(keras.ops.convert_to_numpy(drawn))
-    return array.astype("float32") if array.dtype.name == "bfloat16" else array
+    return fitting.widened(np.array(keras.ops.convert_to_numpy(drawn)))
 
 
 def signed_constant(initial: np.ndarray) -> np.ndarray:

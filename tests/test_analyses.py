@@ -92,6 +92,18 @@ def test_masked_solutions_are_interpolated_as_they_are_read():
     assert analyses.plot_confusion(counts).axes[0].get_xlabel() == "predicted class"
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_solutions_are_interpolated(dtype):
+    model = keras.Sequential([keras.Input((1,)), layers.Dense(1, use_bias=False, dtype=dtype)])
+    model.compile("sgd", "mse")
+    ends = []
+    for weight in (-1.0, 3.0):
+        model.set_weights([np.full((1, 1), weight)])
+        ends.append(model.get_weights())
+    result = analyses.interpolate(model, *ends, ONE, ONE, points=5)
+    np.testing.assert_allclose(result.errors, [4, 1, 0, 1, 4])
+
+
 def test_instability_is_the_barrier_between_two_orders(line):
     """One step on one of two examples that pull the weight to 1 and to -1."""
     y = np.array([[1.0], [-1.0]], "float32")
@@ -131,6 +143,11 @@ def test_instability_goes_on_where_schedule_and_masks_are():
         np.testing.assert_array_equal(was, now.numpy())
     with pytest.raises(ValueError, match="not compiled"):
         analyses.instability(keras.Sequential(), X, Y, **options)
+    trained = []
+    options |= {"points": 1, "on_progress": trained.append}
+    with pytest.raises(ValueError, match="`points` must be at least 2"):
+        analyses.instability(model, X, Y, **options)
+    assert not trained
 
 
 def test_sign_agreement_by_hand():

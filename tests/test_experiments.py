@@ -103,6 +103,7 @@ def test_a_global_scope_has_one_rate():
         ({"scope": "global", "conv_rate": 0.1}, "--conv-rate: all layers compete"),
         ({"strategy": "largest"}, "large_final"),
         ({"seeds": ()}, "at least one seed"),
+        ({"seeds": (0, 1, 0)}, r"each seed once.*Received: \(0, 1, 0\)"),
         ({"seeds": (0, -1)}, r"Received: \(0, -1\)"),
         ({"learning_rate": math.nan}, "--learning-rate must be positive. Received: nan"),
         ({"strategy": "smallest_weights_global", "scope": "layer"}, "scope='global' alone"),

@@ -240,6 +240,13 @@ def test_an_npz_without_its_arrays_is_named(tmp_path):
         datasets.load("mnist", tmp_path)
 
 
+def test_an_npz_of_scaled_pixels_is_refused(tmp_path):
+    x, y = np.zeros((12, 28, 28)), np.zeros(12)
+    np.savez(tmp_path / "mnist.npz", x_train=x, y_train=y, x_test=x.astype("uint8"), y_test=y)
+    with pytest.raises(ValueError, match=r"uint8, .*x_train of float64, x_test of uint8"):
+        datasets.load("mnist", tmp_path)
+
+
 def test_unknown_names_list_the_known():
     with pytest.raises(ValueError, match=r"'svhn'.*digits, mnist, fashion_mnist, cifar10"):
         datasets.load("svhn")
@@ -320,6 +327,11 @@ def widths():
     return (x, y), (x[:, :1], y)
 
 
+def gaps():
+    (x, y), _ = table()
+    return (np.where(x > 1, np.nan, x), y), (x, y)
+
+
 def texts():
     (x, y), _ = table()
     return (x.astype(str), y), (x.astype(str), y)
@@ -387,6 +399,7 @@ def test_own_data_from_tensorflow_data_sets(own):
         ("weighted", r"pairs \(x, y\). Received one of 3 parts"),
         ("negative", r"class indices 0, 1, ... as y. Received: \[-1  0  1"),
         ("widths", r"of one shape and type.*float64\(2,\) and float64\(1,\)"),
+        ("gaps", "finite numbers as x"),
         ("texts", "one array of numbers.*x of <U"),
     ],
 )

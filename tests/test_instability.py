@@ -33,6 +33,7 @@ def test_what_is_left_open_is_chosen():
     ("options", "message"),
     [
         ({"steps": 5, "rewind_to": ("5",)}, "--rewind-to 5 is not before the end"),
+        ({"seeds": (2, 2)}, "each seed once"),
         ({"points": 1}, "--points must be at least 2. Received: 1"),
         ({"round": 2}, "give that, too"),
         ({"rewind_to": ("soon",)}, "500it"),
@@ -81,6 +82,14 @@ def test_the_masks_and_the_rewinding_point_are_those_of_a_run(tmp_path, measured
         np.testing.assert_array_equal(masks[ref.path], mask)
         assert 0 < mask.mean() < 1
         np.testing.assert_array_equal(weights[ref.path][~mask], ref.variable.numpy()[~mask])
+    assert cli.main(command(**options, masks=ticket, round=0, out=tmp_path / "dense")) == 0
+    assert all(mask.all() for mask in measured[1][3].values())
+    stored = json.loads((ticket / "config.json").read_text())
+    for name, value in (("pruned", "freeze"), ("kept", "reinit")):
+        (ticket / "config.json").write_text(json.dumps(stored | {name: value}))
+        assert cli.main(command(**options, masks=ticket)) == 2
+        assert f"has {name} '{value}'" in capsys.readouterr().err
+    (ticket / "config.json").write_text(json.dumps(stored))
     for wrong, message in (
         ({"batch-size": 60}, "has batch_size 50, not 60"),
         ({"seeds": "3 4"}, "no masks of round 1 for seed 4"),
@@ -90,7 +99,11 @@ def test_the_masks_and_the_rewinding_point_are_those_of_a_run(tmp_path, measured
         assert message in capsys.readouterr().err
 
 
-def test_an_interrupted_run_goes_on_and_reports_show_it(tmp_path, measured):
+def interrupted(*args, **kwargs):
+    raise KeyboardInterrupt
+
+
+def test_an_interrupted_run_goes_on_and_reports_show_it(tmp_path, measured, monkeypatch):
     options = {"steps": 9, "seeds": "1 2 5", "rewind-to": 0, "points": 3, "out": tmp_path / "a"}
     assert cli.main(command(**options)) == 0
     assert [state[:2] for state in measured] == [(1, 9), (2, 9), (5, 9)]
@@ -110,6 +123,16 @@ def test_an_interrupted_run_goes_on_and_reports_show_it(tmp_path, measured):
     pd.testing.assert_frame_equal(again.drop(columns="seconds"), rows.drop(columns="seconds"))
     assert len(pd.read_csv(tmp_path / "a" / "lines.csv")) == 9
     assert json.loads((tmp_path / "a" / "config.json").read_text())["rewind_to"] == ["0it"]
+
+    # Another configuration in the same place starts from nothing, also where it was interrupted.
+    measure, count = analyses.instability, len(measured)
+    monkeypatch.setattr(analyses, "instability", interrupted)
+    other = options | {"points": 4, "seeds": "1 2 5 6"}
+    assert cli.main(command(**other)) == 130
+    monkeypatch.setattr(analyses, "instability", measure)
+    assert cli.main(command(**other)) == 0
+    assert [state[0] for state in measured[count:]] == [1, 2, 5, 6]
+    assert len(pd.read_csv(tmp_path / "a" / "lines.csv")) == 16
 
     text = page.render(page.read_tickets(results.groups_of(results.find_runs([tmp_path]))))
     assert "10.00 ± 0.00" in text

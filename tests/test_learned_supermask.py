@@ -96,6 +96,30 @@ def test_a_learned_mask_beats_untrained_ones(digits, untrained, mask, weights, s
     )
 
 
+def test_weights_of_layers_without_masks_stay_too(digits):
+    keras.utils.set_random_seed(1)
+    model = keras.Sequential(
+        [
+            keras.Input((64,)),
+            layers.Dense(8, name="hidden"),
+            layers.BatchNormalization(),
+            layers.Dense(10),
+        ]
+    )
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile("sgd", loss, metrics=["accuracy"])
+    before = model.get_weights()
+    found = learned.learn_supermask(model, *digits[0], steps=5, test_data=digits[1], samples=2)
+    moved = [
+        variable.name
+        for variable, was in zip(found.supermask.weights, before, strict=True)
+        if (keras.ops.convert_to_numpy(variable) != was).any()
+    ]
+    assert moved == ["moving_mean", "moving_variance"]
+    assert len(found.supermask.trainable_variables) == len(model.trainable_variables)
+    assert not ml.get_masks(found.model)["hidden/kernel"].all()
+
+
 def test_samples_are_whole_masks_and_repeat(digits):
     model = ml.convert_to_masked(network(), mask=ml.BernoulliMask(seed=3))
     first = learned.evaluate_sampled(model, *digits[1], samples=2, seed=5)

@@ -193,6 +193,13 @@ def test_rows_survive_their_file(tmp_path):
     writer.close()
 
 
+def test_rows_are_read_to_the_last_bit(tmp_path):
+    numbers = np.random.default_rng(0).random(1000)
+    pd.DataFrame({"test_loss": numbers}).to_csv(tmp_path / "rows.csv", index=False)
+    again = [row["test_loss"] for row in report.read_rows(tmp_path / "rows.csv")]
+    np.testing.assert_array_equal(again, numbers)
+
+
 def test_runs_that_differ_in_seeds_alone_are_replicates(tmp_path):
     write_run(tmp_path / "b", seeds=[9, 8])
     write_run(tmp_path / "a", ROWS[:4])

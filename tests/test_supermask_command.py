@@ -14,7 +14,8 @@ from rich.console import Console
 
 import masked_layers as ml
 from lottery_ticket_pruner import cli, training
-from lottery_ticket_pruner.experiments import datasets, supermask
+from lottery_ticket_pruner.augmentation import CropAndFlip
+from lottery_ticket_pruner.experiments import datasets, networks, supermask
 from lottery_ticket_pruner.experiments.run import prepare
 from lottery_ticket_pruner.experiments.supermask import SupermaskConfig
 
@@ -32,6 +33,8 @@ def test_what_is_left_open_is_chosen():
     assert (learned.steps, learned.batch_size, learned.sparsities) == (20_000, 250, ())
     assert SupermaskConfig(learn="edge_popup", epochs=3).resolve(1000).steps == 12
     assert SupermaskConfig(learn="edge_popup").resolve(1000).sparsities == (0.5,)
+    for chosen in (config, learned, SupermaskConfig(learn="edge_popup", epochs=3).resolve(1000)):
+        assert chosen.resolve(1000) == chosen  # Its file repeats the run.
     names = {config.name, learned.name, dataclasses.replace(config, dwr=(True,)).name}
     assert len(names) == 3
     assert dataclasses.replace(config, quiet=True).name == config.name
@@ -45,6 +48,9 @@ def test_what_is_left_open_is_chosen():
         ({"sparsities": (1.0,)}, r"must be in \[0, 1\)"),
         ({"criteria": ()}, "at least one value for --criteria"),
         ({"samples": 0}, "--samples must be positive"),
+        ({"learn": "bernoulli", "steps": 0}, "--steps must be positive. Received: 0"),
+        ({"learn": "bernoulli", "batch_size": 0}, "--batch-size must be positive. Received: 0"),
+        ({"seeds": (1, 1)}, "each seed once"),
         ({"steps": 1, "epochs": 1}, "--steps or --epochs"),
     ],
 )
@@ -86,6 +92,22 @@ def test_untrained_masks(tmp_path, monkeypatch):
     assert {file.name for file in folder.glob("*.png")} == pictures
     again = pd.read_csv(folder / "results.csv")
     pd.testing.assert_frame_equal(again, rows, rtol=1e-3)
+
+
+@pytest.mark.parametrize("learn", [None, "edge_popup"])
+def test_training_images_are_augmented_as_the_network_has_it(tmp_path, monkeypatch, learn):
+    augmentation, seen = CropAndFlip(1), []
+
+    def train(*args, augment, **kwargs):
+        seen.append(augment)
+        raise InterruptedError
+
+    monkeypatch.setattr(networks, "augmentation", {"lenet-300-100": augmentation}.get)
+    monkeypatch.setattr(training, "train", train)
+    config = SupermaskConfig(learn=learn, steps=1, seeds=(0,), out=tmp_path)
+    with pytest.raises(InterruptedError):
+        supermask.run(*prepare(config), Console(quiet=True))
+    assert seen == [augmentation]
 
 
 @pytest.mark.parametrize("kind", ["bernoulli", "edge_popup"])

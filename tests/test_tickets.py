@@ -188,6 +188,17 @@ def test_a_learning_rate_schedule_goes_back_to_the_rewinding_point(data, starts)
     assert [iterations for *_, iterations in starts] == [0, 2, 2, 2, 2]
 
 
+def test_a_learning_rate_schedule_starts_anew_in_every_search(data, starts):
+    model = ml.convert_to_masked(scheduled_model())
+    start, found = model.get_weights(), []
+    for _ in range(2):
+        model.set_weights(start)
+        find_ticket(model, *data, rounds=1, steps=6, batch_size=20, rewind_to=2, controls=())
+        found.append(model.get_weights())
+    assert [iterations for *_, iterations in starts] == [0, 2, 2] * 2
+    assert_equal(*found)
+
+
 def test_the_result_of_an_arm_does_not_depend_on_the_other_arms(data, masked):
     start = masked.get_weights()
 
@@ -539,6 +550,44 @@ def test_a_search_goes_on_where_it_was_interrupted(
     (tmp_path / "state.json").write_text("[]")
     with pytest.raises(ValueError, match="not the state of a search"):
         find_ticket(make_model(), *data, checkpoint=tmp_path, **search)
+
+
+def test_numbers_and_ranges_of_other_types_go_into_a_checkpoint(data, tmp_path):
+    numbers = {"rounds": np.int64(2), "steps": np.int64(1), "seed": np.int64(3)}
+    arguments = {"control_rounds": range(1, 3), "replicate": np.int64(1), "checkpoint": tmp_path}
+    found = find_ticket(make_model(), *data, **numbers, **arguments)
+    plain = {name: int(number) for name, number in numbers.items()}
+    again = find_ticket(make_model(), *data, **plain, **arguments | {"control_rounds": (1, 2)})
+    assert again.rows == found.rows
+    with pytest.raises(ValueError, match=r"'control_rounds': \(\[1, 2\], \[1\]\)"):
+        find_ticket(make_model(), *data, **plain, **arguments | {"control_rounds": range(1, 2)})
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_weights_go_on_from_a_checkpoint(data, tmp_path, dtype):
+    def model():
+        keras.utils.set_random_seed(0)
+        hidden = layers.Dense(6, "relu", dtype=dtype)
+        model = keras.Sequential([keras.Input((8,)), hidden, layers.Dense(2, dtype=dtype)])
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        model.compile(keras.optimizers.SGD(0.1, momentum=0.9), loss)
+        return model
+
+    search = {"rounds": 2, "rate": 0.4, "controls": (), "pruned": "freeze", "test_data": data}
+    search |= SHORT | {"deterministic": True}
+    alone = find_ticket(model(), *data, **search)
+
+    def interrupt(row):
+        if row["round"] == 2:
+            raise InterruptionError
+
+    with pytest.raises(InterruptionError):
+        find_ticket(model(), *data, checkpoint=tmp_path, on_result=interrupt, **search)
+    resumed = find_ticket(model(), *data, checkpoint=tmp_path, **search)
+    assert {v.dtype for v in resumed.ticket.weights} == {dtype}
+    assert_equal(everything(alone.ticket), everything(resumed.ticket))
+    untimed = [[{**row, "seconds": 0} for row in found.rows] for found in (alone, resumed)]
+    assert untimed[0] == untimed[1]
 
 
 def test_a_search_of_another_model_or_of_other_data_does_not_go_on(data, tmp_path):

@@ -228,6 +228,19 @@ def test_rounds_do_not_compound_and_what_shrunk_stays_zero():
     assert not np.array_equal(effective(model), second)
 
 
+def test_what_shrunk_stays_zero_where_nothing_else_was_pruned():
+    model = ml.convert_to_masked(keras.Sequential([keras.Input((1,)), layers.Dense(4)]))
+    model.set_weights([np.full((1, 4), 2.0), np.zeros(4)])
+    pruner = LotteryTicketPruner(model)
+    dense = model.layers[0]
+    for final, expected in (([1, 3, 4, 5], [0, 2, 2, 2]), ([2, 3, 4, 5], [0, 2, 2, 2])):
+        dense.set_weights([np.float32([final]), np.zeros(4)])
+        pruner.set_pretrained_weights()
+        pruner.update_masks("large_final", sparsity=0.25 if final[0] == 1 else 0.5)
+        pruner.treat(pruned="zero_if_shrunk")
+        np.testing.assert_array_equal(numpy(dense.kernel), [expected])
+
+
 def test_fine_tuning_starts_from_all_final_weights_and_reinit_from_the_initializer():
     model, pruner = trained(kernel_initializer=keras.initializers.RandomUniform(2, 3, seed=7))
     mask = ml.get_masks(model)["hidden/kernel"]

@@ -228,6 +228,8 @@ def _checked_part(name: str, part: Any) -> tuple[np.ndarray, np.ndarray]:
             f"{name} must return as x one array of numbers, with at least two examples along its "
             f"first axis. {received}"
         )
+    if not np.isfinite(x).all():
+        raise ValueError(f"{name} must return finite numbers as x. There are NaN or infinities.")
     if y.shape not in ((len(x),), (len(x), 1)) or y.dtype.kind not in "buif":
         raise ValueError(
             f"{name} must return as y the index of each example's class, and not one column for "
@@ -314,6 +316,11 @@ def _read_folder(name: str, folder: Path) -> _Arrays | None:
             if missing:
                 raise ValueError(f"{npz} lacks {', '.join(missing)}; it holds {stored.files}.")
             x_train, y_train, x_test, y_test = (stored[key] for key in _NPZ_KEYS)
+        if {x_train.dtype, x_test.dtype} != {np.dtype("uint8")}:
+            raise ValueError(
+                f"{npz} must hold pixels from 0 to 255 as uint8, which are divided by 255. "
+                f"Received: x_train of {x_train.dtype}, x_test of {x_test.dtype}."
+            )
         return x_train, y_train.reshape(-1), x_test, y_test.reshape(-1)
     if name == "cifar10":
         return _read_cifar_batches(folder)

@@ -27,6 +27,8 @@ from masked_layers.files import replacing
 _SHARES = (0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 # What has to be as in the run whose masks are used.
 _COMMON = ("data", "network", "batch_size", "optimizer", "learning_rate")
+# What makes its ticket the rewound weights under these masks.
+_TICKET = {"kept": "rewind", "pruned": "zero"}
 _LINES_FILE = "lines.csv"
 _PICTURE = "instability.png"
 
@@ -103,6 +105,12 @@ the same options measured is kept."""
                     f"'{self.masks}' has {name} {stored.get(name)!r}, not {getattr(run, name)!r}: "
                     "its masks say nothing of this training. Give it the same options."
                 )
+        for name, wanted in _TICKET.items():
+            if stored.get(name, wanted) != wanted:
+                raise ValueError(
+                    f"'{self.masks}' has {name} {stored[name]!r}, not {wanted!r}: its ticket is "
+                    "something else than the weights of the rewinding point under masks."
+                )
         default = [f"{round(share * run.steps)}it" for share in _SHARES]
         points = self.rewind_to or ([stored["rewind_to"]] if stored else default)
         steps_per_epoch = -(-training_images // run.batch_size)
@@ -112,14 +120,14 @@ the same options measured is kept."""
         resolved = dataclasses.replace(
             self,
             **{name: getattr(run, name) for name in names},
-            round=self.round or stored.get("rounds"),
+            round=stored.get("rounds") if self.round is None else self.round,
             rewind_to=tuple(f"{step}it" for step in found),
         )
         for seed in self.seeds if stored else ():
             if seed not in stored["seeds"] or not resolved.masks_file(seed, stored).is_file():
                 raise ValueError(
                     f"'{self.masks}' has no masks of round {resolved.round} for seed {seed}. Its "
-                    f"seeds: {stored['seeds']}, its rounds: 1 to {stored['rounds']}."
+                    f"seeds: {stored['seeds']}, its rounds: 0 (dense) to {stored['rounds']}."
                 )
         return resolved
 
@@ -183,7 +191,9 @@ def run(config: InstabilityConfig, data: datasets.Dataset, console: Console | No
     folder = config.folder
     folder.mkdir(parents=True, exist_ok=True)
     rows, lines = _measured(config)
-    (folder / _PICTURE).unlink(missing_ok=True)
+    # Or they would pass for results of this configuration.
+    for name in (_PICTURE,) if rows else (_PICTURE, results.RESULTS_FILE, _LINES_FILE):
+        (folder / name).unlink(missing_ok=True)
     (folder / results.CONFIG_FILE).write_text(json.dumps(config.to_dict(), indent=2) + "\n")
     under = f" under the masks of {config.masks}, round {config.round}" if config.masks else ""
     console.print(
@@ -238,12 +248,11 @@ def _measured(config: InstabilityConfig) -> tuple[list[dict[str, Any]], list[dic
     same = same_choices(config.to_dict(), config.folder / results.CONFIG_FILE)
     if not (same and all(file.is_file() for file in files)):
         return [], []
-    rows, lines = (pd.read_csv(file) for file in files)
+    rows, lines = map(report.read_rows, files)
     if len(rows) == len(config.seeds) * len(config.rewind_to):  # A finished run is run again.
         return [], []
-    keys = ["replicate", "rewind_to"]
-    lines = lines.merge(rows[keys], on=keys)
-    return rows.to_dict("records"), lines.to_dict("records")
+    done = {(row["replicate"], row["rewind_to"]) for row in rows}
+    return rows, [line for line in lines if (line["replicate"], line["rewind_to"]) in done]
 
 
 def _steps_to(point: int) -> int:

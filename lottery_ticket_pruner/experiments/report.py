@@ -84,7 +84,7 @@ class CsvWriter:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Read a `results.csv` back into rows of numbers."""
+    """Read a `results.csv` back into rows of numbers, each the one that was written."""
     return pd.read_csv(path).to_dict("records")
 
 

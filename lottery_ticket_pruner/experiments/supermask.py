@@ -107,9 +107,10 @@ run of the same options finished are kept."""
                 raise ValueError("--learning-rate and --scope have no meaning with --learn.")
             if self.sparsities and self.learn == "bernoulli":
                 raise ValueError("A bernoulli mask finds its own sparsity: leave --sparsities out.")
-            values["batch_size"] = self.batch_size or _LEARNING_BATCH
-            if self.epochs is None:
-                values["steps"] = self.steps or _LEARNING_STEPS
+            if self.batch_size is None:
+                values["batch_size"] = _LEARNING_BATCH
+            if self.epochs is None and self.steps is None:
+                values["steps"] = _LEARNING_STEPS
         run = RunConfig(**values).resolve(training_images)
         sparsities = self.sparsities or ((0.5,) if self.learn else _SPARSITIES)
         if not all(0 <= sparsity < 1 for sparsity in sparsities):
@@ -119,7 +120,8 @@ run of the same options finished are kept."""
                 raise ValueError(f"Give at least one value for --{name}.")
         if self.samples < 1:
             raise ValueError(f"--samples must be positive. Received: {self.samples}.")
-        taken = ("network", "steps", "epochs", "batch_size", "learning_rate", "scope")
+        taken = ["network", "steps", "epochs", "batch_size"]
+        taken += [] if self.learn else ["learning_rate", "scope"]
         return dataclasses.replace(
             self,
             **{name: getattr(run, name) for name in taken},
@@ -256,9 +258,9 @@ def _finished_rows(config: SupermaskConfig) -> list[dict[str, Any]]:
     file = config.folder / "results.csv"
     if not (file.is_file() and same_choices(config.to_dict(), config.folder / "config.json")):
         return []
-    rows = pd.read_csv(file)
+    rows = report.read_rows(file)
     # Written after every seed: what is there is whole. A finished run is run again.
-    return [] if rows["replicate"].nunique() == len(config.seeds) else rows.to_dict("records")
+    return [] if len({row["replicate"] for row in rows}) == len(config.seeds) else rows
 
 
 def _untrained(
@@ -278,6 +280,7 @@ def _untrained(
         batch_size=config.batch_size,
         seed=seed,
         on_progress=advance,
+        augment=networks.augmentation(config.network),
         deterministic=config.deterministic,
     )
     pruner.set_pretrained_weights()
@@ -334,6 +337,7 @@ def _learned(
             test_data=(data.x_test, data.y_test),
             seed=seed,
             on_progress=advance,
+            augment=networks.augmentation(config.network),
             deterministic=config.deterministic,
         )
         scaled = "rescaled" if dwr else "plain"
