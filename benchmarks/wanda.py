@@ -56,7 +56,7 @@ def main():
     for seed in range(arguments.seeds):
         keras.utils.set_random_seed(seed)
         plain = build(*x_train.shape[1:], data.classes)
-        model = ml.convert_to_masked(plain, exclude=["positions", "rows", "output"])
+        model = ml.convert_to_masked(plain, exclude=["^positions$", "^rows$", "^output$"])
         model.compile(
             keras.optimizers.Adam(1e-3),
             keras.losses.SparseCategoricalCrossentropy(from_logits=True),

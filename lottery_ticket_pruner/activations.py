@@ -10,7 +10,7 @@ import keras
 import numpy as np
 from keras import layers, ops
 
-from lottery_ticket_pruner.examples import Arrays
+from lottery_ticket_pruner.examples import Arrays, Examples, map_arrays
 from lottery_ticket_pruner.gradients import Tensor, gradient, prunable_refs
 from masked_layers import _keras
 from masked_layers.maskable import raw_variable, weights_inside
@@ -55,23 +55,21 @@ def input_norms(model: keras.Model, x: Arrays, *, batch_size: int = 32) -> dict[
     Raises:
         ValueError: a masked weight belongs to a layer that multiplies other things than its inputs
             with it, or of which that is not known; the message names all of these. Or there is no
-            example.
+            example, or the arrays are not of one length.
 
     Reference:
         - [Sun et al., arXiv 2306.11695](https://arxiv.org/abs/2306.11695), section 3
     """
     refs = prunable_refs(model)
     users = _users(model, {id(ref.variable) for ref in refs})
-    x = keras.tree.map_structure(np.asarray, x)
-    examples = min(len(array) for array in keras.tree.flatten(x))
-    if not examples:
-        raise ValueError("Expected at least one example to calibrate on. Received none.")
+    data = Examples.of(x)
     _keras.sync(model)
     sums = {id(ref.variable): np.zeros(ref.variable.shape, "float64") for ref in refs}
     # The scope holds back whatever the forward passes would change.
     with keras.StatelessScope(), _recording(users) as seen:
-        for start in range(0, examples, batch_size):
-            model(_batch(x, slice(start, start + batch_size)), training=False)
+        for start in range(0, len(data), batch_size):
+            (batch,) = data.take(slice(start, start + batch_size))
+            model(map_arrays(ops.convert_to_tensor, batch), training=False)
             for layer, inputs in seen:
                 variables = [raw_variable(layer, name) for name in users[layer]]
                 for variable, array in zip(
@@ -147,7 +145,3 @@ def _squares(layer: layers.Layer, variables: list[keras.Variable], inputs: Tenso
         return gradient(total, zeros)[0]
     finally:
         layer.activation = activation
-
-
-def _batch(x: Arrays, rows: slice) -> Any:
-    return keras.tree.map_structure(lambda array: ops.convert_to_tensor(array[rows]), x)

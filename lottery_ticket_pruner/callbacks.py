@@ -13,7 +13,17 @@ import numpy as np
 from keras import ops
 
 import masked_layers as ml
-from lottery_ticket_pruner import criteria, fitting, gradients, ranking, schedules, selection
+from lottery_ticket_pruner import (
+    criteria,
+    distributions,
+    fitting,
+    gradients,
+    ranking,
+    schedules,
+    selection,
+    structures,
+)
+from lottery_ticket_pruner.examples import Examples
 from lottery_ticket_pruner.pruner import LotteryTicketPruner, is_masked
 from masked_layers import WeightRef, _keras
 
@@ -146,17 +156,15 @@ class MaskSchedule(keras.callbacks.Callback):
         return bool(due)
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        """Takes the count from the optimizer, and changes masks that are due before any step."""
+        """Takes the count from the optimizer."""
         if self.model is not self.pruner.model:
             raise ValueError(
                 f"{type(self).__name__} was made with a pruner of another model than "
                 f"{self.model.name!r}. Make the pruner for the model that is trained."
             )
-        optimizer = self.model.optimizer
-        batches = getattr(optimizer, "gradient_accumulation_steps", None) or 1
-        self.step = int(ops.convert_to_numpy(optimizer.iterations)) * batches
+        # Not `iterations`, which counts every k-th batch where gradients of k are accumulated.
+        self.step = max(step for step, _ in fitting.read_clocks(self.model.optimizer))
         self._epoch_start = self.step
-        self.advance(0)
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Notes where the epoch starts."""
@@ -188,15 +196,15 @@ class GradualPruning(MaskSchedule):
     Pruned weights are exactly zero at the end of every batch: the masks are part of the model.
 
     By the magnitude of the weights, the default, masks are ranked on the device, in one compiled
-    program: no weight leaves it. Any other criterion, and structures, go through
-    `LotteryTicketPruner.update_masks` on the host; criteria of final weights then see those of the
-    moment, which are recorded.
+    program: no weight leaves it. Any other criterion, structures and distributions are ranked on
+    the host, as `LotteryTicketPruner.update_masks` does; criteria of final weights then see those
+    of the moment, which are recorded.
 
     Args:
         pruner: The pruner of the masked model.
         schedule: What `schedules.get` takes: a schedule, a function `step -> sparsity`, a number, a
-            configuration, or a `PruningSchedule` of TensorFlow Model Optimization. Where the model
-            is sparser than the schedule asks for, nothing changes.
+            configuration, or a `PruningSchedule` of TensorFlow Model Optimization. What is sparser
+            than the schedule asks for stays as it is.
         strategy: The criterion.
         scope: Who competes with whom, `"layer"` or `"global"`; for other criteria than the default
             also `"output"`.
@@ -204,10 +212,13 @@ class GradualPruning(MaskSchedule):
             weights. A raw weight under the mask has no gradient, but momentum and weight decay of
             the optimizer move it.
         seed: Decides which of equal weights go.
-        **options: Further arguments of `update_masks`, such as `structure`.
+        structure: As for `update_masks`, but for N:M, which no schedule goes with.
+        distribution: As for `update_masks`.
+        data: As for `update_masks`.
 
     Raises:
-        ValueError: The model has no masks, or schedule, criterion or scope is unknown.
+        ValueError: The model has no masks, or schedule, criterion, scope, structure or distribution
+            is unknown.
 
     Example:
     ```python
@@ -234,7 +245,9 @@ class GradualPruning(MaskSchedule):
         scope: str | None = None,
         regrowth: bool = False,
         seed: int = 0,
-        **options: Any,
+        structure: Any = None,
+        distribution: Any = None,
+        data: Any = None,
     ) -> None:
         super().__init__(pruner)
         self.schedule = schedules.get(schedule)
@@ -242,9 +255,22 @@ class GradualPruning(MaskSchedule):
         self.scope = selection.resolve_scope(self.criterion, scope)
         self.regrowth = regrowth
         self.seed = seed
-        self.options = options
+        self.structure = None if structure is None else structures.get(structure)
+        if self.structure is not None and self.structure.kept is not None:
+            raise ValueError(
+                f"{self.structure} says itself how many weights stay, and needs no schedule. "
+                "Prune once: `pruner.update_masks(..., structure=...)`."
+            )
+        self.distribution = None if distribution is None else distributions.get(distribution)
+        self.data = data
         by_magnitude = self.criterion in map(criteria.get, _MAGNITUDE)
-        self._on_device = by_magnitude and self.scope != "output" and not options
+        plain = structure is None and distribution is None
+        self._on_device = by_magnitude and self.scope != "output" and plain
+
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        """Takes the count from the optimizer, and prunes if that is due before any step."""
+        super().on_train_begin(logs)
+        self.advance(0)
 
     def _due(self, step: int) -> bool:
         return self.schedule.due(step)
@@ -283,17 +309,19 @@ class GradualPruning(MaskSchedule):
         before = ml.get_masks(pruner.model)
         if self.regrowth:
             ml.set_masks(pruner.model, {path: np.ones_like(m) for path, m in before.items()})
-        elif ml.sparsity_report(pruner.model).sparsity >= sparsity:
+        elif all(row.sparsity >= sparsity for row in ml.sparsity_report(pruner.model)):
             return
         try:
             if "final" in self.criterion.needs:
                 pruner.set_pretrained_weights()
-            pruner.update_masks(
+            pruner.prune_up_to(
                 self.criterion,
-                sparsity=sparsity,
+                sparsity,
                 scope=self.scope,
                 seed=int(np.random.SeedSequence([self.seed, step]).generate_state(1)[0]),
-                **self.options,
+                structure=self.structure,
+                distribution=self.distribution,
+                data=self.data,
             )
         except Exception:
             ml.set_masks(pruner.model, before)
@@ -331,7 +359,8 @@ class DynamicSparseTraining(MaskSchedule):
         optimizer: The optimizer of a loop of one's own; by default that of the model.
 
     Raises:
-        ValueError: The model has no masks, or an argument is out of its range.
+        ValueError: The model has no masks, an argument is out of its range, or the arrays of `data`
+            are not of one length.
 
     References:
         - [Mocanu et al., arXiv 1707.04780](https://arxiv.org/abs/1707.04780) (SET)
@@ -375,13 +404,18 @@ class DynamicSparseTraining(MaskSchedule):
             )
         self.steps = steps
         self.growth = growth
-        self.data = data
+        self._examples = None if data is None else Examples.of(*data)
         self.batch_size = batch_size
         self.fraction = fraction
         self.until = until
         self.frequency = frequency
         self.seed = seed
         self.optimizer = optimizer
+
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        """Takes the count from the optimizer; what was due there happened on the way there."""
+        super().on_train_begin(logs)
+        self._unseen = self.step + 1
 
     def moving_share(self, step: int) -> float:
         """The share of the weights alive that moves at a step: `fraction` at first, then less."""
@@ -416,10 +450,11 @@ class DynamicSparseTraining(MaskSchedule):
                 ref.mask.value.assign(ops.reshape(mask, ref.variable.shape))
 
     def _gradients(self, step: int) -> dict[str, np.ndarray]:
-        size = len(keras.tree.flatten(self.data)[0])
+        examples = self._examples
+        size = len(examples)
         draw = np.random.default_rng([self.seed, step])
         chosen = draw.choice(size, min(self.batch_size, size), replace=False)
-        x, y, weights = (*keras.tree.map_structure(lambda a: a[chosen], tuple(self.data)), None)[:3]
+        x, y, weights = (*examples.take(chosen), None, None)[:3]
         return gradients.loss_gradients(
             self.pruner.model, x, y, sample_weight=weights, batch_size=len(chosen)
         )
@@ -429,7 +464,7 @@ class DynamicSparseTraining(MaskSchedule):
         optimizer = self.optimizer or getattr(model, "optimizer", None)
         if optimizer is None:
             return {}
-        return fitting.optimizer_slots(optimizer, model.trainable_variables)
+        return fitting.optimizer_slots(optimizer)
 
 
 _MAGNITUDE = ("smallest_weights", "smallest_weights_global")

@@ -29,7 +29,8 @@ class Distribution:
     Args:
         name: `"uniform"`: one density for all; `"erk"`, Erdos-Renyi-kernel: in proportion to
             sum(shape) / prod(shape) of each kernel; or the name of a rule that was registered.
-        dense_first: whether the first kernel stays dense. The others make up for it.
+        dense_first: whether the first layer stays dense: the first kernel, and whatever else of its
+            layer is masked. The others make up for it.
         dense_last: whether the last one does.
 
     Raises:
@@ -68,10 +69,11 @@ class Distribution:
         drop = math.floor(sparsity * int(sizes.sum()) + 1e-6)
         weights = np.array([_RULES[self.name](tuple(shapes[path])) for path in paths], dtype=float)
         most = np.maximum(sizes - 1, 0)
+        layers = np.array([path.rpartition("/")[0] or path for path in paths])
         if paths and self.dense_first:
-            most[0] = 0
+            most[layers == layers[0]] = 0
         if paths and self.dense_last:
-            most[-1] = 0
+            most[layers == layers[-1]] = 0
         if drop > most.sum():
             raise ValueError(
                 f"A sparsity of {sparsity} means {drop} of {sizes.sum()} weights, but only "

@@ -47,7 +47,8 @@ def update(
             or `selection.update` refuses, or rounds are to lead on from masks that are not ones
             under a structure.
     """
-    amounts = _amounts(criterion, kernels, rate, sparsity, options.get("structure"))
+    structure, keep_sparser = options.get("structure"), options.get("keep_sparser", False)
+    amounts = _amounts(criterion, kernels, rate, sparsity, structure, keep_sparser)
     sources = {name: _SOURCES[name](criterion, model, data) for name in criterion.evidence}
     for amount in amounts:
         masks = {path: kernel.mask for path, kernel in kernels.items()}
@@ -69,6 +70,7 @@ def _amounts(
     rate: selection.Share | None,
     sparsity: selection.Share | None,
     structure: Any,
+    keep_sparser: bool,
 ) -> list[dict[str, selection.Share | None]]:
     """What to ask of the selection, round by round."""
     last = {"rate": rate, "sparsity": sparsity}
@@ -86,7 +88,9 @@ def _amounts(
         )
     now = alive / size
     if structure is None:
-        left = alive - selection.drop_count(size, alive, rate=rate, sparsity=sparsity)
+        left = alive - selection.drop_count(
+            size, alive, rate=rate, sparsity=sparsity, keep_sparser=keep_sparser
+        )
         last = {"sparsity": 1 - left / size}
     then = 1 - last["sparsity"]
     densities = [now * (then / now) ** (k / rounds) for k in range(1, rounds)]

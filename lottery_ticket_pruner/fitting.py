@@ -10,6 +10,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from masked_layers import _keras
+
 
 def variable_scope(model: keras.Model) -> contextlib.AbstractContextManager:
     """The scope in which variables that the model's own functions read must be created."""
@@ -110,17 +112,24 @@ def advance(optimizer: keras.Optimizer, steps: int) -> None:
             step.assign(step + steps)
 
 
-def optimizer_slots(
-    optimizer: keras.Optimizer, variables: Sequence[keras.Variable]
-) -> dict[int, list[keras.Variable]]:
+def start_over(optimizer: keras.Optimizer) -> None:
+    """Sets the step count to 0 where a learning-rate schedule reads it, and only there."""
+    for step, rate in _clock_variables(optimizer):
+        if rate is None:
+            step.assign(0)
+
+
+def optimizer_slots(optimizer: keras.Optimizer) -> dict[int, list[keras.Variable]]:
     """What an optimizer keeps for each variable: momenta, averages, accumulated gradients.
 
     Args:
         optimizer: The optimizer; one that is not built yet keeps nothing.
-        variables: The trainable variables it was built for.
 
     Returns:
         A dict from the id of a variable to those variables of the optimizer that have its shape.
+
+    Raises:
+        ValueError: The configuration of the optimizer does not make the same one again.
     """
     if not optimizer.built:
         return {}
@@ -138,14 +147,19 @@ def optimizer_slots(
             return slot
 
         object.__setattr__(maker, "add_variable_from_reference", note)
-        inner = getattr(maker, "inner_optimizer", None)
-        if inner is not None:
-            watch(inner)
+        inner = getattr(maker, "inner_optimizer", None)  # of LossScaleOptimizer
+        for each in getattr(maker, "optimizers", [inner] if inner else []):  # of MultiOptimizer
+            watch(each)
 
     watch(twin)
-    twin.build(list(variables))
+    twin.build(_keras.optimized_variables(optimizer))
     position = {id(variable): i for i, variable in enumerate(twin.variables)}
     own = optimizer.variables
+    if [variable.shape for variable in own] != [variable.shape for variable in twin.variables]:
+        raise ValueError(
+            f"Which variables of the optimizer {optimizer.name!r} belong to which weight cannot be "
+            "told: one made from its configuration has others."
+        )
     return {
         key: [own[position[id(slot)]] for slot in slots if id(slot) in position]
         for key, slots in made.items()
@@ -167,7 +181,11 @@ def _clock_variables(
 
 def read(variable: keras.Variable) -> np.ndarray:
     """A copy of a variable's value that shares no memory with it; bfloat16 becomes float32."""
-    array = np.array(variable.numpy())
+    return widened(np.array(variable.numpy()))
+
+
+def widened(array: np.ndarray) -> np.ndarray:
+    """The array, in float32 where it is bfloat16: NumPy has no such type, nor do its files."""
     return array.astype("float32") if array.dtype.name == "bfloat16" else array
 
 

@@ -129,6 +129,8 @@ def _take_activation(output: keras.Operation) -> None:
     if isinstance(output, layers.Softmax):
         # Past Keras' tracking. The layer is one of a copy that nobody else sees.
         vars(output)["call"] = lambda inputs, mask=None: inputs
+    elif isinstance(output, layers.RNN):
+        pass  # Its activation is part of the recurrence.
     elif isinstance(output, layers.Layer) and hasattr(output, "activation"):
         output.activation = keras.activations.linear
 

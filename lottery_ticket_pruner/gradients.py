@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -17,7 +17,7 @@ import numpy as np
 from keras import ops
 
 import masked_layers as ml
-from lottery_ticket_pruner.examples import Arrays, Examples
+from lottery_ticket_pruner.examples import Arrays, Examples, map_arrays
 from masked_layers import WeightRef, _keras
 from masked_layers.masks import raw_view
 
@@ -50,6 +50,8 @@ def loss_gradients(
     The model runs in training mode, as in the steps whose gradient this is to foresee: batch
     normalization takes the statistics of each batch (the moving ones of a new model hold nothing
     yet), and dropout draws from the seeds that `fit` would use next.
+    Layers compute in the precision of their weights, mixed policies or not: in float16 small
+    gradients are zero.
 
     The result is the mean over the batches, weighted by their number of examples: the gradient of
     the loss over all examples at once, whatever the batch size, if the examples of a batch do not
@@ -153,8 +155,8 @@ class _Loss:
         totals = [np.zeros(ref.variable.shape, "float64") for ref in self.refs]
         for start in range(0, len(data), batch_size):
             batch = data.take(slice(start, start + batch_size))
-            share = len(keras.tree.flatten(batch)[0]) / len(data)
-            batch = keras.tree.map_structure(ops.convert_to_tensor, batch)
+            share = min(batch_size, len(data) - start) / len(data)
+            batch = map_arrays(ops.convert_to_tensor, batch)
             arrays, seeds = function(weights, seeds, others, batch)
             for total, array in zip(totals, arrays, strict=True):
                 total += share * ops.convert_to_numpy(array).astype("float64")
@@ -200,8 +202,8 @@ class _Loss:
             [*kernels, *self._seeds, *self._others], [*weights, *seeds, *others], strict=True
         )
         scope = keras.StatelessScope(list(state), collect_losses=True)
-        with raw_view(), _without_penalties(self.model), scope:
-            adjust = functools.partial(_cooled, self.model.loss, temperature)
+        with raw_view(), _without_penalties(self.model), _in_full_precision(self.model), scope:
+            adjust = functools.partial(_cooled, self.model, temperature)
             value = _keras.training_loss(self.model, batch, adjust)
             return value, [scope.get_current_value(seed) for seed in self._seeds]
 
@@ -282,12 +284,6 @@ def _prepare(
             "`model.compile(loss=...)` first."
         )
     data = Examples.of(x, y, sample_weight)
-    lengths = {len(array) for array in keras.tree.flatten(data.host)}
-    if len(lengths) != 1 or 0 in lengths:
-        raise ValueError(
-            "Expected inputs and targets with one entry per example, and at least one example. "
-            f"Received arrays of lengths {sorted(lengths)}."
-        )
     _keras.sync(model)
     _keras.build_loss(model, data.take(slice(0, 1)))
     return _loss_of(model), data
@@ -327,18 +323,25 @@ def compiled(model: keras.Model, function: Callable) -> Callable:
     return function
 
 
-def _cooled(loss: Any, temperature: float, y_pred: Any) -> Any:
-    """The outputs of a model with its logits divided, where its one loss is a cross-entropy."""
+def _cooled(model: keras.Model, temperature: float, y_pred: Any) -> Any:
+    """The outputs of a model with their logits divided, where their loss is a cross-entropy."""
     if temperature == 1.0:
         return y_pred
-    return keras.tree.map_structure(functools.partial(_cool, loss, temperature), y_pred)
+    outputs, loss = keras.tree.flatten(y_pred), model.loss
+    if isinstance(loss, Mapping):
+        known = getattr(model, "output_names", sorted(loss))
+        names = sorted(y_pred) if isinstance(y_pred, Mapping) else known
+        losses = [loss.get(name) for name in names]
+    else:
+        losses = keras.tree.flatten(loss)
+    if len(losses) == 1:  # for all outputs
+        losses *= len(outputs)
+    cooled = [_cool(*pair, temperature) for pair in zip(losses, outputs, strict=True)]
+    return keras.tree.pack_sequence_as(y_pred, cooled)
 
 
-def _cool(loss: Any, temperature: float, output: Tensor) -> Tensor:
-    try:
-        loss = keras.losses.get(loss)
-    except (ValueError, TypeError):  # several losses, one for each output
-        return output
+def _cool(loss: Any, output: Tensor, temperature: float) -> Tensor:
+    loss = keras.losses.get(loss)
     name = getattr(loss, "__name__", type(loss).__name__).replace("_", "").lower()
     if name not in (*_SOFTMAX, *_SIGMOID):
         return output
@@ -361,3 +364,20 @@ def _without_penalties(model: keras.Model) -> Iterator[None]:
     finally:
         for variable, regularizer in found:
             variable.regularizer = regularizer
+
+
+@contextlib.contextmanager
+def _in_full_precision(model: keras.Model) -> Iterator[None]:
+    """Lets the layers of a model compute in the precision of their weights.
+
+    In float16 small gradients vanish, and with the logits divided nearly all of them are small.
+    """
+    policies = [(layer, layer.dtype_policy) for layer in _keras.flatten(model)]
+    mixed = [(layer, p) for layer, p in policies if p.name in ("mixed_float16", "mixed_bfloat16")]
+    for layer, policy in mixed:
+        layer.dtype_policy = policy.variable_dtype
+    try:
+        yield
+    finally:
+        for layer, policy in mixed:
+            layer.dtype_policy = policy

@@ -310,13 +310,15 @@ class LotteryTicketPruner:
                 )
         _keras.sync(self.model)
         tuned = kept is treatments.get_kept("finetune")
+        zeroed = pruned is treatments.get_pruned("zero")
         values = list(self._final if tuned else self._initial)
         frozen = {}
         for position, ref in self._prunables(self.model).items():
             kernel = self._kernel(position, ref, seed)
             effective = treatments.treat(kernel, kept, pruned)
             values[position] = np.where(kernel.mask, effective, kernel.initial)
-            used = effective[~kernel.mask].any()
+            # Zeros of other treatments are kept, too: later rounds ask what a weight ended as.
+            used = not zeroed and not kernel.mask.all()
             # Entries pruned by a later update read as w0 until they are treated.
             frozen[position] = np.where(kernel.mask, kernel.initial, effective) if used else None
         self._restart(values, optimizer)
@@ -392,6 +394,16 @@ class LotteryTicketPruner:
         with restored(model), rescaling(model, dict.fromkeys(_masks(model), dwr)):
             _assign(model.weights, values)
             return model.evaluate(x, y, **evaluate_kwargs, return_dict=True)
+
+    def prune_up_to(self, strategy: Any, sparsity: float, **options: Any) -> None:
+        """Does what `update_masks` does, but leaves what is sparser already as it is.
+
+        Args:
+            strategy: As for `update_masks`.
+            sparsity: Share of all weights that are pruned afterwards, at the least.
+            **options: Further arguments of `update_masks`.
+        """
+        self._prune(self.model, strategy, sparsity=sparsity, keep_sparser=True, **options)
 
     def note_changed_masks(self) -> None:
         """Tells the pruner that its model's masks were changed: final weights are out of date."""
@@ -666,6 +678,7 @@ class LotteryTicketPruner:
         structure: Any = None,
         distribution: Any = None,
         data: Any = None,
+        keep_sparser: bool = False,
     ) -> None:
         criterion = criteria.get(strategy)
         structure = None if structure is None else structures.get(structure)
@@ -679,6 +692,7 @@ class LotteryTicketPruner:
             "seed": self._updates if seed is None else seed,
             "structure": structure,
             "distribution": distribution,
+            "keep_sparser": keep_sparser,
         }
         if criterion.evidence and is_masked(model):
             with self._as_ranked(model, criterion):

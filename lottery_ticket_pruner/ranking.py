@@ -140,7 +140,7 @@ def keep_largest(weight: Any, candidates: Any, most: Any, seed: Any) -> tuple[An
 def rewire_by_lot(weight: Any, mask: Any, count: Any, seed: Any) -> tuple[Any, Any, Any]:
     """Drops the smallest weights and grows as many elsewhere, drawn by lot.
 
-    A weight that was just dropped may grow again, from zero.
+    A weight that was just dropped may be drawn: then it stays, and is none that grew.
 
     Args:
         weight: 1-D tensor of floats.
@@ -170,6 +170,6 @@ def rewire_by_growth(
 def _rewire(weight: Any, mask: Any, wanted: Any, count: Any, seed: Any) -> tuple[Any, Any, Any]:
     keys = magnitude(weight)
     kept = keep_highest(keys, mask, _count(mask) - count, seed)
-    grown = keep_highest(wanted, ops.logical_not(kept), count, seed + 2)
+    new = ops.logical_or(kept, keep_highest(wanted, ops.logical_not(kept), count, seed + 2))
     finite = ops.all(ops.logical_or(is_finite(keys), ops.logical_not(mask)))
-    return ops.logical_or(kept, grown), grown, finite
+    return new, ops.logical_and(new, ops.logical_not(mask)), finite

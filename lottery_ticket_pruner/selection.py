@@ -12,6 +12,7 @@ import math
 import numbers
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -74,6 +75,7 @@ def drop_count(
     *,
     rate: float | None = None,
     sparsity: float | None = None,
+    keep_sparser: bool = False,
     where: str = "the weights",
     unit: str = "weights",
 ) -> int:
@@ -85,18 +87,21 @@ def drop_count(
         rate: share of the alive weights to drop: `floor(rate * alive + 1e-6)`.
         sparsity: share of all weights that are pruned afterwards:
             `floor(sparsity * size + 1e-6)` less those that are dead already.
+        keep_sparser: whether to drop none where a `sparsity` is below the present one.
         where: what the error message calls these weights.
         unit: what it says is counted.
 
     Raises:
         ValueError: not exactly one of `rate` and `sparsity`, one outside [0, 1), or a `sparsity`
-            below the present one.
+            below the present one unless `keep_sparser`.
     """
     name, share = _one_of(rate, sparsity)
     _check_share(name, share)
     if name == "rate":
         return math.floor(float(share) * alive + _ROUNDING)
     drop = math.floor(float(share) * size + _ROUNDING) - (size - alive)
+    if drop < 0 and keep_sparser:
+        return 0
     if drop < 0:
         raise ValueError(
             f"A sparsity of {share} was asked for, but {where} is already sparser: "
@@ -201,6 +206,7 @@ def update(
     seed: int = 0,
     structure: structures.Identifier | None = None,
     distribution: distributions.Identifier | None = None,
+    keep_sparser: bool = False,
 ) -> dict[str, np.ndarray]:
     """New masks for all kernels, each scope at its exact count, by what the criterion ranks lowest.
 
@@ -224,6 +230,8 @@ def update(
             `distribution`. Kernels without such tiles stay as they are and count for nothing.
         distribution: whatever `distributions.get` takes: shares `sparsity`, which is then that of
             all kernels together, out among them. With tiles the shares are rounded to whole ones.
+        keep_sparser: whether those who compete with each other stay as they are, where a `sparsity`
+            is below their present one; otherwise that is an error.
 
     Returns:
         A dict from path to a new bool mask, in the order of `weights`.
@@ -243,7 +251,9 @@ def update(
             sparsity = _distribute(distribution, kernels, scope, rate, sparsity)
         name, share = _one_of(rate, sparsity)
         shares = _shares(name, share, kernels, scope)
-        amounts = {path: {name: value} for path, value in shares.items()}
+        amounts = {
+            path: {name: value, "keep_sparser": keep_sparser} for path, value in shares.items()
+        }
     pruned = {}
     for contest in _contests(criterion, kernels, scope, seed, structure):
         pruned |= contest.prune(amounts and amounts[contest.paths[0]])
@@ -315,7 +325,8 @@ def _admit(
     if structure is not None and scope == "output":
         raise ValueError(
             f"{structure} makes tiles of whole layers compete, which contradicts "
-            f'scope="output" (criterion {criterion.name!r}). Use "layer" or "global".'
+            f'scope="output" (criterion {criterion.name!r}). '
+            + ("Use N:M, or another criterion." if criterion.scope else 'Use "layer" or "global".')
         )
     if isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or seed < 0:
         raise ValueError(f"`seed` must be a non-negative integer. Received: seed={seed!r}")
@@ -418,7 +429,7 @@ class _Contest:
             self._alive = np.concatenate([tiles.any(axis=1) for tiles in self._members])
 
     def prune(
-        self, amount: Mapping[str, float] | None, *, again: bool = False
+        self, amount: Mapping[str, Any] | None, *, again: bool = False
     ) -> dict[str, np.ndarray]:
         """The new mask of each kernel."""
         if amount is None:
@@ -547,7 +558,7 @@ class _OutputContests:
             for i, unit_rng in enumerate(rng.spawn(units))
         ]
 
-    def prune(self, amount: Mapping[str, float], *, again: bool = False) -> dict[str, np.ndarray]:
+    def prune(self, amount: Mapping[str, Any], *, again: bool = False) -> dict[str, np.ndarray]:
         """The new mask of the kernel."""
         (path,) = self.paths
         rows = [contest.prune(amount, again=again)[path] for contest in self._contests]

@@ -263,6 +263,11 @@ def kept_on_error(model: keras.Model) -> Iterator[None]:
         held.clear()
 
 
+def optimized_variables(optimizer: keras.Optimizer) -> list[keras.Variable]:
+    """Returns the variables that a built optimizer is for, in its order: a private list."""
+    return list(optimizer._trainable_variables)
+
+
 def symbolic_build(model: keras.Model, batch: tuple[Any, ...]) -> None:
     """Creates what `fit` would create before its first step: metrics, the optimizer's slots.
 

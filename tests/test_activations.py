@@ -162,6 +162,10 @@ def test_layers_whose_inputs_are_not_known_are_named():
     assert "d/kernel" not in str(e.value)
     with pytest.raises(ValueError, match="at least one example"):
         input_norms(masked(inputs, layers.Dense(2)(inputs)), np.zeros((0, 3, 4)))
+    other = keras.Input((3, 4))
+    two = masked([inputs, other], layers.Dense(2)(layers.Add()([inputs, other])))
+    with pytest.raises(ValueError, match="arrays of lengths"):
+        input_norms(two, [np.zeros((3, 3, 4)), np.zeros((4, 3, 4))])
 
 
 def test_wanda_keeps_the_best_of_every_output():

@@ -139,6 +139,19 @@ def test_a_model_takes_a_distribution_and_a_structure_beside_it():
     assert [row.sparsity for row in report] == [0.5, 0.5, 0.4]
 
 
+def test_a_dense_layer_is_so_in_all_that_it_holds():
+    shapes = {
+        "s/depthwise_kernel": (3, 3, 4, 1),
+        "s/pointwise_kernel": (1, 1, 4, 8),
+        "a/kernel": (20, 20),
+        "b/kernel": (20, 5),
+        "b/bias": (5,),
+    }
+    found = distributions.Distribution("uniform", dense_first=True, dense_last=True)(shapes, 0.5)
+    assert [path for path, share in found.items() if share] == ["a/kernel"]
+    assert sum(dropped(shapes, found).values()) == pytest.approx(573 // 2)
+
+
 @pytest.mark.parametrize("name", ["uniform", "erk"])
 def test_configurations_round_trip(name):
     distribution = distributions.Distribution(name, dense_last=True)

@@ -182,6 +182,16 @@ def test_what_has_no_flow_is_refused():
     assert SynapticFlow(free, np.zeros((4, 6, 2), "float32"))(ml.get_masks(free))
 
 
+def test_a_recurrent_layer_at_the_end_keeps_its_activation():
+    plain = keras.Sequential([keras.Input((1, 5)), layers.SimpleRNN(4, name="r")])
+    model = ml.convert_to_masked(plain)
+    flow = SynapticFlow(model)(ml.get_masks(model))
+    kernel = absolute(model)[0]
+    slope = 1 - np.tanh(kernel.sum(0)) ** 2
+    np.testing.assert_allclose(flow["r/cell/kernel"], np.broadcast_to(slope, (5, 4)))
+    np.testing.assert_array_equal(flow["r/cell/recurrent_kernel"], 0)  # of one step
+
+
 def test_a_subclassed_model_has_the_input_that_it_was_built_with():
     model = Subclassed()
     model(np.zeros((2, 5), "float32"))

@@ -360,6 +360,47 @@ def test_low_rank_factors_are_part_of_the_effective_weight():
     np.testing.assert_allclose(*found, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+def test_mixed_precision_loses_no_small_gradients(policy):
+    def build(policy):
+        dense = [keras.layers.Dense(8, "tanh", dtype=policy), keras.layers.Dense(4, dtype=policy)]
+        model = ml.convert_to_masked(keras.Sequential([keras.Input((3,)), *dense]))
+        model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+        return model
+
+    full, mixed = build("float32"), build(policy)
+    mixed.set_weights(full.get_weights())
+    for function in (gradients.loss_gradients, gradients.hessian_gradients):
+        pairs = zip(*(function(model, X[:, 0], Y).values() for model in (full, mixed)), strict=True)
+        for expected, found in pairs:
+            np.testing.assert_allclose(found, expected, rtol=1e-4)
+    assert all(layer.dtype_policy.name == policy for layer in mixed.layers)
+
+
+def test_the_logits_of_every_cross_entropy_are_divided_however_it_is_given():
+    inputs = keras.Input((3,))
+    hidden = keras.layers.Dense(4, activation="tanh", name="hidden")(inputs)
+    ends = {name: keras.layers.Dense(4, "softmax", name=name)(hidden) for name in "ba"}
+    plain = keras.Model(inputs, list(ends.values()))
+    loss = "sparse_categorical_crossentropy"
+
+    def hidden_product(loss, targets, outputs=None):
+        model = keras.Model(inputs, outputs) if outputs is not None else plain
+        model = ml.convert_to_masked(model)
+        model.compile("sgd", loss)
+        return gradients.hessian_gradients(model, X[:, 0], targets)["hidden/kernel"]
+
+    alone = hidden_product(loss, Y, ends["b"])
+    assert alone.any()
+    for same in ([loss], {"b": loss}):
+        np.testing.assert_allclose(hidden_product(same, Y, ends["b"]), alone, rtol=1e-4)
+    np.testing.assert_allclose(hidden_product([loss, None], [Y, None]), alone, rtol=1e-4)
+    both = hidden_product([loss, loss], [Y, Y])
+    for same in (loss, {"a": loss, "b": loss}):
+        np.testing.assert_allclose(hidden_product(same, [Y, Y]), both, rtol=1e-4)
+    assert np.abs(both - alone).max() > np.abs(alone).max() / 10
+
+
 def test_a_plain_model_gives_all_that_can_be_pruned():
     model = keras.Sequential([keras.Input((6, 3)), keras.layers.Flatten(), keras.layers.Dense(4)])
     model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))

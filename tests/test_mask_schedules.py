@@ -11,6 +11,7 @@ from lottery_ticket_pruner import (
     GradualPruning,
     LotteryTicketPruner,
     callbacks,
+    fitting,
     gradients,
     schedules,
     training,
@@ -166,6 +167,25 @@ def test_other_criteria_rank_the_weights_of_the_moment(regrowth):
         assert same_masks(watch.masks[1], watch.masks[4])
 
 
+@pytest.mark.parametrize("strategy", ["smallest_weights", "large_init"])
+def test_a_sparser_layer_stays_and_the_others_go_on(strategy):
+    model = make_model()
+    pruner = LotteryTicketPruner(model)
+    first, second = (ref.path for ref in ml.masked_refs(model))
+    pruner.update_masks("random", sparsity={first: 0.25, second: 0.75})
+    before = ml.get_masks(model)
+    GradualPruning(pruner, 0.5, strategy).advance(0)
+    after = ml.get_masks(model)
+    assert after[first].sum() == 64
+    assert (after[second] == before[second]).all()
+
+
+def test_a_distribution_shares_the_sparsity_of_the_moment_out():
+    model = make_model()
+    GradualPruning(LotteryTicketPruner(model), 0.5, distribution="erk").advance(0)
+    assert zeros(model) == [80, 0]
+
+
 def test_a_failed_update_leaves_the_masks():
     model = make_model()
     pruner = LotteryTicketPruner(model)
@@ -197,8 +217,10 @@ def test_with_several_steps_per_execution_masks_change_after_the_execution():
     assert pruning.step == 10
 
 
-def test_training_that_goes_on_goes_on_with_the_schedule():
-    model = make_model()
+@pytest.mark.parametrize(("accumulate", "scaled"), [(None, False), (2, False), (2, True)])
+def test_training_that_goes_on_goes_on_with_the_schedule(accumulate, scaled):
+    optimizer = keras.optimizers.SGD(0.01, gradient_accumulation_steps=accumulate)
+    model = make_model(keras.optimizers.LossScaleOptimizer(optimizer) if scaled else optimizer)
     pruner = LotteryTicketPruner(model)
     for epochs, zero in ((1, 38), (2, 76)):  # 5 batches each
         schedule = schedules.Function(lambda step: 0.06 * step, frequency=5)
@@ -245,6 +267,10 @@ def test_what_cannot_change_masks_is_refused():
     pruner = LotteryTicketPruner(make_model())
     with pytest.raises(ValueError, match="pruner of another model"):
         make_model().fit(*make_data(), verbose=0, callbacks=[GradualPruning(pruner, 0.5)])
+    with pytest.raises(ValueError, match=r"NOfM.*needs no schedule"):
+        GradualPruning(pruner, 0.5, structure="2:4")
+    with pytest.raises(TypeError, match="structur"):
+        GradualPruning(pruner, 0.5, structur="4x1")
     with pytest.raises(ValueError, match="scope"):
         GradualPruning(pruner, 0.5, "smallest_weights_global", scope="layer")
 
@@ -293,6 +319,12 @@ OPTIMIZERS = {
     "Adagrad": lambda: keras.optimizers.Adagrad(0.1),
     "LossScale": lambda: keras.optimizers.LossScaleOptimizer(keras.optimizers.RMSprop(0.01)),
 }
+if hasattr(keras.optimizers, "MultiOptimizer"):
+    OPTIMIZERS["Multi"] = lambda: keras.optimizers.MultiOptimizer(
+        keras.optimizers.OptimizerMap(
+            keras.optimizers.SGD(0.1), {".*kernel": keras.optimizers.Adam()}
+        )
+    )
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -322,16 +354,43 @@ def test_what_grows_starts_from_zero_and_what_stays_stays(name):
         moved = int(share * mask.sum() + 1e-6)
         assert moved
         kept = mask & (np.abs(weights[path]) >= np.sort(np.abs(weights[path][mask]))[moved])
-        grown = new[path] & ~kept
         assert (new[path] & kept).sum() == kept.sum() == mask.sum() - moved
-        assert grown.sum() == moved
+        assert new[path].sum() == mask.sum()
+        grown = new[path] & ~mask
+        assert grown.any()
         assert (after[path][grown] == 0).all()
         assert (after[path][~grown] == weights[path][~grown]).all()
-        assert len(slots[path]) == {"Adam": 4, "SGD": 2, "Adagrad": 1, "LossScale": 1}[name]
+        expected = {"Adam": 4, "SGD": 2, "Adagrad": 1, "LossScale": 1, "Multi": 2}[name]
+        assert len(slots[path]) == expected
         for slot, old in zip(slots[path], before[path], strict=True):
             value = ops.convert_to_numpy(slot)
             assert (value[grown] == 0).all()
             assert (value[~grown] == old[~grown]).all()
+
+
+def test_slots_are_found_whatever_the_order_of_the_variables():
+    variables = make_model().trainable_variables[::-1]
+    optimizer = keras.optimizers.SGD(0.1, momentum=0.9)
+    optimizer.build(variables)
+    found = fitting.optimizer_slots(optimizer)
+    for variable in variables:
+        (slot,) = found[id(variable)]
+        assert variable.path.replace("/", "_") in slot.path
+
+
+@pytest.mark.parametrize("growth", ["random", "gradient"])
+def test_a_kernel_without_pruned_weights_stays_as_it_is(growth):
+    model = make_model()
+    pruner = LotteryTicketPruner(model)
+    sparse, dense = (ref.path for ref in ml.masked_refs(model))
+    pruner.update_masks("random", sparsity={sparse: 0.75, dense: 0.0})
+    before, masks = raw(model), ml.get_masks(model)
+    data = make_data() if growth == "gradient" else None
+    DynamicSparseTraining(pruner, 100, growth, data=data, frequency=10).advance(10)
+    after, new = raw(model), ml.get_masks(model)
+    assert new[dense].all()
+    assert (after[dense] == before[dense]).all()
+    assert (new[sparse] != masks[sparse]).any()
 
 
 def test_rigl_grows_where_the_dense_gradient_is_largest():
@@ -372,6 +431,17 @@ def test_the_share_that_moves_falls_by_half_a_cosine():
     assert [s for s in range(401) if rewiring._due(s)] == [100, 200]
 
 
+def test_training_that_goes_on_does_not_rewire_twice_at_one_step():
+    model, pruner = sparse_model()
+    before, watch = ml.get_masks(model), Watch()
+    for _ in range(2):  # 5 batches each
+        rewiring = DynamicSparseTraining(pruner, 20, "random", frequency=5)
+        model.fit(*make_data(), batch_size=12, verbose=0, callbacks=[rewiring, watch])
+        changes = [not same_masks(one, before) for one in (watch.masks[0], watch.masks[-1])]
+        assert changes == [False, True]
+        before = watch.masks[-1]
+
+
 def test_rewiring_in_exact_step_training():
     model, pruner = sparse_model()
     before = ml.get_masks(model)
@@ -406,6 +476,7 @@ def test_weights_that_diverged_are_named():
         ({"growth": "magnitude"}, "`growth` must be"),
         ({}, "needs `data="),
         ({"growth": "random", "data": (1, 2)}, "takes none"),
+        ({"data": (np.zeros((3, 8)), np.zeros(2))}, "arrays of lengths"),
         ({"growth": "random", "fraction": 1.0}, "`fraction` must be"),
         ({"growth": "random", "until": 0}, "until=0"),
         ({"growth": "random", "frequency": 0}, "frequency=0"),

@@ -184,7 +184,7 @@ def test_structures_are_loops_over_tiles(kernels, structure, percent, together, 
         np.testing.assert_allclose(dropped, sorted(score for score, _ in competing)[:drop])
 
 
-@pytest.mark.once(on="torch")
+@pytest.mark.once("tensorflow", "torch")  # Where torch is installed.
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("shape", [(7, 5), (3, 3, 4, 6)])
 def test_filters_by_magnitude_are_torchs_ln_structured(seed, shape):
@@ -297,6 +297,9 @@ def test_what_a_structure_settles_itself_is_refused():
         selection.update_many("large_final", weights, sparsities=[0.5], structure="2:4")
     with pytest.raises(ValueError, match=r'Outputs.*contradicts scope="output"'):
         update("large_final", weights, rate=0.5, structure="filters", scope="output")
+    whole = dataclasses.replace(weights["k"], input_norm=np.ones((8, 8)))
+    with pytest.raises(ValueError, match=r"'wanda'.*Use N:M, or another criterion"):
+        update("wanda", {"k": whole}, rate=0.5, structure="filters")
     with pytest.raises(ValueError, match="exactly one of"):
         update("large_final", weights, structure="filters")
 
