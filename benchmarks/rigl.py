@@ -48,7 +48,7 @@ def main():
         f"{arguments.data}, LeNet-300-100, {arguments.steps} steps of {BATCH}, "
         f"{arguments.optimizer}, {arguments.seeds} seeds"
     )
-    print(f"pruned  method  {'validation':>22}{'over static':>24}{'test':>22}   moved", flush=True)
+    print(f"pruned  method  {'validation':>22}{'over static':>26}{'test':>24}   moved", flush=True)
     for sparsity in arguments.sparsities:
         static = None
         for method, growth in METHODS.items():
@@ -60,8 +60,8 @@ def main():
             static = static or validation
             gains = [a - b for a, b in zip(validation, static, strict=True)]
             print(
-                f"{sparsity:6.0%}  {method:8}{_spread(validation):>22}{_spread(gains, '+'):>24}"
-                f"{_spread(test):>22}{sum(moved) / len(moved):8.1%}",
+                f"{sparsity:6.0%}  {method:8}{_spread(validation):>22}{_spread(gains, '+'):>26}"
+                f"{_spread(test):>24}{sum(moved) / len(moved):8.1%}",
                 flush=True,
             )
 
