@@ -111,6 +111,11 @@ class MaskSchedule(keras.callbacks.Callback):
 
     def __init__(self, pruner: LotteryTicketPruner) -> None:
         super().__init__()
+        if not isinstance(pruner, LotteryTicketPruner):
+            raise TypeError(
+                f"{type(self).__name__} takes the pruner of a masked model: "
+                f"`LotteryTicketPruner(masked)`. Received: {pruner!r}"
+            )
         if not is_masked(pruner.model):
             raise ValueError(
                 f"{type(self).__name__} changes masks, and {pruner.model.name!r} has none. Make "

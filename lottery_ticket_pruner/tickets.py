@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import numbers
 import os
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -428,6 +429,12 @@ def _check(
     sparsity: Share | None,
     seed: int,
 ) -> None:
+    for name, value in (("rounds", rounds), ("steps", steps), ("rewind_to", rewind_to)):
+        if not isinstance(value, numbers.Integral):
+            raise ValueError(
+                f"`{name}` must be an integer{', in training steps' * (name == 'rewind_to')}. "
+                f"Received: {name}={value!r}."
+            )
     if rounds < 1 or not 0 <= rewind_to < steps:
         raise ValueError(
             "Expected rounds >= 1 and 0 <= rewind_to < steps. Received: "

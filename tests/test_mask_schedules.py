@@ -264,6 +264,8 @@ def test_what_cannot_change_masks_is_refused():
     plain = keras.Sequential([keras.Input((8,)), keras.layers.Dense(2)])
     with pytest.raises(ValueError, match="convert_to_masked"):
         GradualPruning(LotteryTicketPruner(plain), 0.5)
+    with pytest.raises(TypeError, match=r"LotteryTicketPruner\(masked\)`. Received: <Sequential"):
+        GradualPruning(make_model(), 0.5)
     pruner = LotteryTicketPruner(make_model())
     with pytest.raises(ValueError, match="pruner of another model"):
         make_model().fit(*make_data(), verbose=0, callbacks=[GradualPruning(pruner, 0.5)])

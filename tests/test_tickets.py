@@ -356,6 +356,8 @@ def test_a_weight_without_an_initializer_is_named(data, starts):
     [
         ({"rounds": 0}, "rounds=0"),
         ({"steps": 3, "rewind_to": 3}, "rewind_to=3"),
+        ({"rewind_to": "500it"}, "`rewind_to` must be an integer, in training steps.*'500it'"),
+        ({"steps": 2.0}, "`steps` must be an integer. Received: steps=2.0"),
         ({"rate": 0.1, "sparsity": 0.5}, "rate=0.1, sparsity=0.5"),
         ({"controls": ("reinit",)}, r"random_reinit.*Received: \('reinit',\)"),
         ({"controls": "random_mask"}, "list of some of.*Received: 'random_mask'"),
