@@ -9,7 +9,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from lottery_ticket_pruner.training import Arrays
+from lottery_ticket_pruner.examples import Arrays
 
 
 def arrays_of(x: Any, y: Arrays | None = None) -> tuple[Arrays, Arrays | None]:

@@ -14,6 +14,7 @@ import numpy as np
 import masked_layers as ml
 from lottery_ticket_pruner import criteria, selection
 from lottery_ticket_pruner.activations import input_norms
+from lottery_ticket_pruner.data import arrays_of
 from lottery_ticket_pruner.flow import SynapticFlow
 from lottery_ticket_pruner.gradients import hessian_gradients, loss_gradients
 
@@ -147,7 +148,7 @@ _SOURCES: dict[str, Callable[..., Source]] = {
 
 def _unpack(data: Any) -> tuple[Any, Any, Any]:
     """`(x, y, sample_weight)` of what Keras calls data; a list is several inputs, not a pair."""
-    parts = data if isinstance(data, tuple) else (data,)
+    parts = data if isinstance(data, tuple) else arrays_of(data)
     if not 1 <= len(parts) <= 3:
         raise ValueError(
             "`data` must be x, (x, y) or (x, y, sample_weight). "

@@ -181,8 +181,9 @@ class LotteryTicketPruner:
             distribution: How one `sparsity` of the whole model is shared out among the layers:
                 `"uniform"`, `"erk"`, or whatever else `distributions.get` takes.
             data: What a criterion of gradients or activations looks at, as arrays: `(x, y)` or
-                `(x, y, sample_weight)`, or `x` alone where no targets are needed. Other criteria
-                take no notice.
+                `(x, y, sample_weight)`, or `x` alone where no targets are needed; or a data set
+                of batches, which is read into memory (see `data.arrays_of`). Other criteria take
+                no notice.
 
         Returns:
             The report of the model's sparsity.

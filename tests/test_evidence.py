@@ -108,6 +108,26 @@ def test_evidence_is_worked_out_anew_in_every_round(monkeypatch):
     assert not np.array_equal(seen[1], seen[2])
 
 
+class Batches(keras.utils.PyDataset):
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, number):
+        rows = slice(number * 4, number * 4 + 4)
+        return X[rows], Y[rows]
+
+
+@pytest.mark.parametrize("name", ["snip", "wanda"])
+def test_a_data_set_of_batches_stands_for_its_arrays(name):
+    model, pruner = moved()
+    pruner.update_masks(name, sparsity=0.5, data=(X, Y))
+    expected = ml.get_masks(model)
+    pruner.reset_masks()
+    pruner.update_masks(name, sparsity=0.5, data=Batches())
+    for path, mask in ml.get_masks(model).items():
+        np.testing.assert_array_equal(mask, expected[path])
+
+
 def test_missing_data_are_asked_for():
     model, pruner = moved()
     before = ml.get_masks(model)
