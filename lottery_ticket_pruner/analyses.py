@@ -317,15 +317,16 @@ class Overlap:
     expected: np.ndarray
 
 
-def mask_overlap(masks: Mapping[str, Masks]) -> Overlap:
+def mask_overlap(masks: Mapping[str, keras.Model | Masks]) -> Overlap:
     """Compares the masks of several runs, seeds or criteria, all layers together.
 
     Args:
-        masks: masks by path, such as `masked_layers.get_masks(model)`, for each name.
+        masks: a masked model, or masks by path, for each name.
 
     Raises:
         ValueError: the masks are not of the same weights.
     """
+    masks = {name: _masks(of) for name, of in masks.items()}
     names = tuple(masks)
     shapes = [{path: np.shape(mask) for path, mask in masks[name].items()} for name in names]
     for name, shape in zip(names, shapes, strict=True):
@@ -364,9 +365,7 @@ def layer_sparsity(masks: keras.Model | Masks) -> dict[str, float]:
     Args:
         masks: a masked model, or masks by path.
     """
-    if isinstance(masks, keras.Model):
-        masks = ml.get_masks(masks)
-    return {path: 1 - _mean(np.asarray(mask, bool)) for path, mask in masks.items()}
+    return {path: 1 - _mean(np.asarray(mask, bool)) for path, mask in _masks(masks).items()}
 
 
 def plot_layer_sparsity(sparsities: Mapping[str, Mapping[str, float]]) -> Figure:
@@ -436,6 +435,10 @@ def plot_confusion(counts: np.ndarray, names: Sequence[str] | None = None) -> Fi
 def _check_points(points: int) -> None:
     if points < 2:
         raise ValueError(f"`points` must be at least 2. Received: points={points}")
+
+
+def _masks(of: keras.Model | Masks) -> Masks:
+    return ml.get_masks(of) if isinstance(of, keras.Model) else of
 
 
 def _plain(model: keras.Model) -> keras.Model:

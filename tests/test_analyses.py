@@ -188,6 +188,15 @@ def test_overlap_by_hand_and_against_all_random_masks():
         analyses.mask_overlap({"one": masks["one"], "other": {"a": masks["one"]["a"]}})
 
 
+def test_overlap_takes_models():
+    model = ml.convert_to_masked(
+        keras.Sequential([keras.Input((4,)), keras.layers.Dense(2, name="out")])
+    )
+    half = {"out/kernel": np.arange(8).reshape(4, 2) < 4}
+    overlap = analyses.mask_overlap({"model": model, "half": half})
+    np.testing.assert_array_equal(overlap.jaccard, [[1, 0.5], [0.5, 1]])
+
+
 def test_sparsity_per_layer_and_pictures_that_can_be_written(tmp_path, line):
     model = ml.convert_to_masked(classifier())
     half = np.ones((4, 5), bool)
