@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import numbers
+import warnings
 import weakref
 import zlib
 from collections.abc import Sequence
@@ -402,9 +404,10 @@ class DynamicSparseTraining(MaskSchedule):
                 "`fraction` must be in (0, 1) and `until` in (0, 1]. Received: "
                 f"fraction={fraction}, until={until}"
             )
-        if steps < 1 or frequency < 1 or batch_size < 1:
+        counts = (steps, frequency, batch_size)
+        if not all(isinstance(count, numbers.Integral) and count >= 1 for count in counts):
             raise ValueError(
-                "`steps`, `frequency` and `batch_size` must be at least 1. Received: "
+                "`steps`, `frequency` and `batch_size` must be integers of at least 1. Received: "
                 f"steps={steps}, frequency={frequency}, batch_size={batch_size}"
             )
         self.steps = steps
@@ -434,10 +437,18 @@ class DynamicSparseTraining(MaskSchedule):
         model = self.pruner.model
         refs = ml.masked_refs(model)
         share = self.moving_share(step)
+        alive = _alive(refs)
+        if sum(alive) == sum(math.prod(ref.variable.shape) for ref in refs):
+            warnings.warn(
+                f"DynamicSparseTraining moved nothing at step {step}: {model.name!r} has no pruned "
+                "weights. Prune it before training, as by `pruner.update_masks(...)`.",
+                stacklevel=2,
+            )
+            return
         growth = self._gradients(step) if self.growth == "gradient" else {}
         with fitting.variable_scope(model):
             results = []
-            for ref, count in zip(refs, _alive(refs), strict=True):
+            for ref, count in zip(refs, alive, strict=True):
                 state = [_joined([ref.variable]), _joined([ref.mask.value])]
                 number = _integer(selection.drop_count(count, count, rate=share))
                 seed = _seed(self.seed, step, ref.path)

@@ -472,6 +472,14 @@ def test_weights_that_diverged_are_named():
     assert same_masks(before, ml.get_masks(model))
 
 
+def test_a_dense_model_is_told_that_nothing_moves():
+    model, pruner = sparse_model()
+    ml.set_masks(model, {path: np.ones_like(mask) for path, mask in ml.get_masks(model).items()})
+    with pytest.warns(UserWarning, match="moved nothing at step 5: .*no pruned weights"):
+        DynamicSparseTraining(pruner, 20, "random", frequency=5).advance(5)
+    assert all(mask.all() for mask in ml.get_masks(model).values())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -482,6 +490,7 @@ def test_weights_that_diverged_are_named():
         ({"growth": "random", "fraction": 1.0}, "`fraction` must be"),
         ({"growth": "random", "until": 0}, "until=0"),
         ({"growth": "random", "frequency": 0}, "frequency=0"),
+        ({"growth": "random", "frequency": 2.5}, "integers.*frequency=2.5"),
     ],
 )
 def test_wrong_arguments_of_rewiring_are_named(arguments, message):
