@@ -18,7 +18,7 @@ import masked_layers as ml
 from lottery_ticket_pruner import LotteryTicketPruner, training
 from lottery_ticket_pruner.experiments import datasets
 
-SPARSITIES = (0.5, 0.6, 0.7, 0.8)
+SPARSITIES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 CONTENDERS = {
     "magnitude, within each layer": ("smallest_weights", None),
     "magnitude, within each output": ("smallest_weights", "output"),
