@@ -408,10 +408,17 @@ def confusion_matrix(
 
     Raises:
         ImportError: scikit-learn, of the `cli` extra, is not installed.
-        ValueError: the weights do not fit the model.
+        ValueError: the weights do not fit the model, or the labels are not one class for each
+            example.
     """
     from sklearn import metrics
 
+    labels = np.asarray(labels)
+    if labels.ndim != 1 and labels.shape[1:] != (1,):
+        raise ValueError(
+            f"`labels` must be one class for each example. Received: shape {labels.shape}. Of "
+            "one-hot labels take `labels.argmax(-1)`."
+        )
     plain = _plain(model)
     plain.set_weights(_effective(model, model if weights is None else weights))
     scores = plain.predict(x, batch_size=1000, verbose=0)

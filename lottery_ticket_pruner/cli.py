@@ -32,6 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from lottery_ticket_pruner.experiments.config import RunConfig
     from lottery_ticket_pruner.experiments.instability import InstabilityConfig
     from lottery_ticket_pruner.experiments.page import ReportConfig
+    from lottery_ticket_pruner.experiments.repeat import RepeatConfig
     from lottery_ticket_pruner.experiments.supermask import SupermaskConfig
     from lottery_ticket_pruner.experiments.sweep import SupermaskSweepConfig, SweepConfig
     from lottery_ticket_pruner.storage import ExportConfig, InspectConfig
@@ -41,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "run": RunConfig,
             "supermask": SupermaskConfig,
             "instability": InstabilityConfig,
+            "repeat": RepeatConfig,
             "sweep": SweepConfig,
             "sweep-supermask": SupermaskSweepConfig,
             "report": ReportConfig,
@@ -54,6 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if isinstance(config, ExportConfig | InspectConfig):
         return _print_report(config)
     try:
+        if isinstance(config, RepeatConfig):
+            config = config.configuration()
         if isinstance(config, SweepConfig | SupermaskSweepConfig):
             return _print_failures(sweep.sweep(config))
         if isinstance(config, ReportConfig):

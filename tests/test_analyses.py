@@ -90,6 +90,8 @@ def test_masked_solutions_are_interpolated_as_they_are_read():
     by_hand = [[(predicted[i == Y] == j).sum() for j in range(3)] for i in range(3)]
     np.testing.assert_array_equal(counts, by_hand)
     assert analyses.plot_confusion(counts).axes[0].get_xlabel() == "predicted class"
+    with pytest.raises(ValueError, match=r"one class for each example.*labels.argmax\(-1\)"):
+        analyses.confusion_matrix(model, X, np.eye(3)[Y])
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -36,7 +36,7 @@ ROWS = [
 CONFIG = {
     "data": "digits", "network": "lenet-300-100", "strategy": "large_final", "rounds": 1,
     "rate": 0.2, "output_rate": 0.1, "controls": ["random_mask"], "seeds": [7, 8],
-    "out": None, "data_dir": None,
+    "steps": 50, "out": None, "data_dir": None,
 }  # fmt: skip
 
 
@@ -217,13 +217,13 @@ def test_labels_name_what_differs_and_what_does_not_follow_from_it(tmp_path):
     write_run(tmp_path / "a")
     write_run(tmp_path / "b", rate=0.4, output_rate=0.2)
     write_run(tmp_path / "c", strategy="random", controls=[])
-    write_run(tmp_path / "d", strategy="random", rounds=2, controls=[])
+    write_run(tmp_path / "d", strategy="random", rounds=2, steps=9, controls=[])
     groups = results.groups_of(results.find_runs([tmp_path]))
     assert [group.label for group in groups] == [
-        "large_final, rounds 1, rate 0.2",
-        "large_final, rounds 1, rate 0.4",
-        "random, rounds 1, rate 0.2",
-        "random, rounds 2, rate 0.2",
+        "large_final, rounds 1, rate 0.2, steps 50",
+        "large_final, rounds 1, rate 0.4, steps 50",
+        "random, rounds 1, rate 0.2, steps 50",
+        "random, rounds 2, rate 0.2, steps 9",
     ]
 
 
@@ -335,8 +335,8 @@ def test_the_overview_says_how_far_tickets_hold_up(tmp_path):
     sheet = report.overview_sheet(results.groups_of(results.find_runs([tmp_path])))
     # Where it last reached the dense network's 94 %: 40 % of the weights, in the third round.
     assert sheet.lines == (
-        ("rounds 1", "1", "20.00%", "94.00", "50.00", "40.00", "40.00%"),
-        ("rounds 2", "1", "60.00%", "94.00", "93.00", "", "80.00%"),
+        ("rounds 1, rate 0.2", "1", "20.00%", "94.00", "50.00", "40.00", "40.00%"),
+        ("rounds 2, rate 0.4", "1", "60.00%", "94.00", "93.00", "", "80.00%"),
     )
     alone = report.overview_sheet(results.groups_of(results.find_runs([tmp_path / "b"])))
     assert "best control" not in alone.headings

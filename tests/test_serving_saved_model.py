@@ -417,6 +417,7 @@ def test_the_report_counts_what_is_on_disk(tmp_path, caplog):
 
 @pytest.mark.parametrize(("values", "bits"), [("float16", 11), ("bfloat16", 8)])
 def test_rounded_values_are_smaller_and_the_error_is_reported(values, bits, tmp_path):
+    keras.utils.set_random_seed(0)  # The error grows where outputs cancel out.
     model = prune(convolutional())
     exact = export_sparse_saved_model(model, tmp_path / "exact")
     report = export_sparse_saved_model(model, tmp_path / "rounded", values=values)

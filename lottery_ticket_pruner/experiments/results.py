@@ -13,6 +13,8 @@ RESULTS_FILE = "results.csv"
 # Options that say where to run and what to print: they change no number of the results.
 _NO_CHOICE = ("data_dir", "out", "quiet", "seeds")
 _NAMING = ("data", "network", "strategy", "criterion")
+# Options that mostly follow from others, or that change no ticket.
+_FOLLOWING = ("conv_rate", "output_rate", "scope", "controls", "control_rounds", "eval_every")
 # Options whose values speak for themselves.
 _PLAIN = (*_NAMING, "learn")
 
@@ -196,15 +198,16 @@ def _pooled(runs: Sequence[Run]) -> pd.DataFrame:
 
 
 def _labels(configs: Sequence[dict[str, Any]]) -> list[str]:
-    """The shortest list of options that tells configurations apart, as text.
+    """The options in which configurations differ, as text.
 
-    An option that follows from those before it, as a layer's rate does from --rate, is left out.
+    One that follows from those before it, as a layer's rate does from --rate, is left out.
     """
     labels: list[tuple[str, ...]] = [() for _ in configs]
     for option in varied_options(configs):
         values = [config.get(option) for config in configs]
         refined = [(*label, as_text(value)) for label, value in zip(labels, values, strict=True)]
-        if len(set(refined)) > len(set(labels)) or None in values:
+        follows = option in _FOLLOWING and len(set(refined)) == len(set(labels))
+        if not follows or None in values:
             described = [_described(option, value) for value in values]
             labels = [(*label, *text) for label, text in zip(labels, described, strict=True)]
     return [", ".join(label) for label in labels]

@@ -1,0 +1,73 @@
+"""The same experiment once more, from the configuration that a run folder holds."""
+
+import dataclasses
+import json
+import typing
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from lottery_ticket_pruner.experiments.config import RunConfig
+from lottery_ticket_pruner.experiments.instability import InstabilityConfig
+from lottery_ticket_pruner.experiments.results import CONFIG_FILE
+from lottery_ticket_pruner.experiments.supermask import SupermaskConfig
+
+Config = RunConfig | SupermaskConfig | InstabilityConfig
+
+_Path = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
+
+
+@dataclasses.dataclass(frozen=True)
+class RepeatConfig:
+    """Do once more what made a run folder, with every option as it was.
+
+    For folders of run, supermask and instability, and those of single runs within a sweep's. If the
+    first time was --deterministic, the second gives the same numbers, bit for bit, on the same
+    machine.
+    """
+
+    folder: tyro.conf.Positional[Path]
+    """Folder of the run, or its config.json alone."""
+    out: _Path = None
+    """Folder for the new run; by default the old one's name with -again."""
+    quiet: bool = False
+    """Print nothing."""
+
+    def configuration(self) -> Config:
+        """The configuration to run.
+
+        Raises:
+            OSError: there is no such file.
+            ValueError: the file is not what one of the commands has written.
+        """
+        file = self.folder / CONFIG_FILE if self.folder.is_dir() else self.folder
+        folder = file.parent.resolve()
+        options = {
+            "out": self.out or folder.with_name(f"{folder.name}-again"),
+            "quiet": self.quiet,
+        }
+        try:
+            stored = json.loads(file.read_text(encoding="utf-8"))
+            return read(stored | options)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"'{file}' holds no configuration of a run: {error}") from error
+
+
+def read(values: dict[str, Any]) -> Config:
+    """The configuration that `to_dict` made values of JSON from.
+
+    Raises:
+        ValueError: an option is missing or is none of the command's.
+    """
+    kinds = typing.get_args(Config)
+    kind = min(kinds, key=lambda kind: len(_names(kind) ^ values.keys()))
+    if wrong := sorted(_names(kind) ^ values.keys()):
+        raise ValueError(f"expected the options of a run, and these differ: {', '.join(wrong)}.")
+    tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    paths = {k: Path(tuples[k]) for k in ("data_dir", "out", "masks") if tuples.get(k)}
+    return kind(**tuples | paths)
+
+
+def _names(kind: type[Config]) -> set[str]:
+    return {field.name for field in dataclasses.fields(kind)}

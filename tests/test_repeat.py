@@ -1,0 +1,51 @@
+"""Configurations come back from the files that runs leave, and nothing else does."""
+
+import json
+
+import pytest
+
+from lottery_ticket_pruner import cli
+from lottery_ticket_pruner.experiments.config import RunConfig
+from lottery_ticket_pruner.experiments.instability import InstabilityConfig
+from lottery_ticket_pruner.experiments.repeat import RepeatConfig
+from lottery_ticket_pruner.experiments.supermask import SupermaskConfig
+
+pytestmark = pytest.mark.once
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        RunConfig(),
+        RunConfig(network="resnet-20", data="cifar10", final_sparsity=0.9, deterministic=True),
+        SupermaskConfig(dwr=(True,), criteria=("random",)),
+        SupermaskConfig(learn="bernoulli", epochs=3),
+        InstabilityConfig(rewind_to=("0", "2ep"), seeds=(4,)),
+    ],
+)
+def test_a_resolved_configuration_comes_back_and_makes_the_same_choices(tmp_path, config):
+    config = config.resolve(600)
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    again = RepeatConfig(tmp_path, out=tmp_path / "x").configuration()
+    assert again.resolve(600).name == config.name
+    assert again.out == tmp_path / "x"
+    default = RepeatConfig(tmp_path / "config.json").configuration()
+    assert default.out == tmp_path.with_name(f"{tmp_path.name}-again")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[1]", "holds no configuration"),
+        ("{", "holds no configuration"),
+        (json.dumps(RunConfig().to_dict() | {"colour": "red"}), "these differ: colour."),
+        (None, "No such file"),
+    ],
+)
+def test_other_files_are_refused_without_a_traceback(tmp_path, text, message, capsys):
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    assert cli.main(["repeat", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
