@@ -143,12 +143,14 @@ def register(
         scope: the only scope that makes sense with it, or None.
         elementwise: whether the score of a weight depends on nothing but its own records, not on
             other weights, the mask or chance. Large models are then ranked with less memory.
-        rounds: in how many steps to prune, with new evidence before each.
+        rounds: in how many steps to prune, with new evidence before each; several need
+            `scope="global"`.
         at_initialization: whether `find_ticket` is to rank the rewound model.
 
     Raises:
-        ValueError: an unknown record or scope, rounds below 1, or a name that another function has.
-            The same function defined again (a notebook cell run twice) replaces the earlier one.
+        ValueError: an unknown record or scope, rounds below 1 or several of them where layers do
+            not compete with each other, or a name that another function has. The same function
+            defined again (a notebook cell run twice) replaces the earlier one.
     """
     needs = frozenset((needs,) if isinstance(needs, str) else needs)
     if not needs <= {*RECORDS, *EVIDENCE}:
@@ -156,6 +158,11 @@ def register(
         raise ValueError(f"`needs` must be out of {known}. Received: needs={sorted(needs)}")
     if rounds < 1:
         raise ValueError(f"`rounds` must be at least 1. Received: rounds={rounds}")
+    if rounds > 1 and scope != "global":
+        raise ValueError(
+            'A criterion of several rounds needs scope="global": each round has one sparsity, of '
+            f"all layers together. Received: rounds={rounds}, scope={scope!r}"
+        )
     if scope is not None and scope not in SCOPES:
         raise ValueError(f"`scope` must be None or one of {SCOPES}. Received: scope={scope!r}")
 

@@ -240,7 +240,8 @@ class Outputs(_Whole):
 
     With criteria of magnitude, `"average"` ranks the filters of a layer by their L1 norm (Li et
     al.). `masked_layers.shrink` then makes the model smaller. Keep the last layer out of it (a rate
-    of 0 for its path), or the model loses classes.
+    of 0 for its path), or the model loses classes. In the kernels of LSTM and GRU an output is a
+    column of one gate, not all columns of a unit.
 
     Args:
         pooling: what an output scores: `"average"` or `"max"` of its weights that are alive.

@@ -253,6 +253,8 @@ def test_registration_checks_its_arguments(registry):
         criteria.register("mine", scope="everywhere")
     with pytest.raises(ValueError, match="rounds=0"):
         criteria.register("mine", rounds=0)
+    with pytest.raises(ValueError, match=r"needs scope=.global.*rounds=2, scope='layer'"):
+        criteria.register("mine", rounds=2, scope="layer")
     assert "mine" not in criteria.names()
 
 
