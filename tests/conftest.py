@@ -2,8 +2,22 @@
 
 import os
 
+import hypothesis
 import numpy as np
 import pytest
+
+# The suite says the same of the same code, however often it runs.
+# Examples that no run has seen yet: pytest --hypothesis-profile=explore
+hypothesis.settings.register_profile(
+    "suite",
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.register_profile(
+    "explore", hypothesis.settings.get_profile("suite"), derandomize=False
+)
+hypothesis.settings.load_profile("suite")
 
 
 def pytest_configure(config):
@@ -30,13 +44,20 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason=f"tested on {', '.join(backends)}"))
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    """Every test starts from the same seed, and so does what its fixtures draw."""
+    import keras
+
+    keras.utils.set_random_seed(0)
+
+
 @pytest.fixture(autouse=True)
-def _fresh_keras():
-    """Every test starts from the same seed and leaves no global policy behind."""
+def _same_policy():
+    """No test leaves a global policy behind."""
     import keras
 
     policy = keras.config.dtype_policy()
-    keras.utils.set_random_seed(0)
     yield
     keras.config.set_dtype_policy(policy)
 

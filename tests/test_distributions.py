@@ -27,7 +27,7 @@ def dropped(shapes, sparsities):
 
 
 @pytest.mark.once
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     shapes=st.lists(
         st.lists(st.integers(1, 40), min_size=1, max_size=4).map(tuple), min_size=1, max_size=6

@@ -98,7 +98,7 @@ def test_set_masks_writes_all_or_nothing(masks, message):
     assert all(mask.all() for mask in ml.get_masks(model).values())
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(hnp.arrays(bool, (8, 5)), st.booleans())
 def test_masks_survive_their_file(tmp_path_factory, mask, as_numbers):
     model = masked_net_once()

@@ -25,7 +25,7 @@ def as_numpy(tensors):
     return [ops.convert_to_numpy(tensor) for tensor in tensors]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     st.lists(VALUES, min_size=SIZE, max_size=SIZE),
     st.lists(st.booleans(), min_size=SIZE, max_size=SIZE),
@@ -49,7 +49,7 @@ def test_the_largest_candidates_stay(values, candidates, most, seed):
     assert not kept.size or not dropped.size or kept.min() >= dropped.max()
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     st.lists(VALUES, min_size=SIZE, max_size=SIZE),
     st.lists(VALUES, min_size=SIZE, max_size=SIZE),

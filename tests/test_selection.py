@@ -94,7 +94,6 @@ def test_shares_outside_the_unit_interval_are_errors(name, share, scope):
 # ---------------------------------------------------------------------------------- drop_lowest
 
 
-@settings(deadline=None)
 @given(
     scores=hnp.arrays(
         np.float32, st.integers(0, 40), elements=st.sampled_from([-np.inf, -1, -0.0, 0, 1, 2, 3])
@@ -235,7 +234,7 @@ def groups(weights, scope):
 
 
 @pytest.mark.parametrize("name", [n for n in RANKING_RECORDS if n != "random"])
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     weights=networks(),
     percent=st.integers(0, 99),
@@ -271,7 +270,7 @@ def test_update_is_a_sort_in_plain_python(name, weights, percent, scope, seed):
             assert now.flags.writeable
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     weights=networks(),
     percents=st.tuples(st.integers(0, 99), st.integers(0, 99)),
@@ -636,7 +635,7 @@ BY_RECORDS = [n for n in criteria.names() if criteria.get(n).needs <= set(criter
 
 
 @pytest.mark.parametrize("name", BY_RECORDS)
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(
     weights=networks(),
     percents=st.lists(st.integers(0, 99), max_size=4),

@@ -58,7 +58,7 @@ def sparse_arrays(draw):
 
 
 @given(st.dictionaries(st.text(max_size=8), sparse_arrays(), max_size=5), st.data())
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_any_arrays_come_back(arrays, data):
     encodings = {
         name: data.draw(st.sampled_from(["sparse", "dense"]))
@@ -79,7 +79,7 @@ def test_any_arrays_come_back(arrays, data):
 @example([], False)
 @example([255], True)
 @example([65_536, 254], False)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_runs_of_zeros_around_the_escape(runs, ends_with_value):
     parts = [part for run in runs for part in (np.zeros(run), [1.5])]
     if parts and not ends_with_value:
@@ -211,7 +211,7 @@ DATA = encode({"a": np.eye(40, dtype=np.float32), "b": np.arange(1.0, 9.0)})
 
 
 @given(st.integers(0, len(DATA) - 1), st.integers(1, 255))
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 def test_every_flipped_byte_is_noticed(position, change):
     if 5 <= position < 8:
         return  # Three bytes are reserved.
@@ -222,7 +222,7 @@ def test_every_flipped_byte_is_noticed(position, change):
 
 
 @given(st.integers(0, len(DATA) - 1))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_every_cut_is_noticed(length):
     with pytest.raises(ValueError, match="packed file"):
         decode(DATA[:length])

@@ -3,7 +3,7 @@ import warnings
 import keras
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from keras import layers
 
@@ -1079,9 +1079,7 @@ def draw_net(draw):
     return model
 
 
-@settings(
-    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
-)
+@settings(max_examples=12)
 @given(st.data())
 def test_random_nets_keep_their_outputs_and_shrink_no_further(data):
     smaller, report = checked(draw_net(data.draw))
@@ -1091,9 +1089,7 @@ def test_random_nets_keep_their_outputs_and_shrink_no_further(data):
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="computes float64 in float32 here and there")
-@settings(
-    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
-)
+@settings(max_examples=12)
 @given(st.data())
 def test_nothing_but_rounding_differs(data):
     keras.config.set_dtype_policy("float64")
@@ -1115,9 +1111,7 @@ def draw_dense_net(draw):
     return model
 
 
-@settings(
-    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
-)
+@settings(max_examples=12)
 @given(st.data())
 def test_every_dense_unit_left_is_on_a_path_from_input_to_output(data):
     model = draw_dense_net(data.draw)

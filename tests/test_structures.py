@@ -134,7 +134,7 @@ def kernels(draw):
 
 
 @pytest.mark.once
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(
     kernels=st.lists(kernels(), min_size=1, max_size=3),
     structure=STRUCTURES,

@@ -63,7 +63,7 @@ def test_pruned_weights_by_hand(name, expected):
     np.testing.assert_array_equal(values, np.array(expected, "float32"))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 40))
 def test_shuffled_and_constant_weights(seed, size):
     rng = np.random.default_rng(seed)
