@@ -353,31 +353,31 @@ def _cool(loss: Any, output: Tensor, temperature: float) -> Tensor:
     return ops.sigmoid((ops.log(output) - ops.log1p(-output)) / temperature)
 
 
-@contextlib.contextmanager
-def _without_penalties(model: keras.Model) -> Iterator[None]:
+def _without_penalties(model: keras.Model) -> contextlib.AbstractContextManager[None]:
     """Leaves out what regularizers of weights would add to the loss."""
-    found = [(v, v.regularizer) for v in model.trainable_variables if v.regularizer is not None]
-    for variable, _ in found:
-        variable.regularizer = None
-    try:
-        yield
-    finally:
-        for variable, regularizer in found:
-            variable.regularizer = regularizer
+    regularized = [v for v in model.trainable_variables if v.regularizer is not None]
+    return _with_attribute("regularizer", [(variable, None) for variable in regularized])
 
 
-@contextlib.contextmanager
-def _in_full_precision(model: keras.Model) -> Iterator[None]:
+def _in_full_precision(model: keras.Model) -> contextlib.AbstractContextManager[None]:
     """Lets the layers of a model compute in the precision of their weights.
 
     In float16 small gradients vanish, and with the logits divided nearly all of them are small.
     """
     policies = [(layer, layer.dtype_policy) for layer in _keras.flatten(model)]
     mixed = [(layer, p) for layer, p in policies if p.name in ("mixed_float16", "mixed_bfloat16")]
-    for layer, policy in mixed:
-        layer.dtype_policy = policy.variable_dtype
+    full = [(layer, policy.variable_dtype) for layer, policy in mixed]
+    return _with_attribute("dtype_policy", full)
+
+
+@contextlib.contextmanager
+def _with_attribute(name: str, values: Sequence[tuple[Any, Any]]) -> Iterator[None]:
+    """Gives objects another value of an attribute for a while."""
+    before = [(owner, getattr(owner, name)) for owner, _ in values]
+    for owner, value in values:
+        setattr(owner, name, value)
     try:
         yield
     finally:
-        for layer, policy in mixed:
-            layer.dtype_policy = policy
+        for owner, value in before:
+            setattr(owner, name, value)

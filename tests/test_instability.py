@@ -116,16 +116,24 @@ def test_an_interrupted_run_goes_on_and_reports_show_it(tmp_path, measured, monk
     assert rows["test_accuracy"].tolist() == pytest.approx([0.8] * 3)
     assert len(pd.read_csv(tmp_path / "a" / "lines.csv")) == 9
 
-    rows[:2].to_csv(tmp_path / "a" / "results.csv", index=False)
+    measure = analyses.instability
+
+    def twice(*args, **kwargs):
+        return (measure if len(measured) < 5 else interrupted)(*args, **kwargs)
+
+    monkeypatch.setattr(analyses, "instability", twice)
+    assert cli.main(command(**options)) == 130
+    assert len(pd.read_csv(tmp_path / "a" / "results.csv")) == 2
+    monkeypatch.setattr(analyses, "instability", measure)
     assert cli.main(command(**options)) == 0
-    assert [state[:2] for state in measured[3:]] == [(5, 9)]
+    assert [state[:2] for state in measured[3:]] == [(1, 9), (2, 9), (5, 9)]
     again = pd.read_csv(tmp_path / "a" / "results.csv")
     pd.testing.assert_frame_equal(again.drop(columns="seconds"), rows.drop(columns="seconds"))
     assert len(pd.read_csv(tmp_path / "a" / "lines.csv")) == 9
     assert json.loads((tmp_path / "a" / "config.json").read_text())["rewind_to"] == ["0it"]
 
     # Another configuration in the same place starts from nothing, also where it was interrupted.
-    measure, count = analyses.instability, len(measured)
+    count = len(measured)
     monkeypatch.setattr(analyses, "instability", interrupted)
     other = options | {"points": 4, "seeds": "1 2 5 6"}
     assert cli.main(command(**other)) == 130

@@ -78,20 +78,33 @@ def test_untrained_masks(tmp_path, monkeypatch):
     assert f"{100 * means.max():.2f} ± " in printed
 
     # What an interrupted run finished is not trained again; what it left behind is drawn again.
-    rows[rows["replicate"] == 0].to_csv(folder / "results.csv", index=False)
-    (folder / "curves-9.png").touch()
-    seeds, train = [], training.train
+    seeds, train, stop_at = [], training.train, 4
 
     def counted(*args, **kwargs):
+        if kwargs["seed"] == stop_at:
+            raise KeyboardInterrupt
         seeds.append(kwargs["seed"])
         return train(*args, **kwargs)
 
     monkeypatch.setattr(training, "train", counted)
+    with pytest.raises(KeyboardInterrupt):
+        supermask.run(config, data, Console(quiet=True))
+    (folder / "curves-9.png").touch()
+    stop_at = None
     supermask.run(config, data, Console(quiet=True))
-    assert seeds == [4]
+    assert seeds == [3, 4]
     assert {file.name for file in folder.glob("*.png")} == pictures
     again = pd.read_csv(folder / "results.csv")
     pd.testing.assert_frame_equal(again, rows, rtol=1e-3)
+
+    # Under the same options other data are another run.
+    stop_at = 4
+    with pytest.raises(KeyboardInterrupt):
+        supermask.run(config, data, Console(quiet=True))
+    stop_at = None
+    other = dataclasses.replace(data, x_train=data.x_train[:, ::-1])
+    supermask.run(config, other, Console(quiet=True))
+    assert seeds == [3, 4, 3, 3, 4]
 
 
 @pytest.mark.parametrize("learn", [None, "edge_popup"])

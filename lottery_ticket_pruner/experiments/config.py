@@ -12,6 +12,12 @@ import tyro
 
 from lottery_ticket_pruner import criteria, selection, treatments
 from lottery_ticket_pruner.experiments import datasets, networks
+from lottery_ticket_pruner.experiments.options import (
+    NO_HINT,
+    OptionalFloat,
+    OptionalInt,
+    OptionalPath,
+)
 from lottery_ticket_pruner.tickets import CONTROLS, RETRAINING
 
 
@@ -47,10 +53,6 @@ _RECIPES = {
 _DIGITS = Recipe("lenet-300-100", 2e-3, 600, 9, rate=0.36)
 
 # On the command line an option without a value says so by being left out.
-_NO_HINT = tyro.conf.arg(help_behavior_hint="")
-_Int = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
-_Float = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")]
-_Path = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
 _DATA = tyro.conf.arg(
     metavar="NAME",
     help=f"Data set: {', '.join(datasets.NAMES)}; all but digits are read from --data-dir or "
@@ -82,22 +84,22 @@ class RunConfig:
     """
 
     data: Annotated[str, _DATA] = "digits"
-    data_dir: _Path = None
+    data_dir: OptionalPath = None
     """Folder with the data set's published files or its .npz, or with a subfolder of them."""
-    network: Annotated[Literal[*networks.NAMES] | None, _NO_HINT] = None
+    network: Annotated[Literal[*networks.NAMES] | None, NO_HINT] = None
     """Network; by default lenet-300-100, for CIFAR-10 conv-2."""
     strategy: Annotated[str, _STRATEGY] = "large_final"
-    scope: Annotated[Literal["layer", "global"] | None, _NO_HINT] = None
+    scope: Annotated[Literal["layer", "global"] | None, NO_HINT] = None
     """Which weights compete: those of a layer or all; by default the strategy's choice, layer."""
-    rounds: _Int = None
+    rounds: OptionalInt = None
     """Rounds of pruning after the dense run; by default 20, for digits 9."""
-    rate: _Float = None
+    rate: OptionalFloat = None
     """Share of the remaining weights dropped per round; by default 0.2, for digits 0.36."""
-    conv_rate: _Float = None
+    conv_rate: OptionalFloat = None
     """The same for convolutions; by default half of --rate, for conv-6 three quarters."""
-    output_rate: _Float = None
+    output_rate: OptionalFloat = None
     """The same for the output layer; by default half of --rate."""
-    final_sparsity: _Float = None
+    final_sparsity: OptionalFloat = None
     """Instead of rates: share of pruned weights after the last round, reached at one rate."""
     rewind_to: str = "0"
     """Training step to rewind to: 0, or as in 500it (steps) or 2ep (epochs)."""
@@ -110,22 +112,22 @@ the rewinding point, or its trained ones at the last learning rate."""
     """Arms next to the ticket; name none to train the ticket alone."""
     control_rounds: tuple[int, ...] = ()
     """Rounds to train the controls in; by default all."""
-    steps: _Int = None
+    steps: OptionalInt = None
     """Training steps of each run; by default those of the network's recipe, for digits 600."""
-    epochs: _Int = None
+    epochs: OptionalInt = None
     """Instead of --steps: epochs of each run."""
-    batch_size: _Int = None
+    batch_size: OptionalInt = None
     """Examples per step; by default 60."""
-    optimizer: Annotated[Literal[*networks.OPTIMIZERS] | None, _NO_HINT] = None
+    optimizer: Annotated[Literal[*networks.OPTIMIZERS] | None, NO_HINT] = None
     """Adam, or SGD with momentum and a tenth of the rate after half and three quarters of the \
 steps; by default that of the network's recipe: sgd for resnet-20, else adam."""
-    learning_rate: _Float = None
+    learning_rate: OptionalFloat = None
     """Learning rate; by default that of the network's recipe (0.0012 for lenet-300-100)."""
-    eval_every: _Int = None
+    eval_every: OptionalInt = None
     """Steps between looks at the validation images; by default a tenth of all, at most 500."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """One replicate for each seed, from the initial weights on."""
-    out: _Path = None
+    out: OptionalPath = None
     """Run folder; by default one in ./runs, named after the options. A run of the same options \
 that was interrupted goes on; any other one there is replaced."""
     deterministic: bool = False
@@ -202,7 +204,11 @@ that was interrupted goes on; any other one there is replaced."""
 
     def same_run(self, file: Path) -> bool:
         """Whether a file that `to_dict` went into is of a run with the same results."""
-        return same_choices(self.to_dict(), file)
+        try:
+            stored = json.loads(file.read_text())
+        except (OSError, ValueError):
+            return False
+        return choices(stored) == json.loads(json.dumps(choices(self.to_dict())))
 
     def _recipe(self) -> Recipe:
         own = datasets.is_own(self.data)
@@ -280,15 +286,6 @@ def parse_steps(text: str, steps_per_epoch: int) -> int:
 def choices(values: dict[str, Any]) -> dict[str, Any]:
     """What decides what comes out of a run, among the values of its configuration."""
     return {k: v for k, v in values.items() if k not in ("out", "data_dir", "quiet")}
-
-
-def same_choices(values: dict[str, Any], file: Path) -> bool:
-    """Whether a file that holds a configuration in JSON makes the choices of this one."""
-    try:
-        stored = json.loads(file.read_text())
-    except (OSError, ValueError):
-        return False
-    return choices(stored) == json.loads(json.dumps(choices(values)))
 
 
 def _chosen(*values: Any) -> Any:

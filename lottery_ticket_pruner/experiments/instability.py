@@ -18,7 +18,14 @@ from rich.console import Console
 import masked_layers as ml
 from lottery_ticket_pruner import analyses, fitting
 from lottery_ticket_pruner.experiments import datasets, networks, report, results
-from lottery_ticket_pruner.experiments.config import RunConfig, choices, parse_steps, same_choices
+from lottery_ticket_pruner.experiments.config import RunConfig, choices, parse_steps
+from lottery_ticket_pruner.experiments.options import (
+    NO_HINT,
+    OptionalFloat,
+    OptionalInt,
+    OptionalPath,
+)
+from lottery_ticket_pruner.experiments.resumption import Resumption
 from lottery_ticket_pruner.experiments.run import compiled, make_deterministic
 from lottery_ticket_pruner.pruner import LotteryTicketPruner
 from lottery_ticket_pruner.tickets import find_ticket
@@ -31,11 +38,6 @@ _COMMON = ("data", "network", "batch_size", "optimizer", "learning_rate")
 _TICKET = {"kept": "rewind", "pruned": "zero"}
 _LINES_FILE = "lines.csv"
 _PICTURE = "instability.png"
-
-_NO_HINT = tyro.conf.arg(help_behavior_hint="")
-_Int = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
-_Float = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")]
-_Path = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,33 +52,33 @@ class InstabilityConfig:
 
     data: Annotated[str, tyro.conf.arg(metavar="NAME")] = "digits"
     """Data set by name, or your own as module:function: see `lottery-ticket run --help`."""
-    data_dir: _Path = None
+    data_dir: OptionalPath = None
     """Folder with the data set's published files or its .npz, or with a subfolder of them."""
-    network: Annotated[Literal[*networks.NAMES] | None, _NO_HINT] = None
+    network: Annotated[Literal[*networks.NAMES] | None, NO_HINT] = None
     """Network; by default lenet-300-100, for CIFAR-10 conv-2."""
     rewind_to: tuple[str, ...] = ()
     """Points to train to: 0, or as in 500it (steps) or 2ep (epochs); by default 0, 1, 2, 5, 10, \
 20 and 50 % of the steps, with --masks the rewinding point of that run."""
-    masks: _Path = None
+    masks: OptionalPath = None
     """Folder of a finished run: both trainings go under its masks, for each seed under its own."""
-    round: _Int = None
+    round: OptionalInt = None
     """Round of that run whose masks these are; by default the last."""
-    steps: _Int = None
+    steps: OptionalInt = None
     """Training steps of the whole training; by default those of the network's recipe, for digits \
 600."""
-    epochs: _Int = None
+    epochs: OptionalInt = None
     """Instead of --steps: epochs."""
-    batch_size: _Int = None
+    batch_size: OptionalInt = None
     """Examples per step; by default 60."""
-    optimizer: Annotated[Literal[*networks.OPTIMIZERS] | None, _NO_HINT] = None
+    optimizer: Annotated[Literal[*networks.OPTIMIZERS] | None, NO_HINT] = None
     """By default that of the network's recipe."""
-    learning_rate: _Float = None
+    learning_rate: OptionalFloat = None
     """Learning rate; by default that of the network's recipe."""
     points: int = 30
     """Points on the line, its ends included."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """One replicate for each seed, from the initial weights on."""
-    out: _Path = None
+    out: OptionalPath = None
     """Run folder; by default one in ./runs, named after the options. What an interrupted run of \
 the same options measured is kept."""
     deterministic: bool = False
@@ -190,11 +192,13 @@ def run(config: InstabilityConfig, data: datasets.Dataset, console: Console | No
         make_deterministic()
     folder = config.folder
     folder.mkdir(parents=True, exist_ok=True)
-    rows, lines = _measured(config)
+    resumption = Resumption(folder, config.to_dict(), data)
+    rows, lines = _measured(folder) if resumption.is_possible() else ([], [])
     # Or they would pass for results of this configuration.
     for name in (_PICTURE,) if rows else (_PICTURE, results.RESULTS_FILE, _LINES_FILE):
         (folder / name).unlink(missing_ok=True)
     (folder / results.CONFIG_FILE).write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+    resumption.begin()
     under = f" under the masks of {config.masks}, round {config.round}" if config.masks else ""
     console.print(
         f"{config.data}, {config.network}: instability{under}; {keras.backend.backend()}\n"
@@ -237,20 +241,18 @@ def run(config: InstabilityConfig, data: datasets.Dataset, console: Console | No
         line = analyses.Interpolation(line["share"].to_numpy(), metrics, "accuracy")
         found.setdefault(point, []).append(line)
     analyses.plot_instability(found).savefig(folder / _PICTURE, dpi=150)
+    resumption.end()
     console.print(report.instability_sheet(table).table())
     console.print(f"{time.perf_counter() - started:.0f} s. Results in {folder}", highlight=False)
     return folder
 
 
-def _measured(config: InstabilityConfig) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Rows and lines of an earlier, interrupted run of the same options."""
-    files = [config.folder / name for name in (results.RESULTS_FILE, _LINES_FILE)]
-    same = same_choices(config.to_dict(), config.folder / results.CONFIG_FILE)
-    if not (same and all(file.is_file() for file in files)):
+def _measured(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows and lines of an interrupted run."""
+    files = [folder / name for name in (results.RESULTS_FILE, _LINES_FILE)]
+    if not all(file.is_file() for file in files):
         return [], []
     rows, lines = map(report.read_rows, files)
-    if len(rows) == len(config.seeds) * len(config.rewind_to):  # A finished run is run again.
-        return [], []
     done = {(row["replicate"], row["rewind_to"]) for row in rows}
     return rows, [line for line in lines if (line["replicate"], line["rewind_to"]) in done]
 

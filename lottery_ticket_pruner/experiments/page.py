@@ -21,10 +21,10 @@ import lottery_ticket_pruner
 from lottery_ticket_pruner import analyses
 from lottery_ticket_pruner.experiments import masks, report, results
 from lottery_ticket_pruner.experiments.masks import Kept
+from lottery_ticket_pruner.experiments.options import OptionalPath
 from lottery_ticket_pruner.experiments.results import Group
 from masked_layers.files import replacing
 
-_Path = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
 _Folders = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER...")]
 
 
@@ -39,7 +39,7 @@ class ReportConfig:
 
     folders: _Folders
     """Run folders, and folders that hold some, such as a sweep's or ./runs."""
-    out: _Path = None
+    out: OptionalPath = None
     """Folder to write report.html, tables.md, results.csv and *.png to; by default `report` inside
     of FOLDER, if that is one, else ./report."""
     quiet: bool = False

@@ -4,18 +4,17 @@ import dataclasses
 import json
 import typing
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import tyro
 
 from lottery_ticket_pruner.experiments.config import RunConfig
 from lottery_ticket_pruner.experiments.instability import InstabilityConfig
+from lottery_ticket_pruner.experiments.options import OptionalPath
 from lottery_ticket_pruner.experiments.results import CONFIG_FILE
 from lottery_ticket_pruner.experiments.supermask import SupermaskConfig
 
 Config = RunConfig | SupermaskConfig | InstabilityConfig
-
-_Path = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +28,7 @@ class RepeatConfig:
 
     folder: tyro.conf.Positional[Path]
     """Folder of the run, or its config.json alone."""
-    out: _Path = None
+    out: OptionalPath = None
     """Folder for the new run; by default the old one's name with -again."""
     quiet: bool = False
     """Print nothing."""

@@ -21,7 +21,14 @@ from rich.console import Console
 import masked_layers as ml
 from lottery_ticket_pruner import criteria, training
 from lottery_ticket_pruner.experiments import datasets, networks, report
-from lottery_ticket_pruner.experiments.config import RunConfig, choices, same_choices
+from lottery_ticket_pruner.experiments.config import RunConfig, choices
+from lottery_ticket_pruner.experiments.options import (
+    NO_HINT,
+    OptionalFloat,
+    OptionalInt,
+    OptionalPath,
+)
+from lottery_ticket_pruner.experiments.resumption import Resumption
 from lottery_ticket_pruner.experiments.run import compiled, make_deterministic, save
 from lottery_ticket_pruner.learned import learn_supermask
 from lottery_ticket_pruner.pruner import LotteryTicketPruner
@@ -39,11 +46,6 @@ _PICTURES = ("curves-*.png", "heat-map.png")
 _LEARNING_STEPS = 20_000
 _LEARNING_BATCH = 250
 
-_NO_HINT = tyro.conf.arg(help_behavior_hint="")
-_Int = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
-_Float = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")]
-_Path = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
-
 
 @dataclasses.dataclass(frozen=True)
 class SupermaskConfig:
@@ -54,13 +56,13 @@ class SupermaskConfig:
     the masks themselves are trained over weights that stay as they were drawn.
     """
 
-    learn: Annotated[Literal["bernoulli", "edge_popup"] | None, _NO_HINT] = None
+    learn: Annotated[Literal["bernoulli", "edge_popup"] | None, NO_HINT] = None
     """Learn masks instead: sampled from probabilities, or of the weights with the best scores."""
     data: Annotated[str, tyro.conf.arg(metavar="NAME")] = "digits"
     """Data set by name, or your own as module:function: see `lottery-ticket run --help`."""
-    data_dir: _Path = None
+    data_dir: OptionalPath = None
     """Folder with the data set's published files or its .npz, or with a subfolder of them."""
-    network: Annotated[Literal[*networks.NAMES] | None, _NO_HINT] = None
+    network: Annotated[Literal[*networks.NAMES] | None, NO_HINT] = None
     """Network; by default lenet-300-100, for CIFAR-10 conv-2."""
     criteria: tuple[Literal[*CRITERIA], ...] = CRITERIA
     """What makes the masks (without --learn)."""
@@ -71,21 +73,21 @@ class SupermaskConfig:
     """What the masks are laid over: initial weights, or their signs times their deviation."""
     dwr: tuple[bool, ...] = (False, True)
     """Whether weights are rescaled by size / ones(mask)."""
-    scope: Annotated[Literal["layer", "global"] | None, _NO_HINT] = None
+    scope: Annotated[Literal["layer", "global"] | None, NO_HINT] = None
     """Which weights compete: those of a layer or all; by default layer."""
-    steps: _Int = None
+    steps: OptionalInt = None
     """Training steps; by default those of the network's recipe, to learn masks 20 000."""
-    epochs: _Int = None
+    epochs: OptionalInt = None
     """Instead of --steps: epochs."""
-    batch_size: _Int = None
+    batch_size: OptionalInt = None
     """Examples per step; by default those of the recipe, to learn masks 250."""
-    learning_rate: _Float = None
+    learning_rate: OptionalFloat = None
     """Of the trained network; by default that of its recipe. Masks are learned as published."""
     samples: int = 10
     """Masks sampled to evaluate a learned bernoulli mask."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """One replicate for each seed, from the initial weights on."""
-    out: _Path = None
+    out: OptionalPath = None
     """Run folder; by default one in ./runs, named after the options. Seeds that an interrupted \
 run of the same options finished are kept."""
     deterministic: bool = False
@@ -172,11 +174,15 @@ def run(config: SupermaskConfig, data: datasets.Dataset, console: Console | None
         make_deterministic()
     folder = config.folder
     folder.mkdir(parents=True, exist_ok=True)
-    rows = _finished_rows(config)
+    resumption = Resumption(folder, config.to_dict(), data)
+    # Written after every seed: what is there is whole.
+    file = folder / "results.csv"
+    rows = report.read_rows(file) if resumption.is_possible() and file.is_file() else []
     for pattern in _PICTURES if rows else (*_PICTURES, "results.csv", "supermask-*.keras"):
         for left_by_an_earlier_run in folder.glob(pattern):
             left_by_an_earlier_run.unlink()
     (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+    resumption.begin()
     console.print(
         f"{config.data}, {config.network}, {config.learn or 'untrained'} masks; "
         f"{keras.backend.backend()}\nResults go to {folder}",
@@ -201,8 +207,8 @@ def run(config: SupermaskConfig, data: datasets.Dataset, console: Console | None
                 advance = lambda steps: bar.advance(task, steps)  # noqa: E731
                 for row in one_seed(config, data, seed, replicate, advance):
                     rows.append({"replicate": replicate, **row})
-                with replacing(folder / "results.csv") as file:
-                    pd.DataFrame(rows).to_csv(file, index=False)
+                with replacing(file) as whole:
+                    pd.DataFrame(rows).to_csv(whole, index=False)
     table = pd.DataFrame(rows)
     table["seed"] = [config.seeds[replicate] for replicate in table["replicate"]]
     shown = table.drop(columns=["dense_accuracy"], errors="ignore")
@@ -215,6 +221,7 @@ def run(config: SupermaskConfig, data: datasets.Dataset, console: Console | None
         picture = report.picture(lines, x_label=label)
         picture.suptitle(title, fontsize=10)
         picture.savefig(folder / f"curves-{number}.png", dpi=150)
+    resumption.end()
     console.print(report.best_sheet(shown).table())
     console.print(f"{time.perf_counter() - started:.0f} s. Results in {folder}", highlight=False)
     return folder
@@ -251,16 +258,6 @@ def heat_map(rows: pd.DataFrame) -> Figure:
     figure.supxlabel("sparsity", fontsize=9)
     figure.colorbar(image, ax=fields, label="test accuracy, %", shrink=0.7)
     return figure
-
-
-def _finished_rows(config: SupermaskConfig) -> list[dict[str, Any]]:
-    """The rows of seeds that an earlier, interrupted run of the same options finished."""
-    file = config.folder / "results.csv"
-    if not (file.is_file() and same_choices(config.to_dict(), config.folder / "config.json")):
-        return []
-    rows = report.read_rows(file)
-    # Written after every seed: what is there is whole. A finished run is run again.
-    return [] if len({row["replicate"] for row in rows}) == len(config.seeds) else rows
 
 
 def _untrained(

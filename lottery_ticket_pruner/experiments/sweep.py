@@ -25,11 +25,10 @@ from rich.console import Console
 
 from lottery_ticket_pruner.experiments import datasets, report, results
 from lottery_ticket_pruner.experiments.config import RunConfig
+from lottery_ticket_pruner.experiments.options import OptionalInt, OptionalPath
 from lottery_ticket_pruner.experiments.supermask import SupermaskConfig
 from masked_layers.files import replacing
 
-_Path = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
-_Int = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
 _Over = Annotated[
     tuple[str, ...],
     tyro.conf.UseAppendAction,
@@ -50,11 +49,11 @@ _THREADS = (
 class _Sweeping:
     over: _Over = ()
     """An option of the command and the values to try."""
-    jobs: _Int = None
+    jobs: OptionalInt = None
     """Runs at a time, each on its share of the cores; by default one per core."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """A run of its own for each seed of each combination."""
-    out: _Path = None
+    out: OptionalPath = None
     """Folder of all run folders and of results.csv; by default one in ./runs."""
     quiet: bool = False
     """Print nothing but errors."""
