@@ -253,7 +253,9 @@ class SignAgreement:
 
 
 def sign_agreement(
-    initial: Mapping[str, np.ndarray], final: Mapping[str, np.ndarray], masks: Masks
+    initial: Mapping[str, np.ndarray],
+    final: Mapping[str, np.ndarray],
+    masks: keras.Model | Masks,
 ) -> dict[str, SignAgreement]:
     """Compares the signs of initial and final weights by what the masks keep.
 
@@ -261,16 +263,23 @@ def sign_agreement(
         initial: initial weights by path, such as `pruner.initial_weights`; more than the masked
             ones do no harm.
         final: final weights likewise.
-        masks: masks by path, such as `masked_layers.get_masks(model)`.
+        masks: a masked model, or masks by path.
 
     Returns:
         A row for each mask by path, and `"total"` over all of them.
 
     Raises:
+        TypeError: the weights are not by path.
         ValueError: a mask has no weights, or not of its shape.
     """
+    for name, weights in (("initial", initial), ("final", final)):
+        if not isinstance(weights, Mapping):
+            raise TypeError(
+                f"`{name}` must be weights by path, such as `pruner.{name}_weights`. Received: "
+                f"{type(weights).__name__}"
+            )
     same, kept = {}, {}
-    for path, mask in masks.items():
+    for path, mask in _masks(masks).items():
         for name, weights in (("initial", initial), ("final", final)):
             if path not in weights or np.shape(weights[path]) != np.shape(mask):
                 raise ValueError(
@@ -368,8 +377,12 @@ def layer_sparsity(masks: keras.Model | Masks) -> dict[str, float]:
     return {path: 1 - _mean(np.asarray(mask, bool)) for path, mask in _masks(masks).items()}
 
 
-def plot_layer_sparsity(sparsities: Mapping[str, Mapping[str, float]]) -> Figure:
-    """Draws `layer_sparsity` of several named models or masks side by side, layer by layer."""
+def plot_layer_sparsity(
+    sparsities: Mapping[str, float] | Mapping[str, Mapping[str, float]],
+) -> Figure:
+    """Draws `layer_sparsity` of one model layer by layer, or of several by name side by side."""
+    if not all(isinstance(rows, Mapping) for rows in sparsities.values()):
+        sparsities = {"": sparsities}
     return plot_by_layer(sparsities, "share of pruned weights")
 
 
@@ -512,7 +525,8 @@ def _bars(groups: Sequence[str], columns: Mapping[str, Sequence[float]]) -> Figu
     across = max(1, min(3, 90 // (8 + max(map(len, columns), default=0))))
     figure.set_figheight(figure.get_figheight() + 0.22 * -(-len(columns) // across))
     names = [textwrap.shorten(name, 90, placeholder="…") for name in columns]
-    figure.legend(axes.containers, names, loc="outside lower left", frameon=False, ncols=across)
+    if any(names):
+        figure.legend(axes.containers, names, loc="outside lower left", frameon=False, ncols=across)
     return figure
 
 

@@ -165,6 +165,11 @@ def test_sign_agreement_by_hand():
     assert [t.get_text() for t in figure.axes[0].get_xticklabels()] == ["a", "b", "total"]
     with pytest.raises(ValueError, match=r"`final` has no weights of shape \(1,\) for .*'b'"):
         analyses.sign_agreement(initial, {"a": final["a"]}, masks)
+    model = ml.convert_to_masked(classifier())
+    weights = {path: np.ones(mask.shape) for path, mask in ml.get_masks(model).items()}
+    assert analyses.sign_agreement(weights, weights, model)["total"].kept == 1
+    with pytest.raises(TypeError, match=r"`final` must be .* `pruner.final_weights`.* Sequential"):
+        analyses.sign_agreement(weights, model, model)
 
 
 def test_overlap_by_hand_and_against_all_random_masks():
@@ -209,11 +214,14 @@ def test_sparsity_per_layer_and_pictures_that_can_be_written(tmp_path, line):
     assert analyses.layer_sparsity({"a/kernel": half}) == {"a/kernel": 0.5}
     figures = [
         analyses.plot_layer_sparsity({"model": rows, "part": {"a/kernel": 0.1}}),
+        analyses.plot_layer_sparsity(rows),
         analyses.plot_interpolation(
             {"seeds": analyses.interpolate(line, [[[0.0]]], [[[3.0]]], ONE, ONE, points=4)}
         ),
     ]
-    legend = figures[1].axes[0].get_legend().get_texts()[0].get_text()
+    assert [bar.get_height() for bar in figures[1].axes[0].patches] == [0.5, 0.0]
+    assert [len(figure.legends) for figure in figures[:2]] == [1, 0]
+    legend = figures[-1].axes[0].get_legend().get_texts()[0].get_text()
     assert legend == "seeds, barrier 1.500"
     for number, figure in enumerate(figures):
         figure.savefig(tmp_path / f"{number}.png")
