@@ -451,8 +451,11 @@ def _check(
 def _check_names(
     controls: Sequence[str], control_rounds: Sequence[int] | None, rounds: int, retraining: str
 ) -> None:
-    if isinstance(controls, str) or not set(controls) <= set(CONTROLS):
-        raise ValueError(f"`controls` must be a list of some of {CONTROLS}. Received: {controls!r}")
+    known = not isinstance(controls, str) and set(controls) <= set(CONTROLS)
+    if not known or len(set(controls)) < len(controls):
+        raise ValueError(
+            f"`controls` must be a list of some of {CONTROLS}, each once. Received: {controls!r}"
+        )
     if control_rounds is not None and not set(control_rounds) <= set(range(1, rounds + 1)):
         raise ValueError(
             f"`control_rounds` must be out of 1 to {rounds}. Received: {control_rounds!r}"

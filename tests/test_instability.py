@@ -33,7 +33,7 @@ def test_what_is_left_open_is_chosen():
     ("options", "message"),
     [
         ({"steps": 5, "rewind_to": ("5",)}, "--rewind-to 5 is not before the end"),
-        ({"seeds": (2, 2)}, "each seed once"),
+        ({"seeds": (2, 2)}, "--seeds each value once"),
         ({"points": 1}, "--points must be at least 2. Received: 1"),
         ({"round": 2}, "give that, too"),
         ({"rewind_to": ("soon",)}, "500it"),

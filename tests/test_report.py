@@ -235,6 +235,15 @@ def test_labels_without_a_value_name_the_alternative(tmp_path):
     assert groups[1].label == "final sparsity 0.9"
 
 
+def test_masks_that_were_not_learned_are_called_untrained(tmp_path):
+    for name, learn in (("a", None), ("b", "bernoulli")):
+        folder = write_run(tmp_path / name, [{"replicate": 0, "sparsity": 0.5, "weights": "initial",
+                                              "dwr": False, "test_accuracy": 0.5}])  # fmt: skip
+        (folder / "config.json").write_text(json.dumps({"data": "digits", "learn": learn}))
+    groups = results.groups_of(results.find_runs([tmp_path]))
+    assert [group.label for group in groups] == ["untrained", "bernoulli"]
+
+
 def test_labels_do_not_name_options_of_other_commands(tmp_path):
     write_run(tmp_path / "a")
     write_run(tmp_path / "b", strategy="random")

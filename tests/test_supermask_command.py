@@ -50,7 +50,7 @@ def test_what_is_left_open_is_chosen():
         ({"samples": 0}, "--samples must be positive"),
         ({"learn": "bernoulli", "steps": 0}, "--steps must be positive. Received: 0"),
         ({"learn": "bernoulli", "batch_size": 0}, "--batch-size must be positive. Received: 0"),
-        ({"seeds": (1, 1)}, "each seed once"),
+        ({"seeds": (1, 1)}, "--seeds each value once"),
         ({"steps": 1, "epochs": 1}, "--steps or --epochs"),
     ],
 )

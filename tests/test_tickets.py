@@ -360,6 +360,7 @@ def test_a_weight_without_an_initializer_is_named(data, starts):
         ({"steps": 2.0}, "`steps` must be an integer. Received: steps=2.0"),
         ({"rate": 0.1, "sparsity": 0.5}, "rate=0.1, sparsity=0.5"),
         ({"controls": ("reinit",)}, r"random_reinit.*Received: \('reinit',\)"),
+        ({"controls": ("random_mask",) * 2}, r"each once.*'random_mask', 'random_mask'"),
         ({"controls": "random_mask"}, "list of some of.*Received: 'random_mask'"),
         ({"seed": -1}, "Received: -1"),
         ({"control_rounds": (0, 1)}, "out of 1 to 1"),

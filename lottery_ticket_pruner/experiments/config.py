@@ -242,10 +242,11 @@ that was interrupted goes on; any other one there is replaced."""
             raise ValueError(
                 f"Give at least one seed, from 0 to 2**32 - 1. Received: {self.seeds}."
             )
-        if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(
-                f"Give each seed once: it would repeat its run. Received: {self.seeds}"
-            )
+        for name in ("seeds", "controls", "control_rounds"):
+            values = getattr(self, name)
+            if len(set(values)) < len(values):
+                received = " ".join(map(str, values))
+                raise ValueError(f"Give {_option(name)} each value once. Received: {received}")
 
     def _rates_given(self) -> bool:
         return self.conv_rate is not None or self.output_rate is not None

@@ -214,6 +214,8 @@ def _labels(configs: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _described(option: str, value: Any) -> tuple[str, ...]:
+    if option == "learn" and value is None:
+        return ("untrained",)
     if value is None:
         return ()
     return (as_text(value) if option in _PLAIN else f"{option.replace('_', ' ')} {as_text(value)}",)
