@@ -11,13 +11,12 @@ from typing import Annotated, Any, Literal
 import keras
 import numpy as np
 import pandas as pd
-import rich.progress
 import tyro
 from rich.console import Console
 
 import masked_layers as ml
 from lottery_ticket_pruner import analyses, fitting
-from lottery_ticket_pruner.experiments import datasets, networks, report, results
+from lottery_ticket_pruner.experiments import datasets, networks, progress, report, results
 from lottery_ticket_pruner.experiments.config import RunConfig, choices, parse_steps
 from lottery_ticket_pruner.experiments.options import (
     NO_HINT,
@@ -207,14 +206,7 @@ def run(config: InstabilityConfig, data: datasets.Dataset, console: Console | No
         markup=False,
     )
     done = {(row["replicate"], row["rewind_to"]) for row in rows}
-    bar = rich.progress.Progress(
-        rich.progress.TextColumn("{task.description}"),
-        rich.progress.BarColumn(),
-        rich.progress.TextColumn("{task.completed:.0f} of {task.total:.0f} steps"),
-        rich.progress.TimeRemainingColumn(),
-        console=console,
-        transient=True,
-    )
+    bar = progress.bar(console)
     points = [parse_steps(text, 1) for text in config.rewind_to]
     with bar:
         task = bar.add_task("", total=config.work * len(config.seeds))

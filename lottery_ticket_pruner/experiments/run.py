@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import keras
-import rich.progress
 from rich.console import Console
 
 import masked_layers as ml
-from lottery_ticket_pruner.experiments import datasets, networks, report
+from lottery_ticket_pruner.experiments import datasets, networks, progress, report
 from lottery_ticket_pruner.experiments.config import RunConfig, parse_steps
 from lottery_ticket_pruner.experiments.tensorboard import EventWriter
 from lottery_ticket_pruner.tickets import TicketResult, find_ticket
@@ -73,7 +72,7 @@ def run(config: RunConfig, data: datasets.Dataset, console: Console | None = Non
     )
     results = report.CsvWriter(folder / "results.csv")
     rows: list[dict[str, Any]] = []
-    with _Progress(config, console) as progress:
+    with _Progress(config, console) as display:
         for replicate, seed in enumerate(config.seeds):
             if replicate:
                 model.set_weights(compiled(config, data, seed).get_weights())
@@ -83,12 +82,12 @@ def run(config: RunConfig, data: datasets.Dataset, console: Console | None = Non
                 rows.append(row)
                 results.write(row)
                 logs.write(row)
-                progress.show(row)
+                display.show(row)
 
             callbacks = {
                 "on_result": record,
                 "on_evaluation": logs.write_evaluation,
-                "on_progress": progress.advance,
+                "on_progress": display.advance,
             }
             found = _find(config, data, model, replicate, **callbacks)
             suffix = f"-{replicate}" if replicate else ""
@@ -252,14 +251,7 @@ class _Progress:
         self._console = console
         self._arms = ("ticket", *config.controls)
         self._round: dict[str, dict[str, Any]] = {}
-        self._bar = rich.progress.Progress(
-            rich.progress.TextColumn("{task.description}"),
-            rich.progress.BarColumn(),
-            rich.progress.TextColumn("{task.completed:.0f} of {task.total:.0f} steps"),
-            rich.progress.TimeRemainingColumn(),
-            console=console,
-            transient=True,
-        )
+        self._bar = progress.bar(console)
         with_controls = len(config.control_rounds) or config.rounds
         runs = config.rounds + with_controls * len(config.controls)
         rest = config.steps - parse_steps(config.rewind_to, 1)

@@ -13,14 +13,13 @@ from typing import Annotated, Any, Literal
 import keras
 import numpy as np
 import pandas as pd
-import rich.progress
 import tyro
 from matplotlib.figure import Figure
 from rich.console import Console
 
 import masked_layers as ml
 from lottery_ticket_pruner import criteria, training
-from lottery_ticket_pruner.experiments import datasets, networks, report
+from lottery_ticket_pruner.experiments import datasets, networks, progress, report
 from lottery_ticket_pruner.experiments.config import RunConfig, choices
 from lottery_ticket_pruner.experiments.options import (
     NO_HINT,
@@ -191,14 +190,7 @@ def run(config: SupermaskConfig, data: datasets.Dataset, console: Console | None
     )
     done = {row["replicate"] for row in rows}
     one_seed = _learned if config.learn else _untrained
-    bar = rich.progress.Progress(
-        rich.progress.TextColumn("{task.description}"),
-        rich.progress.BarColumn(),
-        rich.progress.TextColumn("{task.completed:.0f} of {task.total:.0f} steps"),
-        rich.progress.TimeRemainingColumn(),
-        console=console,
-        transient=True,
-    )
+    bar = progress.bar(console)
     with bar:
         task = bar.add_task("", total=config.work * (len(config.seeds) - len(done)))
         for replicate, seed in enumerate(config.seeds):

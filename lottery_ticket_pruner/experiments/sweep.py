@@ -23,7 +23,7 @@ import rich.progress
 import tyro
 from rich.console import Console
 
-from lottery_ticket_pruner.experiments import datasets, report, results
+from lottery_ticket_pruner.experiments import datasets, progress, report, results
 from lottery_ticket_pruner.experiments.config import RunConfig
 from lottery_ticket_pruner.experiments.options import OptionalInt, OptionalPath
 from lottery_ticket_pruner.experiments.supermask import SupermaskConfig
@@ -257,16 +257,8 @@ class _Pool:
         self._stopped = False
         self._ended = 0
         self._failures: list[Failure] = []
-        self._bar = rich.progress.Progress(
-            rich.progress.TextColumn("{task.description}"),
-            rich.progress.BarColumn(),
-            rich.progress.TextColumn("{task.percentage:.0f} %"),
-            rich.progress.TimeRemainingColumn(),
-            console=console,
-            transient=True,
-            # Runs report a round at a time: look back far for the speed.
-            speed_estimate_period=3600,
-        )
+        # Runs report a round at a time: look back far for the speed.
+        self._bar = progress.bar(console, "{task.percentage:.0f} %", period=3600)
 
     def run(self) -> list[Failure]:
         """Run all of them; on an interruption end what is running, then pass it on."""
