@@ -22,7 +22,8 @@ class LearnedSupermask:
 
     Attributes:
         model: the model with learned masks, as training left it.
-        supermask: the same masks as binary ones (`masked_layers.harden`), not sampled.
+        supermask: the same masks as binary ones (`masked_layers.harden`), not sampled; compiled as
+            the model that was given.
         samples: test metrics by name, an array with a value for each sampled mask; for masks
             without chance one value. Empty without test data.
         deterministic: test metrics of `supermask` by name. Empty without test data.
@@ -97,6 +98,7 @@ def learn_supermask(
         raise ValueError(f"`mask` must be a learned one. Received: mask={mask!r}")
     if isinstance(mask, str):
         prototype.seed = seed
+    own_optimizer = model.optimizer
     model = ml.convert_to_masked(model, mask=prototype)
     scale = 1.0
     if isinstance(prototype, ml.EdgePopupMask):
@@ -124,9 +126,10 @@ def learn_supermask(
         deterministic=deterministic,
     )
     supermask, sampled, results = ml.harden(model), {}, {}
-    # Only learning froze them.
+    # Only learning froze them, and its rate is for scores.
     paths = {variable.path for variable in others}
     _set_trainable([v for v in supermask.variables if v.path in paths], True)
+    conversion.compile_with(supermask, own_optimizer)
     if test_data is not None:
         results = training.evaluate(supermask, *test_data)
         if isinstance(prototype, ml.BernoulliMask):

@@ -120,6 +120,23 @@ def test_weights_of_layers_without_masks_stay_too(digits):
     assert not ml.get_masks(found.model)["hidden/kernel"].all()
 
 
+@pytest.mark.filterwarnings("error:Skipping variable loading")
+def test_a_supermask_is_trained_on_with_the_optimizer_of_the_model(digits, tmp_path):
+    found = learned.learn_supermask(network(), *digits[0], steps=20)
+    assert isinstance(found.model.optimizer, keras.optimizers.SGD)
+    found.supermask.save(tmp_path / "supermask.keras")
+    for supermask in (found.supermask, keras.saving.load_model(tmp_path / "supermask.keras")):
+        assert isinstance(supermask.optimizer, keras.optimizers.Adam)
+        assert float(supermask.optimizer.learning_rate) == pytest.approx(0.01)
+        masks = ml.get_masks(supermask)
+        before = supermask.evaluate(*digits[0], verbose=0, return_dict=True)
+        supermask.fit(*digits[0], epochs=1, verbose=0)
+        after = supermask.evaluate(*digits[0], verbose=0, return_dict=True)
+        assert after["loss"] < before["loss"]
+        for path, mask in ml.get_masks(supermask).items():
+            np.testing.assert_array_equal(mask, masks[path])
+
+
 def test_samples_are_whole_masks_and_repeat(digits):
     model = ml.convert_to_masked(network(), mask=ml.BernoulliMask(seed=3))
     first = learned.evaluate_sampled(model, *digits[1], samples=2, seed=5)

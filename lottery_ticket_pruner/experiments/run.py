@@ -118,10 +118,10 @@ def make_deterministic() -> None:
         torch.use_deterministic_algorithms(True)
 
 
-def save(ticket: keras.Model, path: Path, **kwargs: Any) -> None:
+def save(ticket: keras.Model, path: Path) -> None:
     """Write a model so that an interruption leaves no half of it."""
     unfinished = path.with_name(f".{path.name}.part.keras")
-    ticket.save(unfinished, **kwargs)
+    ticket.save(unfinished)
     unfinished.replace(path)
 
 

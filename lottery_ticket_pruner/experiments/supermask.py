@@ -334,7 +334,6 @@ def _learned(
         save(
             found.supermask,
             config.folder / f"supermask-{weights}-{scaled}{asked}-{replicate}.keras",
-            include_optimizer=False,  # that of the scores
         )
         rows.append(
             {
