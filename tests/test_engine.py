@@ -3,6 +3,7 @@
 import logging
 import re
 import time
+import types
 
 import keras
 import numpy as np
@@ -362,14 +363,15 @@ def test_xla_compiles_once_for_any_number_of_steps(monkeypatch):
     by_xla(monkeypatch)
     model = compiled(dense)
     training.train(model, X, Y, steps=2, batch_size=10)
-    started = time.perf_counter()
-    for steps in range(3, 13):
+
+    def seconds(model, steps):
+        started = time.perf_counter()
         training.train(model, X, Y, steps=steps, batch_size=10)
-    again = time.perf_counter() - started
-    other = compiled(dense)
-    started = time.perf_counter()
-    training.train(other, X, Y, steps=2, batch_size=10)
-    assert again < 3 * (time.perf_counter() - started)
+        return time.perf_counter() - started
+
+    # The median: a machine that stalls now and then is no sign of compiling.
+    again = np.median([seconds(model, steps) for steps in range(3, 14)])
+    assert again < seconds(compiled(dense), 2) / 3
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="XLA is a choice on TensorFlow alone")
@@ -394,56 +396,65 @@ def test_what_xla_cannot_compile_loops_without_it(caplog, monkeypatch):
     assert caplog.text == ""
 
 
-def slow_down(monkeypatch, model, seconds, slow=("XLA", "graph")):
-    """Makes steps in loops of these kinds take so much longer; returns the steps of each call."""
-    current = engine.engine_of(model)
-    train = current._programs.train
-    counts = []
+@pytest.fixture
+def pace(monkeypatch):
+    """Gives steps the seconds that they take on the engine's clock, which stands still otherwise.
 
-    def slowed(data, batches, kind):
-        train(data, batches, kind)
-        counts.append(len(batches))
-        time.sleep(seconds * len(batches) * (kind in slow))
+    Those of each kind of loop and those of `fit`. Returns the steps of each call of a loop.
+    """
+    now = 0.0
 
-    monkeypatch.setattr(current._programs, "train", slowed)
-    return counts
+    def wait(seconds):
+        nonlocal now
+        now += seconds
+
+    monkeypatch.setattr(engine, "time", types.SimpleNamespace(perf_counter=lambda: now))
+
+    def give(model, fit, **loops):
+        current = engine.engine_of(model)
+        train, plain_fit = current._programs.train, model.fit
+        step = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: wait(fit))
+        counts = []
+
+        def timed(data, batches, kind):
+            train(data, batches, kind)
+            counts.append(len(batches))
+            wait(len(batches) * loops[kind])
+
+        def timed_fit(*args, callbacks=(), **kwargs):
+            return plain_fit(*args, callbacks=[step, *callbacks], **kwargs)
+
+        monkeypatch.setattr(current._programs, "train", timed)
+        object.__setattr__(model, "fit", timed_fit)
+        return counts
+
+    return give
 
 
 @needs_loop
-@pytest.mark.parametrize("faster", ["loop", "fit"])
-def test_the_faster_route_is_taken_after_a_trial(monkeypatch, caplog, faster):
+@pytest.mark.parametrize(("faster", "seconds"), [("loop", 0.001), ("fit", 0.02)])
+def test_the_faster_route_is_taken_after_a_trial(monkeypatch, caplog, pace, faster, seconds):
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(engine, "_PATIENCE", 0.0)
     model = compiled(dense)
-    fit = model.fit
-
-    def slow_fit(*args, **kwargs):
-        history = fit(*args, **kwargs)
-        time.sleep(1.0)
-        return history
-
     assert not through_fit(model)
-    if faster == "fit":
-        slow_down(monkeypatch, model, 0.02)
-    else:
-        object.__setattr__(model, "fit", slow_fit)
+    pace(model, fit=0.005, XLA=seconds, graph=seconds)
     training.train(model, X, Y, steps=20, batch_size=5, deterministic=True)
     assert "ms a step" not in caplog.text
     training.train(model, X, Y, steps=100, batch_size=5)
-    assert "ms a step in a compiled loop" in caplog.text
+    assert f"{1e3 * seconds:.3f} ms a step in a compiled loop, 5.000 in `fit`" in caplog.text
     assert bool(through_fit(model)) == (faster == "fit")
     assert int(model.optimizer.iterations) == 120
 
 
 @needs_loop
-def test_one_long_call_goes_over_to_fit_and_its_metrics_are_those_of_all_of_it(monkeypatch):
+def test_one_long_call_goes_over_to_fit_and_its_metrics_are_those_of_all_of_it(monkeypatch, pace):
     monkeypatch.setattr(engine, "_PATIENCE", 0.1)
     ours, theirs = compiled(dense), compiled(dense)
-    counts = slow_down(monkeypatch, ours, 0.02)
+    counts = pace(ours, fit=0.005, XLA=0.02, graph=0.02)
     history = training.fit(ours, X, Y, batch_size=1, shuffle=False)
     assert through_fit(ours)
-    assert counts[:3] == [1, 1, 2]
-    assert sum(counts) < 20
+    assert counts == [1, 1, 2, 4]
     expected = theirs.fit(X, Y, batch_size=1, shuffle=False, verbose=0)
     assert_close(everything(ours), everything(theirs))
     assert history.history == {
@@ -453,11 +464,11 @@ def test_one_long_call_goes_over_to_fit_and_its_metrics_are_those_of_all_of_it(m
 
 @needs_loop
 @pytest.mark.parametrize("train", ["train", "fit"])
-def test_short_calls_ask_too(monkeypatch, train):
+def test_short_calls_ask_too(monkeypatch, pace, train):
     monkeypatch.setattr(engine, "_PATIENCE", 0.0)
     monkeypatch.setattr(engine, "_TRIAL_STEPS", 10)
     model = compiled(dense)
-    slow_down(monkeypatch, model, 0.5)
+    pace(model, fit=0.1, XLA=0.5, graph=0.5)
     if train == "train":
         training.train(model, X, Y, steps=10, batch_size=10, eval_every=1)
     else:  # Each epoch is a batch that is not full.
@@ -467,11 +478,11 @@ def test_short_calls_ask_too(monkeypatch, train):
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="XLA is a choice on TensorFlow alone")
-def test_loops_of_two_kinds_are_timed_apart(monkeypatch):
+def test_loops_of_two_kinds_are_timed_apart(monkeypatch, pace):
     monkeypatch.setattr(engine, "_PATIENCE", 0.0)
     monkeypatch.setattr(programs, "_WORTH_XLA", 30)
     model = compiled(dense)
-    slow_down(monkeypatch, model, 0.02, ["graph"])
+    pace(model, fit=0.005, XLA=0.001, graph=0.02)
     for deterministic in (True, False):
         for steps in (29, 30):
             training.train(model, X, Y, steps=steps, batch_size=5, deterministic=deterministic)
