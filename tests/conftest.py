@@ -44,12 +44,31 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason=f"tested on {', '.join(backends)}"))
 
 
+# Of the generators called RNG, by module: how they are left by its import.
+_DRAWN_BY_IMPORT = {}
+
+
 @pytest.hookimpl(tryfirst=True)
-def pytest_runtest_setup():
+def pytest_runtest_setup(item):
     """Every test starts from the same seed, and so does what its fixtures draw."""
     import keras
 
     keras.utils.set_random_seed(0)
+    rng = getattr(item.module, "RNG", None)
+    if rng is not None:
+        state = _DRAWN_BY_IMPORT.setdefault(item.module, rng.bit_generator.state)
+        rng.bit_generator.state = state
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_route_by_the_clock():
+    """However slow the machine, no training changes over to `fit`, which rounds in another way.
+
+    Tests of that change set the patience that they need.
+    """
+    from lottery_ticket_pruner import engine
+
+    engine._PATIENCE = float("inf")
 
 
 @pytest.fixture(autouse=True)
