@@ -66,10 +66,11 @@ def fresh():
     """What a fresh interpreter imports and says; one, since starting it is what takes the time."""
     code = """
 import json, sys, time
+start = time.process_time()
 import keras
-before, start = set(sys.modules), time.perf_counter()
+before, between = set(sys.modules), time.process_time()
 import lottery_ticket_pruner
-seconds = time.perf_counter() - start
+seconds = [between - start, time.process_time() - between]
 import masked_layers
 imported = sorted({name.partition(".")[0] for name in set(sys.modules) - before})
 # Not converted: Keras itself imports TensorFlow, where it is installed, to serialise a model.
@@ -92,16 +93,21 @@ sys.exit(main())  # as the console script does
 def test_import_costs_little_beside_keras(fresh):
     code = """
 import time
+start = time.process_time()
 import keras
-start = time.perf_counter()
+between = time.process_time()
 import lottery_ticket_pruner
-print(time.perf_counter() - start)
+print(between - start, time.process_time() - between)
 """
+
+    def little(keras_seconds, seconds):  # on a slow machine both take longer
+        return seconds <= max(0.3, keras_seconds / 10)
+
     # Whatever else the machine does only adds to a measurement: the least of several is the cost.
-    seconds = [fresh["seconds"]]
-    while seconds[-1] > 0.3 and len(seconds) < 5:
-        seconds.append(float(_python(code).stdout))
-    assert min(seconds) <= 0.3, f"seconds on top of `import keras`: {seconds}"
+    measured = [fresh["seconds"]]
+    while not little(*measured[-1]) and len(measured) < 5:
+        measured.append([float(seconds) for seconds in _python(code).stdout.split()])
+    assert little(*measured[-1]), f"seconds of `import keras` and on top of it: {measured}"
 
 
 def test_import_brings_neither_another_backend_nor_what_the_command_line_needs(fresh):

@@ -676,14 +676,9 @@ def test_half_precision_weights():
     np.testing.assert_array_equal(ops.convert_to_numpy(ops.cast(kernel, "float32")), initial)
 
 
-def test_importing_is_light():
-    code = (
-        "import sys, time, keras; start = time.process_time(); import lottery_ticket_pruner; "
-        "print(time.process_time() - start, 'tensorflow' in sys.modules)"
-    )
+def test_importing_brings_no_other_backend():  # what it costs: see test_packaging
+    code = "import sys, lottery_ticket_pruner; print('tensorflow' in sys.modules)"
     run = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )  # in the environment of the tests: the same backend
-    seconds, tensorflow = run.stdout.split()
-    assert float(seconds) < 0.3
-    assert (tensorflow == "True") == (BACKEND == "tensorflow")
+    assert (run.stdout.strip() == "True") == (BACKEND == "tensorflow")
