@@ -6,6 +6,7 @@ import io
 import pickle
 import sys
 import tarfile
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -349,10 +350,12 @@ def own(tmp_path, monkeypatch):
     (folder / "own.py").write_text(OWN)
     (folder / "beside.py").write_text("COUNT = 36")
     (folder / "beside_too.py").write_text("")
-    known = set(sys.modules)
     yield folder / "own.py"
-    for name in set(sys.modules) - known:
-        del sys.modules[name]
+    # What else was imported meanwhile, other tests have in use.
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__dict__", {}).get("__file__")
+        if file and Path(file).is_relative_to(folder):
+            del sys.modules[name]
 
 
 def test_own_rows_are_taken_as_they_are(own):
