@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import shutil
 
 import keras
 import numpy as np
@@ -14,6 +16,7 @@ import masked_layers as ml
 from lottery_ticket_pruner import analyses, cli
 from lottery_ticket_pruner.experiments import page, results
 from lottery_ticket_pruner.experiments.instability import InstabilityConfig
+from lottery_ticket_pruner.experiments.supermask import SupermaskConfig
 
 
 def test_what_is_left_open_is_chosen():
@@ -67,13 +70,27 @@ def command(**options):
     return ["instability", *words, "--quiet"]
 
 
-def test_the_masks_and_the_rewinding_point_are_those_of_a_run(tmp_path, measured, capsys):
+OF_TICKET = {"steps": 12, "seeds": 3, "batch-size": 50, "deterministic": ""}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """The folder of a run."""
+    folder = tmp_path_factory.mktemp("run")
+    options = OF_TICKET | {"seeds": "3 5", "rounds": 1, "rewind-to": "8it", "controls": ""}
+    assert cli.main(["run", *command(**options, out=folder)[1:]]) == 0
+    return folder
+
+
+@pytest.fixture
+def ticket(found, tmp_path):
+    """That folder, to change."""
+    return shutil.copytree(found, tmp_path / "ticket")
+
+
+def test_the_masks_and_the_rewinding_point_are_those_of_a_run(tmp_path, ticket, measured, capsys):
     """Pruned weights never train: the run's ticket still has those of the rewinding point."""
-    ticket = tmp_path / "ticket"
-    options = {"steps": 12, "seeds": 3, "batch-size": 50, "deterministic": ""}
-    words = [word for key, value in options.items() for word in f"--{key} {value}".split()]
-    words += ["--rounds", "1", "--rewind-to", "8it", "--controls", "--out", str(ticket)]
-    assert cli.main(["run", *words, "--quiet"]) == 0
+    options = OF_TICKET
     assert cli.main(command(**options, masks=ticket, out=tmp_path / "out")) == 0
     ((seed, steps, weights, masks),) = measured
     assert (seed, steps) == (3, 4)
@@ -85,7 +102,12 @@ def test_the_masks_and_the_rewinding_point_are_those_of_a_run(tmp_path, measured
     assert cli.main(command(**options, masks=ticket, round=0, out=tmp_path / "dense")) == 0
     assert all(mask.all() for mask in measured[1][3].values())
     stored = json.loads((ticket / "config.json").read_text())
-    for name, value in (("pruned", "freeze"), ("kept", "reinit")):
+    for name, value in (
+        ("pruned", "freeze"),
+        ("kept", "reinit"),
+        ("retraining", "fine_tuning"),
+        ("retraining", "learning_rate_rewinding"),
+    ):
         (ticket / "config.json").write_text(json.dumps(stored | {name: value}))
         assert cli.main(command(**options, masks=ticket)) == 2
         assert f"has {name} '{value}'" in capsys.readouterr().err
@@ -99,8 +121,61 @@ def test_the_masks_and_the_rewinding_point_are_those_of_a_run(tmp_path, measured
         assert message in capsys.readouterr().err
 
 
+def test_the_whole_training_is_as_long_as_that_of_the_masks(ticket):
+    config = InstabilityConfig(masks=ticket, batch_size=50, seeds=(3,))
+    assert (config.resolve(600).steps, config.resolve(600).rewind_to) == (12, ("8it",))
+    assert dataclasses.replace(config, epochs=2).resolve(600).steps == 24
+    assert dataclasses.replace(config, steps=30).resolve(600).steps == 30
+
+
+@pytest.mark.parametrize("config", [InstabilityConfig(steps=9), SupermaskConfig(steps=9)])
+def test_masks_of_other_commands_are_refused(tmp_path, config):
+    (tmp_path / "config.json").write_text(json.dumps(config.resolve(600).to_dict()))
+    (tmp_path / "results.csv").write_text("replicate,sparsity,test_accuracy\n0,0.5,0.5\n")
+    with pytest.raises(ValueError, match=r"another command.*one of `lottery-ticket run`"):
+        InstabilityConfig(masks=tmp_path, steps=9).resolve(600)
+
+
 def interrupted(*args, **kwargs):
     raise KeyboardInterrupt
+
+
+def test_an_interrupted_run_goes_on_under_the_same_masks_alone(
+    tmp_path, ticket, measured, monkeypatch
+):
+    options = OF_TICKET | {"masks": ticket, "rewind-to": 0, "out": tmp_path / "a"}
+    options["seeds"] = "3 5"
+    file = ticket / "rounds" / "1" / "masks-01.npz"
+    measure, content = analyses.instability, file.read_bytes()
+
+    def once(*args, **kwargs):
+        return (measure if len(measured) in (0, 2) else interrupted)(*args, **kwargs)
+
+    def meanwhile(*args, **kwargs):
+        file.write_bytes(content)
+        return measure(*args, **kwargs)
+
+    for function, status in ((once, 130), (measure, 0), (once, 130)):
+        monkeypatch.setattr(analyses, "instability", function)
+        assert cli.main(command(**options)) == status
+    assert [seed for seed, *_ in measured] == [3, 5, 3]
+    # Written anew before the run goes on, and once more after it has begun.
+    shutil.copy(file.with_name("masks-00.npz"), file)
+    monkeypatch.setattr(analyses, "instability", meanwhile)
+    assert cli.main(command(**options)) == 0
+    assert [seed for seed, *_ in measured] == [3, 5, 3, 3, 5]
+    dense = [all(mask.all() for mask in masks.values()) for *_, masks in measured]
+    assert dense == [False, False, False, False, True]
+    assert len(pd.read_csv(tmp_path / "a" / "results.csv")) == 2
+
+
+def test_the_file_of_the_options_is_replaced_as_a_whole(tmp_path, measured):
+    options = {"steps": 9, "seeds": 0, "rewind-to": 0, "points": 3, "out": tmp_path / "a"}
+    assert cli.main(command(**options)) == 0
+    os.link(tmp_path / "a" / "config.json", tmp_path / "before")
+    assert cli.main(command(**options | {"points": 4})) == 0
+    assert json.loads((tmp_path / "a" / "config.json").read_text())["points"] == 4
+    assert json.loads((tmp_path / "before").read_text())["points"] == 3
 
 
 def test_an_interrupted_run_goes_on_and_reports_show_it(tmp_path, measured, monkeypatch):

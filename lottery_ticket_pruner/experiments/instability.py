@@ -34,7 +34,7 @@ _SHARES = (0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 # What has to be as in the run whose masks are used.
 _COMMON = ("data", "network", "batch_size", "optimizer", "learning_rate")
 # What makes its ticket the rewound weights under these masks.
-_TICKET = {"kept": "rewind", "pruned": "zero"}
+_TICKET = {"retraining": "weight_rewinding", "kept": "rewind", "pruned": "zero"}
 _LINES_FILE = "lines.csv"
 _PICTURE = "instability.png"
 
@@ -64,11 +64,11 @@ class InstabilityConfig:
     """Round of that run whose masks these are; by default the last."""
     steps: OptionalInt = None
     """Training steps of the whole training; by default those of the network's recipe, for digits \
-600."""
+600, with --masks those of that run."""
     epochs: OptionalInt = None
     """Instead of --steps: epochs."""
     batch_size: OptionalInt = None
-    """Examples per step; by default 60."""
+    """Examples per step; by default 60, for resnet-20 128."""
     optimizer: Annotated[Literal[*networks.OPTIMIZERS] | None, NO_HINT] = None
     """By default that of the network's recipe."""
     learning_rate: OptionalFloat = None
@@ -93,13 +93,15 @@ the same options measured is kept."""
                 another kind of run.
         """
         names = ("data", "network", "steps", "epochs", "batch_size", "optimizer", "learning_rate")
-        run = RunConfig(**{name: getattr(self, name) for name in names}, seeds=self.seeds)
-        run = run.resolve(training_images)
+        values = {name: getattr(self, name) for name in names}
+        stored = {} if self.masks is None else _config_of_run(self.masks)
+        if stored and self.steps is None and self.epochs is None:
+            values["steps"] = stored["steps"]
+        run = RunConfig(**values, seeds=self.seeds).resolve(training_images)
         if self.points < 2:
             raise ValueError(f"--points must be at least 2. Received: {self.points}.")
         if self.round is not None and self.masks is None:
             raise ValueError("--round says which of the masks of --masks: give that, too.")
-        stored = {} if self.masks is None else results.read_run(self.masks).config
         for name in _COMMON if stored else ():
             if stored.get(name) != getattr(run, name):
                 raise ValueError(
@@ -189,14 +191,16 @@ def run(config: InstabilityConfig, data: datasets.Dataset, console: Console | No
     console = console or Console(quiet=config.quiet)
     if config.deterministic:
         make_deterministic()
+    trainer = _Trainer(config, data)
     folder = config.folder
     folder.mkdir(parents=True, exist_ok=True)
-    resumption = Resumption(folder, config.to_dict(), data)
+    resumption = Resumption(folder, config.to_dict(), data, trainer.masks)
     rows, lines = _measured(folder) if resumption.is_possible() else ([], [])
     # Or they would pass for results of this configuration.
     for name in (_PICTURE,) if rows else (_PICTURE, results.RESULTS_FILE, _LINES_FILE):
         (folder / name).unlink(missing_ok=True)
-    (folder / results.CONFIG_FILE).write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+    with replacing(folder / results.CONFIG_FILE) as file:
+        file.write((json.dumps(config.to_dict(), indent=2) + "\n").encode())
     resumption.begin()
     under = f" under the masks of {config.masks}, round {config.round}" if config.masks else ""
     console.print(
@@ -211,13 +215,12 @@ def run(config: InstabilityConfig, data: datasets.Dataset, console: Console | No
     with bar:
         task = bar.add_task("", total=config.work * len(config.seeds))
         bar.advance(task, sum(_steps_to(k) + 2 * (config.steps - k) for _, k in done))
-        trainer = _Trainer(config, data, lambda steps: bar.advance(task, steps))
         for replicate, seed in enumerate(config.seeds):
             for point in points:
                 if (replicate, point) in done:
                     continue
                 bar.update(task, description=f"seed {seed}, {point} steps before")
-                row, line = trainer.measure(seed, point)
+                row, line = trainer.measure(seed, point, lambda n: bar.advance(task, n))
                 place = {"replicate": replicate, "rewind_to": point}
                 rows.append(place | row)
                 lines += [place | of_share for of_share in line.to_dict("records")]
@@ -239,6 +242,17 @@ def run(config: InstabilityConfig, data: datasets.Dataset, console: Console | No
     return folder
 
 
+def _config_of_run(folder: Path) -> dict[str, Any]:
+    """The configuration of a run that writes masks."""
+    stored = results.read_run(folder).config
+    if "rounds" not in stored:
+        raise ValueError(
+            f"'{folder}' is a folder of another command: it has no rounds of masks. Give --masks "
+            "one of `lottery-ticket run`."
+        )
+    return stored
+
+
 def _measured(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Rows and lines of an interrupted run."""
     files = [folder / name for name in (results.RESULTS_FILE, _LINES_FILE)]
@@ -255,34 +269,39 @@ def _steps_to(point: int) -> int:
 
 
 class _Trainer:
-    """One model that is trained over and over again, so that nothing is compiled twice."""
+    """One model that is trained over and over again, so that nothing is compiled twice.
 
-    def __init__(
-        self,
-        config: InstabilityConfig,
-        data: datasets.Dataset,
-        on_progress: Callable[[int], None],
-    ) -> None:
+    Attributes:
+        masks: Those of every seed, as their files are now: a run that writes them anew meanwhile
+            does not mix them. None without `--masks`.
+    """
+
+    def __init__(self, config: InstabilityConfig, data: datasets.Dataset) -> None:
         self._config = config
         self._data = data
         self._model = ml.convert_to_masked(
             compiled(config.training_config(), data, config.seeds[0])
         )
         self._fresh = LotteryTicketPruner(self._model)
-        self._stored = None if config.masks is None else results.read_run(config.masks).config
+        self.masks: dict[int, dict[str, np.ndarray]] | None = None
+        if config.masks is not None:
+            stored, self.masks = _config_of_run(config.masks), {}
+            for seed in config.seeds:
+                ml.load_masks(self._model, config.masks_file(seed, stored))
+                self.masks[seed] = ml.get_masks(self._model)
         self._common = {
             "batch_size": config.batch_size,
-            "seed": 0,
             "augment": networks.augmentation(config.network),
             "deterministic": config.deterministic,
-            "on_progress": on_progress,
         }
 
-    def measure(self, seed: int, point: int) -> tuple[dict[str, Any], pd.DataFrame]:
+    def measure(
+        self, seed: int, point: int, on_progress: Callable[[int], None]
+    ) -> tuple[dict[str, Any], pd.DataFrame]:
         """Returns the row of a point, and the metrics along its line."""
         started = time.perf_counter()
         config, data, model = self._config, self._data, self._model
-        common = self._common | {"seed": seed}
+        common = self._common | {"seed": seed, "on_progress": on_progress}
         start = compiled(config.training_config(), data, seed).get_weights()
         self._fresh.reset_masks()
         self._restart(start)
@@ -300,8 +319,8 @@ class _Trainer:
                 **common,
             )
             start = found.initial_weights
-        if self._stored is not None:
-            ml.load_masks(model, config.masks_file(seed, self._stored))
+        if self.masks is not None:
+            ml.set_masks(model, self.masks[seed])
         self._restart(start)
         fitting.advance(model.optimizer, point)
         line = analyses.instability(

@@ -20,16 +20,23 @@ class Resumption:
         folder: of the run.
         values: its configuration.
         data: what it runs on.
+        masks: the masks of another run that it takes, in any nesting of dicts; its configuration
+            has no more than their folder.
     """
 
-    def __init__(self, folder: Path, values: dict[str, Any], data: Dataset) -> None:
+    def __init__(
+        self, folder: Path, values: dict[str, Any], data: Dataset, masks: Any = None
+    ) -> None:
         self._file = folder / "state.json"
-        arrays = {k: v for k, v in dataclasses.asdict(data).items() if k != "name"}
+        names = [field.name for field in dataclasses.fields(data) if field.name != "name"]
+        arrays = {name: getattr(data, name) for name in names}
         state = {
             "choices": choices(values),
             "data": digest(arrays),
             "backend": keras.backend.backend(),
         }
+        if masks is not None:
+            state["masks"] = digest(masks)
         self._state = json.loads(json.dumps(state))
 
     def is_possible(self) -> bool:
