@@ -57,7 +57,7 @@ def run_once(data, strategy, dwr, epochs):
     yield "dense", 0, 0.0, *evaluate()
     for number in range(1, ROUNDS + 1):
         pruner.set_pretrained_weights()
-        report = pruner.update_masks(strategy, rate=RATE)
+        report = pruner.update_masks(strategy, rate=RATE, data=(data.x_train, data.y_train))
         pruner.rewind()
         yield "untrained-pruned", number, report.sparsity, *evaluate()
         train()

@@ -71,22 +71,20 @@ class Engine:
     def train(
         self,
         data: Examples,
-        order: np.ndarray,
+        rows: np.ndarray,
         batch_size: int,
         *,
         steps: int,
-        rng: np.random.Generator | None = None,
         logged: bool = False,
         deterministic: bool = False,
     ) -> dict[str, Any]:
-        """Trains on the examples of these indices, batch by batch, the last one maybe smaller.
+        """Trains on the examples of these rows, batch by batch, the last one maybe smaller.
 
         Args:
             data: The examples.
-            order: 1-D array of indices.
+            rows: What `data.rows` has returned of their indices, or a part of it.
             batch_size: Examples per step.
             steps: Of the whole training that this is a part of: what compiling may cost.
-            rng: What an augmentation draws from.
             logged: Whether what `fit` would log is wanted.
             deterministic: Whether the route must not depend on the time that anything took.
 
@@ -95,7 +93,6 @@ class Engine:
             unless `logged`.
         """
         self._model.reset_metrics()
-        rows = data.rows(order, rng)
         batch_size = min(batch_size, len(rows))
         # What a step returns only `fit` hands out: it takes the last batch.
         own = logged and _own_method(self._model, "train_step", "compute_metrics") is not None

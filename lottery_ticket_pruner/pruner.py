@@ -394,6 +394,7 @@ class LotteryTicketPruner:
                 values[position] = treatments.signed_constant(values[position])
         with restored(model), rescaling(model, dict.fromkeys(_masks(model), dwr)):
             _assign(model.weights, values)
+            freeze_at_zero(model)
             return model.evaluate(x, y, **evaluate_kwargs, return_dict=True)
 
     def prune_up_to(self, strategy: Any, sparsity: float, **options: Any) -> None:
@@ -852,6 +853,13 @@ def _read_only(array: np.ndarray) -> np.ndarray:
 def _assign(variables: list[keras.Variable], values: Any) -> None:
     for variable, value in zip(variables, values, strict=True):
         variable.assign(value)
+
+
+def freeze_at_zero(model: keras.Model) -> None:
+    """Lets the pruned weights of masks that hold them frozen read as zero, like all others."""
+    for ref in ml.masked_refs(model):
+        if ref.mask.frozen is not None:
+            ref.mask.freeze(np.zeros(ref.variable.shape))
 
 
 @contextlib.contextmanager

@@ -11,7 +11,13 @@ from lottery_ticket_pruner import criteria as criteria_module
 from lottery_ticket_pruner import treatments
 from lottery_ticket_pruner.engine import engine_of
 from lottery_ticket_pruner.examples import Arrays, Examples
-from lottery_ticket_pruner.pruner import LotteryTicketPruner, is_masked, rescaling, restored
+from lottery_ticket_pruner.pruner import (
+    LotteryTicketPruner,
+    freeze_at_zero,
+    is_masked,
+    rescaling,
+    restored,
+)
 
 # What masked weights are set to, from the recorded initial ones.
 WEIGHTS = {
@@ -87,9 +93,7 @@ def evaluate_grid(
     with restored(model), rescaling(model, dict.fromkeys([ref.mask for ref in refs], False)):
         for variable, value in zip(model.weights, initial.values(), strict=True):
             variable.assign(value)
-        for ref in refs:
-            if ref.mask.frozen is not None:
-                ref.mask.freeze(np.zeros(ref.variable.shape))
+        freeze_at_zero(model)
         held: Any = None
         for name, ranking in rankings:
             for sparsity, masks in zip(sparsities, ranking, strict=True):

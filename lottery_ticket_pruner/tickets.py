@@ -159,14 +159,7 @@ def find_ticket(
     """
     _check(rounds, steps, rewind_to, rate, sparsity, seed)
     _check_names(controls, control_rounds, rounds, retraining)
-    kept, pruned = treatments.get_kept(kept), treatments.get_pruned(pruned)
-    if retraining != "weight_rewinding":
-        if kept.name not in ("rewind", "finetune"):
-            raise ValueError(
-                f"With retraining={retraining!r} the kept weights stay as they were trained. "
-                f"Received: kept={kept.name!r}"
-            )
-        kept = treatments.get_kept("finetune")
+    kept, pruned = kept_under(retraining, kept), treatments.get_pruned(pruned)
     if not getattr(model, "compiled", False):
         raise ValueError(f"{model.name} is not compiled: call compile() before find_ticket().")
     data, validation_data, test_data = arrays_of(x, y), pair_of(validation_data), pair_of(test_data)
@@ -222,6 +215,23 @@ def find_ticket(
         search.ticket()
         search.save(saved)
     return search.result()
+
+
+def kept_under(retraining: str, kept: Any) -> treatments.Treatment:
+    """The treatment of kept weights that a kind of retraining leads to.
+
+    Raises:
+        ValueError: there is no such treatment, or the two contradict each other.
+    """
+    treatment = treatments.get_kept(kept)
+    if retraining == "weight_rewinding":
+        return treatment
+    if treatment.name not in ("rewind", "finetune"):
+        raise ValueError(
+            f"With retraining={retraining!r} the kept weights stay as they were trained. "
+            f"Received: kept={treatment.name!r}"
+        )
+    return treatments.get_kept("finetune")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -323,10 +333,10 @@ class _Search:
     def dense(self) -> None:
         """Trains the dense model, by way of the rewinding point."""
         self.masks.append(ml.get_masks(self.model))
-        self._train("dense", self.rewind_to, stage="to the rewinding point")
+        before = self._train("dense", self.rewind_to, stage="to the rewinding point")
         if self.rewind_to:
             self.pruner.set_initial_weights()
-        self._measure("dense")
+        self._measure("dense", before)
 
     def prune(self) -> None:
         """Begins a round: new masks from the weights trained last, or from the initial ones."""
@@ -369,9 +379,17 @@ class _Search:
         initial_weights = [np.array(array) for array in self.pruner.initial_weights.values()]
         return TicketResult(self.model, initial_weights, self.masks, self.rows)
 
-    def _measure(self, arm: str) -> None:
-        """Trains an arm of this round from the rewinding point on, and shows how it did."""
+    def _measure(self, arm: str, before: training.History | None = None) -> None:
+        """Trains an arm of this round from the rewinding point on, and shows how it did.
+
+        Its validation begins with what it saw `before`.
+        """
         history = self._train(arm, self.steps - self.rewind_to, after=self.rewind_to)
+        history.steps = [self.rewind_to + step for step in history.steps]
+        if before is not None:
+            history.steps = before.steps + history.steps
+            history.validation = before.validation + history.validation
+            history.seconds += before.seconds
         row = {"round": self.round, "arm": arm, "replicate": self.replicate}
         row["sparsity"] = ml.sparsity_report(self.model).sparsity
         if self.test_data is not None:
@@ -379,7 +397,7 @@ class _Search:
             row |= _named("test", results)
         if history.early_stop is not None:
             row["validation_loss"] = history.validation[history.early_stop]["loss"]
-            row["early_stop_step"] = self.rewind_to + history.steps[history.early_stop]
+            row["early_stop_step"] = history.steps[history.early_stop]
         row["seconds"] = history.seconds
         self._show(row)
 

@@ -96,14 +96,14 @@ def train(
     data = Examples.of(x, y, sample_weight, augment)
     validation = None if validation_data is None else Examples.of(*validation_data)
     order = batch_order(len(data), steps, batch_size, seed)
+    # At once: what is drawn must not depend on how often there is a look in between.
     rng = np.random.default_rng(np.random.SeedSequence(seed).spawn(1)[0])
+    rows = data.rows(order.ravel(), rng)
     stretch = eval_every or steps
     for start in range(0, steps, stretch):
-        batches = order[start : start + stretch]
-        engine_of(model).train(
-            data, batches.ravel(), batch_size, steps=steps, rng=rng, deterministic=deterministic
-        )
-        done = start + len(batches)
+        done = min(start + stretch, steps)
+        part = rows[start * batch_size : done * batch_size]
+        engine_of(model).train(data, part, batch_size, steps=steps, deterministic=deterministic)
         if done == steps:
             _finalize(model)
         if validation is not None:
@@ -113,7 +113,7 @@ def train(
             if on_evaluation is not None:
                 on_evaluation(done, results)
         if on_progress is not None:
-            on_progress(len(batches))
+            on_progress(done - start)
     history.seconds = time.perf_counter() - started
     return history
 
@@ -208,7 +208,7 @@ def fit(
         batches.start(epoch)
         logs = engine_of(model).train(
             data,
-            batches.order,
+            data.rows(batches.order, None),
             batch_size,
             steps=epochs * steps,
             logged=True,

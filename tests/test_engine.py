@@ -193,6 +193,9 @@ def test_augmented_images_are_the_same_in_the_loop_and_in_fit(monkeypatch):
     for model in (ours, theirs):
         training.train(model, images, Y, steps=7, batch_size=12, seed=3, augment=crop, eval_every=4)
     assert_close(everything(ours), everything(theirs))
+    once = compiled(flat)
+    training.train(once, images, Y, steps=7, batch_size=12, seed=3, augment=crop)
+    assert_close(everything(once), everything(ours))
     training.train(plain, images, Y, steps=7, batch_size=12, seed=3)
     assert not np.allclose(ours.get_weights()[0], plain.get_weights()[0], atol=1e-4)
 

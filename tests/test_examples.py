@@ -32,10 +32,10 @@ def _in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.mark.parametrize("options", [[], ["--dwr", "--prune_strategy", "magnitude_increase"]])
+@pytest.mark.parametrize("options", [[], ["--dwr", "--prune_strategy", "saliency"]])
 def test_example(capsys, options):
     load("example").main(["--quick", *options])
-    name = "magnitude_increase_dwr" if options else "large_final"
+    name = "saliency_dwr" if options else "large_final"
     with Path(f"results_digits_{name}.csv").open() as file:
         rows = list(csv.DictReader(file))
     stages = ["untrained", "dense", *["untrained-pruned", "trained-pruned"] * 4]

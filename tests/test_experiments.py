@@ -100,7 +100,8 @@ def test_a_global_scope_has_one_rate():
         ({"rounds": 0}, "--rounds must be positive. Received: 0"),
         ({"rate": 1.0}, r"--rate must be in \[0, 1\). Received: 1.0"),
         ({"final_sparsity": 0.9, "output_rate": 0.1}, "--final-sparsity or --output-rate"),
-        ({"scope": "global", "conv_rate": 0.1}, "--conv-rate: all layers compete"),
+        ({"scope": "global", "output_rate": 0.1}, "--output-rate: all layers compete"),
+        ({"conv_rate": 0.1}, "--conv-rate: lenet-300-100 has no convolutions"),
         ({"strategy": "largest"}, "large_final"),
         ({"seeds": ()}, "at least one seed"),
         ({"seeds": (0, 1, 0)}, "--seeds each value once.*Received: 0 1 0"),
@@ -114,6 +115,9 @@ def test_a_global_scope_has_one_rate():
         ({"network": "vgg"}, "lenet-300-100"),
         ({"data": "svhn"}, "fashion_mnist"),
         ({"rounds": 2, "control_rounds": (3,)}, "counts from 1 to --rounds"),
+        ({"control_rounds": (10,)}, r"counts from 1 to --rounds, 9\. Received: \(10,\)"),
+        ({"control_rounds": (1,), "controls": ()}, "--control-rounds needs --controls"),
+        ({"kept": "reinit", "retraining": "fine_tuning"}, "fine_tuning.*Received: kept='reinit'"),
     ],
 )
 def test_contradictions_are_refused(options, message):
@@ -300,6 +304,31 @@ def test_an_interrupted_run_goes_on(finished, monkeypatch):
         for tag in tags:
             both = [[(s.step, s.value) for s in each.Scalars(tag)] for each in (log, other)]
             assert both[0] == both[1], tag
+
+
+def test_a_run_goes_on_where_it_was_its_data_that_was_interrupted(tmp_path, monkeypatch):
+    config, data = prepare(RunConfig(rounds=1, steps=8, seeds=(0,), controls=(), out=tmp_path))
+    other = dataclasses.replace(data, x_train=data.x_train[:, ::-1])
+    # Another command's: not the state of a run.
+    (tmp_path / "state.json").write_text('{"choices": {}}')
+    train = training.train
+    found = []
+    for given, trainings in ((data, 2), (data, 0), (other, 0)):  # two for the dense run
+        left = iter(range(trainings))
+
+        def counted(*args, left=left, **kwargs):
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            return train(*args, **kwargs)
+
+        monkeypatch.setattr(training, "train", counted)
+        with pytest.raises(KeyboardInterrupt):
+            run(config, given, Console(quiet=True))
+        found.append([row["arm"] for row in report.read_rows(tmp_path / "results.csv")])
+    assert found == [["dense"], ["dense"], []]
+    monkeypatch.setattr(training, "train", train)
+    run(config, other, Console(quiet=True))
+    assert len(report.read_rows(tmp_path / "results.csv")) == 2
 
 
 def test_a_run_on_own_data_repeats_from_its_configuration(tmp_path, monkeypatch):

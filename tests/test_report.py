@@ -347,6 +347,14 @@ def test_the_overview_says_how_far_tickets_hold_up(tmp_path):
         ("rounds 1, rate 0.2", "1", "20.00%", "94.00", "50.00", "40.00", "40.00%"),
         ("rounds 2, rate 0.4", "1", "60.00%", "94.00", "93.00", "", "80.00%"),
     )
+    # Of three seeds one is in the last round: it is held against its own dense run.
+    more = [row(0, "dense", n, 0.99, 0.0) for n in (1, 2)]
+    folder = write_run(tmp_path / "c" / "d", [*rows, *more], seeds=[7, 8, 9])
+    (unfinished,) = results.groups_of(results.find_runs([folder]))
+    assert report.overview_sheet([unfinished]).lines[0][1:] == (
+        "1 of 3", "20.00%", "94.00", "50.00", "40.00", "40.00%",
+    )  # fmt: skip
+    assert "deviation of up to 3 replicates" in report.accuracy_sheet(unfinished.rows).title
     alone = report.overview_sheet(results.groups_of(results.find_runs([tmp_path / "b"])))
     assert "best control" not in alone.headings
     assert alone.lines[0][0] == "digits, lenet-300-100, large_final"

@@ -84,7 +84,11 @@ def test_frozen_values_masks_and_factors_do_not_matter_and_come_back(pruner, dat
     expected = evaluate_grid(pruner, *data, **options)
     final = [fitting.read(variable) for variable in model.weights]
     pruner.update_masks("large_init", rate=0.6)
+    pruner.treat("rewind", "zero")
+    masks_alone = pruner.evaluate_supermask(*data, verbose=0)
     pruner.treat("rewind", "freeze")
+    assert pruner.evaluate_supermask(*data, verbose=0) == masks_alone
+    assert any(fitting.read(ref.mask.frozen).any() for ref in ml.masked_refs(model))
     pruner.apply_dwr(model)
     before = everything(model), ops.convert_to_numpy(model(data[0]))
     rows = evaluate_grid(pruner, *data, **options)

@@ -178,7 +178,24 @@ def test_rewinding_to_a_later_step(data, masked, starts):
     assert_equal(shuffled[0], result.initial_weights)
     # The reinitialised network starts from step 0: its other weights are not trained ones.
     assert_equal(reinit[0][1:2], first[0][1:2])
-    assert all(row["early_stop_step"] in (4, 6) for row in result.rows)
+    assert all(row["early_stop_step"] in (4, 6) for row in result.rows[1:])
+
+
+def test_the_early_stop_of_the_dense_run_may_be_before_the_rewinding_point(data, monkeypatch):
+    train, losses = training.train, iter([[3.0, 1.0], [2.0, 4.0], [6.0, 5.0]])
+
+    def looked_at(*args, **kwargs):
+        history = train(*args, **kwargs)
+        history.validation = [{"loss": loss} for loss in next(losses)]
+        return history
+
+    monkeypatch.setattr(training, "train", looked_at)
+    result = find_ticket(
+        make_model(), *data, rounds=1, steps=8, batch_size=20, rewind_to=4, eval_every=2,
+        validation_data=data, controls=(),
+    )  # fmt: skip
+    found = [(row["arm"], row["early_stop_step"], row["validation_loss"]) for row in result.rows]
+    assert found == [("dense", 4, 1.0), ("ticket", 8, 5.0)]
 
 
 def test_a_learning_rate_schedule_goes_back_to_the_rewinding_point(data, starts):

@@ -18,7 +18,7 @@ from lottery_ticket_pruner.experiments.options import (
     OptionalInt,
     OptionalPath,
 )
-from lottery_ticket_pruner.tickets import CONTROLS, RETRAINING
+from lottery_ticket_pruner.tickets import CONTROLS, RETRAINING, kept_under
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,13 +90,15 @@ class RunConfig:
     """Network; by default lenet-300-100, for CIFAR-10 conv-2."""
     strategy: Annotated[str, _STRATEGY] = "large_final"
     scope: Annotated[Literal["layer", "global"] | None, NO_HINT] = None
-    """Which weights compete: those of a layer or all; by default the strategy's choice, layer."""
+    """Which weights compete: those of a layer or all; by default the strategy's choice, then the \
+recipe's: all for resnet-20, else a layer's."""
     rounds: OptionalInt = None
     """Rounds of pruning after the dense run; by default 20, for digits 9."""
     rate: OptionalFloat = None
     """Share of the remaining weights dropped per round; by default 0.2, for digits 0.36."""
     conv_rate: OptionalFloat = None
-    """The same for convolutions; by default half of --rate, for conv-6 three quarters."""
+    """The same for convolutions, where there are some; by default half of --rate, for conv-6 \
+three quarters."""
     output_rate: OptionalFloat = None
     """The same for the output layer; by default half of --rate."""
     final_sparsity: OptionalFloat = None
@@ -117,7 +119,7 @@ the rewinding point, or its trained ones at the last learning rate."""
     epochs: OptionalInt = None
     """Instead of --steps: epochs of each run."""
     batch_size: OptionalInt = None
-    """Examples per step; by default 60."""
+    """Examples per step; by default 60, for resnet-20 128."""
     optimizer: Annotated[Literal[*networks.OPTIMIZERS] | None, NO_HINT] = None
     """Adam, or SGD with momentum and a tenth of the rate after half and three quarters of the \
 steps; by default that of the network's recipe: sgd for resnet-20, else adam."""
@@ -131,7 +133,8 @@ steps; by default that of the network's recipe: sgd for resnet-20, else adam."""
     """Run folder; by default one in ./runs, named after the options. A run of the same options \
 that was interrupted goes on; any other one there is replaced."""
     deterministic: bool = False
-    """Repeat bit for bit on this machine: deterministic operations, nothing decided by timing."""
+    """Repeat bit for bit on as many cores of this machine: deterministic operations, nothing \
+decided by timing."""
     quiet: bool = False
     """Print nothing."""
 
@@ -146,9 +149,10 @@ that was interrupted goes on; any other one there is replaced."""
         """
         recipe = self._recipe()
         criterion = criteria.get(self.strategy)
-        treatments.get_kept(self.kept)
+        kept_under(self.retraining, self.kept)
         treatments.get_pruned(self.pruned)
-        self._check_numbers()
+        rounds = _chosen(self.rounds, recipe.rounds)
+        self._check_numbers(rounds)
         batch_size = _chosen(self.batch_size, recipe.batch_size)
         steps_per_epoch = -(-training_images // batch_size)
         epochs = None if self.epochs is None else self.epochs * steps_per_epoch
@@ -162,7 +166,7 @@ that was interrupted goes on; any other one there is replaced."""
             self,
             network=recipe.network,
             scope=scope,
-            rounds=_chosen(self.rounds, recipe.rounds),
+            rounds=rounds,
             steps=steps,
             epochs=None,
             batch_size=batch_size,
@@ -202,14 +206,6 @@ that was interrupted goes on; any other one there is replaced."""
         values = dataclasses.asdict(self)
         return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
 
-    def same_run(self, file: Path) -> bool:
-        """Whether a file that `to_dict` went into is of a run with the same results."""
-        try:
-            stored = json.loads(file.read_text())
-        except (OSError, ValueError):
-            return False
-        return choices(stored) == json.loads(json.dumps(choices(self.to_dict())))
-
     def _recipe(self) -> Recipe:
         own = datasets.is_own(self.data)
         if self.data not in datasets.NAMES and not own:
@@ -222,7 +218,7 @@ that was interrupted goes on; any other one there is replaced."""
             raise ValueError(f"Unknown network {network!r}: {', '.join(networks.NAMES)}.")
         return _RECIPES[network]
 
-    def _check_numbers(self) -> None:
+    def _check_numbers(self, rounds: int) -> None:
         for name in ("rounds", "steps", "epochs", "batch_size", "learning_rate", "eval_every"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -231,11 +227,13 @@ that was interrupted goes on; any other one there is replaced."""
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1:
                 raise ValueError(f"{_option(name)} must be in [0, 1). Received: {value}.")
-        last = math.inf if self.rounds is None else self.rounds
-        if not all(1 <= n <= last for n in self.control_rounds):
+        if not all(1 <= number <= rounds for number in self.control_rounds):
             raise ValueError(
-                f"--control-rounds counts from 1 to --rounds. Received: {self.control_rounds}."
+                f"--control-rounds counts from 1 to --rounds, {rounds}. "
+                f"Received: {self.control_rounds}."
             )
+        if self.control_rounds and not self.controls:
+            raise ValueError("--control-rounds needs --controls, and there are none.")
         if self.steps is not None and self.epochs is not None:
             raise ValueError("Give --steps or --epochs, not both.")
         if not self.seeds or not all(0 <= seed < 2**32 for seed in self.seeds):
@@ -254,6 +252,9 @@ that was interrupted goes on; any other one there is replaced."""
     def _rates(self, recipe: Recipe, scope: str) -> dict[str, float | None]:
         per_layer = {"conv_rate": self.conv_rate, "output_rate": self.output_rate}
         given = [_option(name) for name, value in per_layer.items() if value is not None]
+        convolutions = networks.has_convolutions(recipe.network)
+        if self.conv_rate is not None and not convolutions:
+            raise ValueError(f"--conv-rate: {recipe.network} has no convolutions.")
         if self.final_sparsity is not None:
             given += ["--rate"] if self.rate is not None else []
             if given:
@@ -264,9 +265,10 @@ that was interrupted goes on; any other one there is replaced."""
             if given:
                 raise ValueError(f"{' and '.join(given)}: all layers compete under scope global.")
             return {"rate": rate}
+        conv_rate = _chosen(self.conv_rate, recipe.conv_share * rate) if convolutions else None
         return {
             "rate": rate,
-            "conv_rate": _chosen(self.conv_rate, recipe.conv_share * rate),
+            "conv_rate": conv_rate,
             "output_rate": _chosen(self.output_rate, 0.5 * rate),
         }
 

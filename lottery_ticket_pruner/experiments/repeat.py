@@ -22,8 +22,8 @@ class RepeatConfig:
     """Do once more what made a run folder, with every option as it was.
 
     For folders of run, supermask and instability, and those of single runs within a sweep's. If the
-    first time was --deterministic, the second gives the same numbers, bit for bit, on the same
-    machine.
+    first time was --deterministic, the second gives the same numbers, bit for bit, on as
+    many cores of the same machine. A sweep gives each of its runs a share of the cores.
     """
 
     folder: tyro.conf.Positional[Path]

@@ -215,7 +215,7 @@ def accuracy_sheet(rows: pd.DataFrame) -> Sheet:
     The column of early stops is the ticket's (in the first line the dense run's), in steps.
     """
     arms = arms_of(rows)
-    replicates = rows["replicate" if "seed" not in rows else "seed"].nunique()
+    counts = rows.groupby(["round", "arm"]).size()
     lines = []
     for number, of_round in rows.groupby("round"):
         main = of_round[of_round["arm"].isin(["dense", "ticket"])]
@@ -234,8 +234,9 @@ def accuracy_sheet(rows: pd.DataFrame) -> Sheet:
             )
         )
     title = "test accuracy, %"
-    if replicates > 1:
-        title += f": mean ± standard deviation of {replicates} replicates"
+    if counts.max() > 1:
+        several = f"{counts.max()}" if counts.min() == counts.max() else f"up to {counts.max()}"
+        title += f": mean ± standard deviation of {several} replicates"
     headings = ("round", "weights", *map(arm_label, arms), "early stop")
     return Sheet(title, headings, tuple(lines))
 
@@ -273,19 +274,24 @@ def difference_sheet(rows: pd.DataFrame) -> Sheet:
 
 
 def overview_sheet(groups: Sequence[Group]) -> Sheet:
-    """A line for every group: where its last round ended, and how far its tickets hold up."""
+    """A line for every group: where its last round ended, and how far its tickets hold up.
+
+    Of a group that is not finished it has the seeds that got furthest.
+    """
     lines = []
     for group in groups:
         last = group.rows[group.rows["round"] == group.rows["round"].max()]
+        seeds, everyone = last["seed"].nunique(), group.rows["seed"].nunique()
+        same = group.rows[group.rows["seed"].isin(last["seed"])]
         arms = {arm: own["test_accuracy"].tolist() for arm, own in last.groupby("arm")}
         ticket = arms.pop("ticket", [])
         arms.pop("dense", None)
         lines.append(
             (
                 group.label or group.title,
-                str(group.rows["seed"].nunique()),
+                str(seeds) if seeds == everyone else f"{seeds} of {everyone}",
                 f"{1 - last['sparsity'].mean():.2%}",
-                accuracy_text(dense_accuracies(group.rows)),
+                accuracy_text(dense_accuracies(same)),
                 accuracy_text(ticket),
                 accuracy_text(max(arms.values(), key=np.mean, default=[])),
                 _holds_down_to(group.rows),
@@ -353,12 +359,17 @@ def filled(sheet: Sheet) -> Sheet:
 
 
 def _holds_down_to(rows: pd.DataFrame) -> str:
-    """The fewest weights left with which the ticket's mean is not below the dense one."""
-    dense = dense_accuracies(rows)
-    tickets = rows[rows["arm"] == "ticket"].groupby("round")[["sparsity", "test_accuracy"]].mean()
-    if not dense or tickets.empty:
+    """The fewest weights left with which the ticket's mean is not below the dense one.
+
+    Both means are over the seeds that have come as far as that.
+    """
+    dense = rows[rows["arm"] == "dense"].set_index("seed")["test_accuracy"]
+    tickets = rows[(rows["arm"] == "ticket") & rows["seed"].isin(dense.index)]
+    if tickets.empty:
         return ""
-    matching = tickets[tickets["test_accuracy"] >= np.mean(dense) - 1e-9]
+    gain = tickets["test_accuracy"] - dense.loc[tickets["seed"]].to_numpy()
+    rounds = tickets.assign(gain=gain).groupby("round")[["sparsity", "gain"]].mean()
+    matching = rounds[rounds["gain"] >= -1e-9]
     return f"{1 - matching['sparsity'].max():.2%}" if len(matching) else "never"
 
 

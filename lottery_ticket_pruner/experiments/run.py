@@ -12,8 +12,10 @@ from rich.console import Console
 import masked_layers as ml
 from lottery_ticket_pruner.experiments import datasets, networks, progress, report
 from lottery_ticket_pruner.experiments.config import RunConfig, parse_steps
+from lottery_ticket_pruner.experiments.resumption import Resumption
 from lottery_ticket_pruner.experiments.tensorboard import EventWriter
 from lottery_ticket_pruner.tickets import TicketResult, find_ticket
+from masked_layers.files import replacing
 from masked_layers.serving import export_sparse_saved_model
 
 if TYPE_CHECKING:
@@ -60,7 +62,8 @@ def run(config: RunConfig, data: datasets.Dataset, console: Console | None = Non
         make_deterministic()
     model = compiled(config, data, config.seeds[0])
     model = ml.convert_to_masked(model)
-    folder = _prepare_folder(config)
+    resumption = Resumption(config.folder, config.to_dict(), data)
+    folder = _prepare_folder(config, resumption)
     console.print(
         f"{config.data}: {len(data.x_train)} training, {len(data.x_validation)} validation, "
         f"{len(data.x_test)} test images\n"
@@ -100,6 +103,7 @@ def run(config: RunConfig, data: datasets.Dataset, console: Console | None = Non
     picture.savefig(folder / "accuracy.png", dpi=150)
     for state in _states(folder):
         state.unlink()
+    resumption.end()
     console.print(report.summary_table(rows))
     console.print(f"{time.perf_counter() - started:.0f} s. Results in {folder}", highlight=False)
     return folder
@@ -186,17 +190,18 @@ def _find(
     )
 
 
-def _prepare_folder(config: RunConfig) -> Path:
+def _prepare_folder(config: RunConfig, resumption: Resumption) -> Path:
     folder = config.folder
     folder.mkdir(parents=True, exist_ok=True)
-    stored = folder / "config.json"
-    interrupted = any(_states(folder)) and stored.is_file() and config.same_run(stored)
+    interrupted = resumption.is_possible() and any(_states(folder))
     for pattern in _RESULTS:
         if not (interrupted and pattern.startswith("rounds")):
             for left_by_an_earlier_run in folder.glob(pattern):
                 left_by_an_earlier_run.unlink()
     shutil.rmtree(folder / "served" / "1", ignore_errors=True)
-    stored.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+    with replacing(folder / "config.json") as file:
+        file.write((json.dumps(config.to_dict(), indent=2) + "\n").encode())
+    resumption.begin()
     return folder
 
 
