@@ -24,8 +24,8 @@ class LearnedSupermask:
         model: the model with learned masks, as training left it.
         supermask: the same masks as binary ones (`masked_layers.harden`), not sampled; compiled as
             the model that was given.
-        samples: test metrics by name, an array with a value for each sampled mask; for masks
-            without chance one value. Empty without test data.
+        samples: test metrics by name, and `sparsity`: an array with a value for each sampled mask;
+            for masks without chance one value. Empty without test data.
         deterministic: test metrics of `supermask` by name. Empty without test data.
         history: what the training saw.
     """
@@ -72,7 +72,8 @@ def learn_supermask(
         mask: what `masked_layers.convert_to_masked` takes; a name stands for a mask with this
             function's seed.
         weights: `"initial"`, those that the model has; or `"signed_constant"`: sign(w) times the
-            standard deviation of w, per kernel.
+            standard deviation of w, per kernel. Ramanujan et al.'s are Kaiming-normal, or signed
+            constants of that deviation: for theirs, initialize with `he_normal`.
         optimizer: by default the papers': SGD with momentum 0.9, for Bernoulli masks with learning
             rate 100 (Zhou et al., arXiv 1905.01067, section 5), otherwise 0.1, decayed to 0 by a
             cosine.
@@ -135,7 +136,8 @@ def learn_supermask(
         if isinstance(prototype, ml.BernoulliMask):
             sampled = evaluate_sampled(model, *test_data, samples=samples, seed=seed)
         else:
-            sampled = {name: np.array([value]) for name, value in results.items()}
+            measured = results | {"sparsity": ml.sparsity_report(supermask).sparsity}
+            sampled = {name: np.array([value]) for name, value in measured.items()}
     return LearnedSupermask(model, supermask, sampled, results, history)
 
 
@@ -153,6 +155,9 @@ def evaluate_sampled(
     seed: int = 0,
 ) -> dict[str, np.ndarray]:
     """Metrics of sampled masks, each over the whole data set: by name, a value for each mask.
+
+    With them, as `sparsity`, the share of weights that each mask prunes. Of weights whose scores
+    never get a gradient the samples keep about a half, while `harden` keeps all.
 
     The mean of the accuracies is Zhou et al.'s accuracy of a learned supermask; it is not the
     accuracy of an averaged prediction, nor that of a new mask for every batch. The model is left as
@@ -175,7 +180,8 @@ def evaluate_sampled(
     for number in range(samples):
         drawn = np.random.SeedSequence([seed, number]).generate_state(1)[0]
         ml.set_masks(hardened, ml.sample_masks(model, int(drawn)))
-        results.append(training.evaluate(hardened, x, y))
+        sparsity = ml.sparsity_report(hardened).sparsity
+        results.append(training.evaluate(hardened, x, y) | {"sparsity": sparsity})
     return {name: np.array([result[name] for result in results]) for name in results[0]}
 
 

@@ -3,8 +3,10 @@
 import dataclasses
 import io
 import json
+import os
 
 import keras
+import numpy as np
 import pytest
 
 pytest.importorskip("tyro")
@@ -45,6 +47,12 @@ def test_what_is_left_open_is_chosen():
     [
         ({"learn": "bernoulli", "sparsities": (0.5,)}, "finds its own sparsity"),
         ({"learn": "bernoulli", "learning_rate": 0.1}, "no meaning with --learn"),
+        ({"learn": "edge_popup", "criteria": ("random",)}, "no meaning with --learn"),
+        ({"samples": 3}, "--samples has no meaning without --learn"),
+        ({"criteria": ("random", "random")}, "--criteria each value once. Received: random random"),
+        ({"sparsities": (0.5, 0.50)}, "--sparsities each value once. Received: 0.5 0.5"),
+        ({"weights": ("initial", "initial")}, "--weights each value once"),
+        ({"learn": "bernoulli", "dwr": (True, True)}, "--dwr each value once. Received: True True"),
         ({"sparsities": (1.0,)}, r"must be in \[0, 1\)"),
         ({"criteria": ()}, "at least one value for --criteria"),
         ({"samples": 0}, "--samples must be positive"),
@@ -123,19 +131,53 @@ def test_training_images_are_augmented_as_the_network_has_it(tmp_path, monkeypat
     assert seen == [augmentation]
 
 
+@pytest.mark.parametrize("command", ["supermask", "instability"])
+def test_help_says_what_resnet_20_takes(command, capsys):
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    chosen = SupermaskConfig(network="resnet-20", steps=9).resolve(1000)
+    assert f"by default 60, for resnet-20 {chosen.batch_size}" in text
+    scope = f"by default layer, for resnet-20 {chosen.scope}."
+    assert (scope in text) == (command == "supermask")
+
+
+def test_the_file_of_the_options_is_replaced_as_a_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "train", lambda *args, **kwargs: 1 / 0)
+    for steps in (1, 2):
+        config = SupermaskConfig(steps=steps, seeds=(0,), out=tmp_path / "run")
+        with pytest.raises(ZeroDivisionError):
+            supermask.run(*prepare(config), Console(quiet=True))
+        os.link(config.out / "config.json", tmp_path / f"{steps}.json")
+    stored = [json.loads((tmp_path / f"{steps}.json").read_text())["steps"] for steps in (1, 2)]
+    assert stored == [1, 2]
+
+
 @pytest.mark.parametrize("kind", ["bernoulli", "edge_popup"])
-def test_learned_masks(tmp_path, kind):
+def test_learned_masks(tmp_path, kind, monkeypatch):
+    evaluate, sparsities = training.evaluate, []
+
+    def watched(model, *args):
+        masks = np.concatenate([mask.ravel() for mask in ml.get_masks(model).values()])
+        sparsities.append(np.mean(~masks))
+        return evaluate(model, *args)
+
+    monkeypatch.setattr(training, "evaluate", watched)
     arguments = {"learn": kind, "steps": 30, "seeds": 0, "samples": 3, "out": tmp_path}
     words = [text for key, value in arguments.items() for text in (f"--{key}", str(value))]
     words += ["--weights", "signed_constant", "--dwr", "True", "--quiet"]
     assert cli.main(["supermask", *words]) == 0
     (row,) = pd.read_csv(tmp_path / "results.csv").to_dict("records")
+    hardened, *sampled = sparsities
+    assert row["deterministic_sparsity"] == pytest.approx(hardened)
+    assert row["sparsity"] == pytest.approx(np.mean(sampled or hardened))
+    assert len(sampled) == (3 if kind == "bernoulli" else 0)
     assert json.loads((tmp_path / "config.json").read_text())["learn"] == kind
     (file,) = tmp_path.glob("supermask-signed_constant-rescaled*-0.keras")
     found = keras.models.load_model(file)
     data = datasets.load("digits")
     accuracy = training.evaluate(found, data.x_test, data.y_test)["accuracy"]
     assert accuracy == pytest.approx(row["deterministic_accuracy"], abs=1e-6)
-    assert ml.sparsity_report(found).sparsity == pytest.approx(row["sparsity"], abs=1e-6)
+    assert ml.sparsity_report(found).sparsity == pytest.approx(row["deterministic_sparsity"])
     assert row["test_accuracy"] > 0.15
     assert (row["accuracy_of_samples_deviation"] > 0) == (kind == "bernoulli")

@@ -44,6 +44,7 @@ _SPARSITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
 _PICTURES = ("curves-*.png", "heat-map.png")
 _LEARNING_STEPS = 20_000
 _LEARNING_BATCH = 250
+_SAMPLES = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +53,9 @@ class SupermaskConfig:
 
     Without --learn a network is trained, each criterion makes masks of many sparsities from its
     initial and trained weights, and the masks are evaluated over the initial weights. With --learn
-    the masks themselves are trained over weights that stay as they were drawn.
+    the masks themselves are trained over weights that stay as they were drawn: Glorot-normal ones,
+    for resnet-20 He-normal ones. For edge_popup masks Ramanujan et al. (arXiv 1911.13299) draw
+    He-normal ones (Kaiming-normal) for every network, and take the signed constant from these.
     """
 
     learn: Annotated[Literal["bernoulli", "edge_popup"] | None, NO_HINT] = None
@@ -73,17 +76,18 @@ class SupermaskConfig:
     dwr: tuple[bool, ...] = (False, True)
     """Whether weights are rescaled by size / ones(mask)."""
     scope: Annotated[Literal["layer", "global"] | None, NO_HINT] = None
-    """Which weights compete: those of a layer or all; by default layer."""
+    """Which weights compete: those of a layer or all; by default layer, for resnet-20 global."""
     steps: OptionalInt = None
     """Training steps; by default those of the network's recipe, to learn masks 20 000."""
     epochs: OptionalInt = None
     """Instead of --steps: epochs."""
     batch_size: OptionalInt = None
-    """Examples per step; by default those of the recipe, to learn masks 250."""
+    """Examples per step; by default 60, for resnet-20 128, to learn masks 250."""
     learning_rate: OptionalFloat = None
-    """Of the trained network; by default that of its recipe. Masks are learned as published."""
-    samples: int = 10
-    """Masks sampled to evaluate a learned bernoulli mask."""
+    """Of the trained network; by default that of its recipe. Masks are learned with the \
+optimizers of their papers."""
+    samples: int = _SAMPLES
+    """Masks sampled to evaluate a learned bernoulli mask (with --learn)."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """One replicate for each seed, from the initial weights on."""
     out: OptionalPath = None
@@ -104,8 +108,12 @@ run of the same options finished are kept."""
         shared = own & {field.name for field in dataclasses.fields(RunConfig)}
         values = {name: getattr(self, name) for name in shared}
         if self.learn:
-            if self.learning_rate is not None or self.scope is not None:
-                raise ValueError("--learning-rate and --scope have no meaning with --learn.")
+            # Files of earlier runs hold all criteria here: their default is no choice.
+            given = self.learning_rate is not None or self.scope is not None
+            if given or self.criteria != CRITERIA:
+                raise ValueError(
+                    "--criteria, --learning-rate and --scope have no meaning with --learn."
+                )
             if self.sparsities and self.learn == "bernoulli":
                 raise ValueError("A bernoulli mask finds its own sparsity: leave --sparsities out.")
             if self.batch_size is None:
@@ -116,11 +124,17 @@ run of the same options finished are kept."""
         sparsities = self.sparsities or ((0.5,) if self.learn else _SPARSITIES)
         if not all(0 <= sparsity < 1 for sparsity in sparsities):
             raise ValueError(f"--sparsities must be in [0, 1). Received: {sparsities}.")
-        for name in ("criteria", "weights", "dwr"):
-            if not getattr(self, name):
+        for name in ("criteria", "sparsities", "weights", "dwr"):
+            chosen = getattr(self, name)
+            if not chosen and name != "sparsities":
                 raise ValueError(f"Give at least one value for --{name}.")
+            if len(set(chosen)) < len(chosen):
+                received = " ".join(map(str, chosen))
+                raise ValueError(f"Give --{name} each value once. Received: {received}")
         if self.samples < 1:
             raise ValueError(f"--samples must be positive. Received: {self.samples}.")
+        if not self.learn and self.samples != _SAMPLES:
+            raise ValueError("--samples has no meaning without --learn.")
         taken = ["network", "steps", "epochs", "batch_size"]
         taken += [] if self.learn else ["learning_rate", "scope"]
         return dataclasses.replace(
@@ -180,7 +194,8 @@ def run(config: SupermaskConfig, data: datasets.Dataset, console: Console | None
     for pattern in _PICTURES if rows else (*_PICTURES, "results.csv", "supermask-*.keras"):
         for left_by_an_earlier_run in folder.glob(pattern):
             left_by_an_earlier_run.unlink()
-    (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+    with replacing(folder / "config.json") as options:
+        options.write((json.dumps(config.to_dict(), indent=2) + "\n").encode())
     resumption.begin()
     console.print(
         f"{config.data}, {config.network}, {config.learn or 'untrained'} masks; "
@@ -339,11 +354,13 @@ def _learned(
             {
                 "weights": weights,
                 "dwr": dwr,
-                "sparsity": ml.sparsity_report(found.supermask).sparsity,
+                # Of the masks that the accuracy is of.
+                "sparsity": float(np.mean(found.samples["sparsity"])),
                 "test_accuracy": float(np.mean(found.samples["accuracy"])),
                 "test_loss": float(np.mean(found.samples["loss"])),
                 "accuracy_of_samples_deviation": float(np.std(found.samples["accuracy"])),
                 "deterministic_accuracy": found.deterministic["accuracy"],
+                "deterministic_sparsity": ml.sparsity_report(found.supermask).sparsity,
                 "seconds": found.history.seconds,
             }
         )
