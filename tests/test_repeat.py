@@ -31,6 +31,11 @@ def test_a_resolved_configuration_comes_back_and_makes_the_same_choices(tmp_path
     assert again.out == tmp_path / "x"
     default = RepeatConfig(tmp_path / "config.json").configuration()
     assert default.out == tmp_path.with_name(f"{tmp_path.name}-again")
+    child = tmp_path / "sweep" / "child"
+    child.mkdir(parents=True)
+    (tmp_path / "config.json").rename(child / "config.json")
+    (child.parent / "sweep.json").touch()
+    assert RepeatConfig(child).configuration().out == tmp_path / "child-again"
 
 
 @pytest.mark.parametrize(

@@ -166,6 +166,8 @@ def test_the_default_folder_is_named_after_all_runs(tmp_path, monkeypatch):
         ({"over": ("rate=0.1,",)}, "Received: 'rate=0.1,'"),
         ({"over": ("seeds=1,2",)}, "--seeds 0 1 2"),
         ({"over": ("out=a,b",)}, "no option 'out'"),
+        ({"over": ("data_dir=a,b",)}, "changes no result"),
+        ({"over": ("kept=rewind,reinit", "retraining=fine_tuning")}, "kept reinit, .*fine_tuning"),
         ({"over": ("rate=0.1", "rate=0.2")}, "--rate is given twice"),
         ({"over": ("rate=0.1",), "rate": 0.3}, "--rate is given twice"),
         ({"over": ("rate=0.1,2",)}, r"^rate 2: --rate must be in \[0, 1\)"),
@@ -216,6 +218,26 @@ def test_a_second_call_runs_what_is_missing(stand_in):
     assert len(pd.read_csv(folder / "results.csv")) == 4
     _, failures, printed = stand_in("0.1,0.2", seeds=(4,))
     assert "nothing left to run" in printed
+    assert failures == []
+
+
+def test_runs_of_another_backend_or_of_other_data_are_not_counted_in(stand_in, monkeypatch):
+    folder, _, _ = stand_in("0.1", seeds=(4,))
+    stored = json.loads((folder / "sweep.json").read_text())
+    before = (folder / "results.csv").read_text()
+    for other, message in (
+        (stored | {"backend": "numpy"}, "are of backend numpy"),
+        (stored | {"digests": {"digits": "0"}}, "are of other data named digits"),
+    ):
+        (folder / "sweep.json").write_text(json.dumps(other))
+        with pytest.raises(ValueError, match=message):
+            stand_in("0.1,0.2", seeds=(4,))
+        assert json.loads((folder / "sweep.json").read_text()) == other
+    assert (folder / "results.csv").read_text() == before
+    assert len(list(folder.glob("*/results.csv"))) == 1
+    # Where none is finished there is nothing to be mixed.
+    next(folder.glob("*/accuracy.png")).unlink()
+    _, failures, _ = stand_in("0.1,0.2", seeds=(4,))
     assert failures == []
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import gzip
 import importlib
 import importlib.util
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from lottery_ticket_pruner.checkpoint import digest
 from lottery_ticket_pruner.data import pair_of
 
 logger = logging.getLogger(__name__)
@@ -81,6 +83,12 @@ class Dataset:
     def classes(self) -> int:
         """The number of classes: one more than the largest label."""
         return 1 + max(int(y.max()) for y in (self.y_train, self.y_validation, self.y_test))
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """A short text that is another one for other arrays."""
+        names = [field.name for field in dataclasses.fields(self) if field.name != "name"]
+        return digest({name: getattr(self, name) for name in names})
 
 
 def load(name: str, data_dir: str | Path | None = None) -> Dataset:

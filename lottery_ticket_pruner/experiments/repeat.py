@@ -11,7 +11,7 @@ import tyro
 from lottery_ticket_pruner.experiments.config import RunConfig
 from lottery_ticket_pruner.experiments.instability import InstabilityConfig
 from lottery_ticket_pruner.experiments.options import OptionalPath
-from lottery_ticket_pruner.experiments.results import CONFIG_FILE
+from lottery_ticket_pruner.experiments.results import CONFIG_FILE, SWEEP_FILE
 from lottery_ticket_pruner.experiments.supermask import SupermaskConfig
 
 Config = RunConfig | SupermaskConfig | InstabilityConfig
@@ -29,7 +29,8 @@ class RepeatConfig:
     folder: tyro.conf.Positional[Path]
     """Folder of the run, or its config.json alone."""
     out: OptionalPath = None
-    """Folder for the new run; by default the old one's name with -again."""
+    """Folder for the new run; by default the old one's name with -again, next to it or, if it is \
+in a sweep's, next to that."""
     quiet: bool = False
     """Print nothing."""
 
@@ -42,8 +43,10 @@ class RepeatConfig:
         """
         file = self.folder / CONFIG_FILE if self.folder.is_dir() else self.folder
         folder = file.parent.resolve()
+        # In the folder of a sweep it would pass for one of its runs.
+        beside = folder.parent if (folder.parent / SWEEP_FILE).is_file() else folder
         options = {
-            "out": self.out or folder.with_name(f"{folder.name}-again"),
+            "out": self.out or beside.with_name(f"{folder.name}-again"),
             "quiet": self.quiet,
         }
         try:

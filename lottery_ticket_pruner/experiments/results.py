@@ -10,6 +10,7 @@ import pandas as pd
 
 CONFIG_FILE = "config.json"
 RESULTS_FILE = "results.csv"
+SWEEP_FILE = "sweep.json"
 # Options that say where to run and what to print: they change no number of the results.
 _NO_CHOICE = ("data_dir", "out", "quiet", "seeds")
 _NAMING = ("data", "network", "strategy", "criterion")

@@ -1,6 +1,5 @@
 """Interrupted runs: what a folder keeps while one is under way, for the next to go on from it."""
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -28,11 +27,9 @@ class Resumption:
         self, folder: Path, values: dict[str, Any], data: Dataset, masks: Any = None
     ) -> None:
         self._file = folder / "state.json"
-        names = [field.name for field in dataclasses.fields(data) if field.name != "name"]
-        arrays = {name: getattr(data, name) for name in names}
         state = {
             "choices": choices(values),
-            "data": digest(arrays),
+            "data": data.digest,
             "backend": keras.backend.backend(),
         }
         if masks is not None:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import keras
 import rich.progress
 import tyro
 from rich.console import Console
@@ -106,11 +107,13 @@ class Child:
         label: What it tries, in words.
         config: Its configuration, every choice made, its folder included.
         arguments: What to call `lottery-ticket` with for the same run.
+        data: The digest of what it runs on.
     """
 
     label: str
     config: RunConfig | SupermaskConfig
     arguments: tuple[str, ...]
+    data: str
 
     @property
     def is_finished(self) -> bool:
@@ -173,7 +176,7 @@ def plan(config: SweepConfig | SupermaskSweepConfig) -> list[Child]:
     common = [text for name, value in fixed.items() for text in _arguments(name, value)]
     if not config.seeds:
         raise ValueError("Give at least one seed.")
-    images: dict[tuple[str, Path | None], int] = {}
+    read: dict[tuple[str, Path | None], tuple[int, str]] = {}
     found: dict[str, tuple[str, RunConfig | SupermaskConfig, list[str]]] = {}
     for values in itertools.product(*(values for _, values in over)):
         pairs = list(zip(names, values, strict=True))
@@ -183,9 +186,10 @@ def plan(config: SweepConfig | SupermaskSweepConfig) -> list[Child]:
         source = (parsed.data, parsed.data_dir)
         for seed in config.seeds:
             try:
-                if source not in images:
-                    images[source] = len(datasets.load(*source).x_train)
-                child = dataclasses.replace(parsed, seeds=(seed,)).resolve(images[source])
+                if source not in read:
+                    data = datasets.load(*source)
+                    read[source] = (len(data.x_train), data.digest)
+                child = dataclasses.replace(parsed, seeds=(seed,)).resolve(read[source][0])
             except ValueError as error:
                 raise ValueError(f"{label}: {error}" if label else str(error)) from error
             text = ", ".join(filter(None, (label, f"seed {seed}")))
@@ -196,6 +200,7 @@ def plan(config: SweepConfig | SupermaskSweepConfig) -> list[Child]:
             label,
             dataclasses.replace(child, out=folder / name),
             (kind.name, *arguments, "--out", str(folder / name)),
+            read[child.data, child.data_dir][1],
         )
         for name, (label, child, arguments) in found.items()
     ]
@@ -208,10 +213,11 @@ def sweep(
 
     The folder holds a run folder for each combination and seed, with what the run printed in
     `output.log`; `results.csv`, the rows of all finished runs with their options and seeds; and
-    `sweep.json`, the options of the last call.
+    `sweep.json`, the options of the last call, the backend and digests of the data.
 
     Raises:
-        ValueError: see `plan`. Nothing has run then.
+        ValueError: see `plan`; or the finished runs in the folder are of another backend or of
+            other data. Nothing has run then.
         OSError: the folder cannot be written.
     """
     started = time.perf_counter()
@@ -219,8 +225,10 @@ def sweep(
     children = plan(config)
     folder = children[0].config.folder.parent
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "sweep.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
     todo = [child for child in children if not child.is_finished]
+    origin = _origin(folder, children, anew=len(todo) == len(children))
+    with replacing(folder / results.SWEEP_FILE) as file:
+        file.write((json.dumps(config.to_dict() | origin, indent=2) + "\n").encode())
     cores = _cores()
     jobs = min(config.jobs or len(cores), len(todo))
     pace = f"{jobs} at a time on {len(cores)} cores" if todo else "nothing left to run"
@@ -240,6 +248,26 @@ def sweep(
             console.print(sheet.table())
     console.print(f"{time.perf_counter() - started:.0f} s. Results in {folder}", highlight=False)
     return failures
+
+
+def _origin(folder: Path, children: Sequence[Child], anew: bool) -> dict[str, Any]:
+    """What decides the results beside the options, the same as that of the runs in the folder."""
+    now = {
+        "backend": keras.backend.backend(),
+        "digests": {child.config.data: child.data for child in children},
+    }
+    file = folder / results.SWEEP_FILE
+    before = {} if anew or not file.is_file() else json.loads(file.read_text(encoding="utf-8"))
+    digests = before.get("digests", {})
+    other = [name for name, digest in now["digests"].items() if digests.get(name, digest) != digest]
+    if other or before.get("backend", now["backend"]) != now["backend"]:
+        what = f"other data named {', '.join(other)}" if other else f"backend {before['backend']}"
+        raise ValueError(
+            f"The finished runs in '{folder}' are of {what}: these would be taken for their "
+            "replicates. Give another folder as --out."
+        )
+    now["digests"] = digests | now["digests"]
+    return now
 
 
 class _Pool:
@@ -418,6 +446,8 @@ def _parse_over(text: str, kind: _Kind) -> tuple[str, list[str]]:
     name, equals, values = text.partition("=")
     name = name.removeprefix("--").replace("-", "_")
     allowed = [field.name for field in _options(kind)]
+    if name == "data_dir":
+        raise ValueError("--over data_dir: where data is read from changes no result.")
     if name in ("seeds", "seed"):
         raise ValueError("Give seeds as in --seeds 0 1 2: each has a run of its own.")
     if name not in allowed:
