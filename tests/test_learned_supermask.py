@@ -58,7 +58,7 @@ def untrained(digits):
     ("mask", "weights", "steps"),
     [
         (ml.BernoulliMask(seed=0, rescale=True), "signed_constant", 290),
-        ("edge_popup", "initial", 600),
+        (ml.EdgePopupMask(seed=1, sparsity=0.65), "initial", 600),
     ],
 )
 def test_a_learned_mask_beats_untrained_ones(digits, untrained, mask, weights, steps):
@@ -85,7 +85,7 @@ def test_a_learned_mask_beats_untrained_ones(digits, untrained, mask, weights, s
         assert len(result.samples["accuracy"]) == 10
         assert result.samples["accuracy"].std() > 0
     else:
-        np.testing.assert_allclose(kernel, before[0] * np.sqrt(2), rtol=1e-5)
+        np.testing.assert_allclose(kernel, before[0] / np.sqrt(0.35), rtol=1e-5)
         assert result.samples["accuracy"].tolist() == [result.deterministic["accuracy"]]
     report = ml.sparsity_report(result.supermask)
     assert report.alive == sum(mask.sum() for mask in ml.get_masks(result.model).values())
