@@ -58,7 +58,7 @@ def untrained(digits):
     ("mask", "weights", "steps"),
     [
         (ml.BernoulliMask(seed=0, rescale=True), "signed_constant", 290),
-        (ml.EdgePopupMask(seed=1, sparsity=0.65), "initial", 600),
+        (ml.EdgePopupMask(seed=0, sparsity=0.65), "initial", 900),
     ],
 )
 def test_a_learned_mask_beats_untrained_ones(digits, untrained, mask, weights, steps):
