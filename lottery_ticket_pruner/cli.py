@@ -18,6 +18,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: of the command line; None: the process's own.
     """
+    try:
+        return _main(arguments)
+    except KeyboardInterrupt:
+        print("Interrupted. The results so far are in the run folder.", file=sys.stderr)
+        return 130
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     missing = [name for name in _EXTRA if importlib.util.find_spec(name) is None]
     if missing:
         print(
@@ -73,9 +81,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print(f"lottery-ticket: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("Interrupted. The results so far are in the run folder.", file=sys.stderr)
-        return 130
     return 0
 
 

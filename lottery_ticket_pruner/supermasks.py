@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterable, Sequence
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -74,6 +75,11 @@ def evaluate_grid(
         raise ValueError(
             f"`evaluate_grid` needs a compiled masked model. Received {model.name!r}: make it by "
             "`masked_layers.convert_to_masked(model)`, compile it, and make the pruner for it."
+        )
+    if isinstance(criteria, str) or isinstance(sparsities, Real):
+        raise ValueError(
+            "`criteria` and `sparsities` must be lists. Received: "
+            f"criteria={criteria!r}, sparsities={sparsities!r}"
         )
     unknown = [name for name in weights if name not in WEIGHTS]
     if unknown:

@@ -99,6 +99,19 @@ def test_a_missing_extra_is_named(capsys, monkeypatch):
     assert 'pip install "lottery-ticket-pruner[cli]"' in error
 
 
+def test_an_interruption_while_modules_are_imported_ends_quietly(capsys, monkeypatch):
+    class Slow:
+        @staticmethod
+        def find_spec(name, *_):
+            if name == "lottery_ticket_pruner.experiments.repeat":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "lottery_ticket_pruner.experiments.repeat", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Slow, *sys.meta_path])
+    assert cli.main(["run"]) == 130
+    assert "Interrupted" in capsys.readouterr().err
+
+
 def test_an_interrupted_run_ends_quietly(capsys, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt

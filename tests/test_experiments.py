@@ -210,6 +210,8 @@ def test_the_configuration_on_file_repeats_the_run(finished):
     stored = json.loads((folder / "config.json").read_text())
     assert stored["steps"] == 40
     assert stored["learning_rate"] == 2e-3
+    assert stored.pop("backend") == keras.backend.backend()
+    assert stored.pop("data_digest") == datasets.load("digits").digest
     stored = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
     again = RunConfig(**stored | {"out": config.out})
     assert again.resolve(1318) == config

@@ -227,6 +227,23 @@ def test_labels_name_what_differs_and_what_does_not_follow_from_it(tmp_path):
     ]
 
 
+def test_runs_of_two_backends_or_of_two_data_sets_of_one_name_are_told_apart(tmp_path):
+    for name, origin in (("a", ("jax", "1")), ("b", ("torch", "1")), ("c", ("jax", "2"))):
+        write_run(tmp_path / name, **dict(zip(results.ORIGIN, origin, strict=True)))
+    groups = results.groups_of(results.find_runs([tmp_path]))
+    assert [group.label for group in groups] == [
+        "backend jax, data digest 1", "backend torch, data digest 1", "backend jax, data digest 2",
+    ]  # fmt: skip
+
+
+def test_a_run_that_has_only_its_dense_row_has_its_tables(tmp_path):
+    write_run(tmp_path / "a", [ROWS[0]])
+    (group,) = results.groups_of(results.find_runs([tmp_path]))
+    assert rendered(report.accuracy_sheet(group.rows).table())
+    assert report.accuracy_sheet(group.rows).lines == (("dense", "100.00%", "90.00", "0"),)
+    assert report.overview_sheet([group]).table().row_count == 1
+
+
 def test_labels_without_a_value_name_the_alternative(tmp_path):
     write_run(tmp_path / "a", final_sparsity=None)
     write_run(tmp_path / "b", rate=None, output_rate=None, final_sparsity=0.9)

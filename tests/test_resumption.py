@@ -41,8 +41,20 @@ def test_a_run_goes_on_by_its_choices_data_and_masks_until_it_ends(tmp_path):
         (False, (VALUES, DATA)),
     ):
         assert Resumption(tmp_path, *arguments).is_possible() == same
+    assert "Going on" in one.describe()
     (tmp_path / "state.json").write_text("{")
     assert not one.is_possible()
+    assert "Replacing" in Resumption(tmp_path, VALUES, DATA).describe()
     one.begin()
     one.end()
     assert not one.is_possible()
+
+
+def test_the_folder_of_another_command_is_refused(tmp_path):
+    Resumption(tmp_path, VALUES | {"rounds": 2}, DATA).begin()
+    before = (tmp_path / "config.json").read_text()
+    with pytest.raises(ValueError, match="results of `lottery-ticket run`"):
+        Resumption(tmp_path, VALUES | {"learn": None}, DATA)
+    assert (tmp_path / "config.json").read_text() == before
+    assert "Replacing" in Resumption(tmp_path, VALUES | {"rounds": 3}, DATA).describe()
+    assert "Results go to" in Resumption(tmp_path / "b", VALUES, DATA).describe()

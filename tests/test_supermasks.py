@@ -137,6 +137,8 @@ def test_arguments_that_make_no_sense_are_refused_before_anything_is_evaluated(p
     good = {"criteria": ["large_final"], "sparsities": [0.5]}
     for wrong, message in [
         ({"criteria": ["largest"]}, "Unknown criterion"),
+        ({"criteria": "large_final"}, "must be lists.*criteria='large_final'"),
+        ({"sparsities": 0.5}, "must be lists.*sparsities=0.5"),
         ({"sparsities": [0.5, 1.0]}, r"in \[0, 1\)"),
         ({"weights": ["initial", "zero"]}, r"Received: \['zero'\]"),
         ({"scope": "filter"}, "`scope` must be"),

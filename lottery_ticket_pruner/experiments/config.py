@@ -111,11 +111,13 @@ the rewinding point, or its trained ones at the last learning rate."""
     kept: Annotated[str, _KEPT] = "rewind"
     pruned: Annotated[str, _PRUNED] = "zero"
     controls: tuple[Literal[*CONTROLS], ...] = ("random_reinit", "random_mask")
-    """Arms next to the ticket; name none to train the ticket alone."""
+    """Arms next to the ticket, each trained once from the rewinding point, however long the \
+ticket has been under another --retraining; name none to train the ticket alone."""
     control_rounds: tuple[int, ...] = ()
     """Rounds to train the controls in; by default all."""
     steps: OptionalInt = None
-    """Training steps of each run; by default those of the network's recipe, for digits 600."""
+    """Training steps of each run; by default those of the network's recipe (50,000 for \
+lenet-300-100, whatever the data), for digits 600."""
     epochs: OptionalInt = None
     """Instead of --steps: epochs of each run."""
     batch_size: OptionalInt = None

@@ -199,13 +199,11 @@ def run(config: InstabilityConfig, data: datasets.Dataset, console: Console | No
     # Or they would pass for results of this configuration.
     for name in (_PICTURE,) if rows else (_PICTURE, results.RESULTS_FILE, _LINES_FILE):
         (folder / name).unlink(missing_ok=True)
-    with replacing(folder / results.CONFIG_FILE) as file:
-        file.write((json.dumps(config.to_dict(), indent=2) + "\n").encode())
+    place = resumption.describe()
     resumption.begin()
     under = f" under the masks of {config.masks}, round {config.round}" if config.masks else ""
     console.print(
-        f"{config.data}, {config.network}: instability{under}; {keras.backend.backend()}\n"
-        f"Results go to {folder}",
+        f"{config.data}, {config.network}: instability{under}; {keras.backend.backend()}\n{place}",
         highlight=False,
         markup=False,
     )

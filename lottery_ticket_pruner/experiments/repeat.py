@@ -11,7 +11,7 @@ import tyro
 from lottery_ticket_pruner.experiments.config import RunConfig
 from lottery_ticket_pruner.experiments.instability import InstabilityConfig
 from lottery_ticket_pruner.experiments.options import OptionalPath
-from lottery_ticket_pruner.experiments.results import CONFIG_FILE, SWEEP_FILE
+from lottery_ticket_pruner.experiments.results import CONFIG_FILE, ORIGIN, SWEEP_FILE
 from lottery_ticket_pruner.experiments.supermask import SupermaskConfig
 
 Config = RunConfig | SupermaskConfig | InstabilityConfig
@@ -62,6 +62,7 @@ def read(values: dict[str, Any]) -> Config:
     Raises:
         ValueError: an option is missing or is none of the command's.
     """
+    values = {name: value for name, value in values.items() if name not in ORIGIN}
     kinds = typing.get_args(Config)
     kind = min(kinds, key=lambda kind: len(_names(kind) ^ values.keys()))
     if wrong := sorted(_names(kind) ^ values.keys()):

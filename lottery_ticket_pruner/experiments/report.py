@@ -214,7 +214,7 @@ def accuracy_sheet(rows: pd.DataFrame) -> Sheet:
 
     The column of early stops is the ticket's (in the first line the dense run's), in steps.
     """
-    arms = arms_of(rows)
+    arms = arms_of(rows) or ["ticket"]
     counts = rows.groupby(["round", "arm"]).size()
     lines = []
     for number, of_round in rows.groupby("round"):

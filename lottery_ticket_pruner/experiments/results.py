@@ -11,6 +11,8 @@ import pandas as pd
 CONFIG_FILE = "config.json"
 RESULTS_FILE = "results.csv"
 SWEEP_FILE = "sweep.json"
+# What decides the results beside the options; a run folder's configuration holds both.
+ORIGIN = ("backend", "data_digest")
 # Options that say where to run and what to print: they change no number of the results.
 _NO_CHOICE = ("data_dir", "out", "quiet", "seeds")
 _NAMING = ("data", "network", "strategy", "criterion")

@@ -1,6 +1,5 @@
 """One configuration carried out: tickets over all seeds, and a folder of what came out."""
 
-import json
 import shutil
 import time
 from pathlib import Path
@@ -15,7 +14,6 @@ from lottery_ticket_pruner.experiments.config import RunConfig, parse_steps
 from lottery_ticket_pruner.experiments.resumption import Resumption
 from lottery_ticket_pruner.experiments.tensorboard import EventWriter
 from lottery_ticket_pruner.tickets import TicketResult, find_ticket
-from masked_layers.files import replacing
 from masked_layers.serving import export_sparse_saved_model
 
 if TYPE_CHECKING:
@@ -63,13 +61,14 @@ def run(config: RunConfig, data: datasets.Dataset, console: Console | None = Non
     model = compiled(config, data, config.seeds[0])
     model = ml.convert_to_masked(model)
     resumption = Resumption(config.folder, config.to_dict(), data)
+    place = resumption.describe()
     folder = _prepare_folder(config, resumption)
     console.print(
         f"{config.data}: {len(data.x_train)} training, {len(data.x_validation)} validation, "
         f"{len(data.x_test)} test images\n"
         f"{config.network}: {ml.sparsity_report(model).size} weights; {config.steps} steps of "
-        f"{config.batch_size} per run; {keras.backend.backend()}\n"
-        f"Results go to {folder}",
+        f"{config.batch_size} per run, {_runs(config)} runs per seed; {keras.backend.backend()}\n"
+        f"{place}",
         highlight=False,
         markup=False,
     )
@@ -107,6 +106,12 @@ def run(config: RunConfig, data: datasets.Dataset, console: Console | None = Non
     console.print(report.summary_table(rows))
     console.print(f"{time.perf_counter() - started:.0f} s. Results in {folder}", highlight=False)
     return folder
+
+
+def _runs(config: RunConfig) -> int:
+    """How often a seed trains: dense, and the ticket and its controls in every round."""
+    with_controls = len(config.control_rounds) or config.rounds
+    return 1 + config.rounds + with_controls * len(config.controls)
 
 
 def make_deterministic() -> None:
@@ -199,8 +204,6 @@ def _prepare_folder(config: RunConfig, resumption: Resumption) -> Path:
             for left_by_an_earlier_run in folder.glob(pattern):
                 left_by_an_earlier_run.unlink()
     shutil.rmtree(folder / "served" / "1", ignore_errors=True)
-    with replacing(folder / "config.json") as file:
-        file.write((json.dumps(config.to_dict(), indent=2) + "\n").encode())
     resumption.begin()
     return folder
 
@@ -257,10 +260,8 @@ class _Progress:
         self._arms = ("ticket", *config.controls)
         self._round: dict[str, dict[str, Any]] = {}
         self._bar = progress.bar(console)
-        with_controls = len(config.control_rounds) or config.rounds
-        runs = config.rounds + with_controls * len(config.controls)
         rest = config.steps - parse_steps(config.rewind_to, 1)
-        total = len(config.seeds) * (config.steps + runs * rest)
+        total = len(config.seeds) * (config.steps + (_runs(config) - 1) * rest)
         self._task = self._bar.add_task("dense", total=total)
         arms = [report.arm_label(arm) for arm in self._arms]
         headings = ["seed", "round", "weights left", *arms, "early stop"]

@@ -194,12 +194,11 @@ def run(config: SupermaskConfig, data: datasets.Dataset, console: Console | None
     for pattern in _PICTURES if rows else (*_PICTURES, "results.csv", "supermask-*.keras"):
         for left_by_an_earlier_run in folder.glob(pattern):
             left_by_an_earlier_run.unlink()
-    with replacing(folder / "config.json") as options:
-        options.write((json.dumps(config.to_dict(), indent=2) + "\n").encode())
+    place = resumption.describe()
     resumption.begin()
     console.print(
         f"{config.data}, {config.network}, {config.learn or 'untrained'} masks; "
-        f"{keras.backend.backend()}\nResults go to {folder}",
+        f"{keras.backend.backend()}\n{place}",
         highlight=False,
         markup=False,
     )
