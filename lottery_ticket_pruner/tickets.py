@@ -135,7 +135,8 @@ def find_ticket(
         control_rounds: the rounds to train them in, None: in every one.
         validation_data: `(x, y)` or a data set for the early-stop step, None: not measured.
         test_data: `(x, y)` or a data set for the metrics, None: not measured.
-        eval_every: steps between evaluations on the validation data; None: at the end only.
+        eval_every: steps between evaluations on the validation data; None: at the end, and at the
+            rewinding point.
         seed: of everything random here; not of the initial weights, which are the model's.
         replicate: goes into the rows as it is.
         augment: as for `training.train`; so is `deterministic`.

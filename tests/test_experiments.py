@@ -315,7 +315,7 @@ def test_a_run_goes_on_where_it_was_its_data_that_was_interrupted(tmp_path, monk
     (tmp_path / "state.json").write_text('{"choices": {}}')
     train = training.train
     found = []
-    for given, trainings in ((data, 2), (data, 0), (other, 0)):  # two for the dense run
+    for trainings in (2, 0):  # two for the dense run
         left = iter(range(trainings))
 
         def counted(*args, left=left, **kwargs):
@@ -325,11 +325,16 @@ def test_a_run_goes_on_where_it_was_its_data_that_was_interrupted(tmp_path, monk
 
         monkeypatch.setattr(training, "train", counted)
         with pytest.raises(KeyboardInterrupt):
-            run(config, given, Console(quiet=True))
+            run(config, data, Console(quiet=True))
         found.append([row["arm"] for row in report.read_rows(tmp_path / "results.csv")])
-    assert found == [["dense"], ["dense"], []]
+    assert found == [["dense"], ["dense"]]
     monkeypatch.setattr(training, "train", train)
-    run(config, other, Console(quiet=True))
+    with pytest.raises(ValueError, match=r"interrupted run .* another data_digest .*--out"):
+        run(config, other, Console(quiet=True))
+    assert [row["arm"] for row in report.read_rows(tmp_path / "results.csv")] == ["dense"]
+    run(config, data, Console(quiet=True))
+    assert len(report.read_rows(tmp_path / "results.csv")) == 2
+    run(config, other, Console(quiet=True))  # in place of a finished one
     assert len(report.read_rows(tmp_path / "results.csv")) == 2
 
 

@@ -31,6 +31,10 @@ def test_a_resolved_configuration_comes_back_and_makes_the_same_choices(tmp_path
     assert again.out == tmp_path / "x"
     default = RepeatConfig(tmp_path / "config.json").configuration()
     assert default.out == tmp_path.with_name(f"{tmp_path.name}-again")
+    if isinstance(config, RunConfig) and config.network == "lenet-300-100":
+        old = json.loads((tmp_path / "config.json").read_text()) | {"conv_rate": 0.18}
+        (tmp_path / "config.json").write_text(json.dumps(old))
+        assert RepeatConfig(tmp_path).configuration().resolve(600).name == config.name
     child = tmp_path / "sweep" / "child"
     child.mkdir(parents=True)
     (tmp_path / "config.json").rename(child / "config.json")

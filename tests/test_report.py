@@ -236,6 +236,13 @@ def test_runs_of_two_backends_or_of_two_data_sets_of_one_name_are_told_apart(tmp
     ]  # fmt: skip
 
 
+def test_data_sets_of_two_names_are_called_by_these(tmp_path):
+    for name in ("digits", "mnist"):
+        write_run(tmp_path / name, data=name, backend="jax", data_digest=f"of {name}")
+    groups = results.groups_of(results.find_runs([tmp_path]))
+    assert [group.label for group in groups] == ["digits", "mnist"]
+
+
 def test_a_run_that_has_only_its_dense_row_has_its_tables(tmp_path):
     write_run(tmp_path / "a", [ROWS[0]])
     (group,) = results.groups_of(results.find_runs([tmp_path]))

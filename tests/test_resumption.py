@@ -56,5 +56,9 @@ def test_the_folder_of_another_command_is_refused(tmp_path):
     with pytest.raises(ValueError, match="results of `lottery-ticket run`"):
         Resumption(tmp_path, VALUES | {"learn": None}, DATA)
     assert (tmp_path / "config.json").read_text() == before
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / "sweep.json").touch()
+    with pytest.raises(ValueError, match="folder of a sweep"):
+        Resumption(tmp_path / "sweep", VALUES, DATA)
     assert "Replacing" in Resumption(tmp_path, VALUES | {"rounds": 3}, DATA).describe()
     assert "Results go to" in Resumption(tmp_path / "b", VALUES, DATA).describe()

@@ -241,6 +241,12 @@ def test_runs_of_another_backend_or_of_other_data_are_not_counted_in(stand_in, m
     assert failures == []
 
 
+def test_the_folder_of_a_run_is_refused(tmp_path):
+    (tmp_path / "config.json").touch()
+    with pytest.raises(ValueError, match="folder of a run"):
+        sweep(SweepConfig(out=tmp_path))
+
+
 def test_failures_come_at_the_end_and_the_others_go_on(stand_in, capsys):
     folder, failures, printed = stand_in("0.5,0.1", seeds=(0, 1), jobs=1)
     assert [f.child.label for f in failures] == ["rate 0.5, seed 0", "rate 0.5, seed 1"]

@@ -8,6 +8,7 @@ from typing import Any
 
 import tyro
 
+from lottery_ticket_pruner.experiments import networks
 from lottery_ticket_pruner.experiments.config import RunConfig
 from lottery_ticket_pruner.experiments.instability import InstabilityConfig
 from lottery_ticket_pruner.experiments.options import OptionalPath
@@ -23,7 +24,8 @@ class RepeatConfig:
 
     For folders of run, supermask and instability, and those of single runs within a sweep's. If the
     first time was --deterministic, the second gives the same numbers, bit for bit, on as
-    many cores of the same machine. A sweep gives each of its runs a share of the cores.
+    many cores of the same machine, by the same backend on the same data. A sweep gives each of its
+    runs a share of the cores.
     """
 
     folder: tyro.conf.Positional[Path]
@@ -63,6 +65,8 @@ def read(values: dict[str, Any]) -> Config:
         ValueError: an option is missing or is none of the command's.
     """
     values = {name: value for name, value in values.items() if name not in ORIGIN}
+    if values.get("conv_rate") and not networks.has_convolutions(values.get("network")):
+        values["conv_rate"] = None  # Written before such rates were refused.
     kinds = typing.get_args(Config)
     kind = min(kinds, key=lambda kind: len(_names(kind) ^ values.keys()))
     if wrong := sorted(_names(kind) ^ values.keys()):

@@ -17,7 +17,9 @@ ORIGIN = ("backend", "data_digest")
 _NO_CHOICE = ("data_dir", "out", "quiet", "seeds")
 _NAMING = ("data", "network", "strategy", "criterion")
 # Options that mostly follow from others, or that change no ticket.
-_FOLLOWING = ("conv_rate", "output_rate", "scope", "controls", "control_rounds", "eval_every")
+_FOLLOWING = (
+    "conv_rate", "output_rate", "scope", "controls", "control_rounds", "eval_every", "data_digest",
+)  # fmt: skip
 # Options whose values speak for themselves.
 _PLAIN = (*_NAMING, "learn")
 

@@ -9,7 +9,7 @@ import keras
 from lottery_ticket_pruner.checkpoint import digest
 from lottery_ticket_pruner.experiments.config import choices
 from lottery_ticket_pruner.experiments.datasets import Dataset
-from lottery_ticket_pruner.experiments.results import CONFIG_FILE, ORIGIN
+from lottery_ticket_pruner.experiments.results import CONFIG_FILE, ORIGIN, SWEEP_FILE
 from masked_layers.files import replacing
 
 # The command that has an option of this name.
@@ -27,7 +27,7 @@ class Resumption:
             has no more than their folder.
 
     Raises:
-        ValueError: the folder holds the results of another command.
+        ValueError: the folder holds the results of another command, or a sweep.
     """
 
     def __init__(
@@ -40,11 +40,33 @@ class Resumption:
         state = choices(self._config) | ({} if masks is None else {"masks": digest(masks)})
         self._state = json.loads(json.dumps(state))
         self._earlier = _read(folder / CONFIG_FILE)
+        if (folder / SWEEP_FILE).is_file():
+            raise ValueError(f"'{folder}' is the folder of a sweep. Give --out another one.")
         there, here = _command(self._earlier), _command(values)
         if there not in (None, here):
             raise ValueError(
                 f"'{folder}' holds the results of `lottery-ticket {there}`. Give --out another "
                 "folder, or delete this one."
+            )
+
+    def check_origin(self) -> None:
+        """Refuse to go on where a run of the same choices was interrupted, but on other data.
+
+        Raises:
+            ValueError: the data differ, or the backend.
+        """
+        before = _read(self._file)
+        if not isinstance(before, dict):
+            return
+        changed = {
+            name for name in before | self._state if before.get(name) != self._state.get(name)
+        }
+        if changed and changed <= set(ORIGIN):
+            was = ", ".join(f"{name} {before.get(name)}" for name in sorted(changed))
+            raise ValueError(
+                f"'{self._folder}' holds an interrupted run of the same options with another "
+                f"{' and '.join(sorted(changed))} ({was}). Give --out another folder, or delete "
+                "this one."
             )
 
     def is_possible(self) -> bool:

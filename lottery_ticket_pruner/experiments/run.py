@@ -198,6 +198,8 @@ def _find(
 def _prepare_folder(config: RunConfig, resumption: Resumption) -> Path:
     folder = config.folder
     folder.mkdir(parents=True, exist_ok=True)
+    if any(_states(folder)):
+        resumption.check_origin()  # Hours of work are not replaced by mistake.
     interrupted = resumption.is_possible() and any(_states(folder))
     for pattern in _RESULTS:
         if not (interrupted and pattern.startswith("rounds")):

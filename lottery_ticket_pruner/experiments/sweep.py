@@ -224,6 +224,8 @@ def sweep(
     console = console or Console(quiet=config.quiet)
     children = plan(config)
     folder = children[0].config.folder.parent
+    if (folder / results.CONFIG_FILE).is_file():
+        raise ValueError(f"'{folder}' is the folder of a run. Give --out another one.")
     folder.mkdir(parents=True, exist_ok=True)
     todo = [child for child in children if not child.is_finished]
     origin = _origin(folder, children, anew=len(todo) == len(children))
