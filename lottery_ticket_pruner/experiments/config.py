@@ -52,7 +52,6 @@ _RECIPES = {
 # quick enough for three seeds in less than a minute.
 _DIGITS = Recipe("lenet-300-100", 2e-3, 600, 9, rate=0.36)
 
-# On the command line an option without a value says so by being left out.
 _DATA = tyro.conf.arg(
     metavar="NAME",
     help=f"Data set: {', '.join(datasets.NAMES)}; all but digits are read from --data-dir or "
@@ -133,7 +132,8 @@ steps; by default that of the network's recipe: sgd for resnet-20, else adam."""
     """One replicate for each seed, from the initial weights on."""
     out: OptionalPath = None
     """Run folder; by default one in ./runs, named after the options. A run of the same options \
-that was interrupted goes on; any other one there is replaced."""
+that was interrupted goes on (on other data or another backend it is refused); any other run there \
+is replaced."""
     deterministic: bool = False
     """Repeat bit for bit on as many cores of this machine: deterministic operations, nothing \
 decided by timing."""
