@@ -28,6 +28,8 @@ from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
+from lottery_ticket_pruner.registry import Registry
+
 RECORDS = ("initial", "final", "current")
 EVIDENCE = ("gradient", "hessian_gradient", "flow", "input_norm")
 SCOPES = ("layer", "global", "output")
@@ -111,7 +113,7 @@ class Criterion:
 
     def get_config(self) -> dict:
         """The name, from which `get` finds the criterion again if it is registered."""
-        return {"name": self.name}
+        return {"name": _REGISTRY.checked(self.name, self.function)}
 
     @classmethod
     def from_config(cls, config: Mapping) -> "Criterion":
@@ -121,7 +123,27 @@ class Criterion:
 
 Identifier = str | Mapping | Criterion | Callable[[Group], np.ndarray]
 
-_REGISTRY: dict[str, Criterion] = {}
+
+def _made(criterion: Criterion, arguments: dict) -> Criterion:
+    if arguments:
+        raise TypeError("a criterion takes none")
+    return criterion
+
+
+def _from_function(function: Callable[[Group], np.ndarray]) -> Criterion:
+    name = _REGISTRY.checked(_REGISTRY.name_of(function), function)
+    known = _REGISTRY.value_of(function)
+    return known or Criterion(name, function, optional=frozenset(RECORDS))
+
+
+_REGISTRY = Registry(
+    "criterion",
+    Criterion,
+    register="criteria.register",
+    wrap=_from_function,
+    make=_made,
+    takes="a `Group`",
+)
 
 
 def register(
@@ -167,13 +189,7 @@ def register(
         raise ValueError(f"`scope` must be None or one of {SCOPES}. Received: scope={scope!r}")
 
     def decorate(function: Callable) -> Callable:
-        known = _REGISTRY.get(name)
-        if known is not None and _origin(known.function) != _origin(function):
-            raise ValueError(
-                f"The criterion name {name!r} is taken by {_origin(known.function)}. "
-                "Register under another name."
-            )
-        _REGISTRY[name] = Criterion(
+        criterion = Criterion(
             name,
             function,
             needs,
@@ -182,6 +198,7 @@ def register(
             rounds=rounds,
             at_initialization=at_initialization,
         )
+        _REGISTRY.add(name, function, criterion)
         return function
 
     return decorate
@@ -204,42 +221,7 @@ def get(identifier: Identifier) -> Criterion:
         ValueError: an unknown name, something that is none of these, or an unregistered function
             that has the name of a known criterion (its configuration would restore the other one).
     """
-    if isinstance(identifier, Criterion):
-        return identifier
-    if isinstance(identifier, Mapping):
-        config = identifier.get("config", identifier)
-        return get(config.get("name") if isinstance(config, Mapping) else config)
-    if isinstance(identifier, str):
-        if identifier in _REGISTRY:
-            return _REGISTRY[identifier]
-        raise ValueError(
-            f"Unknown criterion {identifier!r}. Known are: {', '.join(names())}. "
-            "Pass a function of your own itself, or `criteria.register` it under this name."
-        )
-    if callable(identifier) and not isinstance(identifier, type):
-        return _from_function(identifier)
-    raise ValueError(
-        "A criterion is given as a name, a configuration dict, a `Criterion` or a function of a "
-        f"`Group`. Received: {identifier!r} of type {type(identifier).__name__}"
-    )
-
-
-def _from_function(function: Callable) -> Criterion:
-    for criterion in _REGISTRY.values():
-        if criterion.function is function:
-            return criterion
-    name = getattr(function, "__name__", type(function).__name__)
-    if name in _REGISTRY:
-        raise ValueError(
-            f"A function named {name!r} was given that is not the criterion known by that name. "
-            "Rename it, or `criteria.register` it under a name of its own."
-        )
-    return Criterion(name, function, optional=frozenset(RECORDS))
-
-
-def _origin(function: Callable) -> str:
-    qualname = getattr(function, "__qualname__", type(function).__qualname__)
-    return f"{getattr(function, '__module__', None)}.{qualname}"
+    return _REGISTRY.get(identifier)
 
 
 @register("large_final", needs={"final"}, elementwise=True)

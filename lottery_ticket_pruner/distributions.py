@@ -16,6 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from lottery_ticket_pruner.registry import Registry
+
+Rule = Callable[[tuple[int, ...]], float]
+
 
 @dataclasses.dataclass(frozen=True)
 class Distribution:
@@ -32,6 +36,8 @@ class Distribution:
         dense_first: whether the first layer stays dense: the first kernel, and whatever else of its
             layer is masked. The others make up for it.
         dense_last: whether the last one does.
+        rule: the rule itself, a function from a kernel's shape to its relative density; by default
+            the one that is known by the name.
 
     Raises:
         ValueError: no rule has this name.
@@ -43,13 +49,11 @@ class Distribution:
     name: str
     dense_first: bool = False
     dense_last: bool = False
+    rule: Rule | None = dataclasses.field(default=None, repr=False, kw_only=True)
 
     def __post_init__(self) -> None:
-        if self.name not in _RULES:
-            raise ValueError(
-                f"Unknown distribution {self.name!r}. Known are: {', '.join(_RULES)}. "
-                "`distributions.register` adds one."
-            )
+        if self.rule is None:
+            object.__setattr__(self, "rule", _RULES.get(self.name).rule)
 
     def __call__(self, shapes: Mapping[str, Sequence[int]], sparsity: float) -> dict[str, float]:
         """The sparsity of each kernel, by path.
@@ -67,7 +71,7 @@ class Distribution:
         paths = list(shapes)
         sizes = np.array([math.prod(shapes[path]) for path in paths], dtype=np.int64)
         drop = math.floor(sparsity * int(sizes.sum()) + 1e-6)
-        weights = np.array([_RULES[self.name](tuple(shapes[path])) for path in paths], dtype=float)
+        weights = np.array([self.rule(tuple(shapes[path])) for path in paths], dtype=float)
         most = np.maximum(sizes - 1, 0)
         layers = np.array([path.rpartition("/")[0] or path for path in paths])
         if paths and self.dense_first:
@@ -87,7 +91,11 @@ class Distribution:
 
     def get_config(self) -> dict[str, Any]:
         """The arguments, from which `get` makes the same distribution."""
-        return dataclasses.asdict(self)
+        return {
+            "name": _RULES.checked(self.name, self.rule),
+            "dense_first": self.dense_first,
+            "dense_last": self.dense_last,
+        }
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "Distribution":
@@ -95,9 +103,22 @@ class Distribution:
         return get(config)
 
 
-Identifier = str | Mapping | Distribution
+Identifier = str | Mapping | Distribution | Rule
 
-_RULES: dict[str, Callable[[tuple[int, ...]], float]] = {}
+
+def _made(rule: Rule, arguments: dict[str, Any]) -> Distribution:
+    name = _RULES.checked(_RULES.name_of(rule), rule)
+    return Distribution(name, rule=rule, **arguments)
+
+
+_RULES = Registry(
+    "distribution",
+    Distribution,
+    register="distributions.register",
+    wrap=lambda rule: _made(rule, {}),
+    make=_made,
+    takes="a kernel's shape",
+)
 
 
 def register(name: str) -> Callable[[Callable], Callable]:
@@ -108,11 +129,8 @@ def register(name: str) -> Callable[[Callable], Callable]:
             twice) replaces the earlier one.
     """
 
-    def decorate(rule: Callable[[tuple[int, ...]], float]) -> Callable[[tuple[int, ...]], float]:
-        known = _RULES.get(name, rule)
-        if (known.__module__, known.__qualname__) != (rule.__module__, rule.__qualname__):
-            raise ValueError(f"The distribution name {name!r} is taken by {known.__qualname__}.")
-        _RULES[name] = rule
+    def decorate(rule: Rule) -> Rule:
+        _RULES.add(name, rule)
         return rule
 
     return decorate
@@ -140,27 +158,14 @@ def get(identifier: Identifier) -> Distribution:
 
     Args:
         identifier: `"uniform"`, `"erk"` or a registered name; a dict from `get_config()` or Keras'
-            `serialize_keras_object`; a `Distribution`.
+            `serialize_keras_object`; a `Distribution`; a function from a kernel's shape to its
+            relative density, as `register` takes it.
 
     Raises:
-        ValueError: an unknown name, or something that is none of these.
+        ValueError: an unknown name, arguments that a distribution does not take, an unregistered
+            function that has the name of a known rule, or something that is none of these.
     """
-    if isinstance(identifier, Distribution):
-        return identifier
-    if isinstance(identifier, str):
-        return Distribution(identifier)
-    if isinstance(identifier, Mapping):
-        config = identifier.get("config", identifier)
-        try:
-            return Distribution(**config)
-        except TypeError as error:
-            raise ValueError(
-                f"A distribution takes a name, `dense_first` and `dense_last`. Received: {config}"
-            ) from error
-    raise ValueError(
-        "A distribution is given as a name, a configuration dict or a `Distribution`. "
-        f"Received: {identifier!r} of type {type(identifier).__name__}"
-    )
+    return _RULES.get(identifier)
 
 
 def _counts(sizes: np.ndarray, weights: np.ndarray, most: np.ndarray, drop: int) -> np.ndarray:

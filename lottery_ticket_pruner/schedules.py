@@ -22,6 +22,8 @@ from typing import Any
 
 import numpy as np
 
+from lottery_ticket_pruner.registry import Registry
+
 Identifier = Any
 
 
@@ -77,11 +79,15 @@ class Schedule:
         arguments = [
             name for name in inspect.signature(type(self).__init__).parameters if name != "self"
         ]
-        return {"name": self.name} | {name: getattr(self, name) for name in arguments}
+        name = _REGISTRY.checked(self.name, type(self))
+        return {"name": name} | {name: getattr(self, name) for name in arguments}
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "Schedule":
-        """What `get` makes of a configuration."""
+        """What `get` makes of a configuration; of a class that is not registered, one of it."""
+        name = config.get("name")
+        if name == cls.name and name not in _REGISTRY:
+            return cls(**{key: value for key, value in config.items() if key != "name"})
         return get(config)
 
     def __repr__(self) -> str:
@@ -108,12 +114,12 @@ class Function(Schedule):
     ) -> None:
         super().__init__(begin_step, end_step, frequency)
         self.function = function
+        _REGISTRY.checked(self.name, function)
 
     @property
     def name(self) -> str:
         """The name it was registered under, else that of the function."""
-        known = (name for name, made_by in _REGISTRY.items() if made_by is self.function)
-        return next(known, getattr(self.function, "__name__", type(self.function).__name__))
+        return _REGISTRY.name_of(self.function)
 
     def sparsity(self, step: int) -> float:
         """What the function gives."""
@@ -121,9 +127,12 @@ class Function(Schedule):
 
     def get_config(self) -> dict[str, Any]:
         """The name and the steps; `get` finds the function again if it is registered."""
-        config = super().get_config()
-        del config["function"]
-        return config
+        return {
+            "name": _REGISTRY.checked(self.name, self.function),
+            "begin_step": self.begin_step,
+            "end_step": self.end_step,
+            "frequency": self.frequency,
+        }
 
 
 class _Pairs(Schedule):
@@ -151,7 +160,18 @@ class _Pairs(Schedule):
         return repr(self.function)
 
 
-_REGISTRY: dict[str, type[Schedule] | Callable[[int], float]] = {}
+def _made(known: Any, arguments: dict[str, Any]) -> Schedule:
+    return known(**arguments) if isinstance(known, type) else Function(known, **arguments)
+
+
+_REGISTRY = Registry(
+    "schedule",
+    Schedule,
+    register="schedules.register",
+    wrap=Function,
+    make=_made,
+    takes="the step",
+)
 
 
 def register(name: str) -> Callable[[Any], Any]:
@@ -169,13 +189,7 @@ def register(name: str) -> Callable[[Any], Any]:
     """
 
     def decorate(schedule: Any) -> Any:
-        known = _REGISTRY.get(name)
-        if known is not None and _origin(known) != _origin(schedule):
-            raise ValueError(
-                f"The schedule name {name!r} is taken by {_origin(known)}. "
-                "Register under another name."
-            )
-        _REGISTRY[name] = schedule
+        _REGISTRY.add(name, schedule)
         if isinstance(schedule, type):
             schedule.name = name
         return schedule
@@ -193,54 +207,27 @@ def get(identifier: Identifier) -> Schedule:
 
     Args:
         identifier: A `Schedule`; a number, for a sparsity that does not change; a dict from
-            `get_config()`, or any other with a `"name"` and arguments; the name of a registered
-            function; a function `step -> sparsity`, which is asked every 100 steps (`Function`
-            has other intervals); a `PruningSchedule` of TensorFlow Model Optimization or what its
+            `get_config()`, Keras' `serialize_keras_object` of one, or any other with a `"name"` and
+            arguments; the name of a registered function; a function `step -> sparsity`, which is
+            asked every 100 steps (`Function` has other intervals); a `PruningSchedule` of
+            TensorFlow Model Optimization or what its
             `get_config()` gives.
 
     Raises:
-        ValueError: An unknown name, arguments that do not fit it, or something that is none of
-            these.
+        ValueError: An unknown name, arguments that do not fit it, an unregistered function that
+            has the name of a known schedule, or something that is none of these.
     """
-    if isinstance(identifier, Schedule):
-        return identifier
     if isinstance(identifier, numbers.Real) and not isinstance(identifier, bool):
         return Constant(float(identifier))
-    if isinstance(identifier, str):
-        return _make(identifier, {})
-    if isinstance(identifier, Mapping):
-        if "class_name" in identifier:
-            return _from_tfmot_config(identifier["class_name"], identifier.get("config", {}))
-        arguments = dict(identifier)
-        return _make(arguments.pop("name", None), arguments)
+    if isinstance(identifier, Mapping) and "class_name" in identifier:
+        config = identifier.get("config", {})
+        if isinstance(config, Mapping) and "name" not in config:  # Else Keras' form of ours.
+            return _from_tfmot_config(identifier["class_name"], config)
     if _is_tfmot(type(identifier)):
         if type(identifier).__name__ in _TFMOT:
             return get(identifier.get_config())
         return _Pairs(identifier)
-    if callable(identifier) and not isinstance(identifier, type):
-        return Function(identifier)
-    raise ValueError(
-        "A schedule is given as a `Schedule`, a number, a function `step -> sparsity`, a "
-        "configuration dict, a name or a `PruningSchedule` of TensorFlow Model Optimization. "
-        f"Received: {identifier!r} of type {type(identifier).__name__}"
-    )
-
-
-def _make(name: Any, arguments: dict[str, Any]) -> Schedule:
-    if name not in _REGISTRY:
-        raise ValueError(
-            f"Unknown schedule {name!r}. Known are: {', '.join(names())}. Pass a function "
-            "`step -> sparsity` itself, or `schedules.register` it under this name."
-        )
-    schedule = _REGISTRY[name]
-    make = schedule if isinstance(schedule, type) else lambda **kw: Function(schedule, **kw)
-    try:
-        return make(**arguments)
-    except TypeError as error:
-        raise ValueError(
-            f"The schedule {name!r} cannot be made from the arguments {arguments}: {error}. "
-            f'Give them as a dict, {{"name": {name!r}, ...}}, or make the schedule itself.'
-        ) from error
+    return _REGISTRY.get(identifier)
 
 
 def _is_tfmot(cls: type) -> bool:
@@ -261,7 +248,7 @@ def _from_tfmot_config(name: str, config: Mapping[str, Any]) -> Schedule:
     arguments = {_TFMOT_ARGUMENTS.get(key, key): value for key, value in config.items()}
     if arguments.get("end_step") == -1:
         arguments["end_step"] = None
-    return _make(_TFMOT[name], arguments)
+    return get({"name": _TFMOT[name]} | arguments)
 
 
 def _check_integer(name: str, value: int, least: int) -> None:
@@ -274,10 +261,6 @@ def _check_integer(name: str, value: int, least: int) -> None:
 def _check_sparsity(name: str, value: float) -> None:
     if not isinstance(value, numbers.Real) or not 0 <= value < 1:
         raise ValueError(f"`{name}` must be a number in [0, 1). Received: {name}={value!r}")
-
-
-def _origin(schedule: Any) -> str:
-    return f"{getattr(schedule, '__module__', None)}.{getattr(schedule, '__qualname__', schedule)}"
 
 
 @register("constant")

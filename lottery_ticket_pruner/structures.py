@@ -22,6 +22,8 @@ from typing import Any
 
 import numpy as np
 
+from lottery_ticket_pruner.registry import Registry
+
 POOLINGS = ("average", "max")
 
 Tile = tuple[int, int, int]
@@ -96,20 +98,50 @@ class Structure:
 
     def get_config(self) -> dict[str, Any]:
         """The name and the arguments, from which `get` makes the same structure."""
-        name = next(name for name, made in _REGISTRY.items() if made is type(self))
-        return {"name": name} | {
+        return {"name": _REGISTRY.checked(_REGISTRY.name_of(type(self)), type(self))} | {
             field.name: getattr(self, field.name) for field in dataclasses.fields(self)
         }
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "Structure":
-        """What `get` makes of a configuration."""
+        """What `get` makes of a configuration; of a class that is not registered, one of it."""
+        name = config.get("name")
+        if name == cls.__name__ and name not in _REGISTRY:
+            return cls(**{key: value for key, value in config.items() if key != "name"})
         return get(config)
 
 
-_REGISTRY: dict[str, type[Structure] | Callable[[Layout], Tile | None]] = {}
-
 Identifier = str | Mapping | Structure | Callable[[Layout], Tile | None]
+
+
+_NAMES = {"filters": "outputs", "units": "outputs"}
+
+
+def _shorthand(text: str) -> tuple[str, dict[str, Any]] | None:
+    """What `"2:4"`, `"4x1"` and other names of one structure are short for."""
+    numbers = re.fullmatch(r"(\d+)([:x])(\d+)", text)
+    if not numbers:
+        return (_NAMES[text], {}) if text in _NAMES else None
+    first, second = int(numbers[1]), int(numbers[3])
+    if numbers[2] == ":":
+        return "n_of_m", {"n": first, "m": second}
+    return "blocks", {"block_size": (first, second)}
+
+
+def _made(known: Any, arguments: dict[str, Any]) -> Structure:
+    return known(**arguments) if isinstance(known, type) else Tiles(known, **arguments)
+
+
+_REGISTRY = Registry(
+    "structure",
+    Structure,
+    register="structures.register",
+    wrap=lambda function: Tiles(function),
+    make=_made,
+    takes="a `Layout`",
+    shorthand=_shorthand,
+    examples=f"N:M such as '2:4', blocks such as '4x1', {', '.join(_NAMES)}",
+)
 
 
 def register(name: str) -> Callable[[Any], Any]:
@@ -129,10 +161,7 @@ def register(name: str) -> Callable[[Any], Any]:
     """
 
     def decorate(made: Any) -> Any:
-        known = _REGISTRY.get(name, made)
-        if (known.__module__, known.__qualname__) != (made.__module__, made.__qualname__):
-            raise ValueError(f"The structure name {name!r} is taken by {known.__qualname__}.")
-        _REGISTRY[name] = made
+        _REGISTRY.add(name, made)
         return made
 
     return decorate
@@ -278,8 +307,11 @@ class Tiles(_Whole):
     @property
     def name(self) -> str:
         """The name it was registered under, else that of the function."""
-        known = (name for name, made in _REGISTRY.items() if made is self.function)
-        return next(known, getattr(self.function, "__name__", type(self.function).__name__))
+        return _REGISTRY.name_of(self.function)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _REGISTRY.checked(self.name, self.function)
 
     def applies(self, layout: Layout) -> bool:
         """Whether the function gives a tile."""
@@ -297,13 +329,10 @@ class Tiles(_Whole):
 
     def get_config(self) -> dict[str, Any]:
         """The name and the pooling; `get` finds the function again if it is registered."""
-        return {"name": self.name, "pooling": self.pooling}
+        return {"name": _REGISTRY.checked(self.name, self.function), "pooling": self.pooling}
 
     def __repr__(self) -> str:
         return f"Tiles({self.name}, pooling={self.pooling!r})"
-
-
-_NAMES = {"filters": "outputs", "units": "outputs"}
 
 
 def get(identifier: Identifier) -> Structure:
@@ -319,39 +348,7 @@ def get(identifier: Identifier) -> Structure:
         ValueError: an unknown name, arguments that the structure does not take, or something that
             is none of these.
     """
-    if isinstance(identifier, Structure):
-        return identifier
-    if isinstance(identifier, Mapping):
-        config = dict(identifier.get("config", identifier))
-        return _make(config.pop("name", None), config)
-    if isinstance(identifier, str):
-        numbers = re.fullmatch(r"(\d+)([:x])(\d+)", identifier)
-        if numbers:
-            first, second = int(numbers[1]), int(numbers[3])
-            return NOfM(first, second) if numbers[2] == ":" else Blocks((first, second))
-        return _make(identifier, {})
-    if callable(identifier) and not isinstance(identifier, type):
-        return Tiles(identifier)
-    raise ValueError(
-        "A structure is given as a name, a configuration dict, a `Structure` or a function of a "
-        "`Layout`. "
-        f"Received: {identifier!r} of type {type(identifier).__name__}"
-    )
-
-
-def _make(name: Any, arguments: dict[str, Any]) -> Structure:
-    known = _REGISTRY.get(_NAMES.get(name, name))
-    if known is None:
-        raise ValueError(
-            f"Unknown structure {name!r}. Known are: N:M such as '2:4', blocks such as '4x1', "
-            f"{', '.join([*_NAMES, *_REGISTRY])}. `structures.register` adds one."
-        )
-    try:
-        return known(**arguments) if isinstance(known, type) else Tiles(known, **arguments)
-    except TypeError as error:
-        raise ValueError(
-            f"The structure {name!r} does not take these arguments: {error}. Received: {arguments}"
-        ) from error
+    return _REGISTRY.get(identifier)
 
 
 def cut(array: np.ndarray, layout: Layout, tile: Tile) -> np.ndarray:

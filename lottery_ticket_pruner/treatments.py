@@ -28,6 +28,7 @@ import numpy as np
 
 import masked_layers as ml
 from lottery_ticket_pruner import fitting
+from lottery_ticket_pruner.registry import Registry
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -60,11 +61,13 @@ class Treatment(Generic[F]):
         name: the name it is known by.
         function: `function(kernel)` for kept weights, `function(kernel, values)` for pruned ones.
         needs_final: whether it cannot do without the final weights.
+        weights: which ones it is for, `"kept"` or `"pruned"`; None where that is not known.
     """
 
     name: str
     function: F
     needs_final: bool = False
+    weights: str | None = None
 
     def __call__(self, *args: Any) -> np.ndarray:
         """The values, an array of the weight's shape."""
@@ -76,12 +79,51 @@ class Treatment(Generic[F]):
         return (inspect.getdoc(self.function) or "").partition("\n")[0]
 
     def get_config(self) -> dict:
-        """The name, from which the treatment is found again if it is registered."""
-        return {"name": self.name}
+        """The name and which weights it is for; `get_kept` and `get_pruned` find it again."""
+        for registry in _registries(self.weights):
+            registry.checked(self.name, self.function)
+        config = {"name": self.name}
+        return config if self.weights is None else config | {"weights": self.weights}
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "Treatment":
+        """What `get_kept` or `get_pruned` makes of a configuration.
+
+        Raises:
+            ValueError: it does not say which weights it is for, and both kinds have the name, or
+                neither.
+        """
+        weights = config.get("weights")
+        known = [r for r in _registries(weights) if config.get("name") in r]
+        if weights is None and len(known) > 1:
+            raise ValueError(
+                'A treatment of kept and one of pruned weights have this name: add "weights", '
+                f'"kept" or "pruned". Received: {dict(config)}'
+            )
+        return (known or _registries(weights))[0].get(config)
 
 
-_KEPT: dict[str, Treatment] = {}
-_PRUNED: dict[str, Treatment] = {}
+def _treatments(weights: str, register: str, takes: str) -> Registry[Treatment]:
+    def wrap(function: Callable) -> Treatment:
+        registry = _registries(weights)[0]
+        name = registry.checked(registry.name_of(function), function)
+        return registry.value_of(function) or Treatment(name, function, weights=weights)
+
+    def make(treatment: Treatment, arguments: dict[str, Any]) -> Treatment:
+        if arguments not in ({}, {"weights": weights}):
+            raise TypeError(f'it takes no more than {{"weights": {weights!r}}}')
+        return treatment
+
+    kind = f"treatment of {weights} weights"
+    return Registry(kind, Treatment, register=register, wrap=wrap, make=make, takes=takes)
+
+
+_KEPT = _treatments("kept", "treatments.register_kept", "a `Kernel`")
+_PRUNED = _treatments("pruned", "treatments.register_pruned", "a `Kernel` and values")
+
+
+def _registries(weights: str | None) -> list[Registry[Treatment]]:
+    return {"kept": [_KEPT], "pruned": [_PRUNED]}.get(weights, [_KEPT, _PRUNED])
 
 
 def kept_names() -> list[str]:
@@ -104,7 +146,7 @@ def register_kept(name: str, *, needs_final: bool = False) -> Callable[[Callable
     Raises:
         ValueError: another function has the name.
     """
-    return _registering(_KEPT, name, needs_final)
+    return _registering("kept", name, needs_final)
 
 
 def register_pruned(name: str, *, needs_final: bool = False) -> Callable[[Callable], Callable]:
@@ -117,74 +159,55 @@ def register_pruned(name: str, *, needs_final: bool = False) -> Callable[[Callab
     Raises:
         ValueError: another function has the name.
     """
-    return _registering(_PRUNED, name, needs_final)
+    return _registering("pruned", name, needs_final)
 
 
 def get_kept(identifier: str | Mapping | Treatment | Callable) -> Treatment:
     """Turns whatever names a treatment of kept weights into a `Treatment`.
 
     Args:
-        identifier: a known name, a dict from `get_config()`, a `Treatment`, or a function of a
-            `Kernel`.
+        identifier: a known name; a dict from `get_config()` or Keras' `serialize_keras_object`; a
+            `Treatment`; or a function of a `Kernel`.
 
     Raises:
-        ValueError: an unknown name, or something that is none of these.
+        ValueError: an unknown name, an unregistered function that has the name of a known
+            treatment, a treatment of the other weights, or something that is none of these.
     """
-    return _get(_KEPT, "kept", identifier)
+    return _get("kept", identifier)
 
 
 def get_pruned(identifier: str | Mapping | Treatment | Callable) -> Treatment:
     """Turns whatever names a treatment of pruned weights into a `Treatment`.
 
     Args:
-        identifier: a known name, a dict from `get_config()`, a `Treatment`, or a function of a
-            `Kernel` and the values that the kept entries start from.
+        identifier: a known name; a dict from `get_config()` or Keras' `serialize_keras_object`; a
+            `Treatment`; or a function of a `Kernel` and the values that the kept entries start
+            from.
 
     Raises:
-        ValueError: an unknown name, or something that is none of these.
+        ValueError: an unknown name, an unregistered function that has the name of a known
+            treatment, a treatment of the other weights, or something that is none of these.
     """
-    return _get(_PRUNED, "pruned", identifier)
+    return _get("pruned", identifier)
 
 
-def _registering(
-    registry: dict[str, Treatment], name: str, needs_final: bool
-) -> Callable[[Callable], Callable]:
+def _registering(weights: str, name: str, needs_final: bool) -> Callable[[Callable], Callable]:
     def decorate(function: Callable) -> Callable:
-        known = registry.get(name)
-        if known is not None and _origin(known.function) != _origin(function):
-            raise ValueError(
-                f"The treatment name {name!r} is taken by {_origin(known.function)}. Register "
-                "under another name."
-            )
-        registry[name] = Treatment(name, function, needs_final)
+        treatment = Treatment(name, function, needs_final, weights)
+        _registries(weights)[0].add(name, function, treatment)
         return function
 
     return decorate
 
 
-def _get(
-    registry: dict[str, Treatment], kind: str, identifier: str | Mapping | Treatment | Callable
-) -> Treatment:
-    if isinstance(identifier, Treatment):
-        return identifier
-    if isinstance(identifier, Mapping):
-        identifier = identifier.get("name")
-    if isinstance(identifier, str) and identifier in registry:
-        return registry[identifier]
-    if callable(identifier) and not isinstance(identifier, type):
-        for treatment in registry.values():
-            if treatment.function is identifier:
-                return treatment
-        return Treatment(getattr(identifier, "__name__", type(identifier).__name__), identifier)
-    raise ValueError(
-        f"Unknown treatment of {kind} weights: {identifier!r}. Known are: {', '.join(registry)}. "
-        f"Pass a function of your own itself, or `treatments.register_{kind}` it."
-    )
-
-
-def _origin(function: Callable) -> str:
-    qualname = getattr(function, "__qualname__", type(function).__qualname__)
-    return f"{getattr(function, '__module__', None)}.{qualname}"
+def _get(weights: str, identifier: str | Mapping | Treatment | Callable) -> Treatment:
+    treatment = _registries(weights)[0].get(identifier)
+    if treatment.weights not in (None, weights):
+        raise ValueError(
+            f"Expected a treatment of {weights} weights. Received: {treatment.name!r}, one of "
+            f"{treatment.weights} weights."
+        )
+    return treatment
 
 
 def treat(kernel: Kernel, kept: Treatment, pruned: Treatment) -> np.ndarray:

@@ -150,7 +150,7 @@ def test_random_drops_every_weight_equally_often():
 
 @pytest.fixture
 def registry(monkeypatch):
-    monkeypatch.setattr(criteria, "_REGISTRY", dict(criteria._REGISTRY))
+    monkeypatch.setattr(criteria, "_REGISTRY", criteria._REGISTRY.copy())
 
 
 @pytest.mark.parametrize("name", criteria.names())

@@ -164,12 +164,12 @@ def test_configurations_round_trip(name):
 
 @pytest.mark.parametrize("identifier", ["erg", None, 3, {}, {"name": "erk", "dense": True}])
 def test_what_is_no_distribution_is_an_error(identifier):
-    with pytest.raises(ValueError, match=r"Received|Unknown distribution"):
+    with pytest.raises(ValueError, match=r"Received|Unknown distribution|cannot be made"):
         distributions.get(identifier)
 
 
 def test_a_registered_rule_works_by_name(monkeypatch):
-    monkeypatch.setattr(distributions, "_RULES", dict(distributions._RULES))
+    monkeypatch.setattr(distributions, "_RULES", distributions._RULES.copy())
 
     @distributions.register("wide")
     def wide(shape):
@@ -177,5 +177,5 @@ def test_a_registered_rule_works_by_name(monkeypatch):
 
     sparsities = distributions.get("wide")({"a": (10, 10), "b": (10, 30)}, 0.5)
     assert 1 - sparsities["b"] == pytest.approx(3 * (1 - sparsities["a"]), abs=0.02)
-    with pytest.raises(ValueError, match="taken by uniform"):
+    with pytest.raises(ValueError, match=r"taken by .*\.uniform"):
         distributions.register("uniform")(wide)

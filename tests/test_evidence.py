@@ -93,7 +93,7 @@ def test_weights_of_examples_count():
 
 
 def test_evidence_is_worked_out_anew_in_every_round(monkeypatch):
-    monkeypatch.setattr(criteria, "_REGISTRY", dict(criteria._REGISTRY))
+    monkeypatch.setattr(criteria, "_REGISTRY", criteria._REGISTRY.copy())
     seen = []
 
     @criteria.register("slow_snip", needs={"current", "gradient"}, scope="global", rounds=3)

@@ -39,7 +39,7 @@ def page():
     """How things stand after each block but the two that write files, by a text of the block."""
     with pytest.MonkeyPatch.context() as patch:
         for module, name in REGISTRIES:
-            patch.setattr(module, name, dict(getattr(module, name)))
+            patch.setattr(module, name, getattr(module, name).copy())
         keras.utils.set_random_seed(0)
         names, after = {}, {}
         for code in BLOCKS:

@@ -75,7 +75,7 @@ def test_a_schedule_survives_its_configuration(schedule):
 
 
 def test_a_registered_function_is_known_by_its_name(monkeypatch):
-    monkeypatch.setattr(schedules, "_REGISTRY", dict(schedules._REGISTRY))
+    monkeypatch.setattr(schedules, "_REGISTRY", schedules._REGISTRY.copy())
 
     @schedules.register("staircase")
     def staircase(step):
@@ -91,7 +91,7 @@ def test_a_registered_function_is_known_by_its_name(monkeypatch):
 
 
 def test_a_registered_class_is_known_by_its_name(monkeypatch):
-    monkeypatch.setattr(schedules, "_REGISTRY", dict(schedules._REGISTRY))
+    monkeypatch.setattr(schedules, "_REGISTRY", schedules._REGISTRY.copy())
 
     class Linear(schedules.Schedule):
         def __init__(self, slope, frequency=100):

@@ -348,13 +348,13 @@ def test_every_form_round_trips(identifier, expected):
     ],
 )
 def test_what_is_no_structure_is_an_error_that_quotes_it(identifier):
-    with pytest.raises(ValueError, match=r"Received|Unknown structure"):
+    with pytest.raises(ValueError, match=r"Received|Unknown structure|cannot be made"):
         structures.get(identifier)
 
 
 @pytest.fixture
 def registry(monkeypatch):
-    monkeypatch.setattr(structures, "_REGISTRY", dict(structures._REGISTRY))
+    monkeypatch.setattr(structures, "_REGISTRY", structures._REGISTRY.copy())
 
 
 def test_a_registered_function_works_by_name(registry):
@@ -375,7 +375,7 @@ def test_a_registered_function_works_by_name(registry):
     structure = structures.get(by_maximum)
     assert structure.get_config() == by_maximum
     assert structures.get(structure.get_config()) == structure == structures.Tiles(rows, "max")
-    with pytest.raises(ValueError, match="taken by Outputs"):
+    with pytest.raises(ValueError, match=r"taken by .*\.Outputs"):
         structures.register("outputs")(rows)
 
 

@@ -104,7 +104,7 @@ def test_names_configurations_and_functions():
             assert treatment.doc.endswith((".", ")"))
     own = treatments.get_kept(lambda kernel: kernel.initial / 2)
     np.testing.assert_array_equal(own(kernel()), W0 / 2)
-    with pytest.raises(ValueError, match=r"Unknown treatment of kept weights: 'freeze'.*rewind"):
+    with pytest.raises(ValueError, match=r"Unknown treatment of kept weights 'freeze'.*rewind"):
         treatments.get_kept("freeze")
     with pytest.raises(ValueError, match="taken by"):
         treatments.register_pruned("zero")(lambda kernel, values: values)
