@@ -16,6 +16,7 @@ References:
 """
 
 import inspect
+import math
 import numbers
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -52,13 +53,9 @@ class Schedule:
     def __init__(
         self, begin_step: int = 0, end_step: int | None = None, frequency: int = 100
     ) -> None:
-        _check_integer("begin_step", begin_step, 0)
-        _check_integer("frequency", frequency, 1)
-        if end_step is not None:
-            _check_integer("end_step", end_step, begin_step)
-        self.begin_step = begin_step
-        self.end_step = end_step
-        self.frequency = frequency
+        self.begin_step = _integer("begin_step", begin_step, 0)
+        self.frequency = _integer("frequency", frequency, 1)
+        self.end_step = None if end_step is None else _integer("end_step", end_step, begin_step)
 
     def sparsity(self, step: int) -> float:
         """The share of weights that is pruned after this many steps, in [0, 1)."""
@@ -89,6 +86,18 @@ class Schedule:
         if name == cls.name and name not in _REGISTRY:
             return cls(**{key: value for key, value in config.items() if key != "name"})
         return get(config)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether it is of the same class, with the same arguments."""
+        if type(other) is not type(self):
+            return NotImplemented
+        return self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash((type(self), self.begin_step, self.end_step, self.frequency))
+
+    def _key(self) -> Any:
+        return self.get_config()
 
     def __repr__(self) -> str:
         arguments = list(self.get_config().items())[1:]
@@ -134,6 +143,9 @@ class Function(Schedule):
             "frequency": self.frequency,
         }
 
+    def _key(self) -> Any:
+        return self.function, self.begin_step, self.end_step, self.frequency
+
 
 class _Pairs(Schedule):
     """A schedule that gives `(whether masks change, sparsity)` at each step, as those of tfmot."""
@@ -155,6 +167,9 @@ class _Pairs(Schedule):
             "this library cannot make again. Write it as a function `step -> sparsity` and "
             "`schedules.register` it."
         )
+
+    def _key(self) -> Any:
+        return self.function
 
     def __repr__(self) -> str:
         return repr(self.function)
@@ -251,16 +266,23 @@ def _from_tfmot_config(name: str, config: Mapping[str, Any]) -> Schedule:
     return get({"name": _TFMOT[name]} | arguments)
 
 
-def _check_integer(name: str, value: int, least: int) -> None:
+def _integer(name: str, value: int, least: int) -> int:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
         raise ValueError(
             f"`{name}` must be an integer of at least {least}. Received: {name}={value!r}"
         )
+    return int(value)
 
 
-def _check_sparsity(name: str, value: float) -> None:
-    if not isinstance(value, numbers.Real) or not 0 <= value < 1:
+def check_sparsity(name: str, value: float) -> float:
+    """The sparsity as a float.
+
+    Raises:
+        ValueError: It is not a number in [0, 1).
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= value < 1:
         raise ValueError(f"`{name}` must be a number in [0, 1). Received: {name}={value!r}")
+    return float(value)
 
 
 @register("constant")
@@ -282,8 +304,7 @@ class Constant(Schedule):
         frequency: int = 100,
     ) -> None:
         super().__init__(begin_step, end_step, frequency)
-        _check_sparsity("sparsity", sparsity)
-        self._sparsity = float(sparsity)
+        self._sparsity = check_sparsity("sparsity", sparsity)
 
     def sparsity(self, step: int) -> float:
         """The sparsity, at any step."""
@@ -306,15 +327,17 @@ class _Ramp(Schedule):
         frequency: int,
     ) -> None:
         super().__init__(begin_step, end_step, frequency)
-        _check_sparsity("initial_sparsity", initial_sparsity)
-        _check_sparsity("final_sparsity", final_sparsity)
-        _check_integer("end_step", end_step, begin_step + 1)
-        self.initial_sparsity = float(initial_sparsity)
-        self.final_sparsity = float(final_sparsity)
+        self.end_step = _integer("end_step", end_step, begin_step)  # here it must be given
+        self.initial_sparsity = check_sparsity("initial_sparsity", initial_sparsity)
+        self.final_sparsity = check_sparsity("final_sparsity", final_sparsity)
 
     def _progress(self, step: int) -> float:
-        done = (step - self.begin_step) / (self.end_step - self.begin_step)
-        return min(max(done, 0.0), 1.0)
+        # Outside of the ramp first: one that begins where it ends has no length to divide by.
+        if step >= self.end_step:
+            return 1.0
+        if step <= self.begin_step:
+            return 0.0
+        return (step - self.begin_step) / (self.end_step - self.begin_step)
 
 
 @register("polynomial")
@@ -322,7 +345,8 @@ class Polynomial(_Ramp):
     """Prunes fast at first and slowly at the end.
 
     With p from 0 at `begin_step` to 1 at `end_step`, the sparsity is
-    `final + (initial - final) (1 - p)^power`.
+    `final + (initial - final) (1 - p)^power`. Where both steps are the same, masks change once, to
+    the final sparsity.
 
     Args:
         initial_sparsity: Sparsity at `begin_step`, in [0, 1).
@@ -330,8 +354,12 @@ class Polynomial(_Ramp):
         begin_step: First step at which masks change.
         end_step: Last step at which they do; to reach the final sparsity it must be a whole
             number of `frequency` steps after `begin_step`.
-        power: The exponent.
+        power: The exponent, above 0; 1 for a straight line.
         frequency: Steps from one change to the next.
+
+    Raises:
+        ValueError: A sparsity is outside [0, 1), a step is negative or no integer, the end lies
+            before the beginning, or the power is not a positive finite number.
 
     Reference:
         - [Zhu & Gupta, arXiv 1710.01878](https://arxiv.org/abs/1710.01878), section 3
@@ -347,6 +375,12 @@ class Polynomial(_Ramp):
         frequency: int = 100,
     ) -> None:
         super().__init__(initial_sparsity, final_sparsity, begin_step, end_step, frequency)
+        number = isinstance(power, numbers.Real) and not isinstance(power, bool)
+        if not number or not 0 < power < math.inf:
+            raise ValueError(
+                "`power` must be a finite number above 0, so that the sparsity goes from the "
+                f"initial one to the final one. Received: power={power!r}"
+            )
         self.power = power
 
     def sparsity(self, step: int) -> float:
@@ -360,7 +394,8 @@ class Geometric(_Ramp):
     """Drops the same share of the weights that are left at every change, as rounds of pruning do.
 
     With p from 0 at `begin_step` to 1 at `end_step`, the share of weights that are left is
-    `(1 - initial) ((1 - final) / (1 - initial))^p`.
+    `(1 - initial) ((1 - final) / (1 - initial))^p`. Where both steps are the same, masks change
+    once, to the final sparsity.
 
     Args:
         initial_sparsity: Sparsity at `begin_step`, in [0, 1).

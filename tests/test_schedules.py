@@ -68,10 +68,45 @@ def test_a_schedule_survives_its_configuration(schedule):
     again = schedules.get(config)
     assert type(again) is type(schedule)
     assert again.get_config() == schedule.get_config()
+    assert again == schedule
+    assert hash(again) == hash(schedule)
     assert [(again(s), again.due(s)) for s in range(120)] == [
         (schedule(s), schedule.due(s)) for s in range(120)
     ]
     assert repr(eval(repr(schedule))) == repr(schedule)
+
+
+def test_schedules_are_equal_by_class_and_arguments():
+    def halves(step):
+        return 0.5
+
+    others = [
+        Constant(0.25, begin_step=3),
+        Constant(0.5),
+        Polynomial(0.2, 0.9, 10, 50, power=3, frequency=7),
+        Geometric(0.2, 0.9, 10, 50, frequency=7),
+        Function(halves),
+        Function(halves, frequency=7),
+        Function(lambda step: 0.5),
+    ]
+    assert len({*ALL, *others}) == len(ALL) + len(others)
+    assert Function(halves) == schedules.get(halves)
+    assert Constant(0.5) == schedules.get(0.5) != 0.5
+    assert Polynomial(0, 0.5, 0, 9, power=3) == Polynomial(0, 0.5, 0, 9, power=3.0)
+    assert len({Polynomial(0, 0.5, 0, 9, power=3), Polynomial(0, 0.5, 0, 9, power=3.0)}) == 1
+
+
+@pytest.mark.parametrize("cls", [Polynomial, Geometric])
+def test_a_ramp_of_no_length_is_a_step(cls):
+    schedule = cls(0.25, 0.75, begin_step=10, end_step=10, frequency=3)
+    assert [schedule(step) for step in (0, 9, 10, 11, 99)] == [0.25, 0.25, 0.75, 0.75, 0.75]
+    assert [step for step in range(50) if schedule.due(step)] == [10]
+    assert schedules.get(schedule.get_config()) == schedule
+
+
+def test_numbers_of_numpy_can_be_stored():
+    schedule = Constant(np.float32(0.5), np.int64(3), np.int32(9), np.int16(2))
+    assert json.loads(json.dumps(schedule.get_config())) == Constant(0.5, 3, 9, 2).get_config()
 
 
 def test_a_registered_function_is_known_by_its_name(monkeypatch):
@@ -150,7 +185,16 @@ def test_get_refuses_what_is_no_schedule(identifier, message):
         (lambda: Constant(0.5, frequency=0), "`frequency` must be an integer of at least 1"),
         (lambda: Constant(0.5, begin_step=1.5), "Received: begin_step=1.5"),
         (lambda: Polynomial(0, 1, 0, 10), "`final_sparsity`"),
-        (lambda: Geometric(0, 0.5, 10, 10), "`end_step` must be an integer of at least 11"),
+        (lambda: Geometric(0, 0.5, 10, 9), "`end_step` must be an integer of at least 10"),
+        (lambda: Polynomial(0, 0.5, 10, None), "`end_step` must be .* Received: end_step=None"),
+        (lambda: Constant(False), "`sparsity` must be .* Received: sparsity=False"),
+        (lambda: Constant(float("nan")), "`sparsity`"),
+        (lambda: Constant(0.5, True), "`begin_step`"),
+        (lambda: Constant(0.5, frequency=float("inf")), "`frequency`"),
+        *[
+            (lambda power=power: Polynomial(0, 0.5, 0, 10, power=power), "`power` must be a finite")
+            for power in (-1, 0, float("nan"), float("inf"), True, "3", None)
+        ],
     ],
 )
 def test_wrong_arguments_are_named(make, message):
