@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -21,6 +22,7 @@ from masked_layers.maskable import (
     weights_inside,
 )
 from masked_layers.masks import Mask
+from masked_layers.packing import pack, unpack
 from masked_layers.paths import plain_class, walk
 
 Layer = keras.layers.Layer
@@ -144,7 +146,7 @@ def save_masks(model: Layer, path: str | os.PathLike[str]) -> None:
     """
     arrays = {}
     for name, mask in get_masks(model).items():
-        arrays[f"bits/{name}"] = np.packbits(mask)
+        arrays[f"bits/{name}"] = pack(mask)
         arrays[f"shape/{name}"] = np.array(mask.shape, dtype=np.int64)
     with replacing(path) as file:
         np.savez_compressed(file, **arrays)
@@ -155,8 +157,9 @@ def load_masks(model: Layer, path: str | os.PathLike[str]) -> None:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is none of `save_masks`, or its paths and shapes are not those of
-            the model's masked weights. No mask is changed then.
+        ValueError: If the file is none of `save_masks` or holds more or fewer bits than its masks
+            have, or its paths and shapes are not those of the model's masked weights. No mask is
+            changed then.
     """
     masks = {}
     try:
@@ -164,9 +167,11 @@ def load_masks(model: Layer, path: str | os.PathLike[str]) -> None:
             for key in file.files:
                 kind, _, name = key.partition("/")
                 if kind == "shape":
-                    shape = tuple(file[key])
-                    bits = np.unpackbits(file[f"bits/{name}"], count=int(np.prod(shape)))
-                    masks[name] = bits.reshape(shape).astype(bool)
+                    shape = tuple(map(operator.index, file[key]))
+                    try:
+                        masks[name] = unpack(file[f"bits/{name}"], shape)
+                    except ValueError as error:
+                        raise ValueError(f"of '{name}', {error}") from error
     except FileNotFoundError:
         raise
     except Exception as error:

@@ -148,6 +148,31 @@ def test_mask_files_are_checked_by_path_and_shape(tmp_path):
         ml.load_masks(model, tmp_path / "missing.npz")
 
 
+@pytest.mark.once
+@pytest.mark.parametrize(
+    ("bits", "received"),
+    [
+        (np.zeros(1, "uint8"), r"uint8 of shape \(1,\)"),  # cut off: once read as pruned
+        (np.zeros(3, "uint8"), r"uint8 of shape \(3,\)"),
+        (np.zeros((2, 1), "uint8"), r"uint8 of shape \(2, 1\)"),
+        (np.zeros(2, "int64"), r"int64 of shape \(2,\)"),
+        (np.array([0, 1], "uint8"), "0b00000001"),  # a 16th bit for 15 entries
+    ],
+)
+def test_bits_of_a_mask_file_are_counted(tmp_path, bits, received):
+    model, path = masked_net(), tmp_path / "masks.npz"
+    before = ml.get_masks(model)
+    assert before["dense_1/kernel"].shape == (5, 3)
+    ml.save_masks(model, path)
+    with np.load(path) as file:
+        arrays = dict(file)
+    np.savez(path, **{**arrays, "bits/dense_1/kernel": bits})
+    with pytest.raises(ValueError, match=rf"masks.npz.*dense_1/kernel.*\(5, 3\).*{received}"):
+        ml.load_masks(model, path)
+    for name, mask in ml.get_masks(model).items():
+        np.testing.assert_array_equal(mask, before[name])
+
+
 def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     model, path = masked_net(), tmp_path / "masks.npz"
     ml.save_masks(model, path)
