@@ -17,7 +17,7 @@ import numpy as np
 import masked_layers as ml
 from lottery_ticket_pruner import fitting, training
 from lottery_ticket_pruner.augmentation import Augmentation
-from masked_layers import _keras, conversion
+from masked_layers import _keras, copying
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -464,7 +464,7 @@ def _masks(of: keras.Model | Masks) -> Masks:
 def _plain(model: keras.Model) -> keras.Model:
     """A plain copy: it reads the weights that it is given and has no mask of its own."""
     masked = any(ref.mask is not None for ref in ml.weight_refs(model))
-    return ml.strip_masks(model) if masked else conversion.copy_model(model)
+    return ml.strip_masks(model) if masked else copying.copy_model(model)
 
 
 def _effective(model: keras.Model, solution: Solution) -> list[np.ndarray]:

@@ -12,7 +12,7 @@ import masked_layers as ml
 from lottery_ticket_pruner.examples import Arrays
 from lottery_ticket_pruner.gradients import Tensor, compiled, effective_value, gradient
 from masked_layers import _keras
-from masked_layers.conversion import copy_model
+from masked_layers.copying import copy_model
 from masked_layers.masks import raw_view
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import masked_layers as ml
 from lottery_ticket_pruner import training, treatments
 from lottery_ticket_pruner.augmentation import Augmentation
-from masked_layers import conversion, learned
+from masked_layers import copying, learned
 
 WEIGHTS = ("initial", "signed_constant")
 
@@ -112,7 +112,7 @@ def learn_supermask(
     scores = {id(ref.mask.scores) for ref in ml.masked_refs(model)}
     others = [variable for variable in model.trainable_variables if id(variable) not in scores]
     _set_trainable(others, False)
-    conversion.compile_with(model, optimizer or _optimizer(prototype, steps))
+    copying.compile_with(model, optimizer or _optimizer(prototype, steps))
     history = training.train(
         model,
         x,
@@ -130,7 +130,7 @@ def learn_supermask(
     # Only learning froze them, and its rate is for scores.
     paths = {variable.path for variable in others}
     _set_trainable([v for v in supermask.variables if v.path in paths], True)
-    conversion.compile_with(supermask, own_optimizer)
+    copying.compile_with(supermask, own_optimizer)
     if test_data is not None:
         results = training.evaluate(supermask, *test_data)
         if isinstance(prototype, ml.BernoulliMask):

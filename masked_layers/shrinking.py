@@ -23,7 +23,8 @@ import numpy as np
 from masked_layers import _keras, _keras_graph
 from masked_layers.channel_rules import RULES, array
 from masked_layers.channels import WHOLE, Call, CannotFollow, Edit, Flow, Reader, constant_shift
-from masked_layers.conversion import copy_assets, custom_objects_of, strip_masks
+from masked_layers.conversion import strip_masks
+from masked_layers.copying import copy_assets, custom_objects_of
 from masked_layers.layers import MaskedLayer
 from masked_layers.paths import walk
 

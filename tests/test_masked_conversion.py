@@ -12,7 +12,7 @@ from keras import layers, ops
 
 import masked_layers as ml
 from masked_layers import _keras
-from masked_layers.conversion import copy_model
+from masked_layers.copying import copy_model
 
 BACKEND = keras.backend.backend()
 
