@@ -25,6 +25,7 @@ References:
 import dataclasses
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -33,6 +34,9 @@ from lottery_ticket_pruner.registry import Registry
 RECORDS = ("initial", "final", "current")
 EVIDENCE = ("gradient", "hessian_gradient", "flow", "input_norm")
 SCOPES = ("layer", "global", "output")
+
+# A criterion that needs a record may rely on it: to type checkers it is an array.
+_NOT_NEEDED: Any = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -58,13 +62,13 @@ class Group:
     mask: np.ndarray
     rng: np.random.Generator
     drop: int | None = None
-    initial: np.ndarray | None = None
-    final: np.ndarray | None = None
-    current: np.ndarray | None = None
-    gradient: np.ndarray | None = None
-    hessian_gradient: np.ndarray | None = None
-    flow: np.ndarray | None = None
-    input_norm: np.ndarray | None = None
+    initial: np.ndarray = _NOT_NEEDED
+    final: np.ndarray = _NOT_NEEDED
+    current: np.ndarray = _NOT_NEEDED
+    gradient: np.ndarray = _NOT_NEEDED
+    hessian_gradient: np.ndarray = _NOT_NEEDED
+    flow: np.ndarray = _NOT_NEEDED
+    input_norm: np.ndarray = _NOT_NEEDED
 
 
 @dataclasses.dataclass(frozen=True)

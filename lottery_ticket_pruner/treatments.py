@@ -46,7 +46,7 @@ class Kernel:
     mask: np.ndarray
     rng: np.random.Generator
     initial: np.ndarray
-    final: np.ndarray | None
+    final: np.ndarray  # a treatment that needs it may rely on it
     draw: Callable[[], np.ndarray]
 
 

@@ -1,19 +1,6 @@
 """Masked layers for Keras 3: any model with masks over its weights, inside the compiled graph."""
 
-from masked_layers.conversion import convert_to_masked, harden, sample_masks, strip_masks
-from masked_layers.inspection import (
-    SparsityReport,
-    SparsityRow,
-    WeightRef,
-    get_masks,
-    load_masks,
-    masked_refs,
-    save_masks,
-    set_masks,
-    sparsity_report,
-    weight_refs,
-)
-from masked_layers.layers import (
+from masked_layers.classes import (
     MaskedBidirectional,
     MaskedConv1D,
     MaskedConv1DTranspose,
@@ -32,7 +19,6 @@ from masked_layers.layers import (
     MaskedGroupedQueryAttention,
     MaskedGRU,
     MaskedGRUCell,
-    MaskedLayer,
     MaskedLSTM,
     MaskedLSTMCell,
     MaskedMultiHeadAttention,
@@ -43,6 +29,20 @@ from masked_layers.layers import (
     MaskedSimpleRNNCell,
     MaskedTimeDistributed,
 )
+from masked_layers.conversion import convert_to_masked, harden, sample_masks, strip_masks
+from masked_layers.inspection import (
+    SparsityReport,
+    SparsityRow,
+    WeightRef,
+    get_masks,
+    load_masks,
+    masked_refs,
+    save_masks,
+    set_masks,
+    sparsity_report,
+    weight_refs,
+)
+from masked_layers.layers import MaskedLayer
 from masked_layers.learned import BernoulliMask, EdgePopupMask, LearnedMask
 from masked_layers.maskable import register
 from masked_layers.masks import Mask

@@ -6,7 +6,7 @@ import logging
 import re
 import zlib
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeAlias
 
 import keras
 import numpy as np
@@ -26,7 +26,7 @@ from masked_layers.maskable import maskable, weights_inside
 from masked_layers.masks import raw_view
 from masked_layers.paths import plain_class, resolve, walk
 
-Layer = keras.layers.Layer
+Layer: TypeAlias = keras.layers.Layer
 Filter = str | Iterable[str] | Callable[[Layer], bool]
 
 logger = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ import operator
 import tempfile
 import types
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 import keras
 import numpy as np
@@ -17,7 +17,7 @@ from masked_layers.inspection import weight_refs
 from masked_layers.layers import MaskedLayer
 from masked_layers.paths import plain_class, walk
 
-Layer = keras.layers.Layer
+Layer: TypeAlias = keras.layers.Layer
 
 
 def copy_model(model: keras.Model, *, dtype: str | None = None) -> keras.Model:

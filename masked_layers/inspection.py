@@ -7,7 +7,7 @@ import math
 import operator
 import os
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import keras
 import numpy as np
@@ -25,7 +25,7 @@ from masked_layers.masks import Mask
 from masked_layers.packing import pack, unpack
 from masked_layers.paths import plain_class, walk
 
-Layer = keras.layers.Layer
+Layer: TypeAlias = keras.layers.Layer
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

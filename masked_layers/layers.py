@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import keras
 import numpy as np
@@ -30,7 +30,7 @@ from masked_layers.maskable import (
 from masked_layers.masks import Mask, MaskedConstraint, MaskedRegularizer, is_raw_view, raw_view
 from masked_layers.paths import join, plain_class, resolve, walk
 
-Layer = layers.Layer
+Layer: TypeAlias = layers.Layer
 PACKAGE = "masked_layers"
 
 
@@ -135,7 +135,7 @@ class MaskedLayer:
 
 @keras.saving.register_keras_serializable(PACKAGE, "MaskedLayer")
 class MaskedByConversion(MaskedLayer):
-    """Masked form of a class that this module does not define one for.
+    """Masked form of a class that `masked_layers.classes` has none for.
 
     All of these share one registered name: their config is that of the plain layer and the paths
     of the masks in it, so that a saved model needs only the plain class to be known to Keras.
@@ -164,7 +164,7 @@ class MaskedByConversion(MaskedLayer):
 by_hand: dict[type[Layer], type[Layer]] = {}
 
 
-def _define(base: type[Layer]) -> type[Layer]:
+def define(base: type[Layer], module: str) -> type[Layer]:
     """Makes the masked form of a Keras layer: a class that can also be constructed by hand."""
 
     @functools.wraps(base.__init__)
@@ -214,6 +214,7 @@ def _define(base: type[Layer]) -> type[Layer]:
         ValueError: If `mask` is no mask; when it is built, if `masked_weights` names a weight it
             does not have, or one that cannot have such a mask.
     """,
+        "__module__": module,
         "__init__": init,
         "build": build,
         "get_config": get_config,
@@ -225,7 +226,7 @@ def _define(base: type[Layer]) -> type[Layer]:
 
 @functools.cache
 def _made_for(base: type[Layer], spec: Maskable | None) -> type[Layer]:
-    """Makes the masked form of a class that this module does not define one for.
+    """Makes the masked form of a class that `masked_layers.classes` has none for.
 
     `spec`, what can be masked in it, is part of the key: a class may be registered later.
     """
@@ -270,35 +271,6 @@ def _plain_config(layer: Layer) -> dict[str, Any]:
     for key in ("build_config", "compile_config", "shared_object_id"):
         config.pop(key, None)  # Stands beside the config of the masked layer.
     return config
-
-
-MaskedDense = _define(layers.Dense)
-MaskedEinsumDense = _define(layers.EinsumDense)
-MaskedEmbedding = _define(layers.Embedding)
-MaskedReversibleEmbedding = _define(layers.ReversibleEmbedding)
-MaskedConv1D = _define(layers.Conv1D)
-MaskedConv2D = _define(layers.Conv2D)
-MaskedConv3D = _define(layers.Conv3D)
-MaskedConv1DTranspose = _define(layers.Conv1DTranspose)
-MaskedConv2DTranspose = _define(layers.Conv2DTranspose)
-MaskedConv3DTranspose = _define(layers.Conv3DTranspose)
-MaskedDepthwiseConv1D = _define(layers.DepthwiseConv1D)
-MaskedDepthwiseConv2D = _define(layers.DepthwiseConv2D)
-MaskedSeparableConv1D = _define(layers.SeparableConv1D)
-MaskedSeparableConv2D = _define(layers.SeparableConv2D)
-MaskedSimpleRNNCell = _define(layers.SimpleRNNCell)
-MaskedLSTMCell = _define(layers.LSTMCell)
-MaskedGRUCell = _define(layers.GRUCell)
-MaskedSimpleRNN = _define(layers.SimpleRNN)
-MaskedLSTM = _define(layers.LSTM)
-MaskedGRU = _define(layers.GRU)
-MaskedConvLSTM1D = _define(layers.ConvLSTM1D)
-MaskedConvLSTM2D = _define(layers.ConvLSTM2D)
-MaskedConvLSTM3D = _define(layers.ConvLSTM3D)
-MaskedMultiHeadAttention = _define(layers.MultiHeadAttention)
-MaskedGroupedQueryAttention = _define(layers.GroupQueryAttention)
-MaskedTimeDistributed = _define(layers.TimeDistributed)
-MaskedBidirectional = _define(layers.Bidirectional)
 
 
 # --- Masking and unmasking layers that exist ------------------------------------------------------

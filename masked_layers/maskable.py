@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable
+from typing import TypeAlias
 
 import keras
 from keras import layers
@@ -12,7 +13,7 @@ from masked_layers._keras import ConvLSTMCell
 from masked_layers.masks import Mask, raw_view
 from masked_layers.paths import join, walk
 
-Layer = layers.Layer
+Layer: TypeAlias = layers.Layer
 
 
 @dataclasses.dataclass(frozen=True)

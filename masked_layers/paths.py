@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import keras
 
 from masked_layers import _keras
 from masked_layers.masks import Mask
 
-Layer = keras.layers.Layer
+Layer: TypeAlias = keras.layers.Layer
 
 # Attributes in which Keras, torch and TensorFlow list the children of a layer once more.
 _BOOKKEEPING = re.compile("_layers|_modules|_tracker|_metrics|_self_.*")

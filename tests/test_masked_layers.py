@@ -1,7 +1,9 @@
 """Masked layers made by hand: every Keras layer with a kernel, and what a mask means in it."""
 
+import ast
 import inspect
 import pickle
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 from keras import layers, ops
 
 import masked_layers as ml
+from masked_layers import classes
 from masked_layers.layers import by_hand
 
 SEQUENCE = (2, 6, 4)
@@ -348,3 +351,19 @@ def test_a_subclass_of_a_masked_layer_works_like_any_other():
     layer.build((None, 4))
     ml.set_masks(layer, {"kernel": np.zeros((4, 3), bool)})
     np.testing.assert_array_equal(numpy(layer(np.ones((1, 4)))), np.zeros((1, 3)))
+
+
+@pytest.mark.once
+def test_type_checkers_are_told_of_every_class():
+    stub = ast.parse(Path(classes.__file__).with_suffix(".pyi").read_text(encoding="utf-8"))
+    bases = {
+        node.name: [ast.unparse(base) for base in node.bases]
+        for node in stub.body
+        if isinstance(node, ast.ClassDef)
+    }
+    assert len(bases) == len(by_hand)
+    for name, (masked, plain) in bases.items():
+        assert masked == "MaskedLayer"
+        cls = by_hand[getattr(layers, plain.removeprefix("layers."))]
+        assert cls is getattr(ml, name)
+        assert pickle.loads(pickle.dumps(cls)) is cls
