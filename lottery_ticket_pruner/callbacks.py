@@ -60,9 +60,11 @@ class PrunerCallback(keras.callbacks.Callback):
         self.pruner = pruner
         self.use_dwr = use_dwr
         self._hold: fitting.ZeroHold | None = None
+        self._begun = False
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Zeroes the pruned weights and holds them there."""
+        self._begun = False
         self._apply()  # first: it checks the model
         if not is_masked(self.model):
             self._hold = fitting.ZeroHold(self.model, self.pruner.held_masks(self.model))
@@ -71,8 +73,11 @@ class PrunerCallback(keras.callbacks.Callback):
 
     def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Takes over masks that changed since the last batch."""
-        if self._hold is not None and self.pruner.masks_version != self._version:
+        changed = self.pruner.masks_version != self._version
+        if changed or not self._begun:  # other callbacks may have brought weights when they began
             self._apply()
+            self._begun = True
+        if changed and self._hold is not None:
             self._hold.change(self.pruner.held_masks(self.model))
 
     def on_test_begin(self, logs: dict[str, Any] | None = None) -> None:
@@ -102,8 +107,10 @@ class MaskSchedule(keras.callbacks.Callback):
 
     A step is a batch that was trained on. In `fit` the count starts from the optimizer's, so that a
     training that is continued, or resumed from a file, goes on where it stood; elsewhere it starts
-    at 0. With `steps_per_execution` above 1, masks change after the execution in which a step was
-    due: choose intervals that are multiples of it.
+    at 0. It is read when the first batch begins: the order of this callback and one that restores
+    the training, such as `keras.callbacks.BackupAndRestore`, does not matter. With
+    `steps_per_execution` above 1, masks change after the execution in which a step was due: choose
+    intervals that are multiples of it.
 
     At the end of every epoch of `fit` the sparsity of the model is in the logs, as `"sparsity"`.
 
@@ -126,6 +133,7 @@ class MaskSchedule(keras.callbacks.Callback):
         self.pruner = pruner
         self._step = 0
         self._unseen = 0  # the first step that was not asked about
+        self._begun = False
 
     @property
     def step(self) -> int:
@@ -163,19 +171,27 @@ class MaskSchedule(keras.callbacks.Callback):
         return bool(due)
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        """Takes the count from the optimizer."""
+        """Checks that the model is the pruner's."""
         if self.model is not self.pruner.model:
             raise ValueError(
                 f"{type(self).__name__} was made with a pruner of another model than "
                 f"{self.model.name!r}. Make the pruner for the model that is trained."
             )
-        # Not `iterations`, which counts every k-th batch where gradients of k are accumulated.
-        self.step = max(step for step, _ in fitting.read_clocks(self.model.optimizer))
-        self._epoch_start = self.step
+        self._begun = False
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Notes where the epoch starts."""
         self._epoch_start = self.step
+
+    def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        """Takes the count from the optimizer before the first batch, and changes masks if due."""
+        # Not in `on_train_begin`: a callback behind this one may restore model and optimizer there.
+        if not self._begun:
+            # Not `iterations`: that counts every k-th batch where gradients of k are accumulated.
+            self.step = max(step for step, _ in fitting.read_clocks(self.model.optimizer))
+            self._epoch_start = self.step - batch
+            self._begin()
+            self._begun = True
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Advances to the end of this batch."""
@@ -189,6 +205,9 @@ class MaskSchedule(keras.callbacks.Callback):
             refs = ml.masked_refs(self.model)
             size = sum(math.prod(ref.variable.shape) for ref in refs)
             logs["sparsity"] = 1 - sum(_alive(refs)) / size
+
+    def _begin(self) -> None:
+        self.advance(0)
 
     def _due(self, step: int) -> bool:
         raise NotImplementedError
@@ -273,11 +292,6 @@ class GradualPruning(MaskSchedule):
         by_magnitude = self.criterion in map(criteria.get, _MAGNITUDE)
         plain = structure is None and distribution is None
         self._on_device = by_magnitude and self.scope != "output" and plain
-
-    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        """Takes the count from the optimizer, and prunes if that is due before any step."""
-        super().on_train_begin(logs)
-        self.advance(0)
 
     def _due(self, step: int) -> bool:
         return self.schedule.due(step)
@@ -420,20 +434,31 @@ class DynamicSparseTraining(MaskSchedule):
         self.seed = seed
         self.optimizer = optimizer
 
-    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        """Takes the count from the optimizer; what was due there happened on the way there."""
-        super().on_train_begin(logs)
-        self._unseen = self.step + 1
-
     def moving_share(self, step: int) -> float:
         """The share of the weights alive that moves at a step: `fraction` at first, then less."""
         progress = min(step / (self.until * self.steps), 1.0)
         return self.fraction * (1 + math.cos(math.pi * progress)) / 2
 
+    def _begin(self) -> None:
+        masks = [ref.mask for ref in ml.masked_refs(self.pruner.model)]
+        # What was due at this step happened on the way here, unless the state was saved just before
+        # it: by a callback ahead of this one at the end of that batch.
+        if any(mask.moved_at in (None, self.step) for mask in masks):
+            self._unseen = self.step + 1
+        for mask in masks:
+            if mask.moved_at is None:
+                mask.moved_at = self.step
+        self.advance(0)
+
     def _due(self, step: int) -> bool:
         return 0 < step < self.until * self.steps and step % self.frequency == 0
 
     def _change(self, step: int) -> None:
+        self._move(step)
+        for ref in ml.masked_refs(self.pruner.model):
+            ref.mask.moved_at = step
+
+    def _move(self, step: int) -> None:
         model = self.pruner.model
         refs = ml.masked_refs(model)
         share = self.moving_share(step)

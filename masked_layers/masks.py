@@ -63,6 +63,8 @@ class Mask(keras.layers.Layer):
         value: `keras.Variable` of dtype bool and of the weight's shape; not trainable.
         frozen: What pruned entries read as: `keras.Variable` of the weight's shape, not trainable;
             None for 0.
+        moved_at: The step of training at which dynamic sparse training last changed the mask, saved
+            with it; None without such a training. A resumed one learns from it what it has done.
     """
 
     learned = False  # Whether training changes it.
@@ -72,6 +74,7 @@ class Mask(keras.layers.Layer):
         self.initializer = keras.initializers.get(initializer)
         self.rescale = rescale
         self.frozen: keras.Variable | None = None
+        self.moved_at: int | None = None
         self._lent_value: Any = None
         self._lent_frozen: Any = None
 
@@ -202,12 +205,14 @@ class Mask(keras.layers.Layer):
         )
 
     def save_own_variables(self, store: Any) -> None:
-        """Saves the mask, its frozen values and whether it rescales."""
+        """Saves the mask, its frozen values, whether it rescales and when it last moved."""
         store["0"] = self.value
         if self.frozen is not None:
             store["frozen"] = self.frozen
         if self.rescale:
             store["rescale"] = np.ones((), "bool")
+        if self.moved_at is not None:
+            store["moved_at"] = np.array(self.moved_at, "int64")
 
     def load_own_variables(self, store: Any) -> None:
         """Loads a saved mask; a file of the plain model holds none and leaves the mask alone.
@@ -231,6 +236,7 @@ class Mask(keras.layers.Layer):
         self.value.assign(value.astype("bool"))
         self.freeze(np.asarray(store["frozen"]) if "frozen" in store else None)
         self.rescale = "rescale" in store
+        self.moved_at = int(np.asarray(store["moved_at"])) if "moved_at" in store else None
 
     def get_config(self) -> dict[str, Any]:
         """Returns the arguments of the constructor."""

@@ -1,0 +1,165 @@
+"""A training that another callback restores goes on as if it had never stopped."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import masked_layers as ml
+from lottery_ticket_pruner import (
+    DynamicSparseTraining,
+    GradualPruning,
+    LotteryTicketPruner,
+    PrunerCallback,
+    schedules,
+)
+
+BACKEND = keras.backend.backend()
+BATCHES = 4  # of an epoch, all the same: Keras starts the epoch anew where it resumes within one
+X = np.tile(np.random.default_rng(0).normal(size=(12, 8)).astype("float32"), (BATCHES, 1))
+Y = np.tile(np.arange(12) % 2, BATCHES)
+
+
+def make_model(steps_per_execution=1, masked=True):
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential(
+        [keras.Input((8,)), keras.layers.Dense(16, "relu"), keras.layers.Dense(2)]
+    )
+    model = ml.convert_to_masked(model) if masked else model
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.Adam(0.01), loss, steps_per_execution=steps_per_execution)
+    model.optimizer.build(model.trainable_variables)
+    return model
+
+
+class Watch(keras.callbacks.Callback):
+    """The whole state at the end of every batch, by the count of the optimizer; it may stop one."""
+
+    def __init__(self, stop_at=None):
+        super().__init__()
+        self.states, self.stop_at = {}, stop_at
+
+    def on_train_batch_begin(self, batch, logs=None):
+        count = int(self.model.optimizer.iterations.numpy())
+        if self.stop_at is not None and count >= self.stop_at:
+            raise InterruptedError
+
+    def on_train_batch_end(self, batch, logs=None):
+        if BACKEND == "jax":
+            self.model.jax_state_sync()
+        count = int(self.model.optimizer.iterations.numpy())
+        variables = [*self.model.variables, *self.model.optimizer.variables]
+        self.states[count] = [np.array(ops.convert_to_numpy(v)) for v in variables]
+
+
+def fit(model, epochs, callbacks):
+    model.fit(X, Y, batch_size=12, epochs=epochs, shuffle=False, verbose=0, callbacks=callbacks)
+
+
+def assert_resumed_as_uninterrupted(make, tmp_path):
+    """`make()` gives a new model, and the callback that is restored or has been."""
+    model, ours = make()
+    whole = Watch()
+    fit(model, 4, [ours, whole])
+    assert list(whole.states)[-1] == 4 * BATCHES
+
+    def backup(place, kind):
+        folder = tmp_path / f"{place}-{kind}"
+        return keras.callbacks.BackupAndRestore(folder, save_freq=kind)
+
+    model, ours = make()
+    kinds = ("epoch", 3)
+    ahead, behind = ([backup(place, kind) for kind in kinds] for place in ("ahead", "behind"))
+    with pytest.raises(InterruptedError):
+        fit(model, 3, [*ahead, ours, *behind, Watch(stop_at=7)])
+
+    for kind in kinds:
+        for place in ("ahead", "behind"):
+            model, ours = make()
+            restore, watch = backup(place, kind), Watch()
+            order = [restore, ours] if place == "ahead" else [ours, restore]
+            fit(model, 3, [*order, watch])
+            assert min(watch.states) > (4 if kind == "epoch" else 1), "not resumed"
+            for count, state in watch.states.items():
+                for mine, expected in zip(state, whole.states[count], strict=True):
+                    np.testing.assert_array_equal(mine, expected, f"{place} {kind} {count}")
+
+
+RAMP = schedules.Polynomial(0.0, 0.8, begin_step=0, end_step=16, frequency=1)
+CALLBACKS = {
+    "regrowth": lambda pruner: GradualPruning(pruner, RAMP, regrowth=True),
+    "movement": lambda pruner: GradualPruning(pruner, RAMP, "movement"),
+    "SET": lambda pruner: DynamicSparseTraining(pruner, 16, "random", frequency=2, until=1),
+    "RigL": lambda pruner: DynamicSparseTraining(pruner, 16, data=(X, Y), frequency=2, until=1),
+}
+ONCE = ("regrowth", "movement")  # what differs between backends is in the others
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.once] * (n in ONCE)) for n in CALLBACKS]
+)
+def test_masks_go_on_whatever_the_order_of_the_callbacks(name, tmp_path):
+    def make():
+        # Keras has no steps_per_execution on torch.
+        model = make_model(steps_per_execution=2 if name == "SET" and BACKEND != "torch" else 1)
+        pruner = LotteryTicketPruner(model)
+        if name in ("SET", "RigL"):
+            pruner.update_masks("random", sparsity=0.5)
+        return model, CALLBACKS[name](pruner)
+
+    assert_resumed_as_uninterrupted(make, tmp_path)
+
+
+def test_a_plain_model_goes_on_under_its_masks(tmp_path):
+    def make():
+        model = make_model(masked=False)
+        pruner = LotteryTicketPruner(model)
+        pruner.calc_prune_mask(model, 0.5, "large_init")
+        return model, PrunerCallback(pruner)
+
+    assert_resumed_as_uninterrupted(make, tmp_path)
+
+
+class Load(keras.callbacks.Callback):
+    """Gives the model other weights when training begins."""
+
+    def __init__(self, weights):
+        super().__init__()
+        self.weights = weights
+
+    def on_train_begin(self, logs=None):
+        self.model.set_weights(self.weights)
+
+
+def test_weights_that_another_callback_loads_are_pruned_before_the_first_batch():
+    model = make_model(masked=False)
+    pruner = LotteryTicketPruner(model)
+    pruner.calc_prune_mask(model, 0.5, "large_init")
+    load, seen = Load(model.get_weights()), []
+    look = keras.callbacks.LambdaCallback(
+        on_train_batch_begin=lambda batch, logs: seen.append(
+            [np.count_nonzero(weight) for weight in model.get_weights()[::2]]
+        )
+    )
+    fit(model, 1, [PrunerCallback(pruner), load, look])
+    assert seen[0] == [64, 16]
+
+
+def test_a_rewired_model_that_is_saved_goes_on_after_its_last_change(tmp_path):
+    model = make_model()
+    pruner = LotteryTicketPruner(model)
+    pruner.update_masks("random", sparsity=0.5)
+
+    def rewiring(pruner):
+        return DynamicSparseTraining(pruner, 16, "random", frequency=2, until=1)
+
+    watch = Watch()
+    ahead = keras.callbacks.ModelCheckpoint(tmp_path / "ahead-{batch}.keras", save_freq=1)
+    behind = keras.callbacks.ModelCheckpoint(tmp_path / "behind-{batch}.keras", save_freq=1)
+    fit(model, 1, [ahead, rewiring(pruner), behind, watch])
+    for place in ("ahead", "behind"):
+        loaded = keras.saving.load_model(tmp_path / f"{place}-2.keras")
+        again = Watch()
+        fit(loaded, 1, [rewiring(LotteryTicketPruner(loaded)), again])
+        for mine, expected in zip(again.states[3], watch.states[3], strict=True):
+            np.testing.assert_array_equal(mine, expected, place)
