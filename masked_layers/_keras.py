@@ -6,7 +6,9 @@ against the installed Keras, so that a move upstream is noticed there and not by
 
 from __future__ import annotations
 
+import collections.abc
 import contextlib
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,9 +19,20 @@ from keras.src.backend.common import dtypes, global_state
 from keras.src.backend.common.stateless_scope import get_stateless_scope, in_stateless_scope
 from keras.src.layers.rnn.conv_lstm import ConvLSTMCell as ConvLSTMCell
 from keras.src.models.functional import Functional
+from keras.src.saving import object_registration, serialization_lib
+from keras.src.saving.keras_saveable import KerasSaveable
 from keras.src.saving.object_registration import get_registered_name as get_registered_name
 from keras.src.saving.serialization_lib import ObjectSharingScope
 from keras.src.utils.naming import to_snake_case as to_snake_case
+
+Schedule = keras.optimizers.schedules.LearningRateSchedule
+_WITHOUT_VARIABLES = (
+    Schedule,
+    keras.initializers.Initializer,
+    keras.regularizers.Regularizer,
+    keras.constraints.Constraint,
+    keras.losses.Loss,
+)
 
 
 def is_functional(layer: keras.layers.Layer) -> bool:
@@ -146,29 +159,144 @@ def serialize(layer: keras.layers.Layer) -> dict[str, Any]:
         return keras.saving.serialize_keras_object(layer)
 
 
-def deserialize(config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> Any:
+def deserialize(config: dict[str, Any]) -> Any:
     """Inverse of `serialize`; `Lambda` layers are allowed, as the config never left the process."""
     with ObjectSharingScope():
-        return keras.saving.deserialize_keras_object(
-            config, custom_objects=custom_objects, safe_mode=False
-        )
+        return keras.saving.deserialize_keras_object(config, safe_mode=False)
 
 
 @contextlib.contextmanager
 def custom_object_scope(custom_objects: dict[str, Any]) -> Iterator[None]:
-    """Lets Keras find these objects first.
+    """Lets Keras find these objects first, and those of an outer scope after them.
 
     In the scope that Keras has, whatever was registered under a name last goes before them: after
-    the definition of a class is run again, as in a notebook, a copy would be of the new class.
+    the definition of a class is run again, as in a notebook, a copy would be of the new class. And
+    it hides the outer scope, which only a private name reads.
     """
     registered = keras.saving.get_custom_objects()
     hidden = {name: registered[name] for name in custom_objects if name in registered}
     registered.update({name: custom_objects[name] for name in hidden})
+    outer = global_state.get_global_attribute("custom_objects_scope_dict", {})
     try:
-        with keras.saving.custom_object_scope(custom_objects):
+        with keras.saving.custom_object_scope({**outer, **custom_objects}):
             yield
     finally:
         registered.update(hidden)
+
+
+class _Names(collections.abc.MutableMapping):
+    """The names that Keras serializes classes and functions by, each with a name of its own.
+
+    It stands in for the dict from object to registered name. What is not of Keras is registered
+    under a new name the moment Keras asks for it, unless its registered name leads to it already.
+    """
+
+    def __init__(self, registered: dict[Any, str]) -> None:
+        self.registered = registered
+        self.objects = keras.saving.get_custom_objects()
+        self.made: dict[int, tuple[Any, str]] = {}
+        self.kept: list[Any] = []
+        self.kept_classes: set[type] = set()
+
+    def __contains__(self, obj: Any) -> bool:
+        return obj in self.registered or obj in self.kept_classes or _is_of_a_user(obj)
+
+    def __getitem__(self, obj: Any) -> str:
+        if isinstance(obj, type) and obj in self.kept_classes:
+            return self.name(self)
+        name = self.registered.get(obj)
+        known = name is not None and keras.saving.get_registered_object(name) is obj
+        return name if known or not _is_of_a_user(obj) else self.name(obj)
+
+    def __setitem__(self, obj: Any, name: str) -> None:
+        self.registered[obj] = name
+
+    def __delitem__(self, obj: Any) -> None:
+        del self.registered[obj]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.registered)
+
+    def __len__(self) -> int:
+        return len(self.registered)
+
+    def name(self, obj: Any) -> str:
+        """Returns a name under which Keras finds this very object."""
+        if id(obj) not in self.made:
+            # No string in a config looks like it: one that does would be replaced by the object.
+            name = f"masked_layers>{getattr(obj, '__name__', 'kept')} {len(self.made)}"
+            self.made[id(obj)] = (obj, name)
+            self.objects[name] = obj
+        return self.made[id(obj)][1]
+
+    def keep(self, obj: Any) -> dict[str, int]:
+        """Returns a config of which `from_config` makes the object itself."""
+        self.kept_classes.add(type(obj))
+        self.kept.append(obj)
+        return {"index": len(self.kept) - 1}
+
+    def from_config(self, config: dict[str, int]) -> Any:
+        return self.kept[config["index"]]
+
+    def forget(self) -> None:
+        """Takes the names back."""
+        for _, name in self.made.values():
+            del self.objects[name]
+
+
+def _is_of_a_user(obj: Any) -> bool:
+    """True for classes and functions that are neither of Keras nor of this package."""
+    package = (getattr(obj, "__module__", None) or "").partition(".")[0]
+    return package not in ("keras", "masked_layers", "")
+
+
+def _is_kept(obj: Any) -> bool:
+    """True for an object without variables of which a config would not make the same one.
+
+    Those are callables without a config (a `partial`, a method, a compiled function) and objects of
+    a user's class that has a constructor of its own and the `get_config` of Keras.
+    """
+    cls = type(obj)
+    if isinstance(obj, type | types.FunctionType) or not _is_of_a_user(cls):
+        return False
+    if not hasattr(cls, "get_config"):
+        # A method of a layer would go on reading the weights of the layer that it was taken from.
+        return callable(obj) and not isinstance(getattr(obj, "__self__", None), KerasSaveable)
+    if not isinstance(obj, _WITHOUT_VARIABLES):
+        return False
+    maker, describer = (
+        next(base for base in cls.__mro__ if name in vars(base))
+        for name in ("__init__", "get_config")
+    )
+    return describer is Schedule or cls.__mro__.index(maker) < cls.__mro__.index(describer)
+
+
+@contextlib.contextmanager
+def identity_scope() -> Iterator[None]:
+    """Lets configs made and read inside it stand for the very classes and functions in use.
+
+    Keras writes their names, unless they are registered: two closures of one factory, or two
+    classes of one name, become one, and it finds none that is not registered. Names are looked up
+    in a dict that has no public name, and objects without a name have no hook at all.
+    """
+    names = _Names(object_registration.GLOBAL_CUSTOM_NAMES)
+    plain_config = serialization_lib._get_class_or_fn_config
+
+    def config_of(obj: Any) -> Any:
+        if _is_kept(obj):
+            return names.keep(obj)
+        config = plain_config(obj)
+        names.kept_classes.discard(type(obj))
+        return config
+
+    object_registration.GLOBAL_CUSTOM_NAMES = names
+    serialization_lib._get_class_or_fn_config = config_of
+    try:
+        yield
+    finally:
+        object_registration.GLOBAL_CUSTOM_NAMES = names.registered
+        serialization_lib._get_class_or_fn_config = plain_config
+        names.forget()
 
 
 def own_variables(layer: keras.layers.Layer) -> list[keras.Variable]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import operator
+import itertools
 import tempfile
 import types
 from collections.abc import Iterator
@@ -19,11 +19,24 @@ from masked_layers.paths import plain_class, walk
 
 Layer: TypeAlias = keras.layers.Layer
 
+# Where Keras looks up the strings of its configs.
+_NAMESPACES = (
+    keras.activations,
+    keras.constraints,
+    keras.initializers,
+    keras.losses,
+    keras.metrics,
+    keras.optimizers,
+    keras.regularizers,
+)
+
 
 def copy_model(model: keras.Model, *, dtype: str | None = None) -> keras.Model:
     """Returns a model with the same layers, values, compilation and optimizer state.
 
-    Nothing is shared with `model`.
+    No variable is shared with `model`. Functions are, and the user's objects without variables of
+    which a config would not make the same ones: schedules and losses without a `get_config`,
+    partials, compiled functions.
 
     Args:
         model: The model.
@@ -34,35 +47,42 @@ def copy_model(model: keras.Model, *, dtype: str | None = None) -> keras.Model:
         ValueError: If the model cannot be made again from its config.
     """
     _keras.sync(model)
-    custom = custom_objects_of(model)
-    try:
-        with _lambdas_by_name(model, custom):
-            config = _keras.serialize(model)
-        compile_config = config.pop("compile_config", None)
-        if dtype is not None:
-            config, compile_config = _with_dtype(config, dtype), None
-        with _keras.custom_object_scope(custom):
-            copy = _keras.deserialize(config, custom)
-    except Exception as error:
-        raise ValueError(
-            f"'{model.name}' ({plain_class(model).__name__}) cannot be copied, because Keras "
-            f"cannot make it again from its config: {error}\nGive it a `get_config()` and "
-            "`from_config()`, or pass `inplace=True` to change the model itself."
-        ) from error
-    _copy_state(model, copy)
-    _keras.copy_called(model, copy)
-    if compile_config:  # An empty one would compile with defaults.
+    names = in_use_by_name(model)
+    with as_in_use(model):
         try:
-            with _keras.custom_object_scope(custom):
-                copy.compile_from_config(compile_config)
+            try:
+                copy, compile_config = _made_again(model, dtype)
+            except Exception:
+                # A `from_config` may look a function or class up by a name that it wrote itself.
+                with _keras.custom_object_scope(names):
+                    copy, compile_config = _made_again(model, dtype)
         except Exception as error:
             raise ValueError(
-                f"'{model.name}' cannot be copied as it is compiled: {error}\nCompile it with "
-                "named functions in place of lambdas, or pass `inplace=True` to change the model "
-                "itself."
+                f"'{model.name}' ({plain_class(model).__name__}) cannot be copied, because Keras "
+                f"cannot make it again from its config: {error}\nGive it a `get_config()` and "
+                "`from_config()`, or pass `inplace=True` to change the model itself."
             ) from error
-        _copy_optimizer(model, copy)
+        _copy_state(model, copy)
+        _keras.copy_called(model, copy)
+        if compile_config:  # An empty one would compile with defaults.
+            try:
+                copy.compile_from_config(compile_config)
+            except Exception as error:
+                raise ValueError(
+                    f"'{model.name}' cannot be copied as it is compiled: {error}\nPass "
+                    "`inplace=True` to change the model itself."
+                ) from error
+            _copy_optimizer(model, copy)
     return copy
+
+
+def _made_again(model: keras.Model, dtype: str | None) -> tuple[keras.Model, Any]:
+    """Returns a model made from the config of a model, not compiled, and how it was compiled."""
+    config = _keras.serialize(model)
+    compile_config = config.pop("compile_config", None)
+    if dtype is not None:
+        config, compile_config = _with_dtype(config, dtype), None
+    return _keras.deserialize(config), compile_config
 
 
 def _with_dtype(config: Any, dtype: str) -> Any:
@@ -84,42 +104,37 @@ def _is_float(dtype: Any) -> bool:
 
 
 @contextlib.contextmanager
-def _lambdas_by_name(model: keras.Model, custom: dict[str, Any]) -> Iterator[None]:
-    """Lets `Lambda` layers be serialized by the name of a custom object while it is open.
+def as_in_use(model: keras.Model) -> Iterator[None]:
+    """Lets configs of what a model is made of stand for the classes and functions that it uses.
 
-    Keras serializes the code of a lambda without the module it refers to: in a copy made of it,
-    `lambda x: ops.tanh(x)` does not know `ops`.
+    By Keras' own rules they stand for what has the same name, if it is registered; a lambda is
+    written as code that does not know the modules it refers to, with a warning.
     """
-    named = {}
-    for _, layer in walk(model):
-        function = layer.function if isinstance(layer, keras.layers.Lambda) else None
-        if getattr(function, "__name__", None) == "<lambda>":
-            named[layer] = function
+    functions = [value for value in _in_use(model) if isinstance(value, types.FunctionType)]
+    lambdas = [function for function in functions if function.__name__ == "<lambda>"]
     try:
-        for index, (layer, function) in enumerate(named.items()):
-            name = f"<lambda {index}>"
-            layer.function = types.FunctionType(
-                function.__code__, {}, name, None, function.__closure__
-            )
-            custom[name] = function
-        yield
+        for function in lambdas:
+            function.__name__ = "lambda"
+        with _keras.identity_scope():
+            yield
     finally:
-        for layer, function in named.items():
-            layer.function = function
+        for function in lambdas:
+            function.__name__ = "<lambda>"
 
 
 def _copy_state(source: keras.Model, target: keras.Model) -> None:
     pairs = list(zip(walk(source), walk(target), strict=False))
+    for (_, old), (_, new) in pairs:
+        _enable_lora_as_in(old, new)
     for old, new in zip(weight_refs(source), weight_refs(target), strict=False):
         if old.mask is not None and new.mask is not None and old.mask.frozen is not None:
             new.mask.freeze(keras.ops.convert_to_numpy(old.mask.frozen))
-    before, after = ([tuple(v.shape) for v in model.variables] for model in (source, target))
-    if before != after:
+    if difference := _first_difference(source.variables, target.variables):
         raise ValueError(
-            f"The copy of '{source.name}' that its config makes has other variables "
-            f"({len(after)}) than the model itself ({len(before)}): its `get_config()` does not "
-            "describe it fully, or it is not built. Build it by calling it on a batch, mend "
-            "`get_config()`, or pass `inplace=True` to change the model itself."
+            f"The copy of '{source.name}' that its config makes has other variables than the "
+            f"model itself: {difference}. Its `get_config()` does not describe it fully, or it is "
+            "not built. Build it by calling it on a batch, mend `get_config()`, or pass "
+            "`inplace=True` to change the model itself."
         )
     for (_, old), (_, new) in pairs:
         if new.name != old.name:  # An automatic name inside a composite layer.
@@ -138,6 +153,27 @@ def _copy_state(source: keras.Model, target: keras.Model) -> None:
         copy_assets(old, new)
 
 
+def _enable_lora_as_in(source: Layer, target: Layer) -> None:
+    """Gives a layer the LoRA that its like has: the config of a layer around it does not say so."""
+    if getattr(source, "lora_enabled", False) and not getattr(target, "lora_enabled", True):
+        target.enable_lora(source.lora_rank, lora_alpha=source.lora_alpha)
+
+
+def _first_difference(before: list[keras.Variable], after: list[keras.Variable]) -> str:
+    """Says where two lists of variables part in number or shape; empty where they do not."""
+    for old, new in itertools.zip_longest(before, after):
+        if old is None:
+            return f"'{new.path}' of shape {tuple(new.shape)} is there only in the copy"
+        if new is None:
+            return f"'{old.path}' of shape {tuple(old.shape)} is missing in the copy"
+        if tuple(old.shape) != tuple(new.shape):
+            return (
+                f"'{old.path}' has the shape {tuple(old.shape)}, and in its place the copy has "
+                f"'{new.path}' of shape {tuple(new.shape)}"
+            )
+    return ""
+
+
 def copy_assets(source: Layer, target: Layer) -> None:
     """Copies what a layer keeps beside its variables: vocabularies, adapted statistics."""
     if hasattr(source, "save_assets"):
@@ -154,72 +190,68 @@ def _copy_optimizer(source: keras.Model, target: keras.Model) -> None:
         return
     if not new.built:
         new.build(target.trainable_variables)
-    shapes = [[tuple(v.shape) for v in o.variables] for o in (old, new)]
-    if shapes[0] != shapes[1]:
+    if difference := _first_difference(old.variables, new.variables):
         raise ValueError(
-            f"The state of the optimizer of '{source.name}' does not fit the copy: "
-            f"{len(shapes[0])} variables before, {len(shapes[1])} after. Compile the model anew "
-            "before it is converted."
+            f"The state of the optimizer of '{source.name}' does not fit the copy: {difference}. "
+            "Compile the model again before it is converted."
         )
     for a, b in zip(old.variables, new.variables, strict=True):
         b.assign(np.array(keras.ops.convert_to_numpy(a)))
 
 
-def _same(a: Any, b: Any) -> bool:
-    """True for one object, and for functions made anew by the same code from the same objects."""
-    if a is b or not all(isinstance(value, types.FunctionType) for value in (a, b)):
-        return a is b
-    made_of = [
-        (*(f.__defaults__ or ()), *(cell.cell_contents for cell in f.__closure__ or ()))
-        for f in (a, b)
-    ]
-    return a.__code__ is b.__code__ and all(map(operator.is_, *made_of))
+def _in_use(model: keras.Model) -> Iterator[Any]:
+    """Yields the functions, classes and objects with a config that a model holds, each once."""
+    seen: set[int] = set()
 
-
-def custom_objects_of(model: keras.Model) -> dict[str, Any]:
-    """Returns the classes and functions in use that Keras could not find by name by itself.
-
-    Classes of Keras are left out: one named like an op of Keras would stand in for it.
-
-    Raises:
-        ValueError: If two different ones have the same name.
-    """
-    found: dict[str, Any] = {}
-
-    def add(value: Any) -> None:
-        if isinstance(value, (list, tuple)):
-            for item in value:
-                add(item)
-        elif isinstance(value, dict):
-            for item in value.values():
-                add(item)
-        elif isinstance(value, types.FunctionType):
-            if value.__name__ != "<lambda>":
-                add_named(value)
-        elif hasattr(value, "get_config"):
-            add_named(plain_class(value))
-
-    def add_named(value: Any) -> None:
-        ours = value.__module__.partition(".")[0] in ("keras", "masked_layers")
-        if not ours:
-            name = _keras.get_registered_name(value)
-            if not _same(found.setdefault(name, value), value):
-                raise ValueError(
-                    f"'{model.name}' cannot be copied: it uses {found[name]!r} and {value!r}, and "
-                    f"Keras knows both as '{name}'. Rename one, or pass `inplace=True` to change "
-                    "the model itself."
-                )
+    def inside(value: Any) -> Iterator[Any]:
+        if id(value) in seen or isinstance(value, keras.Variable):
+            return
+        if isinstance(value, (list, tuple, dict)):
+            for item in value.values() if isinstance(value, dict) else value:
+                yield from inside(item)
+            return
+        if not isinstance(value, types.FunctionType) and not hasattr(value, "get_config"):
+            return
+        seen.add(id(value))
+        yield value
+        if not isinstance(value, types.FunctionType | type | Layer):  # Layers: see below.
+            yield from inside(list(vars(value).values()))
 
     for _, layer in walk(model):
-        add(layer)
+        yield from inside(layer)
         if isinstance(layer, MaskedLayer):
-            add([layer._masking.mask, layer._masking.initializer])
+            yield from inside([layer._masking.mask, layer._masking.initializer])
         for key, value in vars(layer).items():
             # Keras wraps some methods of a layer, which then stand among its attributes.
             if key not in ("_layers", "_modules") and not callable(getattr(type(layer), key, None)):
-                add(value)
-    add(_keras.compile_arguments(model))
-    return found
+                yield from inside(value)
+    yield from inside(_keras.compile_arguments(model))
+
+
+def in_use_by_name(model: keras.Model) -> dict[str, Any]:
+    """Returns what a model uses by its name, for a `from_config` that looks it up there itself.
+
+    Names that two of them have, or Keras has, are left out: one would stand in for the other. So
+    would a function for any string in a config that is its name: not for general use.
+    """
+    found: dict[str, Any] = {}
+    twice = set()
+    for value in _in_use(model):
+        named = value if isinstance(value, types.FunctionType | type) else plain_class(value)
+        if named.__module__.partition(".")[0] not in ("keras", "masked_layers"):
+            name = _keras.get_registered_name(named)
+            if found.setdefault(name, named) is not named:
+                twice.add(name)
+    return {
+        name: value for name, value in found.items() if name not in twice and not _is_of_keras(name)
+    }
+
+
+def _is_of_keras(name: str) -> bool:
+    for module in _NAMESPACES:
+        with contextlib.suppress(ValueError, TypeError):
+            return bool(module.get(name))
+    return False
 
 
 def renew_optimizer(model: keras.Model) -> None:
@@ -231,7 +263,7 @@ def renew_optimizer(model: keras.Model) -> None:
 
 def compile_with(model: keras.Model, optimizer: keras.Optimizer) -> None:
     """Compiles a compiled model anew as it is, but for its optimizer."""
-    config = model.get_compile_config()
-    config["optimizer"] = keras.saving.serialize_keras_object(optimizer)
-    with _keras.custom_object_scope(custom_objects_of(model)):
+    with as_in_use(model):
+        config = model.get_compile_config()
+        config["optimizer"] = keras.saving.serialize_keras_object(optimizer)
         model.compile_from_config(config)

@@ -24,7 +24,7 @@ from masked_layers import _keras, _keras_graph
 from masked_layers.channel_rules import RULES, array
 from masked_layers.channels import WHOLE, Call, CannotFollow, Edit, Flow, Reader, constant_shift
 from masked_layers.conversion import strip_masks
-from masked_layers.copying import copy_assets, custom_objects_of
+from masked_layers.copying import as_in_use, copy_assets, in_use_by_name
 from masked_layers.layers import MaskedLayer
 from masked_layers.paths import walk
 
@@ -148,7 +148,8 @@ def shrink(
         raise TypeError(f"Expected a `keras.Model`. Received: {model!r}")
     if any(isinstance(layer, MaskedLayer) for _, layer in walk(model)):
         model = strip_masks(model)
-    with _keras.custom_object_scope(custom_objects_of(model)):
+    names = in_use_by_name(model)
+    with as_in_use(model), _keras.custom_object_scope(names):
         smaller, report = _shrink(model)
     if return_report:
         return smaller, report

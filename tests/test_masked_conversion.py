@@ -552,47 +552,6 @@ def test_lambdas_keep_what_they_refer_to(tmp_path):
     assert model.layers[0].function is masked.layers[0].function
 
 
-def test_a_lambda_in_compile_is_refused_by_name():
-    model = keras.Sequential([keras.Input((4,)), layers.Dense(3)])
-    model.compile("sgd", loss=lambda y, p: ops.mean(ops.square(y - p)))
-    with (
-        pytest.warns(UserWarning, match="lambda"),
-        pytest.raises(ValueError, match=r"named functions(.|\n)*inplace=True"),
-    ):
-        ml.convert_to_masked(model)
-    ml.convert_to_masked(model, inplace=True).fit(data(8, 4), data(8, 3), verbose=0)
-
-
-def test_different_classes_and_functions_of_one_name_are_not_mixed_up():
-    def scaled(factor):
-        class Scaled(layers.Layer):
-            def build(self, shape):
-                self.dense = layers.Dense(4)
-                self.dense.build(shape)
-
-            def call(self, x):
-                return self.dense(x) * factor
-
-        return Scaled
-
-    def loss(factor):
-        def scaled_loss(y_true, y_pred):
-            return ops.mean(ops.square(y_true - y_pred)) * factor
-
-        return scaled_loss
-
-    model = keras.Sequential([keras.Input((4,)), scaled(1)(), scaled(2)()])
-    with pytest.raises(ValueError, match=r"both as 'Scaled'.*inplace=True"):
-        ml.convert_to_masked(model)
-    model = keras.Sequential([keras.Input((4,)), layers.Dense(3)])
-    model.compile("sgd", loss(1.0), metrics=[loss(2.0)])
-    with pytest.raises(ValueError, match="both as 'scaled_loss'"):
-        ml.convert_to_masked(model)
-    factor = 2.0
-    model.compile("sgd", loss(factor), metrics=[loss(factor)])  # Two functions, one meaning.
-    ml.convert_to_masked(model)
-
-
 def test_a_class_in_use_goes_before_one_registered_under_its_name_since():
     def define(bias):
         @keras.saving.register_keras_serializable("tests")

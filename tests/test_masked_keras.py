@@ -1,5 +1,7 @@
 """What this library uses of Keras beyond its public API: these fail when Keras moves it."""
 
+import functools
+
 import keras
 import numpy as np
 import pytest
@@ -248,3 +250,33 @@ def test_export_signature_is_the_one_of_keras_export():
     (spec,) = _keras.export_signature(model)
     assert spec.shape.as_list() == [None, 4]
     assert not model._called
+
+
+def test_in_an_identity_scope_configs_stand_for_the_objects_themselves():
+    def named(value):
+        def activation(x):
+            return x * value
+
+        return activation
+
+    first, second, partial = named(1), named(2), functools.partial(ops.multiply, 2)
+    with _keras.identity_scope():
+        configs = [keras.activations.serialize(f) for f in (first, second, partial, ops.relu)]
+        for config, function in zip(configs[:3], (first, second, partial), strict=True):
+            assert keras.activations.get(config) is function
+        assert configs[3] == "relu"
+    with pytest.raises(TypeError, match="Could not locate function"):
+        keras.activations.get(configs[0])
+    assert keras.saving.get_registered_name(first) == "activation"
+
+
+def test_a_custom_object_scope_goes_before_what_is_registered_and_keeps_the_outer_one():
+    def outer():
+        return None
+
+    with keras.saving.custom_object_scope({"outer": outer}):
+        with _keras.custom_object_scope({"inner": test_sublayers_are_the_tracked_children}):
+            assert keras.saving.get_registered_object("outer") is outer
+            found = keras.saving.get_registered_object("inner")
+            assert found is test_sublayers_are_the_tracked_children
+        assert keras.saving.get_registered_object("inner") is None
