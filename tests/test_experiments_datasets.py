@@ -199,7 +199,7 @@ def test_what_a_pickle_may_hold(tmp_path, cifar, no_download):
     write_batches(folder, cifar)
     harmful = pickle.dumps({b"data": io.StringIO("x")})
     (folder / "data_batch_3").write_bytes(harmful)
-    with pytest.raises(pickle.UnpicklingError, match="StringIO"):
+    with pytest.raises(ValueError, match=r"data_batch_3.*StringIO"):
         datasets.load("cifar10", tmp_path)
 
 
@@ -420,5 +420,7 @@ def test_missing_files_and_modules_of_own_data_are_named(own, monkeypatch):
             datasets.load(f"{name}:table")
     # What is missing there is not what was asked for: the user's own error is more help.
     (own.parent / "broken.py").write_text("import no_such_package_either")
-    with pytest.raises(ModuleNotFoundError, match="no_such_package_either"):
+    with pytest.raises(
+        datasets.UserCodeError, match=r"no_such_package_either.*broken\.py', line 1"
+    ):
         datasets.load("broken:load")

@@ -413,7 +413,9 @@ def _shares(cores: Sequence[int], jobs: int) -> list[Sequence[int]]:
 def _message(log: Path, status: int) -> str:
     """What a process said last, without the traceback above it."""
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    last = lines[-1].removeprefix("lottery-ticket: ") if lines else ""
+    # Below the line of the command may be the traceback of a function of the user's.
+    said = [line for line in lines if line.startswith("lottery-ticket: ")] or lines
+    last = said[-1].removeprefix("lottery-ticket: ") if said else ""
     if status < 0:
         return f"ended by {signal.Signals(-status).name}. {last}".strip()
     return last or f"exit status {status}"

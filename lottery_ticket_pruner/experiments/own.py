@@ -1,0 +1,187 @@
+"""What a function of the user's returns, found by `module:function` or `file.py:function`."""
+
+import contextlib
+import importlib
+import importlib.util
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import lottery_ticket_pruner
+from lottery_ticket_pruner.data import pair_of
+
+_HERE = Path(lottery_ticket_pruner.__file__).resolve().parent
+
+
+class DatasetNotFoundError(FileNotFoundError):
+    """A data set is neither in the folder given nor to be had by download."""
+
+
+class UserCodeError(ValueError):
+    """The user's own code raised an exception, which is the cause of this one.
+
+    The first line of the message says where and what; the user's part of the traceback follows.
+    """
+
+
+def arrays_of(name: str) -> tuple[Any, Any, Any, Any]:
+    """Calls a function and returns what it gives as `x_train, y_train, x_test, y_test`.
+
+    Args:
+        name: `module:function` or `path/to/file.py:function`.
+
+    Raises:
+        DatasetNotFoundError: There is no such file or module.
+        UserCodeError: The function, or the module around it, raised an exception.
+        ValueError: There is no such function, or it returned something else than two pairs.
+    """
+    source, _, function = name.rpartition(":")
+    if not source or not function:
+        raise ValueError(
+            f"Expected module:function or path/to/file.py:function. Received: {name!r}."
+        )
+    folder = (Path(source).parent if source.endswith(".py") else Path.cwd()).resolve()
+    with _importing_from(folder):
+        function = _function(name, folder)
+        with _named_errors(name, folder):
+            returned = function()
+        # Read while what it may still import can be found.
+        train, test = (_pair(name, folder, part) for part in _two_parts(name, returned))
+    return *train, *test
+
+
+def _pair(name: str, folder: Path, part: Any) -> tuple[Any, ...]:
+    """One part of what a function returned, as inputs and labels."""
+    try:
+        pair = pair_of(part)
+    except Exception as error:
+        if isinstance(error, ValueError) and not _frames_in(folder, error):
+            raise ValueError(f"{name}: {error}") from error  # What it returned is to blame.
+        raise UserCodeError(_described(name, folder, error)) from error
+    if pair is None or len(pair) != 2:
+        received = "None" if pair is None else f"one of {len(pair)} parts"
+        raise ValueError(f"{name} must return pairs (x, y). Received {received}.")
+    return pair
+
+
+@contextlib.contextmanager
+def _importing_from(folder: Path) -> Iterator[None]:
+    """Lets modules in a folder be imported, as Python does for those beside a script."""
+    before = sys.path[:]
+    sys.path.insert(0, str(folder.resolve()))
+    try:
+        yield
+    finally:
+        sys.path[:] = before
+
+
+@contextlib.contextmanager
+def _named_errors(name: str, folder: Path) -> Iterator[None]:
+    """Says of an exception of the user's code where it was raised."""
+    try:
+        yield
+    # A module that ends the process would end the command with its status, as if it had run.
+    except (Exception, SystemExit) as error:
+        raise UserCodeError(_described(name, folder, error)) from error
+
+
+def _described(name: str, folder: Path, error: BaseException) -> str:
+    """A line that says what was raised where, and the user's part of the traceback."""
+    kind = traceback.format_exception_only(error)
+    if isinstance(error, SyntaxError) and error.filename:
+        place = f"'{error.filename}', line {error.lineno}"
+        return "".join([f"{name} raised {kind[-1].strip()} ({place})\n", *kind]).rstrip()
+    frames = traceback.extract_tb(error.__traceback__)
+    first = 0
+    while first < len(frames) - 1 and _is_above(frames[first].filename):
+        first += 1
+    # The last line of the user's own: what fails inside of a library is the call there.
+    frame = (_frames_in(folder, error) or frames)[-1]
+    place = f"'{frame.filename}', line {frame.lineno}, in {frame.name}"
+    lines = [
+        f"{name} raised {kind[-1].strip()} ({place})\n",
+        "Traceback (most recent call last):\n",
+        *traceback.StackSummary.from_list(frames[first:]).format(),
+        *kind,
+    ]
+    return "".join(lines).rstrip()
+
+
+def _frames_in(folder: Path, error: BaseException) -> list[traceback.FrameSummary]:
+    """The lines of an exception's traceback that are of files in a folder, and none of ours."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return [
+        frame
+        for frame in frames
+        if Path(frame.filename).parent == folder and not _is_ours(frame.filename)
+    ]
+
+
+def _is_above(file: str) -> bool:
+    return _is_ours(file) or file.startswith("<frozen importlib") or file == importlib.__file__
+
+
+def _is_ours(file: str) -> bool:
+    return Path(file).is_relative_to(_HERE)
+
+
+def _function(name: str, folder: Path) -> Callable[[], Any]:
+    source, _, attribute = name.rpartition(":")
+    with _named_errors(name, folder):
+        module = _module(source)
+    if module is None:
+        raise DatasetNotFoundError(
+            f"There is no file '{source}' to load data with."
+            if source.endswith(".py")
+            else f"There is no module {source!r} to load data with, here or among what is "
+            "installed. A file is named by its path, as in path/to/file.py:function."
+        )
+    function = getattr(module, attribute, None)
+    if not callable(function):
+        there = [key for key, value in vars(module).items() if _is_own_function(value, module)]
+        raise ValueError(
+            f"{source} has no function {attribute!r} to load data with. It has: "
+            f"{', '.join(there) or 'none'}."
+        )
+    return function
+
+
+def _module(source: str) -> Any:
+    """The module of a file or of a name; None if there is none."""
+    if not source.endswith(".py"):
+        try:
+            return importlib.import_module(source)
+        except ModuleNotFoundError as error:
+            if not f"{source}.".startswith(f"{error.name}."):
+                raise
+            return None
+    path = Path(source)
+    if not path.is_file():
+        return None
+    spec = importlib.util.spec_from_file_location(f"_{path.stem}_of_data", path.resolve())
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # Dataclasses look their module up there.
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[spec.name]
+        raise
+    return module
+
+
+def _is_own_function(value: Any, module: Any) -> bool:
+    return callable(value) and getattr(value, "__module__", None) == module.__name__
+
+
+def _two_parts(name: str, returned: Any) -> tuple[Any, Any]:
+    if not isinstance(returned, tuple | list) or len(returned) != 2:
+        what = type(returned).__name__
+        if isinstance(returned, tuple | list):
+            what = f"{what} of {len(returned)}: {', '.join(type(p).__name__ for p in returned)}"
+        raise ValueError(
+            f"{name} must return ((x_train, y_train), (x_test, y_test)), or two data sets of "
+            f"batches (inputs, targets). Received: {what}."
+        )
+    return tuple(returned)

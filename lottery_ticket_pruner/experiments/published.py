@@ -1,0 +1,243 @@
+"""The published files of MNIST, Fashion-MNIST and CIFAR-10: from a folder, or by download."""
+
+import gzip
+import importlib
+import io
+import logging
+import math
+import pickle
+import pickletools
+import tarfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lottery_ticket_pruner.experiments.own import DatasetNotFoundError
+from masked_layers.archives import MOST_PER_BYTE, read_npz
+
+logger = logging.getLogger(__name__)
+
+_FOLDERS = {
+    "mnist": ("mnist", "MNIST", "MNIST/raw", "datasets/mnist"),
+    "fashion_mnist": (
+        "fashion-mnist",
+        "fashion_mnist",
+        "FashionMNIST",
+        "FashionMNIST/raw",
+        "datasets/fashion-mnist",
+    ),
+    "cifar10": ("cifar10", "cifar-10", "datasets"),
+}
+_IDX_STEMS = (
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+)
+_NPZ_KEYS = ("x_train", "y_train", "x_test", "y_test")
+_CIFAR_FOLDER = "cifar-10-batches-py"
+_CIFAR_ARCHIVE = "cifar-10-python.tar.gz"
+_CIFAR_BATCHES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
+
+# A published batch has 31 million bytes.
+_LARGEST_BATCH = 1 << 28
+
+
+class Found(NamedTuple):
+    """Arrays as they were found, and where.
+
+    Attributes:
+        source: the file, the folder of the files, or the function that downloaded them.
+        places: where the parts to train and to test on are from, where these are other files.
+        arrays: `x_train, y_train, x_test, y_test`, unchecked.
+    """
+
+    source: str
+    places: tuple[str, str] | None
+    arrays: tuple[Any, Any, Any, Any]
+
+
+def load(name: str, data_dir: str | Path | None) -> Found:
+    """Reads a data set from the folder, or has Keras download it.
+
+    Raises:
+        ValueError: a file is not what its name says, or is cut short or damaged.
+        DatasetNotFoundError: neither gave the data.
+    """
+    if data_dir is not None:
+        for folder in _candidate_folders(name, Path(data_dir)):
+            found = _read_folder(name, folder)
+            if found is not None:
+                logger.info("read %s from %s", name, folder)
+                return found
+    try:
+        module = importlib.import_module(f"keras.datasets.{name}")
+        (x_train, y_train), (x_test, y_test) = module.load_data()
+    except Exception as error:  # a missing network shows in as many types as there are layers
+        raise DatasetNotFoundError(_how_to_provide(name, data_dir, error)) from error
+    return Found(f"keras.datasets.{name}", None, (x_train, y_train, x_test, y_test))
+
+
+def _candidate_folders(name: str, data_dir: Path) -> Iterator[Path]:
+    yield from (data_dir / folder for folder in _FOLDERS[name])
+    # MNIST's and Fashion-MNIST's files have the same names: a folder that is named after one of
+    # them is not taken for the other.
+    others = {Path(f).name for key, fs in _FOLDERS.items() if key != name for f in fs}
+    if data_dir.resolve().name not in others - {"raw", "datasets"}:
+        yield data_dir
+
+
+def _read_folder(name: str, folder: Path) -> Found | None:
+    """The four arrays found in a folder, or None where it does not hold this data set."""
+    npz = folder / f"{name}.npz"
+    if npz.is_file():
+        stored = read_npz(npz)
+        missing = [key for key in _NPZ_KEYS if key not in stored]
+        if missing:
+            raise ValueError(f"{npz} lacks {', '.join(missing)}; it holds {list(stored)}.")
+        return Found(f"'{npz}'", None, tuple(stored[key] for key in _NPZ_KEYS))
+    if name == "cifar10":
+        return _read_cifar_batches(folder)
+    files = [_existing(folder / f"{stem}.gz", folder / stem) for stem in _IDX_STEMS]
+    if None in files:
+        return None
+    places = tuple(f"'{images}' and '{labels.name}'" for images, labels in (files[:2], files[2:]))
+    return Found(f"'{folder}'", places, tuple(_read_idx(file) for file in files))
+
+
+def _existing(*paths: Path) -> Path | None:
+    return next((path for path in paths if path.is_file()), None)
+
+
+def _damaged(file: str | Path, error: Exception) -> ValueError:
+    """What a reader says of a file in which a library met wrong bytes."""
+    reason = str(error).rstrip(".") or type(error).__name__
+    return ValueError(
+        f"'{file}' is cut short or damaged: {reason}. Download it "
+        "again, or restore it from where it was copied."
+    )
+
+
+def _read_idx(file: Path) -> np.ndarray:
+    """Read a file in the IDX format: two zero bytes, type, rank, big-endian sizes, the data."""
+    most = file.stat().st_size * (MOST_PER_BYTE if file.suffix == ".gz" else 1)
+    with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as content:
+
+        def read(count: int) -> bytes:
+            try:
+                return content.read(count)
+            # Of a wrong checksum, a missing end, a wrong stream.
+            except (OSError, EOFError, zlib.error) as error:
+                raise _damaged(file, error) from error
+
+        head = read(4)
+        rank = head[3] if len(head) == 4 else 0
+        sizes = read(4 * rank)
+        if head[:3] != b"\x00\x00\x08" or len(sizes) < 4 * rank:
+            raise ValueError(f"{file} is not an IDX file of unsigned bytes: starts {head!r}.")
+        shape = tuple(int(n) for n in np.frombuffer(sizes, ">u4"))
+        size = math.prod(shape)
+        if size > most:
+            raise ValueError(f"{file} should hold {shape} values and is too short for them.")
+        values = np.frombuffer(read(size), np.uint8)
+        if values.size != size or read(1):
+            held = values.size if values.size < size else "more"
+            raise ValueError(f"{file} should hold {shape} values and holds {held}.")
+    return values.reshape(shape)
+
+
+def _read_cifar_batches(folder: Path) -> Found | None:
+    plain = [folder / _CIFAR_FOLDER / batch for batch in _CIFAR_BATCHES]
+    if folder.name == _CIFAR_FOLDER and (folder / _CIFAR_BATCHES[0]).is_file():
+        plain = [folder / batch for batch in _CIFAR_BATCHES]
+    archive = folder / _CIFAR_ARCHIVE
+    if all(batch.is_file() for batch in plain):
+        batches = [_cifar_batch(batch, batch.read_bytes()) for batch in plain]
+        source = plain[0].parent
+    elif archive.is_file():
+        batches = [_cifar_batch(f"{archive}/{n}", c) for n, c in _cifar_members(archive)]
+        source = archive
+    else:
+        return None
+    images, labels = zip(*batches, strict=True)
+    arrays = np.concatenate(images[:5]), np.concatenate(labels[:5]), images[5], labels[5]
+    return Found(f"'{source}'", None, arrays)
+
+
+def _cifar_members(archive: Path) -> Iterator[tuple[str, bytes]]:
+    try:
+        with tarfile.open(archive) as tar:
+            for batch in _CIFAR_BATCHES:
+                member = tar.getmember(f"{_CIFAR_FOLDER}/{batch}")
+                if member.size > _LARGEST_BATCH:
+                    raise ValueError(f"{member.name} has {member.size} bytes")
+                content = tar.extractfile(member).read()
+                yield batch, content
+    # Of tar, of gzip, of a member that is missing or a folder.
+    except (tarfile.TarError, OSError, EOFError, zlib.error, LookupError, AttributeError) as error:
+        raise _damaged(archive, error) from error
+
+
+def _cifar_batch(file: str | Path, content: bytes) -> tuple[np.ndarray, np.ndarray]:
+    """The images and labels of a batch: 3 072 bytes each, the red plane, then green, then blue."""
+    try:
+        _check_memo(content)
+        batch = _ArraysOnlyUnpickler(io.BytesIO(content)).load()
+        data, labels = batch[b"data"], np.asarray(batch[b"labels"])
+        if data.dtype != np.uint8:
+            raise ValueError(f"its images are of {data.dtype}")
+        return data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), labels
+    except Exception as error:  # Wrong bytes of a pickle call anything with anything.
+        raise _damaged(file, error) from error
+
+
+def _check_memo(content: bytes) -> None:
+    """Raises ValueError where a pickle numbers an object beyond those it holds.
+
+    Unpickling takes memory for all numbers up to the largest.
+    """
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(content)):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > count:
+            raise ValueError(f"object {argument} of at most {count}")
+
+
+class _ArraysOnlyUnpickler(pickle.Unpickler):
+    """Reads the published CIFAR-10 batches, and refuses a pickle that holds anything else."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file, encoding="bytes")
+
+    def find_class(self, module: str, name: str) -> object:
+        if (module, name) == ("_codecs", "encode"):
+            return super().find_class(module, name)
+        # Files of before NumPy 2 name `numpy.core`.
+        if module.split(".")[0] == "numpy" and name in ("_reconstruct", "ndarray", "dtype"):
+            # An array starts empty; NumPy's own function would take any shape for that. The class
+            # is an argument of it, and is not to be called.
+            return {"_reconstruct": _empty, "ndarray": name, "dtype": np.dtype}[name]
+        raise pickle.UnpicklingError(f"A CIFAR-10 batch does not hold {module}.{name}.")
+
+
+def _empty(*_: Any) -> np.ndarray:
+    return np.empty(0, np.uint8)
+
+
+def _how_to_provide(name: str, data_dir: str | Path | None, error: Exception) -> str:
+    if name == "cifar10":
+        files = (
+            f"`{_CIFAR_ARCHIVE}` or its folder `{_CIFAR_FOLDER}`, as published at "
+            "https://www.cs.toronto.edu/~kriz/cifar.html, or `cifar10.npz` with the arrays "
+            f"{', '.join(_NPZ_KEYS)}"
+        )
+    else:
+        files = f"the four files {', '.join(f'`{stem}.gz`' for stem in _IDX_STEMS)}, as published"
+        files += f", or `{name}.npz` with the arrays {', '.join(_NPZ_KEYS)}"
+    looked = f"is not in {data_dir}" if data_dir is not None else "was not given a folder"
+    return (
+        f"The data set {name} {looked} and could not be downloaded ({error}). Put into a folder "
+        f"DIR, or into DIR/{_FOLDERS[name][0]}, {files}; then name it with --data-dir DIR "
+        "(in Python: data_dir=DIR)."
+    )
