@@ -19,7 +19,8 @@ A block holds arrays of one dtype and one encoding, flattened in C order and joi
 `dense`: all values. `sparse`: only the non-zero ones (`values` counts them), and before them a
 stream of gaps, one byte each: 255 means "skip 255 zeros and go on", less means "skip so many zeros,
 then comes a value". Gaps run on from one array into the next; zeros behind the last value of the
-block are not written.
+block need not be written, and are where there are more than `BLOCK_SIZE` of them, so that no array
+is larger than its bytes can justify.
 
 Values are stored as byte planes: a stream with the first byte of every value, one with the second
 byte, and so on. Sign and exponent compress well, most bytes of the mantissa do not.
@@ -28,6 +29,7 @@ byte, and so on. Sign and exponent compress well, most bytes of the mantissa do 
 from __future__ import annotations
 
 import json
+import math
 import struct
 import zlib
 from collections.abc import Mapping
@@ -53,6 +55,10 @@ Encoding = Literal["sparse", "dense"]
 MAGIC = b"MLSP"
 VERSION = 1
 _PRELUDE = struct.Struct("<4sB3xII")
+_LARGEST_HEADER = 1 << 24  # Before compression: of some 200,000 arrays.
+_MOST_PER_BYTE = 1032  # No zlib stream holds more bytes for each of its own.
+# Zeros that a file may leave unwritten. Files of earlier versions leave all that end a block.
+_UNWRITTEN = 1 << 24
 
 SKIP = 255
 """The gap that stands for 255 zeros and no value."""
@@ -80,7 +86,7 @@ class Entry:
     @property
     def size(self) -> int:
         """Number of elements, zeros included."""
-        return int(np.prod(self.shape, dtype=np.int64))
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -113,6 +119,12 @@ class Block:
         return sum(entry.values for entry in self.entries)
 
     @property
+    def counts(self) -> list[int]:
+        """Bytes of each stream, decompressed."""
+        sparse = self.encoding == "sparse"
+        return [self.gaps] * sparse + [self.values] * (len(self.streams) - sparse)
+
+    @property
     def nbytes(self) -> list[int]:
         """Bytes of the streams by entry, shared out by the number of stored values."""
         total = sum(length for _, length in self.streams)
@@ -137,7 +149,8 @@ def encode(
 
     Raises:
         TypeError: If an array has a dtype that is not in `DTYPES`.
-        ValueError: If the level, an encoding or the name of one is unknown.
+        ValueError: If the level, an encoding or the name of one is unknown, or there are too many
+            arrays for one file (some 200,000).
     """
     if level not in range(10):
         raise ValueError(f"`level` must be an integer from 0 to 9. Received: {level!r}")
@@ -179,7 +192,13 @@ def encode(
                     "streams": [len(stream) for stream in packed],
                 }
             )
-    text = zlib.compress(json.dumps({"blocks": header}, separators=(",", ":")).encode(), 9)
+    plain = json.dumps({"blocks": header}, separators=(",", ":")).encode()
+    if len(plain) > _LARGEST_HEADER:
+        raise ValueError(
+            f"{len(arrays)} arrays take a header of {len(plain)} bytes, of at most "
+            f"{_LARGEST_HEADER}. Put them into several files."
+        )
+    text = zlib.compress(plain, 9)
     body = b"".join([text, *streams])
     return _PRELUDE.pack(MAGIC, VERSION, len(text), zlib.crc32(body)) + body
 
@@ -187,22 +206,22 @@ def encode(
 def decode(data: bytes) -> dict[str, np.ndarray]:
     """Unpacks what `encode` packed.
 
+    Memory is taken for no more than the bytes can justify, whatever their header says.
+
     Raises:
         ValueError: If the bytes are not of this format, of another version, cut or damaged.
     """
+    found = blocks(data)
+    _check_sizes(found)
     arrays = {}
-    for block in blocks(data):
-        dtype = _dtype(block.dtype)
-        counts = [block.values] * dtype.itemsize
-        if block.encoding == "sparse":
-            counts.insert(0, block.gaps)
-        streams = [
-            np.frombuffer(_decompress(data[offset : offset + length], count), np.uint8)
-            for (offset, length), count in zip(block.streams, counts, strict=True)
-        ]
-        planes = np.stack(streams[-dtype.itemsize :], axis=-1)
-        values = planes.view(dtype.newbyteorder("<")).ravel().astype(dtype, copy=False)
-        flat = values if block.encoding == "dense" else _join(values, streams[0], block.size)
+    for block in found:
+        try:
+            flat = _decode_block(data, block)
+        except MemoryError as error:
+            raise ValueError(
+                f"The packed file announces {block.size} values of {block.dtype} side by side, for "
+                "which there is no memory."
+            ) from error
         edges = np.cumsum([entry.size for entry in block.entries])[:-1]
         for entry, array in zip(block.entries, np.split(flat, edges), strict=True):
             arrays[entry.name] = array.reshape(entry.shape)
@@ -233,11 +252,13 @@ def blocks(data: bytes) -> list[Block]:
         )
     try:
         start = _PRELUDE.size + length
-        header = json.loads(zlib.decompress(data[_PRELUDE.size : start]))
+        header = json.loads(_header(data[_PRELUDE.size : start]))
         found = []
         for block in header["blocks"]:
             streams = []
             for nbytes in block["streams"]:
+                if type(nbytes) is not int or nbytes < 0:
+                    raise ValueError(f"a stream of {nbytes!r} bytes")
                 streams.append((start, nbytes))
                 start += nbytes
             entries = tuple(Entry(name, tuple(s), n) for name, s, n in block["arrays"])
@@ -247,9 +268,28 @@ def blocks(data: bytes) -> list[Block]:
             _check(found[-1])
         if start != len(data):
             raise ValueError(f"its streams end at byte {start} of {len(data)}")
-    except (zlib.error, KeyError, TypeError, ValueError) as error:
+        names = [entry.name for block in found for entry in block.entries]
+        if len(set(names)) < len(names):
+            raise ValueError("two arrays have one name")
+    except (zlib.error, LookupError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"The header of the packed file is malformed: {error}.") from error
     return found
+
+
+def _decode_block(data: bytes, block: Block) -> np.ndarray:
+    """Returns all values of a block, zeros included, as one flat array."""
+    dtype = _dtype(block.dtype)
+    parts = [
+        (data[offset : offset + length], count)
+        for (offset, length), count in zip(block.streams, block.counts, strict=True)
+    ]
+    if max(block.counts) > BLOCK_SIZE:  # Before memory is taken for any of them.
+        for part in parts:
+            _check_length(*part)
+    streams = [np.frombuffer(_decompress(*part), np.uint8) for part in parts]
+    planes = np.stack(streams[-dtype.itemsize :], axis=-1)
+    values = planes.view(dtype.newbyteorder("<")).ravel().astype(dtype, copy=False)
+    return values if block.encoding == "dense" else _join(values, streams[0], block.size)
 
 
 def choose(array: np.ndarray) -> Encoding:
@@ -330,7 +370,9 @@ def _split(flat: np.ndarray, encoding: str) -> tuple[np.ndarray, np.ndarray]:
     skipped = np.diff(positions, prepend=-1) - 1
     # A run of zeros takes as many 255s as fit, then the byte that ends at a value.
     last = np.cumsum(skipped // SKIP + 1) - 1
-    gaps = np.full(last[-1] + 1 if len(last) else 0, SKIP, np.uint8)
+    behind = len(flat) - 1 - (positions[-1] if len(positions) else -1)
+    skips = behind // SKIP if behind > BLOCK_SIZE else 0
+    gaps = np.full((last[-1] + 1 if len(last) else 0) + skips, SKIP, np.uint8)
     gaps[last] = skipped % SKIP
     return flat[positions], gaps
 
@@ -338,14 +380,21 @@ def _split(flat: np.ndarray, encoding: str) -> tuple[np.ndarray, np.ndarray]:
 def _join(values: np.ndarray, gaps: np.ndarray, size: int) -> np.ndarray:
     """Inverse of `_split` for a sparse block of `size` elements."""
     # A gap of g < 255 moves on by g zeros and one value, 255 by 255 zeros.
-    positions = np.cumsum(np.minimum(gaps.astype(np.int64) + 1, SKIP))[gaps != SKIP] - 1
-    if len(positions) != len(values) or (len(positions) and positions[-1] >= size):
+    count = int(np.count_nonzero(gaps != SKIP))
+    end = int(gaps.sum(dtype=np.int64)) + count
+    if count != len(values) or end > size:
         raise ValueError(
-            f"The packed file is malformed: {len(positions)} gaps for {len(values)} values "
-            f"among {size} elements."
+            f"The packed file is malformed: {count} gaps for {len(values)} values, up to element "
+            f"{end} of {size}."
         )
     flat = np.zeros(size, values.dtype)
-    flat[positions] = values
+    position, taken = -1, 0
+    for start in range(0, len(gaps), BLOCK_SIZE):  # Positions take 8 times the memory of gaps.
+        part = gaps[start : start + BLOCK_SIZE]
+        ends = position + np.cumsum(np.minimum(part.astype(np.int64) + 1, SKIP))
+        positions = ends[part != SKIP]
+        flat[positions] = values[taken : taken + len(positions)]
+        position, taken = ends[-1], taken + len(positions)
     return flat
 
 
@@ -381,6 +430,32 @@ def _decompress(data: bytes, size: int) -> bytes:
     return unpacked
 
 
+def _check_length(data: bytes, size: int) -> None:
+    """Raises ValueError where a stream has another length, in as much memory as a piece of it."""
+    unpacker, found, piece = zlib.decompressobj(), 0, 1 << 16
+    try:
+        for start in range(0, len(data), piece):
+            rest = data[start : start + piece]
+            while rest and found <= size:
+                found += len(unpacker.decompress(rest, BLOCK_SIZE))
+                rest = unpacker.unconsumed_tail
+    except zlib.error as error:
+        raise ValueError(f"A stream of the packed file is malformed: {error}.") from error
+    if found != size:
+        raise ValueError(
+            f"A stream of the packed file is malformed: expected {size} bytes, received "
+            f"{'more' if found > size else found}."
+        )
+
+
+def _header(data: bytes) -> bytes:
+    unpacker = zlib.decompressobj()
+    text = unpacker.decompress(data, _LARGEST_HEADER + 1)
+    if len(text) > _LARGEST_HEADER or not unpacker.eof or unpacker.unused_data:
+        raise ValueError(f"it has not the length that it says, of at most {_LARGEST_HEADER} bytes")
+    return text
+
+
 def _check(block: Block) -> None:
     """Raises ValueError where a header contradicts itself."""
     sparse = block.encoding == "sparse"
@@ -390,7 +465,32 @@ def _check(block: Block) -> None:
         raise ValueError(f"{len(block.streams)} streams for {block.encoding} {block.dtype}")
     for entry in block.entries:
         numbers: tuple[Any, ...] = (*entry.shape, entry.values, block.gaps)
-        if not all(isinstance(number, int) and number >= 0 for number in numbers):
+        if not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
             raise ValueError(f"counts of '{entry.name}' are {numbers}")
+        if not isinstance(entry.name, str):
+            raise ValueError(f"an array is named {entry.name!r}")
         if entry.values > entry.size or (not sparse and entry.values < entry.size):
             raise ValueError(f"{entry.values} values for '{entry.name}' of shape {entry.shape}")
+    if sparse and not block.values <= block.gaps <= block.values + block.size // SKIP:
+        raise ValueError(f"{block.gaps} gaps for {block.values} values of {block.size} elements")
+    for count, (_, nbytes) in zip(block.counts, block.streams, strict=True):
+        if count > _MOST_PER_BYTE * nbytes:
+            raise ValueError(f"{nbytes} bytes cannot hold the {count} of a stream")
+
+
+def _check_sizes(found: list[Block]) -> None:
+    """Raises ValueError where arrays have more elements than the bytes can justify."""
+    for block in found:
+        for entry in block.entries:
+            # NumPy takes neither; of an empty array the other lengths count, too.
+            lengths = math.prod(length for length in entry.shape if length)
+            if len(entry.shape) > 64 or lengths >= 2**60:
+                raise ValueError(f"The packed file is malformed: a shape of {entry.shape}.")
+    unwritten = sum(
+        max(0, block.size - SKIP * block.gaps) for block in found if block.encoding == "sparse"
+    )
+    if unwritten > _UNWRITTEN:
+        raise ValueError(
+            f"The packed file is malformed: nothing in it stands for {unwritten} of the zeros that "
+            f"its header announces, of at most {_UNWRITTEN}."
+        )

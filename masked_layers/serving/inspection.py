@@ -28,7 +28,7 @@ def inspect(path: str | os.PathLike[str]) -> StorageReport:
 
     Raises:
         FileNotFoundError: If there is nothing at `path`.
-        ValueError: If it is neither of the two, or damaged.
+        ValueError: If it is neither of the two, damaged, or a model that Keras cannot load here.
     """
     path = Path(path)
     if not path.exists():
@@ -58,7 +58,8 @@ def load_model(path: Path) -> keras.Model:
     """Loads a `.keras` file without its compilation, after a check that it is whole.
 
     Raises:
-        ValueError: If it is cut short, damaged, or nothing that Keras wrote.
+        ValueError: If it is cut short, damaged, nothing that Keras wrote, or holds a layer of a
+            class that is not imported.
     """
     with path.open("rb") as file:
         complete = zipfile.is_zipfile(file)
@@ -82,6 +83,9 @@ def load_model(path: Path) -> keras.Model:
         return keras.models.load_model(path, compile=False)
     except KeyError as error:
         raise ValueError(f"'{path}' is no file that Keras wrote: {error}.") from error
+    # Whatever else Keras makes of the file, or of a layer that is not imported.
+    except Exception as error:
+        raise ValueError(f"'{path}' cannot be loaded: {type(error).__name__}: {error}") from error
 
 
 def _written_report(path: Path, files: Mapping[str, int]) -> StorageReport:
@@ -122,13 +126,14 @@ def _checkpoint(path: Path) -> dict[str, np.ndarray]:
 
     if not (path / "variables" / "variables.index").is_file():
         return {}
+    suffix = "/.ATTRIBUTES/VARIABLE_VALUE"
     try:
         reader = tf.train.load_checkpoint(str(path / "variables" / "variables"))
-    except tf.errors.OpError as error:
+        return {
+            name.removesuffix(suffix): np.asarray(reader.get_tensor(name))
+            for name, dtype in reader.get_variable_to_dtype_map().items()
+            if dtype not in (tf.string, tf.resource, tf.variant)
+        }
+    # Of a missing shard or a wrong checksum; of an index that is none.
+    except (tf.errors.OpError, ValueError, RuntimeError) as error:
         raise ValueError(f"The variables in '{path}' are damaged: {error}.") from error
-    suffix = "/.ATTRIBUTES/VARIABLE_VALUE"
-    return {
-        name.removesuffix(suffix): np.asarray(reader.get_tensor(name))
-        for name, dtype in reader.get_variable_to_dtype_map().items()
-        if dtype not in (tf.string, tf.resource, tf.variant)
-    }

@@ -146,15 +146,18 @@ class StorageReport:
             ValueError: If the bytes are no such report.
         """
         try:
-            content = dict(json.loads(data))
-            rows = []
-            for cells in content.pop("rows"):
-                cells = dict(zip(content["columns"], cells, strict=True))
-                rows.append(StorageRow(**{**cells, "shape": tuple(cells["shape"])}))
-            del content["columns"]
-            return cls(rows=tuple(rows), **content)
-        except (KeyError, TypeError, ValueError) as error:
+            content = json.loads(data)
+            rows = [
+                StorageRow(**dict(zip(content["columns"], cells, strict=True)))
+                for cells in content["rows"]
+            ]
+            fields = {key: content[key] for key in content if key not in ("rows", "columns")}
+            rows = [dataclasses.replace(row, shape=tuple(row.shape)) for row in rows]
+            report = cls(rows=tuple(rows), **fields)
+            _check(report)
+        except (LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
             raise ValueError(f"Not a storage report: {error!r}") from error
+        return report
 
     def __str__(self) -> str:
         lines = [("weight", "shape", "values", "encoding", "alive", "sparsity", "bytes")]
@@ -195,6 +198,23 @@ class StorageReport:
                 f"largest difference of an output: {self.output_error:.2g} of the largest output"
             )
         return "\n".join(text)
+
+
+def _check(report: StorageReport) -> None:
+    """Raises ValueError where a report read from a file holds what no report does."""
+    texts = [report.values, *report.files]
+    counts = [report.dense_nbytes, *report.files.values()]
+    for row in report.rows:
+        texts += [row.path, row.dtype, row.encoding]
+        counts += [*row.shape, row.size, row.alive, row.nbytes]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("something else where a text is expected")
+    if not all(type(count) is int and 0 <= count < 2**63 for count in counts):
+        raise ValueError("something else where a count is expected")
+    if any(row.alive > row.size for row in report.rows):
+        raise ValueError("more values alive than there are")
+    if type(report.output_error) not in (float, int, type(None)):
+        raise ValueError(f"an output error of {report.output_error!r}")
 
 
 def _numbers(counts: StorageRow | StorageReport) -> tuple[str, str, str]:
