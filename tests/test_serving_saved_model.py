@@ -2,8 +2,6 @@
 
 import logging
 import os
-import shutil
-import sys
 from pathlib import Path
 
 import keras
@@ -640,37 +638,6 @@ def test_a_crash_while_writing_leaves_what_was_there(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         export_sparse_saved_model(model, tmp_path / "out")
     assert contents(tmp_path) == before
-
-
-@pytest.mark.parametrize("exchange", [True, False])
-def test_folders_are_replaced_where_exchange_works_and_where_not(exchange, tmp_path, monkeypatch):
-    if not exchange:
-        monkeypatch.setattr(saved_model, "_exchange", lambda a, b: False)
-    elif not sys.platform.startswith(("linux", "darwin")):
-        pytest.skip("needs an atomic exchange of folders")
-    for name in ("old", "new"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "saved_model.pb").write_text(name)
-    saved_model._replace(tmp_path / "new", tmp_path / "old")
-    assert (tmp_path / "old" / "saved_model.pb").read_text() == "new"
-    shutil.rmtree(tmp_path / "new", ignore_errors=True)
-    assert [path.name for path in tmp_path.iterdir()] == ["old"]
-
-
-def test_without_a_library_of_the_process_nothing_is_exchanged(tmp_path, monkeypatch):
-    def windows(name):
-        raise TypeError("argument of type 'NoneType' is not iterable")
-
-    monkeypatch.setattr(saved_model.ctypes, "CDLL", windows)
-    assert saved_model._exchange(tmp_path / "a", tmp_path / "b") is False
-
-
-def test_a_failed_replacement_is_undone(tmp_path, monkeypatch):
-    monkeypatch.setattr(saved_model, "_exchange", lambda a, b: False)
-    (tmp_path / "old").mkdir()
-    with pytest.raises(FileNotFoundError):
-        saved_model._replace(tmp_path / "missing", tmp_path / "old")
-    assert [path.name for path in tmp_path.iterdir()] == ["old"]
 
 
 def test_the_folder_can_be_read_by_others(tmp_path):

@@ -8,7 +8,6 @@ no checkpoint; the serving function then is the dense model's. Only TensorFlow's
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import itertools
 import logging
 import os
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import keras
 import numpy as np
 
+from masked_layers import files
 from masked_layers.serving import encoding
 from masked_layers.serving.report import FILE, StorageReport, StorageRow, file_sizes
 from masked_layers.serving.tracing import Traced, effective_values, trace
@@ -33,6 +33,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PACK = "weights.mlsp"
+
+_CONTENTS = frozenset(
+    ("assets", "assets.extra", "fingerprint.pb", "saved_model.pb", "variables", "keras_metadata.pb")
+)
+"""What may be in a folder that an export did not finish."""
+
+_PATTERN = re.compile(r"[][*?\\]")
+"""What makes TensorFlow take a path for a pattern where it looks for a checkpoint."""
 
 _PACKED_BELOW = 1 << 14
 """Elements below which a dense array joins the pack: as a variable of its own in the checkpoint, a
@@ -99,7 +107,7 @@ def export_sparse_saved_model(
 
     Warns:
         UserWarning: If outputs on the sample inputs are not finite, so that comparing them says
-            little.
+            little; or if TensorFlow takes the path for a pattern, and may not load from there.
     """
     if not isinstance(model, keras.Model):
         raise TypeError(f"Expected a `keras.Model`. Received: {model!r}")
@@ -133,7 +141,7 @@ def export_sparse_saved_model(
     samples = _samples(model, traced, sample_inputs)
 
     given = sample_inputs is not None
-    with _scratch(path) as folder:
+    with files.scratch_folder(path, _CONTENTS) as scratch, _literal(scratch) as folder:
         os.chmod(folder, 0o777 & ~_umask())
         _write(folder, traced, pack)
         keep_saver = "dense" in encodings.values() or bool(traced.resources)
@@ -152,7 +160,9 @@ def export_sparse_saved_model(
         (folder / FILE).parent.mkdir()
         (folder / FILE).write_bytes(report.to_json())
         _check_replaceable(path)  # Writing took a while.
-        _replace(folder, path)
+        if folder != scratch:
+            shutil.copytree(folder, scratch, dirs_exist_ok=True)
+        files.replace_folder(scratch, path)
     logger.info("Wrote '%s': %d bytes, sparsity %.4f.", path, report.disk_nbytes, report.sparsity)
     return report
 
@@ -646,54 +656,25 @@ def _check_replaceable(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _scratch(path: Path) -> Iterator[Path]:
-    """Makes a folder beside `path`, and its parents; takes it away, and parents left empty."""
-    made = [parent for parent in path.parents if not parent.exists()]
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-        try:
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-    finally:
-        for parent in made:
-            with contextlib.suppress(OSError):  # Not empty if all went well.
-                parent.rmdir()
+def _literal(folder: Path) -> Iterator[Path]:
+    """The folder, or where TensorFlow would take its path for a pattern, another one that is empty.
+
+    Warns:
+        UserWarning: If it is another one.
+    """
+    if not _PATTERN.search(os.path.splitdrive(folder)[1].replace(os.sep, "/")):
+        yield folder
+        return
+    warnings.warn(
+        f"TensorFlow takes '{folder.parent}' for a pattern, as it has one of [ ] * ? \\ in it, and "
+        "may find no weights there: move the SavedModel elsewhere to load it.",
+        stacklevel=4,
+    )
+    with tempfile.TemporaryDirectory() as elsewhere:
+        yield Path(elsewhere)
 
 
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-def _replace(new: Path, path: Path) -> None:
-    """Puts folder `new` at `path` in one step; what was there is at `new` afterwards, or gone."""
-    if not path.exists():
-        new.rename(path)
-    elif not _exchange(new, path):
-        # Where the system cannot exchange two folders: two steps, undone if the second fails.
-        old = path.with_name(f"{new.name}.old")
-        path.rename(old)
-        try:
-            new.rename(path)
-        except BaseException:
-            old.rename(path)
-            raise
-        shutil.rmtree(old)
-
-
-def _exchange(a: Path, b: Path) -> bool:
-    """Exchanges two paths atomically; False where the system or file system cannot."""
-    names = os.fsencode(a), os.fsencode(b)
-    library = None
-    with contextlib.suppress(TypeError):  # Windows has no library of the whole process.
-        library = ctypes.CDLL(None)
-    with contextlib.suppress(AttributeError):
-        here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-        return library.renameat2(here, names[0], here, names[1], exchange) == 0
-    with contextlib.suppress(AttributeError):
-        swap = 2  # RENAME_SWAP
-        return library.renamex_np(*names, swap) == 0
-    return False

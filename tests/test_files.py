@@ -1,0 +1,120 @@
+"""Files and folders that are complete or not there, and what killed processes leave of them."""
+
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from masked_layers import files
+
+pytestmark = pytest.mark.once
+
+posix = pytest.mark.skipif(files.fcntl is None, reason="needs locks of the system on any file")
+
+# Stops in the middle of writing `a.npz` and of the folder `1`, until it is killed.
+WRITER = """
+import importlib.util, pathlib, sys, time
+spec = importlib.util.spec_from_file_location("files", sys.argv[1])
+files = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(files)
+with files.scratch_folder(pathlib.Path("1"), frozenset(["variables"])) as folder:
+    (folder / "variables").mkdir()
+    with files.replacing("a.npz") as file:
+        file.write(b"half")
+        file.flush()
+        print("written", flush=True)
+        time.sleep(60)
+"""
+
+
+@pytest.fixture
+def writer(tmp_path):
+    """A process that is writing in `tmp_path`."""
+    command = [sys.executable, "-c", WRITER, files.__file__]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=tmp_path)
+    process.stdout.readline()
+    yield process
+    process.kill()
+    process.communicate()
+
+
+@posix
+def test_what_a_killed_process_left_goes_with_the_next_one(writer, tmp_path):
+    (tmp_path / ".1.notmine_").mkdir()
+    (tmp_path / ".1.notmine_" / "thesis.txt").touch()
+    (tmp_path / ".1.too_long_").mkdir()
+    theirs = {".1.notmine_", ".1.too_long_"}
+
+    def write():
+        with files.replacing(tmp_path / "a.npz") as file:
+            file.write(b"whole")
+        with files.scratch_folder(tmp_path / "1", frozenset(["variables"])) as folder:
+            assert folder.parent == tmp_path
+        return {path.name for path in tmp_path.glob(".*")} - theirs
+
+    # As long as the process lives, what it writes is its own.
+    assert len(write()) == 2
+    writer.send_signal(signal.SIGKILL)
+    writer.wait()
+    assert len({path.name for path in tmp_path.glob(".*")} - theirs) == 2
+    assert write() == set()
+    assert (tmp_path / "a.npz").read_bytes() == b"whole"
+    assert all((tmp_path / name).is_dir() for name in theirs)
+
+
+@posix
+def test_the_owner_of_a_folder_removes_all_that_was_left_in_it(writer, tmp_path):
+    files.remove_abandoned(tmp_path, "b.npz")
+    writer.kill()
+    writer.wait()
+    assert len(list(tmp_path.glob(".a.npz.*.part"))) == 1
+    files.remove_abandoned(tmp_path)
+    assert not list(tmp_path.glob(".a.npz.*.part"))
+
+
+@pytest.mark.parametrize("name", ["plain", "a[1]*?"])
+def test_an_error_leaves_what_was_there(name, tmp_path):
+    (tmp_path / name).write_text("before")
+
+    def fail():
+        with files.replacing(tmp_path / name) as file:
+            file.write(b"after")
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        fail()
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == "before"
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_folders_are_replaced_where_exchange_works_and_where_not(exchange, tmp_path, monkeypatch):
+    if not exchange:
+        monkeypatch.setattr(files, "_exchange", lambda a, b: False)
+    elif not sys.platform.startswith(("linux", "darwin")):
+        pytest.skip("needs an atomic exchange of folders")
+    for name in ("old", "new"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "saved_model.pb").write_text(name)
+    files.replace_folder(tmp_path / "new", tmp_path / "old")
+    assert (tmp_path / "old" / "saved_model.pb").read_text() == "new"
+    shutil.rmtree(tmp_path / "new", ignore_errors=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
+
+
+def test_without_a_library_of_the_process_nothing_is_exchanged(tmp_path, monkeypatch):
+    def windows(name):
+        raise TypeError("argument of type 'NoneType' is not iterable")
+
+    monkeypatch.setattr(files.ctypes, "CDLL", windows)
+    assert files._exchange(tmp_path / "a", tmp_path / "b") is False
+
+
+def test_a_failed_replacement_is_undone(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_exchange", lambda a, b: False)
+    (tmp_path / "old").mkdir()
+    with pytest.raises(FileNotFoundError):
+        files.replace_folder(tmp_path / "missing", tmp_path / "old")
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
