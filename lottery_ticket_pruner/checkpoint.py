@@ -5,13 +5,14 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import keras
 import numpy as np
 
 import masked_layers as ml
 from lottery_ticket_pruner import fitting
+from lottery_ticket_pruner.folders import FolderLock
 from lottery_ticket_pruner.pruner import LotteryTicketPruner
 from masked_layers.files import replacing
 
@@ -19,7 +20,8 @@ from masked_layers.files import replacing
 class Checkpoint:
     """A folder with the state after the last round: model, records, masks of every round, results.
 
-    The state changes as a whole: after a crash it is that of one round or of the next.
+    The state changes as a whole: after a crash it is that of one round or of the next. Within a
+    `with` block the folder is this process's alone.
 
     Args:
         folder: made if it is not there.
@@ -31,6 +33,14 @@ class Checkpoint:
         self._folder = folder
         self._arguments = json.loads(json.dumps(arguments, default=description))
         self._state = folder / "state.json"
+        self._lock = FolderLock(folder)
+
+    def __enter__(self) -> Self:
+        self._lock.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.__exit__(*error)
 
     def exists(self) -> bool:
         """Whether there is a state to go on from."""
@@ -43,7 +53,12 @@ class Checkpoint:
         rows: list[dict[str, Any]],
         evaluations: list[dict[str, Any]],
     ) -> None:
-        """Writes the state after round `number`, in which the final weights were trained."""
+        """Writes the state after round `number`, in which the final weights were trained.
+
+        Raises:
+            FileNotFoundError: The folder was removed or replaced meanwhile.
+        """
+        self._lock.check()
         self._folder.mkdir(parents=True, exist_ok=True)
         ml.save_masks(pruner.model, self._masks_file(number))
         pruner.save(self._pruner_file(number))

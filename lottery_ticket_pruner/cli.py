@@ -1,9 +1,12 @@
 """The command `lottery-ticket`."""
 
 import importlib.util
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
+
+from lottery_ticket_pruner.experiments.parent import end_with_parent
 
 if TYPE_CHECKING:
     from lottery_ticket_pruner.experiments.sweep import Failure
@@ -20,12 +23,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     try:
         return _main(arguments)
-    except KeyboardInterrupt:
-        print("Interrupted. The results so far are in the run folder.", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        words = ["Interrupted.", *getattr(error, "__notes__", ())]
+        if len(words) > 1:
+            given = sys.argv[1:] if arguments is None else arguments
+            words.append(f"The same command goes on: {shlex.join(['lottery-ticket', *given])}")
+        print(" ".join(words), file=sys.stderr)
         return 130
 
 
 def _main(arguments: Sequence[str] | None) -> int:
+    end_with_parent()
     missing = [name for name in _EXTRA if importlib.util.find_spec(name) is None]
     if missing:
         print(

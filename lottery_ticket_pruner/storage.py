@@ -17,7 +17,9 @@ class ExportConfig:
     model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
     """A `.keras` file: masked, or plain with zeros in its kernels."""
     out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
-    """Folder to write, such as served/1. A SavedModel that is there is replaced."""
+    """Folder to write, such as served/1. A SavedModel that is there stays as it is."""
+    overwrite: bool = False
+    """Replace the SavedModel that is there, when the new one is complete."""
     values: Literal["float32", "float16", "bfloat16"] = "float32"
     """float32 keeps every value; the others store 2 bytes, and the error is printed."""
     level: int = 6
@@ -28,6 +30,11 @@ class ExportConfig:
     def execute(self) -> serving.StorageReport:
         """Load the model, write the folder and return the report of what it takes."""
         _check_model(self.model)
+        if (self.out / "saved_model.pb").is_file() and not self.overwrite:
+            raise FileExistsError(
+                f"'{self.out}' holds a SavedModel. Choose another folder, or give --overwrite to "
+                "replace it when the new one is complete."
+            )
         return serving.export_sparse_saved_model(
             load_model(self.model),
             self.out,

@@ -1,5 +1,6 @@
 """Iterative pruning with rewinding: a lottery ticket and the controls it has to beat."""
 
+import contextlib
 import dataclasses
 import logging
 import numbers
@@ -145,7 +146,7 @@ def find_ticket(
             with the same arguments, initial weights, data, optimizer and loss, the work goes on
             from there, with the same results as without the interruption; it replays what it knows
             to the callbacks. The masks of each round stay there as `masks-<round>.npz` (see
-            `masked_layers.load_masks`).
+            `masked_layers.load_masks`). No other process can work in the folder meanwhile.
         on_result: called with each row as soon as it is known.
         on_evaluation: called after each look at the validation data, while an arm trains, with a
             dict: `round`, `arm`, `replicate`, `step` and `validation_<metric>` for the loss and
@@ -157,6 +158,8 @@ def find_ticket(
             a model that is not compiled, a weight to draw again that has no initialiser, a
             checkpoint of something else, and whatever `update_masks` or `data.arrays_of` refuses.
             No step was trained then.
+        OSError: the folder of the checkpoint is in use by another process (a `FolderInUseError`),
+            is removed meanwhile, or cannot be written.
     """
     _check(rounds, steps, rewind_to, rate, sparsity, seed)
     _check_names(controls, control_rounds, rounds, retraining)
@@ -203,18 +206,8 @@ def find_ticket(
     )
     search.rehearse()
     saved = None if checkpoint is None else Checkpoint(Path(checkpoint), search.arguments())
-    if saved is not None and saved.exists():
-        search.resume(saved)
-    else:
-        search.dense()
-        search.save(saved)
-    while len(search.masks) <= rounds:
-        search.prune()
-        if control_rounds is None or search.round in control_rounds:
-            for arm in controls:
-                search.control(arm)
-        search.ticket()
-        search.save(saved)
+    with contextlib.nullcontext() if saved is None else saved:
+        search.run(saved)
     return search.result()
 
 
@@ -338,6 +331,21 @@ class _Search:
         if self.rewind_to:
             self.pruner.set_initial_weights()
         self._measure("dense", before)
+
+    def run(self, saved: Checkpoint | None) -> None:
+        """Does all rounds, or those after the last one that was saved."""
+        if saved is not None and saved.exists():
+            self.resume(saved)
+        else:
+            self.dense()
+            self.save(saved)
+        while len(self.masks) <= self.rounds:
+            self.prune()
+            if self.control_rounds is None or self.round in self.control_rounds:
+                for arm in self.controls:
+                    self.control(arm)
+            self.ticket()
+            self.save(saved)
 
     def prune(self) -> None:
         """Begins a round: new masks from the weights trained last, or from the initial ones."""

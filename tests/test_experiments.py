@@ -212,6 +212,8 @@ def test_the_configuration_on_file_repeats_the_run(finished):
     assert stored["learning_rate"] == 2e-3
     assert stored.pop("backend") == keras.backend.backend()
     assert stored.pop("data_digest") == datasets.load("digits").digest
+    assert (stored.pop("command"), stored.pop("finished")) == ("run", True)
+    assert stored.pop("versions")["keras"] == keras.__version__
     stored = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
     again = RunConfig(**stored | {"out": config.out})
     assert again.resolve(1318) == config
@@ -334,8 +336,12 @@ def test_a_run_goes_on_where_it_was_its_data_that_was_interrupted(tmp_path, monk
     assert [row["arm"] for row in report.read_rows(tmp_path / "results.csv")] == ["dense"]
     run(config, data, Console(quiet=True))
     assert len(report.read_rows(tmp_path / "results.csv")) == 2
-    run(config, other, Console(quiet=True))  # in place of a finished one
+    with pytest.raises(ValueError, match=r"finished run .* another data_digest .*--overwrite"):
+        run(config, other, Console(quiet=True))
+    run(dataclasses.replace(config, overwrite=True), other, Console(quiet=True))
     assert len(report.read_rows(tmp_path / "results.csv")) == 2
+    assert json.loads((tmp_path / "config.json").read_text())["data_digest"] == other.digest
+    assert not list(tmp_path.parent.glob(f".{tmp_path.name}*"))
 
 
 def test_a_run_on_own_data_repeats_from_its_configuration(tmp_path, monkeypatch):

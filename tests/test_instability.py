@@ -141,7 +141,7 @@ def interrupted(*args, **kwargs):
 
 
 def test_an_interrupted_run_goes_on_under_the_same_masks_alone(
-    tmp_path, ticket, measured, monkeypatch
+    tmp_path, ticket, measured, monkeypatch, capsys
 ):
     options = OF_TICKET | {"masks": ticket, "rewind-to": 0, "out": tmp_path / "a"}
     options["seeds"] = "3 5"
@@ -155,25 +155,36 @@ def test_an_interrupted_run_goes_on_under_the_same_masks_alone(
         file.write_bytes(content)
         return measure(*args, **kwargs)
 
-    for function, status in ((once, 130), (measure, 0), (once, 130)):
+    other = options | {"out": tmp_path / "b"}
+    for given, function, status in (
+        (options, once, 130),
+        (options, measure, 0),
+        (other, once, 130),
+    ):
         monkeypatch.setattr(analyses, "instability", function)
-        assert cli.main(command(**options)) == status
+        assert cli.main(command(**given)) == status
     assert [seed for seed, *_ in measured] == [3, 5, 3]
     # Written anew before the run goes on, and once more after it has begun.
     shutil.copy(file.with_name("masks-00.npz"), file)
     monkeypatch.setattr(analyses, "instability", meanwhile)
-    assert cli.main(command(**options)) == 0
+    capsys.readouterr()
+    assert cli.main(command(**other)) == 2
+    assert "an interrupted run of the same options with another masks_digest" in " ".join(
+        capsys.readouterr().err.split()
+    )
+    assert cli.main([*command(**other), "--overwrite"]) == 0
     assert [seed for seed, *_ in measured] == [3, 5, 3, 3, 5]
     dense = [all(mask.all() for mask in masks.values()) for *_, masks in measured]
     assert dense == [False, False, False, False, True]
-    assert len(pd.read_csv(tmp_path / "a" / "results.csv")) == 2
+    assert len(pd.read_csv(tmp_path / "b" / "results.csv")) == 2
 
 
 def test_the_file_of_the_options_is_replaced_as_a_whole(tmp_path, measured):
     options = {"steps": 9, "seeds": 0, "rewind-to": 0, "points": 3, "out": tmp_path / "a"}
     assert cli.main(command(**options)) == 0
     os.link(tmp_path / "a" / "config.json", tmp_path / "before")
-    assert cli.main(command(**options | {"points": 4})) == 0
+    assert cli.main(command(**options | {"points": 4})) == 2
+    assert cli.main([*command(**options | {"points": 4}), "--overwrite"]) == 0
     assert json.loads((tmp_path / "a" / "config.json").read_text())["points"] == 4
     assert json.loads((tmp_path / "before").read_text())["points"] == 3
 
@@ -197,23 +208,31 @@ def test_an_interrupted_run_goes_on_and_reports_show_it(tmp_path, measured, monk
         return (measure if len(measured) < 5 else interrupted)(*args, **kwargs)
 
     monkeypatch.setattr(analyses, "instability", twice)
+    first, options = options, options | {"out": tmp_path / "b"}
     assert cli.main(command(**options)) == 130
-    assert len(pd.read_csv(tmp_path / "a" / "results.csv")) == 2
+    assert len(pd.read_csv(tmp_path / "b" / "results.csv")) == 2
+    # A line that is cut inside of a number belongs to a row that is measured again.
+    lines = tmp_path / "b" / "lines.csv"
+    lines.write_bytes(lines.read_bytes()[:-3])
     monkeypatch.setattr(analyses, "instability", measure)
     assert cli.main(command(**options)) == 0
-    assert [state[:2] for state in measured[3:]] == [(1, 9), (2, 9), (5, 9)]
-    again = pd.read_csv(tmp_path / "a" / "results.csv")
+    assert [state[:2] for state in measured[3:]] == [(1, 9), (2, 9), (2, 9), (5, 9)]
+    again = pd.read_csv(tmp_path / "b" / "results.csv")
     pd.testing.assert_frame_equal(again.drop(columns="seconds"), rows.drop(columns="seconds"))
-    assert len(pd.read_csv(tmp_path / "a" / "lines.csv")) == 9
-    assert json.loads((tmp_path / "a" / "config.json").read_text())["rewind_to"] == ["0it"]
+    assert len(pd.read_csv(tmp_path / "b" / "lines.csv")) == 9
+    assert json.loads((tmp_path / "b" / "config.json").read_text())["rewind_to"] == ["0it"]
 
-    # Another configuration in the same place starts from nothing, also where it was interrupted.
+    # Finished, it is shown and not measured again.
     count = len(measured)
+    assert cli.main(command(**options)) == 0
+    # Another configuration in the same place starts from nothing, and goes on where it was
+    # interrupted; until it is finished, what was there before stays.
     monkeypatch.setattr(analyses, "instability", interrupted)
-    other = options | {"points": 4, "seeds": "1 2 5 6"}
-    assert cli.main(command(**other)) == 130
+    other = [*command(**first | {"points": 4, "seeds": "1 2 5 6"}), "--overwrite"]
+    assert cli.main(other) == 130
+    assert len(pd.read_csv(tmp_path / "a" / "lines.csv")) == 9
     monkeypatch.setattr(analyses, "instability", measure)
-    assert cli.main(command(**other)) == 0
+    assert cli.main(other) == 0
     assert [state[0] for state in measured[count:]] == [1, 2, 5, 6]
     assert len(pd.read_csv(tmp_path / "a" / "lines.csv")) == 16
 

@@ -1,5 +1,6 @@
 """Configurations come back from the files that runs leave, and nothing else does."""
 
+import dataclasses
 import json
 
 import pytest
@@ -14,16 +15,19 @@ pytestmark = pytest.mark.once
 
 
 @pytest.mark.parametrize(
-    "config",
+    ("command", "config"),
     [
-        RunConfig(),
-        RunConfig(network="resnet-20", data="cifar10", final_sparsity=0.9, deterministic=True),
-        SupermaskConfig(dwr=(True,), criteria=("random",)),
-        SupermaskConfig(learn="bernoulli", epochs=3),
-        InstabilityConfig(rewind_to=("0", "2ep"), seeds=(4,)),
+        ("run", RunConfig()),
+        (
+            "run",
+            RunConfig(network="resnet-20", data="cifar10", final_sparsity=0.9, deterministic=True),
+        ),
+        ("supermask", SupermaskConfig(dwr=(True,), criteria=("random",))),
+        ("supermask", SupermaskConfig(learn="bernoulli", epochs=3)),
+        ("instability", InstabilityConfig(rewind_to=("0", "2ep"), seeds=(4,))),
     ],
 )
-def test_a_resolved_configuration_comes_back_and_makes_the_same_choices(tmp_path, config):
+def test_a_resolved_configuration_comes_back_and_makes_the_same_choices(tmp_path, command, config):
     config = config.resolve(600)
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
     again = RepeatConfig(tmp_path, out=tmp_path / "x").configuration()
@@ -35,6 +39,15 @@ def test_a_resolved_configuration_comes_back_and_makes_the_same_choices(tmp_path
         old = json.loads((tmp_path / "config.json").read_text()) | {"conv_rate": 0.18}
         (tmp_path / "config.json").write_text(json.dumps(old))
         assert RepeatConfig(tmp_path).configuration().resolve(600).name == config.name
+    # Written before there were these options, by a version that said so or did not.
+    stored = json.loads((tmp_path / "config.json").read_text())
+    later = ("deterministic", "quiet", "pruned", "samples", "optimizer")
+    older = {name: value for name, value in stored.items() if name not in later}
+    for facts in ({}, {"command": command, "finished": True, "versions": {"keras": "3.13"}}):
+        (tmp_path / "config.json").write_text(json.dumps(older | facts))
+        expected = dataclasses.replace(config, deterministic=False)
+        assert RepeatConfig(tmp_path).configuration().resolve(600).name == expected.name
+    (tmp_path / "config.json").write_text(json.dumps(stored))
     child = tmp_path / "sweep" / "child"
     child.mkdir(parents=True)
     (tmp_path / "config.json").rename(child / "config.json")
@@ -47,7 +60,7 @@ def test_a_resolved_configuration_comes_back_and_makes_the_same_choices(tmp_path
     [
         ("[1]", "holds no configuration"),
         ("{", "holds no configuration"),
-        (json.dumps(RunConfig().to_dict() | {"colour": "red"}), "these differ: colour."),
+        (json.dumps(RunConfig().to_dict() | {"colour": "red"}), "unknown options: colour."),
         (None, "No such file"),
     ],
 )

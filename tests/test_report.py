@@ -186,7 +186,7 @@ def test_unknown_arms_and_rows_without_a_dense_run_are_drawn():
 
 
 def test_rows_survive_their_file(tmp_path):
-    writer = report.CsvWriter(tmp_path / "rows.csv")
+    writer = results.CsvWriter(tmp_path / "rows.csv")
     for one in ROWS:
         writer.write(one)
     assert report.read_rows(tmp_path / "rows.csv") == ROWS

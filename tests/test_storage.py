@@ -31,7 +31,12 @@ def test_export_and_inspect(saved, tmp_path, capsys):
     assert (out / "saved_model.pb").is_file()
     assert cli.main(["inspect", str(out)]) == 0
     assert capsys.readouterr().out == printed
-    assert cli.main(["export", str(saved), str(out), "--include", "^dense_1", "--level", "9"]) == 0
+    again = ["export", str(saved), str(out), "--include", "^dense_1", "--level", "9"]
+    before = (out / "saved_model.pb").read_bytes()
+    assert cli.main(again) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert (out / "saved_model.pb").read_bytes() == before
+    assert cli.main([*again, "--overwrite"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[3] for line in lines if "/kernel" in line] == ["packed", "sparse"]
 

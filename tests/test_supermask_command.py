@@ -95,9 +95,15 @@ def test_untrained_masks(tmp_path, monkeypatch):
         return train(*args, **kwargs)
 
     monkeypatch.setattr(training, "train", counted)
+    config = dataclasses.replace(config, out=tmp_path / "again")
     with pytest.raises(KeyboardInterrupt):
         supermask.run(config, data, Console(quiet=True))
+    folder = config.out
     (folder / "curves-9.png").touch()
+    # Under the same options other data are another run.
+    other = dataclasses.replace(data, x_train=data.x_train[:, ::-1])
+    with pytest.raises(ValueError, match="an interrupted run of the same options with another"):
+        supermask.run(config, other, Console(quiet=True))
     stop_at = None
     supermask.run(config, data, Console(quiet=True))
     assert seeds == [3, 4]
@@ -105,14 +111,39 @@ def test_untrained_masks(tmp_path, monkeypatch):
     again = pd.read_csv(folder / "results.csv")
     pd.testing.assert_frame_equal(again, rows, rtol=1e-3)
 
-    # Under the same options other data are another run.
-    stop_at = 4
-    with pytest.raises(KeyboardInterrupt):
+    # Finished, it stays as it is, and shows what it found.
+    console = Console(file=io.StringIO(), width=100)
+    supermask.run(config, data, console)
+    assert seeds == [3, 4]
+    assert "is finished and stays as it is" in " ".join(console.file.getvalue().split())
+    assert f"{100 * means.max():.2f} ± " in console.file.getvalue()
+
+
+def test_rows_that_were_cut_are_made_again(tmp_path, monkeypatch):
+    config, data = prepare(dataclasses.replace(UNTRAINED, steps=2, out=tmp_path))
+    train, seeds, fail_at = training.train, [], 4
+
+    def counted(*args, **kwargs):
+        if kwargs["seed"] == fail_at:
+            raise InterruptedError
+        seeds.append(kwargs["seed"])
+        return train(*args, **kwargs)
+
+    monkeypatch.setattr(training, "train", counted)
+    with pytest.raises(InterruptedError):
         supermask.run(config, data, Console(quiet=True))
-    stop_at = None
-    other = dataclasses.replace(data, x_train=data.x_train[:, ::-1])
-    supermask.run(config, other, Console(quiet=True))
-    assert seeds == [3, 4, 3, 3, 4]
+    file = tmp_path / "results.csv"
+    whole = file.read_bytes()
+    assert whole.endswith(b"\n")
+    # Inside of the last number, before the end of the last line, and after the line before it.
+    for cut in (whole[:-4], whole[:-1], whole[: whole[:-1].rindex(b"\n") + 1]):
+        file.write_bytes(cut)
+        with pytest.raises(InterruptedError):
+            supermask.run(config, data, Console(quiet=True))
+        numbers = [pd.read_csv(io.BytesIO(one)).drop(columns="replicate")
+                   for one in (whole, file.read_bytes())]  # fmt: skip
+        pd.testing.assert_frame_equal(*numbers, rtol=1e-3)
+    assert seeds == [3] * 4
 
 
 @pytest.mark.parametrize("learn", [None, "edge_popup"])

@@ -132,8 +132,9 @@ steps; by default that of the network's recipe: sgd for resnet-20, else adam."""
     """One replicate for each seed, from the initial weights on."""
     out: OptionalPath = None
     """Run folder; by default one in ./runs, named after the options. A run of the same options \
-that was interrupted goes on (on other data or another backend it is refused); any other run there \
-is replaced."""
+that was interrupted goes on; a finished one, and one of other options, stay as they are."""
+    overwrite: bool = False
+    """Replace the run that is in the run folder, when this one is finished."""
     deterministic: bool = False
     """Repeat bit for bit on as many cores of this machine: deterministic operations, nothing \
 decided by timing."""
@@ -206,6 +207,7 @@ decided by timing."""
     def to_dict(self) -> dict[str, Any]:
         """The configuration in JSON's types."""
         values = dataclasses.asdict(self)
+        del values["overwrite"]  # Of one call, not of the run.
         return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
 
     def _recipe(self) -> Recipe:
@@ -290,7 +292,7 @@ def parse_steps(text: str, steps_per_epoch: int) -> int:
 
 def choices(values: dict[str, Any]) -> dict[str, Any]:
     """What decides what comes out of a run, among the values of its configuration."""
-    return {k: v for k, v in values.items() if k not in ("out", "data_dir", "quiet")}
+    return {k: v for k, v in values.items() if k not in ("out", "data_dir", "quiet", "overwrite")}
 
 
 def _chosen(*values: Any) -> Any:

@@ -1,5 +1,6 @@
 """Instability as an experiment: from which point on do two trainings end in one valley?"""
 
+import collections
 import dataclasses
 import hashlib
 import json
@@ -24,8 +25,8 @@ from lottery_ticket_pruner.experiments.options import (
     OptionalInt,
     OptionalPath,
 )
-from lottery_ticket_pruner.experiments.resumption import Resumption
 from lottery_ticket_pruner.experiments.run import compiled, make_deterministic
+from lottery_ticket_pruner.experiments.run_folder import RunFolder, command_of
 from lottery_ticket_pruner.pruner import LotteryTicketPruner
 from lottery_ticket_pruner.tickets import find_ticket
 from masked_layers.files import replacing
@@ -79,7 +80,9 @@ class InstabilityConfig:
     """One replicate for each seed, from the initial weights on."""
     out: OptionalPath = None
     """Run folder; by default one in ./runs, named after the options. What an interrupted run of \
-the same options measured is kept."""
+the same options measured is kept; a finished run, and one of other options, stay as they are."""
+    overwrite: bool = False
+    """Replace the run that is in the run folder, when this one is finished."""
     deterministic: bool = False
     """Repeat bit for bit on this machine."""
     quiet: bool = False
@@ -149,6 +152,7 @@ the same options measured is kept."""
     def to_dict(self) -> dict[str, Any]:
         """The configuration in JSON's types."""
         values = dataclasses.asdict(self)
+        del values["overwrite"]  # Of one call, not of the run.
         texts = {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
         return json.loads(json.dumps(texts))
 
@@ -185,25 +189,39 @@ def run(config: InstabilityConfig, data: datasets.Dataset, console: Console | No
     """Run a prepared experiment (see `prepare`) and return its folder.
 
     The folder holds `config.json`, `results.csv` (a row per point and replicate), `lines.csv` (the
-    metrics along every line) and `instability.png`.
+    metrics along every line) and `instability.png`. What an interrupted run measured is kept; of a
+    finished one the results are shown.
+
+    Raises:
+        ValueError: the folder holds another run, see `RunFolder`.
+        FolderInUseError: another process writes in it.
+        OSError: it cannot be written, or is removed meanwhile.
     """
-    started = time.perf_counter()
     console = console or Console(quiet=config.quiet)
     if config.deterministic:
         make_deterministic()
     trainer = _Trainer(config, data)
-    folder = config.folder
-    folder.mkdir(parents=True, exist_ok=True)
-    resumption = Resumption(folder, config.to_dict(), data, trainer.masks)
-    rows, lines = _measured(folder) if resumption.is_possible() else ([], [])
-    # Or they would pass for results of this configuration.
-    for name in (_PICTURE,) if rows else (_PICTURE, results.RESULTS_FILE, _LINES_FILE):
-        (folder / name).unlink(missing_ok=True)
-    place = resumption.describe()
-    resumption.begin()
+    with RunFolder("instability", config, data, trainer.masks) as folder:
+        if folder.is_finished:
+            console.print(folder.describe(), highlight=False, markup=False)
+            rows = report.read_rows(folder.final / results.RESULTS_FILE)
+            console.print(report.instability_sheet(_table(config, rows)).table())
+        else:
+            _carry_out(config, trainer, folder, console)
+    return folder.final
+
+
+def _carry_out(
+    config: InstabilityConfig, trainer: "_Trainer", folder: RunFolder, console: Console
+) -> None:
+    started = time.perf_counter()
+    rows, lines = _measured(folder.path, config.points) if folder.is_interrupted else ([], [])
+    kept = (results.RESULTS_FILE, _LINES_FILE)
+    folder.begin((_PICTURE, *kept), keep=kept)
     under = f" under the masks of {config.masks}, round {config.round}" if config.masks else ""
     console.print(
-        f"{config.data}, {config.network}: instability{under}; {keras.backend.backend()}\n{place}",
+        f"{config.data}, {config.network}: instability{under}; {keras.backend.backend()}\n"
+        f"{folder.describe()}",
         highlight=False,
         markup=False,
     )
@@ -222,28 +240,33 @@ def run(config: InstabilityConfig, data: datasets.Dataset, console: Console | No
                 place = {"replicate": replicate, "rewind_to": point}
                 rows.append(place | row)
                 lines += [place | of_share for of_share in line.to_dict("records")]
+                folder.check()
                 # Lines first: a row that is there has its line.
                 for name, table in ((_LINES_FILE, lines), (results.RESULTS_FILE, rows)):
-                    with replacing(folder / name) as file:
+                    with replacing(folder.path / name) as file:
                         pd.DataFrame(table).to_csv(file, index=False)
-    table = pd.DataFrame(rows)
-    table["seed"] = [config.seeds[replicate] for replicate in table["replicate"]]
     found: dict[str, list[analyses.Interpolation]] = {}
     for (point, _), line in pd.DataFrame(lines).groupby(["rewind_to", "replicate"]):
         metrics = {name: line[name].to_numpy() for name in ("loss", "accuracy")}
         line = analyses.Interpolation(line["share"].to_numpy(), metrics, "accuracy")
         found.setdefault(point, []).append(line)
-    analyses.plot_instability(found).savefig(folder / _PICTURE, dpi=150)
-    resumption.end()
-    console.print(report.instability_sheet(table).table())
-    console.print(f"{time.perf_counter() - started:.0f} s. Results in {folder}", highlight=False)
-    return folder
+    analyses.plot_instability(found).savefig(folder.path / _PICTURE, dpi=150)
+    folder.finish()
+    console.print(report.instability_sheet(_table(config, rows)).table())
+    seconds = time.perf_counter() - started
+    console.print(f"{seconds:.0f} s. Results in {folder.final}", highlight=False)
+
+
+def _table(config: InstabilityConfig, rows: list[dict[str, Any]]) -> pd.DataFrame:
+    table = pd.DataFrame(rows)
+    table["seed"] = [config.seeds[replicate] for replicate in table["replicate"]]
+    return table
 
 
 def _config_of_run(folder: Path) -> dict[str, Any]:
     """The configuration of a run that writes masks."""
     stored = results.read_run(folder).config
-    if "rounds" not in stored:
+    if command_of(stored) != "run":
         raise ValueError(
             f"'{folder}' is a folder of another command: it has no rounds of masks. Give --masks "
             "one of `lottery-ticket run`."
@@ -251,14 +274,17 @@ def _config_of_run(folder: Path) -> dict[str, Any]:
     return stored
 
 
-def _measured(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Rows and lines of an interrupted run."""
+def _measured(folder: Path, points: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows and lines of an interrupted run, of which both are whole."""
     files = [folder / name for name in (results.RESULTS_FILE, _LINES_FILE)]
     if not all(file.is_file() for file in files):
         return [], []
     rows, lines = map(report.read_rows, files)
-    done = {(row["replicate"], row["rewind_to"]) for row in rows}
-    return rows, [line for line in lines if (line["replicate"], line["rewind_to"]) in done]
+    of_row = lambda row: (row["replicate"], row["rewind_to"])  # noqa: E731
+    found = collections.Counter(map(of_row, lines))
+    rows = [row for row in rows if found[of_row(row)] == points]
+    done = set(map(of_row, rows))
+    return rows, [line for line in lines if of_row(line) in done]
 
 
 def _steps_to(point: int) -> int:

@@ -2,17 +2,16 @@
 
 import dataclasses
 import json
-import typing
 from pathlib import Path
 from typing import Any
 
 import tyro
 
-from lottery_ticket_pruner.experiments import networks
 from lottery_ticket_pruner.experiments.config import RunConfig
 from lottery_ticket_pruner.experiments.instability import InstabilityConfig
 from lottery_ticket_pruner.experiments.options import OptionalPath
-from lottery_ticket_pruner.experiments.results import CONFIG_FILE, ORIGIN, SWEEP_FILE
+from lottery_ticket_pruner.experiments.results import CONFIG_FILE, SWEEP_FILE
+from lottery_ticket_pruner.experiments.run_folder import command_of, restored, versions
 from lottery_ticket_pruner.experiments.supermask import SupermaskConfig
 
 Config = RunConfig | SupermaskConfig | InstabilityConfig
@@ -21,6 +20,8 @@ Config = RunConfig | SupermaskConfig | InstabilityConfig
 @dataclasses.dataclass(frozen=True)
 class RepeatConfig:
     """Do once more what made a run folder, with every option as it was.
+
+    An option that came later than the folder has its default.
 
     For folders of run, supermask and instability, and those of single runs within a sweep's. If the
     first time was --deterministic, the second gives the same numbers, bit for bit, on as
@@ -33,6 +34,8 @@ class RepeatConfig:
     out: OptionalPath = None
     """Folder for the new run; by default the old one's name with -again, next to it or, if it is \
 in a sweep's, next to that."""
+    overwrite: bool = False
+    """Replace the run that is in the new run's folder, when this one is finished."""
     quiet: bool = False
     """Print nothing."""
 
@@ -50,31 +53,29 @@ in a sweep's, next to that."""
         options = {
             "out": self.out or beside.with_name(f"{folder.name}-again"),
             "quiet": self.quiet,
+            "overwrite": self.overwrite,
         }
         try:
-            stored = json.loads(file.read_text(encoding="utf-8"))
-            return read(stored | options)
+            return read(json.loads(file.read_text(encoding="utf-8")) | options)
         except (TypeError, ValueError) as error:
             raise ValueError(f"'{file}' holds no configuration of a run: {error}") from error
 
 
 def read(values: dict[str, Any]) -> Config:
-    """The configuration that `to_dict` made values of JSON from.
+    """The configuration that a run folder holds.
 
     Raises:
-        ValueError: an option is missing or is none of the command's.
+        ValueError: it is that of no command, or has options that the command does not have.
     """
-    values = {name: value for name, value in values.items() if name not in ORIGIN}
-    if values.get("conv_rate") and not networks.has_convolutions(values.get("network")):
-        values["conv_rate"] = None  # Written before such rates were refused.
-    kinds = typing.get_args(Config)
-    kind = min(kinds, key=lambda kind: len(_names(kind) ^ values.keys()))
-    if wrong := sorted(_names(kind) ^ values.keys()):
-        raise ValueError(f"expected the options of a run, and these differ: {', '.join(wrong)}.")
-    tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    paths = {k: Path(tuples[k]) for k in ("data_dir", "out", "masks") if tuples.get(k)}
-    return kind(**tuples | paths)
-
-
-def _names(kind: type[Config]) -> set[str]:
-    return {field.name for field in dataclasses.fields(kind)}
+    kinds = {"run": RunConfig, "supermask": SupermaskConfig, "instability": InstabilityConfig}
+    command = command_of(values)
+    if command not in kinds:
+        raise ValueError(f"expected the options of {', '.join(kinds)}.")
+    try:
+        return restored(kinds[command], values)
+    except ValueError as error:
+        wrote = ", ".join(f"{name} {text}" for name, text in values.get("versions", {}).items())
+        now = ", ".join(f"{name} {text}" for name, text in versions().items())
+        raise ValueError(
+            f"{error} Written by {wrote or 'an earlier version'}; here: {now}."
+        ) from error

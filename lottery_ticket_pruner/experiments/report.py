@@ -1,6 +1,5 @@
 """Tables and pictures of results."""
 
-import csv
 import dataclasses
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -16,19 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from rich.table import Table
 
-from lottery_ticket_pruner.experiments.results import Group
+from lottery_ticket_pruner.experiments.results import Group, read_table
 
-COLUMNS = (
-    "round",
-    "arm",
-    "replicate",
-    "sparsity",
-    "test_accuracy",
-    "test_loss",
-    "early_stop_step",
-    "seconds",
-    "validation_loss",
-)
 LABELS = {
     "dense": "dense",
     "ticket": "ticket",
@@ -63,29 +51,12 @@ _CONFIDENCE = 0.95
 _TERMINAL = 80
 
 
-class CsvWriter:
-    """Writes rows to a CSV file one by one, each on disk as soon as it is known."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("w", newline="", encoding="utf-8")
-        self._writer = csv.DictWriter(self._file, COLUMNS)
-        self._writer.writeheader()
-        self._file.flush()
-
-    def write(self, row: dict[str, Any]) -> None:
-        """Append one row; numbers are kept to six digits."""
-        rounded = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
-        self._writer.writerow(rounded)
-        self._file.flush()
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-
-
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Read a `results.csv` back into rows of numbers, each the one that was written."""
-    return pd.read_csv(path).to_dict("records")
+    """Read a `results.csv` back into rows of numbers, each the one that was written.
+
+    A last line that is not whole is left out.
+    """
+    return read_table(path).to_dict("records")
 
 
 # --- Statistics -----------------------------------------------------------------------------------

@@ -1,7 +1,11 @@
 """Run folders read back: their rows, and which of them are replicates of one configuration."""
 
+import csv
 import dataclasses
+import io
 import json
+import os
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +15,24 @@ import pandas as pd
 CONFIG_FILE = "config.json"
 RESULTS_FILE = "results.csv"
 SWEEP_FILE = "sweep.json"
+COLUMNS = (
+    "round",
+    "arm",
+    "replicate",
+    "sparsity",
+    "test_accuracy",
+    "test_loss",
+    "early_stop_step",
+    "seconds",
+    "validation_loss",
+)
 # What decides the results beside the options; a run folder's configuration holds both.
 ORIGIN = ("backend", "data_digest")
+# What else a run folder's configuration holds: what wrote it, whether all results are there, and
+# the versions of this package, of Keras and of the backend.
+FACTS = ("command", "finished", "versions")
 # Options that say where to run and what to print: they change no number of the results.
-_NO_CHOICE = ("data_dir", "out", "quiet", "seeds")
+_NO_CHOICE = ("data_dir", "out", "quiet", "seeds", "masks_digest", *FACTS)
 _NAMING = ("data", "network", "strategy", "criterion")
 # Options that mostly follow from others, or that change no ticket.
 _FOLLOWING = (
@@ -81,9 +99,60 @@ class Group:
         return ", ".join(words)
 
 
+class CsvWriter:
+    """Writes rows to a CSV file one by one, each on disk as soon as it is known."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = path.open("w", newline="", encoding="utf-8")
+        self._writer = csv.DictWriter(self._file, COLUMNS)
+        self._writer.writeheader()
+        self._file.flush()
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append one row; numbers are kept to six digits.
+
+        Raises:
+            FileNotFoundError: The file was removed or replaced meanwhile.
+        """
+        try:
+            same = os.path.samestat(os.fstat(self._file.fileno()), os.stat(self._path))
+        except FileNotFoundError:
+            same = False
+        if not same:
+            raise FileNotFoundError(
+                f"'{self._path}' was removed or replaced while results were written to it: they "
+                "are lost."
+            )
+        rounded = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
+        self._writer.writerow(rounded)
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
 def is_run(folder: Path) -> bool:
     """Whether a folder holds a configuration and its results."""
     return (folder / CONFIG_FILE).is_file() and (folder / RESULTS_FILE).is_file()
+
+
+def complete_lines(file: Path) -> list[bytes]:
+    """The lines of a file that are whole, as the end of the line shows; none without the file."""
+    try:
+        content = file.read_bytes()
+    except OSError:
+        return []
+    return [line for line in content.splitlines(keepends=True) if line.endswith(b"\n")]
+
+
+def read_table(file: Path) -> pd.DataFrame:
+    """Read a CSV file, each number as it was written.
+
+    A last line without its end may be cut inside of a number: it is left out.
+    """
+    return pd.read_csv(io.BytesIO(b"".join(complete_lines(file))))
 
 
 def read_run(folder: Path) -> Run:
@@ -91,12 +160,15 @@ def read_run(folder: Path) -> Run:
 
     Raises:
         ValueError: it is no run folder, or a file of it is not what a run writes.
+
+    Warns:
+        UserWarning: its results end in the middle of a line, which is left out.
     """
     if not is_run(folder):
         raise ValueError(f"'{folder}' is no run folder: it lacks {CONFIG_FILE} or {RESULTS_FILE}.")
     try:
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-        rows = pd.read_csv(folder / RESULTS_FILE)
+        rows = read_table(folder / RESULTS_FILE)
     # Of decoding, of JSON and of pandas' parser: all of them are this one.
     except ValueError as error:
         raise ValueError(f"'{folder}' cannot be read as a run: {error}") from error
@@ -113,6 +185,12 @@ def read_run(folder: Path) -> Run:
             raise ValueError(
                 f"'{folder / RESULTS_FILE}' holds something that is no number in column '{name}'."
             )
+    if not (folder / RESULTS_FILE).read_bytes().endswith(b"\n"):
+        warnings.warn(
+            f"'{folder / RESULTS_FILE}' ends in the middle of a line, which is left out. The "
+            "command that made the folder writes it whole.",
+            stacklevel=2,
+        )
     seeds = config.get("seeds") or []
     numbers = rows["replicate"].astype(int)
     rows["seed"] = [seeds[n] if 0 <= n < len(seeds) else n for n in numbers]

@@ -1,6 +1,7 @@
 """One configuration carried out: tickets over all seeds, and a folder of what came out."""
 
 import shutil
+import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -9,18 +10,19 @@ import keras
 from rich.console import Console
 
 import masked_layers as ml
-from lottery_ticket_pruner.experiments import datasets, networks, progress, report
+from lottery_ticket_pruner.experiments import datasets, networks, progress, report, results
 from lottery_ticket_pruner.experiments.config import RunConfig, parse_steps
-from lottery_ticket_pruner.experiments.resumption import Resumption
+from lottery_ticket_pruner.experiments.run_folder import RunFolder
 from lottery_ticket_pruner.experiments.tensorboard import EventWriter
 from lottery_ticket_pruner.tickets import TicketResult, find_ticket
+from masked_layers.files import replacing
 from masked_layers.serving import export_sparse_saved_model
 
 if TYPE_CHECKING:
     from lottery_ticket_pruner.experiments.supermask import SupermaskConfig
 
-_RESULTS = (
-    "accuracy.png",  # first: whoever finds it takes the run for a finished one
+_WRITTEN = (
+    "accuracy.png",
     "results.csv",
     "ticket.keras",
     "ticket-[0-9]*.keras",
@@ -52,37 +54,55 @@ def run(config: RunConfig, data: datasets.Dataset, console: Console | None = Non
     `served/1` where the backend can write one, the masks of every round in `rounds/<replicate>`
     (for `masked_layers.load_masks`), and TensorBoard's `logs`: the rows, and while an arm trains
     each look at the validation data. A run that was interrupted goes on after the last round that
-    it finished.
+    it finished; of one that is finished the results are shown.
+
+    Raises:
+        ValueError: the folder holds another run, see `RunFolder`.
+        FolderInUseError: another process writes in it.
+        OSError: it cannot be written, or is removed meanwhile.
     """
-    started = time.perf_counter()
     console = console or Console(quiet=config.quiet)
+    with RunFolder("run", config, data) as folder:
+        if folder.is_finished:
+            console.print(folder.describe(), highlight=False, markup=False)
+            rows = report.read_rows(folder.final / "results.csv")
+            console.print(report.summary_table(rows))
+        else:
+            _carry_out(config, data, folder, console)
+    return folder.final
+
+
+def _carry_out(
+    config: RunConfig, data: datasets.Dataset, folder: RunFolder, console: Console
+) -> None:
+    started = time.perf_counter()
     if config.deterministic:
         make_deterministic()
     model = compiled(config, data, config.seeds[0])
     model = ml.convert_to_masked(model)
-    resumption = Resumption(config.folder, config.to_dict(), data)
-    place = resumption.describe()
-    folder = _prepare_folder(config, resumption)
+    shutil.rmtree(folder.path / "served" / "1", ignore_errors=True)
+    folder.begin(_WRITTEN, keep=["rounds/*/*"])
     console.print(
         f"{config.data}: {len(data.x_train)} training, {len(data.x_validation)} validation, "
         f"{len(data.x_test)} test images\n"
         f"{config.network}: {ml.sparsity_report(model).size} weights; {config.steps} steps of "
         f"{config.batch_size} per run, {_runs(config)} runs per seed; {keras.backend.backend()}\n"
-        f"{place}",
+        f"{folder.describe()}",
         highlight=False,
         markup=False,
     )
-    results = report.CsvWriter(folder / "results.csv")
+    written = results.CsvWriter(folder.path / "results.csv")
     rows: list[dict[str, Any]] = []
     with _Progress(config, console) as display:
         for replicate, seed in enumerate(config.seeds):
             if replicate:
                 model.set_weights(compiled(config, data, seed).get_weights())
-            logs = _Logs(folder / "logs", replicate, model)
+            logs = _Logs(folder.path / "logs", replicate, model)
 
             def record(row: dict[str, Any], logs: _Logs = logs) -> None:
+                folder.check()
                 rows.append(row)
-                results.write(row)
+                written.write(row)
                 logs.write(row)
                 display.show(row)
 
@@ -91,21 +111,20 @@ def run(config: RunConfig, data: datasets.Dataset, console: Console | None = Non
                 "on_evaluation": logs.write_evaluation,
                 "on_progress": display.advance,
             }
-            found = _find(config, data, model, replicate, **callbacks)
+            place = folder.path / "rounds" / str(replicate)
+            found = _find(config, data, model, replicate, checkpoint=place, **callbacks)
             suffix = f"-{replicate}" if replicate else ""
-            save(found.ticket, folder / f"ticket{suffix}.keras")
+            save(found.ticket, folder.path / f"ticket{suffix}.keras")
             if not suffix:
-                _export(found.ticket, folder / "served" / "1", console)
+                _export(found.ticket, folder.path / "served" / "1", console)
             logs.close()
-    results.close()
+    written.close()
     picture = report.accuracy_picture(rows, f"{config.data}, {config.network}, {config.strategy}")
-    picture.savefig(folder / "accuracy.png", dpi=150)
-    for state in _states(folder):
-        state.unlink()
-    resumption.end()
+    picture.savefig(folder.path / "accuracy.png", dpi=150)
+    folder.finish()
     console.print(report.summary_table(rows))
-    console.print(f"{time.perf_counter() - started:.0f} s. Results in {folder}", highlight=False)
-    return folder
+    seconds = time.perf_counter() - started
+    console.print(f"{seconds:.0f} s. Results in {folder.final}", highlight=False)
 
 
 def _runs(config: RunConfig) -> int:
@@ -129,9 +148,11 @@ def make_deterministic() -> None:
 
 def save(ticket: keras.Model, path: Path) -> None:
     """Write a model so that an interruption leaves no half of it."""
-    unfinished = path.with_name(f".{path.name}.part.keras")
-    ticket.save(unfinished)
-    unfinished.replace(path)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, path.name)  # Keras wants this suffix.
+        ticket.save(file)
+        with file.open("rb") as stored, replacing(path) as whole:
+            shutil.copyfileobj(stored, whole)
 
 
 def _export(ticket: keras.Model, path: Path, console: Console) -> None:
@@ -189,31 +210,9 @@ def _find(
         seed=config.seeds[replicate],
         replicate=replicate,
         deterministic=config.deterministic,
-        checkpoint=config.folder / "rounds" / str(replicate),
         **config.amount,
         **callbacks,
     )
-
-
-def _prepare_folder(config: RunConfig, resumption: Resumption) -> Path:
-    folder = config.folder
-    folder.mkdir(parents=True, exist_ok=True)
-    if any(_states(folder)):
-        resumption.check_origin()  # Hours of work are not replaced by mistake.
-    interrupted = resumption.is_possible() and any(_states(folder))
-    for pattern in _RESULTS:
-        if not (interrupted and pattern.startswith("rounds")):
-            for left_by_an_earlier_run in folder.glob(pattern):
-                left_by_an_earlier_run.unlink()
-    shutil.rmtree(folder / "served" / "1", ignore_errors=True)
-    resumption.begin()
-    return folder
-
-
-def _states(folder: Path) -> list[Path]:
-    """The files from which an interrupted run goes on."""
-    names = ("state.json", "pruner-*.npz", "model-*.npz")
-    return [file for name in names for file in folder.glob(f"rounds/*/{name}")]
 
 
 class _Logs:

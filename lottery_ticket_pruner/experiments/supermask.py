@@ -1,5 +1,6 @@
 """Supermasks as an experiment: what masks know over weights that nobody trained."""
 
+import collections
 import dataclasses
 import hashlib
 import itertools
@@ -27,8 +28,8 @@ from lottery_ticket_pruner.experiments.options import (
     OptionalInt,
     OptionalPath,
 )
-from lottery_ticket_pruner.experiments.resumption import Resumption
 from lottery_ticket_pruner.experiments.run import compiled, make_deterministic, save
+from lottery_ticket_pruner.experiments.run_folder import RunFolder
 from lottery_ticket_pruner.learned import learn_supermask
 from lottery_ticket_pruner.pruner import LotteryTicketPruner
 from lottery_ticket_pruner.supermasks import WEIGHTS, evaluate_grid
@@ -41,7 +42,7 @@ CRITERIA = tuple(
     if criteria.get(name).needs <= {"initial", "final"} and criteria.get(name).scope is None
 )
 _SPARSITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
-_PICTURES = ("curves-*.png", "heat-map.png")
+_WRITTEN = ("curves-*.png", "heat-map.png", "results.csv", "supermask-*.keras")
 _LEARNING_STEPS = 20_000
 _LEARNING_BATCH = 250
 _SAMPLES = 10
@@ -92,7 +93,10 @@ optimizers of their papers."""
     """One replicate for each seed, from the initial weights on."""
     out: OptionalPath = None
     """Run folder; by default one in ./runs, named after the options. Seeds that an interrupted \
-run of the same options finished are kept."""
+run of the same options finished are kept; a finished run, and one of other options, stay as they \
+are."""
+    overwrite: bool = False
+    """Replace the run that is in the run folder, when this one is finished."""
     deterministic: bool = False
     """Repeat bit for bit on this machine."""
     quiet: bool = False
@@ -164,6 +168,7 @@ run of the same options finished are kept."""
     def to_dict(self) -> dict[str, Any]:
         """The configuration in JSON's types."""
         values = dataclasses.asdict(self)
+        del values["overwrite"]  # Of one call, not of the run.
         texts = {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
         return json.loads(json.dumps(texts))
 
@@ -179,26 +184,37 @@ def run(config: SupermaskConfig, data: datasets.Dataset, console: Console | None
 
     The folder holds `config.json`, `results.csv` (a row per mask) and `curves-<number>.png`; for
     untrained masks also `heat-map.png`; for learned ones the masks as binary ones over their
-    weights, `supermask-<weights>-<dwr>-<replicate>.keras`.
+    weights, `supermask-<weights>-<dwr>-<replicate>.keras`. Seeds that an interrupted run finished
+    are kept; of a finished run the results are shown.
+
+    Raises:
+        ValueError: the folder holds another run, see `RunFolder`.
+        FolderInUseError: another process writes in it.
+        OSError: it cannot be written, or is removed meanwhile.
     """
-    started = time.perf_counter()
     console = console or Console(quiet=config.quiet)
+    with RunFolder("supermask", config, data) as folder:
+        if folder.is_finished:
+            console.print(folder.describe(), highlight=False, markup=False)
+            _show(config, _table(config, report.read_rows(folder.final / "results.csv")), console)
+        else:
+            _carry_out(config, data, folder, console)
+    return folder.final
+
+
+def _carry_out(
+    config: SupermaskConfig, data: datasets.Dataset, folder: RunFolder, console: Console
+) -> None:
+    started = time.perf_counter()
     if config.deterministic:
         make_deterministic()
-    folder = config.folder
-    folder.mkdir(parents=True, exist_ok=True)
-    resumption = Resumption(folder, config.to_dict(), data)
-    # Written after every seed: what is there is whole.
-    file = folder / "results.csv"
-    rows = report.read_rows(file) if resumption.is_possible() and file.is_file() else []
-    for pattern in _PICTURES if rows else (*_PICTURES, "results.csv", "supermask-*.keras"):
-        for left_by_an_earlier_run in folder.glob(pattern):
-            left_by_an_earlier_run.unlink()
-    place = resumption.describe()
-    resumption.begin()
+    file = folder.path / "results.csv"
+    rows = _whole(config, report.read_rows(file)) if folder.is_interrupted else []
+    folder.begin(_WRITTEN, keep=["results.csv", "supermask-*.keras"])
     console.print(
         f"{config.data}, {config.network}, {config.learn or 'untrained'} masks; "
-        f"{keras.backend.backend()}\n{place}",
+        f"{keras.backend.backend()}\n"
+        f"{folder.describe()}",
         highlight=False,
         markup=False,
     )
@@ -211,26 +227,48 @@ def run(config: SupermaskConfig, data: datasets.Dataset, console: Console | None
             if replicate not in done:
                 bar.update(task, description=f"seed {seed}")
                 advance = lambda steps: bar.advance(task, steps)  # noqa: E731
-                for row in one_seed(config, data, seed, replicate, advance):
+                for row in one_seed(config, data, seed, replicate, advance, folder.path):
                     rows.append({"replicate": replicate, **row})
+                folder.check()
                 with replacing(file) as whole:
                     pd.DataFrame(rows).to_csv(whole, index=False)
-    table = pd.DataFrame(rows)
-    table["seed"] = [config.seeds[replicate] for replicate in table["replicate"]]
+    table = _table(config, rows)
     shown = table.drop(columns=["dense_accuracy"], errors="ignore")
     if not config.learn:
-        heat_map(shown).savefig(folder / "heat-map.png", dpi=150)
-        dense = report.accuracy_text(table.groupby("replicate")["dense_accuracy"].first())
-        console.print(f"trained, all weights: {dense} %", highlight=False)
-    # The first comes last: whoever finds it takes the run for a finished one.
-    for number, (title, lines, label) in reversed([*enumerate(report.charts(shown), 1)]):
+        heat_map(shown).savefig(folder.path / "heat-map.png", dpi=150)
+    for number, (title, lines, label) in enumerate(report.charts(shown), 1):
         picture = report.picture(lines, x_label=label)
         picture.suptitle(title, fontsize=10)
-        picture.savefig(folder / f"curves-{number}.png", dpi=150)
-    resumption.end()
+        picture.savefig(folder.path / f"curves-{number}.png", dpi=150)
+    folder.finish()
+    _show(config, table, console)
+    seconds = time.perf_counter() - started
+    console.print(f"{seconds:.0f} s. Results in {folder.final}", highlight=False)
+
+
+def _whole(config: SupermaskConfig, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of the seeds that have all of theirs."""
+    if config.learn:
+        wanted = len(_cells(config))
+    else:
+        options = (config.criteria, config.sparsities, config.weights, config.dwr)
+        wanted = math.prod(map(len, options))
+    found = collections.Counter(row["replicate"] for row in rows)
+    return [row for row in rows if found[row["replicate"]] == wanted]
+
+
+def _table(config: SupermaskConfig, rows: list[dict[str, Any]]) -> pd.DataFrame:
+    table = pd.DataFrame(rows)
+    table["seed"] = [config.seeds[replicate] for replicate in table["replicate"]]
+    return table
+
+
+def _show(config: SupermaskConfig, table: pd.DataFrame, console: Console) -> None:
+    if not config.learn:
+        dense = report.accuracy_text(table.groupby("replicate")["dense_accuracy"].first())
+        console.print(f"trained, all weights: {dense} %", highlight=False)
+    shown = table.drop(columns=["dense_accuracy"], errors="ignore")
     console.print(report.best_sheet(shown).table())
-    console.print(f"{time.perf_counter() - started:.0f} s. Results in {folder}", highlight=False)
-    return folder
 
 
 def heat_map(rows: pd.DataFrame) -> Figure:
@@ -272,6 +310,7 @@ def _untrained(
     seed: int,
     replicate: int,
     advance: Callable[[int], None],
+    folder: Path,
 ) -> list[dict[str, Any]]:
     model = ml.convert_to_masked(compiled(config.training_config(), data, seed))
     pruner = LotteryTicketPruner(model)
@@ -320,6 +359,7 @@ def _learned(
     seed: int,
     replicate: int,
     advance: Callable[[int], None],
+    folder: Path,
 ) -> list[dict[str, Any]]:
     rows = []
     for weights, dwr, sparsity in _cells(config):
@@ -347,7 +387,7 @@ def _learned(
         asked = "" if sparsity is None else f"-{sparsity:g}"
         save(
             found.supermask,
-            config.folder / f"supermask-{weights}-{scaled}{asked}-{replicate}.keras",
+            folder / f"supermask-{weights}-{scaled}{asked}-{replicate}.keras",
         )
         rows.append(
             {

@@ -25,8 +25,16 @@ import tyro
 from rich.console import Console
 
 from lottery_ticket_pruner.experiments import datasets, progress, report, results
-from lottery_ticket_pruner.experiments.config import RunConfig
+from lottery_ticket_pruner.experiments.config import RunConfig, choices
 from lottery_ticket_pruner.experiments.options import OptionalInt, OptionalPath
+from lottery_ticket_pruner.experiments.parent import PARENT
+from lottery_ticket_pruner.experiments.run_folder import (
+    Workplace,
+    is_finished,
+    read_json,
+    versions,
+    write_json,
+)
 from lottery_ticket_pruner.experiments.supermask import SupermaskConfig
 from masked_layers.files import replacing
 
@@ -55,7 +63,10 @@ class _Sweeping:
     seeds: tuple[int, ...] = (0, 1, 2)
     """A run of its own for each seed of each combination."""
     out: OptionalPath = None
-    """Folder of all run folders and of results.csv; by default one in ./runs."""
+    """Folder of all run folders and of results.csv; by default one in ./runs. What a sweep \
+finished there is kept, and what is missing is run."""
+    overwrite: bool = False
+    """Replace the sweep that is in that folder, when all runs of this one are finished."""
     quiet: bool = False
     """Print nothing but errors."""
 
@@ -86,16 +97,15 @@ class _Kind:
     """What there is to know of a command to sweep over its options."""
 
     name: str
+    sweep: str
     config: type[RunConfig] | type[SupermaskConfig]
-    # The last file that a run writes, and the first that it removes.
-    last_file: str
     # Training steps of a resolved configuration with one seed, up to a factor.
     work: Callable[[Any], int]
 
 
 _KINDS = (
-    _Kind("run", RunConfig, "accuracy.png", lambda config: config.steps * (config.rounds + 1)),
-    _Kind("supermask", SupermaskConfig, "curves-1.png", lambda config: config.work),
+    _Kind("run", "sweep", RunConfig, lambda config: config.steps * (config.rounds + 1)),
+    _Kind("supermask", "sweep-supermask", SupermaskConfig, lambda config: config.work),
 )
 
 
@@ -118,8 +128,7 @@ class Child:
     @property
     def is_finished(self) -> bool:
         """Whether its folder holds all of its results."""
-        last_file = _kind(self.config).last_file
-        return results.is_run(self.config.folder) and (self.config.folder / last_file).is_file()
+        return is_finished(self.config.folder, _kind(self.config).name)
 
     @property
     def work(self) -> int:
@@ -129,11 +138,11 @@ class Child:
     @property
     def work_done(self) -> int:
         """The same for the rounds that have begun to show in its results."""
+        lines = results.complete_lines(self.config.folder / results.RESULTS_FILE)
         try:
-            with (self.config.folder / results.RESULTS_FILE).open(newline="") as file:
-                rounds = [int(row["round"]) for row in csv.DictReader(file)]
-        # Not there yet, or being written, or of supermasks.
-        except (OSError, ValueError, KeyError):
+            table = csv.DictReader(line.decode() for line in lines)
+            rounds = [int(row["round"]) for row in table]
+        except (ValueError, KeyError):  # Of supermasks.
             return 0
         return self.config.steps * (max(rounds) + 1) if rounds else 0
 
@@ -218,19 +227,66 @@ def sweep(
     Raises:
         ValueError: see `plan`; or the finished runs in the folder are of another backend or of
             other data. Nothing has run then.
-        OSError: the folder cannot be written.
+        FolderInUseError: another process writes in the folder.
+        OSError: the folder cannot be written, or is removed meanwhile.
     """
-    started = time.perf_counter()
     console = console or Console(quiet=config.quiet)
     children = plan(config)
     folder = children[0].config.folder.parent
     if (folder / results.CONFIG_FILE).is_file():
         raise ValueError(f"'{folder}' is the folder of a run. Give --out another one.")
-    folder.mkdir(parents=True, exist_ok=True)
+    with Workplace(folder) as place:
+        if config.overwrite and _is_replaced(config, children):
+            place.replace()
+            children = [_moved(child, place.path) for child in children]
+            if _is_finished(config, place.path):  # And was killed before it took its place.
+                place.complete()
+                return []
+        return _carry_out(config, children, place, console)
+
+
+def _is_replaced(config: SweepConfig | SupermaskSweepConfig, children: Sequence[Child]) -> bool:
+    """Whether the sweep in the folder is another one, or finished."""
+    folder = children[0].config.folder.parent
+    stored = read_json(folder / results.SWEEP_FILE)
+    if not stored:
+        return False
+    finished = stored.get("finished", all(child.is_finished for child in children))
+    return finished or _choices(stored) != _choices(config.to_dict())
+
+
+def _is_finished(config: SweepConfig | SupermaskSweepConfig, folder: Path) -> bool:
+    stored = read_json(folder / results.SWEEP_FILE) or {}
+    same = _choices(stored) == _choices(config.to_dict())
+    return same and stored.get("finished", False)
+
+
+def _choices(values: dict[str, Any]) -> dict[str, Any]:
+    left_out = ("jobs", "backend", "digests", *results.FACTS)
+    values = {k: v for k, v in choices(values).items() if k not in left_out}
+    return json.loads(json.dumps(values))
+
+
+def _moved(child: Child, folder: Path) -> Child:
+    """The same run in another sweep's folder."""
+    place = folder / child.config.folder.name
+    config = dataclasses.replace(child.config, out=place)
+    return dataclasses.replace(child, config=config, arguments=(*child.arguments[:-1], str(place)))
+
+
+def _carry_out(
+    config: SweepConfig | SupermaskSweepConfig,
+    children: Sequence[Child],
+    place: Workplace,
+    console: Console,
+) -> list[Failure]:
+    started = time.perf_counter()
+    folder = place.path
     todo = [child for child in children if not child.is_finished]
     origin = _origin(folder, children, anew=len(todo) == len(children))
-    with replacing(folder / results.SWEEP_FILE) as file:
-        file.write((json.dumps(config.to_dict() | origin, indent=2) + "\n").encode())
+    kind = _kind(config)
+    facts = dict(zip(results.FACTS, (kind.sweep, False, versions()), strict=True))
+    write_json(folder / results.SWEEP_FILE, config.to_dict() | origin | facts)
     cores = _cores()
     jobs = min(config.jobs or len(cores), len(todo))
     pace = f"{jobs} at a time on {len(cores)} cores" if todo else "nothing left to run"
@@ -241,15 +297,30 @@ def sweep(
         markup=False,
     )
     failures = _Pool(todo, _shares(cores, jobs), console).run()
-    kind = _kind(config)
+    place.check()
     _combine(folder, kind, [_parse_over(text, kind)[0] for text in config.over])
     finished = [child.config.folder for child in children if child.is_finished]
     if finished:
         groups = results.groups_of(results.find_runs(finished))
         for sheet in report.overviews(groups):
             console.print(sheet.table())
-    console.print(f"{time.perf_counter() - started:.0f} s. Results in {folder}", highlight=False)
+    if len(finished) == len(children):
+        facts["finished"] = True
+        if place.path != place.final:
+            _say_where(children, place.final)
+        write_json(folder / results.SWEEP_FILE, config.to_dict() | origin | facts)
+        place.complete()
+    seconds = time.perf_counter() - started
+    console.print(f"{seconds:.0f} s. Results in {place.path}", highlight=False)
     return failures
+
+
+def _say_where(children: Sequence[Child], folder: Path) -> None:
+    """Writes into each configuration where its run is to be found."""
+    for child in children:
+        file = child.config.folder / results.CONFIG_FILE
+        out = str(folder / child.config.folder.name)
+        write_json(file, json.loads(file.read_text(encoding="utf-8")) | {"out": out})
 
 
 def _origin(folder: Path, children: Sequence[Child], anew: bool) -> dict[str, Any]:
@@ -259,7 +330,7 @@ def _origin(folder: Path, children: Sequence[Child], anew: bool) -> dict[str, An
         "digests": {child.config.data: child.data for child in children},
     }
     file = folder / results.SWEEP_FILE
-    before = {} if anew or not file.is_file() else json.loads(file.read_text(encoding="utf-8"))
+    before = {} if anew else read_json(file) or {}
     digests = before.get("digests", {})
     other = [name for name, digest in now["digests"].items() if digests.get(name, digest) != digest]
     if other or before.get("backend", now["backend"]) != now["backend"]:
@@ -330,6 +401,7 @@ class _Pool:
         environment = os.environ | (environment if len(self._shares) > 1 else {})
         # Or what a run prints on its way lands after its last word, the error.
         environment["PYTHONUNBUFFERED"] = "1"
+        environment[PARENT] = "1"
         while True:
             with self._lock:
                 if not self._todo:
@@ -347,7 +419,8 @@ class _Pool:
         with log.open("wb") as output:
             process = subprocess.Popen(
                 [*_COMMAND, *child.arguments],
-                stdin=subprocess.DEVNULL,
+                # Nothing is ever written: a run whose sweep is killed sees the end of it.
+                stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=environment,
@@ -356,7 +429,7 @@ class _Pool:
 
     def _end(self, child: Child, status: int, seconds: float, log: Path) -> None:
         with self._lock:
-            del self._running[child]
+            self._running.pop(child).stdin.close()
             if self._stopped:
                 return
             self._ended += 1
@@ -422,7 +495,7 @@ def _message(log: Path, status: int) -> str:
 
 
 def _combine(folder: Path, kind: _Kind, options: Sequence[str]) -> None:
-    inside = [path for path in sorted(folder.iterdir()) if (path / kind.last_file).is_file()]
+    inside = [path for path in sorted(folder.iterdir()) if is_finished(path, kind.name)]
     if inside:
         with replacing(folder / results.RESULTS_FILE) as file:
             results.tidy(results.find_runs(inside), options).to_csv(file, index=False)
@@ -442,7 +515,7 @@ def _kind(config: RunConfig | SupermaskConfig) -> _Kind:
 
 def _options(kind: _Kind) -> list[dataclasses.Field]:
     """What a sweep hands on to its runs as it was given."""
-    own = ("seeds", "out", "quiet")
+    own = ("seeds", "out", "overwrite", "quiet")
     return [field for field in dataclasses.fields(kind.config) if field.name not in own]
 
 

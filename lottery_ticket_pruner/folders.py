@@ -1,0 +1,108 @@
+"""Folders in which one process at a time works."""
+
+import contextlib
+import json
+import os
+import shlex
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Self
+
+import filelock
+
+from masked_layers.files import remove_abandoned, replacing
+
+_LOCK, _HOLDER = ".lock", ".lock.json"
+_PATIENCE = 0.5  # Seconds; more than another process takes to let go.
+
+
+class FolderInUseError(OSError):
+    """Another process works in the folder; the message says which, and since when."""
+
+
+class FolderLock:
+    """Keeps other processes out of a folder within a `with` block; the folder is made if need be.
+
+    The lock is one of the operating system: it ends with its process, however that ends.
+
+    Args:
+        folder: The folder.
+
+    Raises:
+        FolderInUseError: Another process, or another part of this one, has it.
+        OSError: The folder cannot be made or written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._lock = filelock.FileLock(folder / _LOCK, thread_local=False)
+        self._made: list[Path] = []
+        self._stat: os.stat_result | None = None
+
+    def __enter__(self) -> Self:
+        folder = self._folder
+        self._made = [path for path in (folder, *folder.parents) if not path.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire(timeout=_PATIENCE)
+        except filelock.Timeout as error:
+            raise FolderInUseError(
+                f"'{folder}' is in use by {self._holder()}. Wait until it ends, or take another "
+                "folder."
+            ) from error
+        self._stat = os.stat(folder / _LOCK)
+        holder = {
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+            "command": shlex.join(sys.argv),
+        }
+        with replacing(folder / _HOLDER) as file:
+            file.write((json.dumps(holder) + "\n").encode())
+        remove_abandoned(folder)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # Another process that has opened the lock sees that it is gone, and makes another one.
+        for name in (_HOLDER, _LOCK) if self._is_there() else ():
+            with contextlib.suppress(OSError):
+                (self._folder / name).unlink()
+        self._stat = None
+        self._lock.release()
+        for path in self._made:
+            with contextlib.suppress(OSError):  # Not empty, if there was anything to keep.
+                path.rmdir()
+
+    def check(self) -> None:
+        """Raises an error if the folder is not the one any more that was locked.
+
+        Raises:
+            FileNotFoundError: It was removed, or another one is in its place.
+        """
+        if self._stat is not None and not self._is_there():
+            raise FileNotFoundError(
+                f"'{self._folder}' was removed or replaced while it was in use: what was in it is "
+                "lost, and nothing more is written."
+            )
+
+    def moved(self, folder: Path) -> None:
+        """Says where the folder is now."""
+        self._folder = folder
+
+    def _is_there(self) -> bool:
+        """Whether what is in the folder is the lock that this process has."""
+        with contextlib.suppress(OSError):
+            return os.path.samestat(self._stat, os.stat(self._folder / _LOCK))
+        return False
+
+    def _holder(self) -> str:
+        try:
+            holder = json.loads((self._folder / _HOLDER).read_text())
+            return (
+                f"process {holder['pid']} on {holder['host']} since {holder['since']}: "
+                f"{holder['command']}"
+            )
+        except (OSError, ValueError, KeyError, TypeError):  # Not written yet, or gone again.
+            return "another process"
