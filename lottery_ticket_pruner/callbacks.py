@@ -6,7 +6,6 @@ import math
 import numbers
 import warnings
 import weakref
-import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +19,7 @@ from lottery_ticket_pruner import (
     distributions,
     fitting,
     gradients,
+    notices,
     ranking,
     schedules,
     selection,
@@ -27,7 +27,7 @@ from lottery_ticket_pruner import (
 )
 from lottery_ticket_pruner.examples import Examples
 from lottery_ticket_pruner.pruner import LotteryTicketPruner, is_masked
-from masked_layers import WeightRef, _keras
+from masked_layers import _keras
 
 
 class PrunerCallback(keras.callbacks.Callback):
@@ -159,8 +159,10 @@ class MaskSchedule(keras.callbacks.Callback):
         Raises:
             ValueError: The weights contain NaN or infinity. No mask has changed then.
         """
-        if steps < 0:
-            raise ValueError(f"`steps` must not be negative. Received: steps={steps}")
+        if not _is_count(steps, 0):
+            raise ValueError(
+                f"`steps` must be an integer and not be negative. Received: steps={steps!r}"
+            )
         self._step += steps
         due = [step for step in range(self._unseen, self._step + 1) if self._due(step)]
         self._unseen = self._step + 1
@@ -204,7 +206,7 @@ class MaskSchedule(keras.callbacks.Callback):
         if logs is not None:
             refs = ml.masked_refs(self.model)
             size = sum(math.prod(ref.variable.shape) for ref in refs)
-            logs["sparsity"] = 1 - sum(_alive(refs)) / size
+            logs["sparsity"] = 1 - sum(ranking.count_alive(refs)) / size
 
     def _begin(self) -> None:
         self.advance(0)
@@ -276,6 +278,7 @@ class GradualPruning(MaskSchedule):
         data: Any = None,
     ) -> None:
         super().__init__(pruner)
+        _check_seed(seed)
         self.schedule = schedules.get(schedule)
         self.criterion = criteria.get(strategy)
         self.scope = selection.resolve_scope(self.criterion, scope)
@@ -292,12 +295,23 @@ class GradualPruning(MaskSchedule):
         by_magnitude = self.criterion in map(criteria.get, _MAGNITUDE)
         plain = structure is None and distribution is None
         self._on_device = by_magnitude and self.scope != "output" and plain
+        self._told_of_end = False
+        self._emptied: list[str] = []  # paths whose masks kept nothing at the last change
+
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
+        """Warns, once, where the training ended before the schedule reached its last sparsity."""
+        message = None if self._told_of_end else notices.of_schedule_left(self.schedule, self.step)
+        if message is not None:
+            self._told_of_end = True
+            notices.warn(message)
 
     def _due(self, step: int) -> bool:
         return self.schedule.due(step)
 
     def _change(self, step: int) -> None:
-        sparsity = self.schedule.sparsity(step)
+        sparsity = schedules.check_sparsity(
+            f"{self.schedule!r} at step {step}", self.schedule.sparsity(step)
+        )
         if self._on_device:
             self._rank(sparsity, step)
         else:
@@ -309,21 +323,26 @@ class GradualPruning(MaskSchedule):
         masks, finite = [], []
         with fitting.variable_scope(self.pruner.model):
             for group in groups:
-                weights = _joined([ref.variable for ref in group])
-                alive = _joined([ref.mask.value for ref in group])
+                weights = ranking.joined([ref.variable for ref in group])
+                alive = ranking.joined([ref.mask.value for ref in group])
                 size = sum(math.prod(ref.variable.shape) for ref in group)
                 mask, fine = ranking.keep_largest(
                     weights,
                     ops.ones_like(alive) if self.regrowth else alive,
-                    _integer(size - selection.drop_count(size, size, sparsity=sparsity)),
-                    _seed(self.seed, step, group[0].path),
+                    ranking.integer(size - selection.drop_count(size, size, sparsity=sparsity)),
+                    ranking.seed_of(self.seed, step, group[0].path),
                 )
                 masks.append(mask)
                 finite.append(fine)
-            _check_finite(groups, finite)
-            for group, mask in zip(groups, masks, strict=True):
-                for ref, part in zip(group, _parted(mask, group), strict=True):
+            parts = [ranking.parted(mask, group) for mask, group in zip(masks, groups, strict=True)]
+            emptied = ranking.check_finite(groups, finite, parts)
+            for group, masks_of_group in zip(groups, parts, strict=True):
+                for ref, part in zip(group, masks_of_group, strict=True):
                     ref.mask.value.assign(part)
+        notices.of_emptied(
+            [path for path in emptied if path not in self._emptied], f" at step {step}"
+        )
+        self._emptied = emptied
 
     def _update(self, sparsity: float, step: int) -> None:
         pruner = self.pruner
@@ -380,8 +399,8 @@ class DynamicSparseTraining(MaskSchedule):
         optimizer: The optimizer of a loop of one's own; by default that of the model.
 
     Raises:
-        ValueError: The model has no masks, an argument is out of its range, or the arrays of `data`
-            are not of one length.
+        ValueError: The model has no masks, an argument is out of its range, no change would ever be
+            due, or the arrays of `data` are not of one length.
 
     References:
         - [Mocanu et al., arXiv 1707.04780](https://arxiv.org/abs/1707.04780) (SET)
@@ -413,26 +432,42 @@ class DynamicSparseTraining(MaskSchedule):
                 f'growth="random" takes none. Received: growth={growth!r}, data of type '
                 f"{type(data).__name__}"
             )
-        if not (0 < fraction < 1 and 0 < until <= 1):
+        shares = all(isinstance(share, numbers.Real) for share in (fraction, until))
+        if not (shares and 0 < fraction < 1 and 0 < until <= 1):
             raise ValueError(
                 "`fraction` must be in (0, 1) and `until` in (0, 1]. Received: "
-                f"fraction={fraction}, until={until}"
+                f"fraction={fraction!r}, until={until!r}"
             )
         counts = (steps, frequency, batch_size)
-        if not all(isinstance(count, numbers.Integral) and count >= 1 for count in counts):
+        if not all(_is_count(count, 1) for count in counts):
             raise ValueError(
                 "`steps`, `frequency` and `batch_size` must be integers of at least 1. Received: "
                 f"steps={steps}, frequency={frequency}, batch_size={batch_size}"
             )
+        _check_seed(seed)
         self.steps = steps
         self.growth = growth
         self._examples = None if data is None else Examples.of(*data)
+        if frequency >= until * steps:
+            raise ValueError(
+                "No weight would ever move: the first change is due after `frequency` steps, and "
+                f"masks stay as they are from step until * steps = {until * steps:g} on. Received: "
+                f"steps={steps}, until={until}, frequency={frequency}. Lower the frequency."
+            )
         self.batch_size = batch_size
         self.fraction = fraction
         self.until = until
         self.frequency = frequency
         self.seed = seed
         self.optimizer = optimizer
+
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
+        """Warns where the training ended before any weight could move."""
+        if self.step < self.frequency:
+            notices.warn(
+                f"DynamicSparseTraining moved nothing: the training ended at step {self.step}, and "
+                f"the first change is due at step {self.frequency}. Lower the `frequency`."
+            )
 
     def moving_share(self, step: int) -> float:
         """The share of the weights alive that moves at a step: `fraction` at first, then less."""
@@ -462,7 +497,7 @@ class DynamicSparseTraining(MaskSchedule):
         model = self.pruner.model
         refs = ml.masked_refs(model)
         share = self.moving_share(step)
-        alive = _alive(refs)
+        alive = ranking.count_alive(refs)
         if sum(alive) == sum(math.prod(ref.variable.shape) for ref in refs):
             warnings.warn(
                 f"DynamicSparseTraining moved nothing at step {step}: {model.name!r} has no pruned "
@@ -474,15 +509,18 @@ class DynamicSparseTraining(MaskSchedule):
         with fitting.variable_scope(model):
             results = []
             for ref, count in zip(refs, alive, strict=True):
-                state = [_joined([ref.variable]), _joined([ref.mask.value])]
-                number = _integer(selection.drop_count(count, count, rate=share))
-                seed = _seed(self.seed, step, ref.path)
+                state = [ranking.joined([ref.variable]), ranking.joined([ref.mask.value])]
+                number = ranking.integer(selection.drop_count(count, count, rate=share))
+                seed = ranking.seed_of(self.seed, step, ref.path)
                 if self.growth == "gradient":
-                    wanted = _joined([growth[ref.path]])
+                    wanted = ranking.joined([growth[ref.path]])
                     results.append(ranking.rewire_by_growth(*state, wanted, number, seed))
                 else:
                     results.append(ranking.rewire_by_lot(*state, number, seed))
-            _check_finite([[ref] for ref in refs], [fine for _, _, fine in results])
+            finite = [fine for _, _, fine in results]
+            ranking.check_finite(
+                [[ref] for ref in refs], finite, [[mask] for mask, _, _ in results]
+            )
             slots = self._slots()
             for ref, (mask, grown, _) in zip(refs, results, strict=True):
                 kept = ops.reshape(ops.logical_not(grown), ref.variable.shape)
@@ -511,37 +549,11 @@ class DynamicSparseTraining(MaskSchedule):
 _MAGNITUDE = ("smallest_weights", "smallest_weights_global")
 
 
-def _alive(refs: Sequence[WeightRef]) -> list[int]:
-    """How many weights each mask keeps: counted on the device, read all at once."""
-    masks = [ops.convert_to_tensor(ref.mask.value) for ref in refs]
-    counts = ops.stack([ops.sum(ops.cast(mask, "int32")) for mask in masks])
-    return ops.convert_to_numpy(counts).tolist()
+def _is_count(value: Any, least: int) -> bool:
+    integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    return integer and value >= least
 
 
-def _joined(tensors: Sequence[Any]) -> Any:
-    return ops.concatenate([ops.reshape(ops.convert_to_tensor(t), (-1,)) for t in tensors])
-
-
-def _parted(mask: Any, group: Sequence[WeightRef]) -> list[Any]:
-    ends = np.cumsum([math.prod(ref.variable.shape) for ref in group])[:-1].tolist()
-    parts = ops.split(mask, ends) if ends else [mask]
-    return [ops.reshape(part, ref.variable.shape) for part, ref in zip(parts, group, strict=True)]
-
-
-def _integer(value: int) -> Any:
-    return ops.convert_to_tensor(value, "int32")
-
-
-def _seed(seed: int, step: int, path: str) -> Any:
-    entropy = np.random.SeedSequence([seed, step, zlib.crc32(path.encode())])
-    return _integer(int(entropy.generate_state(1)[0] >> 2))
-
-
-def _check_finite(groups: Sequence[Sequence[WeightRef]], finite: Sequence[Any]) -> None:
-    """Reads one flag per group from the device, all of them at once."""
-    for group, fine in zip(groups, ops.convert_to_numpy(ops.stack(finite)), strict=True):
-        if not fine:
-            raise ValueError(
-                f"The weights of {[ref.path for ref in group]} contain NaN or infinity, or their "
-                "gradients do; they cannot be ranked. Did the training diverge?"
-            )
+def _check_seed(seed: Any) -> None:
+    if not _is_count(seed, 0):
+        raise ValueError(f"`seed` must be a non-negative integer. Received: seed={seed!r}")

@@ -42,6 +42,13 @@ def remake_function(model: keras.Model, kind: str) -> None:
             object.__setattr__(model, name, own)
 
 
+def remake_functions(model: keras.Model) -> None:
+    """Replaces all compiled functions that the model has, as `remake_function` does."""
+    for kind in ("train", "test", "predict"):
+        if getattr(model, f"{kind}_function", None) is not None:
+            remake_function(model, kind)
+
+
 def read_clocks(optimizer: keras.Optimizer | None) -> list[tuple[int, float | None]]:
     """Where an optimizer stands: (step, learning rate) of it and of each optimizer inside it.
 

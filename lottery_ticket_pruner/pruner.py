@@ -17,7 +17,15 @@ import keras
 import numpy as np
 
 import masked_layers as ml
-from lottery_ticket_pruner import criteria, evidence, fitting, selection, structures, treatments
+from lottery_ticket_pruner import (
+    criteria,
+    evidence,
+    fitting,
+    notices,
+    selection,
+    structures,
+    treatments,
+)
 from masked_layers import _keras, paths
 from masked_layers.files import replacing
 from masked_layers.maskable import input_axes
@@ -193,7 +201,8 @@ class LotteryTicketPruner:
                 wrong. Nothing has changed then.
 
         Warns:
-            UserWarning: The criterion ranks final weights that are older than the last update.
+            UserWarning: The criterion ranks final weights that are older than the last update;
+                a mask that kept something keeps nothing now; or nothing was pruned.
         """
         self._require_masked("update_masks")
         criterion = criteria.get(strategy)
@@ -240,6 +249,9 @@ class LotteryTicketPruner:
 
         Raises:
             ValueError: A record is missing, or an argument is wrong.
+
+        Warns:
+            UserWarning: One of the masks keeps nothing; for the first sparsity where that is so.
         """
         criterion = criteria.get(strategy)
         _keras.sync(self.model)
@@ -247,9 +259,10 @@ class LotteryTicketPruner:
             path: dataclasses.replace(kernel, mask=np.ones_like(kernel.mask))
             for path, kernel in self._kernels(self._prunables(self.model), criterion).items()
         }
-        return selection.update_many(
+        masks = selection.update_many(
             criterion, kernels, sparsities=sparsities, scope=scope, seed=seed
         )
+        return notices.watched(masks, sparsities)
 
     def rewind(self, optimizer: bool = True) -> None:
         """Brings the initial weights back under the masks, which stay.
@@ -656,7 +669,7 @@ class LotteryTicketPruner:
         with fitting.variable_scope(self.model):
             changed = [refs[position].mask.freeze(values) for position, values in frozen.items()]
         if any(changed):
-            _remake_functions(self.model)
+            fitting.remake_functions(self.model)
 
     def _prunables(self, model: keras.Model) -> dict[int, WeightRef]:
         """Those of `_prunables` that have a mask, in the model or here."""
@@ -714,13 +727,7 @@ class LotteryTicketPruner:
             size,
             100 * alive / size,
         )
-        left = [
-            path
-            for path, kernel in kernels.items()
-            if structure is not None and not structure.applies(kernel.layout)
-        ]
-        if left:
-            _logger.warning("%s does not apply to %s; left as they were.", structure, left)
+        notices.of_update(kernels, masks, **options)
 
     @contextlib.contextmanager
     def _as_ranked(self, model: keras.Model, criterion: criteria.Criterion) -> Iterator[None]:
@@ -889,14 +896,8 @@ def _set_rescale(model: keras.Model, flags: Mapping[ml.Mask, bool]) -> bool:
     for mask, rescale in changed.items():
         mask.rescale = rescale
     if changed:
-        _remake_functions(model)
+        fitting.remake_functions(model)
     return bool(changed)
-
-
-def _remake_functions(model: keras.Model) -> None:
-    for kind in ("train", "test", "predict"):
-        if getattr(model, f"{kind}_function", None) is not None:
-            fitting.remake_function(model, kind)
 
 
 @contextlib.contextmanager

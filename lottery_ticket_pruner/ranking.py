@@ -8,11 +8,17 @@ keys: 31 passes over memory, where sorting a million weights costs ten times as 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any
+import math
+import zlib
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import keras
+import numpy as np
 from keras import ops
+
+if TYPE_CHECKING:
+    from masked_layers import WeightRef
 
 # Keys from a lottery have this many bits, so that they are below every threshold for 0 of them.
 _LOTTERY_BITS = 30
@@ -173,3 +179,71 @@ def _rewire(weight: Any, mask: Any, wanted: Any, count: Any, seed: Any) -> tuple
     new = ops.logical_or(kept, keep_highest(wanted, ops.logical_not(kept), count, seed + 2))
     finite = ops.all(ops.logical_or(is_finite(keys), ops.logical_not(mask)))
     return new, ops.logical_and(new, ops.logical_not(mask)), finite
+
+
+def count_alive(refs: Sequence[WeightRef]) -> list[int]:
+    """How many weights each mask keeps: counted on the device, read all at once."""
+    masks = [ops.convert_to_tensor(ref.mask.value) for ref in refs]
+    counts = ops.stack([ops.sum(ops.cast(mask, "int32")) for mask in masks])
+    return ops.convert_to_numpy(counts).tolist()
+
+
+def joined(tensors: Sequence[Any]) -> Any:
+    """One 1-D tensor of all their elements."""
+    return ops.concatenate([ops.reshape(ops.convert_to_tensor(t), (-1,)) for t in tensors])
+
+
+def parted(mask: Any, group: Sequence[WeightRef]) -> list[Any]:
+    """The parts of a joined mask, each in the shape of its weight."""
+    ends = np.cumsum([math.prod(ref.variable.shape) for ref in group])[:-1].tolist()
+    parts = ops.split(mask, ends) if ends else [mask]
+    return [ops.reshape(part, ref.variable.shape) for part, ref in zip(parts, group, strict=True)]
+
+
+def integer(value: int) -> Any:
+    """The value as an int32 tensor, as compiled functions take it."""
+    return ops.convert_to_tensor(value, "int32")
+
+
+def seed_of(seed: int, step: int, path: str) -> Any:
+    """The seed of one weight at one step: an int32 scalar."""
+    entropy = np.random.SeedSequence([seed, step, zlib.crc32(path.encode())])
+    return integer(int(entropy.generate_state(1)[0] >> 2))
+
+
+def check_finite(
+    groups: Sequence[Sequence[WeightRef]],
+    finite: Sequence[Any],
+    masks: Sequence[Sequence[Any]],
+) -> list[str]:
+    """Reads one number per kernel from the device, all of them at once.
+
+    Args:
+        groups: The weights that were ranked together.
+        finite: For each group, whether all that was ranked is finite.
+        masks: For each group, the new masks of its weights.
+
+    Returns:
+        The paths whose mask keeps nothing.
+
+    Raises:
+        ValueError: Something that was ranked is not finite; the message names the weights.
+    """
+    codes = [
+        ops.cast(fine, "int32") + 2 * ops.cast(ops.any(mask), "int32")
+        for fine, parts in zip(finite, masks, strict=True)
+        for mask in parts
+    ]
+    codes = iter(ops.convert_to_numpy(ops.stack(codes)).tolist())
+    emptied = []
+    for group in groups:
+        for ref in group:
+            code = next(codes)
+            if not code & 1:
+                raise ValueError(
+                    f"The weights of {[ref.path for ref in group]} contain NaN or infinity, or "
+                    "their gradients do; they cannot be ranked. Did the training diverge?"
+                )
+            if not code & 2:
+                emptied.append(ref.path)
+    return emptied

@@ -10,13 +10,13 @@ import functools
 import hashlib
 import math
 import numbers
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from lottery_ticket_pruner import criteria, distributions, structures
+from lottery_ticket_pruner.shares import Share, check_share, one_of, shares_of
 
 # 0.29 * 100 is 28.999999999999996 in floating point; 29 is meant.
 _ROUNDING = 1e-6
@@ -31,8 +31,6 @@ _ARRAYS = (*criteria.RECORDS, *criteria.EVIDENCE)
 
 # Weights scored at a time: a criterion's intermediate arrays stay in the processor's cache.
 _CHUNK = 2**17
-
-Share = float | Mapping[str, float]
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -95,8 +93,8 @@ def drop_count(
         ValueError: not exactly one of `rate` and `sparsity`, one outside [0, 1), or a `sparsity`
             below the present one unless `keep_sparser`.
     """
-    name, share = _one_of(rate, sparsity)
-    _check_share(name, share)
+    name, share = one_of(rate, sparsity)
+    check_share(name, share)
     if name == "rate":
         return math.floor(float(share) * alive + _ROUNDING)
     drop = math.floor(float(share) * size + _ROUNDING) - (size - alive)
@@ -249,8 +247,8 @@ def update(
     else:
         if distribution is not None:
             sparsity = _distribute(distribution, kernels, scope, rate, sparsity)
-        name, share = _one_of(rate, sparsity)
-        shares = _shares(name, share, kernels, scope)
+        name, share = one_of(rate, sparsity)
+        shares = shares_of(name, share, kernels, scope)
         amounts = {
             path: {name: value, "keep_sparser": keep_sparser} for path, value in shares.items()
         }
@@ -294,7 +292,7 @@ def update_many(
     criterion, scope, kernels = _admit(criterion, weights, scope, seed, structure)
     if structure is not None and structure.kept is not None:
         _refuse_amounts(structure, sparsities=sparsities)
-    shares = [_shares("sparsity", share, kernels, scope) for share in sparsities]
+    shares = [shares_of("sparsity", share, kernels, scope) for share in sparsities]
     contests = list(_contests(criterion, kernels, scope, seed, structure))
 
     def masks() -> Iterator[dict[str, np.ndarray]]:
@@ -363,7 +361,7 @@ def _distribute(
             f'number, no `rate`, and the scope "layer". Received: distribution={distribution!r}, '
             f"rate={rate!r}, sparsity={sparsity!r}, scope={scope!r}"
         )
-    _check_share("sparsity", sparsity)
+    check_share("sparsity", sparsity)
     shapes = {path: kernel.mask.shape for path, kernel in kernels.items()}
     return distributions.get(distribution)(shapes, sparsity)
 
@@ -688,58 +686,3 @@ def resolve_scope(criterion: criteria.Criterion, scope: str | None) -> str:
             f"Received: scope={scope!r}"
         )
     return scope
-
-
-def _one_of(rate: Share | None, sparsity: Share | None) -> tuple[str, Share]:
-    if (rate is None) == (sparsity is None):
-        raise ValueError(
-            "Give exactly one of `rate` (share of the alive weights to drop now) and `sparsity` "
-            "(share of all weights that are pruned afterwards). "
-            f"Received: rate={rate!r}, sparsity={sparsity!r}"
-        )
-    return ("rate", rate) if sparsity is None else ("sparsity", sparsity)
-
-
-def _check_share(name: str, share: float) -> None:
-    if not isinstance(share, numbers.Real) or not 0 <= share < 1:
-        raise ValueError(
-            f"`{name}` must be a number in [0, 1). Received: {name}={share!r} "
-            f"of type {type(share).__name__}"
-        )
-
-
-def _shares(name: str, share: Share, paths: Sequence[str], scope: str) -> dict[str, float]:
-    """The share that holds for each path."""
-    if not isinstance(share, Mapping):
-        _check_share(name, share)
-        return dict.fromkeys(paths, share)
-    if scope == "global":
-        raise ValueError(
-            f'`{name}` per layer contradicts scope="global", where all layers share one threshold. '
-            f"Give one number, or another scope. Received: {name}={share!r}"
-        )
-    for value in share.values():
-        _check_share(name, value)
-    patterns = {}
-    for key in share:
-        if key == "default":
-            continue
-        try:
-            patterns[key] = re.compile(key)
-        except (re.error, TypeError) as error:
-            raise ValueError(f"`{name}` has the key {key!r}, no pattern: {error}") from error
-        if not any(patterns[key].search(path) for path in paths):
-            raise ValueError(
-                f"The pattern {key!r} of `{name}` is found in no path. The paths: {list(paths)}"
-            )
-    shares = {}
-    for path in paths:
-        key = next((key for key, found in patterns.items() if found.search(path)), "default")
-        key = path if path in share else key
-        if key not in share:
-            raise ValueError(
-                f'`{name}` has neither a pattern that matches {path!r} nor a "default". '
-                f"Received: {name}={share!r}"
-            )
-        shares[path] = share[key]
-    return shares

@@ -1,6 +1,7 @@
 """Untrained supermasks: what masks alone know, for many criteria and sparsities at a time."""
 
 import itertools
+import logging
 from collections.abc import Iterable, Sequence
 from numbers import Real
 from typing import Any
@@ -9,7 +10,7 @@ import numpy as np
 
 import masked_layers as ml
 from lottery_ticket_pruner import criteria as criteria_module
-from lottery_ticket_pruner import treatments
+from lottery_ticket_pruner import notices, treatments
 from lottery_ticket_pruner.engine import engine_of
 from lottery_ticket_pruner.examples import Arrays, Examples
 from lottery_ticket_pruner.pruner import (
@@ -19,6 +20,8 @@ from lottery_ticket_pruner.pruner import (
     rescaling,
     restored,
 )
+
+_logger = logging.getLogger(__name__)
 
 # What masked weights are set to, from the recorded initial ones.
 WEIGHTS = {
@@ -76,10 +79,16 @@ def evaluate_grid(
             f"`evaluate_grid` needs a compiled masked model. Received {model.name!r}: make it by "
             "`masked_layers.convert_to_masked(model)`, compile it, and make the pruner for it."
         )
-    if isinstance(criteria, str) or isinstance(sparsities, Real):
+    criteria = criteria if isinstance(criteria, str) else list(criteria)
+    if isinstance(criteria, str) or isinstance(sparsities, Real) or isinstance(dwr, bool):
         raise ValueError(
-            "`criteria` and `sparsities` must be lists. Received: "
-            f"criteria={criteria!r}, sparsities={sparsities!r}"
+            "`criteria`, `sparsities` and `dwr` must be lists. Received: "
+            f"criteria={criteria!r}, sparsities={sparsities!r}, dwr={dwr!r}"
+        )
+    if not (criteria and len(sparsities) and len(weights) and len(dwr)):
+        raise ValueError(
+            "There is nothing to evaluate: give at least one of each. Received: "
+            f"criteria={criteria!r}, sparsities={sparsities!r}, weights={weights!r}, dwr={dwr!r}"
         )
     unknown = [name for name in weights if name not in WEIGHTS]
     if unknown:
@@ -96,7 +105,9 @@ def evaluate_grid(
     }
     data = Examples.of(x, y)
     rows = []
-    with restored(model), rescaling(model, dict.fromkeys([ref.mask for ref in refs], False)):
+    emptied: dict[str, list[str]] = {}
+    flags = dict.fromkeys([ref.mask for ref in refs], False)
+    with restored(model), rescaling(model, flags), notices.rehearsal():
         for variable, value in zip(model.weights, initial.values(), strict=True):
             variable.assign(value)
         freeze_at_zero(model)
@@ -104,6 +115,8 @@ def evaluate_grid(
         for name, ranking in rankings:
             for sparsity, masks in zip(sparsities, ranking, strict=True):
                 ml.set_masks(model, masks)
+                for path in (path for path, mask in masks.items() if not mask.any()):
+                    emptied.setdefault(path, []).append(f"{name} at {sparsity}")
                 for start, rescale in itertools.product(weights, dwr):
                     if rescale or held != start:
                         for ref in refs:
@@ -114,6 +127,9 @@ def evaluate_grid(
                     cell = {"criterion": name, "sparsity": sparsity, "weights": start}
                     metrics = engine_of(model).evaluate(data)
                     rows.append({**cell, "dwr": bool(rescale), **metrics})
+    # Said once and not warned of: how far masks can go is what such a grid asks.
+    for path, masks in emptied.items():
+        _logger.warning("Nothing is left of %r in the masks of %s.", path, ", ".join(masks))
     return rows
 
 

@@ -14,7 +14,7 @@ import keras
 import numpy as np
 
 import masked_layers as ml
-from lottery_ticket_pruner import criteria, fitting, selection, training, treatments
+from lottery_ticket_pruner import criteria, fitting, notices, selection, training, treatments
 from lottery_ticket_pruner.augmentation import Augmentation
 from lottery_ticket_pruner.checkpoint import Checkpoint, description, digest
 from lottery_ticket_pruner.data import arrays_of, pair_of
@@ -273,12 +273,13 @@ class _Search:
         """Refuses what cannot be pruned or drawn, before anything is trained."""
         self.pruner.reset_masks()
         self.pruner.set_pretrained_weights()
-        self.pruner.update_masks(
-            self.criterion,
-            scope=self.scope,
-            data=self.data,
-            **_amount(self.rate, self.sparsity, 1 / self.rounds),
-        )
+        with notices.rehearsal():
+            self.pruner.update_masks(
+                self.criterion,
+                scope=self.scope,
+                data=self.data,
+                **_amount(self.rate, self.sparsity, 1 / self.rounds),
+            )
         self.pruner.reset_masks()
         if {"random_reinit", "reinit_same_sign"} & set(self.controls):
             _draw_again(self.model, (self.seed,))
@@ -457,7 +458,7 @@ def _check(
     seed: int,
 ) -> None:
     for name, value in (("rounds", rounds), ("steps", steps), ("rewind_to", rewind_to)):
-        if not isinstance(value, numbers.Integral):
+        if not isinstance(value, numbers.Integral) or isinstance(value, bool):
             raise ValueError(
                 f"`{name}` must be an integer{', in training steps' * (name == 'rewind_to')}. "
                 f"Received: {name}={value!r}."
@@ -471,8 +472,8 @@ def _check(
         raise ValueError(
             f"Give rate or sparsity, not both. Received: rate={rate}, sparsity={sparsity}."
         )
-    if seed < 0:
-        raise ValueError(f"`seed` must not be negative. Received: {seed}.")
+    if not isinstance(seed, numbers.Integral) or isinstance(seed, bool) or seed < 0:
+        raise ValueError(f"`seed` must be an integer and not negative. Received: {seed!r}.")
 
 
 def _check_names(

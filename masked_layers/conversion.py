@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import warnings
 import zlib
 from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
@@ -70,6 +71,9 @@ def convert_to_masked(
         ValueError: If it has nothing to mask, cannot be copied, or is not built and has a layer
             that may make others when it is; if `mask` is no mask, cannot go over a weight, or is
             learned and there are masks already.
+
+    Warns:
+        UserWarning: A pattern or function of `include` or `exclude` matches no layer.
     """
     if not isinstance(model, keras.Model):
         raise TypeError(f"Expected a `keras.Model`. Received: {model!r}")
@@ -222,6 +226,10 @@ def _select(
     model: keras.Model, include: Filter | None, exclude: Filter | None, mask_bias: bool
 ) -> list[tuple[str, bool]]:
     """Returns (path, False) of each weight to mask and (path, True) of layers masked when built."""
+    include, exclude = (
+        list(value) if isinstance(value, Iterable) and not isinstance(value, str) else value
+        for value in (include, exclude)
+    )
     included = (lambda layer: True) if include is None else _predicate("include", include)
     excluded = (lambda layer: False) if exclude is None else _predicate("exclude", exclude)
 
@@ -258,7 +266,22 @@ def _select(
             f"Nothing to mask in '{model.name}': {reason}. Its layers: {inside}. A layer of your "
             "own becomes maskable with `masked_layers.register(cls, weights=[...])`."
         )
+    _warn_of_idle(model, include=include, exclude=exclude)
     return selected
+
+
+def _warn_of_idle(model: keras.Model, **filters: Filter | None) -> None:
+    """Warns of each pattern and function that matches no layer of the model."""
+    layers = [layer for _, layer in walk(model)]
+    for argument, value in filters.items():
+        for one in value if isinstance(value, list) else [value]:
+            if one is not None and not any(map(_predicate(argument, one), layers)):
+                warnings.warn(
+                    f"{argument}={one!r} matches no layer of '{model.name}' and changes nothing. "
+                    "Patterns are searched in the names of layers: "
+                    f"{sorted({layer.name for layer in layers})}",
+                    stacklevel=4,
+                )
 
 
 def _builds_itself(layer: Layer) -> bool:

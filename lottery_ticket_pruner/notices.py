@@ -1,0 +1,154 @@
+"""What is said when pruning does something that nobody may have meant: once for each update."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from numbers import Real
+from typing import Any
+
+import numpy as np
+
+from lottery_ticket_pruner import schedules, selection, structures
+
+_logger = logging.getLogger(__name__)
+
+_OURS = ("lottery_ticket_pruner", "masked_layers")
+_EMPTIED = "Nothing is left of"
+
+
+def warn(message: str) -> None:
+    """Warns at the line outside of this library that led here."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals["__name__"].partition(".")[0] in _OURS:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
+
+
+def is_emptied(before: np.ndarray, after: np.ndarray) -> bool:
+    """Whether a mask keeps nothing now and did before."""
+    return bool(before.any() and not after.any())
+
+
+def of_emptied(paths: Iterable[str], when: str = "") -> None:
+    """Warns of masks that keep nothing, if there are any.
+
+    Args:
+        paths: Those that keep nothing now.
+        when: What to say of the moment, as `" at step 5"`.
+    """
+    paths = list(paths)
+    if paths:
+        warn(
+            f"{_EMPTIED} {', '.join(map(repr, paths))}{when}: every weight there is pruned, and "
+            "where no other path leads around a layer, the output no longer depends on the input. "
+            'Let weights compete within each layer (`scope="layer"`), share the sparsity out by '
+            "`distribution`, give such layers a lower share of their own, leave them out "
+            "(`convert_to_masked(model, exclude=...)`), or prune less."
+        )
+
+
+def watched(
+    many: Iterable[dict[str, np.ndarray]], sparsities: Iterable[selection.Share]
+) -> Iterator[dict[str, np.ndarray]]:
+    """Hands masks on, and warns once of those that keep nothing."""
+    told = False
+    for masks, sparsity in zip(many, sparsities, strict=True):
+        emptied = [path for path, mask in masks.items() if not mask.any()]
+        if emptied and not told:
+            of_emptied(emptied, f" at a sparsity of {sparsity}")
+            told = True
+        yield masks
+
+
+@contextlib.contextmanager
+def rehearsal() -> Iterator[None]:
+    """Says nothing of emptied masks while it is open: they are only tried."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=_EMPTIED)
+        yield
+
+
+def of_update(
+    kernels: Mapping[str, selection.Weights],
+    masks: Mapping[str, np.ndarray],
+    *,
+    structure: structures.Structure | None,
+    rate: selection.Share | None,
+    sparsity: selection.Share | None,
+    keep_sparser: bool,
+    **others: Any,
+) -> None:
+    """Says what an update of masks left out, left undone or took away altogether.
+
+    Args:
+        kernels: What was known before.
+        masks: The masks afterwards, by path.
+        structure: What stood or fell together.
+        rate: The share that was asked for, or None.
+        sparsity: The share that was asked for, or None.
+        keep_sparser: Whether a schedule asked, which may begin with less than one weight.
+        **others: Arguments of `selection.update` of which nothing is said.
+    """
+    if structure is not None:
+        _of_structure(structure, {path: kernel.layout for path, kernel in kernels.items()})
+    # A sparsity that was reached before is no surprise; one of dense masks was not.
+    dense = all(kernel.mask.all() for kernel in kernels.values())
+    amount = rate if sparsity is None or isinstance(sparsity, Mapping) else sparsity * dense
+    same = all(np.array_equal(kernel.mask, masks[path]) for path, kernel in kernels.items())
+    if same and not keep_sparser and isinstance(amount, Real) and amount > 0:
+        unit = "weight" if structure is None else f"tile of {structure}"
+        warn(
+            f"Nothing was pruned: a share of {amount} is less than one {unit} wherever they "
+            'compete. Ask for more, or let all compete with each other (`scope="global"`).'
+        )
+    of_emptied(path for path, kernel in kernels.items() if is_emptied(kernel.mask, masks[path]))
+
+
+def of_schedule_left(schedule: schedules.Schedule, step: int) -> str | None:
+    """What to say where a training ends at this step; None where the schedule is through.
+
+    A schedule without an end has none to reach: only whether it ever began can be told.
+    """
+    first = schedule.begin_step
+    if step < first:
+        return (
+            f"The training ended at step {step}, before {schedule!r} changed any mask: it begins "
+            f"at step {first}. A step is a batch."
+        )
+    if schedule.end_step is None:
+        return None
+    last = min(step, schedule.end_step)
+    last -= (last - first) % schedule.frequency
+    reached, final = schedule.sparsity(last), schedule.sparsity(schedule.end_step)
+    if reached >= final:
+        return None
+    why = f"The training ended at step {step}, before the end of {schedule!r}"
+    if step >= schedule.end_step:
+        why = f"The end of {schedule!r} is no whole number of `frequency` steps after its beginning"
+    return (
+        f"{why}: masks changed last at step {last}, to a sparsity of {reached:.4g} of {final:.4g}."
+    )
+
+
+def _of_structure(
+    structure: structures.Structure, layouts: Mapping[str, structures.Layout]
+) -> None:
+    left = [path for path, layout in layouts.items() if not structure.applies(layout)]
+    if left:
+        _logger.warning("%s does not apply to %s; left as they were.", structure, left)
+    smaller = [
+        path
+        for path, layout in layouts.items()
+        if path not in left and np.greater(structure.tile(layout), layout.sizes).any()
+    ]
+    if smaller:
+        _logger.warning(
+            "The tiles of %s are larger than %s: there they are cut off at the edge, down to one "
+            "tile for a kernel that is smaller in all directions.",
+            structure,
+            smaller,
+        )

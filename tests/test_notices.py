@@ -1,0 +1,230 @@
+"""What pruning says of itself: layers left with nothing, and arguments without effect."""
+
+import logging
+import warnings
+
+import keras
+import numpy as np
+import pytest
+
+import masked_layers as ml
+from lottery_ticket_pruner import (
+    DynamicSparseTraining,
+    GradualPruning,
+    LotteryTicketPruner,
+    find_ticket,
+    schedules,
+    structures,
+    supermasks,
+)
+
+X = np.random.default_rng(0).normal(size=(24, 8)).astype("float32")
+Y = np.arange(24) % 4
+
+
+def make_model(masked=True):
+    """The weights of "mid" are the smallest by far."""
+
+    def dense(units, stddev, name):
+        initializer = keras.initializers.RandomNormal(stddev=stddev, seed=1)
+        return keras.layers.Dense(units, kernel_initializer=initializer, name=name)
+
+    model = keras.Sequential(
+        [keras.Input((8,)), dense(8, 1.0, "a"), dense(8, 0.001, "mid"), dense(4, 1.0, "b")]
+    )
+    model.compile(
+        keras.optimizers.SGD(0.0), keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    )
+    return ml.convert_to_masked(model) if masked else model
+
+
+def said(action):
+    """What our own warnings say."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        action()
+    return [str(w.message) for w in caught if w.category is UserWarning]
+
+
+def fit(model, callbacks, epochs=1):
+    model.fit(X, Y, batch_size=6, epochs=epochs, verbose=0, callbacks=callbacks)  # 4 steps each
+
+
+def test_an_update_that_empties_a_layer_says_so_once():
+    model = make_model()
+    pruner = LotteryTicketPruner(model)
+    with pytest.warns(UserWarning, match=r"Nothing is left of 'mid/kernel': .*scope=\"layer\""):
+        pruner.update_masks("large_init", sparsity=0.5, scope="global")
+    assert not ml.get_masks(model)["mid/kernel"].any()
+    assert not said(lambda: pruner.update_masks("large_init", rate=0.1, scope="global"))
+    pruner.reset_masks()
+    assert not said(lambda: pruner.update_masks("large_init", sparsity=0.9))
+    pruner.reset_masks()
+    with pytest.warns(UserWarning, match="Nothing is left of 'mid/kernel'") as caught:
+        pruner.update_masks("large_init", sparsity=0.5, scope="global")
+    assert [w.filename for w in caught if w.category is UserWarning] == [__file__]
+
+
+def test_the_earlier_interface_says_so_too():
+    model = make_model(masked=False)
+    pruner = LotteryTicketPruner(model)
+    with pytest.warns(UserWarning, match="Nothing is left of 'mid/kernel'"):
+        pruner.calc_prune_mask(model, 0.5, "smallest_weights_global")
+
+
+@pytest.mark.parametrize("strategy", ["smallest_weights", "large_init"])
+def test_gradual_pruning_says_it_once_and_at_which_step(strategy):
+    model = make_model()
+    schedule = schedules.Function(lambda step: 0.2 * step, frequency=1)
+    pruning = GradualPruning(LotteryTicketPruner(model), schedule, strategy, scope="global")
+    messages = said(lambda: fit(model, [pruning]))
+    assert len(messages) == 1
+    assert "Nothing is left of 'mid/kernel'" in messages[0]
+    if strategy == "smallest_weights":
+        assert " at step 2: " in messages[0]  # 0.4 of 160 weights are the 64 of that kernel
+
+
+def test_masks_of_many_sparsities_say_it_once_and_a_grid_logs_it(caplog):
+    model = make_model()
+    pruner = LotteryTicketPruner(model)
+    arguments = {"sparsities": [0.1, 0.5, 0.6], "scope": "global"}
+    (message,) = said(lambda: list(pruner.masks_at("large_init", **arguments)))
+    assert "'mid/kernel' at a sparsity of 0.5" in message
+    with caplog.at_level(logging.WARNING):
+        grid = {"criteria": ["large_init"], **arguments}
+        assert not said(lambda: supermasks.evaluate_grid(pruner, X, Y, **grid))
+    (record,) = caplog.records
+    assert "large_init at 0.5, large_init at 0.6" in record.getMessage()
+
+
+def test_a_search_says_it_once():
+    model = make_model(masked=False)
+    (message,) = said(
+        lambda: find_ticket(
+            model, X, Y, rounds=2, steps=2, batch_size=6, sparsity=0.6, scope="global"
+        )
+    )
+    assert "Nothing is left of 'mid/kernel'" in message
+
+
+def test_an_update_that_prunes_nothing_says_so():
+    pruner = LotteryTicketPruner(make_model())
+    for amount in ({"rate": 0.01}, {"sparsity": 0.01}):
+        with pytest.warns(UserWarning, match="Nothing was pruned: a share of 0.01 is less than"):
+            pruner.update_masks("large_init", **amount)
+    with pytest.warns(UserWarning, match=r"less than one tile of Blocks\(block_size=\(8, 8\)"):
+        pruner.update_masks("large_init", rate=0.4, structure="8x8")
+    pruner.update_masks("large_init", sparsity=0.5)
+    assert not said(lambda: pruner.update_masks("large_init", sparsity=0.5))
+
+
+def test_tiles_larger_than_a_kernel_are_named(caplog):
+    pruner = LotteryTicketPruner(make_model())
+    with caplog.at_level(logging.WARNING):
+        pruner.update_masks("large_init", rate=0.5, structure="4x8")
+        assert "larger than ['b/kernel']" in caplog.text
+        caplog.clear()
+        pruner.update_masks("large_init", structure=structures.NOfM(2, 16))
+        assert "larger than ['a/kernel', 'mid/kernel', 'b/kernel']" in caplog.text
+        caplog.clear()
+        pruner.update_masks("large_init", rate=0.5, structure="filters")
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("filters", "message"),
+    [
+        ({"exclude": "no_such_layer"}, "exclude='no_such_layer' matches no layer"),
+        ({"exclude": ["mid", "typo"]}, "exclude='typo' matches no layer"),
+        ({"include": iter(["a", "typo"])}, r"include='typo' .*\['a', 'b', 'mid'"),
+        ({"exclude": lambda layer: False}, "exclude=<function"),
+    ],
+)
+def test_filters_that_match_nothing_are_named(filters, message):
+    with pytest.warns(UserWarning, match=message) as caught:
+        ml.convert_to_masked(make_model(masked=False), **filters)
+    assert [w.filename for w in caught if w.category is UserWarning] == [__file__]
+
+
+def test_filters_that_match_are_taken_without_a_word():
+    filters = {"include": ["a", "mid"], "exclude": lambda layer: layer.name == "mid"}
+    assert not said(lambda: ml.convert_to_masked(make_model(masked=False), **filters))
+
+
+def test_patterns_that_others_keep_from_any_path_are_refused():
+    pruner = LotteryTicketPruner(make_model())
+    rates = {"kernel": 0.5, "mid": 0.1}
+    with pytest.raises(ValueError, match=r"\['mid'\] of `rate` would do nothing.* Put them first"):
+        pruner.update_masks("large_init", rate=rates)
+    pruner.update_masks("large_init", rate=dict(reversed(rates.items())))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "message"),
+    [
+        (schedules.Polynomial(0, 0.5, 10, 20), "step 4, before .* changed any mask.* at step 10"),
+        (schedules.Polynomial(0, 0.5, 0, 8, 1, 2), "ended at step 4, .* step 4, .* 0.25 of 0.5"),
+        (schedules.Geometric(0, 0.75, 0, 4, 3), "whole number .* last at step 3, .* 0.6464 of"),
+        (schedules.Polynomial(0, 0.5, 0, 4, frequency=2), None),
+        (schedules.Constant(0.5, 1, 9, 4), None),
+        (schedules.Constant(0.5), None),
+    ],
+)
+def test_a_training_that_ends_before_its_schedule_says_where_it_stopped(schedule, message):
+    model = make_model()
+    pruning = GradualPruning(LotteryTicketPruner(model), schedule)
+    if message is None:
+        assert not said(lambda: fit(model, [pruning]))
+    else:
+        with pytest.warns(UserWarning, match=message):
+            fit(model, [pruning])
+        assert not said(lambda: fit(model, [pruning], epochs=0))
+
+
+def test_rewiring_that_never_comes_is_refused_or_told():
+    model = make_model()
+    pruner = LotteryTicketPruner(model)
+    pruner.update_masks("random", sparsity=0.5)
+    with pytest.raises(ValueError, match=r"No weight would ever move.*steps=10, until=0.75"):
+        DynamicSparseTraining(pruner, 10, "random")
+    rewiring = DynamicSparseTraining(pruner, 100, "random", frequency=50)
+    with pytest.warns(UserWarning, match="moved nothing: .* ended at step 4, .* at step 50"):
+        fit(model, [rewiring])
+
+
+@pytest.mark.parametrize("seed", [-1, 1.5, True, "1", float("nan")])
+def test_seeds_are_looked_at_before_training(seed):
+    pruner = LotteryTicketPruner(make_model())
+    with pytest.raises(ValueError, match="`seed` must be a non-negative integer"):
+        GradualPruning(pruner, 0.5, seed=seed)
+    with pytest.raises(ValueError, match="`seed` must be a non-negative integer"):
+        DynamicSparseTraining(pruner, 1000, "random", seed=seed)
+
+
+@pytest.mark.parametrize("value", [-0.5, 1.0, float("nan"), None, True, "0.5"])
+def test_a_function_that_gives_no_sparsity_is_named(value):
+    model = make_model()
+    for strategy in ("smallest_weights", "large_init"):
+        pruning = GradualPruning(LotteryTicketPruner(model), lambda step: value, strategy)
+        with pytest.raises(ValueError, match=r"Function\(.* at step 0` must be a number in"):
+            pruning.advance(0)
+    assert all(mask.all() for mask in ml.get_masks(model).values())
+
+
+def test_booleans_are_no_numbers():
+    pruner = LotteryTicketPruner(make_model())
+    for name in ("rate", "sparsity"):
+        with pytest.raises(ValueError, match=f"`{name}` must be a number in"):
+            pruner.update_masks("large_init", **{name: False})
+    for name in ("frequency", "batch_size", "steps"):
+        with pytest.raises(ValueError, match=f"{name}=True"):
+            DynamicSparseTraining(pruner, **({"steps": 1000, "growth": "random"} | {name: True}))
+    with pytest.raises(ValueError, match="steps=True"):
+        GradualPruning(pruner, 0.5).advance(True)
+
+
+@pytest.mark.parametrize("name", ["criteria", "sparsities", "weights", "dwr"])
+def test_an_empty_grid_is_refused(name):
+    grid = {"criteria": ["large_init"], "sparsities": [0.5]} | {name: []}
+    with pytest.raises(ValueError, match="nothing to evaluate"):
+        supermasks.evaluate_grid(LotteryTicketPruner(make_model()), X, Y, **grid)
