@@ -55,6 +55,10 @@ def _read(file: BinaryIO, limit: int | None) -> dict[str, np.ndarray]:
         if len({member.filename for member in members}) < len(members):
             raise ValueError("it holds two entries of one name")
         for member in members:
+            # A wrong length before the next entry hides it in this one.
+            inside = member.orig_filename.encode("utf-8", "replace") + member.extra + member.comment
+            if b"PK\x01\x02" in inside:
+                raise ValueError(f"the entry of '{member.filename[:40]}' holds another one")
             if member.file_size > MOST_PER_BYTE * member.compress_size:
                 raise ValueError(f"{member.file_size} bytes cannot come from so few")
         total = sum(member.file_size for member in members)

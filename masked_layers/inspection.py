@@ -13,6 +13,7 @@ import keras
 import numpy as np
 
 from masked_layers import _keras
+from masked_layers.archives import read_npz
 from masked_layers.files import replacing
 from masked_layers.maskable import (
     mask_of,
@@ -26,6 +27,8 @@ from masked_layers.packing import pack, unpack
 from masked_layers.paths import plain_class, walk
 
 Layer: TypeAlias = keras.layers.Layer
+
+_OTHER_MASKS = 1 << 26  # Bytes of masks that are read though they are not of the model.
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -156,29 +159,32 @@ def load_masks(model: Layer, path: str | os.PathLike[str]) -> None:
     """Reads the masks that `save_masks` wrote into a masked model of the same architecture.
 
     Raises:
-        FileNotFoundError: If there is no such file.
+        OSError: If there is no such file, or it cannot be read.
         ValueError: If the file is none of `save_masks` or holds more or fewer bits than its masks
             have, or its paths and shapes are not those of the model's masked weights. No mask is
             changed then.
     """
     masks = {}
+    refs = masked_refs(model)
+    # Masks of a larger model are named below; a file of hostile size is not read for that.
+    limit = _OTHER_MASKS + sum(math.prod(ref.variable.shape) for ref in refs)
     try:
-        with np.load(path, allow_pickle=False) as file:
-            for key in file.files:
-                kind, _, name = key.partition("/")
-                if kind == "shape":
-                    shape = tuple(map(operator.index, file[key]))
-                    try:
-                        masks[name] = unpack(file[f"bits/{name}"], shape)
-                    except ValueError as error:
-                        raise ValueError(f"of '{name}', {error}") from error
-    except FileNotFoundError:
+        arrays = read_npz(path, limit=limit)
+        for key, array in arrays.items():
+            kind, _, name = key.partition("/")
+            if kind == "shape":
+                shape = tuple(map(operator.index, array))
+                try:
+                    masks[name] = unpack(arrays[f"bits/{name}"], shape)
+                except ValueError as error:
+                    raise ValueError(f"of '{name}', {error}") from error
+    except OSError:
         raise
     except Exception as error:
         raise ValueError(f"'{path}' is no file that `save_masks` wrote: {error}") from error
     if not masks:
         raise ValueError(f"'{path}' is no file that `save_masks` wrote: it holds no mask.")
-    missing = [ref.path for ref in masked_refs(model) if ref.path not in masks]
+    missing = [ref.path for ref in refs if ref.path not in masks]
     if missing:
         raise ValueError(
             f"'{path}' has no mask for these weights of the model: {missing}. It has: {list(masks)}"

@@ -36,6 +36,8 @@ _SHARES = (0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 _COMMON = ("data", "network", "batch_size", "optimizer", "learning_rate")
 # What makes its ticket the rewound weights under these masks.
 _TICKET = {"retraining": "weight_rewinding", "kept": "rewind", "pruned": "zero"}
+# What else of its configuration is used.
+_OF_RUN = {"steps": int, "rounds": int, "rewind_to": str, "seeds": list}
 _LINES_FILE = "lines.csv"
 _PICTURE = "instability.png"
 
@@ -271,6 +273,11 @@ def _config_of_run(folder: Path) -> dict[str, Any]:
             f"'{folder}' is a folder of another command: it has no rounds of masks. Give --masks "
             "one of `lottery-ticket run`."
         )
+    for name, kind in _OF_RUN.items():
+        if not isinstance(stored.get(name), kind):
+            raise ValueError(
+                f"'{folder / results.CONFIG_FILE}' is damaged: it has {name} {stored.get(name)!r}."
+            )
     return stored
 
 

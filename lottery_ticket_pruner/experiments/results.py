@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 CONFIG_FILE = "config.json"
@@ -169,8 +170,8 @@ def read_run(folder: Path) -> Run:
     try:
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         rows = read_table(folder / RESULTS_FILE)
-    # Of decoding, of JSON and of pandas' parser: all of them are this one.
-    except ValueError as error:
+    # Of decoding, of JSON and of pandas' parser: all of them are the first.
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"'{folder}' cannot be read as a run: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"'{folder / CONFIG_FILE}' holds no options. Received: {config!r}")
@@ -192,6 +193,10 @@ def read_run(folder: Path) -> Run:
             stacklevel=2,
         )
     seeds = config.get("seeds") or []
+    if not isinstance(seeds, list) or not all(isinstance(seed, int) for seed in seeds):
+        raise ValueError(f"'{folder / CONFIG_FILE}' holds no seeds. Received: {seeds!r}")
+    if not np.isfinite(rows["replicate"].astype(float)).all():
+        raise ValueError(f"'{folder / RESULTS_FILE}' lacks numbers in column 'replicate'.")
     numbers = rows["replicate"].astype(int)
     rows["seed"] = [seeds[n] if 0 <= n < len(seeds) else n for n in numbers]
     return Run(folder, config, rows)

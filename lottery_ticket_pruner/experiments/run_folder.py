@@ -57,7 +57,7 @@ def read_json(file: Path) -> Any:
     """The content of a file; None where there is none that can be read."""
     try:
         return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
 
 
