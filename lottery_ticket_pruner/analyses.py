@@ -17,6 +17,7 @@ import numpy as np
 import masked_layers as ml
 from lottery_ticket_pruner import fitting, training
 from lottery_ticket_pruner.augmentation import Augmentation
+from lottery_ticket_pruner.examples import Examples
 from masked_layers import _keras, copying
 
 if TYPE_CHECKING:
@@ -98,11 +99,10 @@ def interpolate(
     for share in shares:
         plain.set_weights([_between(a, b, share) for a, b in zip(*ends, strict=True)])
         rows.append(training.evaluate(plain, x, y))
+        _check_metric(metric, rows[0])
     metrics = {name: np.array([row[name] for row in rows]) for name in rows[0]}
     if metric is None:
         metric = next((name for name in metrics if "accuracy" in name), "loss")
-    elif metric not in metrics:
-        raise ValueError(f"`metric` must be one of {list(metrics)}. Received: metric={metric!r}")
     return Interpolation(shares, metrics, metric)
 
 
@@ -118,6 +118,11 @@ def plot_interpolation(lines: Interpolation | Mapping[str, Interpolation]) -> Fi
     axes.set(xlabel="share of the second solution", ylabel=kind, ylim=(0, None))
     axes.legend(frameon=False)
     return figure
+
+
+def _check_metric(metric: str | None, known: Mapping[str, Any]) -> None:
+    if metric is not None and metric not in known:
+        raise ValueError(f"`metric` must be one of {list(known)}. Received: metric={metric!r}")
 
 
 def instability(
@@ -165,6 +170,9 @@ def instability(
     _check_points(points)
     if not getattr(model, "compiled", False):
         raise ValueError(f"{model.name} is not compiled: call compile() before instability().")
+    training.held_out(model, Examples.of(x, y), "test_data", test_data)
+    if metric is not None:
+        _check_metric(metric, training.evaluate(model, *test_data))
     _keras.sync(model)
     optimizer = model.optimizer
     if not optimizer.built:

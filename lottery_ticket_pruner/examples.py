@@ -80,6 +80,14 @@ class Examples:
         each = map_arrays(lambda array: f"{array.dtype}{array.shape}", self.host)
         return tuple(map(str, each))
 
+    @property
+    def kinds(self) -> tuple[Any, ...]:
+        """The type and the shape of one example, inputs and targets, without sample weights."""
+        return tuple(
+            map_arrays(lambda array: f"{array.dtype}{array.shape[1:]}", part)
+            for part in self.host[:2]
+        )
+
     def take(self, indices: Any) -> tuple[Arrays, ...]:
         """Returns these examples, a copy on the host."""
         return map_arrays(lambda array: array[indices], self.host)

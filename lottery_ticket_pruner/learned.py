@@ -11,6 +11,7 @@ import numpy as np
 import masked_layers as ml
 from lottery_ticket_pruner import training, treatments
 from lottery_ticket_pruner.augmentation import Augmentation
+from lottery_ticket_pruner.examples import Examples
 from masked_layers import copying, learned
 
 WEIGHTS = ("initial", "signed_constant")
@@ -94,11 +95,15 @@ def learn_supermask(
         raise ValueError(f"{model.name} is not compiled: call compile() before learn_supermask().")
     if weights not in WEIGHTS:
         raise ValueError(f"`weights` must be one of {WEIGHTS}. Received: weights={weights!r}")
+    _check_samples(samples)
     prototype = learned.get(mask)
     if not prototype.learned:
         raise ValueError(f"`mask` must be a learned one. Received: mask={mask!r}")
     if isinstance(mask, str):
         prototype.seed = seed
+    to_train_on = Examples.of(x, y)
+    for name, held_out in (("validation_data", validation_data), ("test_data", test_data)):
+        training.held_out(model, to_train_on, name, held_out)
     own_optimizer = model.optimizer
     model = ml.convert_to_masked(model, mask=prototype)
     scale = 1.0
@@ -173,8 +178,7 @@ def evaluate_sampled(
     Raises:
         ValueError: the model has no learned mask, or `samples` is less than 1.
     """
-    if samples < 1:
-        raise ValueError(f"`samples` must be at least 1. Received: samples={samples}")
+    _check_samples(samples)
     hardened = ml.harden(model)
     results = []
     for number in range(samples):
@@ -183,6 +187,11 @@ def evaluate_sampled(
         sparsity = ml.sparsity_report(hardened).sparsity
         results.append(training.evaluate(hardened, x, y) | {"sparsity": sparsity})
     return {name: np.array([result[name] for result in results]) for name in results[0]}
+
+
+def _check_samples(samples: int) -> None:
+    if samples < 1:
+        raise ValueError(f"`samples` must be at least 1. Received: samples={samples}")
 
 
 def _optimizer(mask: ml.LearnedMask, steps: int) -> keras.Optimizer:

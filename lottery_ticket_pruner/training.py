@@ -94,7 +94,7 @@ def train(
         return history
     started = time.perf_counter()
     data = Examples.of(x, y, sample_weight, augment)
-    validation = None if validation_data is None else Examples.of(*validation_data)
+    validation = held_out(model, data, "validation_data", validation_data)
     order = batch_order(len(data), steps, batch_size, seed)
     # At once: what is drawn must not depend on how often there is a look in between.
     rng = np.random.default_rng(np.random.SeedSequence(seed).spawn(1)[0])
@@ -174,7 +174,7 @@ def fit(
     _check_validation_batch(validation_batch_size)
     validation_batch_size = validation_batch_size or batch_size
     data = Examples.of(x, y, sample_weight)
-    validation = None if validation_data is None else Examples.of(*validation_data)
+    validation = held_out(model, data, "validation_data", validation_data)
     batches = _Batches(data, batch_size, seed if shuffle else None)
     callbacks = list(callbacks)
     slow = [type(callback).__name__ for callback in callbacks if _acts_on_batches(callback)]
@@ -268,6 +268,54 @@ def evaluate(
     _check_compiled(model)
     _check_validation_batch(batch_size)
     return engine_of(model).evaluate(Examples.of(x, y, sample_weight), batch_size)
+
+
+def held_out(
+    model: keras.Model, like: Examples, name: str, data: tuple[Arrays, ...] | None
+) -> Examples | None:
+    """Takes validation or test data, and refuses now what would only fail after a training.
+
+    Args:
+        model: compiled.
+        like: the training data.
+        name: the argument, for messages.
+        data: `(x, y)` or `(x, y, sample_weight)`, or None.
+
+    Raises:
+        ValueError: arrays differ in length or are empty, or the model or its loss refuses them.
+    """
+    if data is None:
+        return None
+    if not isinstance(data, tuple | list) or not 1 <= len(data) <= 3:
+        raise ValueError(
+            f"Expected as `{name}` (x, y) or (x, y, sample_weight). Received: "
+            + (f"{len(data)} parts" if isinstance(data, tuple | list) else type(data).__name__)
+        )
+    try:
+        examples = Examples.of(*data)
+    except ValueError as error:
+        raise ValueError(f"`{name}`: {error}") from error
+    if examples.kinds != like.kinds and model.built:
+        try:
+            _run(model, examples)
+        except Exception as error:  # Of as many types as there are layers and losses.
+            raise ValueError(
+                f"`{name}` does not go with {model.name}: {error} Received (x, y): "
+                f"{examples.kinds}; to train on: {like.kinds}."
+            ) from error
+    return examples
+
+
+def _run(model: keras.Model, examples: Examples) -> None:
+    """The model and its loss on a batch, without a trace in either."""
+    inputs = keras.tree.flatten(getattr(model, "inputs", None))
+    x, *rest = examples.take(np.arange(inputs[0].shape[0] or 1 if inputs else 1) % len(examples))
+    y, sample_weight = (*rest, None, None)[:2]
+    outputs = model(x, training=False)
+    try:
+        model.compute_loss(x=x, y=y, y_pred=outputs, sample_weight=sample_weight, training=False)
+    finally:
+        model.reset_metrics()
 
 
 class _Batches(keras.utils.PyDataset):
