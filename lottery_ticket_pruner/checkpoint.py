@@ -1,6 +1,5 @@
 """The state of an iterative search between two rounds, on disk."""
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
@@ -12,9 +11,16 @@ import numpy as np
 
 import masked_layers as ml
 from lottery_ticket_pruner import fitting
+from lottery_ticket_pruner.fingerprints import description, digest, reasons
 from lottery_ticket_pruner.folders import FolderLock
 from lottery_ticket_pruner.pruner import LotteryTicketPruner
+from masked_layers.archives import read_npz
 from masked_layers.files import replacing
+
+__all__ = ["Checkpoint", "description", "digest"]
+
+# What states of earlier versions do not tell: there it is taken to be the same.
+_LATER = ("layers", "metrics")
 
 
 class Checkpoint:
@@ -26,7 +32,7 @@ class Checkpoint:
     Args:
         folder: made if it is not there.
         arguments: what the search was asked to do, in JSON's types. A state of other arguments is
-            not taken for one of these.
+            not taken for one of these, see `fingerprints`.
     """
 
     def __init__(self, folder: Path, arguments: Mapping[str, Any]) -> None:
@@ -41,6 +47,11 @@ class Checkpoint:
 
     def __exit__(self, *error: object) -> None:
         self._lock.__exit__(*error)
+
+    @property
+    def unidentified(self) -> list[str]:
+        """Why nobody can go on from the state, in sentences; empty where one can."""
+        return reasons(self._arguments)
 
     def exists(self) -> bool:
         """Whether there is a state to go on from."""
@@ -71,8 +82,9 @@ class Checkpoint:
             "rows": rows,
             "evaluations": evaluations,
         }
+        state = json.loads(json.dumps(state, default=description))
         with replacing(self._state) as file:
-            file.write(json.dumps(state, indent=1, default=description).encode())
+            file.write(json.dumps(state | {"checksum": _checksum(state)}, indent=1).encode())
         self._pruner_file(number - 1).unlink(missing_ok=True)
         self._model_file(number - 1).unlink(missing_ok=True)
 
@@ -89,37 +101,67 @@ class Checkpoint:
         The model gets back all its variables, optimizer and masks included.
 
         Raises:
-            ValueError: The state is of other arguments or of another model, or not readable.
+            ValueError: The state is of other arguments or of another model, of what cannot be
+                identified, damaged or not whole. Masks and weights are as before then.
         """
+        number, rows, evaluations = self._read_state()
+        if not model.optimizer.built:
+            with fitting.variable_scope(model):
+                model.optimizer.build(model.trainable_variables)
+        masks, before = [], ml.get_masks(model)
+        try:
+            values = read_npz(self._model_file(number))
+            for done in range(number + 1):
+                ml.load_masks(model, self._masks_file(done))
+                masks.append(ml.get_masks(model))
+            pruner = LotteryTicketPruner.load(self._pruner_file(number), model)
+            # Only now: what pruned weights are frozen at are variables, too.
+            variables = dict(_variables(model))
+            _compare(values, variables, self._model_file(number))
+        except (OSError, ValueError) as error:
+            LotteryTicketPruner(model).reset_masks()
+            ml.set_masks(model, before)
+            raise ValueError(
+                f"The state after round {number} in {self._folder} cannot be read: {error}. "
+                "Choose another folder, or delete this one to start over."
+            ) from error
+        for name, variable in variables.items():
+            variable.assign(values[name])
+        return pruner, masks, rows, evaluations
+
+    def _read_state(self) -> tuple[int, list[dict[str, Any]], list[dict[str, Any]]]:
+        """The round, the rows and the evaluations; of a state of this search."""
         try:
             state = json.loads(self._state.read_bytes())
             number, arguments = state["round"], state["arguments"]
             rows, evaluations = state["rows"], state["evaluations"]
-        except (ValueError, KeyError, TypeError) as error:
+            checksum = state.pop("checksum", None)  # Earlier states have none.
+            if checksum not in (None, _checksum(state)):
+                raise ValueError("its checksum is another one")
+            places = {(row["round"], row["arm"]) for row in [*rows, *evaluations]}
+            if type(number) is not int or not places <= {(n, a) for n, a in places if n <= number}:
+                raise ValueError(f"round {number!r} is not the last one of its rows")
+            arguments = dict(arguments)
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{self._state} is not the state of a search: {error!r}") from error
-        if arguments != self._arguments:
-            there, here = dict(_flat(arguments)), dict(_flat(self._arguments))
-            changed = {
-                key: (there.get(key), here.get(key))
-                for key in there | here
-                if there.get(key) != here.get(key)
-            }
+        here = {
+            name: value
+            for name, value in self._arguments.items()
+            if name in arguments or name not in _LATER
+        }
+        if arguments != here:
             raise ValueError(
-                f"{self._folder} holds the state of another search. (There, here): {changed}. "
-                "Choose another folder, or delete this one to start over."
+                f"{self._folder} holds the state of another search. (There, here): "
+                f"{_changes(arguments, here)}. Choose another folder, or delete this one to start "
+                "over."
             )
-        masks = []
-        for done in range(number + 1):
-            ml.load_masks(model, self._masks_file(done))
-            masks.append(ml.get_masks(model))
-        pruner = LotteryTicketPruner.load(self._pruner_file(number), model)
-        if not model.optimizer.built:
-            with fitting.variable_scope(model):
-                model.optimizer.build(model.trainable_variables)
-        with np.load(self._model_file(number), allow_pickle=False) as arrays:
-            for name, variable in _variables(model):
-                variable.assign(arrays[name])
-        return pruner, masks, rows, evaluations
+        if self.unidentified:
+            raise ValueError(
+                f"{self._folder} holds the state of a search that may be another one. "
+                f"{' '.join(self.unidentified)} Choose another folder, or delete this one to start "
+                "over."
+            )
+        return number, rows, evaluations
 
     def _masks_file(self, number: int) -> Path:
         return self._folder / f"masks-{number:02}.npz"
@@ -131,34 +173,12 @@ class Checkpoint:
         return self._folder / f"model-{number:02}.npz"
 
 
-def digest(data: Any) -> str:
-    """A short text that changes with any array in any nesting of lists and dicts of them."""
-    found = hashlib.sha256()
-    for path, leaf in keras.tree.flatten_with_path(data):
-        array = np.asarray(() if leaf is None else leaf)
-        found.update(f"{path} {array.shape} {array.dtype}".encode())
-        found.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
-    return found.hexdigest()[:16]
-
-
-def description(thing: Any) -> Any:
-    """What an optimizer, losses or an augmentation are configured to do, in JSON's types.
-
-    Names are left out: in them Keras counts the objects of a process.
-    """
-    if thing is None or isinstance(thing, str | int | float):
-        return thing
-    if isinstance(thing, np.ndarray | np.generic):
-        return thing.tolist()
-    if isinstance(thing, Mapping):
-        return {key: description(value) for key, value in thing.items() if key != "name"}
-    if isinstance(thing, list | tuple):
-        return [description(value) for value in thing]
-    if hasattr(thing, "get_config"):
-        return {"class_name": type(thing).__name__, **description(thing.get_config())}
-    if dataclasses.is_dataclass(thing):
-        return repr(thing)
-    return getattr(thing, "__name__", type(thing).__name__)
+def _changes(there: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What differs, by name: there and here."""
+    one, other = dict(_flat(there)), dict(_flat(here))
+    return {
+        key: (one.get(key), other.get(key)) for key in one | other if one.get(key) != other.get(key)
+    }
 
 
 def _flat(arguments: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -174,3 +194,25 @@ def _variables(model: keras.Model) -> Iterator[tuple[str, keras.Variable]]:
     for kind, variables in (("model", model.variables), ("optimizer", model.optimizer.variables)):
         for position, variable in enumerate(variables):
             yield f"{kind}/{position}", variable
+
+
+def _compare(
+    values: Mapping[str, np.ndarray], variables: Mapping[str, keras.Variable], file: Path
+) -> None:
+    """Refuses other variables than a model has, before any of them is assigned."""
+    if values.keys() != variables.keys():
+        raise ValueError(
+            f"'{file}' has {len(values)} variables, the model and its optimizer "
+            f"{len(variables)}: {sorted(values.keys() ^ variables.keys())} are only in one of them"
+        )
+    for name, variable in variables.items():
+        there = values[name]
+        if there.shape != tuple(variable.shape) or there.dtype.kind not in "fiub":
+            raise ValueError(
+                f"'{file}' has {there.dtype}{there.shape} for {variable.path}, which has the shape "
+                f"{tuple(variable.shape)}"
+            )
+
+
+def _checksum(state: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:16]

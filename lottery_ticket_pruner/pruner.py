@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import warnings
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -27,6 +26,7 @@ from lottery_ticket_pruner import (
     treatments,
 )
 from masked_layers import _keras, paths
+from masked_layers.archives import read_npz
 from masked_layers.files import replacing
 from masked_layers.maskable import input_axes
 
@@ -918,14 +918,33 @@ def rescaling(model: keras.Model, flags: Mapping[ml.Mask, bool]) -> Iterator[Non
 
 
 def _read_file(file: str | os.PathLike) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The state and the arrays of a pruner's file, each as `save` writes them."""
     try:
-        with np.load(file, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
+        arrays = read_npz(file)
         state = json.loads(str(arrays.pop("state")))
         if state["format"] != _FORMAT or state["version"] != _FORMAT_VERSION:
             raise ValueError(f"format {state['format']} {state['version']}")
-    except (ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+        _check_state(state, arrays)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(
             f"{file} is not a file that `LotteryTicketPruner.save` of this version wrote: {error}"
         ) from error
     return state, arrays
+
+
+def _check_state(state: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
+    """Refuses arrays that are not numbers of the shape of their weight, and names them."""
+    for number, path in enumerate(state["paths"]):
+        there = {"initial weights": arrays[f"initial/{number}"]}
+        shape = there["initial weights"].shape
+        if state["final"]:
+            there["final weights"] = arrays[f"final/{number}"]
+        if number in state["masked"]:
+            there["mask"] = arrays[f"mask/{number}"]
+        if f"frozen/{number}" in arrays:
+            there["frozen values"] = arrays[f"frozen/{number}"]
+        for what, array in there.items():
+            if array.shape != shape or array.dtype.kind not in ("b" if what == "mask" else "fiub"):
+                raise ValueError(
+                    f"{what} of {array.dtype}{array.shape} for {path}, which has the shape {shape}"
+                )

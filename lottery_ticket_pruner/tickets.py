@@ -5,6 +5,7 @@ import dataclasses
 import logging
 import numbers
 import os
+import warnings
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,8 +17,10 @@ import numpy as np
 import masked_layers as ml
 from lottery_ticket_pruner import criteria, fitting, notices, selection, training, treatments
 from lottery_ticket_pruner.augmentation import Augmentation
-from lottery_ticket_pruner.checkpoint import Checkpoint, description, digest
+from lottery_ticket_pruner.checkpoint import Checkpoint
 from lottery_ticket_pruner.data import arrays_of, pair_of
+from lottery_ticket_pruner.examples import Examples
+from lottery_ticket_pruner.fingerprints import description, digest, identity, layers
 from lottery_ticket_pruner.pruner import LotteryTicketPruner
 from masked_layers import _keras
 
@@ -156,7 +159,8 @@ def find_ticket(
     Raises:
         ValueError: a number out of its range, both of `rate` and `sparsity`, an unknown control,
             a model that is not compiled, a weight to draw again that has no initialiser, a
-            checkpoint of something else, and whatever `update_masks` or `data.arrays_of` refuses.
+            checkpoint of something else, data to validate or test on that the model does not take,
+            and whatever `update_masks` or `data.arrays_of` refuses.
             No step was trained then.
         OSError: the folder of the checkpoint is in use by another process (a `FolderInUseError`),
             is removed meanwhile, or cannot be written.
@@ -175,6 +179,9 @@ def find_ticket(
         )
     if all(ref.mask is None for ref in ml.weight_refs(model)):
         model = ml.convert_to_masked(model)
+    to_train_on = Examples.of(*data)
+    for name, held_out in (("validation_data", validation_data), ("test_data", test_data)):
+        training.held_out(model, to_train_on, name, held_out)
     search = _Search(
         model=model,
         data=data,
@@ -206,6 +213,12 @@ def find_ticket(
     )
     search.rehearse()
     saved = None if checkpoint is None else Checkpoint(Path(checkpoint), search.arguments())
+    if saved is not None and saved.unidentified and not saved.exists():
+        warnings.warn(
+            f"No search can go on from the checkpoint in {checkpoint}. "
+            + " ".join(saved.unidentified),
+            stacklevel=2,
+        )
     with contextlib.nullcontext() if saved is None else saved:
         search.run(saved)
     return search.result()
@@ -292,14 +305,16 @@ class _Search:
             "control_rounds", "seed",
         )  # fmt: skip
         return {name: getattr(self, name) for name in plain} | {
-            "strategy": self.criterion.name,
-            "kept": self.kept.name,
-            "pruned": self.pruned.name,
+            "strategy": identity(self.criterion),
+            "kept": identity(self.kept),
+            "pruned": identity(self.pruned),
             "batch_size": self.options["batch_size"],
             "eval_every": self.options["eval_every"],
             "augment": description(self.options["augment"]),
             "optimizer": description(self.model.optimizer),
             "loss": description(self.model.loss),
+            "metrics": description(_keras.compile_arguments(self.model)[2:5]),
+            "layers": layers(self.model),
             "initial_weights": digest(self.weights_at_0),
             "data": digest(self.data),
             "validation_data": digest(self.options["validation_data"] or ()),

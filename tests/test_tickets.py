@@ -620,7 +620,9 @@ def test_a_search_of_another_model_or_of_other_data_does_not_go_on(data, tmp_pat
 
     found = search()
     other_loss = make_model()
-    other_loss.compile(other_loss.optimizer, "sparse_categorical_crossentropy")
+    other_loss.compile(
+        other_loss.optimizer, "sparse_categorical_crossentropy", metrics=["accuracy"]
+    )
     for change, what in [
         ({"model": make_model(seed=1)}, "initial_weights"),
         ({"model": make_model(optimizer=keras.optimizers.Adam(0.1))}, "optimizer.learning_rate"),

@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,6 +19,7 @@ from lottery_ticket_pruner.experiments.options import (
     OptionalInt,
     OptionalPath,
 )
+from lottery_ticket_pruner.fingerprints import names_with_code
 from lottery_ticket_pruner.tickets import CONTROLS, RETRAINING, kept_under
 
 
@@ -293,6 +295,21 @@ def parse_steps(text: str, steps_per_epoch: int) -> int:
 def choices(values: dict[str, Any]) -> dict[str, Any]:
     """What decides what comes out of a run, among the values of its configuration."""
     return {k: v for k, v in values.items() if k not in ("out", "data_dir", "quiet", "overwrite")}
+
+
+def code_of(values: Mapping[str, Any]) -> str:
+    """The criteria and treatments of one's own among the values of a configuration, by their code.
+
+    Raises:
+        UnidentifiedError: one has no identity.
+    """
+    getters = {
+        "strategy": criteria.get,
+        "kept": treatments.get_kept,
+        "pruned": treatments.get_pruned,
+    }
+    made = [get(values[name]) for name, get in getters.items() if name in values]
+    return names_with_code(made + [criteria.get(name) for name in values.get("criteria", ())])
 
 
 def _chosen(*values: Any) -> Any:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from lottery_ticket_pruner.checkpoint import digest
 from lottery_ticket_pruner.experiments import own, published
 from lottery_ticket_pruner.experiments.labelled import Arrays, checked
 from lottery_ticket_pruner.experiments.own import DatasetNotFoundError, UserCodeError
+from lottery_ticket_pruner.fingerprints import digest
 
 __all__ = ["NAMES", "Dataset", "DatasetNotFoundError", "UserCodeError", "is_own", "label", "load"]
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import tyro
 
-from lottery_ticket_pruner.experiments.config import RunConfig
+from lottery_ticket_pruner.experiments.config import RunConfig, code_of
 from lottery_ticket_pruner.experiments.instability import InstabilityConfig
 from lottery_ticket_pruner.experiments.options import OptionalPath
-from lottery_ticket_pruner.experiments.results import CONFIG_FILE, SWEEP_FILE
+from lottery_ticket_pruner.experiments.results import CODE, CONFIG_FILE, SWEEP_FILE
 from lottery_ticket_pruner.experiments.run_folder import command_of, restored, versions
 from lottery_ticket_pruner.experiments.supermask import SupermaskConfig
 
@@ -56,9 +56,16 @@ in a sweep's, next to that."""
             "overwrite": self.overwrite,
         }
         try:
-            return read(json.loads(file.read_text(encoding="utf-8")) | options)
+            stored = json.loads(file.read_text(encoding="utf-8"))
+            config = read(stored | options)
         except (TypeError, ValueError) as error:
             raise ValueError(f"'{file}' holds no configuration of a run: {error}") from error
+        there = stored.get(CODE)
+        if there is not None and there != (here := code_of(config.to_dict())):
+            raise ValueError(
+                f"'{file}' is of functions with other code: {there} there, {here or 'none'} here."
+            )
+        return config
 
 
 def read(values: dict[str, Any]) -> Config:

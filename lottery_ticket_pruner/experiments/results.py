@@ -32,6 +32,8 @@ ORIGIN = ("backend", "data_digest")
 # What else a run folder's configuration holds: what wrote it, whether all results are there, and
 # the versions of this package, of Keras and of the backend.
 FACTS = ("command", "finished", "versions")
+# What its criteria and treatments are, where they are of a user's own.
+CODE = "code"
 # Options that say where to run and what to print: they change no number of the results.
 _NO_CHOICE = ("data_dir", "out", "quiet", "seeds", "masks_digest", *FACTS)
 _NAMING = ("data", "network", "strategy", "criterion")

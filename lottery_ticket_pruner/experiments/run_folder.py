@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 import keras
 
 import lottery_ticket_pruner
-from lottery_ticket_pruner.checkpoint import digest
 from lottery_ticket_pruner.experiments import networks
-from lottery_ticket_pruner.experiments.config import choices
+from lottery_ticket_pruner.experiments.config import choices, code_of
 from lottery_ticket_pruner.experiments.datasets import Dataset
 from lottery_ticket_pruner.experiments.results import (
+    CODE,
     CONFIG_FILE,
     FACTS,
     ORIGIN,
@@ -25,6 +25,7 @@ from lottery_ticket_pruner.experiments.results import (
     SWEEP_FILE,
     complete_lines,
 )
+from lottery_ticket_pruner.fingerprints import UnidentifiedError, digest
 from lottery_ticket_pruner.folders import FolderLock
 from masked_layers.files import replace_folder, replacing
 
@@ -99,7 +100,8 @@ def restored(kind: type[_Kind], values: Mapping[str, Any]) -> _Kind:
     Raises:
         ValueError: an option is none of the command's.
     """
-    values = {name: value for name, value in values.items() if name not in (*FACTS, *ORIGIN)}
+    facts = {*FACTS, *ORIGIN, CODE, "masks_digest"}
+    values = {name: value for name, value in values.items() if name not in facts}
     names = {field.name for field in dataclasses.fields(kind)}
     if unknown := sorted(values.keys() - names):
         raise ValueError(f"unknown options: {', '.join(unknown)}.")
@@ -238,6 +240,13 @@ class RunFolder(Workplace):
         self._images = len(data.x_train)
         origin = dict(zip(ORIGIN, (keras.backend.backend(), data.digest), strict=True))
         origin |= {} if masks is None else {"masks_digest": digest(masks)}
+        self._unidentified = ""
+        try:
+            # Only of a user's own: the folders of all other runs say what they have always said.
+            origin |= {CODE: code} if (code := code_of(config.to_dict())) else {}
+        except UnidentifiedError as error:
+            self._unidentified = str(error)
+            origin[CODE] = "not to be identified"
         self._values = json.loads(json.dumps(config.to_dict() | origin))
         self.is_finished = self.is_interrupted = False
         self._replaces_another = False
@@ -330,6 +339,8 @@ class RunFolder(Workplace):
             stored = {"masks_digest": earlier["masks"]} | stored
         there = {k: v for k, v in choices(stored).items() if k not in FACTS}
         here = choices(self._values)
+        if self._unidentified:
+            here[CODE] = f"not to be identified: {self._unidentified}"
         return {
             name: (there.get(name), here.get(name))
             for name in here | there
@@ -338,9 +349,11 @@ class RunFolder(Workplace):
 
     def _refusal(self, differing: Mapping[str, tuple[Any, Any]]) -> str:
         state = "a finished" if is_finished(self.path, self._command) else "an interrupted"
-        if differing.keys() <= {*ORIGIN, "masks_digest"}:
+        if differing.keys() <= {*ORIGIN, CODE, "masks_digest"}:
             was = ", ".join(f"{name} {there}" for name, (there, _) in differing.items())
             what = f"{state} run of the same options with another {' and '.join(differing)} ({was})"
+            if self._unidentified:
+                what += f", for all that can be told. {self._unidentified.rstrip('.')}"
         else:
             shown = [
                 f"{name.replace('_', ' ')} {there!r} there, {here!r} here"

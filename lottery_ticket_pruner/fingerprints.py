@@ -1,0 +1,491 @@
+"""Identity: arrays are what they hold, functions what their code is, objects their configuration.
+
+Whoever goes on with work that was interrupted must know that it is the same work. Names do not
+tell: an edited function keeps its name, and two closures of one factory share it. Neither do
+pickles, which hold lines and file names, and of an imported function the name alone.
+
+A fingerprint of a function covers its instructions, constants and defaults, the values in its
+closure, the global values that it names, and the functions and classes of one's own among all
+these, to any depth. Comments, line numbers, file names and the names of functions do not count.
+What belongs to an installed library counts by its name, not by its version. What code reaches by
+text (`getattr`, `exec`, files it opens) is beyond it. It is the same in every process of one
+version of Python, and begins with that version.
+"""
+
+import contextlib
+import copyreg
+import dataclasses
+import dis
+import functools
+import hashlib
+import importlib.util
+import inspect
+import json
+import sys
+import sysconfig
+import types
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+
+from lottery_ticket_pruner.registry import PACKAGE
+from masked_layers import _keras
+
+_LIBRARIES = {PACKAGE, "masked_layers", "keras", "tensorflow", "jax", "jaxlib", "torch", "numpy"}
+_PLAIN = (type(None), bool, int, float, complex, str, bytes, type(...), type(NotImplemented))
+# What a class holds beside its code: where it stands in a file, and what follows from the rest.
+_NOT_CODE = {
+    *("__module__", "__qualname__", "__doc__", "__dict__", "__weakref__", "__annotations__"),
+    *("__firstlineno__", "__static_attributes__", "__annotate__", "__annotate_func__"),
+    *("__annotations_cache__", "__orig_bases__", "__parameters__", "__match_args__", "_abc_impl"),
+    *("__dataclass_fields__", "__dataclass_params__", "__abstractmethods__"),
+}
+_OF_THE_FILE = {"__name__", "__file__", "__package__", "__spec__", "__loader__", "__builtins__"}
+
+
+class UnidentifiedError(ValueError):
+    """Something that cannot be told from others of its kind, such as an open file in a closure."""
+
+
+def digest(data: Any) -> str:
+    """A short text that changes with any array in any nesting of lists and dicts of them."""
+    found = hashlib.sha256()
+    for path, leaf in keras.tree.flatten_with_path(data):
+        array = np.asarray(() if leaf is None else leaf)
+        found.update(f"{path} {array.shape} {array.dtype}".encode())
+        found.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return found.hexdigest()[:16]
+
+
+def fingerprint(thing: Any) -> str:
+    """A short text that changes with the code, the configuration or the state of something.
+
+    Args:
+        thing: A function, a class, or an object: of one with `get_config()` that and its class
+            count, of another its attributes and its class.
+
+    Raises:
+        UnidentifiedError: It holds something whose state is out of reach: an open file, a lock, a
+            function of C in a module of one's own.
+    """
+    name = getattr(thing, "name", None)  # As of a criterion.
+    found = _Hasher(name if isinstance(name, str) else _name(thing)).digest(thing, "")
+    return f"python{sys.version_info[0]}.{sys.version_info[1]}-{found.hex()[:16]}"
+
+
+def description(thing: Any) -> Any:
+    """What an optimizer, losses or an augmentation are configured to do, in JSON's types.
+
+    What belongs to a library goes by its name and configuration. What is of one's own has a
+    `fingerprint` beside them, as `"code"`; or, where it has none, the reason as `"unidentified"`.
+    Names of Keras objects are left out: in them Keras counts the objects of a process.
+    """
+    if thing is None or isinstance(thing, str | int | float):
+        return thing
+    if isinstance(thing, np.ndarray | np.generic):
+        return thing.tolist()
+    if isinstance(thing, Mapping):
+        if _is_lambda(thing):
+            return "<lambda>"
+        return {key: description(value) for key, value in thing.items() if key != "name"}
+    if isinstance(thing, list | tuple):
+        return [description(value) for value in thing]
+    if _is_known(thing):
+        return _name(thing)
+    kind = type(thing)
+    if hasattr(thing, "get_config") and not isinstance(thing, type):
+        config = {"class_name": kind.__name__, **description(thing.get_config())}
+        return config if _is_known(kind) and not _own(thing) else config | _code(thing)
+    if dataclasses.is_dataclass(thing) and _is_known(kind):
+        return repr(thing)
+    return {"name": _name(thing)} | _code(thing)
+
+
+def identity(made: Any) -> Any:
+    """What a criterion or a treatment is, in JSON's types.
+
+    A built-in one is its name. One of a user's own has a `"code"` beside it, or the reason why not,
+    see `description`.
+    """
+    return made.name if _is_known(made.function) else {"name": made.name} | _code(made)
+
+
+def names_with_code(made: Iterable[Any]) -> str:
+    """Those of some criteria and treatments that are of a user's own, each with its code.
+
+    Empty where all are built in.
+
+    Raises:
+        UnidentifiedError: One has no identity.
+    """
+    return ", ".join(
+        f"{one.name} {fingerprint(one)}" for one in made if not _is_known(one.function)
+    )
+
+
+def layers(model: keras.Model) -> Any:
+    """A short text that changes with the layers of a model, their order and configuration.
+
+    Names that Keras gives do not count, weights neither. A dict with the reasons where a layer has
+    no identity.
+    """
+    found = _keras.flatten(model)
+    places = {layer.name: f"layer {place}" for place, layer in enumerate(found)}
+    described = [_placed(_of_layer(layer), places) for layer in found]
+    if why := reasons(described):
+        return {"unidentified": " ".join(why)}
+    return hashlib.sha256(json.dumps(described, default=description).encode()).hexdigest()[:16]
+
+
+def reasons(described: Any) -> list[str]:
+    """Why parts of a description have no identity; empty where all have one."""
+    if isinstance(described, Mapping):
+        own = [described["unidentified"]] if "unidentified" in described else []
+        return own + [why for value in described.values() for why in reasons(value)]
+    if isinstance(described, list):
+        return [why for value in described for why in reasons(value)]
+    return []
+
+
+def _code(thing: Any) -> dict[str, str]:
+    try:
+        return {"code": fingerprint(thing)}
+    except UnidentifiedError as error:
+        return {"unidentified": str(error)}
+
+
+def _of_layer(layer: keras.layers.Layer) -> Any:
+    """The class and the configuration of a layer; of one without the latter the class alone."""
+    kind = type(layer)
+    described = {"class_name": kind.__name__}
+    with contextlib.suppress(NotImplementedError):  # Of a subclassed model its layers follow.
+        described["config"] = description(layer.get_config())
+    for base in kind.__mro__:
+        if not _is_known(base):
+            described |= {f"code of {base.__name__}": _code(base)}
+    if own := _own(layer):
+        described["own"] = {name: description(value) for name, value in own.items()}
+    return described
+
+
+def _placed(described: Any, places: Mapping[str, str]) -> Any:
+    """The same with the place of each layer instead of its name."""
+    if isinstance(described, Mapping):
+        return {key: _placed(value, places) for key, value in described.items()}
+    if isinstance(described, list | tuple):
+        return [_placed(value, places) for value in described]
+    return places.get(described, described) if isinstance(described, str) else described
+
+
+def _own(thing: Any) -> dict[str, Any]:
+    """Attributes of an object of Keras that are of a user's own, as the function that a loss wraps.
+
+    Its configuration has no more than their names.
+    """
+
+    def is_own(value: Any) -> bool:
+        if isinstance(value, functools.partial):
+            value = value.func
+        if isinstance(value, types.FunctionType | types.MethodType):
+            # Keras has functions of its own around methods of every layer.
+            return not _is_library(value.__module__) and getattr(value, "__self__", 0) is not thing
+        if isinstance(value, type | keras.Variable | keras.layers.Layer):
+            return False
+        return hasattr(value, "get_config") and not _is_known(type(value))
+
+    attributes = getattr(thing, "__dict__", {})
+    return {name: value for name, value in sorted(attributes.items()) if is_own(value)}
+
+
+def _name(thing: Any) -> str:
+    return getattr(thing, "__name__", type(thing).__name__)
+
+
+def _module_of(thing: Any) -> Any:
+    module = getattr(thing, "__module__", None)
+    if module is None:  # As of a method of a class of C.
+        module = getattr(getattr(thing, "__objclass__", type(thing)), "__module__", None)
+    return module
+
+
+def _is_known(thing: Any) -> bool:
+    """Whether something can be imported from a library, so that its name says what it is."""
+    module = _module_of(thing)
+    if not isinstance(module, str) or not _is_library(module):
+        return False
+    found = sys.modules.get(module)
+    for part in getattr(thing, "__qualname__", _name(thing)).split("."):
+        found = getattr(found, part, None)
+    return found is thing
+
+
+@functools.cache
+def _is_library(module: str) -> bool:
+    top = module.partition(".")[0]
+    if top == "__main__":
+        return False
+    file = getattr(sys.modules.get(top), "__file__", None)
+    if top in _LIBRARIES or (file is None and top in sys.stdlib_module_names):
+        return True
+    path = Path(file or next(iter(getattr(sys.modules.get(top), "__path__", ["."]))))
+    standard = {sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")}
+    return bool({"site-packages", "dist-packages"} & set(path.parts)) or any(
+        path.is_relative_to(folder) for folder in standard
+    )
+
+
+class _Hasher:
+    """Hashes things by what they consist of, each once, and cycles by how far they go back."""
+
+    def __init__(self, root: str) -> None:
+        self._root = root
+        self._done: dict[int, tuple[Any, bytes]] = {}  # Who is held keeps his id.
+        self._active: dict[int, int] = {}
+
+    def digest(self, thing: Any, where: str) -> bytes:
+        """The hash of something that was found there."""
+        if id(thing) in self._done:
+            return self._done[id(thing)][1]
+        if id(thing) in self._active:
+            return f"cycle {len(self._active) - self._active[id(thing)]}".encode()
+        self._active[id(thing)] = len(self._active)
+        found = hashlib.sha256()
+        try:
+            for part in self._parts(thing, where):
+                part = part.encode() if isinstance(part, str) else part
+                found.update(len(part).to_bytes(8, "big") + part)
+        finally:
+            del self._active[id(thing)]
+        self._done[id(thing)] = thing, found.digest()
+        return found.digest()
+
+    def _parts(self, thing: Any, where: str) -> Iterator[str | bytes]:
+        if isinstance(thing, types.FunctionType) and not _is_known(thing):
+            yield from self._function(thing, where)
+        elif isinstance(thing, types.CodeType):
+            yield from self._instructions(thing, where)
+        elif isinstance(thing, type) and not _is_known(thing):
+            yield from self._class(thing, where)
+        elif isinstance(thing, types.ModuleType):
+            yield from self._module(thing.__name__)
+        elif callable(thing) and _is_known(thing):
+            yield f"{_module_of(thing)}.{getattr(thing, '__qualname__', _name(thing))}"
+        elif isinstance(thing, staticmethod | classmethod):
+            yield type(thing).__name__
+            yield self.digest(thing.__func__, where)
+        elif isinstance(thing, property):
+            yield "property"
+            yield self._all((thing.fget, thing.fset, thing.fdel), where)
+        elif isinstance(thing, functools.cached_property):
+            yield "cached_property"
+            yield self.digest(thing.func, where)
+        elif callable(thing) and (inner := _wrapped(thing)) is not None:
+            yield type(thing).__qualname__
+            yield self.digest(inner, where)
+        else:
+            yield from self._value(thing, where)
+
+    def _value(self, thing: Any, where: str) -> Iterator[str | bytes]:
+        kind = type(thing)
+        yield kind.__qualname__
+        if kind in _PLAIN:
+            yield repr(thing)
+        elif kind in (tuple, list):
+            yield self._all(thing, where)
+        elif kind in (set, frozenset):
+            yield b"".join(sorted(self.digest(item, where) for item in thing))
+        elif kind in (dict, types.MappingProxyType):
+            yield self._all(thing.items(), where)
+        elif (array := _array(thing)) is not None:
+            yield f"{array.dtype} {array.shape}"
+            if array.dtype.hasobject:
+                yield self._all(array.ravel().tolist(), where)
+            else:
+                yield np.ascontiguousarray(array).tobytes()
+        elif hasattr(kind, "get_config") and kind.__module__.partition(".")[0] != PACKAGE:
+            yield from self._configured(thing, where)
+        else:
+            yield from self._reduced(thing, where)
+
+    def _all(self, things: Any, where: str) -> bytes:
+        return b"".join([self.digest(thing, where) for thing in things])
+
+    def _configured(self, thing: Any, where: str) -> Iterator[bytes]:
+        """An object of Keras, or like one: its class, its configuration, of layers the weights.
+
+        Where a class of one's own has the `get_config` of a library, what its methods name counts,
+        too: such a configuration says nothing of arguments that were added.
+        """
+        kind = type(thing)
+        yield self.digest(kind, where)
+        with contextlib.suppress(NotImplementedError):
+            yield self.digest(_without_names(thing.get_config()), where)
+        yield self.digest(_own(thing), where)
+        if isinstance(thing, keras.layers.Layer):
+            yield self._all(thing.variables, where)
+        if not _is_known(kind) and _is_library(kind.get_config.__module__):
+            named = set()
+            for base in kind.__mro__:
+                if not _is_known(base):
+                    functions = [f for f in vars(base).values() if inspect.isfunction(f)]
+                    named.update(*(_names_in(function.__code__) for function in functions))
+            for name in sorted(named & vars(thing).keys()):
+                value = vars(thing)[name]
+                if not isinstance(value, keras.Variable | keras.layers.Layer):
+                    yield self.digest((name, value), f"{where} its attribute `{name}`,")
+
+    def _reduced(self, thing: Any, where: str) -> Iterator[bytes]:
+        """Any other object: what Python copies it by, which is its class and its state."""
+        try:
+            of_others = copyreg.dispatch_table.get(type(thing))  # As of a compiled pattern.
+            reduced = of_others(thing) if of_others else thing.__reduce_ex__(4)
+        except Exception as error:  # As many types as there are classes.
+            raise self._unidentified(thing, where) from error
+        if isinstance(reduced, str):
+            if not _is_library(getattr(thing, "__module__", None) or type(thing).__module__):
+                raise self._unidentified(thing, where)
+            yield reduced.encode()
+            return
+        make, arguments, state, items, pairs = (*reduced, None, None, None)[:5]
+        if make is getattr and isinstance(arguments[0], types.ModuleType):
+            raise self._unidentified(thing, where)  # A function of C.
+        yield self._all((make, arguments, state, list(items or ()), list(pairs or ())), where)
+
+    def _unidentified(self, thing: Any, where: str) -> UnidentifiedError:
+        kind = type(thing)
+        return UnidentifiedError(
+            f"{self._root} cannot be told from another of its name: {where.strip() or 'it,'} a "
+            f"{kind.__module__}.{kind.__qualname__}, has no state that can be read. Make it an "
+            "object of a class with a `get_config()` that says all that decides what it does, or "
+            "make such things inside of the function."
+        )
+
+    def _class(self, thing: type, where: str) -> Iterator[bytes]:
+        yield self._all(thing.__bases__, where)
+        yield self.digest(type(thing), where)
+        for name, value in sorted(vars(thing).items()):
+            if name not in _NOT_CODE:
+                yield self.digest((name, value), f"{where} `{name}` of {thing.__name__},")
+
+    def _module(self, name: str) -> Iterator[str | bytes]:
+        """A library is its name, a module of one's own its code."""
+        yield "module"
+        if _is_library(name):
+            yield name
+            return
+        try:
+            spec = importlib.util.find_spec(name)
+            source = spec.loader.get_code(name)
+        except (AttributeError, ImportError, ValueError):
+            yield name
+            return
+        if source is not None:
+            yield self.digest(source, f" module {name},")
+
+    def _function(self, function: types.FunctionType, where: str) -> Iterator[str | bytes]:
+        code = function.__code__
+        yield self.digest(code, where)
+        yield self._all((function.__defaults__, function.__kwdefaults__), f"{where} a default,")
+        for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+            try:
+                value = cell.cell_contents
+            except ValueError:
+                value = "empty"
+            yield name
+            yield self.digest(value, f"{where} the variable `{name}` in its closure,")
+        named = _names_in(code)
+        for name in sorted(named & vars(function).keys()):
+            yield self.digest((name, vars(function)[name]), f"{where} its attribute `{name}`,")
+        for name, value in sorted(_globals_in(code, function.__globals__).items()):
+            yield name
+            yield self.digest(value, f"{where} the global `{name}`,")
+
+    def _instructions(self, code: types.CodeType, where: str) -> Iterator[str | bytes]:
+        arguments = code.co_argcount + code.co_kwonlyargcount
+        yield f"{code.co_flags} {code.co_posonlyargcount} {code.co_argcount}"
+        yield " ".join(code.co_varnames[:arguments])
+        yield getattr(code, "co_exceptiontable", b"")
+        instructions = [i for i in dis.get_instructions(code) if i.opname not in ("NOP", "CACHE")]
+        for one, following in zip(instructions, [*instructions[1:], None], strict=True):
+            yield one.opname
+            if one.opcode in dis.hasconst:
+                # In the body of a class its line and its docstring are constants.
+                if following is None or following.argval not in ("__firstlineno__", "__doc__"):
+                    yield self.digest(one.argval, where)
+            elif isinstance(one.argval, str | int):
+                yield str(one.argval)
+            if one.opname == "IMPORT_NAME" and not _is_library(one.argval):
+                yield from self._module(one.argval)
+
+
+def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
+    """A function's code and that of the functions in it."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _codes(constant)
+
+
+def _names_in(code: types.CodeType) -> set[str]:
+    return {name for inner in _codes(code) for name in inner.co_names}
+
+
+def _globals_in(code: types.CodeType, known: Mapping[str, Any]) -> dict[str, Any]:
+    """The global values that code names; of a module of one's own what it takes from there."""
+    found = {}
+    for inner in _codes(code):
+        instructions = list(dis.get_instructions(inner))
+        for place, one in enumerate(instructions):
+            if one.opname not in ("LOAD_GLOBAL", "LOAD_NAME") or one.argval in _OF_THE_FILE:
+                continue
+            name = one.argval
+            if name not in known:
+                continue  # A name of Python's own, or one that is not there (yet).
+            value = known[name]
+            for following in instructions[place + 1 :]:
+                own = isinstance(value, types.ModuleType) and not _is_library(value.__name__)
+                attribute = following.argval
+                if not own or following.opname not in ("LOAD_ATTR", "LOAD_METHOD"):
+                    break
+                if not hasattr(value, attribute):
+                    break
+                name, value = f"{name}.{attribute}", getattr(value, attribute)
+            found[name] = value
+    return found
+
+
+def _wrapped(thing: Any) -> Any:
+    """The function inside of what a decorator of a library made: of a cache, of a compiler."""
+    if isinstance(thing, types.FunctionType | type) or not _is_library(type(thing).__module__):
+        return None
+    return getattr(thing, "__wrapped__", None) or getattr(thing, "python_function", None)
+
+
+def _array(thing: Any) -> np.ndarray | None:
+    """The values of an array, a variable or a tensor of any backend; None of other things."""
+    if isinstance(thing, np.ndarray | np.generic):
+        return np.asarray(thing)
+    if isinstance(thing, keras.Variable) or keras.ops.is_tensor(thing):
+        return keras.ops.convert_to_numpy(thing)
+    top = type(thing).__module__.partition(".")[0]
+    if top not in ("jax", "jaxlib", "torch", "tensorflow") or not hasattr(thing, "__array__"):
+        return None
+    return np.asarray(thing.detach().cpu() if hasattr(thing, "detach") else thing)
+
+
+def _without_names(config: Any) -> Any:
+    if isinstance(config, Mapping):
+        if _is_lambda(config):
+            return "<lambda>"
+        return {key: _without_names(value) for key, value in config.items() if key != "name"}
+    if isinstance(config, list | tuple):
+        return [_without_names(value) for value in config]
+    return config
+
+
+def _is_lambda(config: Mapping[str, Any]) -> bool:
+    """Whether these are a lambda's bytes, which hold lines and the file; `_own` has its code."""
+    return config.get("class_name") == "__lambda__"

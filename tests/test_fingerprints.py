@@ -1,0 +1,295 @@
+"""What functions, classes, objects and models are, apart from their names."""
+
+import functools
+import os
+import re
+import subprocess
+import sys
+import textwrap
+import threading
+
+import keras
+import numpy as np
+import pytest
+
+from lottery_ticket_pruner import criteria, treatments
+from lottery_ticket_pruner.augmentation import CropAndFlip
+from lottery_ticket_pruner.fingerprints import (
+    UnidentifiedError,
+    description,
+    fingerprint,
+    identity,
+    layers,
+)
+
+pytestmark = pytest.mark.once
+
+# A module of a user's, and other forms of its lines: whether each makes `score` another one.
+SOURCE = '''
+import re, functools, dataclasses, keras
+import numpy as np
+import own_helpers
+
+ALPHA = 0.5
+NAMES = {"a", "b", "c"}
+PATTERN = re.compile("kernel")
+
+def scale(x):
+    return x * ALPHA
+
+class Shift:
+    slope = 2
+    def __init__(self, by):
+        self.by = by
+    def __call__(self, x):
+        return x * self.slope + self.by
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    power: int = 2
+
+def factory(k, table):
+    def inner(x):
+        return [x ** k, table.sum()]
+    return inner
+
+inner, shift = factory(3, np.arange(4)), Shift(1)
+
+@functools.lru_cache
+def count(n):
+    return n if n < 2 else count(n - 1) + 1
+
+def score(group, power=Options()):
+    """Keeps what is large."""
+    import own_deferred
+    try:
+        kept = [n for n in NAMES if PATTERN.match(n) or n in {"x", "y", "z"}]
+    except ValueError:
+        kept = []
+    return scale(np.abs(group)), inner(group), shift(group), own_helpers.norm(group), kept, count(3)
+'''
+HELPERS = "def norm(x):\n    return x / 2\n\ndef unused(x):\n    return 1\n"
+DEFERRED = "LIMIT = 3\n"
+SAME = [
+    ("import re,", "\n\n# A comment.\n\nimport re,"),
+    ("Keeps what is large.", "Keeps what is largest."),
+    ("return scale(", "# Now the rest.\n    return scale("),
+]
+OTHER = [
+    ("ALPHA = 0.5", "ALPHA = 0.25"),
+    ('"a", "b", "c"', '"a", "b", "d"'),
+    ('"x", "y", "z"', '"x", "y", "w"'),
+    ('compile("kernel")', 'compile("bias")'),
+    ("x * ALPHA", "x / ALPHA"),
+    ("slope = 2", "slope = 3"),
+    ("* self.slope +", "* self.slope -"),
+    ("Shift(1)", "Shift(2)"),
+    ("power: int = 2", "power: int = 3"),
+    ("x ** k", "x + k"),
+    ("factory(3,", "factory(4,"),
+    ("np.arange(4)", "np.arange(5)"),
+    ("count(n - 1) + 1", "count(n - 1) + 2"),
+    ("np.abs(group)", "np.sign(group)"),
+    ("except ValueError", "except TypeError"),
+    ("def score(group, power", "def score(group, degree"),
+]
+LOCK = threading.Lock()
+PRINT = "import own; from lottery_ticket_pruner.fingerprints import fingerprint as f; " + (
+    "print(f(own.score), f(own.Shift), f(own.shift), f(own.inner), f(own.count), f(own.NAMES))"
+)
+
+
+def loaded(monkeypatch, folder, source=SOURCE, helpers=HELPERS, deferred=DEFERRED):
+    """The functions of a module as its file says now."""
+    for name, text in (("own", source), ("own_helpers", helpers), ("own_deferred", deferred)):
+        (folder / f"{name}.py").write_text(text)
+        sys.modules.pop(name, None)
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    import own
+
+    return own
+
+
+def test_code_counts_and_lines_and_comments_do_not(monkeypatch, tmp_path):
+    def found(*args):
+        return fingerprint(loaded(monkeypatch, tmp_path, *args).score)
+
+    first = found()
+    assert re.fullmatch(r"python3\.\d+-[0-9a-f]{16}", first)
+    for before, after in SAME:
+        assert before in SOURCE
+        assert found(SOURCE.replace(before, after)) == first, after
+    seen = {first}
+    for before, after in OTHER:
+        assert before in SOURCE
+        seen.add(found(SOURCE.replace(before, after)))
+    assert len(seen) == len(OTHER) + 1
+    assert found(SOURCE, HELPERS.replace("x / 2", "x / 3")) not in seen
+    assert found(SOURCE, HELPERS.replace("return 1", "return 2")) == first
+    assert found(SOURCE, HELPERS, "LIMIT = 4\n") not in seen
+
+
+def test_every_process_finds_the_same(monkeypatch, tmp_path):
+    loaded(monkeypatch, tmp_path)
+    printed = set()
+    for seed in ("1", "2"):
+        env = os.environ | {"PYTHONHASHSEED": seed, "PYTHONDONTWRITEBYTECODE": "1"}
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(tmp_path), *sys.path]))
+        done = subprocess.run(
+            [sys.executable, "-c", PRINT], env=env, capture_output=True, text=True, check=True
+        )
+        printed.add(done.stdout)
+    (line,) = printed
+    assert len(set(line.split())) == 6
+    import own
+
+    assert line.split()[0] == fingerprint(own.score)
+
+
+def test_closures_of_one_factory_methods_and_partials_differ():
+    def factory(k):
+        return lambda x: x * k
+
+    class Times:
+        def __init__(self, k):
+            self.k = k
+
+        def times(self, x):
+            return x * self.k
+
+    for make in (
+        factory,
+        Times,
+        lambda k: Times(k).times,
+        lambda k: functools.partial(np.power, k),
+        lambda k: factory(np.full(3, k)),
+        lambda k: factory(keras.ops.full((2,), k)),
+        lambda k: factory(keras.Variable(np.full(3, k))),
+        lambda k: factory([{"deep": {k}}]),
+        lambda k: factory(np.random.default_rng(k)),
+        lambda k: factory(factory(k)),
+        lambda k: factory(keras.regularizers.L2(k)),
+        lambda k: factory(np.array([k, "a"], dtype=object)),
+    ):
+        assert fingerprint(make(2)) == fingerprint(make(2))
+        assert fingerprint(make(2)) != fingerprint(make(3))
+
+
+def test_functions_that_name_each_other_come_to_an_end():
+    def even(n):
+        return n == 0 or odd(n - 1)
+
+    def odd(n):
+        return n != 0 and even(n - 1)
+
+    assert fingerprint(even) != fingerprint(odd)
+
+
+@pytest.mark.parametrize("known", [np.abs, np.mean, len, str.upper, keras.ops.relu, dict])
+def test_what_a_library_has_goes_by_its_name(known):
+    assert fingerprint(known) != fingerprint(sum)
+    assert description(known) == known.__name__
+
+
+def test_what_has_no_state_to_read_is_said(tmp_path):
+    with open(tmp_path / "file", "w") as file:
+        for thing, what in (
+            (lambda group: file.write("x"), r"the variable `file` in its closure, a _io\."),
+            (lambda group, lock=LOCK: lock, "a default, a _thread.lock"),
+            (functools.partial(np.add, file), r"it, a _io\.|TextIOWrapper"),
+        ):
+            with pytest.raises(UnidentifiedError, match=what) as caught:
+                fingerprint(thing)
+            assert "get_config()" in str(caught.value)
+
+
+class Scaled(keras.losses.Loss):
+    """Has the configuration of its base: nothing of `alpha`."""
+
+    def __init__(self, alpha):
+        super().__init__()
+        self.alpha = alpha
+
+    def call(self, y, p):
+        return self.alpha * (y - p) ** 2
+
+
+class Configured:
+    def __init__(self, value):
+        self.value, self.file = value, threading.Lock()
+
+    def get_config(self):
+        return {"value": self.value}
+
+
+def test_objects_are_their_class_and_their_configuration():
+    assert fingerprint(Configured(1)) == fingerprint(Configured(1))
+    assert fingerprint(Configured(1)) != fingerprint(Configured(2))
+    assert fingerprint(Scaled(1.0)) == fingerprint(Scaled(1.0))
+    assert fingerprint(Scaled(1.0)) != fingerprint(Scaled(2.0))
+
+
+def test_descriptions_of_what_is_built_in_are_those_of_earlier_states():
+    assert description(CropAndFlip(2)) == "CropAndFlip(padding=2)"
+    assert description("mse") == "mse"
+    assert description(keras.losses.mean_squared_error) == "mean_squared_error"
+    assert description([keras.regularizers.L1(0.5), None]) == [
+        {"class_name": "L1", "l1": 0.5}, None,
+    ]  # fmt: skip
+    assert [identity(criteria.get(name)) for name in criteria.names()] == criteria.names()
+    assert identity(treatments.get_pruned("zero")) == "zero"
+
+
+def test_descriptions_of_ones_own_have_the_code():
+    wrapped = [
+        keras.metrics.MeanMetricWrapper(lambda y, p, k=k: k * (y - p), name="one") for k in (1, 2)
+    ]
+    first, second = map(description, wrapped)
+    assert first.pop("code") != second.pop("code")
+    assert first == second
+    one, other = (criteria.get(lambda group, k=k: group.final * k) for k in (1, 2))
+    assert identity(one)["name"] == "<lambda>"
+    assert identity(one)["code"] != identity(other)["code"]
+    with_needs = criteria.Criterion(one.name, one.function, frozenset({"final"}))
+    assert identity(with_needs) != identity(one)
+
+
+def tanh(x):
+    return keras.ops.tanh(x)
+
+
+class Doubling(keras.layers.Layer):
+    def call(self, x):
+        return 2 * x
+
+
+def net(activation="relu", rate=0.1, extra=keras.layers.Identity):
+    inputs = keras.Input((4,))
+    hidden = keras.layers.Dense(3, activation)(inputs)
+    inner = keras.Sequential([keras.layers.Dense(3), keras.layers.BatchNormalization()])(hidden)
+    hidden = keras.layers.Dropout(rate)(inner)
+    joined = keras.layers.Add()([extra()(hidden), keras.layers.Dense(3)(inputs)])
+    return keras.Model(inputs, joined)
+
+
+def test_layers_are_the_same_whatever_a_process_built_before():
+    assert layers(net()) == layers(net())
+    assert layers(net(tanh, extra=Doubling)) == layers(net(tanh, extra=Doubling))
+    others = [net(), net("tanh"), net(tanh), net(rate=0.2), net(extra=Doubling)]
+    assert len({layers(model) for model in others}) == len(others)
+
+
+def test_layers_with_code_of_ones_own_that_changed_are_others(monkeypatch):
+    before = layers(net(extra=Doubling))
+    monkeypatch.setattr(Doubling, "call", lambda self, x: 3 * x)
+    assert layers(net(extra=Doubling)) != before
+
+
+def test_the_source_of_a_function_in_a_notebook_is_not_needed():
+    made = []
+    for factor in (1, 2):
+        names = {"__name__": "__main__"}
+        exec(textwrap.dedent(f"def score(x):\n    return x * {factor}"), names)
+        made.append(fingerprint(names["score"]))
+    assert made[0] != made[1]
