@@ -200,6 +200,28 @@ def test_rows_are_read_to_the_last_bit(tmp_path):
     np.testing.assert_array_equal(again, numbers)
 
 
+@pytest.mark.parametrize("cut", [1, 2, 9])
+def test_a_line_without_its_end_is_left_out(tmp_path, cut):
+    # Of "0.2\r\n": its end, half of it, or more: never another number.
+    write_run(tmp_path / "a", ROWS[:3])
+    whole = report.read_rows(tmp_path / "a" / "results.csv")
+    file = tmp_path / "a" / "results.csv"
+    file.write_bytes(file.read_bytes()[:-cut])
+    assert report.read_rows(file) == whole[:-1]
+    with pytest.warns(UserWarning, match=r"results.csv' ends in the middle of a line"):
+        (run,) = results.find_runs([tmp_path / "a"])
+    assert len(run.rows) == 2
+
+
+def test_rows_are_not_written_to_a_file_that_is_gone(tmp_path):
+    writer = results.CsvWriter(tmp_path / "rows.csv")
+    writer.write(ROWS[0])
+    (tmp_path / "rows.csv").unlink()
+    with pytest.raises(FileNotFoundError, match="removed or replaced"):
+        writer.write(ROWS[1])
+    writer.close()
+
+
 def test_runs_that_differ_in_seeds_alone_are_replicates(tmp_path):
     write_run(tmp_path / "b", seeds=[9, 8])
     write_run(tmp_path / "a", ROWS[:4])

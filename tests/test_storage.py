@@ -1,5 +1,7 @@
 """The commands that write sparse SavedModels and look at saved models."""
 
+import warnings
+
 import keras
 import numpy as np
 import pytest
@@ -114,3 +116,23 @@ def test_help_names_what_export_takes(capsys):
         cli.main(["export", "--help"])
     usage, _, _ = capsys.readouterr().out.partition("\n\n")
     assert usage.split()[-2:] == ["MODEL", "OUT"]
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="needs the TensorFlow backend")
+def test_a_path_that_tensorflow_takes_for_a_pattern(saved, tmp_path, recwarn):
+    # A folder that the pattern fits, with the weights of another model.
+    tf = pytest.importorskip("tensorflow")
+    for name in ("seed1", "seed[1]", "a*?"):
+        out = tmp_path / name / "1"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert cli.main(["export", str(saved), str(out)]) == 0
+        assert [path.name for path in out.parent.iterdir()] == ["1"]
+    recwarn.clear()
+    with pytest.warns(UserWarning, match=r"takes .*b\[0\].* for a pattern.*elsewhere to load it"):
+        serving.export_sparse_saved_model(keras.models.load_model(saved), tmp_path / "b[0]" / "1")
+    moved = (tmp_path / "seed[1]" / "1").rename(tmp_path / "moved")
+    served = tf.saved_model.load(str(moved))
+    x = np.random.default_rng(0).random((3, 50), "float32")
+    expected = keras.models.load_model(saved)(x)
+    np.testing.assert_allclose(served.serve(x), expected, rtol=1e-4, atol=1e-5)

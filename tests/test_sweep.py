@@ -26,6 +26,7 @@ from lottery_ticket_pruner.experiments.sweep import (
     plan,
     sweep,
 )
+from lottery_ticket_pruner.folders import FolderInUseError, FolderLock
 
 # Writes what a run writes, twice the rate as accuracy, and fails where the rate is 0.5.
 STAND_IN = """
@@ -239,6 +240,36 @@ def test_runs_of_another_backend_or_of_other_data_are_not_counted_in(stand_in, m
     next(folder.glob("*/accuracy.png")).unlink()
     _, failures, _ = stand_in("0.1,0.2", seeds=(4,))
     assert failures == []
+
+
+def test_a_sweep_is_replaced_when_all_runs_of_the_new_one_are_finished(stand_in, tmp_path):
+    folder, _, _ = stand_in("0.1", seeds=(4,))
+    before = (folder / "results.csv").read_text()
+    assert json.loads((folder / "sweep.json").read_text())["finished"]
+    for _ in range(2):
+        _, failures, printed = stand_in("0.2,0.5", seeds=(4,), overwrite=True)
+        assert len(failures) == 1
+        assert ".sweep.new" in printed
+        assert (folder / "results.csv").read_text() == before
+    assert "1 of them finished earlier" in printed
+    _, failures, _ = stand_in("0.2,0.3", seeds=(4,), overwrite=True)
+    assert failures == []
+    assert set(pd.read_csv(folder / "results.csv")["rate"]) == {0.2, 0.3}
+    configs = [json.loads(path.read_text()) for path in folder.glob("*/config.json")]
+    outs = {str(path.parent) for path in folder.glob("*/config.json")}
+    assert {config["out"] for config in configs} == outs
+    assert not list(tmp_path.glob(".sweep*"))
+    # A finished one of the same options is made once more.
+    (finished,) = {path.stat().st_ino for path in folder.glob("results.csv")}
+    _, failures, printed = stand_in("0.2,0.3", seeds=(4,), overwrite=True)
+    assert "0 of them finished earlier" in printed
+    assert (folder / "results.csv").stat().st_ino != finished
+
+
+def test_a_sweep_has_its_folder_alone(stand_in, tmp_path):
+    with FolderLock(tmp_path / "sweep"), pytest.raises(FolderInUseError, match="is in use by"):
+        stand_in("0.1", seeds=(4,))
+    assert not (tmp_path / "sweep").exists()
 
 
 def test_the_folder_of_a_run_is_refused(tmp_path):

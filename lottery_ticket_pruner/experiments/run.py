@@ -1,5 +1,6 @@
 """One configuration carried out: tickets over all seeds, and a folder of what came out."""
 
+import contextlib
 import shutil
 import tempfile
 import time
@@ -91,34 +92,34 @@ def _carry_out(
         highlight=False,
         markup=False,
     )
-    written = results.CsvWriter(folder.path / "results.csv")
     rows: list[dict[str, Any]] = []
-    with _Progress(config, console) as display:
+    with (
+        contextlib.closing(results.CsvWriter(folder.path / "results.csv")) as written,
+        _Progress(config, console) as display,
+    ):
         for replicate, seed in enumerate(config.seeds):
             if replicate:
                 model.set_weights(compiled(config, data, seed).get_weights())
-            logs = _Logs(folder.path / "logs", replicate, model)
+            with contextlib.closing(_Logs(folder.path / "logs", replicate, model)) as logs:
 
-            def record(row: dict[str, Any], logs: _Logs = logs) -> None:
-                folder.check()
-                rows.append(row)
-                written.write(row)
-                logs.write(row)
-                display.show(row)
+                def record(row: dict[str, Any], logs: _Logs = logs) -> None:
+                    folder.check()
+                    rows.append(row)
+                    written.write(row)
+                    logs.write(row)
+                    display.show(row)
 
-            callbacks = {
-                "on_result": record,
-                "on_evaluation": logs.write_evaluation,
-                "on_progress": display.advance,
-            }
-            place = folder.path / "rounds" / str(replicate)
-            found = _find(config, data, model, replicate, checkpoint=place, **callbacks)
+                callbacks = {
+                    "on_result": record,
+                    "on_evaluation": logs.write_evaluation,
+                    "on_progress": display.advance,
+                }
+                place = folder.path / "rounds" / str(replicate)
+                found = _find(config, data, model, replicate, checkpoint=place, **callbacks)
             suffix = f"-{replicate}" if replicate else ""
             save(found.ticket, folder.path / f"ticket{suffix}.keras")
             if not suffix:
                 _export(found.ticket, folder.path / "served" / "1", console)
-            logs.close()
-    written.close()
     picture = report.accuracy_picture(rows, f"{config.data}, {config.network}, {config.strategy}")
     picture.savefig(folder.path / "accuracy.png", dpi=150)
     folder.finish()
