@@ -306,6 +306,8 @@ class SparsityReport:
             ).rstrip()
             for line in lines
         ]
+        if emptied := [row.path for row in self.rows if row.size and not row.alive]:
+            text.append(f"nothing is left of: {', '.join(emptied)}")
         if self.frozen:
             text.append(
                 f"pruned weights frozen at another value than 0: {self.frozen:,}; without them "

@@ -23,18 +23,21 @@ Y = np.arange(24) % 4
 
 
 def make_model(masked=True):
-    """The weights of "mid" are the smallest by far."""
-
-    def dense(units, stddev, name):
-        initializer = keras.initializers.RandomNormal(stddev=stddev, seed=1)
-        return keras.layers.Dense(units, kernel_initializer=initializer, name=name)
-
+    """Every weight of "mid" is smaller than all others."""
     model = keras.Sequential(
-        [keras.Input((8,)), dense(8, 1.0, "a"), dense(8, 0.001, "mid"), dense(4, 1.0, "b")]
+        [
+            keras.Input((8,)),
+            keras.layers.Dense(8, name="a"),
+            keras.layers.Dense(8, name="mid"),
+            keras.layers.Dense(4, name="b"),
+        ]
     )
-    model.compile(
-        keras.optimizers.SGD(0.0), keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    )
+    rng = np.random.default_rng(1)
+    for layer in model.layers:
+        scale = 0.001 if layer.name == "mid" else 1.0
+        layer.kernel.assign(scale * rng.uniform(1, 2, layer.kernel.shape))
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.SGD(0.0), loss)  # weights stay
     return ml.convert_to_masked(model) if masked else model
 
 
@@ -56,8 +59,10 @@ def test_an_update_that_empties_a_layer_says_so_once():
     with pytest.warns(UserWarning, match=r"Nothing is left of 'mid/kernel': .*scope=\"layer\""):
         pruner.update_masks("large_init", sparsity=0.5, scope="global")
     assert not ml.get_masks(model)["mid/kernel"].any()
+    assert "nothing is left of: mid/kernel" in str(ml.sparsity_report(model))
     assert not said(lambda: pruner.update_masks("large_init", rate=0.1, scope="global"))
     pruner.reset_masks()
+    assert "nothing is left" not in str(ml.sparsity_report(model))
     assert not said(lambda: pruner.update_masks("large_init", sparsity=0.9))
     pruner.reset_masks()
     with pytest.warns(UserWarning, match="Nothing is left of 'mid/kernel'") as caught:
