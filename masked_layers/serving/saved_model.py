@@ -25,6 +25,7 @@ import numpy as np
 from masked_layers import files
 from masked_layers.serving import encoding
 from masked_layers.serving.report import FILE, StorageReport, StorageRow, file_sizes
+from masked_layers.serving.samples import samples_of
 from masked_layers.serving.tracing import Traced, effective_values, trace
 
 if TYPE_CHECKING:
@@ -87,8 +88,8 @@ def export_sparse_saved_model(
             all; a weight for which it does not pay stays dense by itself.
         level: Compression level, 0 to 9.
         input_signature: As in `keras.Model.export`.
-        sample_inputs: What to call the model with when outputs are compared, one row at least, in
-            the structure that the model takes: an array, or a list or dict of them; for a model
+        sample_inputs: What to call the model with when outputs are compared, one row at least, as
+            `predict` takes it: an array, or a list, a tuple or a dict by name of them; for a model
             whose `call` takes several arguments, the list of these. Default: seeded random numbers
             of the shapes of the signature, zeros and ones for integers.
 
@@ -138,7 +139,7 @@ def export_sparse_saved_model(
         name: stored[name].astype(array.dtype) if name in stored else array
         for name, array in arrays.items()
     }
-    samples = _samples(model, traced, sample_inputs)
+    samples = samples_of(model, traced.signature, sample_inputs)
 
     given = sample_inputs is not None
     with files.scratch_folder(path, _CONTENTS) as scratch, _literal(scratch) as folder:
@@ -506,47 +507,6 @@ def _retain(messages: Any, keep: Callable[[Any], bool]) -> None:
 
 
 # --- Verification ---------------------------------------------------------------------------------
-
-
-def _samples(model: keras.Model, traced: Traced, sample_inputs: Any) -> list[Any]:
-    """Returns the positional inputs to compare outputs on, as tensors of the signature's dtypes."""
-    import tensorflow as tf
-
-    rng = np.random.default_rng(0)
-    # Keras' signatures leave the batch free where the model does not, as with stateful layers.
-    shapes = [x.shape for x in getattr(model, "inputs", None) or ()]
-    batch = next((shape[0] for shape in shapes if shape and shape[0]), 2)
-
-    def random(spec: tf.TensorSpec) -> tf.Tensor:
-        # Free dimensions are long enough for what slides over images, or over time.
-        free = 96 if len(spec.shape) == 4 else 8
-        shape = [
-            size if size is not None else batch if axis == 0 else free
-            for axis, size in enumerate(spec.shape)
-        ]
-        if spec.dtype == tf.string:
-            return tf.fill(shape, "")
-        if spec.dtype.is_floating or spec.dtype.is_complex:
-            return tf.cast(rng.standard_normal(shape), spec.dtype)
-        return tf.cast(rng.integers(0, 2, shape), spec.dtype)
-
-    signature = list(traced.signature)
-    if sample_inputs is None:
-        return keras.tree.map_structure(random, signature)
-    given = [sample_inputs] if len(signature) == 1 else list(sample_inputs)
-
-    def cast(spec: tf.TensorSpec, value: Any) -> tf.Tensor:
-        tensor = tf.cast(tf.convert_to_tensor(value), spec.dtype)
-        if not spec.shape.is_compatible_with(tensor.shape) or 0 in tensor.shape:
-            raise ValueError(f"shape {tensor.shape} for {spec}, with one row at least")
-        return tensor
-
-    try:
-        return keras.tree.map_structure(cast, signature, given)
-    except (TypeError, ValueError, tf.errors.OpError) as error:
-        raise ValueError(
-            f"`sample_inputs` does not fit the model's inputs {signature}: {error}"
-        ) from error
 
 
 def _verify(

@@ -1,0 +1,127 @@
+"""Inputs to compare a model and its SavedModel on: given, or drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import keras
+import numpy as np
+
+if TYPE_CHECKING:
+    import tensorflow as tf
+
+
+def samples_of(model: keras.Model, signature: Sequence[Any], given: Any = None) -> list[Any]:
+    """Returns the positional inputs to call a model with, tensors of its signature's dtypes.
+
+    Args:
+        model: The model.
+        signature: Its arguments, structures of `tf.TensorSpec`.
+        given: Inputs as `predict` takes them: in the structure of the model's own, in which lists
+            and tuples are one; one array for a list of one input; a dict by the names of the
+            inputs; or a list in the order of an alphabetical dict. For several arguments, the list
+            of these. None: seeded random numbers.
+
+    Raises:
+        ValueError: `given` does not fit the signature.
+    """
+    if given is None:
+        return _drawn(model, signature)
+    # What a model takes as one argument, predict takes as it is.
+    structure = signature[0] if len(signature) == 1 else list(signature)
+    try:
+        names = [tensor.name for tensor in getattr(model, "inputs", None) or ()]
+        leaves = _leaves(structure, _by_position(structure, given, names))
+        specs = keras.tree.flatten(structure)
+        tensors = [_tensor(*pair) for pair in zip(specs, leaves, strict=True)]
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(
+            f"`sample_inputs` does not fit the model's inputs {list(signature)}: {error}"
+        ) from error
+    return keras.tree.pack_sequence_as(list(signature), tensors)
+
+
+def _drawn(model: keras.Model, signature: Sequence[Any]) -> list[Any]:
+    import tensorflow as tf
+
+    rng = np.random.default_rng(0)
+    # Keras' signatures leave the batch free where the model does not, as with stateful layers.
+    shapes = [x.shape for x in getattr(model, "inputs", None) or ()]
+    batch = next((shape[0] for shape in shapes if shape and shape[0]), 2)
+
+    def random(spec: tf.TensorSpec) -> tf.Tensor:
+        # Free dimensions are long enough for what slides over images, or over time.
+        free = 96 if len(spec.shape) == 4 else 8
+        shape = [
+            size if size is not None else batch if axis == 0 else free
+            for axis, size in enumerate(spec.shape)
+        ]
+        if spec.dtype == tf.string:
+            return tf.fill(shape, "")
+        if spec.dtype.is_floating or spec.dtype.is_complex:
+            return tf.cast(rng.standard_normal(shape), spec.dtype)
+        return tf.cast(rng.integers(0, 2, shape), spec.dtype)
+
+    return keras.tree.map_structure(random, list(signature))
+
+
+def _by_position(structure: Any, given: Any, names: Sequence[str]) -> Any:
+    """Inputs by name as a list, where the model's own are not in a dict."""
+    if not isinstance(given, Mapping) or isinstance(structure, Mapping):
+        return given
+    if set(given) != set(names):
+        raise ValueError(f"expected the names {list(names)}, received {list(given)}")
+    values = [given[name] for name in names]
+    return values if isinstance(structure, list | tuple) else values[0]
+
+
+def _leaves(structure: Any, given: Any) -> list[Any]:
+    """The parts of `given`, in the order in which `keras.tree.flatten` has those of `structure`."""
+    if isinstance(structure, Mapping):
+        keys = sorted(structure)
+        if isinstance(given, list | tuple) and keys == list(structure):
+            given = dict(zip(keys, given, strict=True))
+        if not isinstance(given, Mapping) or set(given) != set(keys):
+            found = list(given) if isinstance(given, Mapping) else _described(given)
+            raise ValueError(f"expected a dict of {keys}, received {found}")
+        return [leaf for key in keys for leaf in _leaves(structure[key], given[key])]
+    if isinstance(structure, list | tuple):
+        if len(structure) == 1 and not isinstance(given, list | tuple):
+            given = [given]
+        if not isinstance(given, list | tuple) or len(given) != len(structure):
+            raise ValueError(f"expected a list of {len(structure)}, received {_described(given)}")
+        pairs = zip(structure, given, strict=True)
+        return [leaf for pair in pairs for leaf in _leaves(*pair)]
+    return [given]
+
+
+def _tensor(spec: tf.TensorSpec, value: Any) -> tf.Tensor:
+    import tensorflow as tf
+
+    def convert(value: Any) -> tf.Tensor:
+        try:
+            return tf.cast(tf.convert_to_tensor(value), spec.dtype)
+        except (TypeError, ValueError, tf.errors.OpError) as error:
+            raise ValueError(f"{_described(value)} for {spec}: {error}") from error
+
+    single = isinstance(value, list | tuple) and len(value) == 1
+    if single and np.ndim(value[0]) == spec.shape.rank:
+        value = value[0]  # A list of the one input of a model.
+    tensor = convert(value)
+    # As Keras does for functional models.
+    if tensor.shape.rank == len(spec.shape) - 1 and spec.shape[-1] == 1:
+        tensor = tensor[..., None]
+    elif tensor.shape.rank == len(spec.shape) + 1 and tensor.shape[-1] == 1:
+        tensor = tensor[..., 0]
+    if not spec.shape.is_compatible_with(tensor.shape) or tensor.shape[:1] == [0]:
+        raise ValueError(f"shape {tensor.shape} for {spec}, with one row at least")
+    return tensor
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f"a dict of {list(value)}"
+    if isinstance(value, list | tuple):
+        return f"a {type(value).__name__} of {len(value)}"
+    return f"a {type(value).__name__} of shape {getattr(value, 'shape', ())}"
