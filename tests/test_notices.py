@@ -112,6 +112,20 @@ def test_a_search_says_it_once():
     assert "Nothing is left of 'mid/kernel'" in message
 
 
+@pytest.mark.once
+def test_the_report_of_an_export_names_what_is_all_zero(tmp_path):
+    from masked_layers import serving
+
+    model = make_model()
+    masks = ml.get_masks(model)
+    for count, expected in ((1, False), (0, True)):
+        masks["mid/kernel"][:] = False
+        masks["mid/kernel"].flat[:count] = True
+        ml.set_masks(model, masks)
+        report = serving.export_sparse_saved_model(model, tmp_path / str(count))
+        assert ("nothing but zeros: mid/kernel" in str(report)) == expected
+
+
 def test_an_update_that_prunes_nothing_says_so():
     pruner = LotteryTicketPruner(make_model())
     for amount in ({"rate": 0.01}, {"sparsity": 0.01}):

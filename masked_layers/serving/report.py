@@ -181,6 +181,9 @@ class StorageReport:
             ).rstrip()
             for line in lines
         ]
+        matrices = [row for row in shown if len(row.shape) > 1]  # a bias may well be zero
+        if zero := [row.path for row in matrices if row.size and not row.alive]:
+            text.append(f"nothing but zeros: {', '.join(zero)}")
         on_disk = f"on disk: {self.disk_nbytes:,} bytes"
         if "saved_model.pb" in self.files:
             ratio = self.dense_disk_nbytes / max(self.disk_nbytes, 1)
