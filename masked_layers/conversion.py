@@ -14,6 +14,7 @@ import numpy as np
 
 from masked_layers import _keras, learned
 from masked_layers.copying import copy_model, renew_optimizer
+from masked_layers.exactness import check_copy, check_masks, has_code_of_others
 from masked_layers.inspection import WeightRef, get_masks, masked_refs, weight_refs
 from masked_layers.layers import (
     MaskedLayer,
@@ -21,6 +22,7 @@ from masked_layers.layers import (
     make_binary,
     mask_weights,
     mask_when_built,
+    undone_on_error,
     unmask,
 )
 from masked_layers.maskable import maskable, weights_inside
@@ -48,6 +50,11 @@ def convert_to_masked(
     of the optimizer are carried over, so that a partly trained model continues where it stood.
     Layers that cannot be masked stay as they are; `sparsity_report(model)` lists them.
 
+    Where a model holds classes or functions that are not of Keras, it is called on made-up inputs
+    to make sure of that, and that nothing reads a weight past its mask. This is not done where the
+    inputs are not known, as those of a subclassed model with several arguments, or are strings.
+    Functions of its layers under `tf.function` are compiled again, with the masks.
+
     Args:
         model: Sequential, functional or subclassed model, built or not, compiled or not.
         include: Which layers to mask: a regular expression searched in their names, a list of
@@ -70,7 +77,8 @@ def convert_to_masked(
         TypeError: If `model` is no Keras model, or a filter is none of the kinds above.
         ValueError: If it has nothing to mask, cannot be copied, or is not built and has a layer
             that may make others when it is; if `mask` is no mask, cannot go over a weight, or is
-            learned and there are masks already.
+            learned and there are masks already; if something in it reads a weight past its mask, or
+            a copy has other outputs. Nothing of `model` is changed then.
 
     Warns:
         UserWarning: A pattern or function of `include` or `exclude` matches no layer.
@@ -85,17 +93,23 @@ def convert_to_masked(
             f"and convert what it returns. Received: mask={mask!r}"
         )
     selected = _select(model, include, exclude, mask_bias)
-    if not inplace:
-        model = copy_model(model)
+    source, model = model, model if inplace else copy_model(model)
     weights = [path for path, unbuilt in selected if not unbuilt]
-    mask_weights(model, weights, mask_bias=mask_bias, mask=prototype)
-    for path, unbuilt in selected:
-        if unbuilt:
-            layer = resolve(model, f"{path}/")[-1][1]
-            mask_when_built(layer, mask_bias=mask_bias, mask=prototype)
+    with undone_on_error(model):
+        mask_weights(model, weights, mask_bias=mask_bias, mask=prototype)
+        for path, unbuilt in selected:
+            if unbuilt:
+                layer = resolve(model, f"{path}/")[-1][1]
+                mask_when_built(layer, mask_bias=mask_bias, mask=prototype)
+        _keras.forget_functions(model)
+        if inplace:
+            check_masks(model)
+        elif has_code_of_others(model):
+            check_masks(model, source)
+            if prototype is None:
+                check_copy(source, model)
     if prototype is not None and prototype.learned:
         renew_optimizer(model)
-    _keras.forget_functions(model)
     logger.info("Masked %d weights of '%s'.", len(selected), model.name)
     return model
 
@@ -115,18 +129,24 @@ def strip_masks(model: keras.Model, *, inplace: bool = False) -> keras.Model:
     Raises:
         TypeError: If `model` is no Keras model.
         ValueError: If it has no masked weight, cannot be copied, or has a masked layer that has no
-            plain form or computes its weight from something else. Nothing is changed then.
+            plain form or computes its weight from something else, or something in it that is not of
+            Keras reads a weight past its mask. Nothing is changed then.
     """
     if not isinstance(model, keras.Model):
         raise TypeError(f"Expected a `keras.Model`. Received: {model!r}")
     _check_strippable(model)
     _keras.sync(model)
-    if not inplace:
-        model = copy_model(model)
+    others = has_code_of_others(model)
+    if others:
+        check_masks(model)
+    source, model = model, model if inplace else copy_model(model)
     for ref in masked_refs(model):
         _fold(ref)
     unmask(model)
     _keras.forget_functions(model)
+    if others and not inplace:
+        check_masks(model, source)
+        check_copy(source, model)
     return model
 
 

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import keras
 import numpy as np
 
-from masked_layers import _keras
+from masked_layers import _keras, _keras_trace
 from masked_layers.inspection import weight_refs
 from masked_layers.layers import MaskedLayer
 from masked_layers.paths import plain_class, walk
@@ -47,6 +47,14 @@ def copy_model(model: keras.Model, *, dtype: str | None = None) -> keras.Model:
         ValueError: If the model cannot be made again from its config.
     """
     _keras.sync(model)
+    taken = _keras_trace.variables_in_graph(model)
+    for variable in model.variables:
+        if id(variable) in taken:
+            raise ValueError(
+                f"'{model.name}' cannot be copied: its operation '{taken[id(variable)]}' takes the "
+                f"variable '{variable.path}' itself, and in a copy that would be a constant. Put "
+                "the operation into a layer that holds the one whose variable it takes."
+            )
     names = in_use_by_name(model)
     with as_in_use(model):
         try:
@@ -110,7 +118,11 @@ def as_in_use(model: keras.Model) -> Iterator[None]:
     By Keras' own rules they stand for what has the same name, if it is registered; a lambda is
     written as code that does not know the modules it refers to, with a warning.
     """
-    functions = [value for value in _in_use(model) if isinstance(value, types.FunctionType)]
+    functions = [
+        value
+        for value in held_by(model, _keras.compile_arguments(model))
+        if isinstance(value, types.FunctionType)
+    ]
     lambdas = [function for function in functions if function.__name__ == "<lambda>"]
     try:
         for function in lambdas:
@@ -199,8 +211,13 @@ def _copy_optimizer(source: keras.Model, target: keras.Model) -> None:
         b.assign(np.array(keras.ops.convert_to_numpy(a)))
 
 
-def _in_use(model: keras.Model) -> Iterator[Any]:
-    """Yields the functions, classes and objects with a config that a model holds, each once."""
+def held_by(model: keras.Model, *others: Any) -> Iterator[Any]:
+    """Yields the functions, classes and objects with a config that a model holds, each once.
+
+    Args:
+        model: The model.
+        *others: What else to look into.
+    """
     seen: set[int] = set()
 
     def inside(value: Any) -> Iterator[Any]:
@@ -225,7 +242,7 @@ def _in_use(model: keras.Model) -> Iterator[Any]:
             # Keras wraps some methods of a layer, which then stand among its attributes.
             if key not in ("_layers", "_modules") and not callable(getattr(type(layer), key, None)):
                 yield from inside(value)
-    yield from inside(_keras.compile_arguments(model))
+    yield from inside(others)
 
 
 def in_use_by_name(model: keras.Model) -> dict[str, Any]:
@@ -236,7 +253,7 @@ def in_use_by_name(model: keras.Model) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     twice = set()
-    for value in _in_use(model):
+    for value in held_by(model, _keras.compile_arguments(model)):
         named = value if isinstance(value, types.FunctionType | type) else plain_class(value)
         if named.__module__.partition(".")[0] not in ("keras", "masked_layers"):
             name = _keras.get_registered_name(named)

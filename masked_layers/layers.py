@@ -8,10 +8,11 @@ layers inside it are.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import keras
@@ -363,6 +364,32 @@ def make_binary(root: Layer, masks: Mapping[int, np.ndarray]) -> None:
     _keras.refresh_parameters(root)
 
 
+@contextlib.contextmanager
+def undone_on_error(root: Layer) -> Iterator[None]:
+    """Takes the masks that layers inside `root` are given back where an error leaves the scope."""
+    before = {}
+    for _, layer in walk(root):
+        masking = vars(layer).get("_masking")
+        kept = [name for name in own_weights(layer, biases=True) if mask_of(layer, name)]
+        copy = masking and dataclasses.replace(masking, frozen=list(masking.frozen))
+        before[id(layer)] = (copy, kept)
+    try:
+        yield
+    except BaseException:
+        for _, layer in list(walk(root)):
+            masking, kept = before.get(id(layer), (None, []))
+            if isinstance(layer, MaskedLayer):
+                for name in own_weights(layer, biases=True):
+                    if name not in kept:
+                        _detach(layer, name)
+                if masking is None:
+                    _restore_class(layer)
+                else:
+                    layer._masking = masking
+        _keras.refresh_parameters(root)
+        raise
+
+
 def unmask(root: Layer) -> None:
     """Removes every mask inside `root` in place; raw weights stay as they are.
 
@@ -372,11 +399,15 @@ def unmask(root: Layer) -> None:
         if isinstance(layer, MaskedLayer):
             for name in own_weights(layer, biases=True):
                 _detach(layer, name)
-            del layer._masking
-            layer.__class__ = plain_class(layer)
-            if "_plain_quantize" in vars(layer):
-                vars(layer)["quantize"] = vars(layer).pop("_plain_quantize")
+            _restore_class(layer)
     _keras.refresh_parameters(root)
+
+
+def _restore_class(layer: Layer) -> None:
+    del layer._masking
+    layer.__class__ = plain_class(layer)
+    if "_plain_quantize" in vars(layer):
+        vars(layer)["quantize"] = vars(layer).pop("_plain_quantize")
 
 
 def _set_masking(
