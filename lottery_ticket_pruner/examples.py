@@ -43,7 +43,8 @@ class Examples:
         """Takes what `fit` takes as arrays; floats become `keras.config.floatx()`, as there.
 
         Raises:
-            ValueError: The arrays are not of one length, or have no examples.
+            ValueError: The arrays are not of one length, have no examples, or hold something else
+                than numbers (TensorFlow takes texts, too), or numbers that overflow in that type.
         """
         data = {"x": x}
         # Without targets Keras drops the weights.
@@ -51,7 +52,10 @@ class Examples:
             data["y"] = y
             if sample_weight is not None:
                 data["sample_weight"] = sample_weight
-        data = {name: map_arrays(_as_keras_would, arrays) for name, arrays in data.items()}
+        data = {
+            name: map_arrays(functools.partial(_as_keras_would, name), arrays)
+            for name, arrays in data.items()
+        }
         lengths = {
             name: [len(array) if array.ndim else 0 for array in _flat(arrays)]
             for name, arrays in data.items()
@@ -124,7 +128,32 @@ def _listed(numbers: list[int]) -> str:
     return ", ".join(map(str, numbers[:_LISTED])) + (f" and {more} more" if more > 0 else "")
 
 
-def _as_keras_would(array: Any) -> np.ndarray:
-    array = np.asarray(array)
-    floating = np.issubdtype(array.dtype, np.floating)
-    return array.astype(keras.config.floatx(), copy=False) if floating else array
+def _as_keras_would(name: str, array: Any) -> np.ndarray:
+    try:
+        array = np.asarray(array)
+    except Exception as error:  # Whatever NumPy, or what stands in for an array, makes of it.
+        raise ValueError(f"Expected arrays as {name}: {error}") from error
+    texts = array.dtype.kind in "SUT" or (
+        array.dtype.kind == "O" and all(isinstance(text, str | bytes) for text in array.flat)
+    )
+    # Those of the types that NumPy lacks are of kind V, such as bfloat16.
+    numbers = array.dtype.kind in "buifc" or "float" in array.dtype.name
+    if not numbers and not (texts and keras.backend.backend() == "tensorflow"):
+        raise ValueError(
+            f"Expected as {name} arrays of numbers. Received: {array.dtype}{array.shape}. Make an "
+            "array of rows of equal length, and numbers of texts and dates."
+        )
+    if not np.issubdtype(array.dtype, np.floating):
+        return array
+    with np.errstate(over="ignore", invalid="ignore"):
+        cast = array.astype(keras.config.floatx(), copy=False)
+        # A sum with an infinity in it is none: quicker than a look at every entry.
+        suspect = cast is not array and not np.isfinite(cast.sum(dtype="float64"))
+    lost = np.isinf(cast) & np.isfinite(array) if suspect else np.zeros(0)
+    if lost.any():
+        raise ValueError(
+            f"Expected as {name} numbers that {cast.dtype} holds. Received {array.dtype} such as "
+            f"{array[lost][0]}, which becomes infinite: scale the data, or use "
+            "`keras.config.set_floatx`."
+        )
+    return cast
