@@ -21,6 +21,7 @@ from lottery_ticket_pruner import (
     evidence,
     fitting,
     notices,
+    plain_models,
     selection,
     structures,
     treatments,
@@ -94,7 +95,7 @@ class LotteryTicketPruner:
                 "layers can; weights of other layers after `masked_layers.register`."
             )
         self.masks_version = 0
-        self._rescaled: dict[int, float] = {}  # factors that `apply_dwr` left in plain weights
+        self._rescaling = plain_models.Rescaling()
         self._final: tuple[np.ndarray, ...] | None = None
         self._final_is_new = False
         self._updates = 0
@@ -355,7 +356,7 @@ class LotteryTicketPruner:
             self._freeze(dict.fromkeys(self._prunables(self.model)))
         self._masks = {position: np.ones_like(mask) for position, mask in self._masks.items()}
         self.masks_version += 1
-        self._rescaled = {}
+        self._rescaling = plain_models.Rescaling()
         self._updates = 0
         _logger.info("Reset the masks of %r: all weights are alive.", self.model.name)
 
@@ -472,8 +473,11 @@ class LotteryTicketPruner:
         Dynamic weight rescaling. In a masked model this switches on a factor of the forward pass,
         which follows the masks. In a plain one the masked weights are multiplied, and pruned ones
         are zero afterwards. A second call does nothing, and after a change of the masks the factor
-        is exchanged: a weight carries size / ones(mask) at most once. Weights that equal a record,
-        or whose masks were reset, count as not rescaled. The factor of a mask without ones is 0.
+        is exchanged: a weight carries size / ones(mask) at most once. Weights that the caller put
+        back since, or that equal a record, or whose masks were reset, count as not rescaled; those
+        that were trained since count as rescaled. A plain model does not tell these apart: what
+        is nearer to the weights before the last rescaling than to those after it was put back.
+        The factor of a mask without ones is 0.
 
         Args:
             model: The model, of the pruner's architecture.
@@ -490,16 +494,42 @@ class LotteryTicketPruner:
             return
         _keras.sync(model)
         for position, ref in self._prunables(model).items():
-            mask = self._masks[position]
-            current = fitting.read(ref.variable)
-            ones = int(mask.sum())
-            factor = mask.size / ones if ones else 0.0
-            carried = self._carried(position, current)
-            if factor != carried:
-                scaled = np.where(mask, current * (factor / carried), 0.0)
-                ref.variable.assign(scaled.astype(current.dtype))
-                # Weights times 0 are lost: nothing is left to take out again.
-                self._rescaled[position] = factor or 1.0
+            records = (
+                self._initial[position],
+                None if self._final is None else self._final[position],
+            )
+            scaled = self._rescaling.apply(
+                position, fitting.read(ref.variable), self._masks[position], records
+            )
+            if scaled is not None:
+                ref.variable.assign(scaled)
+
+    @property
+    def prunable_tuples(self) -> list[plain_models.Key]:
+        """`(position in model.layers, positions in layer.weights)` of each layer to prune."""
+        refs = self._prunables(self.model).values()
+        return plain_models.prunable_tuples(self.model, [ref.variable for ref in refs])
+
+    @property
+    def prune_masks_map(self) -> dict[plain_models.Key, list[np.ndarray | None]]:
+        """The masks now: for each of `prunable_tuples` one per weight of the layer, or None.
+
+        The arrays are read-only copies; `calc_prune_mask` and `update_masks` make new ones.
+        """
+        refs = self._prunables(self.model).items()
+        masks = {id(ref.variable): self._mask(position, ref) for position, ref in refs}
+        return plain_models.masks_by_layer(self.model, masks)
+
+    @property
+    def cumulative_pruning_rate(self) -> float:
+        """The share of prunable weights that is pruned now; 0.0 again after `reset_masks`.
+
+        It is counted in the masks: after 0.5 and 0.2 it is 0.6 but for what rounding to whole
+        weights makes of it.
+        """
+        masks = [self._mask(i, ref) for i, ref in self._prunables(self.model).items()]
+        pruned = sum(int(np.count_nonzero(~mask)) for mask in masks)
+        return pruned / sum(mask.size for mask in masks)
 
     def iterate_prunables(
         self, model: keras.Model
@@ -573,12 +603,13 @@ class LotteryTicketPruner:
             "final_is_new": self._final_is_new,
             "updates": self._updates,
             "clocks": [(step, rate if same else None) for step, rate in self._clocks],
-            "rescaled": list(self._rescaled.items()),
+            "rescaled": list(self._rescaling.factors.items()),
         }
         arrays = {"state": np.array(json.dumps(state))}
         arrays |= {f"initial/{i}": array for i, array in enumerate(self._initial)}
         arrays |= {f"final/{i}": array for i, array in enumerate(self._final or ())}
         arrays |= {f"mask/{position}": mask for position, mask in masks.items()}
+        arrays |= {f"unscaled/{i}": array for i, array in self._rescaling.unscaled.items()}
         arrays |= {
             f"frozen/{position}": fitting.read(ref.mask.frozen)
             for position, ref in prunables.items()
@@ -621,7 +652,10 @@ class LotteryTicketPruner:
         pruner._final_is_new = state["final_is_new"]
         pruner._updates = state["updates"]
         pruner._clocks = [tuple(clock) for clock in state["clocks"]]
-        pruner._rescaled = dict(state["rescaled"])
+        pruner._rescaling.factors = dict(state["rescaled"])
+        pruner._rescaling.unscaled = {
+            i: arrays[f"unscaled/{i}"] for i in prunables if f"unscaled/{i}" in arrays
+        }
         pruner._write_masks(model, {i: arrays[f"mask/{i}"] for i in prunables})
         if is_masked(model):
             pruner._freeze({i: arrays.get(f"frozen/{i}") for i in prunables})
@@ -764,14 +798,6 @@ class LotteryTicketPruner:
         else:
             self._masks = {position: mask.astype(bool) for position, mask in masks.items()}
             self.masks_version += 1
-
-    def _carried(self, position: int, current: np.ndarray) -> float:
-        """The factor of `apply_dwr` that is in a weight of a plain model."""
-        mask = self._masks[position]
-        for record in (self._initial, self._final):
-            if record is not None and np.array_equal(current[mask], record[position][mask]):
-                return 1.0
-        return self._rescaled.get(position, 1.0)
 
     def _require_masked(self, method: str) -> None:
         if not is_masked(self.model):
@@ -943,6 +969,8 @@ def _check_state(state: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> 
             there["mask"] = arrays[f"mask/{number}"]
         if f"frozen/{number}" in arrays:
             there["frozen values"] = arrays[f"frozen/{number}"]
+        if f"unscaled/{number}" in arrays:
+            there["weights before rescaling"] = arrays[f"unscaled/{number}"]
         for what, array in there.items():
             if array.shape != shape or array.dtype.kind not in ("b" if what == "mask" else "fiub"):
                 raise ValueError(
