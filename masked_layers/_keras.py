@@ -301,6 +301,15 @@ def identity_scope() -> Iterator[None]:
         names.forget()
 
 
+def state_goes_apart() -> bool:
+    """True while Keras writes a config beside which the state goes: to a `.keras` file, a pickle.
+
+    It marks shared objects then, as `serialize` here does. `clone_model`, `to_json` and `.h5` files
+    have nothing but the config for state that is not among the weights. No public name tells.
+    """
+    return global_state.get_global_attribute("shared_objects/id_to_config_map") is not None
+
+
 def own_variables(layer: keras.layers.Layer) -> list[keras.Variable]:
     """Returns the weights that the layer holds itself; `Layer.weights` adds those inside it."""
     return list(layer._trainable_variables + layer._non_trainable_variables)

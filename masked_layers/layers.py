@@ -18,8 +18,10 @@ from typing import Any, TypeAlias
 import keras
 import numpy as np
 from keras import layers
+from keras.initializers import Ones
 
-from masked_layers import _keras, learned
+from masked_layers import _keras, learned, states
+from masked_layers.effective import EffectiveWeight
 from masked_layers.maskable import (
     Maskable,
     mask_of,
@@ -28,49 +30,11 @@ from masked_layers.maskable import (
     raw_variable,
     weights_inside,
 )
-from masked_layers.masks import Mask, MaskedConstraint, MaskedRegularizer, is_raw_view, raw_view
+from masked_layers.masks import Mask, MaskedConstraint, MaskedRegularizer, raw_view
 from masked_layers.paths import join, plain_class, resolve, walk
 
 Layer: TypeAlias = layers.Layer
 PACKAGE = "masked_layers"
-
-
-class EffectiveWeight:
-    """Attribute of a masked layer that reads `mask(raw weight)` and writes the raw weight.
-
-    Keras keeps a weight either in a plain attribute or behind a property; both work, as a data
-    descriptor of the class comes before the attributes of the instance.
-    """
-
-    def __init__(self, base: type[Layer], name: str) -> None:
-        self.inherited = inspect.getattr_static(base, name, None)
-        self.name = name
-
-    def __get__(self, layer: Layer | None, owner: type | None = None) -> Any:
-        if layer is None:
-            return self
-        if self.inherited is not None:
-            weight = self.inherited.__get__(layer, type(layer))
-        elif self.name in vars(layer):
-            weight = vars(layer)[self.name]
-        else:
-            raise AttributeError(
-                f"'{type(layer).__name__}' has no '{self.name}' before it is built"
-            )
-        mask = None if weight is None or is_raw_view() else mask_of(layer, self.name)
-        return weight if mask is None else mask.apply(weight)
-
-    def __set__(self, layer: Layer, value: Any) -> None:
-        if self.inherited is not None:
-            self.inherited.__set__(layer, value)
-        else:
-            vars(layer)[self.name] = value
-
-    def __delete__(self, layer: Layer) -> None:
-        if self.inherited is not None:
-            self.inherited.__delete__(layer)
-        else:
-            del vars(layer)[self.name]
 
 
 @dataclasses.dataclass
@@ -83,6 +47,7 @@ class _Masking:
         bias: Whether biases have masks too.
         initializer: Initializer of binary masks.
         mask: Prototype of the masks; None for binary ones.
+        state: What masks that are not built yet start from, by path: configs of `MaskState`.
         frozen: Variables of the layer that are not trainable because a mask of it is learned.
     """
 
@@ -90,6 +55,7 @@ class _Masking:
     bias: bool
     initializer: keras.initializers.Initializer
     mask: Mask | None = None
+    state: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     frozen: list[keras.Variable] = dataclasses.field(default_factory=list)
 
 
@@ -105,6 +71,11 @@ class MaskedLayer:
 
     def __repr__(self) -> str:
         return f"<{type(self).__qualname__} name={self.name}, built={self.built}>"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Keras names the method of a class that must be found by name; one made here cannot be.
+        make, arguments = super().__reduce__()
+        return _unpickled, (getattr(plain_class(self), make.__name__), arguments)
 
     def save_own_variables(self, store: Any) -> None:
         """Saves raw values, those under a mask included."""
@@ -131,6 +102,12 @@ class MaskedLayer:
         }
         if masking.mask is not None:
             config["mask"] = keras.saving.serialize_keras_object(masking.mask)
+        # A config is all that a clone, JSON or an `.h5` file has.
+        if not _keras.state_goes_apart():
+            plain = masking.mask is None and isinstance(masking.initializer, Ones)
+            found = {**masking.state, **states.configs(self, _paths(self), as_made=plain)}
+            if found:
+                config["mask_state"] = found
         return config
 
 
@@ -156,6 +133,7 @@ class MaskedByConversion(MaskedLayer):
         initializer = deserialize(config["mask_initializer"])
         mask = deserialize(config["mask"]) if "mask" in config else None
         _change_class(layer, config["masked_weights"], config["mask_bias"], initializer, mask)
+        _start_from(layer, config.get("mask_state"))
         _when_built(layer, _mask_built)
         return layer
 
@@ -176,11 +154,13 @@ def define(base: type[Layer], module: str) -> type[Layer]:
         mask_bias: bool = False,
         mask_initializer: Any = "ones",
         mask: Any = None,
+        mask_state: Any = None,
         **kwargs: Any,
     ) -> None:
         base.__init__(self, *args, **kwargs)
         prototype = None if mask is None else learned.get(mask)
         _set_masking(self, masked_weights, mask_bias, mask_initializer, prototype)
+        _start_from(self, mask_state)
 
     plain = inspect.signature(base.__init__)
     masking = inspect.signature(init, follow_wrapped=False).parameters.values()
@@ -210,10 +190,13 @@ def define(base: type[Layer], module: str) -> type[Layer]:
         mask_bias: Whether biases get a mask too. Ignored where `masked_weights` is given.
         mask_initializer: Initializer of binary masks; entries other than 0 are kept. Default: ones.
         mask: Kind of the masks, as for `convert_to_masked`. Default: binary.
+        mask_state: What binary masks start as, by path, as `get_config` of a layer gives it whose
+            masks are not as they started. Default: what `mask_initializer` makes.
 
     Raises:
-        ValueError: If `mask` is no mask; when it is built, if `masked_weights` names a weight it
-            does not have, or one that cannot have such a mask.
+        ValueError: If `mask` is no mask; when it is built, if `masked_weights` or `mask_state`
+            names a weight it does not have, one that cannot have such a mask, or one of another
+            shape.
     """,
         "__module__": module,
         "__init__": init,
@@ -284,6 +267,7 @@ def mask_weights(
     initializer: Any = "ones",
     mask_bias: bool = False,
     mask: Mask | None = None,
+    state: Mapping[str, Any] | None = None,
     prefix: str = "",
 ) -> None:
     """Puts masks over weights inside `root`, changing the layers in place.
@@ -297,6 +281,7 @@ def mask_weights(
         initializer: Initializer of new binary masks.
         mask_bias: What the configs of the layers are to say about their biases.
         mask: Prototype of new masks; None for binary ones.
+        state: What new masks start from, by path: configs of `MaskState`.
         prefix: What comes before the paths where seeds are derived from them.
 
     Raises:
@@ -321,14 +306,17 @@ def mask_weights(
     shared = _masks_by_variable(root)
     for chain in chains:
         *holders, (name, layer) = chain
+        path = chain[0][0]
         for rest, holder in holders:
             if isinstance(holder, MaskedLayer) or not _keras.is_plain_container(holder):
                 _name_masks(holder, mask_bias, initializer, mask)
                 _add_path(holder, rest)
         _name_masks(layer, mask_bias, initializer, mask)
         _add_path(layer, name)
+        if state and path in state:
+            layer._masking.state[name] = state[path]
         if layer.built:
-            _attach(layer, name, shared, join(prefix, chain[0][0]))
+            _attach(layer, name, shared, join(prefix, path))
         elif not vars(layer).get("_masked_when_built"):
             vars(layer)["_masked_when_built"] = True
             _when_built(layer, _mask_built)
@@ -410,6 +398,10 @@ def _restore_class(layer: Layer) -> None:
         vars(layer)["quantize"] = vars(layer).pop("_plain_quantize")
 
 
+def _unpickled(make: Callable[..., Layer], arguments: tuple[Any, ...]) -> Layer:
+    return make(*arguments)
+
+
 def _set_masking(
     layer: Layer,
     masked_weights: Iterable[str] | None,
@@ -439,6 +431,17 @@ def _change_class(
         # Keras bound the method of the plain class when the layer was made.
         vars(layer)["_plain_quantize"] = vars(layer)["quantize"]
         vars(layer)["quantize"] = functools.partial(MaskedLayer.quantize, layer)
+
+
+def _start_from(layer: Layer, state: Mapping[str, Any] | None) -> None:
+    mask = layer._masking.mask
+    if state and mask is not None and mask.learned:
+        raise ValueError(
+            f"`mask_state` of '{layer.name}' is for binary masks, and its masks are learned: their "
+            f"scores are weights. Received: mask={mask!r}"
+        )
+    layer._masking.state = dict(state or {})
+    states.restore(layer, layer._masking.state)
 
 
 def _name_masks(layer: Layer, mask_bias: bool, initializer: Any, mask: Mask | None) -> None:
@@ -495,6 +498,7 @@ def _mask_built(layer: Layer) -> None:
     paths = _paths(layer)
     inner = [path for path in paths if "/" in path]
     shared = _masks_by_variable(layer)
+    states.check_paths(layer, layer._masking.state)
     for name in paths:
         if "/" not in name:
             _check_mask(layer, layer._masking.mask)
@@ -507,6 +511,7 @@ def _mask_built(layer: Layer) -> None:
             initializer=masking.initializer,
             mask_bias=masking.bias,
             mask=masking.mask,
+            state=masking.state,
             prefix=layer.name,
         )
     # A layer made from the config of a masked one, as the second direction of `Bidirectional` is,
@@ -515,6 +520,7 @@ def _mask_built(layer: Layer) -> None:
         if path not in paths and mask_of(owner, name) is not None:
             _detach(owner, name)
             owner._masking.weights = tuple(own for own in _paths(owner) if own != name)
+    states.restore(layer, layer._masking.state)
 
 
 def _masks_by_variable(root: Layer) -> dict[int, Mask]:
@@ -551,6 +557,8 @@ def _attach(layer: Layer, name: str, shared: dict[int, Mask], path: str) -> Mask
                 mask = Mask(initializer=masking.initializer, dtype="float32", name=f"{name}_mask")
             else:
                 mask = learned.for_weight(masking.mask, f"{name}_mask", path)
+            if name in masking.state:
+                mask.restore(states.decoded(layer, name, masking.state, variable.shape))
             with _keras.layer_scope(layer):
                 mask.build(variable.shape)
             for own in _keras.own_variables(mask):

@@ -13,6 +13,7 @@ import numpy as np
 from keras import ops
 
 from masked_layers import _keras
+from masked_layers.packing import MaskState
 
 _raw_view: contextvars.ContextVar[bool] = contextvars.ContextVar("raw_view", default=False)
 
@@ -75,6 +76,7 @@ class Mask(keras.layers.Layer):
         self.rescale = rescale
         self.frozen: keras.Variable | None = None
         self.moved_at: int | None = None
+        self._start: MaskState | None = None
         self._lent_value: Any = None
         self._lent_frozen: Any = None
 
@@ -84,13 +86,18 @@ class Mask(keras.layers.Layer):
         Args:
             shape: Shape of the weight.
         """
+        start, self._start = self._start, None
 
         def keep(shape: tuple[int, ...], dtype: Any = None) -> Any:
+            if start is not None:
+                return ops.convert_to_tensor(start.kept)
             return ops.not_equal(self.initializer(shape, dtype="float32"), 0.0)
 
         self.value = self.add_weight(
             name="value", shape=shape, dtype="bool", initializer=keep, trainable=False
         )
+        if start is not None and start.frozen is not None:
+            self._add_frozen(start.frozen)
 
     @property
     def weights(self) -> list[keras.Variable]:
@@ -156,18 +163,41 @@ class Mask(keras.layers.Layer):
                 )
             if before is None:
                 with _keras.unlocked(self), _keras.layer_scope(self):
-                    self.frozen = self.add_weight(
-                        name="frozen",
-                        shape=values.shape,
-                        dtype=values.dtype.name,
-                        initializer="zeros",
-                        trainable=False,
-                        autocast=False,
-                    )
-            self.frozen.assign(values)
+                    self._add_frozen(values)
+            else:
+                before.assign(values)
         if changed := (before is None) != (self.frozen is None):
             _keras.refresh_parameters(self)
         return changed
+
+    def _add_frozen(self, values: np.ndarray) -> None:
+        self.frozen = self.add_weight(
+            name="frozen",
+            shape=values.shape,
+            dtype=values.dtype.name,
+            initializer=lambda shape, dtype: ops.convert_to_tensor(values, dtype),
+            trainable=False,
+            autocast=False,
+        )
+
+    @property
+    def state(self) -> MaskState:
+        """All that the mask is at the moment, as arrays."""
+        frozen = None if self.frozen is None else np.array(ops.convert_to_numpy(self.frozen))
+        return MaskState(self.to_numpy(), self.rescale, frozen)
+
+    def restore(self, state: MaskState) -> None:
+        """Brings a state back; a mask that is not built starts from it when it is.
+
+        Functions compiled before must be compiled anew where it rescales, or freezes pruned
+        entries, and the state does not, or the other way round.
+        """
+        self.rescale = state.rescale
+        if self.built:
+            self.value.assign(state.kept)
+            self.freeze(state.frozen)
+        else:
+            self._start = state
 
     def to_numpy(self) -> np.ndarray:
         """Returns a copy of the mask as a bool array, True where an entry is kept."""

@@ -1,8 +1,13 @@
-"""Masks as a bit per weight."""
+"""Masks as a bit per weight, in files and in configs."""
 
 from __future__ import annotations
 
+import base64
+import dataclasses
 import math
+import zlib
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -39,3 +44,73 @@ def unpack(bits: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
             f"Received: a last byte of {bits[-1]:#010b}"
         )
     return np.unpackbits(bits, count=size).reshape(shape).astype(bool)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class MaskState:
+    """What a binary mask is at a moment.
+
+    Attributes:
+        kept: Bool array of the weight's shape, True where an entry is kept.
+        rescale: Whether it rescales.
+        frozen: What pruned entries read as: float array of that shape, or None for 0.
+    """
+
+    kept: np.ndarray
+    rescale: bool = False
+    frozen: np.ndarray | None = None
+
+    @property
+    def is_new(self) -> bool:
+        """Whether every entry is kept and nothing else was changed either."""
+        return bool(self.kept.all()) and not self.rescale and self.frozen is None
+
+    def get_config(self) -> dict[str, Any]:
+        """Returns the state in JSON's types."""
+        config: dict[str, Any] = {"shape": list(self.kept.shape), "bits": _text(pack(self.kept))}
+        if self.rescale:
+            config["rescale"] = True
+        if self.frozen is not None:
+            config["frozen"] = {"dtype": self.frozen.dtype.name, "bytes": _text(self.frozen)}
+        return config
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], shape: tuple[int, ...]) -> MaskState:
+        """Inverse of `get_config`.
+
+        Args:
+            config: What it returned.
+            shape: Shape of the weight.
+
+        Raises:
+            ValueError: If the state is for another shape or damaged.
+        """
+        try:
+            if tuple(config["shape"]) != shape:
+                raise ValueError(f"it is for a weight of shape {tuple(config['shape'])}")
+            size, frozen = math.prod(shape), None
+            kept = unpack(_array(config["bits"], np.dtype("uint8"), math.ceil(size / 8)), shape)
+            if "frozen" in config:
+                dtype = np.dtype(config["frozen"]["dtype"])
+                if not np.issubdtype(dtype, np.floating):
+                    raise ValueError(f"frozen values of dtype {dtype}")
+                frozen = _array(config["frozen"]["bytes"], dtype, size).reshape(shape)
+        except Exception as error:
+            raise ValueError(f"not the state of a mask of shape {shape}: {error}") from error
+        return cls(kept, bool(config.get("rescale")), frozen)
+
+
+def _text(array: np.ndarray) -> str:
+    little = array.astype(array.dtype.newbyteorder("<"), copy=False)
+    return base64.b64encode(zlib.compress(little.tobytes())).decode("ascii")
+
+
+def _array(text: str, dtype: np.dtype, size: int) -> np.ndarray:
+    expected = size * dtype.itemsize
+    data = zlib.decompressobj().decompress(base64.b64decode(text, validate=True), expected + 1)
+    if len(data) != expected:
+        raise ValueError(
+            f"{size} values of {dtype} are {expected} bytes. Received: {len(data)}"
+            + (" or more" if len(data) > expected else "")
+        )
+    return np.frombuffer(data, dtype.newbyteorder("<")).astype(dtype)

@@ -1,6 +1,7 @@
 """What this library uses of Keras beyond its public API: these fail when Keras moves it."""
 
 import functools
+import pickle
 
 import keras
 import numpy as np
@@ -105,6 +106,28 @@ def test_shared_objects_stay_shared_through_serialize():
     shared = layers.Dense(2)
     copy = _keras.deserialize(_keras.serialize(Twice(shared, shared)))
     assert copy.first is copy.second
+
+
+def test_state_goes_apart_where_keras_saves_it_beside_the_config(tmp_path):
+    seen = []
+
+    class Watching(layers.Layer):
+        def get_config(self):
+            seen.append(_keras.state_goes_apart())
+            return super().get_config()
+
+    model = keras.Sequential([keras.Input((2,)), Watching()])
+    for config_alone in (model.get_config, model.to_json, lambda: keras.models.clone_model(model)):
+        config_alone()
+    model.save(tmp_path / "m.h5")
+    assert seen
+    assert not any(seen)
+    seen.clear()
+    model.save(tmp_path / "m.keras")
+    pickle.dumps(model)
+    _keras.serialize(model)
+    assert len(seen) >= 3
+    assert all(seen)
 
 
 def test_own_variables_leave_out_those_of_layers_inside():

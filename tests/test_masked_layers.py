@@ -118,6 +118,7 @@ def test_arguments_are_those_of_the_base_layer_and_the_masking_ones(base):
         "mask_bias",
         "mask_initializer",
         "mask",
+        "mask_state",
         "kwargs",
     }
     for name, parameter in plain.items():
