@@ -1,0 +1,130 @@
+"""The code of README and of the pages on serving, run as it stands; the commands of all, parsed."""
+
+import importlib.util
+import re
+import shlex
+from pathlib import Path
+
+import keras
+import numpy as np
+import pages
+import pytest
+
+import lottery_ticket_pruner
+import masked_layers as ml
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+# Of these every block runs, here or in the tests of the page.
+RUN = {"README.md", "serving.md", "extending.md", "migrating-from-tfmot.md"}
+
+
+def python_of(page):
+    return re.findall(r"^```python\n(.*?)^```$", page.read_text("utf-8"), re.M | re.S)
+
+
+def commands():
+    for page in PAGES:
+        for block in re.findall(
+            r"^```(?:sh|bash)\n(.*?)^```$", page.read_text("utf-8"), re.M | re.S
+        ):
+            for line in block.replace("\\\n", " ").splitlines():
+                words = shlex.split(line, comments=True)
+                if words and (words[0] == "lottery-ticket" or words[:2] == ["python", "-m"]):
+                    yield pytest.param(words, id=f"{page.name}: {line.strip()}")
+
+
+@pytest.fixture
+def names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential(
+        [keras.Input((8,)), keras.layers.Dense(16, "relu"), keras.layers.Dense(3, "softmax")]
+    )
+    model.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(160, 8)).astype("float32"), rng.integers(0, 3, 160)
+    return {"model": model, "x_train": x, "y_train": y, "inputs": x[:2]}
+
+
+def test_every_page_with_python_is_run():
+    assert {page.name for page in PAGES if python_of(page)} == RUN
+
+
+def test_readme_runs_from_top_to_bottom(names):
+    prune, criteria, serve, _earlier = python_of(ROOT / "README.md")  # The last: test_packaging.
+    pages.run("README.md", prune, names)
+    assert ml.sparsity_report(names["masked"]).sparsity > 0.8
+    pages.run("README.md", criteria, names)
+    assert ml.sparsity_report(names["masked"]).sparsity == pytest.approx(0.5, abs=0.01)
+    if keras.backend.backend() == "tensorflow":
+        ml.export_sparse_saved_model(names["masked"], "served/1")
+        pages.run("README.md", serve, names)
+        expected = names["masked"](names["inputs"])
+        np.testing.assert_allclose(names["outputs"], expected, rtol=1e-5)
+
+
+@pytest.mark.once
+def test_the_page_on_serving_runs_from_top_to_bottom(names):
+    if not all(map(importlib.util.find_spec, ("tf2onnx", "onnx"))):
+        pytest.skip("the page exports to ONNX, too")
+    names["model"] = ml.convert_to_masked(names["model"])
+    for code in python_of(ROOT / "docs" / "serving.md"):
+        pages.run("serving.md", code, names)
+    expected = names["model"](names["inputs"])
+    (outputs,) = names["outputs"].values()
+    np.testing.assert_allclose(outputs, expected, rtol=1e-5)
+    for file in ("model.onnx", "model.tflite"):
+        assert Path(file).stat().st_size
+    np.testing.assert_array_equal(names["kernel"], np.eye(300))
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("words", list(commands()))
+def test_commands_are_such_as_there_are(words, monkeypatch, tmp_path):
+    if words[0] == "python":
+        place = ROOT / words[2].replace(".", "/")
+        own = words[2].partition(".")[0] == "benchmarks"
+        assert not own or place.with_suffix(".py").is_file() or (place / "__main__.py").is_file()
+        return
+    pytest.importorskip("tyro")
+    from lottery_ticket_pruner import cli
+    from lottery_ticket_pruner.experiments import page, repeat, run, sweep
+    from lottery_ticket_pruner.storage import ExportConfig, InspectConfig
+
+    class ParsedError(Exception):
+        pass
+
+    def parsed(*args):
+        raise ParsedError
+
+    monkeypatch.chdir(tmp_path)
+    from lottery_ticket_pruner.experiments import instability
+
+    for owner, name in (
+        (run, "prepare"), (instability, "prepare"), (sweep, "sweep"), (page, "write_report"),
+        (repeat.RepeatConfig, "configuration"), (ExportConfig, "execute"),
+        (InspectConfig, "execute"),
+    ):  # fmt: skip
+        monkeypatch.setattr(owner, name, parsed)
+    with pytest.raises(ParsedError):
+        cli.main(words[1:])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_names_in_dotted_code_exist(page):
+    """`masked_layers.shrink` and the like in running text."""
+    missing = []
+    for name in set(
+        re.findall(r"`(masked_layers|lottery_ticket_pruner)((?:\.\w+)+)", page.read_text("utf-8"))
+    ):
+        module, rest = name
+        found = {"masked_layers": ml, "lottery_ticket_pruner": lottery_ticket_pruner}[module]
+        for part in rest.strip(".").split("."):
+            if not hasattr(found, part) and importlib.util.find_spec(f"{found.__name__}.{part}"):
+                importlib.import_module(f"{found.__name__}.{part}")
+            if not hasattr(found, part):
+                missing.append(module + rest)
+                break
+            found = getattr(found, part)
+    assert not missing
