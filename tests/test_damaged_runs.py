@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 pytest.importorskip("tyro")
 
 from lottery_ticket_pruner import cli
-from lottery_ticket_pruner.experiments import report, results
+from lottery_ticket_pruner.experiments import report, results, run_folder
+from lottery_ticket_pruner.experiments import run as run_command
 from lottery_ticket_pruner.experiments.config import RunConfig
 from lottery_ticket_pruner.experiments.instability import InstabilityConfig
 
@@ -108,3 +109,41 @@ def test_rows_of_no_replicate_are_refused(run, cell):
     write(run, rows=("\n".join(rows) + "\n").encode())
     with pytest.raises(ValueError, match=r"results\.csv' .*replicate"):
         results.read_run(run)
+
+
+@pytest.mark.parametrize(
+    "option", ["seeds", "rounds", "steps", "rewind_to", "rate", "quiet", "out"]
+)
+@pytest.mark.parametrize("value", WRONG, ids=repr)
+def test_repeat_refuses_options_of_other_types(run, capsys, monkeypatch, option, value):
+    def prepared(config):
+        config.resolve(600)
+        raise ValueError("prepared")
+
+    monkeypatch.setattr(run_command, "prepare", prepared)
+    write(run, json.dumps(CONFIG.to_dict() | {option: value}).encode())
+    assert cli.main(["repeat", str(run)]) == 2
+    shown = capsys.readouterr().err
+    assert "Traceback" not in shown
+    right = {"seeds": ([],), "rewind_to": ("text",), "rate": (0.5, -1, None), "steps": (None, -1)}
+    right |= {"rounds": (None, -1), "quiet": WRONG, "out": WRONG}  # The last two are not taken.
+    fine = any(value == one and type(value) is type(one) for one in right[option])
+    assert fine or "config.json' holds no configuration of a run: options of other types" in shown
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"[" * 100_000, b"[]", b"3", b'{"rounds": "x", "versions": []}', b'{"command":[]}'],
+)
+def test_repeat_names_what_it_cannot_read(run, capsys, content):
+    write(run, content)
+    assert cli.main(["repeat", str(run)]) == 2
+    shown = capsys.readouterr().err
+    assert "Traceback" not in shown
+    assert "config.json' holds no configuration of a run" in shown
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b'"text"', b"[" * 100_000, b"null"])
+def test_a_file_that_is_no_options_is_none(tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content)
+    assert run_folder.read_json(tmp_path / "config.json") is None

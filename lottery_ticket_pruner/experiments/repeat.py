@@ -58,7 +58,7 @@ in a sweep's, next to that."""
         try:
             stored = json.loads(file.read_text(encoding="utf-8"))
             config = read(stored | options)
-        except (TypeError, ValueError) as error:
+        except (AttributeError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"'{file}' holds no configuration of a run: {error}") from error
         there = stored.get(CODE)
         if there is not None and there != (here := code_of(config.to_dict())):

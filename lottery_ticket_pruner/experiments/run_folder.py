@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import shutil
+import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
@@ -57,9 +58,10 @@ _STATES = tuple(f"rounds/*/{name}" for name in ("state.json", "pruner-*.npz", "m
 def read_json(file: Path) -> Any:
     """The content of a file; None where there is none that can be read."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
+    return values if isinstance(values, dict) else None
 
 
 def write_json(file: Path, values: Mapping[str, Any]) -> None:
@@ -98,18 +100,34 @@ def restored(kind: type[_Kind], values: Mapping[str, Any]) -> _Kind:
     An option that the values lack came later: it has its default, which is what was done before.
 
     Raises:
-        ValueError: an option is none of the command's.
+        ValueError: an option is none of the command's, or has a value of another type.
     """
     facts = {*FACTS, *ORIGIN, CODE, "masks_digest"}
     values = {name: value for name, value in values.items() if name not in facts}
     names = {field.name for field in dataclasses.fields(kind)}
     if unknown := sorted(values.keys() - names):
         raise ValueError(f"unknown options: {', '.join(unknown)}.")
+    types = typing.get_type_hints(kind)
+    if wrong := [f"{k} {v!r}" for k, v in values.items() if not _is_of(v, types[k])]:
+        raise ValueError(f"options of other types: {', '.join(wrong)}.")
     if values.get("conv_rate") and not networks.has_convolutions(values.get("network")):
         values["conv_rate"] = None  # Written before such rates were refused.
     tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     paths = {k: Path(tuples[k]) for k in ("data_dir", "out", "masks") if tuples.get(k)}
     return kind(**tuples | paths)
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    """Whether a value of JSON, or one that it stands for, is of an option's type."""
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Literal:
+        return isinstance(value, str)
+    if origin is tuple:
+        return isinstance(value, list | tuple) and all(_is_of(one, parts[0]) for one in value)
+    if parts:  # Of a union.
+        return any(_is_of(value, part) for part in parts)
+    takes = {float: float | int, Path: Path | str}.get(kind, kind)
+    return isinstance(value, takes) and isinstance(value, bool) == (kind is bool)
 
 
 def versions() -> dict[str, str]:
