@@ -50,7 +50,7 @@ class Checkpoint:
 
     @property
     def unidentified(self) -> list[str]:
-        """Why nobody can go on from the state, in sentences; empty where one can."""
+        """Returns in sentences why the state cannot be resumed; empty where it can."""
         return reasons(self._arguments)
 
     def exists(self) -> bool:
@@ -174,7 +174,7 @@ class Checkpoint:
 
 
 def _changes(there: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """What differs, by name: there and here."""
+    """Returns the entries that differ, by name, each as (there, here)."""
     one, other = dict(_flat(there)), dict(_flat(here))
     return {
         key: (one.get(key), other.get(key)) for key in one | other if one.get(key) != other.get(key)

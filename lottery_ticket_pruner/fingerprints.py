@@ -5,7 +5,7 @@ tell: an edited function keeps its name, and two closures of one factory share i
 pickles, which hold lines and file names, and of an imported function the name alone.
 
 A fingerprint of a function covers its instructions, constants and defaults, the values in its
-closure, the global values that it names, and the functions and classes of one's own among all
+closure, the global values that it names, and the custom functions and classes among all
 these, to any depth. Comments, line numbers, file names and the names of functions do not count.
 What belongs to an installed library counts by its name, not by its version. What code reaches by
 text (`getattr`, `exec`, files it opens) is beyond it. It is the same in every process of one
@@ -69,7 +69,7 @@ def fingerprint(thing: Any) -> str:
 
     Raises:
         UnidentifiedError: It holds something whose state is out of reach: an open file, a lock, a
-            function of C in a module of one's own.
+            function of C in a custom module.
     """
     name = getattr(thing, "name", None)  # As of a criterion.
     found = _Hasher(name if isinstance(name, str) else _name(thing)).digest(thing, "")
@@ -77,9 +77,9 @@ def fingerprint(thing: Any) -> str:
 
 
 def description(thing: Any) -> Any:
-    """What an optimizer, losses or an augmentation are configured to do, in JSON's types.
+    """Describes the configuration of an optimizer, of losses or of an augmentation in JSON's types.
 
-    What belongs to a library goes by its name and configuration. What is of one's own has a
+    What belongs to a library goes by its name and configuration. A custom one has a
     `fingerprint` beside them, as `"code"`; or, where it has none, the reason as `"unidentified"`.
     Names of Keras objects are left out: in them Keras counts the objects of a process.
     """
@@ -105,7 +105,7 @@ def description(thing: Any) -> Any:
 
 
 def identity(made: Any) -> Any:
-    """What a criterion or a treatment is, in JSON's types.
+    """Describes a criterion or a treatment in JSON's types.
 
     A built-in one is its name. One of a user's own has a `"code"` beside it, or the reason why not,
     see `description`.
@@ -114,7 +114,7 @@ def identity(made: Any) -> Any:
 
 
 def names_with_code(made: Iterable[Any]) -> str:
-    """Those of some criteria and treatments that are of a user's own, each with its code.
+    """Returns the custom ones among some criteria and treatments, each with its code.
 
     Empty where all are built in.
 
@@ -141,7 +141,7 @@ def layers(model: keras.Model) -> Any:
 
 
 def reasons(described: Any) -> list[str]:
-    """Why parts of a description have no identity; empty where all have one."""
+    """Returns why parts of a description have no identity; empty where all have one."""
     if isinstance(described, Mapping):
         own = [described["unidentified"]] if "unidentified" in described else []
         return own + [why for value in described.values() for why in reasons(value)]
@@ -212,7 +212,7 @@ def _module_of(thing: Any) -> Any:
 
 
 def _is_known(thing: Any) -> bool:
-    """Whether something can be imported from a library, so that its name says what it is."""
+    """Returns whether something is importable from a library, so that its name identifies it."""
     module = _module_of(thing)
     if not isinstance(module, str) or not _is_library(module):
         return False
@@ -316,7 +316,7 @@ class _Hasher:
     def _configured(self, thing: Any, where: str) -> Iterator[bytes]:
         """An object of Keras, or like one: its class, its configuration, of layers the weights.
 
-        Where a class of one's own has the `get_config` of a library, what its methods name counts,
+        Where a custom class has the `get_config` of a library, what its methods name counts,
         too: such a configuration says nothing of arguments that were added.
         """
         kind = type(thing)
@@ -371,7 +371,7 @@ class _Hasher:
                 yield self.digest((name, value), f"{where} `{name}` of {thing.__name__},")
 
     def _module(self, name: str) -> Iterator[str | bytes]:
-        """A library is its name, a module of one's own its code."""
+        """Describes a library by its name and a custom module by its code."""
         yield "module"
         if _is_library(name):
             yield name
@@ -434,7 +434,7 @@ def _names_in(code: types.CodeType) -> set[str]:
 
 
 def _globals_in(code: types.CodeType, known: Mapping[str, Any]) -> dict[str, Any]:
-    """The global values that code names; of a module of one's own what it takes from there."""
+    """Returns the global values that code names; of a custom module only what it reads there."""
     found = {}
     for inner in _codes(code):
         instructions = list(dis.get_instructions(inner))
@@ -487,5 +487,5 @@ def _without_names(config: Any) -> Any:
 
 
 def _is_lambda(config: Mapping[str, Any]) -> bool:
-    """Whether these are a lambda's bytes, which hold lines and the file; `_own` has its code."""
+    """Returns whether these are the bytes of a lambda, which hold its lines and its file."""
     return config.get("class_name") == "__lambda__"

@@ -92,7 +92,7 @@ class FolderLock:
         self._folder = folder
 
     def _is_there(self) -> bool:
-        """Whether what is in the folder is the lock that this process has."""
+        """Returns whether the lock in the folder is the one that this process holds."""
         with contextlib.suppress(OSError):
             return os.path.samestat(self._stat, os.stat(self._folder / _LOCK))
         return False

@@ -1,4 +1,4 @@
-"""What is said when pruning does something that nobody may have meant: once for each update."""
+"""Warnings about pruning that probably was not intended, at most one for each update."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def warn(message: str) -> None:
 
 
 def is_emptied(before: np.ndarray, after: np.ndarray) -> bool:
-    """Whether a mask keeps nothing now and did before."""
+    """Returns whether a mask keeps nothing now and kept something before."""
     return bool(before.any() and not after.any())
 
 
@@ -95,7 +95,7 @@ def of_update(
     """
     if structure is not None:
         _of_structure(structure, {path: kernel.layout for path, kernel in kernels.items()})
-    # A sparsity that was reached before is no surprise; one of dense masks was not.
+    # A sparsity that was reached before is expected; one of dense masks is not.
     dense = all(kernel.mask.all() for kernel in kernels.values())
     amount = rate if sparsity is None or isinstance(sparsity, Mapping) else sparsity * dense
     same = all(np.array_equal(kernel.mask, masks[path]) for path, kernel in kernels.items())
@@ -109,7 +109,7 @@ def of_update(
 
 
 def of_schedule_left(schedule: schedules.Schedule, step: int) -> str | None:
-    """What to say where a training ends at this step; None where the schedule is through.
+    """Returns the message for a training that ends at this step; None after the schedule's end.
 
     A schedule without an end has none to reach: only whether it ever began can be told.
     """
@@ -128,7 +128,7 @@ def of_schedule_left(schedule: schedules.Schedule, step: int) -> str | None:
         return None
     why = f"The training ended at step {step}, before the end of {schedule!r}"
     if step >= schedule.end_step:
-        why = f"The end of {schedule!r} is no whole number of `frequency` steps after its beginning"
+        why = f"{schedule!r} does not end a whole number of `frequency` steps after its beginning"
     return (
         f"{why}: masks changed last at step {last}, to a sparsity of {reached:.4g} of {final:.4g}."
     )

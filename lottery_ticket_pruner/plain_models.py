@@ -50,7 +50,7 @@ class Rescaling:
         if factor == carried:
             return None
         unscaled = np.where(mask, weight / carried, 0.0)
-        # Weights times 0 are lost: there is no factor to take out again.
+        # Weights times 0 are lost: no factor can be taken out of them again.
         self.factors[position] = factor or 1.0
         self.unscaled[position] = unscaled.astype(weight.dtype)
         return np.where(mask, weight * (factor / carried), 0.0).astype(weight.dtype)

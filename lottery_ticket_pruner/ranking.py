@@ -182,7 +182,7 @@ def _rewire(weight: Any, mask: Any, wanted: Any, count: Any, seed: Any) -> tuple
 
 
 def count_alive(refs: Sequence[WeightRef]) -> list[int]:
-    """How many weights each mask keeps: counted on the device, read all at once."""
+    """Counts the weights that each mask keeps, on the device, and reads all counts at once."""
     masks = [ops.convert_to_tensor(ref.mask.value) for ref in refs]
     counts = ops.stack([ops.sum(ops.cast(mask, "int32")) for mask in masks])
     return ops.convert_to_numpy(counts).tolist()

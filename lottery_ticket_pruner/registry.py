@@ -2,7 +2,7 @@
 
 What a user registers, what a function that was never registered goes by, how a configuration finds
 its way back, and which names are refused is the same for all of them. A name stands for one thing:
-a function of one's own is never taken for the one that is known by its name.
+a custom function is never taken for a registered one of the same name.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +16,7 @@ PACKAGE = "lottery_ticket_pruner"
 
 
 class Registry(Generic[T]):
-    """What is known by name, of one kind.
+    """The names of one kind of thing.
 
     Args:
         kind: What one of them is called in messages, as in "criterion".
@@ -57,14 +57,14 @@ class Registry(Generic[T]):
         return iter(self._things)
 
     def copy(self) -> "Registry[T]":
-        """Returns one that knows the same and learns on its own."""
+        """Returns an independent copy."""
         other = object.__new__(type(self))
         vars(other).update(vars(self))
         other._things, other._values = dict(self._things), dict(self._values)
         return other
 
     def add(self, name: str, thing: Any, value: Any = None) -> None:
-        """Makes a function or class known by name.
+        """Registers a function or class under a name.
 
         Args:
             name: The name.
@@ -92,7 +92,7 @@ class Registry(Generic[T]):
         self._values[name] = thing if value is None else value
 
     def get(self, identifier: Any) -> T:
-        """Turns whatever stands for one of this kind into it.
+        """Resolves an identifier.
 
         Args:
             identifier: One of this kind; a known name; a dict from `get_config()` or Keras'
@@ -117,18 +117,18 @@ class Registry(Generic[T]):
         )
 
     def value_of(self, function: Any) -> Any:
-        """What was registered with this very function or class, or None."""
+        """Returns what was registered with this very function or class, or None."""
         return next((self._values[n] for n, t in self._things.items() if _same(t, function)), None)
 
     def name_of(self, thing: Any) -> str:
-        """The name that something was registered under, else its own."""
+        """Returns the name that something was registered under, else its own."""
         for name, known in self._things.items():
             if _same(known, thing):
                 return name
         return getattr(thing, "__name__", type(thing).__name__)
 
     def checked(self, name: str, thing: Any) -> str:
-        """The name, if `get` makes nothing else of it.
+        """Returns the name if `get` resolves it to this very thing.
 
         Raises:
             ValueError: It is the name of another one.
@@ -150,7 +150,7 @@ class Registry(Generic[T]):
             known = ", ".join(filter(None, [self._examples, *self]))
             raise ValueError(
                 f"Unknown {self._kind} {name!r}. Known are: {known}. "
-                "Pass a function of your own itself, or "
+                "Pass a custom function itself, or "
                 f"`{self._register}` it under this name. Received: {name!r}"
             )
         try:
@@ -173,7 +173,7 @@ class Registry(Generic[T]):
         return self._from_name(arguments.pop("name", None), arguments)
 
     def _from_keras_function(self, name: str) -> T:
-        """What a function became in Keras' hands: its name, with that of a package or alone."""
+        """Resolves the form in which Keras serializes a function: a name, with or without package."""
         package, _, own = name.rpartition(">")
         if package == self._made.__module__:
             return self._from_name(own, {})
@@ -189,7 +189,7 @@ class Registry(Generic[T]):
 
 
 def origin(thing: Any) -> str:
-    """Where a function, a class or the class of an object was defined."""
+    """Returns the module and name of a function, of a class or of the class of an object."""
     qualname = getattr(thing, "__qualname__", None)
     if qualname is None:
         thing = type(thing)

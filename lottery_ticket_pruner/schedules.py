@@ -81,14 +81,14 @@ class Schedule:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "Schedule":
-        """What `get` makes of a configuration; of a class that is not registered, one of it."""
+        """Resolves a configuration by `get`; one of an unregistered class makes this class."""
         name = config.get("name")
         if name == cls.name and name not in _REGISTRY:
             return cls(**{key: value for key, value in config.items() if key != "name"})
         return get(config)
 
     def __eq__(self, other: object) -> bool:
-        """Whether it is of the same class, with the same arguments."""
+        """Compares class and arguments."""
         if type(other) is not type(self):
             return NotImplemented
         return self._key() == other._key()

@@ -1,4 +1,4 @@
-"""What is built in, made known to Keras: `serialize_keras_object` and back, as for its own."""
+"""Registers everything built in with Keras, so that `serialize_keras_object` round-trips it."""
 
 from types import ModuleType
 

@@ -104,7 +104,7 @@ class Structure:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "Structure":
-        """What `get` makes of a configuration; of a class that is not registered, one of it."""
+        """Resolves a configuration by `get`; one of an unregistered class makes this class."""
         name = config.get("name")
         if name == cls.__name__ and name not in _REGISTRY:
             return cls(**{key: value for key, value in config.items() if key != "name"})
@@ -118,7 +118,7 @@ _NAMES = {"filters": "outputs", "units": "outputs"}
 
 
 def _shorthand(text: str) -> tuple[str, dict[str, Any]] | None:
-    """What `"2:4"`, `"4x1"` and other names of one structure are short for."""
+    """Returns name and arguments for a shorthand such as `"2:4"` or `"4x1"`, or None."""
     numbers = re.fullmatch(r"(\d+)([:x])(\d+)", text)
     if not numbers:
         return (_NAMES[text], {}) if text in _NAMES else None

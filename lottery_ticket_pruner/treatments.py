@@ -87,7 +87,7 @@ class Treatment(Generic[F]):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "Treatment":
-        """What `get_kept` or `get_pruned` makes of a configuration.
+        """Resolves a configuration by `get_kept` or `get_pruned`.
 
         Raises:
             ValueError: it does not say which weights it is for, and both kinds have the name, or

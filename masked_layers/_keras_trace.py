@@ -1,4 +1,4 @@
-"""What a call of a model reads: what Keras' public API lacks for watching it.
+"""Watches which variables a call of a model reads, which Keras' public API cannot.
 
 `tests/test_masked_keras.py` checks each of these against the installed Keras.
 """

@@ -279,7 +279,7 @@ def renew_optimizer(model: keras.Model) -> None:
 
 
 def compile_with(model: keras.Model, optimizer: keras.Optimizer) -> None:
-    """Compiles a compiled model anew as it is, but for its optimizer."""
+    """Compiles a compiled model again as it is, with another optimizer."""
     with as_in_use(model):
         config = model.get_compile_config()
         config["optimizer"] = keras.saving.serialize_keras_object(optimizer)

@@ -1,4 +1,4 @@
-"""What a masked layer reads in place of a raw weight."""
+"""Effective weights: the values that a masked layer reads in place of its raw weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether a model computes what its masks say, and a copy what the model computes.
+"""Checks that a model computes what its masks say, and a copy what the model computes.
 
 The layers of Keras read each weight through the attribute that a mask is over, and their configs
 describe them; tests hold both for all of them. Code of others may read a weight in another way
@@ -129,7 +129,7 @@ def _is_of_others(value: Any) -> bool:
 
 @contextlib.contextmanager
 def _traces_forgotten(model: keras.Model) -> Iterator[None]:
-    """What is compiled inside it belongs to no state, and must not be what a user runs later."""
+    """Discards functions compiled inside: they read temporary state that users must not run."""
     try:
         yield
     finally:
@@ -138,7 +138,7 @@ def _traces_forgotten(model: keras.Model) -> Iterator[None]:
 
 
 class _Reads:
-    """What one call of a model reads.
+    """Records what one call of a model reads.
 
     Attributes:
         past: Who reads a weight past its mask, by the id of the variable.

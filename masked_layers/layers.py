@@ -194,7 +194,7 @@ def define(base: type[Layer], module: str) -> type[Layer]:
             masks are not as they started. Default: what `mask_initializer` makes.
 
     Raises:
-        ValueError: If `mask` is no mask; when it is built, if `masked_weights` or `mask_state`
+        ValueError: If `mask` is not a mask; when it is built, if `masked_weights` or `mask_state`
             names a weight it does not have, one that cannot have such a mask, or one of another
             shape.
     """,

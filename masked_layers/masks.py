@@ -189,7 +189,7 @@ class Mask(keras.layers.Layer):
     def restore(self, state: MaskState) -> None:
         """Brings a state back; a mask that is not built starts from it when it is.
 
-        Functions compiled before must be compiled anew where it rescales, or freezes pruned
+        Functions compiled before must be compiled again where it rescales, or freezes pruned
         entries, and the state does not, or the other way round.
         """
         self.rescale = state.rescale

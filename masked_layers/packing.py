@@ -48,7 +48,7 @@ def unpack(bits: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class MaskState:
-    """What a binary mask is at a moment.
+    """The state of a binary mask.
 
     Attributes:
         kept: Bool array of the weight's shape, True where an entry is kept.
@@ -62,7 +62,7 @@ class MaskState:
 
     @property
     def is_new(self) -> bool:
-        """Whether every entry is kept and nothing else was changed either."""
+        """Returns whether every entry is kept and nothing else differs from a new mask."""
         return bool(self.kept.all()) and not self.rescale and self.frozen is None
 
     def get_config(self) -> dict[str, Any]:

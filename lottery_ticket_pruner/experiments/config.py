@@ -298,7 +298,7 @@ def choices(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def code_of(values: Mapping[str, Any]) -> str:
-    """The criteria and treatments of one's own among the values of a configuration, by their code.
+    """Returns the custom criteria and treatments of a configuration, by their code.
 
     Raises:
         UnidentifiedError: one has no identity.

@@ -79,7 +79,7 @@ def load(name: str, data_dir: str | Path | None = None) -> Dataset:
 
     Raises:
         ValueError: the name is unknown, a file is damaged or not what its name says, there is no
-            such function, or what there is are no inputs with class labels.
+            such function, or it does not return inputs with class labels.
         UserCodeError: the function raised an exception (a ValueError, too).
         DatasetNotFoundError: neither the folder nor the download gave the data, or there is no such
             file or module.

@@ -1,4 +1,4 @@
-"""What a function of the user's returns, found by `module:function` or `file.py:function`."""
+"""Data of custom functions, given as `module:function` or `file.py:function`."""
 
 import contextlib
 import importlib
@@ -16,7 +16,7 @@ _HERE = Path(lottery_ticket_pruner.__file__).resolve().parent
 
 
 class DatasetNotFoundError(FileNotFoundError):
-    """A data set is neither in the folder given nor to be had by download."""
+    """A data set that is not in the given folder and could not be downloaded."""
 
 
 class UserCodeError(ValueError):
@@ -133,10 +133,10 @@ def _function(name: str, folder: Path) -> Callable[[], Any]:
         module = _module(source)
     if module is None:
         raise DatasetNotFoundError(
-            f"There is no file '{source}' to load data with."
+            f"The file '{source}', which is to load the data, does not exist."
             if source.endswith(".py")
-            else f"There is no module {source!r} to load data with, here or among what is "
-            "installed. A file is named by its path, as in path/to/file.py:function."
+            else f"The module {source!r}, which is to load the data, is neither here "
+            "nor installed. A file is named by its path, as in path/to/file.py:function."
         )
     function = getattr(module, attribute, None)
     if not callable(function):

@@ -113,7 +113,7 @@ def _existing(*paths: Path) -> Path | None:
 
 
 def _damaged(file: str | Path, error: Exception) -> ValueError:
-    """What a reader says of a file in which a library met wrong bytes."""
+    """Turns what libraries raise over damaged bytes into one error that names the file."""
     reason = str(error).rstrip(".") or type(error).__name__
     return ValueError(
         f"'{file}' is cut short or damaged: {reason}. Download it "

@@ -79,7 +79,7 @@ def command_of(config: Any) -> str | None:
 
 
 def is_finished(folder: Path, command: str | None = None) -> bool:
-    """Whether a folder holds all results of a run.
+    """Returns whether a folder holds all results of a run.
 
     Args:
         folder: The folder.
@@ -118,7 +118,7 @@ def restored(kind: type[_Kind], values: Mapping[str, Any]) -> _Kind:
 
 
 def _is_of(value: Any, kind: Any) -> bool:
-    """Whether a value of JSON, or one that it stands for, is of an option's type."""
+    """Returns whether a value of JSON, or what it stands for, has the type of an option."""
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if origin is typing.Literal:
         return isinstance(value, str)
@@ -217,7 +217,7 @@ class Workplace:
         return folder.with_name(f".{folder.name}.new")
 
     def _open(self) -> None:
-        """What there is to do first, under the lock."""
+        """Prepares the folder, under the lock."""
 
     def _exchange(self) -> None:
         if os.name == "nt":  # Nothing moves there that is open.
@@ -270,7 +270,7 @@ class RunFolder(Workplace):
         self._replaces_another = False
 
     def describe(self) -> str:
-        """Where results go, and what becomes of those that are there."""
+        """Decides where results go and what becomes of those that are there."""
         if self.is_finished:
             return (
                 f"The run in {self.final} is finished and stays as it is. --overwrite does it once "

@@ -246,7 +246,7 @@ def sweep(
 
 
 def _is_replaced(config: SweepConfig | SupermaskSweepConfig, children: Sequence[Child]) -> bool:
-    """Whether the sweep in the folder is another one, or finished."""
+    """Returns whether the sweep in the folder is another one, or finished."""
     folder = children[0].config.folder.parent
     stored = read_json(folder / results.SWEEP_FILE)
     if not stored:

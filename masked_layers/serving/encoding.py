@@ -220,7 +220,7 @@ def decode(data: bytes) -> dict[str, np.ndarray]:
         except MemoryError as error:
             raise ValueError(
                 f"The packed file announces {block.size} values of {block.dtype} side by side, for "
-                "which there is no memory."
+                "which does not fit into memory."
             ) from error
         edges = np.cumsum([entry.size for entry in block.entries])[:-1]
         for entry, array in zip(block.entries, np.split(flat, edges), strict=True):

@@ -38,10 +38,10 @@ PACK = "weights.mlsp"
 _CONTENTS = frozenset(
     ("assets", "assets.extra", "fingerprint.pb", "saved_model.pb", "variables", "keras_metadata.pb")
 )
-"""What may be in a folder that an export did not finish."""
+"""Names in a folder of an unfinished export."""
 
 _PATTERN = re.compile(r"[][*?\\]")
-"""What makes TensorFlow take a path for a pattern where it looks for a checkpoint."""
+"""Characters that make TensorFlow take the path of a checkpoint for a pattern."""
 
 _PACKED_BELOW = 1 << 14
 """Elements below which a dense array joins the pack: as a variable of its own in the checkpoint, a
