@@ -173,7 +173,7 @@ class Registry(Generic[T]):
         return self._from_name(arguments.pop("name", None), arguments)
 
     def _from_keras_function(self, name: str) -> T:
-        """Resolves the form in which Keras serializes a function: a name, with or without package."""
+        """Resolves what Keras serializes a function to: its name, with or without its package."""
         package, _, own = name.rpartition(">")
         if package == self._made.__module__:
             return self._from_name(own, {})
