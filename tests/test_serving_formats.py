@@ -165,6 +165,26 @@ def test_inspect_names_damaged_variables(tmp_path):
         inspect(folder)
 
 
+@tensorflow_only
+def test_inspect_takes_no_damage_to_variables_for_others(tmp_path):
+    ml.strip_masks(masked_model()).export(tmp_path / "out", verbose=False)
+    whole = {row.path: row.alive for row in inspect(tmp_path / "out")}
+    index = tmp_path / "out" / "variables" / "variables.index"
+    content = index.read_bytes()
+    for position in range(0, len(content), 17):
+        for damaged in (
+            content[:position],
+            content[:position] + bytes([content[position] ^ 0x41]) + content[position + 1 :],
+        ):
+            index.write_bytes(damaged)
+            try:
+                found = {row.path: row.alive for row in inspect(tmp_path / "out")}
+            except ValueError as error:
+                assert "are damaged" in str(error)  # noqa: PT017
+            else:
+                assert found == whole
+
+
 def test_the_package_does_not_import_tensorflow():
     """Its modules load wherever the library does; TensorFlow is asked for when it is needed."""
     for file in Path(masked_layers.serving.__file__).parent.glob("*.py"):
