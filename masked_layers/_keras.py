@@ -62,6 +62,18 @@ def sublayers(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
     return list(layer._layers)
 
 
+def order_sublayers(layer: keras.layers.Layer, order: list[keras.layers.Layer]) -> None:
+    """Makes `layer` track layers of its own in another order; others keep their places.
+
+    The order of `weights` and `variables` is that of the layers, and that of layers in a set is
+    left to chance: a copy has another one than its original. Keras has no public way to change it.
+    """
+    wanted = {id(child) for child in order}
+    places = [i for i, child in enumerate(layer._layers) if id(child) in wanted]
+    for i, child in zip(places, order, strict=True):
+        layer._layers[i] = child
+
+
 @contextlib.contextmanager
 def unlocked(layer: keras.layers.Layer) -> Iterator[None]:
     """Allows new state on a built layer.

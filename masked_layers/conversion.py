@@ -27,7 +27,7 @@ from masked_layers.layers import (
 )
 from masked_layers.maskable import maskable, weights_inside
 from masked_layers.masks import raw_view
-from masked_layers.paths import plain_class, resolve, walk
+from masked_layers.paths import check_walk, plain_class, resolve, walk
 
 Layer: TypeAlias = keras.layers.Layer
 Filter = str | Iterable[str] | Callable[[Layer], bool]
@@ -75,10 +75,11 @@ def convert_to_masked(
 
     Raises:
         TypeError: If `model` is no Keras model, or a filter is none of the kinds above.
-        ValueError: If it has nothing to mask, cannot be copied, or is not built and has a layer
-            that may make others when it is; if `mask` is no mask, cannot go over a weight, or is
-            learned and there are masks already; if something in it reads a weight past its mask, or
-            a copy has other outputs. Nothing of `model` is changed then.
+        ValueError: If it has nothing to mask, cannot be copied, has layers that no path leads to,
+            or is not built and has a layer that may make others when it is; if `mask` is no mask,
+            cannot go over a weight, or is learned and there are masks already; if something in it
+            reads a weight past its mask, or a copy has other outputs. Nothing of `model` is changed
+            then.
 
     Warns:
         UserWarning: A pattern or function of `include` or `exclude` matches no layer.
@@ -86,6 +87,7 @@ def convert_to_masked(
     if not isinstance(model, keras.Model):
         raise TypeError(f"Expected a `keras.Model`. Received: {model!r}")
     _keras.check_strategy(model)
+    check_walk(model)
     prototype = None if mask == "binary" else learned.get(mask)
     if prototype is not None and any(ref.mask is not None for ref in weight_refs(model)):
         raise ValueError(

@@ -15,7 +15,7 @@ import numpy as np
 from masked_layers import _keras, _keras_trace
 from masked_layers.inspection import weight_refs
 from masked_layers.layers import MaskedLayer
-from masked_layers.paths import plain_class, walk
+from masked_layers.paths import children, plain_class, walk
 
 Layer: TypeAlias = keras.layers.Layer
 
@@ -70,6 +70,7 @@ def copy_model(model: keras.Model, *, dtype: str | None = None) -> keras.Model:
                 f"cannot make it again from its config: {error}\nGive it a `get_config()` and "
                 "`from_config()`, or pass `inplace=True` to change the model itself."
             ) from error
+        _order_like(model, copy)
         _copy_state(model, copy)
         _keras.copy_called(model, copy)
         if compile_config:  # An empty one would compile with defaults.
@@ -132,6 +133,15 @@ def as_in_use(model: keras.Model) -> Iterator[None]:
     finally:
         for function in lambdas:
             function.__name__ = "<lambda>"
+
+
+def _order_like(source: keras.Model, target: keras.Model) -> None:
+    """Gives the variables of a copy the order of the original's, where layers are in sets."""
+    for (_, old), (_, new) in zip(walk(source), walk(target), strict=False):
+        pairs = {id(a): b for (_, a), (_, b) in zip(children(old), children(new), strict=False)}
+        _keras.order_sublayers(
+            new, [pairs[id(child)] for child in _keras.sublayers(old) if id(child) in pairs]
+        )
 
 
 def _copy_state(source: keras.Model, target: keras.Model) -> None:

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import functools
 import inspect
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -31,10 +32,21 @@ from masked_layers.maskable import (
     weights_inside,
 )
 from masked_layers.masks import Mask, MaskedConstraint, MaskedRegularizer, raw_view
-from masked_layers.paths import join, plain_class, resolve, walk
+from masked_layers.paths import (
+    graph_layers,
+    join,
+    left_out_of_files,
+    plain_class,
+    resolve,
+    walk,
+)
 
 Layer: TypeAlias = layers.Layer
 PACKAGE = "masked_layers"
+
+
+# What the names of the variables of layers in sets begin with, in the files of the layer around.
+_IN_SET = "in_set:"
 
 
 @dataclasses.dataclass
@@ -78,14 +90,33 @@ class MaskedLayer:
         return _unpickled, (getattr(plain_class(self), make.__name__), arguments)
 
     def save_own_variables(self, store: Any) -> None:
-        """Saves raw values, those under a mask included."""
+        """Saves raw values, also those under a mask, and layers in sets, which Keras leaves out."""
         with raw_view():
             super().save_own_variables(store)
+        for prefix, layer in _left_out_of_files(self):
+            state: dict[str, Any] = {}
+            layer.save_own_variables(state)
+            for key, value in state.items():
+                store[prefix + key] = value
 
     def load_own_variables(self, store: Any) -> None:
         """Loads raw values."""
+        plain, keys = store, []
+        if left_out := _left_out_of_files(self):
+            keys = list(store.keys())
+            plain = {key: store[key] for key in keys if not key.startswith(_IN_SET)}
         with raw_view():
-            super().load_own_variables(store)
+            super().load_own_variables(plain)
+        for prefix, layer in left_out:
+            state = {k.removeprefix(prefix): store[k] for k in keys if k.startswith(prefix)}
+            if state or not _keras.own_variables(layer):
+                layer.load_own_variables(state)
+            elif not isinstance(layer, Mask):
+                warnings.warn(
+                    f"The file holds nothing for '{layer.path or layer.name}', which keeps its "
+                    "present weights: Keras does not save plain layers that are held in a set.",
+                    stacklevel=2,
+                )
 
     def quantize(self, *args: Any, **kwargs: Any) -> None:
         """Refuses: see `Mask.quantize`."""
@@ -111,6 +142,19 @@ class MaskedLayer:
         return config
 
 
+def _left_out_of_files(layer: Layer) -> list[tuple[str, Layer]]:
+    """Returns (prefix, layer) of all below a layer that Keras does not save, masks included."""
+    found = []
+    for name, child in left_out_of_files(layer):
+        for path, inner in walk(child):
+            masks = {name: mask_of(inner, name) for name in own_weights(inner, biases=True)}
+            named = {"": inner, **{f"{name}_mask": mask for name, mask in masks.items() if mask}}
+            for last, each in named.items():
+                prefix = join(name, path, last).replace("/", ":")
+                found.append((f"{_IN_SET}{prefix}=", each))
+    return found
+
+
 @keras.saving.register_keras_serializable(PACKAGE, "MaskedLayer")
 class MaskedByConversion(MaskedLayer):
     """Masked form of a class that `masked_layers.classes` has none for.
@@ -121,7 +165,9 @@ class MaskedByConversion(MaskedLayer):
 
     def get_config(self) -> dict[str, Any]:
         """Returns the config of the plain layer and what is masked in it."""
-        return {"layer": _plain_config(self), **self._masking_config()}
+        names = [layer.name for layer in graph_layers(self)]
+        config = {"layer": _plain_config(self), **self._masking_config()}
+        return {**config, "layer_names": names} if names else config
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Layer:
@@ -130,6 +176,12 @@ class MaskedByConversion(MaskedLayer):
             keras.saving.deserialize_keras_object, custom_objects=custom_objects
         )
         layer = deserialize(config["layer"])
+        # A model may name its layers after itself where it was given a name, as models of
+        # keras-hub do, and one made from a config was given one. Paths stay those of the original.
+        inside = graph_layers(layer)
+        if len(inside) == len(names := config.get("layer_names", [])):
+            for inner, name in zip(inside, names, strict=True):
+                inner.name = name
         initializer = deserialize(config["mask_initializer"])
         mask = deserialize(config["mask"]) if "mask" in config else None
         _change_class(layer, config["masked_weights"], config["mask_bias"], initializer, mask)
