@@ -18,9 +18,12 @@ from masked_layers.files import replacing
 from masked_layers.maskable import (
     mask_of,
     output_axes,
+    overwritten,
     own_weights,
     raw_variable,
+    unknown_kernels,
     weights_inside,
+    why_unmasked,
 )
 from masked_layers.masks import Mask
 from masked_layers.packing import pack, unpack
@@ -231,11 +234,14 @@ class SparsityReport:
     Attributes:
         rows: One per masked weight.
         unmasked: (path, class, number of weights) of every layer that holds weights and no mask:
-            those that cannot be masked, such as normalization, and those left out on request.
+            those that cannot be masked, such as normalization, and those left out on request. A
+            layer with masks is listed if it has kernel-like weights that its class does not name.
+        reasons: Path to why, for each of these.
     """
 
     rows: tuple[SparsityRow, ...]
     unmasked: tuple[tuple[str, str, int], ...]
+    reasons: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def size(self) -> int:
@@ -286,7 +292,12 @@ class SparsityReport:
                 for row in self.rows
             ],
             "unmasked": [
-                {"path": path, "layer": layer, "weights": count}
+                {
+                    "path": path,
+                    "layer": layer,
+                    "weights": count,
+                    "reason": self.reasons.get(path, ""),
+                }
                 for path, layer, count in self.unmasked
             ],
         }
@@ -315,8 +326,11 @@ class SparsityReport:
             )
         if self.unmasked:
             count = sum(count for *_, count in self.unmasked)
-            names = ", ".join(f"{path} ({layer})" for path, layer, _ in self.unmasked)
-            text.append(f"layers without masks ({count:,} weights): {names}")
+            text.append(f"layers without masks ({count:,} weights):")
+            by_reason: dict[str, list[str]] = {}
+            for path, layer, _ in self.unmasked:
+                by_reason.setdefault(self.reasons.get(path, ""), []).append(f"{path} ({layer})")
+            text += [f"  {reason}: {', '.join(names)}" for reason, names in by_reason.items()]
         return "\n".join(text)
 
 
@@ -328,12 +342,16 @@ def sparsity_report(model: Layer) -> SparsityReport:
     """
     _keras.sync(model)
     rows = tuple(_row(ref) for ref in masked_refs(model))
-    unmasked = []
+    unmasked, reasons, hidden = [], {}, overwritten(model)
     for path, layer in walk(model):
-        count = sum(int(np.prod(variable.shape)) for variable in _keras.own_variables(layer))
-        if count and not any(mask_of(layer, name) for name in own_weights(layer, biases=True)):
-            unmasked.append((path or model.name, plain_class(layer).__name__, count))
-    return SparsityReport(rows, tuple(unmasked))
+        variables = _keras.own_variables(layer)
+        if any(mask_of(layer, name) for name in own_weights(layer, biases=True)):
+            variables = unknown_kernels(layer)
+        if count := sum(int(np.prod(variable.shape)) for variable in variables):
+            path = path or model.name
+            unmasked.append((path, plain_class(layer).__name__, count))
+            reasons[path] = why_unmasked(layer, id(layer) in hidden)
+    return SparsityReport(rows, tuple(unmasked), reasons)
 
 
 def _row(ref: WeightRef) -> SparsityRow:

@@ -9,9 +9,9 @@ from typing import TypeAlias
 import keras
 from keras import layers
 
-from masked_layers._keras import ConvLSTMCell
+from masked_layers._keras import ConvLSTMCell, own_variables
 from masked_layers.masks import Mask, raw_view
-from masked_layers.paths import join, walk
+from masked_layers.paths import join, plain_class, walk
 
 Layer: TypeAlias = layers.Layer
 
@@ -177,19 +177,56 @@ def weights_inside(root: Layer, *, biases: bool = False) -> list[tuple[str, Laye
     A weight that several layers share is listed once for each of them. Layers that overwrite the
     weights inside them (`SpectralNormalization`) are passed over.
     """
-    layers_inside = list(walk(root))
-    hidden = {
-        id(inner)
-        for _, layer in layers_inside
-        if isinstance(layer, _OPAQUE)
-        for _, inner in walk(layer)
-    }
+    hidden = overwritten(root)
     return [
         (join(path, name), layer, name)
-        for path, layer in layers_inside
+        for path, layer in walk(root)
         if id(layer) not in hidden
         for name in own_weights(layer, biases=biases)
     ]
+
+
+def overwritten(root: Layer) -> set[int]:
+    """Returns the ids of the layers in `root` whose weights are overwritten by those around them."""
+    around = [layer for _, layer in walk(root) if isinstance(layer, _OPAQUE)]
+    return {id(inner) for layer in around for _, inner in walk(layer) if inner is not layer}
+
+
+def unknown_kernels(layer: Layer) -> list[keras.Variable]:
+    """Returns trainable weights of two dimensions or more that the class of a layer does not name.
+
+    Experts of a mixture are such weights, but tables of positions and class tokens are, too.
+    """
+    spec = maskable(type(layer))
+    with raw_view():
+        known = [raw_variable(layer, name) for name in spec.weights + spec.biases] if spec else []
+    return [
+        variable
+        for variable in own_variables(layer)
+        if len(variable.shape) > 1 and variable.trainable and id(variable) not in map(id, known)
+    ]
+
+
+def why_unmasked(layer: Layer, hidden: bool) -> str:
+    """Returns why a layer that holds weights has no mask, or none over some kernel-like ones.
+
+    Args:
+        layer: A layer of a plain or masked model.
+        hidden: Whether it is among the `overwritten` ones.
+    """
+    cls = plain_class(layer).__name__
+    if hidden:
+        return "the layer around it overwrites its weights"
+    if getattr(layer, "quantization_mode", None) is not None:
+        return "it is quantized"
+    if kernels := unknown_kernels(layer):
+        names = [next((n for n, v in vars(layer).items() if v is w), w.name) for w in kernels]
+        return f"to mask what it has: masked_layers.register({cls}, {names})"
+    if maskable(type(layer)) is None:
+        return "no weight of two or more dimensions that is trained"
+    if not own_weights(layer):
+        return "something of its own has the name of the mask"
+    return "left out of the conversion"
 
 
 def mask_of(layer: Layer, name: str) -> Mask | None:

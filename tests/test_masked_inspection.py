@@ -222,3 +222,43 @@ def test_sparsity_report():
 def test_report_of_a_plain_model_names_the_conversion():
     with pytest.raises(ValueError, match="convert_to_masked"):
         ml.sparsity_report(net())
+
+
+def test_the_report_says_why_a_layer_has_no_mask():
+    class Experts(layers.Layer):
+        """Two raw kernels of three dimensions, as the experts of a mixture have."""
+
+        def build(self, shape):
+            self._up = self.add_weight(name="up", shape=(2, shape[-1], 4))
+            self._down = self.add_weight(name="down", shape=(2, 4, shape[-1]))
+
+        def call(self, x):
+            hidden = keras.ops.relu(keras.ops.einsum("bd,edf->ebf", x, self._up))
+            return keras.ops.sum(keras.ops.einsum("ebf,efd->ebd", hidden, self._down), 0)
+
+    def model():
+        chain = [layers.Dense(3, name="head"), layers.BatchNormalization(name="bn"), Experts()]
+        spectral = layers.SpectralNormalization(layers.Dense(3), name="spectral")
+        return keras.Sequential([keras.Input((3,)), *chain, spectral, layers.Dense(1, name="tail")])
+
+    report = ml.sparsity_report(ml.convert_to_masked(model(), exclude="tail"))
+    hint = "masked_layers.register(Experts, ['_up', '_down'])"
+    assert report.reasons == {
+        "bn": "no weight of two or more dimensions that is trained",
+        "experts": f"to mask what it has: {hint}",
+        "spectral": "no weight of two or more dimensions that is trained",
+        "spectral/layer": "the layer around it overwrites its weights",
+        "tail": "left out of the conversion",
+    }
+    assert [row["reason"] for row in report.to_dict()["unmasked"]] == [*report.reasons.values()]
+    assert f"{hint}: experts (Experts)" in str(report)
+
+    ml.register(Experts, ["_up"])
+    partly = ml.sparsity_report(ml.convert_to_masked(model()))
+    assert ("experts", "Experts", 2 * 4 * 3) in partly.unmasked
+    assert "['_down']" in partly.reasons["experts"]
+    ml.register(Experts, ["_up", "_down"])
+    masked = ml.convert_to_masked(plain := model())
+    assert "experts" not in ml.sparsity_report(masked).reasons
+    x = np.random.default_rng(0).normal(size=(4, 3)).astype("float32")
+    np.testing.assert_array_equal(masked.predict_on_batch(x), plain.predict_on_batch(x))
