@@ -10,7 +10,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from masked_layers import _keras
+from masked_layers import _keras, compiled
 
 
 def variable_scope(model: keras.Model) -> contextlib.AbstractContextManager:
@@ -42,11 +42,20 @@ def remake_function(model: keras.Model, kind: str) -> None:
             object.__setattr__(model, name, own)
 
 
-def remake_functions(model: keras.Model) -> None:
-    """Replaces all compiled functions that the model has, as `remake_function` does."""
-    for kind in ("train", "test", "predict"):
+def remake_functions(model: keras.Model, *, around: bool = True) -> None:
+    """Replaces all compiled functions that the model has, as `remake_function` does.
+
+    Args:
+        model: A model that computes something else than before.
+        around: Whether to have all others compiled again, too, that layers of it are part of.
+    """
+    kinds = ("train", "test", "predict")
+    for kind in kinds:
         if getattr(model, f"{kind}_function", None) is not None:
             remake_function(model, kind)
+    if around:
+        compiled.forget_functions(model, keep=[f"{kind}_function" for kind in kinds])
+        compiled.warn_of_traces(model, model.weights)
 
 
 def read_clocks(optimizer: keras.Optimizer | None) -> list[tuple[int, float | None]]:

@@ -916,13 +916,13 @@ def restored(model: keras.Model) -> Iterator[None]:
         _assign(list(variables), before)
 
 
-def _set_rescale(model: keras.Model, flags: Mapping[ml.Mask, bool]) -> bool:
-    """Switches the factor of each mask; functions compiled with another one are made anew."""
+def _set_rescale(model: keras.Model, flags: Mapping[ml.Mask, bool], *, around: bool = True) -> bool:
+    """Switches the factor of each mask; functions compiled with another one are made again."""
     changed = {mask: rescale for mask, rescale in flags.items() if mask.rescale != rescale}
     for mask, rescale in changed.items():
         mask.rescale = rescale
     if changed:
-        fitting.remake_functions(model)
+        fitting.remake_functions(model, around=around)
     return bool(changed)
 
 
@@ -932,7 +932,7 @@ def rescaling(model: keras.Model, flags: Mapping[ml.Mask, bool]) -> Iterator[Non
     names = [f"{kind}_function" for kind in ("train", "test", "predict")]
     functions = {name: getattr(model, name, None) for name in names}
     before = {mask: mask.rescale for mask in flags}
-    changed = _set_rescale(model, flags)
+    changed = _set_rescale(model, flags, around=False)
     try:
         yield
     finally:

@@ -25,8 +25,6 @@ from keras.src.saving.object_registration import get_registered_name as get_regi
 from keras.src.saving.serialization_lib import ObjectSharingScope
 from keras.src.utils.naming import to_snake_case as to_snake_case
 
-from masked_layers._keras_trace import forget_traces
-
 Schedule = keras.optimizers.schedules.LearningRateSchedule
 _WITHOUT_VARIABLES = (
     Schedule,
@@ -525,14 +523,6 @@ def seed_variables(model: keras.Model) -> list[keras.Variable]:
 def flatten(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
     """Returns a layer and all layers inside it, masks included."""
     return list(layer._flatten_layers())
-
-
-def forget_functions(model: keras.Model) -> None:
-    """Makes `fit`, `evaluate` and `predict` of a model, and of models in it, compile anew."""
-    for layer in model._flatten_layers():
-        forget_traces(layer)
-        if isinstance(layer, keras.Model):
-            layer.train_function = layer.test_function = layer.predict_function = None
 
 
 def compile_arguments(model: keras.Model) -> list[Any]:

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import keras
 import numpy as np
 
-from masked_layers import _keras, learned
+from masked_layers import _keras, compiled, learned
 from masked_layers.copying import copy_model, renew_optimizer
 from masked_layers.exactness import check_copy, check_masks, has_code_of_others
 from masked_layers.inspection import WeightRef, get_masks, masked_refs, weight_refs
@@ -103,7 +103,7 @@ def convert_to_masked(
             if unbuilt:
                 layer = resolve(model, f"{path}/")[-1][1]
                 mask_when_built(layer, mask_bias=mask_bias, mask=prototype)
-        _keras.forget_functions(model)
+        compiled.forget_functions(model, around=inplace)
         if inplace:
             check_masks(model)
         elif has_code_of_others(model):
@@ -112,6 +112,8 @@ def convert_to_masked(
                 check_copy(source, model)
     if prototype is not None and prototype.learned:
         renew_optimizer(model)
+    if inplace:
+        compiled.warn_of_traces(model, _masked_variables(model))
     logger.info("Masked %d weights of '%s'.", len(selected), model.name)
     return model
 
@@ -142,10 +144,13 @@ def strip_masks(model: keras.Model, *, inplace: bool = False) -> keras.Model:
     if others:
         check_masks(model)
     source, model = model, model if inplace else copy_model(model)
-    for ref in masked_refs(model):
+    refs = masked_refs(model)
+    for ref in refs:
         _fold(ref)
     unmask(model)
-    _keras.forget_functions(model)
+    compiled.forget_functions(model, around=inplace)
+    if inplace:
+        compiled.warn_of_traces(model, [ref.variable for ref in refs])
     if others and not inplace:
         check_masks(model, source)
         check_copy(source, model)
@@ -181,8 +186,14 @@ def harden(model: keras.Model, *, seed: int | None = None, inplace: bool = False
         model = copy_model(model)
     make_binary(model, {id(ref.variable): masks[ref.path] for ref in masked_refs(model)})
     renew_optimizer(model)
-    _keras.forget_functions(model)
+    compiled.forget_functions(model, around=inplace)
+    if inplace:
+        compiled.warn_of_traces(model, _masked_variables(model))
     return model
+
+
+def _masked_variables(model: keras.Model) -> list[keras.Variable]:
+    return [ref.variable for ref in weight_refs(model) if ref.mask is not None]
 
 
 def sample_masks(model: keras.Model, seed: int) -> dict[str, np.ndarray]:

@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import functools
 import inspect
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -21,7 +20,7 @@ import numpy as np
 from keras import layers
 from keras.initializers import Ones
 
-from masked_layers import _keras, learned, states
+from masked_layers import _keras, learned, sets, states
 from masked_layers.effective import EffectiveWeight
 from masked_layers.maskable import (
     Maskable,
@@ -32,21 +31,10 @@ from masked_layers.maskable import (
     weights_inside,
 )
 from masked_layers.masks import Mask, MaskedConstraint, MaskedRegularizer, raw_view
-from masked_layers.paths import (
-    graph_layers,
-    join,
-    left_out_of_files,
-    plain_class,
-    resolve,
-    walk,
-)
+from masked_layers.paths import graph_layers, join, name_graph, plain_class, resolve, walk
 
 Layer: TypeAlias = layers.Layer
 PACKAGE = "masked_layers"
-
-
-# What the names of the variables of layers in sets begin with, in the files of the layer around.
-_IN_SET = "in_set:"
 
 
 @dataclasses.dataclass
@@ -93,30 +81,14 @@ class MaskedLayer:
         """Saves raw values, also those under a mask, and layers in sets, which Keras leaves out."""
         with raw_view():
             super().save_own_variables(store)
-        for prefix, layer in _left_out_of_files(self):
-            state: dict[str, Any] = {}
-            layer.save_own_variables(state)
-            for key, value in state.items():
-                store[prefix + key] = value
+        sets.save(self, store)
 
     def load_own_variables(self, store: Any) -> None:
         """Loads raw values."""
-        plain, keys = store, []
-        if left_out := _left_out_of_files(self):
-            keys = list(store.keys())
-            plain = {key: store[key] for key in keys if not key.startswith(_IN_SET)}
+        own = sets.without(self, store)
         with raw_view():
-            super().load_own_variables(plain)
-        for prefix, layer in left_out:
-            state = {k.removeprefix(prefix): store[k] for k in keys if k.startswith(prefix)}
-            if state or not _keras.own_variables(layer):
-                layer.load_own_variables(state)
-            elif not isinstance(layer, Mask):
-                warnings.warn(
-                    f"The file holds nothing for '{layer.path or layer.name}', which keeps its "
-                    "present weights: Keras does not save plain layers that are held in a set.",
-                    stacklevel=2,
-                )
+            super().load_own_variables(own)
+        sets.load(self, store)
 
     def quantize(self, *args: Any, **kwargs: Any) -> None:
         """Refuses: see `Mask.quantize`."""
@@ -142,19 +114,6 @@ class MaskedLayer:
         return config
 
 
-def _left_out_of_files(layer: Layer) -> list[tuple[str, Layer]]:
-    """Returns (prefix, layer) of all below a layer that Keras does not save, masks included."""
-    found = []
-    for name, child in left_out_of_files(layer):
-        for path, inner in walk(child):
-            masks = {name: mask_of(inner, name) for name in own_weights(inner, biases=True)}
-            named = {"": inner, **{f"{name}_mask": mask for name, mask in masks.items() if mask}}
-            for last, each in named.items():
-                prefix = join(name, path, last).replace("/", ":")
-                found.append((f"{_IN_SET}{prefix}=", each))
-    return found
-
-
 @keras.saving.register_keras_serializable(PACKAGE, "MaskedLayer")
 class MaskedByConversion(MaskedLayer):
     """Masked form of a class that `masked_layers.classes` has none for.
@@ -176,12 +135,7 @@ class MaskedByConversion(MaskedLayer):
             keras.saving.deserialize_keras_object, custom_objects=custom_objects
         )
         layer = deserialize(config["layer"])
-        # A model may name its layers after itself where it was given a name, as models of
-        # keras-hub do, and one made from a config was given one. Paths stay those of the original.
-        inside = graph_layers(layer)
-        if len(inside) == len(names := config.get("layer_names", [])):
-            for inner, name in zip(inside, names, strict=True):
-                inner.name = name
+        name_graph(layer, config.get("layer_names", []))
         initializer = deserialize(config["mask_initializer"])
         mask = deserialize(config["mask"]) if "mask" in config else None
         _change_class(layer, config["masked_weights"], config["mask_bias"], initializer, mask)

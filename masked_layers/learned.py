@@ -11,7 +11,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from masked_layers import _keras
+from masked_layers import _keras, compiled
 from masked_layers.masks import Mask
 
 
@@ -153,7 +153,9 @@ class LearnedMask(Mask):
                 "saved from."
             )
         self.scores.assign(scores)
-        self.rescale = "rescale" in store
+        if self.rescale != ("rescale" in store):
+            self.rescale = "rescale" in store
+            compiled.forget_functions(self)
 
     def get_config(self) -> dict[str, Any]:
         """Returns the arguments of the constructor."""

@@ -187,9 +187,9 @@ def weights_inside(root: Layer, *, biases: bool = False) -> list[tuple[str, Laye
 
 
 def overwritten(root: Layer) -> set[int]:
-    """Returns the ids of the layers in `root` whose weights are overwritten by those around them."""
+    """Returns the ids of the layers inside `root` whose weights one of them writes over."""
     around = [layer for _, layer in walk(root) if isinstance(layer, _OPAQUE)]
-    return {id(inner) for layer in around for _, inner in walk(layer) if inner is not layer}
+    return {id(inner) for layer in around for _, inner in walk(layer)}
 
 
 def unknown_kernels(layer: Layer) -> list[keras.Variable]:
@@ -216,7 +216,7 @@ def why_unmasked(layer: Layer, hidden: bool) -> str:
     """
     cls = plain_class(layer).__name__
     if hidden:
-        return "the layer around it overwrites its weights"
+        return "spectral normalization writes over its weights"
     if getattr(layer, "quantization_mode", None) is not None:
         return "it is quantized"
     if kernels := unknown_kernels(layer):

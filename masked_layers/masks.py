@@ -12,7 +12,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from masked_layers import _keras
+from masked_layers import _keras, compiled
 from masked_layers.packing import MaskState
 
 _raw_view: contextvars.ContextVar[bool] = contextvars.ContextVar("raw_view", default=False)
@@ -264,8 +264,10 @@ class Mask(keras.layers.Layer):
                 f"has shape {tuple(self.value.shape)}. Load it into the model it was saved from."
             )
         self.value.assign(value.astype("bool"))
-        self.freeze(np.asarray(store["frozen"]) if "frozen" in store else None)
-        self.rescale = "rescale" in store
+        changed = self.freeze(np.asarray(store["frozen"]) if "frozen" in store else None)
+        if changed or self.rescale != ("rescale" in store):
+            self.rescale = "rescale" in store
+            compiled.forget_functions(self)
         self.moved_at = int(np.asarray(store["moved_at"])) if "moved_at" in store else None
 
     def get_config(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ their own model, so that the same architecture built twice has the same paths.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import keras
@@ -82,6 +82,18 @@ def graph_layers(root: Layer) -> list[Layer]:
             if not isinstance(layer, keras.layers.InputLayer):
                 found.update({id(inner): inner for inner in (layer, *graph_layers(layer))})
     return list(found.values())
+
+
+def name_graph(root: Layer, names: Sequence[str]) -> None:
+    """Gives the layers of a graph the names that `graph_layers` found in the original.
+
+    A model may name its layers after itself where it was given a name, as models of keras-hub do,
+    and one that is made from a config was given one.
+    """
+    inside = graph_layers(root)
+    if len(inside) == len(names):
+        for layer, name in zip(inside, names, strict=True):
+            layer.name = name
 
 
 def resolve(root: Layer, path: str, cache: dict[int, Any] | None = None) -> list[tuple[str, Layer]]:

@@ -246,8 +246,8 @@ def test_the_report_says_why_a_layer_has_no_mask():
     assert report.reasons == {
         "bn": "no weight of two or more dimensions that is trained",
         "experts": f"to mask what it has: {hint}",
-        "spectral": "no weight of two or more dimensions that is trained",
-        "spectral/layer": "the layer around it overwrites its weights",
+        "spectral": "spectral normalization writes over its weights",
+        "spectral/layer": "spectral normalization writes over its weights",
         "tail": "left out of the conversion",
     }
     assert [row["reason"] for row in report.to_dict()["unmasked"]] == [*report.reasons.values()]

@@ -146,21 +146,6 @@ def test_compile_arguments_are_the_objects_that_were_passed():
     assert loss in _keras.compile_arguments(model)
 
 
-def test_forgotten_functions_are_made_again():
-    model = keras.Sequential([keras.Input((4,)), layers.Dense(2)])
-    model.compile("sgd", "mse")
-    x = np.ones((2, 4), "float32")
-    model.fit(x, x[:, :2], verbose=0)
-    assert model.train_function is not None
-    _keras.forget_functions(model)
-    assert model.train_function is None
-    model.fit(x, x[:, :2], verbose=0)
-    assert model.train_function is not None
-    outer = keras.Sequential([keras.Input((3, 4)), layers.TimeDistributed(model)])
-    _keras.forget_functions(outer)  # That of a model inside another too.
-    assert model.train_function is None
-
-
 def test_layers_of_float64_compute_in_float64():
     third = np.full((2, 3), 1 / 3)
     with _keras.double_precision():

@@ -1,0 +1,105 @@
+"""Functions compiled before a model changed, which would go on computing what it was then."""
+
+from __future__ import annotations
+
+import gc
+import re
+import warnings
+from collections.abc import Collection, Iterable, Iterator
+from typing import Any
+
+import keras
+
+from masked_layers import _keras
+from masked_layers._keras_trace import forget_traces
+
+Layer = keras.layers.Layer
+
+
+def forget_functions(model: Layer, *, around: bool = True, keep: Collection[str] = ()) -> None:
+    """Makes `fit`, `evaluate`, `predict`, `generate`, ... of a model compile again when called.
+
+    Keras and tasks made with it compile a function in `make_train_function`,
+    `make_generate_function`, ... and keep it in `train_function`, `generate_function`, ... Methods
+    of layers under `@tf.function` or `@jax.jit` are compiled again, too.
+
+    Args:
+        model: A model or layer, with all inside it.
+        around: Whether to do the same to every other model that is alive and holds one of its
+            layers. A layer does not know what holds it: what Python's garbage collector tracks is
+            looked over.
+        keep: Attributes of the model itself that are not to be touched.
+    """
+    inside = {id(layer): layer for layer in _keras.flatten(model)}
+    layers = dict(inside)
+    for other in list(_alive(keras.Model)) if around else ():
+        try:
+            held = {id(layer): layer for layer in _keras.flatten(other)}
+        except AttributeError:  # It is still being made.
+            continue
+        if held.keys() & inside.keys():
+            layers |= held
+    names: dict[type, list[str]] = {}
+    for layer in layers.values():
+        cls = type(layer)
+        if cls not in names:
+            makers = (re.fullmatch("make_(.+_function)", name) for name in dir(cls))
+            names[cls] = [maker[1] for maker in makers if maker]
+        for name in names[cls]:
+            if vars(layer).get(name) is not None and not (layer is model and name in keep):
+                # On TensorFlow it would stay alive, tracked for checkpoints.
+                delattr(layer, name)
+                setattr(layer, name, None)
+        forget_traces(layer)
+
+
+def warn_of_traces(model: Layer, variables: Iterable[keras.Variable]) -> None:
+    """Warns of `tf.function`s that are alive, read one of these variables, and stay as they are.
+
+    On JAX and torch a function is traced again by itself where the state of a model or the class
+    of a layer is another one.
+
+    Args:
+        model: The model that has changed; `forget_functions` has been called.
+        variables: Weights that it reads in another way than before.
+    """
+    if names := _traces_of(variables):
+        warnings.warn(
+            f"'{model.name}' has changed, and functions compiled before that read its weights go "
+            f"on computing what it was: {names}. Make them again by `tf.function(...)` before you "
+            "use them. Those that Keras makes, such as `train_function`, make themselves again.",
+            stacklevel=3,
+        )
+
+
+def _traces_of(variables: Iterable[keras.Variable]) -> list[str]:
+    if keras.backend.backend() != "tensorflow":
+        return []
+    import tensorflow as tf
+
+    values = [variable.value for variable in variables]
+    wanted = {id(part) for value in values for part in (value, *getattr(value, "values", ()))}
+
+    def find() -> list[str]:
+        traces = _alive(tf.types.experimental.ConcreteFunction)
+        return sorted(
+            {
+                trace.graph.name
+                for trace in traces
+                if any(id(variable) in wanted for variable in trace.graph.variables)
+            }
+        )
+
+    if find():
+        gc.collect()  # Those that nothing holds any more.
+    return find()
+
+
+def _alive(cls: type) -> Iterator[Any]:
+    kinds: dict[type, bool] = {}
+    for each in gc.get_objects():
+        kind = type(each)
+        if kind not in kinds:
+            kinds[kind] = issubclass(kind, cls)
+        if kinds[kind]:
+            yield each

@@ -1,0 +1,64 @@
+"""Layers that are held in sets, which Keras tracks but leaves out of the files it writes."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import keras
+
+from masked_layers import _keras
+from masked_layers.maskable import mask_of, own_weights
+from masked_layers.masks import Mask
+from masked_layers.paths import join, left_out_of_files, walk
+
+Layer = keras.layers.Layer
+
+# What the names of their variables begin with, in the entry of the layer around the set.
+_PREFIX = "in_set:"
+
+
+def save(layer: Layer, store: Any) -> None:
+    """Saves what is below a layer in sets to where it saves itself."""
+    for prefix, inner in _left_out(layer):
+        state: dict[str, Any] = {}
+        inner.save_own_variables(state)
+        for key, value in state.items():
+            store[prefix + key] = value
+
+
+def without(layer: Layer, store: Any) -> Any:
+    """Returns what a layer saved itself, without what `save` added."""
+    if not left_out_of_files(layer):
+        return store
+    return {key: store[key] for key in list(store.keys()) if not key.startswith(_PREFIX)}
+
+
+def load(layer: Layer, store: Any) -> None:
+    """Loads what `save` wrote, and warns of layers of which the file holds nothing."""
+    for prefix, inner in _left_out(layer):
+        keys = [key for key in list(store.keys()) if key.startswith(prefix)]
+        if keys or not _keras.own_variables(inner):
+            inner.load_own_variables({key.removeprefix(prefix): store[key] for key in keys})
+        elif not isinstance(inner, Mask):
+            warnings.warn(
+                f"The file holds nothing for '{inner.path or inner.name}', which keeps its present "
+                "weights: Keras does not save plain layers that are held in a set.",
+                stacklevel=2,
+            )
+
+
+def _left_out(layer: Layer) -> list[tuple[str, Layer]]:
+    """Returns (prefix, layer) of all below a layer that Keras does not save, masks included."""
+    found = []
+    for name, child in left_out_of_files(layer):
+        for path, inner in walk(child):
+            masks = {weight: mask_of(inner, weight) for weight in own_weights(inner, biases=True)}
+            parts = {
+                "": inner,
+                **{f"{weight}_mask": mask for weight, mask in masks.items() if mask},
+            }
+            for last, part in parts.items():
+                prefix = join(name, path, last).replace("/", ":")
+                found.append((f"{_PREFIX}{prefix}=", part))
+    return found
