@@ -230,6 +230,7 @@ class ZeroHold:
                     left_over.hold.release()
                     self._free_function = model.train_function
                 constraint = _ZeroConstraint(self, mask, variable.constraint)
+                _keras.match_layout(constraint.mask, variable)
                 variable.constraint = constraint
                 self._constraints.append((variable, constraint))
         self._remake()

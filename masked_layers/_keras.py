@@ -137,10 +137,12 @@ def layer_scope(layer: keras.layers.Layer) -> Iterator[None]:
 
 
 def match_layout(variable: keras.Variable, like: keras.Variable) -> None:
-    """Gives `variable` the memory order of `like` on torch; nothing to do elsewhere.
+    """Lays out `variable` as `like`, of the same shape: in memory on torch, over devices on JAX.
 
     `torch.where(mask, weight, 0)` takes the strides of its first operand, and a product with a
-    row-major copy of a column-major kernel differs in the last bit.
+    row-major copy of a column-major kernel differs in the last bit. Under
+    `keras.distribution.ModelParallel` the layout of a variable follows from its path, by patterns
+    that are written for the weights of layers, and is kept where there is no public access.
     """
     if keras.backend.backend() == "torch":
         import torch
@@ -148,6 +150,9 @@ def match_layout(variable: keras.Variable, like: keras.Variable) -> None:
         with torch.no_grad():
             ordered = torch.empty_like(like.value, dtype=variable.value.dtype)
             variable.value.data = ordered.copy_(variable.value.data)
+    elif getattr(like, "_layout", None) is not None:
+        variable._layout = like._layout
+        variable.assign(variable.value)
 
 
 def refresh_parameters(layer: keras.layers.Layer) -> None:

@@ -179,6 +179,7 @@ class Mask(keras.layers.Layer):
             trainable=False,
             autocast=False,
         )
+        _keras.match_layout(self.frozen, self.value)
 
     @property
     def state(self) -> MaskState:

@@ -30,7 +30,7 @@ class Task(keras.Model):
     """Compiles a function as keras-hub's CausalLM does: once, and keeps it in an attribute."""
 
     def __init__(self, backbone, **kwargs):
-        super().__init__(backbone.inputs, backbone(backbone.inputs), **kwargs)
+        super().__init__(backbone.inputs[0], backbone(backbone.inputs[0]), **kwargs)
         self.backbone = backbone
         self.generate_function = None
 
@@ -161,7 +161,7 @@ def test_frozen_values_and_rescaling_of_a_pruner_reach_every_function():
     pruner.update_masks("smallest_weights", sparsity=0.5)
     pruner.apply_dwr(task)
     check(task, outer, beside)
-    pruner.treat(pruned="initial_value")
+    pruner.treat(pruned="freeze")
     assert any(ref.mask.frozen is not None for ref in ml.masked_refs(task))
     check(task, outer, beside)
 
