@@ -73,12 +73,10 @@ def oracle(model, x=X):
         kernel = np.array(keras.ops.convert_to_numpy(ref.variable))
         if ref.mask is not None:
             keep = ref.mask.to_numpy()
-            if ref.mask.frozen is not None:
-                kernel[~keep] = keras.ops.convert_to_numpy(ref.mask.frozen)[~keep]
-            else:
-                kernel[~keep] = 0
             if ref.mask.rescale:
                 kernel *= keep.size / keep.sum()
+            frozen = ref.mask.frozen
+            kernel[~keep] = 0 if frozen is None else keras.ops.convert_to_numpy(frozen)[~keep]
         x = x @ kernel  # Biases are still zero.
     return x
 
