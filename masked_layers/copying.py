@@ -275,10 +275,8 @@ def in_use_by_name(model: keras.Model) -> dict[str, Any]:
 
 
 def _is_of_keras(name: str) -> bool:
-    for module in _NAMESPACES:
-        with contextlib.suppress(ValueError, TypeError):
-            return bool(module.get(name))
-    return False
+    # Not by `keras.losses.get` and its like: they would make an object of a user's class.
+    return any(hasattr(module, name) for module in _NAMESPACES)
 
 
 def renew_optimizer(model: keras.Model) -> None:

@@ -273,6 +273,23 @@ def test_a_config_that_writes_names_itself():
     assert ml.convert_to_masked(model).layers[0].function is double
 
 
+def test_a_copy_makes_no_other_objects_of_registered_classes():
+    made = []
+
+    @keras.saving.register_keras_serializable("tests")
+    class Picky(layers.Layer):
+        @classmethod
+        def from_config(cls, config):
+            made.append(config["name"])
+            return cls(**config)
+
+        def call(self, x):
+            return x
+
+    ml.convert_to_masked(keras.Sequential([keras.Input((4,)), Picky(name="a"), layers.Dense(2)]))
+    assert made == ["a"]
+
+
 class ByAgreedName(ByName):
     def get_config(self):
         return {**layers.Layer.get_config(self), "function": "agreed"}
