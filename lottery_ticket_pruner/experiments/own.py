@@ -133,10 +133,10 @@ def _function(name: str, folder: Path) -> Callable[[], Any]:
         module = _module(source)
     if module is None:
         raise DatasetNotFoundError(
-            f"The file '{source}', which is to load the data, does not exist."
+            f"There is no file '{source}' to load data with."
             if source.endswith(".py")
-            else f"The module {source!r}, which is to load the data, is neither here "
-            "nor installed. A file is named by its path, as in path/to/file.py:function."
+            else f"There is no module {source!r} to load data with, neither here nor among what is "
+            "installed. A file is named by its path, as in path/to/file.py:function."
         )
     function = getattr(module, attribute, None)
     if not callable(function):
