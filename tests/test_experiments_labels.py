@@ -152,7 +152,7 @@ FAULTS = {
     "value": ("def load():\n    return int('b')\n", "ValueError: invalid literal", 2),
     "in a library": ("import numpy as np\ndef load():\n    np.load(__file__)\n", "Error", 3),
     "exit": ("import sys\nsys.exit(0)\n", "SystemExit: 0", 2),
-    "beside": ("from beside import fail\ndef load():\n    fail()\n", "ZeroDivisionError", 2),
+    "beside": ("from beside_own import fail\ndef load():\n    fail()\n", "ZeroDivisionError", 2),
     "batches": (
         "import keras\n\n\nclass Batches(keras.utils.PyDataset):\n    num_batches = 2\n\n"
         "    def __getitem__(self, number):\n        return self.nothing\n\n\n"
@@ -168,12 +168,12 @@ FAULTS = {
 def test_an_exception_of_the_users_function_is_named(tmp_path, capsys, monkeypatch, fault):
     code, error, line = FAULTS[fault]
     (tmp_path / "own.py").write_text(code)
-    (tmp_path / "beside.py").write_text("def fail():\n    return 1 / 0\n")
+    (tmp_path / "beside_own.py").write_text("def fail():\n    return 1 / 0\n")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delitem(sys.modules, "beside", raising=False)
     assert cli.main(["run", "--data", "own.py:load"]) == 2
+    sys.modules.pop("beside_own", None)  # Other tests have files of their own.
     first, _, rest = capsys.readouterr().err.partition("lottery-ticket: ")[2].partition("\n")
-    file = "beside.py" if fault == "beside" else "own.py"
+    file = "beside_own.py" if fault == "beside" else "own.py"
     assert first.startswith("own.py:load raised ")
     assert error in first
     assert f"{file}', line {line}" in first
