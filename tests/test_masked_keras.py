@@ -288,3 +288,17 @@ def test_a_custom_object_scope_goes_before_what_is_registered_and_keeps_the_oute
             found = keras.saving.get_registered_object("inner")
             assert found is test_sublayers_are_the_tracked_children
         assert keras.saving.get_registered_object("inner") is None
+
+
+def test_sublayers_are_put_in_another_order():
+    class Block(layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.members = [layers.Dense(1, name=name) for name in "abc"]
+
+    block = Block()
+    block.members[0].build((2,)), block.members[2].build((2,))
+    a, b, c = block.members
+    _keras.order_sublayers(block, [c, a])  # `b` keeps its place.
+    assert _keras.sublayers(block) == [c, b, a]
+    assert [id(w) for w in block.weights] == [id(w) for w in (*c.weights, *a.weights)]
