@@ -66,7 +66,8 @@ def forget_traces(layer: keras.layers.Layer) -> None:
         for name, value in list(vars(owner).items()):
             if hasattr(value, "_function_cache"):
                 getattr(layer, name)._function_cache.clear()
-            elif callable(value) and hasattr(value, "clear_cache"):
+            # Of functions of JAX alone: a user's layer may have a cache, too.
+            elif callable(value) and hasattr(value, "clear_cache") and hasattr(value, "lower"):
                 value.clear_cache()
 
 

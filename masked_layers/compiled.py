@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import re
 import warnings
 from collections.abc import Collection, Iterable, Iterator
@@ -43,14 +44,27 @@ def forget_functions(model: Layer, *, around: bool = True, keep: Collection[str]
     for layer in layers.values():
         cls = type(layer)
         if cls not in names:
-            makers = (re.fullmatch("make_(.+_function)", name) for name in dir(cls))
-            names[cls] = [maker[1] for maker in makers if maker]
+            names[cls] = _kept_by_makers(cls)
         for name in names[cls]:
             if vars(layer).get(name) is not None and not (layer is model and name in keep):
                 # On TensorFlow it would stay alive, tracked for checkpoints.
                 delattr(layer, name)
                 setattr(layer, name, None)
         forget_traces(layer)
+
+
+def _kept_by_makers(cls: type) -> list[str]:
+    """Returns the attributes in which the methods of a class keep the functions that they make.
+
+    Only a method that looks at the attribute makes the function again where that is None.
+    """
+    found = []
+    for maker in filter(None, (re.fullmatch("make_(.+_function)", name) for name in dir(cls))):
+        methods = [vars(base)[maker[0]] for base in cls.__mro__ if maker[0] in vars(base)]
+        codes = [getattr(inspect.unwrap(method), "__code__", None) for method in methods]
+        if any(code is not None and maker[1] in code.co_names for code in codes):
+            found.append(maker[1])
+    return found
 
 
 def warn_of_traces(model: Layer, variables: Iterable[keras.Variable]) -> None:
@@ -78,7 +92,8 @@ def _traces_of(variables: Iterable[keras.Variable]) -> list[str]:
     import tensorflow as tf
 
     values = [variable.value for variable in variables]
-    wanted = {id(part) for value in values for part in (value, *getattr(value, "values", ()))}
+    parts = [part for value in values for part in getattr(value, "values", (value,))]
+    wanted = {id(part.handle) for part in parts}
 
     def find() -> list[str]:
         traces = _alive(tf.types.experimental.ConcreteFunction)
@@ -86,7 +101,8 @@ def _traces_of(variables: Iterable[keras.Variable]) -> list[str]:
             {
                 trace.graph.name
                 for trace in traces
-                if any(id(variable) in wanted for variable in trace.graph.variables)
+                # Its `variables` are an error where one of them is no longer alive.
+                if any(id(handle) in wanted for handle in trace.graph.external_captures)
             }
         )
 

@@ -110,8 +110,8 @@ def convert_to_masked(
             check_masks(model, source)
             if prototype is None:
                 check_copy(source, model)
-    if prototype is not None and prototype.learned:
-        renew_optimizer(model)
+        if prototype is not None and prototype.learned:
+            renew_optimizer(model)
     if inplace:
         compiled.warn_of_traces(model, _masked_variables(model))
     logger.info("Masked %d weights of '%s'.", len(selected), model.name)
@@ -184,8 +184,8 @@ def harden(model: keras.Model, *, seed: int | None = None, inplace: bool = False
         )
     if not inplace:
         model = copy_model(model)
-    make_binary(model, {id(ref.variable): masks[ref.path] for ref in masked_refs(model)})
     renew_optimizer(model)
+    make_binary(model, {id(ref.variable): masks[ref.path] for ref in masked_refs(model)})
     compiled.forget_functions(model, around=inplace)
     if inplace:
         compiled.warn_of_traces(model, _masked_variables(model))

@@ -228,21 +228,22 @@ def held_by(model: keras.Model, *others: Any) -> Iterator[Any]:
         model: The model.
         *others: What else to look into.
     """
-    seen: set[int] = set()
+    seen: dict[int, Any] = {}  # The values too, lest another one gets the id of one of them.
 
     def inside(value: Any) -> Iterator[Any]:
         if id(value) in seen or isinstance(value, keras.Variable):
             return
         if isinstance(value, (list, tuple, dict)):
+            seen[id(value)] = value
             for item in value.values() if isinstance(value, dict) else value:
                 yield from inside(item)
             return
         if not isinstance(value, types.FunctionType) and not hasattr(value, "get_config"):
             return
-        seen.add(id(value))
+        seen[id(value)] = value
         yield value
         if not isinstance(value, types.FunctionType | type | Layer):  # Layers: see below.
-            yield from inside(list(vars(value).values()))
+            yield from inside(list(getattr(value, "__dict__", {}).values()))
 
     for _, layer in walk(model):
         yield from inside(layer)
@@ -283,7 +284,8 @@ def renew_optimizer(model: keras.Model) -> None:
     """Gives a compiled model an optimizer that is not built: other variables are trainable now."""
     old = getattr(model, "optimizer", None)
     if old is not None:
-        vars(model)["optimizer"] = type(old).from_config(old.get_config())
+        with as_in_use(model):
+            vars(model)["optimizer"] = type(old).from_config(old.get_config())
 
 
 def compile_with(model: keras.Model, optimizer: keras.Optimizer) -> None:
