@@ -309,7 +309,9 @@ def engine_of(model: keras.Model) -> Engine:
     """Returns the engine of a compiled model, made anew where its graph has changed."""
     # compile(), and whoever changes what the model's graph computes, resets `train_function`:
     # functions made beside an older one are stale.
-    if model.train_function is None:
+    # Under a distribution, Keras on JAX lays a function out for the state that the model has when
+    # it is made: `fit` makes it after metrics and slots.
+    if model.train_function is None and keras.distribution.distribution() is None:
         model.make_train_function()
     engine = vars(model).get("_lottery_ticket_engine")
     if engine is None or engine.train_function is not model.train_function:
