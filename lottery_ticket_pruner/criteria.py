@@ -393,7 +393,11 @@ def saliency(group: Group) -> np.ndarray:
 
 @register("wanda", needs={"current", "input_norm"}, scope="output", elementwise=True)
 def wanda(group: Group) -> np.ndarray:
-    """Keeps, of each output, what passes most on: abs(w) times the norm of its input."""
+    """Keeps, of each output, what passes most on: abs(w) times the norm of its input.
+
+    The norms of all layers are those of the model before the update, while the paper goes through
+    the blocks of a transformer and measures behind those that are pruned already.
+    """
     return np.abs(group.current) * group.input_norm
 
 

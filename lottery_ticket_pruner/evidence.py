@@ -88,12 +88,13 @@ def _amounts(
             "from masks of ones and lead to a `sparsity`: reset the masks, or leave one of both."
         )
     now = alive / size
+    # What was asked for, not what is left once counts are rounded: that is for each round to do.
+    then = now * (1 - rate) if sparsity is None else min(now, 1 - sparsity)
     if structure is None:
         left = alive - selection.drop_count(
             size, alive, rate=rate, sparsity=sparsity, keep_sparser=keep_sparser
         )
         last = {"sparsity": 1 - left / size}
-    then = 1 - last["sparsity"]
     densities = [now * (then / now) ** (k / rounds) for k in range(1, rounds)]
     return [*({"sparsity": 1 - density} for density in densities), last]
 

@@ -111,6 +111,35 @@ def test_a_hundred_rounds_in_numpy_give_the_same_masks():
         np.testing.assert_array_equal(found, expected)
 
 
+def alive_in_each_round(monkeypatch, model, **amount):
+    """How many weights were alive when each round worked its flows out, and at the end."""
+    counts = []
+    flows = SynapticFlow.__call__
+
+    def counted(self, masks):
+        counts.append(sum(int(mask.sum()) for mask in masks.values()))
+        return flows(self, masks)
+
+    monkeypatch.setattr(SynapticFlow, "__call__", counted)
+    report = LotteryTicketPruner(model).update_masks("synflow", **amount)
+    return [*counts, report.alive]
+
+
+@pytest.mark.parametrize("amount", [{"sparsity": 0.77}, {"rate": 0.77}])
+def test_rounds_follow_what_was_asked_for_and_not_its_rounded_count(amount, monkeypatch):
+    # 0.77 of 32 weights are 24: the densities on the way are powers of 0.23, not of 8 / 32.
+    counts = alive_in_each_round(monkeypatch, two_layers(), **amount)
+    assert counts == [32 - int((1 - 0.23 ** (k / 100)) * 32 + 1e-6) for k in range(101)]
+
+
+def test_rounds_go_on_from_the_present_density(monkeypatch):
+    model = two_layers()
+    LotteryTicketPruner(model).update_masks("random", sparsity=0.25, scope="global")
+    counts = alive_in_each_round(monkeypatch, model, rate=0.3)
+    densities = [0.75 * 0.7 ** (k / 100) for k in range(100)]
+    assert counts == [*(32 - int((1 - d) * 32 + 1e-6) for d in densities), 24 - 7]
+
+
 def test_counts_are_exact_from_masks_that_are_not_ones():
     model = two_layers()
     pruner = LotteryTicketPruner(model)
