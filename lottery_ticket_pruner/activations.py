@@ -10,8 +10,9 @@ import keras
 import numpy as np
 from keras import layers, ops
 
+from lottery_ticket_pruner.differentiation import Tensor, gradient
 from lottery_ticket_pruner.examples import Arrays, Examples, map_arrays
-from lottery_ticket_pruner.gradients import Tensor, gradient, prunable_refs
+from lottery_ticket_pruner.gradients import prunable_refs
 from masked_layers import _keras
 from masked_layers.maskable import raw_variable, weights_inside
 from masked_layers.masks import raw_view

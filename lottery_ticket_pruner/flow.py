@@ -9,8 +9,9 @@ import numpy as np
 from keras import layers, ops
 
 import masked_layers as ml
+from lottery_ticket_pruner.differentiation import Tensor, gradient
 from lottery_ticket_pruner.examples import Arrays
-from lottery_ticket_pruner.gradients import Tensor, compiled, effective_value, gradient
+from lottery_ticket_pruner.gradients import compiled, effective_value
 from masked_layers import _keras
 from masked_layers.copying import copy_model
 from masked_layers.masks import raw_view

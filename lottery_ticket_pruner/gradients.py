@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,11 +18,15 @@ import numpy as np
 from keras import ops
 
 import masked_layers as ml
+from lottery_ticket_pruner.differentiation import (
+    Tensor,
+    draws_kept,
+    gradient,
+    twice_differentiable,
+)
 from lottery_ticket_pruner.examples import Arrays, Examples, map_arrays
 from masked_layers import WeightRef, _keras
 from masked_layers.masks import raw_view
-
-Tensor = Any
 
 _TEMPERATURE = 200.0
 # Functions and classes of both spellings.
@@ -94,13 +99,31 @@ def hessian_gradients(
     (`from_logits=True`), or those behind the probabilities that it takes. That is done for Keras'
     categorical and binary cross-entropies, by name or as objects, and nothing is divided for any
     other loss. Gradient and Hessian are those of the mean over all examples, from two passes over
-    the data; arguments, result and errors are those of `loss_gradients`.
+    the data, which draw the same noise; arguments and result are those of `loss_gradients`. What a
+    layer holds fixed by `stop_gradient` (the corrections of `BatchNormalization(renorm=True)`, the
+    directions of `SpectralNormalization`) is fixed here, too.
+
+    Raises:
+        ValueError: as `loss_gradients`, or an operation of the model has no second derivative on
+            this backend; the message has its name.
 
     Reference:
         - [Wang et al., arXiv 2002.07376](https://arxiv.org/abs/2002.07376), section 4
     """
     loss, data = _prepare(model, x, y, sample_weight)
-    return loss.named(loss.hessian_gradients(data, batch_size))
+    try:
+        return loss.named(loss.hessian_gradients(data, batch_size))
+    except (LookupError, RuntimeError) as error:
+        # "gradient registry has no entry for" on TensorFlow; "derivative for ... is not
+        # implemented", "differentiate twice" and "Double backwards is not supported" on torch.
+        if not re.search("gradient registry|derivative|differentiate|backward", str(error)):
+            raise
+        raise ValueError(
+            f"The model {model.name!r} has an operation that cannot be differentiated twice on "
+            f"{keras.backend.backend()}: {error}. Products with the Hessian, by which GraSP ranks, "
+            "need that: use another layer or backend there, or a criterion of first derivatives "
+            'such as "snip".'
+        ) from error
 
 
 class _Loss:
@@ -148,7 +171,14 @@ class _Loss:
         }
 
     def _mean(self, function: Callable, data: Examples, batch_size: int) -> list[np.ndarray]:
-        """The mean over all batches of what `function` gives, in float64."""
+        """The mean over all batches of what `function` gives, in float64.
+
+        Every pass draws the same noise: that which the next step of a training would.
+        """
+        with draws_kept():
+            return self._summed(function, data, batch_size)
+
+    def _summed(self, function: Callable, data: Examples, batch_size: int) -> list[np.ndarray]:
         weights = [effective_value(ref) for ref in self.refs]
         others = [variable.value for variable in self._others]
         seeds = [ops.copy(variable.value) for variable in self._seeds]
@@ -186,7 +216,8 @@ class _Loss:
             slopes, seeds = gradient(value, weights)
             return sum(ops.sum(a * b) for a, b in zip(slopes, direction, strict=True)), seeds
 
-        return gradient(along, weights)
+        with twice_differentiable(self.model):
+            return gradient(along, weights)
 
     def _value(
         self,
@@ -230,49 +261,6 @@ def effective_value(ref: WeightRef) -> Tensor:
         return effective
     # Low-rank factors (LoRA) are added to the raw weight before the mask.
     return effective - (unmasked - ref.variable.value)
-
-
-def gradient(
-    function: Callable[[list[Tensor]], tuple[Tensor, Any]], tensors: list[Tensor]
-) -> tuple[list[Tensor], Any]:
-    """The gradient of a scalar function, on any backend; also inside such a function.
-
-    Args:
-        function: gives the scalar and anything else that is to be handed on.
-        tensors: where to differentiate. Those that the function does not use have gradient 0.
-
-    Returns:
-        The gradients, one per tensor, and what the function gave beside the scalar.
-    """
-    backend = keras.backend.backend()
-    if backend == "tensorflow":
-        import tensorflow as tf
-
-        with tf.GradientTape(watch_accessed_variables=False) as tape:
-            tape.watch(tensors)
-            value, rest = function(tensors)
-        gradients = tape.gradient(value, tensors, unconnected_gradients="zero")
-        # The gradient of a look-up comes as indices and values.
-        return [tf.convert_to_tensor(gradient) for gradient in gradients], rest
-    if backend == "jax":
-        import jax
-
-        return jax.grad(function, has_aux=True)(tensors)
-    if backend == "torch":
-        import torch
-
-        inner = any(tensor.requires_grad for tensor in tensors)
-        if not inner:
-            tensors = [tensor.detach().requires_grad_() for tensor in tensors]
-        # The fast kernels of attention have no second derivative.
-        kernels = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
-        with torch.enable_grad(), kernels if inner else contextlib.nullcontext():
-            value, rest = function(tensors)
-            gradients = torch.autograd.grad(
-                value, tensors, create_graph=inner, materialize_grads=True
-            )
-        return list(gradients), rest
-    raise NotImplementedError(f"There are no gradients on the backend {backend!r}.")
 
 
 def _prepare(
