@@ -300,7 +300,9 @@ class GradualPruning(MaskSchedule):
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         """Warns, once, where the training ended before the schedule reached its last sparsity."""
-        message = None if self._told_of_end else notices.of_schedule_left(self.schedule, self.step)
+        if not self._begun or self._told_of_end:  # Without a batch no step is known.
+            return
+        message = notices.of_schedule_left(self.schedule, self.step)
         if message is not None:
             self._told_of_end = True
             notices.warn(message)
@@ -463,7 +465,7 @@ class DynamicSparseTraining(MaskSchedule):
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         """Warns where the training ended before any weight could move."""
-        if self.step < self.frequency:
+        if self._begun and self.step < self.frequency:
             notices.warn(
                 f"DynamicSparseTraining moved nothing: the training ended at step {self.step}, and "
                 f"the first change is due at step {self.frequency}. Lower the `frequency`."

@@ -88,19 +88,19 @@ class Schedule:
         return get(config)
 
     def __eq__(self, other: object) -> bool:
-        """Compares class and arguments."""
+        """Compares class and attributes."""
         if type(other) is not type(self):
             return NotImplemented
-        return self._key() == other._key()
+        return vars(self) == vars(other)
 
     def __hash__(self) -> int:
         return hash((type(self), self.begin_step, self.end_step, self.frequency))
 
-    def _key(self) -> Any:
-        return self.get_config()
-
     def __repr__(self) -> str:
-        arguments = list(self.get_config().items())[1:]
+        try:
+            arguments = list(self.get_config().items())[1:]
+        except Exception:  # Not to be made again: messages name it all the same.
+            arguments = list(vars(self).items())
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in arguments)})"
 
 
@@ -143,9 +143,6 @@ class Function(Schedule):
             "frequency": self.frequency,
         }
 
-    def _key(self) -> Any:
-        return self.function, self.begin_step, self.end_step, self.frequency
-
 
 class _Pairs(Schedule):
     """A schedule that gives `(whether masks change, sparsity)` at each step, as those of tfmot."""
@@ -167,9 +164,6 @@ class _Pairs(Schedule):
             "this library cannot make again. Write it as a function `step -> sparsity` and "
             "`schedules.register` it."
         )
-
-    def _key(self) -> Any:
-        return self.function
 
     def __repr__(self) -> str:
         return repr(self.function)

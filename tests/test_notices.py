@@ -211,6 +211,16 @@ def test_rewiring_that_never_comes_is_refused_or_told():
         fit(model, [rewiring])
 
 
+def test_a_fit_without_a_batch_says_nothing():
+    # As of a training that was restored at its end.
+    model = make_model()
+    pruner = LotteryTicketPruner(model)
+    pruner.update_masks("random", sparsity=0.5)
+    rewiring = DynamicSparseTraining(pruner, 100, "random", frequency=50)
+    pruning = GradualPruning(pruner, schedules.Polynomial(0, 0.5, 10, 20))
+    assert not said(lambda: fit(model, [rewiring, pruning], epochs=0))
+
+
 @pytest.mark.parametrize("seed", [-1, 1.5, True, "1", float("nan")])
 def test_seeds_are_looked_at_before_training(seed):
     pruner = LotteryTicketPruner(make_model())

@@ -143,6 +143,33 @@ def test_a_registered_class_is_known_by_its_name(monkeypatch):
     assert schedules.get(config)(50) == 0.5
 
 
+def test_what_was_registered_again_or_hides_its_arguments_can_be_named_and_compared(monkeypatch):
+    monkeypatch.setattr(schedules, "_REGISTRY", schedules._REGISTRY.copy())
+
+    def make():  # As a cell of a notebook that is run twice.
+        @schedules.register("cell")
+        def cell(step):
+            return 0.5
+
+        @schedules.register("class_of_cell")
+        class Cell(schedules.Schedule):
+            def __init__(self, top, **others):
+                super().__init__(**others)
+                self._top = top
+
+            def sparsity(self, step):
+                return self._top
+
+        return Function(cell, 3), Cell(0.5, begin_step=3), Cell(0.6, begin_step=3)
+
+    for earlier, later in zip(make(), make(), strict=True):
+        assert "begin_step=3" in repr(earlier)
+        assert earlier == earlier != later
+    _, one, other = make()
+    assert one != other
+    assert one == type(one)(0.5, begin_step=3)
+
+
 def test_get_takes_numbers_and_functions():
     assert schedules.get(0.75)(123) == 0.75
     own = schedules.get(lambda step: step / 1000)
