@@ -227,14 +227,29 @@ def _is_library(module: str) -> bool:
     top = module.partition(".")[0]
     if top == "__main__":
         return False
-    file = getattr(sys.modules.get(top), "__file__", None)
-    if top in _LIBRARIES or (file is None and top in sys.stdlib_module_names):
+    if top in _LIBRARIES:
         return True
-    path = Path(file or next(iter(getattr(sys.modules.get(top), "__path__", ["."]))))
+    path = _place_of(top)
+    if path is None:  # Built into Python, or made by code.
+        return top in sys.stdlib_module_names
     standard = {sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")}
     return bool({"site-packages", "dist-packages"} & set(path.parts)) or any(
         path.is_relative_to(folder) for folder in standard
     )
+
+
+def _place_of(package: str) -> Path | None:
+    """Returns the file or folder of a top-level module, which need not be imported yet."""
+    found = sys.modules.get(package)
+    file, folders = getattr(found, "__file__", None), getattr(found, "__path__", None)
+    if found is None:
+        with contextlib.suppress(ImportError, ValueError):
+            spec = importlib.util.find_spec(package)
+            if spec is not None:
+                file = spec.origin if spec.has_location else None
+                folders = spec.submodule_search_locations
+    place = file or next(iter(folders or ()), None)
+    return None if place is None else Path(place)
 
 
 class _Hasher:
@@ -244,6 +259,9 @@ class _Hasher:
         self._root = root
         self._done: dict[int, tuple[Any, bytes]] = {}  # Who is held keeps his id.
         self._active: dict[int, int] = {}
+        self._sources: dict[str, Any] = {}  # One object each, or modules that import each other
+        # would have no end.
+        self._package = ""  # That of the code at hand, from which relative imports start.
 
     def digest(self, thing: Any, where: str) -> bytes:
         """The hash of something that was found there."""
@@ -376,18 +394,30 @@ class _Hasher:
         if _is_library(name):
             yield name
             return
-        try:
-            spec = importlib.util.find_spec(name)
-            source = spec.loader.get_code(name)
-        except (AttributeError, ImportError, ValueError):
+        if name not in self._sources:
+            try:
+                spec = importlib.util.find_spec(name)
+                self._sources[name] = spec.loader.get_code(name), spec.parent
+            except (AttributeError, ImportError, ValueError):
+                self._sources[name] = None, ""
+        source, package = self._sources[name]
+        if source is None:
             yield name
-            return
-        if source is not None:
-            yield self.digest(source, f" module {name},")
+        else:
+            with self._within(package):
+                yield self.digest(source, f" module {name},")
+
+    @contextlib.contextmanager
+    def _within(self, package: Any) -> Iterator[None]:
+        """Takes relative imports from this package meanwhile."""
+        before, self._package = self._package, package or ""
+        yield
+        self._package = before
 
     def _function(self, function: types.FunctionType, where: str) -> Iterator[str | bytes]:
         code = function.__code__
-        yield self.digest(code, where)
+        with self._within(function.__globals__.get("__package__")):
+            yield self.digest(code, where)
         yield self._all((function.__defaults__, function.__kwdefaults__), f"{where} a default,")
         for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
             try:
@@ -408,8 +438,10 @@ class _Hasher:
         yield f"{code.co_flags} {code.co_posonlyargcount} {code.co_argcount}"
         yield " ".join(code.co_varnames[:arguments])
         yield getattr(code, "co_exceptiontable", b"")
-        instructions = [i for i in dis.get_instructions(code) if i.opname not in ("NOP", "CACHE")]
-        for one, following in zip(instructions, [*instructions[1:], None], strict=True):
+        left_out = ("NOP", "CACHE", "EXTENDED_ARG")
+        instructions = [i for i in dis.get_instructions(code) if i.opname not in left_out]
+        for place, one in enumerate(instructions):
+            following = instructions[place + 1] if place + 1 < len(instructions) else None
             yield one.opname
             if one.opcode in dis.hasconst:
                 # In the body of a class its line and its docstring are constants.
@@ -417,8 +449,20 @@ class _Hasher:
                     yield self.digest(one.argval, where)
             elif isinstance(one.argval, str | int):
                 yield str(one.argval)
-            if one.opname == "IMPORT_NAME" and not _is_library(one.argval):
-                yield from self._module(one.argval)
+            if one.opname == "IMPORT_NAME":
+                level, parts = (i.argval for i in instructions[place - 2 : place])
+                yield from self._import(one.argval, level, parts or ())
+
+    def _import(self, name: str, level: int, parts: Iterable[str]) -> Iterator[str | bytes]:
+        """Describes a module that code imports, and what it takes of it: modules, perhaps."""
+        if level:
+            try:
+                name = importlib.util.resolve_name("." * level + name, self._package)
+            except ImportError:  # Python cannot do it either.
+                return
+        if not _is_library(name):
+            for module in (name, *(f"{name}.{part}" for part in parts)):
+                yield from self._module(module)
 
 
 def _codes(code: types.CodeType) -> Iterator[types.CodeType]:

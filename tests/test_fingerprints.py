@@ -1,6 +1,7 @@
 """What functions, classes, objects and models are, apart from their names."""
 
 import functools
+import importlib
 import os
 import re
 import subprocess
@@ -293,3 +294,52 @@ def test_the_source_of_a_function_in_a_notebook_is_not_needed():
         exec(textwrap.dedent(f"def score(x):\n    return x * {factor}"), names)
         made.append(fingerprint(names["score"]))
     assert made[0] != made[1]
+
+
+PACKAGE = {
+    "own_package/__init__.py": "from own_package.first import f\n",
+    "own_package/first.py": "import own_package\nfrom . import second\n\ndef f(x):\n    return x\n",
+    "own_package/second.py": "from own_package import first\nSCALE = 2\n",
+    "own_package/scores.py": (
+        "def absolute(x):\n    from own_package.first import f\n    return f(x)\n\n"
+        "def relative(x):\n    from .second import SCALE\n    return x * SCALE\n\n"
+        "def submodule(x):\n    from . import second\n    return x * second.SCALE\n"
+    ),
+}
+
+
+def test_modules_that_import_each_other_come_to_an_end_and_count(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    (tmp_path / "own_package").mkdir()
+
+    def found(scale):
+        for name, text in PACKAGE.items():
+            (tmp_path / name).write_text(text.replace("SCALE = 2", f"SCALE = {scale}"))
+        for name in [name for name in sys.modules if name.partition(".")[0] == "own_package"]:
+            monkeypatch.delitem(sys.modules, name)
+        scores = importlib.import_module("own_package.scores")
+        return [fingerprint(f) for f in (scores.absolute, scores.relative, scores.submodule)]
+
+    first, again, other = found(2), found(2), found(30)
+    assert first == again
+    assert not set(first) & set(other)
+
+
+def test_a_library_that_is_imported_late_goes_by_its_name(monkeypatch, tmp_path):
+    folder = tmp_path / "site-packages"
+    (folder / "late_library").mkdir(parents=True)
+    (folder / "late_library" / "__init__.py").write_text("import late_library.part\n")
+    (folder / "late_library" / "part.py").write_text("from late_library import other\n")
+    (folder / "late_library" / "other.py").write_text("import late_library.part\n")
+    monkeypatch.syspath_prepend(folder)
+
+    def score(x):
+        import late_library.part
+
+        return late_library.part, x
+
+    before = fingerprint(score)
+    assert "late_library" not in sys.modules
+    score(1)
+    assert fingerprint(score) == before
