@@ -52,6 +52,24 @@ class FolderLock:
                 f"'{folder}' is in use by {self._holder()}. Wait until it ends, or take another "
                 "folder."
             ) from error
+        except OSError as error:
+            if error.filename is not None:  # The file cannot be made: that says where and why.
+                raise
+            raise OSError(
+                error.errno,
+                f"'{folder}' cannot be locked: {error.strerror}. Take a folder on a file system "
+                "with locks",
+            ) from error
+        try:
+            self._describe()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def _describe(self) -> None:
+        """Says who holds the lock, and removes what killed processes left."""
+        folder = self._folder
         self._stat = os.stat(folder / _LOCK)
         holder = {
             "pid": os.getpid(),
@@ -62,7 +80,6 @@ class FolderLock:
         with replacing(folder / _HOLDER) as file:
             file.write((json.dumps(holder) + "\n").encode())
         remove_abandoned(folder)
-        return self
 
     def __exit__(self, *_: object) -> None:
         # Another process that has opened the lock sees that it is gone, and makes another one.

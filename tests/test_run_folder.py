@@ -1,6 +1,7 @@
 """Run folders: what counts as the same run, what is finished, and how another takes its place."""
 
 import dataclasses
+import errno
 import gc
 import json
 import os
@@ -11,6 +12,7 @@ import pytest
 
 pytest.importorskip("tyro")
 
+from lottery_ticket_pruner import folders
 from lottery_ticket_pruner.experiments import run_folder
 from lottery_ticket_pruner.experiments.config import RunConfig
 from lottery_ticket_pruner.experiments.datasets import Dataset
@@ -241,3 +243,31 @@ def test_a_search_has_its_checkpoint_alone(tmp_path):
         find_ticket(model, *data, on_result=vanish, **options)
     assert not (tmp_path / "rounds").exists()
     assert len(find_ticket(model, *data, **options).rows) == 2
+
+
+def test_a_folder_that_cannot_be_locked_is_named(monkeypatch, tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+
+    def refused(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    with (
+        pytest.raises(OSError, match=r"run' cannot be locked: No locks .* with locks"),
+        FolderLock(tmp_path / "run"),
+    ):
+        pass
+
+
+def test_a_lock_that_cannot_be_described_is_let_go(monkeypatch, tmp_path):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(folders, "replacing", full)
+        lock = FolderLock(tmp_path / "new" / "run")
+        with pytest.raises(OSError, match="No space left"), lock:
+            pass
+    assert not (tmp_path / "new").exists()
+    with FolderLock(tmp_path / "new" / "run"):
+        pass
