@@ -312,9 +312,13 @@ def _warn_of_idle(model: keras.Model, **filters: Filter | None) -> None:
                 warnings.warn(
                     f"{argument}={one!r} matches no layer of '{model.name}' and changes nothing. "
                     "Patterns are searched in the names of layers: "
-                    f"{sorted({layer.name for layer in layers})}",
+                    f"{sorted({layer.name for layer in layers if not _is_input(layer)})}",
                     stacklevel=4,
                 )
+
+
+def _is_input(layer: Layer) -> bool:
+    return isinstance(layer, keras.layers.InputLayer)
 
 
 def _builds_itself(layer: Layer) -> bool:
