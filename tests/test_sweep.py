@@ -266,6 +266,17 @@ def test_a_sweep_is_replaced_when_all_runs_of_the_new_one_are_finished(stand_in,
     assert (folder / "results.csv").stat().st_ino != finished
 
 
+def test_runs_of_a_replacement_that_was_given_up_do_not_come_along(stand_in):
+    folder, _, _ = stand_in("0.1", seeds=(4,))
+    _, failures, _ = stand_in("0.2,0.4,0.5", seeds=(4,), overwrite=True)
+    assert len(failures) == 1
+    _, failures, printed = stand_in("0.2,0.3", seeds=(4,), overwrite=True)
+    assert not failures
+    assert "1 of them finished earlier" in printed
+    assert set(pd.read_csv(folder / "results.csv")["rate"]) == {0.2, 0.3}
+    assert len(list(folder.glob("*/config.json"))) == 2
+
+
 def test_a_sweep_has_its_folder_alone(stand_in, tmp_path):
     with FolderLock(tmp_path / "sweep"), pytest.raises(FolderInUseError, match="is in use by"):
         stand_in("0.1", seeds=(4,))

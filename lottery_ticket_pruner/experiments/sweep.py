@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -239,6 +240,10 @@ def sweep(
         if config.overwrite and _is_replaced(config, children):
             place.replace()
             children = [_moved(child, place.path) for child in children]
+            # An interrupted one of other options left runs there, which are not to come along.
+            for left in set(place.path.iterdir()) - {child.config.folder for child in children}:
+                if left.is_dir():
+                    shutil.rmtree(left)
             if _is_finished(config, place.path):  # And was killed before it took its place.
                 place.complete()
                 return []
