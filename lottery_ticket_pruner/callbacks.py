@@ -236,7 +236,7 @@ class GradualPruning(MaskSchedule):
         strategy: The criterion.
         scope: Who competes with whom, `"layer"` or `"global"`; for other criteria than the default
             also `"output"`.
-        regrowth: Whether pruned weights may come back: masks are then made anew from all raw
+        regrowth: Whether pruned weights may come back: masks are then made again from all raw
             weights. A raw weight under the mask has no gradient, but momentum and weight decay of
             the optimizer move it.
         seed: Decides which of equal weights go.

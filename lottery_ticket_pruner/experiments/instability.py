@@ -303,7 +303,7 @@ class _Trainer:
     """One model that is trained over and over again, so that nothing is compiled twice.
 
     Attributes:
-        masks: Those of every seed, as their files are now: a run that writes them anew meanwhile
+        masks: Those of every seed, as their files are now: a run that writes others meanwhile
             does not mix them. None without `--masks`.
     """
 
