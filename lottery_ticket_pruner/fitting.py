@@ -50,11 +50,15 @@ def remake_functions(model: keras.Model, *, around: bool = True) -> None:
         around: Whether to have all others compiled again, too, that layers of it are part of.
     """
     kinds = ("train", "test", "predict")
-    for kind in kinds:
-        if getattr(model, f"{kind}_function", None) is not None:
-            remake_function(model, kind)
+    with compiled.released(model.weights) if around else contextlib.nullcontext():
+        for kind in kinds:
+            if getattr(model, f"{kind}_function", None) is not None:
+                remake_function(model, kind)
+        if around:
+            # An engine that was made beside a function holds it.
+            vars(model).pop("_lottery_ticket_engine", None)
+            compiled.forget_functions(model, keep=[f"{kind}_function" for kind in kinds])
     if around:
-        compiled.forget_functions(model, keep=[f"{kind}_function" for kind in kinds])
         compiled.warn_of_traces(model, model.weights)
 
 

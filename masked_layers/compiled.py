@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import inspect
 import re
 import warnings
+import weakref
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import keras
 
 from masked_layers import _keras
-from masked_layers._keras_trace import forget_traces
+from masked_layers._keras_trace import forget_gradients, forget_traces, gradient_names
 
 Layer = keras.layers.Layer
 
@@ -40,8 +42,13 @@ def forget_functions(model: Layer, *, around: bool = True, keep: Collection[str]
             continue
         if held.keys() & inside.keys():
             layers |= held
+    with released(model.variables):
+        _forget(layers.values(), model, keep)
+
+
+def _forget(layers: Iterable[Layer], model: Layer, keep: Collection[str]) -> None:
     names: dict[type, list[str]] = {}
-    for layer in layers.values():
+    for layer in layers:
         cls = type(layer)
         if cls not in names:
             names[cls] = _kept_by_makers(cls)
@@ -67,7 +74,24 @@ def _kept_by_makers(cls: type) -> list[str]:
     return found
 
 
-def warn_of_traces(model: Layer, variables: Iterable[keras.Variable]) -> None:
+@contextlib.contextmanager
+def released(variables: Iterable[keras.Variable]) -> Iterator[None]:
+    """Frees what TensorFlow would hold forever of functions that die while it is open.
+
+    An optimizer of Keras sums gradients by `all_reduce`, which registers a gradient of its own in
+    each training step that is traced. It refers to the graph of the step.
+
+    Args:
+        variables: What the functions read.
+    """
+    named = _names_of_gradients(_traces(variables))
+    yield
+    if any(names for _, names in named):
+        gc.collect()
+        forget_gradients(name for trace, names in named if trace() is None for name in names)
+
+
+def warn_of_traces(model: Layer, variables: Collection[keras.Variable]) -> None:
     """Warns of `tf.function`s that are alive, read one of these variables, and stay as they are.
 
     On JAX and torch a function is traced again by itself where the state of a model or the class
@@ -86,7 +110,14 @@ def warn_of_traces(model: Layer, variables: Iterable[keras.Variable]) -> None:
         )
 
 
-def _traces_of(variables: Iterable[keras.Variable]) -> list[str]:
+def _traces_of(variables: Collection[keras.Variable]) -> list[str]:
+    if _traces(variables):
+        gc.collect()  # Those that nothing holds any more.
+    return sorted({trace.graph.name for trace in _traces(variables)})
+
+
+def _traces(variables: Iterable[keras.Variable]) -> list[Any]:
+    """Returns the traces of `tf.function`s that are alive and read one of the variables."""
     if keras.backend.backend() != "tensorflow":
         return []
     import tensorflow as tf
@@ -94,21 +125,29 @@ def _traces_of(variables: Iterable[keras.Variable]) -> list[str]:
     values = [variable.value for variable in variables]
     parts = [part for value in values for part in getattr(value, "values", (value,))]
     wanted = {id(part.handle) for part in parts}
+    return [
+        trace
+        for trace in _alive(tf.types.experimental.ConcreteFunction)
+        # Its `variables` are an error where one of them is no longer alive.
+        if any(id(handle) in wanted for handle in trace.graph.external_captures)
+    ]
 
-    def find() -> list[str]:
-        traces = _alive(tf.types.experimental.ConcreteFunction)
-        return sorted(
-            {
-                trace.graph.name
-                for trace in traces
-                # Its `variables` are an error where one of them is no longer alive.
-                if any(id(handle) in wanted for handle in trace.graph.external_captures)
-            }
-        )
 
-    if find():
-        gc.collect()  # Those that nothing holds any more.
-    return find()
+def _names_of_gradients(traces: list[Any]) -> list[tuple[weakref.ref, list[str]]]:
+    """Returns the gradients registered in each trace, and in loops and branches inside it."""
+    if not traces:
+        return []
+    import tensorflow as tf
+
+    owned = {id(trace.graph) for trace in _alive(tf.types.experimental.ConcreteFunction)}
+    graphs: dict[int, list[Any]] = {id(trace.graph): [] for trace in traces}
+    for graph in _alive(type(traces[0].graph)):
+        outer = graph
+        while outer is not None and id(outer) not in owned:
+            outer = getattr(outer, "outer_graph", None)
+        if id(outer) in graphs:
+            graphs[id(outer)].append(graph)
+    return [(weakref.ref(trace), gradient_names(graphs[id(trace.graph)])) for trace in traces]
 
 
 def _alive(cls: type) -> Iterator[Any]:
