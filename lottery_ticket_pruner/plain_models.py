@@ -110,7 +110,7 @@ def masks_by_layer(
 
     Returns:
         A dict from each of `prunable_tuples` to a list with the read-only mask of each weight of
-        that layer, None for weights that cannot be pruned.
+        that layer (float64, 0 where pruned), None for weights that cannot be pruned.
     """
     found: dict[Key, list[np.ndarray | None]] = {}
     weights = {id(variable): variable for variable in model.weights}
@@ -124,6 +124,7 @@ def masks_by_layer(
 
 
 def _read_only(mask: np.ndarray) -> np.ndarray:
-    mask = mask.copy()
+    # Of floats, as the earlier API made them: programs multiply weights of any type by them.
+    mask = mask.astype("float64")
     mask.flags.writeable = False
     return mask

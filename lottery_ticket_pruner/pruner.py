@@ -514,7 +514,8 @@ class LotteryTicketPruner:
     def prune_masks_map(self) -> dict[plain_models.Key, list[np.ndarray | None]]:
         """The masks now: for each of `prunable_tuples` one per weight of the layer, or None.
 
-        The arrays are read-only copies; `calc_prune_mask` and `update_masks` make new ones.
+        They are read-only copies, of zeros and ones in float64; `calc_prune_mask` and
+        `update_masks` make new ones.
         """
         refs = self._prunables(self.model).items()
         masks = {id(ref.variable): self._mask(position, ref) for position, ref in refs}

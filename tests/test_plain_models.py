@@ -139,6 +139,9 @@ def test_masks_are_found_by_layer_and_by_position_among_its_weights(convert):
     assert abs(pruner.cumulative_pruning_rate - 0.6) < 4 / size
     with pytest.raises(ValueError, match="read-only"):
         found[0][:] = True
+    weights = np.arange(masks[1, (0,)][0].size).reshape(masks[1, (0,)][0].shape)
+    weights = weights * masks[1, (0,)][0]
+    weights *= 2.5  # not where integers meet a mask of bools
     pruner.reset_masks()
     assert pruner.cumulative_pruning_rate == 0.0
     assert all(pruner.prune_masks_map[key][key[1][0]].all() for key in masks)
