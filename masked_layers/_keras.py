@@ -118,6 +118,11 @@ def is_training() -> bool:
     return bool(getattr(context, "training", None))
 
 
+def is_calling() -> bool:
+    """True inside the call of any layer, which has no public name either."""
+    return global_state.get_global_attribute("current_call_ctx") is not None
+
+
 @contextlib.contextmanager
 def layer_scope(layer: keras.layers.Layer) -> Iterator[None]:
     """Gives variables created inside it paths below the path of a built layer.

@@ -2,19 +2,55 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from typing import Any, TypeAlias
 
 import keras
 
+from masked_layers import _keras
 from masked_layers.maskable import mask_of
 from masked_layers.masks import is_raw_view
 
 Layer: TypeAlias = keras.layers.Layer
 
 
+class _Write:
+    """A method of a raw weight, as an attribute of a tensor that was made of it."""
+
+    def __init__(self, variable: keras.Variable, name: str) -> None:
+        self.variable = variable
+        self.name = name
+
+    def __call__(self, value: Any) -> Any:
+        return getattr(self.variable, self.name)(value)
+
+    def __reduce__(self) -> tuple[Any, ...]:  # torch copies and saves tensors with attributes.
+        return _write_nothing, ()
+
+
+def _write_nothing() -> None:
+    """What a copied or saved tensor has in place of a `_Write`."""
+
+
+def _with_writes(tensor: Any, variable: keras.Variable) -> Any:
+    """Gives the tensor of an effective weight what is asked of a weight outside of a call.
+
+    Code that sets weights, as in `layer.kernel.assign(value)`, expects a variable. It has to be a
+    tensor all the same: Keras would track and save a second variable, gradients pass through it.
+    """
+    with contextlib.suppress(AttributeError):  # Where JAX traces it.
+        for name in ("assign", "assign_add", "assign_sub"):
+            setattr(tensor, name, _Write(variable, name))
+        tensor.path, tensor.trainable = variable.path, variable.trainable
+    return tensor
+
+
 class EffectiveWeight:
     """Attribute of a masked layer that reads `mask(raw weight)` and writes the raw weight.
+
+    Outside of a call, `assign`, `assign_add` and `assign_sub` of what it gives write the raw
+    weight, too; the tensor itself stays what it was.
 
     Keras keeps a weight either in a plain attribute or behind a property; both work, as a data
     descriptor of the class comes before the attributes of the instance.
@@ -36,7 +72,12 @@ class EffectiveWeight:
                 f"'{type(layer).__name__}' has no '{self.name}' before it is built"
             )
         mask = None if weight is None or is_raw_view() else mask_of(layer, self.name)
-        return weight if mask is None else mask.apply(weight)
+        if mask is None:
+            return weight
+        effective = mask.apply(weight)
+        if _keras.is_calling() or not isinstance(weight, keras.Variable):
+            return effective
+        return _with_writes(effective, weight)
 
     def __set__(self, layer: Layer, value: Any) -> None:
         if self.inherited is not None:

@@ -63,6 +63,21 @@ def test_the_mode_of_a_call_reaches_what_is_read_in_it():
     assert not _keras.is_training()
 
 
+def test_calls_are_told_from_what_is_outside_of_them():
+    class Watching(layers.Layer):
+        def call(self, x):
+            seen.append(_keras.is_calling())
+            return x
+
+    seen = []
+    model = keras.Sequential([keras.Input((2,)), Watching()])
+    model(np.ones((1, 2)))
+    model.predict(np.ones((1, 2)), verbose=0)
+    assert len(seen) >= 2
+    assert all(seen)
+    assert not _keras.is_calling()
+
+
 def test_layer_scope_names_variables_after_a_built_layer():
     layer = built_dense()
     with keras.name_scope("elsewhere"), _keras.layer_scope(layer):
