@@ -221,14 +221,14 @@ class _Names(collections.abc.MutableMapping):
         self.kept_classes: set[type] = set()
 
     def __contains__(self, obj: Any) -> bool:
-        return obj in self.registered or obj in self.kept_classes or _is_of_a_user(obj)
+        return obj in self.registered or obj in self.kept_classes or _has_own_name(obj)
 
     def __getitem__(self, obj: Any) -> str:
         if isinstance(obj, type) and obj in self.kept_classes:
             return self.name(self)
         name = self.registered.get(obj)
         known = name is not None and keras.saving.get_registered_object(name) is obj
-        return name if known or not _is_of_a_user(obj) else self.name(obj)
+        return name if known or not _has_own_name(obj) else self.name(obj)
 
     def __setitem__(self, obj: Any, name: str) -> None:
         self.registered[obj] = name
@@ -270,6 +270,15 @@ def _is_of_a_user(obj: Any) -> bool:
     """True for classes and functions that are neither of Keras nor of this package."""
     package = (getattr(obj, "__module__", None) or "").partition(".")[0]
     return package not in ("keras", "masked_layers", "")
+
+
+def _has_own_name(obj: Any) -> bool:
+    """True for what must be told apart from others of its name.
+
+    The class of all functions is not: Keras writes it beside those of its own, which it then looks
+    up by their names alone.
+    """
+    return obj is not types.FunctionType and _is_of_a_user(obj)
 
 
 def _is_kept(obj: Any) -> bool:

@@ -89,6 +89,11 @@ def _made_again(model: keras.Model, dtype: str | None) -> tuple[keras.Model, Any
     """Returns a model made from the config of a model, not compiled, and how it was compiled."""
     config = _keras.serialize(model)
     compile_config = config.pop("compile_config", None)
+    optimizer = getattr(model, "optimizer", None)
+    if compile_config and optimizer is not None and "optimizer" not in compile_config:
+        # Keras takes it out of the config of a model that it saves as `.h5`.
+        optimizer = keras.saving.serialize_keras_object(optimizer)
+        compile_config = {**compile_config, "optimizer": optimizer}
     if dtype is not None:
         config, compile_config = _with_dtype(config, dtype), None
     return _keras.deserialize(config), compile_config
@@ -212,12 +217,16 @@ def _copy_optimizer(source: keras.Model, target: keras.Model) -> None:
         return
     if not new.built:
         new.build(target.trainable_variables)
-    if difference := _first_difference(old.variables, new.variables):
+    theirs = new.variables
+    if not _keras.optimized_variables(old):
+        # From an `.h5` file, without slots: those of the copy start as they do.
+        theirs = theirs[: len(old.variables)]
+    if difference := _first_difference(old.variables, theirs):
         raise ValueError(
             f"The state of the optimizer of '{source.name}' does not fit the copy: {difference}. "
-            "Compile the model again before it is converted."
+            "Compile the model again first, as in `model.compile(...)`."
         )
-    for a, b in zip(old.variables, new.variables, strict=True):
+    for a, b in zip(old.variables, theirs, strict=True):
         b.assign(np.array(keras.ops.convert_to_numpy(a)))
 
 

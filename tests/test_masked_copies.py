@@ -399,3 +399,32 @@ def test_the_first_variable_that_differs_is_named():
     model.build((None, 4))
     with pytest.raises(ValueError, match=r"second/kernel' has the shape \(5, 9\).*\(5, 3\)"):
         ml.convert_to_masked(model)
+
+
+@pytest.mark.parametrize(
+    "loss", [keras.losses.sparse_categorical_crossentropy, "sparse_categorical_crossentropy"]
+)
+def test_models_compiled_with_functions_of_keras_can_be_converted(loss):
+    model = keras.Sequential([keras.Input((6,)), layers.Dense(3, keras.activations.softmax)])
+    model.compile("adam", loss, metrics=[keras.metrics.sparse_categorical_accuracy, "accuracy"])
+    x, y = np.ones((4, 6), "float32"), np.array([0, 1, 2, 1])
+    masked = ml.convert_to_masked(model)
+    found = masked.evaluate(x, y, verbose=0, return_dict=True)
+    assert found == model.evaluate(x, y, verbose=0, return_dict=True)
+    assert set(found) == {"loss", "sparse_categorical_accuracy", "accuracy"}
+
+
+@pytest.mark.parametrize("loss", ["mean_squared_error", keras.losses.MeanSquaredError()])
+def test_models_saved_as_h5_and_loaded_from_there_keep_their_optimizer(loss, tmp_path):
+    model = keras.Sequential([keras.Input((6,)), layers.Dense(3), layers.Dense(2)])
+    model.compile(keras.optimizers.Adam(0.125), loss)
+    model.fit(np.ones((4, 6)), np.ones((4, 2)), verbose=0)
+    model.save(tmp_path / "a.h5")
+    for source in (model, keras.models.load_model(tmp_path / "a.h5")):
+        masked = ml.convert_to_masked(source)
+        stripped = ml.strip_masks(masked)
+        for copy in (masked, stripped):
+            assert type(copy.optimizer) is keras.optimizers.Adam
+            assert float(copy.optimizer.learning_rate) == 0.125
+            assert int(copy.optimizer.iterations) == int(source.optimizer.iterations)
+            copy.fit(np.ones((4, 6)), np.ones((4, 2)), verbose=0)
