@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -63,8 +64,9 @@ def twice_differentiable(model: keras.Model) -> Iterator[None]:
     On TensorFlow, `tf.nn.moments`, which Keras' normalizations and `keras.ops.moments` call, stops
     the gradient at the mean from which it takes the variance. The first derivative by that mean is
     zero, but the derivative of that derivative is not. And `tf.nn.softsign` has a kernel for its
-    gradient that has none itself. On torch it is `hardsigmoid` that has none, and so have recurrent
-    layers in cuDNN. No option says otherwise: these functions are replaced meanwhile.
+    gradient that has none itself, and so have the methods of `tf.image.resize`, but for the
+    bilinear one: its gradient counts as a constant, without a word. On torch `hardsigmoid` and
+    recurrent layers in cuDNN have none. No option says otherwise: all are replaced meanwhile.
     """
     backend = keras.backend.backend()
     with contextlib.ExitStack() as stack:
@@ -73,6 +75,8 @@ def twice_differentiable(model: keras.Model) -> Iterator[None]:
 
             stack.enter_context(_replaced(tf.nn, "moments", _moments))
             stack.enter_context(_replaced(tf.nn, "softsign", _softsign))
+            resize = functools.partial(_resize, tf.image.resize)
+            stack.enter_context(_replaced(tf.image, "resize", resize))
         if backend == "torch":
             import torch
 
@@ -112,6 +116,27 @@ def _softsign(features: Tensor, name: str | None = None) -> Tensor:
 
     features = tf.convert_to_tensor(features)
     return features / (1 + tf.abs(features))
+
+
+def _resize(resize: Callable, images: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Does what `tf.image.resize` does, with all derivatives: it is linear in the images."""
+    import tensorflow as tf
+
+    @tf.custom_gradient
+    def resized(images: Tensor) -> tuple[Tensor, Callable]:
+        def backward(slopes: Tensor) -> Tensor:
+            @tf.custom_gradient
+            def transposed(slopes: Tensor) -> tuple[Tensor, Callable]:
+                with tf.GradientTape() as tape:
+                    tape.watch(images)
+                    outputs = resize(images, *args, **kwargs)
+                return tape.gradient(outputs, images, slopes), resized
+
+            return transposed(slopes)
+
+        return resize(images, *args, **kwargs), backward
+
+    return resized(tf.convert_to_tensor(images))
 
 
 def _hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:  # noqa: A002 (torch's name)
