@@ -31,7 +31,7 @@ class Rescaling:
         position: int,
         weight: np.ndarray,
         mask: np.ndarray,
-        records: Iterable[np.ndarray | None],
+        initial: np.ndarray,
     ) -> np.ndarray | None:
         """Returns the weight with the factor `size / ones(mask)` in it, once.
 
@@ -39,14 +39,15 @@ class Rescaling:
             position: Position of the weight.
             weight: Its values now, with or without the factor of an earlier call.
             mask: Its mask, True where an entry is kept.
-            records: Recorded values of the weight, which have no factor.
+            initial: Its recorded initial values, which have no factor. The final ones may have
+                one: they are recorded after a training.
 
         Returns:
             The new values, pruned entries being 0; None where the factor is in the weight already.
         """
         ones = int(mask.sum())
         factor = mask.size / ones if ones else 0.0
-        carried = self._factor_in(position, weight, mask, records)
+        carried = self._factor_in(position, weight, mask, initial)
         if factor == carried:
             return None
         unscaled = np.where(mask, weight / carried, 0.0)
@@ -60,7 +61,7 @@ class Rescaling:
         position: int,
         weight: np.ndarray,
         mask: np.ndarray,
-        records: Iterable[np.ndarray | None],
+        initial: np.ndarray,
     ) -> float:
         """Returns the factor that the kept entries of a weight have in them.
 
@@ -69,7 +70,7 @@ class Rescaling:
         """
         factor = self.factors.get(position, 1.0)
         kept = weight[mask].astype("float64")
-        if any(record is not None and np.array_equal(kept, record[mask]) for record in records):
+        if np.array_equal(kept, initial[mask]):
             return 1.0
         if position in self.unscaled:
             unscaled = self.unscaled[position][mask].astype("float64")

@@ -474,9 +474,10 @@ class LotteryTicketPruner:
         which follows the masks. In a plain one the masked weights are multiplied, and pruned ones
         are zero afterwards. A second call does nothing, and after a change of the masks the factor
         is exchanged: a weight carries size / ones(mask) at most once. Weights that the caller put
-        back since, or that equal a record, or whose masks were reset, count as not rescaled; those
-        that were trained since count as rescaled. A plain model does not tell these apart: what
-        is nearer to the weights before the last rescaling than to those after it was put back.
+        back since, or that equal the initial ones, or whose masks were reset, count as not
+        rescaled; those that were trained since count as rescaled. A plain model does not tell these
+        apart: what is nearer to the weights before the last rescaling than to those after it was
+        put back.
         The factor of a mask without ones is 0.
 
         Args:
@@ -494,12 +495,11 @@ class LotteryTicketPruner:
             return
         _keras.sync(model)
         for position, ref in self._prunables(model).items():
-            records = (
-                self._initial[position],
-                None if self._final is None else self._final[position],
-            )
             scaled = self._rescaling.apply(
-                position, fitting.read(ref.variable), self._masks[position], records
+                position,
+                fitting.read(ref.variable),
+                self._masks[position],
+                self._initial[position],
             )
             if scaled is not None:
                 ref.variable.assign(scaled)

@@ -70,6 +70,7 @@ def test_weights_trained_since_the_last_rescaling_keep_one_factor(how):
     pruner.apply_dwr(model)
     model.fit(X, Y, verbose=0, callbacks=[PrunerCallback(pruner, use_dwr=how == "callback")])
     trained = model.get_weights()[::2]
+    pruner.set_pretrained_weights()  # with the factor in them
     first = [mask for *_, mask in pruner.iterate_prunables(model)]
     pruner.calc_prune_mask(model, 0.2, "smallest_weights")
     pruner.apply_dwr(model)
