@@ -273,11 +273,8 @@ def _is_of_a_user(obj: Any) -> bool:
 
 
 def _has_own_name(obj: Any) -> bool:
-    """True for what must be told apart from others of its name.
-
-    The class of all functions is not: Keras writes it beside those of its own, which it then looks
-    up by their names alone.
-    """
+    """True for what must be told apart from others of its name."""
+    # Not the class of all functions: Keras writes it beside its own, and looks those up by name.
     return obj is not types.FunctionType and _is_of_a_user(obj)
 
 
