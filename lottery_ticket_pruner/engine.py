@@ -22,6 +22,7 @@ import numpy as np
 from lottery_ticket_pruner.examples import Examples
 from lottery_ticket_pruner.programs import BLOCK, PROGRAMS, Programs
 from masked_layers import _keras
+from masked_layers.compiled import kept_beside
 
 # Most examples per step of an evaluation, and most bytes of them.
 _EVALUATION_BATCH = 1_000
@@ -313,11 +314,10 @@ def engine_of(model: keras.Model) -> Engine:
     # it is made: `fit` makes it after metrics and slots.
     if model.train_function is None and keras.distribution.distribution() is None:
         model.make_train_function()
-    engine = vars(model).get("_lottery_ticket_engine")
+    kept = kept_beside(model)
+    engine = kept.get("engine")
     if engine is None or engine.train_function is not model.train_function:
-        engine = Engine(model)
-        # Past Keras' tracking, which would look for variables in it.
-        object.__setattr__(model, "_lottery_ticket_engine", engine)
+        engine = kept["engine"] = Engine(model)
     return engine
 
 

@@ -55,8 +55,6 @@ def remake_functions(model: keras.Model, *, around: bool = True) -> None:
             if getattr(model, f"{kind}_function", None) is not None:
                 remake_function(model, kind)
         if around:
-            # An engine that was made beside a function holds it.
-            vars(model).pop("_lottery_ticket_engine", None)
             compiled.forget_functions(model, keep=[f"{kind}_function" for kind in kinds])
     if around:
         compiled.warn_of_traces(model, model.weights)

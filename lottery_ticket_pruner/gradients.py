@@ -26,6 +26,7 @@ from lottery_ticket_pruner.differentiation import (
 )
 from lottery_ticket_pruner.examples import Arrays, Examples, map_arrays
 from masked_layers import WeightRef, _keras
+from masked_layers.compiled import kept_beside
 from masked_layers.masks import raw_view
 
 _TEMPERATURE = 200.0
@@ -279,11 +280,10 @@ def _prepare(
 
 def _loss_of(model: keras.Model) -> _Loss:
     """The loss of a compiled model, made anew where something it was traced with has changed."""
-    loss = vars(model).get("_lottery_ticket_loss")
+    kept = kept_beside(model)
+    loss = kept.get("loss")
     if loss is None or not _same(loss.signature, _signature(model)):
-        loss = _Loss(model)
-        # Past Keras' tracking, which would look for variables in it.
-        object.__setattr__(model, "_lottery_ticket_loss", loss)
+        loss = kept["loss"] = _Loss(model)
     return loss
 
 

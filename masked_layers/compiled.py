@@ -18,6 +18,19 @@ from masked_layers._keras_trace import forget_gradients, forget_traces, gradient
 
 Layer = keras.layers.Layer
 
+_BESIDE = "_masked_layers_compiled"
+
+
+def kept_beside(model: Layer) -> dict[str, Any]:
+    """Returns what was compiled beside a model, by a name, until `forget_functions` empties it.
+
+    For what is compiled elsewhere and reads the model's weights, to be kept for its next use.
+    """
+    if _BESIDE not in vars(model):
+        # Past Keras' tracking, which would look for variables in it.
+        object.__setattr__(model, _BESIDE, {})
+    return vars(model)[_BESIDE]
+
 
 def forget_functions(model: Layer, *, around: bool = True, keep: Collection[str] = ()) -> None:
     """Makes `fit`, `evaluate`, `predict`, `generate`, ... of a model compile again when called.
@@ -57,6 +70,7 @@ def _forget(layers: Iterable[Layer], model: Layer, keep: Collection[str]) -> Non
                 # On TensorFlow it would stay alive, tracked for checkpoints.
                 delattr(layer, name)
                 setattr(layer, name, None)
+        vars(layer).pop(_BESIDE, None)
         forget_traces(layer)
 
 

@@ -6,7 +6,7 @@ import pytest
 from keras import layers
 
 import masked_layers as ml
-from lottery_ticket_pruner import LotteryTicketPruner
+from lottery_ticket_pruner import LotteryTicketPruner, gradients, training
 from masked_layers import compiled
 
 BACKEND = keras.backend.backend()
@@ -158,6 +158,26 @@ def test_frozen_values_and_rescaling_of_a_pruner_reach_every_function():
     pruner.treat(pruned="freeze")
     assert any(ref.mask.frozen is not None for ref in ml.masked_refs(task))
     check(task, outer, beside)
+
+
+def test_what_the_library_compiled_itself_is_made_again_without_a_word():
+    """A warning would be an error here."""
+    model = ml.convert_to_masked(backbone())
+    model.compile("sgd", "mse")
+    y = np.zeros(model.predict(X, verbose=0).shape, "float32")
+    pruner = LotteryTicketPruner(model)
+    for change in (None, "rescaled", "frozen"):
+        training.train(model, X, y, steps=1, batch_size=len(X))
+        if change == "rescaled":
+            pruner.apply_dwr(model)
+        elif change == "frozen":
+            pruner.treat(pruned="freeze")
+        pruner.update_masks("snip", sparsity=0.5, data=(X, y))
+        measured = gradients.loss_gradients(model, X, y)
+        fresh = ml.convert_to_masked(model)
+        fresh.compile("sgd", "mse")
+        for path, expected in gradients.loss_gradients(fresh, X, y).items():
+            np.testing.assert_allclose(measured[path], expected, rtol=1e-5, atol=1e-7)
 
 
 def test_a_file_with_another_factor_reaches_every_function(tmp_path):
