@@ -49,15 +49,15 @@ def remake_functions(model: keras.Model, *, around: bool = True) -> None:
         model: A model that computes something else than before.
         around: Whether to have all others compiled again, too, that layers of it are part of.
     """
-    kinds = ("train", "test", "predict")
-    with compiled.released(model.weights) if around else contextlib.nullcontext():
-        for kind in kinds:
-            if getattr(model, f"{kind}_function", None) is not None:
-                remake_function(model, kind)
-        if around:
-            compiled.forget_functions(model, keep=[f"{kind}_function" for kind in kinds])
-    if around:
-        compiled.warn_of_traces(model, model.weights)
+    kinds = [
+        kind
+        for kind in ("train", "test", "predict")
+        if getattr(model, f"{kind}_function", None) is not None
+    ]
+    traces = compiled.forget_functions(model) if around else []
+    for kind in kinds:
+        remake_function(model, kind)
+    compiled.warn_of_traces(model, model.weights, traces)
 
 
 def read_clocks(optimizer: keras.Optimizer | None) -> list[tuple[int, float | None]]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import gc
 import inspect
+import itertools
 import re
 import warnings
 import weakref
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -32,7 +33,7 @@ def kept_beside(model: Layer) -> dict[str, Any]:
     return vars(model)[_BESIDE]
 
 
-def forget_functions(model: Layer, *, around: bool = True, keep: Collection[str] = ()) -> None:
+def forget_functions(model: Layer, *, around: bool = True) -> list[weakref.ref]:
     """Makes `fit`, `evaluate`, `predict`, `generate`, ... of a model compile again when called.
 
     Keras and tasks made with it compile a function in `make_train_function`,
@@ -43,30 +44,36 @@ def forget_functions(model: Layer, *, around: bool = True, keep: Collection[str]
         model: A model or layer, with all inside it.
         around: Whether to do the same to every other model that is alive and holds one of its
             layers. A layer does not know what holds it: what Python's garbage collector tracks is
-            looked over.
-        keep: Attributes of the model itself that are not to be touched.
+            looked over. False for a model that was made just now, which nothing was compiled with.
+
+    Returns:
+        The functions of TensorFlow that read a variable of the model, for `warn_of_traces`.
     """
     inside = {id(layer): layer for layer in _keras.flatten(model)}
+    if not around:
+        _forget(inside.values())
+        return []
     layers = dict(inside)
-    for other in list(_alive(keras.Model)) if around else ():
+    for other in _alive(keras.Model):
         try:
             held = {id(layer): layer for layer in _keras.flatten(other)}
         except AttributeError:  # It is still being made.
             continue
         if held.keys() & inside.keys():
             layers |= held
-    with released(model.variables):
-        _forget(layers.values(), model, keep)
+    with _released(model.variables) as traces:
+        _forget(layers.values())
+    return traces
 
 
-def _forget(layers: Iterable[Layer], model: Layer, keep: Collection[str]) -> None:
+def _forget(layers: Iterable[Layer]) -> None:
     names: dict[type, list[str]] = {}
     for layer in layers:
         cls = type(layer)
         if cls not in names:
             names[cls] = _kept_by_makers(cls)
         for name in names[cls]:
-            if vars(layer).get(name) is not None and not (layer is model and name in keep):
+            if vars(layer).get(name) is not None:
                 # On TensorFlow it would stay alive, tracked for checkpoints.
                 delattr(layer, name)
                 setattr(layer, name, None)
@@ -89,7 +96,7 @@ def _kept_by_makers(cls: type) -> list[str]:
 
 
 @contextlib.contextmanager
-def released(variables: Iterable[keras.Variable]) -> Iterator[None]:
+def _released(variables: Iterable[keras.Variable]) -> Iterator[list[weakref.ref]]:
     """Frees what TensorFlow would hold forever of functions that die while it is open.
 
     An optimizer of Keras sums gradients by `all_reduce`, which registers a gradient of its own in
@@ -97,25 +104,37 @@ def released(variables: Iterable[keras.Variable]) -> Iterator[None]:
 
     Args:
         variables: What the functions read.
+
+    Yields:
+        References to the functions.
     """
-    named = _names_of_gradients(_traces(variables))
-    yield
+    traces = _traces(variables)
+    named = _names_of_gradients(traces)
+    references = [weakref.ref(trace) for trace in traces]
+    del traces
+    yield references
     if any(names for _, names in named):
         gc.collect()
         forget_gradients(name for trace, names in named if trace() is None for name in names)
 
 
-def warn_of_traces(model: Layer, variables: Collection[keras.Variable]) -> None:
+def warn_of_traces(
+    model: Layer, variables: Collection[keras.Variable], traces: Sequence[weakref.ref]
+) -> None:
     """Warns of `tf.function`s that are alive, read one of these variables, and stay as they are.
 
     On JAX and torch a function is traced again by itself where the state of a model or the class
     of a layer is another one.
 
     Args:
-        model: The model that has changed; `forget_functions` has been called.
+        model: The model that has changed.
         variables: Weights that it reads in another way than before.
+        traces: What `forget_functions` returned.
     """
-    if names := _traces_of(variables):
+    if any(trace() is not None for trace in traces):
+        gc.collect()  # Those that nothing holds any more.
+    alive = [trace for trace in (reference() for reference in traces) if trace is not None]
+    if names := sorted({trace.graph.name for trace in _readers(variables, alive)}):
         warnings.warn(
             f"'{model.name}' has changed, and functions compiled before that read its weights go "
             f"on computing what it was: {names}. Make them again by `tf.function(...)` before you "
@@ -124,25 +143,25 @@ def warn_of_traces(model: Layer, variables: Collection[keras.Variable]) -> None:
         )
 
 
-def _traces_of(variables: Collection[keras.Variable]) -> list[str]:
-    if _traces(variables):
-        gc.collect()  # Those that nothing holds any more.
-    return sorted({trace.graph.name for trace in _traces(variables)})
-
-
 def _traces(variables: Iterable[keras.Variable]) -> list[Any]:
     """Returns the traces of `tf.function`s that are alive and read one of the variables."""
     if keras.backend.backend() != "tensorflow":
         return []
     import tensorflow as tf
 
+    return _readers(variables, _alive(tf.types.experimental.ConcreteFunction))
+
+
+def _readers(variables: Iterable[keras.Variable], traces: Sequence[Any]) -> list[Any]:
+    if not traces:
+        return []
     values = [variable.value for variable in variables]
     parts = [part for value in values for part in getattr(value, "values", (value,))]
     wanted = {id(part.handle) for part in parts}
+    # The `variables` of a trace are an error where one of them is no longer alive.
     return [
         trace
-        for trace in _alive(tf.types.experimental.ConcreteFunction)
-        # Its `variables` are an error where one of them is no longer alive.
+        for trace in traces
         if any(id(handle) in wanted for handle in trace.graph.external_captures)
     ]
 
@@ -164,11 +183,11 @@ def _names_of_gradients(traces: list[Any]) -> list[tuple[weakref.ref, list[str]]
     return [(weakref.ref(trace), gradient_names(graphs[id(trace.graph)])) for trace in traces]
 
 
-def _alive(cls: type) -> Iterator[Any]:
-    kinds: dict[type, bool] = {}
-    for each in gc.get_objects():
-        kind = type(each)
-        if kind not in kinds:
-            kinds[kind] = issubclass(kind, cls)
-        if kinds[kind]:
-            yield each
+def _alive(cls: type) -> list[Any]:
+    """Returns the instances of a class that Python's garbage collector tracks.
+
+    There can be millions of objects: no Python code runs for each.
+    """
+    objects = gc.get_objects()
+    wanted = {kind for kind in set(map(type, objects)) if issubclass(kind, cls)}
+    return list(itertools.compress(objects, map(wanted.__contains__, map(type, objects))))

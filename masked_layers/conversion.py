@@ -103,7 +103,7 @@ def convert_to_masked(
             if unbuilt:
                 layer = resolve(model, f"{path}/")[-1][1]
                 mask_when_built(layer, mask_bias=mask_bias, mask=prototype)
-        compiled.forget_functions(model, around=inplace)
+        traces = compiled.forget_functions(model, around=inplace)
         if inplace:
             check_masks(model)
         elif has_code_of_others(model):
@@ -113,7 +113,7 @@ def convert_to_masked(
         if prototype is not None and prototype.learned:
             renew_optimizer(model)
     if inplace:
-        compiled.warn_of_traces(model, _masked_variables(model))
+        compiled.warn_of_traces(model, _masked_variables(model), traces)
     logger.info("Masked %d weights of '%s'.", len(selected), model.name)
     return model
 
@@ -148,9 +148,9 @@ def strip_masks(model: keras.Model, *, inplace: bool = False) -> keras.Model:
     for ref in refs:
         _fold(ref)
     unmask(model)
-    compiled.forget_functions(model, around=inplace)
+    traces = compiled.forget_functions(model, around=inplace)
     if inplace:
-        compiled.warn_of_traces(model, [ref.variable for ref in refs])
+        compiled.warn_of_traces(model, [ref.variable for ref in refs], traces)
     if others and not inplace:
         check_masks(model, source)
         check_copy(source, model)
@@ -186,9 +186,9 @@ def harden(model: keras.Model, *, seed: int | None = None, inplace: bool = False
         model = copy_model(model)
     renew_optimizer(model)
     make_binary(model, {id(ref.variable): masks[ref.path] for ref in masked_refs(model)})
-    compiled.forget_functions(model, around=inplace)
+    traces = compiled.forget_functions(model, around=inplace)
     if inplace:
-        compiled.warn_of_traces(model, _masked_variables(model))
+        compiled.warn_of_traces(model, _masked_variables(model), traces)
     return model
 
 
