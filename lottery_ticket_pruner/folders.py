@@ -22,6 +22,23 @@ class FolderInUseError(OSError):
     """Another process works in the folder; the message says which, and since when."""
 
 
+def make_folder(folder: Path) -> None:
+    """Makes a folder, and those that it is in, if need be.
+
+    Raises:
+        NotADirectoryError: A file is in its place, or in that of one of those.
+        OSError: It cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        there = (path for path in (folder, *folder.parents) if os.path.lexists(path))
+        raise NotADirectoryError(
+            f"'{next(there, folder)}' is a file, where a folder is to be written to. Choose "
+            "another folder."
+        ) from error
+
+
 class FolderLock:
     """Keeps other processes out of a folder within a `with` block; the folder is made if need be.
 
@@ -44,7 +61,7 @@ class FolderLock:
     def __enter__(self) -> Self:
         folder = self._folder
         self._made = [path for path in (folder, *folder.parents) if not path.exists()]
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         try:
             self._lock.acquire(timeout=_PATIENCE)
         except filelock.Timeout as error:

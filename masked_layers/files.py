@@ -97,7 +97,7 @@ def _remove_abandoned_folders(path: Path, contents: frozenset[str]) -> None:
 
 
 def replace_folder(new: Path, path: Path) -> None:
-    """Puts folder `new` at `path` in one step; what was there is at `new` afterwards, or gone."""
+    """Puts folder `new` at `path` in one step; what was there is at `new` afterwards."""
     if not path.exists():
         new.rename(path)
     elif not _exchange(new, path):
@@ -109,7 +109,7 @@ def replace_folder(new: Path, path: Path) -> None:
         except BaseException:
             old.rename(path)
             raise
-        shutil.rmtree(old)
+        old.rename(new)
 
 
 def _exchange(a: Path, b: Path) -> bool:

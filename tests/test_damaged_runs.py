@@ -107,7 +107,7 @@ def test_damaged_configurations_are_named(run, config, message):
 def test_rows_of_no_replicate_are_refused(run, cell):
     rows = [*ROWS[:2], ROWS[2].replace("ticket,0", f"ticket,{cell}")]
     write(run, rows=("\n".join(rows) + "\n").encode())
-    with pytest.raises(ValueError, match=r"results\.csv' .*replicate"):
+    with pytest.raises(ValueError, match=r"results\.csv'.*replicate"):
         results.read_run(run)
 
 

@@ -22,7 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import masked_layers as ml
 from lottery_ticket_pruner import training
 from lottery_ticket_pruner.cli import main
-from lottery_ticket_pruner.experiments import datasets, report
+from lottery_ticket_pruner.experiments import datasets, results
 from lottery_ticket_pruner.experiments.config import RunConfig, parse_steps
 from lottery_ticket_pruner.experiments.run import prepare, run
 from lottery_ticket_pruner.experiments.tensorboard import layer_graph
@@ -153,7 +153,7 @@ LEFT_BY_AN_EARLIER_RUN = (
     "logs/ticket-0/events.out.tfevents.1.stale",
     "logs/ticket-2/events.out.tfevents.1.stale",
     "ticket-2.keras",
-    "served/1/stale",
+    "served/1/variables/variables.data-00000-of-00002",
 )
 
 
@@ -164,9 +164,9 @@ def finished(tmp_path_factory):
     In the folder lies what an earlier run of more seeds left, and a file of the user's.
     """
     out = tmp_path_factory.mktemp("run") / "folder"
-    for name in (*LEFT_BY_AN_EARLIER_RUN, "notes.txt"):
+    for name in (*LEFT_BY_AN_EARLIER_RUN, "notes.txt", "config.json"):
         (out / name).parent.mkdir(parents=True, exist_ok=True)
-        (out / name).write_bytes(b"")
+        (out / name).write_bytes(b"{}")
     config, data = prepare(RunConfig(rounds=2, steps=40, rate=0.5, seeds=(4, 5), out=out))
     console = Console(file=io.StringIO(), width=80)
     folder = run(config, data, console)
@@ -182,7 +182,7 @@ def test_results_hold_a_row_per_round_arm_and_replicate(finished):
         "round", "arm", "replicate", "sparsity", "test_accuracy", "test_loss", "early_stop_step",
         "seconds",
     ]  # fmt: skip
-    rows = report.read_rows(folder / "results.csv")
+    rows = results.read_rows(folder / "results.csv")
     per_replicate = [(0, "dense"), *[(1, arm) for arm in ARMS], *[(2, arm) for arm in ARMS]]
     expected = [(*one, replicate) for replicate in (0, 1) for one in per_replicate]
     assert [(row["round"], row["arm"], row["replicate"]) for row in rows] == expected
@@ -196,13 +196,13 @@ def test_results_hold_a_row_per_round_arm_and_replicate(finished):
 
 def test_the_ticket_is_a_masked_model_that_scores_what_the_table_says(finished):
     folder, _, _ = finished
-    rows = report.read_rows(folder / "results.csv")
+    rows = results.read_rows(folder / "results.csv")
     data = datasets.load("digits")
     for name, row in (("ticket.keras", rows[6]), ("ticket-1.keras", rows[13])):
         model = keras.models.load_model(folder / name)
         assert ml.sparsity_report(model).sparsity == pytest.approx(row["sparsity"], abs=1e-5)
-        results = training.evaluate(model, data.x_test, data.y_test)
-        assert results["accuracy"] == pytest.approx(row["test_accuracy"], abs=1e-5)
+        metrics = training.evaluate(model, data.x_test, data.y_test)
+        assert metrics["accuracy"] == pytest.approx(row["test_accuracy"], abs=1e-5)
 
 
 def test_the_configuration_on_file_repeats_the_run(finished):
@@ -228,7 +228,7 @@ def test_what_an_earlier_run_left_is_gone(finished):
 def test_what_a_run_prints(finished):
     folder, _, printed = finished
     assert "1318 training, 120 validation, 359 test images" in " ".join(printed.split())
-    rows = report.read_rows(folder / "results.csv")
+    rows = results.read_rows(folder / "results.csv")
     lines = [line.split() for line in printed.splitlines()]
     ticket, mask, reinit = rows[6], rows[5], rows[4]
     accuracies = [f"{100 * row['test_accuracy']:.2f}" for row in (ticket, reinit, mask)]
@@ -284,13 +284,13 @@ def test_an_interrupted_run_goes_on(finished, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             run(config, data)
     assert seen == [[4], [4, 8]]  # as the arm trained
-    assert len(report.read_rows(elsewhere / "results.csv")) == 8
+    assert len(results.read_rows(elsewhere / "results.csv")) == 8
     trained.clear()
     with monkeypatch.context() as patch:
         patch.setattr(training, "train", lambda *a, **k: (trained.append(a), train(*a, **k))[1])
         run(config, data)
     assert len(trained) < 8
-    both = [report.read_rows(out / "results.csv") for out in (elsewhere, straight.out)]
+    both = [results.read_rows(out / "results.csv") for out in (elsewhere, straight.out)]
     for ours, theirs in zip(*both, strict=True):
         assert {**ours, "seconds": 0} == {**theirs, "seconds": 0}
     for name in ("ticket.keras", "ticket-1.keras"):
@@ -328,18 +328,18 @@ def test_a_run_goes_on_where_it_was_its_data_that_was_interrupted(tmp_path, monk
         monkeypatch.setattr(training, "train", counted)
         with pytest.raises(KeyboardInterrupt):
             run(config, data, Console(quiet=True))
-        found.append([row["arm"] for row in report.read_rows(tmp_path / "results.csv")])
+        found.append([row["arm"] for row in results.read_rows(tmp_path / "results.csv")])
     assert found == [["dense"], ["dense"]]
     monkeypatch.setattr(training, "train", train)
     with pytest.raises(ValueError, match=r"interrupted run .* another data_digest .*--out"):
         run(config, other, Console(quiet=True))
-    assert [row["arm"] for row in report.read_rows(tmp_path / "results.csv")] == ["dense"]
+    assert [row["arm"] for row in results.read_rows(tmp_path / "results.csv")] == ["dense"]
     run(config, data, Console(quiet=True))
-    assert len(report.read_rows(tmp_path / "results.csv")) == 2
+    assert len(results.read_rows(tmp_path / "results.csv")) == 2
     with pytest.raises(ValueError, match=r"finished run .* another data_digest .*--overwrite"):
         run(config, other, Console(quiet=True))
     run(dataclasses.replace(config, overwrite=True), other, Console(quiet=True))
-    assert len(report.read_rows(tmp_path / "results.csv")) == 2
+    assert len(results.read_rows(tmp_path / "results.csv")) == 2
     assert json.loads((tmp_path / "config.json").read_text())["data_digest"] == other.digest
     assert not list(tmp_path.parent.glob(f".{tmp_path.name}*"))
 
@@ -357,7 +357,7 @@ def test_a_run_on_own_data_repeats_from_its_configuration(tmp_path, monkeypatch)
     stored = json.loads(Path("first/config.json").read_text())
     assert stored["data"] == "own.py:load"
     assert main(["repeat", "first", "--quiet"]) == 0
-    rows, again = (report.read_rows(Path(n) / "results.csv") for n in ("first", "first-again"))
+    rows, again = (results.read_rows(Path(n) / "results.csv") for n in ("first", "first-again"))
     assert [{**row, "seconds": 0} for row in rows] == [{**row, "seconds": 0} for row in again]
     model = keras.models.load_model("first/ticket.keras")
     assert (model.input_shape, model.output_shape) == ((None, 4), (None, 4))
@@ -372,7 +372,7 @@ def load_log(folder):
 
 def test_tensorboard_shows_accuracy_and_sparsity_per_round(finished):
     folder, _, _ = finished
-    rows = report.read_rows(folder / "results.csv")
+    rows = results.read_rows(folder / "results.csv")
     assert not (folder / "logs" / "ticket-0" / "events.out.tfevents.1.stale").exists()
     log = load_log(folder / "logs" / "ticket-1")
     shown = [(s.step, pytest.approx(s.value)) for s in log.Scalars("test_accuracy")]

@@ -189,14 +189,14 @@ def test_rows_survive_their_file(tmp_path):
     writer = results.CsvWriter(tmp_path / "rows.csv")
     for one in ROWS:
         writer.write(one)
-    assert report.read_rows(tmp_path / "rows.csv") == ROWS
+    assert results.read_rows(tmp_path / "rows.csv") == ROWS
     writer.close()
 
 
 def test_rows_are_read_to_the_last_bit(tmp_path):
     numbers = np.random.default_rng(0).random(1000)
     pd.DataFrame({"test_loss": numbers}).to_csv(tmp_path / "rows.csv", index=False)
-    again = [row["test_loss"] for row in report.read_rows(tmp_path / "rows.csv")]
+    again = [row["test_loss"] for row in results.read_rows(tmp_path / "rows.csv")]
     np.testing.assert_array_equal(again, numbers)
 
 
@@ -204,10 +204,10 @@ def test_rows_are_read_to_the_last_bit(tmp_path):
 def test_a_line_without_its_end_is_left_out(tmp_path, cut):
     # Of "0.2\r\n": its end, half of it, or more: never another number.
     write_run(tmp_path / "a", ROWS[:3])
-    whole = report.read_rows(tmp_path / "a" / "results.csv")
+    whole = results.read_rows(tmp_path / "a" / "results.csv")
     file = tmp_path / "a" / "results.csv"
     file.write_bytes(file.read_bytes()[:-cut])
-    assert report.read_rows(file) == whole[:-1]
+    assert results.read_rows(file) == whole[:-1]
     with pytest.warns(UserWarning, match=r"results.csv' ends in the middle of a line"):
         (run,) = results.find_runs([tmp_path / "a"])
     assert len(run.rows) == 2
@@ -348,8 +348,8 @@ def foreign(folder, **files):
             {"config": b"[]", "results": b"replicate,sparsity,test_accuracy\n0,0,1\n"},
             "holds no options",
         ),
-        ({"config": b"{}", "results": b""}, "cannot be read as a run"),
-        ({"config": b"{}", "results": b"\xff\xfe\x00"}, "cannot be read as a run"),
+        ({"config": b"{}", "results": b""}, "is not the table that a command wrote"),
+        ({"config": b"{}", "results": b"\xff\xfe\x00"}, "no whole line"),
         ({"config": b"{}", "results": b"a,b\n1,2\n"}, r"lacks the columns.*It has: \['a', 'b'\]"),
         ({"config": b"{}", "results": b"replicate,sparsity,test_accuracy\n"}, "no results yet"),
         (

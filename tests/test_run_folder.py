@@ -33,13 +33,19 @@ class Large(np.ndarray):
 
 DATA = Dataset("own", *(np.full((3, 2), n).view(Large) for n in range(6)))
 MASKS = {1: {"hidden/kernel": np.eye(2, dtype=bool)}, 2: {"hidden/kernel": np.ones((2, 2), bool)}}
-PATTERNS = ("results.csv", "accuracy.png", "rounds/*/*")
-ROWS = "round,arm\n0,dense\n"
+HEADING = "round,arm,replicate,test_accuracy\n"
+ROWS = f"{HEADING}0,dense,0,0.5\n1,ticket,0,0.5\n0,dense,1,0.5\n1,ticket,1,0.5\n"
+OTHER_ROWS = ROWS.replace("0.5", "0.6")
 
 
 @pytest.fixture
 def config(tmp_path):
-    return RunConfig(steps=3, seeds=(1, 2), out=tmp_path / "run").resolve(3)
+    options = {"rounds": 1, "controls": (), "steps": 3, "seeds": (1, 2)}
+    return RunConfig(**options, out=tmp_path / "run").resolve(3)
+
+
+class Killed(BaseException):
+    """What a process that is killed does no more begins here."""
 
 
 def work(config, rows=ROWS, data=DATA, masks=None, finish=True, command="run"):
@@ -47,7 +53,7 @@ def work(config, rows=ROWS, data=DATA, masks=None, finish=True, command="run"):
     with RunFolder(command, config, data, masks) as folder:
         found = (folder.is_finished, folder.is_interrupted)
         if not folder.is_finished:
-            folder.begin(PATTERNS, keep=["rounds/*/*"])
+            folder.begin("", keep=["rounds/*/*"])
             (folder.path / "results.csv").write_text(rows)
             (folder.path / "rounds" / "0").mkdir(parents=True, exist_ok=True)
             (folder.path / "rounds" / "0" / "state.json").touch()
@@ -85,9 +91,9 @@ def test_a_run_goes_on_by_its_choices_data_and_masks_until_it_is_finished(config
 
 
 def test_without_results_there_is_nothing_to_keep(config):
-    for rows in ("", "round,arm\n", "round,arm\n0,de"):
+    for rows in ("", HEADING, f"{HEADING}0,de"):
         with RunFolder("run", config, DATA) as folder:
-            folder.begin(PATTERNS)
+            folder.begin("")
             (folder.path / "results.csv").write_text(rows)
         assert work(dataclasses.replace(config, steps=4), finish=False) == (False, False)
         shutil.rmtree(config.out)
@@ -111,7 +117,7 @@ def test_a_finished_run_is_replaced_when_the_new_one_is_complete(config, tmp_pat
     (config.out / "notes.txt").touch()
     again = dataclasses.replace(config, overwrite=True)
     other = dataclasses.replace(again, steps=4)
-    rows = ROWS + "1,ticket\n"
+    rows = OTHER_ROWS
     assert work(other, rows, finish=False) == (False, False)
     assert (config.out / "results.csv").read_text() == ROWS
     assert work(config) == (True, False)
@@ -122,7 +128,7 @@ def test_a_finished_run_is_replaced_when_the_new_one_is_complete(config, tmp_pat
     assert (config.out / "results.csv").read_text() == rows
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     assert sorted(path.name for path in config.out.iterdir()) == [
-        "config.json", "results.csv", "rounds",
+        "config.json", "notes.txt", "results.csv", "rounds",
     ]  # fmt: skip
 
 
@@ -133,14 +139,14 @@ def test_a_kill_while_one_takes_the_place_of_the_other(
 ):
     work(config)
     again = dataclasses.replace(config, overwrite=True)
-    rows = ROWS + "1,ticket\n"
+    rows = OTHER_ROWS
     replace, remove = run_folder.replace_folder, shutil.rmtree
     exchange = files._exchange if exchanges else lambda a, b: False
 
     def killed(path, **_):
         # What follows in a `finally` is what a killed process does not do any more.
         monkeypatch.setattr(FolderLock, "__exit__", lambda *_: None)
-        raise InterruptedError
+        raise Killed
 
     def killed_in_between(new, path):
         path.rename(path.with_name(f"{new.name}.old"))
@@ -154,7 +160,7 @@ def test_a_kill_while_one_takes_the_place_of_the_other(
             patch.setattr(run_folder, "replace_folder", killed_in_between)
         else:
             patch.setattr(shutil, "rmtree", killed)
-        with pytest.raises(InterruptedError):
+        with pytest.raises(Killed):
             work(again, rows)
     monkeypatch.undo()
     gc.collect()  # The locks.
@@ -185,8 +191,10 @@ def test_folders_made_before_they_said_so_are_read(config):
     assert work(config) == (True, False)
     with pytest.raises(ValueError, match="optimizer 'adam' there, 'sgd' here"):
         work(dataclasses.replace(config, optimizer="sgd"))
-    file.write_text("{")
-    with pytest.raises(ValueError, match=r"config.json 'not readable' there"):
+    file.write_text(json.dumps(stored)[:-9])
+    with pytest.raises(
+        ValueError, match=r"its config.json is cut short or damaged \(.*--overwrite"
+    ):
         work(config)
 
 
@@ -203,7 +211,7 @@ def test_a_folder_is_one_process_alone(config):
 def test_a_folder_that_vanishes_is_not_finished(config):
     def vanish(again):
         with RunFolder("run", config, DATA) as folder:
-            folder.begin(PATTERNS)
+            folder.begin("")
             shutil.rmtree(config.out)
             if again:
                 config.out.mkdir()

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import runpy
+import shutil
 import signal
 import sys
 import threading
@@ -20,6 +21,7 @@ from rich.console import Console
 
 from lottery_ticket_pruner import cli
 from lottery_ticket_pruner.experiments import sweep as sweep_module
+from lottery_ticket_pruner.experiments import written
 from lottery_ticket_pruner.experiments.sweep import (
     SupermaskSweepConfig,
     SweepConfig,
@@ -275,6 +277,55 @@ def test_runs_of_a_replacement_that_was_given_up_do_not_come_along(stand_in):
     assert "1 of them finished earlier" in printed
     assert set(pd.read_csv(folder / "results.csv")["rate"]) == {0.2, 0.3}
     assert len(list(folder.glob("*/config.json"))) == 2
+
+
+def test_files_of_users_survive_the_sweep_that_replaces_another(stand_in):
+    folder, _, _ = stand_in("0.1", seeds=(4,))
+    (child,) = (path.parent for path in folder.glob("*/config.json"))
+    assert written.others_in(folder, "sweep") == []
+    own = ("notes.txt", f"{child.name}/notes.txt", f"{child.name}/served/2/m", "copy/results.csv")
+    shutil.copytree(child, folder / "copy")
+    for name in own[:-1]:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("mine")
+    before = (folder / "copy" / "results.csv").read_text()
+    for rates in ("0.1", "0.2"):  # The same once more, and another one.
+        _, failures, printed = stand_in(rates, seeds=(4,), overwrite=True)
+        assert not failures
+        assert "Kept of what was there: " in printed
+        assert [(folder / name).read_text() for name in own] == [*["mine"] * 3, before]
+        assert (child / "results.csv").is_file() == (rates == "0.1")
+    assert set(pd.read_csv(folder / "results.csv")["rate"]) == {0.2}
+    assert not list(folder.parent.glob(".sweep*"))
+
+
+def test_damage_is_said_before_anything_runs(stand_in):
+    folder, _, _ = stand_in("0.1", seeds=(4,))
+    child, *_ = (path.parent for path in folder.glob("*/config.json"))
+    stored = json.loads((child / "config.json").read_text())
+    stored |= {"command": "run", "finished": True, "rounds": 1, "controls": []}
+    (child / "config.json").write_text(json.dumps(stored | {"control_rounds": []}))
+    assert stand_in("0.1,0.2", seeds=(4,))[1] == []
+    rows = (child / "results.csv").read_text().splitlines(keepends=True)
+    for content, message in (
+        (rows[:-1], r"1 rows of seed 4 .*, where the finished run wrote 2; 1 of 2 in all"),
+        ([*rows[:-1], rows[-1].replace("0.2", "abc")], r"line 3: .* 'test_accuracy'"),
+        (None, "results.csv' is missing"),
+    ):
+        (child / "results.csv").unlink()
+        if content is not None:
+            (child / "results.csv").write_text("".join(content))
+        with pytest.raises(ValueError, match=rf"{child.name}.*{message}.*'.*' deleted, the sweep"):
+            stand_in("0.1,0.3", seeds=(4,))
+        assert len(list(folder.glob("*/config.json"))) == 2
+        (child / "results.csv").touch()
+    shutil.rmtree(child)
+    assert stand_in("0.1,0.3", seeds=(4,))[1] == []
+    stored = (folder / "sweep.json").read_text()
+    (folder / "sweep.json").write_text(stored[: len(stored) // 2])
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match=r"its sweep\.json is cut short or damaged .*--out"):
+            stand_in("0.1,0.3", seeds=(4,), overwrite=overwrite)
 
 
 def test_a_sweep_has_its_folder_alone(stand_in, tmp_path):

@@ -203,29 +203,21 @@ def run(config: InstabilityConfig, data: datasets.Dataset, console: Console | No
     if config.deterministic:
         make_deterministic()
     trainer = _Trainer(config, data)
-    with RunFolder("instability", config, data, trainer.masks) as folder:
-        if folder.is_finished:
-            console.print(folder.describe(), highlight=False, markup=False)
-            rows = report.read_rows(folder.final / results.RESULTS_FILE)
-            console.print(report.instability_sheet(_table(config, rows)).table())
-        else:
-            _carry_out(config, trainer, folder, console)
-    return folder.final
+    return RunFolder("instability", config, data, trainer.masks).carry_out(
+        lambda folder: _carry_out(config, trainer, folder, console),
+        lambda rows: console.print(report.instability_sheet(_table(config, rows)).table()),
+        console,
+    )
 
 
 def _carry_out(
     config: InstabilityConfig, trainer: "_Trainer", folder: RunFolder, console: Console
 ) -> None:
-    started = time.perf_counter()
     rows, lines = _measured(folder.path, config.points) if folder.is_interrupted else ([], [])
-    kept = (results.RESULTS_FILE, _LINES_FILE)
-    folder.begin((_PICTURE, *kept), keep=kept)
     under = f" under the masks of {config.masks}, round {config.round}" if config.masks else ""
-    console.print(
-        f"{config.data}, {config.network}: instability{under}; {keras.backend.backend()}\n"
-        f"{folder.describe()}",
-        highlight=False,
-        markup=False,
+    folder.begin(
+        f"{config.data}, {config.network}: instability{under}; {keras.backend.backend()}",
+        keep=[results.RESULTS_FILE, _LINES_FILE],
     )
     done = {(row["replicate"], row["rewind_to"]) for row in rows}
     bar = progress.bar(console)
@@ -253,10 +245,6 @@ def _carry_out(
         line = analyses.Interpolation(line["share"].to_numpy(), metrics, "accuracy")
         found.setdefault(point, []).append(line)
     analyses.plot_instability(found).savefig(folder.path / _PICTURE, dpi=150)
-    folder.finish()
-    console.print(report.instability_sheet(_table(config, rows)).table())
-    seconds = time.perf_counter() - started
-    console.print(f"{seconds:.0f} s. Results in {folder.final}", highlight=False)
 
 
 def _table(config: InstabilityConfig, rows: list[dict[str, Any]]) -> pd.DataFrame:
@@ -286,7 +274,7 @@ def _measured(folder: Path, points: int) -> tuple[list[dict[str, Any]], list[dic
     files = [folder / name for name in (results.RESULTS_FILE, _LINES_FILE)]
     if not all(file.is_file() for file in files):
         return [], []
-    rows, lines = map(report.read_rows, files)
+    rows, lines = map(results.read_rows, files)
     of_row = lambda row: (row["replicate"], row["rewind_to"])  # noqa: E731
     found = collections.Counter(map(of_row, lines))
     rows = [row for row in rows if found[of_row(row)] == points]

@@ -1,6 +1,7 @@
 """What the tickets in run folders keep: by layer, next to each other, and with which signs."""
 
 import dataclasses
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from lottery_ticket_pruner import analyses, fitting
 from lottery_ticket_pruner.experiments import networks
 from lottery_ticket_pruner.experiments.report import Sheet, filled
 from lottery_ticket_pruner.experiments.results import Group, Run
+from masked_layers.serving.inspection import load_model
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -119,6 +121,9 @@ def read_tickets(group: Group) -> Kept:
     Initial weights are no part of a run folder: they are drawn again from the seed. Whether these
     are those of the run is told by the ticket's pruned weights, which never train; after a
     rewinding point later than 0, or by another backend, they are not.
+
+    Warns:
+        UserWarning: A ticket is damaged or cannot be loaded, and is left out.
     """
     tickets: dict[int, Ticket] = {}
     unreadable = []
@@ -126,11 +131,13 @@ def read_tickets(group: Group) -> Kept:
         for path in sorted(run.folder.glob("ticket*.keras")):
             try:
                 seed = _seed(run, path)
-                model = keras.models.load_model(path, compile=False)
+                model = load_model(path)
                 masks = ml.get_masks(model)
             # Whatever Keras and its file formats raise about a file, or a layer not imported.
             except Exception as error:
-                unreadable.append(f"{path}: {(str(error).splitlines() or [''])[0]}")
+                text = (str(error).splitlines() or [repr(error)])[0]
+                unreadable.append(text if str(path) in text else f"'{path}': {text}")
+                warnings.warn(f"A ticket is left out. {unreadable[-1]}", stacklevel=2)
                 continue
             first = next(iter(tickets.values()), None)
             if masks and (first is None or _shapes(masks) == _shapes(first.masks)):

@@ -23,6 +23,7 @@ from lottery_ticket_pruner.experiments import masks, report, results
 from lottery_ticket_pruner.experiments.masks import Kept
 from lottery_ticket_pruner.experiments.options import OptionalPath
 from lottery_ticket_pruner.experiments.results import Group
+from lottery_ticket_pruner.folders import make_folder
 from masked_layers.files import replacing
 
 _Folders = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER...")]
@@ -69,7 +70,12 @@ def write_report(config: ReportConfig, console: Console | None = None) -> Path:
         for sheet in sheets:
             console.print(sheet.table())
     out = config.out or (config.folders[0] if len(config.folders) == 1 else Path()) / "report"
-    out.mkdir(parents=True, exist_ok=True)
+    if any((out / name).exists() for name in (results.CONFIG_FILE, results.SWEEP_FILE)):
+        raise ValueError(
+            f"'{out}' is itself the folder of a run or a sweep, whose {results.RESULTS_FILE} a "
+            "report would replace. Give --out another folder."
+        )
+    make_folder(out)
     charts = [chart for group in groups for chart in _charts(group)]
     charts = [*_comparisons(groups), *_mask_charts(kepts), *charts]
     for number, chart in enumerate(charts, 1):
@@ -79,8 +85,9 @@ def write_report(config: ReportConfig, console: Console | None = None) -> Path:
         results.tidy(runs).to_csv(file, index=False)
     with replacing(out / "tables.md") as file:
         texts = [f"# Lottery tickets: {_title(groups)}", *(sheet.markdown() for sheet in overviews)]
-        for title, sheets in sections:
+        for (title, sheets), kept in zip(sections, kepts, strict=True):
             texts += [f"## {title}", *(sheet.markdown() for sheet in sheets)]
+            texts += [f"Not loaded: {text}" for text in kept.unreadable]
         file.write("\n\n".join([*texts, ""]).encode())
     with replacing(out / "report.html") as file:
         file.write(render(kepts).encode())

@@ -1,7 +1,6 @@
 """The same experiment once more, from the configuration that a run folder holds."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,13 @@ import tyro
 from lottery_ticket_pruner.experiments.config import RunConfig, code_of
 from lottery_ticket_pruner.experiments.instability import InstabilityConfig
 from lottery_ticket_pruner.experiments.options import OptionalPath
-from lottery_ticket_pruner.experiments.results import CODE, CONFIG_FILE, SWEEP_FILE
+from lottery_ticket_pruner.experiments.results import (
+    CODE,
+    CONFIG_FILE,
+    SWEEP_FILE,
+    read_json,
+    reason,
+)
 from lottery_ticket_pruner.experiments.run_folder import command_of, restored, versions
 from lottery_ticket_pruner.experiments.supermask import SupermaskConfig
 
@@ -46,7 +51,7 @@ in a sweep's, next to that."""
             OSError: there is no such file.
             ValueError: the file is not what one of the commands has written.
         """
-        file = self.folder / CONFIG_FILE if self.folder.is_dir() else self.folder
+        file = self._file()
         folder = file.parent.resolve()
         # In the folder of a sweep it would pass for one of its runs.
         beside = folder.parent if (folder.parent / SWEEP_FILE).is_file() else folder
@@ -56,9 +61,8 @@ in a sweep's, next to that."""
             "overwrite": self.overwrite,
         }
         try:
-            stored = json.loads(file.read_text(encoding="utf-8"))
-            config = read(stored | options)
-        except (AttributeError, TypeError, ValueError, RecursionError) as error:
+            config = read((stored := _stored(file)) | options)
+        except (AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"'{file}' holds no configuration of a run: {error}") from error
         there = stored.get(CODE)
         if there is not None and there != (here := code_of(config.to_dict())):
@@ -66,6 +70,26 @@ in a sweep's, next to that."""
                 f"'{file}' is of functions with other code: {there} there, {here or 'none'} here."
             )
         return config
+
+    def _file(self) -> Path:
+        if not self.folder.exists():
+            raise FileNotFoundError(f"There is no folder '{self.folder}' of a run to repeat.")
+        file = self.folder / CONFIG_FILE if self.folder.is_dir() else self.folder
+        if not file.is_file():
+            of_sweep = (self.folder / SWEEP_FILE).is_file()
+            what = (
+                "the folder of a sweep: name one of those in it"
+                if of_sweep
+                else (f"no run folder: it holds no {CONFIG_FILE}")
+            )
+            raise ValueError(f"'{self.folder}' is {what}.")
+        return file
+
+
+def _stored(file: Path) -> dict[str, Any]:
+    if (values := read_json(file)) is None:
+        raise ValueError(f"it {reason(file)}. Restore it from a copy.")
+    return values
 
 
 def read(values: dict[str, Any]) -> Config:

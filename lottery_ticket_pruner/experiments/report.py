@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from rich.table import Table
 
-from lottery_ticket_pruner.experiments.results import Group, read_table
+from lottery_ticket_pruner.experiments.results import Group
 
 LABELS = {
     "dense": "dense",
@@ -49,14 +48,6 @@ _LOOKS = {
 _TICKS = (100, 50, 20, 10, 5, 2, 1, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01)
 _CONFIDENCE = 0.95
 _TERMINAL = 80
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Read a `results.csv` back into rows of numbers, each the one that was written.
-
-    A last line that is not whole is left out.
-    """
-    return read_table(path).to_dict("records")
 
 
 # --- Statistics -----------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import io
 import json
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,15 @@ _NAMING = ("data", "network", "strategy", "criterion")
 _FOLLOWING = (
     "conv_rate", "output_rate", "scope", "controls", "control_rounds", "eval_every", "data_digest",
 )  # fmt: skip
+# Columns that hold numbers, or nothing, in the results of every command and version.
+_NUMBERS = (
+    *(name for name in COLUMNS if name != "arm"),
+    *("epoch", "rewind_to", "instability", "loss_barrier", "lowest_accuracy"),
+    *("dense_accuracy", "accuracy_of_samples_deviation"),
+    *("deterministic_accuracy", "deterministic_sparsity"),
+    *("share", "loss", "accuracy"),
+)
+_RESTORE = "Restore it from a copy, or have the run done once more."
 # Options whose values speak for themselves.
 _PLAIN = (*_NAMING, "learn")
 
@@ -137,8 +146,30 @@ class CsvWriter:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder holds a configuration and its results."""
-    return (folder / CONFIG_FILE).is_file() and (folder / RESULTS_FILE).is_file()
+    """Whether a folder holds a configuration and its results, or says that it does."""
+    if (folder / CONFIG_FILE).is_file() and (folder / RESULTS_FILE).is_file():
+        return True
+    return bool((read_json(folder / CONFIG_FILE) or {}).get("finished"))
+
+
+def read_json(file: Path) -> dict[str, Any] | None:
+    """The options in a file; None where there is no file that can be read."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return values if isinstance(values, dict) else None
+
+
+def reason(file: Path) -> str:
+    """Returns why `read_json` cannot read a file, as the end of a sentence."""
+    if not file.is_file():
+        return "is missing"
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        return f"is cut short or damaged ({error})"
+    return f"holds no options, but {values!r:.40}"
 
 
 def complete_lines(file: Path) -> list[bytes]:
@@ -151,52 +182,142 @@ def complete_lines(file: Path) -> list[bytes]:
 
 
 def read_table(file: Path) -> pd.DataFrame:
-    """Read a CSV file, each number as it was written.
+    """Read a CSV file that a command wrote, each number as it was written.
 
     A last line without its end may be cut inside of a number: it is left out.
+
+    Raises:
+        ValueError: it is no such table; the message names the file, and the line if it is one.
     """
-    return pd.read_csv(io.BytesIO(b"".join(complete_lines(file))))
+    content = b"".join(complete_lines(file))
+    try:
+        heading, *rows = csv.reader(io.StringIO(content.decode("utf-8"), newline=""), strict=True)
+    except (ValueError, csv.Error) as error:  # The first also where there is no heading.
+        what = "no whole line" if not content else str(error)
+        raise ValueError(
+            f"'{file}' is not the table that a command wrote: {what}. {_RESTORE}"
+        ) from error
+    for line, row in enumerate(rows, 2):
+        if row and len(row) != len(heading):
+            raise ValueError(
+                f"'{file}', line {line}: expected {len(heading)} values, one for each column. "
+                f"Received {len(row)}. {_RESTORE}"
+            )
+        for name, cell in zip(heading, row, strict=False):
+            if name in _NUMBERS and not _is_number(cell):
+                raise ValueError(
+                    f"'{file}', line {line}: expected a number in column '{name}'. "
+                    f"Received: {cell!r}. {_RESTORE}"
+                )
+    return pd.read_csv(io.BytesIO(content))
+
+
+def _is_number(cell: str) -> bool:
+    """Whether a cell is a number as commands write it, or empty, which stands for none."""
+    try:
+        return not cell or (float(cell) is not None and cell.isascii() and "_" not in cell)
+    except ValueError:
+        return False
+
+
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """Read a `results.csv` back into rows, as `read_table` does."""
+    return read_table(file).to_dict("records")
+
+
+def rows_per_seed(config: Mapping[str, Any]) -> int | None:
+    """How many rows each seed of a finished run has; None where its configuration does not say.
+
+    Args:
+        config: The options of the run, every choice made, and its `command`.
+    """
+    count = lambda name: len(config[name])  # noqa: E731
+    try:
+        if config["command"] == "run":
+            arms = count("controls") * (count("control_rounds") or config["rounds"])
+            return 1 + config["rounds"] + arms
+        if config["command"] == "instability":
+            return count("rewind_to")
+        if config["command"] == "supermask":
+            learned = count("sparsities") or 1  # A mask that finds its own sparsity has none.
+            masks = learned if config["learn"] else count("criteria") * count("sparsities")
+            return count("weights") * count("dwr") * masks
+    except (KeyError, TypeError):
+        pass
+    return None
+
+
+def check_results(file: Path, config: Mapping[str, Any]) -> None:
+    """Raises an error where the results of a finished run are not all there.
+
+    Args:
+        file: The table of its results.
+        config: The options of the run, every choice made, and its `command`.
+
+    Raises:
+        ValueError: the table is missing, damaged or lacks rows, and the message says what to do.
+    """
+    try:
+        if not file.is_file():
+            raise ValueError(f"'{file}' is missing, with the results of a finished run. {_RESTORE}")
+        rows = read_table(file)
+        wanted = rows_per_seed(config)
+        if wanted is None or "epoch" in rows:  # As an earlier version wrote them.
+            return
+        lines = file.read_bytes().splitlines(keepends=True)
+        if not lines[-1].endswith(b"\n"):
+            raise ValueError(f"'{file}', line {len(lines)}: it ends in the middle. {_RESTORE}")
+        found = rows["replicate"].value_counts() if "replicate" in rows else {}
+        for replicate, seed in enumerate(config["seeds"]):
+            if (there := int(found.get(replicate, 0))) != wanted:
+                raise ValueError(
+                    f"'{file}' has {there} rows of seed {seed} (replicate {replicate}), where the "
+                    f"finished run wrote {wanted}; {len(rows)} of {wanted * len(config['seeds'])} "
+                    f"in all. {_RESTORE}"
+                )
+    except ValueError as error:
+        raise ValueError(
+            f"{error} The command that made '{file.parent}' replaces it with --overwrite; "
+            "`lottery-ticket repeat` does the same elsewhere."
+        ) from error
 
 
 def read_run(folder: Path) -> Run:
     """Read a run folder, finished or not.
 
     Raises:
-        ValueError: it is no run folder, or a file of it is not what a run writes.
+        ValueError: it is no run folder, a file of it is not what a run writes, or it says that the
+            run is finished and does not have all of its results.
 
     Warns:
         UserWarning: its results end in the middle of a line, which is left out.
     """
     if not is_run(folder):
         raise ValueError(f"'{folder}' is no run folder: it lacks {CONFIG_FILE} or {RESULTS_FILE}.")
-    try:
-        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-        rows = read_table(folder / RESULTS_FILE)
-    # Of decoding, of JSON and of pandas' parser: all of them are the first.
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"'{folder}' cannot be read as a run: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"'{folder / CONFIG_FILE}' holds no options. Received: {config!r}")
+    config = read_json(folder / CONFIG_FILE)
+    if config is None:
+        raise ValueError(
+            f"'{folder}' cannot be read as a run: its {CONFIG_FILE} "
+            f"{reason(folder / CONFIG_FILE)}. {_RESTORE}"
+        )
+    seeds = config.get("seeds") or []
+    if not isinstance(seeds, list) or not all(isinstance(seed, int) for seed in seeds):
+        raise ValueError(f"'{folder / CONFIG_FILE}' holds no seeds. Received: {seeds!r}")
+    if config.get("finished"):
+        check_results(folder / RESULTS_FILE, config | {"seeds": seeds})
+    rows = read_table(folder / RESULTS_FILE)
     place = "epoch" if "epoch" in rows else "sparsity"
     missing = [name for name in ("replicate", place, "test_accuracy") if name not in rows]
     if missing:
         raise ValueError(
             f"'{folder / RESULTS_FILE}' lacks the columns {missing}. It has: {list(rows)}"
         )
-    for name in {"replicate", "round", "sparsity", "test_accuracy"} & set(rows):
-        if len(rows) and not pd.api.types.is_numeric_dtype(rows[name]):
-            raise ValueError(
-                f"'{folder / RESULTS_FILE}' holds something that is no number in column '{name}'."
-            )
     if not (folder / RESULTS_FILE).read_bytes().endswith(b"\n"):
         warnings.warn(
             f"'{folder / RESULTS_FILE}' ends in the middle of a line, which is left out. The "
             "command that made the folder writes it whole.",
             stacklevel=2,
         )
-    seeds = config.get("seeds") or []
-    if not isinstance(seeds, list) or not all(isinstance(seed, int) for seed in seeds):
-        raise ValueError(f"'{folder / CONFIG_FILE}' holds no seeds. Received: {seeds!r}")
     if not np.isfinite(rows["replicate"].astype(float)).all():
         raise ValueError(f"'{folder / RESULTS_FILE}' lacks numbers in column 'replicate'.")
     numbers = rows["replicate"].astype(int)

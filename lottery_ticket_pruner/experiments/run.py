@@ -3,7 +3,6 @@
 import contextlib
 import shutil
 import tempfile
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -21,16 +20,6 @@ from masked_layers.serving import export_sparse_saved_model
 
 if TYPE_CHECKING:
     from lottery_ticket_pruner.experiments.supermask import SupermaskConfig
-
-_WRITTEN = (
-    "accuracy.png",
-    "results.csv",
-    "ticket.keras",
-    "ticket-[0-9]*.keras",
-    "logs/*/events.out.tfevents.*",
-    "rounds/*/*",
-)
-
 
 _Config = TypeVar("_Config", "RunConfig", "SupermaskConfig")
 
@@ -63,34 +52,26 @@ def run(config: RunConfig, data: datasets.Dataset, console: Console | None = Non
         OSError: it cannot be written, or is removed meanwhile.
     """
     console = console or Console(quiet=config.quiet)
-    with RunFolder("run", config, data) as folder:
-        if folder.is_finished:
-            console.print(folder.describe(), highlight=False, markup=False)
-            rows = report.read_rows(folder.final / "results.csv")
-            console.print(report.summary_table(rows))
-        else:
-            _carry_out(config, data, folder, console)
-    return folder.final
+    return RunFolder("run", config, data).carry_out(
+        lambda folder: _carry_out(config, data, folder, console),
+        lambda rows: console.print(report.summary_table(rows)),
+        console,
+    )
 
 
 def _carry_out(
     config: RunConfig, data: datasets.Dataset, folder: RunFolder, console: Console
 ) -> None:
-    started = time.perf_counter()
     if config.deterministic:
         make_deterministic()
     model = compiled(config, data, config.seeds[0])
     model = ml.convert_to_masked(model)
-    shutil.rmtree(folder.path / "served" / "1", ignore_errors=True)
-    folder.begin(_WRITTEN, keep=["rounds/*/*"])
-    console.print(
+    folder.begin(
         f"{config.data}: {len(data.x_train)} training, {len(data.x_validation)} validation, "
         f"{len(data.x_test)} test images\n"
         f"{config.network}: {ml.sparsity_report(model).size} weights; {config.steps} steps of "
-        f"{config.batch_size} per run, {_runs(config)} runs per seed; {keras.backend.backend()}\n"
-        f"{folder.describe()}",
-        highlight=False,
-        markup=False,
+        f"{config.batch_size} per run, {_runs(config)} runs per seed; {keras.backend.backend()}",
+        keep=["rounds/*/*"],
     )
     rows: list[dict[str, Any]] = []
     with (
@@ -119,19 +100,14 @@ def _carry_out(
             suffix = f"-{replicate}" if replicate else ""
             save(found.ticket, folder.path / f"ticket{suffix}.keras")
             if not suffix:
-                _export(found.ticket, folder.path / "served" / "1", console)
+                _export(found.ticket, folder, console)
     picture = report.accuracy_picture(rows, f"{config.data}, {config.network}, {config.strategy}")
     picture.savefig(folder.path / "accuracy.png", dpi=150)
-    folder.finish()
-    console.print(report.summary_table(rows))
-    seconds = time.perf_counter() - started
-    console.print(f"{seconds:.0f} s. Results in {folder.final}", highlight=False)
 
 
 def _runs(config: RunConfig) -> int:
     """How often a seed trains: dense, and the ticket and its controls in every round."""
-    with_controls = len(config.control_rounds) or config.rounds
-    return 1 + config.rounds + with_controls * len(config.controls)
+    return results.rows_per_seed(config.to_dict() | {"command": "run"})
 
 
 def make_deterministic() -> None:
@@ -156,15 +132,17 @@ def save(ticket: keras.Model, path: Path) -> None:
             shutil.copyfileobj(stored, whole)
 
 
-def _export(ticket: keras.Model, path: Path, console: Console) -> None:
+def _export(ticket: keras.Model, folder: RunFolder, console: Console) -> None:
     """Write the ticket as TensorFlow Serving takes it: a folder per version."""
+    place = Path("served", "1")
     try:
-        stored = export_sparse_saved_model(ticket, path)
+        stored = export_sparse_saved_model(ticket, folder.path / place)
     except (ArithmeticError, ImportError, OSError, RuntimeError, ValueError) as error:
         # The results do not depend on it.
         console.print(f"No SavedModel: {error}", markup=False, highlight=False)
     else:
-        console.print(f"{path}: {stored.disk_nbytes:,} bytes", markup=False, highlight=False)
+        text = f"{folder.final / place}: {stored.disk_nbytes:,} bytes"
+        console.print(text, markup=False, highlight=False)
 
 
 def compiled(config: RunConfig, data: datasets.Dataset, seed: int) -> keras.Model:

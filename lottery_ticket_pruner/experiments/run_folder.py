@@ -6,12 +6,14 @@ import importlib
 import json
 import os
 import shutil
+import time
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import keras
+from rich.console import Console
 
 import lottery_ticket_pruner
 from lottery_ticket_pruner.experiments import networks
@@ -24,7 +26,17 @@ from lottery_ticket_pruner.experiments.results import (
     ORIGIN,
     RESULTS_FILE,
     SWEEP_FILE,
+    check_results,
     complete_lines,
+    read_json,
+    read_rows,
+    reason,
+)
+from lottery_ticket_pruner.experiments.written import (
+    EARLIER_STATE,
+    REPLACED,
+    move_others,
+    results_in,
 )
 from lottery_ticket_pruner.fingerprints import UnidentifiedError, digest
 from lottery_ticket_pruner.folders import FolderLock
@@ -39,29 +51,19 @@ if TYPE_CHECKING:
 
 _Kind = TypeVar("_Kind")
 
-# Marks a folder that another one is about to replace, or has replaced.
-_REPLACED = ".replaced"
+# Files of a user's that a message names.
+_SHOWN = 5
 # What folders had before they said so themselves: an option of the command, its last file.
 _SIGNS = {
     "run": ("rounds", "accuracy.png"),
     "supermask": ("learn", "curves-1.png"),
     "instability": ("points", "instability.png"),
 }
-_EARLIER_STATE = "state.json"
 # From these an interrupted run goes on.
 _STATES = tuple(f"rounds/*/{name}" for name in ("state.json", "pruner-*.npz", "model-*.npz"))
 
 
 # --- What a folder says ---------------------------------------------------------------------------
-
-
-def read_json(file: Path) -> Any:
-    """The content of a file; None where there is none that can be read."""
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    return values if isinstance(values, dict) else None
 
 
 def write_json(file: Path, values: Mapping[str, Any]) -> None:
@@ -86,12 +88,12 @@ def is_finished(folder: Path, command: str | None = None) -> bool:
         command: What wrote it, if it does not say so.
     """
     config = read_json(folder / CONFIG_FILE)
-    if not isinstance(config, dict) or not (folder / RESULTS_FILE).is_file():
+    if config is None:
         return False
     if "finished" in config:
         return bool(config["finished"])
     _, last_file = _SIGNS.get(command_of(config) or command, ("", "?"))
-    return (folder / last_file).is_file()
+    return (folder / RESULTS_FILE).is_file() and (folder / last_file).is_file()
 
 
 def restored(kind: type[_Kind], values: Mapping[str, Any]) -> _Kind:
@@ -150,8 +152,10 @@ class Workplace:
         folder: Where the results are to be in the end.
 
     Attributes:
-        final: That folder.
+        final: That folder; behind a link, the one that this leads to.
         path: Where to write: `final`, or after `replace` a folder beside it.
+        moved: A user's own files that came along from folders that were replaced, as paths from
+            `final`.
 
     Raises:
         FolderInUseError: Another process writes in it.
@@ -159,25 +163,22 @@ class Workplace:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.final = self.path = folder
+        self.final = self.path = folder.resolve() if folder.is_symlink() else folder
+        self.moved: list[Path] = []
         self._locks = contextlib.ExitStack()
         self._lock: FolderLock | None = None
 
     def __enter__(self) -> Self:
-        final, beside = self.final, self._beside
-        old = beside.with_name(f"{beside.name}.old")
-        if not final.exists() and old.is_dir():
-            # Killed between the two steps of `replace_folder`, where the system needs two.
-            os.rename(beside if beside.is_dir() else old, final)
         try:
-            self._lock = self._locks.enter_context(FolderLock(final))
-            for left in (beside, old):
-                if (left / _REPLACED).exists():
-                    shutil.rmtree(left)
-            if (final / _REPLACED).exists() and beside.is_dir():
+            self._bring_back()
+            self._lock = self._locks.enter_context(FolderLock(self.final))
+            for left in (self._beside, self._moved_away):
+                if (left / REPLACED).exists():
+                    self._discard(left)
+            if (self.final / REPLACED).exists() and self._beside.is_dir():
                 self._exchange()  # The lock goes with what was there.
-                self._lock = self._locks.enter_context(FolderLock(final))
-            (final / _REPLACED).unlink(missing_ok=True)
+                self._lock = self._locks.enter_context(FolderLock(self.final))
+            (self.final / REPLACED).unlink(missing_ok=True)
             self._open()
         except BaseException:
             self._locks.close()
@@ -205,26 +206,67 @@ class Workplace:
         self._lock = self._locks.enter_context(FolderLock(self.path))
 
     def complete(self) -> None:
-        """Puts what was written in its place; what was there before is gone then."""
+        """Puts what was written in its place; of what was there, a user's own files stay."""
         if self.path != self.final:
             self._exchange()
             self.path = self.final
             self._lock.moved(self.final)
+
+    def describe_moved(self) -> str:
+        """Names the files of `moved`; empty where there are none."""
+        names = [str(name) for name in self.moved[:_SHOWN]]
+        more = len(self.moved) - len(names)
+        names += [f"{more} more"] if more else []
+        return f"Kept of what was there: {', '.join(names)}" if names else ""
 
     @property
     def _beside(self) -> Path:
         folder = self.final if self.final.name else self.final.resolve()
         return folder.with_name(f".{folder.name}.new")
 
+    @property
+    def _moved_away(self) -> Path:
+        """Where `replace_folder` puts the folder meanwhile, where the system needs two steps."""
+        return self._beside.with_name(f"{self._beside.name}.old")
+
     def _open(self) -> None:
         """Prepares the folder, under the lock."""
+
+    def _bring_back(self) -> None:
+        """Ends the two steps of `replace_folder`, if a process was killed between them."""
+        old, beside = self._moved_away, self._beside
+        if self.final.exists() or not old.is_dir():
+            return
+        with contextlib.ExitStack() as locks:
+            for folder in (old, beside):  # Both are locked where that process is alive.
+                if folder.is_dir():
+                    locks.enter_context(FolderLock(folder))
+            if os.name == "nt":  # Nothing moves there that is open.
+                locks.close()
+            if not self.final.exists():
+                os.rename(beside if beside.is_dir() else old, self.final)
 
     def _exchange(self) -> None:
         if os.name == "nt":  # Nothing moves there that is open.
             self._locks.close()
-        (self.final / _REPLACED).touch()
+        (self.final / REPLACED).touch()
         replace_folder(self._beside, self.final)
-        shutil.rmtree(self._beside, ignore_errors=True)
+        self._discard(self._beside)
+
+    def _discard(self, left: Path) -> None:
+        """Removes a folder that the final one has replaced, but for a user's own files."""
+        stored = read_json(left / CONFIG_FILE)
+        command = "sweep" if (left / SWEEP_FILE).is_file() else command_of(stored)
+        self.moved += move_others(left, self.final, command)
+        # What says what the folder is goes last, or what a kill leaves would pass for a new run.
+        last = ("", CONFIG_FILE, SWEEP_FILE, REPLACED)
+        inside = sorted(
+            left.iterdir(), key=lambda path: last.index(path.name) if path.name in last else 0
+        )
+        with contextlib.suppress(OSError):  # What cannot be removed now is by the next one.
+            for path in inside:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            left.rmdir()
 
 
 # --- Folders of runs ------------------------------------------------------------------------------
@@ -267,10 +309,43 @@ class RunFolder(Workplace):
             origin[CODE] = "not to be identified"
         self._values = json.loads(json.dumps(config.to_dict() | origin))
         self.is_finished = self.is_interrupted = False
-        self._replaces_another = False
+        self._console = Console(quiet=True)
+
+    def carry_out(
+        self,
+        work: Callable[[Self], None],
+        show: Callable[[list[dict[str, Any]]], None],
+        console: Console,
+    ) -> Path:
+        """Does the work of the run, if it is not finished, and shows what came out.
+
+        Args:
+            work: Is called in the locked folder; it begins the run with `begin` and leaves the
+                rows of the results in `results.csv`.
+            show: Prints these rows.
+            console: Where to print.
+
+        Returns:
+            The folder.
+        """
+        self._console = console
+        started = None
+        with self:
+            if self.is_finished:
+                self._print(self.describe())
+            else:
+                started = time.perf_counter()
+                work(self)
+                self.finish()
+            show(read_rows(self.final / RESULTS_FILE))
+        if self.moved:
+            self._print(self.describe_moved())
+        if started is not None:
+            self._print(f"{time.perf_counter() - started:.0f} s. Results in {self.final}")
+        return self.final
 
     def describe(self) -> str:
-        """Decides where results go and what becomes of those that are there."""
+        """Says where results go and what becomes of those that are there."""
         if self.is_finished:
             return (
                 f"The run in {self.final} is finished and stays as it is. --overwrite does it once "
@@ -282,19 +357,21 @@ class RunFolder(Workplace):
             return f"Replacing the earlier run in {self.final} when this one is finished"
         return f"Results go to {self.final}"
 
-    def begin(self, patterns: Sequence[str], keep: Sequence[str] = ()) -> None:
+    def begin(self, heading: str, keep: Sequence[str] = ()) -> None:
         """Writes the configuration; from here on the results in the folder are of this run.
 
+        What is left of an earlier run is removed.
+
         Args:
-            patterns: What a run writes: all that is left of an earlier one is removed.
+            heading: What is printed above where the results go.
             keep: Patterns of what an interrupted run goes on from.
         """
         kept = {file for pattern in keep for file in self.path.glob(pattern)}
-        for pattern in (*patterns, _EARLIER_STATE):
-            for file in self.path.glob(pattern):
-                if not (self.is_interrupted and file in kept):
-                    file.unlink()
+        for file in results_in(self.path, self._command):
+            if not (self.is_interrupted and file in kept):
+                file.unlink()
         self._write(finished=False)
+        self._print(f"{heading}\n{self.describe()}")
 
     def finish(self) -> None:
         """Says that the run is finished, and puts it in its place.
@@ -309,6 +386,9 @@ class RunFolder(Workplace):
                 file.unlink()
         self.complete()
 
+    def _print(self, text: str) -> None:
+        self._console.print(text, highlight=False, markup=False)
+
     def _write(self, *, finished: bool) -> None:
         facts = dict(zip(FACTS, (self._command, finished, versions()), strict=True))
         write_json(self.path / CONFIG_FILE, self._values | facts)
@@ -319,9 +399,15 @@ class RunFolder(Workplace):
             self.replace()
             differing = self._look()
             if self.is_finished:  # And was killed before it took its place.
+                self._check_results()
                 self.complete()
         elif differing:
             raise ValueError(self._refusal(differing))
+        elif self.is_finished:
+            self._check_results()
+
+    def _check_results(self) -> None:
+        check_results(self.path / RESULTS_FILE, self._values | {"command": self._command})
 
     def _look(self) -> dict[str, tuple[Any, Any]]:
         """Finds out what is in the folder; returns what makes it another run, (there, here)."""
@@ -334,25 +420,37 @@ class RunFolder(Workplace):
                 f"'{self.path}' holds the results of `lottery-ticket {there}`. Give --out another "
                 "folder, or delete this one."
             )
-        if not self._has_results():
+        finished = is_finished(self.path, self._command)
+        if not finished and not self._has_results():
+            self._check_that_nothing_is_lost()
             return {}
         differing = self._differing(stored)
         if not differing:
-            self.is_finished = is_finished(self.path, self._command)
-            self.is_interrupted = not self.is_finished
+            self.is_finished, self.is_interrupted = finished, not finished
         return differing
 
     def _has_results(self) -> bool:
         lines = complete_lines(self.path / RESULTS_FILE)
         return len(lines) > 1 or any(self.path.glob("rounds/*/state.json"))
 
+    def _check_that_nothing_is_lost(self) -> None:
+        """Refuses files with the names of results in a folder that was never one of a run."""
+        if (self.path / CONFIG_FILE).exists():
+            return
+        if files := results_in(self.path, self._command):
+            names = ", ".join(str(file.relative_to(self.path)) for file in files[:_SHOWN])
+            raise ValueError(
+                f"'{self.path}' holds no {CONFIG_FILE} of a run, but {names}, which a run would "
+                "replace. Give --out another folder, or move what is there."
+            )
+
     def _differing(self, stored: Any) -> dict[str, tuple[Any, Any]]:
-        if not isinstance(stored, dict):
-            return {CONFIG_FILE: ("not readable", "the options of this run")}
+        if stored is None:
+            return {CONFIG_FILE: (None, None)}
         with contextlib.suppress(TypeError, ValueError):  # It has options that are unknown here.
             complete = restored(type(self._config), stored).resolve(self._images).to_dict()
             stored = json.loads(json.dumps(complete)) | stored
-        earlier = read_json(self.path / _EARLIER_STATE)
+        earlier = read_json(self.path / EARLIER_STATE)
         if isinstance(earlier, dict) and "masks" in earlier:
             stored = {"masks_digest": earlier["masks"]} | stored
         there = {k: v for k, v in choices(stored).items() if k not in FACTS}
@@ -367,7 +465,10 @@ class RunFolder(Workplace):
 
     def _refusal(self, differing: Mapping[str, tuple[Any, Any]]) -> str:
         state = "a finished" if is_finished(self.path, self._command) else "an interrupted"
-        if differing.keys() <= {*ORIGIN, CODE, "masks_digest"}:
+        if CONFIG_FILE in differing:
+            why = reason(self.path / CONFIG_FILE)
+            what = f"results, but of which options cannot be told: its {CONFIG_FILE} {why}"
+        elif differing.keys() <= {*ORIGIN, CODE, "masks_digest"}:
             was = ", ".join(f"{name} {there}" for name, (there, _) in differing.items())
             what = f"{state} run of the same options with another {' and '.join(differing)} ({was})"
             if self._unidentified:

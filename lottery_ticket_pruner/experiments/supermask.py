@@ -6,7 +6,6 @@ import hashlib
 import itertools
 import json
 import math
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,7 +19,7 @@ from rich.console import Console
 
 import masked_layers as ml
 from lottery_ticket_pruner import criteria, training
-from lottery_ticket_pruner.experiments import datasets, networks, progress, report
+from lottery_ticket_pruner.experiments import datasets, networks, progress, report, results
 from lottery_ticket_pruner.experiments.config import RunConfig, choices
 from lottery_ticket_pruner.experiments.options import (
     NO_HINT,
@@ -42,7 +41,6 @@ CRITERIA = tuple(
     if criteria.get(name).needs <= {"initial", "final"} and criteria.get(name).scope is None
 )
 _SPARSITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
-_WRITTEN = ("curves-*.png", "heat-map.png", "results.csv", "supermask-*.keras")
 _LEARNING_STEPS = 20_000
 _LEARNING_BATCH = 250
 _SAMPLES = 10
@@ -193,30 +191,24 @@ def run(config: SupermaskConfig, data: datasets.Dataset, console: Console | None
         OSError: it cannot be written, or is removed meanwhile.
     """
     console = console or Console(quiet=config.quiet)
-    with RunFolder("supermask", config, data) as folder:
-        if folder.is_finished:
-            console.print(folder.describe(), highlight=False, markup=False)
-            _show(config, _table(config, report.read_rows(folder.final / "results.csv")), console)
-        else:
-            _carry_out(config, data, folder, console)
-    return folder.final
+    return RunFolder("supermask", config, data).carry_out(
+        lambda folder: _carry_out(config, data, folder, console),
+        lambda rows: _show(config, _table(config, rows), console),
+        console,
+    )
 
 
 def _carry_out(
     config: SupermaskConfig, data: datasets.Dataset, folder: RunFolder, console: Console
 ) -> None:
-    started = time.perf_counter()
     if config.deterministic:
         make_deterministic()
-    file = folder.path / "results.csv"
-    rows = _whole(config, report.read_rows(file)) if folder.is_interrupted else []
-    folder.begin(_WRITTEN, keep=["results.csv", "supermask-*.keras"])
-    console.print(
+    file = folder.path / results.RESULTS_FILE
+    rows = _whole(config, results.read_rows(file)) if folder.is_interrupted else []
+    folder.begin(
         f"{config.data}, {config.network}, {config.learn or 'untrained'} masks; "
-        f"{keras.backend.backend()}\n"
-        f"{folder.describe()}",
-        highlight=False,
-        markup=False,
+        f"{keras.backend.backend()}",
+        keep=[results.RESULTS_FILE, "supermask-*.keras"],
     )
     done = {row["replicate"] for row in rows}
     one_seed = _learned if config.learn else _untrained
@@ -240,19 +232,11 @@ def _carry_out(
         picture = report.picture(lines, x_label=label)
         picture.suptitle(title, fontsize=10)
         picture.savefig(folder.path / f"curves-{number}.png", dpi=150)
-    folder.finish()
-    _show(config, table, console)
-    seconds = time.perf_counter() - started
-    console.print(f"{seconds:.0f} s. Results in {folder.final}", highlight=False)
 
 
 def _whole(config: SupermaskConfig, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows of the seeds that have all of theirs."""
-    if config.learn:
-        wanted = len(_cells(config))
-    else:
-        options = (config.criteria, config.sparsities, config.weights, config.dwr)
-        wanted = math.prod(map(len, options))
+    wanted = results.rows_per_seed(config.to_dict() | {"command": "supermask"})
     found = collections.Counter(row["replicate"] for row in rows)
     return [row for row in rows if found[row["replicate"]] == wanted]
 

@@ -32,7 +32,6 @@ from lottery_ticket_pruner.experiments.parent import PARENT
 from lottery_ticket_pruner.experiments.run_folder import (
     Workplace,
     is_finished,
-    read_json,
     versions,
     write_json,
 )
@@ -44,6 +43,7 @@ _Over = Annotated[
     tyro.conf.UseAppendAction,
     tyro.conf.arg(metavar="OPTION=VALUE,VALUE", help_behavior_hint="(repeatable)"),
 ]
+_LOG_FILE = "output.log"
 _COMMAND = (sys.executable, "-m", "lottery_ticket_pruner.cli")
 # What the numerical libraries read where they make their pools of threads.
 _THREADS = (
@@ -242,7 +242,7 @@ def sweep(
             children = [_moved(child, place.path) for child in children]
             # An interrupted one of other options left runs there, which are not to come along.
             for left in set(place.path.iterdir()) - {child.config.folder for child in children}:
-                if left.is_dir():
+                if (left / _LOG_FILE).is_file():
                     shutil.rmtree(left)
             if _is_finished(config, place.path):  # And was killed before it took its place.
                 place.complete()
@@ -253,7 +253,7 @@ def sweep(
 def _is_replaced(config: SweepConfig | SupermaskSweepConfig, children: Sequence[Child]) -> bool:
     """Returns whether the sweep in the folder is another one, or finished."""
     folder = children[0].config.folder.parent
-    stored = read_json(folder / results.SWEEP_FILE)
+    stored = _stored(folder)
     if not stored:
         return False
     finished = stored.get("finished", all(child.is_finished for child in children))
@@ -261,9 +261,21 @@ def _is_replaced(config: SweepConfig | SupermaskSweepConfig, children: Sequence[
 
 
 def _is_finished(config: SweepConfig | SupermaskSweepConfig, folder: Path) -> bool:
-    stored = read_json(folder / results.SWEEP_FILE) or {}
+    stored = _stored(folder)
     same = _choices(stored) == _choices(config.to_dict())
     return same and stored.get("finished", False)
+
+
+def _stored(folder: Path) -> dict[str, Any]:
+    """The options of the sweep in a folder; empty where there is none."""
+    file = folder / results.SWEEP_FILE
+    stored = results.read_json(file)
+    if stored is None and file.is_file():
+        raise ValueError(
+            f"The sweep in '{folder}' cannot be told from others: its {file.name} "
+            f"{results.reason(file)}. Restore it from a copy, or give --out another folder."
+        )
+    return stored or {}
 
 
 def _choices(values: dict[str, Any]) -> dict[str, Any]:
@@ -287,6 +299,7 @@ def _carry_out(
 ) -> list[Failure]:
     started = time.perf_counter()
     folder = place.path
+    _check_finished(folder)
     todo = [child for child in children if not child.is_finished]
     origin = _origin(folder, children, anew=len(todo) == len(children))
     kind = _kind(config)
@@ -297,7 +310,7 @@ def _carry_out(
     pace = f"{jobs} at a time on {len(cores)} cores" if todo else "nothing left to run"
     console.print(
         f"{len(children)} runs, {len(children) - len(todo)} of them finished earlier; {pace}\n"
-        f"Results go to {folder}",
+        f"{_where(place)}",
         highlight=False,
         markup=False,
     )
@@ -316,8 +329,31 @@ def _carry_out(
         write_json(folder / results.SWEEP_FILE, config.to_dict() | origin | facts)
         place.complete()
     seconds = time.perf_counter() - started
-    console.print(f"{seconds:.0f} s. Results in {place.path}", highlight=False)
+    moved = f"{place.describe_moved()}\n" if place.moved else ""
+    text = f"{moved}{seconds:.0f} s. Results in {place.path}"
+    console.print(text, highlight=False, markup=False)
     return failures
+
+
+def _check_finished(folder: Path) -> None:
+    """Reads the finished runs in a sweep's folder before anything is done on top of them."""
+    for inside in sorted(folder.iterdir()):
+        if is_finished(inside):
+            try:
+                results.read_run(inside)
+            except ValueError as error:
+                raise ValueError(
+                    f"{error} Here, with '{inside}' deleted, the sweep does this run once more."
+                ) from error
+
+
+def _where(place: Workplace) -> str:
+    if place.path == place.final:
+        return f"Results go to {place.final}"
+    return (
+        f"Replacing the earlier sweep in {place.final} when all runs of this one are finished; "
+        f"until then they are in {place.path}"
+    )
 
 
 def _say_where(children: Sequence[Child], folder: Path) -> None:
@@ -334,8 +370,7 @@ def _origin(folder: Path, children: Sequence[Child], anew: bool) -> dict[str, An
         "backend": keras.backend.backend(),
         "digests": {child.config.data: child.data for child in children},
     }
-    file = folder / results.SWEEP_FILE
-    before = {} if anew else read_json(file) or {}
+    before = {} if anew else _stored(folder)
     digests = before.get("digests", {})
     other = [name for name, digest in now["digests"].items() if digests.get(name, digest) != digest]
     if other or before.get("backend", now["backend"]) != now["backend"]:
@@ -420,7 +455,7 @@ class _Pool:
 
     def _start(self, child: Child, environment: dict[str, str]) -> tuple[subprocess.Popen, Path]:
         child.config.folder.mkdir(parents=True, exist_ok=True)
-        log = child.config.folder / "output.log"
+        log = child.config.folder / _LOG_FILE
         with log.open("wb") as output:
             process = subprocess.Popen(
                 [*_COMMAND, *child.arguments],

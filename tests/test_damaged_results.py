@@ -1,0 +1,186 @@
+"""Results of finished runs that are cut or damaged: every command says so, and what to do."""
+
+import json
+import shutil
+
+import pandas as pd
+import pytest
+
+pytest.importorskip("tyro")
+
+from lottery_ticket_pruner import cli
+from lottery_ticket_pruner.experiments import results
+from lottery_ticket_pruner.experiments.config import RunConfig
+from lottery_ticket_pruner.experiments.instability import InstabilityConfig
+from lottery_ticket_pruner.experiments.supermask import SupermaskConfig
+
+pytestmark = pytest.mark.once
+
+DATA = """
+import numpy as np
+def load():
+    x = np.random.default_rng(0).normal(size=(60, 4))
+    return (x, x.argmax(-1)), (x[:9], x[:9].argmax(-1))
+"""
+COMMON = ("--data", "own.py:load", "--steps", "4", "--seeds", "7", "8", "--out", "out")
+COMMANDS = {
+    "run": ("run", *COMMON, "--rounds", "2", "--controls", "random_mask", "--control-rounds", "2"),
+    "supermask": (
+        *("supermask", *COMMON, "--criteria", "random", "large_final"),
+        *("--sparsities", "0.5", "0.9", "--weights", "initial", "--dwr", "False"),
+    ),
+    "instability": ("instability", *COMMON, "--rewind-to", "0", "2", "--points", "2"),
+}
+ROWS = {"run": 4, "supermask": 4, "instability": 2}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A folder with one of a finished run of each command."""
+    place = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        (place / "own.py").write_text(DATA)
+        for name, command in COMMANDS.items():
+            assert cli.main([*command, "--quiet"]) == 0
+            (place / "out").rename(place / name)
+    return place
+
+
+@pytest.fixture
+def place(tmp_path, finished, monkeypatch):
+    """The working directory; returns a function that puts a finished run into its folder `out`."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.py").write_text(DATA)
+    return lambda name: shutil.copytree(finished / name, tmp_path / "out")
+
+
+def without_end(lines):
+    return [*lines[:-1], lines[-1][:-9]]
+
+
+def only_half_a_line(lines):
+    return [lines[0], lines[1][:-9]]
+
+
+def without_last(lines):
+    return lines[:-1]
+
+
+def without_one_inside(lines):
+    return [*lines[:2], *lines[3:]]
+
+
+def twice(lines):
+    return [*lines, lines[-1]]
+
+
+def without_any(lines):
+    return []
+
+
+def a_word(lines):
+    *cells, _ = lines[2].split(b",")
+    return [*lines[:2], b",".join([*cells, b"abc\n"]), *lines[3:]]
+
+
+def a_value_less(lines):
+    return [*lines[:2], lines[2].partition(b",")[2], *lines[3:]]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (without_end, "line {last}: it ends in the middle"),
+        (only_half_a_line, "line 2: it ends in the middle"),
+        (without_last, "has {less} rows of seed 8 (replicate 1), where the finished run wrote {n}"),
+        (without_one_inside, "has {less} rows of seed 7 (replicate 0)"),
+        (twice, "has {more} rows of seed 8 (replicate 1), where the finished run wrote {n}"),
+        (without_any, "no whole line"),
+        (a_word, "line 3: expected a number in column '{column}'. Received: 'abc'"),
+        (a_value_less, "line 3: expected {width} values, one for each column. Received"),
+        (None, "is missing, with the results of a finished run"),
+    ],
+)
+def test_damage_is_said_and_nothing_is_done(place, capsys, name, damage, message):
+    folder = place(name)
+    file = folder / "results.csv"
+    lines = file.read_bytes().splitlines(keepends=True)
+    if damage is None:
+        file.unlink()
+    else:
+        file.write_bytes(b"".join(damage(lines)))
+    wanted = ROWS[name]
+    heading = lines[0].decode().strip().split(",")
+    message = message.format(
+        last=len(lines), less=wanted - 1, more=wanted + 1, n=wanted, column=heading[-1],
+        width=len(heading),
+    )  # fmt: skip
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    for command in (COMMANDS[name], ("report", "out"), ("report", "."), ("repeat", "out")):
+        if command[0] == "repeat":  # The folder that it writes in is one like any other.
+            command = (*command, "--out", "out")
+        assert cli.main([*command, "--quiet"]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("lottery-ticket: 'out/results.csv'")
+        assert message in error
+        assert "Restore it from a copy" in error
+        assert "--overwrite" in error
+        assert error.count("\n") == 1
+    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def test_overwrite_is_the_remedy_that_the_message_names(place):
+    folder = place("instability")
+    (folder / "results.csv").write_text("replicate\n0")
+    assert cli.main([*COMMANDS["instability"], "--quiet", "--overwrite"]) == 0
+    assert len(pd.read_csv(folder / "results.csv")) == 2 * ROWS["instability"]
+    assert cli.main([*COMMANDS["instability"], "--quiet"]) == 0
+
+
+def test_a_configuration_that_is_cut_is_said_to_be(place, capsys):
+    folder = place("instability")
+    content = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(content[: len(content) // 2])
+    for command in (COMMANDS["instability"], ("report", "out"), ("repeat", "out")):
+        assert cli.main([*command, "--quiet"]) == 2
+        error = capsys.readouterr().err
+        assert "config.json" in error
+        assert "is cut short or damaged (" in error
+        assert "other options" not in error
+        assert error.count("\n") == 1
+
+
+def test_damaged_tickets_are_said_to_be_left_out(place, capsys):
+    folder = place("run")
+    ticket = folder / "ticket.keras"
+    ticket.write_bytes(ticket.read_bytes()[:-99])
+    with pytest.warns(UserWarning, match=r"left out\. 'out/ticket\.keras' .* cut short.*Restore"):
+        assert cli.main(["report", "out", "--quiet"]) == 0
+    text = (folder / "report" / "tables.md").read_text()
+    assert "Not loaded: 'out/ticket.keras' exists, but is no '.keras' file or was cut" in text
+    assert "Not loaded: " in (folder / "report" / "report.html").read_text()
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("command", "config", "rows"),
+    [
+        ("run", RunConfig(rounds=3), 1 + 3 + 2 * 3),
+        ("run", RunConfig(rounds=3, controls=()), 1 + 3),
+        ("run", RunConfig(rounds=3, control_rounds=(1, 3)), 1 + 3 + 2 * 2),
+        ("supermask", SupermaskConfig(), 13 * 11 * 2 * 2),
+        ("supermask", SupermaskConfig(learn="bernoulli"), 2 * 2),
+        ("supermask", SupermaskConfig(learn="edge_popup", sparsities=(0.5, 0.9)), 2 * 2 * 2),
+        ("instability", InstabilityConfig(), 7),
+    ],
+)
+def test_how_many_rows_there_are_follows_from_the_options(command, config, rows):
+    stored = json.loads(json.dumps(config.resolve(600).to_dict())) | {"command": command}
+    assert results.rows_per_seed(stored) == rows
+
+
+@pytest.mark.parametrize("config", [{}, {"command": "run"}, {"command": "run", "rounds": "x"}])
+def test_of_other_options_nothing_follows(config):
+    assert results.rows_per_seed(config) is None
