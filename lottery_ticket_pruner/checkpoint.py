@@ -122,8 +122,9 @@ class Checkpoint:
             LotteryTicketPruner(model).reset_masks()
             ml.set_masks(model, before)
             raise ValueError(
-                f"The state after round {number} in {self._folder} cannot be read: {error}. "
-                "Choose another folder, or delete this one to start over."
+                f"The state after round {number} in '{self._folder}' cannot be read: "
+                f"{str(error).rstrip('.')}. Without one, choose another folder, or delete this "
+                "one to start over."
             ) from error
         for name, variable in variables.items():
             variable.assign(values[name])
@@ -143,7 +144,12 @@ class Checkpoint:
                 raise ValueError(f"round {number!r} is not the last one of its rows")
             arguments = dict(arguments)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{self._state} is not the state of a search: {error!r}") from error
+            reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error).rstrip(".")
+            raise ValueError(
+                f"'{self._state}' is not the state of a search, or is cut short or damaged: "
+                f"{reason}. Restore it from a copy, or choose another folder, or delete this one "
+                "to start over."
+            ) from error
         here = {
             name: value
             for name, value in self._arguments.items()

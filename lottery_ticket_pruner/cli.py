@@ -3,8 +3,9 @@
 import importlib.util
 import shlex
 import sys
+import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lottery_ticket_pruner.experiments.parent import end_with_parent
 
@@ -21,6 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: of the command line; None: the process's own.
     """
+    format_before = warnings.formatwarning
+    warnings.formatwarning = _formatted
     try:
         return _main(arguments)
     except KeyboardInterrupt as error:
@@ -30,6 +33,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
             words.append(f"The same command goes on: {shlex.join(['lottery-ticket', *given])}")
         print(" ".join(words), file=sys.stderr)
         return 130
+    finally:
+        warnings.formatwarning = format_before
+
+
+def _formatted(
+    message: Warning | str, category: type[Warning], *_: Any, line: str | None = None
+) -> str:
+    """A warning as users of a command read it: no line of ours says where it comes from."""
+    kind = "" if category is UserWarning else f"{category.__name__}: "
+    return f"lottery-ticket: warning: {kind}{message}\n"
+
+
+def _print_error(error: Exception) -> int:
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:  # Of the system: "[Errno 13] ...".
+        where = "" if error.filename is None else f"'{error.filename}': "
+        text = f"{where}{error.strerror.rstrip('.')}."
+    print(f"lottery-ticket: {text}", file=sys.stderr)
+    return 2
 
 
 def _main(arguments: Sequence[str] | None) -> int:
@@ -87,8 +109,7 @@ def _main(arguments: Sequence[str] | None) -> int:
             return 0
         run.run(*run.prepare(config))
     except (OSError, ValueError) as error:
-        print(f"lottery-ticket: {error}", file=sys.stderr)
-        return 2
+        return _print_error(error)
     return 0
 
 
@@ -104,8 +125,7 @@ def _print_report(config: "ExportConfig | InspectConfig") -> int:
     try:
         print(config.execute())
     except (ArithmeticError, ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
-        print(f"lottery-ticket: {error}", file=sys.stderr)
-        return 2
+        return _print_error(error)
     return 0
 
 

@@ -5,7 +5,8 @@ its way back, and which names are refused is the same for all of them. A name st
 a custom function is never taken for a registered one of the same name.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+import difflib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MethodType
 from typing import Any, Generic, TypeVar
 
@@ -13,6 +14,23 @@ T = TypeVar("T")
 
 # Under this package, what is built in is known to Keras (see `serialization`).
 PACKAGE = "lottery_ticket_pruner"
+
+
+class UnknownNameError(ValueError):
+    """A name that none of its kind has.
+
+    Args:
+        kind: What one of them is called, as in "criterion".
+        name: The name that was given.
+        known: Those that there are.
+        remedy: What to do where none of those is meant, as a sentence.
+    """
+
+    def __init__(self, kind: str, name: Any, known: Sequence[str], remedy: str = "") -> None:
+        close = difflib.get_close_matches(name, known, 1) if isinstance(name, str) else []
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        self.without_remedy = f"Unknown {kind} {name!r}.{hint} Known are: {', '.join(known)}."
+        super().__init__(f"{self.without_remedy} {remedy}".rstrip())
 
 
 class Registry(Generic[T]):
@@ -147,11 +165,13 @@ class Registry(Generic[T]):
         if short is not None:
             name, arguments = short[0], short[1] | arguments
         if not isinstance(name, str) or name not in self._values:
-            known = ", ".join(filter(None, [self._examples, *self]))
-            raise ValueError(
-                f"Unknown {self._kind} {name!r}. Known are: {known}. "
-                "Pass a custom function itself, or "
-                f"`{self._register}` it under this name. Received: {name!r}"
+            known = [*filter(None, self._examples.split(", ")), *self]
+            raise UnknownNameError(
+                self._kind,
+                name,
+                known,
+                f"Pass a custom function itself, or `{self._register}` it under this name. "
+                f"Received: {name!r}",
             )
         try:
             return self._make(self._values[name], arguments)

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import tyro
 
 from masked_layers import serving
-from masked_layers.serving.inspection import load_model
+from masked_layers.serving.inspection import how_to_save, load_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +58,7 @@ class InspectConfig:
 
 def _check_model(path: Path) -> None:
     if not path.is_file():
-        raise FileNotFoundError(f"There is no file '{path}'.")
+        received = f" Received: the folder '{path}'." if path.is_dir() else ""
+        raise FileNotFoundError(f"There is no file '{path}'.{received}")
     if path.suffix != ".keras":
-        raise ValueError(f"Expected a '.keras' file. Received: '{path}'")
+        raise ValueError(f"Expected a '.keras' file. Received: '{path}'. {how_to_save(path)}")

@@ -33,7 +33,13 @@ def read_npz(path: str | os.PathLike[str], *, limit: int | None = None) -> dict[
         OSError: If the file is missing or cannot be read.
         ValueError: If it is no such file, or is cut short or damaged; the message names it.
     """
-    with open(path, "rb") as file:
+    try:
+        file = open(path, "rb")  # noqa: SIM115
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"There is no file '{path}'.") from error
+    except IsADirectoryError as error:
+        raise IsADirectoryError(f"'{path}' is a folder. Expected an .npz file.") from error
+    with file:
         try:
             return _read(file, limit)
         # What `zipfile`, its decompressors and NumPy make of wrong bytes: a dozen exceptions.
@@ -41,7 +47,7 @@ def read_npz(path: str | os.PathLike[str], *, limit: int | None = None) -> dict[
             reason = str(error).rstrip(".") or type(error).__name__
             raise ValueError(
                 f"'{path}' is no .npz file, or is cut short or damaged: {reason}. Restore it from "
-                "where it was copied, or write it again."
+                "a copy."
             ) from error
 
 

@@ -398,8 +398,11 @@ def test_own_data_from_tensorflow_data_sets(own):
         ("tabel", r"no function 'tabel'.*It has: Noted, table, pictures, Batches, batches"),
         ("nothing", "no function 'nothing'"),
         ("one_hot", r"index of each example's class.*y.argmax\(-1\).*float64\(36, 3\)"),
-        ("four", r"\(\(x_train, y_train\), \(x_test, y_test\)\).*Received: tuple of 4: ndarray"),
-        ("weighted", r"pairs \(x, y\). Received one of 3 parts"),
+        (
+            "four",
+            r"\(\(x_train, y_train\), \(x_test, y_test\)\).*: a tuple of 4 \(ndarray of shape",
+        ),
+        ("weighted", r"must return \(\(x_train.* Received: a tuple of 2 \(a tuple of 3 \("),
         ("negative", r"class indices 0, 1, ... as y. Received: \[-1  0  1"),
         ("widths", r"of one shape and type.*float64\(2,\) and float64\(1,\)"),
         ("gaps", "finite numbers as x"),

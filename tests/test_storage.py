@@ -43,6 +43,21 @@ def test_export_and_inspect(saved, tmp_path, capsys):
     assert [line.split()[3] for line in lines if "/kernel" in line] == ["packed", "sparse"]
 
 
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="needs the TensorFlow backend")
+def test_what_lies_beside_a_saved_model_is_not_lost(saved, tmp_path, capsys):
+    command = ["export", str(saved), str(tmp_path / "out")]
+    assert cli.main(command) == 0
+    assert cli.main([*command, "--overwrite"]) == 0
+    before = (tmp_path / "out" / "saved_model.pb").stat().st_ino
+    for name in ("notes.txt", "assets.extra/tf_serving_warmup_requests"):
+        (tmp_path / "out" / name).write_text("mine")
+        assert cli.main([*command, "--overwrite"]) == 2
+        assert f"beside it {name}, which would be lost" in capsys.readouterr().err
+        assert (tmp_path / "out" / name).read_text() == "mine"
+        (tmp_path / "out" / name).unlink()
+    assert (tmp_path / "out" / "saved_model.pb").stat().st_ino == before
+
+
 @pytest.mark.skipif(keras.backend.backend() == "torch", reason="Keras cannot export there")
 def test_a_run_leaves_its_ticket_ready_to_serve(tmp_path, capsys):
     tf = pytest.importorskip("tensorflow")

@@ -1,11 +1,12 @@
 """One experiment as a typed configuration, which is also its command line and its folder's name."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,6 +21,7 @@ from lottery_ticket_pruner.experiments.options import (
     OptionalPath,
 )
 from lottery_ticket_pruner.fingerprints import names_with_code
+from lottery_ticket_pruner.registry import UnknownNameError
 from lottery_ticket_pruner.tickets import CONTROLS, RETRAINING, kept_under
 
 
@@ -153,9 +155,9 @@ decided by timing."""
             ValueError: contradicting options, unknown names, numbers out of their range.
         """
         recipe = self._recipe()
-        criterion = criteria.get(self.strategy)
-        kept_under(self.retraining, self.kept)
-        treatments.get_pruned(self.pruned)
+        criterion = _resolved("strategy", criteria.get, self.strategy)
+        _resolved("kept", functools.partial(kept_under, self.retraining), self.kept)
+        _resolved("pruned", treatments.get_pruned, self.pruned)
         rounds = _chosen(self.rounds, recipe.rounds)
         self._check_numbers(rounds)
         batch_size = _chosen(self.batch_size, recipe.batch_size)
@@ -215,13 +217,13 @@ decided by timing."""
     def _recipe(self) -> Recipe:
         own = datasets.is_own(self.data)
         if self.data not in datasets.NAMES and not own:
-            raise ValueError(f"Unknown data set {self.data!r}: {', '.join(datasets.NAMES)}.")
+            raise UnknownNameError("data set", self.data, datasets.NAMES)
         if self.data == "digits" and self.network in (None, _DIGITS.network):
             return _DIGITS
         cifar = "cifar10" in self.data and not own
         network = self.network or ("conv-2" if cifar else "lenet-300-100")
         if network not in _RECIPES:
-            raise ValueError(f"Unknown network {network!r}: {', '.join(networks.NAMES)}.")
+            raise UnknownNameError("network", network, networks.NAMES)
         return _RECIPES[network]
 
     def _check_numbers(self, rounds: int) -> None:
@@ -315,6 +317,17 @@ def code_of(values: Mapping[str, Any]) -> str:
 def _chosen(*values: Any) -> Any:
     """The first value that is given."""
     return next(value for value in values if value is not None)
+
+
+def _resolved(field: str, get: Callable[[Any], Any], name: Any) -> Any:
+    """What a name stands for; of an unknown one the error says what to give the option."""
+    try:
+        return get(name)
+    except UnknownNameError as error:
+        raise ValueError(
+            f"{_option(field)}: {error.without_remedy} One of your own has to be registered by "
+            "then, as in the module that --data names."
+        ) from error
 
 
 def _option(field: str) -> str:

@@ -11,6 +11,7 @@ from lottery_ticket_pruner.experiments import own, published
 from lottery_ticket_pruner.experiments.labelled import Arrays, checked
 from lottery_ticket_pruner.experiments.own import DatasetNotFoundError, UserCodeError
 from lottery_ticket_pruner.fingerprints import digest
+from lottery_ticket_pruner.registry import UnknownNameError
 
 __all__ = ["NAMES", "Dataset", "DatasetNotFoundError", "UserCodeError", "is_own", "label", "load"]
 
@@ -89,10 +90,12 @@ def load(name: str, data_dir: str | Path | None = None) -> Dataset:
         return _split(name, name, arrays, _held_out(arrays))
     if name not in NAMES:
         hint = " Name its function, too: " + f"{name}:FUNCTION." if name.endswith(".py") else ""
-        raise ValueError(
-            f"Unknown data set {name!r}. Expected one of: {', '.join(NAMES)}; or where to find a "
-            "function that loads your own, as module:function or path/to/file.py:function."
-            f"{hint}"
+        raise UnknownNameError(
+            "data set",
+            name,
+            NAMES,
+            "Or say where a function is that loads your own: module:function or "
+            f"path/to/file.py:function.{hint}",
         )
     if name == "digits":
         arrays = checked(name, _digits(), classes=_CLASSES)

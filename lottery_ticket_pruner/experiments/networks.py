@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import keras
 
 from lottery_ticket_pruner.augmentation import CropAndFlip
+from lottery_ticket_pruner.registry import UnknownNameError
 
 _CONV_WIDTHS = {"conv-2": (64,), "conv-4": (64, 128), "conv-6": (64, 128, 256)}
 _DENSE_WIDTHS = {"lenet-300-100": (300, 100)}
@@ -49,7 +50,7 @@ def build(
         ValueError: the name is unknown, or the images do not suit the network.
     """
     if name not in NAMES:
-        raise ValueError(f"Unknown network {name!r}. Expected one of: {', '.join(NAMES)}.")
+        raise UnknownNameError("network", name, NAMES)
     if has_convolutions(name) and (len(input_shape) != 3 or min(input_shape[:2]) < 8):
         raise ValueError(
             f"{name} needs images of at least 8 x 8 with channels; received {tuple(input_shape)}."

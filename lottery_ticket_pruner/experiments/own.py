@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import importlib.util
+import inspect
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from typing import Any
 import lottery_ticket_pruner
 from lottery_ticket_pruner.data import pair_of
 
+_SHOWN = 4
 _HERE = Path(lottery_ticket_pruner.__file__).resolve().parent
 
 
@@ -45,14 +47,16 @@ def arrays_of(name: str) -> tuple[Any, Any, Any, Any]:
     folder = (Path(source).parent if source.endswith(".py") else Path.cwd()).resolve()
     with _importing_from(folder):
         function = _function(name, folder)
+        _check_callable(name, function)
         with _named_errors(name, folder):
             returned = function()
         # Read while what it may still import can be found.
-        train, test = (_pair(name, folder, part) for part in _two_parts(name, returned))
+        parts = _two_parts(name, returned)
+        train, test = (_pair(name, folder, part, returned) for part in parts)
     return *train, *test
 
 
-def _pair(name: str, folder: Path, part: Any) -> tuple[Any, ...]:
+def _pair(name: str, folder: Path, part: Any, returned: Any) -> tuple[Any, ...]:
     """One part of what a function returned, as inputs and labels."""
     try:
         pair = pair_of(part)
@@ -60,9 +64,9 @@ def _pair(name: str, folder: Path, part: Any) -> tuple[Any, ...]:
         if isinstance(error, ValueError) and not _frames_in(folder, error):
             raise ValueError(f"{name}: {error}") from error  # What it returned is to blame.
         raise UserCodeError(_described(name, folder, error)) from error
-    if pair is None or len(pair) != 2:
-        received = "None" if pair is None else f"one of {len(pair)} parts"
-        raise ValueError(f"{name} must return pairs (x, y). Received {received}.")
+    # An array, or a data set of inputs alone, comes back with nothing beside it.
+    if pair is None or len(pair) != 2 or pair[1] is None:
+        raise _unexpected(name, returned)
     return pair
 
 
@@ -177,11 +181,36 @@ def _is_own_function(value: Any, module: Any) -> bool:
 
 def _two_parts(name: str, returned: Any) -> tuple[Any, Any]:
     if not isinstance(returned, tuple | list) or len(returned) != 2:
-        what = type(returned).__name__
-        if isinstance(returned, tuple | list):
-            what = f"{what} of {len(returned)}: {', '.join(type(p).__name__ for p in returned)}"
-        raise ValueError(
-            f"{name} must return ((x_train, y_train), (x_test, y_test)), or two data sets of "
-            f"batches (inputs, targets). Received: {what}."
-        )
+        raise _unexpected(name, returned)
     return tuple(returned)
+
+
+def _unexpected(name: str, returned: Any) -> ValueError:
+    return ValueError(
+        f"{name} must return ((x_train, y_train), (x_test, y_test)), or two data sets of "
+        f"batches (inputs, targets). Received: {_in_words(returned)}."
+    )
+
+
+def _in_words(value: Any, depth: int = 2) -> str:
+    """What a value is: its type, the shape of an array, the parts of a tuple or list."""
+    kind = type(value).__name__
+    if isinstance(value, tuple | list) and depth:
+        parts = [_in_words(part, depth - 1) for part in value[:_SHOWN]]
+        parts += ["..."] if len(value) > _SHOWN else []
+        return f"a {kind} of {len(value)} ({', '.join(parts)})"
+    shape = getattr(value, "shape", None)
+    return f"{kind} of shape {tuple(shape)}" if isinstance(shape, tuple) else kind
+
+
+def _check_callable(name: str, function: Callable[..., Any]) -> None:
+    """Raises ValueError where a function has to be given arguments."""
+    try:
+        inspect.signature(function).bind()
+    except TypeError as error:
+        raise ValueError(
+            f"{name} is called without arguments, and takes {inspect.signature(function)}: {error}."
+            " Give them defaults, or name a function that calls this one."
+        ) from error
+    except ValueError:  # Some functions in C do not tell.
+        return

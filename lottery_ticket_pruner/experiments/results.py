@@ -286,12 +286,15 @@ def read_run(folder: Path) -> Run:
     """Read a run folder, finished or not.
 
     Raises:
+        FileNotFoundError: there is no such folder.
         ValueError: it is no run folder, a file of it is not what a run writes, or it says that the
             run is finished and does not have all of its results.
 
     Warns:
         UserWarning: its results end in the middle of a line, which is left out.
     """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"There is no folder '{folder}'.")
     if not is_run(folder):
         raise ValueError(f"'{folder}' is no run folder: it lacks {CONFIG_FILE} or {RESULTS_FILE}.")
     config = read_json(folder / CONFIG_FILE)

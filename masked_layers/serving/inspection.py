@@ -43,7 +43,7 @@ def inspect(path: str | os.PathLike[str]) -> StorageReport:
     else:
         raise ValueError(
             f"'{path}' is neither a '.keras' file nor a SavedModel folder (one that holds a "
-            "'saved_model.pb')."
+            f"'saved_model.pb'). {how_to_save(path) if path.is_file() else ''}".rstrip()
         )
     rows = [
         StorageRow(
@@ -52,6 +52,21 @@ def inspect(path: str | os.PathLike[str]) -> StorageReport:
         for name, array in arrays.items()
     ]
     return StorageReport(tuple(rows), sum(row.nbytes for row in rows), files)
+
+
+def how_to_save(path: Path) -> str:
+    """Says how a `.keras` file is made from a model that lies in another one."""
+    of_weights = path.name.endswith(".weights.h5")
+    name = path.name.removesuffix(".weights.h5") if of_weights else path.stem
+    file = str(path.with_name(f"{name}.keras"))
+    if of_weights:
+        return f"Load these weights into their model, and save it with `model.save({file!r})`."
+    if path.suffix in (".h5", ".hdf5"):
+        return (
+            f"Save the model of this file in that format: `import keras, masked_layers; "
+            f"keras.models.load_model({str(path)!r}).save({file!r})`."
+        )
+    return "A model is saved as one with `model.save('NAME.keras')`."
 
 
 def load_model(path: Path) -> keras.Model:

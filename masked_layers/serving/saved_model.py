@@ -97,7 +97,7 @@ def export_sparse_saved_model(
         The report that also lies in the folder as `assets.extra/sparsity.json`.
 
     Raises:
-        FileExistsError: If something else than a SavedModel is at `path`.
+        FileExistsError: If something else than a SavedModel is at `path`, or beside it there.
         ImportError: If TensorFlow is missing.
         NotImplementedError: If Keras cannot trace a model into TensorFlow under this backend, or a
             call of the model changes a variable that is not its own.
@@ -612,6 +612,15 @@ def _check_replaceable(path: Path) -> None:
     if not path.is_dir() or (any(path.iterdir()) and not (path / "saved_model.pb").is_file()):
         raise FileExistsError(
             f"'{path}' exists and is no SavedModel folder. Remove it or choose another path."
+        )
+    others = [file.name for file in path.iterdir() if file.name not in _CONTENTS]
+    # Where TensorFlow has users put what goes along with a model, such as requests to warm it up.
+    extra = path / Path(FILE).parent
+    others += [f"{extra.name}/{file.name}" for file in extra.glob("*") if file != path / FILE]
+    if others:
+        raise FileExistsError(
+            f"'{path}' holds a SavedModel, and beside it {', '.join(sorted(others))}, which would "
+            "be lost. Move that, or choose another path."
         )
 
 

@@ -1,0 +1,246 @@
+"""What the command says of wrong names, files and folders: one line, with what to do."""
+
+import warnings
+
+import numpy as np
+import pytest
+
+pytest.importorskip("tyro")
+
+import keras
+
+import masked_layers as ml
+from lottery_ticket_pruner import LotteryTicketPruner, cli, criteria, find_ticket
+from lottery_ticket_pruner.folders import make_folder
+
+pytestmark = pytest.mark.once
+
+OWN = """
+import numpy as np
+def load():
+    x = np.random.default_rng(0).normal(size=(60, 4))
+    return (x, x.argmax(-1)), (x[:9], x[:9].argmax(-1))
+def needs(path, *, size):
+    return load()
+class Loader:
+    def __call__(self, split):
+        return load()
+loader = Loader()
+def pair():
+    return load()[0]
+def lists():
+    return [part.tolist() for part in pair()]
+def nothing():
+    pass
+def raises():
+    def inner(argument):
+        pass
+    inner()
+"""
+RUN = ("run", "--rounds", "1", "--steps", "4", "--seeds", "0", "--out", "out")
+
+
+@pytest.fixture
+def said(tmp_path, monkeypatch, capsys):
+    """Returns a function that runs a command, which fails, and gives the line that it prints."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.py").write_text(OWN)
+    (tmp_path / "file").write_text("a file")
+
+    def run(*command, lines=1):
+        assert cli.main(command) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("lottery-ticket: ")
+        assert "[Errno" not in error
+        assert ".." not in error.replace("...", "").replace("../", "")
+        assert len(error.splitlines()) == lines
+        assert not (tmp_path / "out").exists()
+        return error.removeprefix("lottery-ticket: ").strip()
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("option", "name", "meant"),
+    [
+        ("--strategy", "larg_final", "large_final"),
+        ("--strategy", "zzz", None),
+        ("--kept", "rewnd", "rewind"),
+        ("--pruned", "zerro", "zero"),
+        ("--data", "minst", "mnist"),
+    ],
+)
+def test_unknown_names_lead_to_those_that_there_are(said, option, name, meant):
+    error = said(*RUN, option, name)
+    assert f" {name!r}." in error
+    assert "Known are: " in error
+    assert "Pass a custom function" not in error
+    assert "register`" not in error
+    assert ("Did you mean" in error) == (meant is not None)
+    if meant:
+        assert f"Did you mean {meant!r}?" in error
+    assert option == "--data" or error.startswith(f"{option}: ")
+    if option == "--strategy":
+        assert name in said("sweep", "--over", f"strategy={name},random", "--out", "out")
+
+
+def test_in_python_unknown_names_lead_on_too():
+    with pytest.raises(ValueError, match=r"Did you mean 'large_final'\?.*criteria\.register"):
+        criteria.get("larg_final")
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("needs", "takes (path, *, size): missing a required argument: 'path'. Give them defaults"),
+        ("loader", "takes (split): missing a required argument: 'split'"),
+        ("pair", "Received: a tuple of 2 (ndarray of shape (60, 4), ndarray of shape (60,))."),
+        ("lists", "Received: a list of 2 (a list of 60 (list, list, list, list, ...), a list of"),
+        ("nothing", "Received: NoneType."),
+    ],
+)
+def test_functions_of_data_are_told_what_is_expected(said, function, message):
+    error = said(*RUN, "--data", f"own.py:{function}")
+    assert error.startswith(f"own.py:{function} ")
+    assert message in error
+    expected = "((x_train, y_train), (x_test, y_test))"
+    assert expected in error or "without arguments" in error
+
+
+def test_errors_of_their_own_still_come_with_their_traceback(said):
+    error = said(*RUN, "--data", "own.py:raises", lines=5)
+    assert error.startswith("own.py:raises raised TypeError: raises.<locals>.inner() missing 1 ")
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ((*RUN[:-1], "file", "--data", "own.py:load"), "'file' is a file, where a folder"),
+        ((*RUN[:-1], "file/x/y", "--data", "own.py:load"), "'file' is a file, where a folder"),
+        (("sweep", *RUN[1:-1], "file"), "'file' is a file, where a folder"),
+        (("supermask", "--steps", "1", "--out", "file"), "'file' is a file, where a folder"),
+        (("repeat", "nowhere"), "There is no folder 'nowhere' of a run to repeat."),
+        (("repeat", "."), "'.' is no run folder: it holds no config.json."),
+        (("report", "nowhere"), "There is no folder 'nowhere'."),
+        (("instability", "--masks", "nowhere", "--out", "out"), "There is no folder 'nowhere'."),
+        (("export", "file", "out"), "Expected a '.keras' file. Received: 'file'. A model is saved"),
+        (("export", ".", "out"), "There is no file '.'. Received: the folder '.'."),
+        (("inspect", "file"), "'file' is neither a '.keras' file nor a SavedModel folder"),
+    ],
+)
+def test_files_and_folders_are_named(said, command, message):
+    assert said(*command).startswith(message)
+
+
+@pytest.mark.parametrize("command", [("export", "m/x.h5", "out"), ("inspect", "m/x.h5")])
+def test_models_in_other_formats_are_told_the_way(said, tmp_path, command):
+    (tmp_path / "m").mkdir()
+    masked = ml.convert_to_masked(keras.Sequential([keras.Input((2,)), keras.layers.Dense(3)]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Of the format.
+        masked.save(tmp_path / "m" / "x.h5")
+    error = said(*command)
+    code = error.partition("`")[2].partition("`")[0]
+    assert code.startswith("import keras, masked_layers; ")
+    exec(code, {})  # The remedy is one.
+    assert cli.main(["inspect", "m/x.keras"]) == 0
+    masked.save_weights(tmp_path / "m" / "x.weights.h5")
+    assert "save it with `model.save('m/x.keras')`" in said("inspect", "m/x.weights.h5")
+
+
+def test_errors_of_the_system_are_said_in_words(said, monkeypatch):
+    from lottery_ticket_pruner.experiments import run
+
+    def full(*_):
+        raise OSError(28, "No space left on device", "out/x")
+
+    monkeypatch.setattr(run, "prepare", full)
+    assert said(*RUN) == "'out/x': No space left on device."
+
+
+def test_warnings_of_a_command_come_without_lines_of_ours(tmp_path, capsys, monkeypatch):
+    from lottery_ticket_pruner.experiments import page
+
+    def warned(_):
+        # What Python prints of a warning; pytest has it print none.
+        warning = UserWarning("'x' ends in the middle of a line.")
+        print(warnings.formatwarning(warning, UserWarning, "results.py", 221), end="")
+
+    monkeypatch.setattr(page, "write_report", warned)
+    before = warnings.formatwarning
+    assert cli.main(["report", str(tmp_path)]) == 0
+    assert warnings.formatwarning is before
+    text = "lottery-ticket: warning: 'x' ends in the middle of a line.\n"
+    assert capsys.readouterr().out == text
+
+
+def test_the_folder_of_a_report_is_no_file(said, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{}")
+    (tmp_path / "run" / "results.csv").write_text("replicate,sparsity,test_accuracy\n0,0,1\n")
+    assert said("report", "run", "--out", "file", "--quiet").startswith("'file' is a file, where")
+
+
+# --- In Python ------------------------------------------------------------------------------------
+
+
+def compiled():
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, name="a")])
+    model.compile("sgd", "mse")
+    return model
+
+
+def test_missing_files_of_arrays_are_named(tmp_path):
+    model = ml.convert_to_masked(compiled())
+    for load in (
+        lambda file: ml.load_masks(model, file),
+        lambda file: LotteryTicketPruner.load(file, model),
+    ):
+        with pytest.raises(FileNotFoundError, match=r"^There is no file '.*nowhere\.npz'\.$"):
+            load(tmp_path / "nowhere.npz")
+        with pytest.raises(OSError, match=r"is a folder\. Expected an .npz file"):
+            load(tmp_path)
+
+
+def test_a_folder_is_made_or_what_is_in_its_way_named(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for name, there in (("file", "file"), ("file/a/b", "file"), ("link", "link")):
+        with pytest.raises(NotADirectoryError, match=rf"{there}' is a file, where a folder"):
+            make_folder(tmp_path / name)
+    make_folder(tmp_path / "a" / "b")
+    make_folder(tmp_path / "a" / "b")
+    with pytest.raises(NotADirectoryError, match="file' is a file, where a folder"):
+        search(tmp_path / "file")
+
+
+def search(folder):
+    x, y = np.ones((8, 4), "float32"), np.ones((8, 3), "float32")
+    return find_ticket(compiled(), x, y, rounds=1, steps=2, controls=(), checkpoint=folder)
+
+
+def test_states_of_a_search_that_are_damaged_are_said_to_be(tmp_path):
+    search(tmp_path)
+    files = sorted(tmp_path.iterdir())
+    assert len(files) == 5
+    for file in files:
+        content = file.read_bytes()
+        file.write_bytes(content[: len(content) // 2])
+        with pytest.raises(ValueError, match=r"cut short or damaged: .*start over\.$") as caught:
+            search(tmp_path)
+        file.write_bytes(content)
+        text = str(caught.value)
+        assert str(file) in text
+        assert ".." not in text
+        for internal in ("JSONDecodeError", "Error(", "write it again"):
+            assert internal not in text
+    state = tmp_path / "state.json"
+    for content, message in (
+        ("{}", "it lacks 'round'"),
+        ("[1]", "list indices"),
+        ("", "Expecting"),
+    ):
+        state.write_text(content)
+        with pytest.raises(ValueError, match=rf"state\.json' is not .*: {message}.*start over\.$"):
+            search(tmp_path)
