@@ -16,8 +16,8 @@ LIMITS = {"lines of a module": 600, "lines of a body": 60, "parameters": 12}
 LARGER = {
     ("lottery_ticket_pruner/pruner.py", "lines of a module"): 979,
     ("lottery_ticket_pruner/selection.py", "lines of a module"): 688,
-    ("lottery_ticket_pruner/experiments/report.py", "lines of a module"): 612,
-    ("masked_layers/serving/saved_model.py", "lines of a module"): 640,
+    ("lottery_ticket_pruner/experiments/report.py", "lines of a module"): 603,
+    ("masked_layers/serving/saved_model.py", "lines of a module"): 627,
     ("lottery_ticket_pruner/training.py:fit", "lines of a body"): 62,
     ("lottery_ticket_pruner/tickets.py:find_ticket", "parameters"): 27,
     ("lottery_ticket_pruner/learned.py:learn_supermask", "parameters"): 16,

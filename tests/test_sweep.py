@@ -136,7 +136,7 @@ def test_children_of_supermasks_are_what_supermask_makes_of_their_arguments(tmp_
     for child in children:
         assert cli.main(child.arguments) == 0
     assert prepared == [child.config for child in children]
-    with pytest.raises(ValueError, match=r"no option 'rate'.*criteria"):
+    with pytest.raises(ValueError, match=r"Unknown option 'rate'\..*criteria"):
         plan(SupermaskSweepConfig(over=("rate=0.1",)))
 
 
@@ -164,11 +164,11 @@ def test_the_default_folder_is_named_after_all_runs(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"over": ("rat=0.1",)}, "no option 'rat'.*rate"),
+        ({"over": ("rat=0.1",)}, "Unknown option 'rat'. Did you mean 'rate'"),
         ({"over": ("rate",)}, "--over rate=0.2,0.4. Received: 'rate'"),
         ({"over": ("rate=0.1,",)}, "Received: 'rate=0.1,'"),
         ({"over": ("seeds=1,2",)}, "--seeds 0 1 2"),
-        ({"over": ("out=a,b",)}, "no option 'out'"),
+        ({"over": ("out=a,b",)}, "Unknown option 'out'"),
         ({"over": ("data_dir=a,b",)}, "changes no result"),
         ({"over": ("kept=rewind,reinit", "retraining=fine_tuning")}, "kept reinit, .*fine_tuning"),
         ({"over": ("rate=0.1", "rate=0.2")}, "--rate is given twice"),

@@ -14,6 +14,7 @@ import tyro
 
 from lottery_ticket_pruner import criteria, selection, treatments
 from lottery_ticket_pruner.experiments import datasets, networks
+from lottery_ticket_pruner.experiments.arguments import option
 from lottery_ticket_pruner.experiments.options import (
     NO_HINT,
     OptionalFloat,
@@ -230,11 +231,11 @@ decided by timing."""
         for name in ("rounds", "steps", "epochs", "batch_size", "learning_rate", "eval_every"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{_option(name)} must be positive. Received: {value}.")
+                raise ValueError(f"{option(name)} must be positive. Received: {value}.")
         for name in ("rate", "conv_rate", "output_rate", "final_sparsity"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1:
-                raise ValueError(f"{_option(name)} must be in [0, 1). Received: {value}.")
+                raise ValueError(f"{option(name)} must be in [0, 1). Received: {value}.")
         if not all(1 <= number <= rounds for number in self.control_rounds):
             raise ValueError(
                 f"--control-rounds counts from 1 to --rounds, {rounds}. "
@@ -252,14 +253,14 @@ decided by timing."""
             values = getattr(self, name)
             if len(set(values)) < len(values):
                 received = " ".join(map(str, values))
-                raise ValueError(f"Give {_option(name)} each value once. Received: {received}")
+                raise ValueError(f"Give {option(name)} each value once. Received: {received}")
 
     def _rates_given(self) -> bool:
         return self.conv_rate is not None or self.output_rate is not None
 
     def _rates(self, recipe: Recipe, scope: str) -> dict[str, float | None]:
         per_layer = {"conv_rate": self.conv_rate, "output_rate": self.output_rate}
-        given = [_option(name) for name, value in per_layer.items() if value is not None]
+        given = [option(name) for name, value in per_layer.items() if value is not None]
         convolutions = networks.has_convolutions(recipe.network)
         if self.conv_rate is not None and not convolutions:
             raise ValueError(f"--conv-rate: {recipe.network} has no convolutions.")
@@ -325,10 +326,6 @@ def _resolved(field: str, get: Callable[[Any], Any], name: Any) -> Any:
         return get(name)
     except UnknownNameError as error:
         raise ValueError(
-            f"{_option(field)}: {error.without_remedy} One of your own has to be registered by "
+            f"{option(field)}: {error.without_remedy} One of your own has to be registered by "
             "then, as in the module that --data names."
         ) from error
-
-
-def _option(field: str) -> str:
-    return f"--{field.replace('_', '-')}"

@@ -15,7 +15,6 @@ import subprocess
 import sys
 import threading
 import time
-import typing
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,6 +25,8 @@ import tyro
 from rich.console import Console
 
 from lottery_ticket_pruner.experiments import datasets, progress, report, results
+from lottery_ticket_pruner.experiments.arguments import arguments as arguments_of
+from lottery_ticket_pruner.experiments.arguments import given, option, options_of, parse_over
 from lottery_ticket_pruner.experiments.config import RunConfig, choices
 from lottery_ticket_pruner.experiments.options import OptionalInt, OptionalPath
 from lottery_ticket_pruner.experiments.parent import PARENT
@@ -173,17 +174,17 @@ def plan(config: SweepConfig | SupermaskSweepConfig) -> list[Child]:
     if config.jobs is not None and config.jobs < 1:
         raise ValueError(f"--jobs must be positive. Received: {config.jobs}.")
     kind = _kind(config)
-    over = [_parse_over(text, kind) for text in config.over]
+    over = [parse_over(text, kind.config) for text in config.over]
     names = [name for name, _ in over]
     fixed = {
         field.name: getattr(config, field.name)
-        for field in _options(kind)
+        for field in options_of(kind.config)
         if getattr(config, field.name) != field.default
     }
     for name in names:
         if names.count(name) > 1 or name in fixed:
-            raise ValueError(f"{_option(name)} is given twice. Put all its values into one --over.")
-    common = [text for name, value in fixed.items() for text in _arguments(name, value)]
+            raise ValueError(f"{option(name)} is given twice. Put all its values into one --over.")
+    common = [text for name, value in fixed.items() for text in arguments_of(name, value)]
     if not config.seeds:
         raise ValueError("Give at least one seed.")
     read: dict[tuple[str, Path | None], tuple[int, str]] = {}
@@ -191,7 +192,7 @@ def plan(config: SweepConfig | SupermaskSweepConfig) -> list[Child]:
     for values in itertools.product(*(values for _, values in over)):
         pairs = list(zip(names, values, strict=True))
         label = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in pairs)
-        arguments = [*common, *(text for pair in pairs for text in _given(*pair, kind))]
+        arguments = [*common, *(text for pair in pairs for text in given(*pair, kind.config))]
         parsed = tyro.cli(kind.config, args=arguments, prog=f"lottery-ticket {kind.name}")
         source = (parsed.data, parsed.data_dir)
         for seed in config.seeds:
@@ -316,7 +317,7 @@ def _carry_out(
     )
     failures = _Pool(todo, _shares(cores, jobs), console).run()
     place.check()
-    _combine(folder, kind, [_parse_over(text, kind)[0] for text in config.over])
+    _combine(folder, kind, [parse_over(text, kind.config)[0] for text in config.over])
     finished = [child.config.folder for child in children if child.is_finished]
     if finished:
         groups = results.groups_of(results.find_runs(finished))
@@ -548,59 +549,3 @@ def _name(config: SweepConfig | SupermaskSweepConfig, children: Sequence[str]) -
 
 def _kind(config: RunConfig | SupermaskConfig) -> _Kind:
     return next(kind for kind in _KINDS if isinstance(config, kind.config))
-
-
-# --- Options as text ------------------------------------------------------------------------------
-
-
-def _options(kind: _Kind) -> list[dataclasses.Field]:
-    """What a sweep hands on to its runs as it was given."""
-    own = ("seeds", "out", "overwrite", "quiet")
-    return [field for field in dataclasses.fields(kind.config) if field.name not in own]
-
-
-def _parse_over(text: str, kind: _Kind) -> tuple[str, list[str]]:
-    name, equals, values = text.partition("=")
-    name = name.removeprefix("--").replace("-", "_")
-    allowed = [field.name for field in _options(kind)]
-    if name == "data_dir":
-        raise ValueError("--over data_dir: where data is read from changes no result.")
-    if name in ("seeds", "seed"):
-        raise ValueError("Give seeds as in --seeds 0 1 2: each has a run of its own.")
-    if name not in allowed:
-        raise ValueError(
-            f"--over {text}: there is no option {name!r}. Options: {', '.join(allowed)}."
-        )
-    found = list(dict.fromkeys(values.split(",")))
-    if not equals or "" in found:
-        raise ValueError(f"--over expects values, as in --over rate=0.2,0.4. Received: {text!r}.")
-    return name, found
-
-
-def _given(name: str, value: str, kind: _Kind) -> list[str]:
-    """The command line of one value of --over."""
-    hint = typing.get_type_hints(kind.config)[name]
-    if _takes_several(hint):
-        return [_option(name), *([] if value == "none" else value.split("+"))]
-    if hint is bool:
-        if value.lower() not in ("true", "false"):
-            raise ValueError(f"--over {name} takes true and false. Received: {value!r}.")
-        return _arguments(name, value.lower() == "true")
-    return [_option(name), value]
-
-
-def _takes_several(hint: Any) -> bool:
-    return typing.get_origin(hint) is tuple or any(map(_takes_several, typing.get_args(hint)))
-
-
-def _arguments(name: str, value: Any) -> list[str]:
-    """The command line of one option."""
-    if isinstance(value, bool):
-        return [_option(name) if value else f"--no-{name.replace('_', '-')}"]
-    if isinstance(value, tuple):
-        return [_option(name), *map(str, value)]
-    return [_option(name), str(value)]
-
-
-def _option(name: str) -> str:
-    return f"--{name.replace('_', '-')}"

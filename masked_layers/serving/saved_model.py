@@ -24,6 +24,7 @@ import numpy as np
 
 from masked_layers import files
 from masked_layers.serving import encoding
+from masked_layers.serving.folder import CONTENTS, check_replaceable
 from masked_layers.serving.report import FILE, StorageReport, StorageRow, file_sizes
 from masked_layers.serving.samples import samples_of
 from masked_layers.serving.tracing import Traced, effective_values, trace
@@ -34,11 +35,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PACK = "weights.mlsp"
-
-_CONTENTS = frozenset(
-    ("assets", "assets.extra", "fingerprint.pb", "saved_model.pb", "variables", "keras_metadata.pb")
-)
-"""Names in a folder of an unfinished export."""
 
 _PATTERN = re.compile(r"[][*?\\]")
 """Characters that make TensorFlow take the path of a checkpoint for a pattern."""
@@ -117,7 +113,7 @@ def export_sparse_saved_model(
             f"`values` must be 'float32' (exact), 'float16' or 'bfloat16'. Received: {values!r}"
         )
     path = Path(path).resolve()  # Behind a link, the folder is replaced and not the link.
-    _check_replaceable(path)
+    check_replaceable(path)
     arrays = effective_values(model)
     allowed = _included(include, arrays)
     # What else decides on the bits that are decoded.
@@ -142,7 +138,7 @@ def export_sparse_saved_model(
     samples = samples_of(model, traced.signature, sample_inputs)
 
     given = sample_inputs is not None
-    with files.scratch_folder(path, _CONTENTS) as scratch, _literal(scratch) as folder:
+    with files.scratch_folder(path, CONTENTS) as scratch, _literal(scratch) as folder:
         os.chmod(folder, 0o777 & ~_umask())
         _write(folder, traced, pack)
         keep_saver = "dense" in encodings.values() or bool(traced.resources)
@@ -160,7 +156,7 @@ def export_sparse_saved_model(
         ).with_own_size()
         (folder / FILE).parent.mkdir()
         (folder / FILE).write_bytes(report.to_json())
-        _check_replaceable(path)  # Writing took a while.
+        check_replaceable(path)  # Writing took a while.
         if folder != scratch:
             shutil.copytree(folder, scratch, dirs_exist_ok=True)
         files.replace_folder(scratch, path)
@@ -604,24 +600,6 @@ def _difference(got: np.ndarray, wanted: np.ndarray) -> float:
 
 
 # --- Files ----------------------------------------------------------------------------------------
-
-
-def _check_replaceable(path: Path) -> None:
-    if not path.exists():
-        return
-    if not path.is_dir() or (any(path.iterdir()) and not (path / "saved_model.pb").is_file()):
-        raise FileExistsError(
-            f"'{path}' exists and is no SavedModel folder. Remove it or choose another path."
-        )
-    others = [file.name for file in path.iterdir() if file.name not in _CONTENTS]
-    # Where TensorFlow has users put what goes along with a model, such as requests to warm it up.
-    extra = path / Path(FILE).parent
-    others += [f"{extra.name}/{file.name}" for file in extra.glob("*") if file != path / FILE]
-    if others:
-        raise FileExistsError(
-            f"'{path}' holds a SavedModel, and beside it {', '.join(sorted(others))}, which would "
-            "be lost. Move that, or choose another path."
-        )
 
 
 @contextlib.contextmanager

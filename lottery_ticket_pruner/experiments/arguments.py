@@ -1,0 +1,65 @@
+"""Options of a command as text, as on its command line."""
+
+import dataclasses
+import typing
+from typing import Any
+
+from lottery_ticket_pruner.registry import UnknownNameError
+
+
+def options_of(config: type) -> list[dataclasses.Field]:
+    """What a sweep hands on to its runs as it was given."""
+    own = ("seeds", "out", "overwrite", "quiet")
+    return [field for field in dataclasses.fields(config) if field.name not in own]
+
+
+def parse_over(text: str, config: type) -> tuple[str, list[str]]:
+    """Reads what is given to --over: the name of an option, and its values.
+
+    Raises:
+        ValueError: it is no such text, or the command has no such option.
+    """
+    name, equals, values = text.partition("=")
+    name = name.removeprefix("--").replace("-", "_")
+    allowed = [field.name for field in options_of(config)]
+    if name == "data_dir":
+        raise ValueError("--over data_dir: where data is read from changes no result.")
+    if name in ("seeds", "seed"):
+        raise ValueError("Give seeds as in --seeds 0 1 2: each has a run of its own.")
+    if name not in allowed:
+        error = UnknownNameError("option", name, allowed)
+        raise ValueError(f"--over {text}: {error}") from error
+    found = list(dict.fromkeys(values.split(",")))
+    if not equals or "" in found:
+        raise ValueError(f"--over expects values, as in --over rate=0.2,0.4. Received: {text!r}.")
+    return name, found
+
+
+def given(name: str, value: str, config: type) -> list[str]:
+    """The command line of one value of --over."""
+    hint = typing.get_type_hints(config)[name]
+    if _takes_several(hint):
+        return [option(name), *([] if value == "none" else value.split("+"))]
+    if hint is bool:
+        if value.lower() not in ("true", "false"):
+            raise ValueError(f"--over {name} takes true and false. Received: {value!r}.")
+        return arguments(name, value.lower() == "true")
+    return [option(name), value]
+
+
+def _takes_several(hint: Any) -> bool:
+    return typing.get_origin(hint) is tuple or any(map(_takes_several, typing.get_args(hint)))
+
+
+def arguments(name: str, value: Any) -> list[str]:
+    """The command line of one option."""
+    if isinstance(value, bool):
+        return [option(name) if value else f"--no-{name.replace('_', '-')}"]
+    if isinstance(value, tuple):
+        return [option(name), *map(str, value)]
+    return [option(name), str(value)]
+
+
+def option(name: str) -> str:
+    """How an option is named on the command line."""
+    return f"--{name.replace('_', '-')}"
