@@ -88,21 +88,22 @@ def a_value_less(lines):
     return [*lines[:2], lines[2].partition(b",")[2], *lines[3:]]
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (without_end, "line {last}: it ends in the middle"),
-        (only_half_a_line, "line 2: it ends in the middle"),
-        (without_last, "has {less} rows of seed 8 (replicate 1), where the finished run wrote {n}"),
-        (without_one_inside, "has {less} rows of seed 7 (replicate 0)"),
-        (twice, "has {more} rows of seed 8 (replicate 1), where the finished run wrote {n}"),
-        (without_any, "no whole line"),
-        (a_word, "line 3: expected a number in column '{column}'. Received: 'abc'"),
-        (a_value_less, "line 3: expected {width} values, one for each column. Received"),
-        (None, "is missing, with the results of a finished run"),
-    ],
+DAMAGES = (
+    (without_end, "line {last}: it ends in the middle"),
+    (only_half_a_line, "line 2: it ends in the middle"),
+    (without_one_inside, "has {less} rows of seed 7 (replicate 0)"),
+    (twice, "has {more} rows of seed 8 (replicate 1), where the finished run wrote {n}"),
+    (without_any, "no whole line"),
+    (a_value_less, "line 3: expected {width} values, one for each column. Received"),
+    (without_last, "has {less} rows of seed 8 (replicate 1), where the finished run wrote {n}"),
+    (a_word, "line 3: expected a number in column '{column}'. Received: 'abc'"),
+    (None, "is missing, with the results of a finished run"),
 )
+CASES = [("run", *case) for case in DAMAGES]
+CASES += [(name, *case) for name in ("supermask", "instability") for case in DAMAGES[-3:]]
+
+
+@pytest.mark.parametrize(("name", "damage", "message"), CASES)
 def test_damage_is_said_and_nothing_is_done(place, capsys, name, damage, message):
     folder = place(name)
     file = folder / "results.csv"
@@ -137,6 +138,22 @@ def test_overwrite_is_the_remedy_that_the_message_names(place):
     assert cli.main([*COMMANDS["instability"], "--quiet", "--overwrite"]) == 0
     assert len(pd.read_csv(folder / "results.csv")) == 2 * ROWS["instability"]
     assert cli.main([*COMMANDS["instability"], "--quiet"]) == 0
+
+
+@pytest.mark.parametrize("name", ["supermask", "instability"])
+def test_damage_to_what_a_run_goes_on_from_is_said(place, capsys, name):
+    folder = place(name)
+    stored = json.loads((folder / "config.json").read_text()) | {"finished": False}
+    (folder / "config.json").write_text(json.dumps(stored))
+    file = folder / "results.csv"
+    file.write_bytes(b"".join(a_word(file.read_bytes().splitlines(keepends=True))))
+    assert cli.main([*COMMANDS[name], "--quiet"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("lottery-ticket: 'out/results.csv', line 3: expected a number")
+    assert error.endswith("or delete it: its run starts over then.\n")
+    file.unlink()
+    assert cli.main([*COMMANDS[name], "--quiet"]) == 0
+    assert len(pd.read_csv(file)) == 2 * ROWS[name]
 
 
 def test_a_configuration_that_is_cut_is_said_to_be(place, capsys):

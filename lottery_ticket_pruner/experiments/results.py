@@ -49,7 +49,6 @@ _NUMBERS = (
     *("deterministic_accuracy", "deterministic_sparsity"),
     *("share", "loss", "accuracy"),
 )
-_RESTORE = "Restore it from a copy, or have the run done once more."
 # Options whose values speak for themselves.
 _PLAIN = (*_NAMING, "learn")
 
@@ -194,20 +193,18 @@ def read_table(file: Path) -> pd.DataFrame:
         heading, *rows = csv.reader(io.StringIO(content.decode("utf-8"), newline=""), strict=True)
     except (ValueError, csv.Error) as error:  # The first also where there is no heading.
         what = "no whole line" if not content else str(error)
-        raise ValueError(
-            f"'{file}' is not the table that a command wrote: {what}. {_RESTORE}"
-        ) from error
+        raise ValueError(f"'{file}' is not the table that a command wrote: {what}.") from error
     for line, row in enumerate(rows, 2):
         if row and len(row) != len(heading):
             raise ValueError(
                 f"'{file}', line {line}: expected {len(heading)} values, one for each column. "
-                f"Received {len(row)}. {_RESTORE}"
+                f"Received {len(row)}."
             )
         for name, cell in zip(heading, row, strict=False):
             if name in _NUMBERS and not _is_number(cell):
                 raise ValueError(
                     f"'{file}', line {line}: expected a number in column '{name}'. "
-                    f"Received: {cell!r}. {_RESTORE}"
+                    f"Received: {cell!r}."
                 )
     return pd.read_csv(io.BytesIO(content))
 
@@ -221,8 +218,17 @@ def _is_number(cell: str) -> bool:
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
-    """Read a `results.csv` back into rows, as `read_table` does."""
-    return read_table(file).to_dict("records")
+    """Read what a run has written back into rows, to go on from there.
+
+    Raises:
+        ValueError: as for `read_table`.
+    """
+    try:
+        return read_table(file).to_dict("records")
+    except ValueError as error:
+        raise ValueError(
+            f"{error} Restore it from a copy, or delete it: its run starts over then."
+        ) from error
 
 
 def rows_per_seed(config: Mapping[str, Any]) -> int | None:
@@ -259,26 +265,27 @@ def check_results(file: Path, config: Mapping[str, Any]) -> None:
     """
     try:
         if not file.is_file():
-            raise ValueError(f"'{file}' is missing, with the results of a finished run. {_RESTORE}")
+            raise ValueError(f"'{file}' is missing, with the results of a finished run.")
         rows = read_table(file)
         wanted = rows_per_seed(config)
         if wanted is None or "epoch" in rows:  # As an earlier version wrote them.
             return
         lines = file.read_bytes().splitlines(keepends=True)
         if not lines[-1].endswith(b"\n"):
-            raise ValueError(f"'{file}', line {len(lines)}: it ends in the middle. {_RESTORE}")
+            raise ValueError(f"'{file}', line {len(lines)}: it ends in the middle.")
         found = rows["replicate"].value_counts() if "replicate" in rows else {}
         for replicate, seed in enumerate(config["seeds"]):
             if (there := int(found.get(replicate, 0))) != wanted:
                 raise ValueError(
                     f"'{file}' has {there} rows of seed {seed} (replicate {replicate}), where the "
                     f"finished run wrote {wanted}; {len(rows)} of {wanted * len(config['seeds'])} "
-                    f"in all. {_RESTORE}"
+                    "in all."
                 )
     except ValueError as error:
         raise ValueError(
-            f"{error} The command that made '{file.parent}' replaces it with --overwrite; "
-            "`lottery-ticket repeat` does the same elsewhere."
+            f"{error} Restore it from a copy, or have the run done once more: the command that "
+            f"made '{file.parent}' replaces it with --overwrite; `lottery-ticket repeat` does the "
+            "same elsewhere."
         ) from error
 
 
@@ -301,14 +308,19 @@ def read_run(folder: Path) -> Run:
     if config is None:
         raise ValueError(
             f"'{folder}' cannot be read as a run: its {CONFIG_FILE} "
-            f"{reason(folder / CONFIG_FILE)}. {_RESTORE}"
+            f"{reason(folder / CONFIG_FILE)}. Restore it from a copy."
         )
     seeds = config.get("seeds") or []
     if not isinstance(seeds, list) or not all(isinstance(seed, int) for seed in seeds):
         raise ValueError(f"'{folder / CONFIG_FILE}' holds no seeds. Received: {seeds!r}")
     if config.get("finished"):
         check_results(folder / RESULTS_FILE, config | {"seeds": seeds})
-    rows = read_table(folder / RESULTS_FILE)
+    try:
+        rows = read_table(folder / RESULTS_FILE)
+    except ValueError as error:
+        raise ValueError(
+            f"{error} Restore it from a copy, or go on with the run that has to write it."
+        ) from error
     place = "epoch" if "epoch" in rows else "sparsity"
     missing = [name for name in ("replicate", place, "test_accuracy") if name not in rows]
     if missing:
