@@ -75,6 +75,10 @@ def twice(lines):
     return [*lines, lines[-1]]
 
 
+def of_a_third_seed(lines):
+    return [*lines, lines[-1].replace(b"ticket,1,", b"ticket,2,")]
+
+
 def without_any(lines):
     return []
 
@@ -93,6 +97,7 @@ DAMAGES = (
     (only_half_a_line, "line 2: it ends in the middle"),
     (without_one_inside, "has {less} rows of seed 7 (replicate 0)"),
     (twice, "has {more} rows of seed 8 (replicate 1), where the finished run wrote {n}"),
+    (of_a_third_seed, "has rows of others than its 2 seeds."),
     (without_any, "no whole line"),
     (a_value_less, "line 3: expected {width} values, one for each column. Received"),
     (without_last, "has {less} rows of seed 8 (replicate 1), where the finished run wrote {n}"),

@@ -299,6 +299,15 @@ def test_files_of_users_survive_the_sweep_that_replaces_another(stand_in):
     assert not list(folder.parent.glob(".sweep*"))
 
 
+def test_a_table_that_is_none_of_a_sweep_stays(stand_in, tmp_path):
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / "results.csv").write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match=r"no sweep\.json of a sweep, but results\.csv"):
+            stand_in("0.1", seeds=(4,), overwrite=overwrite)
+    assert [path.name for path in (tmp_path / "sweep").iterdir()] == ["results.csv"]
+
+
 def test_damage_is_said_before_anything_runs(stand_in):
     folder, _, _ = stand_in("0.1", seeds=(4,))
     child, *_ = (path.parent for path in folder.glob("*/config.json"))

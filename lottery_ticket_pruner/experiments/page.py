@@ -70,11 +70,7 @@ def write_report(config: ReportConfig, console: Console | None = None) -> Path:
         for sheet in sheets:
             console.print(sheet.table())
     out = config.out or (config.folders[0] if len(config.folders) == 1 else Path()) / "report"
-    if any((out / name).exists() for name in (results.CONFIG_FILE, results.SWEEP_FILE)):
-        raise ValueError(
-            f"'{out}' is itself the folder of a run or a sweep, whose {results.RESULTS_FILE} a "
-            "report would replace. Give --out another folder."
-        )
+    _check_replaceable(out)
     make_folder(out)
     charts = [chart for group in groups for chart in _charts(group)]
     charts = [*_comparisons(groups), *_mask_charts(kepts), *charts]
@@ -96,6 +92,22 @@ def write_report(config: ReportConfig, console: Console | None = None) -> Path:
         highlight=False,
     )
     return out / "report.html"
+
+
+def _check_replaceable(out: Path) -> None:
+    """Raises ValueError where a report would replace files that are none of an earlier one."""
+    if any((out / name).exists() for name in (results.CONFIG_FILE, results.SWEEP_FILE)):
+        raise ValueError(
+            f"'{out}' is itself the folder of a run or a sweep, whose {results.RESULTS_FILE} a "
+            "report would replace. Give --out another folder."
+        )
+    names = (results.RESULTS_FILE, "tables.md", "picture-1.png")
+    there = [name for name in names if (out / name).exists()]
+    if there and not (out / "report.html").exists():
+        raise ValueError(
+            f"'{out}' holds no report, but {', '.join(there)}, which a report would replace. Give "
+            "--out another folder, or move what is there."
+        )
 
 
 def read_tickets(groups: Sequence[Group], console: Console | None = None) -> list[Kept]:

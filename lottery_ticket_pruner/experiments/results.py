@@ -281,6 +281,8 @@ def check_results(file: Path, config: Mapping[str, Any]) -> None:
                     f"finished run wrote {wanted}; {len(rows)} of {wanted * len(config['seeds'])} "
                     "in all."
                 )
+        if len(rows) != wanted * len(config["seeds"]):
+            raise ValueError(f"'{file}' has rows of others than its {len(config['seeds'])} seeds.")
     except ValueError as error:
         raise ValueError(
             f"{error} Restore it from a copy, or have the run done once more: the command that "

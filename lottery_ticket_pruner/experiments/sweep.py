@@ -300,6 +300,11 @@ def _carry_out(
 ) -> list[Failure]:
     started = time.perf_counter()
     folder = place.path
+    if (folder / results.RESULTS_FILE).exists() and not _stored(folder):
+        raise ValueError(
+            f"'{folder}' holds no {results.SWEEP_FILE} of a sweep, but {results.RESULTS_FILE}, "
+            "which a sweep would replace. Give --out another folder, or move what is there."
+        )
     _check_finished(folder)
     todo = [child for child in children if not child.is_finished]
     origin = _origin(folder, children, anew=len(todo) == len(children))
