@@ -118,7 +118,10 @@ def test_errors_of_their_own_still_come_with_their_traceback(said):
         ((*RUN[:-1], "file", "--data", "own.py:load"), "'file' is a file, where a folder"),
         ((*RUN[:-1], "file/x/y", "--data", "own.py:load"), "'file' is a file, where a folder"),
         (("sweep", *RUN[1:-1], "file"), "'file' is a file, where a folder"),
-        (("supermask", "--steps", "1", "--out", "file"), "'file' is a file, where a folder"),
+        (
+            ("supermask", "--criteria", "random", "--out", "file"),
+            "'file' is a file, where a folder",
+        ),
         (("repeat", "nowhere"), "There is no folder 'nowhere' of a run to repeat."),
         (("repeat", "."), "'.' is no run folder: it holds no config.json."),
         (("report", "nowhere"), "There is no folder 'nowhere'."),

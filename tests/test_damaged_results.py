@@ -192,7 +192,7 @@ def test_damaged_tickets_are_said_to_be_left_out(place, capsys):
         ("run", RunConfig(rounds=3), 1 + 3 + 2 * 3),
         ("run", RunConfig(rounds=3, controls=()), 1 + 3),
         ("run", RunConfig(rounds=3, control_rounds=(1, 3)), 1 + 3 + 2 * 2),
-        ("supermask", SupermaskConfig(), 13 * 11 * 2 * 2),
+        ("supermask", SupermaskConfig(criteria=("random", "movement")), 2 * 11 * 2 * 2),
         ("supermask", SupermaskConfig(learn="bernoulli"), 2 * 2),
         ("supermask", SupermaskConfig(learn="edge_popup", sparsities=(0.5, 0.9)), 2 * 2 * 2),
         ("instability", InstabilityConfig(), 7),
