@@ -17,6 +17,7 @@ import masked_layers as ml
 from lottery_ticket_pruner import (
     criteria,
     distributions,
+    evidence,
     fitting,
     gradients,
     notices,
@@ -24,6 +25,7 @@ from lottery_ticket_pruner import (
     schedules,
     selection,
     structures,
+    targets,
 )
 from lottery_ticket_pruner.examples import Examples
 from lottery_ticket_pruner.pruner import LotteryTicketPruner, is_masked
@@ -134,6 +136,7 @@ class MaskSchedule(keras.callbacks.Callback):
         self._step = 0
         self._unseen = 0  # the first step that was not asked about
         self._begun = False
+        self._data: tuple[Any, Any] | None = None  # inputs and targets of which changes are made
 
     @property
     def step(self) -> int:
@@ -173,12 +176,14 @@ class MaskSchedule(keras.callbacks.Callback):
         return bool(due)
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        """Checks that the model is the pruner's."""
+        """Checks that the model is the pruner's, and that its loss takes the targets given here."""
         if self.model is not self.pruner.model:
             raise ValueError(
                 f"{type(self).__name__} was made with a pruner of another model than "
                 f"{self.model.name!r}. Make the pruner for the model that is trained."
             )
+        if self._data is not None:
+            targets.check(self.model, *self._data)
         self._begun = False
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
@@ -292,6 +297,8 @@ class GradualPruning(MaskSchedule):
             )
         self.distribution = None if distribution is None else distributions.get(distribution)
         self.data = data
+        if evidence.differentiates(self.criterion) and isinstance(data, tuple) and len(data) > 1:
+            self._data = data[:2]
         by_magnitude = self.criterion in map(criteria.get, _MAGNITUDE)
         plain = structure is None and distribution is None
         self._on_device = by_magnitude and self.scope != "output" and plain
@@ -450,6 +457,8 @@ class DynamicSparseTraining(MaskSchedule):
         self.steps = steps
         self.growth = growth
         self._examples = None if data is None else Examples.of(*data)
+        if self._examples is not None:
+            self._data = (*self._examples.host, None)[:2]
         if frequency >= until * steps:
             raise ValueError(
                 "No weight would ever move: the first change is due after `frequency` steps, and "

@@ -21,6 +21,7 @@ import numpy as np
 
 from lottery_ticket_pruner.examples import Examples
 from lottery_ticket_pruner.programs import BLOCK, PROGRAMS, Programs
+from lottery_ticket_pruner.targets import explained
 from masked_layers import _keras
 from masked_layers.compiled import kept_beside
 
@@ -99,18 +100,19 @@ class Engine:
         own = logged and _own_method(self._model, "train_step", "compute_metrics") is not None
         kept = (len(rows) % batch_size or batch_size) if own else 0
         logs = None
-        while len(rows):
-            kinds = self._kinds(data, steps)
-            race = self._races[kinds[0], batch_size] if kinds else None
-            free = len(rows) - kept
-            if race is None or race.lost or not free:
-                logs = self._fit(data, rows, batch_size)
-                break
-            if race.is_due and free >= batch_size and not deterministic:
-                used, logs = self._try_fit(data, rows[:free], batch_size, race)
-            else:
-                used, logs = self._loop(data, rows[:free], batch_size, race, kinds), None
-            rows = rows[used:]
+        with explained(self._model, *(*data.host, None)[:2]):
+            while len(rows):
+                kinds = self._kinds(data, steps)
+                race = self._races[kinds[0], batch_size] if kinds else None
+                free = len(rows) - kept
+                if race is None or race.lost or not free:
+                    logs = self._fit(data, rows, batch_size)
+                    break
+                if race.is_due and free >= batch_size and not deterministic:
+                    used, logs = self._try_fit(data, rows[:free], batch_size, race)
+                else:
+                    used, logs = self._loop(data, rows[:free], batch_size, race, kinds), None
+                rows = rows[used:]
         return _as_numbers(logs or self._model.get_metrics_result()) if logged else {}
 
     def evaluate(self, data: Examples, batch_size: int | None = None) -> dict[str, Any]:
@@ -129,7 +131,7 @@ class Engine:
             except Exception as error:
                 reason = f"{type(error).__name__}: {error}"
         x, y, sample_weight = (*data.host, None, None)[:3]
-        with _keras.kept_on_error(self._model):
+        with explained(self._model, x, y), _keras.kept_on_error(self._model):
             results = self._model.evaluate(
                 x,
                 y,

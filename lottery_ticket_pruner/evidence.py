@@ -147,6 +147,11 @@ _SOURCES: dict[str, Callable[..., Source]] = {
 }
 
 
+def differentiates(criterion: criteria.Criterion) -> bool:
+    """Returns whether a criterion needs targets, to differentiate the loss."""
+    return bool({"gradient", "hessian_gradient"} & set(criterion.evidence))
+
+
 def _unpack(data: Any) -> tuple[Any, Any, Any]:
     """`(x, y, sample_weight)` of what Keras calls data; a list is several inputs, not a pair."""
     parts = data if isinstance(data, tuple) else arrays_of(data)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -18,6 +18,7 @@ import numpy as np
 from keras import ops
 
 import masked_layers as ml
+from lottery_ticket_pruner import targets
 from lottery_ticket_pruner.differentiation import (
     Tensor,
     draws_kept,
@@ -79,10 +80,12 @@ def loss_gradients(
         array of the weight's shape: float64 for a float64 weight, else float32.
 
     Raises:
-        ValueError: the model is not compiled or has nothing to prune, or there are no examples.
+        ValueError: the model is not compiled or has nothing to prune, there are no examples, or
+            the targets are not what the loss expects.
     """
-    loss, data = _prepare(model, x, y, sample_weight)
-    return loss.named(loss.gradients(data, batch_size))
+    with targets.explained(model, x, y):
+        loss, data = _prepare(model, x, y, sample_weight)
+        return loss.named(loss.gradients(data, batch_size))
 
 
 def hessian_gradients(
@@ -111,9 +114,10 @@ def hessian_gradients(
     Reference:
         - [Wang et al., arXiv 2002.07376](https://arxiv.org/abs/2002.07376), section 4
     """
-    loss, data = _prepare(model, x, y, sample_weight)
     try:
-        return loss.named(loss.hessian_gradients(data, batch_size))
+        with targets.explained(model, x, y):
+            loss, data = _prepare(model, x, y, sample_weight)
+            return loss.named(loss.hessian_gradients(data, batch_size))
     except (LookupError, RuntimeError) as error:
         # "gradient registry has no entry for" on TensorFlow; "derivative for ... is not
         # implemented", "differentiate twice" and "Double backwards is not supported" on torch.
@@ -315,22 +319,13 @@ def _cooled(model: keras.Model, temperature: float, y_pred: Any) -> Any:
     """The outputs of a model with their logits divided, where their loss is a cross-entropy."""
     if temperature == 1.0:
         return y_pred
-    outputs, loss = keras.tree.flatten(y_pred), model.loss
-    if isinstance(loss, Mapping):
-        known = getattr(model, "output_names", sorted(loss))
-        names = sorted(y_pred) if isinstance(y_pred, Mapping) else known
-        losses = [loss.get(name) for name in names]
-    else:
-        losses = keras.tree.flatten(loss)
-    if len(losses) == 1:  # for all outputs
-        losses *= len(outputs)
+    outputs, losses = keras.tree.flatten(y_pred), targets.losses_of(model, y_pred)
     cooled = [_cool(*pair, temperature) for pair in zip(losses, outputs, strict=True)]
     return keras.tree.pack_sequence_as(y_pred, cooled)
 
 
 def _cool(loss: Any, output: Tensor, temperature: float) -> Tensor:
-    loss = keras.losses.get(loss)
-    name = getattr(loss, "__name__", type(loss).__name__).replace("_", "").lower()
+    loss, name = keras.losses.get(loss), targets.name_of(loss)
     if name not in (*_SOFTMAX, *_SIGMOID):
         return output
     if getattr(loss, "from_logits", False):

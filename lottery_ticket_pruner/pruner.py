@@ -24,6 +24,7 @@ from lottery_ticket_pruner import (
     plain_models,
     selection,
     structures,
+    targets,
     treatments,
 )
 from masked_layers import _keras, paths
@@ -129,8 +130,8 @@ class LotteryTicketPruner:
         """
         model = self._checked(model)
         self._initial = self._snapshot(model)
-        self._clocks = fitting.read_clocks(_optimizer(model))
-        self._timed_optimizer = _optimizer(model)
+        self._clocks = fitting.read_clocks(getattr(model, "optimizer", None))
+        self._timed_optimizer = getattr(model, "optimizer", None)
         _logger.info("Recorded %d initial weights of %r.", len(self._initial), model.name)
 
     def set_pretrained_weights(self, model: keras.Model | None = None) -> None:
@@ -409,7 +410,8 @@ class LotteryTicketPruner:
         with restored(model), rescaling(model, dict.fromkeys(_masks(model), dwr)):
             _assign(model.weights, values)
             freeze_at_zero(model)
-            return model.evaluate(x, y, **evaluate_kwargs, return_dict=True)
+            with targets.explained(model, x, y):
+                return model.evaluate(x, y, **evaluate_kwargs, return_dict=True)
 
     def prune_up_to(self, strategy: Any, sparsity: float, **options: Any) -> None:
         """Does what `update_masks` does, but leaves what is sparser already as it is.
@@ -594,7 +596,7 @@ class LotteryTicketPruner:
         """
         prunables = self._prunables(self.model)
         masks = {position: self._mask(position, ref) for position, ref in prunables.items()}
-        same = _optimizer(self.model) is self._timed_optimizer
+        same = getattr(self.model, "optimizer", None) is self._timed_optimizer
         state = {
             "format": _FORMAT,
             "version": _FORMAT_VERSION,
@@ -672,7 +674,7 @@ class LotteryTicketPruner:
     def _restart(self, values: Sequence[np.ndarray], optimizer: bool) -> None:
         """Assigns all weights and brings the optimizer back to its recorded step."""
         model = self._checked(self.model)
-        compiled = _optimizer(model) if optimizer else None
+        compiled = getattr(model, "optimizer", None) if optimizer else None
         fresh = fitting.fresh_optimizer(compiled) if compiled is not None else None
         before = [fitting.read(variable) for variable in model.weights]
         _assign(model.weights, values)
@@ -873,10 +875,6 @@ def _weight_keys(model: keras.Model) -> list[str]:
 
 def _masks(model: keras.Model) -> list[ml.Mask]:
     return [ref.mask for ref in ml.masked_refs(model)]
-
-
-def _optimizer(model: keras.Model) -> keras.Optimizer | None:
-    return getattr(model, "optimizer", None)
 
 
 def _read_only(array: np.ndarray) -> np.ndarray:

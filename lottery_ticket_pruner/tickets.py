@@ -15,7 +15,15 @@ import keras
 import numpy as np
 
 import masked_layers as ml
-from lottery_ticket_pruner import criteria, fitting, notices, selection, training, treatments
+from lottery_ticket_pruner import (
+    criteria,
+    fitting,
+    notices,
+    selection,
+    targets,
+    training,
+    treatments,
+)
 from lottery_ticket_pruner.augmentation import Augmentation
 from lottery_ticket_pruner.checkpoint import Checkpoint
 from lottery_ticket_pruner.data import arrays_of, pair_of
@@ -159,9 +167,9 @@ def find_ticket(
     Raises:
         ValueError: a number out of its range, both of `rate` and `sparsity`, an unknown control,
             a model that is not compiled, a weight to draw again that has no initialiser, a
-            checkpoint of something else, data to validate or test on that the model does not take,
-            and whatever `update_masks` or `data.arrays_of` refuses.
-            No step was trained then.
+            checkpoint of something else, targets that the loss does not take, data to validate or
+            test on that the model does not take, and whatever `update_masks` or `data.arrays_of`
+            refuses. No step was trained then.
         OSError: the folder of the checkpoint is in use by another process (a `FolderInUseError`),
             is removed meanwhile, or cannot be written.
     """
@@ -180,6 +188,7 @@ def find_ticket(
     if all(ref.mask is None for ref in ml.weight_refs(model)):
         model = ml.convert_to_masked(model)
     to_train_on = Examples.of(*data)
+    targets.check(model, *data)
     for name, held_out in (("validation_data", validation_data), ("test_data", test_data)):
         training.held_out(model, to_train_on, name, held_out)
     search = _Search(

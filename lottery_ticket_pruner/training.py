@@ -11,6 +11,7 @@ import numpy as np
 from lottery_ticket_pruner.augmentation import Augmentation
 from lottery_ticket_pruner.engine import engine_of, say_once
 from lottery_ticket_pruner.examples import Arrays, Examples
+from lottery_ticket_pruner.targets import explained
 from masked_layers import _keras
 
 
@@ -181,7 +182,7 @@ def fit(
     if slow:
         say_once(f"Training goes through `fit`: {', '.join(slow)} acts on batches.")
         start = keras.callbacks.LambdaCallback(on_epoch_begin=batches.start)
-        with _keras.kept_on_error(model):
+        with explained(model, x, y), _keras.kept_on_error(model):
             return model.fit(
                 batches,
                 epochs=epochs,
@@ -297,7 +298,8 @@ def held_out(
         raise ValueError(f"`{name}`: {error}") from error
     if examples.kinds != like.kinds and model.built:
         try:
-            _run(model, examples)
+            with explained(model, *(*examples.host, None)[:2]):
+                _run(model, examples)
         except Exception as error:  # Of as many types as there are layers and losses.
             raise ValueError(
                 f"`{name}` does not go with {model.name}: {error} Received (x, y): "

@@ -1,0 +1,147 @@
+"""What a loss expects of targets, in words: Keras' errors name shapes deep inside a loss."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import keras
+import numpy as np
+
+_INDICES = ("sparsecategoricalcrossentropy",)
+_COLUMNS = ("categoricalcrossentropy", "categoricalfocalcrossentropy")
+# Losses of Keras whose targets have another shape than the outputs.
+_OTHERS = ("ctc", "circle")
+
+
+@contextlib.contextmanager
+def explained(model: keras.Model, x: Any, y: Any) -> Iterator[None]:
+    """Says what is wrong with targets where something fails and that is why.
+
+    Args:
+        model: compiled.
+        x: inputs, an array or a list or dict of arrays.
+        y: targets, likewise, or None.
+
+    Raises:
+        ValueError: the block failed, and the targets do not go with the compiled losses. Whatever
+            else it raises is raised as it is.
+    """
+    try:
+        yield
+    except Exception as error:  # Of as many types as there are backends.
+        # An explanation that fails must not stand in for the error.
+        problem = None
+        with contextlib.suppress(Exception):
+            problem = mismatch(model, x, y)
+        if problem is None:
+            raise
+        raise ValueError(problem) from error
+
+
+def check(model: keras.Model, x: Any, y: Any) -> None:
+    """Refuses targets that do not go with the compiled losses, before something else is done.
+
+    Raises:
+        ValueError: they do not; the message says what was received, expected, and what to do.
+    """
+    problem = None
+    with contextlib.suppress(Exception):  # It is not known what the model makes of its inputs.
+        problem = mismatch(model, x, y)
+    if problem is not None:
+        raise ValueError(problem)
+
+
+def mismatch(model: keras.Model, x: Any, y: Any) -> str | None:
+    """Says why targets do not go with the compiled losses; None if they do or it is not known."""
+    if y is None or getattr(model, "loss", None) is None:
+        return None
+    specs = keras.tree.map_structure(lambda array: keras.KerasTensor(array.shape, array.dtype), x)
+    outputs = model.compute_output_spec(specs)
+    count = len(keras.tree.flatten(outputs))
+    names = list(getattr(model, "output_names", None) or [])
+    if isinstance(outputs, Mapping):
+        names = sorted(outputs)
+    parts = [y.get(name) for name in names] if isinstance(y, Mapping) else keras.tree.flatten(y)
+    losses = losses_of(model, outputs)
+    if not len(parts) == len(losses) == count:
+        return None
+    for number, (loss, part, output) in enumerate(
+        zip(losses, parts, keras.tree.flatten(outputs), strict=True)
+    ):
+        if loss is not None and part is not None:
+            problem = _problem(loss, np.asarray(part), tuple(output.shape))
+            if problem is not None:
+                which = f" for its output {names[number]!r}" if count > 1 and names else ""
+                return f"The loss of {model.name!r}{which}, {problem}"
+    return None
+
+
+def losses_of(model: keras.Model, outputs: Any) -> list[Any]:
+    """The losses that a model was compiled with, one for each of its outputs, in their order."""
+    loss = model.loss
+    if isinstance(loss, Mapping):
+        known = getattr(model, "output_names", sorted(loss))
+        names = sorted(outputs) if isinstance(outputs, Mapping) else known
+        losses = [loss.get(name) for name in names]
+    else:
+        losses = keras.tree.flatten(loss)
+    if len(losses) == 1:  # for all outputs
+        losses *= len(keras.tree.flatten(outputs))
+    return losses
+
+
+def name_of(loss: Any) -> str:
+    """The name of a loss, the same for a function and its class: `categoricalcrossentropy`."""
+    loss = keras.losses.get(loss)
+    return getattr(loss, "__name__", type(loss).__name__).replace("_", "").lower()
+
+
+def _problem(loss: Any, y: np.ndarray, outputs: tuple[int | None, ...]) -> str | None:
+    name = name_of(loss)
+    own = keras.losses.get(loss)
+    module = getattr(own, "__module__", None) or type(own).__module__
+    along_last = getattr(own, "axis", -1) in (-1, len(outputs) - 1)
+    if not module.startswith("keras.") or name in _OTHERS or len(outputs) < 2 or not along_last:
+        return None
+    if y.shape[:1] != outputs[:1]:  # of another number of examples, which is said elsewhere
+        return None
+    said = getattr(own, "__name__", type(own).__name__)
+    received = f"Received: {y.dtype} targets of shape {y.shape}"
+    indices = y.shape in (outputs[:-1], (*outputs[:-1], 1)) and y.shape != outputs
+    columns = y.shape == outputs
+    if name in _INDICES:
+        expected = f"{said}, expects class indices: integers from 0 to {outputs[-1] - 1} in shape "
+        expected += f"{outputs[:-1]} or {(*outputs[:-1], 1)}, for outputs of shape {outputs}"
+        if indices:
+            return _out_of_range(own, y, outputs[-1], f"{expected}. {received}")
+        remedy = "Give one index for each example"
+        if columns:
+            received += ", a column for each class"
+            remedy = 'Pass `y.argmax(-1)`, or compile with `loss="categorical_crossentropy"`'
+    elif columns or (name not in _COLUMNS and indices and outputs[-1] == 1):
+        return None
+    else:
+        expected = f"{said}, expects targets of the shape of the outputs, {outputs}"
+        remedy = "Change the targets, or the number of units of the output layer"
+        if name in _COLUMNS:
+            expected = expected.replace("targets", "a column for each class: targets")
+            if indices:
+                received += ", one class index for each example"
+                remedy = (
+                    f"Pass `keras.utils.to_categorical(y, {outputs[-1]})`, or compile with "
+                    '`loss="sparse_categorical_crossentropy"`'
+                )
+    return f"{expected}. {received}. {remedy}."
+
+
+def _out_of_range(loss: Any, y: np.ndarray, classes: int, message: str) -> str | None:
+    """The message with the range of the indices, or None where the loss can use them all."""
+    used = y[y != loss.ignore_class] if getattr(loss, "ignore_class", None) is not None else y
+    if not used.size or (used.min() >= 0 and used.max() < classes):
+        return None
+    return (
+        f"{message} from {used.min()} to {used.max()}. Number the classes from 0, as "
+        "`np.unique(y, return_inverse=True)[1]` does, or give the output layer more units."
+    )
