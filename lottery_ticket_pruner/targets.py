@@ -105,7 +105,7 @@ def _problem(loss: Any, y: np.ndarray, outputs: tuple[int | None, ...]) -> str |
     along_last = getattr(own, "axis", -1) in (-1, len(outputs) - 1)
     if not module.startswith("keras.") or name in _OTHERS or len(outputs) < 2 or not along_last:
         return None
-    if y.shape[:1] != outputs[:1]:  # of another number of examples, which is said elsewhere
+    if not y.size or y.shape[:1] != outputs[:1]:  # no examples, or not as many: said elsewhere
         return None
     said = getattr(own, "__name__", type(own).__name__)
     received = f"Received: {y.dtype} targets of shape {y.shape}"
