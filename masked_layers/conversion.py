@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 import re
 import warnings
@@ -31,6 +32,9 @@ from masked_layers.paths import check_walk, plain_class, resolve, walk
 
 Layer: TypeAlias = keras.layers.Layer
 Filter = str | Iterable[str] | Callable[[Layer], bool]
+
+# Most names of layers in a message: there are models of a thousand.
+_NAMED = 20
 
 logger = logging.getLogger(__name__)
 
@@ -271,16 +275,20 @@ def _select(
 
     cache: dict[int, Any] = {}
     selected = []
+    holders: list[Layer] = []  # of something that could be masked
     for path, *_ in weights_inside(model, biases=mask_bias):
         chain = [layer for _, layer in resolve(model, path, cache)]
+        holders += chain[1:]
         if chosen(chain[1:] or chain):
             selected.append((path, False))
     for path, layer in walk(model):
         if not layer.built and layer is not model and maskable(type(layer)) is None:
             chain = [layer for _, layer in resolve(model, f"{path}/", cache)]
             holds_more = not weights_inside(layer) and not isinstance(layer, MaskedLayer)
-            if type(layer) in by_hand and holds_more and chosen(chain[1:]):
-                selected.append((path, True))
+            if type(layer) in by_hand and holds_more:
+                holders += chain[1:]
+                if chosen(chain[1:]):
+                    selected.append((path, True))
             elif not model.built and _builds_itself(layer) and chosen(chain[1:]):
                 raise ValueError(
                     f"'{model.name}' is not built yet, and '{path}' ({type(layer).__name__}) has a "
@@ -289,15 +297,8 @@ def _select(
                     "layer out: `convert_to_masked(model, exclude=...)`."
                 )
     if not selected:
-        reason = "its layers have no maskable weight"
-        if include is not None or exclude is not None:
-            reason = f"include={include!r}, exclude={exclude!r} leave no maskable layer"
-        elif not model.built:
-            reason = "it is not built yet: call `model.build(input_shape)` or call it on a batch"
-        inside = sorted({plain_class(layer).__name__ for _, layer in walk(model)})
         raise ValueError(
-            f"Nothing to mask in '{model.name}': {reason}. Its layers: {inside}. A layer of your "
-            "own becomes maskable with `masked_layers.register(cls, weights=[...])`."
+            f"Nothing to mask in '{model.name}': {_why_nothing(model, holders, include, exclude)}"
         )
     _warn_of_idle(model, include=include, exclude=exclude)
     return selected
@@ -312,9 +313,41 @@ def _warn_of_idle(model: keras.Model, **filters: Filter | None) -> None:
                 warnings.warn(
                     f"{argument}={one!r} matches no layer of '{model.name}' and changes nothing. "
                     "Patterns are searched in the names of layers: "
-                    f"{sorted({layer.name for layer in layers if not _is_input(layer)})}",
+                    f"{_named([layer for layer in layers if not _is_input(layer)], one)}",
                     stacklevel=4,
                 )
+
+
+def _why_nothing(
+    model: keras.Model, holders: list[Layer], include: Filter | None, exclude: Filter | None
+) -> str:
+    """Returns the rest of a message about a model in which no layer is to be masked."""
+    if holders and (include is not None or exclude is not None):
+        return (
+            f"include={include!r}, exclude={exclude!r} leave no maskable layer. Patterns are "
+            "searched in the names of layers, and a layer that holds others stands for them. The "
+            f"layers that can be masked, and those around them: {_named(holders, include)}"
+        )
+    reason = "its layers have no maskable weight"
+    if not model.built:
+        reason = "it is not built yet: call `model.build(input_shape)` or call it on a batch"
+    inside = sorted({plain_class(layer).__name__ for _, layer in walk(model)})
+    return (
+        f"{reason}. Its layers: {inside}. A layer of your own becomes maskable with "
+        "`masked_layers.register(cls, weights=[...])`."
+    )
+
+
+def _named(layers: Iterable[Layer], wanted: Any) -> str:
+    """Returns the names of layers, the first ones of many, and those that patterns are close to."""
+    names = sorted({layer.name for layer in layers})
+    shown = ", ".join(map(repr, names[:_NAMED]))
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    patterns = wanted if isinstance(wanted, list) else [wanted]
+    texts = [one for one in patterns if isinstance(one, str)]
+    close = dict.fromkeys(name for one in texts for name in difflib.get_close_matches(one, names))
+    hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+    return f"{shown}{more}.{hint}"
 
 
 def _is_input(layer: Layer) -> bool:

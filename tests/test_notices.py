@@ -155,7 +155,8 @@ def test_tiles_larger_than_a_kernel_are_named(caplog):
     [
         ({"exclude": "no_such_layer"}, "exclude='no_such_layer' matches no layer"),
         ({"exclude": ["mid", "typo"]}, "exclude='typo' matches no layer"),
-        ({"include": iter(["a", "typo"])}, r"include='typo' .*\['a', 'b', 'mid'"),
+        ({"include": iter(["a", "typo"])}, r"include='typo' .* 'a', 'b', 'mid'"),
+        ({"exclude": "mdi"}, r"exclude='mdi' .* Did you mean 'mid'\?"),
         ({"exclude": lambda layer: False}, "exclude=<function"),
     ],
 )
@@ -163,6 +164,22 @@ def test_filters_that_match_nothing_are_named(filters, message):
     with pytest.warns(UserWarning, match=message) as caught:
         ml.convert_to_masked(make_model(masked=False), **filters)
     assert [w.filename for w in caught if w.category is UserWarning] == [__file__]
+
+
+def test_filters_that_leave_nothing_are_told_the_names_of_layers():
+    inputs = keras.Input((4,))
+    outputs = inputs
+    for number in range(30):
+        outputs = keras.layers.Dense(4, name=f"dense_of_block_{number:02}")(outputs)
+    model = keras.Model(inputs, keras.layers.BatchNormalization(name="norm")(outputs))
+    with pytest.raises(ValueError, match="leave no maskable layer") as caught:
+        ml.convert_to_masked(model, include=["dense_of_blok_07", "nothing like it"])
+    message = str(caught.value)
+    assert "'dense_of_block_00', " in message
+    assert " and 10 more. Did you mean 'dense_of_block_07' or " in message
+    assert "norm" not in message  # it has nothing to mask
+    with pytest.raises(ValueError, match=r"leave no maskable layer.* those around them: 'dense_of"):
+        ml.convert_to_masked(model, exclude=lambda layer: True)
 
 
 def test_filters_that_match_are_taken_without_a_word():
