@@ -527,7 +527,7 @@ class DynamicSparseTraining(MaskSchedule):
                     wanted = ranking.joined([growth[ref.path]])
                     results.append(ranking.rewire_by_growth(*state, wanted, number, seed))
                 else:
-                    results.append(ranking.rewire_by_lot(*state, number, seed))
+                    results.append(ranking.rewire_at_random(*state, number, seed))
             finite = [fine for _, _, fine in results]
             ranking.check_finite(
                 [[ref] for ref in refs], finite, [[mask] for mask, _, _ in results]

@@ -20,9 +20,9 @@ from keras import ops
 if TYPE_CHECKING:
     from masked_layers import WeightRef
 
-# Keys from a lottery have this many bits, so that they are below every threshold for 0 of them.
-_LOTTERY_BITS = 30
-MAX_SIZE = 2**_LOTTERY_BITS
+# Random keys have this many bits, so that they are below every threshold for 0 of them.
+_RANDOM_BITS = 30
+MAX_SIZE = 2**_RANDOM_BITS
 _INFINITY = 0x7F800000  # as the bits of a float32; NaN lies above
 
 
@@ -38,8 +38,8 @@ def is_finite(keys: Any) -> Any:
     return keys < _INFINITY
 
 
-def lottery(keys: Any, seed: Any) -> Any:
-    """As many keys in a random order that the seed decides: int32, at least 0, all different.
+def tie_keys(keys: Any, seed: Any) -> Any:
+    """Returns as many keys in an order that the seed decides: int32, at least 0, all different.
 
     Args:
         keys: 1-D tensor of at most `MAX_SIZE` entries; only its length counts.
@@ -72,8 +72,8 @@ def keep_highest(keys: Any, candidates: Any, count: Any, seed: Any) -> Any:
     places = count - _count(above)
 
     def draw() -> Any:
-        tickets = ops.where(tied, lottery(keys, seed), -1)
-        return ops.logical_or(above, tickets >= _threshold(tickets, places))
+        drawn = ops.where(tied, tie_keys(keys, seed), -1)
+        return ops.logical_or(above, drawn >= _threshold(drawn, places))
 
     def take_all() -> Any:
         return ops.logical_or(above, tied)
@@ -143,8 +143,8 @@ def keep_largest(weight: Any, candidates: Any, most: Any, seed: Any) -> tuple[An
 
 
 @compiled
-def rewire_by_lot(weight: Any, mask: Any, count: Any, seed: Any) -> tuple[Any, Any, Any]:
-    """Drops the smallest weights and grows as many elsewhere, drawn by lot.
+def rewire_at_random(weight: Any, mask: Any, count: Any, seed: Any) -> tuple[Any, Any, Any]:
+    """Drops the smallest weights and grows as many elsewhere, drawn at random.
 
     A weight that was just dropped may be drawn: then it stays, and is none that grew.
 
@@ -157,7 +157,7 @@ def rewire_by_lot(weight: Any, mask: Any, count: Any, seed: Any) -> tuple[Any, A
     Returns:
         The bool mask, where it grew (bool), and whether all that was ranked is finite.
     """
-    return _rewire(weight, mask, lottery(mask, seed + 1), count, seed)
+    return _rewire(weight, mask, tie_keys(mask, seed + 1), count, seed)
 
 
 @compiled
@@ -166,7 +166,8 @@ def rewire_by_growth(
 ) -> tuple[Any, Any, Any]:
     """Drops the smallest weights and grows those with the largest absolute values in `growth`.
 
-    Args and returns are those of `rewire_by_lot`, and `growth`, a tensor of the shape of `weight`.
+    Args and returns are those of `rewire_at_random`, and `growth`, a tensor of the shape of
+    `weight`.
     """
     wanted = magnitude(growth)
     new, grown, finite = _rewire(weight, mask, wanted, count, seed)

@@ -62,7 +62,7 @@ def test_rewiring_keeps_the_count(values, growth, mask, share, by_lot):
     count = int(share * mask.sum())
     state = [ops.convert_to_tensor(weight), ops.convert_to_tensor(mask)]
     if by_lot:
-        results = ranking.rewire_by_lot(*state, integer(count), integer(7))
+        results = ranking.rewire_at_random(*state, integer(count), integer(7))
     else:
         wanted = ops.convert_to_tensor(growth)
         results = ranking.rewire_by_growth(*state, wanted, integer(count), integer(7))
@@ -80,7 +80,7 @@ def test_rewiring_keeps_the_count(values, growth, mask, share, by_lot):
 
 def test_the_lot_draws_every_number_once_and_evenly():
     keys = ops.zeros((50_000,), "int32")
-    one, other = as_numpy(ranking.lottery(keys, integer(seed)) for seed in (1, 2))
+    one, other = as_numpy(ranking.tie_keys(keys, integer(seed)) for seed in (1, 2))
     assert len(np.unique(one)) == len(np.unique(other)) == 50_000
     assert 0 <= one.min() < one.max() < ranking.MAX_SIZE
     expected = 50_000 / 8
@@ -108,7 +108,7 @@ def test_what_is_not_finite_is_told_where_it_competes():
     ):
         mask = ops.cast(ops.convert_to_tensor(alive), "bool")
         assert bool(ranking.keep_largest(weight, mask, integer(1), integer(0))[1]) is expected
-        assert bool(ranking.rewire_by_lot(weight, mask, integer(1), integer(0))[2]) is expected
+        assert bool(ranking.rewire_at_random(weight, mask, integer(1), integer(0))[2]) is expected
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

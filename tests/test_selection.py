@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from lottery_ticket_pruner import criteria, selection
-from lottery_ticket_pruner.selection import Weights, drop_count, drop_lowest, update
+from lottery_ticket_pruner.selection import (
+    Weights,
+    drop_count,
+    drop_lowest,
+    lowest,
+    scores,
+    update,
+)
 
 pytestmark = pytest.mark.once
 
@@ -461,7 +468,7 @@ def test_a_kernels_ties_do_not_depend_on_the_other_kernels():
 
 def test_a_kernels_generator_is_the_same_in_every_process():
     # Raw bits: NumPy promises them for ever, unlike the order of a shuffle.
-    raw = selection._generator(7, "dense/kernel").bit_generator.random_raw()
+    raw = lowest.generator(7, "dense/kernel").bit_generator.random_raw()
     assert raw == 1827416788799031895
 
 
@@ -689,7 +696,7 @@ def test_scores_in_chunks_are_scores_of_the_whole(name, scope, monkeypatch):
         for i, shape in enumerate([(7, 11), (1,), (13, 3)])
     }  # fmt: skip
     scope = criteria.get(name).scope or scope
-    monkeypatch.setattr(selection, "_CHUNK", 10)
+    monkeypatch.setattr(scores, "_CHUNK", 10)
     in_chunks = update(name, weights, rate=0.5, scope=scope)
     whole = dataclasses.replace(criteria.get(name), elementwise=False)
     at_once = update(whole, weights, rate=0.5, scope=scope)
@@ -728,21 +735,21 @@ def test_elementwise_criteria_take_less_than_three_times_the_weights_in_memory(n
     assert peak < 3 * sum(w.final.nbytes for w in weights.values())
 
 
-@pytest.mark.parametrize("winners", [0, 1, 2, 100, 499, 500, 501, 900, 999, 1000])
-def test_a_lottery_has_its_winners_wherever_they_are(winners, monkeypatch):
-    monkeypatch.setattr(selection, "_CHUNK", 64)
-    draws = [selection._lottery(1000, winners, np.random.default_rng(s)) for s in range(200)]
-    assert {int(np.count_nonzero(flags)) for flags in draws} == {winners}
+@pytest.mark.parametrize("count", [0, 1, 2, 100, 499, 500, 501, 900, 999, 1000])
+def test_so_many_flags_are_set_wherever_they_are(count, monkeypatch):
+    monkeypatch.setattr(lowest, "_CHUNK", 64)
+    draws = [lowest._random_flags(1000, count, np.random.default_rng(s)) for s in range(200)]
+    assert {int(np.count_nonzero(flags)) for flags in draws} == {count}
     by_tenth = np.sum(draws, axis=0).reshape(10, 100).sum(axis=1)
     # The counts of a tenth are hypergeometric in each draw.
-    share = winners / 1000
-    deviation = math.sqrt(200 * winners * 0.1 * 0.9 * (1 - share) * 1000 / 999)
-    np.testing.assert_allclose(by_tenth, 20 * winners, atol=5 * deviation)
+    share = count / 1000
+    deviation = math.sqrt(200 * count * 0.1 * 0.9 * (1 - share) * 1000 / 999)
+    np.testing.assert_allclose(by_tenth, 20 * count, atol=5 * deviation)
 
 
-def test_every_choice_of_a_lottery_is_equally_likely():
+def test_every_choice_of_flags_is_equally_likely():
     rng = np.random.default_rng(0)
-    choices = [tuple(np.flatnonzero(selection._lottery(6, 3, rng))) for _ in range(4000)]
+    choices = [tuple(np.flatnonzero(lowest._random_flags(6, 3, rng))) for _ in range(4000)]
     counts = [choices.count(choice) for choice in set(choices)]
     assert len(counts) == 20
     np.testing.assert_allclose(counts, 200, atol=5 * math.sqrt(200))

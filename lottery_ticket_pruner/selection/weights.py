@@ -1,0 +1,114 @@
+"""The weights of a kernel: its mask and its records, checked for the criterion that reads them."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from lottery_ticket_pruner import criteria, structures
+
+HOW_TO_RECORD = {
+    "initial": "Record them with `pruner.set_initial_weights(model)`.",
+    "final": "Record them with `pruner.set_pretrained_weights(model)` after training.",
+    "current": "Pass the raw weights as `current`.",
+}
+
+_ARRAYS = (*criteria.RECORDS, *criteria.EVIDENCE)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Weights:
+    """A kernel's mask and its records, all of one shape.
+
+    Args:
+        mask: Bool array, True where a weight is kept.
+        output_axes: Axes that index outputs, for `scope="output"`; the last one by default.
+        input_axes: Axes that index inputs, for structures; the last one but one by default.
+        initial: Array of the recorded initial weights (any real dtype), or None.
+        final: Array of the recorded final weights, or None.
+        current: Array of the raw weights as they are now, or None.
+        gradient: Evidence, as `criteria.Group` has it, or None. So are the next three.
+        hessian_gradient: Evidence, or None.
+        flow: Evidence, or None.
+        input_norm: Evidence, or None.
+    """
+
+    mask: np.ndarray
+    output_axes: tuple[int, ...] = (-1,)
+    input_axes: tuple[int, ...] = (-2,)
+    initial: np.ndarray | None = None
+    final: np.ndarray | None = None
+    current: np.ndarray | None = None
+    gradient: np.ndarray | None = None
+    hessian_gradient: np.ndarray | None = None
+    flow: np.ndarray | None = None
+    input_norm: np.ndarray | None = None
+
+    @property
+    def layout(self) -> structures.Layout:
+        """The meaning of the axes."""
+        return structures.Layout(self.mask.shape, self.input_axes, self.output_axes)
+
+
+def joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    """Returns all elements in one read-only 1-D array, without a copy of a single array."""
+    flat = [array.reshape(-1) for array in arrays]
+    whole = flat[0].view() if len(flat) == 1 else np.concatenate(flat)
+    whole.flags.writeable = False
+    return whole
+
+
+def records_of(kernel: Weights) -> dict[str, np.ndarray]:
+    """Returns the records and evidence that are there, by name."""
+    arrays = {name: getattr(kernel, name) for name in _ARRAYS}
+    return {name: array for name, array in arrays.items() if array is not None}
+
+
+def prepared(criterion: criteria.Criterion, path: str, kernel: Weights) -> Weights:
+    """Returns the kernel with the records that the criterion reads, checked and at least float32.
+
+    Args:
+        criterion: Criterion that is going to score the weights.
+        path: Path of the kernel, for messages.
+        kernel: Kernel with any records.
+
+    Raises:
+        ValueError: A record is missing, has another shape than the mask, or holds a NaN or an
+            infinity.
+    """
+    mask = np.asarray(kernel.mask, dtype=bool)
+    records = {}
+    for name in criterion.needs | criterion.optional:
+        array = getattr(kernel, name)
+        if array is None:
+            if name in criterion.evidence:
+                raise ValueError(
+                    f"Criterion {criterion.name!r} needs the {name} of {path!r}, which only "
+                    "`LotteryTicketPruner.update_masks` of a masked model works out."
+                )
+            if name in criterion.needs:
+                raise ValueError(
+                    f"Criterion {criterion.name!r} needs the {name} weights of {path!r}, which "
+                    f"have not been recorded. {HOW_TO_RECORD[name]}"
+                )
+            continue
+        array = np.asarray(array)
+        if array.shape != mask.shape:
+            raise ValueError(
+                f"The {_called(name)} of {path!r} have shape {array.shape}, its mask {mask.shape}. "
+                "Both must be recorded from the same model."
+            )
+        # Differences of half-precision weights would round or overflow.
+        array = array.astype(np.result_type(array.dtype, np.float32), copy=False)
+        if not np.isfinite(array).all():
+            raise ValueError(
+                f"The {_called(name)} of {path!r} contain NaN or infinity, which cannot be "
+                "ranked. Did the training diverge?"
+            )
+        records[name] = array
+    kept = dict.fromkeys(_ARRAYS) | records
+    return dataclasses.replace(kernel, mask=mask, **kept)
+
+
+def _called(name: str) -> str:
+    return f"{name} weights" if name in criteria.RECORDS else f"{name} values"
