@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import numbers
 import warnings
@@ -16,7 +17,6 @@ from keras import ops
 import masked_layers as ml
 from lottery_ticket_pruner import (
     criteria,
-    distributions,
     evidence,
     fitting,
     gradients,
@@ -285,17 +285,26 @@ class GradualPruning(MaskSchedule):
         super().__init__(pruner)
         _check_seed(seed)
         self.schedule = schedules.get(schedule)
-        self.criterion = criteria.get(strategy)
-        self.scope = selection.resolve_scope(self.criterion, scope)
-        self.regrowth = regrowth
-        self.seed = seed
-        self.structure = None if structure is None else structures.get(structure)
-        if self.structure is not None and self.structure.kept is not None:
+        structure = None if structure is None else structures.get(structure)
+        if structure is not None and structure.kept is not None:
             raise ValueError(
-                f"{self.structure} says itself how many weights stay, and needs no schedule. "
+                f"{structure} says itself how many weights stay, and needs no schedule. "
                 "Prune once: `pruner.update_masks(..., structure=...)`."
             )
-        self.distribution = None if distribution is None else distributions.get(distribution)
+        self._request = selection.Request.of(
+            strategy,
+            scope=scope,
+            seed=seed,
+            structure=structure,
+            distribution=distribution,
+            keep_sparser=True,
+        )
+        self.criterion = self._request.criterion
+        self.scope = self._request.scope
+        self.structure = self._request.structure
+        self.distribution = self._request.distribution
+        self.regrowth = regrowth
+        self.seed = seed
         self.data = data
         if evidence.differentiates(self.criterion) and isinstance(data, tuple) and len(data) > 1:
             self._data = data[:2]
@@ -363,15 +372,9 @@ class GradualPruning(MaskSchedule):
         try:
             if "final" in self.criterion.needs:
                 pruner.set_pretrained_weights()
-            pruner.prune_up_to(
-                self.criterion,
-                sparsity,
-                scope=self.scope,
-                seed=int(np.random.SeedSequence([self.seed, step]).generate_state(1)[0]),
-                structure=self.structure,
-                distribution=self.distribution,
-                data=self.data,
-            )
+            seed = int(np.random.SeedSequence([self.seed, step]).generate_state(1)[0])
+            request = dataclasses.replace(self._request, sparsity=sparsity, seed=seed)
+            pruner.prune(request, data=self.data)
         except Exception:
             ml.set_masks(pruner.model, before)
             raise

@@ -8,7 +8,6 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from numbers import Real
-from typing import Any
 
 import numpy as np
 
@@ -73,33 +72,26 @@ def rehearsal() -> Iterator[None]:
 
 
 def of_update(
+    request: selection.Request,
     kernels: Mapping[str, selection.Weights],
     masks: Mapping[str, np.ndarray],
-    *,
-    structure: structures.Structure | None,
-    rate: selection.Share | None,
-    sparsity: selection.Share | None,
-    keep_sparser: bool,
-    **others: Any,
 ) -> None:
     """Says what an update of masks left out, left undone or took away altogether.
 
     Args:
-        kernels: What was known before.
+        request: What was to be pruned. One that keeps what is sparser comes from a schedule, which
+            may begin with less than one weight.
+        kernels: The kernels before, by path.
         masks: The masks afterwards, by path.
-        structure: What stood or fell together.
-        rate: The share that was asked for, or None.
-        sparsity: The share that was asked for, or None.
-        keep_sparser: Whether a schedule asked, which may begin with less than one weight.
-        **others: Arguments of `selection.update` of which nothing is said.
     """
+    structure, rate, sparsity = request.structure, request.rate, request.sparsity
     if structure is not None:
         _of_structure(structure, {path: kernel.layout for path, kernel in kernels.items()})
     # A sparsity that was reached before is expected; one of dense masks is not.
     dense = all(kernel.mask.all() for kernel in kernels.values())
     amount = rate if sparsity is None or isinstance(sparsity, Mapping) else sparsity * dense
     same = all(np.array_equal(kernel.mask, masks[path]) for path, kernel in kernels.items())
-    if same and not keep_sparser and isinstance(amount, Real) and amount > 0:
+    if same and not request.keep_sparser and isinstance(amount, Real) and amount > 0:
         unit = "weight" if structure is None else f"tile of {structure}"
         warn(
             f"Nothing was pruned: a share of {amount} is less than one {unit} wherever they "

@@ -23,7 +23,6 @@ from lottery_ticket_pruner import (
     notices,
     plain_models,
     selection,
-    structures,
     targets,
     treatments,
 )
@@ -207,19 +206,17 @@ class LotteryTicketPruner:
                 a mask that kept something keeps nothing now; or nothing was pruned.
         """
         self._require_masked("update_masks")
-        criterion = criteria.get(strategy)
-        stale = "final" in criterion.needs and not self._final_is_new
-        self._prune(
-            self.model,
-            criterion,
+        request = selection.Request.of(
+            strategy,
             rate=rate,
             sparsity=sparsity,
             scope=scope,
-            seed=seed,
+            seed=self._updates if seed is None else seed,
             structure=structure,
             distribution=distribution,
-            data=data,
         )
+        stale = "final" in request.criterion.needs and not self._final_is_new
+        self.prune(request, data=data)
         if stale:
             warnings.warn(
                 "The masks were updated since the final weights were recorded; the same weights "
@@ -255,15 +252,14 @@ class LotteryTicketPruner:
         Warns:
             UserWarning: One of the masks keeps nothing; for the first sparsity where that is so.
         """
-        criterion = criteria.get(strategy)
+        request = selection.Request.of(strategy, scope=scope, seed=seed)
         _keras.sync(self.model)
+        kernels = self._kernels(self._prunables(self.model), request.criterion)
         kernels = {
             path: dataclasses.replace(kernel, mask=np.ones_like(kernel.mask))
-            for path, kernel in self._kernels(self._prunables(self.model), criterion).items()
+            for path, kernel in kernels.items()
         }
-        masks = selection.update_many(
-            criterion, kernels, sparsities=sparsities, scope=scope, seed=seed
-        )
+        masks = selection.select_many(request, kernels, sparsities)
         return notices.watched(masks, sparsities)
 
     def rewind(self, optimizer: bool = True) -> None:
@@ -413,15 +409,45 @@ class LotteryTicketPruner:
             with targets.explained(model, x, y):
                 return model.evaluate(x, y, **evaluate_kwargs, return_dict=True)
 
-    def prune_up_to(self, strategy: Any, sparsity: float, **options: Any) -> None:
-        """Does what `update_masks` does, but leaves what is sparser already as it is.
+    def prune(
+        self, request: selection.Request, *, data: Any = None, model: keras.Model | None = None
+    ) -> None:
+        """Gives a model new masks by a request; what `update_masks` and schedules have in common.
 
         Args:
-            strategy: As for `update_masks`.
-            sparsity: Share of all weights that are pruned afterwards, at the least.
-            **options: Further arguments of `update_masks`.
+            request: What is to be pruned.
+            data: As for `update_masks`.
+            model: Model to prune, of the pruner's architecture; by default the pruner's own.
+
+        Raises:
+            ValueError: A record or data are missing, or the amount is wrong. Nothing has changed
+                then.
         """
-        self._prune(self.model, strategy, sparsity=sparsity, keep_sparser=True, **options)
+        model = self.model if model is None else model
+        criterion = request.criterion
+        _keras.sync(model)
+        prunables = self._prunables(model)
+        kernels = self._kernels(prunables, criterion)
+        if criterion.evidence and is_masked(model):
+            with self._as_ranked(model, criterion):
+                measure = evidence.measurement(model, criterion, data)
+                masks = selection.select(request, kernels, measure)
+        else:
+            masks = selection.select(request, kernels)
+        self._write_masks(model, {i: masks[self._keys[i]] for i in prunables})
+        self._final_is_new = False
+        self._updates += 1
+        size = sum(mask.size for mask in masks.values())
+        alive = sum(int(mask.sum()) for mask in masks.values())
+        _logger.info(
+            "Pruned %r by %s: %d of %d weights alive (%.2f %%).",
+            model.name,
+            criterion.name,
+            alive,
+            size,
+            100 * alive / size,
+        )
+        notices.of_update(request, kernels, masks)
 
     def note_changed_masks(self) -> None:
         """Tells the pruner that its model's masks were changed: final weights are out of date."""
@@ -451,7 +477,9 @@ class LotteryTicketPruner:
                 "`prune_percentage` must be between 0 and 1, exclusive. "
                 f"Received: prune_percentage={prune_percentage!r}"
             )
-        self._prune(self._checked(model), prune_strategy, rate=prune_percentage)
+        model = self._checked(model)
+        request = selection.Request.of(prune_strategy, rate=prune_percentage, seed=self._updates)
+        self.prune(request, model=model)
 
     def apply_pruning(self, model: keras.Model) -> None:
         """Zeroes the pruned weights of a plain model; a masked one reads them as zero already.
@@ -717,54 +745,6 @@ class LotteryTicketPruner:
         if ref.mask is None:
             return self._masks[position].copy()
         return ref.mask.to_numpy()
-
-    def _prune(
-        self,
-        model: keras.Model,
-        strategy: Any,
-        *,
-        rate: selection.Share | None = None,
-        sparsity: selection.Share | None = None,
-        scope: str | None = None,
-        seed: int | None = None,
-        structure: Any = None,
-        distribution: Any = None,
-        data: Any = None,
-        keep_sparser: bool = False,
-    ) -> None:
-        criterion = criteria.get(strategy)
-        structure = None if structure is None else structures.get(structure)
-        _keras.sync(model)
-        prunables = self._prunables(model)
-        kernels = self._kernels(prunables, criterion)
-        options = {
-            "rate": rate,
-            "sparsity": sparsity,
-            "scope": scope,
-            "seed": self._updates if seed is None else seed,
-            "structure": structure,
-            "distribution": distribution,
-            "keep_sparser": keep_sparser,
-        }
-        if criterion.evidence and is_masked(model):
-            with self._as_ranked(model, criterion):
-                masks = evidence.update(model, criterion, kernels, data=data, **options)
-        else:
-            masks = selection.update(criterion, kernels, **options)
-        self._write_masks(model, {i: masks[self._keys[i]] for i in prunables})
-        self._final_is_new = False
-        self._updates += 1
-        size = sum(mask.size for mask in masks.values())
-        alive = sum(int(mask.sum()) for mask in masks.values())
-        _logger.info(
-            "Pruned %r by %s: %d of %d weights alive (%.2f %%).",
-            model.name,
-            criterion.name,
-            alive,
-            size,
-            100 * alive / size,
-        )
-        notices.of_update(kernels, masks, **options)
 
     @contextlib.contextmanager
     def _as_ranked(self, model: keras.Model, criterion: criteria.Criterion) -> Iterator[None]:

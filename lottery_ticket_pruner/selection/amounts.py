@@ -1,11 +1,16 @@
 """How much goes: rates, sparsities and distributions become exact counts."""
 
+import dataclasses
 import math
+import numbers
 from collections.abc import Mapping
+from typing import Any
 
-from lottery_ticket_pruner import criteria, distributions, structures
+import numpy as np
+
+from lottery_ticket_pruner.selection.request import Request, refuse_amounts
 from lottery_ticket_pruner.selection.weights import Weights
-from lottery_ticket_pruner.shares import Share, check_share, one_of
+from lottery_ticket_pruner.shares import check_share, one_of, shares_of
 
 # 0.29 * 100 is 28.999999999999996 in floating point; 29 is meant.
 _ROUNDING = 1e-6
@@ -53,52 +58,84 @@ def drop_count(
     return drop
 
 
-def refuse_amounts(structure: structures.Structure, **arguments: object) -> None:
-    """Raises an error if a structure that fixes the sparsity is given anything that does, too."""
-    given = {name: value for name, value in arguments.items() if value is not None}
-    if given:
-        raise ValueError(
-            f"{structure} says itself how many weights stay, and which compete. Leave out: {given}"
-        )
+def amounts(request: Request, kernels: Mapping[str, Weights]) -> dict[str, dict[str, Any] | None]:
+    """Returns what to ask of each kernel: arguments of `drop_count`, or None where N:M says it.
+
+    Args:
+        request: Request with the amount for all kernels.
+        kernels: Kernels that it applies to, by path.
+
+    Raises:
+        ValueError: Not exactly one of rate and sparsity is given, a share is not a number in
+            [0, 1), a pattern is not found, or the structure or the distribution excludes the
+            amount.
+    """
+    rate, sparsity = request.rate, request.sparsity
+    if request.keeps_fixed_number:
+        distribution = request.distribution and request.distribution.name
+        refuse_amounts(request.structure, rate=rate, sparsity=sparsity, distribution=distribution)
+        return dict.fromkeys(kernels)
+    if request.distribution is not None:
+        sparsity = _distribute(request, kernels)
+    name, share = one_of(rate, sparsity)
+    shares = shares_of(name, share, kernels, request.scope)
+    return {
+        path: {name: value, "keep_sparser": request.keep_sparser} for path, value in shares.items()
+    }
 
 
-def distribute(
-    distribution: distributions.Identifier,
-    kernels: Mapping[str, Weights],
-    scope: str,
-    rate: Share | None,
-    sparsity: Share | None,
-) -> dict[str, float]:
+def _distribute(request: Request, kernels: Mapping[str, Weights]) -> dict[str, float]:
     """Returns the sparsity of each kernel, of one sparsity of all kernels together."""
+    rate, sparsity, scope = request.rate, request.sparsity, request.scope
     if rate is not None or isinstance(sparsity, Mapping | None) or scope != "layer":
         raise ValueError(
             "A `distribution` shares one `sparsity` of all kernels together out among them: give a "
-            f'number, no `rate`, and the scope "layer". Received: distribution={distribution!r}, '
-            f"rate={rate!r}, sparsity={sparsity!r}, scope={scope!r}"
+            'number, no `rate`, and the scope "layer". Received: '
+            f"distribution={request.distribution.name!r}, rate={rate!r}, sparsity={sparsity!r}, "
+            f"scope={scope!r}"
         )
     check_share("sparsity", sparsity)
     shapes = {path: kernel.mask.shape for path, kernel in kernels.items()}
-    return distributions.get(distribution)(shapes, sparsity)
+    return request.distribution(shapes, sparsity)
 
 
-def resolve_scope(criterion: criteria.Criterion, scope: str | None) -> str:
-    """Returns the scope asked for, else the one that the criterion insists on, else `"layer"`.
+def rounds(request: Request, weights: Mapping[str, Weights]) -> list[Request]:
+    """Returns the requests that lead to this one in as many rounds as its criterion has.
+
+    Each round drops the same share of what is kept, and the last reaches what was asked for
+    exactly.
 
     Args:
-        criterion: Criterion that is going to rank the weights.
-        scope: Name of a scope, or None.
-
+        request: Request for the end.
+        weights: Kernels as they are now, by path.
 
     Raises:
-        ValueError: No scope has this name, or the criterion insists on another.
+        ValueError: Rounds are to lead on from masks that are not ones under a structure.
     """
-    if scope is None:
-        return criterion.scope or "layer"
-    if scope not in criteria.SCOPES:
-        raise ValueError(f"`scope` must be one of {criteria.SCOPES}. Received: scope={scope!r}")
-    if criterion.scope not in (None, scope):
+    criterion, rate, sparsity = request.criterion, request.rate, request.sparsity
+    share = rate if sparsity is None else sparsity
+    count = criterion.rounds
+    # What is wrong with the amount is for the last request to say.
+    if count == 1 or not isinstance(share, numbers.Real) or not 0 <= share < 1:
+        return [request]
+    size = sum(kernel.mask.size for kernel in weights.values())
+    alive = sum(int(np.count_nonzero(kernel.mask)) for kernel in weights.values())
+    if request.structure is not None and (alive < size or sparsity is None):
         raise ValueError(
-            f"Criterion {criterion.name!r} works with scope={criterion.scope!r} alone. "
-            f"Received: scope={scope!r}"
+            f"Criterion {criterion.name!r} prunes in {count} rounds. With a structure these start "
+            "from masks of ones and lead to a `sparsity`: reset the masks, or leave one of both."
         )
-    return scope
+    now = alive / size
+    # What was asked for, not what is left once counts are rounded: that is for each round to do.
+    then = now * (1 - rate) if sparsity is None else min(now, 1 - sparsity)
+    last = request
+    if request.structure is None:
+        left = alive - drop_count(
+            size, alive, rate=rate, sparsity=sparsity, keep_sparser=request.keep_sparser
+        )
+        last = dataclasses.replace(request, rate=None, sparsity=1 - left / size)
+    densities = [now * (then / now) ** (k / count) for k in range(1, count)]
+    return [
+        *(dataclasses.replace(request, rate=None, sparsity=1 - density) for density in densities),
+        last,
+    ]

@@ -17,34 +17,29 @@ from lottery_ticket_pruner.selection.lowest import (
     drop_up_to,
     generator,
 )
+from lottery_ticket_pruner.selection.request import Request
 from lottery_ticket_pruner.selection.scores import score, score_in_chunks
 from lottery_ticket_pruner.selection.weights import Weights, joined, records_of
 
 
 def comparisons(
-    criterion: criteria.Criterion,
-    kernels: Mapping[str, Weights],
-    scope: str,
-    seed: int,
-    structure: structures.Structure | None,
+    request: Request, kernels: Mapping[str, Weights]
 ) -> "Iterator[_Comparison | _PerOutput]":
     """Yields what is ranked apart from all else, each with a random stream of its own.
 
     Args:
-        criterion: Criterion that scores the weights.
-        kernels: Prepared kernels by path.
-        scope: `"layer"`, `"global"` or `"output"`.
-        seed: Seed of the random streams.
-        structure: Structure whose tiles are ranked in place of weights, or None.
+        request: What is to be pruned.
+        kernels: Kernels to which the request applies, checked, by path.
     """
-    if scope == "global":
+    criterion, structure = request.criterion, request.structure
+    if request.scope == "global":
         together = {path: kernels[path] for path in sorted(kernels)}
-        rng = generator(seed, "")
+        rng = generator(request.seed, "")
         yield _Comparison(criterion, together, rng, "the model as a whole", structure)
         return
     for path, kernel in kernels.items():
-        rng = generator(seed, path)
-        if scope == "output":
+        rng = generator(request.seed, path)
+        if request.scope == "output":
             yield _PerOutput(criterion, path, kernel, rng)
         else:
             yield _Comparison(criterion, {path: kernel}, rng, repr(path), structure)

@@ -1,15 +1,88 @@
 """New masks of all kernels: scores become masks, to the exact count."""
 
-import numbers
-from collections.abc import Iterator, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
 from lottery_ticket_pruner import criteria, distributions, structures
-from lottery_ticket_pruner.selection.amounts import distribute, refuse_amounts, resolve_scope
+from lottery_ticket_pruner.selection.amounts import amounts, rounds
 from lottery_ticket_pruner.selection.comparisons import comparisons
+from lottery_ticket_pruner.selection.request import Request, refuse_amounts
 from lottery_ticket_pruner.selection.weights import Weights, prepared
-from lottery_ticket_pruner.shares import Share, one_of, shares_of
+from lottery_ticket_pruner.shares import Share, shares_of
+
+# Evidence by name and path, of masks by path.
+Measure = Callable[[Mapping[str, np.ndarray]], Mapping[str, Mapping[str, np.ndarray]]]
+
+
+def select(
+    request: Request, weights: Mapping[str, Weights], measure: Measure | None = None
+) -> dict[str, np.ndarray]:
+    """Returns new masks without what the criterion ranks lowest, to the exact count.
+
+    Args:
+        request: What is to be pruned.
+        weights: Kernels by path. Nothing in them is changed.
+        measure: Function that finds the evidence of the criterion for masks by path: a dict from
+            the name of the evidence to arrays by path. It is called before each round of the
+            criterion. Without it there is one round, with the evidence in `weights`.
+
+    Returns:
+        A dict from path to a new bool mask, in the order of `weights`.
+
+    Raises:
+        ValueError: As for `update`; or rounds are to lead on from masks that are not ones under a
+            structure.
+    """
+    if measure is None:
+        return _select_once(request, weights)
+    masks = {path: kernel.mask for path, kernel in weights.items()}
+    for part in rounds(request, weights):
+        found = measure(masks)
+        weights = {
+            path: dataclasses.replace(
+                kernel,
+                mask=masks[path],
+                **{name: arrays[path] for name, arrays in found.items()},
+            )
+            for path, kernel in weights.items()
+        }
+        masks = _select_once(part, weights)
+    return masks
+
+
+def select_many(
+    request: Request, weights: Mapping[str, Weights], sparsities: Sequence[Share]
+) -> Iterator[dict[str, np.ndarray]]:
+    """Returns the masks of `select` for each of many sparsities, from one ranking.
+
+    Args:
+        request: What is to be pruned, without an amount.
+        weights: As for `select`.
+        sparsities: Shares of all weights that are pruned afterwards: numbers or mappings.
+
+    Returns:
+        An iterator as that of `update_many`.
+
+    Raises:
+        ValueError: As for `update`.
+    """
+    kernels = _admitted(request, weights)
+    if request.keeps_fixed_number:
+        refuse_amounts(request.structure, sparsities=sparsities)
+    shares = [shares_of("sparsity", share, kernels, request.scope) for share in sparsities]
+    ranked = list(comparisons(request, kernels))
+
+    def masks() -> Iterator[dict[str, np.ndarray]]:
+        for share in shares:
+            pruned: dict[str, np.ndarray] = {}
+            for comparison in ranked:
+                amount = {"sparsity": share[comparison.paths[0]]}
+                pruned |= comparison.prune(amount, again=True)
+            yield _in_order(weights, pruned)
+
+    return masks()
 
 
 def update(
@@ -57,23 +130,17 @@ def update(
             missing, has another shape than its mask or holds a NaN or an infinity; a sparsity is
             exceeded already; a structure applies to no kernel. The message names the path.
     """
-    structure = None if structure is None else structures.get(structure)
-    criterion, scope, kernels = _admit(criterion, weights, scope, seed, structure)
-    if structure is not None and structure.kept is not None:
-        refuse_amounts(structure, rate=rate, sparsity=sparsity, distribution=distribution)
-        amounts = None
-    else:
-        if distribution is not None:
-            sparsity = distribute(distribution, kernels, scope, rate, sparsity)
-        name, share = one_of(rate, sparsity)
-        shares = shares_of(name, share, kernels, scope)
-        amounts = {
-            path: {name: value, "keep_sparser": keep_sparser} for path, value in shares.items()
-        }
-    pruned = {}
-    for comparison in comparisons(criterion, kernels, scope, seed, structure):
-        pruned |= comparison.prune(amounts and amounts[comparison.paths[0]])
-    return _in_order(weights, pruned)
+    request = Request.of(
+        criterion,
+        rate=rate,
+        sparsity=sparsity,
+        scope=scope,
+        seed=seed,
+        structure=structure,
+        distribution=distribution,
+        keep_sparser=keep_sparser,
+    )
+    return select(request, weights)
 
 
 def update_many(
@@ -106,57 +173,32 @@ def update_many(
     Raises:
         ValueError: An argument is one that `update` refuses, too.
     """
-    structure = None if structure is None else structures.get(structure)
-    criterion, scope, kernels = _admit(criterion, weights, scope, seed, structure)
-    if structure is not None and structure.kept is not None:
-        refuse_amounts(structure, sparsities=sparsities)
-    shares = [shares_of("sparsity", share, kernels, scope) for share in sparsities]
-    ranked = list(comparisons(criterion, kernels, scope, seed, structure))
-
-    def masks() -> Iterator[dict[str, np.ndarray]]:
-        for share in shares:
-            pruned: dict[str, np.ndarray] = {}
-            for comparison in ranked:
-                amount = {"sparsity": share[comparison.paths[0]]}
-                pruned |= comparison.prune(amount, again=True)
-            yield _in_order(weights, pruned)
-
-    return masks()
+    request = Request.of(criterion, scope=scope, seed=seed, structure=structure)
+    return select_many(request, weights, sparsities)
 
 
-def _admit(
-    criterion: criteria.Identifier,
-    weights: Mapping[str, Weights],
-    scope: str | None,
-    seed: int,
-    structure: structures.Structure | None,
-) -> tuple[criteria.Criterion, str, dict[str, Weights]]:
-    """Returns the criterion, the scope, and the checked kernels to which the structure applies."""
-    criterion = criteria.get(criterion)
-    if structure is not None and structure.kept is not None:
-        refuse_amounts(structure, scope=scope)
-        # Each tile is ranked alone; what may still matter is which weights are scored together.
-        scope = "global" if criterion.scope == "global" else "layer"
-    else:
-        scope = resolve_scope(criterion, scope)
-    if structure is not None and scope == "output":
-        raise ValueError(
-            f"{structure} makes tiles of whole layers compete, which contradicts "
-            f'scope="output" (criterion {criterion.name!r}). '
-            + ("Use N:M, or another criterion." if criterion.scope else 'Use "layer" or "global".')
-        )
-    if isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or seed < 0:
-        raise ValueError(f"`seed` must be a non-negative integer. Received: seed={seed!r}")
+def _select_once(request: Request, weights: Mapping[str, Weights]) -> dict[str, np.ndarray]:
+    kernels = _admitted(request, weights)
+    amount_of = amounts(request, kernels)
+    pruned: dict[str, np.ndarray] = {}
+    for comparison in comparisons(request, kernels):
+        pruned |= comparison.prune(amount_of[comparison.paths[0]])
+    return _in_order(weights, pruned)
+
+
+def _admitted(request: Request, weights: Mapping[str, Weights]) -> dict[str, Weights]:
+    """Returns the kernels to which the structure applies, checked."""
     if not weights:
         raise ValueError("There are no weights to prune: the mapping of weights is empty.")
+    structure = request.structure
     kernels = {
-        path: prepared(criterion, path, kernel)
+        path: prepared(request.criterion, path, kernel)
         for path, kernel in weights.items()
         if structure is None or structure.applies(kernel.layout)
     }
     if not kernels:
         raise ValueError(f"{structure} applies to none of the weights {list(weights)}.")
-    return criterion, scope, kernels
+    return kernels
 
 
 def _in_order(
