@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import tempfile
 import types
+import warnings
 from collections.abc import Iterator
 from typing import Any, TypeAlias
 
@@ -65,6 +66,12 @@ def copy_model(model: keras.Model, *, dtype: str | None = None) -> keras.Model:
                 with _keras.custom_object_scope(names):
                     copy, compile_config = _made_again(model, dtype)
         except Exception as error:
+            if isinstance(error, RecursionError) and (cyclic := _with_cyclic_config(model)):
+                raise ValueError(
+                    f"'{model.name}' cannot be copied: the config of {cyclic} holds itself, a dict "
+                    "or list in it. Give it a `get_config()` of plain values, or pass "
+                    "`inplace=True` to change the model itself."
+                ) from error
             raise ValueError(
                 f"'{model.name}' ({plain_class(model).__name__}) cannot be copied, because Keras "
                 f"cannot make it again from its config: {error}\nGive it a `get_config()` and "
@@ -96,7 +103,29 @@ def _made_again(model: keras.Model, dtype: str | None) -> tuple[keras.Model, Any
         compile_config = {**compile_config, "optimizer": optimizer}
     if dtype is not None:
         config, compile_config = _with_dtype(config, dtype), None
-    return _keras.deserialize(config), compile_config
+    with warnings.catch_warnings():
+        # A subclassed model that takes several arguments: see `_build_as_in`.
+        warnings.filterwarnings("ignore", "Model .* had a build config", UserWarning)
+        return _keras.deserialize(config), compile_config
+
+
+def _with_cyclic_config(model: keras.Model) -> str:
+    """Returns the layers of which the config leads back to itself, none as an empty string."""
+    found = []
+    for path, layer in walk(model):
+        # That of a layer around them may not come to an end.
+        with contextlib.suppress(Exception):
+            if _is_cyclic(layer.get_config(), frozenset()):
+                found.append(f"'{path or layer.name}' ({plain_class(layer).__name__})")
+    return ", ".join(found)
+
+
+def _is_cyclic(value: Any, around: frozenset[int]) -> bool:
+    if not isinstance(value, (dict, list, tuple)):
+        return False
+    inside = value.values() if isinstance(value, dict) else value
+    around_it = around | {id(value)}
+    return id(value) in around or any(_is_cyclic(item, around_it) for item in inside)
 
 
 def _with_dtype(config: Any, dtype: str) -> Any:
@@ -153,6 +182,9 @@ def _copy_state(source: keras.Model, target: keras.Model) -> None:
     pairs = list(zip(walk(source), walk(target), strict=False))
     for (_, old), (_, new) in pairs:
         _enable_lora_as_in(old, new)
+    if _first_difference(source.variables, target.variables):
+        for (_, old), (_, new) in reversed(pairs):
+            _build_as_in(old, new)
     for old, new in zip(weight_refs(source), weight_refs(target), strict=False):
         if old.mask is not None and new.mask is not None and old.mask.frozen is not None:
             new.mask.freeze(keras.ops.convert_to_numpy(old.mask.frozen))
@@ -178,6 +210,20 @@ def _copy_state(source: keras.Model, target: keras.Model) -> None:
             new.mask.rescale = old.mask.rescale
     for (_, old), (_, new) in pairs:
         copy_assets(old, new)
+
+
+def _build_as_in(source: Layer, target: Layer) -> None:
+    """Builds a layer that the copy of the layer around it has left out.
+
+    Of a subclassed model without a `build`, Keras notes the shape of the first argument alone, so
+    that one with more of them cannot be built as a whole. Those inside it can.
+    """
+    if not source.built or target.built:
+        return
+    if not _keras.own_variables(source):
+        target.built = True
+    elif config := source.get_build_config():
+        target.build_from_config(config)
 
 
 def _enable_lora_as_in(source: Layer, target: Layer) -> None:

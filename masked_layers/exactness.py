@@ -9,7 +9,11 @@ describe them; tests hold both for all of them. Code of others may read a weight
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
+import sys
+import threading
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -86,8 +90,14 @@ def _check_masks(
 def check_copy(source: keras.Model, copy: keras.Model) -> None:
     """Makes sure that a copy has the outputs of its original, where inputs can be made up.
 
+    What Keras' generators draw is the same for both. Of a model that draws in other ways, as from
+    NumPy, nothing is known.
+
     Raises:
         ValueError: If it has others, by more than a computation repeated may differ.
+
+    Warns:
+        UserWarning: The original has other outputs at each call.
     """
     for specs in _input_specs(source):
         precise = all("16" not in layer.compute_dtype for _, layer in walk(source))
@@ -98,7 +108,7 @@ def check_copy(source: keras.Model, copy: keras.Model) -> None:
             if _close(before, after, precise):
                 return
             if not _close(before, _outputs(source, specs), precise):
-                logger.info("'%s' has other outputs at each call.", source.name)
+                _warn_of_chance(source, "whether its copy has the same ones")
                 return
         others = sorted({plain_class(layer).__name__ for layer in _layers_of_others(source)})
         raise ValueError(
@@ -135,6 +145,31 @@ def _traces_forgotten(model: keras.Model) -> Iterator[None]:
     finally:
         for _, layer in walk(model):
             _keras_trace.forget_traces(layer)
+
+
+@contextlib.contextmanager
+def _attributes_kept(model: keras.Model) -> Iterator[None]:
+    """Takes back the tensors that layers keep of a call inside, for their next one.
+
+    Those of a symbolic call have no values.
+    """
+    before = [(layer, dict(vars(layer))) for _, layer in walk(model)]
+    try:
+        yield
+    finally:
+        for layer, attributes in before:
+            # Past Keras' tracking, which has no part in tensors.
+            for name, value in list(vars(layer).items()):
+                if value is attributes.get(name, before) or not _holds_tensor(value):
+                    continue
+                if name in attributes:
+                    vars(layer)[name] = attributes[name]
+                else:
+                    del vars(layer)[name]
+
+
+def _holds_tensor(value: Any) -> bool:
+    return any(map(keras.ops.is_tensor, keras.tree.flatten(value)))
 
 
 class _Reads:
@@ -190,10 +225,12 @@ def _first_reads(
     for specs in _input_specs(model):
         reads, again = _Reads(model, refs, source), _Reads(model, refs, source)
         try:
-            _keras_trace.watch(model, specs, reads)
+            with _attributes_kept(model):
+                _keras_trace.watch(model, specs, reads)
             if keras.backend.backend() == "jax":
                 # There, what a function reads while it is compiled is a constant of it.
-                _keras_trace.watch(model, specs, again)
+                with _attributes_kept(model):
+                    _keras_trace.watch(model, specs, again)
                 reads.constant = reads.masks - again.masks
             return specs, reads
         except Exception as error:
@@ -245,7 +282,10 @@ def _depends_on_pruned(model: keras.Model, specs: Any, refs: list[WeightRef]) ->
             return False
         for ref, weight in zip(refs, raw, strict=True):
             ref.variable.assign(weight)
-        return _close(before, _outputs(model, specs), precise=True)
+        if _close(before, _outputs(model, specs), precise=True):
+            return True
+        _warn_of_chance(model, "whether something reads a weight past its mask")
+        return False
     finally:
         for ref, mask, weight in zip(refs, masks, raw, strict=True):
             ref.mask.value.assign(mask)
@@ -290,7 +330,7 @@ def _outputs(model: keras.Model, specs: Any) -> list[np.ndarray] | None:
 
     try:
         # In it, statistics and the states of random generators stay as they are.
-        with keras.StatelessScope():
+        with _attributes_kept(model), keras.StatelessScope(), _same_draws():
             outputs = model(keras.tree.map_structure(made_up, specs))
         return [
             keras.ops.convert_to_numpy(output).astype("float64")
@@ -299,6 +339,39 @@ def _outputs(model: keras.Model, specs: Any) -> list[np.ndarray] | None:
     except Exception as error:
         logger.info("'%s' cannot be called on made-up inputs: %s", model.name, error)
         return None
+
+
+@contextlib.contextmanager
+def _same_draws() -> Iterator[None]:
+    """Lets every generator of Keras give the same seeds each time, in the order of the calls.
+
+    A copy need not have the state of a generator that its layer does not track.
+    """
+    generator, thread, count = keras.random.SeedGenerator, threading.get_ident(), itertools.count()
+    real = generator.next
+
+    def next_seed(self: keras.random.SeedGenerator, ordered: bool = True) -> Any:
+        if threading.get_ident() != thread:
+            return real(self, ordered)
+        return keras.ops.convert_to_tensor([0, next(count)], self.state.dtype)
+
+    generator.next = next_seed
+    try:
+        yield
+    finally:
+        generator.next = real
+
+
+def _warn_of_chance(model: keras.Model, unknown: str) -> None:
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals["__name__"].startswith("masked_layers."):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(
+        f"'{model.name}' has other outputs at each call on the same inputs, so that it could not "
+        f"be told {unknown}. Where it draws at inference by other means than `keras.random`, that "
+        "is to be expected: compare the mean of many calls before and after.",
+        stacklevel=level,
+    )
 
 
 def _close(a: list[np.ndarray], b: list[np.ndarray] | None, precise: bool) -> bool:
