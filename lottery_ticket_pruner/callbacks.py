@@ -250,8 +250,8 @@ class GradualPruning(MaskSchedule):
         data: As for `update_masks`.
 
     Raises:
-        ValueError: The model has no masks, or schedule, criterion, scope, structure or distribution
-            is unknown.
+        ValueError: The model has no masks, schedule, criterion, scope, structure or distribution is
+            unknown, or the schedule falls where pruned weights do not come back.
 
     Example:
     ```python
@@ -285,6 +285,12 @@ class GradualPruning(MaskSchedule):
         super().__init__(pruner)
         _check_seed(seed)
         self.schedule = schedules.get(schedule)
+        if self.schedule.falls and not regrowth:
+            raise ValueError(
+                "The sparsity of the schedule falls, and pruned weights do not come back without "
+                f"`regrowth=True`. Received: schedule={self.schedule!r}. Let its final sparsity "
+                "not be below the initial one, or pass `regrowth=True`."
+            )
         structure = None if structure is None else structures.get(structure)
         if structure is not None and structure.kept is not None:
             raise ValueError(

@@ -108,8 +108,9 @@ def of_schedule_left(schedule: schedules.Schedule, step: int) -> str | None:
     first = schedule.begin_step
     if step < first:
         return (
-            f"The training ended at step {step}, before {schedule!r} changed any mask: it begins "
-            f"at step {first}. A step is a batch."
+            f"Nothing was pruned: the training ended at step {step}, and the schedule begins at "
+            f"step {first}. Train on, or give the schedule a `begin_step` below the number of "
+            "batches that you train on (a step is a batch)."
         )
     if schedule.end_step is None:
         return None
@@ -118,11 +119,17 @@ def of_schedule_left(schedule: schedules.Schedule, step: int) -> str | None:
     reached, final = schedule.sparsity(last), schedule.sparsity(schedule.end_step)
     if reached >= final:
         return None
-    why = f"The training ended at step {step}, before the end of {schedule!r}"
-    if step >= schedule.end_step:
-        why = f"{schedule!r} does not end a whole number of `frequency` steps after its beginning"
+    got = f"The schedule did not reach its final sparsity of {final:.4g}: masks changed last at "
+    got += f"step {last}, to {reached:.4g}"
+    if step < schedule.end_step:
+        return (
+            f"{got}, and the training ended at step {step} of the {schedule.end_step} of the "
+            f"schedule. Train on, or give it `end_step={last}` (a step is a batch)."
+        )
     return (
-        f"{why}: masks changed last at step {last}, to a sparsity of {reached:.4g} of {final:.4g}."
+        f"{got}, and the next change, {schedule.frequency} steps on, lies behind its `end_step` of "
+        f"{schedule.end_step}. Give it `end_step={last}`, or a `frequency` that divides the "
+        f"{schedule.end_step - first} steps from its beginning to its end."
     )
 
 

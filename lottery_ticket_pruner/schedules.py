@@ -67,6 +67,11 @@ class Schedule:
         since = step - self.begin_step
         return since >= 0 and not ended and since % self.frequency == 0
 
+    @property
+    def falls(self) -> bool:
+        """Whether the sparsity is known to fall, so that pruned weights have to come back."""
+        return False
+
     def __call__(self, step: int) -> float:
         """What `sparsity` gives."""
         return self.sparsity(step)
@@ -325,6 +330,11 @@ class _Ramp(Schedule):
         self.initial_sparsity = check_sparsity("initial_sparsity", initial_sparsity)
         self.final_sparsity = check_sparsity("final_sparsity", final_sparsity)
 
+    @property
+    def falls(self) -> bool:
+        """Whether the sparsity falls."""
+        return self.initial_sparsity > self.final_sparsity
+
     def _progress(self, step: int) -> float:
         # Outside of the ramp first: one that begins where it ends has no length to divide by.
         if step >= self.end_step:
@@ -344,7 +354,8 @@ class Polynomial(_Ramp):
 
     Args:
         initial_sparsity: Sparsity at `begin_step`, in [0, 1).
-        final_sparsity: Sparsity at `end_step` and after it, in [0, 1).
+        final_sparsity: Sparsity at `end_step` and after it, in [0, 1). Below the initial one
+            weights come back, where `GradualPruning` has `regrowth=True`; without, it refuses.
         begin_step: First step at which masks change.
         end_step: Last step at which they do; to reach the final sparsity it must be a whole
             number of `frequency` steps after `begin_step`.
@@ -393,7 +404,8 @@ class Geometric(_Ramp):
 
     Args:
         initial_sparsity: Sparsity at `begin_step`, in [0, 1).
-        final_sparsity: Sparsity at `end_step` and after it, in [0, 1).
+        final_sparsity: Sparsity at `end_step` and after it, in [0, 1). Below the initial one
+            weights come back, where `GradualPruning` has `regrowth=True`; without, it refuses.
         begin_step: First step at which masks change.
         end_step: Last step at which they do; to reach the final sparsity it must be a whole
             number of `frequency` steps after `begin_step`.

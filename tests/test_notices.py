@@ -198,9 +198,21 @@ def test_patterns_that_others_keep_from_any_path_are_refused():
 @pytest.mark.parametrize(
     ("schedule", "message"),
     [
-        (schedules.Polynomial(0, 0.5, 10, 20), "step 4, before .* changed any mask.* at step 10"),
-        (schedules.Polynomial(0, 0.5, 0, 8, 1, 2), "ended at step 4, .* step 4, .* 0.25 of 0.5"),
-        (schedules.Geometric(0, 0.75, 0, 4, 3), "whole number .* last at step 3, .* 0.6464 of"),
+        (
+            schedules.Polynomial(0, 0.5, 10, 20),
+            r"^Nothing was pruned: .* ended at step 4, .* begins at step 10\. Train on, or .*"
+            "`begin_step`",
+        ),
+        (
+            schedules.Polynomial(0, 0.5, 0, 8, 1, 2),
+            r"sparsity of 0\.5: .* last at step 4, to 0\.25, .* ended at step 4 of the 8 .*"
+            r"\. Train on, or give it `end_step=4`",
+        ),
+        (
+            schedules.Geometric(0, 0.75, 0, 4, 3),
+            r"of 0\.75: .* last at step 3, to 0\.6464, .* 3 steps on, .* `end_step` of 4\. "
+            "Give it `end_step=3`, or a `frequency` that divides the 4 steps",
+        ),
         (schedules.Polynomial(0, 0.5, 0, 4, frequency=2), None),
         (schedules.Constant(0.5, 1, 9, 4), None),
         (schedules.Constant(0.5), None),
@@ -215,6 +227,29 @@ def test_a_training_that_ends_before_its_schedule_says_where_it_stopped(schedule
         with pytest.warns(UserWarning, match=message):
             fit(model, [pruning])
         assert not said(lambda: fit(model, [pruning], epochs=0))
+
+
+def test_the_remedies_of_an_unfinished_schedule_lead_to_its_final_sparsity():
+    for schedule in (
+        schedules.Polynomial(0, 0.5, 0, 4, 1, 2),  # `end_step=4`
+        schedules.Geometric(0, 0.75, 0, 3, 3),  # `end_step=3`
+        schedules.Geometric(0, 0.75, 0, 4, 2),  # a frequency that divides 4
+    ):
+        model = make_model()
+        pruning = GradualPruning(LotteryTicketPruner(model), schedule)
+        assert not said(lambda model=model, pruning=pruning: fit(model, [pruning]))
+
+
+@pytest.mark.parametrize("cls", [schedules.Polynomial, schedules.Geometric])
+def test_a_sparsity_that_falls_needs_weights_that_come_back(cls):
+    falling = cls(0.7, 0.5, 0, 4, frequency=2)
+    model = make_model()
+    with pytest.raises(ValueError, match=r"falls, .*initial_sparsity=0\.7, .* `regrowth=True`"):
+        GradualPruning(LotteryTicketPruner(model), falling)
+    pruning = GradualPruning(LotteryTicketPruner(model), falling, regrowth=True)
+    assert not said(lambda: fit(model, [pruning]))
+    report = ml.sparsity_report(model)
+    assert report.sparsity == pytest.approx(0.5, abs=3 / report.size)
 
 
 def test_rewiring_that_never_comes_is_refused_or_told():
