@@ -117,7 +117,7 @@ def of_schedule_left(schedule: schedules.Schedule, step: int) -> str | None:
     last = min(step, schedule.end_step)
     last -= (last - first) % schedule.frequency
     reached, final = schedule.sparsity(last), schedule.sparsity(schedule.end_step)
-    if reached >= final:
+    if (reached <= final) if schedule.falls else (reached >= final):
         return None
     got = f"The schedule did not reach its final sparsity of {final:.4g}: masks changed last at "
     got += f"step {last}, to {reached:.4g}"

@@ -250,6 +250,10 @@ def test_a_sparsity_that_falls_needs_weights_that_come_back(cls):
     assert not said(lambda: fit(model, [pruning]))
     report = ml.sparsity_report(model)
     assert report.sparsity == pytest.approx(0.5, abs=3 / report.size)
+    falling = cls(0.7, 0.5, 0, 8, frequency=2)
+    pruning = GradualPruning(LotteryTicketPruner(model := make_model()), falling, regrowth=True)
+    with pytest.warns(UserWarning, match=r"final sparsity of 0\.5.*give it `end_step=4`"):
+        fit(model, [pruning])
 
 
 def test_rewiring_that_never_comes_is_refused_or_told():
