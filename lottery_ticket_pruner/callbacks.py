@@ -49,6 +49,8 @@ class PrunerCallback(keras.callbacks.Callback):
         pruner: The pruner that computed the masks.
         use_dwr: Whether to rescale what is left of each layer as
             `LotteryTicketPruner.apply_dwr` does, when training starts and when the masks change.
+            Weights that another callback restores then are not rescaled twice. Of weights that you
+            load yourself in another process the pruner has to know: save and load it with them.
 
     Example:
     ```python
@@ -63,10 +65,20 @@ class PrunerCallback(keras.callbacks.Callback):
         self.use_dwr = use_dwr
         self._hold: fitting.ZeroHold | None = None
         self._begun = False
+        self._before: list[np.ndarray] | None = None  # weights before any callback began
+
+    def set_model(self, model: keras.Model) -> None:
+        """Notes the weights that are there before another callback restores others."""
+        super().set_model(model)
+        if self.use_dwr and model is not None and not is_masked(model):
+            _keras.sync(model)
+            self._before = model.get_weights()
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Zeroes the pruned weights and holds them there."""
         self._begun = False
+        if self._before is not None:
+            self._rescale_what_was_before()
         self._apply()  # first: it checks the model
         if not is_masked(self.model):
             self._hold = fitting.ZeroHold(self.model, self.pruner.held_masks(self.model))
@@ -93,6 +105,15 @@ class PrunerCallback(keras.callbacks.Callback):
             self._hold.release()
             self._hold = None
             self.pruner.apply_pruning(self.model)
+
+    def _rescale_what_was_before(self) -> None:
+        """Lets the pruner tell whether weights restored since have the factor in them already."""
+        before, now, self._before = self._before, self.model.get_weights(), None
+        restored = not all(map(np.array_equal, before, now))
+        if restored and [a.shape for a in before] == [a.shape for a in now]:
+            self.model.set_weights(before)
+            self._apply()
+            self.model.set_weights(now)
 
     def _apply(self) -> None:
         self.pruner.apply_pruning(self.model)

@@ -110,12 +110,15 @@ def test_masks_go_on_whatever_the_order_of_the_callbacks(name, tmp_path):
     assert_resumed_as_uninterrupted(make, tmp_path)
 
 
-def test_a_plain_model_goes_on_under_its_masks(tmp_path):
+@pytest.mark.parametrize("use_dwr", [False, pytest.param(True, id="rescaled")])
+def test_a_plain_model_goes_on_under_its_masks(use_dwr, tmp_path):
+    """Also where the weights that come back have the factor of rescaling in them already."""
+
     def make():
         model = make_model(masked=False)
         pruner = LotteryTicketPruner(model)
-        pruner.calc_prune_mask(model, 0.5, "large_init")
-        return model, PrunerCallback(pruner)
+        pruner.calc_prune_mask(model, 0.3, "large_init")
+        return model, PrunerCallback(pruner, use_dwr=use_dwr)
 
     assert_resumed_as_uninterrupted(make, tmp_path)
 
