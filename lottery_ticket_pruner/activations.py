@@ -10,10 +10,11 @@ import keras
 import numpy as np
 from keras import layers, ops
 
+import masked_layers as ml
+from lottery_ticket_pruner import _keras
 from lottery_ticket_pruner.differentiation import Tensor, gradient
 from lottery_ticket_pruner.examples import Arrays, Examples, map_arrays
 from lottery_ticket_pruner.gradients import prunable_refs
-from masked_layers import _keras
 from masked_layers.maskable import raw_variable, weights_inside
 from masked_layers.masks import raw_view
 from masked_layers.paths import plain_class
@@ -64,7 +65,7 @@ def input_norms(model: keras.Model, x: Arrays, *, batch_size: int = 32) -> dict[
     refs = prunable_refs(model)
     users = _users(model, {id(ref.variable) for ref in refs})
     data = Examples.of(x)
-    _keras.sync(model)
+    ml.sync(model)
     sums = {id(ref.variable): np.zeros(ref.variable.shape, "float64") for ref in refs}
     # The scope holds back whatever the forward passes would change.
     with keras.StatelessScope(), _recording(users) as seen:
@@ -113,18 +114,11 @@ def _recording(users: dict[layers.Layer, list[str]]) -> Iterator[list[tuple[laye
 
         return noting_call
 
-    before = {layer: vars(layer).get("call") for layer in users}
-    for layer in users:
-        # Past Keras' tracking: this is no part of the layer.
-        vars(layer)["call"] = noting(layer, layer.call)
-    try:
+    with contextlib.ExitStack() as stack:
+        for layer in users:
+            # A functional model calls its layers by their `call`, and no hook runs around it.
+            stack.enter_context(_keras.replaced(layer, "call", noting(layer, layer.call)))
         yield seen
-    finally:
-        for layer, call in before.items():
-            if call is None:
-                del vars(layer)["call"]
-            else:
-                vars(layer)["call"] = call
 
 
 def _squares(layer: layers.Layer, variables: list[keras.Variable], inputs: Tensor) -> list[Tensor]:

@@ -18,7 +18,7 @@ import masked_layers as ml
 from lottery_ticket_pruner import fitting, training
 from lottery_ticket_pruner.augmentation import Augmentation
 from lottery_ticket_pruner.examples import Examples
-from masked_layers import _keras, copying
+from masked_layers import copying
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -173,7 +173,7 @@ def instability(
     training.held_out(model, Examples.of(x, y), "test_data", test_data)
     if metric is not None:
         _check_metric(metric, training.evaluate(model, *test_data))
-    _keras.sync(model)
+    ml.sync(model)
     optimizer = model.optimizer
     if not optimizer.built:
         with fitting.variable_scope(model):
@@ -478,7 +478,7 @@ def _plain(model: keras.Model) -> keras.Model:
 def _effective(model: keras.Model, solution: Solution) -> list[np.ndarray]:
     """All weights of a solution as the forward pass reads them, in the order of `get_weights`."""
     source = solution if isinstance(solution, keras.Model) else model
-    _keras.sync(source)
+    ml.sync(source)
     values = [fitting.read(variable) for variable in source.weights]
     if source is not solution:
         values = [fitting.widened(np.asarray(array)) for array in solution]

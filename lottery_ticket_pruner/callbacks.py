@@ -29,7 +29,6 @@ from lottery_ticket_pruner import (
 )
 from lottery_ticket_pruner.examples import Examples
 from lottery_ticket_pruner.pruner import LotteryTicketPruner, is_masked
-from masked_layers import _keras
 
 
 class PrunerCallback(keras.callbacks.Callback):
@@ -191,7 +190,7 @@ class MaskSchedule(keras.callbacks.Callback):
         due = [step for step in range(self._unseen, self._step + 1) if self._due(step)]
         self._unseen = self._step + 1
         if due:
-            _keras.sync(self.pruner.model)
+            ml.sync(self.pruner.model)
             self._change(due[-1])
             self.pruner.note_changed_masks()
         return bool(due)

@@ -9,7 +9,7 @@ from typing import Any
 
 import keras
 
-from masked_layers import _keras
+from lottery_ticket_pruner import _keras
 
 Tensor = Any
 

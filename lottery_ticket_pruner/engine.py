@@ -19,10 +19,10 @@ from typing import Any
 import keras
 import numpy as np
 
+from lottery_ticket_pruner import _keras
 from lottery_ticket_pruner.examples import Examples
 from lottery_ticket_pruner.programs import BLOCK, PROGRAMS, Programs
 from lottery_ticket_pruner.targets import explained
-from masked_layers import _keras
 from masked_layers.compiled import kept_beside
 
 # Most examples per step of an evaluation, and most bytes of them.
@@ -392,6 +392,5 @@ def _part_of_training(model: keras.Model) -> Iterator[None]:
         if isinstance(model.optimizer, keras.Optimizer):
             owners.append((model.optimizer, "finalize_variable_values"))
         for owner, name in owners:
-            object.__setattr__(owner, name, lambda *args: None)
-            stack.callback(object.__delattr__, owner, name)
+            stack.enter_context(_keras.replaced(owner, name, lambda *args: None))
         yield

@@ -31,8 +31,8 @@ from typing import Any
 import keras
 import numpy as np
 
+from lottery_ticket_pruner import _keras
 from lottery_ticket_pruner.registry import PACKAGE
-from masked_layers import _keras
 
 _LIBRARIES = {PACKAGE, "masked_layers", "keras", "tensorflow", "jax", "jaxlib", "torch", "numpy"}
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, type(...), type(NotImplemented))

@@ -10,7 +10,8 @@ import keras
 import numpy as np
 from keras import ops
 
-from masked_layers import _keras, compiled
+from lottery_ticket_pruner import _keras
+from masked_layers import compiled
 
 
 def variable_scope(model: keras.Model) -> contextlib.AbstractContextManager:
@@ -27,19 +28,11 @@ def remake_function(model: keras.Model, kind: str) -> None:
         model: A compiled model.
         kind: `"train"`, `"test"` or `"predict"`.
     """
-    name = f"{kind}_step"
-    step = getattr(model, name)
-    own = vars(model).get(name)
+    step = getattr(model, f"{kind}_step")
     # `jax.jit` finds earlier traces by equality, and the bound method is equal to that of the
     # function to be replaced: without a new identity the old trace would be used again.
-    object.__setattr__(model, name, lambda *args, **kwargs: step(*args, **kwargs))
-    try:
+    with _keras.replaced(model, f"{kind}_step", lambda *args, **kwargs: step(*args, **kwargs)):
         getattr(model, f"make_{kind}_function")(force=True)
-    finally:
-        if own is None:
-            object.__delattr__(model, name)
-        else:
-            object.__setattr__(model, name, own)
 
 
 def remake_functions(model: keras.Model, *, around: bool = True) -> None:
@@ -151,25 +144,10 @@ def optimizer_slots(optimizer: keras.Optimizer) -> dict[int, list[keras.Variable
     """
     if not optimizer.built:
         return {}
-    # An optimizer does not tell which slot is whose, and names may repeat: a second one, built for
-    # the same variables, is watched.
+    # An optimizer does not tell which slot is whose: a second one is watched as it is built.
     twin = fresh_optimizer(optimizer)
     made: dict[int, list[keras.Variable]] = {}
-
-    def watch(maker: keras.Optimizer) -> None:
-        add = maker.add_variable_from_reference
-
-        def note(reference_variable: keras.Variable, *args: Any, **kwargs: Any) -> keras.Variable:
-            slot = add(reference_variable, *args, **kwargs)
-            made.setdefault(id(reference_variable), []).append(slot)
-            return slot
-
-        object.__setattr__(maker, "add_variable_from_reference", note)
-        inner = getattr(maker, "inner_optimizer", None)  # of LossScaleOptimizer
-        for each in getattr(maker, "optimizers", [inner] if inner else []):  # of MultiOptimizer
-            watch(each)
-
-    watch(twin)
+    _keras.watch_slots(twin, lambda variable, slot: made.setdefault(id(variable), []).append(slot))
     twin.build(_keras.optimized_variables(optimizer))
     position = {id(variable): i for i, variable in enumerate(twin.variables)}
     own = optimizer.variables

@@ -9,10 +9,10 @@ import numpy as np
 from keras import layers, ops
 
 import masked_layers as ml
+from lottery_ticket_pruner import _keras
 from lottery_ticket_pruner.differentiation import Tensor, gradient
 from lottery_ticket_pruner.examples import Arrays
 from lottery_ticket_pruner.gradients import compiled, effective_value
-from masked_layers import _keras
 from masked_layers.copying import copy_model
 from masked_layers.masks import raw_view
 
@@ -128,8 +128,7 @@ def _take_activation(output: keras.Operation) -> None:
     for layer in inner:
         _take_activation(layer)
     if isinstance(output, layers.Softmax):
-        # Past Keras' tracking. The layer is one of a copy that nobody else sees.
-        vars(output)["call"] = lambda inputs, mask=None: inputs
+        _keras.make_identity(output)
     elif isinstance(output, layers.RNN):
         pass  # Its activation is part of the recurrence.
     elif isinstance(output, layers.Layer) and hasattr(output, "activation"):

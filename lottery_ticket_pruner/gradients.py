@@ -18,7 +18,7 @@ import numpy as np
 from keras import ops
 
 import masked_layers as ml
-from lottery_ticket_pruner import targets
+from lottery_ticket_pruner import _keras, targets
 from lottery_ticket_pruner.differentiation import (
     Tensor,
     draws_kept,
@@ -26,7 +26,7 @@ from lottery_ticket_pruner.differentiation import (
     twice_differentiable,
 )
 from lottery_ticket_pruner.examples import Arrays, Examples, map_arrays
-from masked_layers import WeightRef, _keras
+from masked_layers import WeightRef
 from masked_layers.compiled import kept_beside
 from masked_layers.masks import raw_view
 
@@ -277,7 +277,7 @@ def _prepare(
             "`model.compile(loss=...)` first."
         )
     data = Examples.of(x, y, sample_weight)
-    _keras.sync(model)
+    ml.sync(model)
     _keras.build_loss(model, data.take(slice(0, 1)))
     return _loss_of(model), data
 

@@ -9,9 +9,10 @@ from typing import Any, Protocol
 import keras
 import numpy as np
 
+from lottery_ticket_pruner import _keras
 from lottery_ticket_pruner.augmentation import Augmentation
 from lottery_ticket_pruner.examples import Arrays, Examples, map_arrays
-from masked_layers import _keras, paths
+from masked_layers import paths
 
 # Most steps per call of a loop. One size for all calls, so that one program serves them all.
 BLOCK = 1024

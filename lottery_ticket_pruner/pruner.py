@@ -17,6 +17,7 @@ import numpy as np
 
 import masked_layers as ml
 from lottery_ticket_pruner import (
+    _keras,
     criteria,
     evidence,
     fitting,
@@ -26,7 +27,7 @@ from lottery_ticket_pruner import (
     targets,
     treatments,
 )
-from masked_layers import _keras, paths
+from masked_layers import paths
 from masked_layers.archives import read_npz
 from masked_layers.files import replacing
 from masked_layers.maskable import input_axes
@@ -253,7 +254,7 @@ class LotteryTicketPruner:
             UserWarning: One of the masks keeps nothing; for the first sparsity where that is so.
         """
         request = selection.Request.of(strategy, scope=scope, seed=seed)
-        _keras.sync(self.model)
+        ml.sync(self.model)
         kernels = self._kernels(self._prunables(self.model), request.criterion)
         kernels = {
             path: dataclasses.replace(kernel, mask=np.ones_like(kernel.mask))
@@ -320,7 +321,7 @@ class LotteryTicketPruner:
                     f"The treatment {treatment.name!r} reads the final weights. Call "
                     "`set_pretrained_weights` after training."
                 )
-        _keras.sync(self.model)
+        ml.sync(self.model)
         tuned = kept is treatments.get_kept("finetune")
         zeroed = pruned is treatments.get_pruned("zero")
         values = list(self._final if tuned else self._initial)
@@ -425,7 +426,7 @@ class LotteryTicketPruner:
         """
         model = self.model if model is None else model
         criterion = request.criterion
-        _keras.sync(model)
+        ml.sync(model)
         prunables = self._prunables(model)
         kernels = self._kernels(prunables, criterion)
         if criterion.evidence and is_masked(model):
@@ -493,7 +494,7 @@ class LotteryTicketPruner:
         model = self._checked(model)
         if is_masked(model):
             return
-        _keras.sync(model)
+        ml.sync(model)
         for variable, mask in self.held_masks(model):
             variable.assign(fitting.zero_pruned(mask, variable))
 
@@ -523,7 +524,7 @@ class LotteryTicketPruner:
         if is_masked(model):
             _set_rescale(model, dict.fromkeys(_masks(model), True))
             return
-        _keras.sync(model)
+        ml.sync(model)
         for position, ref in self._prunables(model).items():
             scaled = self._rescaling.apply(
                 position,
@@ -590,7 +591,7 @@ class LotteryTicketPruner:
             ValueError: The model has other weights; the message names the layer and both shapes.
         """
         model = self._checked(model)
-        _keras.sync(model)
+        ml.sync(model)
         for position, ref in self._prunables(model).items():
             index = next(i for i, v in enumerate(ref.layer.weights) if v is ref.variable)
             yield (
@@ -696,7 +697,7 @@ class LotteryTicketPruner:
     # Inside.
 
     def _snapshot(self, model: keras.Model) -> tuple[np.ndarray, ...]:
-        _keras.sync(model)
+        ml.sync(model)
         return tuple(_read_only(fitting.read(variable)) for variable in model.weights)
 
     def _restart(self, values: Sequence[np.ndarray], optimizer: bool) -> None:
@@ -877,7 +878,7 @@ def freeze_at_zero(model: keras.Model) -> None:
 @contextlib.contextmanager
 def restored(model: keras.Model) -> Iterator[None]:
     """Puts every variable of the model back at the end, and hides its optimizer until then."""
-    _keras.sync(model)
+    ml.sync(model)
     variables = {id(v): v for v in [*model.variables, *model.metrics_variables]}.values()
     before = [fitting.read(variable) for variable in variables]
     attributes = vars(model)
@@ -890,7 +891,7 @@ def restored(model: keras.Model) -> Iterator[None]:
         attributes["optimizer"] = optimizer
         # An evaluation that failed left the state outside the variables.
         with contextlib.suppress(RuntimeError):
-            _keras.sync(model)
+            ml.sync(model)
         model.reset_metrics()  # those that the evaluation created
         _assign(list(variables), before)
 

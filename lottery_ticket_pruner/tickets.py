@@ -16,6 +16,7 @@ import numpy as np
 
 import masked_layers as ml
 from lottery_ticket_pruner import (
+    _keras,
     criteria,
     fitting,
     notices,
@@ -30,7 +31,6 @@ from lottery_ticket_pruner.data import arrays_of, pair_of
 from lottery_ticket_pruner.examples import Examples
 from lottery_ticket_pruner.fingerprints import description, digest, identity, layers
 from lottery_ticket_pruner.pruner import LotteryTicketPruner
-from masked_layers import _keras
 
 CONTROLS = ("random_reinit", "reinit_same_sign", "random_mask", "reshuffled_mask")
 RETRAINING = ("weight_rewinding", "learning_rate_rewinding", "fine_tuning")
@@ -278,7 +278,7 @@ class _Search:
 
     def __post_init__(self) -> None:
         # Of a model that was trained before, the schedule would be at its end.
-        _keras.sync(self.model)
+        ml.sync(self.model)
         fitting.start_over(self.model.optimizer)
         self.pruner = LotteryTicketPruner(self.model)
         self.weights_at_0 = self.model.get_weights()

@@ -8,11 +8,11 @@ from typing import Any
 import keras
 import numpy as np
 
+from lottery_ticket_pruner import _keras
 from lottery_ticket_pruner.augmentation import Augmentation
 from lottery_ticket_pruner.engine import engine_of, say_once
 from lottery_ticket_pruner.examples import Arrays, Examples
 from lottery_ticket_pruner.targets import explained
-from masked_layers import _keras
 
 
 @dataclasses.dataclass

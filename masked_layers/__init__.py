@@ -1,5 +1,6 @@
 """Masked layers for Keras 3: any model with masks over its weights, inside the compiled graph."""
 
+from masked_layers._keras import sync
 from masked_layers.classes import (
     MaskedBidirectional,
     MaskedConv1D,
@@ -100,5 +101,6 @@ __all__ = [
     "shrink",
     "sparsity_report",
     "strip_masks",
+    "sync",
     "weight_refs",
 ]

@@ -9,13 +9,13 @@ from __future__ import annotations
 import collections.abc
 import contextlib
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import keras
 
 # None of these has a public name.
-from keras.src.backend.common import dtypes, global_state
+from keras.src.backend.common import global_state
 from keras.src.backend.common.stateless_scope import get_stateless_scope, in_stateless_scope
 from keras.src.layers.rnn.conv_lstm import ConvLSTMCell as ConvLSTMCell
 from keras.src.models.functional import Functional
@@ -375,165 +375,9 @@ def is_lent(variable: keras.Variable) -> bool:
     )
 
 
-@contextlib.contextmanager
-def withdrawn(*groups: list[keras.Variable]) -> Iterator[tuple[list[Any], ...]]:
-    """Takes the values out of variables on JAX for a while, as `fit` does, and yields them.
-
-    A compiled step that is handed a state must not read a variable instead: it would keep the value
-    as a constant. `Variable` has no public way to be without a value.
-    """
-    values = tuple([variable.value for variable in group] for group in groups)
-    for group in groups:
-        for variable in group:
-            variable._value = None
-    try:
-        yield values
-    finally:
-        for group, old in zip(groups, values, strict=True):
-            for variable, value in zip(group, old, strict=True):
-                variable._value = value
-
-
-@contextlib.contextmanager
-def kept_on_error(model: keras.Model) -> Iterator[None]:
-    """Gives a model on JAX its values back where `fit` or `evaluate` fails inside.
-
-    Both take the values out of the variables before the first step. `fit` puts those back that it
-    has after a later one, `evaluate` none; Keras has no public way to tell when they are taken.
-    """
-    purge = getattr(model, "_purge_model_variables", None)
-    if purge is None:
-        yield
-        return
-    held: list[tuple[keras.Variable, Any]] = []
-
-    def hold_and_purge(**kwargs: Any) -> None:
-        variables = model.variables + model.metrics_variables
-        if isinstance(model.optimizer, keras.Optimizer):
-            variables += model.optimizer.variables
-        held[:] = [(variable, variable._value) for variable in variables]
-        purge(**kwargs)
-
-    object.__setattr__(model, "_purge_model_variables", hold_and_purge)
-    try:
-        yield
-    except BaseException:
-        model.jax_state_sync()
-        for variable, value in held:
-            if variable._value is None:
-                variable._value = value
-        raise
-    finally:
-        object.__delattr__(model, "_purge_model_variables")
-        held.clear()
-
-
 def optimized_variables(optimizer: keras.Optimizer) -> list[keras.Variable]:
     """Returns the variables that a built optimizer is for, in its order: a private list."""
     return list(optimizer._trainable_variables)
-
-
-def symbolic_build(model: keras.Model, batch: tuple[Any, ...]) -> None:
-    """Creates what `fit` would create before its first step: metrics, the optimizer's slots.
-
-    Inside a compiled loop no variable can be created, and only `fit` does this in public.
-    """
-    model._symbolic_build(data_batch=batch)
-    if not model.optimizer.built:
-        model.optimizer.build(model.trainable_variables)
-
-
-@contextlib.contextmanager
-def double_precision() -> Iterator[None]:
-    """Lets layers of dtype float64 compute in float64, on every backend.
-
-    New layers are of float64 then. JAX has no 64 bits unless asked for them, and on JAX and torch
-    Keras turns float64 to float32 wherever it determines the type of a result: by a table that has
-    no public name.
-    """
-    with contextlib.ExitStack() as stack:
-        narrowed = dtypes.BIT64_TO_BIT32_DTYPE["float64"]
-        dtypes.BIT64_TO_BIT32_DTYPE["float64"] = "float64"
-        stack.callback(dtypes.BIT64_TO_BIT32_DTYPE.update, float64=narrowed)
-        stack.callback(keras.config.set_floatx, keras.config.floatx())
-        stack.callback(keras.config.set_dtype_policy, keras.config.dtype_policy())
-        keras.config.set_floatx("float64")
-        keras.config.set_dtype_policy("float64")
-        if keras.backend.backend() == "jax":
-            import jax
-
-            wide = jax.config.jax_enable_x64
-            jax.config.update("jax_enable_x64", True)
-            stack.callback(jax.config.update, "jax_enable_x64", wide)
-        yield
-
-
-def output_layers(model: keras.layers.Layer) -> list[Any]:
-    """Returns the layers and operations that make the outputs of a model; none if it is subclassed.
-
-    Where in a model a tensor was made is known to Keras alone.
-    """
-    if isinstance(model, keras.Sequential):
-        return model.layers[-1:]
-    if is_functional(model):
-        return [tensor._keras_history.operation for tensor in model.outputs]
-    return []
-
-
-def input_specs(model: keras.Model) -> Any:
-    """Returns a symbolic tensor for each input, in the structure that the model takes.
-
-    The structure has no public name, nor have the inputs of a subclassed model: its one input has
-    the shape that it was built with.
-
-    Raises:
-        ValueError: If Keras does not know.
-    """
-    if getattr(model, "inputs", None):
-        structure = getattr(model, "_inputs_struct", model.inputs[0])
-        return keras.tree.map_structure(
-            lambda tensor: keras.KerasTensor(tensor.shape, tensor.dtype), structure
-        )
-    shape = (model.get_build_config() or {}).get("input_shape")
-    if shape is None:
-        raise ValueError(f"The shapes of the inputs of '{model.name}' are not known.")
-    return keras.KerasTensor(shape, model.compute_dtype)
-
-
-def build_loss(model: keras.Model, batch: tuple[Any, ...]) -> None:
-    """Creates what `evaluate` would create before its first step: the state of losses and metrics.
-
-    It cannot be created inside a compiled function. Keras would build the optimizer with it.
-    """
-    optimizer = model.optimizer
-    vars(model)["optimizer"] = None
-    try:
-        model._symbolic_build(data_batch=batch)
-    finally:
-        vars(model)["optimizer"] = optimizer
-
-
-def training_loss(
-    model: keras.Model, batch: tuple[Any, ...], adjust: Callable[[Any], Any] = lambda y_pred: y_pred
-) -> Any:
-    """Returns the loss of a forward pass in training mode, as `train_step` computes it.
-
-    Which models take `training` in `call` and in `compute_loss`, Keras keeps to itself.
-
-    Args:
-        model: A compiled model.
-        batch: `(x, y)` or `(x, y, sample_weight)` as tensors.
-        adjust: What to do to the outputs before the loss sees them.
-    """
-    x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)
-    y_pred = adjust(model(x, training=True) if model._call_has_training_arg else model(x))
-    return model._compute_loss(x, y, y_pred, sample_weight, training=True)
-
-
-def seed_variables(model: keras.Model) -> list[keras.Variable]:
-    """Returns the states of all seed generators in a model; they are not among its weights."""
-    generators = [seed for layer in flatten(model) for seed in layer._seed_generators]
-    return list({id(seed.state): seed.state for seed in generators}.values())
 
 
 def flatten(layer: keras.layers.Layer) -> list[keras.layers.Layer]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from keras import layers, ops
 
-from masked_layers import _keras
+from masked_layers import _keras, _keras_trace
 
 
 def built_dense():
@@ -161,72 +161,6 @@ def test_compile_arguments_are_the_objects_that_were_passed():
     assert loss in _keras.compile_arguments(model)
 
 
-def test_layers_of_float64_compute_in_float64():
-    third = np.full((2, 3), 1 / 3)
-    with _keras.double_precision():
-        x = ops.convert_to_tensor(third, dtype="float64")
-        dense = layers.Dense(2, activation="tanh", kernel_initializer="ones", dtype="float64")
-        outputs = [ops.mean(x, axis=-1), dense(x)]
-        for output, expected in zip(outputs, [1 / 3, np.tanh(1.0)], strict=True):
-            assert keras.backend.standardize_dtype(output.dtype) == "float64"
-            np.testing.assert_allclose(ops.convert_to_numpy(output), expected, rtol=1e-15)
-    if keras.backend.backend() != "tensorflow":
-        assert keras.backend.result_type("float64", "float32") == "float32"
-    if keras.backend.backend() == "jax":
-        assert ops.convert_to_tensor(third).dtype == "float32"
-
-
-def test_the_loss_is_built_without_the_optimizer():
-    outputs = [layers.Dense(2, name="a"), layers.Dense(1, name="b")]
-    inputs = keras.Input((4,))
-    model = keras.Model(inputs, [layer(inputs) for layer in outputs])
-    model.compile("adam", ["mse", "mae"])
-    batch = (np.ones((3, 4)), [np.ones((3, 2)), np.ones((3, 1))])
-    _keras.build_loss(model, batch)
-    assert len(model.metrics_variables) > 2  # those of each loss beside those of their sum
-    assert not model.optimizer.built
-    x, y = batch
-    loss = _keras.training_loss(model, (ops.convert_to_tensor(x), y))
-    expected = model.evaluate(x, y, verbose=0, return_dict=True)["loss"]
-    np.testing.assert_allclose(ops.convert_to_numpy(loss), expected, rtol=1e-5)
-
-
-def test_output_layers_and_input_specs():
-    inputs = {"a": keras.Input((4,), name="a"), "b": keras.Input((2,), dtype="int32", name="b")}
-    dense, cast = layers.Dense(2), layers.Lambda(lambda x: ops.cast(x, "float32"))
-    model = keras.Model(inputs, [dense(inputs["a"]), cast(inputs["b"])])
-    assert _keras.output_layers(model) == [dense, cast]
-    specs = _keras.input_specs(model)
-    assert {name: (spec.shape, spec.dtype) for name, spec in specs.items()} == {
-        "a": ((None, 4), "float32"),
-        "b": ((None, 2), "int32"),
-    }
-    last = layers.Dense(3)
-    model = keras.Sequential([keras.Input((4,)), layers.Dense(2), last])
-    assert _keras.output_layers(model) == [last]
-    assert _keras.input_specs(model).shape == (None, 4)
-
-    class Subclassed(keras.Model):
-        def call(self, x):
-            return last(x)
-
-    model = Subclassed()
-    with pytest.raises(ValueError, match="not known"):
-        _keras.input_specs(model)
-    model(np.ones((1, 2), "float32"))
-    assert _keras.input_specs(model).shape == (1, 2)
-    assert _keras.output_layers(model) == []
-
-
-def test_seed_variables_are_those_of_every_layer_inside():
-    inner = keras.Sequential([keras.Input((4,)), layers.Dropout(0.5), layers.Dense(2)])
-    model = keras.Sequential([keras.Input((4,)), inner, layers.GaussianNoise(1.0)])
-    seeds = _keras.seed_variables(model)
-    assert len(seeds) == 2
-    assert {id(seed) for seed in seeds} <= {id(v) for v in model.non_trainable_variables}
-    assert inner in _keras.flatten(model)
-
-
 def test_names():
     assert _keras.to_snake_case("MultiHeadAttention") == "multi_head_attention"
     assert _keras.to_snake_case("Conv2D") == "conv2d"
@@ -317,3 +251,126 @@ def test_sublayers_are_put_in_another_order():
     _keras.order_sublayers(block, [c, a])  # `b` keeps its place.
     assert _keras.sublayers(block) == [c, b, a]
     assert [id(w) for w in block.weights] == [id(w) for w in (*c.weights, *a.weights)]
+
+
+def test_flatten_lists_a_layer_and_all_inside_it():
+    inner = keras.Sequential([keras.Input((4,)), layers.Dense(2)])
+    model = keras.Sequential([keras.Input((4,)), inner])
+    assert {id(model), id(inner), id(inner.layers[0])} <= set(map(id, _keras.flatten(model)))
+
+
+def test_optimized_variables_are_those_an_optimizer_was_built_for():
+    kernel, bias = keras.Variable(np.ones((2, 3))), keras.Variable(np.ones(3))
+    optimizer = keras.optimizers.Adam()
+    assert _keras.optimized_variables(optimizer) == []
+    optimizer.build([bias, kernel])
+    assert list(map(id, _keras.optimized_variables(optimizer))) == [id(bias), id(kernel)]
+
+
+def test_values_assigned_by_a_callback_outlive_a_sync():
+    """`fit` on JAX has a state of its own, which is written back in the end."""
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(2, use_bias=False)])
+    model.compile(keras.optimizers.SGD(0.0), "mse")
+
+    class Assign(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            _keras.sync(self.model)
+            (kernel,) = self.model.weights
+            seen.append(ops.convert_to_numpy(kernel).copy())
+            kernel.assign(np.full((4, 2), batch + 2.0))
+
+    seen = []
+    x, y = np.ones((6, 4), "float32"), np.ones((6, 2), "float32")
+    model.fit(x, y, batch_size=2, verbose=0, callbacks=[Assign()])
+    np.testing.assert_array_equal(seen[1], np.full((4, 2), 2.0))
+    np.testing.assert_array_equal(seen[2], np.full((4, 2), 3.0))
+    np.testing.assert_array_equal(model.get_weights()[0], np.full((4, 2), 4.0))
+
+
+@pytest.mark.once("jax")
+def test_withdrawn_and_lent_values_are_told_apart():
+    new, variable = keras.Variable(np.ones(2)), keras.Variable(np.ones(2))
+    with keras.StatelessScope():
+        assert not _keras.is_withdrawn(variable)
+        assert not _keras.is_lent(variable)
+    value, variable._value = variable._value, None
+    with keras.StatelessScope():
+        assert _keras.is_withdrawn(variable)
+        assert not _keras.is_withdrawn(new)
+    with keras.StatelessScope(state_mapping=[(variable, value)]):
+        assert _keras.is_lent(variable)
+        assert not _keras.is_withdrawn(variable)
+        assert not _keras.is_lent(new)
+    variable._value = value
+    assert not _keras.is_withdrawn(variable)
+
+
+@pytest.mark.once("torch")
+def test_parameters_of_torch_are_seen_after_they_are_added():
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(2)])
+    layer = model.layers[0]
+    before = len(model.state_dict())
+    with _keras.unlocked(layer):
+        layer.extra = layer.add_weight(shape=(3,), name="extra")
+    _keras.refresh_parameters(model)
+    assert len(model.state_dict()) == before + 1
+
+
+@pytest.mark.once("torch")
+def test_layouts_of_torch_are_those_of_the_weight():
+    like = keras.Variable(np.arange(6.0).reshape(2, 3))
+    like.value.data = like.value.data.T.contiguous().T
+    variable = keras.Variable(np.arange(6.0).reshape(2, 3) + 1)
+    _keras.match_layout(variable, like)
+    assert variable.value.stride() == like.value.stride() == (1, 2)
+    np.testing.assert_array_equal(ops.convert_to_numpy(variable), np.arange(6).reshape(2, 3) + 1)
+
+
+@pytest.mark.once("jax")
+def test_layouts_of_jax_are_those_of_the_weight():
+    mesh = keras.distribution.DeviceMesh((1,), ["batch"], keras.distribution.list_devices()[:1])
+    like, variable = keras.Variable(np.ones((2, 3))), keras.Variable(np.ones((2, 3)))
+    like._layout = keras.distribution.TensorLayout((None, None), mesh)
+    _keras.match_layout(variable, like)
+    assert variable._layout is like._layout
+    np.testing.assert_array_equal(ops.convert_to_numpy(variable), np.ones((2, 3)))
+
+
+@pytest.mark.once
+def test_models_of_a_strategy_are_told_from_others():
+    import tensorflow as tf
+
+    strategy = tf.distribute.MirroredStrategy(["CPU:0"])
+    with strategy.scope():
+        model = keras.Sequential([keras.Input((4,)), layers.Dense(2)])
+        _keras.check_strategy(model)
+    with pytest.raises(ValueError, match=r"strategy\.scope"):
+        _keras.check_strategy(model)
+    _keras.check_strategy(keras.Sequential([keras.Input((4,)), layers.Dense(2)]))
+
+
+def test_variables_in_the_graph_are_named_by_the_operation_that_takes_them():
+    scale = keras.Variable(2.0)
+    x = keras.Input((4,))
+    hidden = layers.Dense(2)(x)
+    model = keras.Model(x, keras.ops.multiply(hidden, scale))
+    found = _keras_trace.variables_in_graph(model)
+    assert "multiply" in found[id(scale)]
+    assert _keras_trace.variables_in_graph(keras.Model(x, hidden)) == {}
+
+
+@pytest.mark.once
+def test_gradients_that_tensorflow_registers_are_found_and_forgotten():
+    import tensorflow as tf
+    from tensorflow.python.framework import ops as framework
+
+    @tf.custom_gradient
+    def squared(x):
+        return x**2, lambda upstream: upstream * 2 * x
+
+    function = tf.function(squared)
+    trace = function.get_concrete_function(tf.constant(1.0))
+    (name,) = _keras_trace.gradient_names([trace.graph])
+    assert name in framework.gradient_registry._registry
+    _keras_trace.forget_gradients([name, "one that is not there"])
+    assert name not in framework.gradient_registry._registry
