@@ -881,14 +881,11 @@ def restored(model: keras.Model) -> Iterator[None]:
     ml.sync(model)
     variables = {id(v): v for v in [*model.variables, *model.metrics_variables]}.values()
     before = [fitting.read(variable) for variable in variables]
-    attributes = vars(model)
-    optimizer = attributes["optimizer"]
-    # `evaluate` builds an optimizer that is not, and some copy weights then.
-    attributes["optimizer"] = None
     try:
-        yield
+        # `evaluate` builds an optimizer that is not, and some copy weights then.
+        with _keras.replaced(model, "optimizer", None):
+            yield
     finally:
-        attributes["optimizer"] = optimizer
         # An evaluation that failed left the state outside the variables.
         with contextlib.suppress(RuntimeError):
             ml.sync(model)

@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 
 import masked_layers as ml
-from lottery_ticket_pruner import LotteryTicketPruner, gradients
-from masked_layers import _keras
+from lottery_ticket_pruner import LotteryTicketPruner, _keras, gradients
 from masked_layers.masks import raw_view
 
 BACKEND = keras.backend.backend()

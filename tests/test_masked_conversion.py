@@ -11,7 +11,7 @@ import pytest
 from keras import layers, ops
 
 import masked_layers as ml
-from masked_layers import _keras
+from lottery_ticket_pruner._keras import double_precision
 from masked_layers.copying import copy_model
 
 BACKEND = keras.backend.backend()
@@ -952,7 +952,7 @@ def test_a_copy_of_another_precision_computes_in_it():
     x = inner(layers.Dense(4, dtype="mixed_bfloat16")(inputs))
     model = ml.convert_to_masked(keras.Model(inputs, layers.BatchNormalization()(x)))
     model.compile("adam", "mse")
-    with _keras.double_precision():
+    with double_precision():
         copy = copy_model(model, dtype="float64")
         data = keras.ops.convert_to_tensor(np.full((2, 3), 1 / 3))
         (first, *_), outputs = copy.layers[1:], copy(data)

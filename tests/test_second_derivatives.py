@@ -6,9 +6,9 @@ import pytest
 from keras import layers, ops
 
 import masked_layers as ml
+from lottery_ticket_pruner import _keras
 from lottery_ticket_pruner.differentiation import draws_kept, twice_differentiable
 from lottery_ticket_pruner.gradients import hessian_gradients, loss_gradients
-from masked_layers import _keras
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(6, 5, 4)) + 0.5
