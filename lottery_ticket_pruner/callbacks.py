@@ -70,7 +70,7 @@ class PrunerCallback(keras.callbacks.Callback):
         """Notes the weights that are there before another callback restores others."""
         super().set_model(model)
         if self.use_dwr and model is not None and not is_masked(model):
-            _keras.sync(model)
+            ml.sync(model)
             self._before = model.get_weights()
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
