@@ -115,6 +115,29 @@ def test_inspect_another_saved_model(tmp_path):
     assert kernel.alive == np.count_nonzero(model.layers[0].kernel)
 
 
+@tensorflow_only
+def test_inspect_counts_what_keras_exports_twice_once(tmp_path):
+    """Also where several weights are equal, as new biases are, and in an archive by hand."""
+    model = keras.Sequential(
+        [
+            keras.Input((6,)),
+            keras.layers.Dense(4),
+            keras.layers.BatchNormalization(),
+            keras.layers.Dense(4),
+            keras.layers.Dense(4),
+        ]
+    )
+    model.export(tmp_path / "out", verbose=False)
+    report = inspect(tmp_path / "out")
+    assert sorted(row.shape for row in report) == sorted(tuple(v.shape) for v in model.variables)
+    assert report.dense_nbytes == 4 * model.count_params()
+    archive = keras.export.ExportArchive()
+    archive.track(model)
+    archive.add_endpoint("serve", model.call, [keras.InputSpec(shape=(None, 6), dtype="float32")])
+    archive.write_out(tmp_path / "archive", verbose=False)
+    assert inspect(tmp_path / "archive").dense_nbytes == 4 * model.count_params()
+
+
 def test_inspect_says_what_it_takes(tmp_path):
     with pytest.raises(FileNotFoundError, match="There is no"):
         inspect(tmp_path / "missing")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import hashlib
 import os
 import zipfile
 import zlib
@@ -24,7 +26,8 @@ def inspect(path: str | os.PathLike[str]) -> StorageReport:
     Args:
         path: A `.keras` file (masks count: what they prune is zero), or a SavedModel folder. In a
             folder that `export_sparse_saved_model` did not write every tensor of the checkpoint is
-            listed; `Model.export` writes each weight twice.
+            listed, but one for each of the weights that `Model.export` on TensorFlow writes twice.
+            The sizes of files count both.
 
     Raises:
         FileNotFoundError: If there is nothing at `path`.
@@ -39,7 +42,7 @@ def inspect(path: str | os.PathLike[str]) -> StorageReport:
     elif "saved_model.pb" in files and (FILE in files or f"assets/{PACK}" in files):
         return _written_report(path, files)
     elif "saved_model.pb" in files:
-        arrays = _checkpoint(path)
+        arrays = _without_second_copies(_checkpoint(path))
     else:
         raise ValueError(
             f"'{path}' is neither a '.keras' file nor a SavedModel folder (one that holds a "
@@ -152,3 +155,25 @@ def _checkpoint(path: Path) -> dict[str, np.ndarray]:
     # Of a missing shard, a wrong checksum, an index that is none: TensorFlow has many for them.
     except Exception as error:
         raise ValueError(f"The variables in '{path}' are damaged: {error}.") from error
+
+
+def _without_second_copies(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Leaves out of a folder of `Model.export` what it holds in another list already.
+
+    Keras' archive keeps variables in `variables` and in `_all_variables`, and on TensorFlow writes
+    the tensors of both. Equal weights of one list are two weights.
+    """
+    second = [name for name in arrays if name.startswith("_all_variables/")]
+    kept = {name: array for name, array in arrays.items() if name not in second}
+    left = collections.Counter(map(_content, kept.values()))
+    for name in second:
+        content = _content(arrays[name])
+        if left[content]:
+            left[content] -= 1
+        else:
+            kept[name] = arrays[name]
+    return kept
+
+
+def _content(array: np.ndarray) -> tuple[tuple[int, ...], str, bytes]:
+    return array.shape, array.dtype.name, hashlib.sha256(array.tobytes()).digest()
