@@ -28,7 +28,8 @@ from lottery_ticket_pruner import (
     targets,
 )
 from lottery_ticket_pruner.examples import Examples
-from lottery_ticket_pruner.pruner import LotteryTicketPruner, is_masked
+from lottery_ticket_pruner.pruner import LotteryTicketPruner
+from lottery_ticket_pruner.records import is_masked
 
 
 class PrunerCallback(keras.callbacks.Callback):

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import keras
 import numpy as np
 
-import masked_layers as ml
 from lottery_ticket_pruner import criteria
 from lottery_ticket_pruner.activations import input_norms
 from lottery_ticket_pruner.data import arrays_of
 from lottery_ticket_pruner.flow import SynapticFlow
 from lottery_ticket_pruner.gradients import hessian_gradients, loss_gradients
+from lottery_ticket_pruner.overrides import masks_replaced
 
 Source = Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
 
@@ -57,7 +56,7 @@ def _of_loss(function: Callable) -> Callable[..., Source]:
             )
 
         def find(masks: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-            with _under(model, masks):
+            with masks_replaced(model, masks):
                 return function(model, x, y, sample_weight=sample_weight)
 
         return find
@@ -74,7 +73,7 @@ def _of_inputs(criterion: criteria.Criterion, model: keras.Model, data: Any) -> 
         )
 
     def find(masks: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        with _under(model, masks):
+        with masks_replaced(model, masks):
             return input_norms(model, x)
 
     return find
@@ -106,15 +105,3 @@ def _unpack(data: Any) -> tuple[Any, Any, Any]:
             f"Received a tuple of {len(parts)} parts."
         )
     return (*parts, None, None)[:3]
-
-
-@contextlib.contextmanager
-def _under(model: keras.Model, masks: Mapping[str, np.ndarray]) -> Iterator[None]:
-    """Gives the model other masks while it is open."""
-    before = ml.get_masks(model)
-    changed = {path for path, mask in masks.items() if not np.array_equal(mask, before[path])}
-    ml.set_masks(model, {path: masks[path] for path in changed})
-    try:
-        yield
-    finally:
-        ml.set_masks(model, {path: before[path] for path in changed})

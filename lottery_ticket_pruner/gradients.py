@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -26,6 +26,7 @@ from lottery_ticket_pruner.differentiation import (
     twice_differentiable,
 )
 from lottery_ticket_pruner.examples import Arrays, Examples, map_arrays
+from lottery_ticket_pruner.overrides import attribute_replaced
 from masked_layers import WeightRef
 from masked_layers.compiled import kept_beside
 from masked_layers.masks import raw_view
@@ -339,7 +340,7 @@ def _cool(loss: Any, output: Tensor, temperature: float) -> Tensor:
 def _without_penalties(model: keras.Model) -> contextlib.AbstractContextManager[None]:
     """Leaves out what regularizers of weights would add to the loss."""
     regularized = [v for v in model.trainable_variables if v.regularizer is not None]
-    return _with_attribute("regularizer", [(variable, None) for variable in regularized])
+    return attribute_replaced("regularizer", [(variable, None) for variable in regularized])
 
 
 def _in_full_precision(model: keras.Model) -> contextlib.AbstractContextManager[None]:
@@ -350,17 +351,4 @@ def _in_full_precision(model: keras.Model) -> contextlib.AbstractContextManager[
     policies = [(layer, layer.dtype_policy) for layer in _keras.flatten(model)]
     mixed = [(layer, p) for layer, p in policies if p.name in ("mixed_float16", "mixed_bfloat16")]
     full = [(layer, policy.variable_dtype) for layer, policy in mixed]
-    return _with_attribute("dtype_policy", full)
-
-
-@contextlib.contextmanager
-def _with_attribute(name: str, values: Sequence[tuple[Any, Any]]) -> Iterator[None]:
-    """Gives objects another value of an attribute for a while."""
-    before = [(owner, getattr(owner, name)) for owner, _ in values]
-    for owner, value in values:
-        setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        for owner, value in before:
-            setattr(owner, name, value)
+    return attribute_replaced("dtype_policy", full)

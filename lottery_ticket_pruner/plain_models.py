@@ -1,11 +1,21 @@
-"""Plain models under the earlier API: factors of rescaling in their weights, masks by layer."""
+"""The earlier API, and what it takes on plain models: held masks, rescaling, masks by layer."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import abc
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import keras
 import numpy as np
+
+import masked_layers as ml
+from lottery_ticket_pruner import fitting, records, selection
+from lottery_ticket_pruner.overrides import set_rescale
+from lottery_ticket_pruner.records import is_masked
+
+if TYPE_CHECKING:
+    from masked_layers import WeightRef
 
 Key = tuple[int, tuple[int, ...]]
 
@@ -16,15 +26,19 @@ class Rescaling:
     A plain model has no place for a factor but its weights, and a caller may put other weights
     there between two calls. So the weights are kept as they were before the factor, too.
 
-    Attributes:
+    Args:
         factors: Factors now in the weights; a weight that is not listed has none.
-        unscaled: The weights before their factor, of the same positions. Missing where a pruner was
+        unscaled: Weights before their factor, of the same positions. Missing where a pruner was
             loaded from a file that has none.
     """
 
-    def __init__(self) -> None:
-        self.factors: dict[int, float] = {}
-        self.unscaled: dict[int, np.ndarray] = {}
+    def __init__(
+        self,
+        factors: Mapping[int, float] | None = None,
+        unscaled: Mapping[int, np.ndarray] | None = None,
+    ) -> None:
+        self.factors = dict(factors or {})
+        self.unscaled = dict(unscaled or {})
 
     def apply(
         self,
@@ -77,6 +91,243 @@ class Rescaling:
             if np.linalg.norm(kept - unscaled) <= np.linalg.norm(kept - factor * unscaled):
                 return 1.0
         return factor
+
+
+class PlainPruning(abc.ABC):
+    """The earlier API, for plain and masked models, and the masks held for plain ones.
+
+    It is the base of `LotteryTicketPruner`, which has the records and makes new masks. The masks of
+    a masked model are in the model; those of a plain one are held here, by position among the
+    weights.
+
+    Args:
+        model: A built Keras model with at least one kernel-like weight.
+
+    Attributes:
+        model: The model.
+        masks_version: A number that is higher whenever the held masks have changed.
+
+    Raises:
+        ValueError: The model is not built, or it has nothing to prune.
+    """
+
+    # Records, which the subclass makes.
+    _initial: tuple[np.ndarray, ...]
+    _final: tuple[np.ndarray, ...] | None
+
+    def __init__(self, model: keras.Model) -> None:
+        if not model.built or not model.weights:
+            raise ValueError(
+                f"The model {model.name!r} has no weights yet. Build it first: call it on a batch, "
+                "or `model.build(input_shape)`."
+            )
+        self.model = model
+        self._architecture = records.Architecture.of(model)
+        shapes = self._architecture.shapes
+        self._masks = {i: np.ones(shapes[i], bool) for i in records.prunables(model)}
+        if not self._masks:
+            raise ValueError(
+                f"The model {model.name!r} has no weight that can be pruned. Kernels of Keras' "
+                "layers can; weights of other layers after `masked_layers.register`."
+            )
+        self.masks_version = 0
+        self._rescaling = Rescaling()
+        self._updates = 0
+
+    @abc.abstractmethod
+    def prune(
+        self, request: selection.Request, *, data: Any = None, model: keras.Model | None = None
+    ) -> None:
+        """Gives a model new masks by a request."""
+
+    def calc_prune_mask(
+        self, model: keras.Model, prune_percentage: float, prune_strategy: Any = "large_final"
+    ) -> None:
+        """Computes masks that drop a share of the weights that remain: 0.5, then 0.2, gives 0.6.
+
+        In a masked model the masks take effect at once. The weights of a plain model stay as they
+        are until `apply_pruning`.
+
+        Args:
+            model: The model to prune, of the pruner's architecture.
+            prune_percentage: Share of the kept weights to drop, above 0 and below 1.
+            prune_strategy: A criterion: name, configuration, `criteria.Criterion` or function.
+
+        Raises:
+            ValueError: The share is out of bounds, a record is missing, the strategy is unknown or
+                the model has other weights. Nothing has changed then.
+        """
+        if not 0 < prune_percentage < 1:
+            raise ValueError(
+                "`prune_percentage` must be between 0 and 1, exclusive. "
+                f"Received: prune_percentage={prune_percentage!r}"
+            )
+        model = self._checked(model)
+        request = selection.Request.of(prune_strategy, rate=prune_percentage, seed=self._updates)
+        self.prune(request, model=model)
+
+    def apply_pruning(self, model: keras.Model) -> None:
+        """Zeroes the pruned weights of a plain model; a masked one reads them as zero already.
+
+        Args:
+            model: The model, of the pruner's architecture.
+
+        Raises:
+            ValueError: The model has other weights; the message names the layer and both shapes.
+        """
+        model = self._checked(model)
+        if is_masked(model):
+            return
+        ml.sync(model)
+        for variable, mask in self.held_masks(model):
+            variable.assign(fitting.zero_pruned(mask, variable))
+
+    def apply_dwr(self, model: keras.Model) -> None:
+        """Rescales what is left of each layer by size / ones(mask), once and no more.
+
+        Dynamic weight rescaling. In a masked model this switches on a factor of the forward pass,
+        which follows the masks. In a plain one the masked weights are multiplied, and pruned ones
+        are zero afterwards. A second call does nothing, and after a change of the masks the factor
+        is exchanged: a weight carries size / ones(mask) at most once. Weights that the caller put
+        back since, or that equal the initial ones, or whose masks were reset, count as not
+        rescaled; those that were trained since count as rescaled. A plain model does not tell these
+        apart: what is nearer to the weights before the last rescaling than to those after it was
+        put back.
+        The factor of a mask without ones is 0.
+
+        Args:
+            model: The model, of the pruner's architecture.
+
+        Raises:
+            ValueError: The model has other weights; the message names the layer and both shapes.
+
+        Reference:
+            - [Zhou et al., arXiv 1905.01067](https://arxiv.org/abs/1905.01067), section 5.2
+        """
+        model = self._checked(model)
+        if is_masked(model):
+            set_rescale(model, dict.fromkeys([ref.mask for ref in ml.masked_refs(model)], True))
+            return
+        ml.sync(model)
+        for position, ref in self._prunables(model).items():
+            scaled = self._rescaling.apply(
+                position,
+                fitting.read(ref.variable),
+                self._masks[position],
+                self._initial[position],
+            )
+            if scaled is not None:
+                ref.variable.assign(scaled)
+
+    @property
+    def prunable_tuples(self) -> list[Key]:
+        """Positions `(in model.layers, in layer.weights)` of each layer to prune."""
+        refs = self._prunables(self.model).values()
+        return prunable_tuples(self.model, [ref.variable for ref in refs])
+
+    @property
+    def prune_masks_map(self) -> dict[Key, list[np.ndarray | None]]:
+        """The masks now: for each of `prunable_tuples` one per weight of the layer, or None.
+
+        They are read-only copies, of zeros and ones in float64; `calc_prune_mask` and
+        `update_masks` make new ones.
+        """
+        refs = self._prunables(self.model).items()
+        masks = {id(ref.variable): self._mask(position, ref) for position, ref in refs}
+        return masks_by_layer(self.model, masks)
+
+    @property
+    def cumulative_pruning_rate(self) -> float:
+        """The share of prunable weights that is pruned now; 0.0 again after `reset_masks`.
+
+        It is counted in the masks: after 0.5 and 0.2 it is 0.6 but for what rounding to whole
+        weights makes of it.
+        """
+        masks = [self._mask(i, ref) for i, ref in self._prunables(self.model).items()]
+        pruned = sum(int(np.count_nonzero(~mask)) for mask in masks)
+        return pruned / sum(mask.size for mask in masks)
+
+    def iterate_prunables(
+        self, model: keras.Model
+    ) -> Iterator[
+        tuple[
+            str,
+            keras.layers.Layer,
+            int,
+            np.ndarray,
+            np.ndarray | None,
+            np.ndarray,
+            np.ndarray,
+        ]
+    ]:
+        """Yields what is known of each prunable weight.
+
+        Args:
+            model: The model, of the pruner's architecture.
+
+        Yields:
+            `(key, layer, index, initial, pretrained, current, mask)`: the path of the weight, the
+            layer that holds it, its position in `layer.weights`, the recorded initial and final
+            weights (the latter None before they are recorded), the raw weight now and the bool
+            mask. Changing an array changes neither record nor model.
+
+        Raises:
+            ValueError: The model has other weights; the message names the layer and both shapes.
+        """
+        model = self._checked(model)
+        ml.sync(model)
+        for position, ref in self._prunables(model).items():
+            index = next(i for i, v in enumerate(ref.layer.weights) if v is ref.variable)
+            yield (
+                self._architecture.paths[position],
+                ref.layer,
+                index,
+                self._initial[position],
+                None if self._final is None else self._final[position],
+                fitting.read(ref.variable),
+                self._mask(position, ref),
+            )
+
+    def held_masks(self, model: keras.Model) -> list[tuple[keras.Variable, np.ndarray]]:
+        """Returns the masks that are held for a plain model, each with its variable there."""
+        return [
+            (ref.variable, self._masks[position])
+            for position, ref in self._prunables(model).items()
+        ]
+
+    def _prunables(self, model: keras.Model) -> dict[int, WeightRef]:
+        """Returns the weights that have a mask, in the model or here, by position."""
+        refs = records.prunables(model).items()
+        return {i: ref for i, ref in refs if ref.mask is not None or i in self._masks}
+
+    def _mask(self, position: int, ref: WeightRef) -> np.ndarray:
+        """Returns a copy of the mask of a weight."""
+        if ref.mask is None:
+            return self._masks[position].copy()
+        return ref.mask.to_numpy()
+
+    def _write_masks(self, model: keras.Model, masks: Mapping[int, np.ndarray]) -> None:
+        """Sets masks by position, in the model if it is masked, here otherwise."""
+        if is_masked(model):
+            refs = self._prunables(model)
+            ml.set_masks(model, {refs[position].path: mask for position, mask in masks.items()})
+        else:
+            self._masks = {position: mask.astype(bool) for position, mask in masks.items()}
+            self.masks_version += 1
+
+    def _reset_held(self) -> None:
+        """Sets the held masks to ones, and forgets what was counted and rescaled under them."""
+        self._masks = {position: np.ones_like(mask) for position, mask in self._masks.items()}
+        self.masks_version += 1
+        self._rescaling = Rescaling()
+        self._updates = 0
+
+    def _checked(self, model: keras.Model | None) -> keras.Model:
+        """Returns the model, by default the pruner's own, if its weights are those recorded."""
+        if model is None:
+            model = self.model
+        self._architecture.check(model)
+        return model
 
 
 def prunable_tuples(model: keras.Model, variables: Iterable[keras.Variable]) -> list[Key]:

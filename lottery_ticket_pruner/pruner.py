@@ -1,10 +1,8 @@
-"""The pruner: what a model's weights were, and what the masks over them become."""
+"""The pruner: records of a model's weights, and new masks, values and treatments from them."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
 import logging
 import os
 import warnings
@@ -17,19 +15,24 @@ import numpy as np
 
 import masked_layers as ml
 from lottery_ticket_pruner import (
-    _keras,
     criteria,
     evidence,
     fitting,
     notices,
     plain_models,
+    records,
     selection,
     targets,
     treatments,
 )
-from masked_layers import paths
-from masked_layers.archives import read_npz
-from masked_layers.files import replacing
+from lottery_ticket_pruner.overrides import (
+    assign,
+    freeze_at_zero,
+    rescaling,
+    state_restored,
+    weights_replaced,
+)
+from lottery_ticket_pruner.records import is_masked
 from masked_layers.maskable import input_axes
 
 if TYPE_CHECKING:
@@ -37,11 +40,8 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger(__name__)
 
-_FORMAT = "lottery-ticket-pruner"
-_FORMAT_VERSION = 1
 
-
-class LotteryTicketPruner:
+class LotteryTicketPruner(plain_models.PlainPruning):
     """Records what a model's weights were, and prunes, rewinds and evaluates it by these records.
 
     The weights of the model are recorded here as the *initial* ones, those a ticket is rewound to,
@@ -80,26 +80,9 @@ class LotteryTicketPruner:
     """
 
     def __init__(self, model: keras.Model) -> None:
-        if not model.built or not model.weights:
-            raise ValueError(
-                f"The model {model.name!r} has no weights yet. Build it first: call it on a batch, "
-                "or `model.build(input_shape)`."
-            )
-        self.model = model
-        self._keys = _weight_keys(model)
-        self._shapes = tuple(tuple(variable.shape) for variable in model.weights)
-        # For plain models, by position among the weights; those of a masked model are in the model.
-        self._masks = {i: np.ones(self._shapes[i], bool) for i in _prunables(model)}
-        if not self._masks:
-            raise ValueError(
-                f"The model {model.name!r} has no weight that can be pruned. Kernels of Keras' "
-                "layers can; weights of other layers after `masked_layers.register`."
-            )
-        self.masks_version = 0
-        self._rescaling = plain_models.Rescaling()
+        super().__init__(model)
         self._final: tuple[np.ndarray, ...] | None = None
         self._final_is_new = False
-        self._updates = 0
         self.set_initial_weights()
 
     # Records.
@@ -107,17 +90,17 @@ class LotteryTicketPruner:
     @property
     def initial_weights(self) -> Mapping[str, np.ndarray]:
         """The initial weights by path: read-only arrays, those that `rewind` brings back."""
-        return MappingProxyType(dict(zip(self._keys, self._initial, strict=True)))
+        return MappingProxyType(dict(zip(self._architecture.paths, self._initial, strict=True)))
 
     @property
     def final_weights(self) -> Mapping[str, np.ndarray] | None:
         """The final weights by path: read-only arrays; None before they are recorded."""
         if self._final is None:
             return None
-        return MappingProxyType(dict(zip(self._keys, self._final, strict=True)))
+        return MappingProxyType(dict(zip(self._architecture.paths, self._final, strict=True)))
 
     def set_initial_weights(self, model: keras.Model | None = None) -> None:
-        """Records the initial weights anew: the point that `rewind` goes back to.
+        """Records the initial weights again: the point that `rewind` goes back to.
 
         Called after k steps of training, this is rewinding to step k. The step count and the
         learning rate of the optimizer are recorded with the weights.
@@ -129,7 +112,7 @@ class LotteryTicketPruner:
             ValueError: The model has other weights; the message names the layer and both shapes.
         """
         model = self._checked(model)
-        self._initial = self._snapshot(model)
+        self._initial = records.snapshot(model)
         self._clocks = fitting.read_clocks(getattr(model, "optimizer", None))
         self._timed_optimizer = getattr(model, "optimizer", None)
         _logger.info("Recorded %d initial weights of %r.", len(self._initial), model.name)
@@ -144,15 +127,15 @@ class LotteryTicketPruner:
             ValueError: The model has other weights; the message names the layer and both shapes.
         """
         model = self._checked(model)
-        final = list(self._snapshot(model))
+        final = list(records.snapshot(model))
         for position, ref in self._prunables(model).items():
             if ref.mask is not None and ref.mask.frozen is not None:
                 # What a frozen weight ended as: whoever compares it with w0 must not see the raw
                 # value, which means nothing.
                 held = fitting.read(ref.mask.frozen)
                 held = np.where(self._mask(position, ref), final[position], held)
-                final[position] = _read_only(held)
-        self._final = tuple(final)
+                final[position] = held
+        self._final = records.read_only(final)
         self._final_is_new = True
         _logger.info("Recorded %d final weights of %r.", len(self._final), model.name)
 
@@ -176,15 +159,15 @@ class LotteryTicketPruner:
 
         Args:
             strategy: A criterion: name, configuration, `criteria.Criterion` or function.
-            rate: Share of the alive weights to drop now, in [0, 1); or a mapping from patterns of
+            rate: Share of the kept weights to drop now, in [0, 1); or a mapping from patterns of
                 paths to shares, with a `"default"`.
             sparsity: Share of all weights that are pruned afterwards, likewise. Exactly one of
                 `rate` and `sparsity`.
-            scope: Who competes with whom: `"layer"` (the default for most criteria), `"global"` or
-                `"output"`.
+            scope: Weights that are ranked together: `"layer"` (the default for most criteria),
+                `"global"` or `"output"`.
             seed: For random scores and ties. By default the number of updates since the masks were
-                last reset, so that every update draws anew and a repeated run repeats.
-            structure: What stands or falls together: `"filters"`, `"units"`, blocks such as
+                last reset, so that every update draws other numbers and a repeated run repeats.
+            structure: Weights that go or stay together: `"filters"`, `"units"`, blocks such as
                 `"4x1"`, N:M such as `"2:4"` (which takes no rate, sparsity or scope), or whatever
                 else `structures.get` takes. Weights that it does not apply to stay as they are, and
                 a warning is logged that names them.
@@ -352,10 +335,7 @@ class LotteryTicketPruner:
             masks = ml.get_masks(self.model)
             ml.set_masks(self.model, {path: np.ones_like(mask) for path, mask in masks.items()})
             self._freeze(dict.fromkeys(self._prunables(self.model)))
-        self._masks = {position: np.ones_like(mask) for position, mask in self._masks.items()}
-        self.masks_version += 1
-        self._rescaling = plain_models.Rescaling()
-        self._updates = 0
+        self._reset_held()
         _logger.info("Reset the masks of %r: all weights are alive.", self.model.name)
 
     def evaluate_supermask(
@@ -367,7 +347,7 @@ class LotteryTicketPruner:
         dwr: bool = False,
         **evaluate_kwargs: Any,
     ) -> dict[str, float]:
-        """What the masks alone know: the metrics of the model with its masks over initial weights.
+        """Evaluates the masks alone: the metrics of the model with its masks over initial weights.
 
         The model is left exactly as it was: weights, masks, optimizer, metrics and compiled
         functions, also where the evaluation fails.
@@ -404,8 +384,9 @@ class LotteryTicketPruner:
         if weights == "signed_constant":
             for position in self._prunables(model):
                 values[position] = treatments.signed_constant(values[position])
-        with restored(model), rescaling(model, dict.fromkeys(_masks(model), dwr)):
-            _assign(model.weights, values)
+        masks = [ref.mask for ref in ml.masked_refs(model)]
+        with state_restored(model), rescaling(model, dict.fromkeys(masks, dwr)):
+            assign(model.weights, values)
             freeze_at_zero(model)
             with targets.explained(model, x, y):
                 return model.evaluate(x, y, **evaluate_kwargs, return_dict=True)
@@ -430,12 +411,13 @@ class LotteryTicketPruner:
         prunables = self._prunables(model)
         kernels = self._kernels(prunables, criterion)
         if criterion.evidence and is_masked(model):
-            with self._as_ranked(model, criterion):
+            # Evidence of final weights is measured with them in the model.
+            with weights_replaced(model, self._final if "final" in criterion.needs else None):
                 measure = evidence.measurement(model, criterion, data)
                 masks = selection.select(request, kernels, measure)
         else:
             masks = selection.select(request, kernels)
-        self._write_masks(model, {i: masks[self._keys[i]] for i in prunables})
+        self._write_masks(model, {i: masks[self._architecture.paths[i]] for i in prunables})
         self._final_is_new = False
         self._updates += 1
         size = sum(mask.size for mask in masks.values())
@@ -454,163 +436,6 @@ class LotteryTicketPruner:
         """Tells the pruner that its model's masks were changed: final weights are out of date."""
         self._final_is_new = False
 
-    # Plain and masked models: the earlier API.
-
-    def calc_prune_mask(
-        self, model: keras.Model, prune_percentage: float, prune_strategy: Any = "large_final"
-    ) -> None:
-        """Computes masks that drop a share of the weights that remain: 0.5, then 0.2, gives 0.6.
-
-        In a masked model the masks take effect at once. The weights of a plain model stay as they
-        are until `apply_pruning`.
-
-        Args:
-            model: The model to prune, of the pruner's architecture.
-            prune_percentage: Share of the alive weights to drop, above 0 and below 1.
-            prune_strategy: A criterion: name, configuration, `criteria.Criterion` or function.
-
-        Raises:
-            ValueError: The share is out of bounds, a record is missing, the strategy is unknown or
-                the model has other weights. Nothing has changed then.
-        """
-        if not 0 < prune_percentage < 1:
-            raise ValueError(
-                "`prune_percentage` must be between 0 and 1, exclusive. "
-                f"Received: prune_percentage={prune_percentage!r}"
-            )
-        model = self._checked(model)
-        request = selection.Request.of(prune_strategy, rate=prune_percentage, seed=self._updates)
-        self.prune(request, model=model)
-
-    def apply_pruning(self, model: keras.Model) -> None:
-        """Zeroes the pruned weights of a plain model; a masked one reads them as zero already.
-
-        Args:
-            model: The model, of the pruner's architecture.
-
-        Raises:
-            ValueError: The model has other weights; the message names the layer and both shapes.
-        """
-        model = self._checked(model)
-        if is_masked(model):
-            return
-        ml.sync(model)
-        for variable, mask in self.held_masks(model):
-            variable.assign(fitting.zero_pruned(mask, variable))
-
-    def apply_dwr(self, model: keras.Model) -> None:
-        """Rescales what is left of each layer by size / ones(mask), once and no more.
-
-        Dynamic weight rescaling. In a masked model this switches on a factor of the forward pass,
-        which follows the masks. In a plain one the masked weights are multiplied, and pruned ones
-        are zero afterwards. A second call does nothing, and after a change of the masks the factor
-        is exchanged: a weight carries size / ones(mask) at most once. Weights that the caller put
-        back since, or that equal the initial ones, or whose masks were reset, count as not
-        rescaled; those that were trained since count as rescaled. A plain model does not tell these
-        apart: what is nearer to the weights before the last rescaling than to those after it was
-        put back.
-        The factor of a mask without ones is 0.
-
-        Args:
-            model: The model, of the pruner's architecture.
-
-        Raises:
-            ValueError: The model has other weights; the message names the layer and both shapes.
-
-        Reference:
-            - [Zhou et al., arXiv 1905.01067](https://arxiv.org/abs/1905.01067), section 5.2
-        """
-        model = self._checked(model)
-        if is_masked(model):
-            _set_rescale(model, dict.fromkeys(_masks(model), True))
-            return
-        ml.sync(model)
-        for position, ref in self._prunables(model).items():
-            scaled = self._rescaling.apply(
-                position,
-                fitting.read(ref.variable),
-                self._masks[position],
-                self._initial[position],
-            )
-            if scaled is not None:
-                ref.variable.assign(scaled)
-
-    @property
-    def prunable_tuples(self) -> list[plain_models.Key]:
-        """`(position in model.layers, positions in layer.weights)` of each layer to prune."""
-        refs = self._prunables(self.model).values()
-        return plain_models.prunable_tuples(self.model, [ref.variable for ref in refs])
-
-    @property
-    def prune_masks_map(self) -> dict[plain_models.Key, list[np.ndarray | None]]:
-        """The masks now: for each of `prunable_tuples` one per weight of the layer, or None.
-
-        They are read-only copies, of zeros and ones in float64; `calc_prune_mask` and
-        `update_masks` make new ones.
-        """
-        refs = self._prunables(self.model).items()
-        masks = {id(ref.variable): self._mask(position, ref) for position, ref in refs}
-        return plain_models.masks_by_layer(self.model, masks)
-
-    @property
-    def cumulative_pruning_rate(self) -> float:
-        """The share of prunable weights that is pruned now; 0.0 again after `reset_masks`.
-
-        It is counted in the masks: after 0.5 and 0.2 it is 0.6 but for what rounding to whole
-        weights makes of it.
-        """
-        masks = [self._mask(i, ref) for i, ref in self._prunables(self.model).items()]
-        pruned = sum(int(np.count_nonzero(~mask)) for mask in masks)
-        return pruned / sum(mask.size for mask in masks)
-
-    def iterate_prunables(
-        self, model: keras.Model
-    ) -> Iterator[
-        tuple[
-            str,
-            keras.layers.Layer,
-            int,
-            np.ndarray,
-            np.ndarray | None,
-            np.ndarray,
-            np.ndarray,
-        ]
-    ]:
-        """Yields what is known of each prunable weight.
-
-        Args:
-            model: The model, of the pruner's architecture.
-
-        Yields:
-            `(key, layer, index, initial, pretrained, current, mask)`: the path of the weight, the
-            layer that holds it, its position in `layer.weights`, the recorded initial and final
-            weights (the latter None before they are recorded), the raw weight now and the bool
-            mask. Changing an array changes neither record nor model.
-
-        Raises:
-            ValueError: The model has other weights; the message names the layer and both shapes.
-        """
-        model = self._checked(model)
-        ml.sync(model)
-        for position, ref in self._prunables(model).items():
-            index = next(i for i, v in enumerate(ref.layer.weights) if v is ref.variable)
-            yield (
-                self._keys[position],
-                ref.layer,
-                index,
-                self._initial[position],
-                None if self._final is None else self._final[position],
-                fitting.read(ref.variable),
-                self._mask(position, ref),
-            )
-
-    def held_masks(self, model: keras.Model) -> list[tuple[keras.Variable, np.ndarray]]:
-        """The masks that the pruner holds for a plain model, each with its variable there."""
-        return [
-            (ref.variable, self._masks[position])
-            for position, ref in self._prunables(model).items()
-        ]
-
     # Files.
 
     def save(self, file: str | os.PathLike) -> None:
@@ -624,31 +449,24 @@ class LotteryTicketPruner:
             file: Where to; the name is taken as it is.
         """
         prunables = self._prunables(self.model)
-        masks = {position: self._mask(position, ref) for position, ref in prunables.items()}
         same = getattr(self.model, "optimizer", None) is self._timed_optimizer
-        state = {
-            "format": _FORMAT,
-            "version": _FORMAT_VERSION,
-            "paths": self._keys,
-            "masked": list(masks),
-            "final": self._final is not None,
-            "final_is_new": self._final_is_new,
-            "updates": self._updates,
-            "clocks": [(step, rate if same else None) for step, rate in self._clocks],
-            "rescaled": list(self._rescaling.factors.items()),
-        }
-        arrays = {"state": np.array(json.dumps(state))}
-        arrays |= {f"initial/{i}": array for i, array in enumerate(self._initial)}
-        arrays |= {f"final/{i}": array for i, array in enumerate(self._final or ())}
-        arrays |= {f"mask/{position}": mask for position, mask in masks.items()}
-        arrays |= {f"unscaled/{i}": array for i, array in self._rescaling.unscaled.items()}
-        arrays |= {
-            f"frozen/{position}": fitting.read(ref.mask.frozen)
+        frozen = {
+            position: fitting.read(ref.mask.frozen)
             for position, ref in prunables.items()
             if ref.mask is not None and ref.mask.frozen is not None
         }
-        with replacing(file) as stream:
-            np.savez(stream, allow_pickle=False, **arrays)
+        records.Saved(
+            paths=self._architecture.paths,
+            initial=self._initial,
+            final=self._final,
+            final_is_new=self._final_is_new,
+            updates=self._updates,
+            clocks=[(step, rate if same else None) for step, rate in self._clocks],
+            masks={position: self._mask(position, ref) for position, ref in prunables.items()},
+            frozen=frozen,
+            factors=self._rescaling.factors,
+            unscaled=self._rescaling.unscaled,
+        ).write(file)
         _logger.info("Saved the pruner of %r to %s.", self.model.name, file)
 
     @classmethod
@@ -666,39 +484,31 @@ class LotteryTicketPruner:
             ValueError: The file is not a pruner's, or the model has other weights (the message
                 names the layer and both shapes) or other masks. The model has not changed then.
         """
-        state, arrays = _read_file(file)
+        saved = records.Saved.read(file)
         pruner = cls(model)
-        count = len(state["paths"])
-        initial = [arrays[f"initial/{i}"] for i in range(count)]
-        pruner._compare(state["paths"], [array.shape for array in initial], f"The file {file}")
+        pruner._architecture.compare(
+            saved.paths, [array.shape for array in saved.initial], f"The file {file}"
+        )
         prunables = pruner._prunables(model)
-        if list(prunables) != state["masked"]:
+        if list(prunables) != list(saved.masks):
+            paths = pruner._architecture.paths
             raise ValueError(
-                f"The file {file} has masks for {[state['paths'][i] for i in state['masked']]}, "
-                f"the model {model.name!r} for {[pruner._keys[i] for i in prunables]}. Convert the "
-                "model as it was when the pruner was saved."
+                f"The file {file} has masks for {[saved.paths[i] for i in saved.masks]}, the model "
+                f"{model.name!r} for {[paths[i] for i in prunables]}. Convert the model as it was "
+                "when the pruner was saved."
             )
-        pruner._initial = tuple(_read_only(array) for array in initial)
-        if state["final"]:
-            pruner._final = tuple(_read_only(arrays[f"final/{i}"]) for i in range(count))
-        pruner._final_is_new = state["final_is_new"]
-        pruner._updates = state["updates"]
-        pruner._clocks = [tuple(clock) for clock in state["clocks"]]
-        pruner._rescaling.factors = dict(state["rescaled"])
-        pruner._rescaling.unscaled = {
-            i: arrays[f"unscaled/{i}"] for i in prunables if f"unscaled/{i}" in arrays
-        }
-        pruner._write_masks(model, {i: arrays[f"mask/{i}"] for i in prunables})
+        pruner._initial, pruner._final = saved.initial, saved.final
+        pruner._final_is_new = saved.final_is_new
+        pruner._updates = saved.updates
+        pruner._clocks = saved.clocks
+        pruner._rescaling = plain_models.Rescaling(saved.factors, saved.unscaled)
+        pruner._write_masks(model, saved.masks)
         if is_masked(model):
-            pruner._freeze({i: arrays.get(f"frozen/{i}") for i in prunables})
+            pruner._freeze({i: saved.frozen.get(i) for i in prunables})
         _logger.info("Loaded the pruner of %r from %s.", model.name, file)
         return pruner
 
     # Inside.
-
-    def _snapshot(self, model: keras.Model) -> tuple[np.ndarray, ...]:
-        ml.sync(model)
-        return tuple(_read_only(fitting.read(variable)) for variable in model.weights)
 
     def _restart(self, values: Sequence[np.ndarray], optimizer: bool) -> None:
         """Assigns all weights and brings the optimizer back to its recorded step."""
@@ -706,7 +516,7 @@ class LotteryTicketPruner:
         compiled = getattr(model, "optimizer", None) if optimizer else None
         fresh = fitting.fresh_optimizer(compiled) if compiled is not None else None
         before = [fitting.read(variable) for variable in model.weights]
-        _assign(model.weights, values)
+        assign(model.weights, values)
         if compiled is not None:
             # After the weights: there are optimizers whose slots start as copies of them.
             same = compiled is self._timed_optimizer
@@ -715,10 +525,11 @@ class LotteryTicketPruner:
             try:
                 fitting.reset_optimizer(compiled, fresh, model.trainable_variables, steps, rates)
             except Exception:
-                _assign(model.weights, before)
+                assign(model.weights, before)
                 raise
 
     def _kernel(self, position: int, ref: WeightRef, seed: int) -> treatments.Kernel:
+        """Returns what treatments are to know of a weight."""
         rng = treatments.generator(seed, ref.path)
         draw_seed = int(rng.integers(2**31))
         return treatments.Kernel(
@@ -730,40 +541,23 @@ class LotteryTicketPruner:
         )
 
     def _freeze(self, frozen: Mapping[int, np.ndarray | None]) -> None:
-        """Writes what pruned weights are; functions compiled for masks without are made anew."""
+        """Freezes pruned weights at values, by position; None takes the values away.
+
+        Functions that were compiled for masks without frozen values are made again.
+        """
         refs = self._prunables(self.model)
         with fitting.variable_scope(self.model):
             changed = [refs[position].mask.freeze(values) for position, values in frozen.items()]
         if any(changed):
             fitting.remake_functions(self.model)
 
-    def _prunables(self, model: keras.Model) -> dict[int, WeightRef]:
-        """Those of `_prunables` that have a mask, in the model or here."""
-        refs = _prunables(model).items()
-        return {i: ref for i, ref in refs if ref.mask is not None or i in self._masks}
-
-    def _mask(self, position: int, ref: WeightRef) -> np.ndarray:
-        if ref.mask is None:
-            return self._masks[position].copy()
-        return ref.mask.to_numpy()
-
-    @contextlib.contextmanager
-    def _as_ranked(self, model: keras.Model, criterion: criteria.Criterion) -> Iterator[None]:
-        """Gives the model the final weights for a while, if it is those that are ranked."""
-        if "final" not in criterion.needs or self._final is None:
-            yield
-            return
-        with restored(model):
-            _assign(model.weights, self._final)
-            yield
-
     def _kernels(
         self, prunables: Mapping[int, WeightRef], criterion: criteria.Criterion
     ) -> dict[str, selection.Weights]:
-        """What selection is to know of these weights, by path."""
+        """Returns what selection is to know of these weights, by path."""
         reads_current = "current" in criterion.needs | criterion.optional
         return {
-            self._keys[position]: selection.Weights(
+            self._architecture.paths[position]: selection.Weights(
                 mask=self._mask(position, ref),
                 output_axes=ref.output_axes,
                 input_axes=input_axes(ref.layer, ref.name),
@@ -774,15 +568,6 @@ class LotteryTicketPruner:
             for position, ref in prunables.items()
         }
 
-    def _write_masks(self, model: keras.Model, masks: Mapping[int, np.ndarray]) -> None:
-        """Sets masks, of the model if it is masked, of the pruner otherwise, and counts them."""
-        if is_masked(model):
-            refs = self._prunables(model)
-            ml.set_masks(model, {refs[position].path: mask for position, mask in masks.items()})
-        else:
-            self._masks = {position: mask.astype(bool) for position, mask in masks.items()}
-            self.masks_version += 1
-
     def _require_masked(self, method: str) -> None:
         if not is_masked(self.model):
             raise ValueError(
@@ -790,166 +575,8 @@ class LotteryTicketPruner:
                 "pruner for `masked_layers.convert_to_masked(model)` instead, or use "
                 "`calc_prune_mask`, `apply_pruning` and `PrunerCallback` with the plain model."
             )
-        if any(mask.learned for mask in _masks(self.model)):
+        if any(ref.mask.learned for ref in ml.masked_refs(self.model)):
             raise ValueError(
                 f"`{method}` needs binary masks, and those of {self.model.name!r} are learned. "
                 "Make the pruner for `masked_layers.harden(model)` instead."
             )
-
-    def _checked(self, model: keras.Model | None) -> keras.Model:
-        """The model, by default the pruner's own, if its weights are those of the records."""
-        if model is None:
-            model = self.model
-        shapes = [tuple(variable.shape) for variable in model.weights]
-        if shapes != list(self._shapes):
-            self._compare(_weight_keys(model), shapes, f"The model {model.name!r}")
-        return model
-
-    def _compare(self, keys: list[str], shapes: list[tuple[int, ...]], what: str) -> None:
-        for i in range(max(len(keys), len(self._keys))):
-            found = (keys[i], tuple(shapes[i])) if i < len(keys) else None
-            expected = (self._keys[i], self._shapes[i]) if i < len(self._keys) else None
-            if found is None or expected is None or found[1] != expected[1]:
-                raise ValueError(
-                    f"{what} does not fit this pruner: it has {_describe(found)} where the pruner "
-                    f"has {_describe(expected)}. Both must be of the same architecture."
-                )
-
-
-def _describe(weight: tuple[str, tuple[int, ...]] | None) -> str:
-    if weight is None:
-        return "no further weight"
-    layer, _, name = weight[0].rpartition("/")
-    return f"{name!r} of layer {layer!r} with shape {weight[1]}"
-
-
-def is_masked(model: keras.Model) -> bool:
-    """Whether any weight of the model has a mask."""
-    return any(ref.mask is not None for ref in ml.weight_refs(model))
-
-
-def _prunables(model: keras.Model) -> dict[int, WeightRef]:
-    """The masked weights, in a plain model all maskable ones, by position among the weights."""
-    positions = {id(variable): i for i, variable in enumerate(model.weights)}
-    refs = {positions[id(ref.variable)]: ref for ref in ml.weight_refs(model)}
-    return {i: ref for i, ref in refs.items() if ref.mask is not None} or refs
-
-
-def _weight_keys(model: keras.Model) -> list[str]:
-    """A path for each of the model's weights, in their order, each different."""
-    names = {
-        id(variable): paths.join(path, variable.name)
-        for path, layer in paths.walk(model)
-        for variable in _keras.own_variables(layer)
-    }
-    names |= {id(ref.variable): ref.path for ref in ml.weight_refs(model)}
-    keys: dict[str, None] = {}
-    for variable in model.weights:
-        key = name = names.get(id(variable), variable.path)
-        count = 0
-        while key in keys:
-            count += 1
-            key = f"{name}_{count}"
-        keys[key] = None
-    return list(keys)
-
-
-def _masks(model: keras.Model) -> list[ml.Mask]:
-    return [ref.mask for ref in ml.masked_refs(model)]
-
-
-def _read_only(array: np.ndarray) -> np.ndarray:
-    array.flags.writeable = False
-    return array
-
-
-def _assign(variables: list[keras.Variable], values: Any) -> None:
-    for variable, value in zip(variables, values, strict=True):
-        variable.assign(value)
-
-
-def freeze_at_zero(model: keras.Model) -> None:
-    """Lets the pruned weights of masks that hold them frozen read as zero, like all others."""
-    for ref in ml.masked_refs(model):
-        if ref.mask.frozen is not None:
-            ref.mask.freeze(np.zeros(ref.variable.shape))
-
-
-@contextlib.contextmanager
-def restored(model: keras.Model) -> Iterator[None]:
-    """Puts every variable of the model back at the end, and hides its optimizer until then."""
-    ml.sync(model)
-    variables = {id(v): v for v in [*model.variables, *model.metrics_variables]}.values()
-    before = [fitting.read(variable) for variable in variables]
-    try:
-        # `evaluate` builds an optimizer that is not, and some copy weights then.
-        with _keras.replaced(model, "optimizer", None):
-            yield
-    finally:
-        # An evaluation that failed left the state outside the variables.
-        with contextlib.suppress(RuntimeError):
-            ml.sync(model)
-        model.reset_metrics()  # those that the evaluation created
-        _assign(list(variables), before)
-
-
-def _set_rescale(model: keras.Model, flags: Mapping[ml.Mask, bool], *, around: bool = True) -> bool:
-    """Switches the factor of each mask; functions compiled with another one are made again."""
-    changed = {mask: rescale for mask, rescale in flags.items() if mask.rescale != rescale}
-    for mask, rescale in changed.items():
-        mask.rescale = rescale
-    if changed:
-        fitting.remake_functions(model, around=around)
-    return bool(changed)
-
-
-@contextlib.contextmanager
-def rescaling(model: keras.Model, flags: Mapping[ml.Mask, bool]) -> Iterator[None]:
-    """Evaluates with other factors, and gives back the flags and the compiled functions."""
-    names = [f"{kind}_function" for kind in ("train", "test", "predict")]
-    functions = {name: getattr(model, name, None) for name in names}
-    before = {mask: mask.rescale for mask in flags}
-    changed = _set_rescale(model, flags, around=False)
-    try:
-        yield
-    finally:
-        if changed:
-            for mask, rescale in before.items():
-                mask.rescale = rescale
-            for name, function in functions.items():
-                setattr(model, name, function)
-
-
-def _read_file(file: str | os.PathLike) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """The state and the arrays of a pruner's file, each as `save` writes them."""
-    try:
-        arrays = read_npz(file)
-        state = json.loads(str(arrays.pop("state")))
-        if state["format"] != _FORMAT or state["version"] != _FORMAT_VERSION:
-            raise ValueError(f"format {state['format']} {state['version']}")
-        _check_state(state, arrays)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ValueError(
-            f"{file} is not a file that `LotteryTicketPruner.save` of this version wrote: {error}"
-        ) from error
-    return state, arrays
-
-
-def _check_state(state: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
-    """Refuses arrays that are not numbers of the shape of their weight, and names them."""
-    for number, path in enumerate(state["paths"]):
-        there = {"initial weights": arrays[f"initial/{number}"]}
-        shape = there["initial weights"].shape
-        if state["final"]:
-            there["final weights"] = arrays[f"final/{number}"]
-        if number in state["masked"]:
-            there["mask"] = arrays[f"mask/{number}"]
-        if f"frozen/{number}" in arrays:
-            there["frozen values"] = arrays[f"frozen/{number}"]
-        if f"unscaled/{number}" in arrays:
-            there["weights before rescaling"] = arrays[f"unscaled/{number}"]
-        for what, array in there.items():
-            if array.shape != shape or array.dtype.kind not in ("b" if what == "mask" else "fiub"):
-                raise ValueError(
-                    f"{what} of {array.dtype}{array.shape} for {path}, which has the shape {shape}"
-                )

@@ -13,13 +13,9 @@ from lottery_ticket_pruner import criteria as criteria_module
 from lottery_ticket_pruner import notices, treatments
 from lottery_ticket_pruner.engine import engine_of
 from lottery_ticket_pruner.examples import Arrays, Examples
-from lottery_ticket_pruner.pruner import (
-    LotteryTicketPruner,
-    freeze_at_zero,
-    is_masked,
-    rescaling,
-    restored,
-)
+from lottery_ticket_pruner.overrides import freeze_at_zero, rescaling, state_restored
+from lottery_ticket_pruner.pruner import LotteryTicketPruner
+from lottery_ticket_pruner.records import is_masked
 
 _logger = logging.getLogger(__name__)
 
@@ -107,7 +103,7 @@ def evaluate_grid(
     rows = []
     emptied: dict[str, list[str]] = {}
     flags = dict.fromkeys([ref.mask for ref in refs], False)
-    with restored(model), rescaling(model, flags), notices.rehearsal():
+    with state_restored(model), rescaling(model, flags), notices.rehearsal():
         for variable, value in zip(model.weights, initial.values(), strict=True):
             variable.assign(value)
         freeze_at_zero(model)

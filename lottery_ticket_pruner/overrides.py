@@ -1,0 +1,121 @@
+"""Changes of a model, most of them temporary: what is open here is undone when it is closed."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+import masked_layers as ml
+from lottery_ticket_pruner import _keras, fitting
+
+
+def assign(variables: Iterable[keras.Variable], values: Iterable[Any]) -> None:
+    """Assigns a value to each of as many variables."""
+    for variable, value in zip(variables, values, strict=True):
+        variable.assign(value)
+
+
+def freeze_at_zero(model: keras.Model) -> None:
+    """Makes the pruned weights of masks that hold them frozen read as zero, like all others."""
+    for ref in ml.masked_refs(model):
+        if ref.mask.frozen is not None:
+            ref.mask.freeze(np.zeros(ref.variable.shape))
+
+
+@contextlib.contextmanager
+def state_restored(model: keras.Model) -> Iterator[None]:
+    """Puts every variable of the model back at the end, and hides its optimizer until then."""
+    ml.sync(model)
+    variables = {id(v): v for v in [*model.variables, *model.metrics_variables]}.values()
+    before = [fitting.read(variable) for variable in variables]
+    try:
+        # `evaluate` builds an optimizer that is not, and some copy weights then.
+        with _keras.replaced(model, "optimizer", None):
+            yield
+    finally:
+        # An evaluation that failed left the state outside the variables.
+        with contextlib.suppress(RuntimeError):
+            ml.sync(model)
+        model.reset_metrics()  # those that the evaluation created
+        assign(variables, before)
+
+
+@contextlib.contextmanager
+def weights_replaced(model: keras.Model, values: Sequence[np.ndarray] | None) -> Iterator[None]:
+    """Gives the model other weights while it is open; with None it keeps its own."""
+    if values is None:
+        yield
+        return
+    with state_restored(model):
+        assign(model.weights, values)
+        yield
+
+
+@contextlib.contextmanager
+def masks_replaced(model: keras.Model, masks: Mapping[str, np.ndarray]) -> Iterator[None]:
+    """Gives the model other masks while it is open."""
+    before = ml.get_masks(model)
+    changed = {path for path, mask in masks.items() if not np.array_equal(mask, before[path])}
+    ml.set_masks(model, {path: masks[path] for path in changed})
+    try:
+        yield
+    finally:
+        ml.set_masks(model, {path: before[path] for path in changed})
+
+
+def set_rescale(model: keras.Model, flags: Mapping[ml.Mask, bool], *, around: bool = True) -> bool:
+    """Switches the factor of each mask, and makes functions compiled with another one again.
+
+    Args:
+        model: Model with the masks.
+        flags: Whether to rescale, by mask.
+        around: Whether models that this one is part of are compiled again, too.
+
+    Returns:
+        Whether any mask was switched.
+    """
+    changed = {mask: rescale for mask, rescale in flags.items() if mask.rescale != rescale}
+    for mask, rescale in changed.items():
+        mask.rescale = rescale
+    if changed:
+        fitting.remake_functions(model, around=around)
+    return bool(changed)
+
+
+@contextlib.contextmanager
+def rescaling(model: keras.Model, flags: Mapping[ml.Mask, bool]) -> Iterator[None]:
+    """Switches factors while it is open, then gives back the flags and the compiled functions."""
+    names = [f"{kind}_function" for kind in ("train", "test", "predict")]
+    functions = {name: getattr(model, name, None) for name in names}
+    before = {mask: mask.rescale for mask in flags}
+    changed = set_rescale(model, flags, around=False)
+    try:
+        yield
+    finally:
+        if changed:
+            for mask, rescale in before.items():
+                mask.rescale = rescale
+            for name, function in functions.items():
+                setattr(model, name, function)
+
+
+@contextlib.contextmanager
+def attribute_replaced(name: str, values: Sequence[tuple[Any, Any]]) -> Iterator[None]:
+    """Gives objects another value of an attribute while it is open.
+
+    Args:
+        name: Name of the attribute.
+        values: Pairs of an object and the value that it gets.
+    """
+    before = [(owner, getattr(owner, name)) for owner, _ in values]
+    for owner, value in values:
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        for owner, value in before:
+            setattr(owner, name, value)
