@@ -1,4 +1,4 @@
-"""Watches which variables a call of a model reads, which Keras' public API cannot.
+"""Watches calls and loads of a model, which Keras' public API cannot.
 
 `tests/test_masked_keras.py` checks each of these against the installed Keras.
 """
@@ -13,6 +13,7 @@ from typing import Any
 import keras
 from keras.src import backend
 from keras.src.models.functional import Functional
+from keras.src.saving import saving_lib
 
 
 class _Watched(keras.StatelessScope):
@@ -52,6 +53,18 @@ def callers() -> Iterator[types.FrameType]:
     while frame is not None:
         yield frame
         frame = frame.f_back
+
+
+def load_under_way() -> Any:
+    """Returns an object that lives as long as the load of a file does that led here, or None.
+
+    Keras hands the store of the weights to each layer's part of the load. It has no other sign of
+    where a load begins and ends.
+    """
+    for frame in callers():
+        if frame.f_code is saving_lib._load_state.__code__:
+            return frame.f_locals["weights_store"]
+    return None
 
 
 def forget_traces(layer: keras.layers.Layer) -> None:

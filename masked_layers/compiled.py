@@ -9,17 +9,24 @@ import itertools
 import re
 import warnings
 import weakref
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
 
 from masked_layers import _keras
-from masked_layers._keras_trace import forget_gradients, forget_traces, gradient_names
+from masked_layers._keras_trace import (
+    forget_gradients,
+    forget_traces,
+    gradient_names,
+    load_under_way,
+)
 
 Layer = keras.layers.Layer
 
 _BESIDE = "_masked_layers_compiled"
+# For each load of a file that is under way, the ids of layers that nothing compiled is left of.
+_LOADED: weakref.WeakKeyDictionary[Any, set[int]] = weakref.WeakKeyDictionary()
 
 
 def kept_beside(model: Layer) -> dict[str, Any]:
@@ -53,17 +60,44 @@ def forget_functions(model: Layer, *, around: bool = True) -> list[weakref.ref]:
     if not around:
         _forget(inside.values())
         return []
-    layers = dict(inside)
-    for other in _alive(keras.Model):
-        try:
-            held = {id(layer): layer for layer in _keras.flatten(other)}
-        except AttributeError:  # It is still being made.
-            continue
-        if held.keys() & inside.keys():
-            layers |= held
+    layers = inside | _in_models_with(inside)
     with _released(model.variables) as traces:
         _forget(layers.values())
     return traces
+
+
+def forget_while_loading(layer: Layer) -> None:
+    """Does what `forget_functions` does, but once for all layers that one file is loaded into.
+
+    Looking over all that is alive for each of them would take longer than the loading.
+
+    Args:
+        layer: A layer that has just loaded another kind of state.
+    """
+    load = load_under_way()
+    if load is not None and id(layer) in _LOADED.get(load, ()):
+        return
+    # What else is loaded is in the models that hold this layer, if in any.
+    inside = {id(layer): layer} | _in_models_with({id(layer): layer})
+    layers = inside | _in_models_with(inside)
+    variables = {id(v): v for other in inside.values() for v in other.variables}
+    with _released(variables.values()):
+        _forget(layers.values())
+    if load is not None:
+        _LOADED.setdefault(load, set()).update(layers)
+
+
+def _in_models_with(inside: Mapping[int, Layer]) -> dict[int, Layer]:
+    """Returns the layers of all models alive that hold one of these, by their ids."""
+    found: dict[int, Layer] = {}
+    for model in _alive(keras.Model):
+        try:
+            held = {id(layer): layer for layer in _keras.flatten(model)}
+        except AttributeError:  # It is still being made.
+            continue
+        if held.keys() & inside.keys():
+            found |= held
+    return found
 
 
 def _forget(layers: Iterable[Layer]) -> None:

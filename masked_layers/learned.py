@@ -155,7 +155,7 @@ class LearnedMask(Mask):
         self.scores.assign(scores)
         if self.rescale != ("rescale" in store):
             self.rescale = "rescale" in store
-            compiled.forget_functions(self)
+            compiled.forget_while_loading(self)
 
     def get_config(self) -> dict[str, Any]:
         """Returns the arguments of the constructor."""

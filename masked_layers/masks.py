@@ -268,7 +268,7 @@ class Mask(keras.layers.Layer):
         changed = self.freeze(np.asarray(store["frozen"]) if "frozen" in store else None)
         if changed or self.rescale != ("rescale" in store):
             self.rescale = "rescale" in store
-            compiled.forget_functions(self)
+            compiled.forget_while_loading(self)
         self.moved_at = int(np.asarray(store["moved_at"])) if "moved_at" in store else None
 
     def get_config(self) -> dict[str, Any]:

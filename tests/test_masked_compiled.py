@@ -199,6 +199,39 @@ def test_a_file_with_another_factor_reaches_every_function(tmp_path):
     check(task, outer, beside)
 
 
+def test_a_file_of_many_masks_is_loaded_with_one_look_at_what_is_alive(tmp_path, monkeypatch):
+    def make():
+        inner = [layers.Dense(4) for _ in range(6)]
+        return ml.convert_to_masked(keras.Sequential([keras.Input((4,)), *inner]))
+
+    source = make()
+    for ref in ml.masked_refs(source):
+        ref.mask.value.assign(np.eye(4, dtype=bool))
+        ref.mask.freeze(np.full(ref.variable.shape, 0.5, "float32"))
+    source.save_weights(tmp_path / "frozen.weights.h5")
+    model = make()
+    last = keras.Sequential([keras.Input((4,)), model.layers[-1]])  # holds none of the others
+    for user in (model, last):
+        user.predict(X, verbose=0)
+    looks = []
+    real = compiled._alive
+    monkeypatch.setattr(compiled, "_alive", lambda cls: looks.append(cls) or real(cls))
+    for _ in range(2):  # Nothing is left over from a load for the next one.
+        looks.clear()
+        model.load_weights(tmp_path / "frozen.weights.h5")
+        assert looks.count(keras.Model) == 2
+        for user, like in ((model, source), (last, keras.Sequential(source.layers[-1:]))):
+            expected = like(X)
+            np.testing.assert_allclose(
+                user.predict(X, verbose=0), keras.ops.convert_to_numpy(expected), rtol=1e-5
+            )
+        for ref in ml.masked_refs(model):
+            ref.mask.freeze(None)
+        compiled.forget_functions(model)
+        assert not np.allclose(model.predict(X, verbose=0), source.predict(X, verbose=0))
+        last.predict(X, verbose=0)
+
+
 @pytest.mark.once
 def test_functions_of_ones_own_are_named():
     model = backbone()

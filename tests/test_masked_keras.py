@@ -1,7 +1,9 @@
 """What this library uses of Keras beyond its public API: these fail when Keras moves it."""
 
 import functools
+import gc
 import pickle
+import weakref
 
 import keras
 import numpy as np
@@ -374,3 +376,24 @@ def test_gradients_that_tensorflow_registers_are_found_and_forgotten():
     assert name in framework.gradient_registry._registry
     _keras_trace.forget_gradients([name, "one that is not there"])
     assert name not in framework.gradient_registry._registry
+
+
+def test_a_load_is_told_by_one_object_that_ends_with_it(tmp_path):
+    seen = []
+
+    class Noting(layers.Dense):
+        def load_own_variables(self, store):
+            seen.append(_keras_trace.load_under_way())
+            super().load_own_variables(store)
+
+    model = keras.Sequential([keras.Input((4,)), Noting(3), keras.Sequential([Noting(2)])])
+    file = tmp_path / "model.weights.h5"
+    model.save_weights(file)
+    model.load_weights(file)
+    assert len(seen) == 2
+    assert seen[0] is seen[1] is not None
+    first = weakref.ref(seen[0])
+    seen.clear()
+    gc.collect()
+    assert first() is None
+    assert _keras_trace.load_under_way() is None
