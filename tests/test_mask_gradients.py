@@ -6,8 +6,7 @@ import pytest
 from keras import layers, ops
 
 import masked_layers as ml
-from lottery_ticket_pruner import DynamicSparseTraining, LotteryTicketPruner
-from masked_layers import _keras
+from lottery_ticket_pruner import DynamicSparseTraining, LotteryTicketPruner, _keras
 
 RNG = np.random.default_rng(11)
 X = RNG.normal(size=(7, 5))
