@@ -1,5 +1,6 @@
 """Interruptions, removed folders, sweeps that are killed: what the command says and leaves."""
 
+import functools
 import os
 import shutil
 import signal
@@ -80,6 +81,8 @@ def test_no_moment_of_the_process_ends_in_a_traceback(moment, tmp_path):
         text=True,
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
+        # Whatever runs the tests in the background may have it ignored.
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout.readline() == "there\n"
     process.send_signal(signal.SIGINT)
