@@ -1,4 +1,4 @@
-"""What this package needs from Keras beyond its public API, in one place.
+"""The one place for what this package needs from Keras beyond its public API.
 
 Each function says why the public API is not enough; `tests/test_keras.py` checks each of them
 against the installed Keras, so that a move upstream is noticed there and not by a user.

@@ -1,4 +1,4 @@
-"""What the weights of a model are multiplied with, measured on data."""
+"""Norms of the inputs that each weight is multiplied with, measured on data (Wanda)."""
 
 from __future__ import annotations
 

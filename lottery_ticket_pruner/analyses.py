@@ -1,4 +1,4 @@
-"""What can be asked of weights, masks and solutions once they are there, and pictures of it.
+"""Analyses of weights, masks and solutions, and pictures of them.
 
 Each analysis is a function on models or arrays; the `plot_` function beside it draws what it
 returns (matplotlib, in the `cli` extra). None changes the model that it is given.
@@ -245,7 +245,7 @@ def plot_instability(lines: Mapping[int, Sequence[Interpolation]]) -> Figure:
 
 @dataclasses.dataclass(frozen=True)
 class SignAgreement:
-    """Which share of weights ended with the sign that they started with.
+    """The share of weights that ended with the sign that they started with.
 
     A `w0` or `wf` of zero is no change of sign. Shares of nothing are NaN.
 
@@ -319,7 +319,7 @@ def plot_sign_agreement(rows: Mapping[str, SignAgreement]) -> Figure:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Overlap:
-    """How much masks have in common, pair by pair.
+    """The overlap of masks, pair by pair.
 
     Attributes:
         names: Of the masks.

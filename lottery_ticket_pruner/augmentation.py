@@ -14,7 +14,7 @@ from keras import ops
 
 
 class Augmentation(Protocol):
-    """What training needs of an augmentation: hashable, with two methods."""
+    """The interface of an augmentation: hashable, with two methods."""
 
     def draw(self, rng: np.random.Generator, count: int) -> np.ndarray:
         """Returns an int32 array of shape `(count, n)`: what is random about each example."""

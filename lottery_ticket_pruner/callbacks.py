@@ -161,7 +161,7 @@ class MaskSchedule(keras.callbacks.Callback):
 
     @property
     def step(self) -> int:
-        """How many steps of training lie behind; assign to it after rewinding one's own loop."""
+        """The number of training steps so far; assign to it after rewinding a custom loop."""
         return self._step
 
     @step.setter

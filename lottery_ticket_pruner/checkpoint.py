@@ -54,7 +54,7 @@ class Checkpoint:
         return reasons(self._arguments)
 
     def exists(self) -> bool:
-        """Whether there is a state to go on from."""
+        """Returns True if there is a state to resume from."""
         return self._state.is_file()
 
     def save(

@@ -103,7 +103,7 @@ class Criterion:
 
     @property
     def evidence(self) -> frozenset[str]:
-        """What the pruner is to prepare for it."""
+        """The measurements that the pruner takes for it."""
         return self.needs & set(EVIDENCE)
 
     def __call__(self, group: Group) -> np.ndarray:
@@ -121,7 +121,7 @@ class Criterion:
 
     @classmethod
     def from_config(cls, config: Mapping) -> "Criterion":
-        """What `get` makes of a configuration."""
+        """Returns what `get` makes of a configuration."""
         return get(config)
 
 
@@ -441,7 +441,7 @@ def _about_place(first: np.ndarray, second: np.ndarray, count: int) -> np.ndarra
 
 
 def _rank(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """How many alive weights have a smaller value: equal values share a rank, dead ones have 0."""
+    """Counts the kept weights of a smaller value: equal values share a rank, pruned ones have 0."""
     alive = values[mask]
     order = np.argsort(alive)
     ordered = alive[order]

@@ -43,7 +43,7 @@ def arrays_of(x: Any, y: Arrays | None = None) -> tuple[Arrays, Arrays | None]:
 
 
 def pair_of(data: Any) -> tuple[Arrays, ...] | None:
-    """What `validation_data` stands for: a tuple of arrays as it is, or a data set read by then.
+    """Returns `validation_data` as arrays: a tuple as it is, a data set read into memory.
 
     Raises:
         ValueError: as for `arrays_of`.

@@ -99,7 +99,7 @@ class Distribution:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "Distribution":
-        """What `get` makes of a configuration."""
+        """Returns what `get` makes of a configuration."""
         return get(config)
 
 
@@ -169,7 +169,7 @@ def get(identifier: Identifier) -> Distribution:
 
 
 def _counts(sizes: np.ndarray, weights: np.ndarray, most: np.ndarray, drop: int) -> np.ndarray:
-    """How many weights of each kernel go: `drop` in all, none below 0 nor above `most`."""
+    """Returns the number of weights to prune in each kernel: `drop` in all, each in [0, `most`]."""
     shared = np.flatnonzero(most)
     # Density = scale * weight. Kernels for which it exceeds 1 are dense, and the scale grows.
     while len(shared):

@@ -273,7 +273,7 @@ class _Race:
 
     @property
     def is_due(self) -> bool:
-        """Whether the loop has run long enough for a look at `fit`."""
+        """Returns True once the loop has run long enough to be compared with `fit`."""
         return not self.settled and self.loop_seconds > _PATIENCE
 
     @property
@@ -331,7 +331,7 @@ def say_once(text: str) -> None:
 
 
 def _why_no_programs(model: keras.Model) -> str | None:
-    """Why nothing of the model can run inside a compiled loop; None if it can."""
+    """Returns why nothing of the model can run inside a compiled loop, or None."""
     backend = keras.backend.backend()
     if backend not in PROGRAMS:
         return f"there is no compiled loop for Keras on {backend}"
@@ -352,14 +352,14 @@ def _why_no_programs(model: keras.Model) -> str | None:
 
 
 def _why_fit(model: keras.Model) -> str | None:
-    """Why its training steps cannot; None if they can."""
+    """Returns why the model's training steps cannot run inside a compiled loop, or None."""
     if not isinstance(model.optimizer, keras.Optimizer):
         return "the model is compiled without an optimizer of Keras"
     return _own_method(model, "fit", "make_train_function")
 
 
 def _why_evaluate(model: keras.Model) -> str | None:
-    """Why its evaluation cannot; None if it can."""
+    """Returns why the model's evaluation cannot run inside a compiled loop, or None."""
     # What a step of the model's own returns, only `evaluate` hands out.
     return _own_method(model, "evaluate", "make_test_function", "test_step", "compute_metrics")
 

@@ -1,4 +1,4 @@
-"""What changing a compiled model from outside takes: its functions, its optimizer, its values."""
+"""Recompiles the functions of a compiled model and resets its optimizer."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def remake_functions(model: keras.Model, *, around: bool = True) -> None:
 
 
 def read_clocks(optimizer: keras.Optimizer | None) -> list[tuple[int, float | None]]:
-    """Where an optimizer stands: (step, learning rate) of it and of each optimizer inside it.
+    """Returns (step, learning rate) of an optimizer and of each optimizer inside it.
 
     The learning rate is None where a schedule gives it.
     """
@@ -131,7 +131,7 @@ def start_over(optimizer: keras.Optimizer) -> None:
 
 
 def optimizer_slots(optimizer: keras.Optimizer) -> dict[int, list[keras.Variable]]:
-    """What an optimizer keeps for each variable: momenta, averages, accumulated gradients.
+    """Returns an optimizer's slots by variable: momenta, averages, accumulated gradients.
 
     Args:
         optimizer: The optimizer; one that is not built yet keeps nothing.

@@ -259,7 +259,7 @@ def prunable_refs(model: keras.Model) -> list[WeightRef]:
 
 
 def effective_value(ref: WeightRef) -> Tensor:
-    """What to put in place of the raw weight for its layer, unmasked, to read the effective one."""
+    """Returns the value that makes a layer read its effective weight when put in place unmasked."""
     effective = ops.convert_to_tensor(getattr(ref.layer, ref.name))
     with raw_view():
         unmasked = getattr(ref.layer, ref.name)

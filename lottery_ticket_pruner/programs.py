@@ -27,7 +27,7 @@ _CONVOLUTIONS = tuple(
 
 
 class Programs(Protocol):
-    """What an engine needs of a backend, for a model."""
+    """The interface of a backend to the engine, for one model."""
 
     def __init__(self, model: keras.Model) -> None: ...
 
@@ -189,5 +189,5 @@ def _assign(groups: Any, values: Any) -> None:
 
 
 def _has_convolutions(model: keras.Model) -> bool:
-    """Whether XLA should not make a loop of it on a CPU: some fifty times slower than a step."""
+    """Returns True for convolutions: XLA's loops of them on a CPU are some fifty times slower."""
     return any(isinstance(layer, _CONVOLUTIONS) for _, layer in paths.walk(model))

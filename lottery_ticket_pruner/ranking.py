@@ -34,7 +34,7 @@ def magnitude(weight: Any) -> Any:
 
 
 def is_finite(keys: Any) -> Any:
-    """Where the values behind keys of `magnitude` are neither infinite nor NaN."""
+    """Returns True where the values behind keys of `magnitude` are finite."""
     return keys < _INFINITY
 
 
@@ -126,7 +126,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @compiled
 def keep_largest(weight: Any, candidates: Any, most: Any, seed: Any) -> tuple[Any, Any]:
-    """Which weights stay if the largest do, at most so many of them.
+    """Returns flags of the largest candidates, at most `most` of them.
 
     Args:
         weight: 1-D tensor of floats.

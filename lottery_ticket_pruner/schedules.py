@@ -62,18 +62,18 @@ class Schedule:
         raise NotImplementedError
 
     def due(self, step: int) -> bool:
-        """Whether the masks change after this many steps."""
+        """Returns True if the masks change after this many steps."""
         ended = self.end_step is not None and step > self.end_step
         since = step - self.begin_step
         return since >= 0 and not ended and since % self.frequency == 0
 
     @property
     def falls(self) -> bool:
-        """Whether the sparsity is known to fall, so that pruned weights have to come back."""
+        """True if the sparsity is known to fall, so that pruned weights have to come back."""
         return False
 
     def __call__(self, step: int) -> float:
-        """What `sparsity` gives."""
+        """Returns `sparsity(step)`."""
         return self.sparsity(step)
 
     def get_config(self) -> dict[str, Any]:
@@ -136,7 +136,7 @@ class Function(Schedule):
         return _REGISTRY.name_of(self.function)
 
     def sparsity(self, step: int) -> float:
-        """What the function gives."""
+        """Returns what the function gives."""
         return self.function(step)
 
     def get_config(self) -> dict[str, Any]:
@@ -332,7 +332,7 @@ class _Ramp(Schedule):
 
     @property
     def falls(self) -> bool:
-        """Whether the sparsity falls."""
+        """True if the sparsity falls."""
         return self.initial_sparsity > self.final_sparsity
 
     def _progress(self, step: int) -> float:

@@ -31,7 +31,7 @@ Tile = tuple[int, int, int]
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """What the axes of a kernel mean.
+    """The meaning of a kernel's axes.
 
     Args:
         shape: the kernel's shape.
@@ -75,7 +75,7 @@ class Layout:
 
 
 class Structure:
-    """What decides about a kernel's weights together; the base of all structures.
+    """Base class of all structures: groups of a kernel's weights that are pruned together.
 
     Attributes:
         kept: how many weights each tile keeps, whatever their number; None where tiles compete
@@ -85,7 +85,7 @@ class Structure:
     kept: int | None = None
 
     def applies(self, layout: Layout) -> bool:
-        """Whether a kernel of this layout has such tiles."""
+        """Returns True if a kernel of this layout has such tiles."""
         raise NotImplementedError
 
     def tile(self, layout: Layout) -> Tile:
@@ -205,7 +205,7 @@ class NOfM(Structure):
         return self.n
 
     def applies(self, layout: Layout) -> bool:
-        """Whether the kernel has inputs."""
+        """Returns True if the kernel has inputs."""
         return bool(layout.inputs)
 
     def tile(self, layout: Layout) -> Tile:
@@ -254,7 +254,7 @@ class Blocks(_Whole):
         object.__setattr__(self, "block_size", tuple(size))
 
     def applies(self, layout: Layout) -> bool:
-        """Whether the kernel has inputs and outputs."""
+        """Returns True if the kernel has inputs and outputs."""
         return bool(layout.inputs and layout.outputs)
 
     def tile(self, layout: Layout) -> Tile:
@@ -282,7 +282,7 @@ class Outputs(_Whole):
     pooling: str = "average"
 
     def applies(self, layout: Layout) -> bool:
-        """Whether the kernel has outputs."""
+        """Returns True if the kernel has outputs."""
         return bool(layout.outputs)
 
     def tile(self, layout: Layout) -> Tile:
@@ -314,11 +314,11 @@ class Tiles(_Whole):
         _REGISTRY.checked(self.name, self.function)
 
     def applies(self, layout: Layout) -> bool:
-        """Whether the function gives a tile."""
+        """Returns True if the function gives a tile."""
         return self.function(layout) is not None
 
     def tile(self, layout: Layout) -> Tile:
-        """What the function gives."""
+        """Returns what the function gives."""
         tile = self.function(layout)
         if not (isinstance(tile, tuple) and len(tile) == 3 and all(map(_is_count, tile))):
             raise ValueError(

@@ -1,4 +1,4 @@
-"""What a loss expects of targets, in words: Keras' errors name shapes deep inside a loss."""
+"""Explains the targets that a loss expects: Keras' errors name shapes deep inside it."""
 
 from __future__ import annotations
 

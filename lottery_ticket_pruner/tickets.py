@@ -409,7 +409,7 @@ class _Search:
         self._measure("ticket")
 
     def result(self) -> TicketResult:
-        """What `find_ticket` returns."""
+        """Returns the result of `find_ticket`."""
         initial_weights = [np.array(array) for array in self.pruner.initial_weights.values()]
         return TicketResult(self.model, initial_weights, self.masks, self.rows)
 
@@ -517,7 +517,7 @@ def _check_names(
 
 
 def _amount(rate: Share | None, sparsity: Share | None, progress: float) -> dict[str, Share]:
-    """What to ask of `update_masks` when this share of the rounds is reached."""
+    """Returns the rate or sparsity for `update_masks` when this share of the rounds is done."""
     if sparsity is None:
         return {"rate": 0.2 if rate is None else rate}
     if isinstance(sparsity, Mapping):

@@ -17,7 +17,7 @@ from lottery_ticket_pruner.targets import explained
 
 @dataclasses.dataclass
 class History:
-    """What one call of `train` saw: validation results after each stretch, and the time.
+    """The history of one call of `train`: validation results after each stretch, and the time.
 
     Results are numbers; those of a metric of several values, one for each class, are arrays.
     """
@@ -28,7 +28,7 @@ class History:
 
     @property
     def early_stop(self) -> int | None:
-        """Where in `steps` the validation loss was least (the first such), found afterwards.
+        """The index in `steps` of the first least validation loss, found afterwards.
 
         NaN is above every number; where there is nothing else, it is the first one.
         """

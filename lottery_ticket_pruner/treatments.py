@@ -33,7 +33,7 @@ from lottery_ticket_pruner.registry import Registry
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Kernel:
-    """What is known of one masked weight, as arrays of its shape.
+    """The mask and records of one masked weight, as arrays of its shape.
 
     Args:
         mask: bool array, True where an entry is kept.
@@ -211,7 +211,7 @@ def _get(weights: str, identifier: str | Mapping | Treatment | Callable) -> Trea
 
 
 def treat(kernel: Kernel, kept: Treatment, pruned: Treatment) -> np.ndarray:
-    """What the forward pass starts from: kept and pruned entries of one weight.
+    """Returns the kept and pruned entries of one weight that the forward pass starts from.
 
     Raises:
         ValueError: a treatment gave values of another shape or that are not finite.
@@ -276,7 +276,7 @@ def constant(kernel: Kernel) -> np.ndarray:
 
 @register_kept("finetune", needs_final=True)
 def finetune(kernel: Kernel) -> np.ndarray:
-    """What they were trained to: wf."""
+    """Their trained values: wf."""
     return kernel.final
 
 

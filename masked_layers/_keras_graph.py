@@ -1,4 +1,4 @@
-"""What `shrinking` needs from Keras beyond its public API: the graph of a Functional model.
+"""The graph of a Functional model, which `shrinking` needs and Keras' public API lacks.
 
 `_keras` for the rest. `tests/test_shrinking.py` checks each name against the installed Keras.
 """

@@ -1,4 +1,4 @@
-"""How each family of layers treats the channels of its input: one small function per family.
+"""Rules for the channels of layers: one small function per family of layers.
 
 A rule takes the flow and a call, returns the channels of the output, and notes in the flow how the
 layer's weights follow. `@rule` lists it under the classes it holds for. Where a layer does what no

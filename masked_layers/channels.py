@@ -1,4 +1,4 @@
-"""Which channels of a model are read, and which always hold one value.
+"""Finds the channels of a model that nothing reads, and those that always hold one value.
 
 Every channel of every tensor belongs to a *slot*. Layers that make channels open new slots; layers
 that pass channels on keep those of their input; an addition joins the slots of its branches. So a
@@ -63,7 +63,7 @@ class Reader:
 
 @dataclass(frozen=True)
 class Edit:
-    """How a layer follows its channels.
+    """The changes to a layer that follow from those of its channels.
 
     Attributes:
         slices: Weight name -> {axis of the weight: the channels along it}.

@@ -30,7 +30,7 @@ class _Write:
 
 
 def _write_nothing() -> None:
-    """What a copied or saved tensor has in place of a `_Write`."""
+    """Stands in for a `_Write` in a tensor that was copied or saved."""
 
 
 def _with_writes(tensor: Any, variable: keras.Variable) -> Any:

@@ -1,4 +1,4 @@
-"""What a model holds: its maskable weights, their masks, and how sparse it is."""
+"""The maskable weights of a model, their masks, and its sparsity."""
 
 from __future__ import annotations
 
@@ -229,7 +229,7 @@ class SparsityRow:
 
 @dataclasses.dataclass(frozen=True)
 class SparsityReport:
-    """How sparse a model is: iterates over its rows, prints as a table.
+    """The sparsity of a model by weight: iterates over its rows, prints as a table.
 
     Attributes:
         rows: One per masked weight.

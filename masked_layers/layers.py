@@ -39,7 +39,7 @@ PACKAGE = "masked_layers"
 
 @dataclasses.dataclass
 class _Masking:
-    """What a masked layer keeps about its masks, in one attribute: its other names are the user's.
+    """The masking state of a layer, in one attribute: all other names are the user's.
 
     Attributes:
         weights: Paths, relative to the layer, of the weights that have a mask; None for all
@@ -60,7 +60,7 @@ class _Masking:
 
 
 class MaskedLayer:
-    """What all masked layers have in common; test for it with `isinstance`.
+    """Base class of all masked layers, for `isinstance`.
 
     Attributes:
         plain_class: Class of the layer without its masks.

@@ -84,7 +84,7 @@ class LearnedMask(Mask):
         return self.decide(scores)
 
     def draws_now(self) -> bool:
-        """Whether the mask in use is `draw`'s: in training mode."""
+        """Returns True where `draw` gives the mask in use: in training mode."""
         return _keras.is_training()
 
     def sample(self, rng: np.random.Generator) -> np.ndarray:
@@ -216,7 +216,7 @@ class BernoulliMask(LearnedMask):
         return ops.less(uniform, ops.sigmoid(scores))
 
     def draws_now(self) -> bool:
-        """Whether a mask is drawn: in training mode, and where evaluation samples, too."""
+        """Returns True in training mode, and in evaluation where it samples, too."""
         return self.evaluation == "sampled" or super().draws_now()
 
     def sample(self, rng: np.random.Generator) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Which weights of which layers can be masked."""
+"""The registry of layers and of their weights that can be masked."""
 
 from __future__ import annotations
 

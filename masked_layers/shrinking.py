@@ -31,7 +31,7 @@ from masked_layers.paths import walk
 
 @dataclass(frozen=True)
 class ShrinkRow:
-    """What happened to the units or filters of one layer.
+    """The units or filters that one layer had, and those that it has now.
 
     Attributes:
         layer: Name of the layer; "nested/name" inside a nested model.
@@ -54,7 +54,7 @@ class ShrinkRow:
 
 @dataclass(frozen=True)
 class ShrinkReport:
-    """What `shrink` removed, what stayed, and why. Prints as a table; iterates over its rows.
+    """A report of what `shrink` removed and kept, and why: prints as a table, iterates over rows.
 
     Attributes:
         rows: One per layer that makes channels, in the order of the graph.

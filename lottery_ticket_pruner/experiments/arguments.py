@@ -8,7 +8,7 @@ from lottery_ticket_pruner.registry import UnknownNameError
 
 
 def options_of(config: type) -> list[dataclasses.Field]:
-    """What a sweep hands on to its runs as it was given."""
+    """Returns the options that a sweep hands on to its runs as they were given."""
     own = ("seeds", "out", "overwrite", "quiet")
     return [field for field in dataclasses.fields(config) if field.name not in own]
 
@@ -61,5 +61,5 @@ def arguments(name: str, value: Any) -> list[str]:
 
 
 def option(name: str) -> str:
-    """How an option is named on the command line."""
+    """Returns the name of an option on the command line."""
     return f"--{name.replace('_', '-')}"

@@ -28,7 +28,7 @@ from lottery_ticket_pruner.tickets import CONTROLS, RETRAINING, kept_under
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What a run uses where its configuration leaves a choice open."""
+    """The settings of a run for the choices that its configuration leaves open."""
 
     network: str
     learning_rate: float
@@ -187,14 +187,14 @@ decided by timing."""
 
     @property
     def name(self) -> str:
-        """What a resolved configuration is called: readable, and different for different runs."""
+        """The name of a resolved configuration: readable, and different for different runs."""
         content = json.dumps(choices(self.to_dict()), sort_keys=True)
         digest = hashlib.sha256(content.encode()).hexdigest()
         return f"{datasets.label(self.data)}-{self.network}-{self.strategy}-{digest[:8]}"
 
     @property
     def folder(self) -> Path:
-        """Where a resolved configuration writes."""
+        """The folder that a resolved configuration writes to."""
         return self.out or Path("runs") / self.name
 
     @property
@@ -296,7 +296,7 @@ def parse_steps(text: str, steps_per_epoch: int) -> int:
 
 
 def choices(values: dict[str, Any]) -> dict[str, Any]:
-    """What decides what comes out of a run, among the values of its configuration."""
+    """Returns the values of a configuration that affect the results of a run."""
     return {k: v for k, v in values.items() if k not in ("out", "data_dir", "quiet", "overwrite")}
 
 
@@ -321,7 +321,7 @@ def _chosen(*values: Any) -> Any:
 
 
 def _resolved(field: str, get: Callable[[Any], Any], name: Any) -> Any:
-    """What a name stands for; of an unknown one the error says what to give the option."""
+    """Returns what a name stands for; the error for an unknown one names the option."""
     try:
         return get(name)
     except UnknownNameError as error:

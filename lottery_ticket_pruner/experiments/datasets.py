@@ -110,7 +110,7 @@ def load(name: str, data_dir: str | Path | None = None) -> Dataset:
 
 
 def is_own(name: str) -> bool:
-    """Whether a name says where to find a function, and is none of `NAMES`."""
+    """Returns True for a name that says where to find a function, and is not in `NAMES`."""
     return ":" in name
 
 

@@ -141,14 +141,14 @@ the same options measured is kept; a finished run, and one of other options, sta
 
     @property
     def name(self) -> str:
-        """What a resolved configuration is called: readable, and different for different runs."""
+        """The name of a resolved configuration: readable, and different for different runs."""
         content = json.dumps(choices(self.to_dict()), sort_keys=True)
         digest = hashlib.sha256(content.encode()).hexdigest()
         return f"{datasets.label(self.data)}-{self.network}-instability-{digest[:8]}"
 
     @property
     def folder(self) -> Path:
-        """Where a resolved configuration writes."""
+        """The folder that a resolved configuration writes to."""
         return self.out or Path("runs") / self.name
 
     def to_dict(self) -> dict[str, Any]:

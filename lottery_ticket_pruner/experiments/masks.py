@@ -1,4 +1,4 @@
-"""What the tickets in run folders keep: by layer, next to each other, and with which signs."""
+"""The masks of tickets in run folders: by layer, compared with each other, and by sign."""
 
 import dataclasses
 import warnings
@@ -35,7 +35,7 @@ class Ticket:
 
 @dataclasses.dataclass(frozen=True)
 class LayerRow:
-    """What the tickets of a group keep of one weight.
+    """The entries of one weight that the tickets of a group keep.
 
     Attributes:
         path: The weight.
@@ -59,7 +59,7 @@ class LayerRow:
 
     @property
     def kept_text(self) -> str:
-        """How many are kept, from the least to the most."""
+        """The number of kept entries, from the least to the most."""
         least, most = min(self.kept), max(self.kept)
         return f"{least:,}" if least == most else f"{least:,} to {most:,}"
 
@@ -71,7 +71,7 @@ class LayerRow:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Kept:
-    """What the tickets of a group of runs keep.
+    """The masks of the tickets of a group of runs.
 
     Attributes:
         group: The group.
@@ -177,7 +177,7 @@ def _signs(
 
 
 def sheets_of(kept: Kept) -> list[Sheet]:
-    """What the tickets of one group keep of each weight."""
+    """Returns tables of what the tickets of one group keep of each weight."""
     if not kept.tickets:
         return []
     lines = [
@@ -189,7 +189,7 @@ def sheets_of(kept: Kept) -> list[Sheet]:
 
 
 def comparisons(kepts: Sequence[Kept]) -> list[Sheet]:
-    """What the tickets of several seeds and groups have in common."""
+    """Returns tables of what the tickets of several seeds and groups have in common."""
     lines = []
     for kept in kepts:
         if kept.tickets:

@@ -72,12 +72,12 @@ def build(
 
 
 def has_convolutions(name: str) -> bool:
-    """Whether rates for convolutions mean anything to this network."""
+    """Returns True if the network has convolutions."""
     return name not in _DENSE_WIDTHS
 
 
 def augmentation(name: str) -> CropAndFlip | None:
-    """What the recipe of the network does to its training images."""
+    """Returns the augmentation of the network's recipe, or None."""
     return _RESNET_AUGMENTATION if name == _RESNET else None
 
 

@@ -193,7 +193,7 @@ def _unexpected(name: str, returned: Any) -> ValueError:
 
 
 def _in_words(value: Any, depth: int = 2) -> str:
-    """What a value is: its type, the shape of an array, the parts of a tuple or list."""
+    """Describes a value: its type, the shape of an array, the parts of a tuple or list."""
     kind = type(value).__name__
     if isinstance(value, tuple | list) and depth:
         parts = [_in_words(part, depth - 1) for part in value[:_SHOWN]]

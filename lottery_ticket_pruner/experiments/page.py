@@ -111,7 +111,7 @@ def _check_replaceable(out: Path) -> None:
 
 
 def read_tickets(groups: Sequence[Group], console: Console | None = None) -> list[Kept]:
-    """What the tickets of each group keep; loading them takes a moment, which a bar shows."""
+    """Reads the masks of the tickets of each group, and shows a bar meanwhile."""
     console = console or Console(quiet=True)
     tracked: Iterable[Group] = rich.progress.track(
         groups, "reading tickets", console=console, transient=True
@@ -191,7 +191,7 @@ def _comparisons(groups: Sequence[Group]) -> list[Chart]:
 
 
 def _mask_charts(kepts: Sequence[Kept]) -> list[Drawing]:
-    """What tickets keep of each layer, the signs of that, and what they have in common."""
+    """Draws what tickets keep of each layer, with which signs, and what they have in common."""
     charts = []
     sparsities, signs = masks.layer_sparsities(kepts), masks.same_signs(kepts)
     if sparsities:

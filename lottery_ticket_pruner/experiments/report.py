@@ -66,7 +66,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def describe_bands(counts: Iterable[int]) -> str:
-    """What the bands of a picture are, given the replicates behind each of its points."""
+    """Describes the bands of a picture, given the number of replicates behind each point."""
     numbers = sorted(set(counts))
     texts = []
     if several := [n for n in numbers if n >= 3]:
@@ -204,7 +204,7 @@ def accuracy_sheet(rows: pd.DataFrame) -> Sheet:
 
 
 def difference_sheet(rows: pd.DataFrame) -> Sheet:
-    """What the ticket has over the dense run and the controls, in points of test accuracy.
+    """Returns the ticket's lead over the dense run and controls, in points of test accuracy.
 
     Differences are taken within a seed, so that what all arms of a seed share drops out.
     """
@@ -391,7 +391,7 @@ def best_sheet(rows: pd.DataFrame) -> Sheet:
 
 
 def instability_sheet(rows: pd.DataFrame) -> Sheet:
-    """What `lottery-ticket instability` found, a line per point."""
+    """Returns the results of `lottery-ticket instability`, a line per point."""
     lines = []
     for (step, sparsity), own in rows.groupby(["rewind_to", "sparsity"]):
         lines.append(
@@ -420,7 +420,7 @@ def _best(rows: pd.DataFrame, place: str) -> tuple[str, str]:
 
 
 def _levels(rows: pd.DataFrame, place: str) -> list[tuple[float, pd.DataFrame]]:
-    """Where the rows are, in order, with those of all seeds there.
+    """Returns the places of the rows in order, each with the rows of all seeds there.
 
     They are put together by their turn within their seed: a learned mask finds a sparsity of its
     own for every seed.
@@ -464,7 +464,7 @@ def charts(rows: pd.DataFrame) -> list[tuple[str, list[Line], str]]:
 
 
 def place_of(rows: pd.DataFrame) -> str:
-    """What rows without rounds are ordered by: epochs where there are some, else sparsity."""
+    """Returns the column that rows without rounds are ordered by: epochs, else sparsity."""
     return "epoch" if "epoch" in rows else "sparsity"
 
 

@@ -86,17 +86,17 @@ class Group:
 
     @property
     def has_rounds(self) -> bool:
-        """Whether its rows are those of `lottery-ticket run`, by rounds and arms."""
+        """True if its rows are those of `lottery-ticket run`, by rounds and arms."""
         return "arm" in self.rows and "round" in self.rows
 
     @property
     def has_masks(self) -> bool:
-        """Whether its rows are those of `lottery-ticket supermask`, by sparsity or by epoch."""
+        """True if its rows are those of `lottery-ticket supermask`, by sparsity or by epoch."""
         return not (self.has_rounds or self.is_instability)
 
     @property
     def is_instability(self) -> bool:
-        """Whether its rows are those of `lottery-ticket instability`."""
+        """True if its rows are those of `lottery-ticket instability`."""
         return "instability" in self.rows
 
     @property
@@ -145,7 +145,7 @@ class CsvWriter:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder holds a configuration and its results, or says that it does."""
+    """Returns True if a folder holds a configuration and its results, or says that it does."""
     if (folder / CONFIG_FILE).is_file() and (folder / RESULTS_FILE).is_file():
         return True
     return bool((read_json(folder / CONFIG_FILE) or {}).get("finished"))
@@ -210,7 +210,7 @@ def read_table(file: Path) -> pd.DataFrame:
 
 
 def _is_number(cell: str) -> bool:
-    """Whether a cell is a number as commands write it, or empty, which stands for none."""
+    """Returns True for a number as commands write it, and for an empty cell, which means none."""
     try:
         return not cell or (float(cell) is not None and cell.isascii() and "_" not in cell)
     except ValueError:
@@ -232,7 +232,7 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
 
 
 def rows_per_seed(config: Mapping[str, Any]) -> int | None:
-    """How many rows each seed of a finished run has; None where its configuration does not say.
+    """Returns the number of rows per seed of a finished run, or None if it is not known.
 
     Args:
         config: The options of the run, every choice made, and its `command`.

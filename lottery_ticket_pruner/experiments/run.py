@@ -106,7 +106,7 @@ def _carry_out(
 
 
 def _runs(config: RunConfig) -> int:
-    """How often a seed trains: dense, and the ticket and its controls in every round."""
+    """Returns how often a seed trains: dense, and the ticket and its controls in every round."""
     return results.rows_per_seed(config.to_dict() | {"command": "run"})
 
 

@@ -226,7 +226,7 @@ class Workplace:
 
     @property
     def _moved_away(self) -> Path:
-        """Where `replace_folder` puts the folder meanwhile, where the system needs two steps."""
+        """The folder between the two steps of `replace_folder`, where the system needs two."""
         return self._beside.with_name(f"{self._beside.name}.old")
 
     def _open(self) -> None:

@@ -147,7 +147,7 @@ are."""
 
     @property
     def name(self) -> str:
-        """What a resolved configuration is called: readable, and different for different runs."""
+        """The name of a resolved configuration: readable, and different for different runs."""
         content = json.dumps(choices(self.to_dict()), sort_keys=True)
         digest = hashlib.sha256(content.encode()).hexdigest()
         kind = f"{self.learn or 'untrained'}-masks"
@@ -155,7 +155,7 @@ are."""
 
     @property
     def folder(self) -> Path:
-        """Where a resolved configuration writes."""
+        """The folder that a resolved configuration writes to."""
         return self.out or Path("runs") / self.name
 
     @property

@@ -96,7 +96,7 @@ class SupermaskSweepConfig(_Sweeping, SupermaskConfig):
 
 @dataclasses.dataclass(frozen=True)
 class _Kind:
-    """What there is to know of a command to sweep over its options."""
+    """A command whose options can be swept over."""
 
     name: str
     sweep: str
@@ -129,7 +129,7 @@ class Child:
 
     @property
     def is_finished(self) -> bool:
-        """Whether its folder holds all of its results."""
+        """True if its folder holds all of its results."""
         return is_finished(self.config.folder, _kind(self.config).name)
 
     @property
@@ -371,7 +371,7 @@ def _say_where(children: Sequence[Child], folder: Path) -> None:
 
 
 def _origin(folder: Path, children: Sequence[Child], anew: bool) -> dict[str, Any]:
-    """What decides the results beside the options, the same as that of the runs in the folder."""
+    """Returns what affects results beside the options; it equals that of the runs in the folder."""
     now = {
         "backend": keras.backend.backend(),
         "digests": {child.config.data: child.data for child in children},
@@ -530,7 +530,7 @@ def _shares(cores: Sequence[int], jobs: int) -> list[Sequence[int]]:
 
 
 def _message(log: Path, status: int) -> str:
-    """What a process said last, without the traceback above it."""
+    """Returns the last message of a process, without the traceback above it."""
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     # Below the line of the command may be the traceback of a function of the user's.
     said = [line for line in lines if line.startswith("lottery-ticket: ")] or lines

@@ -253,7 +253,7 @@ def _unwrapped(layer: Any) -> Any:
 
 
 def _is_reference(value: Any) -> bool:
-    """Whether it stands for a tensor of a graph: the name of a layer and two indices."""
+    """Returns True for a reference to a tensor of a graph: a layer's name and two indices."""
     return (
         isinstance(value, list)
         and len(value) in (3, 4)

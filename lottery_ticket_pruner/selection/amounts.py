@@ -1,4 +1,4 @@
-"""How much goes: rates, sparsities and distributions become exact counts."""
+"""Turns rates, sparsities and distributions into exact counts."""
 
 import dataclasses
 import math

@@ -10,7 +10,7 @@ from lottery_ticket_pruner.shares import Share
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Request:
-    """What is asked of the selection, with every name resolved.
+    """A request to the selection, with every name resolved.
 
     `Request.of` makes one from what users write and checks all that can be checked without weights.
     Amounts are checked by `select`: they may name patterns of paths, and several rounds, or the

@@ -1,4 +1,4 @@
-"""What lies on disk: the weights of a `.keras` file or of a SavedModel, sparse or not."""
+"""Reads the weights of a `.keras` file or of a SavedModel, sparse or not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an exported model takes on disk, weight by weight."""
+"""The size of an exported model on disk, weight by weight."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class StorageRow:
 
 @dataclass(frozen=True)
 class StorageReport:
-    """What a model takes on disk: iterates over its weights, prints as a table.
+    """The size of a model on disk: iterates over its weights, prints as a table.
 
     Attributes:
         rows: One per weight.
