@@ -101,7 +101,7 @@ def watch_slots(
 
 @contextlib.contextmanager
 def withdrawn(*groups: list[keras.Variable]) -> Iterator[tuple[list[Any], ...]]:
-    """Takes the values out of variables on JAX for a while, as `fit` does, and yields them.
+    """Temporarily takes the values out of variables on JAX, as `fit` does, and yields them.
 
     A compiled step that is handed a state must not read a variable instead: it would keep the value
     as a constant. `Variable` has no public way to be without a value.

@@ -154,11 +154,12 @@ def instability(
         steps: optimizer steps of each of the trainings.
         batch_size: examples per step.
         test_data: `(x, y)`, what `interpolate` evaluates on.
-        points: as for `interpolate`; so is `metric`.
-        metric: see there.
+        points: How many points of the line to evaluate, as in `interpolate`.
+        metric: The metric that the error is measured by, as in `interpolate`.
         seed: of the two orders.
-        augment: as for `training.train`; so is `deterministic`.
-        deterministic: see there.
+        augment: What happens to the inputs of each batch, as in `training.train`.
+        deterministic: Whether to choose between the compiled loop and `fit` by the model alone,
+            and never by the clock.
         on_progress: called with the number of new steps done.
 
     Raises:
@@ -247,7 +248,7 @@ def plot_instability(lines: Mapping[int, Sequence[Interpolation]]) -> Figure:
 class SignAgreement:
     """The share of weights that ended with the sign that they started with.
 
-    A `w0` or `wf` of zero is no change of sign. Shares of nothing are NaN.
+    A `w0` or `wf` of zero is not a change of sign. Shares of nothing are NaN.
 
     Attributes:
         kept: Among the kept weights.

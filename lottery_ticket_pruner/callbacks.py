@@ -435,7 +435,7 @@ class DynamicSparseTraining(MaskSchedule):
         until: Share of the training after which masks stay as they are, in (0, 1].
         frequency: Steps from one change to the next.
         seed: Of random growth, of equal weights and of the batches drawn from `data`.
-        optimizer: The optimizer of a loop of one's own; by default that of the model.
+        optimizer: The optimizer of a custom loop; by default that of the model.
 
     Raises:
         ValueError: The model has no masks, an argument is out of its range, no change would ever be

@@ -311,7 +311,7 @@ def large_final_diff_sign(group: Group) -> np.ndarray:
 def magnitude_increase_same_sign(group: Group) -> np.ndarray:
     """Keeps weights that grew most without flipping: abs(wf) - abs(w0), -infinity if flipped.
 
-    A `w0` or `wf` of zero is no flip.
+    A `w0` or `wf` of zero is not a flip.
     """
     flipped = group.final * np.sign(group.initial) < 0
     return np.where(flipped, -np.inf, magnitude_increase(group))

@@ -309,7 +309,7 @@ class _FirstStep(keras.callbacks.Callback):
 
 
 def engine_of(model: keras.Model) -> Engine:
-    """Returns the engine of a compiled model, made anew where its graph has changed."""
+    """Returns the engine of a compiled model, a new one where its graph has changed."""
     # compile(), and whoever changes what the model's graph computes, resets `train_function`:
     # functions made beside an older one are stale.
     # Under a distribution, Keras on JAX lays a function out for the state that the model has when
@@ -385,7 +385,7 @@ def _as_numbers(results: dict[str, Any]) -> dict[str, Any]:
 def _part_of_training(model: keras.Model) -> Iterator[None]:
     """Makes `fit` go on with the metrics, and keep the weights that it would replace by averages.
 
-    It starts the metrics anew and finalizes the weights, as if no training went on around it.
+    Otherwise `fit` resets the metrics and finalizes the weights, as for a training of its own.
     """
     with contextlib.ExitStack() as stack:
         owners = [(model, "reset_metrics")]

@@ -22,7 +22,7 @@ def variable_scope(model: keras.Model) -> contextlib.AbstractContextManager:
 
 
 def remake_function(model: keras.Model, kind: str) -> None:
-    """Replaces a compiled function of the model by a new one that is traced anew.
+    """Replaces a compiled function of the model by a new one, which is traced again.
 
     Args:
         model: A compiled model.

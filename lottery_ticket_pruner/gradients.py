@@ -284,7 +284,7 @@ def _prepare(
 
 
 def _loss_of(model: keras.Model) -> _Loss:
-    """The loss of a compiled model, made anew where something it was traced with has changed."""
+    """The loss of a compiled model, a new one where something it was traced with has changed."""
     kept = kept_beside(model)
     loss = kept.get("loss")
     if loss is None or not _same(loss.signature, _signature(model)):

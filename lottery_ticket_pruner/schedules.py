@@ -110,7 +110,7 @@ class Schedule:
 
 
 class Function(Schedule):
-    """A function of one's own as a schedule.
+    """A custom function as a schedule.
 
     Args:
         function: `function(step)` gives a sparsity in [0, 1).

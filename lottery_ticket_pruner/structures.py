@@ -1,12 +1,12 @@
-"""Structures say which weights of a kernel stand or fall together: blocks, filters, N of every M.
+"""Structures group the weights of a kernel that are pruned together: blocks, filters, N of M.
 
 A structure cuts a kernel into tiles. Of `Blocks` and `Outputs` a tile is kept or dropped as a
 whole, by the pooled score of its weights. Of `NOfM` each tile keeps its N best weights.
 
 Kernels have axes that index inputs, axes that index outputs, and others (the positions of a
 convolution's window). A tile is given as (positions, inputs, outputs), and the last tile along an
-axis is smaller where the axis is no multiple of it. Adding a structure takes a function that gives
-its tile and one registration:
+axis is smaller where the axis is not a multiple of it. Adding a structure takes a function that
+gives its tile and one registration:
 
 >>> @register("windows")
 ... def windows(layout):

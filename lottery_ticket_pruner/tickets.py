@@ -119,7 +119,7 @@ def find_ticket(
     Args:
         model: compiled. A plain one is left untouched: a masked copy is trained. One that is
             masked already is trained itself, from dense masks on, so that several calls can
-            share its compiled functions. Either way the optimizer starts anew, a learning-rate
+            share its compiled functions. Either way the optimizer starts afresh, a learning-rate
             schedule at step 0.
         x: training inputs in memory: an array, or a list or dict of them. Or inputs and targets
             together as a finite `tf.data.Dataset`, a `keras.utils.PyDataset` or a torch
@@ -151,8 +151,9 @@ def find_ticket(
             rewinding point.
         seed: of everything random here; not of the initial weights, which are the model's.
         replicate: goes into the rows as it is.
-        augment: as for `training.train`; so is `deterministic`.
-        deterministic: see there.
+        augment: What happens to the inputs of each batch, as in `training.train`.
+        deterministic: Whether to choose between the compiled loop and `fit` by the model alone,
+            and never by the clock.
         checkpoint: folder for the state after every round. Where it holds that of an earlier call
             with the same arguments, initial weights, data, optimizer and loss, the work goes on
             from there, with the same results as without the interruption; it replays what it knows

@@ -358,5 +358,5 @@ def _initializer(ref: ml.WeightRef) -> keras.initializers.Initializer:
     raise ValueError(
         f"{ref.path} cannot be drawn again: {type(ref.layer).__name__} has no "
         f"`{ref.name}_initializer`. Give the layer that attribute, or choose a treatment or "
-        "control that draws nothing anew."
+        "control that draws nothing again."
     )

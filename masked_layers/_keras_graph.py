@@ -12,7 +12,7 @@ import keras
 from keras.src.ops import nn as nn_operations
 from keras.src.ops import numpy as numpy_operations
 
-# The graph of a Functional model also holds operations that are no layers: `x + y` on symbolic
+# The graph of a Functional model also holds operations that are not layers: `x + y` on symbolic
 # tensors is an `Add` operation. Their classes have no public names.
 ADD = numpy_operations.Add
 SUBTRACT = numpy_operations.Subtract

@@ -75,7 +75,7 @@ def _apply(function: Callable, constants: np.ndarray, dtype: str) -> np.ndarray:
     if known.any():
         values = function(keras.ops.convert_to_tensor(constants[known], dtype=dtype))
         result[known] = keras.ops.convert_to_numpy(values).astype("float64")
-    result[~np.isfinite(result)] = VARIES  # an overflow is no value to compute with
+    result[~np.isfinite(result)] = VARIES  # nothing can be computed with an overflow
     return result
 
 

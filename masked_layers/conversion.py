@@ -78,12 +78,12 @@ def convert_to_masked(
         The masked model.
 
     Raises:
-        TypeError: If `model` is no Keras model, or a filter is none of the kinds above.
+        TypeError: If `model` is not a Keras model, or a filter is not of the kinds above.
         ValueError: If it has nothing to mask, cannot be copied, has layers that no path leads to,
-            or is not built and has a layer that may make others when it is; if `mask` is no mask,
-            cannot go over a weight, or is learned and there are masks already; if something in it
-            reads a weight past its mask, or a copy has other outputs. Nothing of `model` is changed
-            then.
+            or is not built and has a layer that may make others when it is; if `mask` is not a
+            mask, cannot go over a weight, or is learned and there are masks already; if something
+            in it reads a weight past its mask, or a copy has other outputs. Nothing of `model` is
+            changed then.
 
     Warns:
         UserWarning: A pattern or function of `include` or `exclude` matches no layer.
@@ -135,7 +135,7 @@ def strip_masks(model: keras.Model, *, inplace: bool = False) -> keras.Model:
         inplace: Change `model` itself and return it.
 
     Raises:
-        TypeError: If `model` is no Keras model.
+        TypeError: If `model` is not a Keras model.
         ValueError: If it has no masked weight, cannot be copied, or has a masked layer that has no
             plain form or computes its weight from something else, or something in it that is not of
             Keras reads a weight past its mask. Nothing is changed then.
@@ -175,7 +175,7 @@ def harden(model: keras.Model, *, seed: int | None = None, inplace: bool = False
         inplace: Change `model` itself and return it.
 
     Raises:
-        TypeError: If `model` is no Keras model.
+        TypeError: If `model` is not a Keras model.
         ValueError: If it has no learned mask, or cannot be copied.
     """
     if not isinstance(model, keras.Model):

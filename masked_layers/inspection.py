@@ -184,9 +184,9 @@ def load_masks(model: Layer, path: str | os.PathLike[str]) -> None:
     except OSError:
         raise
     except Exception as error:
-        raise ValueError(f"'{path}' is no file that `save_masks` wrote: {error}") from error
+        raise ValueError(f"'{path}' is not a file that `save_masks` wrote: {error}") from error
     if not masks:
-        raise ValueError(f"'{path}' is no file that `save_masks` wrote: it holds no mask.")
+        raise ValueError(f"'{path}' is not a file that `save_masks` wrote: it holds no mask.")
     missing = [ref.path for ref in refs if ref.path not in masks]
     if missing:
         raise ValueError(

@@ -542,7 +542,7 @@ def _check_mask(layer: Layer, mask: Mask | None) -> None:
     if isinstance(mask, learned.BernoulliMask) and hasattr(layer, "state_size"):
         raise ValueError(
             f"'{layer.name}' ({plain_class(layer).__name__}) is a recurrent cell: it reads its "
-            "weights at every time step, and each reading of a BernoulliMask draws anew. Use "
+            "weights at every time step, and each reading of a BernoulliMask draws again. Use "
             "EdgePopupMask, or leave the layer out: `convert_to_masked(model, exclude=...)`."
         )
 

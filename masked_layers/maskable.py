@@ -96,7 +96,7 @@ _OPAQUE = (layers.SpectralNormalization,)
 def register(
     cls: type[Layer], weights: Iterable[str], *, biases: Iterable[str] = ()
 ) -> type[Layer]:
-    """Makes a layer class of one's own maskable: names its weights, and conversion does the rest.
+    """Registers a custom layer class and its weights, so that `convert_to_masked` can mask it.
 
     Subclasses are maskable with it. The layer must read each weight through the attribute named
     here, as a tensor (`ops.matmul(x, self.w)`), not through `self.w.value` or a second reference.
@@ -110,7 +110,7 @@ def register(
         `cls`.
 
     Raises:
-        TypeError: If `cls` is no layer class, or a string stands where a list of names belongs.
+        TypeError: If `cls` is not a layer class, or a string stands where a list of names belongs.
         ValueError: If no weight is named.
     """
     if not (isinstance(cls, type) and issubclass(cls, Layer)):

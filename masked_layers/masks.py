@@ -57,7 +57,7 @@ class Mask(keras.layers.Layer):
         rescale: Whether to multiply the kept weights by `size / ones(mask)` (dynamic weight
             rescaling, arXiv 1905.01067, section 5.2; factor 0 for a mask without ones). It is a
             property of the forward pass and never changes a stored weight. Functions compiled
-            before it is changed must be compiled anew.
+            before it is changed must be compiled again.
         **kwargs: `name` and the other arguments of `keras.layers.Layer`.
 
     Attributes:
@@ -136,7 +136,7 @@ class Mask(keras.layers.Layer):
         """Makes pruned entries read as constants; kept ones are not concerned.
 
         A call that adds or removes the variable of these values changes what the model computes:
-        functions compiled before must be compiled anew. `LotteryTicketPruner.treat` does so.
+        functions compiled before must be compiled again. `LotteryTicketPruner.treat` does so.
 
         Args:
             values: Array of the weight's shape, or None for 0 again.
@@ -299,7 +299,7 @@ class MaskedRegularizer(keras.regularizers.Regularizer):
 
 
 class MaskedConstraint(keras.constraints.Constraint):
-    """A constraint of the effective weight, of which raw values under the mask are no part."""
+    """A constraint of the effective weight, which leaves out raw values under the mask."""
 
     def __init__(self, plain: keras.constraints.Constraint, mask: Mask) -> None:
         self.plain = plain

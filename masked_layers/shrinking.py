@@ -117,7 +117,7 @@ def shrink(
     outputs: the report names them, and without `return_report` a warning does. A layer that several
     nested models share becomes one of its own in each.
 
-    A constant other than zero that enters a zero-padded convolution is no constant at the border;
+    A constant other than zero that enters a zero-padded convolution is not constant at the border;
     such channels stay, and are reported. They are rare where biases are pruned with their filters.
 
     Args:
@@ -128,7 +128,7 @@ def shrink(
         The smaller model, or `(model, report)`.
 
     Raises:
-        TypeError: If `model` is no Keras model.
+        TypeError: If `model` is not a Keras model.
         ValueError: If it is neither Sequential nor Functional, overrides `call`, is not built, or
             has a layer that cannot be copied from its config.
 

@@ -123,7 +123,7 @@ def test_errors_of_their_own_still_come_with_their_traceback(said):
             "'file' is a file, where a folder",
         ),
         (("repeat", "nowhere"), "There is no folder 'nowhere' of a run to repeat."),
-        (("repeat", "."), "'.' is no run folder: it holds no config.json."),
+        (("repeat", "."), "'.' is not a run folder: it holds no config.json."),
         (("report", "nowhere"), "There is no folder 'nowhere'."),
         (("instability", "--masks", "nowhere", "--out", "out"), "There is no folder 'nowhere'."),
         (("export", "file", "out"), "Expected a '.keras' file. Received: 'file'. A model is saved"),

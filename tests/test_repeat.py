@@ -61,7 +61,7 @@ def test_a_resolved_configuration_comes_back_and_makes_the_same_choices(tmp_path
         ("[1]", "holds no configuration"),
         ("{", "holds no configuration"),
         (json.dumps(RunConfig().to_dict() | {"colour": "red"}), "unknown options: colour."),
-        (None, "is no run folder: it holds no config.json."),
+        (None, "is not a run folder: it holds no config.json."),
     ],
 )
 def test_other_files_are_refused_without_a_traceback(tmp_path, text, message, capsys):

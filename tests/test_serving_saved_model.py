@@ -498,7 +498,7 @@ def test_wrong_arguments_leave_nothing_behind(tmp_path):
         export_sparse_saved_model(model, tmp_path / "out", include=[1])
     with pytest.raises(TypeError, match="Received: 1"):
         export_sparse_saved_model(model, tmp_path / "out", include=1)
-    with pytest.raises(ValueError, match=r"`include` holds '\[', which is no regular expression"):
+    with pytest.raises(ValueError, match=r"'\[', which is not a regular expression"):
         export_sparse_saved_model(model, tmp_path / "out", include=["dense", "["])
     with pytest.raises(ValueError, match=r"include=\['nothing_here'\] matches no weight"):
         export_sparse_saved_model(model, tmp_path / "out", include=["nothing_here"])

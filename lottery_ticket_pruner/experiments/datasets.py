@@ -1,4 +1,4 @@
-"""Data sets with fixed splits: by name, from a folder or Keras' own downloads, or one's own."""
+"""Data sets with fixed splits: named ones from a folder or from Keras, and custom ones."""
 
 import dataclasses
 import functools

@@ -25,7 +25,7 @@ class Ticket:
         seed: The seed.
         masks: Its masks by path.
         signs: Which share of its weights ended with the sign they started with, by path; None where
-            the initial weights are not to be had, see `read_tickets`.
+            the initial weights are not known, see `read_tickets`.
     """
 
     seed: int
@@ -118,7 +118,7 @@ class Kept:
 def read_tickets(group: Group) -> Kept:
     """Load the last tickets of a group of runs.
 
-    Initial weights are no part of a run folder: they are drawn again from the seed. Whether these
+    Initial weights are not part of a run folder: they are drawn again from the seed. Whether these
     are those of the run is told by the ticket's pruned weights, which never train; after a
     rewinding point later than 0, or by another backend, they are not.
 

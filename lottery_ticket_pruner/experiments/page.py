@@ -319,7 +319,7 @@ def svg(figure: Figure, prefix: str, label: str) -> str:
 
 def _images(group: Group) -> list[tuple[str, str]]:
     """Pictures that a run other than of rounds left, as name and data URL."""
-    if group.has_rounds:  # drawn anew, over all replicates
+    if group.has_rounds:  # drawn again, over all replicates
         return []
     return [
         (

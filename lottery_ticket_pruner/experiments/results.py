@@ -295,9 +295,9 @@ def read_run(folder: Path) -> Run:
     """Read a run folder, finished or not.
 
     Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: it is no run folder, a file of it is not what a run writes, or it says that the
-            run is finished and does not have all of its results.
+        FileNotFoundError: If there is no such folder.
+        ValueError: If it is not a run folder, a file of it is not what a run writes, or it says
+            that the run is finished and does not have all of its results.
 
     Warns:
         UserWarning: its results end in the middle of a line, which is left out.
@@ -305,7 +305,9 @@ def read_run(folder: Path) -> Run:
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder '{folder}'.")
     if not is_run(folder):
-        raise ValueError(f"'{folder}' is no run folder: it lacks {CONFIG_FILE} or {RESULTS_FILE}.")
+        raise ValueError(
+            f"'{folder}' is not a run folder: it lacks {CONFIG_FILE} or {RESULTS_FILE}."
+        )
     config = read_json(folder / CONFIG_FILE)
     if config is None:
         raise ValueError(
@@ -349,7 +351,7 @@ def find_runs(folders: Iterable[Path]) -> list[Run]:
 
     Raises:
         FileNotFoundError: a folder is not there.
-        ValueError: a folder is no run and holds none, cannot be read, or holds no results yet.
+        ValueError: a folder is not a run and holds none, cannot be read, or holds no results yet.
     """
     found: dict[Path, Run] = {}
     for folder in folders:

@@ -29,7 +29,7 @@ def prepare(config: _Config) -> tuple[_Config, datasets.Dataset]:
 
     Raises:
         ValueError: the configuration makes no sense.
-        DatasetNotFoundError: the data is neither in `data_dir` nor to be had by download.
+        DatasetNotFoundError: the data is not in `data_dir` and could not be downloaded.
     """
     data = datasets.load(config.data, config.data_dir)
     return config.resolve(len(data.x_train)), data

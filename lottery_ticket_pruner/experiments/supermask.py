@@ -110,7 +110,7 @@ are."""
         shared = own & {field.name for field in dataclasses.fields(RunConfig)}
         values = {name: getattr(self, name) for name in shared}
         if self.learn:
-            # Files of earlier runs hold all criteria here: their default is no choice.
+            # Files of earlier runs hold all criteria here: their default is not a choice.
             given = self.learning_rate is not None or self.scope is not None
             if given or self.criteria != CRITERIA:
                 raise ValueError(

@@ -169,7 +169,7 @@ def plan(config: SweepConfig | SupermaskSweepConfig) -> list[Child]:
 
     Raises:
         ValueError: an option that the command does not have, or a combination that it refuses.
-        DatasetNotFoundError: data is neither in its folder nor to be had by download.
+        DatasetNotFoundError: data is not in its folder and could not be downloaded.
     """
     if config.jobs is not None and config.jobs < 1:
         raise ValueError(f"--jobs must be positive. Received: {config.jobs}.")

@@ -87,7 +87,7 @@ def from_tfmot(model: Any, custom_objects: Mapping[str, Any] | None = None) -> k
         A new masked model. Layers have the names that they have without wrappers.
 
     Raises:
-        TypeError: It is no `tf_keras` model.
+        TypeError: If it is not a `tf_keras` model.
         ValueError: It is subclassed or not built; or it has layers, arguments or weights that
             Keras 3 does not have. The message names all such layers.
     """

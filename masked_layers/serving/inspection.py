@@ -100,7 +100,7 @@ def load_model(path: Path) -> keras.Model:
     try:
         return keras.models.load_model(path, compile=False)
     except KeyError as error:
-        raise ValueError(f"'{path}' is no file that Keras wrote: {error}.") from error
+        raise ValueError(f"'{path}' is not a file that Keras wrote: {error}.") from error
     # Whatever else Keras makes of the file, or of a layer that is not imported.
     except Exception as error:
         raise ValueError(f"'{path}' cannot be loaded: {type(error).__name__}: {error}") from error

@@ -99,7 +99,7 @@ def export_sparse_saved_model(
             call of the model changes a variable that is not its own.
         OverflowError: If a value does not fit `values`.
         RuntimeError: If the folder that was written does not compute what the model computes.
-        TypeError: If `model` is no Keras model, or `include` none of the kinds above.
+        TypeError: If `model` is not a Keras model, or `include` none of the kinds above.
         ValueError: If an argument is invalid or the model is not built.
 
     Warns:
@@ -169,7 +169,7 @@ def _included(include: Any, paths: Iterable[str]) -> set[str]:
 
     Raises:
         TypeError: If `include` is none of the kinds that are allowed.
-        ValueError: If a pattern is no regular expression, or none matches.
+        ValueError: If a pattern is not a regular expression, or none matches.
     """
     if include is None:
         return set(paths)
@@ -187,7 +187,7 @@ def _included(include: Any, paths: Iterable[str]) -> set[str]:
         found = {path for path in paths if any(re.search(pattern, path) for pattern in patterns)}
     except re.error as error:
         raise ValueError(
-            f"`include` holds {error.pattern!r}, which is no regular expression: {error}."
+            f"`include` holds {error.pattern!r}, which is not a regular expression: {error}."
         ) from error
     if not found:
         raise ValueError(f"include={patterns} matches no weight. The weights: {paths}")
