@@ -12,11 +12,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("masked_layers", "lottery_ticket_pruner")
 LIMITS = {"lines of a module": 600, "lines of a body": 60, "parameters": 12}
-# Public functions whose flat signature is what users write.
+# Public functions whose flat signature is what users write. The list may only shrink.
 LARGER = {
-    ("lottery_ticket_pruner/experiments/report.py", "lines of a module"): 603,
-    ("masked_layers/serving/saved_model.py", "lines of a module"): 627,
-    ("lottery_ticket_pruner/training.py:fit", "lines of a body"): 62,
     ("lottery_ticket_pruner/tickets.py:find_ticket", "parameters"): 27,
     ("lottery_ticket_pruner/learned.py:learn_supermask", "parameters"): 16,
     ("lottery_ticket_pruner/training.py:train", "parameters"): 14,

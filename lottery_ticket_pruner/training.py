@@ -173,7 +173,6 @@ def fit(
             f"epochs={epochs}, batch_size={batch_size}."
         )
     _check_validation_batch(validation_batch_size)
-    validation_batch_size = validation_batch_size or batch_size
     data = Examples.of(x, y, sample_weight)
     validation = held_out(model, data, "validation_data", validation_data)
     batches = _Batches(data, batch_size, seed if shuffle else None)
@@ -187,15 +186,14 @@ def fit(
                 batches,
                 epochs=epochs,
                 validation_data=None if validation is None else validation.host,
-                validation_batch_size=validation_batch_size,
+                validation_batch_size=validation_batch_size or batch_size,
                 callbacks=[start, *callbacks],
                 shuffle=False,
                 verbose=verbose,
             )
-    history = next((c for c in callbacks if isinstance(c, keras.callbacks.History)), None)
-    if history is None:
-        history = keras.callbacks.History()
-        callbacks.append(history)
+    histories = [c for c in callbacks if isinstance(c, keras.callbacks.History)]
+    history = histories[0] if histories else keras.callbacks.History()
+    callbacks += [] if histories else [history]
     steps = len(batches)
     chain = keras.callbacks.CallbackList(
         callbacks, add_progbar=verbose != 0, verbose=verbose, epochs=epochs, steps=steps
@@ -217,7 +215,7 @@ def fit(
         )
         if validation is not None:
             chain.on_test_begin()
-            results = engine_of(model).evaluate(validation, validation_batch_size)
+            results = engine_of(model).evaluate(validation, validation_batch_size or batch_size)
             chain.on_test_end(results)
             logs |= {f"val_{name}": value for name, value in results.items()}
         chain.on_epoch_end(epoch, logs)

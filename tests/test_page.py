@@ -17,7 +17,7 @@ from test_report import ROWS, write_run
 
 import masked_layers as ml
 from lottery_ticket_pruner import cli
-from lottery_ticket_pruner.experiments import page, report, results
+from lottery_ticket_pruner.experiments import figures, page, report, results
 from lottery_ticket_pruner.experiments.page import ReportConfig
 
 
@@ -132,7 +132,7 @@ def test_names_cannot_become_markup(text):
 
 def test_pictures_take_the_colours_of_the_page():
     rows = pd.DataFrame(ROWS)
-    figure = report.picture(report.arm_lines(rows), dense=[0.9])
+    figure = figures.picture(report.arm_lines(rows), dense=[0.9])
     image = page.svg(figure, "p1", 'a "label" <here>')
     root = xml.etree.ElementTree.fromstring(image)
     assert root.get("aria-label") == 'a "label" <here>'
@@ -231,4 +231,4 @@ def test_results_by_epoch_have_epochs_below(tmp_path):
     ((_, (line,), x_label),) = report.charts(group.rows)
     assert (line.label, line.x, x_label) == ("bernoulli", (1, 2, 3), "epoch")
     assert report.best_sheet(group.rows).lines == (("bernoulli", "83.00", "3"),)
-    assert report.picture([line], x_label=x_label).axes[0].get_xscale() == "linear"
+    assert figures.picture([line], x_label=x_label).axes[0].get_xscale() == "linear"

@@ -581,14 +581,14 @@ def test_a_link_stays_and_the_folder_behind_it_is_replaced(tmp_path, monkeypatch
 
 
 def test_what_appears_at_the_path_meanwhile_is_not_replaced(tmp_path, monkeypatch):
-    verify = saved_model._verify
+    verify = saved_model.verify
 
     def slow(*args, **kwargs):
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "thesis.txt").write_text("years")
         return verify(*args, **kwargs)
 
-    monkeypatch.setattr(saved_model, "_verify", slow)
+    monkeypatch.setattr(saved_model, "verify", slow)
     with pytest.raises(FileExistsError, match="is no SavedModel folder"):
         export_sparse_saved_model(dense(), tmp_path / "out")
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "thesis.txt"]

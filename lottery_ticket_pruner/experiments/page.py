@@ -19,7 +19,7 @@ from rich.console import Console
 
 import lottery_ticket_pruner
 from lottery_ticket_pruner import analyses
-from lottery_ticket_pruner.experiments import masks, report, results
+from lottery_ticket_pruner.experiments import figures, masks, report, results
 from lottery_ticket_pruner.experiments.masks import Kept
 from lottery_ticket_pruner.experiments.options import OptionalPath
 from lottery_ticket_pruner.experiments.results import Group
@@ -134,7 +134,7 @@ class Chart:
 
     def figure(self, figsize: tuple[float, float] = (4.8, 3.4)) -> Figure:
         """The picture without its title and caption."""
-        return report.picture(self.lines, dense=self.dense, x_label=self.x_label, figsize=figsize)
+        return figures.picture(self.lines, dense=self.dense, x_label=self.x_label, figsize=figsize)
 
 
 @dataclasses.dataclass(frozen=True)

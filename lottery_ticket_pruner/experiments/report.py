@@ -1,4 +1,4 @@
-"""Tables and pictures of results."""
+"""Tables of results, and the lines of their pictures."""
 
 import dataclasses
 from collections.abc import Iterable, Sequence
@@ -8,10 +8,6 @@ import numpy as np
 import pandas as pd
 import rich.box
 import scipy.stats
-from matplotlib.axes import Axes
-from matplotlib.axis import Axis
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
 from rich.table import Table
 
 from lottery_ticket_pruner.experiments.results import Group
@@ -45,7 +41,6 @@ _LOOKS = {
     "reshuffled_mask": (PALETTE[3], "v"),
     "reinit_same_sign": (PALETTE[4], "D"),
 }
-_TICKS = (100, 50, 20, 10, 5, 2, 1, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01)
 _CONFIDENCE = 0.95
 _TERMINAL = 80
 
@@ -472,20 +467,7 @@ def _by(rows: pd.DataFrame, columns: list[str]) -> Iterable[tuple[tuple, pd.Data
     return rows.groupby(columns, sort=False, dropna=False) if columns else [((), rows)]
 
 
-# --- Pictures -------------------------------------------------------------------------------------
-
-
-def accuracy_picture(rows: Sequence[dict[str, Any]] | pd.DataFrame, title: str) -> Figure:
-    """Test accuracy of every arm against weights left, as a picture for a file.
-
-    Lines go through the means; bands show how sure these are (see `interval`).
-    """
-    rows = pd.DataFrame(rows)
-    lines = arm_lines(rows)
-    figure = picture(lines, dense=dense_accuracies(rows), figsize=(8, 4.6))
-    bands = describe_bands(len(sample) for line in lines for sample in line.samples)
-    figure.axes[0].set_title("\n".join(filter(None, (title, bands))), fontsize=10)
-    return figure
+# --- Looks ----------------------------------------------------------------------------------------
 
 
 def arm_lines(rows: pd.DataFrame) -> list[Line]:
@@ -509,95 +491,3 @@ def with_looks(lines: Sequence[Line]) -> list[Line]:
         )
         for number, line in enumerate(lines)
     ]
-
-
-def picture(
-    lines: Sequence[Line],
-    *,
-    dense: Sequence[float] = (),
-    x_label: str = "weights left",
-    figsize: tuple[float, float] = (6, 4),
-) -> Figure:
-    """Test accuracy against weights left (in percent) or, with another label, against that.
-
-    The upright axis is logarithmic in the error, so that 98 and 99 % stay apart while an arm that
-    collapses still shows; weights left are logarithmic too, and fall to the right.
-    """
-    figure = Figure(figsize=figsize, layout="constrained")
-    axes = figure.subplots()
-    means, edges = [], []
-    if dense:
-        means.append(_error(np.mean(dense)))
-        style = {"color": "0.45", "linewidth": 1.2, "linestyle": (0, (5, 3))}
-        label = f"dense, {100 * np.mean(dense):.2f} %"
-        axes.axhline(means[0], label=label, zorder=1, **style)
-    for line in lines:
-        means += [_error(np.mean(sample)) for sample in line.samples]
-        bands = [interval(sample) for sample in line.samples]
-        low, high = ([_error(band[side]) for band in bands] for side in (0, 1))
-        edges += [*low, *high]
-        axes.plot(
-            line.x,
-            means[-len(line.x) :],
-            label=line.label,
-            color=line.colour,
-            marker=line.marker,
-            markersize=4.5,
-            linewidth=1.6,
-            linestyle=line.style,
-        )
-        axes.fill_between(line.x, low, high, color=line.colour, alpha=0.14, linewidth=0)
-        if len(line.x) == 1:  # a band without width
-            axes.vlines(line.x, low, high, color=line.colour, alpha=0.4, linewidth=3)
-    _accuracy_axis(axes, means, edges)
-    if x_label == "weights left":
-        _weights_axis(axes, [left for line in lines for left in line.x])
-    else:
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlabel(x_label)
-    axes.set_ylabel("test accuracy")
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    _legend(figure, axes)
-    return figure
-
-
-def _accuracy_axis(axes: Axes, means: Sequence[float], edges: Sequence[float]) -> None:
-    # A band may reach far beyond its mean, even beyond 100 %: the means decide what is shown.
-    top = 0.85 * max(min([*edges, *means]), 0.4 * min(means))
-    bottom = 1.1 * min(max([*edges, *means]), 2.5 * max(means))
-    axes.set_yscale("log")
-    axes.set_ylim(min(bottom, 110), top)
-    _ticks(axes.yaxis, top, bottom, lambda error: f"{100 - error:.6g} %")
-
-
-def _weights_axis(axes: Axes, left: Sequence[float]) -> None:
-    least = max(min(left, default=100), 0.01)
-    axes.set_xscale("log")
-    axes.set_xlim(105, 0.9 * least)
-    _ticks(axes.xaxis, 0.9 * least, 105, lambda left: f"{left:.6g} %")
-
-
-def _ticks(axis: Axis, low: float, high: float, text: Any) -> None:
-    """Round numbers from low to high, at least three of them where the range is narrow."""
-    ticks = [tick for tick in _TICKS if low <= tick <= min(high, 100)]
-    if len(ticks) < 3:
-        even = MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(low, high)
-        ticks = [tick for tick in even if low <= tick <= min(high, 100)]
-    axis.set_ticks(ticks)
-    axis.set_ticks([], minor=True)
-    axis.set_major_formatter(FuncFormatter(lambda value, _: text(value)))
-
-
-def _legend(figure: Figure, axes: Axes) -> None:
-    """Below the axes, where it hides no band, in columns that fit; the figure grows for it."""
-    labels = axes.get_legend_handles_labels()[1]
-    longest = max(map(len, labels), default=0)
-    columns = max(1, min(4, int(figure.get_figwidth() * 12 // (longest + 7))))
-    figure.set_figheight(figure.get_figheight() + 0.19 * -(-len(labels) // columns))
-    figure.legend(loc="outside lower left", frameon=False, fontsize=9, ncols=columns)
-
-
-def _error(accuracy: float) -> float:
-    """Errors in percent; none at all is drawn where one in ten thousand would be."""
-    return max(100 * (1 - accuracy), 0.01)

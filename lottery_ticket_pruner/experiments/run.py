@@ -10,7 +10,7 @@ import keras
 from rich.console import Console
 
 import masked_layers as ml
-from lottery_ticket_pruner.experiments import datasets, networks, progress, report, results
+from lottery_ticket_pruner.experiments import datasets, figures, networks, progress, report, results
 from lottery_ticket_pruner.experiments.config import RunConfig, parse_steps
 from lottery_ticket_pruner.experiments.run_folder import RunFolder
 from lottery_ticket_pruner.experiments.tensorboard import EventWriter
@@ -101,7 +101,7 @@ def _carry_out(
             save(found.ticket, folder.path / f"ticket{suffix}.keras")
             if not suffix:
                 _export(found.ticket, folder, console)
-    picture = report.accuracy_picture(rows, f"{config.data}, {config.network}, {config.strategy}")
+    picture = figures.accuracy_picture(rows, f"{config.data}, {config.network}, {config.strategy}")
     picture.savefig(folder.path / "accuracy.png", dpi=150)
 
 

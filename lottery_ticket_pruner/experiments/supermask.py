@@ -19,7 +19,7 @@ from rich.console import Console
 
 import masked_layers as ml
 from lottery_ticket_pruner import criteria, training
-from lottery_ticket_pruner.experiments import datasets, networks, progress, report, results
+from lottery_ticket_pruner.experiments import datasets, figures, networks, progress, report, results
 from lottery_ticket_pruner.experiments.config import RunConfig, choices
 from lottery_ticket_pruner.experiments.options import (
     NO_HINT,
@@ -229,7 +229,7 @@ def _carry_out(
     if not config.learn:
         heat_map(shown).savefig(folder.path / "heat-map.png", dpi=150)
     for number, (title, lines, label) in enumerate(report.charts(shown), 1):
-        picture = report.picture(lines, x_label=label)
+        picture = figures.picture(lines, x_label=label)
         picture.suptitle(title, fontsize=10)
         picture.savefig(folder.path / f"curves-{number}.png", dpi=150)
 
