@@ -42,12 +42,12 @@ def data(folder=None):
 def search(examples, rounds, steps):
     """Finds a ticket; returns its rows and the seconds that it took."""
     from lottery_ticket_pruner import find_ticket
-    from lottery_ticket_pruner.experiments import run
+    from lottery_ticket_pruner.experiments import workbench
     from lottery_ticket_pruner.experiments.config import RunConfig
 
     config = RunConfig(data="mnist", rounds=rounds, steps=steps, batch_size=BATCH_SIZE, seeds=(0,))
     config = config.resolve(len(examples.x_train))
-    model = run.compiled(config, examples, 0)
+    model = workbench.compiled_network(config, examples, 0)
     started = time.perf_counter()
     found = find_ticket(
         model,

@@ -4,7 +4,7 @@ import importlib.util
 import shlex
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lottery_ticket_pruner.experiments.parent import end_with_parent
@@ -66,51 +66,60 @@ def _main(arguments: Sequence[str] | None) -> int:
         return 1
     import tyro
 
-    from lottery_ticket_pruner.experiments import instability, page, run, supermask, sweep
+    from lottery_ticket_pruner.experiments import instability, page, run, supermask
     from lottery_ticket_pruner.experiments.config import RunConfig
     from lottery_ticket_pruner.experiments.instability import InstabilityConfig
     from lottery_ticket_pruner.experiments.page import ReportConfig
     from lottery_ticket_pruner.experiments.repeat import RepeatConfig
     from lottery_ticket_pruner.experiments.supermask import SupermaskConfig
     from lottery_ticket_pruner.experiments.sweep import SupermaskSweepConfig, SweepConfig
+    from lottery_ticket_pruner.experiments.workbench import load_and_resolve
     from lottery_ticket_pruner.storage import ExportConfig, InspectConfig
 
+    def work_on(experiment: Any) -> Callable[[Any], int]:
+        def work(config: Any) -> int:
+            experiment.run(*load_and_resolve(config))
+            return 0
+
+        return work
+
+    def write_report(config: ReportConfig) -> int:
+        page.write_report(config)
+        return 0
+
+    # Each name with its options and with what carries them out.
+    commands: dict[str, tuple[type, Callable[[Any], int]]] = {
+        "run": (RunConfig, work_on(run)),
+        "supermask": (SupermaskConfig, work_on(supermask)),
+        "instability": (InstabilityConfig, work_on(instability)),
+        "repeat": (RepeatConfig, lambda config: carry_out(config.configuration())),
+        "sweep": (SweepConfig, _sweep),
+        "sweep-supermask": (SupermaskSweepConfig, _sweep),
+        "report": (ReportConfig, write_report),
+        "export": (ExportConfig, _print_report),
+        "inspect": (InspectConfig, _print_report),
+    }
+    work_by_options = dict(commands.values())
+
+    def carry_out(config: Any) -> int:
+        return work_by_options[type(config)](config)
+
     config = tyro.extras.subcommand_cli_from_dict(
-        {
-            "run": RunConfig,
-            "supermask": SupermaskConfig,
-            "instability": InstabilityConfig,
-            "repeat": RepeatConfig,
-            "sweep": SweepConfig,
-            "sweep-supermask": SupermaskSweepConfig,
-            "report": ReportConfig,
-            "export": ExportConfig,
-            "inspect": InspectConfig,
-        },
+        {name: options for name, (options, _) in commands.items()},
         prog="lottery-ticket",
         description="Lottery tickets in Keras 3: the papers' experiments as commands, and serving.",
         args=arguments,
     )
-    if isinstance(config, ExportConfig | InspectConfig):
-        return _print_report(config)
     try:
-        if isinstance(config, RepeatConfig):
-            config = config.configuration()
-        if isinstance(config, SweepConfig | SupermaskSweepConfig):
-            return _print_failures(sweep.sweep(config))
-        if isinstance(config, ReportConfig):
-            page.write_report(config)
-            return 0
-        if isinstance(config, SupermaskConfig):
-            supermask.run(*run.prepare(config))
-            return 0
-        if isinstance(config, InstabilityConfig):
-            instability.run(*instability.prepare(config))
-            return 0
-        run.run(*run.prepare(config))
+        return carry_out(config)
     except (OSError, ValueError) as error:
         return _print_error(error)
-    return 0
+
+
+def _sweep(config: Any) -> int:
+    from lottery_ticket_pruner.experiments import sweep
+
+    return _print_failures(sweep.sweep(config))
 
 
 def _print_failures(failures: "Sequence[Failure]") -> int:

@@ -24,8 +24,9 @@ from lottery_ticket_pruner import training
 from lottery_ticket_pruner.cli import main
 from lottery_ticket_pruner.experiments import datasets, results
 from lottery_ticket_pruner.experiments.config import RunConfig, parse_steps
-from lottery_ticket_pruner.experiments.run import prepare, run
+from lottery_ticket_pruner.experiments.run import run
 from lottery_ticket_pruner.experiments.tensorboard import layer_graph
+from lottery_ticket_pruner.experiments.workbench import load_and_resolve
 
 # --- Configurations -------------------------------------------------------------------------------
 
@@ -167,7 +168,7 @@ def finished(tmp_path_factory):
     for name in (*LEFT_BY_AN_EARLIER_RUN, "notes.txt", "config.json"):
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         (out / name).write_bytes(b"{}")
-    config, data = prepare(RunConfig(rounds=2, steps=40, rate=0.5, seeds=(4, 5), out=out))
+    config, data = load_and_resolve(RunConfig(rounds=2, steps=40, rate=0.5, seeds=(4, 5), out=out))
     console = Console(file=io.StringIO(), width=80)
     folder = run(config, data, console)
     assert folder == out
@@ -311,7 +312,9 @@ def test_an_interrupted_run_goes_on(finished, monkeypatch):
 
 
 def test_a_run_goes_on_where_it_was_its_data_that_was_interrupted(tmp_path, monkeypatch):
-    config, data = prepare(RunConfig(rounds=1, steps=8, seeds=(0,), controls=(), out=tmp_path))
+    config, data = load_and_resolve(
+        RunConfig(rounds=1, steps=8, seeds=(0,), controls=(), out=tmp_path)
+    )
     other = dataclasses.replace(data, x_train=data.x_train[:, ::-1])
     # Another command's: not the state of a run.
     (tmp_path / "state.json").write_text('{"choices": {}}')

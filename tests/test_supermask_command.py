@@ -18,8 +18,8 @@ import masked_layers as ml
 from lottery_ticket_pruner import cli, training
 from lottery_ticket_pruner.augmentation import CropAndFlip
 from lottery_ticket_pruner.experiments import datasets, networks, supermask
-from lottery_ticket_pruner.experiments.run import prepare
 from lottery_ticket_pruner.experiments.supermask import SupermaskConfig
+from lottery_ticket_pruner.experiments.workbench import load_and_resolve
 
 UNTRAINED = SupermaskConfig(
     criteria=("large_final", "random"), sparsities=(0.5, 0.9), dwr=(False,), steps=40, seeds=(3, 4)
@@ -68,7 +68,7 @@ def test_contradictions_are_refused(options, message):
 
 
 def test_untrained_masks(tmp_path, monkeypatch):
-    config, data = prepare(dataclasses.replace(UNTRAINED, out=tmp_path / "run"))
+    config, data = load_and_resolve(dataclasses.replace(UNTRAINED, out=tmp_path / "run"))
     console = Console(file=io.StringIO(), width=100)
     folder = supermask.run(config, data, console)
     rows = pd.read_csv(folder / "results.csv")
@@ -120,7 +120,7 @@ def test_untrained_masks(tmp_path, monkeypatch):
 
 
 def test_rows_that_were_cut_are_made_again(tmp_path, monkeypatch):
-    config, data = prepare(dataclasses.replace(UNTRAINED, steps=2, out=tmp_path))
+    config, data = load_and_resolve(dataclasses.replace(UNTRAINED, steps=2, out=tmp_path))
     train, seeds, fail_at = training.train, [], 4
 
     def counted(*args, **kwargs):
@@ -158,7 +158,7 @@ def test_training_images_are_augmented_as_the_network_has_it(tmp_path, monkeypat
     monkeypatch.setattr(training, "train", train)
     config = SupermaskConfig(learn=learn, steps=1, seeds=(0,), out=tmp_path)
     with pytest.raises(InterruptedError):
-        supermask.run(*prepare(config), Console(quiet=True))
+        supermask.run(*load_and_resolve(config), Console(quiet=True))
     assert seen == [augmentation]
 
 
@@ -178,7 +178,7 @@ def test_the_file_of_the_options_is_replaced_as_a_whole(tmp_path, monkeypatch):
     for steps in (1, 2):
         config = SupermaskConfig(steps=steps, seeds=(0,), out=tmp_path / "run")
         with pytest.raises(ZeroDivisionError):
-            supermask.run(*prepare(config), Console(quiet=True))
+            supermask.run(*load_and_resolve(config), Console(quiet=True))
         os.link(config.out / "config.json", tmp_path / f"{steps}.json")
     stored = [json.loads((tmp_path / f"{steps}.json").read_text())["steps"] for steps in (1, 2)]
     assert stored == [1, 2]

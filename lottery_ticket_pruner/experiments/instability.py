@@ -25,8 +25,8 @@ from lottery_ticket_pruner.experiments.options import (
     OptionalInt,
     OptionalPath,
 )
-from lottery_ticket_pruner.experiments.run import compiled, make_deterministic
 from lottery_ticket_pruner.experiments.run_folder import RunFolder, command_of
+from lottery_ticket_pruner.experiments.workbench import compiled_network, make_deterministic
 from lottery_ticket_pruner.pruner import LotteryTicketPruner
 from lottery_ticket_pruner.tickets import find_ticket
 from masked_layers.files import replacing
@@ -176,19 +176,8 @@ the same options measured is kept; a finished run, and one of other options, sta
         return sum(_steps_to(point) + 2 * (self.steps - point) for point in points)
 
 
-def prepare(config: InstabilityConfig) -> tuple[InstabilityConfig, datasets.Dataset]:
-    """Make every choice that the configuration leaves open, and load its data.
-
-    Raises:
-        ValueError: the configuration makes no sense.
-        DatasetNotFoundError: the data is not in `data_dir` and could not be downloaded.
-    """
-    data = datasets.load(config.data, config.data_dir)
-    return config.resolve(len(data.x_train)), data
-
-
 def run(config: InstabilityConfig, data: datasets.Dataset, console: Console | None = None) -> Path:
-    """Run a prepared experiment (see `prepare`) and return its folder.
+    """Run a prepared experiment (see `workbench.load_and_resolve`) and return its folder.
 
     The folder holds `config.json`, `results.csv` (a row per point and replicate), `lines.csv` (the
     metrics along every line) and `instability.png`. What an interrupted run measured is kept; of a
@@ -299,7 +288,7 @@ class _Trainer:
         self._config = config
         self._data = data
         self._model = ml.convert_to_masked(
-            compiled(config.training_config(), data, config.seeds[0])
+            compiled_network(config.training_config(), data, config.seeds[0])
         )
         self._fresh = LotteryTicketPruner(self._model)
         self.masks: dict[int, dict[str, np.ndarray]] | None = None
@@ -321,7 +310,7 @@ class _Trainer:
         started = time.perf_counter()
         config, data, model = self._config, self._data, self._model
         common = self._common | {"seed": seed, "on_progress": on_progress}
-        start = compiled(config.training_config(), data, seed).get_weights()
+        start = compiled_network(config.training_config(), data, seed).get_weights()
         self._fresh.reset_masks()
         self._restart(start)
         if point:

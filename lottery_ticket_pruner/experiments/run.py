@@ -1,10 +1,8 @@
 """One configuration carried out: tickets over all seeds, and a folder of what came out."""
 
 import contextlib
-import shutil
-import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 import keras
 from rich.console import Console
@@ -14,29 +12,13 @@ from lottery_ticket_pruner.experiments import datasets, figures, networks, progr
 from lottery_ticket_pruner.experiments.config import RunConfig, parse_steps
 from lottery_ticket_pruner.experiments.run_folder import RunFolder
 from lottery_ticket_pruner.experiments.tensorboard import EventWriter
+from lottery_ticket_pruner.experiments.workbench import compiled_network, make_deterministic, save
 from lottery_ticket_pruner.tickets import TicketResult, find_ticket
-from masked_layers.files import replacing
 from masked_layers.serving import export_sparse_saved_model
-
-if TYPE_CHECKING:
-    from lottery_ticket_pruner.experiments.supermask import SupermaskConfig
-
-_Config = TypeVar("_Config", "RunConfig", "SupermaskConfig")
-
-
-def prepare(config: _Config) -> tuple[_Config, datasets.Dataset]:
-    """Make every choice that the configuration leaves open, and load its data.
-
-    Raises:
-        ValueError: the configuration makes no sense.
-        DatasetNotFoundError: the data is not in `data_dir` and could not be downloaded.
-    """
-    data = datasets.load(config.data, config.data_dir)
-    return config.resolve(len(data.x_train)), data
 
 
 def run(config: RunConfig, data: datasets.Dataset, console: Console | None = None) -> Path:
-    """Run a prepared experiment (see `prepare`) and return its folder.
+    """Run a prepared experiment (see `workbench.load_and_resolve`) and return its folder.
 
     The folder holds `config.json` (every choice made), `results.csv` (a row per round, arm and
     replicate, written as they come), `accuracy.png`, `ticket.keras` (the last ticket of the first
@@ -64,7 +46,7 @@ def _carry_out(
 ) -> None:
     if config.deterministic:
         make_deterministic()
-    model = compiled(config, data, config.seeds[0])
+    model = compiled_network(config, data, config.seeds[0])
     model = ml.convert_to_masked(model)
     folder.begin(
         f"{config.data}: {len(data.x_train)} training, {len(data.x_validation)} validation, "
@@ -80,7 +62,7 @@ def _carry_out(
     ):
         for replicate, seed in enumerate(config.seeds):
             if replicate:
-                model.set_weights(compiled(config, data, seed).get_weights())
+                model.set_weights(compiled_network(config, data, seed).get_weights())
             with contextlib.closing(_Logs(folder.path / "logs", replicate, model)) as logs:
 
                 def record(row: dict[str, Any], logs: _Logs = logs) -> None:
@@ -110,28 +92,6 @@ def _runs(config: RunConfig) -> int:
     return results.rows_per_seed(config.to_dict() | {"command": "run"})
 
 
-def make_deterministic() -> None:
-    """Has the backend take operations that repeat bit for bit, for the rest of the process."""
-    if keras.backend.backend() == "tensorflow":
-        import tensorflow as tf
-
-        if tf.config.list_physical_devices("GPU"):  # Without one, all repeats as it is.
-            tf.config.experimental.enable_op_determinism()
-    elif keras.backend.backend() == "torch":
-        import torch
-
-        torch.use_deterministic_algorithms(True)
-
-
-def save(ticket: keras.Model, path: Path) -> None:
-    """Write a model so that an interruption leaves no half of it."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, path.name)  # Keras wants this suffix.
-        ticket.save(file)
-        with file.open("rb") as stored, replacing(path) as whole:
-            shutil.copyfileobj(stored, whole)
-
-
 def _export(ticket: keras.Model, folder: RunFolder, console: Console) -> None:
     """Write the ticket as TensorFlow Serving takes it: a folder per version."""
     place = Path("served", "1")
@@ -143,25 +103,6 @@ def _export(ticket: keras.Model, folder: RunFolder, console: Console) -> None:
     else:
         text = f"{folder.final / place}: {stored.disk_nbytes:,} bytes"
         console.print(text, markup=False, highlight=False)
-
-
-def compiled(config: RunConfig, data: datasets.Dataset, seed: int) -> keras.Model:
-    """The network of a resolved configuration with the initial weights of a seed, compiled."""
-    keras.utils.set_random_seed(seed)
-    pixels = data.x_train.reshape(-1, data.input_shape[-1])
-    model = networks.build(
-        config.network,
-        data.input_shape,
-        data.classes,
-        mean=pixels.mean(0, dtype="float64").tolist(),
-        variance=pixels.var(0, dtype="float64").tolist(),
-    )
-    model.compile(
-        networks.optimizer(config.optimizer, config.learning_rate, config.steps),
-        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        metrics=["accuracy"],
-    )
-    return model
 
 
 def _find(

@@ -10,7 +10,7 @@ import time
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 import keras
 from rich.console import Console
@@ -42,12 +42,19 @@ from lottery_ticket_pruner.fingerprints import UnidentifiedError, digest
 from lottery_ticket_pruner.folders import FolderLock
 from masked_layers.files import replace_folder, replacing
 
-if TYPE_CHECKING:
-    from lottery_ticket_pruner.experiments.config import RunConfig
-    from lottery_ticket_pruner.experiments.instability import InstabilityConfig
-    from lottery_ticket_pruner.experiments.supermask import SupermaskConfig
 
-    Config = RunConfig | SupermaskConfig | InstabilityConfig
+class Config(Protocol):
+    """The resolved configuration of a run of any command."""
+
+    overwrite: bool
+
+    @property
+    def folder(self) -> Path:
+        """The folder that the run writes to."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns every option by its name."""
+
 
 _Kind = TypeVar("_Kind")
 
@@ -293,7 +300,7 @@ class RunFolder(Workplace):
         ValueError: The folder holds a run of other choices or of another command, or a sweep.
     """
 
-    def __init__(self, command: str, config: "Config", data: Dataset, masks: Any = None) -> None:
+    def __init__(self, command: str, config: Config, data: Dataset, masks: Any = None) -> None:
         super().__init__(config.folder)
         self._command = command
         self._config = config

@@ -27,8 +27,8 @@ from lottery_ticket_pruner.experiments.options import (
     OptionalInt,
     OptionalPath,
 )
-from lottery_ticket_pruner.experiments.run import compiled, make_deterministic, save
 from lottery_ticket_pruner.experiments.run_folder import RunFolder
+from lottery_ticket_pruner.experiments.workbench import compiled_network, make_deterministic, save
 from lottery_ticket_pruner.learned import learn_supermask
 from lottery_ticket_pruner.pruner import LotteryTicketPruner
 from lottery_ticket_pruner.supermasks import WEIGHTS, evaluate_grid
@@ -178,7 +178,7 @@ are."""
 
 
 def run(config: SupermaskConfig, data: datasets.Dataset, console: Console | None = None) -> Path:
-    """Run a prepared experiment (see `run.prepare`) and return its folder.
+    """Run a prepared experiment (see `workbench.load_and_resolve`) and return its folder.
 
     The folder holds `config.json`, `results.csv` (a row per mask) and `curves-<number>.png`; for
     untrained masks also `heat-map.png`; for learned ones the masks as binary ones over their
@@ -296,7 +296,7 @@ def _untrained(
     advance: Callable[[int], None],
     folder: Path,
 ) -> list[dict[str, Any]]:
-    model = ml.convert_to_masked(compiled(config.training_config(), data, seed))
+    model = ml.convert_to_masked(compiled_network(config.training_config(), data, seed))
     pruner = LotteryTicketPruner(model)
     training.train(
         model,
@@ -353,7 +353,7 @@ def _learned(
             else ml.EdgePopupMask(sparsity=sparsity, rescale=dwr, seed=seed)
         )
         found = learn_supermask(
-            compiled(config.training_config(), data, seed),
+            compiled_network(config.training_config(), data, seed),
             data.x_train,
             data.y_train,
             steps=config.steps,

@@ -1,0 +1,77 @@
+"""What the experiments share: their data, networks, files, and how they repeat."""
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Protocol, Self, TypeVar
+
+import keras
+
+from lottery_ticket_pruner.experiments import datasets, networks
+from lottery_ticket_pruner.experiments.config import RunConfig
+from masked_layers.files import replacing
+
+
+class Unresolved(Protocol):
+    """The configuration of an experiment, with or without choices that it leaves open."""
+
+    data: str
+    data_dir: Path | None
+
+    def resolve(self, images: int) -> Self:
+        """Returns the configuration with every choice made, given the number of images."""
+
+
+_Config = TypeVar("_Config", bound=Unresolved)
+
+
+def load_and_resolve(config: _Config) -> tuple[_Config, datasets.Dataset]:
+    """Loads the data of a configuration, and makes every choice that it leaves open.
+
+    Raises:
+        ValueError: If the configuration makes no sense.
+        DatasetNotFoundError: If the data is not in `data_dir` and could not be downloaded.
+    """
+    data = datasets.load(config.data, config.data_dir)
+    return config.resolve(len(data.x_train)), data
+
+
+def compiled_network(config: RunConfig, data: datasets.Dataset, seed: int) -> keras.Model:
+    """Returns a resolved configuration's network with the initial weights of a seed, compiled."""
+    keras.utils.set_random_seed(seed)
+    pixels = data.x_train.reshape(-1, data.input_shape[-1])
+    model = networks.build(
+        config.network,
+        data.input_shape,
+        data.classes,
+        mean=pixels.mean(0, dtype="float64").tolist(),
+        variance=pixels.var(0, dtype="float64").tolist(),
+    )
+    model.compile(
+        networks.optimizer(config.optimizer, config.learning_rate, config.steps),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+    )
+    return model
+
+
+def make_deterministic() -> None:
+    """Makes the backend repeat operations bit for bit, for the rest of the process."""
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        if tf.config.list_physical_devices("GPU"):  # Without one, all repeats as it is.
+            tf.config.experimental.enable_op_determinism()
+    elif keras.backend.backend() == "torch":
+        import torch
+
+        torch.use_deterministic_algorithms(True)
+
+
+def save(model: keras.Model, path: Path) -> None:
+    """Writes a model to a `.keras` file that is complete or absent."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, path.name)  # Keras wants this suffix.
+        model.save(file)
+        with file.open("rb") as stored, replacing(path) as whole:
+            shutil.copyfileobj(stored, whole)
