@@ -19,6 +19,7 @@ from keras.src.backend.common import dtypes
 from masked_layers._keras import (
     compile_arguments,
     flatten,
+    input_specs,
     is_functional,
     match_layout,
     optimized_variables,
@@ -228,23 +229,3 @@ def output_layers(model: keras.layers.Layer) -> list[Any]:
     if is_functional(model):
         return [tensor._keras_history.operation for tensor in model.outputs]
     return []
-
-
-def input_specs(model: keras.Model) -> Any:
-    """Returns a symbolic tensor for each input, in the structure that the model takes.
-
-    The structure has no public name, nor have the inputs of a subclassed model: its one input has
-    the shape that it was built with.
-
-    Raises:
-        ValueError: If Keras does not know.
-    """
-    if getattr(model, "inputs", None):
-        structure = getattr(model, "_inputs_struct", model.inputs[0])
-        return keras.tree.map_structure(
-            lambda tensor: keras.KerasTensor(tensor.shape, tensor.dtype), structure
-        )
-    shape = (model.get_build_config() or {}).get("input_shape")
-    if shape is None:
-        raise ValueError(f"The shapes of the inputs of '{model.name}' are not known.")
-    return keras.KerasTensor(shape, model.compute_dtype)

@@ -440,3 +440,23 @@ def copy_called(source: keras.Model, target: keras.Model) -> None:
     Keras' exporters refuse a model that was never called, and it keeps that in a private flag.
     """
     target._called = source._called
+
+
+def input_specs(model: keras.Model) -> Any:
+    """Returns a symbolic tensor for each input, in the structure that the model takes.
+
+    The structure has no public name, nor have the inputs of a subclassed model: its one input has
+    the shape that it was built with.
+
+    Raises:
+        ValueError: If Keras does not know.
+    """
+    if getattr(model, "inputs", None):
+        structure = getattr(model, "_inputs_struct", model.inputs[0])
+        return keras.tree.map_structure(
+            lambda tensor: keras.KerasTensor(tensor.shape, tensor.dtype), structure
+        )
+    shape = (model.get_build_config() or {}).get("input_shape")
+    if shape is None:
+        raise ValueError(f"The shapes of the inputs of '{model.name}' are not known.")
+    return keras.KerasTensor(shape, model.compute_dtype)

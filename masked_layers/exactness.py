@@ -296,7 +296,7 @@ def _input_specs(model: keras.Model) -> Iterator[Any]:
     """Yields symbolic inputs that a model may take, with sizes for all that is not fixed."""
     try:
         specs = _keras.input_specs(model)
-    except Exception as error:
+    except ValueError as error:
         logger.info("Nothing is compared: %s", error)
         return
     flat = keras.tree.flatten(specs)
