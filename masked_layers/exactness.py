@@ -21,6 +21,7 @@ import keras
 import numpy as np
 
 from masked_layers import _keras, _keras_trace
+from masked_layers._keras import input_specs
 from masked_layers.copying import held_by
 from masked_layers.inspection import WeightRef, weight_refs
 from masked_layers.layers import EffectiveWeight
@@ -295,8 +296,8 @@ def _depends_on_pruned(model: keras.Model, specs: Any, refs: list[WeightRef]) ->
 def _input_specs(model: keras.Model) -> Iterator[Any]:
     """Yields symbolic inputs that a model may take, with sizes for all that is not fixed."""
     try:
-        specs = _keras.input_specs(model)
-    except ValueError as error:
+        specs = input_specs(model)
+    except Exception as error:  # A model may have a `get_build_config` of its own.
         logger.info("Nothing is compared: %s", error)
         return
     flat = keras.tree.flatten(specs)
