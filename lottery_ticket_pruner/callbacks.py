@@ -21,6 +21,7 @@ from lottery_ticket_pruner import (
     fitting,
     gradients,
     notices,
+    overrides,
     ranking,
     schedules,
     selection,
@@ -64,12 +65,12 @@ class PrunerCallback(keras.callbacks.Callback):
         self.pruner = pruner
         self.use_dwr = use_dwr
         self._hold: fitting.ZeroHold | None = None
-        self._begun = False
-        self._before: list[np.ndarray] | None = None  # weights before any callback began
+        self._begun, self._before = False, None  # The second: weights before any callback began.
 
     def set_model(self, model: keras.Model) -> None:
         """Notes the weights that are there before another callback restores others."""
         super().set_model(model)
+        self._before = None
         if self.use_dwr and model is not None and not is_masked(model):
             ml.sync(model)
             self._before = model.get_weights()
@@ -109,11 +110,10 @@ class PrunerCallback(keras.callbacks.Callback):
     def _rescale_what_was_before(self) -> None:
         """Lets the pruner tell whether weights restored since have the factor in them already."""
         before, now, self._before = self._before, self.model.get_weights(), None
-        restored = not all(map(np.array_equal, before, now))
-        if restored and [a.shape for a in before] == [a.shape for a in now]:
-            self.model.set_weights(before)
-            self._apply()
-            self.model.set_weights(now)
+        same_shapes = [a.shape for a in before] == [a.shape for a in now]
+        if same_shapes and not all(map(np.array_equal, before, now)):
+            with overrides.weights_replaced(self.model, before):
+                self._apply()
 
     def _apply(self) -> None:
         self.pruner.apply_pruning(self.model)

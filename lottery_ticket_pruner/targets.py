@@ -12,7 +12,7 @@ import numpy as np
 _INDICES = ("sparsecategoricalcrossentropy",)
 _COLUMNS = ("categoricalcrossentropy", "categoricalfocalcrossentropy")
 # Losses of Keras whose targets have another shape than the outputs.
-_OTHERS = ("ctc", "circle")
+_OTHERS = ("categoricalgeneralizedcrossentropy", "circle", "ctc")
 
 
 @contextlib.contextmanager
@@ -47,8 +47,10 @@ def check(model: keras.Model, x: Any, y: Any) -> None:
         ValueError: they do not; the message says what was received, expected, and what to do.
     """
     problem = None
-    with contextlib.suppress(Exception):  # It is not known what the model makes of its inputs.
-        problem = mismatch(model, x, y)
+    # A subclassed model would be called for its shapes, and may keep what it makes of symbols.
+    if getattr(model, "outputs", None):
+        with contextlib.suppress(Exception):  # It is not known what the model makes of its inputs.
+            problem = mismatch(model, x, y)
     if problem is not None:
         raise ValueError(problem)
 
@@ -120,7 +122,7 @@ def _problem(loss: Any, y: np.ndarray, outputs: tuple[int | None, ...]) -> str |
         if columns:
             received += ", a column for each class"
             remedy = 'Pass `y.argmax(-1)`, or compile with `loss="categorical_crossentropy"`'
-    elif columns or (name not in _COLUMNS and indices and outputs[-1] == 1):
+    elif columns or (name not in _COLUMNS and _goes_with(y.shape, outputs)):
         return None
     else:
         expected = f"{said}, expects targets of the shape of the outputs, {outputs}"
@@ -134,6 +136,15 @@ def _problem(loss: Any, y: np.ndarray, outputs: tuple[int | None, ...]) -> str |
                     '`loss="sparse_categorical_crossentropy"`'
                 )
     return f"{expected}. {received}. {remedy}."
+
+
+def _goes_with(targets: tuple[int, ...], outputs: tuple[int | None, ...]) -> bool:
+    """Returns True if Keras computes with both shapes: it adds or drops a last axis of 1."""
+    for one, other in ((targets, outputs), ((*targets, 1), outputs), (targets, (*outputs, 1))):
+        with contextlib.suppress(ValueError):
+            np.broadcast_shapes(one, tuple(1 if size is None else size for size in other))
+            return True
+    return False
 
 
 def _out_of_range(loss: Any, y: np.ndarray, classes: int, message: str) -> str | None:

@@ -278,7 +278,7 @@ def _select(
     holders: list[Layer] = []  # of something that could be masked
     for path, *_ in weights_inside(model, biases=mask_bias):
         chain = [layer for _, layer in resolve(model, path, cache)]
-        holders += chain[1:]
+        holders += chain[1:] or chain
         if chosen(chain[1:] or chain):
             selected.append((path, False))
     for path, layer in walk(model):

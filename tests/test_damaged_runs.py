@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 pytest.importorskip("tyro")
 
 from lottery_ticket_pruner import cli
-from lottery_ticket_pruner.experiments import report, results, run_folder
-from lottery_ticket_pruner.experiments import run as run_command
+from lottery_ticket_pruner.experiments import report, results, run_folder, workbench
 from lottery_ticket_pruner.experiments.config import RunConfig
 from lottery_ticket_pruner.experiments.instability import InstabilityConfig
 
@@ -120,7 +119,7 @@ def test_repeat_refuses_options_of_other_types(run, capsys, monkeypatch, option,
         config.resolve(600)
         raise ValueError("prepared")
 
-    monkeypatch.setattr(run_command, "prepare", prepared)
+    monkeypatch.setattr(workbench, "load_and_resolve", prepared)
     write(run, json.dumps(CONFIG.to_dict() | {option: value}).encode())
     assert cli.main(["repeat", str(run)]) == 2
     shown = capsys.readouterr().err

@@ -224,6 +224,8 @@ def test_what_an_earlier_run_left_is_gone(finished):
     folder, _, _ = finished
     assert [name for name in LEFT_BY_AN_EARLIER_RUN if (folder / name).exists()] == []
     assert (folder / "notes.txt").exists()
+    if keras.backend.backend() == "tensorflow":
+        assert (folder / "served" / "1" / "saved_model.pb").exists()
 
 
 def test_what_a_run_prints(finished):

@@ -42,7 +42,7 @@ OWN = (
     "rounds/notes.txt",
     "logs/mine/events.out.tfevents.1.host",
     "analysis/deep/results.csv",
-    "report/report.html",
+    "report/notes.html",
 )
 
 

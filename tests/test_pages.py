@@ -89,7 +89,7 @@ def test_commands_are_such_as_there_are(words, monkeypatch, tmp_path):
         return
     pytest.importorskip("tyro")
     from lottery_ticket_pruner import cli
-    from lottery_ticket_pruner.experiments import page, repeat, run, sweep
+    from lottery_ticket_pruner.experiments import page, repeat, sweep
     from lottery_ticket_pruner.storage import ExportConfig, InspectConfig
 
     class ParsedError(Exception):
@@ -99,10 +99,10 @@ def test_commands_are_such_as_there_are(words, monkeypatch, tmp_path):
         raise ParsedError
 
     monkeypatch.chdir(tmp_path)
-    from lottery_ticket_pruner.experiments import instability
+    from lottery_ticket_pruner.experiments import workbench
 
     for owner, name in (
-        (run, "prepare"), (instability, "prepare"), (sweep, "sweep"), (page, "write_report"),
+        (workbench, "load_and_resolve"), (sweep, "sweep"), (page, "write_report"),
         (repeat.RepeatConfig, "configuration"), (ExportConfig, "execute"),
         (InspectConfig, "execute"),
     ):  # fmt: skip

@@ -72,6 +72,9 @@ def write_report(config: ReportConfig, console: Console | None = None) -> Path:
     out = config.out or (config.folders[0] if len(config.folders) == 1 else Path()) / "report"
     _check_replaceable(out)
     make_folder(out)
+    # First: it says that the other files are of a report, also after an interruption.
+    with replacing(out / "report.html") as file:
+        file.write(render(kepts).encode())
     charts = [chart for group in groups for chart in _charts(group)]
     charts = [*_comparisons(groups), *_mask_charts(kepts), *charts]
     for number, chart in enumerate(charts, 1):
@@ -85,8 +88,6 @@ def write_report(config: ReportConfig, console: Console | None = None) -> Path:
             texts += [f"## {title}", *(sheet.markdown() for sheet in sheets)]
             texts += [f"Not loaded: {text}" for text in kept.unreadable]
         file.write("\n\n".join([*texts, ""]).encode())
-    with replacing(out / "report.html") as file:
-        file.write(render(kepts).encode())
     console.print(
         f"{out / 'report.html'}; tables.md, results.csv and {len(charts)} *.png next to it",
         highlight=False,

@@ -80,7 +80,7 @@ in a sweep's, next to that."""
             what = (
                 "the folder of a sweep: name one of those in it"
                 if of_sweep
-                else (f"no run folder: it holds no {CONFIG_FILE}")
+                else f"not a run folder: it holds no {CONFIG_FILE}"
             )
             raise ValueError(f"'{self.folder}' is {what}.")
         return file

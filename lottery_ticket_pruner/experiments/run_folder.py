@@ -84,7 +84,8 @@ def command_of(config: Any) -> str | None:
     if not isinstance(config, dict):
         return None
     guessed = (name for name, (option, _) in _SIGNS.items() if option in config)
-    return config.get("command") or next(guessed, None)
+    command = config.get("command")
+    return command if isinstance(command, str) and command else next(guessed, None)
 
 
 def is_finished(folder: Path, command: str | None = None) -> bool:
@@ -377,6 +378,7 @@ class RunFolder(Workplace):
         for file in results_in(self.path, self._command):
             if not (self.is_interrupted and file in kept):
                 file.unlink()
+                self._remove_empty(file.parent)
         self._write(finished=False)
         self._print(f"{heading}\n{self.describe()}")
 
@@ -396,6 +398,12 @@ class RunFolder(Workplace):
     def _print(self, text: str) -> None:
         self._console.print(text, highlight=False, markup=False)
 
+    def _remove_empty(self, folder: Path) -> None:
+        """Removes a folder of results, and those around it, where nothing is left in them."""
+        while folder != self.path and not any(folder.iterdir()):
+            folder.rmdir()
+            folder = folder.parent
+
     def _write(self, *, finished: bool) -> None:
         facts = dict(zip(FACTS, (self._command, finished, versions()), strict=True))
         write_json(self.path / CONFIG_FILE, self._values | facts)
@@ -406,8 +414,11 @@ class RunFolder(Workplace):
             self.replace()
             differing = self._look()
             if self.is_finished:  # And was killed before it took its place.
-                self._check_results()
-                self.complete()
+                try:
+                    self._check_results()
+                    self.complete()
+                except ValueError:  # It is damaged: it starts again.
+                    self.is_finished = False
         elif differing:
             raise ValueError(self._refusal(differing))
         elif self.is_finished:

@@ -247,6 +247,8 @@ def sweep(
                     shutil.rmtree(left)
             if _is_finished(config, place.path):  # And was killed before it took its place.
                 place.complete()
+                if place.moved:
+                    console.print(place.describe_moved(), highlight=False, markup=False)
                 return []
         return _carry_out(config, children, place, console)
 

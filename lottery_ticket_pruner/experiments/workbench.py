@@ -56,7 +56,7 @@ def compiled_network(config: RunConfig, data: datasets.Dataset, seed: int) -> ke
 
 
 def make_deterministic() -> None:
-    """Makes the backend repeat operations bit for bit, for the rest of the process."""
+    """Chooses deterministic operations of TensorFlow and torch, for the rest of the process."""
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 

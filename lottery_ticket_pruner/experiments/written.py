@@ -45,6 +45,8 @@ _RESULTS = {
 _OF_ALL = (
     *map(re.escape, (CONFIG_FILE, SWEEP_FILE, REPLACED)),
     r"output\.log",
+    # What `lottery-ticket report` makes of them.
+    r"report/(report\.html|tables\.md|results\.csv|picture-\d+\.png)",
     r"(rounds/\d+/)?(\.lock(\.json)?|\.[^/]+\.\d+\.part)",
 )
 # The folder of a run within that of a sweep: data set, network and what else, and a digest.
