@@ -1,4 +1,4 @@
-"""What the experiments share: their data, networks, files, and how they repeat."""
+"""The data, networks and files that the experiments share, and how they repeat."""
 
 import shutil
 import tempfile
