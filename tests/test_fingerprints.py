@@ -100,6 +100,13 @@ PRINT = "import own; from lottery_ticket_pruner.fingerprints import fingerprint 
 )
 
 
+@pytest.fixture(autouse=True)
+def _others_have_modules_of_these_names():
+    yield
+    for name in ("own", "own_helpers", "own_deferred"):
+        sys.modules.pop(name, None)
+
+
 def loaded(monkeypatch, folder, source=SOURCE, helpers=HELPERS, deferred=DEFERRED):
     """The functions of a module as its file says now."""
     for name, text in (("own", source), ("own_helpers", helpers), ("own_deferred", deferred)):

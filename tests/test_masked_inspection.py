@@ -139,10 +139,10 @@ def test_mask_files_are_checked_by_path_and_shape(tmp_path):
     with pytest.raises(ValueError, match=r"no mask for these weights.*dense/kernel"):
         ml.load_masks(model, path)
     (tmp_path / "junk.npz").write_bytes(b"junk")
-    with pytest.raises(ValueError, match="no file that `save_masks` wrote"):
+    with pytest.raises(ValueError, match="not a file that `save_masks` wrote"):
         ml.load_masks(model, tmp_path / "junk.npz")
     np.savez(tmp_path / "other.npz", a=np.ones(3))
-    with pytest.raises(ValueError, match="no file that `save_masks` wrote"):
+    with pytest.raises(ValueError, match="not a file that `save_masks` wrote"):
         ml.load_masks(model, tmp_path / "other.npz")
     with pytest.raises(FileNotFoundError):
         ml.load_masks(model, tmp_path / "missing.npz")
