@@ -47,7 +47,7 @@ def main() -> int:
                     needed.add((place, kind))
                     allowed = LARGER.get((place, kind), LIMITS[kind])
                     if size != allowed:
-                        faults.append(f"{place}: {size} {kind}, the limit is {allowed}")
+                        faults.append(f"{place}: {size} {kind}, the limit or entry is {allowed}")
     faults += [
         f"{place}: {kind} are within the limit; remove the entry from .ci/limits.py"
         for place, kind in LARGER.keys() - needed

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from numbers import Real
@@ -12,6 +11,7 @@ from numbers import Real
 import numpy as np
 
 from lottery_ticket_pruner import schedules, selection, structures
+from masked_layers.notices import warn_outside
 
 _logger = logging.getLogger(__name__)
 
@@ -21,12 +21,7 @@ _EMPTIED = "Nothing is left of"
 
 def warn(message: str) -> None:
     """Warns at the line outside of this library that led here."""
-    frame, level = sys._getframe(1), 2
-    while (
-        frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _OURS
-    ):
-        frame, level = frame.f_back, level + 1
-    warnings.warn(message, stacklevel=level)
+    warn_outside(message, *_OURS)
 
 
 def is_emptied(before: np.ndarray, after: np.ndarray) -> bool:

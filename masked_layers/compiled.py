@@ -60,7 +60,7 @@ def forget_functions(model: Layer, *, around: bool = True) -> list[weakref.ref]:
     if not around:
         _forget(inside.values())
         return []
-    layers = inside | _in_models_with(inside)
+    layers = inside | _in_those_with(inside, _alive(keras.Model))
     with _released(model.variables) as traces:
         _forget(layers.values())
     return traces
@@ -77,9 +77,10 @@ def forget_while_loading(layer: Layer) -> None:
     load = load_under_way()
     if load is not None and id(layer) in _LOADED.get(load, ()):
         return
+    models = _alive(keras.Model)
     # What else is loaded is in the models that hold this layer, if in any.
-    inside = {id(layer): layer} | _in_models_with({id(layer): layer})
-    layers = inside | _in_models_with(inside)
+    inside = {id(layer): layer} | _in_those_with({id(layer): layer}, models)
+    layers = inside | _in_those_with(inside, models)
     variables = {id(v): v for other in inside.values() for v in other.variables}
     with _released(variables.values()):
         _forget(layers.values())
@@ -87,10 +88,10 @@ def forget_while_loading(layer: Layer) -> None:
         _LOADED.setdefault(load, set()).update(layers)
 
 
-def _in_models_with(inside: Mapping[int, Layer]) -> dict[int, Layer]:
-    """Returns the layers of all models alive that hold one of these, by their ids."""
+def _in_those_with(inside: Mapping[int, Layer], models: Iterable[keras.Model]) -> dict[int, Layer]:
+    """Returns the layers of those models that hold one of these layers, by their ids."""
     found: dict[int, Layer] = {}
-    for model in _alive(keras.Model):
+    for model in models:
         try:
             held = {id(layer): layer for layer in _keras.flatten(model)}
         except AttributeError:  # It is still being made.

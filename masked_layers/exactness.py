@@ -11,9 +11,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-import sys
 import threading
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,6 +24,7 @@ from masked_layers.copying import held_by
 from masked_layers.inspection import WeightRef, weight_refs
 from masked_layers.layers import EffectiveWeight
 from masked_layers.masks import Mask, MaskedConstraint, MaskedRegularizer, raw_view
+from masked_layers.notices import warn_outside
 from masked_layers.paths import plain_class, walk
 
 Layer = keras.layers.Layer
@@ -353,37 +352,28 @@ def _same_draws() -> Iterator[None]:
 
     A copy need not have the state of a generator that its layer does not track.
     """
-    with _drawing:  # Another conversion would take what stands here for Keras' own.
-        yield from _draws_replaced()
-
-
-def _draws_replaced() -> Iterator[None]:
     generator, thread, count = keras.random.SeedGenerator, threading.get_ident(), itertools.count()
-    real = generator.next
+    with _drawing:  # Another conversion would take what stands here for Keras' own.
+        real = generator.next
 
-    def next_seed(self: keras.random.SeedGenerator, ordered: bool = True) -> Any:
-        if threading.get_ident() != thread:
-            return real(self, ordered)
-        return keras.ops.convert_to_tensor([0, next(count)], self.state.dtype)
+        def next_seed(self: keras.random.SeedGenerator, ordered: bool = True) -> Any:
+            if threading.get_ident() != thread:
+                return real(self, ordered)
+            return keras.ops.convert_to_tensor([0, next(count)], self.state.dtype)
 
-    generator.next = next_seed
-    try:
-        yield
-    finally:
-        generator.next = real
+        generator.next = next_seed
+        try:
+            yield
+        finally:
+            generator.next = real
 
 
 def _warn_of_chance(model: keras.Model, unknown: str) -> None:
-    frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(
-        "masked_layers."
-    ):
-        frame, level = frame.f_back, level + 1
-    warnings.warn(
+    warn_outside(
         f"'{model.name}' has other outputs at each call on the same inputs, so that it could not "
         f"be told {unknown}. Where it draws at inference by other means than `keras.random`, that "
         "is to be expected: compare the mean of many calls before and after.",
-        stacklevel=level,
+        "masked_layers",
     )
 
 

@@ -416,9 +416,10 @@ class RunFolder(Workplace):
             if self.is_finished:  # And was killed before it took its place.
                 try:
                     self._check_results()
-                    self.complete()
                 except ValueError:  # It is damaged: it starts again.
                     self.is_finished = False
+                else:
+                    self.complete()
         elif differing:
             raise ValueError(self._refusal(differing))
         elif self.is_finished:
