@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import own_data
 import pandas as pd
 import pytest
 
@@ -16,12 +17,6 @@ from lottery_ticket_pruner.experiments.supermask import SupermaskConfig
 
 pytestmark = pytest.mark.once
 
-DATA = """
-import numpy as np
-def load():
-    x = np.random.default_rng(0).normal(size=(60, 4))
-    return (x, x.argmax(-1)), (x[:9], x[:9].argmax(-1))
-"""
 COMMON = ("--data", "own.py:load", "--steps", "4", "--seeds", "7", "8", "--out", "out")
 COMMANDS = {
     "run": ("run", *COMMON, "--rounds", "2", "--controls", "random_mask", "--control-rounds", "2"),
@@ -40,7 +35,7 @@ def finished(tmp_path_factory):
     place = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
-        (place / "own.py").write_text(DATA)
+        (place / "own.py").write_text(own_data.SOURCE)
         for name, command in COMMANDS.items():
             assert cli.main([*command, "--quiet"]) == 0
             (place / "out").rename(place / name)
@@ -51,7 +46,7 @@ def finished(tmp_path_factory):
 def place(tmp_path, finished, monkeypatch):
     """The working directory; returns a function that puts a finished run into its folder `out`."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "own.py").write_text(DATA)
+    (tmp_path / "own.py").write_text(own_data.SOURCE)
     return lambda name: shutil.copytree(finished / name, tmp_path / "out")
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import h5py
 import keras
 import numpy as np
+import own_data
 import pytest
 
 pytest.importorskip("tyro")
@@ -350,12 +351,7 @@ def test_a_run_goes_on_where_it_was_its_data_that_was_interrupted(tmp_path, monk
 
 
 def test_a_run_on_own_data_repeats_from_its_configuration(tmp_path, monkeypatch):
-    (tmp_path / "own.py").write_text(
-        "import numpy as np\n"
-        "def load():\n"
-        "    x = np.random.default_rng(0).normal(size=(60, 4))\n"
-        "    return (x, x.argmax(-1)), (x[:9], x[:9].argmax(-1))\n"
-    )
+    (tmp_path / "own.py").write_text(own_data.SOURCE)
     monkeypatch.chdir(tmp_path)
     options = ["--rounds", "1", "--steps", "4", "--seeds", "0", "--controls", "random_mask"]
     assert main(["run", "--data", "own.py:load", *options, "--quiet", "--out", "first"]) == 0

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 
+import own_data
 import pytest
 
 pytest.importorskip("tyro")
@@ -49,12 +50,7 @@ OWN = (
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     """The working directory, with a small data set in it."""
-    (tmp_path / "own.py").write_text(
-        "import numpy as np\n"
-        "def load():\n"
-        "    x = np.random.default_rng(0).normal(size=(60, 4))\n"
-        "    return (x, x.argmax(-1)), (x[:9], x[:9].argmax(-1))\n"
-    )
+    (tmp_path / "own.py").write_text(own_data.SOURCE)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
