@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from keras import layers
 
-from masked_layers import _keras_graph, convert_to_masked, get_masks, set_masks
-from masked_layers.shrinking import ShrinkReport, shrink
+from masked_layers import convert_to_masked, get_masks, set_masks
+from masked_layers.shrinking import ShrinkReport, _keras_graph, shrink
 
 BACKEND = keras.backend.backend()
 

@@ -16,8 +16,8 @@ import keras
 import numpy as np
 from keras import layers
 
-from masked_layers import _keras_graph
-from masked_layers.channels import (
+from masked_layers.shrinking import _keras_graph
+from masked_layers.shrinking.channels import (
     VARIES,
     WHOLE,
     Call,

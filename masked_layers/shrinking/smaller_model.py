@@ -1,7 +1,7 @@
 """`shrink` turns zeroed units and filters into speed: a smaller plain model, the same outputs.
 
 Pruning whole filters leaves channels that nothing reads and channels that always hold one value.
-`shrink` follows every channel through the graph by the rules in `channel_rules`:
+`shrink` follows every channel through the graph by the rules in `rules.py`:
 
 1. *Forward*: which channels have a constant value, and which stay or go together?
 2. *Backward*: which of them does an output need? One that reads a constant needs it only where the
@@ -20,13 +20,22 @@ from typing import Any, Literal, overload
 import keras
 import numpy as np
 
-from masked_layers import _keras, _keras_graph
-from masked_layers.channel_rules import RULES, array
-from masked_layers.channels import WHOLE, Call, CannotFollow, Edit, Flow, Reader, constant_shift
+from masked_layers import _keras
 from masked_layers.conversion import strip_masks
 from masked_layers.copying import as_in_use, copy_assets, in_use_by_name
 from masked_layers.layers import MaskedLayer
 from masked_layers.paths import walk
+from masked_layers.shrinking import _keras_graph
+from masked_layers.shrinking.channels import (
+    WHOLE,
+    Call,
+    CannotFollow,
+    Edit,
+    Flow,
+    Reader,
+    constant_shift,
+)
+from masked_layers.shrinking.rules import RULES, array
 
 
 @dataclass(frozen=True)

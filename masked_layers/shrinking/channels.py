@@ -5,7 +5,7 @@ that pass channels on keep those of their input; an addition joins the slots of 
 slot is what can only stay or go as a whole: a filter with its normalization, its place in the
 following kernels and in the other branches of a residual addition.
 
-`Flow` collects, in the order of the graph, what the rules in `channel_rules` find: slots, constants
+`Flow` collects, in the order of the graph, what the rules in `rules.py` find: slots, constants
 and readers. Its `settle` then finds the live slots.
 """
 

@@ -1,0 +1,5 @@
+"""A smaller plain model with the same outputs: channels that pruning has emptied are removed."""
+
+from masked_layers.shrinking.smaller_model import ShrinkReport, ShrinkRow, shrink
+
+__all__ = ["ShrinkReport", "ShrinkRow", "shrink"]
