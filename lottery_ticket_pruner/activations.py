@@ -45,9 +45,9 @@ def input_norms(model: keras.Model, x: Arrays, *, batch_size: int = 32) -> dict[
     The model runs in inference mode, under its masks, and is left exactly as it was.
 
     Args:
-        model: masked or plain.
-        x: inputs, the examples along the first axis; or a list or dict of such arrays.
-        batch_size: examples per forward pass. What enters the layers is held in memory for one
+        model: Masked or plain.
+        x: Inputs, the examples along the first axis; or a list or dict of such arrays.
+        batch_size: Examples per forward pass. What enters the layers is held in memory for one
             batch.
 
     Returns:
@@ -55,9 +55,9 @@ def input_norms(model: keras.Model, x: Arrays, *, batch_size: int = 32) -> dict[
         float32 array of the weight's shape.
 
     Raises:
-        ValueError: a masked weight belongs to a layer that multiplies other things than its inputs
-            with it, or of which that is not known; the message names all of these. Or there is no
-            example, or the arrays are not of one length.
+        ValueError: If a masked weight belongs to a layer that multiplies other things than its
+            inputs with it, or of which that is not known. The message names all of these. Or there
+            is no example, or the arrays are not of one length.
 
     Reference:
         - [Sun et al., arXiv 2306.11695](https://arxiv.org/abs/2306.11695), section 3

@@ -73,18 +73,19 @@ def interpolate(
     (or what they are frozen at), statistics count as weights. Integers are those of the first.
 
     Args:
-        model: compiled, plain or masked; a plain copy of it is evaluated.
-        first: a model of this architecture under its own masks, or a list of weights, under the
+        model: Compiled, plain or masked; a plain copy of it is evaluated.
+        first: A model of this architecture under its own masks, or a list of weights, under the
             masks of `model`.
-        second: likewise.
-        x: inputs.
-        y: targets.
-        points: how many, at least 2.
+        second: Likewise.
+        x: Inputs.
+        y: Targets.
+        points: How many, at least 2.
         metric: `"loss"` or the name of a compiled metric of which 1 is best; by default the first
             one with "accuracy" in its name, without such the loss.
 
     Raises:
-        ValueError: the model is not compiled, a solution does not fit it, or an argument is wrong.
+        ValueError: If the model is not compiled, a solution does not fit it, or an argument is
+            wrong.
 
     Reference:
         - [Frankle et al., arXiv 1912.05671](https://arxiv.org/abs/1912.05671), section 2
@@ -148,22 +149,22 @@ def instability(
     error it counts as stable in the paper.
 
     Args:
-        model: compiled, plain or masked.
-        x: training inputs in memory: an array, or a list or dict of them.
-        y: training targets, likewise.
-        steps: optimizer steps of each of the trainings.
-        batch_size: examples per step.
+        model: Compiled, plain or masked.
+        x: Training inputs in memory: an array, or a list or dict of them.
+        y: Training targets, likewise.
+        steps: Optimizer steps of each of the trainings.
+        batch_size: Examples per step.
         test_data: `(x, y)`, what `interpolate` evaluates on.
         points: How many points of the line to evaluate, as in `interpolate`.
         metric: The metric that the error is measured by, as in `interpolate`.
-        seed: of the two orders.
+        seed: Of the two orders.
         augment: What happens to the inputs of each batch, as in `training.train`.
         deterministic: Whether to choose between the compiled loop and `fit` by the model alone,
             and never by the clock.
-        on_progress: called with the number of new steps done.
+        on_progress: Called with the number of new steps done.
 
     Raises:
-        ValueError: the model is not compiled, or an argument is wrong.
+        ValueError: If the model is not compiled, or an argument is wrong.
 
     Reference:
         - [Frankle et al., arXiv 1912.05671](https://arxiv.org/abs/1912.05671), section 2
@@ -212,7 +213,7 @@ def plot_instability(lines: Mapping[int, Sequence[Interpolation]]) -> Figure:
     """Draws the instability against the step of the common start, and the errors between the ends.
 
     Args:
-        lines: the interpolations of all replicates for each step. A dot is a replicate, lines go
+        lines: The interpolations of all replicates for each step. A dot is a replicate, lines go
             through the means.
     """
     figure, (left, right) = _figure(columns=2)
@@ -269,17 +270,17 @@ def sign_agreement(
     """Compares the signs of initial and final weights by what the masks keep.
 
     Args:
-        initial: initial weights by path, such as `pruner.initial_weights`; more than the masked
+        initial: Initial weights by path, such as `pruner.initial_weights`; more than the masked
             ones do no harm.
-        final: final weights likewise.
-        masks: a masked model, or masks by path.
+        final: Final weights likewise.
+        masks: A masked model, or masks by path.
 
     Returns:
         A row for each mask by path, and `"total"` over all of them.
 
     Raises:
-        TypeError: the weights are not by path.
-        ValueError: a mask has no weights, or not of its shape.
+        TypeError: If the weights are not by path.
+        ValueError: If a mask has no weights, or not of its shape.
     """
     for name, weights in (("initial", initial), ("final", final)):
         if not isinstance(weights, Mapping):
@@ -339,10 +340,10 @@ def mask_overlap(masks: Mapping[str, keras.Model | Masks]) -> Overlap:
     """Compares the masks of several runs, seeds or criteria, all layers together.
 
     Args:
-        masks: a masked model, or masks by path, for each name.
+        masks: A masked model, or masks by path, for each name.
 
     Raises:
-        ValueError: the masks are not of the same weights.
+        ValueError: If the masks are not of the same weights.
     """
     masks = {name: _masks(of) for name, of in masks.items()}
     names = tuple(masks)
@@ -381,7 +382,7 @@ def layer_sparsity(masks: keras.Model | Masks) -> dict[str, float]:
     """The share of pruned weights of every mask by path.
 
     Args:
-        masks: a masked model, or masks by path.
+        masks: A masked model, or masks by path.
     """
     return {path: 1 - _mean(np.asarray(mask, bool)) for path, mask in _masks(masks).items()}
 
@@ -420,17 +421,17 @@ def confusion_matrix(
     predicts: `weights=list(pruner.initial_weights.values())`.
 
     Args:
-        model: a classifier with one score per class on the last axis of its output.
-        x: inputs.
-        labels: the classes, 1-D integers from 0.
-        weights: what `get_weights` gives, to be used under the masks of `model`; None: its own.
+        model: A classifier with one score per class on the last axis of its output.
+        x: Inputs.
+        labels: The classes, 1-D integers from 0.
+        weights: What `get_weights` gives, to be used under the masks of `model`; None: its own.
 
     Returns:
         Integers of shape (classes, classes): rows are true classes, columns predicted ones.
 
     Raises:
-        ImportError: scikit-learn, of the `cli` extra, is not installed.
-        ValueError: the weights do not fit the model, or the labels are not one class for each
+        ImportError: If scikit-learn, of the `cli` extra, is not installed.
+        ValueError: If the weights do not fit the model, or the labels are not one class for each
             example.
     """
     from sklearn import metrics

@@ -181,7 +181,7 @@ class MaskSchedule(keras.callbacks.Callback):
             Whether the masks were changed.
 
         Raises:
-            ValueError: The weights contain NaN or infinity. No mask has changed then.
+            ValueError: If the weights contain NaN or infinity. No mask has changed then.
         """
         if not _is_count(steps, 0):
             raise ValueError(
@@ -271,8 +271,8 @@ class GradualPruning(MaskSchedule):
         data: As for `update_masks`.
 
     Raises:
-        ValueError: The model has no masks, schedule, criterion, scope, structure or distribution is
-            unknown, or the schedule falls where pruned weights do not come back.
+        ValueError: If the model has no masks, schedule, criterion, scope, structure or distribution
+            is unknown, or the schedule falls where pruned weights do not come back.
 
     Example:
     ```python
@@ -438,8 +438,8 @@ class DynamicSparseTraining(MaskSchedule):
         optimizer: The optimizer of a custom loop; by default that of the model.
 
     Raises:
-        ValueError: The model has no masks, an argument is out of its range, no change would ever be
-            due, or the arrays of `data` are not of one length.
+        ValueError: If the model has no masks, an argument is out of its range, no change would ever
+            be due, or the arrays of `data` are not of one length.
 
     References:
         - [Mocanu et al., arXiv 1707.04780](https://arxiv.org/abs/1707.04780) (SET)

@@ -30,8 +30,8 @@ class Checkpoint:
     `with` block the folder is this process's alone.
 
     Args:
-        folder: made if it is not there.
-        arguments: what the search was asked to do, in JSON's types. A state of other arguments is
+        folder: Made if it is not there.
+        arguments: What the search was asked to do, in JSON's types. A state of other arguments is
             not taken for one of these, see `fingerprints`.
     """
 
@@ -67,7 +67,7 @@ class Checkpoint:
         """Writes the state after round `number`, in which the final weights were trained.
 
         Raises:
-            FileNotFoundError: The folder was removed or replaced meanwhile.
+            FileNotFoundError: If the folder was removed or replaced meanwhile.
         """
         self._lock.check()
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -101,7 +101,7 @@ class Checkpoint:
         The model gets back all its variables, optimizer and masks included.
 
         Raises:
-            ValueError: The state is of other arguments or of another model, of what cannot be
+            ValueError: If the state is of other arguments or of another model, of what cannot be
                 identified, damaged or not whole. Masks and weights are as before then.
         """
         number, rows, evaluations = self._read_state()

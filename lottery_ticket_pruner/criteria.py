@@ -44,19 +44,19 @@ class Group:
     """The weights that compete with each other, as 1-D arrays of one length.
 
     Args:
-        mask: bool array, True where a weight is alive. Dead entries are scored and ignored.
-        rng: the group's generator; it depends on the seed and the group alone.
-        drop: how many of those alive go, where scores need to tell no more than which; None where
+        mask: Bool array, True where a weight is alive. Dead entries are scored and ignored.
+        rng: The group's generator; it depends on the seed and the group alone.
+        drop: How many of those alive go, where scores need to tell no more than which; None where
             their whole order counts.
-        initial: float array of the recorded initial weights, or None where not recorded or not
+        initial: Float array of the recorded initial weights, or None where not recorded or not
             asked for. Read-only, finite, float32 or wider. So are the next two.
-        final: the recorded final weights.
-        current: the raw weights as they are now.
-        gradient: the dense gradient of the loss by each weight, or None where the criterion does
+        final: The recorded final weights.
+        current: The raw weights as they are now.
+        gradient: The dense gradient of the loss by each weight, or None where the criterion does
             not need it. So are the next three; `evidence` says how each is found.
-        hessian_gradient: the Hessian of the loss, by all masked weights, times its gradient.
-        flow: the gradient of the sum of the logits of the model made positive.
-        input_norm: the 2-norm of what each weight is multiplied with, over the data.
+        hessian_gradient: The Hessian of the loss, by all masked weights, times its gradient.
+        flow: The gradient of the sum of the logits of the model made positive.
+        input_norm: The 2-norm of what each weight is multiplied with, over the data.
     """
 
     mask: np.ndarray
@@ -78,17 +78,17 @@ class Criterion:
     Made by `register` and `get`, not by hand.
 
     Args:
-        name: the name `get` knows it by.
+        name: The name `get` knows it by.
         function: `function(group)` gives an array of scores with the shape of `group.mask`. Minus
             infinity is a legal score, NaN is not.
-        needs: what it cannot do without, out of `RECORDS` and `EVIDENCE`.
-        optional: the records it is given where they exist.
-        scope: the only scope that goes with this criterion; None where any does.
-        elementwise: whether the score of a weight depends on nothing but its own records. Then
+        needs: What it cannot do without, out of `RECORDS` and `EVIDENCE`.
+        optional: The records it is given where they exist.
+        scope: The only scope that goes with this criterion; None where any does.
+        elementwise: Whether the score of a weight depends on nothing but its own records. Then
             weights are scored some at a time, into an array of the records' dtype.
-        rounds: in how many steps the pruner goes to what is asked of it; the evidence is prepared
+        rounds: In how many steps the pruner goes to what is asked of it; the evidence is prepared
             anew before each.
-        at_initialization: whether it is made for a model that is yet to be trained. `find_ticket`
+        at_initialization: Whether it is made for a model that is yet to be trained. `find_ticket`
             has it rank the rewound model, not the one that was trained last.
     """
 
@@ -162,19 +162,19 @@ def register(
     """Makes a score function known by name; decorates it and hands it back unchanged.
 
     Args:
-        name: the name for `get`, configurations and command lines.
-        needs: what the function reads, out of the records `"initial"`, `"final"`, `"current"` and
+        name: The name for `get`, configurations and command lines.
+        needs: What the function reads, out of the records `"initial"`, `"final"`, `"current"` and
             the evidence `"gradient"`, `"hessian_gradient"`, `"flow"`, `"input_norm"`; the others
             are None in its `Group`.
-        scope: the only scope that makes sense with it, or None.
-        elementwise: whether the score of a weight depends on nothing but its own records, not on
+        scope: The only scope that makes sense with it, or None.
+        elementwise: Whether the score of a weight depends on nothing but its own records, not on
             other weights, the mask or chance. Large models are then ranked with less memory.
-        rounds: in how many steps to prune, with new evidence before each; several need
+        rounds: In how many steps to prune, with new evidence before each; several need
             `scope="global"`.
-        at_initialization: whether `find_ticket` is to rank the rewound model.
+        at_initialization: Whether `find_ticket` is to rank the rewound model.
 
     Raises:
-        ValueError: an unknown record or scope, rounds below 1 or several of them where layers do
+        ValueError: An unknown record or scope, rounds below 1 or several of them where layers do
             not compete with each other, or a name that another function has. The same function
             defined again (a notebook cell run twice) replaces the earlier one.
     """
@@ -217,12 +217,12 @@ def get(identifier: Identifier) -> Criterion:
     """Turns whatever names a criterion into a `Criterion`.
 
     Args:
-        identifier: a known name; a dict from `get_config()` or Keras' `serialize_keras_object`; a
+        identifier: A known name; a dict from `get_config()` or Keras' `serialize_keras_object`; a
             `Criterion`; or a function `Group -> scores`. A function that was not registered is
             given every record that exists.
 
     Raises:
-        ValueError: an unknown name, something that is none of these, or an unregistered function
+        ValueError: An unknown name, something that is none of these, or an unregistered function
             that has the name of a known criterion (its configuration would restore the other one).
     """
     return _REGISTRY.get(identifier)

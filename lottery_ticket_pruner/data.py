@@ -20,12 +20,12 @@ def arrays_of(x: Any, y: Arrays | None = None) -> tuple[Arrays, Arrays | None]:
     epoch. One that shuffles gives another order each time it is read.
 
     Args:
-        x: arrays, with `y`; or a finite `tf.data.Dataset`, a `keras.utils.PyDataset` or a torch
+        x: Arrays, with `y`; or a finite `tf.data.Dataset`, a `keras.utils.PyDataset` or a torch
             `DataLoader`, without it. Inputs and targets may be lists or dicts of arrays.
-        y: targets of arrays; None beside a data set, or where there are none.
+        y: Targets of arrays; None beside a data set, or where there are none.
 
     Raises:
-        ValueError: targets beside a data set, one without end or without batches, or one whose
+        ValueError: Targets beside a data set, one without end or without batches, or one whose
             elements are not batches of that kind.
     """
     if not _is_dataset(x):
@@ -46,7 +46,7 @@ def pair_of(data: Any) -> tuple[Arrays, ...] | None:
     """Returns `validation_data` as arrays: a tuple as it is, a data set read into memory.
 
     Raises:
-        ValueError: as for `arrays_of`.
+        ValueError: As for `arrays_of`.
     """
     return data if data is None or isinstance(data, tuple | list) else arrays_of(data)
 

@@ -20,8 +20,8 @@ def gradient(
     """The gradient of a scalar function, on any backend; also inside such a function.
 
     Args:
-        function: gives the scalar and anything else that is to be handed on.
-        tensors: where to differentiate. Those that the function does not use have gradient 0.
+        function: Gives the scalar and anything else that is to be handed on.
+        tensors: Where to differentiate. Those that the function does not use have gradient 0.
 
     Returns:
         The gradients, one per tensor, and what the function gave beside the scalar.

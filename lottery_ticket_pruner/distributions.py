@@ -33,14 +33,14 @@ class Distribution:
     Args:
         name: `"uniform"`: one density for all; `"erk"`, Erdos-Renyi-kernel: in proportion to
             sum(shape) / prod(shape) of each kernel; or the name of a rule that was registered.
-        dense_first: whether the first layer stays dense: the first kernel, and whatever else of its
+        dense_first: Whether the first layer stays dense: the first kernel, and whatever else of its
             layer is masked. The others make up for it.
-        dense_last: whether the last one does.
-        rule: the rule itself, a function from a kernel's shape to its relative density; by default
+        dense_last: Whether the last one does.
+        rule: The rule itself, a function from a kernel's shape to its relative density; by default
             the one that is known by the name.
 
     Raises:
-        ValueError: no rule has this name.
+        ValueError: If no rule has this name.
 
     Reference:
         - [Evci et al., arXiv 1911.11134](https://arxiv.org/abs/1911.11134), section 3 (1)
@@ -59,11 +59,11 @@ class Distribution:
         """The sparsity of each kernel, by path.
 
         Args:
-            shapes: the shapes of the kernels by path, from the first of the model to the last.
-            sparsity: share of all weights that are to be pruned, in [0, 1).
+            shapes: The shapes of the kernels by path, from the first of the model to the last.
+            sparsity: Share of all weights that are to be pruned, in [0, 1).
 
         Raises:
-            ValueError: a sparsity outside [0, 1), or one that cannot be reached since each kernel
+            ValueError: A sparsity outside [0, 1), or one that cannot be reached since each kernel
                 keeps a weight and some are dense.
         """
         if not 0 <= sparsity < 1:
@@ -125,7 +125,7 @@ def register(name: str) -> Callable[[Callable], Callable]:
     """Makes a rule known by name: a function from a kernel's shape to its relative density.
 
     Raises:
-        ValueError: another rule has the name. The same one defined again (a notebook cell run
+        ValueError: If another rule has the name. The same one defined again (a notebook cell run
             twice) replaces the earlier one.
     """
 
@@ -162,7 +162,7 @@ def get(identifier: Identifier) -> Distribution:
             relative density, as `register` takes it.
 
     Raises:
-        ValueError: an unknown name, arguments that a distribution does not take, an unregistered
+        ValueError: An unknown name, arguments that a distribution does not take, an unregistered
             function that has the name of a known rule, or something that is none of these.
     """
     return _RULES.get(identifier)

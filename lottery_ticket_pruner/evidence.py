@@ -33,7 +33,7 @@ def measurement(
         are under these masks.
 
     Raises:
-        ValueError: There are no data of the kind that the criterion needs.
+        ValueError: If there are no data of the kind that the criterion needs.
     """
     sources = {name: _SOURCES[name](criterion, model, data) for name in criterion.evidence}
 

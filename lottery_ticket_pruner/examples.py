@@ -43,8 +43,9 @@ class Examples:
         """Takes what `fit` takes as arrays; floats become `keras.config.floatx()`, as there.
 
         Raises:
-            ValueError: The arrays are not of one length, have no examples, or hold something else
-                than numbers (TensorFlow takes texts, too), or numbers that overflow in that type.
+            ValueError: If the arrays are not of one length, have no examples, or hold something
+                else than numbers (TensorFlow takes texts, too), or numbers that overflow in that
+                type.
         """
         data = {"x": x}
         # Without targets Keras drops the weights.

@@ -68,8 +68,8 @@ def fingerprint(thing: Any) -> str:
             count, of another its attributes and its class.
 
     Raises:
-        UnidentifiedError: It holds something whose state is out of reach: an open file, a lock, a
-            function of C in a custom module.
+        UnidentifiedError: If it holds something whose state is out of reach: an open file, a lock,
+            a function of C in a custom module.
     """
     name = getattr(thing, "name", None)  # As of a criterion.
     found = _Hasher(name if isinstance(name, str) else _name(thing)).digest(thing, "")
@@ -119,7 +119,7 @@ def names_with_code(made: Iterable[Any]) -> str:
     Empty where all are built in.
 
     Raises:
-        UnidentifiedError: One has no identity.
+        UnidentifiedError: If one has no identity.
     """
     return ", ".join(
         f"{one.name} {fingerprint(one)}" for one in made if not _is_known(one.function)

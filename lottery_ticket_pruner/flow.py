@@ -30,12 +30,12 @@ class SynapticFlow:
     queries and keys of an attention, which looks everywhere alike where all positions are.
 
     Args:
-        model: masked; it is not changed.
-        x: inputs of which only the shape counts; None where the model's own is fixed.
+        model: Masked; it is not changed.
+        x: Inputs of which only the shape counts; None where the model's own is fixed.
 
     Raises:
-        ValueError: the model cannot be copied, its inputs are not of floats or their shape is not
-            known, or its outputs are probabilities by something else than an activation.
+        ValueError: If the model cannot be copied, its inputs are not of floats or their shape is
+            not known, or its outputs are probabilities by something else than an activation.
 
     Reference:
         - [Tanaka et al., arXiv 2006.05467](https://arxiv.org/abs/2006.05467), section 5
@@ -68,7 +68,7 @@ class SynapticFlow:
         """The flow through each weight, pruned ones included, when these are the masks.
 
         Args:
-            masks: bool arrays by path, of all masked weights; none keeps what the model prunes.
+            masks: Bool arrays by path, of all masked weights; none keeps what the model prunes.
 
         Returns:
             A dict from path to float64 array.

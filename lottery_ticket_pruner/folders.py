@@ -26,8 +26,8 @@ def make_folder(folder: Path) -> None:
     """Makes a folder, and those that it is in, if need be.
 
     Raises:
-        NotADirectoryError: A file is in its place, or in that of one of those.
-        OSError: It cannot be made.
+        NotADirectoryError: If a file is in its place, or in that of one of those.
+        OSError: If it cannot be made.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -48,8 +48,8 @@ class FolderLock:
         folder: The folder.
 
     Raises:
-        FolderInUseError: Another process, or another part of this one, has it.
-        OSError: The folder cannot be made or written.
+        FolderInUseError: If another process, or another part of this one, has it.
+        OSError: If the folder cannot be made or written.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -113,7 +113,7 @@ class FolderLock:
         """Raises an error if the folder is not the one any more that was locked.
 
         Raises:
-            FileNotFoundError: It was removed, or another one is in its place.
+            FileNotFoundError: If it was removed, or another one is in its place.
         """
         if self._stat is not None and not self._is_there():
             raise FileNotFoundError(

@@ -70,18 +70,18 @@ def loss_gradients(
     A second call with batches of the same shape uses the function compiled for the first.
 
     Args:
-        model: compiled, masked or plain.
-        x: inputs, the examples along the first axis; or a list or dict of such arrays.
-        y: targets, likewise.
-        sample_weight: a weight per example, or None.
-        batch_size: examples per forward pass; it bounds the memory needed.
+        model: Compiled, masked or plain.
+        x: Inputs, the examples along the first axis; or a list or dict of such arrays.
+        y: Targets, likewise.
+        sample_weight: A weight per example, or None.
+        batch_size: Examples per forward pass; it bounds the memory needed.
 
     Returns:
         A dict from the path of each masked weight (in a plain model of each maskable one) to an
         array of the weight's shape: float64 for a float64 weight, else float32.
 
     Raises:
-        ValueError: the model is not compiled or has nothing to prune, there are no examples, or
+        ValueError: If the model is not compiled or has nothing to prune, there are no examples, or
             the targets are not what the loss expects.
     """
     with targets.explained(model, x, y):
@@ -109,7 +109,7 @@ def hessian_gradients(
     directions of `SpectralNormalization`) is fixed here, too.
 
     Raises:
-        ValueError: as `loss_gradients`, or an operation of the model has no second derivative on
+        ValueError: As `loss_gradients`, or an operation of the model has no second derivative on
             this backend; the message has its name.
 
     Reference:
@@ -249,7 +249,7 @@ def prunable_refs(model: keras.Model) -> list[WeightRef]:
     """The masked weights of a model, in a plain model all that can be masked.
 
     Raises:
-        ValueError: there are none.
+        ValueError: If there are none.
     """
     refs = ml.weight_refs(model)
     refs = [ref for ref in refs if ref.mask is not None] or refs

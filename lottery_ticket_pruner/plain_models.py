@@ -108,7 +108,7 @@ class PlainPruning(abc.ABC):
         masks_version: A number that is higher whenever the held masks have changed.
 
     Raises:
-        ValueError: The model is not built, or it has nothing to prune.
+        ValueError: If the model is not built, or it has nothing to prune.
     """
 
     # Records, which the subclass makes.
@@ -154,8 +154,8 @@ class PlainPruning(abc.ABC):
             prune_strategy: A criterion: name, configuration, `criteria.Criterion` or function.
 
         Raises:
-            ValueError: The share is out of bounds, a record is missing, the strategy is unknown or
-                the model has other weights. Nothing has changed then.
+            ValueError: If the share is out of bounds, a record is missing, the strategy is unknown
+                or the model has other weights. In that case nothing is changed.
         """
         if not 0 < prune_percentage < 1:
             raise ValueError(
@@ -173,7 +173,7 @@ class PlainPruning(abc.ABC):
             model: The model, of the pruner's architecture.
 
         Raises:
-            ValueError: The model has other weights; the message names the layer and both shapes.
+            ValueError: If the model has other weights. The message names the layer and both shapes.
         """
         model = self._checked(model)
         if is_masked(model):
@@ -199,7 +199,7 @@ class PlainPruning(abc.ABC):
             model: The model, of the pruner's architecture.
 
         Raises:
-            ValueError: The model has other weights; the message names the layer and both shapes.
+            ValueError: If the model has other weights. The message names the layer and both shapes.
 
         Reference:
             - [Zhou et al., arXiv 1905.01067](https://arxiv.org/abs/1905.01067), section 5.2
@@ -272,7 +272,7 @@ class PlainPruning(abc.ABC):
             mask. Changing an array changes neither record nor model.
 
         Raises:
-            ValueError: The model has other weights; the message names the layer and both shapes.
+            ValueError: If the model has other weights. The message names the layer and both shapes.
         """
         model = self._checked(model)
         ml.sync(model)

@@ -60,7 +60,7 @@ class LotteryTicketPruner(plain_models.PlainPruning):
             `masked_layers.convert_to_masked`.
 
     Raises:
-        ValueError: The model is not built, or it has nothing to prune.
+        ValueError: If the model is not built, or it has nothing to prune.
 
     Example:
     ```python
@@ -109,7 +109,7 @@ class LotteryTicketPruner(plain_models.PlainPruning):
             model: The model to record, of the same architecture; by default the pruner's own.
 
         Raises:
-            ValueError: The model has other weights; the message names the layer and both shapes.
+            ValueError: If the model has other weights. The message names the layer and both shapes.
         """
         model = self._checked(model)
         self._initial = records.snapshot(model)
@@ -124,7 +124,7 @@ class LotteryTicketPruner(plain_models.PlainPruning):
             model: The model to record, of the same architecture; by default the pruner's own.
 
         Raises:
-            ValueError: The model has other weights; the message names the layer and both shapes.
+            ValueError: If the model has other weights. The message names the layer and both shapes.
         """
         model = self._checked(model)
         final = list(records.snapshot(model))
@@ -182,8 +182,8 @@ class LotteryTicketPruner(plain_models.PlainPruning):
             The report of the model's sparsity.
 
         Raises:
-            ValueError: The model is not masked, a record or data are missing, or an argument is
-                wrong. Nothing has changed then.
+            ValueError: If the model is not masked, a record or data are missing, or an argument is
+                wrong. In that case nothing is changed.
 
         Warns:
             UserWarning: The criterion ranks final weights that are older than the last update;
@@ -231,7 +231,7 @@ class LotteryTicketPruner(plain_models.PlainPruning):
             An iterator over dicts from path to bool mask, one for each sparsity.
 
         Raises:
-            ValueError: A record is missing, or an argument is wrong.
+            ValueError: If a record is missing, or an argument is wrong.
 
         Warns:
             UserWarning: One of the masks keeps nothing; for the first sparsity where that is so.
@@ -256,8 +256,8 @@ class LotteryTicketPruner(plain_models.PlainPruning):
                 recorded one where a learning-rate schedule reads it. Compiled functions stay valid.
 
         Raises:
-            ValueError: The model is not masked, or its trainable weights have changed since the
-                optimizer was built. Nothing has changed then.
+            ValueError: If the model is not masked, or its trainable weights have changed since the
+                optimizer was built. In that case nothing is changed.
         """
         self._require_masked("rewind")
         self._restart(self._initial, optimizer)
@@ -289,9 +289,9 @@ class LotteryTicketPruner(plain_models.PlainPruning):
             optimizer: As for `rewind`.
 
         Raises:
-            ValueError: The model is not masked, a treatment is unknown or reads final weights that
-                were not recorded, or a layer has no initializer to draw from. Nothing has changed
-                then.
+            ValueError: If the model is not masked, a treatment is unknown or reads final weights
+                that were not recorded, or a layer has no initializer to draw from. In that case
+                nothing is changed.
 
         Reference:
             - [Zhou et al., arXiv 1905.01067](https://arxiv.org/abs/1905.01067), sections 3 and 4
@@ -364,7 +364,8 @@ class LotteryTicketPruner(plain_models.PlainPruning):
             The metrics by name.
 
         Raises:
-            ValueError: The model is not masked or not compiled, or `weights` is neither of the two.
+            ValueError: If the model is not masked or not compiled, or `weights` is neither of the
+                two.
 
         Reference:
             - [Zhou et al., arXiv 1905.01067](https://arxiv.org/abs/1905.01067), sections 4 and 5
@@ -402,8 +403,8 @@ class LotteryTicketPruner(plain_models.PlainPruning):
             model: Model to prune, of the pruner's architecture; by default the pruner's own.
 
         Raises:
-            ValueError: A record or data are missing, or the amount is wrong. Nothing has changed
-                then.
+            ValueError: If a record or data are missing, or the amount is wrong. In that case
+                nothing is changed.
         """
         model = self.model if model is None else model
         criterion = request.criterion
@@ -481,7 +482,7 @@ class LotteryTicketPruner(plain_models.PlainPruning):
             model: The model that the pruner is for from now on.
 
         Raises:
-            ValueError: The file is not a pruner's, or the model has other weights (the message
+            ValueError: If the file is not a pruner's, or the model has other weights (the message
                 names the layer and both shapes) or other masks. The model has not changed then.
         """
         saved = records.Saved.read(file)

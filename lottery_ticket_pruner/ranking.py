@@ -43,7 +43,7 @@ def tie_keys(keys: Any, seed: Any) -> Any:
 
     Args:
         keys: 1-D tensor of at most `MAX_SIZE` entries; only its length counts.
-        seed: int32 scalar.
+        seed: Int32 scalar.
     """
     low = MAX_SIZE - 1
     number = ops.arange(ops.shape(keys)[0], dtype="int32")
@@ -61,9 +61,9 @@ def keep_highest(keys: Any, candidates: Any, count: Any, seed: Any) -> Any:
 
     Args:
         keys: 1-D int32 tensor of at most `MAX_SIZE` entries, all at least 0.
-        candidates: bool tensor of that shape.
-        count: int32 scalar, from 0 to the number of candidates.
-        seed: int32 scalar: decides which of several candidates with the key at the threshold stay.
+        candidates: Bool tensor of that shape.
+        count: Int32 scalar, from 0 to the number of candidates.
+        seed: Int32 scalar: decides which of several candidates with the key at the threshold stay.
     """
     keys = ops.where(candidates, keys, -1)
     threshold = _threshold(keys, count)
@@ -130,9 +130,9 @@ def keep_largest(weight: Any, candidates: Any, most: Any, seed: Any) -> tuple[An
 
     Args:
         weight: 1-D tensor of floats.
-        candidates: bool tensor of that shape: those that may stay.
-        most: int32 scalar; where there are fewer candidates, all of them stay.
-        seed: int32 scalar, for equal weights.
+        candidates: Bool tensor of that shape: those that may stay.
+        most: Int32 scalar; where there are fewer candidates, all of them stay.
+        seed: Int32 scalar, for equal weights.
 
     Returns:
         The bool mask, and whether every candidate is finite: nothing is to be made of it if not.
@@ -150,9 +150,9 @@ def rewire_at_random(weight: Any, mask: Any, count: Any, seed: Any) -> tuple[Any
 
     Args:
         weight: 1-D tensor of floats.
-        mask: bool tensor of that shape.
-        count: int32 scalar: how many of the weights alive go.
-        seed: int32 scalar.
+        mask: Bool tensor of that shape.
+        count: Int32 scalar: how many of the weights alive go.
+        seed: Int32 scalar.
 
     Returns:
         The bool mask, where it grew (bool), and whether all that was ranked is finite.
@@ -228,7 +228,7 @@ def check_finite(
         The paths whose mask keeps nothing.
 
     Raises:
-        ValueError: Something that was ranked is not finite; the message names the weights.
+        ValueError: If something that was ranked is not finite. The message names the weights.
     """
     codes = [
         ops.cast(fine, "int32") + 2 * ops.cast(ops.any(mask), "int32")

@@ -49,7 +49,7 @@ class Architecture:
             model: Model that is to be of this architecture.
 
         Raises:
-            ValueError: It has others; the message names the layer and both shapes.
+            ValueError: If it has others. The message names the layer and both shapes.
         """
         shapes = [tuple(variable.shape) for variable in model.weights]
         if shapes != list(self.shapes):
@@ -64,7 +64,7 @@ class Architecture:
             what: What to call the owner of these weights.
 
         Raises:
-            ValueError: There is a difference.
+            ValueError: If there is a difference.
         """
         for i in range(max(len(keys), len(self.paths))):
             found = (keys[i], tuple(shapes[i])) if i < len(keys) else None
@@ -184,7 +184,7 @@ class Saved:
         """Reads a file that `write` wrote.
 
         Raises:
-            ValueError: The file is not one.
+            ValueError: If the file is not one.
         """
         try:
             arrays = read_npz(file)

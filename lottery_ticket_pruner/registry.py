@@ -90,7 +90,7 @@ class Registry(Generic[T]):
             value: What `make` is given, by default the thing itself.
 
         Raises:
-            ValueError: Another one has that name, or it is none. The same one defined again (a
+            ValueError: If another one has that name, or it is none. The same one defined again (a
                 notebook cell run twice) replaces the earlier one.
         """
         if not isinstance(name, str) or not name:
@@ -149,7 +149,7 @@ class Registry(Generic[T]):
         """Returns the name if `get` resolves it to this very thing.
 
         Raises:
-            ValueError: It is the name of another one.
+            ValueError: If it is the name of another one.
         """
         known = self._things.get(name, self._shorthand(name))
         if known is not None and not _same(known, thing):

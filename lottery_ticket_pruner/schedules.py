@@ -40,7 +40,7 @@ class Schedule:
         frequency: Steps from one change to the next.
 
     Raises:
-        ValueError: A step is negative or no integer, the end lies before the beginning, or the
+        ValueError: If a step is negative or no integer, the end lies before the beginning, or the
             frequency is below 1.
     """
 
@@ -198,7 +198,7 @@ def register(name: str) -> Callable[[Any], Any]:
         A decorator of a function `step -> sparsity` or of a subclass of `Schedule`.
 
     Raises:
-        ValueError: Another schedule has that name. The same one defined again (a notebook cell
+        ValueError: If another schedule has that name. The same one defined again (a notebook cell
             run twice) replaces the earlier one.
     """
 
@@ -277,7 +277,7 @@ def check_sparsity(name: str, value: float) -> float:
     """The sparsity as a float.
 
     Raises:
-        ValueError: It is not a number in [0, 1).
+        ValueError: If it is not a number in [0, 1).
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= value < 1:
         raise ValueError(f"`{name}` must be a number in [0, 1). Received: {name}={value!r}")
@@ -363,7 +363,7 @@ class Polynomial(_Ramp):
         frequency: Steps from one change to the next.
 
     Raises:
-        ValueError: A sparsity is outside [0, 1), a step is negative or no integer, the end lies
+        ValueError: If a sparsity is outside [0, 1), a step is negative or no integer, the end lies
             before the beginning, or the power is not a positive finite number.
 
     Reference:

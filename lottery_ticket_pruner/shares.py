@@ -11,7 +11,7 @@ def one_of(rate: Share | None, sparsity: Share | None) -> tuple[str, Share]:
     """The one that is given, with its name.
 
     Raises:
-        ValueError: both are given, or none.
+        ValueError: If both are given, or none.
     """
     if (rate is None) == (sparsity is None):
         raise ValueError(
@@ -26,7 +26,7 @@ def check_share(name: str, share: float) -> None:
     """Refuses what is not a number in [0, 1).
 
     Raises:
-        ValueError: it is none; the message has the name.
+        ValueError: If it is none. The message has the name.
     """
     if isinstance(share, bool) or not isinstance(share, numbers.Real) or not 0 <= share < 1:
         raise ValueError(
@@ -39,7 +39,7 @@ def shares_of(name: str, share: Share, paths: Sequence[str], scope: str) -> dict
     """The share that holds for each path.
 
     Raises:
-        ValueError: a share is not a number in [0, 1), a path has none, or a pattern is not one,
+        ValueError: If a share is not a number in [0, 1), a path has none, or a pattern is not one,
             is found nowhere or only where earlier ones hold.
     """
     if not isinstance(share, Mapping):

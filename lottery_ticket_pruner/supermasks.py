@@ -46,25 +46,25 @@ def evaluate_grid(
     rescaled weights are values that it reads. The model is left exactly as it was.
 
     Args:
-        pruner: the pruner of a compiled masked model, with the records that the criteria read.
-        x: inputs, the examples along the first axis; or a list or dict of such arrays.
-        y: targets, likewise.
-        criteria: whatever `criteria.get` takes.
-        sparsities: shares of all weights that are pruned.
-        weights: what the masks are laid over: `"initial"` (w0) or `"signed_constant"`, which is
+        pruner: The pruner of a compiled masked model, with the records that the criteria read.
+        x: Inputs, the examples along the first axis; or a list or dict of such arrays.
+        y: Targets, likewise.
+        criteria: Whatever `criteria.get` takes.
+        sparsities: Shares of all weights that are pruned.
+        weights: What the masks are laid over: `"initial"` (w0) or `"signed_constant"`, which is
             sign(w0) times the standard deviation of w0, per masked weight. All other weights are
             the recorded initial ones.
-        dwr: whether masked weights are multiplied by size / ones(mask); both by default.
-        scope: who competes, as for `update_masks`.
-        seed: for random scores and ties.
+        dwr: Whether masked weights are multiplied by size / ones(mask); both by default.
+        scope: Who competes, as for `update_masks`.
+        seed: For random scores and ties.
 
     Returns:
         One dict per cell, criteria outermost, then sparsities, weights and dwr: `"criterion"` (its
         name), `"sparsity"`, `"weights"`, `"dwr"`, `"loss"` and the compiled metrics by name.
 
     Raises:
-        ValueError: the model is not masked or not compiled, a record is missing, or an argument is
-            wrong. Nothing was evaluated then.
+        ValueError: If the model is not masked or not compiled, a record is missing, or an argument
+            is wrong. Nothing was evaluated then.
 
     Reference:
         - [Zhou et al., arXiv 1905.01067](https://arxiv.org/abs/1905.01067), sections 4 and 5

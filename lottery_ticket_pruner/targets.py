@@ -20,13 +20,13 @@ def explained(model: keras.Model, x: Any, y: Any) -> Iterator[None]:
     """Says what is wrong with targets where something fails and that is why.
 
     Args:
-        model: compiled.
-        x: inputs, an array or a list or dict of arrays.
-        y: targets, likewise, or None.
+        model: Compiled.
+        x: Inputs, an array or a list or dict of arrays.
+        y: Targets, likewise, or None.
 
     Raises:
-        ValueError: the block failed, and the targets do not go with the compiled losses. Whatever
-            else it raises is raised as it is.
+        ValueError: If the block failed, and the targets do not go with the compiled losses.
+            Whatever else it raises is raised as it is.
     """
     try:
         yield
@@ -44,7 +44,7 @@ def check(model: keras.Model, x: Any, y: Any) -> None:
     """Refuses targets that do not go with the compiled losses, before something else is done.
 
     Raises:
-        ValueError: they do not; the message says what was received, expected, and what to do.
+        ValueError: If they do not. The message says what was received, expected, and what to do.
     """
     problem = None
     # A subclassed model would be called for its shapes, and may keep what it makes of symbols.

@@ -36,11 +36,11 @@ class Kernel:
     """The mask and records of one masked weight, as arrays of its shape.
 
     Args:
-        mask: bool array, True where an entry is kept.
-        rng: the generator of this weight; it depends on the seed and the path of the weight alone.
-        initial: the recorded initial weights, read-only.
-        final: the recorded final weights, read-only; None where not recorded.
-        draw: a fresh draw from the layer's own initializer, the same at every call.
+        mask: Bool array, True where an entry is kept.
+        rng: The generator of this weight; it depends on the seed and the path of the weight alone.
+        initial: The recorded initial weights, read-only.
+        final: The recorded final weights, read-only; None where not recorded.
+        draw: A fresh draw from the layer's own initializer, the same at every call.
     """
 
     mask: np.ndarray
@@ -58,10 +58,10 @@ class Treatment(Generic[F]):
     """A named treatment. Made by `get_kept`, `get_pruned` and what registers, not by hand.
 
     Args:
-        name: the name it is known by.
+        name: The name it is known by.
         function: `function(kernel)` for kept weights, `function(kernel, values)` for pruned ones.
-        needs_final: whether it cannot do without the final weights.
-        weights: which ones it is for, `"kept"` or `"pruned"`; None where that is not known.
+        needs_final: Whether it cannot do without the final weights.
+        weights: Which ones it is for, `"kept"` or `"pruned"`; None where that is not known.
     """
 
     name: str
@@ -90,7 +90,7 @@ class Treatment(Generic[F]):
         """Resolves a configuration by `get_kept` or `get_pruned`.
 
         Raises:
-            ValueError: it does not say which weights it is for, and both kinds have the name, or
+            ValueError: If it does not say which weights it is for, and both kinds have the name, or
                 neither.
         """
         weights = config.get("weights")
@@ -140,11 +140,11 @@ def register_kept(name: str, *, needs_final: bool = False) -> Callable[[Callable
     """Makes a treatment of kept weights known by name; decorates `function(kernel)`.
 
     Args:
-        name: the name for `get_kept`, configurations and command lines.
-        needs_final: whether it cannot do without the final weights.
+        name: The name for `get_kept`, configurations and command lines.
+        needs_final: Whether it cannot do without the final weights.
 
     Raises:
-        ValueError: another function has the name.
+        ValueError: If another function has the name.
     """
     return _registering("kept", name, needs_final)
 
@@ -153,11 +153,11 @@ def register_pruned(name: str, *, needs_final: bool = False) -> Callable[[Callab
     """Makes a treatment of pruned weights known by name; decorates `function(kernel, values)`.
 
     Args:
-        name: the name for `get_pruned`, configurations and command lines.
-        needs_final: whether it cannot do without the final weights.
+        name: The name for `get_pruned`, configurations and command lines.
+        needs_final: Whether it cannot do without the final weights.
 
     Raises:
-        ValueError: another function has the name.
+        ValueError: If another function has the name.
     """
     return _registering("pruned", name, needs_final)
 
@@ -166,11 +166,11 @@ def get_kept(identifier: str | Mapping | Treatment | Callable) -> Treatment:
     """Turns whatever names a treatment of kept weights into a `Treatment`.
 
     Args:
-        identifier: a known name; a dict from `get_config()` or Keras' `serialize_keras_object`; a
+        identifier: A known name; a dict from `get_config()` or Keras' `serialize_keras_object`; a
             `Treatment`; or a function of a `Kernel`.
 
     Raises:
-        ValueError: an unknown name, an unregistered function that has the name of a known
+        ValueError: An unknown name, an unregistered function that has the name of a known
             treatment, a treatment of the other weights, or something that is none of these.
     """
     return _get("kept", identifier)
@@ -180,12 +180,12 @@ def get_pruned(identifier: str | Mapping | Treatment | Callable) -> Treatment:
     """Turns whatever names a treatment of pruned weights into a `Treatment`.
 
     Args:
-        identifier: a known name; a dict from `get_config()` or Keras' `serialize_keras_object`; a
+        identifier: A known name; a dict from `get_config()` or Keras' `serialize_keras_object`; a
             `Treatment`; or a function of a `Kernel` and the values that the kept entries start
             from.
 
     Raises:
-        ValueError: an unknown name, an unregistered function that has the name of a known
+        ValueError: An unknown name, an unregistered function that has the name of a known
             treatment, a treatment of the other weights, or something that is none of these.
     """
     return _get("pruned", identifier)
@@ -214,7 +214,7 @@ def treat(kernel: Kernel, kept: Treatment, pruned: Treatment) -> np.ndarray:
     """Returns the kept and pruned entries of one weight that the forward pass starts from.
 
     Raises:
-        ValueError: a treatment gave values of another shape or that are not finite.
+        ValueError: If a treatment gave values of another shape or that are not finite.
     """
     values = _checked(kernel, kept, kept(kernel), kernel.mask)
     return _checked(kernel, pruned, pruned(kernel, values), np.ones_like(kernel.mask))
@@ -229,7 +229,7 @@ def draw_again(ref: ml.WeightRef, seed: int) -> np.ndarray:
     """A fresh draw of a weight from the layer's own initializer, whose own seed is not used.
 
     Raises:
-        ValueError: the layer has no initializer for this weight.
+        ValueError: If the layer has no initializer for this weight.
     """
     initializer = _initializer(ref)
     config = initializer.get_config()

@@ -50,7 +50,7 @@ def import_tfmot() -> ModuleType:
     and the variable is put back.
 
     Raises:
-        ImportError: It is not installed.
+        ImportError: If it is not installed.
     """
     before = os.environ.get(_SWITCH)
     try:
@@ -88,7 +88,7 @@ def from_tfmot(model: Any, custom_objects: Mapping[str, Any] | None = None) -> k
 
     Raises:
         TypeError: If it is not a `tf_keras` model.
-        ValueError: It is subclassed or not built; or it has layers, arguments or weights that
+        ValueError: If it is subclassed or not built; or it has layers, arguments or weights that
             Keras 3 does not have. The message names all such layers.
     """
     modules = {base.__module__.partition(".")[0] for base in type(model).__mro__}

@@ -110,7 +110,7 @@ def rounds(request: Request, weights: Mapping[str, Weights]) -> list[Request]:
         weights: Kernels as they are now, by path.
 
     Raises:
-        ValueError: Rounds are to lead on from masks that are not ones under a structure.
+        ValueError: If rounds are to lead on from masks that are not ones under a structure.
     """
     criterion, rate, sparsity = request.criterion, request.rate, request.sparsity
     share = rate if sparsity is None else sparsity

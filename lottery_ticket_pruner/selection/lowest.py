@@ -26,8 +26,8 @@ def drop_lowest(
         rng: Generator that decides which of several weights with the score at the threshold go.
 
     Raises:
-        ValueError: The shapes differ, there is a NaN among the scores of kept weights, or `drop` is
-            negative or more than are kept.
+        ValueError: If the shapes differ, there is a NaN among the scores of kept weights, or `drop`
+            is negative or more than are kept.
     """
     alive = check_drop(scores, mask, drop)
     if drop == 0:

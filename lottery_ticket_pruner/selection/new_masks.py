@@ -126,7 +126,7 @@ def update(
         A dict from path to a new bool mask, in the order of `weights`.
 
     Raises:
-        ValueError: Shares, scope or criterion make no sense; there are no kernels; a record is
+        ValueError: If shares, scope or criterion make no sense; there are no kernels; a record is
             missing, has another shape than its mask or holds a NaN or an infinity; a sparsity is
             exceeded already; a structure applies to no kernel. The message names the path.
     """
@@ -171,7 +171,7 @@ def update_many(
         they are asked for.
 
     Raises:
-        ValueError: An argument is one that `update` refuses, too.
+        ValueError: If an argument is one that `update` refuses, too.
     """
     request = Request.of(criterion, scope=scope, seed=seed, structure=structure)
     return select_many(request, weights, sparsities)

@@ -59,7 +59,7 @@ class Request:
             **amount: `rate`, `sparsity` and `keep_sparser`, as they are.
 
         Raises:
-            ValueError: A name is unknown, the scope does not go with the criterion or the
+            ValueError: If a name is unknown, the scope does not go with the criterion or the
                 structure, or the seed is not a non-negative integer.
         """
         if structure is not None:
@@ -117,7 +117,7 @@ def resolve_scope(criterion: criteria.Criterion, scope: str | None) -> str:
         scope: Name of a scope, or None.
 
     Raises:
-        ValueError: No scope has this name, or the criterion insists on another.
+        ValueError: If no scope has this name, or the criterion insists on another.
     """
     if scope is None:
         return criterion.scope or "layer"

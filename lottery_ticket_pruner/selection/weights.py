@@ -73,7 +73,7 @@ def prepared(criterion: criteria.Criterion, path: str, kernel: Weights) -> Weigh
         kernel: Kernel with any records.
 
     Raises:
-        ValueError: A record is missing, has another shape than the mask, or holds a NaN or an
+        ValueError: If a record is missing, has another shape than the mask, or holds a NaN or an
             infinity.
     """
     mask = np.asarray(kernel.mask, dtype=bool)
