@@ -1,7 +1,8 @@
 """The one place for what this package needs from Keras beyond its public API.
 
-Each function says why the public API is not enough; `tests/test_keras.py` checks each of them
-against the installed Keras, so that a move upstream is noticed there and not by a user.
+Each function says why the public API is not enough; `tests/lottery_ticket_pruner/test_keras.py`
+checks each of them against the installed Keras, so that a move upstream is noticed there and not by
+a user.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Everything this library needs from Keras beyond its public API, in one place.
 
-Each function says why the public API does not do; `tests/test_masked_keras.py` checks each of them
-against the installed Keras, so that a move upstream is noticed there and not by a user.
+Each function says why the public API does not do; `tests/masked_layers/test_keras.py` checks each
+of them against the installed Keras, so that a move upstream is noticed there and not by a user.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Watches calls and loads of a model, which Keras' public API cannot.
 
-`tests/test_masked_keras.py` checks each of these against the installed Keras.
+`tests/masked_layers/test_keras.py` checks each of these against the installed Keras.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 # At the end: an installed package goes before the source.
-sys.path.append(str(Path(__file__).parents[1]))
+sys.path.append(str(Path(__file__).parents[2]))
 
 pytest.importorskip("psutil")
 pytest.importorskip("rich")
@@ -16,23 +16,8 @@ from benchmarks import __main__ as command
 from benchmarks import plan, report, timing
 
 
-def in_turns():
-    """Contenders that say which call this is."""
-    calls = []
-
-    def call():
-        calls.append(None)
-        return float(len(calls))
-
-    return {"a": call, "b": call, "broken": lambda: 1 / 0}
-
-
-def needs_a_peer():
-    raise ModuleNotFoundError("No module named 'peer'", name="peer.inner")
-
-
 def contender(name, setup="in_turns"):
-    return timing.Contender(f"test_benchmarks:{setup}", name)
+    return timing.Contender(f"contenders:{setup}", name)
 
 
 @pytest.mark.once
@@ -113,7 +98,7 @@ def test_the_plan_names_functions_that_are_there():
             keys |= {contender.setup for contender in group.contenders.values()}
     for key in keys:
         module, _, function = key.partition(":")
-        source = Path(__file__).parents[1] / f"{module.replace('.', '/')}.py"
+        source = Path(__file__).parents[2] / f"{module.replace('.', '/')}.py"
         assert f"def {function}(" in source.read_text()
 
 

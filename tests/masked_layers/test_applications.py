@@ -9,7 +9,7 @@ import pytest
 import masked_layers as ml
 
 spec = importlib.util.spec_from_file_location(
-    "conversion_benchmark", Path(__file__).parents[1] / "benchmarks" / "conversion.py"
+    "conversion_benchmark", Path(__file__).parents[2] / "benchmarks" / "conversion.py"
 )
 conversion = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(conversion)

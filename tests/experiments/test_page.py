@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("tyro")
 pytest.importorskip("jinja2")
 
-from test_report import ROWS, write_run
+from made_up_runs import ROWS, write_run
 
 import masked_layers as ml
 from lottery_ticket_pruner import cli

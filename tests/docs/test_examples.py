@@ -17,7 +17,7 @@ pytest.importorskip("sklearn")
 
 from lottery_ticket_pruner.experiments import datasets
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def load(name):

@@ -91,7 +91,7 @@ print("held")
 
 @pytest.mark.once("jax")
 def test_masks_are_spread_like_their_kernels(tmp_path):
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), *sys.path])}
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(tmp_path / "model.keras")],

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 # At the end: an installed package goes before the source.
-sys.path.append(str(Path(__file__).parents[1]))
+sys.path.append(str(Path(__file__).parents[2]))
 
 from benchmarks import resume
 

@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("tyro")
 
-from test_report import write_run
+from made_up_runs import write_run
 
 import masked_layers as ml
 from lottery_ticket_pruner.experiments import masks, networks, page, results

@@ -17,7 +17,7 @@ from lottery_ticket_pruner import cli, training
 from lottery_ticket_pruner.experiments import parent
 from lottery_ticket_pruner.folders import FolderLock
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RUN = ["run", "--rounds", "1", "--steps", "4", "--seeds", "0", "--controls", "--quiet"]
 
 

@@ -13,7 +13,7 @@ import pytest
 import lottery_ticket_pruner
 import masked_layers as ml
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 # Of these every block runs, here or in the tests of the page.
 RUN = {"README.md", "serving.md", "extending.md", "migrating-from-tfmot.md"}
