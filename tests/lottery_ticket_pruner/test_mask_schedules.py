@@ -10,9 +10,9 @@ from lottery_ticket_pruner import (
     DynamicSparseTraining,
     GradualPruning,
     LotteryTicketPruner,
-    callbacks,
     fitting,
     gradients,
+    mask_schedules,
     schedules,
     training,
 )
@@ -130,7 +130,7 @@ def test_no_weight_and_no_mask_goes_through_the_host(monkeypatch):
     monkeypatch.setattr(keras.Variable, "numpy", lambda self: pytest.fail(self.path))
     real = ops.convert_to_numpy
     monkeypatch.setattr(
-        callbacks.ops, "convert_to_numpy", lambda x: read.append(real(x).size) or real(x)
+        mask_schedules.ops, "convert_to_numpy", lambda x: read.append(real(x).size) or real(x)
     )
     assert pruning.advance(0)
     monkeypatch.undo()

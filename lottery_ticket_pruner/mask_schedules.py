@@ -1,0 +1,509 @@
+"""Callbacks that change the masks of a masked model while it trains: pruning and rewiring."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import numbers
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+import masked_layers as ml
+from lottery_ticket_pruner import (
+    criteria,
+    evidence,
+    fitting,
+    gradients,
+    notices,
+    ranking,
+    schedules,
+    selection,
+    structures,
+    targets,
+)
+from lottery_ticket_pruner.examples import Examples
+from lottery_ticket_pruner.pruner import LotteryTicketPruner
+from lottery_ticket_pruner.records import is_masked
+
+
+class MaskSchedule(keras.callbacks.Callback):
+    """Changes the masks of a masked model at certain steps of its training.
+
+    What `GradualPruning` and `DynamicSparseTraining` have in common. Each of them is two things: a
+    callback of `fit`, and, without `fit`, an object whose `advance` is called as training proceeds.
+
+    A step is a batch that was trained on. In `fit` the count starts from the optimizer's, so that a
+    training that is continued, or resumed from a file, goes on where it stood; elsewhere it starts
+    at 0. It is read when the first batch begins: the order of this callback and one that restores
+    the training, such as `keras.callbacks.BackupAndRestore`, does not matter. With
+    `steps_per_execution` above 1, masks change after the execution in which a step was due: choose
+    intervals that are multiples of it.
+
+    At the end of every epoch of `fit` the sparsity of the model is in the logs, as `"sparsity"`.
+
+    Attributes:
+        pruner: The pruner of the masked model.
+    """
+
+    def __init__(self, pruner: LotteryTicketPruner) -> None:
+        super().__init__()
+        if not isinstance(pruner, LotteryTicketPruner):
+            raise TypeError(
+                f"{type(self).__name__} takes the pruner of a masked model: "
+                f"`LotteryTicketPruner(masked)`. Received: {pruner!r}"
+            )
+        if not is_masked(pruner.model):
+            raise ValueError(
+                f"{type(self).__name__} changes masks, and {pruner.model.name!r} has none. Make "
+                "the pruner for `masked_layers.convert_to_masked(model)` and train that model."
+            )
+        self.pruner = pruner
+        self._step = 0
+        self._unseen = 0  # the first step that was not asked about
+        self._begun = False
+        self._data: tuple[Any, Any] | None = None  # inputs and targets of which changes are made
+
+    @property
+    def step(self) -> int:
+        """The number of training steps so far; assign to it after rewinding a custom loop."""
+        return self._step
+
+    @step.setter
+    def step(self, step: int) -> None:
+        if step != self._step:
+            self._step = self._unseen = step
+
+    def advance(self, steps: int = 1) -> bool:
+        """Tells that so many steps were trained since the last call, and changes masks if due.
+
+        Of several changes that fell due among these steps, only the last is made.
+
+        Args:
+            steps: How many; 0 asks about the present step.
+
+        Returns:
+            Whether the masks were changed.
+
+        Raises:
+            ValueError: If the weights contain NaN or infinity. No mask has changed then.
+        """
+        if not _is_count(steps, 0):
+            raise ValueError(
+                f"`steps` must be an integer and not be negative. Received: steps={steps!r}"
+            )
+        self._step += steps
+        due = [step for step in range(self._unseen, self._step + 1) if self._due(step)]
+        self._unseen = self._step + 1
+        if due:
+            ml.sync(self.pruner.model)
+            self._change(due[-1])
+            self.pruner.note_changed_masks()
+        return bool(due)
+
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        """Checks that the model is the pruner's, and that its loss takes the targets given here."""
+        if self.model is not self.pruner.model:
+            raise ValueError(
+                f"{type(self).__name__} was made with a pruner of another model than "
+                f"{self.model.name!r}. Make the pruner for the model that is trained."
+            )
+        if self._data is not None:
+            targets.check(self.model, *self._data)
+        self._begun = False
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Notes where the epoch starts."""
+        self._epoch_start = self.step
+
+    def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        """Takes the count from the optimizer before the first batch, and changes masks if due."""
+        # Not in `on_train_begin`: a callback behind this one may restore model and optimizer there.
+        if not self._begun:
+            # Not `iterations`: that counts every k-th batch where gradients of k are accumulated.
+            self.step = max(step for step, _ in fitting.read_clocks(self.model.optimizer))
+            self._epoch_start = self.step - batch
+            self._begin()
+            self._begun = True
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        """Advances to the end of this batch."""
+        # The last execution of an epoch may have had fewer batches than Keras says.
+        done = min(batch + 1, self.params.get("steps") or batch + 1)
+        self.advance(self._epoch_start + done - self.step)
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Adds the sparsity to the logs."""
+        if logs is not None:
+            refs = ml.masked_refs(self.model)
+            size = sum(math.prod(ref.variable.shape) for ref in refs)
+            logs["sparsity"] = 1 - sum(ranking.count_alive(refs)) / size
+
+    def _begin(self) -> None:
+        self.advance(0)
+
+    def _due(self, step: int) -> bool:
+        raise NotImplementedError
+
+    def _change(self, step: int) -> None:
+        raise NotImplementedError
+
+
+class GradualPruning(MaskSchedule):
+    """Prunes a masked model further and further while it trains.
+
+    Pruned weights are exactly zero at the end of every batch: the masks are part of the model.
+
+    By the magnitude of the weights, the default, masks are ranked on the device, in one compiled
+    program: no weight leaves it. Any other criterion, structures and distributions are ranked on
+    the host, as `LotteryTicketPruner.update_masks` does; criteria of final weights then see those
+    of the moment, which are recorded.
+
+    Args:
+        pruner: The pruner of the masked model.
+        schedule: What `schedules.get` takes: a schedule, a function `step -> sparsity`, a number, a
+            configuration, or a `PruningSchedule` of TensorFlow Model Optimization. What is sparser
+            than the schedule asks for stays as it is.
+        strategy: The criterion.
+        scope: Who competes with whom, `"layer"` or `"global"`; for other criteria than the default
+            also `"output"`.
+        regrowth: Whether pruned weights may come back: masks are then made again from all raw
+            weights. A raw weight under the mask has no gradient, but momentum and weight decay of
+            the optimizer move it.
+        seed: Decides which of equal weights go.
+        structure: As for `update_masks`, but for N:M, which no schedule goes with.
+        distribution: As for `update_masks`.
+        data: As for `update_masks`.
+
+    Raises:
+        ValueError: If the model has no masks, schedule, criterion, scope, structure or distribution
+            is unknown, or the schedule falls where pruned weights do not come back.
+
+    Example:
+    ```python
+    masked = masked_layers.convert_to_masked(model)
+    schedule = schedules.Polynomial(0.5, 0.9, begin_step=1000, end_step=5000)
+    pruning = GradualPruning(LotteryTicketPruner(masked), schedule)
+    masked.fit(x, y, epochs=10, callbacks=[pruning])
+
+    for batch in batches:  # without `fit`
+        train_step(batch)
+        pruning.advance()
+    ```
+
+    References:
+        - [Zhu & Gupta, arXiv 1710.01878](https://arxiv.org/abs/1710.01878)
+    """
+
+    def __init__(
+        self,
+        pruner: LotteryTicketPruner,
+        schedule: schedules.Identifier,
+        strategy: Any = "smallest_weights",
+        *,
+        scope: str | None = None,
+        regrowth: bool = False,
+        seed: int = 0,
+        structure: Any = None,
+        distribution: Any = None,
+        data: Any = None,
+    ) -> None:
+        super().__init__(pruner)
+        _check_seed(seed)
+        self.schedule = schedules.get(schedule)
+        if self.schedule.falls and not regrowth:
+            raise ValueError(
+                "The sparsity of the schedule falls, and pruned weights do not come back without "
+                f"`regrowth=True`. Received: schedule={self.schedule!r}. Let its final sparsity "
+                "not be below the initial one, or pass `regrowth=True`."
+            )
+        structure = None if structure is None else structures.get(structure)
+        if structure is not None and structure.kept is not None:
+            raise ValueError(
+                f"{structure} says itself how many weights stay, and needs no schedule. "
+                "Prune once: `pruner.update_masks(..., structure=...)`."
+            )
+        self._request = selection.Request.of(
+            strategy,
+            scope=scope,
+            seed=seed,
+            structure=structure,
+            distribution=distribution,
+            keep_sparser=True,
+        )
+        self.criterion = self._request.criterion
+        self.scope = self._request.scope
+        self.structure = self._request.structure
+        self.distribution = self._request.distribution
+        self.regrowth = regrowth
+        self.seed = seed
+        self.data = data
+        if evidence.differentiates(self.criterion) and isinstance(data, tuple) and len(data) > 1:
+            self._data = data[:2]
+        by_magnitude = self.criterion in map(criteria.get, _MAGNITUDE)
+        plain = structure is None and distribution is None
+        self._on_device = by_magnitude and self.scope != "output" and plain
+        self._told_of_end = False
+        self._emptied: list[str] = []  # paths whose masks kept nothing at the last change
+
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
+        """Warns, once, where the training ended before the schedule reached its last sparsity."""
+        if not self._begun or self._told_of_end:  # Without a batch no step is known.
+            return
+        message = notices.of_schedule_left(self.schedule, self.step)
+        if message is not None:
+            self._told_of_end = True
+            notices.warn(message)
+
+    def _due(self, step: int) -> bool:
+        return self.schedule.due(step)
+
+    def _change(self, step: int) -> None:
+        sparsity = schedules.check_sparsity(
+            f"{self.schedule!r} at step {step}", self.schedule.sparsity(step)
+        )
+        if self._on_device:
+            self._rank(sparsity, step)
+        else:
+            self._update(sparsity, step)
+
+    def _rank(self, sparsity: float, step: int) -> None:
+        refs = ml.masked_refs(self.pruner.model)
+        groups = [refs] if self.scope == "global" else [[ref] for ref in refs]
+        masks, finite = [], []
+        with fitting.variable_scope(self.pruner.model):
+            for group in groups:
+                weights = ranking.joined([ref.variable for ref in group])
+                alive = ranking.joined([ref.mask.value for ref in group])
+                size = sum(math.prod(ref.variable.shape) for ref in group)
+                mask, fine = ranking.keep_largest(
+                    weights,
+                    ops.ones_like(alive) if self.regrowth else alive,
+                    ranking.integer(size - selection.drop_count(size, size, sparsity=sparsity)),
+                    ranking.seed_of(self.seed, step, group[0].path),
+                )
+                masks.append(mask)
+                finite.append(fine)
+            parts = [ranking.parted(mask, group) for mask, group in zip(masks, groups, strict=True)]
+            emptied = ranking.check_finite(groups, finite, parts)
+            for group, masks_of_group in zip(groups, parts, strict=True):
+                for ref, part in zip(group, masks_of_group, strict=True):
+                    ref.mask.value.assign(part)
+        notices.of_emptied(
+            [path for path in emptied if path not in self._emptied], f" at step {step}"
+        )
+        self._emptied = emptied
+
+    def _update(self, sparsity: float, step: int) -> None:
+        pruner = self.pruner
+        before = ml.get_masks(pruner.model)
+        if self.regrowth:
+            ml.set_masks(pruner.model, {path: np.ones_like(m) for path, m in before.items()})
+        elif all(row.sparsity >= sparsity for row in ml.sparsity_report(pruner.model)):
+            return
+        try:
+            if "final" in self.criterion.needs:
+                pruner.set_pretrained_weights()
+            seed = int(np.random.SeedSequence([self.seed, step]).generate_state(1)[0])
+            request = dataclasses.replace(self._request, sparsity=sparsity, seed=seed)
+            pruner.prune(request, data=self.data)
+        except Exception:
+            ml.set_masks(pruner.model, before)
+            raise
+
+
+class DynamicSparseTraining(MaskSchedule):
+    """Moves the weights of a sparse model to better places while it trains; their number stays.
+
+    Every `frequency` steps each layer drops the smallest of its weights and grows as many others
+    that were pruned, from zero, slots of the optimizer included. SET grows weights at random, RigL
+    where the gradient of the loss is largest. The share of the weights that move falls from
+    `fraction` to 0 by half a cosine.
+
+    Start from any masks, such as `pruner.update_masks("random", sparsity=0.9, distribution="erk")`,
+    as RigL's paper does. The control, static sparse training, is to train under them without this
+    callback. The papers train with SGD and momentum. Adam's averages start from zero with the
+    weight but without the correction for it that they have when training starts: for some hundred
+    steps those of a grown weight are several times as large as others.
+
+    Weights are ranked on the device; the gradient for RigL is computed there and goes through the
+    host once per change.
+
+    Args:
+        pruner: The pruner of the masked model.
+        steps: Steps of the whole training, for the decay of the fraction.
+        growth: `"gradient"` (RigL) or `"random"` (SET).
+        data: For RigL: `(x, y)` or `(x, y, sample_weight)`, arrays of examples, from which each
+            change draws a batch. The training data will do.
+        batch_size: Examples in such a batch.
+        fraction: Share of the weights alive that moves at first, in (0, 1).
+        until: Share of the training after which masks stay as they are, in (0, 1].
+        frequency: Steps from one change to the next.
+        seed: Of random growth, of equal weights and of the batches drawn from `data`.
+        optimizer: The optimizer of a custom loop; by default that of the model.
+
+    Raises:
+        ValueError: If the model has no masks, an argument is out of its range, no change would ever
+            be due, or the arrays of `data` are not of one length.
+
+    References:
+        - [Mocanu et al., arXiv 1707.04780](https://arxiv.org/abs/1707.04780) (SET)
+        - [Evci et al., arXiv 1911.11134](https://arxiv.org/abs/1911.11134) (RigL)
+    """
+
+    def __init__(
+        self,
+        pruner: LotteryTicketPruner,
+        steps: int,
+        growth: str = "gradient",
+        *,
+        data: Sequence[Any] | None = None,
+        batch_size: int = 256,
+        fraction: float = 0.3,
+        until: float = 0.75,
+        frequency: int = 100,
+        seed: int = 0,
+        optimizer: keras.Optimizer | None = None,
+    ) -> None:
+        super().__init__(pruner)
+        if growth not in ("gradient", "random"):
+            raise ValueError(
+                f'`growth` must be "gradient" or "random". Received: growth={growth!r}'
+            )
+        if (growth == "gradient") != (data is not None):
+            raise ValueError(
+                'growth="gradient" needs `data=(x, y)` to take the gradient on, and '
+                f'growth="random" takes none. Received: growth={growth!r}, data of type '
+                f"{type(data).__name__}"
+            )
+        shares = all(isinstance(share, numbers.Real) for share in (fraction, until))
+        if not (shares and 0 < fraction < 1 and 0 < until <= 1):
+            raise ValueError(
+                "`fraction` must be in (0, 1) and `until` in (0, 1]. Received: "
+                f"fraction={fraction!r}, until={until!r}"
+            )
+        counts = (steps, frequency, batch_size)
+        if not all(_is_count(count, 1) for count in counts):
+            raise ValueError(
+                "`steps`, `frequency` and `batch_size` must be integers of at least 1. Received: "
+                f"steps={steps}, frequency={frequency}, batch_size={batch_size}"
+            )
+        _check_seed(seed)
+        self.steps = steps
+        self.growth = growth
+        self._examples = None if data is None else Examples.of(*data)
+        if self._examples is not None:
+            self._data = (*self._examples.host, None)[:2]
+        if frequency >= until * steps:
+            raise ValueError(
+                "No weight would ever move: the first change is due after `frequency` steps, and "
+                f"masks stay as they are from step until * steps = {until * steps:g} on. Received: "
+                f"steps={steps}, until={until}, frequency={frequency}. Lower the frequency."
+            )
+        self.batch_size = batch_size
+        self.fraction = fraction
+        self.until = until
+        self.frequency = frequency
+        self.seed = seed
+        self.optimizer = optimizer
+
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
+        """Warns where the training ended before any weight could move."""
+        if self._begun and self.step < self.frequency:
+            notices.warn(
+                f"DynamicSparseTraining moved nothing: the training ended at step {self.step}, and "
+                f"the first change is due at step {self.frequency}. Lower the `frequency`."
+            )
+
+    def moving_share(self, step: int) -> float:
+        """The share of the weights alive that moves at a step: `fraction` at first, then less."""
+        progress = min(step / (self.until * self.steps), 1.0)
+        return self.fraction * (1 + math.cos(math.pi * progress)) / 2
+
+    def _begin(self) -> None:
+        masks = [ref.mask for ref in ml.masked_refs(self.pruner.model)]
+        # What was due at this step happened on the way here, unless the state was saved just before
+        # it: by a callback ahead of this one at the end of that batch.
+        if any(mask.moved_at in (None, self.step) for mask in masks):
+            self._unseen = self.step + 1
+        for mask in masks:
+            if mask.moved_at is None:
+                mask.moved_at = self.step
+        self.advance(0)
+
+    def _due(self, step: int) -> bool:
+        return 0 < step < self.until * self.steps and step % self.frequency == 0
+
+    def _change(self, step: int) -> None:
+        self._move(step)
+        for ref in ml.masked_refs(self.pruner.model):
+            ref.mask.moved_at = step
+
+    def _move(self, step: int) -> None:
+        model = self.pruner.model
+        refs = ml.masked_refs(model)
+        share = self.moving_share(step)
+        alive = ranking.count_alive(refs)
+        if sum(alive) == sum(math.prod(ref.variable.shape) for ref in refs):
+            warnings.warn(
+                f"DynamicSparseTraining moved nothing at step {step}: {model.name!r} has no pruned "
+                "weights. Prune it before training, as by `pruner.update_masks(...)`.",
+                stacklevel=2,
+            )
+            return
+        growth = self._gradients(step) if self.growth == "gradient" else {}
+        with fitting.variable_scope(model):
+            results = []
+            for ref, count in zip(refs, alive, strict=True):
+                state = [ranking.joined([ref.variable]), ranking.joined([ref.mask.value])]
+                number = ranking.integer(selection.drop_count(count, count, rate=share))
+                seed = ranking.seed_of(self.seed, step, ref.path)
+                if self.growth == "gradient":
+                    wanted = ranking.joined([growth[ref.path]])
+                    results.append(ranking.rewire_by_growth(*state, wanted, number, seed))
+                else:
+                    results.append(ranking.rewire_at_random(*state, number, seed))
+            finite = [fine for _, _, fine in results]
+            ranking.check_finite(
+                [[ref] for ref in refs], finite, [[mask] for mask, _, _ in results]
+            )
+            slots = self._slots()
+            for ref, (mask, grown, _) in zip(refs, results, strict=True):
+                kept = ops.reshape(ops.logical_not(grown), ref.variable.shape)
+                for variable in [ref.variable, *slots.get(id(ref.variable), [])]:
+                    variable.assign(fitting.zero_pruned(kept, variable))
+                ref.mask.value.assign(ops.reshape(mask, ref.variable.shape))
+
+    def _gradients(self, step: int) -> dict[str, np.ndarray]:
+        examples = self._examples
+        size = len(examples)
+        draw = np.random.default_rng([self.seed, step])
+        chosen = draw.choice(size, min(self.batch_size, size), replace=False)
+        x, y, weights = (*examples.take(chosen), None, None)[:3]
+        return gradients.loss_gradients(
+            self.pruner.model, x, y, sample_weight=weights, batch_size=len(chosen)
+        )
+
+    def _slots(self) -> dict[int, list[keras.Variable]]:
+        model = self.pruner.model
+        optimizer = self.optimizer or getattr(model, "optimizer", None)
+        if optimizer is None:
+            return {}
+        return fitting.optimizer_slots(optimizer)
+
+
+_MAGNITUDE = ("smallest_weights", "smallest_weights_global")
+
+
+def _is_count(value: Any, least: int) -> bool:
+    integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    return integer and value >= least
+
+
+def _check_seed(seed: Any) -> None:
+    if not _is_count(seed, 0):
+        raise ValueError(f"`seed` must be a non-negative integer. Received: seed={seed!r}")
