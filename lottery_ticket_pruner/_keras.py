@@ -25,6 +25,7 @@ from masked_layers._keras import (
     match_layout,
     optimized_variables,
     own_variables,
+    replaced,
 )
 
 __all__ = [
@@ -46,29 +47,6 @@ __all__ = [
     "watch_slots",
     "withdrawn",
 ]
-
-
-@contextlib.contextmanager
-def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Gives a model, layer or optimizer another attribute inside the block, such as a method.
-
-    Keras' own `__setattr__` would track the value, or take it for a change of the object. Where a
-    method is replaced, the reason is that Keras has no hook at its place; the caller says which.
-
-    Args:
-        owner: The object.
-        name: The attribute. The object gets one of its own where only its class has it.
-        value: What it is inside the block.
-    """
-    own, before = name in vars(owner), vars(owner).get(name)
-    object.__setattr__(owner, name, value)
-    try:
-        yield
-    finally:
-        if own:
-            object.__setattr__(owner, name, before)
-        else:
-            object.__delattr__(owner, name)
 
 
 def make_identity(layer: keras.layers.Layer) -> None:

@@ -15,9 +15,10 @@ import keras
 import numpy as np
 
 import masked_layers as ml
-from lottery_ticket_pruner import fitting, training
+from lottery_ticket_pruner import optimizers, training
 from lottery_ticket_pruner.augmentation import Augmentation
 from lottery_ticket_pruner.examples import Examples
+from lottery_ticket_pruner.variables import read, variable_scope, widened
 from masked_layers import copying
 
 if TYPE_CHECKING:
@@ -178,19 +179,19 @@ def instability(
     ml.sync(model)
     optimizer = model.optimizer
     if not optimizer.built:
-        with fitting.variable_scope(model):
+        with variable_scope(model):
             optimizer.build(model.trainable_variables)
-    steps_done, rates = zip(*fitting.read_clocks(optimizer), strict=True)
+    steps_done, rates = zip(*optimizers.read_clocks(optimizer), strict=True)
     start = model.get_weights()
     variables = [*model.variables, *optimizer.variables]
-    before = [fitting.read(variable) for variable in variables]
+    before = [read(variable) for variable in variables]
     ends = []
     try:
         for number in range(2):
             model.set_weights(start)
-            fresh = fitting.fresh_optimizer(optimizer)
+            fresh = optimizers.fresh_optimizer(optimizer)
             parameters = model.trainable_variables
-            fitting.reset_optimizer(optimizer, fresh, parameters, steps_done, rates)
+            optimizers.reset_optimizer(optimizer, fresh, parameters, steps_done, rates)
             training.train(
                 model,
                 x,
@@ -481,9 +482,9 @@ def _effective(model: keras.Model, solution: Solution) -> list[np.ndarray]:
     """All weights of a solution as the forward pass reads them, in the order of `get_weights`."""
     source = solution if isinstance(solution, keras.Model) else model
     ml.sync(source)
-    values = [fitting.read(variable) for variable in source.weights]
+    values = [read(variable) for variable in source.weights]
     if source is not solution:
-        values = [fitting.widened(np.asarray(array)) for array in solution]
+        values = [widened(np.asarray(array)) for array in solution]
     shapes = [tuple(variable.shape) for variable in model.weights]
     if [value.shape for value in values] != shapes:
         raise ValueError(

@@ -9,7 +9,7 @@ import keras
 import numpy as np
 
 import masked_layers as ml
-from lottery_ticket_pruner import fitting, overrides
+from lottery_ticket_pruner import overrides, zero_hold
 from lottery_ticket_pruner.mask_schedules import (
     DynamicSparseTraining,
     GradualPruning,
@@ -52,7 +52,7 @@ class PrunerCallback(keras.callbacks.Callback):
         super().__init__()
         self.pruner = pruner
         self.use_dwr = use_dwr
-        self._hold: fitting.ZeroHold | None = None
+        self._hold: zero_hold.ZeroHold | None = None
         self._begun, self._before = False, None  # The second: weights before any callback began.
 
     def set_model(self, model: keras.Model) -> None:
@@ -70,7 +70,7 @@ class PrunerCallback(keras.callbacks.Callback):
             self._rescale_what_was_before()
         self._apply()  # first: it checks the model
         if not is_masked(self.model):
-            self._hold = fitting.ZeroHold(self.model, self.pruner.held_masks(self.model))
+            self._hold = zero_hold.ZeroHold(self.model, self.pruner.held_masks(self.model))
             # A `fit` that fails calls no `on_train_end`.
             weakref.finalize(self, self._hold.release).atexit = False
 

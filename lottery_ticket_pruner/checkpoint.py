@@ -10,10 +10,10 @@ import keras
 import numpy as np
 
 import masked_layers as ml
-from lottery_ticket_pruner import fitting
 from lottery_ticket_pruner.fingerprints import description, digest, reasons
 from lottery_ticket_pruner.folders import FolderLock
 from lottery_ticket_pruner.pruner import LotteryTicketPruner
+from lottery_ticket_pruner.variables import read, variable_scope
 from masked_layers.archives import read_npz
 from masked_layers.files import replacing
 
@@ -73,7 +73,7 @@ class Checkpoint:
         self._folder.mkdir(parents=True, exist_ok=True)
         ml.save_masks(pruner.model, self._masks_file(number))
         pruner.save(self._pruner_file(number))
-        arrays = {name: fitting.read(variable) for name, variable in _variables(pruner.model)}
+        arrays = {name: read(variable) for name, variable in _variables(pruner.model)}
         with replacing(self._model_file(number)) as file:
             np.savez(file, allow_pickle=False, **arrays)
         state = {
@@ -106,7 +106,7 @@ class Checkpoint:
         """
         number, rows, evaluations = self._read_state()
         if not model.optimizer.built:
-            with fitting.variable_scope(model):
+            with variable_scope(model):
                 model.optimizer.build(model.trainable_variables)
         masks, before = [], ml.get_masks(model)
         try:

@@ -17,18 +17,20 @@ import masked_layers as ml
 from lottery_ticket_pruner import (
     criteria,
     evidence,
-    fitting,
     gradients,
     notices,
+    optimizers,
     ranking,
     schedules,
     selection,
     structures,
     targets,
+    zero_hold,
 )
 from lottery_ticket_pruner.examples import Examples
 from lottery_ticket_pruner.pruner import LotteryTicketPruner
 from lottery_ticket_pruner.records import is_masked
+from lottery_ticket_pruner.variables import variable_scope
 
 
 class MaskSchedule(keras.callbacks.Callback):
@@ -125,7 +127,7 @@ class MaskSchedule(keras.callbacks.Callback):
         # Not in `on_train_begin`: a callback behind this one may restore model and optimizer there.
         if not self._begun:
             # Not `iterations`: that counts every k-th batch where gradients of k are accumulated.
-            self.step = max(step for step, _ in fitting.read_clocks(self.model.optimizer))
+            self.step = max(step for step, _ in optimizers.read_clocks(self.model.optimizer))
             self._epoch_start = self.step - batch
             self._begin()
             self._begun = True
@@ -275,7 +277,7 @@ class GradualPruning(MaskSchedule):
         refs = ml.masked_refs(self.pruner.model)
         groups = [refs] if self.scope == "global" else [[ref] for ref in refs]
         masks, finite = [], []
-        with fitting.variable_scope(self.pruner.model):
+        with variable_scope(self.pruner.model):
             for group in groups:
                 weights = ranking.joined([ref.variable for ref in group])
                 alive = ranking.joined([ref.mask.value for ref in group])
@@ -456,7 +458,7 @@ class DynamicSparseTraining(MaskSchedule):
             )
             return
         growth = self._gradients(step) if self.growth == "gradient" else {}
-        with fitting.variable_scope(model):
+        with variable_scope(model):
             results = []
             for ref, count in zip(refs, alive, strict=True):
                 state = [ranking.joined([ref.variable]), ranking.joined([ref.mask.value])]
@@ -475,7 +477,7 @@ class DynamicSparseTraining(MaskSchedule):
             for ref, (mask, grown, _) in zip(refs, results, strict=True):
                 kept = ops.reshape(ops.logical_not(grown), ref.variable.shape)
                 for variable in [ref.variable, *slots.get(id(ref.variable), [])]:
-                    variable.assign(fitting.zero_pruned(kept, variable))
+                    variable.assign(zero_hold.zero_pruned(kept, variable))
                 ref.mask.value.assign(ops.reshape(mask, ref.variable.shape))
 
     def _gradients(self, step: int) -> dict[str, np.ndarray]:
@@ -493,7 +495,7 @@ class DynamicSparseTraining(MaskSchedule):
         optimizer = self.optimizer or getattr(model, "optimizer", None)
         if optimizer is None:
             return {}
-        return fitting.optimizer_slots(optimizer)
+        return optimizers.optimizer_slots(optimizer)
 
 
 _MAGNITUDE = ("smallest_weights", "smallest_weights_global")

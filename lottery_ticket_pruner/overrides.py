@@ -10,7 +10,9 @@ import keras
 import numpy as np
 
 import masked_layers as ml
-from lottery_ticket_pruner import _keras, fitting
+from lottery_ticket_pruner import _keras
+from lottery_ticket_pruner.variables import read
+from masked_layers.compiled import remake_functions
 
 
 def assign(variables: Iterable[keras.Variable], values: Iterable[Any]) -> None:
@@ -31,7 +33,7 @@ def state_restored(model: keras.Model) -> Iterator[None]:
     """Puts every variable of the model back at the end, and hides its optimizer until then."""
     ml.sync(model)
     variables = {id(v): v for v in [*model.variables, *model.metrics_variables]}.values()
-    before = [fitting.read(variable) for variable in variables]
+    before = [read(variable) for variable in variables]
     try:
         # `evaluate` builds an optimizer that is not, and some copy weights then.
         with _keras.replaced(model, "optimizer", None):
@@ -82,7 +84,7 @@ def set_rescale(model: keras.Model, flags: Mapping[ml.Mask, bool], *, around: bo
     for mask, rescale in changed.items():
         mask.rescale = rescale
     if changed:
-        fitting.remake_functions(model, around=around)
+        remake_functions(model, around=around)
     return bool(changed)
 
 

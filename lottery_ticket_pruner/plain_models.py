@@ -10,9 +10,10 @@ import keras
 import numpy as np
 
 import masked_layers as ml
-from lottery_ticket_pruner import fitting, records, selection
+from lottery_ticket_pruner import records, selection, zero_hold
 from lottery_ticket_pruner.overrides import set_rescale
 from lottery_ticket_pruner.records import is_masked
+from lottery_ticket_pruner.variables import read
 
 if TYPE_CHECKING:
     from masked_layers import WeightRef
@@ -180,7 +181,7 @@ class PlainPruning(abc.ABC):
             return
         ml.sync(model)
         for variable, mask in self.held_masks(model):
-            variable.assign(fitting.zero_pruned(mask, variable))
+            variable.assign(zero_hold.zero_pruned(mask, variable))
 
     def apply_dwr(self, model: keras.Model) -> None:
         """Rescales what is left of each layer by size / ones(mask), once and no more.
@@ -212,7 +213,7 @@ class PlainPruning(abc.ABC):
         for position, ref in self._prunables(model).items():
             scaled = self._rescaling.apply(
                 position,
-                fitting.read(ref.variable),
+                read(ref.variable),
                 self._masks[position],
                 self._initial[position],
             )
@@ -284,7 +285,7 @@ class PlainPruning(abc.ABC):
                 index,
                 self._initial[position],
                 None if self._final is None else self._final[position],
-                fitting.read(ref.variable),
+                read(ref.variable),
                 self._mask(position, ref),
             )
 

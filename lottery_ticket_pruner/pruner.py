@@ -17,8 +17,8 @@ import masked_layers as ml
 from lottery_ticket_pruner import (
     criteria,
     evidence,
-    fitting,
     notices,
+    optimizers,
     plain_models,
     records,
     selection,
@@ -33,6 +33,8 @@ from lottery_ticket_pruner.overrides import (
     weights_replaced,
 )
 from lottery_ticket_pruner.records import is_masked
+from lottery_ticket_pruner.variables import read, variable_scope
+from masked_layers.compiled import remake_functions
 from masked_layers.maskable import input_axes
 
 if TYPE_CHECKING:
@@ -113,7 +115,7 @@ class LotteryTicketPruner(plain_models.PlainPruning):
         """
         model = self._checked(model)
         self._initial = records.snapshot(model)
-        self._clocks = fitting.read_clocks(getattr(model, "optimizer", None))
+        self._clocks = optimizers.read_clocks(getattr(model, "optimizer", None))
         self._timed_optimizer = getattr(model, "optimizer", None)
         _logger.info("Recorded %d initial weights of %r.", len(self._initial), model.name)
 
@@ -132,7 +134,7 @@ class LotteryTicketPruner(plain_models.PlainPruning):
             if ref.mask is not None and ref.mask.frozen is not None:
                 # What a frozen weight ended as: whoever compares it with w0 must not see the raw
                 # value, which means nothing.
-                held = fitting.read(ref.mask.frozen)
+                held = read(ref.mask.frozen)
                 held = np.where(self._mask(position, ref), final[position], held)
                 final[position] = held
         self._final = records.read_only(final)
@@ -452,7 +454,7 @@ class LotteryTicketPruner(plain_models.PlainPruning):
         prunables = self._prunables(self.model)
         same = getattr(self.model, "optimizer", None) is self._timed_optimizer
         frozen = {
-            position: fitting.read(ref.mask.frozen)
+            position: read(ref.mask.frozen)
             for position, ref in prunables.items()
             if ref.mask is not None and ref.mask.frozen is not None
         }
@@ -515,8 +517,8 @@ class LotteryTicketPruner(plain_models.PlainPruning):
         """Assigns all weights and brings the optimizer back to its recorded step."""
         model = self._checked(self.model)
         compiled = getattr(model, "optimizer", None) if optimizer else None
-        fresh = fitting.fresh_optimizer(compiled) if compiled is not None else None
-        before = [fitting.read(variable) for variable in model.weights]
+        fresh = optimizers.fresh_optimizer(compiled) if compiled is not None else None
+        before = [read(variable) for variable in model.weights]
         assign(model.weights, values)
         if compiled is not None:
             # After the weights: there are optimizers whose slots start as copies of them.
@@ -524,7 +526,7 @@ class LotteryTicketPruner(plain_models.PlainPruning):
             steps = [step for step, _ in self._clocks]
             rates = [rate if same else None for _, rate in self._clocks]
             try:
-                fitting.reset_optimizer(compiled, fresh, model.trainable_variables, steps, rates)
+                optimizers.reset_optimizer(compiled, fresh, model.trainable_variables, steps, rates)
             except Exception:
                 assign(model.weights, before)
                 raise
@@ -547,10 +549,10 @@ class LotteryTicketPruner(plain_models.PlainPruning):
         Functions that were compiled for masks without frozen values are made again.
         """
         refs = self._prunables(self.model)
-        with fitting.variable_scope(self.model):
+        with variable_scope(self.model):
             changed = [refs[position].mask.freeze(values) for position, values in frozen.items()]
         if any(changed):
-            fitting.remake_functions(self.model)
+            remake_functions(self.model)
 
     def _kernels(
         self, prunables: Mapping[int, WeightRef], criterion: criteria.Criterion
@@ -564,7 +566,7 @@ class LotteryTicketPruner(plain_models.PlainPruning):
                 input_axes=input_axes(ref.layer, ref.name),
                 initial=self._initial[position],
                 final=None if self._final is None else self._final[position],
-                current=fitting.read(ref.variable) if reads_current else None,
+                current=read(ref.variable) if reads_current else None,
             )
             for position, ref in prunables.items()
         }

@@ -12,7 +12,8 @@ import keras
 import numpy as np
 
 import masked_layers as ml
-from lottery_ticket_pruner import _keras, fitting
+from lottery_ticket_pruner import _keras
+from lottery_ticket_pruner.variables import read
 from masked_layers import paths
 from masked_layers.archives import read_npz
 from masked_layers.files import replacing
@@ -118,7 +119,7 @@ def _weight_paths(model: keras.Model) -> list[str]:
 def snapshot(model: keras.Model) -> tuple[np.ndarray, ...]:
     """Returns a read-only copy of each weight of the model, in the order of `model.weights`."""
     ml.sync(model)
-    return read_only(fitting.read(variable) for variable in model.weights)
+    return read_only(read(variable) for variable in model.weights)
 
 
 def read_only(arrays: Iterable[np.ndarray]) -> tuple[np.ndarray, ...]:

@@ -18,8 +18,8 @@ import masked_layers as ml
 from lottery_ticket_pruner import (
     _keras,
     criteria,
-    fitting,
     notices,
+    optimizers,
     selection,
     targets,
     training,
@@ -31,6 +31,7 @@ from lottery_ticket_pruner.data import arrays_of, pair_of
 from lottery_ticket_pruner.examples import Examples
 from lottery_ticket_pruner.fingerprints import description, digest, identity, layers
 from lottery_ticket_pruner.pruner import LotteryTicketPruner
+from lottery_ticket_pruner.variables import read
 
 CONTROLS = ("random_reinit", "reinit_same_sign", "random_mask", "reshuffled_mask")
 RETRAINING = ("weight_rewinding", "learning_rate_rewinding", "fine_tuning")
@@ -280,7 +281,7 @@ class _Search:
     def __post_init__(self) -> None:
         # Of a model that was trained before, the schedule would be at its end.
         ml.sync(self.model)
-        fitting.start_over(self.model.optimizer)
+        optimizers.start_over(self.model.optimizer)
         self.pruner = LotteryTicketPruner(self.model)
         self.weights_at_0 = self.model.get_weights()
         self.masks: list[dict[str, np.ndarray]] = []
@@ -406,7 +407,7 @@ class _Search:
         seed = _integer(self.seed, "treatment", self.round)
         self.pruner.treat(self.kept, self.pruned, seed=seed)
         if self.retraining == "fine_tuning":
-            fitting.advance(self.model.optimizer, self.steps - self.rewind_to)
+            optimizers.advance(self.model.optimizer, self.steps - self.rewind_to)
         self._measure("ticket")
 
     def result(self) -> TicketResult:
@@ -568,7 +569,7 @@ def _draw_again(
         if ref.variable.trainable:
             drawn = treatments.draw_again(ref, _integer(*parts, ref.path))
             if keep_signs:
-                drawn = np.abs(drawn) * np.sign(fitting.read(ref.variable))
+                drawn = np.abs(drawn) * np.sign(read(ref.variable))
             ref.variable.assign(drawn)
 
 

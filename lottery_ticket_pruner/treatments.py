@@ -27,8 +27,8 @@ import keras
 import numpy as np
 
 import masked_layers as ml
-from lottery_ticket_pruner import fitting
 from lottery_ticket_pruner.registry import Registry
+from lottery_ticket_pruner.variables import widened
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -236,7 +236,7 @@ def draw_again(ref: ml.WeightRef, seed: int) -> np.ndarray:
     if "seed" in config:
         initializer = type(initializer).from_config({**config, "seed": seed})
     drawn = initializer(tuple(ref.variable.shape), dtype=ref.variable.dtype)
-    return fitting.widened(np.array(keras.ops.convert_to_numpy(drawn)))
+    return widened(np.array(keras.ops.convert_to_numpy(drawn)))
 
 
 def signed_constant(initial: np.ndarray) -> np.ndarray:

@@ -460,3 +460,26 @@ def input_specs(model: keras.Model) -> Any:
     if shape is None:
         raise ValueError(f"The shapes of the inputs of '{model.name}' are not known.")
     return keras.KerasTensor(shape, model.compute_dtype)
+
+
+@contextlib.contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Gives a model, layer or optimizer another attribute inside the block, such as a method.
+
+    Keras' own `__setattr__` would track the value, or take it for a change of the object. Where a
+    method is replaced, the reason is that Keras has no hook at its place; the caller says which.
+
+    Args:
+        owner: The object.
+        name: The attribute. The object gets one of its own where only its class has it.
+        value: What it is inside the block.
+    """
+    own, before = name in vars(owner), vars(owner).get(name)
+    object.__setattr__(owner, name, value)
+    try:
+        yield
+    finally:
+        if own:
+            object.__setattr__(owner, name, before)
+        else:
+            object.__delattr__(owner, name)

@@ -88,6 +88,38 @@ def forget_while_loading(layer: Layer) -> None:
         _LOADED.setdefault(load, set()).update(layers)
 
 
+def remake_function(model: keras.Model, kind: str) -> None:
+    """Replaces a compiled function of the model by a new one, which is traced again.
+
+    Args:
+        model: A compiled model.
+        kind: `"train"`, `"test"` or `"predict"`.
+    """
+    step = getattr(model, f"{kind}_step")
+    # `jax.jit` finds earlier traces by equality, and the bound method is equal to that of the
+    # function to be replaced: without a new identity the old trace would be used again.
+    with _keras.replaced(model, f"{kind}_step", lambda *args, **kwargs: step(*args, **kwargs)):
+        getattr(model, f"make_{kind}_function")(force=True)
+
+
+def remake_functions(model: keras.Model, *, around: bool = True) -> None:
+    """Replaces all compiled functions that the model has, as `remake_function` does.
+
+    Args:
+        model: A model that computes something else than before.
+        around: Whether to have all others compiled again, too, that layers of it are part of.
+    """
+    kinds = [
+        kind
+        for kind in ("train", "test", "predict")
+        if getattr(model, f"{kind}_function", None) is not None
+    ]
+    traces = forget_functions(model) if around else []
+    for kind in kinds:
+        remake_function(model, kind)
+    warn_of_traces(model, model.weights, traces)
+
+
 def _in_those_with(inside: Mapping[int, Layer], models: Iterable[keras.Model]) -> dict[int, Layer]:
     """Returns the layers of those models that hold one of these layers, by their ids."""
     found: dict[int, Layer] = {}

@@ -16,7 +16,7 @@ import tyro
 from rich.console import Console
 
 import masked_layers as ml
-from lottery_ticket_pruner import analyses, fitting
+from lottery_ticket_pruner import analyses, optimizers
 from lottery_ticket_pruner.experiments import datasets, networks, progress, report, results
 from lottery_ticket_pruner.experiments.config import RunConfig, choices, parse_steps
 from lottery_ticket_pruner.experiments.options import (
@@ -330,7 +330,7 @@ class _Trainer:
         if self.masks is not None:
             ml.set_masks(model, self.masks[seed])
         self._restart(start)
-        fitting.advance(model.optimizer, point)
+        optimizers.advance(model.optimizer, point)
         line = analyses.instability(
             model,
             data.x_train,

@@ -10,10 +10,11 @@ import keras
 import numpy as np
 
 import masked_layers as ml
-from lottery_ticket_pruner import analyses, fitting
+from lottery_ticket_pruner import analyses
 from lottery_ticket_pruner.experiments import networks
 from lottery_ticket_pruner.experiments.report import Sheet, filled
 from lottery_ticket_pruner.experiments.results import Group, Run
+from lottery_ticket_pruner.variables import read
 from masked_layers.serving.inspection import load_model
 
 
@@ -160,8 +161,8 @@ def _signs(
         return None
     keras.utils.set_random_seed(seed)
     plain = networks.build(config["network"], ticket.input_shape[1:], ticket.output_shape[-1])
-    initial = {ref.path: fitting.read(ref.variable) for ref in ml.weight_refs(plain)}
-    final = {ref.path: fitting.read(ref.variable) for ref in ml.masked_refs(ticket)}
+    initial = {ref.path: read(ref.variable) for ref in ml.weight_refs(plain)}
+    final = {ref.path: read(ref.variable) for ref in ml.masked_refs(ticket)}
     masks = ml.get_masks(ticket)
     pruned = 0
     for path, mask in masks.items():

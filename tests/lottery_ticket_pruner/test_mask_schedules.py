@@ -10,9 +10,9 @@ from lottery_ticket_pruner import (
     DynamicSparseTraining,
     GradualPruning,
     LotteryTicketPruner,
-    fitting,
     gradients,
     mask_schedules,
+    optimizers,
     schedules,
     training,
 )
@@ -374,7 +374,7 @@ def test_slots_are_found_whatever_the_order_of_the_variables():
     variables = make_model().trainable_variables[::-1]
     optimizer = keras.optimizers.SGD(0.1, momentum=0.9)
     optimizer.build(variables)
-    found = fitting.optimizer_slots(optimizer)
+    found = optimizers.optimizer_slots(optimizer)
     for variable in variables:
         (slot,) = found[id(variable)]
         assert variable.path.replace("/", "_") in slot.path

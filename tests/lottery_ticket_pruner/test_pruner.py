@@ -12,7 +12,8 @@ import pytest
 from keras import layers, ops
 
 import masked_layers as ml
-from lottery_ticket_pruner import LotteryTicketPruner, criteria, fitting
+from lottery_ticket_pruner import LotteryTicketPruner, criteria
+from lottery_ticket_pruner.variables import read
 
 BACKEND = keras.backend.backend()
 
@@ -56,7 +57,7 @@ def everything(model):
     """The value of each variable of the model, its optimizer and its metrics."""
     variables = [*model.weights, *(ref.mask.value for ref in ml.masked_refs(model))]
     variables += [*model.optimizer.variables, *model.variables, *model.metrics_variables]
-    return [fitting.read(variable) for variable in variables]
+    return [read(variable) for variable in variables]
 
 
 def assert_same(ours, theirs):
@@ -369,7 +370,7 @@ def test_training_after_rewinding_repeats_the_first_training(name, data):
     model = masked_model(OPTIMIZERS[name]())
     model.layers[2].rate = 0.0  # what dropout drops is not rewound
     model.optimizer.build(model.trainable_variables)
-    fresh = [fitting.read(variable) for variable in model.optimizer.variables]
+    fresh = [read(variable) for variable in model.optimizer.variables]
     pruner = LotteryTicketPruner(model)
     runs = []
     for _ in range(2):
@@ -379,16 +380,16 @@ def test_training_after_rewinding_repeats_the_first_training(name, data):
         function = model.train_function
         pruner.rewind()
         assert model.train_function is function
-        now = [fitting.read(variable) for variable in model.optimizer.variables]
+        now = [read(variable) for variable in model.optimizer.variables]
         assert_same(now, fresh)
     assert_same(*runs)
 
 
 def test_rewinding_without_the_optimizer_leaves_it(data):
     model, pruner = trained(data)
-    before = [fitting.read(variable) for variable in model.optimizer.variables]
+    before = [read(variable) for variable in model.optimizer.variables]
     pruner.rewind(optimizer=False)
-    assert_same([fitting.read(variable) for variable in model.optimizer.variables], before)
+    assert_same([read(variable) for variable in model.optimizer.variables], before)
     assert_same(model.get_weights(), list(pruner.initial_weights.values()))
 
 

@@ -8,8 +8,9 @@ import pytest
 from keras import layers, ops
 
 import masked_layers as ml
-from lottery_ticket_pruner import LotteryTicketPruner, fitting
+from lottery_ticket_pruner import LotteryTicketPruner
 from lottery_ticket_pruner.supermasks import evaluate_grid
+from lottery_ticket_pruner.variables import read
 
 BACKEND = keras.backend.backend()
 
@@ -49,7 +50,7 @@ def pruner(data):
 def everything(model):
     variables = {id(v): v for v in [*model.variables, *model.metrics_variables]}
     variables |= {id(v): v for v in model.optimizer.variables}
-    return [fitting.read(variable) for variable in variables.values()]
+    return [read(variable) for variable in variables.values()]
 
 
 def test_every_cell_is_what_the_pruner_evaluates(pruner, data):
@@ -82,13 +83,13 @@ def test_frozen_values_masks_and_factors_do_not_matter_and_come_back(pruner, dat
     model = pruner.model
     options = {"criteria": ["movement"], "sparsities": [0.5], "seed": 1}
     expected = evaluate_grid(pruner, *data, **options)
-    final = [fitting.read(variable) for variable in model.weights]
+    final = [read(variable) for variable in model.weights]
     pruner.update_masks("large_init", rate=0.6)
     pruner.treat("rewind", "zero")
     masks_alone = pruner.evaluate_supermask(*data, verbose=0)
     pruner.treat("rewind", "freeze")
     assert pruner.evaluate_supermask(*data, verbose=0) == masks_alone
-    assert any(fitting.read(ref.mask.frozen).any() for ref in ml.masked_refs(model))
+    assert any(read(ref.mask.frozen).any() for ref in ml.masked_refs(model))
     pruner.apply_dwr(model)
     before = everything(model), ops.convert_to_numpy(model(data[0]))
     rows = evaluate_grid(pruner, *data, **options)

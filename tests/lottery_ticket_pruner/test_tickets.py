@@ -8,9 +8,10 @@ import pytest
 from keras import layers
 
 import masked_layers as ml
-from lottery_ticket_pruner import LotteryTicketPruner, criteria, fitting, tickets, training
+from lottery_ticket_pruner import LotteryTicketPruner, criteria, tickets, training
 from lottery_ticket_pruner.augmentation import CropAndFlip
 from lottery_ticket_pruner.tickets import find_ticket
+from lottery_ticket_pruner.variables import read
 
 BACKEND = keras.backend.backend()
 
@@ -514,7 +515,7 @@ class InterruptionError(Exception):
 
 def everything(model):
     """All that a model and its optimizer hold, masks and what they freeze included."""
-    return [fitting.read(v) for v in (*model.variables, *model.optimizer.variables)]
+    return [read(v) for v in (*model.variables, *model.optimizer.variables)]
 
 
 @pytest.mark.parametrize(
