@@ -7,10 +7,10 @@ import types
 
 import keras
 import numpy as np
-import pages
 import pytest
 
 import masked_layers as ml
+import pages
 from lottery_ticket_pruner import criteria, distributions, schedules, structures, treatments
 
 PAGE = "extending.md"

@@ -4,10 +4,10 @@ import importlib.util
 
 import keras
 import numpy as np
-import pages
 import pytest
 
 import masked_layers
+import pages
 from lottery_ticket_pruner.interop.tfmot import import_tfmot
 
 PAGE = "migrating-from-tfmot.md"

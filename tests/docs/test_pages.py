@@ -7,11 +7,11 @@ from pathlib import Path
 
 import keras
 import numpy as np
-import pages
 import pytest
 
 import lottery_ticket_pruner
 import masked_layers as ml
+import pages
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])

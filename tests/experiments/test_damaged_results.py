@@ -3,9 +3,10 @@
 import json
 import shutil
 
-import own_data
 import pandas as pd
 import pytest
+
+import own_data
 
 pytest.importorskip("tyro")
 

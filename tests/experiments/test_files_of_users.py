@@ -5,8 +5,9 @@ import json
 import os
 import shutil
 
-import own_data
 import pytest
+
+import own_data
 
 pytest.importorskip("tyro")
 

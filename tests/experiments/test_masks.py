@@ -6,10 +6,9 @@ import pytest
 
 pytest.importorskip("tyro")
 
-from made_up_runs import write_run
-
 import masked_layers as ml
 from lottery_ticket_pruner.experiments import masks, networks, page, results
+from made_up_runs import write_run
 
 PATHS = ["fc_1/kernel", "fc_2/kernel", "output/kernel"]
 

@@ -13,12 +13,11 @@ import pytest
 pytest.importorskip("tyro")
 pytest.importorskip("jinja2")
 
-from made_up_runs import ROWS, write_run
-
 import masked_layers as ml
 from lottery_ticket_pruner import cli
 from lottery_ticket_pruner.experiments import figures, page, report, results
 from lottery_ticket_pruner.experiments.page import ReportConfig
+from made_up_runs import ROWS, write_run
 
 
 @pytest.fixture(scope="module")

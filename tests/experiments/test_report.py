@@ -12,10 +12,10 @@ pytest.importorskip("tyro")
 pytest.importorskip("matplotlib")
 
 import scipy.stats
-from made_up_runs import ROWS, row, write_run
 from rich.console import Console
 
 from lottery_ticket_pruner.experiments import figures, report, results
+from made_up_runs import ROWS, row, write_run
 
 
 def pooled(rows):

@@ -11,8 +11,9 @@ from pathlib import Path
 import h5py
 import keras
 import numpy as np
-import own_data
 import pytest
+
+import own_data
 
 pytest.importorskip("tyro")
 pytest.importorskip("tensorboard")

@@ -3,8 +3,9 @@
 import warnings
 
 import numpy as np
-import own_data
 import pytest
+
+import own_data
 
 pytest.importorskip("tyro")
 

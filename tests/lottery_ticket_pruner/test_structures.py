@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import logging
-import math
 import re
 
 import keras
@@ -15,6 +14,7 @@ from hypothesis.extra import numpy as hnp
 from keras import layers
 
 import masked_layers as ml
+from kernels import BY_RECORDS, distinct
 from lottery_ticket_pruner import LotteryTicketPruner, criteria, selection, structures
 from lottery_ticket_pruner.selection import Weights, update
 from masked_layers.maskable import input_axes
@@ -24,13 +24,6 @@ def kernel(values, mask=None, **kwargs):
     values = np.asarray(values, dtype=np.float32)
     mask = np.ones(values.shape, dtype=bool) if mask is None else np.asarray(mask, dtype=bool)
     return Weights(mask=mask, initial=values, final=values, current=values, **kwargs)
-
-
-def distinct(rng, *shape):
-    """Random weights without two of one magnitude."""
-    size = math.prod(shape)
-    magnitudes = rng.permutation(size).astype(np.float32) + 1
-    return (magnitudes * rng.choice([-1, 1], size)).reshape(shape) / size
 
 
 # --------------------------------------------------------------------------------------- by hand
@@ -264,9 +257,6 @@ def test_rounds_of_rates_and_sparsities_count_tiles():
     weights |= {"head": kernel(values)}
     masks = update("large_final", weights, rate={"head": 0, "default": 1 / 3}, structure="filters")
     assert [int(mask.sum()) for mask in masks.values()] == [36 * 6, 36 * 20]
-
-
-BY_RECORDS = [n for n in criteria.names() if criteria.get(n).needs <= set(criteria.RECORDS)]
 
 
 @pytest.mark.parametrize("name", BY_RECORDS)

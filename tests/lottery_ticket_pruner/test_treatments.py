@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from keras import layers, ops
+from keras import layers
 
 import masked_layers as ml
+from common import numpy
 from lottery_ticket_pruner import LotteryTicketPruner, treatments
 
 W0 = np.array([[0.5, -2.0, 1.0], [-1.0, 3.0, -0.25]], "float32")
@@ -21,10 +22,6 @@ def kernel(mask=MASK, initial=W0, final=WF, seed=0):
     return treatments.Kernel(
         mask=mask, rng=rng, initial=initial, final=final, draw=lambda: DRAW.copy()
     )
-
-
-def numpy(x):
-    return np.array(ops.convert_to_numpy(x))
 
 
 STD = float(np.std([0.5, -2.0, 1.0, -1.0, 3.0, -0.25]))

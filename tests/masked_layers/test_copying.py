@@ -8,19 +8,12 @@ import pytest
 from keras import layers, ops
 
 import masked_layers as ml
+from common import data, half_masks, numpy
 from masked_layers import _keras
-
-
-def data(*shape, seed=0):
-    return np.random.default_rng(seed).normal(size=shape).astype("float32")
 
 
 def dense_net(*args, **kwargs):
     return keras.Sequential([keras.Input((4,)), layers.Dense(3, *args, **kwargs)])
-
-
-def numpy(x):
-    return ops.convert_to_numpy(x)
 
 
 def leaky(slope):
@@ -351,11 +344,6 @@ def adapt(model):
             factor.assign(data(*factor.shape, seed=seed))
 
 
-def halve(model):
-    rng = np.random.default_rng(0)
-    ml.set_masks(model, {p: rng.random(m.shape) < 0.5 for p, m in ml.get_masks(model).items()})
-
-
 @pytest.mark.parametrize("make", [attention, block])
 @pytest.mark.parametrize("first", [True, False], ids=["adapted_first", "masked_first"])
 def test_lora_inside_a_layer(make, first):
@@ -367,7 +355,7 @@ def test_lora_inside_a_layer(make, first):
     else:
         masked = ml.convert_to_masked(model)
         adapt(masked)
-    halve(masked)
+    half_masks(masked)
     again = ml.convert_to_masked(masked)
     np.testing.assert_array_equal(numpy(again(x)), numpy(masked(x)))
     trainable = [variable.trainable for variable in masked.variables]

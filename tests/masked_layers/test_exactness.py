@@ -6,23 +6,15 @@ import pytest
 from keras import layers, ops
 
 import masked_layers as ml
+from common import half_masks, numpy
 from masked_layers import _keras_trace
 from masked_layers.exactness import check_copy, check_masks
 
 BACKEND = keras.backend.backend()
 
 
-def numpy(x):
-    return ops.convert_to_numpy(x)
-
-
 def data(*shape):
     return np.random.default_rng(0).normal(size=shape).astype("float32")
-
-
-def halve(model):
-    rng = np.random.default_rng(0)
-    ml.set_masks(model, {p: rng.random(m.shape) < 0.5 for p, m in ml.get_masks(model).items()})
 
 
 class Transposed(layers.Layer):
@@ -110,7 +102,7 @@ def test_masks_that_were_there_before_a_refusal_stay():
     hidden = layers.Dense(3, name="hidden", kernel_regularizer="l2")
     model = keras.Model(model.inputs, hidden(model.outputs[0]))
     ml.convert_to_masked(model, include="hidden", inplace=True)
-    halve(model)
+    half_masks(model)
     before, masks = state(model), ml.get_masks(model)
     with pytest.raises(ValueError, match="past its mask"):
         ml.convert_to_masked(model, inplace=True)
@@ -123,7 +115,7 @@ def test_masks_that_were_there_before_a_refusal_stay():
 @pytest.mark.parametrize("read", [attribute, shape_of_a_weight])
 def test_readers_of_the_attribute_are_taken(read, inplace):
     masked = ml.convert_to_masked(tied(read), inplace=inplace)
-    halve(masked)
+    half_masks(masked)
     stripped = ml.strip_masks(masked)
     np.testing.assert_array_equal(numpy(stripped(data(4, 12))), numpy(masked(data(4, 12))))
 
@@ -133,7 +125,7 @@ def test_stripping_a_model_made_by_hand_with_a_reader_past_the_mask(inplace):
     x = keras.Input((12,))
     encoder = ml.MaskedDense(6, name="encoder")
     model = keras.Model(x, Transposed(encoder, first_weight, name="decoder")(encoder(x)))
-    halve(model)
+    half_masks(model)
     before = state(model)
     with pytest.raises(ValueError, match=r"'decoder' \(Transposed\) reads 'encoder/kernel'"):
         ml.strip_masks(model, inplace=inplace)
@@ -210,7 +202,7 @@ def test_a_function_that_holds_a_layer_of_the_model():
     ):
         ml.convert_to_masked(model)
     ml.convert_to_masked(model, inplace=True)
-    halve(model)
+    half_masks(model)
     kernel = numpy(encoder.kernel)
     np.testing.assert_allclose(
         numpy(model(data(4, 12))), data(4, 12) @ kernel @ kernel.T, atol=1e-5
@@ -372,7 +364,7 @@ def test_free_sizes_and_tokens_are_made_up():
     y = layers.GlobalAveragePooling2D()(Convolutions()(image))
     model = keras.Model({"tokens": tokens, "image": image}, [x, y])
     masked = ml.convert_to_masked(model)
-    halve(masked)
+    half_masks(masked)
     ml.strip_masks(masked)
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
-from keras import layers, ops
+from keras import layers
 
 import masked_layers as ml
+from common import half_masks, numpy
 from masked_layers import classes
 from masked_layers.layers import by_hand
 
@@ -82,16 +83,6 @@ def inputs_for(shapes, seed=0):
         rng.integers(0, 7, shape) if shape == TOKENS else rng.normal(size=shape).astype("float32")
         for shape in shapes
     ]
-
-
-def numpy(x):
-    return np.array(ops.convert_to_numpy(x))
-
-
-def half_masks(model, seed=1):
-    """Prunes about half of every masked weight."""
-    rng = np.random.default_rng(seed)
-    ml.set_masks(model, {p: rng.random(m.shape) < 0.5 for p, m in ml.get_masks(model).items()})
 
 
 def multiply_raw_weights(model):

@@ -6,13 +6,10 @@ import pytest
 from keras import layers, ops
 
 import masked_layers as ml
+from common import numpy
 from masked_layers import learned
 
 BACKEND = keras.backend.backend()
-
-
-def numpy(x):
-    return np.array(ops.convert_to_numpy(x))
 
 
 def gradient(function, variable):

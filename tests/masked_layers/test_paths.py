@@ -3,19 +3,12 @@
 import keras
 import numpy as np
 import pytest
-from keras import layers, ops
+from keras import layers
 
 import masked_layers as ml
+from common import data, numpy
 from masked_layers import _keras, paths
 from masked_layers.copying import copy_model
-
-
-def numpy(x):
-    return np.array(ops.convert_to_numpy(x))
-
-
-def data(*shape, seed=0):
-    return np.random.default_rng(seed).normal(size=shape).astype("float32")
 
 
 @keras.saving.register_keras_serializable("walk")

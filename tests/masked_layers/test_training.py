@@ -6,20 +6,13 @@ import pytest
 from keras import layers, ops
 
 import masked_layers as ml
+from common import data, half_masks, numpy
 
 BACKEND = keras.backend.backend()
 needs = {
     name: pytest.mark.skipif(name != BACKEND, reason=f"about the {name} backend")
     for name in ("tensorflow", "jax", "torch")
 }
-
-
-def numpy(x):
-    return np.array(ops.convert_to_numpy(x))
-
-
-def data(*shape, seed=0):
-    return np.random.default_rng(seed).normal(size=shape).astype("float32")
 
 
 def classifier(**dense):
@@ -32,11 +25,6 @@ def classifier(**dense):
             layers.Dense(3, **dense),
         ]
     )
-
-
-def half_masks(model, seed=1):
-    rng = np.random.default_rng(seed)
-    ml.set_masks(model, {p: rng.random(m.shape) < 0.5 for p, m in ml.get_masks(model).items()})
 
 
 def largest_effective_weight_under_masks(model):

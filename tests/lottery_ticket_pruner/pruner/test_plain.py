@@ -9,31 +9,15 @@ from keras import layers, ops
 
 import masked_layers as ml
 from lottery_ticket_pruner import LotteryTicketPruner, PrunerCallback
+from pruned import compiled
 
 BACKEND = keras.backend.backend()
-
-
-@pytest.fixture
-def data():
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(80, 6)).astype("float32")
-    return x, (x[:, 0] > x[:, 1]).astype("int64")
 
 
 def classifier(seed=0, **compile_kwargs):
     keras.utils.set_random_seed(seed)
     model = keras.Sequential([keras.Input((6,)), layers.Dense(10, "relu"), layers.Dense(2)])
     return compiled(model, **compile_kwargs)
-
-
-def compiled(model, optimizer=None, **kwargs):
-    model.compile(
-        optimizer or keras.optimizers.Adam(0.01),
-        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        metrics=["accuracy"],
-        **kwargs,
-    )
-    return model
 
 
 def nested_model():

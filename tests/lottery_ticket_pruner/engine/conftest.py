@@ -1,0 +1,48 @@
+"""What every test of the engine starts from."""
+
+import types
+
+import keras
+import pytest
+
+from lottery_ticket_pruner import engine
+
+
+@pytest.fixture(autouse=True)
+def _nothing_said():
+    engine._said.clear()
+
+
+@pytest.fixture
+def pace(monkeypatch):
+    """Gives steps the seconds that they take on the engine's clock, which stands still otherwise.
+
+    Those of each kind of loop and those of `fit`. Returns the steps of each call of a loop.
+    """
+    now = 0.0
+
+    def wait(seconds):
+        nonlocal now
+        now += seconds
+
+    monkeypatch.setattr(engine, "time", types.SimpleNamespace(perf_counter=lambda: now))
+
+    def give(model, fit, **loops):
+        current = engine.engine_of(model)
+        train, plain_fit = current._programs.train, model.fit
+        step = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: wait(fit))
+        counts = []
+
+        def timed(data, batches, kind):
+            train(data, batches, kind)
+            counts.append(len(batches))
+            wait(len(batches) * loops[kind])
+
+        def timed_fit(*args, callbacks=(), **kwargs):
+            return plain_fit(*args, callbacks=[step, *callbacks], **kwargs)
+
+        monkeypatch.setattr(current._programs, "train", timed)
+        object.__setattr__(model, "fit", timed_fit)
+        return counts
+
+    return give

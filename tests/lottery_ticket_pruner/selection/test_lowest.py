@@ -1,0 +1,89 @@
+"""The lowest of an array against a sort, ties by lot, and flags set at random."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from lottery_ticket_pruner.selection import drop_lowest, lowest
+
+pytestmark = pytest.mark.once
+
+
+@given(
+    scores=hnp.arrays(
+        np.float32, st.integers(0, 40), elements=st.sampled_from([-np.inf, -1, -0.0, 0, 1, 2, 3])
+    ),
+    data=st.data(),
+)
+def test_drop_lowest_is_a_sort_up_to_ties(scores, data):
+    mask = data.draw(hnp.arrays(bool, scores.shape))
+    alive = [i for i in range(len(scores)) if mask[i]]
+    drop = data.draw(st.integers(0, len(alive)))
+    before = scores.copy(), mask.copy()
+    kept = drop_lowest(scores, mask, drop, np.random.default_rng(0))
+
+    in_order = sorted(alive, key=lambda i: float(scores[i]))
+    dropped = {i for i in alive if not kept[i]}
+    assert len(dropped) == drop
+    assert not kept[~mask].any()
+    assert sorted(float(scores[i]) for i in dropped) == [float(scores[i]) for i in in_order[:drop]]
+    np.testing.assert_array_equal(scores, before[0])
+    np.testing.assert_array_equal(mask, before[1])
+    assert not np.shares_memory(kept, mask)
+
+
+def test_ties_at_the_threshold_are_drawn_evenly():
+    scores = np.array([0, 1, 1, 1, 1, 2], dtype=np.float32)
+    mask = np.array([1, 1, 1, 1, 0, 1], dtype=bool)
+    draws = [drop_lowest(scores, mask, 2, np.random.default_rng(s)) for s in range(3000)]
+    np.testing.assert_allclose(np.mean(draws, axis=0), [0, 2 / 3, 2 / 3, 2 / 3, 0, 1], atol=0.05)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("drop", [1, 50, 99, 500, 901, 999, 1000])
+def test_many_ties_at_the_bottom(share, drop):
+    scores = np.arange(1000, dtype=np.float32)
+    scores[: int(1000 * share)] = -np.inf
+    kept = drop_lowest(scores, np.ones(1000, dtype=bool), drop, np.random.default_rng(1))
+    assert np.count_nonzero(kept) == 1000 - drop
+    if drop >= 1000 * share:
+        assert kept[drop:].all()
+    else:
+        assert kept[int(1000 * share) :].all()
+
+
+def test_drop_lowest_refuses_what_it_cannot_rank():
+    rng, mask = np.random.default_rng(0), np.array([True, True, False])
+    with pytest.raises(ValueError, match="NaN"):
+        drop_lowest(np.array([1.0, np.nan, 0.0]), mask, 1, rng)
+    with pytest.raises(ValueError, match=r"in \[0, 2\].*Received: 3"):
+        drop_lowest(np.zeros(3), mask, 3, rng)
+    with pytest.raises(ValueError, match="Received: -1"):
+        drop_lowest(np.zeros(3), mask, -1, rng)
+    with pytest.raises(ValueError, match=r"shape \(4,\).*shape \(3,\)"):
+        drop_lowest(np.zeros(4), mask, 1, rng)
+    assert drop_lowest(np.array([1.0, 2.0, np.nan]), mask, 1, rng).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 100, 499, 500, 501, 900, 999, 1000])
+def test_so_many_flags_are_set_wherever_they_are(count, monkeypatch):
+    monkeypatch.setattr(lowest, "_CHUNK", 64)
+    draws = [lowest._random_flags(1000, count, np.random.default_rng(s)) for s in range(200)]
+    assert {int(np.count_nonzero(flags)) for flags in draws} == {count}
+    by_tenth = np.sum(draws, axis=0).reshape(10, 100).sum(axis=1)
+    # The counts of a tenth are hypergeometric in each draw.
+    share = count / 1000
+    deviation = math.sqrt(200 * count * 0.1 * 0.9 * (1 - share) * 1000 / 999)
+    np.testing.assert_allclose(by_tenth, 20 * count, atol=5 * deviation)
+
+
+def test_every_choice_of_flags_is_equally_likely():
+    rng = np.random.default_rng(0)
+    choices = [tuple(np.flatnonzero(lowest._random_flags(6, 3, rng))) for _ in range(4000)]
+    counts = [choices.count(choice) for choice in set(choices)]
+    assert len(counts) == 20
+    np.testing.assert_allclose(counts, 200, atol=5 * math.sqrt(200))
