@@ -14,7 +14,7 @@ import pytest
 # At the end: an installed package goes before the source.
 sys.path.append(str(Path(__file__).parents[2]))
 
-from benchmarks import resume
+from benchmarks.checks import resume
 
 # Writes lines of results; the run that is to be killed never gets further than the second.
 STAND_IN = """

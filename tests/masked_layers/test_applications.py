@@ -1,4 +1,4 @@
-"""One small member of each family of `keras.applications`; `benchmarks.conversion` has them all."""
+"""A small member of each family of `keras.applications`; `benchmarks.checks.conversion` has all."""
 
 import importlib.util
 from pathlib import Path
@@ -9,7 +9,7 @@ import pytest
 import masked_layers as ml
 
 spec = importlib.util.spec_from_file_location(
-    "conversion_benchmark", Path(__file__).parents[2] / "benchmarks" / "conversion.py"
+    "conversion_benchmark", Path(__file__).parents[2] / "benchmarks" / "checks" / "conversion.py"
 )
 conversion = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(conversion)

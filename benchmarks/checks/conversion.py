@@ -1,6 +1,6 @@
 """Converts every model of `keras.applications` and compares outputs before and after.
 
-    python -m benchmarks.conversion [NAME ...]
+    python -m benchmarks.checks.conversion [NAME ...]
 
 Weights are random, drawn so that the outputs are not constant. Prints per model how many layers
 were masked and how many with weights were left, the largest difference of outputs before and after

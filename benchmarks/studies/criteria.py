@@ -1,6 +1,6 @@
 """Every criterion at a few sparsities: test accuracy of LeNet-300-100, in one table.
 
-    python -m benchmarks.criteria --data digits mnist --data-dir DIR
+    python -m benchmarks.studies.criteria --data digits mnist --data-dir DIR
 
 Criteria made for new models (`snip`, `grasp`, `synflow`; `random` as their control) prune before
 any training, and what is left trains for `--steps` steps from its initial weights. All others prune

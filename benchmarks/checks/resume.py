@@ -1,6 +1,6 @@
 """Kills a run in the middle of rounds, resumes it, and compares it with one left alone.
 
-    python -m benchmarks.resume [OPTION ...] [--out FOLDER]
+    python -m benchmarks.checks.resume [OPTION ...] [--out FOLDER]
 
 Options are those of `lottery-ticket run` (default: three rounds on the digits with all controls).
 The run is a process of its own. When a third of its lines of results are there it gets SIGKILL,
@@ -104,7 +104,7 @@ def compare(one, other):
 def main(arguments=None):
     """Runs the comparison; returns 1 if anything differs."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.resume",
+        prog="python -m benchmarks.checks.resume",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

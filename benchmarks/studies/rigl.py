@@ -1,6 +1,6 @@
 """Dynamic sparse training: RigL and SET against static sparse training from the same masks.
 
-    python -m benchmarks.rigl --data-dir DIR
+    python -m benchmarks.studies.rigl --data-dir DIR
 
 LeNet-300-100 on MNIST or Fashion-MNIST. All three methods start from the same weights and the same
 random masks, whose densities are those of ERK, and train for the same steps in the same order.

@@ -1,6 +1,6 @@
 """How many weights of each layer are left when very few are: which criteria cut a network in two.
 
-    python -m benchmarks.collapse
+    python -m benchmarks.studies.collapse
 
 A new network of `--depth` 3 x 3 convolutions is pruned at initialization, all layers competing, to
 `--sparsity`. A layer without a weight lets nothing through ("collapsed"). SynFlow is made never to

@@ -1,6 +1,6 @@
 """Wanda beside magnitude: a transformer pruned once, with no training to follow.
 
-    python -m benchmarks.wanda
+    python -m benchmarks.studies.wanda
 
 A small transformer learns scikit-learn's digits as sequences of eight rows of eight pixels; then
 the projections of its attention and its feed-forward layers (not the embedding of the rows, not the

@@ -1,6 +1,6 @@
 """Gradual pruning beside TensorFlow Model Optimization: accuracy, exact zeros, seconds per epoch.
 
-    python -m benchmarks.gradual --data-dir DIR
+    python -m benchmarks.studies.gradual --data-dir DIR
 
 The same network, LeNet-300-100, and the same polynomial schedule up to 90 %, once as a Keras 3
 model with `GradualPruning(regrowth=True)`, once as a `tf_keras` model under `prune_low_magnitude`;
@@ -51,7 +51,7 @@ def main():
             for library, backend in LIBRARIES:
                 task = {**vars(arguments), "library": library, "frequency": frequency}
                 environment = {"KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
-                contender = Contender("benchmarks.gradual:contest", "", task, environment)
+                contender = Contender("benchmarks.studies.gradual:contest", "", task, environment)
                 try:
                     worker = stack.enter_context(contextlib.closing(Worker(contender)))
                 except MissingError as error:

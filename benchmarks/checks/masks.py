@@ -1,6 +1,6 @@
 """Trains under masks and looks for anything but zero beneath them.
 
-    python -m benchmarks.masks
+    python -m benchmarks.checks.masks
 
 On every backend that is installed, a convolutional net with regularizers and half of its weights
 masked is trained for 100 steps with each optimizer. Prints the largest absolute effective weight
@@ -73,7 +73,7 @@ def main():
             print(f"{backend:12}not installed", flush=True)
             continue
         environment = {**os.environ, "KERAS_BACKEND": backend}
-        code = "from benchmarks.masks import measure; measure()"
+        code = "from benchmarks.checks.masks import measure; measure()"
         subprocess.run([sys.executable, "-c", code], env=environment, check=True)
 
 

@@ -1,0 +1,1 @@
+"""Experiments on accuracy, whose tables are in docs/results.md."""
