@@ -16,8 +16,7 @@ import numpy as np
 
 import masked_layers as ml
 from lottery_ticket_pruner import optimizers, training
-from lottery_ticket_pruner.augmentation import Augmentation
-from lottery_ticket_pruner.examples import Examples
+from lottery_ticket_pruner.training import Augmentation, Examples
 from lottery_ticket_pruner.variables import read, variable_scope, widened
 from masked_layers import copying
 

@@ -10,10 +10,10 @@ import numpy as np
 
 from lottery_ticket_pruner import criteria
 from lottery_ticket_pruner.activations import input_norms
-from lottery_ticket_pruner.data import arrays_of
 from lottery_ticket_pruner.flow import SynapticFlow
 from lottery_ticket_pruner.gradients import hessian_gradients, loss_gradients
 from lottery_ticket_pruner.overrides import masks_replaced
+from lottery_ticket_pruner.training import arrays_of
 
 Source = Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
 

@@ -44,6 +44,14 @@ _NOT_CODE = {
     *("__dataclass_fields__", "__dataclass_params__", "__abstractmethods__"),
 }
 _OF_THE_FILE = {"__name__", "__file__", "__package__", "__spec__", "__loader__", "__builtins__"}
+# Modules of ours that moved: what code takes from them goes on by the name that it had there.
+_EARLIER = {
+    "lottery_ticket_pruner.mask_schedules": "lottery_ticket_pruner.callbacks",
+    "lottery_ticket_pruner.training.augmentation": "lottery_ticket_pruner.augmentation",
+    "lottery_ticket_pruner.training.loading": "lottery_ticket_pruner.data",
+    "lottery_ticket_pruner.training.loops": "lottery_ticket_pruner.training",
+    "masked_layers.shrinking.smaller_model": "masked_layers.shrinking",
+}
 
 
 class UnidentifiedError(ValueError):
@@ -290,7 +298,8 @@ class _Hasher:
         elif isinstance(thing, types.ModuleType):
             yield from self._module(thing.__name__)
         elif callable(thing) and _is_known(thing):
-            yield f"{_module_of(thing)}.{getattr(thing, '__qualname__', _name(thing))}"
+            module = _EARLIER.get(_module_of(thing), _module_of(thing))
+            yield f"{module}.{getattr(thing, '__qualname__', _name(thing))}"
         elif isinstance(thing, staticmethod | classmethod):
             yield type(thing).__name__
             yield self.digest(thing.__func__, where)

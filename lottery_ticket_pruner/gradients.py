@@ -25,8 +25,8 @@ from lottery_ticket_pruner.differentiation import (
     gradient,
     twice_differentiable,
 )
-from lottery_ticket_pruner.examples import Arrays, Examples, map_arrays
 from lottery_ticket_pruner.overrides import attribute_replaced
+from lottery_ticket_pruner.training import Arrays, Examples, map_arrays
 from masked_layers import WeightRef
 from masked_layers.compiled import kept_beside
 from masked_layers.masks import raw_view

@@ -10,8 +10,7 @@ import numpy as np
 
 import masked_layers as ml
 from lottery_ticket_pruner import training, treatments
-from lottery_ticket_pruner.augmentation import Augmentation
-from lottery_ticket_pruner.examples import Examples
+from lottery_ticket_pruner.training import Augmentation, Examples
 from masked_layers import copying, learned
 
 WEIGHTS = ("initial", "signed_constant")

@@ -27,9 +27,9 @@ from lottery_ticket_pruner import (
     targets,
     zero_hold,
 )
-from lottery_ticket_pruner.examples import Examples
 from lottery_ticket_pruner.pruner import LotteryTicketPruner
 from lottery_ticket_pruner.records import is_masked
+from lottery_ticket_pruner.training import Examples
 from lottery_ticket_pruner.variables import variable_scope
 
 

@@ -177,8 +177,8 @@ class LotteryTicketPruner(plain_models.PlainPruning):
                 `"uniform"`, `"erk"`, or whatever else `distributions.get` takes.
             data: What a criterion of gradients or activations looks at, as arrays: `(x, y)` or
                 `(x, y, sample_weight)`, or `x` alone where no targets are needed; or a data set
-                of batches, which is read into memory (see `data.arrays_of`). Other criteria take
-                no notice.
+                of batches, which is read into memory (see `training.arrays_of`). Other criteria
+                take no notice.
 
         Returns:
             The report of the model's sparsity.

@@ -11,11 +11,10 @@ import numpy as np
 import masked_layers as ml
 from lottery_ticket_pruner import criteria as criteria_module
 from lottery_ticket_pruner import notices, treatments
-from lottery_ticket_pruner.engine import engine_of
-from lottery_ticket_pruner.examples import Arrays, Examples
 from lottery_ticket_pruner.overrides import freeze_at_zero, rescaling, state_restored
 from lottery_ticket_pruner.pruner import LotteryTicketPruner
 from lottery_ticket_pruner.records import is_masked
+from lottery_ticket_pruner.training import Arrays, Examples, engine_of
 
 _logger = logging.getLogger(__name__)
 

@@ -25,12 +25,10 @@ from lottery_ticket_pruner import (
     training,
     treatments,
 )
-from lottery_ticket_pruner.augmentation import Augmentation
 from lottery_ticket_pruner.checkpoint import Checkpoint
-from lottery_ticket_pruner.data import arrays_of, pair_of
-from lottery_ticket_pruner.examples import Examples
 from lottery_ticket_pruner.fingerprints import description, digest, identity, layers
 from lottery_ticket_pruner.pruner import LotteryTicketPruner
+from lottery_ticket_pruner.training import Augmentation, Examples, arrays_of, pair_of
 from lottery_ticket_pruner.variables import read
 
 CONTROLS = ("random_reinit", "reinit_same_sign", "random_mask", "reshuffled_mask")
@@ -124,7 +122,7 @@ def find_ticket(
             schedule at step 0.
         x: training inputs in memory: an array, or a list or dict of them. Or inputs and targets
             together as a finite `tf.data.Dataset`, a `keras.utils.PyDataset` or a torch
-            `DataLoader` of batches, which is read into memory once (see `data.arrays_of`).
+            `DataLoader` of batches, which is read into memory once (see `training.arrays_of`).
         y: training targets, likewise; None beside such a data set, or for a model that has its
             loss from elsewhere.
         rounds: rounds of pruning after the dense run, at least 1.
@@ -170,8 +168,8 @@ def find_ticket(
         ValueError: a number out of its range, both of `rate` and `sparsity`, an unknown control,
             a model that is not compiled, a weight to draw again that has no initialiser, a
             checkpoint of something else, targets that the loss does not take, data to validate or
-            test on that the model does not take, and whatever `update_masks` or `data.arrays_of`
-            refuses. No step was trained then.
+            test on that the model does not take, and whatever `update_masks` or
+            `training.arrays_of` refuses. No step was trained then.
         OSError: the folder of the checkpoint is in use by another process (a `FolderInUseError`),
             is removed meanwhile, or cannot be written.
     """

@@ -76,7 +76,7 @@ def _no_route_by_the_clock():
 
     Tests of that change set the patience that they need.
     """
-    from lottery_ticket_pruner import engine
+    from lottery_ticket_pruner.training import engine
 
     engine._PATIENCE = float("inf")
 

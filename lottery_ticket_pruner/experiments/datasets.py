@@ -69,7 +69,7 @@ def load(name: str, data_dir: str | Path | None = None) -> Dataset:
     One's own data comes from a function without arguments, named `module:function` or
     `path/to/file.py:function`. Modules are looked for in the working directory, too. It returns
     `((x_train, y_train), (x_test, y_test))`, as `load_data` of Keras' data sets does, or two data
-    sets of batches that `lottery_ticket_pruner.data.arrays_of` takes. Pixels of type uint8 are
+    sets of batches that `lottery_ticket_pruner.training.arrays_of` takes. Pixels of type uint8 are
     divided by 255, other inputs taken as they are; labels are class indices from 0 on. A twelfth of
     the training data is held out for validation.
 

@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 
 import keras
 
-from lottery_ticket_pruner.augmentation import CropAndFlip
 from lottery_ticket_pruner.registry import UnknownNameError
+from lottery_ticket_pruner.training import CropAndFlip
 
 _CONV_WIDTHS = {"conv-2": (64,), "conv-4": (64, 128), "conv-6": (64, 128, 256)}
 _DENSE_WIDTHS = {"lenet-300-100": (300, 100)}

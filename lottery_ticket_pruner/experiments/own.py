@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import lottery_ticket_pruner
-from lottery_ticket_pruner.data import pair_of
+from lottery_ticket_pruner.training import pair_of
 
 _SHOWN = 4
 _HERE = Path(lottery_ticket_pruner.__file__).resolve().parent

@@ -16,10 +16,10 @@ from rich.console import Console
 
 import masked_layers as ml
 from lottery_ticket_pruner import cli, training
-from lottery_ticket_pruner.augmentation import CropAndFlip
 from lottery_ticket_pruner.experiments import datasets, networks, supermask
 from lottery_ticket_pruner.experiments.supermask import SupermaskConfig
 from lottery_ticket_pruner.experiments.workbench import load_and_resolve
+from lottery_ticket_pruner.training import CropAndFlip
 
 UNTRAINED = SupermaskConfig(
     criteria=("large_final", "random"), sparsities=(0.5, 0.9), dwr=(False,), steps=40, seeds=(3, 4)

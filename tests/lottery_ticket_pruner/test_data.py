@@ -6,7 +6,7 @@ import pytest
 from keras import layers
 
 from lottery_ticket_pruner import find_ticket
-from lottery_ticket_pruner.data import arrays_of, pair_of
+from lottery_ticket_pruner.training import arrays_of, pair_of
 
 BACKEND = keras.backend.backend()
 RNG = np.random.default_rng(0)

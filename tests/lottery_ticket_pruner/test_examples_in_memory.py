@@ -7,8 +7,8 @@ import pytest
 import masked_layers as ml
 from lottery_ticket_pruner import LotteryTicketPruner, find_ticket, training
 from lottery_ticket_pruner.activations import input_norms
-from lottery_ticket_pruner.examples import Examples
 from lottery_ticket_pruner.learned import learn_supermask
+from lottery_ticket_pruner.training import Examples
 
 BACKEND = keras.backend.backend()
 X, Y = np.linspace(-1, 1, 30).reshape(10, 3), np.arange(10) % 2

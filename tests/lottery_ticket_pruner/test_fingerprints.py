@@ -13,15 +13,17 @@ import keras
 import numpy as np
 import pytest
 
-from lottery_ticket_pruner import criteria, treatments
-from lottery_ticket_pruner.augmentation import CropAndFlip
+import masked_layers
+from lottery_ticket_pruner import GradualPruning, criteria, training, treatments
 from lottery_ticket_pruner.fingerprints import (
     UnidentifiedError,
+    _Hasher,
     description,
     fingerprint,
     identity,
     layers,
 )
+from lottery_ticket_pruner.training import CropAndFlip
 
 pytestmark = pytest.mark.once
 
@@ -236,6 +238,18 @@ def test_objects_are_their_class_and_their_configuration():
     assert fingerprint(Configured(1)) != fingerprint(Configured(2))
     assert fingerprint(Scaled(1.0)) == fingerprint(Scaled(1.0))
     assert fingerprint(Scaled(1.0)) != fingerprint(Scaled(2.0))
+
+
+def test_what_has_moved_inside_the_library_keeps_its_name_in_fingerprints():
+    names = {
+        CropAndFlip: "lottery_ticket_pruner.augmentation.CropAndFlip",
+        GradualPruning: "lottery_ticket_pruner.callbacks.GradualPruning",
+        masked_layers.shrink: "masked_layers.shrinking.shrink",
+        training.arrays_of: "lottery_ticket_pruner.data.arrays_of",
+        training.train: "lottery_ticket_pruner.training.train",
+    }
+    for thing, name in names.items():
+        assert [*_Hasher("")._parts(thing, "")] == [name]
 
 
 def test_descriptions_of_what_is_built_in_are_those_of_earlier_states():

@@ -5,7 +5,7 @@ import types
 import keras
 import pytest
 
-from lottery_ticket_pruner import engine
+from lottery_ticket_pruner.training import engine
 
 
 @pytest.fixture(autouse=True)

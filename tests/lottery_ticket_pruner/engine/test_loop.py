@@ -23,8 +23,8 @@ from loops import (
     with_own_loss,
     with_state,
 )
-from lottery_ticket_pruner import engine, training
-from lottery_ticket_pruner.augmentation import CropAndFlip
+from lottery_ticket_pruner import training
+from lottery_ticket_pruner.training import CropAndFlip, engine
 from masked_layers.compiled import kept_beside
 
 BACKEND = keras.backend.backend()

@@ -20,8 +20,8 @@ from loops import (
     needs_loop,
     through_fit,
 )
-from lottery_ticket_pruner import engine, programs, training
-from lottery_ticket_pruner.augmentation import CropAndFlip
+from lottery_ticket_pruner import training
+from lottery_ticket_pruner.training import CropAndFlip, compiled_loops, engine
 
 BACKEND = keras.backend.backend()
 
@@ -161,7 +161,7 @@ def test_short_calls_ask_too(monkeypatch, pace, train):
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="XLA is a choice on TensorFlow alone")
 def test_loops_of_two_kinds_are_timed_apart(monkeypatch, pace):
     monkeypatch.setattr(engine, "_PATIENCE", 0.0)
-    monkeypatch.setattr(programs, "_WORTH_XLA", 30)
+    monkeypatch.setattr(compiled_loops, "_WORTH_XLA", 30)
     model = compiled(dense)
     pace(model, fit=0.005, XLA=0.001, graph=0.02)
     for deterministic in (True, False):

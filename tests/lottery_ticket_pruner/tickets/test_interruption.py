@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from keras import layers
 
-from lottery_ticket_pruner.augmentation import CropAndFlip
 from lottery_ticket_pruner.tickets import find_ticket
+from lottery_ticket_pruner.training import CropAndFlip
 from lottery_ticket_pruner.variables import read
 from searches import SHORT, assert_equal, make_model
 

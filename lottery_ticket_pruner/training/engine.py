@@ -2,8 +2,8 @@
 
 Keras' own loop costs a small network several times what its arithmetic does. The engine runs the
 model's own `train_step` in a loop inside the graph, so that losses, metrics, optimizers, dropout,
-statistics and masks mean what they mean in `fit`: see `programs`. What it cannot run, and what
-`fit` runs faster, goes through `fit`.
+statistics and masks mean what they mean in `fit`: see `compiled_loops`. What it cannot run, and
+what `fit` runs faster, goes through `fit`.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ import keras
 import numpy as np
 
 from lottery_ticket_pruner import _keras
-from lottery_ticket_pruner.examples import Examples
-from lottery_ticket_pruner.programs import BLOCK, PROGRAMS, Programs
 from lottery_ticket_pruner.targets import explained
+from lottery_ticket_pruner.training.compiled_loops import BLOCK, PROGRAMS, Programs
+from lottery_ticket_pruner.training.dataset import Examples
 from masked_layers.compiled import kept_beside
 
 # Most examples per step of an evaluation, and most bytes of them.

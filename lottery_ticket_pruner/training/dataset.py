@@ -10,7 +10,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from lottery_ticket_pruner.augmentation import Augmentation
+from lottery_ticket_pruner.training.augmentation import Augmentation
 
 # An array with the examples along the first axis, or a list or dict of such. None in it stands for
 # an array that there is not, as for an output without a loss.

@@ -9,10 +9,10 @@ import keras
 import numpy as np
 
 from lottery_ticket_pruner import _keras
-from lottery_ticket_pruner.augmentation import Augmentation
-from lottery_ticket_pruner.engine import engine_of, say_once
-from lottery_ticket_pruner.examples import Arrays, Examples
 from lottery_ticket_pruner.targets import explained
+from lottery_ticket_pruner.training.augmentation import Augmentation
+from lottery_ticket_pruner.training.dataset import Arrays, Examples
+from lottery_ticket_pruner.training.engine import engine_of, say_once
 
 
 @dataclasses.dataclass

@@ -10,8 +10,8 @@ import keras
 import numpy as np
 
 from lottery_ticket_pruner import _keras
-from lottery_ticket_pruner.augmentation import Augmentation
-from lottery_ticket_pruner.examples import Arrays, Examples, map_arrays
+from lottery_ticket_pruner.training.augmentation import Augmentation
+from lottery_ticket_pruner.training.dataset import Arrays, Examples, map_arrays
 from masked_layers import paths
 
 # Most steps per call of a loop. One size for all calls, so that one program serves them all.

@@ -1,0 +1,31 @@
+"""Training on data in memory: compiled loops around a model's own step, and the data for them."""
+
+from lottery_ticket_pruner.training.augmentation import Augmentation, CropAndFlip
+from lottery_ticket_pruner.training.dataset import Arrays, Examples, map_arrays
+from lottery_ticket_pruner.training.engine import engine_of
+from lottery_ticket_pruner.training.loading import arrays_of, pair_of
+from lottery_ticket_pruner.training.loops import (
+    History,
+    batch_order,
+    evaluate,
+    fit,
+    held_out,
+    train,
+)
+
+__all__ = [
+    "Arrays",
+    "Augmentation",
+    "CropAndFlip",
+    "Examples",
+    "History",
+    "arrays_of",
+    "batch_order",
+    "engine_of",
+    "evaluate",
+    "fit",
+    "held_out",
+    "map_arrays",
+    "pair_of",
+    "train",
+]
