@@ -17,7 +17,6 @@ import masked_layers as ml
 from lottery_ticket_pruner import (
     criteria,
     evidence,
-    gradients,
     notices,
     optimizers,
     ranking,
@@ -486,7 +485,7 @@ class DynamicSparseTraining(MaskSchedule):
         draw = np.random.default_rng([self.seed, step])
         chosen = draw.choice(size, min(self.batch_size, size), replace=False)
         x, y, weights = (*examples.take(chosen), None, None)[:3]
-        return gradients.loss_gradients(
+        return evidence.loss_gradients(
             self.pruner.model, x, y, sample_weight=weights, batch_size=len(chosen)
         )
 

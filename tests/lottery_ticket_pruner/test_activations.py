@@ -7,7 +7,7 @@ from keras import layers
 
 import masked_layers as ml
 from lottery_ticket_pruner import LotteryTicketPruner
-from lottery_ticket_pruner.activations import input_norms
+from lottery_ticket_pruner.evidence import input_norms
 
 RNG = np.random.default_rng(0)
 

@@ -9,7 +9,7 @@ from keras import layers
 
 import masked_layers as ml
 from lottery_ticket_pruner import LotteryTicketPruner, criteria
-from lottery_ticket_pruner.gradients import hessian_gradients, loss_gradients
+from lottery_ticket_pruner.evidence import hessian_gradients, loss_gradients
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(12, 6)).astype("float32")

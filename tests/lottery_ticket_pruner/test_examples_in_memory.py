@@ -6,7 +6,7 @@ import pytest
 
 import masked_layers as ml
 from lottery_ticket_pruner import LotteryTicketPruner, find_ticket, training
-from lottery_ticket_pruner.activations import input_norms
+from lottery_ticket_pruner.evidence import input_norms
 from lottery_ticket_pruner.learned import learn_supermask
 from lottery_ticket_pruner.training import Examples
 

@@ -7,7 +7,7 @@ from keras import layers
 
 import masked_layers as ml
 from lottery_ticket_pruner import LotteryTicketPruner
-from lottery_ticket_pruner.flow import SynapticFlow
+from lottery_ticket_pruner.evidence import SynapticFlow
 
 
 def sequential(*inner, shape=(5,)):

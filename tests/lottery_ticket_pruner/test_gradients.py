@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 import masked_layers as ml
-from lottery_ticket_pruner import LotteryTicketPruner, _keras, gradients
+from lottery_ticket_pruner import LotteryTicketPruner, _keras
+from lottery_ticket_pruner.evidence import gradients
 from masked_layers.masks import raw_view
 
 BACKEND = keras.backend.backend()

@@ -10,12 +10,12 @@ from lottery_ticket_pruner import (
     DynamicSparseTraining,
     GradualPruning,
     LotteryTicketPruner,
-    gradients,
     mask_schedules,
     optimizers,
     schedules,
     training,
 )
+from lottery_ticket_pruner.evidence import gradients
 
 BACKEND = keras.backend.backend()
 RAMP = schedules.Polynomial(0.0, 0.9, begin_step=2, end_step=8, frequency=3)

@@ -7,8 +7,8 @@ from keras import layers, ops
 
 import masked_layers as ml
 from lottery_ticket_pruner import _keras
-from lottery_ticket_pruner.differentiation import draws_kept, twice_differentiable
-from lottery_ticket_pruner.gradients import hessian_gradients, loss_gradients
+from lottery_ticket_pruner.evidence import hessian_gradients, loss_gradients
+from lottery_ticket_pruner.evidence.differentiation import draws_kept, twice_differentiable
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(6, 5, 4)) + 0.5

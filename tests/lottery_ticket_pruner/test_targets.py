@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 import masked_layers as ml
-from lottery_ticket_pruner import gradients, schedules, targets, training
+from lottery_ticket_pruner import schedules, targets, training
 from lottery_ticket_pruner.callbacks import DynamicSparseTraining, GradualPruning
+from lottery_ticket_pruner.evidence import gradients
 from lottery_ticket_pruner.learned import learn_supermask
 from lottery_ticket_pruner.pruner import LotteryTicketPruner
 from lottery_ticket_pruner.supermasks import evaluate_grid

@@ -6,7 +6,8 @@ import pytest
 from keras import layers
 
 import masked_layers as ml
-from lottery_ticket_pruner import LotteryTicketPruner, gradients, training
+from lottery_ticket_pruner import LotteryTicketPruner, training
+from lottery_ticket_pruner.evidence import gradients
 from masked_layers import compiled
 
 BACKEND = keras.backend.backend()

@@ -19,7 +19,7 @@ from keras import ops
 
 import masked_layers as ml
 from lottery_ticket_pruner import _keras, targets
-from lottery_ticket_pruner.differentiation import (
+from lottery_ticket_pruner.evidence.differentiation import (
     Tensor,
     draws_kept,
     gradient,

@@ -12,8 +12,8 @@ from keras import layers, ops
 
 import masked_layers as ml
 from lottery_ticket_pruner import _keras
-from lottery_ticket_pruner.differentiation import Tensor, gradient
-from lottery_ticket_pruner.gradients import prunable_refs
+from lottery_ticket_pruner.evidence.differentiation import Tensor, gradient
+from lottery_ticket_pruner.evidence.gradients import prunable_refs
 from lottery_ticket_pruner.training import Arrays, Examples, map_arrays
 from masked_layers.maskable import raw_variable, weights_inside
 from masked_layers.masks import raw_view

@@ -1,4 +1,4 @@
-"""Evidence: what a criterion needs beside the records, measured on the model and on data."""
+"""The sources of evidence: for each kind that a criterion may need, the function that finds it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import keras
 import numpy as np
 
 from lottery_ticket_pruner import criteria
-from lottery_ticket_pruner.activations import input_norms
-from lottery_ticket_pruner.flow import SynapticFlow
-from lottery_ticket_pruner.gradients import hessian_gradients, loss_gradients
+from lottery_ticket_pruner.evidence.activations import input_norms
+from lottery_ticket_pruner.evidence.flow import SynapticFlow
+from lottery_ticket_pruner.evidence.gradients import hessian_gradients, loss_gradients
 from lottery_ticket_pruner.overrides import masks_replaced
 from lottery_ticket_pruner.training import arrays_of
 
