@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from lottery_ticket_pruner.experiments.parent import end_with_parent
 
 if TYPE_CHECKING:
-    from lottery_ticket_pruner.experiments.sweep import Failure
-    from lottery_ticket_pruner.storage import ExportConfig, InspectConfig
+    from lottery_ticket_pruner.commands.saved_models import ExportConfig, InspectConfig
+    from lottery_ticket_pruner.commands.sweep import Failure
 
 _EXTRA = ("jinja2", "matplotlib", "pandas", "rich", "scipy", "sklearn", "tensorboard", "tyro")
 
@@ -66,15 +66,16 @@ def _main(arguments: Sequence[str] | None) -> int:
         return 1
     import tyro
 
-    from lottery_ticket_pruner.experiments import instability, page, run, supermask
+    from lottery_ticket_pruner.commands import report
+    from lottery_ticket_pruner.commands.repeat import RepeatConfig
+    from lottery_ticket_pruner.commands.report import ReportConfig
+    from lottery_ticket_pruner.commands.saved_models import ExportConfig, InspectConfig
+    from lottery_ticket_pruner.commands.sweep import SupermaskSweepConfig, SweepConfig
+    from lottery_ticket_pruner.experiments import instability, run, supermask
     from lottery_ticket_pruner.experiments.config import RunConfig
     from lottery_ticket_pruner.experiments.instability import InstabilityConfig
-    from lottery_ticket_pruner.experiments.page import ReportConfig
-    from lottery_ticket_pruner.experiments.repeat import RepeatConfig
     from lottery_ticket_pruner.experiments.supermask import SupermaskConfig
-    from lottery_ticket_pruner.experiments.sweep import SupermaskSweepConfig, SweepConfig
     from lottery_ticket_pruner.experiments.workbench import load_and_resolve
-    from lottery_ticket_pruner.storage import ExportConfig, InspectConfig
 
     def work_on(experiment: Any) -> Callable[[Any], int]:
         def work(config: Any) -> int:
@@ -84,7 +85,7 @@ def _main(arguments: Sequence[str] | None) -> int:
         return work
 
     def write_report(config: ReportConfig) -> int:
-        page.write_report(config)
+        report.write_report(config)
         return 0
 
     # Each name with its options and with what carries them out.
@@ -117,7 +118,7 @@ def _main(arguments: Sequence[str] | None) -> int:
 
 
 def _sweep(config: Any) -> int:
-    from lottery_ticket_pruner.experiments import sweep
+    from lottery_ticket_pruner.commands import sweep
 
     return _print_failures(sweep.sweep(config))
 

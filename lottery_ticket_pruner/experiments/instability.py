@@ -17,7 +17,7 @@ from rich.console import Console
 
 import masked_layers as ml
 from lottery_ticket_pruner import analyses, optimizers
-from lottery_ticket_pruner.experiments import datasets, networks, progress, report, results
+from lottery_ticket_pruner.experiments import datasets, networks, progress, results
 from lottery_ticket_pruner.experiments.config import RunConfig, choices, parse_steps
 from lottery_ticket_pruner.experiments.options import (
     NO_HINT,
@@ -25,6 +25,7 @@ from lottery_ticket_pruner.experiments.options import (
     OptionalInt,
     OptionalPath,
 )
+from lottery_ticket_pruner.experiments.reports import run_folders, tables
 from lottery_ticket_pruner.experiments.run_folder import RunFolder, command_of
 from lottery_ticket_pruner.experiments.workbench import compiled_network, make_deterministic
 from lottery_ticket_pruner.pruner import LotteryTicketPruner
@@ -194,7 +195,7 @@ def run(config: InstabilityConfig, data: datasets.Dataset, console: Console | No
     trainer = _Trainer(config, data)
     return RunFolder("instability", config, data, trainer.masks).carry_out(
         lambda folder: _carry_out(config, trainer, folder, console),
-        lambda rows: console.print(report.instability_sheet(_table(config, rows)).table()),
+        lambda rows: console.print(tables.instability_sheet(_table(config, rows)).table()),
         console,
     )
 
@@ -244,7 +245,7 @@ def _table(config: InstabilityConfig, rows: list[dict[str, Any]]) -> pd.DataFram
 
 def _config_of_run(folder: Path) -> dict[str, Any]:
     """The configuration of a run that writes masks."""
-    stored = results.read_run(folder).config
+    stored = run_folders.read_run(folder).config
     if command_of(stored) != "run":
         raise ValueError(
             f"'{folder}' is a folder of another command: it has no rounds of masks. Give --masks "

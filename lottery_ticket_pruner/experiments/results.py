@@ -1,21 +1,21 @@
-"""Run folders read back: their rows, and which of them are replicates of one configuration."""
+"""The files of results that commands write: rows as they come, and what is whole when read."""
 
 import csv
-import dataclasses
 import io
 import json
 import os
-import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 CONFIG_FILE = "config.json"
+
 RESULTS_FILE = "results.csv"
+
 SWEEP_FILE = "sweep.json"
+
 COLUMNS = (
     "round",
     "arm",
@@ -27,20 +27,17 @@ COLUMNS = (
     "seconds",
     "validation_loss",
 )
+
 # What decides the results beside the options; a run folder's configuration holds both.
 ORIGIN = ("backend", "data_digest")
+
 # What else a run folder's configuration holds: what wrote it, whether all results are there, and
 # the versions of this package, of Keras and of the backend.
 FACTS = ("command", "finished", "versions")
+
 # What its criteria and treatments are, where they are of a user's own.
 CODE = "code"
-# Options that say where to run and what to print: they change no number of the results.
-_NO_CHOICE = ("data_dir", "out", "quiet", "seeds", "masks_digest", *FACTS)
-_NAMING = ("data", "network", "strategy", "criterion")
-# Options that mostly follow from others, or that change no ticket.
-_FOLLOWING = (
-    "conv_rate", "output_rate", "scope", "controls", "control_rounds", "eval_every", "data_digest",
-)  # fmt: skip
+
 # Columns that hold numbers, or nothing, in the results of every command and version.
 _NUMBERS = (
     *(name for name in COLUMNS if name != "arm"),
@@ -49,65 +46,6 @@ _NUMBERS = (
     *("deterministic_accuracy", "deterministic_sparsity"),
     *("share", "loss", "accuracy"),
 )
-# Options whose values speak for themselves.
-_PLAIN = (*_NAMING, "learn")
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Run:
-    """One run folder.
-
-    Attributes:
-        folder: Where it is.
-        config: The options of the run, every choice made.
-        rows: Its results, one line per measurement, with a column `seed`.
-    """
-
-    folder: Path
-    config: dict[str, Any]
-    rows: pd.DataFrame
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Group:
-    """Runs of one configuration: they differ in seeds, or in where they were written.
-
-    Attributes:
-        label: What sets it apart from the other groups, in words.
-        config: The options that all its runs share.
-        runs: The runs.
-        rows: Their rows together; each seed counts once, in the run that got furthest.
-    """
-
-    label: str
-    config: dict[str, Any]
-    runs: tuple[Run, ...]
-    rows: pd.DataFrame
-
-    @property
-    def has_rounds(self) -> bool:
-        """True if its rows are those of `lottery-ticket run`, by rounds and arms."""
-        return "arm" in self.rows and "round" in self.rows
-
-    @property
-    def has_masks(self) -> bool:
-        """True if its rows are those of `lottery-ticket supermask`, by sparsity or by epoch."""
-        return not (self.has_rounds or self.is_instability)
-
-    @property
-    def is_instability(self) -> bool:
-        """True if its rows are those of `lottery-ticket instability`."""
-        return "instability" in self.rows
-
-    @property
-    def title(self) -> str:
-        """Data set, network, criterion and what was made of them."""
-        words = [str(self.config[key]) for key in _NAMING if self.config.get(key)]
-        if self.is_instability:
-            words.append("instability")
-        elif "learn" in self.config:
-            words.append(f"{self.config['learn'] or 'untrained'} masks")
-        return ", ".join(words)
 
 
 class CsvWriter:
@@ -289,170 +227,3 @@ def check_results(file: Path, config: Mapping[str, Any]) -> None:
             f"made '{file.parent}' replaces it with --overwrite; `lottery-ticket repeat` does the "
             "same elsewhere."
         ) from error
-
-
-def read_run(folder: Path) -> Run:
-    """Read a run folder, finished or not.
-
-    Raises:
-        FileNotFoundError: If there is no such folder.
-        ValueError: If it is not a run folder, a file of it is not what a run writes, or it says
-            that the run is finished and does not have all of its results.
-
-    Warns:
-        UserWarning: its results end in the middle of a line, which is left out.
-    """
-    if not folder.is_dir():
-        raise FileNotFoundError(f"There is no folder '{folder}'.")
-    if not is_run(folder):
-        raise ValueError(
-            f"'{folder}' is not a run folder: it lacks {CONFIG_FILE} or {RESULTS_FILE}."
-        )
-    config = read_json(folder / CONFIG_FILE)
-    if config is None:
-        raise ValueError(
-            f"'{folder}' cannot be read as a run: its {CONFIG_FILE} "
-            f"{reason(folder / CONFIG_FILE)}. Restore it from a copy."
-        )
-    seeds = config.get("seeds") or []
-    if not isinstance(seeds, list) or not all(isinstance(seed, int) for seed in seeds):
-        raise ValueError(f"'{folder / CONFIG_FILE}' holds no seeds. Received: {seeds!r}")
-    if config.get("finished"):
-        check_results(folder / RESULTS_FILE, config | {"seeds": seeds})
-    try:
-        rows = read_table(folder / RESULTS_FILE)
-    except ValueError as error:
-        raise ValueError(
-            f"{error} Restore it from a copy, or go on with the run that has to write it."
-        ) from error
-    place = "epoch" if "epoch" in rows else "sparsity"
-    missing = [name for name in ("replicate", place, "test_accuracy") if name not in rows]
-    if missing:
-        raise ValueError(
-            f"'{folder / RESULTS_FILE}' lacks the columns {missing}. It has: {list(rows)}"
-        )
-    if not (folder / RESULTS_FILE).read_bytes().endswith(b"\n"):
-        warnings.warn(
-            f"'{folder / RESULTS_FILE}' ends in the middle of a line, which is left out. The "
-            "command that made the folder writes it whole.",
-            stacklevel=2,
-        )
-    if not np.isfinite(rows["replicate"].astype(float)).all():
-        raise ValueError(f"'{folder / RESULTS_FILE}' lacks numbers in column 'replicate'.")
-    numbers = rows["replicate"].astype(int)
-    rows["seed"] = [seeds[n] if 0 <= n < len(seeds) else n for n in numbers]
-    return Run(folder, config, rows)
-
-
-def find_runs(folders: Iterable[Path]) -> list[Run]:
-    """Read run folders, and those inside of folders of runs, such as a sweep's; each once.
-
-    Inside of such a folder, what holds no results yet is passed over.
-
-    Raises:
-        FileNotFoundError: a folder is not there.
-        ValueError: a folder is not a run and holds none, cannot be read, or holds no results yet.
-    """
-    found: dict[Path, Run] = {}
-    for folder in folders:
-        if not folder.is_dir():
-            raise FileNotFoundError(f"There is no folder '{folder}'.")
-        if is_run(folder):
-            runs = [read_run(folder)]
-        else:
-            runs = [read_run(inside) for inside in sorted(folder.iterdir()) if is_run(inside)]
-            if not runs:
-                raise ValueError(
-                    f"'{folder}' is neither a run folder, with {CONFIG_FILE} and {RESULTS_FILE}, "
-                    "nor a folder that holds run folders."
-                )
-        begun = [run for run in runs if len(run.rows)]
-        if not begun:
-            raise ValueError(f"'{folder}' holds no results yet.")
-        found.update((run.folder.resolve(), run) for run in begun)
-    return list(found.values())
-
-
-def groups_of(runs: Sequence[Run]) -> list[Group]:
-    """Put runs together that differ in nothing but seeds and places, in the order given."""
-    together: dict[str, list[Run]] = {}
-    for run in runs:
-        key = json.dumps(_choices(run), sort_keys=True)
-        together.setdefault(key, []).append(run)
-    groups = [
-        Group("", _choices(same[0]), tuple(same), _pooled(same)) for same in together.values()
-    ]
-    # Each command has options of its own, that tell nothing of a run of another one.
-    for kind in ("has_rounds", "has_masks", "is_instability"):
-        places = [place for place, group in enumerate(groups) if getattr(group, kind)]
-        labels = _labels([groups[place].config for place in places])
-        for place, label in zip(places, labels, strict=True):
-            groups[place] = dataclasses.replace(groups[place], label=label)
-    return groups
-
-
-def varied_options(configs: Sequence[dict[str, Any]]) -> list[str]:
-    """The options in which configurations differ, in the order of the configurations."""
-    options = dict.fromkeys(option for config in configs for option in config)
-    return [option for option in options if len({as_text(c.get(option)) for c in configs}) > 1]
-
-
-def tidy(runs: Sequence[Run], options: Iterable[str] = ()) -> pd.DataFrame:
-    """All rows of all runs in one table: run folder, options, seed, results.
-
-    Options are those named, and all others that differ.
-    """
-    options = [*dict.fromkeys([*options, *varied_options([_choices(run) for run in runs])])]
-    tables = []
-    for run in runs:
-        rows = run.rows.drop(columns="replicate")
-        heading = {"run": run.folder.name}
-        heading |= {option: as_text(run.config.get(option)) for option in options}
-        columns = {name: value for name, value in heading.items() if name not in rows}
-        columns["seed"] = rows.pop("seed")
-        tables.append(pd.concat([pd.DataFrame(columns, index=rows.index), rows], axis=1))
-    return pd.concat(tables, ignore_index=True)
-
-
-def _choices(run: Run) -> dict[str, Any]:
-    return {key: value for key, value in run.config.items() if key not in _NO_CHOICE}
-
-
-def _pooled(runs: Sequence[Run]) -> pd.DataFrame:
-    seen: set[int] = set()
-    tables = []
-    for run in sorted(runs, key=lambda run: -len(run.rows)):
-        tables.append(run.rows[~run.rows["seed"].isin(seen)])
-        seen |= set(run.rows["seed"])
-    return pd.concat(tables, ignore_index=True)
-
-
-def _labels(configs: Sequence[dict[str, Any]]) -> list[str]:
-    """The options in which configurations differ, as text.
-
-    One that follows from those before it, as a layer's rate does from --rate, is left out.
-    """
-    labels: list[tuple[str, ...]] = [() for _ in configs]
-    for option in varied_options(configs):
-        values = [config.get(option) for config in configs]
-        refined = [(*label, as_text(value)) for label, value in zip(labels, values, strict=True)]
-        follows = option in _FOLLOWING and len(set(refined)) == len(set(labels))
-        if not follows or None in values:
-            described = [_described(option, value) for value in values]
-            labels = [(*label, *text) for label, text in zip(labels, described, strict=True)]
-    return [", ".join(label) for label in labels]
-
-
-def _described(option: str, value: Any) -> tuple[str, ...]:
-    if option == "learn" and value is None:
-        return ("untrained",)
-    if value is None:
-        return ()
-    return (as_text(value) if option in _PLAIN else f"{option.replace('_', ' ')} {as_text(value)}",)
-
-
-def as_text(value: Any) -> str:
-    """The value of an option as readers see it."""
-    if isinstance(value, list | tuple):
-        return " ".join(map(as_text, value)) or "none"
-    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -8,8 +8,9 @@ import keras
 from rich.console import Console
 
 import masked_layers as ml
-from lottery_ticket_pruner.experiments import datasets, figures, networks, progress, report, results
+from lottery_ticket_pruner.experiments import datasets, networks, progress, results
 from lottery_ticket_pruner.experiments.config import RunConfig, parse_steps
+from lottery_ticket_pruner.experiments.reports import figures, statistics, tables
 from lottery_ticket_pruner.experiments.run_folder import RunFolder
 from lottery_ticket_pruner.experiments.tensorboard import EventWriter
 from lottery_ticket_pruner.experiments.workbench import compiled_network, make_deterministic, save
@@ -36,7 +37,7 @@ def run(config: RunConfig, data: datasets.Dataset, console: Console | None = Non
     console = console or Console(quiet=config.quiet)
     return RunFolder("run", config, data).carry_out(
         lambda folder: _carry_out(config, data, folder, console),
-        lambda rows: console.print(report.summary_table(rows)),
+        lambda rows: console.print(tables.summary_table(rows)),
         console,
     )
 
@@ -184,7 +185,7 @@ class _Progress:
         rest = config.steps - parse_steps(config.rewind_to, 1)
         total = len(config.seeds) * (config.steps + (_runs(config) - 1) * rest)
         self._task = self._bar.add_task("dense", total=total)
-        arms = [report.arm_label(arm) for arm in self._arms]
+        arms = [statistics.arm_label(arm) for arm in self._arms]
         headings = ["seed", "round", "weights left", *arms, "early stop"]
         self._widths = [max(len(heading), 6) for heading in headings]
         self._line(*headings)

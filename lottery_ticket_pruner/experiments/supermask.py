@@ -19,7 +19,7 @@ from rich.console import Console
 
 import masked_layers as ml
 from lottery_ticket_pruner import criteria, training
-from lottery_ticket_pruner.experiments import datasets, figures, networks, progress, report, results
+from lottery_ticket_pruner.experiments import datasets, networks, progress, results
 from lottery_ticket_pruner.experiments.config import RunConfig, choices
 from lottery_ticket_pruner.experiments.options import (
     NO_HINT,
@@ -27,6 +27,7 @@ from lottery_ticket_pruner.experiments.options import (
     OptionalInt,
     OptionalPath,
 )
+from lottery_ticket_pruner.experiments.reports import figures, statistics, tables
 from lottery_ticket_pruner.experiments.run_folder import RunFolder
 from lottery_ticket_pruner.experiments.workbench import compiled_network, make_deterministic, save
 from lottery_ticket_pruner.learned import learn_supermask
@@ -228,7 +229,7 @@ def _carry_out(
     shown = table.drop(columns=["dense_accuracy"], errors="ignore")
     if not config.learn:
         heat_map(shown).savefig(folder.path / "heat-map.png", dpi=150)
-    for number, (title, lines, label) in enumerate(report.charts(shown), 1):
+    for number, (title, lines, label) in enumerate(figures.charts(shown), 1):
         picture = figures.picture(lines, x_label=label)
         picture.suptitle(title, fontsize=10)
         picture.savefig(folder.path / f"curves-{number}.png", dpi=150)
@@ -249,10 +250,10 @@ def _table(config: SupermaskConfig, rows: list[dict[str, Any]]) -> pd.DataFrame:
 
 def _show(config: SupermaskConfig, table: pd.DataFrame, console: Console) -> None:
     if not config.learn:
-        dense = report.accuracy_text(table.groupby("replicate")["dense_accuracy"].first())
+        dense = statistics.accuracy_text(table.groupby("replicate")["dense_accuracy"].first())
         console.print(f"trained, all weights: {dense} %", highlight=False)
     shown = table.drop(columns=["dense_accuracy"], errors="ignore")
-    console.print(report.best_sheet(shown).table())
+    console.print(tables.best_sheet(shown).table())
 
 
 def heat_map(rows: pd.DataFrame) -> Figure:

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 pytest.importorskip("tyro")
 
 from lottery_ticket_pruner import cli
-from lottery_ticket_pruner.experiments import report, results, run_folder, workbench
+from lottery_ticket_pruner.experiments import run_folder, workbench
 from lottery_ticket_pruner.experiments.config import RunConfig
 from lottery_ticket_pruner.experiments.instability import InstabilityConfig
+from lottery_ticket_pruner.experiments.reports import run_folders, tables
 
 pytestmark = pytest.mark.once
 
@@ -44,10 +45,10 @@ def write(folder, config=None, rows=None):
 
 def read(folder):
     """Everything that `report` says of a folder in words."""
-    runs = results.find_runs([folder])
-    groups = results.groups_of(runs)
-    results.tidy(runs)
-    return [sheet.table() for sheet in report.overviews(groups)]
+    runs = run_folders.find_runs([folder])
+    groups = run_folders.groups_of(runs)
+    run_folders.tidy(runs)
+    return [sheet.table() for sheet in tables.overviews(groups)]
 
 
 @given(data=st.data(), name=st.sampled_from(["config", "rows"]))
@@ -99,7 +100,7 @@ def test_options_of_other_types_are_refused_or_shown(run, capsys, option, value)
 def test_damaged_configurations_are_named(run, config, message):
     write(run, config)
     with pytest.raises(ValueError, match=rf"{run.name}.*{message}"):
-        results.read_run(run)
+        run_folders.read_run(run)
 
 
 @pytest.mark.parametrize("cell", ["", "nan", "inf", "-inf", "1e400", "one"])
@@ -107,7 +108,7 @@ def test_rows_of_no_replicate_are_refused(run, cell):
     rows = [*ROWS[:2], ROWS[2].replace("ticket,0", f"ticket,{cell}")]
     write(run, rows=("\n".join(rows) + "\n").encode())
     with pytest.raises(ValueError, match=r"results\.csv'.*replicate"):
-        results.read_run(run)
+        run_folders.read_run(run)
 
 
 @pytest.mark.parametrize(

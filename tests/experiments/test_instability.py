@@ -14,8 +14,8 @@ pytest.importorskip("tyro")
 
 import masked_layers as ml
 from lottery_ticket_pruner import analyses, cli
-from lottery_ticket_pruner.experiments import page, results
 from lottery_ticket_pruner.experiments.instability import InstabilityConfig
+from lottery_ticket_pruner.experiments.reports import run_folders, ticket_masks, web_page
 from lottery_ticket_pruner.experiments.supermask import SupermaskConfig
 
 
@@ -236,7 +236,9 @@ def test_an_interrupted_run_goes_on_and_reports_show_it(tmp_path, measured, monk
     assert [state[0] for state in measured[count:]] == [1, 2, 5, 6]
     assert len(pd.read_csv(tmp_path / "a" / "lines.csv")) == 16
 
-    text = page.render(page.read_tickets(results.groups_of(results.find_runs([tmp_path]))))
+    text = web_page.render(
+        ticket_masks.read_tickets(run_folders.groups_of(run_folders.find_runs([tmp_path])))
+    )
     assert "10.00 ± 0.00" in text
     assert "a/instability.png" in text
 

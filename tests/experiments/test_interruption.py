@@ -47,11 +47,12 @@ def test_the_message_names_the_folder_and_the_command(tmp_path, capsys, monkeypa
 @pytest.mark.once
 @pytest.mark.parametrize("command", [["inspect", "a.keras"], ["report", "a"], RUN])
 def test_without_a_folder_there_is_none_to_name(command, tmp_path, capsys, monkeypatch):
-    from lottery_ticket_pruner.experiments import page, run
+    from lottery_ticket_pruner.commands import report
+    from lottery_ticket_pruner.experiments import run
     from masked_layers import serving
 
     monkeypatch.setattr(serving, "inspect", interrupted)
-    monkeypatch.setattr(page, "write_report", interrupted)
+    monkeypatch.setattr(report, "write_report", interrupted)
     monkeypatch.setattr(run, "compiled_network", interrupted)  # Before anything is written.
     out = ["--out", str(tmp_path / "run")] if command is RUN else []
     assert cli.main([*command, *out]) == 130
@@ -121,7 +122,7 @@ time.sleep(60)
 SWEEP = """
 import sys
 from lottery_ticket_pruner import cli
-from lottery_ticket_pruner.experiments import sweep
+from lottery_ticket_pruner.commands import sweep
 sweep._COMMAND = (sys.executable, *sys.argv[1:3])
 cli.main(["sweep", "--over", "rate=0.1,0.2", "--seeds", "0", "--jobs", "2", "--quiet",
           "--out", sys.argv[3]])

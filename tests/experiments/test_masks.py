@@ -7,7 +7,8 @@ import pytest
 pytest.importorskip("tyro")
 
 import masked_layers as ml
-from lottery_ticket_pruner.experiments import masks, networks, page, results
+from lottery_ticket_pruner.experiments import networks
+from lottery_ticket_pruner.experiments.reports import run_folders, ticket_masks, web_page
 from made_up_runs import write_run
 
 PATHS = ["fc_1/kernel", "fc_2/kernel", "output/kernel"]
@@ -25,7 +26,9 @@ def ticket(seed, keep):
 
 
 def kept_by(folder):
-    return [masks.read_tickets(g) for g in results.groups_of(results.find_runs([folder]))]
+    return [
+        ticket_masks.tickets_of(g) for g in run_folders.groups_of(run_folders.find_runs([folder]))
+    ]
 
 
 def test_layers_over_several_tickets(tmp_path):
@@ -59,7 +62,7 @@ def test_signs_are_compared_with_the_weights_drawn_from_the_seed(tmp_path):
         model.save(folder / f"{name}.keras")
     (kept,) = kept_by(tmp_path)
     assert [row.same_sign for row in kept.layers] == pytest.approx([0.75, 1, 1, 656 / 806])
-    (sheet,) = masks.comparisons([kept])
+    (sheet,) = ticket_masks.comparisons([kept])
     assert sheet.headings[-1] == "same sign"
     assert sheet.lines[0][-1] == "0.814 ± 0.000"
 
@@ -80,7 +83,7 @@ def test_overlaps_between_seeds_and_between_configurations(tmp_path):
     other = write_run(tmp_path / "runs" / "c", strategy="c")
     ticket(0, slice(0, 1)).save(other / "ticket.keras")
     kepts = kept_by(tmp_path / "runs")
-    seeds, pairs = masks.comparisons(kepts)
+    seeds, pairs = ticket_masks.comparisons(kepts)
     # One row of 4, 300 and 100 each, another one in the other seed; by chance a b / n of them.
     chance = 300 / 4 + 100 / 300 + 3 / 100
     by_chance = f"{chance / (806 - chance):.3f}"
@@ -93,11 +96,11 @@ def test_overlaps_between_seeds_and_between_configurations(tmp_path):
         ("a", "c", "1", "1.000"),
         ("b", "c", "1", "0.500"),
     ]
-    ((overlap, count),) = masks.between(kepts[:2])
+    ((overlap, count),) = ticket_masks.between(kepts[:2])
     assert count == 2
     assert overlap.jaccard == pytest.approx(np.array([[1, 0.5], [0.5, 1]]))
 
-    text = page.render(kepts)
+    text = web_page.render(kepts)
     for title in ("Pruned weights of each layer", "Kept by both masks over kept by either"):
         assert title in text
     assert "overlap of the last tickets&#39; masks between configurations" in text

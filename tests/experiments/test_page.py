@@ -15,8 +15,15 @@ pytest.importorskip("jinja2")
 
 import masked_layers as ml
 from lottery_ticket_pruner import cli
-from lottery_ticket_pruner.experiments import figures, page, report, results
-from lottery_ticket_pruner.experiments.page import ReportConfig
+from lottery_ticket_pruner.commands import report
+from lottery_ticket_pruner.commands.report import ReportConfig
+from lottery_ticket_pruner.experiments.reports import (
+    figures,
+    run_folders,
+    tables,
+    ticket_masks,
+    web_page,
+)
 from made_up_runs import ROWS, write_run
 
 
@@ -53,7 +60,9 @@ def text(folder):
 
 
 def rendered(*folders):
-    return page.render(page.read_tickets(results.groups_of(results.find_runs(folders))))
+    return web_page.render(
+        ticket_masks.read_tickets(run_folders.groups_of(run_folders.find_runs(folders)))
+    )
 
 
 class Reader(html.parser.HTMLParser):
@@ -131,8 +140,8 @@ def test_names_cannot_become_markup(text):
 
 def test_pictures_take_the_colours_of_the_page():
     rows = pd.DataFrame(ROWS)
-    figure = figures.picture(report.arm_lines(rows), dense=[0.9])
-    image = page.svg(figure, "p1", 'a "label" <here>')
+    figure = figures.picture(figures.arm_lines(rows), dense=[0.9])
+    image = web_page.svg(figure, "p1", 'a "label" <here>')
     root = xml.etree.ElementTree.fromstring(image)
     assert root.get("aria-label") == 'a "label" <here>'
     assert root.get("width") is None
@@ -180,7 +189,7 @@ def test_folders_that_are_no_runs_are_errors(tmp_path, capsys):
         assert message in error
         assert "Traceback" not in error
     with pytest.raises(ValueError, match="at least one run folder"):
-        page.write_report(ReportConfig(()))
+        report.write_report(ReportConfig(()))
 
 
 def test_results_without_rounds_are_drawn_by_their_choices(tmp_path):
@@ -197,19 +206,19 @@ def test_results_without_rounds_are_drawn_by_their_choices(tmp_path):
     write_run(tmp_path / "grid", rows, strategy=None)
     image = tmp_path / "grid" / "heat.png"
     image.write_bytes(b"\x89PNG")
-    (group,) = results.groups_of(results.find_runs([tmp_path]))
-    assert [title for title, _, _ in report.charts(group.rows)] == [
+    (group,) = run_folders.groups_of(run_folders.find_runs([tmp_path]))
+    assert [title for title, _, _ in figures.charts(group.rows)] == [
         "weights initial, dwr True",
         "weights initial, dwr False",
         "weights signed_constant, dwr True",
         "weights signed_constant, dwr False",
     ]
-    _, lines, _ = report.charts(group.rows)[0]
+    _, lines, _ = figures.charts(group.rows)[0]
     assert [line.label for line in lines] == ["large_final", "random", "movement"]
     assert sorted(lines[0].x) == pytest.approx([40, 80])
     at_40 = lines[0].samples[np.argmin(lines[0].x)]
     assert at_40 == pytest.approx((0.76, 0.77))
-    sheet = report.best_sheet(group.rows)
+    sheet = tables.best_sheet(group.rows)
     assert sheet.headings[:3] == ("criterion", "initial, dwr", "initial")
     assert sheet.lines[0] == ("large_final", *["76.50 ± 0.71 at 40%"] * 4)
     assert "| large_final | 76.50 ± 0.71 at 40% |" in sheet.markdown()
@@ -226,8 +235,8 @@ def test_results_by_epoch_have_epochs_below(tmp_path):
         for e in (1, 2, 3)
     ]
     write_run(tmp_path / "learned", rows)
-    (group,) = results.groups_of(results.find_runs([tmp_path]))
-    ((_, (line,), x_label),) = report.charts(group.rows)
+    (group,) = run_folders.groups_of(run_folders.find_runs([tmp_path]))
+    ((_, (line,), x_label),) = figures.charts(group.rows)
     assert (line.label, line.x, x_label) == ("bernoulli", (1, 2, 3), "epoch")
-    assert report.best_sheet(group.rows).lines == (("bernoulli", "83.00", "3"),)
+    assert tables.best_sheet(group.rows).lines == (("bernoulli", "83.00", "3"),)
     assert figures.picture([line], x_label=x_label).axes[0].get_xscale() == "linear"

@@ -6,9 +6,9 @@ import json
 import pytest
 
 from lottery_ticket_pruner import cli
+from lottery_ticket_pruner.commands.repeat import RepeatConfig
 from lottery_ticket_pruner.experiments.config import RunConfig
 from lottery_ticket_pruner.experiments.instability import InstabilityConfig
-from lottery_ticket_pruner.experiments.repeat import RepeatConfig
 from lottery_ticket_pruner.experiments.supermask import SupermaskConfig
 
 pytestmark = pytest.mark.once

@@ -14,7 +14,8 @@ pytest.importorskip("matplotlib")
 import scipy.stats
 from rich.console import Console
 
-from lottery_ticket_pruner.experiments import figures, report, results
+from lottery_ticket_pruner.experiments import results
+from lottery_ticket_pruner.experiments.reports import figures, run_folders, statistics, tables
 from made_up_runs import ROWS, row, write_run
 
 
@@ -32,27 +33,27 @@ def rendered(table, width=100):
 
 
 def test_the_table_of_means_and_deviations():
-    lines = rendered(report.summary_table(ROWS))
+    lines = rendered(tables.summary_table(ROWS))
     assert ["dense", "100.00%", "91.00", "±", "1.41", "5"] in lines
     wanted = ["1", "50.00%", "90.00", "±", "14.14", "60.00", "±", "14.14", "5"]
     assert wanted in lines
-    single = rendered(report.summary_table(ROWS[:3]))
+    single = rendered(tables.summary_table(ROWS[:3]))
     assert ["1", "50.00%", "80.00", "50.00", "0"] in single
 
 
 def test_a_round_without_its_ticket_yet_has_a_line():
-    lines = rendered(report.summary_table(ROWS[:2]))
+    lines = rendered(tables.summary_table(ROWS[:2]))
     assert ["1", "50.00%", "50.00"] in lines
 
 
 def test_the_table_of_all_controls_fits_a_terminal():
-    arms = [*report.LABELS, "something_else"]
+    arms = [*statistics.LABELS, "something_else"]
     rows = [row(min(n, 1), arm, r, 0.9 + r / 50, 0.5) for n, arm in enumerate(arms) for r in (0, 1)]
-    lines = rendered(report.summary_table([r for r in rows if r["arm"] != "something_else"]), 80)
+    lines = rendered(tables.summary_table([r for r in rows if r["arm"] != "something_else"]), 80)
     assert ["1", "50.00%", *["91.00±1.41"] * 5, "5"] in lines
     assert "…" not in str(lines)
-    assert report.arms_of(pd.DataFrame(rows))[-1] == "something_else"
-    assert ["something"] in [line[-2:-1] for line in rendered(report.summary_table(rows), 120)]
+    assert statistics.arms_of(pd.DataFrame(rows))[-1] == "something_else"
+    assert ["something"] in [line[-2:-1] for line in rendered(tables.summary_table(rows), 120)]
 
 
 def test_the_table_of_masks_fits_a_terminal():
@@ -66,7 +67,7 @@ def test_the_table_of_masks_fits_a_terminal():
         for seed in (1, 3)
         for level in (0, 1)
     )  # fmt: skip
-    lines = rendered(report.best_sheet(rows).table(), 80)
+    lines = rendered(tables.best_sheet(rows).table(), 80)
     # 10 % of the weights less 0.1 and 0.3 points.
     place = lines.index(["large_final", *["77.00±1.41"] * 4])
     assert lines[place + 1] == ["at", "9.8%"] * 4
@@ -80,7 +81,7 @@ def test_differences_are_paired_by_seed():
     rows = [row(1, "ticket", r, ticket[r], 0.5) for r in (2, 0, 1, 3)]
     rows += [row(1, "random_mask", r, mask[r], 0.5) for r in range(4)]
     rows += [row(0, "dense", 0, 0.9, 0.0)]
-    sheet = report.difference_sheet(pooled(rows))
+    sheet = tables.difference_sheet(pooled(rows))
     assert sheet.headings == ("round", "weights", "minus dense", "minus random mask")
     test = scipy.stats.ttest_rel(ticket, mask)
     half = 100 * (test.confidence_interval(0.95).high - (ticket - mask).mean())
@@ -96,17 +97,17 @@ def test_differences_are_paired_by_seed():
 def test_intervals_are_those_of_the_t_test():
     values = [0.91, 0.93, 0.92, 0.97]
     expected = scipy.stats.ttest_1samp(values, 0).confidence_interval(0.95)
-    assert report.interval(values) == pytest.approx((expected.low, expected.high))
-    assert report.interval([0.5, 0.5, 0.5]) == (0.5, 0.5)
-    assert report.interval([0.4, 0.3]) == (0.3, 0.4)
-    assert report.interval([0.4]) == (0.4, 0.4)
+    assert statistics.interval(values) == pytest.approx((expected.low, expected.high))
+    assert statistics.interval([0.5, 0.5, 0.5]) == (0.5, 0.5)
+    assert statistics.interval([0.4, 0.3]) == (0.3, 0.4)
+    assert statistics.interval([0.4]) == (0.4, 0.4)
 
 
 def test_captions_say_what_the_bands_are():
-    assert report.describe_bands([1, 1]) == ""
-    assert report.describe_bands([2, 1]) == "Bands: lowest to highest of 2 replicates"
-    assert "95 % confidence intervals" in report.describe_bands([3])
-    assert "Student's t, 3 to 5 replicates" in report.describe_bands([5, 3, 5])
+    assert statistics.describe_bands([1, 1]) == ""
+    assert statistics.describe_bands([2, 1]) == "Bands: lowest to highest of 2 replicates"
+    assert "95 % confidence intervals" in statistics.describe_bands([3])
+    assert "Student's t, 3 to 5 replicates" in statistics.describe_bands([5, 3, 5])
 
 
 def test_the_picture_draws_every_arm_with_its_band():
@@ -129,7 +130,7 @@ def test_bands_of_three_replicates_are_confidence_intervals():
     accuracies = [0.9, 0.92, 0.91]
     rows = [row(n, "ticket", r, a, 0.5 * n) for n in (1, 2) for r, a in enumerate(accuracies)]
     axes = figures.accuracy_picture(rows, "").axes[0]
-    low, high = report.interval(accuracies)
+    low, high = statistics.interval(accuracies)
     corners = axes.collections[0].get_paths()[0].vertices[:, 1]
     assert corners.min() == pytest.approx(100 * (1 - high))
     assert corners.max() == pytest.approx(100 * (1 - low))
@@ -180,7 +181,7 @@ def test_a_line_without_its_end_is_left_out(tmp_path, cut):
     file.write_bytes(file.read_bytes()[:-cut])
     assert results.read_rows(file) == whole[:-1]
     with pytest.warns(UserWarning, match=r"results.csv' ends in the middle of a line"):
-        (run,) = results.find_runs([tmp_path / "a"])
+        (run,) = run_folders.find_runs([tmp_path / "a"])
     assert len(run.rows) == 2
 
 
@@ -196,9 +197,9 @@ def test_rows_are_not_written_to_a_file_that_is_gone(tmp_path):
 def test_runs_that_differ_in_seeds_alone_are_replicates(tmp_path):
     write_run(tmp_path / "b", seeds=[9, 8])
     write_run(tmp_path / "a", ROWS[:4])
-    runs = results.find_runs([tmp_path, tmp_path / "a"])
+    runs = run_folders.find_runs([tmp_path, tmp_path / "a"])
     assert [run.folder.name for run in runs] == ["a", "b"]
-    (group,) = results.groups_of(runs)
+    (group,) = run_folders.groups_of(runs)
     assert group.title == "digits, lenet-300-100, large_final"
     # Seed 8 is in both: it counts once, as the run has it that got further.
     assert sorted(zip(group.rows["seed"], group.rows["round"], strict=True)) == sorted(
@@ -211,7 +212,7 @@ def test_labels_name_what_differs_and_what_does_not_follow_from_it(tmp_path):
     write_run(tmp_path / "b", rate=0.4, output_rate=0.2)
     write_run(tmp_path / "c", strategy="random", controls=[])
     write_run(tmp_path / "d", strategy="random", rounds=2, steps=9, controls=[])
-    groups = results.groups_of(results.find_runs([tmp_path]))
+    groups = run_folders.groups_of(run_folders.find_runs([tmp_path]))
     assert [group.label for group in groups] == [
         "large_final, rounds 1, rate 0.2, steps 50",
         "large_final, rounds 1, rate 0.4, steps 50",
@@ -223,7 +224,7 @@ def test_labels_name_what_differs_and_what_does_not_follow_from_it(tmp_path):
 def test_runs_of_two_backends_or_of_two_data_sets_of_one_name_are_told_apart(tmp_path):
     for name, origin in (("a", ("jax", "1")), ("b", ("torch", "1")), ("c", ("jax", "2"))):
         write_run(tmp_path / name, **dict(zip(results.ORIGIN, origin, strict=True)))
-    groups = results.groups_of(results.find_runs([tmp_path]))
+    groups = run_folders.groups_of(run_folders.find_runs([tmp_path]))
     assert [group.label for group in groups] == [
         "backend jax, data digest 1", "backend torch, data digest 1", "backend jax, data digest 2",
     ]  # fmt: skip
@@ -232,22 +233,22 @@ def test_runs_of_two_backends_or_of_two_data_sets_of_one_name_are_told_apart(tmp
 def test_data_sets_of_two_names_are_called_by_these(tmp_path):
     for name in ("digits", "mnist"):
         write_run(tmp_path / name, data=name, backend="jax", data_digest=f"of {name}")
-    groups = results.groups_of(results.find_runs([tmp_path]))
+    groups = run_folders.groups_of(run_folders.find_runs([tmp_path]))
     assert [group.label for group in groups] == ["digits", "mnist"]
 
 
 def test_a_run_that_has_only_its_dense_row_has_its_tables(tmp_path):
     write_run(tmp_path / "a", [ROWS[0]])
-    (group,) = results.groups_of(results.find_runs([tmp_path]))
-    assert rendered(report.accuracy_sheet(group.rows).table())
-    assert report.accuracy_sheet(group.rows).lines == (("dense", "100.00%", "90.00", "0"),)
-    assert report.overview_sheet([group]).table().row_count == 1
+    (group,) = run_folders.groups_of(run_folders.find_runs([tmp_path]))
+    assert rendered(tables.accuracy_sheet(group.rows).table())
+    assert tables.accuracy_sheet(group.rows).lines == (("dense", "100.00%", "90.00", "0"),)
+    assert tables.overview_sheet([group]).table().row_count == 1
 
 
 def test_labels_without_a_value_name_the_alternative(tmp_path):
     write_run(tmp_path / "a", final_sparsity=None)
     write_run(tmp_path / "b", rate=None, output_rate=None, final_sparsity=0.9)
-    groups = results.groups_of(results.find_runs([tmp_path]))
+    groups = run_folders.groups_of(run_folders.find_runs([tmp_path]))
     assert groups[0].label == "rate 0.2, output rate 0.1"
     assert groups[1].label == "final sparsity 0.9"
 
@@ -257,7 +258,7 @@ def test_masks_that_were_not_learned_are_called_untrained(tmp_path):
         folder = write_run(tmp_path / name, [{"replicate": 0, "sparsity": 0.5, "weights": "initial",
                                               "dwr": False, "test_accuracy": 0.5}])  # fmt: skip
         (folder / "config.json").write_text(json.dumps({"data": "digits", "learn": learn}))
-    groups = results.groups_of(results.find_runs([tmp_path]))
+    groups = run_folders.groups_of(run_folders.find_runs([tmp_path]))
     assert [group.label for group in groups] == ["untrained", "bernoulli"]
 
 
@@ -269,10 +270,10 @@ def test_labels_do_not_name_options_of_other_commands(tmp_path):
     folder = write_run(tmp_path / "c", [point])
     options = {"data": "digits", "network": "lenet-300-100", "points": 30, "seeds": [7]}
     (folder / "config.json").write_text(json.dumps(options))
-    groups = results.groups_of(results.find_runs([tmp_path]))
+    groups = run_folders.groups_of(run_folders.find_runs([tmp_path]))
     assert [group.label for group in groups] == ["large_final", "random", ""]
     assert groups[2].title == "digits, lenet-300-100, instability"
-    sheet = report.instability_sheet(groups[2].rows)
+    sheet = tables.instability_sheet(groups[2].rows)
     assert sheet.lines == (("0", "100.00%", "1.00", "0.100", "90.00", "80.00"),)
 
 
@@ -281,7 +282,7 @@ def test_tickets_are_compared_at_six_rounds_at_most(tmp_path):
             for n in range(1, 12) for r in (0, 1)]  # fmt: skip
     write_run(tmp_path / "a", rows)
     write_run(tmp_path / "b", rows[:6], strategy="random")
-    overview, sheet = report.overviews(results.groups_of(results.find_runs([tmp_path])))
+    overview, sheet = tables.overviews(run_folders.groups_of(run_folders.find_runs([tmp_path])))
     assert overview.lines[0][0] == "large_final"
     assert sheet.headings == ("", "80.00%", "51.20%", "32.77%", "20.97%", "13.42%", "8.59%")
     assert sheet.lines[0][1:3] == ("90.60 ± 0.71", "90.80 ± 0.71")
@@ -291,7 +292,7 @@ def test_tickets_are_compared_at_six_rounds_at_most(tmp_path):
 def test_the_tidy_table_has_options_and_seeds(tmp_path):
     write_run(tmp_path / "a")
     write_run(tmp_path / "b", rate=0.4, controls=[])
-    table = results.tidy(results.find_runs([tmp_path]))
+    table = run_folders.tidy(run_folders.find_runs([tmp_path]))
     assert list(table)[:5] == ["run", "rate", "controls", "seed", "round"]
     assert "replicate" not in table
     assert len(table) == 12
@@ -332,20 +333,20 @@ def foreign(folder, **files):
 def test_foreign_folders_are_explained(tmp_path, files, message):
     folder = foreign(tmp_path / "folder", **files)
     with pytest.raises(ValueError, match=message) as caught:
-        results.find_runs([folder])
+        run_folders.find_runs([folder])
     assert str(folder) in str(caught.value)
 
 
 def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        results.find_runs([tmp_path / "nowhere"])
+        run_folders.find_runs([tmp_path / "nowhere"])
 
 
 def test_runs_without_results_yet_are_passed_over_in_a_folder_of_runs(tmp_path):
     write_run(tmp_path / "a")
     foreign(tmp_path / "b", config=b"{}", results=b"replicate,sparsity,test_accuracy\n")
     foreign(tmp_path / "c")
-    assert [run.folder.name for run in results.find_runs([tmp_path])] == ["a"]
+    assert [run.folder.name for run in run_folders.find_runs([tmp_path])] == ["a"]
 
 
 def test_the_overview_says_how_far_tickets_hold_up(tmp_path):
@@ -358,7 +359,7 @@ def test_the_overview_says_how_far_tickets_hold_up(tmp_path):
     write_run(
         tmp_path / "b", [r for r in rows if r["arm"] != "random_mask"][:3], rounds=2, rate=0.4
     )
-    sheet = report.overview_sheet(results.groups_of(results.find_runs([tmp_path])))
+    sheet = tables.overview_sheet(run_folders.groups_of(run_folders.find_runs([tmp_path])))
     # Where it last reached the dense network's 94 %: 40 % of the weights, in the third round.
     assert sheet.lines == (
         ("rounds 1, rate 0.2", "1", "20.00%", "94.00", "50.00", "40.00", "40.00%"),
@@ -367,11 +368,11 @@ def test_the_overview_says_how_far_tickets_hold_up(tmp_path):
     # Of three seeds one is in the last round: it is held against its own dense run.
     more = [row(0, "dense", n, 0.99, 0.0) for n in (1, 2)]
     folder = write_run(tmp_path / "c" / "d", [*rows, *more], seeds=[7, 8, 9])
-    (unfinished,) = results.groups_of(results.find_runs([folder]))
-    assert report.overview_sheet([unfinished]).lines[0][1:] == (
+    (unfinished,) = run_folders.groups_of(run_folders.find_runs([folder]))
+    assert tables.overview_sheet([unfinished]).lines[0][1:] == (
         "1 of 3", "20.00%", "94.00", "50.00", "40.00", "40.00%",
     )  # fmt: skip
-    assert "deviation of up to 3 replicates" in report.accuracy_sheet(unfinished.rows).title
-    alone = report.overview_sheet(results.groups_of(results.find_runs([tmp_path / "b"])))
+    assert "deviation of up to 3 replicates" in tables.accuracy_sheet(unfinished.rows).title
+    alone = tables.overview_sheet(run_folders.groups_of(run_folders.find_runs([tmp_path / "b"])))
     assert "best control" not in alone.headings
     assert alone.lines[0][0] == "digits, lenet-300-100, large_final"

@@ -10,8 +10,8 @@ import pytest
 pytest.importorskip("tyro")
 
 from lottery_ticket_pruner import criteria, treatments
+from lottery_ticket_pruner.commands.repeat import RepeatConfig
 from lottery_ticket_pruner.experiments.config import RunConfig, code_of
-from lottery_ticket_pruner.experiments.repeat import RepeatConfig
 from lottery_ticket_pruner.experiments.run_folder import RunFolder, restored
 
 pytestmark = pytest.mark.once

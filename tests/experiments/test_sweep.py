@@ -20,14 +20,14 @@ pytest.importorskip("tyro")
 from rich.console import Console
 
 from lottery_ticket_pruner import cli
-from lottery_ticket_pruner.experiments import sweep as sweep_module
-from lottery_ticket_pruner.experiments import written
-from lottery_ticket_pruner.experiments.sweep import (
+from lottery_ticket_pruner.commands import sweep as sweep_module
+from lottery_ticket_pruner.commands.sweep import (
     SupermaskSweepConfig,
     SweepConfig,
     plan,
     sweep,
 )
+from lottery_ticket_pruner.experiments import written
 from lottery_ticket_pruner.folders import FolderInUseError, FolderLock
 
 # Writes what a run writes, twice the rate as accuracy, and fails where the rate is 0.5.

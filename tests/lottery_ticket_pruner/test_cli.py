@@ -103,10 +103,10 @@ def test_an_interruption_while_modules_are_imported_ends_quietly(capsys, monkeyp
     class Slow:
         @staticmethod
         def find_spec(name, *_):
-            if name == "lottery_ticket_pruner.experiments.repeat":
+            if name == "lottery_ticket_pruner.commands.repeat":
                 raise KeyboardInterrupt
 
-    monkeypatch.delitem(sys.modules, "lottery_ticket_pruner.experiments.repeat", raising=False)
+    monkeypatch.delitem(sys.modules, "lottery_ticket_pruner.commands.repeat", raising=False)
     monkeypatch.setattr(sys, "meta_path", [Slow, *sys.meta_path])
     assert cli.main(["run"]) == 130
     assert "Interrupted" in capsys.readouterr().err

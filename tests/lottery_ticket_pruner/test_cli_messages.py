@@ -159,14 +159,14 @@ def test_errors_of_the_system_are_said_in_words(said, monkeypatch):
 
 
 def test_warnings_of_a_command_come_without_lines_of_ours(tmp_path, capsys, monkeypatch):
-    from lottery_ticket_pruner.experiments import page
+    from lottery_ticket_pruner.commands import report
 
     def warned(_):
         # What Python prints of a warning; pytest has it print none.
         warning = UserWarning("'x' ends in the middle of a line.")
         print(warnings.formatwarning(warning, UserWarning, "results.py", 221), end="")
 
-    monkeypatch.setattr(page, "write_report", warned)
+    monkeypatch.setattr(report, "write_report", warned)
     before = warnings.formatwarning
     assert cli.main(["report", str(tmp_path)]) == 0
     assert warnings.formatwarning is before

@@ -24,12 +24,13 @@ import rich.progress
 import tyro
 from rich.console import Console
 
-from lottery_ticket_pruner.experiments import datasets, progress, report, results
+from lottery_ticket_pruner.experiments import datasets, progress, results
 from lottery_ticket_pruner.experiments.arguments import arguments as arguments_of
 from lottery_ticket_pruner.experiments.arguments import given, option, options_of, parse_over
 from lottery_ticket_pruner.experiments.config import RunConfig, choices
 from lottery_ticket_pruner.experiments.options import OptionalInt, OptionalPath
 from lottery_ticket_pruner.experiments.parent import PARENT
+from lottery_ticket_pruner.experiments.reports import run_folders, tables
 from lottery_ticket_pruner.experiments.run_folder import (
     Workplace,
     is_finished,
@@ -327,8 +328,8 @@ def _carry_out(
     _combine(folder, kind, [parse_over(text, kind.config)[0] for text in config.over])
     finished = [child.config.folder for child in children if child.is_finished]
     if finished:
-        groups = results.groups_of(results.find_runs(finished))
-        for sheet in report.overviews(groups):
+        groups = run_folders.groups_of(run_folders.find_runs(finished))
+        for sheet in tables.overviews(groups):
             console.print(sheet.table())
     if len(finished) == len(children):
         facts["finished"] = True
@@ -348,7 +349,7 @@ def _check_finished(folder: Path) -> None:
     for inside in sorted(folder.iterdir()):
         if is_finished(inside):
             try:
-                results.read_run(inside)
+                run_folders.read_run(inside)
             except ValueError as error:
                 raise ValueError(
                     f"{error} Here, with '{inside}' deleted, the sweep does this run once more."
@@ -546,7 +547,7 @@ def _combine(folder: Path, kind: _Kind, options: Sequence[str]) -> None:
     inside = [path for path in sorted(folder.iterdir()) if is_finished(path, kind.name)]
     if inside:
         with replacing(folder / results.RESULTS_FILE) as file:
-            results.tidy(results.find_runs(inside), options).to_csv(file, index=False)
+            run_folders.tidy(run_folders.find_runs(inside), options).to_csv(file, index=False)
 
 
 def _name(config: SweepConfig | SupermaskSweepConfig, children: Sequence[str]) -> str:

@@ -1,5 +1,6 @@
-"""Pictures of results: test accuracy against weights left, sparsity or epochs."""
+"""Pictures of results and their lines: test accuracy against weights left, sparsity or epochs."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,15 +11,108 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from lottery_ticket_pruner.experiments.report import (
-    Line,
-    arm_lines,
+from lottery_ticket_pruner.experiments.reports.statistics import (
+    arm_label,
+    arms_of,
     dense_accuracies,
     describe_bands,
+    factors_of,
+    grouped,
     interval,
+    levels_of,
+    place_of,
+    text_of,
 )
 
+# Okabe & Ito's palette, which readers with any colour vision tell apart; its yellow is replaced,
+# which does not stand out from a white page.
+PALETTE = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#8C6D46",
+    "#7F7F7F",
+)
+
+_MARKERS = "os^vDPX*"
+
+_STYLES = ("-", "--", ":", "-.")
+
+_LOOKS = {
+    "ticket": (PALETTE[0], "o"),
+    "random_reinit": (PALETTE[1], "s"),
+    "random_mask": (PALETTE[2], "^"),
+    "reshuffled_mask": (PALETTE[3], "v"),
+    "reinit_same_sign": (PALETTE[4], "D"),
+}
+
 _TICKS = (100, 50, 20, 10, 5, 2, 1, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01)
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """A line of a picture: where its points are, and the accuracies of the replicates at each."""
+
+    label: str
+    x: tuple[float, ...]
+    samples: tuple[tuple[float, ...], ...]
+    colour: str = PALETTE[0]
+    marker: str = "o"
+    style: str = "-"
+
+
+def line_of_arm(rows: pd.DataFrame, arm: str, **look: str) -> Line:
+    """Accuracies of one arm by percent of weights left, in the order of its rounds."""
+    own = rows[rows["arm"] == arm].groupby("round")
+    left = tuple(100 * (1 - own["sparsity"].mean()))
+    return Line(arm_label(arm), left, tuple(map(tuple, own["test_accuracy"].apply(list))), **look)
+
+
+def arm_lines(rows: pd.DataFrame) -> list[Line]:
+    """A line for every arm but the dense one; an arm looks the same in every picture."""
+    lines = []
+    free = iter(zip(PALETTE[5:], _MARKERS[5:], strict=True))
+    for arm in arms_of(rows):
+        colour, marker = _LOOKS.get(arm) or next(free, (PALETTE[-1], "."))
+        lines.append(line_of_arm(rows, arm, colour=colour, marker=marker))
+    return lines
+
+
+def with_looks(lines: Sequence[Line]) -> list[Line]:
+    """The same lines, told apart by colour and marker, from the ninth on by dashes too."""
+    return [
+        dataclasses.replace(
+            line,
+            colour=PALETTE[number % len(PALETTE)],
+            marker=_MARKERS[number % len(_MARKERS)],
+            style=_STYLES[number // len(PALETTE) % len(_STYLES)],
+        )
+        for number, line in enumerate(lines)
+    ]
+
+
+def charts(rows: pd.DataFrame) -> list[tuple[str, list[Line], str]]:
+    """Title, lines and label of the level axis of the pictures of rows that have no rounds.
+
+    The choice with the most values gives the lines; every combination of the others a picture.
+    """
+    place = place_of(rows)
+    factors = sorted(factors_of(rows), key=lambda name: -rows[name].nunique())
+    found = []
+    for values, of_chart in grouped(rows, factors[1:]):
+        names = zip(factors[1:], values, strict=True)
+        title = ", ".join(f"{name} {value}" for name, value in names)
+        lines = []
+        for label, own in grouped(of_chart, factors[:1]):
+            levels = levels_of(own, place)
+            x = [100 * (1 - at) if place == "sparsity" else at for at, _ in levels]
+            samples = tuple(tuple(of_level["test_accuracy"]) for _, of_level in levels)
+            lines.append(Line(" ".join(map(text_of, label)) or "accuracy", tuple(x), samples))
+        found.append((title, with_looks(lines), "weights left" if place == "sparsity" else place))
+    return found
 
 
 def accuracy_picture(rows: Sequence[dict[str, Any]] | pd.DataFrame, title: str) -> Figure:

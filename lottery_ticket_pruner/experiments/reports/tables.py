@@ -1,117 +1,31 @@
-"""Tables of results, and the lines of their pictures."""
+"""Tables of results, as text for the terminal, the page and the Markdown file."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import rich.box
-import scipy.stats
 from rich.table import Table
 
-from lottery_ticket_pruner.experiments.results import Group
-
-LABELS = {
-    "dense": "dense",
-    "ticket": "ticket",
-    "random_reinit": "random reinit",
-    "reinit_same_sign": "reinit same signs",
-    "random_mask": "random mask",
-    "reshuffled_mask": "reshuffled mask",
-}
-# Okabe & Ito's palette, which readers with any colour vision tell apart; its yellow is replaced,
-# which does not stand out from a white page.
-PALETTE = (
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
-    "#E69F00",
-    "#56B4E9",
-    "#8C6D46",
-    "#7F7F7F",
+from lottery_ticket_pruner.experiments.reports.run_folders import Group
+from lottery_ticket_pruner.experiments.reports.statistics import (
+    CONFIDENCE,
+    accuracy_text,
+    arm_label,
+    arms_of,
+    dense_accuracies,
+    factors_of,
+    grouped,
+    interval,
+    levels_of,
+    place_of,
+    spread,
+    text_of,
 )
-_MARKERS = "os^vDPX*"
-_STYLES = ("-", "--", ":", "-.")
-_LOOKS = {
-    "ticket": (PALETTE[0], "o"),
-    "random_reinit": (PALETTE[1], "s"),
-    "random_mask": (PALETTE[2], "^"),
-    "reshuffled_mask": (PALETTE[3], "v"),
-    "reinit_same_sign": (PALETTE[4], "D"),
-}
-_CONFIDENCE = 0.95
+
 _TERMINAL = 80
-
-
-# --- Statistics -----------------------------------------------------------------------------------
-
-
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """The confidence interval (95 %) of the mean by Student's t, from three values on.
-
-    Of two values it is the lower and the higher, of one that value twice.
-    """
-    if len(values) < 3:
-        return min(values), max(values)
-    mean, error = np.mean(values), scipy.stats.sem(values)
-    half = error * scipy.stats.t.ppf(0.5 + _CONFIDENCE / 2, len(values) - 1)
-    return float(mean - half), float(mean + half)
-
-
-def describe_bands(counts: Iterable[int]) -> str:
-    """Describes the bands of a picture, given the number of replicates behind each point."""
-    numbers = sorted(set(counts))
-    texts = []
-    if several := [n for n in numbers if n >= 3]:
-        shown = f"{several[0]} to {several[-1]}" if len(several) > 1 else several[0]
-        texts.append(
-            f"{_CONFIDENCE:.0%} confidence intervals of the mean by Student's t, "
-            f"{shown} replicates".replace("%", " %")
-        )
-    if 2 in numbers:
-        texts.append("lowest to highest of 2 replicates")
-    return f"Bands: {'; '.join(texts)}" if texts else ""
-
-
-@dataclasses.dataclass(frozen=True)
-class Line:
-    """A line of a picture: where its points are, and the accuracies of the replicates at each."""
-
-    label: str
-    x: tuple[float, ...]
-    samples: tuple[tuple[float, ...], ...]
-    colour: str = PALETTE[0]
-    marker: str = "o"
-    style: str = "-"
-
-
-def arms_of(rows: pd.DataFrame) -> list[str]:
-    """The arms that occur next to the dense run: the ticket first, unknown ones last."""
-    present = dict.fromkeys(rows["arm"])
-    known = [arm for arm in LABELS if arm in present]
-    return [arm for arm in (*known, *(a for a in present if a not in LABELS)) if arm != "dense"]
-
-
-def arm_label(arm: str) -> str:
-    """The name of an arm as readers see it."""
-    return LABELS.get(arm, arm.replace("_", " "))
-
-
-def line_of_arm(rows: pd.DataFrame, arm: str, **look: str) -> Line:
-    """Accuracies of one arm by percent of weights left, in the order of its rounds."""
-    own = rows[rows["arm"] == arm].groupby("round")
-    left = tuple(100 * (1 - own["sparsity"].mean()))
-    return Line(arm_label(arm), left, tuple(map(tuple, own["test_accuracy"].apply(list))), **look)
-
-
-def dense_accuracies(rows: pd.DataFrame) -> list[float]:
-    """Test accuracies of the dense runs, one per replicate; empty where none was run."""
-    return rows.loc[rows["arm"] == "dense", "test_accuracy"].tolist()
-
-
-# --- Tables ---------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,7 +139,7 @@ def difference_sheet(rows: pd.DataFrame) -> Sheet:
         lines.append((str(number), f"{left:.2%}", *versus))
     title = "the ticket's test accuracy minus that of others, points"
     if max(counts, default=0) > 2:
-        title += f": mean ± half of the {_CONFIDENCE:.0%} interval by Student's t, paired by seed"
+        title += f": mean ± half of the {CONFIDENCE:.0%} interval by Student's t, paired by seed"
     others = ([] if dense is None else ["dense"]) + [arm_label(arm) for arm in controls]
     return Sheet(title, ("round", "weights", *(f"minus {name}" for name in others)), tuple(lines))
 
@@ -330,34 +244,6 @@ def _holds_down_to(rows: pd.DataFrame) -> str:
     return f"{1 - matching['sparsity'].max():.2%}" if len(matching) else "never"
 
 
-def accuracy_text(accuracies: Sequence[float]) -> str:
-    """The mean in percent and, of several, the standard deviation."""
-    return _spread(100 * np.asarray(accuracies, float), "{:.2f}")
-
-
-def _spread(values: Sequence[float], style: str) -> str:
-    if not len(values):
-        return ""
-    mean = style.format(np.mean(values))
-    return mean if len(values) == 1 else f"{mean} ± {style.format(np.std(values, ddof=1))}"
-
-
-# --- Results of other commands --------------------------------------------------------------------
-
-# Columns that are measured, not chosen, as all others with numbers in them are taken to be.
-_CHOICES = ("criterion", "dwr", "kind", "weights")
-
-
-def factors_of(rows: pd.DataFrame) -> list[str]:
-    """The columns of choices in rows that are not those of rounds: texts, truths, known names."""
-    numeric = pd.api.types.is_numeric_dtype
-    return [
-        name
-        for name, column in rows.items()
-        if name in _CHOICES or not numeric(column) or pd.api.types.is_bool_dtype(column)
-    ]
-
-
 def best_sheet(rows: pd.DataFrame) -> Sheet:
     """For every combination of choices the best mean accuracy, and where it was reached.
 
@@ -372,15 +258,15 @@ def best_sheet(rows: pd.DataFrame) -> Sheet:
     if replicates > 1:
         title += f": mean ± standard deviation of {replicates} replicates"
     if not across:
-        lines = [(*map(_text, values), *_best(own, place)) for values, own in _by(rows, down)]
+        lines = [(*map(text_of, values), *_best(own, place)) for values, own in grouped(rows, down)]
         return Sheet(title, (*down, "accuracy", where), tuple(lines), names=len(down))
-    columns = [values for values, _ in _by(rows, across)]
+    columns = [values for values, _ in grouped(rows, across)]
     lines = []
-    for values, of_line in _by(rows, down):
+    for values, of_line in grouped(rows, down):
         cells = dict.fromkeys(columns, "")
-        for setting, own in _by(of_line, across):
+        for setting, own in grouped(of_line, across):
             cells[setting] = " at ".join(_best(own, place))
-        lines.append((*map(_text, values), *cells.values()))
+        lines.append((*map(text_of, values), *cells.values()))
     headings = [_setting(across, values) for values in columns]
     return Sheet(title, (*down, *headings), tuple(lines), names=len(down))
 
@@ -394,7 +280,7 @@ def instability_sheet(rows: pd.DataFrame) -> Sheet:
                 f"{step}",
                 f"{1 - sparsity:.2%}",
                 accuracy_text(own["instability"]),
-                _spread(own["loss_barrier"], "{:.3f}"),
+                spread(own["loss_barrier"], "{:.3f}"),
                 accuracy_text(own["test_accuracy"]),
                 accuracy_text(own["lowest_accuracy"]),
             )
@@ -409,85 +295,17 @@ def instability_sheet(rows: pd.DataFrame) -> Sheet:
 
 
 def _best(rows: pd.DataFrame, place: str) -> tuple[str, str]:
-    at, best = max(_levels(rows, place), key=lambda level: level[1]["test_accuracy"].mean())
+    at, best = max(levels_of(rows, place), key=lambda level: level[1]["test_accuracy"].mean())
     shown = f"{100 * (1 - at):.4g}%" if place == "sparsity" else f"{at:g}"
     return accuracy_text(best["test_accuracy"]), shown
-
-
-def _levels(rows: pd.DataFrame, place: str) -> list[tuple[float, pd.DataFrame]]:
-    """Returns the places of the rows in order, each with the rows of all seeds there.
-
-    They are put together by their turn within their seed: a learned mask finds a sparsity of its
-    own for every seed.
-    """
-    turns = rows.groupby("seed")[place].rank(method="first")
-    return [(own[place].mean(), own) for _, own in rows.groupby(turns)]
 
 
 def _setting(names: Sequence[str], values: Sequence[Any]) -> str:
     """Choices as a heading: truths by their names."""
     texts = [
-        name * bool(value) if isinstance(value, bool | np.bool_) else _text(value).replace("_", " ")
+        name * bool(value)
+        if isinstance(value, bool | np.bool_)
+        else text_of(value).replace("_", " ")
         for name, value in zip(names, values, strict=True)
     ]
     return ", ".join(filter(None, texts)) or f"no {names[0]}"
-
-
-def _text(value: Any) -> str:
-    return "" if pd.isna(value) else str(value)
-
-
-def charts(rows: pd.DataFrame) -> list[tuple[str, list[Line], str]]:
-    """Title, lines and label of the level axis of the pictures of rows that have no rounds.
-
-    The choice with the most values gives the lines; every combination of the others a picture.
-    """
-    place = place_of(rows)
-    factors = sorted(factors_of(rows), key=lambda name: -rows[name].nunique())
-    found = []
-    for values, of_chart in _by(rows, factors[1:]):
-        names = zip(factors[1:], values, strict=True)
-        title = ", ".join(f"{name} {value}" for name, value in names)
-        lines = []
-        for label, own in _by(of_chart, factors[:1]):
-            levels = _levels(own, place)
-            x = [100 * (1 - at) if place == "sparsity" else at for at, _ in levels]
-            samples = tuple(tuple(of_level["test_accuracy"]) for _, of_level in levels)
-            lines.append(Line(" ".join(map(_text, label)) or "accuracy", tuple(x), samples))
-        found.append((title, with_looks(lines), "weights left" if place == "sparsity" else place))
-    return found
-
-
-def place_of(rows: pd.DataFrame) -> str:
-    """Returns the column that rows without rounds are ordered by: epochs, else sparsity."""
-    return "epoch" if "epoch" in rows else "sparsity"
-
-
-def _by(rows: pd.DataFrame, columns: list[str]) -> Iterable[tuple[tuple, pd.DataFrame]]:
-    return rows.groupby(columns, sort=False, dropna=False) if columns else [((), rows)]
-
-
-# --- Looks ----------------------------------------------------------------------------------------
-
-
-def arm_lines(rows: pd.DataFrame) -> list[Line]:
-    """A line for every arm but the dense one; an arm looks the same in every picture."""
-    lines = []
-    free = iter(zip(PALETTE[5:], _MARKERS[5:], strict=True))
-    for arm in arms_of(rows):
-        colour, marker = _LOOKS.get(arm) or next(free, (PALETTE[-1], "."))
-        lines.append(line_of_arm(rows, arm, colour=colour, marker=marker))
-    return lines
-
-
-def with_looks(lines: Sequence[Line]) -> list[Line]:
-    """The same lines, told apart by colour and marker, from the ninth on by dashes too."""
-    return [
-        dataclasses.replace(
-            line,
-            colour=PALETTE[number % len(PALETTE)],
-            marker=_MARKERS[number % len(_MARKERS)],
-            style=_STYLES[number // len(PALETTE) % len(_STYLES)],
-        )
-        for number, line in enumerate(lines)
-    ]

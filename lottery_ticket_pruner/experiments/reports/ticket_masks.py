@@ -2,18 +2,20 @@
 
 import dataclasses
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
+import rich.progress
+from rich.console import Console
 
 import masked_layers as ml
 from lottery_ticket_pruner import analyses
 from lottery_ticket_pruner.experiments import networks
-from lottery_ticket_pruner.experiments.report import Sheet, filled
-from lottery_ticket_pruner.experiments.results import Group, Run
+from lottery_ticket_pruner.experiments.reports.run_folders import Group, Run
+from lottery_ticket_pruner.experiments.reports.tables import Sheet, filled
 from lottery_ticket_pruner.variables import read
 from masked_layers.serving.inspection import load_model
 
@@ -116,7 +118,16 @@ class Kept:
         return rows
 
 
-def read_tickets(group: Group) -> Kept:
+def read_tickets(groups: Sequence[Group], console: Console | None = None) -> list[Kept]:
+    """Reads the masks of the tickets of each group, and shows a bar meanwhile."""
+    console = console or Console(quiet=True)
+    tracked: Iterable[Group] = rich.progress.track(
+        groups, "reading tickets", console=console, transient=True
+    )
+    return [tickets_of(group) for group in tracked]
+
+
+def tickets_of(group: Group) -> Kept:
     """Load the last tickets of a group of runs.
 
     Initial weights are not part of a run folder: they are drawn again from the seed. Whether these

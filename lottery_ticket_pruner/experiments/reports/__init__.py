@@ -1,0 +1,1 @@
+"""Runs read back from their folders: statistics, tables, figures and the web page."""

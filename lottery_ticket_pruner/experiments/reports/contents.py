@@ -1,0 +1,120 @@
+"""The contents of a report: which tables and pictures the results of each group make."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+
+from matplotlib.figure import Figure
+
+from lottery_ticket_pruner import analyses
+from lottery_ticket_pruner.experiments.reports import figures, statistics, tables, ticket_masks
+from lottery_ticket_pruner.experiments.reports.run_folders import Group
+from lottery_ticket_pruner.experiments.reports.ticket_masks import Kept
+
+
+@dataclasses.dataclass(frozen=True)
+class Chart:
+    """A picture, and what stands above and below it."""
+
+    title: str
+    caption: str
+    lines: Sequence[figures.Line]
+    x_label: str = "weights left"
+    dense: Sequence[float] = ()
+
+    def figure(self, figsize: tuple[float, float] = (4.8, 3.4)) -> Figure:
+        """The picture without its title and caption."""
+        return figures.picture(self.lines, dense=self.dense, x_label=self.x_label, figsize=figsize)
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawing:
+    """A picture of another kind: what draws it, and what stands above and below it."""
+
+    title: str
+    caption: str
+    draw: Callable[[], Figure]
+
+    def figure(self, figsize: tuple[float, float] | None = None) -> Figure:
+        """The picture without its title and caption, in the size that suits it."""
+        return self.draw()
+
+
+def sheets_of(group: Group) -> list[tables.Sheet]:
+    """Returns the tables of the results of one group."""
+    if group.is_instability:
+        return [tables.instability_sheet(group.rows)]
+    if not group.has_rounds:
+        return [tables.best_sheet(group.rows)]
+    sheets = [tables.accuracy_sheet(group.rows)]
+    if (group.rows["arm"] == "ticket").any():
+        sheets.append(tables.difference_sheet(group.rows))
+    return sheets
+
+
+def charts_of(group: Group) -> list[Chart]:
+    """Returns the pictures of the results of one group."""
+    title = group.label or group.title
+    if group.is_instability:
+        return []  # The run's own picture shows it.
+    if not group.has_rounds:
+        return [
+            Chart(", ".join(filter(None, (title, name))), _bands(lines), lines, x_label)
+            for name, lines, x_label in figures.charts(group.rows)
+        ]
+    lines = figures.arm_lines(group.rows)
+    dense = statistics.dense_accuracies(group.rows)
+    return [Chart(title, _bands(lines), lines, dense=dense)] if lines else []
+
+
+def comparisons(groups: Sequence[Group]) -> list[Chart]:
+    """The tickets of all groups, in a picture for each data set and network."""
+    together: dict[str, list[figures.Line]] = {}
+    for group in groups:
+        if group.has_rounds and (group.rows["arm"] == "ticket").any():
+            names = (group.config.get("data"), group.config.get("network"))
+            line = dataclasses.replace(figures.line_of_arm(group.rows, "ticket"), label=group.label)
+            together.setdefault(", ".join(map(str, names)), []).append(line)
+    return [
+        Chart(f"Tickets compared: {names}", _bands(lines), figures.with_looks(lines))
+        for names, lines in together.items()
+        if len(lines) > 1
+    ]
+
+
+def mask_charts(kepts: Sequence[Kept]) -> list[Drawing]:
+    """Draws what tickets keep of each layer, with which signs, and what they have in common."""
+    charts = []
+    sparsities, signs = ticket_masks.layer_sparsities(kepts), ticket_masks.same_signs(kepts)
+    if sparsities:
+        draw = functools.partial(analyses.plot_layer_sparsity, sparsities)
+        charts.append(Drawing("Pruned weights of each layer", "Of the last tickets", draw))
+    if signs:
+        label = "share with the sign they started with"
+        draw = functools.partial(analyses.plot_by_layer, signs, label)
+        charts.append(Drawing("Signs of the kept weights", "Of the last tickets", draw))
+    for overlap, seeds in ticket_masks.between(kepts):
+        caption = f"Of the last tickets at the same seed, {seeds} seed{'s' if seeds > 1 else ''}"
+        draw = functools.partial(analyses.plot_overlap, overlap)
+        charts.append(Drawing("Kept by both masks over kept by either", caption, draw))
+    return charts
+
+
+def _bands(lines: Sequence[figures.Line]) -> str:
+    return statistics.describe_bands(len(sample) for line in lines for sample in line.samples)
+
+
+def titled(chart: Chart | Drawing) -> Figure:
+    """Returns a picture for a file, with its title and caption in it."""
+    figure = chart.figure((8, 4.6))
+    figure.suptitle("\n".join(filter(None, (chart.title, chart.caption))), fontsize=10)
+    return figure
+
+
+def title_of(groups: Sequence[Group]) -> str:
+    """Returns the title of a report: data sets and networks, or how many there are."""
+    names = dict.fromkeys(
+        ", ".join(str(group.config[key]) for key in ("data", "network") if group.config.get(key))
+        for group in groups
+    )
+    return " and ".join(filter(None, names)) if len(names) <= 2 else f"{len(groups)} configurations"

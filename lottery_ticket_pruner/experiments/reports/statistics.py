@@ -1,0 +1,114 @@
+"""Statistics of results: means over replicates, intervals, and what rows are told apart by."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import scipy.stats
+
+LABELS = {
+    "dense": "dense",
+    "ticket": "ticket",
+    "random_reinit": "random reinit",
+    "reinit_same_sign": "reinit same signs",
+    "random_mask": "random mask",
+    "reshuffled_mask": "reshuffled mask",
+}
+
+CONFIDENCE = 0.95
+
+# Columns that are measured, not chosen, as all others with numbers in them are taken to be.
+_CHOICES = ("criterion", "dwr", "kind", "weights")
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """The confidence interval (95 %) of the mean by Student's t, from three values on.
+
+    Of two values it is the lower and the higher, of one that value twice.
+    """
+    if len(values) < 3:
+        return min(values), max(values)
+    mean, error = np.mean(values), scipy.stats.sem(values)
+    half = error * scipy.stats.t.ppf(0.5 + CONFIDENCE / 2, len(values) - 1)
+    return float(mean - half), float(mean + half)
+
+
+def describe_bands(counts: Iterable[int]) -> str:
+    """Describes the bands of a picture, given the number of replicates behind each point."""
+    numbers = sorted(set(counts))
+    texts = []
+    if several := [n for n in numbers if n >= 3]:
+        shown = f"{several[0]} to {several[-1]}" if len(several) > 1 else several[0]
+        texts.append(
+            f"{CONFIDENCE:.0%} confidence intervals of the mean by Student's t, "
+            f"{shown} replicates".replace("%", " %")
+        )
+    if 2 in numbers:
+        texts.append("lowest to highest of 2 replicates")
+    return f"Bands: {'; '.join(texts)}" if texts else ""
+
+
+def accuracy_text(accuracies: Sequence[float]) -> str:
+    """The mean in percent and, of several, the standard deviation."""
+    return spread(100 * np.asarray(accuracies, float), "{:.2f}")
+
+
+def spread(values: Sequence[float], style: str) -> str:
+    """The mean as text in this style and, of several, the standard deviation."""
+    if not len(values):
+        return ""
+    mean = style.format(np.mean(values))
+    return mean if len(values) == 1 else f"{mean} ± {style.format(np.std(values, ddof=1))}"
+
+
+def arms_of(rows: pd.DataFrame) -> list[str]:
+    """The arms that occur next to the dense run: the ticket first, unknown ones last."""
+    present = dict.fromkeys(rows["arm"])
+    known = [arm for arm in LABELS if arm in present]
+    return [arm for arm in (*known, *(a for a in present if a not in LABELS)) if arm != "dense"]
+
+
+def arm_label(arm: str) -> str:
+    """The name of an arm as readers see it."""
+    return LABELS.get(arm, arm.replace("_", " "))
+
+
+def dense_accuracies(rows: pd.DataFrame) -> list[float]:
+    """Test accuracies of the dense runs, one per replicate; empty where none was run."""
+    return rows.loc[rows["arm"] == "dense", "test_accuracy"].tolist()
+
+
+def factors_of(rows: pd.DataFrame) -> list[str]:
+    """The columns of choices in rows that are not those of rounds: texts, truths, known names."""
+    numeric = pd.api.types.is_numeric_dtype
+    return [
+        name
+        for name, column in rows.items()
+        if name in _CHOICES or not numeric(column) or pd.api.types.is_bool_dtype(column)
+    ]
+
+
+def place_of(rows: pd.DataFrame) -> str:
+    """Returns the column that rows without rounds are ordered by: epochs, else sparsity."""
+    return "epoch" if "epoch" in rows else "sparsity"
+
+
+def levels_of(rows: pd.DataFrame, place: str) -> list[tuple[float, pd.DataFrame]]:
+    """Returns the places of the rows in order, each with the rows of all seeds there.
+
+    They are put together by their turn within their seed: a learned mask finds a sparsity of its
+    own for every seed.
+    """
+    turns = rows.groupby("seed")[place].rank(method="first")
+    return [(own[place].mean(), own) for _, own in rows.groupby(turns)]
+
+
+def grouped(rows: pd.DataFrame, columns: list[str]) -> Iterable[tuple[tuple, pd.DataFrame]]:
+    """Groups rows by some columns, in the order of the rows; all together by no column."""
+    return rows.groupby(columns, sort=False, dropna=False) if columns else [((), rows)]
+
+
+def text_of(value: Any) -> str:
+    """Returns a cell as text, empty where there is no value."""
+    return "" if pd.isna(value) else str(value)

@@ -1,0 +1,135 @@
+"""The web page of a report, which needs no other file."""
+
+import base64
+import importlib.resources
+import io
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jinja2
+import matplotlib as mpl
+from matplotlib.figure import Figure
+
+import lottery_ticket_pruner
+from lottery_ticket_pruner.experiments.reports import (
+    contents,
+    figures,
+    run_folders,
+    tables,
+    ticket_masks,
+)
+from lottery_ticket_pruner.experiments.reports.contents import Chart, Drawing
+from lottery_ticket_pruner.experiments.reports.run_folders import Group
+from lottery_ticket_pruner.experiments.reports.ticket_masks import Kept
+
+
+def render(kepts: Sequence[Kept]) -> str:
+    """The page as HTML that needs no other file: styles and pictures are inside.
+
+    Args:
+        kepts: The groups with their tickets, see `ticket_masks.read_tickets`.
+    """
+    numbers = iter(range(1, 10**6))
+
+    def drawn(chart: Chart | Drawing) -> dict[str, Any]:
+        image = svg(chart.figure(), f"p{next(numbers)}", f"{chart.title}. {chart.caption}")
+        return {"title": chart.title, "caption": chart.caption, "svg": image}
+
+    groups = [kept.group for kept in kepts]
+    comparisons = [drawn(chart) for chart in contents.comparisons(groups)]
+    mask_charts = [drawn(chart) for chart in contents.mask_charts(kepts)]
+    sections = []
+    for kept in kepts:
+        group = kept.group
+        sections.append(
+            {
+                "title": kept.label,
+                "runs": [run.folder for run in group.runs],
+                "seeds": sorted({int(seed) for seed in group.rows["seed"]}),
+                "charts": [drawn(chart) for chart in contents.charts_of(group)],
+                "sheets": contents.sheets_of(group),
+                "layers": kept.layers,
+                "tickets": len(kept.tickets),
+                "unreadable": kept.unreadable,
+                "images": _images(group),
+            }
+        )
+    options = list(dict.fromkeys(option for group in groups for option in group.config))
+    varied = run_folders.varied_options([group.config for group in groups])
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters["value"] = run_folders.as_text
+    environment.filters["words"] = lambda name: str(name).replace("_", " ")
+    template = importlib.resources.files(__package__).joinpath("page.html")
+    page = environment.from_string(template.read_text(encoding="utf-8"))
+    return page.render(
+        title=contents.title_of(groups),
+        groups=groups,
+        overviews=tables.overviews(groups),
+        comparisons=comparisons,
+        mask_sheets=ticket_masks.comparisons(kepts),
+        mask_charts=mask_charts,
+        sections=sections,
+        varied=varied,
+        common=[option for option in options if option not in varied],
+        palette=list(zip(figures.PALETTE, _DARK_PALETTE, strict=True)),
+        version=lottery_ticket_pruner.__version__,
+    )
+
+
+# The same colours on a dark page.
+_DARK_PALETTE = (
+    "#56A8E8",
+    "#F28A4B",
+    "#35C79A",
+    "#E3A3CB",
+    "#F2B84B",
+    "#8FD0F5",
+    "#C2A27A",
+    "#A8A8A8",
+)
+
+_INK, _GRID, _MUTED = "#000000", "#b0b0b0", "#737373"
+
+
+def svg(figure: Figure, prefix: str, label: str) -> str:
+    """A figure as an SVG element to put into a page: it takes the page's colours and font.
+
+    Args:
+        figure: The figure.
+        prefix: Comes before its identifiers, to tell them from those of other figures.
+        label: What it shows, for those who do not see it.
+    """
+    buffer = io.StringIO()
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": prefix}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
+    text = re.sub(r'\bid="', f'id="{prefix}-', text)
+    text = text.replace("url(#", f"url(#{prefix}-").replace('href="#', f'href="#{prefix}-')
+    text = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font: \1 var(--font)", text)
+    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
+    text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
+    colours = {_INK: "ink", _GRID: "grid", _MUTED: "muted"}
+    colours |= {colour.lower(): f"c{number}" for number, colour in enumerate(figures.PALETTE)}
+    for colour, name in colours.items():
+        text = text.replace(colour, f"var(--{name})")
+    escaped = str(jinja2.filters.escape(label))
+    return text.replace("<svg", f'<svg role="img" aria-label="{escaped}"', 1)
+
+
+def _images(group: Group) -> list[tuple[str, str]]:
+    """Pictures that a run other than of rounds left, as name and data URL."""
+    if group.has_rounds:  # drawn again, over all replicates
+        return []
+    return [
+        (
+            f"{run.folder.name}/{path.name}",
+            f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}",
+        )
+        for run in group.runs
+        for path in sorted(run.folder.glob("*.png"))
+    ]
