@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import tyro
 
 from masked_layers import serving
-from masked_layers.serving.inspection import how_to_save, load_model
+from masked_layers.keras_files import how_to_save, load_model
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ from lottery_ticket_pruner.experiments import networks
 from lottery_ticket_pruner.experiments.reports.run_folders import Group, Run
 from lottery_ticket_pruner.experiments.reports.tables import Sheet, filled
 from lottery_ticket_pruner.variables import read
-from masked_layers.serving.inspection import load_model
+from masked_layers.keras_files import load_model
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
