@@ -24,8 +24,8 @@ hypothesis.settings.load_profile("suite")
 def pytest_configure(config):
     config.addinivalue_line(
         "markers",
-        "once(*backends): depends on no backend, so that it runs under these alone; none named:"
-        " TensorFlow",
+        "once(*backends): depends on no backend, or only through what other tests check on each;"
+        " runs under these alone, none named: TensorFlow",
     )
     # Under JAX most of the time goes into compiling each operation for each shape. What the tests
     # compile runs for an instant, so that optimizing it does not pay; `optimized` is for those that

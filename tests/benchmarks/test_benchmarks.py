@@ -15,12 +15,13 @@ pytest.importorskip("rich")
 from benchmarks import __main__ as command
 from benchmarks import plan, report, timing
 
+pytestmark = pytest.mark.once
+
 
 def contender(name, setup="in_turns"):
     return timing.Contender(f"contenders:{setup}", name)
 
 
-@pytest.mark.once
 def test_contenders_take_turns_in_one_process_and_missing_ones_are_told():
     contenders = {"a": contender("a"), "b": contender("b"), "p": contender("x", "needs_a_peer")}
     found, missing = timing.measure(contenders, repeats=3)
@@ -28,7 +29,6 @@ def test_contenders_take_turns_in_one_process_and_missing_ones_are_told():
     assert missing == {"p": "peer is not installed"}
 
 
-@pytest.mark.once
 def test_a_contender_that_fails_says_why():
     with pytest.raises(RuntimeError, match="ZeroDivisionError"):
         timing.measure({"broken": contender("broken")}, repeats=1)
@@ -55,7 +55,6 @@ def test_goals(goal, faster, ratio, met):
     assert row(goal=goal, ours=[], theirs=[], missing="p is not installed").met is None
 
 
-@pytest.mark.once
 def test_the_command_saves_the_table(tmp_path, monkeypatch, capsys):
     def toy(quick):
         """A toy."""

@@ -16,6 +16,8 @@ sys.path.append(str(Path(__file__).parents[2]))
 
 from benchmarks.checks import resume
 
+pytestmark = pytest.mark.once
+
 # Writes lines of results; the run that is to be killed never gets further than the second.
 STAND_IN = """
 import pathlib, sys, time

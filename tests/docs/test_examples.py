@@ -17,6 +17,8 @@ pytest.importorskip("sklearn")
 
 from lottery_ticket_pruner.experiments import datasets
 
+pytestmark = pytest.mark.once
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
@@ -98,7 +100,6 @@ def test_example_refuses_an_unknown_strategy_before_it_trains(capsys):
     assert "large_final" in capsys.readouterr().err
 
 
-@pytest.mark.once
 @pytest.mark.skipif(shutil.which("sh") is None, reason="needs a POSIX shell")
 def test_example_sh_runs_the_matrix(tmp_path):
     """With a stand-in for Python that writes down what it is called with."""
@@ -118,7 +119,6 @@ def test_example_sh_runs_the_matrix(tmp_path):
     assert {name for name, _ in pairs} <= set(datasets.NAMES)
 
 
-@pytest.mark.once
 @pytest.mark.skipif(shutil.which("sh") is None, reason="needs a POSIX shell")
 def test_example_sh_quick(tmp_path):
     path = os.pathsep.join([str(EXAMPLES.parent), os.environ.get("PYTHONPATH", "")])

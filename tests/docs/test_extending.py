@@ -13,6 +13,8 @@ import masked_layers as ml
 import pages
 from lottery_ticket_pruner import criteria, distributions, schedules, structures, treatments
 
+pytestmark = pytest.mark.once
+
 PAGE = "extending.md"
 BLOCKS = [code for _, code in pages.blocks(PAGE)]
 

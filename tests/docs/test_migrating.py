@@ -10,6 +10,8 @@ import masked_layers
 import pages
 from lottery_ticket_pruner.interop.tfmot import import_tfmot
 
+pytestmark = pytest.mark.once
+
 PAGE = "migrating-from-tfmot.md"
 BLOCKS = pages.blocks(PAGE)
 IMPORTS, CONVERSION = (code for kind, code in BLOCKS if not kind)

@@ -16,6 +16,8 @@ pytest.importorskip("tyro")
 
 from lottery_ticket_pruner.experiments import datasets
 
+pytestmark = pytest.mark.once
+
 
 def small_images(seed, count, shape):
     rng = np.random.default_rng(seed)

@@ -19,6 +19,7 @@ from lottery_ticket_pruner.experiments.reports import run_folders, ticket_masks,
 from lottery_ticket_pruner.experiments.supermask import SupermaskConfig
 
 
+@pytest.mark.once
 def test_what_is_left_open_is_chosen():
     config = InstabilityConfig(steps=1000).resolve(600)
     assert config.rewind_to == ("0it", "10it", "20it", "50it", "100it", "200it", "500it")
@@ -121,6 +122,7 @@ def test_the_masks_and_the_rewinding_point_are_those_of_a_run(tmp_path, ticket, 
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.once
 def test_the_whole_training_is_as_long_as_that_of_the_masks(ticket):
     config = InstabilityConfig(masks=ticket, batch_size=50, seeds=(3,))
     assert (config.resolve(600).steps, config.resolve(600).rewind_to) == (12, ("8it",))
@@ -128,6 +130,7 @@ def test_the_whole_training_is_as_long_as_that_of_the_masks(ticket):
     assert dataclasses.replace(config, steps=30).resolve(600).steps == 30
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("config", [InstabilityConfig(steps=9), SupermaskConfig(steps=9)])
 def test_masks_of_other_commands_are_refused(tmp_path, config):
     (tmp_path / "config.json").write_text(json.dumps(config.resolve(600).to_dict()))
@@ -140,6 +143,7 @@ def interrupted(*args, **kwargs):
     raise KeyboardInterrupt
 
 
+@pytest.mark.once
 def test_an_interrupted_run_goes_on_under_the_same_masks_alone(
     tmp_path, ticket, measured, monkeypatch, capsys
 ):
@@ -179,6 +183,7 @@ def test_an_interrupted_run_goes_on_under_the_same_masks_alone(
     assert len(pd.read_csv(tmp_path / "b" / "results.csv")) == 2
 
 
+@pytest.mark.once
 def test_the_file_of_the_options_is_replaced_as_a_whole(tmp_path, measured):
     options = {"steps": 9, "seeds": 0, "rewind-to": 0, "points": 3, "out": tmp_path / "a"}
     assert cli.main(command(**options)) == 0
@@ -189,6 +194,7 @@ def test_the_file_of_the_options_is_replaced_as_a_whole(tmp_path, measured):
     assert json.loads((tmp_path / "before").read_text())["points"] == 3
 
 
+@pytest.mark.once
 def test_an_interrupted_run_goes_on_and_reports_show_it(tmp_path, measured, monkeypatch):
     options = {"steps": 9, "seeds": "1 2 5", "rewind-to": 0, "points": 3, "out": tmp_path / "a"}
     assert cli.main(command(**options)) == 0

@@ -17,6 +17,8 @@ from lottery_ticket_pruner import cli, training
 from lottery_ticket_pruner.experiments import parent
 from lottery_ticket_pruner.folders import FolderLock
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(__file__).resolve().parents[2]
 RUN = ["run", "--rounds", "1", "--steps", "4", "--seeds", "0", "--controls", "--quiet"]
 
@@ -44,7 +46,6 @@ def test_the_message_names_the_folder_and_the_command(tmp_path, capsys, monkeypa
     assert len((out / "results.csv").read_text().splitlines()) == 3
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("command", [["inspect", "a.keras"], ["report", "a"], RUN])
 def test_without_a_folder_there_is_none_to_name(command, tmp_path, capsys, monkeypatch):
     from lottery_ticket_pruner.commands import report
@@ -60,7 +61,6 @@ def test_without_a_folder_there_is_none_to_name(command, tmp_path, capsys, monke
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.once
 @pytest.mark.skipif(os.name == "nt", reason="needs signals")
 @pytest.mark.parametrize("moment", ["import", "work", "end"])
 def test_no_moment_of_the_process_ends_in_a_traceback(moment, tmp_path):
@@ -136,7 +136,6 @@ def alive(pid):
         return False
 
 
-@pytest.mark.once
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
 def test_the_runs_of_a_killed_sweep_end_with_it(tmp_path):
     (tmp_path / "child.py").write_text(CHILD)
@@ -163,7 +162,6 @@ def test_the_runs_of_a_killed_sweep_end_with_it(tmp_path):
         pass
 
 
-@pytest.mark.once
 def test_a_run_without_a_sweep_does_not_look_at_its_input(monkeypatch):
     started = []
     monkeypatch.setattr(parent.threading, "Thread", lambda **_: started.append(1))

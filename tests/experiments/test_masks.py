@@ -11,6 +11,8 @@ from lottery_ticket_pruner.experiments import networks
 from lottery_ticket_pruner.experiments.reports import run_folders, ticket_masks, web_page
 from made_up_runs import write_run
 
+pytestmark = pytest.mark.once
+
 PATHS = ["fc_1/kernel", "fc_2/kernel", "output/kernel"]
 
 

@@ -26,6 +26,8 @@ from lottery_ticket_pruner.experiments.reports import (
 )
 from made_up_runs import ROWS, write_run
 
+pytestmark = pytest.mark.once
+
 
 @pytest.fixture(scope="module")
 def ticket(tmp_path_factory):

@@ -18,6 +18,8 @@ from lottery_ticket_pruner.experiments import results
 from lottery_ticket_pruner.experiments.reports import figures, run_folders, statistics, tables
 from made_up_runs import ROWS, row, write_run
 
+pytestmark = pytest.mark.once
+
 
 def pooled(rows):
     return pd.DataFrame(rows).assign(seed=lambda table: table["replicate"])

@@ -26,6 +26,7 @@ UNTRAINED = SupermaskConfig(
 )
 
 
+@pytest.mark.once
 def test_what_is_left_open_is_chosen():
     config = SupermaskConfig().resolve(1000)
     assert len(config.criteria) == 13
@@ -119,6 +120,7 @@ def test_untrained_masks(tmp_path, monkeypatch):
     assert f"{100 * means.max():.2f} ± " in console.file.getvalue()
 
 
+@pytest.mark.once
 def test_rows_that_were_cut_are_made_again(tmp_path, monkeypatch):
     config, data = load_and_resolve(dataclasses.replace(UNTRAINED, steps=2, out=tmp_path))
     train, seeds, fail_at = training.train, [], 4
@@ -146,6 +148,7 @@ def test_rows_that_were_cut_are_made_again(tmp_path, monkeypatch):
     assert seeds == [3] * 4
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("learn", [None, "edge_popup"])
 def test_training_images_are_augmented_as_the_network_has_it(tmp_path, monkeypatch, learn):
     augmentation, seen = CropAndFlip(1), []
@@ -162,6 +165,7 @@ def test_training_images_are_augmented_as_the_network_has_it(tmp_path, monkeypat
     assert seen == [augmentation]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("command", ["supermask", "instability"])
 def test_help_says_what_resnet_20_takes(command, capsys):
     with pytest.raises(SystemExit):
@@ -173,6 +177,7 @@ def test_help_says_what_resnet_20_takes(command, capsys):
     assert (scope in text) == (command == "supermask")
 
 
+@pytest.mark.once
 def test_the_file_of_the_options_is_replaced_as_a_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(training, "train", lambda *args, **kwargs: 1 / 0)
     for steps in (1, 2):

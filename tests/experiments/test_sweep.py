@@ -30,6 +30,8 @@ from lottery_ticket_pruner.commands.sweep import (
 from lottery_ticket_pruner.experiments import written
 from lottery_ticket_pruner.folders import FolderInUseError, FolderLock
 
+pytestmark = pytest.mark.once
+
 # Writes what a run writes, twice the rate as accuracy, and fails where the rate is 0.5.
 STAND_IN = """
 import json, os, pathlib, sys, time

@@ -11,6 +11,8 @@ pytest.importorskip("tyro")
 from lottery_ticket_pruner import cli
 from lottery_ticket_pruner.experiments import run as run_module
 
+pytestmark = pytest.mark.once
+
 
 def test_help_explains_every_option(capsys):
     with pytest.raises(SystemExit) as caught:

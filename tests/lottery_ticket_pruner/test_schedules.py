@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from lottery_ticket_pruner import schedules
 from lottery_ticket_pruner.schedules import Constant, Function, Geometric, Polynomial
 
+pytestmark = pytest.mark.once
+
 ALL = [
     Constant(0.5, begin_step=3),
     Constant(0.5, 0, 40, 10),

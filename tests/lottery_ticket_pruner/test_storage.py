@@ -23,6 +23,7 @@ def saved(tmp_path):
     return tmp_path / "ticket.keras"
 
 
+@pytest.mark.once
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="needs the TensorFlow backend")
 def test_export_and_inspect(saved, tmp_path, capsys):
     out = tmp_path / "served" / "1"
@@ -43,6 +44,7 @@ def test_export_and_inspect(saved, tmp_path, capsys):
     assert [line.split()[3] for line in lines if "/kernel" in line] == ["packed", "sparse"]
 
 
+@pytest.mark.once
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="needs the TensorFlow backend")
 def test_what_lies_beside_a_saved_model_is_not_lost(saved, tmp_path, capsys):
     command = ["export", str(saved), str(tmp_path / "out")]
@@ -84,6 +86,7 @@ def test_inspect_a_keras_file(saved, capsys):
     assert f"on disk: {saved.stat().st_size:,} bytes" in report
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("command", ["export", "inspect"])
 @pytest.mark.parametrize("cut", [True, False])
 def test_a_damaged_file_is_named_without_a_traceback(cut, command, saved, tmp_path, capsys):
@@ -99,6 +102,7 @@ def test_a_damaged_file_is_named_without_a_traceback(cut, command, saved, tmp_pa
     assert not out.parent.exists()
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -112,12 +116,14 @@ def test_errors_are_explained_without_a_traceback(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.once
 def test_wrong_values_are_refused(capsys):
     with pytest.raises(SystemExit):
         cli.main(["export", "a.keras", "out", "--values", "int8"])
     assert "int8" in capsys.readouterr().err
 
 
+@pytest.mark.once
 def test_help_names_the_commands(capsys):
     with pytest.raises(SystemExit):
         cli.main(["--help"])
@@ -126,6 +132,7 @@ def test_help_names_the_commands(capsys):
     assert "inspect" in text
 
 
+@pytest.mark.once
 def test_help_names_what_export_takes(capsys):
     with pytest.raises(SystemExit):
         cli.main(["export", "--help"])
@@ -133,6 +140,7 @@ def test_help_names_what_export_takes(capsys):
     assert usage.split()[-2:] == ["MODEL", "OUT"]
 
 
+@pytest.mark.once
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="needs the TensorFlow backend")
 def test_a_path_that_tensorflow_takes_for_a_pattern(saved, tmp_path, recwarn):
     # A folder that the pattern fits, with the weights of another model.
