@@ -49,7 +49,7 @@ def test_no_strategy_changes_a_record():
     records += [array.copy() for array in pruner.final_weights.values()]
     raw = model.get_weights()
     for name in criteria.names():
-        if criteria.get(name).evidence:  # see test_evidence
+        if criteria.get(name).evidence:  # see evidence/test_sources.py
             continue
         pruner.reset_masks()
         with warnings.catch_warnings(action="ignore"):
