@@ -1,21 +1,22 @@
-"""Criteria say how much a weight matters: one score per weight, the highest are kept.
+"""Criteria: functions that score weights, so that the highest-scoring ones are kept.
 
-A criterion is a pure function from the arrays of one competition group (`Group`) to scores. Adding
-one takes a function of a few lines and one registration:
+A criterion is a pure function from a `Group` of weights, ranked together, to one score per weight.
+To add one, write a function of a few lines and register it:
 
 >>> @register("small_step", needs=("initial", "final"))
 ... def small_step(group):
 ...     '''Keeps the weights that moved least.'''
 ...     return -np.abs(group.final - group.initial)
 
-Notation in the docstrings: `w0` the recorded initial weight, `wf` the recorded final one, `w` the
-raw one as it is now. A criterion may also need *evidence*, which the pruner prepares for it: `g`
-the dense gradient of the loss, `H g` the product of the loss's Hessian with it, and the like.
+Notation in the docstrings: `w0` is the recorded initial weight, `wf` the recorded final weight and
+`w` the current raw weight. A criterion can also request *evidence*, which the pruner measures
+before it calls the function: `g` is the dense gradient of the loss, `H g` the product of the
+Hessian of the loss with `g`, and so on.
 
 References:
     - [Frankle & Carbin, arXiv 1803.03635](https://arxiv.org/abs/1803.03635), section 2
     - [Zhou et al., arXiv 1905.01067](https://arxiv.org/abs/1905.01067), section 2 (the criteria)
-      and section 5 (those that look at signs)
+      and section 5 (criteria that compare signs)
     - [Lee et al., arXiv 1810.02340](https://arxiv.org/abs/1810.02340) (`snip`)
     - [Wang et al., arXiv 2002.07376](https://arxiv.org/abs/2002.07376) (`grasp`)
     - [Tanaka et al., arXiv 2006.05467](https://arxiv.org/abs/2006.05467) (`synflow`)
@@ -35,28 +36,30 @@ RECORDS = ("initial", "final", "current")
 EVIDENCE = ("gradient", "hessian_gradient", "flow", "input_norm")
 SCOPES = ("layer", "global", "output")
 
-# A criterion that needs a record may rely on it: to type checkers it is an array.
+# Typed as Any: a criterion only reads records that it has declared in `needs`, which are arrays.
 _NOT_NEEDED: Any = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Group:
-    """The weights that compete with each other, as 1-D arrays of one length.
+    """Weights that are ranked together, as 1-D arrays of the same length.
 
     Args:
-        mask: Bool array, True where a weight is alive. Dead entries are scored and ignored.
-        rng: The group's generator; it depends on the seed and the group alone.
-        drop: How many of those alive go, where scores need to tell no more than which; None where
-            their whole order counts.
-        initial: Float array of the recorded initial weights, or None where not recorded or not
-            asked for. Read-only, finite, float32 or wider. So are the next two.
-        final: The recorded final weights.
-        current: The raw weights as they are now.
-        gradient: The dense gradient of the loss by each weight, or None where the criterion does
-            not need it. So are the next three; `evidence` says how each is found.
-        hessian_gradient: The Hessian of the loss, by all masked weights, times its gradient.
-        flow: The gradient of the sum of the logits of the model made positive.
-        input_norm: The 2-norm of what each weight is multiplied with, over the data.
+        mask: Bool array, True where a weight is kept so far. Scores of pruned entries are ignored.
+        rng: Random generator of the group. Depends only on the seed and the group.
+        drop: Number of kept weights to prune, if only the set of lowest scores matters. None if the
+            full order of the scores matters.
+        initial: Recorded initial weights, a read-only, finite float array (float32 or wider). None
+            if not recorded or not requested.
+        final: Recorded final weights, in the same form as `initial`.
+        current: Current raw weights, in the same form as `initial`.
+        gradient: Dense gradient of the loss with respect to each weight, or None if not requested.
+        hessian_gradient: Product of the Hessian of the loss, over all masked weights, with the
+            gradient of the loss, or None if not requested.
+        flow: Gradient of the sum of the logits of the model with absolute weights, or None if not
+            requested.
+        input_norm: 2-norm, over the data, of the inputs that each weight multiplies, or None if not
+            requested.
     """
 
     mask: np.ndarray
@@ -73,23 +76,24 @@ class Group:
 
 @dataclasses.dataclass(frozen=True)
 class Criterion:
-    """A named score function and the records and evidence it reads.
+    """A named score function, with the records and evidence it reads.
 
-    Made by `register` and `get`, not by hand.
+    Created by `register` and `get`; not meant to be constructed directly.
 
     Args:
-        name: The name `get` knows it by.
-        function: `function(group)` gives an array of scores with the shape of `group.mask`. Minus
-            infinity is a legal score, NaN is not.
-        needs: What it cannot do without, out of `RECORDS` and `EVIDENCE`.
-        optional: The records it is given where they exist.
-        scope: The only scope that goes with this criterion; None where any does.
-        elementwise: Whether the score of a weight depends on nothing but its own records. Then
-            weights are scored some at a time, into an array of the records' dtype.
-        rounds: In how many steps the pruner goes to what is asked of it; the evidence is prepared
-            anew before each.
-        at_initialization: Whether it is made for a model that is yet to be trained. `find_ticket`
-            has it rank the rewound model, not the one that was trained last.
+        name: Name by which `get` finds the criterion.
+        function: A function that takes a `Group` and returns an array of scores with the shape of
+            `group.mask`. Scores may be minus infinity but not NaN.
+        needs: Names of required inputs, from `RECORDS` and `EVIDENCE`.
+        optional: Names of records that are passed if they exist.
+        scope: The only supported scope. None if the criterion supports every scope.
+        elementwise: Whether the score of a weight depends only on its own records. If True, weights
+            are scored in chunks, and scores have the dtype of the records.
+        rounds: Number of steps in which the requested sparsity is reached. Evidence is measured
+            again before each of them.
+        at_initialization: Whether the criterion ranks untrained weights (pruning at
+            initialization). If True, `find_ticket` ranks the rewound model instead of the model
+            that was trained last.
     """
 
     name: str
@@ -103,25 +107,25 @@ class Criterion:
 
     @property
     def evidence(self) -> frozenset[str]:
-        """The measurements that the pruner takes for it."""
+        """The measurements that the criterion needs."""
         return self.needs & set(EVIDENCE)
 
     def __call__(self, group: Group) -> np.ndarray:
-        """The scores of a group's weights; the highest are kept."""
+        """Returns the scores of the weights in `group`. The highest-scoring weights are kept."""
         return self.function(group)
 
     @property
     def doc(self) -> str:
-        """The first line of the function's docstring, for tables and help texts."""
+        """First line of the function's docstring, for tables and help texts."""
         return (inspect.getdoc(self.function) or "").partition("\n")[0]
 
     def get_config(self) -> dict:
-        """The name, from which `get` finds the criterion again if it is registered."""
+        """Returns a dict with the name, from which `get` restores a registered criterion."""
         return {"name": _REGISTRY.checked(self.name, self.function)}
 
     @classmethod
     def from_config(cls, config: Mapping) -> "Criterion":
-        """Returns what `get` makes of a configuration."""
+        """Returns the criterion that `get` resolves a configuration to."""
         return get(config)
 
 
@@ -130,7 +134,7 @@ Identifier = str | Mapping | Criterion | Callable[[Group], np.ndarray]
 
 def _made(criterion: Criterion, arguments: dict) -> Criterion:
     if arguments:
-        raise TypeError("a criterion takes none")
+        raise TypeError("a criterion takes no arguments")
     return criterion
 
 
@@ -159,35 +163,37 @@ def register(
     rounds: int = 1,
     at_initialization: bool = False,
 ) -> Callable[[Callable], Callable]:
-    """Makes a score function known by name; decorates it and hands it back unchanged.
+    """Registers a score function under a name. Used as a decorator; returns the function unchanged.
 
     Args:
-        name: The name for `get`, configurations and command lines.
-        needs: What the function reads, out of the records `"initial"`, `"final"`, `"current"` and
-            the evidence `"gradient"`, `"hessian_gradient"`, `"flow"`, `"input_norm"`; the others
-            are None in its `Group`.
-        scope: The only scope that makes sense with it, or None.
-        elementwise: Whether the score of a weight depends on nothing but its own records, not on
-            other weights, the mask or chance. Large models are then ranked with less memory.
-        rounds: In how many steps to prune, with new evidence before each; several need
-            `scope="global"`.
-        at_initialization: Whether `find_ticket` is to rank the rewound model.
+        name: Name for `get`, configurations and command lines.
+        needs: Inputs that the function reads: records (`"initial"`, `"final"`, `"current"`) and
+            evidence (`"gradient"`, `"hessian_gradient"`, `"flow"`, `"input_norm"`). All other
+            inputs are None in its `Group`.
+        scope: The only scope that the criterion supports. None for any scope.
+        elementwise: Whether the score of a weight depends only on its own records, not on other
+            weights, the mask or randomness. Ranking large models then takes less memory.
+        rounds: Number of pruning steps, with new evidence before each of them. More than one
+            requires `scope="global"`.
+        at_initialization: Whether `find_ticket` ranks the rewound model.
 
     Raises:
-        ValueError: An unknown record or scope, rounds below 1 or several of them where layers do
-            not compete with each other, or a name that another function has. The same function
-            defined again (a notebook cell run twice) replaces the earlier one.
+        ValueError: If a record or the scope is unknown, `rounds` is below 1, `rounds` is above 1
+            without `scope="global"`, or a different function is registered under this name.
+            Defining the same function again (a notebook cell run twice) replaces the earlier one.
     """
     needs = frozenset((needs,) if isinstance(needs, str) else needs)
     if not needs <= {*RECORDS, *EVIDENCE}:
         known = (*RECORDS, *EVIDENCE)
-        raise ValueError(f"`needs` must be out of {known}. Received: needs={sorted(needs)}")
+        raise ValueError(
+            f"`needs` must contain only names from {known}. Received: needs={sorted(needs)}"
+        )
     if rounds < 1:
         raise ValueError(f"`rounds` must be at least 1. Received: rounds={rounds}")
     if rounds > 1 and scope != "global":
         raise ValueError(
-            'A criterion of several rounds needs scope="global": each round has one sparsity, of '
-            f"all layers together. Received: rounds={rounds}, scope={scope!r}"
+            'Multi-round criteria need scope="global", because each round has a single sparsity '
+            f"for the whole model. Received: rounds={rounds}, scope={scope!r}"
         )
     if scope is not None and scope not in SCOPES:
         raise ValueError(f"`scope` must be None or one of {SCOPES}. Received: scope={scope!r}")
@@ -209,21 +215,22 @@ def register(
 
 
 def names() -> list[str]:
-    """The known names, in the order of registration; `get(name).doc` describes each in a line."""
+    """Returns the registered names in order of registration; `get(name).doc` describes each."""
     return list(_REGISTRY)
 
 
 def get(identifier: Identifier) -> Criterion:
-    """Turns whatever names a criterion into a `Criterion`.
+    """Resolves an identifier to a `Criterion`.
 
     Args:
-        identifier: A known name; a dict from `get_config()` or Keras' `serialize_keras_object`; a
-            `Criterion`; or a function `Group -> scores`. A function that was not registered is
-            given every record that exists.
+        identifier: A registered name; a dict from `get_config()` or Keras'
+            `serialize_keras_object`; a `Criterion`; or a function `Group -> scores`. An
+            unregistered function receives all records that exist.
 
     Raises:
-        ValueError: An unknown name, something that is none of these, or an unregistered function
-            that has the name of a known criterion (its configuration would restore the other one).
+        ValueError: If the name is unknown, the type of `identifier` is not supported, or an
+            unregistered function has the name of a registered criterion (its configuration would
+            restore the registered one).
     """
     return _REGISTRY.get(identifier)
 
@@ -256,8 +263,8 @@ def small_init(group: Group) -> np.ndarray:
 def large_init_large_final(group: Group) -> np.ndarray:
     """Keeps weights that start and end large: min(rank(abs(w0)), rank(abs(wf))).
 
-    The paper writes min(alpha abs(wf), abs(w0)) with an alpha that aligns the two; ranks among the
-    alive weights of the scope need no alpha.
+    The paper uses min(alpha abs(wf), abs(w0)), where alpha aligns the two distributions. Ranks
+    among the kept weights of the scope need no alpha.
     """
     return _lower_rank(np.abs(group.initial), np.abs(group.final), group)
 
@@ -290,8 +297,8 @@ def random(group: Group) -> np.ndarray:
 def large_final_same_sign(group: Group) -> np.ndarray:
     """Keeps weights that end large with the sign they started with: max(0, wf sign(w0)).
 
-    Flipped weights go first, in seeded order. Zero has no sign, so a `w0` or `wf` of zero is no
-    flip: it scores 0 and goes after every flipped weight.
+    Weights that changed sign are pruned first, in seeded order. Zero has no sign: a weight with a
+    `w0` or `wf` of zero scores 0 and is pruned after all weights that changed sign.
     """
     aligned = group.final * np.sign(group.initial)
     return np.where(aligned < 0, -np.inf, aligned)
@@ -299,9 +306,10 @@ def large_final_same_sign(group: Group) -> np.ndarray:
 
 @register("large_final_diff_sign", needs={"initial", "final"}, elementwise=True)
 def large_final_diff_sign(group: Group) -> np.ndarray:
-    """Keeps weights that end large with the other sign: max(0, -wf sign(w0)).
+    """Keeps weights that end large with the opposite sign: max(0, -wf sign(w0)).
 
-    Weights that kept their sign go first, in seeded order; a `w0` or `wf` of zero scores 0.
+    Weights that kept their sign are pruned first, in seeded order. A weight with a `w0` or `wf` of
+    zero scores 0.
     """
     opposed = -group.final * np.sign(group.initial)
     return np.where(opposed < 0, -np.inf, opposed)
@@ -309,9 +317,9 @@ def large_final_diff_sign(group: Group) -> np.ndarray:
 
 @register("magnitude_increase_same_sign", needs={"initial", "final"}, elementwise=True)
 def magnitude_increase_same_sign(group: Group) -> np.ndarray:
-    """Keeps weights that grew most without flipping: abs(wf) - abs(w0), -infinity if flipped.
+    """Keeps weights that grew most with the same sign: abs(wf) - abs(w0), -infinity if flipped.
 
-    A `w0` or `wf` of zero is not a flip.
+    A weight with a `w0` or `wf` of zero does not count as flipped.
     """
     flipped = group.final * np.sign(group.initial) < 0
     return np.where(flipped, -np.inf, magnitude_increase(group))
@@ -319,9 +327,9 @@ def magnitude_increase_same_sign(group: Group) -> np.ndarray:
 
 @register("magnitude_increase_diff_sign", needs={"initial", "final"}, elementwise=True)
 def magnitude_increase_diff_sign(group: Group) -> np.ndarray:
-    """Keeps weights that grew most and flipped: abs(wf) - abs(w0), -infinity if the sign is kept.
+    """Keeps weights that grew most and flipped: abs(wf) - abs(w0), -infinity if not flipped.
 
-    A `w0` or `wf` of zero keeps no sign.
+    A weight with a `w0` or `wf` of zero does not count as keeping its sign.
     """
     kept = group.final * np.sign(group.initial) > 0
     return np.where(kept, -np.inf, magnitude_increase(group))
@@ -329,13 +337,13 @@ def magnitude_increase_diff_sign(group: Group) -> np.ndarray:
 
 @register("smallest_weights", needs={"current"}, elementwise=True)
 def smallest_weights(group: Group) -> np.ndarray:
-    """Drops the smallest weights as they are now: abs(w)."""
+    """Drops the smallest current weights: abs(w)."""
     return np.abs(group.current)
 
 
 @register("smallest_weights_global", needs={"current"}, scope="global", elementwise=True)
 def smallest_weights_global(group: Group) -> np.ndarray:
-    """Drops the smallest weights as they are now, over all layers together: abs(w)."""
+    """Drops the smallest current weights across all layers: abs(w)."""
     return np.abs(group.current)
 
 
@@ -347,7 +355,7 @@ def smallest_weights_global(group: Group) -> np.ndarray:
     at_initialization=True,
 )
 def snip(group: Group) -> np.ndarray:
-    """Keeps connections that the loss at initialization feels most: abs(g w)."""
+    """Keeps connections with the largest effect on the loss at initialization: abs(g w)."""
     return np.abs(group.gradient * group.current)
 
 
@@ -359,7 +367,7 @@ def snip(group: Group) -> np.ndarray:
     at_initialization=True,
 )
 def grasp(group: Group) -> np.ndarray:
-    """Keeps what lets the gradient flow at initialization: w (H g).
+    """Keeps weights that preserve the gradient flow at initialization: w (H g).
 
     The paper prunes the highest of -w (H g).
     """
@@ -381,28 +389,28 @@ def synflow(group: Group) -> np.ndarray:
 
 @register("gradient", needs={"gradient"}, elementwise=True)
 def gradient(group: Group) -> np.ndarray:
-    """Keeps weights that the loss would change most: abs(g)."""
+    """Keeps weights with the largest gradient of the loss: abs(g)."""
     return np.abs(group.gradient)
 
 
 @register("saliency", needs={"final", "gradient"}, elementwise=True)
 def saliency(group: Group) -> np.ndarray:
-    """Keeps trained weights that the loss would miss most, to first order: abs(g wf)."""
+    """Keeps trained weights whose removal changes the loss most, to first order: abs(g wf)."""
     return np.abs(group.gradient * group.final)
 
 
 @register("wanda", needs={"current", "input_norm"}, scope="output", elementwise=True)
 def wanda(group: Group) -> np.ndarray:
-    """Keeps, of each output, what passes most on: abs(w) times the norm of its input.
+    """Keeps the largest products within each output: abs(w) times the norm of its input.
 
-    The norms of all layers are those of the model before the update, while the paper goes through
-    the blocks of a transformer and measures behind those that are pruned already.
+    All norms are measured before the update. The paper instead prunes the blocks of a transformer
+    one after the other and measures each behind the blocks that are already pruned.
     """
     return np.abs(group.current) * group.input_norm
 
 
 def _lower_rank(first: np.ndarray, second: np.ndarray, group: Group) -> np.ndarray:
-    """min(rank(first), rank(second)), or scores that drop the same weights."""
+    """Returns min(rank(first), rank(second)), or scores that prune the same weights."""
     if group.drop is None:
         return np.minimum(_rank(first, group.mask), _rank(second, group.mask))
     scores = np.zeros(group.mask.shape, dtype=np.int8)
@@ -412,11 +420,14 @@ def _lower_rank(first: np.ndarray, second: np.ndarray, group: Group) -> np.ndarr
 
 
 def _about_place(first: np.ndarray, second: np.ndarray, count: int) -> np.ndarray:
-    """0, 1 or 2 where the lower of two ranks is below, at or above the `count`-th lowest of them.
+    """Compares the lower of two ranks of each weight with the `count`-th lowest of these values.
 
-    A rank is at most t if the value is at most the one at place t of the order. So two order
-    statistics tell how many of the lower ranks are at most t, and t is found by bisection. What is
-    left to put in order halves with each step, where ranking everything would take two sorts.
+    A rank is at most t if the value is at most the t-th smallest value. Two order statistics
+    therefore give the number of lower ranks that are at most t, and t is found by bisection. Each
+    step halves the range that is still unordered, whereas ranking all values would take two sorts.
+
+    Returns:
+        An int8 array: 0 if the lower rank is below the `count`-th lowest, 1 if equal, 2 if above.
     """
     ordered = first.copy(), second.copy()
 
@@ -441,12 +452,12 @@ def _about_place(first: np.ndarray, second: np.ndarray, count: int) -> np.ndarra
 
 
 def _rank(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Counts the kept weights of a smaller value: equal values share a rank, pruned ones have 0."""
+    """Returns the number of smaller kept values for each kept value, and 0 for pruned entries."""
     alive = values[mask]
     order = np.argsort(alive)
     ordered = alive[order]
     ranks = np.empty(alive.shape, dtype=np.int64)
-    # Sorted needles make the binary search cheap: it walks through memory.
+    # With sorted queries, the binary search accesses memory in order, which is fast.
     ranks[order] = np.searchsorted(ordered, ordered)
     spread = np.zeros(values.shape, dtype=np.int64)
     spread[mask] = ranks

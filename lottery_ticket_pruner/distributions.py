@@ -1,7 +1,7 @@
-"""Distributions share one sparsity of a whole model out among its kernels, to the exact count.
+"""Distributions divide the sparsity of a whole model among its kernels, with exact counts.
 
-Adding one takes a function from a kernel's shape to its density, relative to those of the others,
-and one registration:
+To add one, write a function that maps the shape of a kernel to its density relative to the other
+kernels, and register it:
 
 >>> @register("small_dense")
 ... def small_dense(shape):
@@ -23,24 +23,24 @@ Rule = Callable[[tuple[int, ...]], float]
 
 @dataclasses.dataclass(frozen=True)
 class Distribution:
-    """A rule of which share of each kernel is kept, such that the whole has a given sparsity.
+    """A rule that divides the sparsity of a model among its kernels.
 
-    Densities are in proportion to what the rule says. None exceeds 1: kernels that would are dense,
-    and the others take over what they cannot. All in all exactly `floor(sparsity * size + 1e-6)`
-    weights are pruned; a kernel's own count is rounded up or down for that, and it keeps at least
-    one weight.
+    Densities are proportional to the values of the rule, up to a maximum of 1: kernels that would
+    exceed it stay dense, and the others are pruned more. In total exactly
+    `floor(sparsity * size + 1e-6)` weights are pruned. To reach this total, the count of each
+    kernel is rounded up or down. Each kernel keeps at least one weight.
 
     Args:
-        name: `"uniform"`: one density for all; `"erk"`, Erdos-Renyi-kernel: in proportion to
-            sum(shape) / prod(shape) of each kernel; or the name of a rule that was registered.
-        dense_first: Whether the first layer stays dense: the first kernel, and whatever else of its
-            layer is masked. The others make up for it.
-        dense_last: Whether the last one does.
-        rule: The rule itself, a function from a kernel's shape to its relative density; by default
-            the one that is known by the name.
+        name: `"uniform"` for the same density everywhere; `"erk"` (Erdos-Renyi-kernel) for
+            densities proportional to sum(shape) / prod(shape); or the name of a registered rule.
+        dense_first: Whether to keep the first layer dense: the first kernel and all other masked
+            weights of its layer. The other layers are pruned more to compensate.
+        dense_last: Whether to keep the last layer dense, in the same way.
+        rule: A function from the shape of a kernel to its relative density. By default the rule
+            registered under `name`.
 
     Raises:
-        ValueError: If no rule has this name.
+        ValueError: If no rule is registered under this name.
 
     Reference:
         - [Evci et al., arXiv 1911.11134](https://arxiv.org/abs/1911.11134), section 3 (1)
@@ -56,15 +56,16 @@ class Distribution:
             object.__setattr__(self, "rule", _RULES.get(self.name).rule)
 
     def __call__(self, shapes: Mapping[str, Sequence[int]], sparsity: float) -> dict[str, float]:
-        """The sparsity of each kernel, by path.
+        """Returns the sparsity of each kernel, by path.
 
         Args:
-            shapes: The shapes of the kernels by path, from the first of the model to the last.
-            sparsity: Share of all weights that are to be pruned, in [0, 1).
+            shapes: Shapes of the kernels by path, ordered from the first kernel of the model to the
+                last.
+            sparsity: Share of all weights to prune, in [0, 1).
 
         Raises:
-            ValueError: A sparsity outside [0, 1), or one that cannot be reached since each kernel
-                keeps a weight and some are dense.
+            ValueError: If the sparsity is outside [0, 1), or cannot be reached because each kernel
+                keeps a weight and some kernels are dense.
         """
         if not 0 <= sparsity < 1:
             raise ValueError(f"`sparsity` must be a number in [0, 1). Received: {sparsity!r}")
@@ -81,7 +82,7 @@ class Distribution:
         if drop > most.sum():
             raise ValueError(
                 f"A sparsity of {sparsity} means {drop} of {sizes.sum()} weights, but only "
-                f"{most.sum()} can go: each kernel keeps a weight, and dense ones keep all."
+                f"{most.sum()} can be pruned: each kernel keeps one weight, dense ones all."
             )
         counts = _counts(sizes, weights, most, drop)
         return {
@@ -90,7 +91,7 @@ class Distribution:
         }
 
     def get_config(self) -> dict[str, Any]:
-        """The arguments, from which `get` makes the same distribution."""
+        """Returns a dict of the arguments, from which `get` restores the distribution."""
         return {
             "name": _RULES.checked(self.name, self.rule),
             "dense_first": self.dense_first,
@@ -99,7 +100,7 @@ class Distribution:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "Distribution":
-        """Returns what `get` makes of a configuration."""
+        """Returns the distribution that `get` resolves a configuration to."""
         return get(config)
 
 
@@ -122,10 +123,10 @@ _RULES = Registry(
 
 
 def register(name: str) -> Callable[[Callable], Callable]:
-    """Makes a rule known by name: a function from a kernel's shape to its relative density.
+    """Registers a rule under a name: a function from a kernel's shape to its relative density.
 
     Raises:
-        ValueError: If another rule has the name. The same one defined again (a notebook cell run
+        ValueError: If another rule has this name. Defining the same rule again (a notebook cell run
             twice) replaces the earlier one.
     """
 
@@ -137,33 +138,33 @@ def register(name: str) -> Callable[[Callable], Callable]:
 
 
 def names() -> list[str]:
-    """The known names, in the order of registration."""
+    """Returns the registered names in order of registration."""
     return list(_RULES)
 
 
 @register("uniform")
 def uniform(shape: tuple[int, ...]) -> float:
-    """The same density for every kernel."""
+    """Returns the same density for every kernel."""
     return 1.0
 
 
 @register("erk")
 def erk(shape: tuple[int, ...]) -> float:
-    """A higher density for smaller kernels: sum(shape) / prod(shape)."""
+    """Returns a higher density for smaller kernels: sum(shape) / prod(shape)."""
     return sum(shape) / max(math.prod(shape), 1)
 
 
 def get(identifier: Identifier) -> Distribution:
-    """Turns whatever names a distribution into a `Distribution`.
+    """Resolves an identifier to a `Distribution`.
 
     Args:
-        identifier: `"uniform"`, `"erk"` or a registered name; a dict from `get_config()` or Keras'
-            `serialize_keras_object`; a `Distribution`; a function from a kernel's shape to its
-            relative density, as `register` takes it.
+        identifier: `"uniform"`, `"erk"` or another registered name; a dict from `get_config()` or
+            Keras' `serialize_keras_object`; a `Distribution`; or a function from a kernel's shape
+            to its relative density.
 
     Raises:
-        ValueError: An unknown name, arguments that a distribution does not take, an unregistered
-            function that has the name of a known rule, or something that is none of these.
+        ValueError: If the name is unknown, the arguments do not fit, an unregistered function has
+            the name of a registered rule, or the type of `identifier` is not supported.
     """
     return _RULES.get(identifier)
 
@@ -171,7 +172,7 @@ def get(identifier: Identifier) -> Distribution:
 def _counts(sizes: np.ndarray, weights: np.ndarray, most: np.ndarray, drop: int) -> np.ndarray:
     """Returns the number of weights to prune in each kernel: `drop` in all, each in [0, `most`]."""
     shared = np.flatnonzero(most)
-    # Density = scale * weight. Kernels for which it exceeds 1 are dense, and the scale grows.
+    # Density = scale * weight. Kernels whose density would exceed 1 are dense; the scale grows.
     while len(shared):
         left = sizes[shared].sum() - drop
         scale = left / (weights[shared] * sizes[shared]).sum()
@@ -183,7 +184,7 @@ def _counts(sizes: np.ndarray, weights: np.ndarray, most: np.ndarray, drop: int)
     if len(shared):
         exact[shared] = sizes[shared] * (1 - scale * weights[shared])
     counts = np.minimum(np.floor(exact + 1e-6).astype(np.int64), most)
-    # What rounding down left over goes where the most was cut off, if a weight is left to give.
+    # Weights missing because counts were rounded down: first those with the largest remainder.
     while missing := drop - int(counts.sum()):
         order = np.argsort(counts - exact, kind="stable")
         counts[order[counts[order] < most[order]][:missing]] += 1

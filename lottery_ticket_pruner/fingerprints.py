@@ -1,15 +1,15 @@
-"""Identity: arrays are what they hold, functions what their code is, objects their configuration.
+"""Fingerprints that identify arrays by content, functions by code and objects by configuration.
 
-Whoever goes on with work that was interrupted must know that it is the same work. Names do not
-tell: an edited function keeps its name, and two closures of one factory share it. Neither do
-pickles, which hold lines and file names, and of an imported function the name alone.
+Work that was interrupted may only be resumed if it is still the same work. Names do not show this:
+an edited function keeps its name, and two closures of one factory have the same name. Pickles do
+not show it either: they contain line numbers and file names, and imported functions only by name.
 
-A fingerprint of a function covers its instructions, constants and defaults, the values in its
-closure, the global values that it names, and the custom functions and classes among all
-these, to any depth. Comments, line numbers, file names and the names of functions do not count.
-What belongs to an installed library counts by its name, not by its version. What code reaches by
-text (`getattr`, `exec`, files it opens) is beyond it. It is the same in every process of one
-version of Python, and begins with that version.
+The fingerprint of a function covers its instructions, constants and defaults, the values in its
+closure, the global values it refers to, and all custom functions and classes among them,
+recursively. Comments, line numbers, file names and function names do not count. Objects of an
+installed library count by name, not by version. What code refers to by text (`getattr`, `exec`,
+files that it opens) is not covered. A fingerprint is the same in every process of one version of
+Python, and starts with that version.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ from lottery_ticket_pruner.registry import PACKAGE
 
 _LIBRARIES = {PACKAGE, "masked_layers", "keras", "tensorflow", "jax", "jaxlib", "torch", "numpy"}
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, type(...), type(NotImplemented))
-# What a class holds beside its code: where it stands in a file, and what follows from the rest.
+# Attributes of a class other than its code: its place in a file, and values derived from the rest.
 _NOT_CODE = {
     *("__module__", "__qualname__", "__doc__", "__dict__", "__weakref__", "__annotations__"),
     *("__firstlineno__", "__static_attributes__", "__annotate__", "__annotate_func__"),
@@ -55,11 +55,11 @@ _EARLIER = {
 
 
 class UnidentifiedError(ValueError):
-    """Something that cannot be told from others of its kind, such as an open file in a closure."""
+    """An error for an object without readable state, such as an open file in a closure."""
 
 
 def digest(data: Any) -> str:
-    """A short text that changes with any array in any nesting of lists and dicts of them."""
+    """Returns a hash of nested arrays (lists and dicts of any depth)."""
     found = hashlib.sha256()
     for path, leaf in keras.tree.flatten_with_path(data):
         array = np.asarray(() if leaf is None else leaf)
@@ -69,27 +69,27 @@ def digest(data: Any) -> str:
 
 
 def fingerprint(thing: Any) -> str:
-    """A short text that changes with the code, the configuration or the state of something.
+    """Returns a hash that changes with the code, configuration or state of an object.
 
     Args:
-        thing: A function, a class, or an object: of one with `get_config()` that and its class
-            count, of another its attributes and its class.
+        thing: A function, a class, or an object. An object with `get_config()` is identified by its
+            class and configuration, any other object by its class and attributes.
 
     Raises:
-        UnidentifiedError: If it holds something whose state is out of reach: an open file, a lock,
-            a function of C in a custom module.
+        UnidentifiedError: If it contains something without readable state: an open file, a lock, or
+            a C function of a custom module.
     """
-    name = getattr(thing, "name", None)  # As of a criterion.
+    name = getattr(thing, "name", None)  # Criteria have one, for example.
     found = _Hasher(name if isinstance(name, str) else _name(thing)).digest(thing, "")
     return f"python{sys.version_info[0]}.{sys.version_info[1]}-{found.hex()[:16]}"
 
 
 def description(thing: Any) -> Any:
-    """Describes the configuration of an optimizer, of losses or of an augmentation in JSON's types.
+    """Describes the configuration of an optimizer, a loss or an augmentation as JSON data.
 
-    What belongs to a library goes by its name and configuration. A custom one has a
-    `fingerprint` beside them, as `"code"`; or, where it has none, the reason as `"unidentified"`.
-    Names of Keras objects are left out: in them Keras counts the objects of a process.
+    Objects of libraries are described by name and configuration. Custom objects also have a
+    fingerprint as `"code"`, or the reason why they have none as `"unidentified"`. Names of Keras
+    objects are left out, because Keras numbers them per process.
     """
     if thing is None or isinstance(thing, str | int | float):
         return thing
@@ -113,21 +113,21 @@ def description(thing: Any) -> Any:
 
 
 def identity(made: Any) -> Any:
-    """Describes a criterion or a treatment in JSON's types.
+    """Describes a criterion or a treatment as JSON data.
 
-    A built-in one is its name. One of a user's own has a `"code"` beside it, or the reason why not,
-    see `description`.
+    Returns the name if it is built in. A custom one is a dict with the name and either a
+    fingerprint as `"code"` or the reason why it has none as `"unidentified"`.
     """
     return made.name if _is_known(made.function) else {"name": made.name} | _code(made)
 
 
 def names_with_code(made: Iterable[Any]) -> str:
-    """Returns the custom ones among some criteria and treatments, each with its code.
+    """Returns the names of the custom criteria or treatments in `made`, each with its fingerprint.
 
-    Empty where all are built in.
+    The result is empty if all are built in.
 
     Raises:
-        UnidentifiedError: If one has no identity.
+        UnidentifiedError: If one of them has no fingerprint.
     """
     return ", ".join(
         f"{one.name} {fingerprint(one)}" for one in made if not _is_known(one.function)
@@ -135,10 +135,10 @@ def names_with_code(made: Iterable[Any]) -> str:
 
 
 def layers(model: keras.Model) -> Any:
-    """A short text that changes with the layers of a model, their order and configuration.
+    """Returns a hash of the layers of a model, their order and their configuration.
 
-    Names that Keras gives do not count, weights neither. A dict with the reasons where a layer has
-    no identity.
+    Names that Keras generates and weights are not included. If a layer cannot be identified, the
+    result is a dict with the reasons instead.
     """
     found = _keras.flatten(model)
     places = {layer.name: f"layer {place}" for place, layer in enumerate(found)}
@@ -149,7 +149,7 @@ def layers(model: keras.Model) -> Any:
 
 
 def reasons(described: Any) -> list[str]:
-    """Returns why parts of a description have no identity; empty where all have one."""
+    """Returns the reasons why parts of a description are unidentified. Empty if there are none."""
     if isinstance(described, Mapping):
         own = [described["unidentified"]] if "unidentified" in described else []
         return own + [why for value in described.values() for why in reasons(value)]
@@ -166,10 +166,10 @@ def _code(thing: Any) -> dict[str, str]:
 
 
 def _of_layer(layer: keras.layers.Layer) -> Any:
-    """The class and the configuration of a layer; of one without the latter the class alone."""
+    """Describes a layer by its class and its configuration, if it has one."""
     kind = type(layer)
     described = {"class_name": kind.__name__}
-    with contextlib.suppress(NotImplementedError):  # Of a subclassed model its layers follow.
+    with contextlib.suppress(NotImplementedError):  # The layers of a subclassed model come later.
         described["config"] = description(layer.get_config())
     for base in kind.__mro__:
         if not _is_known(base):
@@ -180,7 +180,7 @@ def _of_layer(layer: keras.layers.Layer) -> Any:
 
 
 def _placed(described: Any, places: Mapping[str, str]) -> Any:
-    """The same with the place of each layer instead of its name."""
+    """Returns the description with layer names replaced by the positions of the layers."""
     if isinstance(described, Mapping):
         return {key: _placed(value, places) for key, value in described.items()}
     if isinstance(described, list | tuple):
@@ -189,16 +189,16 @@ def _placed(described: Any, places: Mapping[str, str]) -> Any:
 
 
 def _own(thing: Any) -> dict[str, Any]:
-    """Attributes of an object of Keras that are of a user's own, as the function that a loss wraps.
+    """Returns the custom attributes of a Keras object, such as the function that a loss wraps.
 
-    Its configuration has no more than their names.
+    The configuration of the object contains only their names.
     """
 
     def is_own(value: Any) -> bool:
         if isinstance(value, functools.partial):
             value = value.func
         if isinstance(value, types.FunctionType | types.MethodType):
-            # Keras has functions of its own around methods of every layer.
+            # Keras wraps methods of every layer in functions.
             return not _is_library(value.__module__) and getattr(value, "__self__", 0) is not thing
         if isinstance(value, type | keras.Variable | keras.layers.Layer):
             return False
@@ -214,7 +214,7 @@ def _name(thing: Any) -> str:
 
 def _module_of(thing: Any) -> Any:
     module = getattr(thing, "__module__", None)
-    if module is None:  # As of a method of a class of C.
+    if module is None:  # A method of a C class, for example.
         module = getattr(getattr(thing, "__objclass__", type(thing)), "__module__", None)
     return module
 
@@ -238,7 +238,7 @@ def _is_library(module: str) -> bool:
     if top in _LIBRARIES:
         return True
     path = _place_of(top)
-    if path is None:  # Built into Python, or made by code.
+    if path is None:  # Built into Python, or created by code.
         return top in sys.stdlib_module_names
     standard = {sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")}
     return bool({"site-packages", "dist-packages"} & set(path.parts)) or any(
@@ -261,18 +261,18 @@ def _place_of(package: str) -> Path | None:
 
 
 class _Hasher:
-    """Hashes things by what they consist of, each once, and cycles by how far they go back."""
+    """Hashes objects by their contents, each object once, and cycles by their length."""
 
     def __init__(self, root: str) -> None:
         self._root = root
-        self._done: dict[int, tuple[Any, bytes]] = {}  # Who is held keeps his id.
+        self._done: dict[int, tuple[Any, bytes]] = {}  # Keeps objects alive, so ids stay unique.
         self._active: dict[int, int] = {}
-        self._sources: dict[str, Any] = {}  # One object each, or modules that import each other
-        # would have no end.
-        self._package = ""  # That of the code at hand, from which relative imports start.
+        # One object per module, or modules that import each other would never end.
+        self._sources: dict[str, Any] = {}
+        self._package = ""  # Package of the current code, for relative imports.
 
     def digest(self, thing: Any, where: str) -> bytes:
-        """The hash of something that was found there."""
+        """Returns the hash of an object. `where` says where it was found, for error messages."""
         if id(thing) in self._done:
             return self._done[id(thing)][1]
         if id(thing) in self._active:
@@ -341,10 +341,10 @@ class _Hasher:
         return b"".join([self.digest(thing, where) for thing in things])
 
     def _configured(self, thing: Any, where: str) -> Iterator[bytes]:
-        """An object of Keras, or like one: its class, its configuration, of layers the weights.
+        """Yields the class and configuration of a Keras-like object, and the weights of a layer.
 
-        Where a custom class has the `get_config` of a library, what its methods name counts,
-        too: such a configuration says nothing of arguments that were added.
+        If a custom class inherits `get_config` from a library, the attributes that its methods use
+        are included as well, because such a configuration does not contain added arguments.
         """
         kind = type(thing)
         yield self.digest(kind, where)
@@ -365,11 +365,11 @@ class _Hasher:
                     yield self.digest((name, value), f"{where} its attribute `{name}`,")
 
     def _reduced(self, thing: Any, where: str) -> Iterator[bytes]:
-        """Any other object: what Python copies it by, which is its class and its state."""
+        """Yields the parts by which Python copies any other object: its class and its state."""
         try:
-            of_others = copyreg.dispatch_table.get(type(thing))  # As of a compiled pattern.
+            of_others = copyreg.dispatch_table.get(type(thing))  # Compiled patterns, for example.
             reduced = of_others(thing) if of_others else thing.__reduce_ex__(4)
-        except Exception as error:  # As many types as there are classes.
+        except Exception as error:  # Classes raise errors of all types here.
             raise self._unidentified(thing, where) from error
         if isinstance(reduced, str):
             if not _is_library(getattr(thing, "__module__", None) or type(thing).__module__):
@@ -378,16 +378,16 @@ class _Hasher:
             return
         make, arguments, state, items, pairs = (*reduced, None, None, None)[:5]
         if make is getattr and isinstance(arguments[0], types.ModuleType):
-            raise self._unidentified(thing, where)  # A function of C.
+            raise self._unidentified(thing, where)  # A C function.
         yield self._all((make, arguments, state, list(items or ()), list(pairs or ())), where)
 
     def _unidentified(self, thing: Any, where: str) -> UnidentifiedError:
         kind = type(thing)
         return UnidentifiedError(
-            f"{self._root} cannot be told from another of its name: {where.strip() or 'it,'} a "
-            f"{kind.__module__}.{kind.__qualname__}, has no state that can be read. Make it an "
-            "object of a class with a `get_config()` that says all that decides what it does, or "
-            "make such things inside of the function."
+            f"{self._root} cannot be told from others of its name: {where.strip() or 'it,'} a "
+            f"{kind.__module__}.{kind.__qualname__}, has no readable state. Make it an object of a "
+            "class whose `get_config()` returns everything that affects its behavior, or create "
+            "such objects inside the function."
         )
 
     def _class(self, thing: type, where: str) -> Iterator[bytes]:
@@ -398,7 +398,7 @@ class _Hasher:
                 yield self.digest((name, value), f"{where} `{name}` of {thing.__name__},")
 
     def _module(self, name: str) -> Iterator[str | bytes]:
-        """Describes a library by its name and a custom module by its code."""
+        """Yields the name of a library, or the code of a custom module."""
         yield "module"
         if _is_library(name):
             yield name
@@ -418,7 +418,7 @@ class _Hasher:
 
     @contextlib.contextmanager
     def _within(self, package: Any) -> Iterator[None]:
-        """Takes relative imports from this package meanwhile."""
+        """Temporarily resolves relative imports from this package."""
         before, self._package = self._package, package or ""
         yield
         self._package = before
@@ -453,7 +453,7 @@ class _Hasher:
             following = instructions[place + 1] if place + 1 < len(instructions) else None
             yield one.opname
             if one.opcode in dis.hasconst:
-                # In the body of a class its line and its docstring are constants.
+                # In the body of a class, its line number and docstring are constants.
                 if following is None or following.argval not in ("__firstlineno__", "__doc__"):
                     yield self.digest(one.argval, where)
             elif isinstance(one.argval, str | int):
@@ -463,11 +463,11 @@ class _Hasher:
                 yield from self._import(one.argval, level, parts or ())
 
     def _import(self, name: str, level: int, parts: Iterable[str]) -> Iterator[str | bytes]:
-        """Describes a module that code imports, and what it takes of it: modules, perhaps."""
+        """Yields an imported module, and the modules that may be among the imported names."""
         if level:
             try:
                 name = importlib.util.resolve_name("." * level + name, self._package)
-            except ImportError:  # Python cannot do it either.
+            except ImportError:  # Python cannot resolve it either.
                 return
         if not _is_library(name):
             for module in (name, *(f"{name}.{part}" for part in parts)):
@@ -475,7 +475,7 @@ class _Hasher:
 
 
 def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
-    """A function's code and that of the functions in it."""
+    """Yields the code of a function and of the functions defined in it."""
     yield code
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
@@ -487,7 +487,7 @@ def _names_in(code: types.CodeType) -> set[str]:
 
 
 def _globals_in(code: types.CodeType, known: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the global values that code names; of a custom module only what it reads there."""
+    """Returns the global values that code refers to; of custom modules only the attributes used."""
     found = {}
     for inner in _codes(code):
         instructions = list(dis.get_instructions(inner))
@@ -496,7 +496,7 @@ def _globals_in(code: types.CodeType, known: Mapping[str, Any]) -> dict[str, Any
                 continue
             name = one.argval
             if name not in known:
-                continue  # A name of Python's own, or one that is not there (yet).
+                continue  # A built-in name, or one that does not exist (yet).
             value = known[name]
             for following in instructions[place + 1 :]:
                 own = isinstance(value, types.ModuleType) and not _is_library(value.__name__)
@@ -511,14 +511,14 @@ def _globals_in(code: types.CodeType, known: Mapping[str, Any]) -> dict[str, Any
 
 
 def _wrapped(thing: Any) -> Any:
-    """The function inside of what a decorator of a library made: of a cache, of a compiler."""
+    """Returns the function wrapped by a library's decorator (cache, compiler), or None."""
     if isinstance(thing, types.FunctionType | type) or not _is_library(type(thing).__module__):
         return None
     return getattr(thing, "__wrapped__", None) or getattr(thing, "python_function", None)
 
 
 def _array(thing: Any) -> np.ndarray | None:
-    """The values of an array, a variable or a tensor of any backend; None of other things."""
+    """Returns the values of an array, variable or tensor of any backend, or None."""
     if isinstance(thing, np.ndarray | np.generic):
         return np.asarray(thing)
     if isinstance(thing, keras.Variable) or keras.ops.is_tensor(thing):
@@ -540,5 +540,5 @@ def _without_names(config: Any) -> Any:
 
 
 def _is_lambda(config: Mapping[str, Any]) -> bool:
-    """Returns whether these are the bytes of a lambda, which hold its lines and its file."""
+    """Returns whether this is a serialized lambda, whose bytes contain its file and lines."""
     return config.get("class_name") == "__lambda__"

@@ -1,4 +1,4 @@
-"""Changes of a model, most of them temporary: what is open here is undone when it is closed."""
+"""Changes to a model, most of them temporary context managers that restore it on exit."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from masked_layers.compiled import remake_functions
 
 
 def assign(variables: Iterable[keras.Variable], values: Iterable[Any]) -> None:
-    """Assigns a value to each of as many variables."""
+    """Assigns a value to each variable, in order."""
     for variable, value in zip(variables, values, strict=True):
         variable.assign(value)
 
 
 def freeze_at_zero(model: keras.Model) -> None:
-    """Makes the pruned weights of masks that hold them frozen read as zero, like all others."""
+    """Sets frozen pruned weights to zero, so that they read as zero like all other pruned ones."""
     for ref in ml.masked_refs(model):
         if ref.mask.frozen is not None:
             ref.mask.freeze(np.zeros(ref.variable.shape))
@@ -30,25 +30,25 @@ def freeze_at_zero(model: keras.Model) -> None:
 
 @contextlib.contextmanager
 def state_restored(model: keras.Model) -> Iterator[None]:
-    """Puts every variable of the model back at the end, and hides its optimizer until then."""
+    """Restores every variable of the model on exit, and hides its optimizer until then."""
     ml.sync(model)
     variables = {id(v): v for v in [*model.variables, *model.metrics_variables]}.values()
     before = [read(variable) for variable in variables]
     try:
-        # `evaluate` builds an optimizer that is not, and some copy weights then.
+        # `evaluate` builds the optimizer if it is not built, which copies weights for some.
         with _keras.replaced(model, "optimizer", None):
             yield
     finally:
-        # An evaluation that failed left the state outside the variables.
+        # A failed evaluation leaves the state outside the variables.
         with contextlib.suppress(RuntimeError):
             ml.sync(model)
-        model.reset_metrics()  # those that the evaluation created
+        model.reset_metrics()  # those created by the evaluation
         assign(variables, before)
 
 
 @contextlib.contextmanager
 def weights_replaced(model: keras.Model, values: Sequence[np.ndarray] | None) -> Iterator[None]:
-    """Gives the model other weights while it is open; with None it keeps its own."""
+    """Temporarily replaces the weights of a model. None leaves them as they are."""
     if values is None:
         yield
         return
@@ -59,7 +59,7 @@ def weights_replaced(model: keras.Model, values: Sequence[np.ndarray] | None) ->
 
 @contextlib.contextmanager
 def masks_replaced(model: keras.Model, masks: Mapping[str, np.ndarray]) -> Iterator[None]:
-    """Gives the model other masks while it is open."""
+    """Temporarily replaces the masks of a model."""
     before = ml.get_masks(model)
     changed = {path for path, mask in masks.items() if not np.array_equal(mask, before[path])}
     ml.set_masks(model, {path: masks[path] for path in changed})
@@ -70,12 +70,12 @@ def masks_replaced(model: keras.Model, masks: Mapping[str, np.ndarray]) -> Itera
 
 
 def set_rescale(model: keras.Model, flags: Mapping[ml.Mask, bool], *, around: bool = True) -> bool:
-    """Switches the factor of each mask, and makes functions compiled with another one again.
+    """Switches the rescaling of masks, and recompiles functions compiled with the other setting.
 
     Args:
         model: Model with the masks.
         flags: Whether to rescale, by mask.
-        around: Whether models that this one is part of are compiled again, too.
+        around: Whether to also recompile models that contain this one.
 
     Returns:
         Whether any mask was switched.
@@ -90,7 +90,7 @@ def set_rescale(model: keras.Model, flags: Mapping[ml.Mask, bool], *, around: bo
 
 @contextlib.contextmanager
 def rescaling(model: keras.Model, flags: Mapping[ml.Mask, bool]) -> Iterator[None]:
-    """Switches factors while it is open, then gives back the flags and the compiled functions."""
+    """Temporarily switches rescaling, then restores the flags and the compiled functions."""
     names = [f"{kind}_function" for kind in ("train", "test", "predict")]
     functions = {name: getattr(model, name, None) for name in names}
     before = {mask: mask.rescale for mask in flags}
@@ -107,11 +107,11 @@ def rescaling(model: keras.Model, flags: Mapping[ml.Mask, bool]) -> Iterator[Non
 
 @contextlib.contextmanager
 def attribute_replaced(name: str, values: Sequence[tuple[Any, Any]]) -> Iterator[None]:
-    """Gives objects another value of an attribute while it is open.
+    """Temporarily replaces an attribute of several objects.
 
     Args:
         name: Name of the attribute.
-        values: Pairs of an object and the value that it gets.
+        values: Pairs of an object and the new value of its attribute.
     """
     before = [(owner, getattr(owner, name)) for owner, _ in values]
     for owner, value in values:

@@ -1,8 +1,8 @@
-"""One rule for what is known by name: criteria, structures, distributions, schedules, treatments.
+"""The registry of named things: criteria, structures, distributions, schedules and treatments.
 
-What a user registers, what a function that was never registered goes by, how a configuration finds
-its way back, and which names are refused is the same for all of them. A name stands for one thing:
-a custom function is never taken for a registered one of the same name.
+All of them follow the same rules for registration, for functions that were not registered, for
+restoring from a configuration and for refusing names. A name stands for one thing: a custom
+function is never mistaken for a registered one of the same name.
 """
 
 import difflib
@@ -12,18 +12,18 @@ from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 
-# Under this package, what is built in is known to Keras (see `serialization`).
+# Package under which built-in classes and functions are registered with Keras (`serialization`).
 PACKAGE = "lottery_ticket_pruner"
 
 
 class UnknownNameError(ValueError):
-    """A name that none of its kind has.
+    """An error for a name that is not registered.
 
     Args:
-        kind: What one of them is called, as in "criterion".
+        kind: Kind of thing, as in "criterion".
         name: The name that was given.
-        known: Those that there are.
-        remedy: What to do where none of those is meant, as a sentence.
+        known: The known names.
+        remedy: A sentence that says what to do if none of the known names is meant.
     """
 
     def __init__(self, kind: str, name: Any, known: Sequence[str], remedy: str = "") -> None:
@@ -37,15 +37,16 @@ class Registry(Generic[T]):
     """The names of one kind of thing.
 
     Args:
-        kind: What one of them is called in messages, as in "criterion".
-        made: The class of what `get` returns.
-        register: The function that users register with, as messages name it.
-        wrap: Makes one from a function that was not registered.
-        make: Makes one from what was registered and the arguments of a configuration. It may raise
-            a TypeError for arguments that do not fit.
-        takes: What a function of this kind is a function of, in messages.
-        shorthand: Gives for a text that stands for a name with arguments both of them, else None.
-        examples: Such texts, for messages.
+        kind: Kind of thing as it is called in messages, as in "criterion".
+        made: Class of the objects that `get` returns.
+        register: Name of the function that users register with, for messages.
+        wrap: Creates an object from an unregistered function.
+        make: Creates an object from a registered value and the arguments of a configuration. May
+            raise a TypeError for arguments that do not fit.
+        takes: The argument of functions of this kind, for messages.
+        shorthand: Function that splits a text such as "2:4" into a name and arguments. Returns None
+            if the text is not a shorthand.
+        examples: Examples of such texts, for messages.
     """
 
     def __init__(
@@ -87,23 +88,25 @@ class Registry(Generic[T]):
         Args:
             name: The name.
             thing: The function or class.
-            value: What `make` is given, by default the thing itself.
+            value: Value that is passed to `make`. By default `thing`.
 
         Raises:
-            ValueError: If another one has that name, or it is none. The same one defined again (a
-                notebook cell run twice) replaces the earlier one.
+            ValueError: If something else has this name, or the name is not valid. Defining the same
+                function or class again (a notebook cell run twice) replaces the earlier one.
         """
         if not isinstance(name, str) or not name:
-            raise ValueError(f"A {self._kind} is registered under a name. Received: {name!r}")
+            raise ValueError(
+                f"A {self._kind} must be registered under a non-empty name. Received: {name!r}"
+            )
         known = self._things.get(name)
         if known is not None and origin(known) != origin(thing):
             raise ValueError(
-                f"The {self._kind} name {name!r} is taken by {origin(known)}. Register under "
-                "another name."
+                f"The {self._kind} name {name!r} is already used by {origin(known)}. Register "
+                "under another name."
             )
         if self._shorthand(name) is not None:
             raise ValueError(
-                f"The {self._kind} name {name!r} is taken: it is short for "
+                f"The {self._kind} name {name!r} is already used: it is short for "
                 f"{self._shorthand(name)}. Register under another name."
             )
         self._things[name] = thing
@@ -113,12 +116,12 @@ class Registry(Generic[T]):
         """Resolves an identifier.
 
         Args:
-            identifier: One of this kind; a known name; a dict from `get_config()` or Keras'
-                `serialize_keras_object`; or a function.
+            identifier: An object of this kind; a registered name; a dict from `get_config()` or
+                Keras' `serialize_keras_object`; or a function.
 
         Raises:
-            ValueError: An unknown name, arguments that do not fit it, a function that has the name
-                of another one, or something that is none of these.
+            ValueError: If the name is unknown, the arguments do not fit, an unregistered function
+                has a registered name, or the type of `identifier` is not supported.
         """
         if isinstance(identifier, self._made):
             return identifier
@@ -129,33 +132,33 @@ class Registry(Generic[T]):
         if callable(identifier) and not isinstance(identifier, type):
             return self._wrap(identifier)
         raise ValueError(
-            f"A {self._kind} is given as a name, a configuration dict, a `{self._made.__name__}` "
+            f"A {self._kind} must be a name, a configuration dict, a `{self._made.__name__}` "
             f"or a function of {self._takes}. "
             f"Received: {identifier!r} of type {type(identifier).__name__}"
         )
 
     def value_of(self, function: Any) -> Any:
-        """Returns what was registered with this very function or class, or None."""
+        """Returns the value registered with this function or class, or None."""
         return next((self._values[n] for n, t in self._things.items() if _same(t, function)), None)
 
     def name_of(self, thing: Any) -> str:
-        """Returns the name that something was registered under, else its own."""
+        """Returns the name under which `thing` is registered, or else its `__name__`."""
         for name, known in self._things.items():
             if _same(known, thing):
                 return name
         return getattr(thing, "__name__", type(thing).__name__)
 
     def checked(self, name: str, thing: Any) -> str:
-        """Returns the name if `get` resolves it to this very thing.
+        """Returns the name if `get` resolves it to this very function or class.
 
         Raises:
-            ValueError: If it is the name of another one.
+            ValueError: If the name belongs to a different one.
         """
         known = self._things.get(name, self._shorthand(name))
         if known is not None and not _same(known, thing):
             raise ValueError(
-                f"A function or class named {name!r} was given that is not the {self._kind} known "
-                f"by that name. Rename it, or `{self._register}` it under a name of its own; if it "
+                f"The function or class named {name!r} is not the {self._kind} registered under "
+                f"that name. Rename it, or `{self._register}` it under a different name. If it "
                 "was registered again since, `get` it by its name."
             )
         return name
@@ -177,8 +180,8 @@ class Registry(Generic[T]):
             return self._make(self._values[name], arguments)
         except TypeError as error:
             raise ValueError(
-                f"The {self._kind} {name!r} cannot be made from the arguments {arguments}: "
-                f'{error}. They go beside the name, as in {{"name": {name!r}, ...}}.'
+                f"The {self._kind} {name!r} cannot be created from the arguments {arguments}: "
+                f'{error}. Arguments go next to the name, as in {{"name": {name!r}, ...}}.'
             ) from error
 
     def _from_config(self, config: Mapping[str, Any]) -> T:
@@ -187,13 +190,13 @@ class Registry(Generic[T]):
             return self._from_keras_function(inner)
         if not isinstance(inner, Mapping):
             raise ValueError(
-                f"A {self._kind} has a name in its configuration. Received: {dict(config)}"
+                f"The configuration of a {self._kind} must have a name. Received: {dict(config)}"
             )
         arguments = dict(inner)
         return self._from_name(arguments.pop("name", None), arguments)
 
     def _from_keras_function(self, name: str) -> T:
-        """Resolves what Keras serializes a function to: its name, with or without its package."""
+        """Resolves a function as serialized by Keras: its name, with or without its package."""
         package, _, own = name.rpartition(">")
         if package == self._made.__module__:
             return self._from_name(own, {})
@@ -202,14 +205,14 @@ class Registry(Generic[T]):
             if not of_ours and getattr(thing, "__name__", None) == own:
                 return self._from_name(known, {})
         raise ValueError(
-            f"The configuration of a function says no more than its name, {name!r}, and no "
-            f"{self._kind} of that name was registered by you. `{self._register}` it and give the "
-            f"configuration of what `get` makes of it. Received: {name!r}"
+            f"The configuration of a function contains only its name, {name!r}, and no custom "
+            f"{self._kind} is registered under that name. `{self._register}` it, and serialize "
+            f"the result of `get`. Received: {name!r}"
         )
 
 
 def origin(thing: Any) -> str:
-    """Returns the module and name of a function, of a class or of the class of an object."""
+    """Returns the module and name of a function or class, or of the class of an object."""
     qualname = getattr(thing, "__qualname__", None)
     if qualname is None:
         thing = type(thing)

@@ -1,15 +1,13 @@
-"""Schedules say how sparse a model is to be at each training step, and when its masks change.
+"""Schedules give the sparsity of a model at each training step, and say when its masks change.
 
-A schedule is a function of the step. Adding one takes a function of a line or two and one
-registration:
+A schedule is a function of the step. To add one, write a function of a line or two and register it:
 
 >>> @register("staircase")
 ... def staircase(step):
-...     '''Another tenth every thousand steps, up to 0.9.'''
+...     '''Adds 0.1 every thousand steps, up to 0.9.'''
 ...     return min(step // 1000, 9) / 10
 
-Steps are counted as batches that were trained on: `schedule(100)` is for the weights as a hundred
-batches left them.
+A step is a trained batch: `schedule(100)` is the sparsity after one hundred batches.
 
 References:
     - [Zhu & Gupta, arXiv 1710.01878](https://arxiv.org/abs/1710.01878) (polynomial)
@@ -29,19 +27,20 @@ Identifier = Any
 
 
 class Schedule:
-    """The sparsity at each step, and the steps at which masks are brought to it.
+    """A sparsity for each training step, and the steps at which masks are updated to it.
 
-    Masks change at `begin_step` and every `frequency` steps from there, up to and including
-    `end_step`. Subclasses give `sparsity`, and keep their arguments as attributes of those names.
+    Masks change at `begin_step` and every `frequency` steps after it, up to and including
+    `end_step`. Subclasses implement `sparsity` and store their arguments as attributes of the same
+    names.
 
     Args:
         begin_step: First step at which masks change.
-        end_step: Last step at which they may; None for no end.
-        frequency: Steps from one change to the next.
+        end_step: Last step at which masks may change. None for no end.
+        frequency: Number of steps between changes.
 
     Raises:
-        ValueError: If a step is negative or no integer, the end lies before the beginning, or the
-            frequency is below 1.
+        ValueError: If a step is not a non-negative integer, `end_step` is before `begin_step`, or
+            `frequency` is below 1.
     """
 
     name = "schedule"
@@ -58,18 +57,18 @@ class Schedule:
         self.end_step = None if end_step is None else _integer("end_step", end_step, begin_step)
 
     def sparsity(self, step: int) -> float:
-        """The share of weights that is pruned after this many steps, in [0, 1)."""
+        """Returns the share of pruned weights after `step` steps, in [0, 1)."""
         raise NotImplementedError
 
     def due(self, step: int) -> bool:
-        """Returns True if the masks change after this many steps."""
+        """Returns True if the masks change after `step` steps."""
         ended = self.end_step is not None and step > self.end_step
         since = step - self.begin_step
         return since >= 0 and not ended and since % self.frequency == 0
 
     @property
     def falls(self) -> bool:
-        """True if the sparsity is known to fall, so that pruned weights have to come back."""
+        """Whether the sparsity is known to fall, which requires pruned weights to come back."""
         return False
 
     def __call__(self, step: int) -> float:
@@ -77,7 +76,7 @@ class Schedule:
         return self.sparsity(step)
 
     def get_config(self) -> dict[str, Any]:
-        """The name and the arguments, from which `get` makes the schedule again."""
+        """Returns a dict of the name and arguments, from which `get` restores the schedule."""
         arguments = [
             name for name in inspect.signature(type(self).__init__).parameters if name != "self"
         ]
@@ -86,7 +85,7 @@ class Schedule:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "Schedule":
-        """Resolves a configuration by `get`; one of an unregistered class makes this class."""
+        """Returns what `get` resolves `config` to, or this class if it is not registered."""
         name = config.get("name")
         if name == cls.name and name not in _REGISTRY:
             return cls(**{key: value for key, value in config.items() if key != "name"})
@@ -104,19 +103,19 @@ class Schedule:
     def __repr__(self) -> str:
         try:
             arguments = list(self.get_config().items())[1:]
-        except Exception:  # Not to be made again: messages name it all the same.
+        except Exception:  # Messages also name schedules that cannot be restored.
             arguments = list(vars(self).items())
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in arguments)})"
 
 
 class Function(Schedule):
-    """A custom function as a schedule.
+    """A schedule from a custom function.
 
     Args:
-        function: `function(step)` gives a sparsity in [0, 1).
+        function: A function that takes the step and returns a sparsity in [0, 1).
         begin_step: First step at which masks change.
-        end_step: Last step at which they may; None for no end.
-        frequency: Steps from one change to the next.
+        end_step: Last step at which masks may change. None for no end.
+        frequency: Number of steps between changes.
     """
 
     def __init__(
@@ -132,15 +131,15 @@ class Function(Schedule):
 
     @property
     def name(self) -> str:
-        """The name it was registered under, else that of the function."""
+        """The registered name, or else the name of the function."""
         return _REGISTRY.name_of(self.function)
 
     def sparsity(self, step: int) -> float:
-        """Returns what the function gives."""
+        """Returns the value of the function at this step."""
         return self.function(step)
 
     def get_config(self) -> dict[str, Any]:
-        """The name and the steps; `get` finds the function again if it is registered."""
+        """Returns a dict of the name and steps; `get` finds the function if it is registered."""
         return {
             "name": _REGISTRY.checked(self.name, self.function),
             "begin_step": self.begin_step,
@@ -150,14 +149,14 @@ class Function(Schedule):
 
 
 class _Pairs(Schedule):
-    """A schedule that gives `(whether masks change, sparsity)` at each step, as those of tfmot."""
+    """A tfmot schedule: a function that returns `(whether masks change, sparsity)` at each step."""
 
     def __init__(self, function: Callable[[int], tuple[Any, Any]]) -> None:
         super().__init__()
         self.function = function
 
     def sparsity(self, step: int) -> float:
-        # In float32, 0.9 is 0.8999999762: of a hundred weights 89 would go.
+        # As a float32, 0.9 is 0.8999999762, which would prune 89 of a hundred weights.
         return float(str(np.float32(self.function(step)[1])))
 
     def due(self, step: int) -> bool:
@@ -166,7 +165,7 @@ class _Pairs(Schedule):
     def get_config(self) -> dict[str, Any]:
         raise NotImplementedError(
             f"{type(self.function).__name__} is a schedule of TensorFlow Model Optimization that "
-            "this library cannot make again. Write it as a function `step -> sparsity` and "
+            "this library cannot restore. Write it as a function `step -> sparsity` and "
             "`schedules.register` it."
         )
 
@@ -189,16 +188,16 @@ _REGISTRY = Registry(
 
 
 def register(name: str) -> Callable[[Any], Any]:
-    """Makes a schedule known by name; decorates it and hands it back.
+    """Registers a schedule under a name. Used as a decorator; returns the schedule unchanged.
 
     Args:
-        name: The name for `get` and configurations.
+        name: Name for `get` and configurations.
 
     Returns:
-        A decorator of a function `step -> sparsity` or of a subclass of `Schedule`.
+        A decorator for a function `step -> sparsity` or a subclass of `Schedule`.
 
     Raises:
-        ValueError: If another schedule has that name. The same one defined again (a notebook cell
+        ValueError: If another schedule has this name. Defining the same one again (a notebook cell
             run twice) replaces the earlier one.
     """
 
@@ -212,30 +211,29 @@ def register(name: str) -> Callable[[Any], Any]:
 
 
 def names() -> list[str]:
-    """The known names, in the order of registration."""
+    """Returns the registered names in order of registration."""
     return list(_REGISTRY)
 
 
 def get(identifier: Identifier) -> Schedule:
-    """Turns whatever stands for a schedule into a `Schedule`.
+    """Resolves an identifier to a `Schedule`.
 
     Args:
-        identifier: A `Schedule`; a number, for a sparsity that does not change; a dict from
-            `get_config()`, Keras' `serialize_keras_object` of one, or any other with a `"name"` and
-            arguments; the name of a registered function; a function `step -> sparsity`, which is
-            asked every 100 steps (`Function` has other intervals); a `PruningSchedule` of
-            TensorFlow Model Optimization or what its
-            `get_config()` gives.
+        identifier: A `Schedule`; a number, for a constant sparsity; a dict from `get_config()` or
+            from Keras' `serialize_keras_object`, or any other dict with a `"name"` and arguments;
+            the name of a registered function; a function `step -> sparsity`, evaluated every 100
+            steps (use `Function` for other intervals); a `PruningSchedule` of TensorFlow Model
+            Optimization, or the result of its `get_config()`.
 
     Raises:
-        ValueError: An unknown name, arguments that do not fit it, an unregistered function that
-            has the name of a known schedule, or something that is none of these.
+        ValueError: If the name is unknown, the arguments do not fit, an unregistered function has
+            the name of a registered schedule, or the type of `identifier` is not supported.
     """
     if isinstance(identifier, numbers.Real) and not isinstance(identifier, bool):
         return Constant(float(identifier))
     if isinstance(identifier, Mapping) and "class_name" in identifier:
         config = identifier.get("config", {})
-        if isinstance(config, Mapping) and "name" not in config:  # Else Keras' form of ours.
+        if isinstance(config, Mapping) and "name" not in config:  # Otherwise one of our own.
             return _from_tfmot_config(identifier["class_name"], config)
     if _is_tfmot(type(identifier)):
         if type(identifier).__name__ in _TFMOT:
@@ -245,7 +243,7 @@ def get(identifier: Identifier) -> Schedule:
 
 
 def _is_tfmot(cls: type) -> bool:
-    # By name: importing the package changes the process (see `interop.tfmot`).
+    # Compares names, because importing the package changes the process (see `interop.tfmot`).
     return any(
         base.__name__ == "PruningSchedule"
         and base.__module__.startswith("tensorflow_model_optimization.")
@@ -256,8 +254,8 @@ def _is_tfmot(cls: type) -> bool:
 def _from_tfmot_config(name: str, config: Mapping[str, Any]) -> Schedule:
     if name not in _TFMOT:
         raise ValueError(
-            f"Unknown schedule class {name!r}. Configurations of TensorFlow Model Optimization "
-            f"are known for: {', '.join(_TFMOT)}."
+            f"Unknown schedule class {name!r}. Supported configurations of TensorFlow Model "
+            f"Optimization: {', '.join(_TFMOT)}."
         )
     arguments = {_TFMOT_ARGUMENTS.get(key, key): value for key, value in config.items()}
     if arguments.get("end_step") == -1:
@@ -274,7 +272,7 @@ def _integer(name: str, value: int, least: int) -> int:
 
 
 def check_sparsity(name: str, value: float) -> float:
-    """The sparsity as a float.
+    """Returns the sparsity as a float.
 
     Raises:
         ValueError: If it is not a number in [0, 1).
@@ -286,13 +284,13 @@ def check_sparsity(name: str, value: float) -> float:
 
 @register("constant")
 class Constant(Schedule):
-    """The same sparsity throughout.
+    """A constant sparsity.
 
     Args:
-        sparsity: Share of weights that is pruned, in [0, 1).
-        begin_step: Step at which they are.
+        sparsity: Share of pruned weights, in [0, 1).
+        begin_step: First step at which masks change.
         end_step: Last step at which masks may change, where pruned weights can come back.
-        frequency: Steps from one change to the next.
+        frequency: Number of steps between changes.
     """
 
     def __init__(
@@ -306,16 +304,16 @@ class Constant(Schedule):
         self._sparsity = check_sparsity("sparsity", sparsity)
 
     def sparsity(self, step: int) -> float:
-        """The sparsity, at any step."""
+        """Returns the sparsity, which is the same at every step."""
         return self._sparsity
 
     def get_config(self) -> dict[str, Any]:
-        """The name and the arguments."""
+        """Returns a dict of the name and the arguments."""
         return super().get_config() | {"sparsity": self._sparsity}
 
 
 class _Ramp(Schedule):
-    """From one sparsity to another, between two steps."""
+    """A change from one sparsity to another between two steps."""
 
     def __init__(
         self,
@@ -326,17 +324,17 @@ class _Ramp(Schedule):
         frequency: int,
     ) -> None:
         super().__init__(begin_step, end_step, frequency)
-        self.end_step = _integer("end_step", end_step, begin_step)  # here it must be given
+        self.end_step = _integer("end_step", end_step, begin_step)  # required here
         self.initial_sparsity = check_sparsity("initial_sparsity", initial_sparsity)
         self.final_sparsity = check_sparsity("final_sparsity", final_sparsity)
 
     @property
     def falls(self) -> bool:
-        """True if the sparsity falls."""
+        """Whether the sparsity falls."""
         return self.initial_sparsity > self.final_sparsity
 
     def _progress(self, step: int) -> float:
-        # Outside of the ramp first: one that begins where it ends has no length to divide by.
+        # Compared first, because a ramp that ends where it begins has no length to divide by.
         if step >= self.end_step:
             return 1.0
         if step <= self.begin_step:
@@ -346,25 +344,24 @@ class _Ramp(Schedule):
 
 @register("polynomial")
 class Polynomial(_Ramp):
-    """Prunes fast at first and slowly at the end.
+    """A sparsity that changes fast at first and slowly at the end.
 
-    With p from 0 at `begin_step` to 1 at `end_step`, the sparsity is
-    `final + (initial - final) (1 - p)^power`. Where both steps are the same, masks change once, to
-    the final sparsity.
+    The sparsity is `final + (initial - final) (1 - p)^power`, where p rises from 0 at `begin_step`
+    to 1 at `end_step`. If both steps are equal, masks change once, to the final sparsity.
 
     Args:
         initial_sparsity: Sparsity at `begin_step`, in [0, 1).
-        final_sparsity: Sparsity at `end_step` and after it, in [0, 1). Below the initial one
-            weights come back, where `GradualPruning` has `regrowth=True`; without, it refuses.
+        final_sparsity: Sparsity from `end_step` on, in [0, 1). If it is lower than the initial one,
+            pruned weights come back, which `GradualPruning` allows only with `regrowth=True`.
         begin_step: First step at which masks change.
-        end_step: Last step at which they do; to reach the final sparsity it must be a whole
-            number of `frequency` steps after `begin_step`.
-        power: The exponent, above 0; 1 for a straight line.
-        frequency: Steps from one change to the next.
+        end_step: Last step at which masks change. The final sparsity is reached only if `end_step`
+            is a whole number of `frequency` steps after `begin_step`.
+        power: Exponent, above 0. 1 gives a straight line.
+        frequency: Number of steps between changes.
 
     Raises:
-        ValueError: If a sparsity is outside [0, 1), a step is negative or no integer, the end lies
-            before the beginning, or the power is not a positive finite number.
+        ValueError: If a sparsity is outside [0, 1), a step is not a non-negative integer,
+            `end_step` is before `begin_step`, or `power` is not a positive finite number.
 
     Reference:
         - [Zhu & Gupta, arXiv 1710.01878](https://arxiv.org/abs/1710.01878), section 3
@@ -383,33 +380,33 @@ class Polynomial(_Ramp):
         number = isinstance(power, numbers.Real) and not isinstance(power, bool)
         if not number or not 0 < power < math.inf:
             raise ValueError(
-                "`power` must be a finite number above 0, so that the sparsity goes from the "
-                f"initial one to the final one. Received: power={power!r}"
+                "`power` must be a finite number above 0, so that the sparsity changes from the "
+                f"initial to the final value. Received: power={power!r}"
             )
         self.power = power
 
     def sparsity(self, step: int) -> float:
-        """The polynomial at this step."""
+        """Returns the value of the polynomial at this step."""
         left = (1 - self._progress(step)) ** self.power
         return self.final_sparsity + (self.initial_sparsity - self.final_sparsity) * left
 
 
 @register("geometric")
 class Geometric(_Ramp):
-    """Drops the same share of the weights that are left at every change, as rounds of pruning do.
+    """A sparsity that prunes the same share of the remaining weights at every change.
 
-    With p from 0 at `begin_step` to 1 at `end_step`, the share of weights that are left is
-    `(1 - initial) ((1 - final) / (1 - initial))^p`. Where both steps are the same, masks change
-    once, to the final sparsity.
+    The share of kept weights is `(1 - initial) ((1 - final) / (1 - initial))^p`, where p rises from
+    0 at `begin_step` to 1 at `end_step`. If both steps are equal, masks change once, to the final
+    sparsity.
 
     Args:
         initial_sparsity: Sparsity at `begin_step`, in [0, 1).
-        final_sparsity: Sparsity at `end_step` and after it, in [0, 1). Below the initial one
-            weights come back, where `GradualPruning` has `regrowth=True`; without, it refuses.
+        final_sparsity: Sparsity from `end_step` on, in [0, 1). If it is lower than the initial one,
+            pruned weights come back, which `GradualPruning` allows only with `regrowth=True`.
         begin_step: First step at which masks change.
-        end_step: Last step at which they do; to reach the final sparsity it must be a whole
-            number of `frequency` steps after `begin_step`.
-        frequency: Steps from one change to the next.
+        end_step: Last step at which masks change. The final sparsity is reached only if `end_step`
+            is a whole number of `frequency` steps after `begin_step`.
+        frequency: Number of steps between changes.
     """
 
     def __init__(
@@ -423,11 +420,11 @@ class Geometric(_Ramp):
         super().__init__(initial_sparsity, final_sparsity, begin_step, end_step, frequency)
 
     def sparsity(self, step: int) -> float:
-        """The geometric mean of both densities, weighted by the progress."""
+        """Returns 1 minus the geometric mean of both densities, weighted by the progress."""
         first, last = 1 - self.initial_sparsity, 1 - self.final_sparsity
         return 1 - first * (last / first) ** self._progress(step)
 
 
-# Their classes of the same meaning, and the argument that has another name.
+# The equivalent schedules of tfmot, and the argument that has another name there.
 _TFMOT = {"ConstantSparsity": "constant", "PolynomialDecay": "polynomial"}
 _TFMOT_ARGUMENTS = {"target_sparsity": "sparsity"}

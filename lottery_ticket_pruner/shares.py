@@ -1,4 +1,4 @@
-"""Shares say how much goes: one number, or a number for each pattern of paths."""
+"""Amounts to prune: one share, or a share for each pattern of paths."""
 
 import numbers
 import re
@@ -8,14 +8,14 @@ Share = float | Mapping[str, float]
 
 
 def one_of(rate: Share | None, sparsity: Share | None) -> tuple[str, Share]:
-    """The one that is given, with its name.
+    """Returns the argument that is given, with its name.
 
     Raises:
-        ValueError: If both are given, or none.
+        ValueError: If both or neither are given.
     """
     if (rate is None) == (sparsity is None):
         raise ValueError(
-            "Give exactly one of `rate` (share of the alive weights to drop now) and `sparsity` "
+            "Pass exactly one of `rate` (share of the kept weights to prune now) and `sparsity` "
             "(share of all weights that are pruned afterwards). "
             f"Received: rate={rate!r}, sparsity={sparsity!r}"
         )
@@ -23,10 +23,10 @@ def one_of(rate: Share | None, sparsity: Share | None) -> tuple[str, Share]:
 
 
 def check_share(name: str, share: float) -> None:
-    """Refuses what is not a number in [0, 1).
+    """Checks that a share is a number in [0, 1).
 
     Raises:
-        ValueError: If it is none. The message has the name.
+        ValueError: If it is not. The message contains `name`.
     """
     if isinstance(share, bool) or not isinstance(share, numbers.Real) or not 0 <= share < 1:
         raise ValueError(
@@ -36,11 +36,12 @@ def check_share(name: str, share: float) -> None:
 
 
 def shares_of(name: str, share: Share, paths: Sequence[str], scope: str) -> dict[str, float]:
-    """The share that holds for each path.
+    """Returns the share of each path.
 
     Raises:
-        ValueError: If a share is not a number in [0, 1), a path has none, or a pattern is not one,
-            is found nowhere or only where earlier ones hold.
+        ValueError: If a share is not a number in [0, 1), a path has no share, a pattern is not a
+            valid regular expression, or a pattern applies to no path (possibly because earlier
+            patterns match all of its paths).
     """
     if not isinstance(share, Mapping):
         check_share(name, share)
@@ -48,7 +49,7 @@ def shares_of(name: str, share: Share, paths: Sequence[str], scope: str) -> dict
     if scope == "global":
         raise ValueError(
             f'`{name}` per layer contradicts scope="global", where all layers share one threshold. '
-            f"Give one number, or another scope. Received: {name}={share!r}"
+            f"Pass one number, or use another scope. Received: {name}={share!r}"
         )
     for value in share.values():
         check_share(name, value)

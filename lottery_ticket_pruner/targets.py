@@ -1,4 +1,4 @@
-"""Explains the targets that a loss expects: Keras' errors name shapes deep inside it."""
+"""Error messages for targets that do not fit the loss, in place of shape errors deep in Keras."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ import numpy as np
 
 _INDICES = ("sparsecategoricalcrossentropy",)
 _COLUMNS = ("categoricalcrossentropy", "categoricalfocalcrossentropy")
-# Losses of Keras whose targets have another shape than the outputs.
+# Losses of Keras whose targets do not have the shape of the outputs.
 _OTHERS = ("categoricalgeneralizedcrossentropy", "circle", "ctc")
 
 
 @contextlib.contextmanager
 def explained(model: keras.Model, x: Any, y: Any) -> Iterator[None]:
-    """Says what is wrong with targets where something fails and that is why.
+    """Replaces an error in the block by an explanation if the targets do not fit the loss.
 
     Args:
-        model: Compiled.
-        x: Inputs, an array or a list or dict of arrays.
-        y: Targets, likewise, or None.
+        model: A compiled model.
+        x: Inputs: an array, or a list or dict of arrays.
+        y: Targets: an array, a list or dict of arrays, or None.
 
     Raises:
-        ValueError: If the block failed, and the targets do not go with the compiled losses.
-            Whatever else it raises is raised as it is.
+        ValueError: If the block fails and the targets do not fit the compiled losses. Any other
+            error is raised unchanged.
     """
     try:
         yield
-    except Exception as error:  # Of as many types as there are backends.
-        # An explanation that fails must not stand in for the error.
+    except Exception as error:  # Each backend raises types of its own.
+        # A failure of the explanation must not hide the error.
         problem = None
         with contextlib.suppress(Exception):
             problem = mismatch(model, x, y)
@@ -41,22 +41,23 @@ def explained(model: keras.Model, x: Any, y: Any) -> Iterator[None]:
 
 
 def check(model: keras.Model, x: Any, y: Any) -> None:
-    """Refuses targets that do not go with the compiled losses, before something else is done.
+    """Checks that targets fit the compiled losses.
 
     Raises:
-        ValueError: If they do not. The message says what was received, expected, and what to do.
+        ValueError: If they do not. The message says what was received, what was expected and what
+            to do.
     """
     problem = None
-    # A subclassed model would be called for its shapes, and may keep what it makes of symbols.
+    # Subclassed models are skipped: they would be called on symbols, which they may keep.
     if getattr(model, "outputs", None):
-        with contextlib.suppress(Exception):  # It is not known what the model makes of its inputs.
+        with contextlib.suppress(Exception):  # The outputs of the model cannot be predicted.
             problem = mismatch(model, x, y)
     if problem is not None:
         raise ValueError(problem)
 
 
 def mismatch(model: keras.Model, x: Any, y: Any) -> str | None:
-    """Says why targets do not go with the compiled losses; None if they do or it is not known."""
+    """Returns why targets do not fit the compiled losses. None if they do or it is unknown."""
     if y is None or getattr(model, "loss", None) is None:
         return None
     specs = keras.tree.map_structure(lambda array: keras.KerasTensor(array.shape, array.dtype), x)
@@ -81,7 +82,7 @@ def mismatch(model: keras.Model, x: Any, y: Any) -> str | None:
 
 
 def losses_of(model: keras.Model, outputs: Any) -> list[Any]:
-    """The losses that a model was compiled with, one for each of its outputs, in their order."""
+    """Returns the losses of a compiled model, one for each output, in the order of the outputs."""
     loss = model.loss
     if isinstance(loss, Mapping):
         known = getattr(model, "output_names", sorted(loss))
@@ -95,7 +96,7 @@ def losses_of(model: keras.Model, outputs: Any) -> list[Any]:
 
 
 def name_of(loss: Any) -> str:
-    """The name of a loss, the same for a function and its class: `categoricalcrossentropy`."""
+    """Returns the name of a loss, the same for function and class: `categoricalcrossentropy`."""
     loss = keras.losses.get(loss)
     return getattr(loss, "__name__", type(loss).__name__).replace("_", "").lower()
 
@@ -107,7 +108,7 @@ def _problem(loss: Any, y: np.ndarray, outputs: tuple[int | None, ...]) -> str |
     along_last = getattr(own, "axis", -1) in (-1, len(outputs) - 1)
     if not module.startswith("keras.") or name in _OTHERS or len(outputs) < 2 or not along_last:
         return None
-    if not y.size or y.shape[:1] != outputs[:1]:  # no examples, or not as many: said elsewhere
+    if not y.size or y.shape[:1] != outputs[:1]:  # wrong number of examples: reported elsewhere
         return None
     said = getattr(own, "__name__", type(own).__name__)
     received = f"Received: {y.dtype} targets of shape {y.shape}"
@@ -139,7 +140,7 @@ def _problem(loss: Any, y: np.ndarray, outputs: tuple[int | None, ...]) -> str |
 
 
 def _goes_with(targets: tuple[int, ...], outputs: tuple[int | None, ...]) -> bool:
-    """Returns True if Keras computes with both shapes: it adds or drops a last axis of 1."""
+    """Returns True if Keras accepts both shapes, possibly after adding or dropping a last axis."""
     for one, other in ((targets, outputs), ((*targets, 1), outputs), (targets, (*outputs, 1))):
         with contextlib.suppress(ValueError):
             np.broadcast_shapes(one, tuple(1 if size is None else size for size in other))
@@ -148,11 +149,11 @@ def _goes_with(targets: tuple[int, ...], outputs: tuple[int | None, ...]) -> boo
 
 
 def _out_of_range(loss: Any, y: np.ndarray, classes: int, message: str) -> str | None:
-    """The message with the range of the indices, or None where the loss can use them all."""
+    """Returns `message` with the range of the indices, or None if the loss accepts all of them."""
     used = y[y != loss.ignore_class] if getattr(loss, "ignore_class", None) is not None else y
     if not used.size or (used.min() >= 0 and used.max() < classes):
         return None
     return (
-        f"{message} from {used.min()} to {used.max()}. Number the classes from 0, as "
-        "`np.unique(y, return_inverse=True)[1]` does, or give the output layer more units."
+        f"{message} from {used.min()} to {used.max()}. Number the classes from 0, for example with "
+        "`np.unique(y, return_inverse=True)[1]`, or add units to the output layer."
     )

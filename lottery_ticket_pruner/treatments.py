@@ -1,16 +1,17 @@
-"""Treatments say what weights start from once the masks are chosen: the kept and the pruned ones.
+"""Treatments give the values that kept and pruned weights start from once masks are chosen.
 
-A treatment of kept weights is a pure function from what is known of one masked weight (`Kernel`) to
-the values that the kept entries start from. A treatment of pruned weights is a pure function from
-that and these values to all values: what kept entries start from, what pruned ones are frozen at.
+A treatment of kept weights is a pure function from a `Kernel` (the mask and records of one masked
+weight) to the values that the kept entries start from. A treatment of pruned weights is a pure
+function of a `Kernel` and these values. It returns all values: kept entries start from them, and
+pruned entries are frozen at them.
 
 >>> @register_kept("halved")
 ... def halved(kernel):
-...     '''Half of the initial weights.'''
+...     '''Starts from half of the initial weights.'''
 ...     return kernel.initial / 2
 
-Notation in the docstrings: `w0` the recorded initial weight, `wf` the recorded final one. Every
-round starts from the same `w0`, so that permutations do not compound.
+Notation in the docstrings: `w0` is the recorded initial weight and `wf` the recorded final weight.
+Every round starts from the same `w0`, so permutations do not accumulate.
 
 Reference:
     - [Zhou et al., arXiv 1905.01067](https://arxiv.org/abs/1905.01067), sections 3 and 4 ("mask-1"
@@ -37,16 +38,16 @@ class Kernel:
 
     Args:
         mask: Bool array, True where an entry is kept.
-        rng: The generator of this weight; it depends on the seed and the path of the weight alone.
-        initial: The recorded initial weights, read-only.
-        final: The recorded final weights, read-only; None where not recorded.
-        draw: A fresh draw from the layer's own initializer, the same at every call.
+        rng: Random generator of this weight. Depends only on the seed and the path of the weight.
+        initial: Recorded initial weights, read-only.
+        final: Recorded final weights, read-only. None if not recorded.
+        draw: Function that returns new values from the layer's initializer, the same at every call.
     """
 
     mask: np.ndarray
     rng: np.random.Generator
     initial: np.ndarray
-    final: np.ndarray  # a treatment that needs it may rely on it
+    final: np.ndarray  # not None for a treatment that needs it
     draw: Callable[[], np.ndarray]
 
 
@@ -55,13 +56,17 @@ F = TypeVar("F", bound=Callable[..., np.ndarray])
 
 @dataclasses.dataclass(frozen=True)
 class Treatment(Generic[F]):
-    """A named treatment. Made by `get_kept`, `get_pruned` and what registers, not by hand.
+    """A named treatment.
+
+    Created by `get_kept`, `get_pruned`, `register_kept` and `register_pruned`; not meant to be
+    constructed directly.
 
     Args:
-        name: The name it is known by.
-        function: `function(kernel)` for kept weights, `function(kernel, values)` for pruned ones.
-        needs_final: Whether it cannot do without the final weights.
-        weights: Which ones it is for, `"kept"` or `"pruned"`; None where that is not known.
+        name: Name under which the treatment is registered.
+        function: `function(kernel)` for kept weights, `function(kernel, values)` for pruned
+            weights.
+        needs_final: Whether the treatment requires the final weights.
+        weights: The weights that the treatment is for, `"kept"` or `"pruned"`. None if unknown.
     """
 
     name: str
@@ -70,16 +75,16 @@ class Treatment(Generic[F]):
     weights: str | None = None
 
     def __call__(self, *args: Any) -> np.ndarray:
-        """The values, an array of the weight's shape."""
+        """Returns the values, an array of the shape of the weight."""
         return self.function(*args)
 
     @property
     def doc(self) -> str:
-        """The first line of the function's docstring, for tables and help texts."""
+        """First line of the function's docstring, for tables and help texts."""
         return (inspect.getdoc(self.function) or "").partition("\n")[0]
 
     def get_config(self) -> dict:
-        """The name and which weights it is for; `get_kept` and `get_pruned` find it again."""
+        """Returns a dict from which `get_kept` or `get_pruned` restores a registered treatment."""
         for registry in _registries(self.weights):
             registry.checked(self.name, self.function)
         config = {"name": self.name}
@@ -87,17 +92,17 @@ class Treatment(Generic[F]):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "Treatment":
-        """Resolves a configuration by `get_kept` or `get_pruned`.
+        """Returns the treatment that `get_kept` or `get_pruned` resolves a configuration to.
 
         Raises:
-            ValueError: If it does not say which weights it is for, and both kinds have the name, or
-                neither.
+            ValueError: If the configuration does not say which weights the treatment is for, and
+                the name is registered for both or for neither.
         """
         weights = config.get("weights")
         known = [r for r in _registries(weights) if config.get("name") in r]
         if weights is None and len(known) > 1:
             raise ValueError(
-                'A treatment of kept and one of pruned weights have this name: add "weights", '
+                'Both a treatment of kept and one of pruned weights have this name. Add "weights", '
                 f'"kept" or "pruned". Received: {dict(config)}'
             )
         return (known or _registries(weights))[0].get(config)
@@ -111,7 +116,7 @@ def _treatments(weights: str, register: str, takes: str) -> Registry[Treatment]:
 
     def make(treatment: Treatment, arguments: dict[str, Any]) -> Treatment:
         if arguments not in ({}, {"weights": weights}):
-            raise TypeError(f'it takes no more than {{"weights": {weights!r}}}')
+            raise TypeError(f'it takes no arguments other than {{"weights": {weights!r}}}')
         return treatment
 
     kind = f"treatment of {weights} weights"
@@ -127,66 +132,68 @@ def _registries(weights: str | None) -> list[Registry[Treatment]]:
 
 
 def kept_names() -> list[str]:
-    """The known treatments of kept weights, in the order of registration."""
+    """Returns the registered treatments of kept weights, in order of registration."""
     return list(_KEPT)
 
 
 def pruned_names() -> list[str]:
-    """The known treatments of pruned weights, in the order of registration."""
+    """Returns the registered treatments of pruned weights, in order of registration."""
     return list(_PRUNED)
 
 
 def register_kept(name: str, *, needs_final: bool = False) -> Callable[[Callable], Callable]:
-    """Makes a treatment of kept weights known by name; decorates `function(kernel)`.
+    """Registers a treatment of kept weights under a name. Used to decorate `function(kernel)`.
 
     Args:
-        name: The name for `get_kept`, configurations and command lines.
-        needs_final: Whether it cannot do without the final weights.
+        name: Name for `get_kept`, configurations and command lines.
+        needs_final: Whether the treatment requires the final weights.
 
     Raises:
-        ValueError: If another function has the name.
+        ValueError: If another function has this name.
     """
     return _registering("kept", name, needs_final)
 
 
 def register_pruned(name: str, *, needs_final: bool = False) -> Callable[[Callable], Callable]:
-    """Makes a treatment of pruned weights known by name; decorates `function(kernel, values)`.
+    """Registers a treatment of pruned weights. Used to decorate `function(kernel, values)`.
 
     Args:
-        name: The name for `get_pruned`, configurations and command lines.
-        needs_final: Whether it cannot do without the final weights.
+        name: Name for `get_pruned`, configurations and command lines.
+        needs_final: Whether the treatment requires the final weights.
 
     Raises:
-        ValueError: If another function has the name.
+        ValueError: If another function has this name.
     """
     return _registering("pruned", name, needs_final)
 
 
 def get_kept(identifier: str | Mapping | Treatment | Callable) -> Treatment:
-    """Turns whatever names a treatment of kept weights into a `Treatment`.
+    """Resolves an identifier to a treatment of kept weights.
 
     Args:
-        identifier: A known name; a dict from `get_config()` or Keras' `serialize_keras_object`; a
-            `Treatment`; or a function of a `Kernel`.
+        identifier: A registered name; a dict from `get_config()` or Keras'
+            `serialize_keras_object`; a `Treatment`; or a function of a `Kernel`.
 
     Raises:
-        ValueError: An unknown name, an unregistered function that has the name of a known
-            treatment, a treatment of the other weights, or something that is none of these.
+        ValueError: If the name is unknown, an unregistered function has the name of a registered
+            treatment, the treatment is for pruned weights, or the type of `identifier` is not
+            supported.
     """
     return _get("kept", identifier)
 
 
 def get_pruned(identifier: str | Mapping | Treatment | Callable) -> Treatment:
-    """Turns whatever names a treatment of pruned weights into a `Treatment`.
+    """Resolves an identifier to a treatment of pruned weights.
 
     Args:
-        identifier: A known name; a dict from `get_config()` or Keras' `serialize_keras_object`; a
-            `Treatment`; or a function of a `Kernel` and the values that the kept entries start
-            from.
+        identifier: A registered name; a dict from `get_config()` or Keras'
+            `serialize_keras_object`; a `Treatment`; or a function of a `Kernel` and the values that
+            the kept entries start from.
 
     Raises:
-        ValueError: An unknown name, an unregistered function that has the name of a known
-            treatment, a treatment of the other weights, or something that is none of these.
+        ValueError: If the name is unknown, an unregistered function has the name of a registered
+            treatment, the treatment is for kept weights, or the type of `identifier` is not
+            supported.
     """
     return _get("pruned", identifier)
 
@@ -204,29 +211,29 @@ def _get(weights: str, identifier: str | Mapping | Treatment | Callable) -> Trea
     treatment = _registries(weights)[0].get(identifier)
     if treatment.weights not in (None, weights):
         raise ValueError(
-            f"Expected a treatment of {weights} weights. Received: {treatment.name!r}, one of "
+            f"Expected a treatment of {weights} weights. Received: {treatment.name!r}, for "
             f"{treatment.weights} weights."
         )
     return treatment
 
 
 def treat(kernel: Kernel, kept: Treatment, pruned: Treatment) -> np.ndarray:
-    """Returns the kept and pruned entries of one weight that the forward pass starts from.
+    """Returns all values of one weight that training starts from, kept and pruned entries.
 
     Raises:
-        ValueError: If a treatment gave values of another shape or that are not finite.
+        ValueError: If a treatment returns values of another shape or values that are not finite.
     """
     values = _checked(kernel, kept, kept(kernel), kernel.mask)
     return _checked(kernel, pruned, pruned(kernel, values), np.ones_like(kernel.mask))
 
 
 def generator(seed: int, path: str) -> np.random.Generator:
-    """The generator of the weight at a path: it depends on nothing else than these two."""
+    """Returns a random generator that depends only on the seed and the path of the weight."""
     return np.random.default_rng([seed, zlib.crc32(path.encode())])
 
 
 def draw_again(ref: ml.WeightRef, seed: int) -> np.ndarray:
-    """A fresh draw of a weight from the layer's own initializer, whose own seed is not used.
+    """Draws new values of a weight from its initializer, with `seed` instead of its own seed.
 
     Raises:
         ValueError: If the layer has no initializer for this weight.
@@ -240,7 +247,7 @@ def draw_again(ref: ml.WeightRef, seed: int) -> np.ndarray:
 
 
 def signed_constant(initial: np.ndarray) -> np.ndarray:
-    """sign(w0) times the standard deviation of w0, which is taken over the whole weight."""
+    """Returns sign(w0) times the standard deviation of w0, computed over the whole weight."""
     return (np.sign(initial) * _deviation(initial)).astype(initial.dtype)
 
 
@@ -249,19 +256,19 @@ def signed_constant(initial: np.ndarray) -> np.ndarray:
 
 @register_kept("rewind")
 def rewind(kernel: Kernel) -> np.ndarray:
-    """Their initial values: w0."""
+    """Rewinds weights to their initial values: w0."""
     return kernel.initial
 
 
 @register_kept("reinit")
 def reinit(kernel: Kernel) -> np.ndarray:
-    """A fresh draw from the layer's own initializer."""
+    """Draws new values from the layer's initializer."""
     return kernel.draw()
 
 
 @register_kept("reshuffle")
 def reshuffle(kernel: Kernel) -> np.ndarray:
-    """The kept initial values in another order within the layer."""
+    """Shuffles the kept initial values within the layer."""
     values = np.array(kernel.initial)
     values[kernel.mask] = kernel.rng.permutation(values[kernel.mask])
     return values
@@ -269,32 +276,32 @@ def reshuffle(kernel: Kernel) -> np.ndarray:
 
 @register_kept("constant")
 def constant(kernel: Kernel) -> np.ndarray:
-    """Plus or minus the layer's initial standard deviation, by coin toss."""
+    """Sets weights to plus or minus the layer's initial standard deviation, at random."""
     signs = kernel.rng.choice([-1.0, 1.0], kernel.initial.shape)
     return (signs * _deviation(kernel.initial)).astype(kernel.initial.dtype)
 
 
 @register_kept("finetune", needs_final=True)
 def finetune(kernel: Kernel) -> np.ndarray:
-    """Their trained values: wf."""
+    """Keeps the trained values: wf."""
     return kernel.final
 
 
 @register_kept("reinit_same_sign")
 def reinit_same_sign(kernel: Kernel) -> np.ndarray:
-    """A fresh draw with the signs of w0."""
+    """Draws new values and gives them the signs of w0."""
     return np.copysign(reinit(kernel), kernel.initial)
 
 
 @register_kept("reshuffle_same_sign")
 def reshuffle_same_sign(kernel: Kernel) -> np.ndarray:
-    """The magnitudes of the kept initial values in another order, each sign where it was."""
+    """Shuffles the magnitudes of the kept initial values; signs stay in place."""
     return np.copysign(reshuffle(kernel), kernel.initial)
 
 
 @register_kept("constant_same_sign")
 def constant_same_sign(kernel: Kernel) -> np.ndarray:
-    """The layer's initial standard deviation with the sign of w0: sign(w0) std(w0)."""
+    """Sets weights to the layer's initial standard deviation with the sign of w0."""
     return signed_constant(kernel.initial)
 
 
@@ -303,25 +310,25 @@ def constant_same_sign(kernel: Kernel) -> np.ndarray:
 
 @register_pruned("zero")
 def zero(kernel: Kernel, values: np.ndarray) -> np.ndarray:
-    """Zero."""
+    """Sets pruned weights to zero."""
     return np.where(kernel.mask, values, 0)
 
 
 @register_pruned("freeze")
 def freeze(kernel: Kernel, values: np.ndarray) -> np.ndarray:
-    """Frozen at w0."""
+    """Freezes pruned weights at w0."""
     return np.where(kernel.mask, values, kernel.initial)
 
 
 @register_pruned("zero_if_shrunk", needs_final=True)
 def zero_if_shrunk(kernel: Kernel, values: np.ndarray) -> np.ndarray:
-    """Zero where abs(wf) < abs(w0), elsewhere frozen at w0."""
+    """Sets pruned weights with abs(wf) < abs(w0) to zero and freezes the others at w0."""
     return np.where(kernel.mask, values, np.where(_shrunk(kernel), 0, kernel.initial))
 
 
 @register_pruned("zero_if_shrunk_all", needs_final=True)
 def zero_if_shrunk_all(kernel: Kernel, values: np.ndarray) -> np.ndarray:
-    """The same, and kept weights with abs(wf) < abs(w0) start from zero, too."""
+    """Sets all weights with abs(wf) < abs(w0) to zero and freezes other pruned ones at w0."""
     return np.where(_shrunk(kernel), 0, freeze(kernel, values))
 
 
@@ -356,7 +363,7 @@ def _initializer(ref: ml.WeightRef) -> keras.initializers.Initializer:
         if initializer is not None:
             return keras.initializers.get(initializer)
     raise ValueError(
-        f"{ref.path} cannot be drawn again: {type(ref.layer).__name__} has no "
-        f"`{ref.name}_initializer`. Give the layer that attribute, or choose a treatment or "
-        "control that draws nothing again."
+        f"{ref.path} cannot be reinitialized: {type(ref.layer).__name__} has no "
+        f"`{ref.name}_initializer`. Add this attribute to the layer, or choose a treatment or "
+        "control that does not reinitialize weights."
     )

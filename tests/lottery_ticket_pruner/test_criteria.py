@@ -212,7 +212,7 @@ def test_an_unregistered_function_does_not_come_back_as_something_else():
     def large_final(group):
         return group.final
 
-    with pytest.raises(ValueError, match="not the criterion known by that name"):
+    with pytest.raises(ValueError, match="not the criterion registered under that name"):
         criteria.get(large_final)
 
 
@@ -253,7 +253,7 @@ def test_registration_checks_its_arguments(registry):
         criteria.register("mine", scope="everywhere")
     with pytest.raises(ValueError, match="rounds=0"):
         criteria.register("mine", rounds=0)
-    with pytest.raises(ValueError, match=r"needs scope=.global.*rounds=2, scope='layer'"):
+    with pytest.raises(ValueError, match=r"need scope=.global.*rounds=2, scope='layer'"):
         criteria.register("mine", rounds=2, scope="layer")
     assert "mine" not in criteria.names()
 

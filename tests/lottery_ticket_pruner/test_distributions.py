@@ -164,7 +164,7 @@ def test_configurations_round_trip(name):
 
 @pytest.mark.parametrize("identifier", ["erg", None, 3, {}, {"name": "erk", "dense": True}])
 def test_what_is_no_distribution_is_an_error(identifier):
-    with pytest.raises(ValueError, match=r"Received|Unknown distribution|cannot be made"):
+    with pytest.raises(ValueError, match=r"Received|Unknown distribution|cannot be created"):
         distributions.get(identifier)
 
 

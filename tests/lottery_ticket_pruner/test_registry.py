@@ -90,11 +90,11 @@ def test_a_function_that_is_named_like_another_is_refused_in_every_form(kind):
     get, register, names = KINDS[kind]
     for name in names():
         mine = named(name)
-        with pytest.raises(ValueError, match=f"named '{name}' was given that is not the .*Rename"):
+        with pytest.raises(ValueError, match=f"named '{name}' is not the .*Rename"):
             get(mine)
-        with pytest.raises(ValueError, match="no more than its name"):
+        with pytest.raises(ValueError, match="contains only its name"):
             get(keras.saving.serialize_keras_object(mine))
-        with pytest.raises(ValueError, match=f"name '{name}' is taken by"):
+        with pytest.raises(ValueError, match=f"name '{name}' is already used by"):
             register(name)(mine)
         register(f"own_{name}")(mine)
         assert get(get(mine).get_config()) == get(mine) or kind == "schedule"
@@ -123,7 +123,7 @@ def test_what_stands_for_nothing_is_an_error_that_quotes_it(kind, identifier):
 @kinds
 def test_arguments_that_do_not_fit_are_refused(kind):
     get, _, names = KINDS[kind]
-    with pytest.raises(ValueError, match="cannot be made from the arguments"):
+    with pytest.raises(ValueError, match="cannot be created from the arguments"):
         get({"name": names()[0], "colour": "red"})
 
 
@@ -162,7 +162,7 @@ def test_a_class_named_like_a_schedule_is_not_taken_for_it():
 def test_treatments_know_which_weights_they_are_for():
     with pytest.raises(ValueError, match=r"of kept weights. Received: 'zero'"):
         treatments.get_kept(treatments.get_pruned("zero"))
-    with pytest.raises(ValueError, match="cannot be made"):
+    with pytest.raises(ValueError, match="cannot be created"):
         treatments.get_kept({"name": "rewind", "weights": "pruned"})
     treatments.register_pruned("rewind")(named("mine"))
     assert treatments.get_pruned("rewind") != treatments.get_kept("rewind")

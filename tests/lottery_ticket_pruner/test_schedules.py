@@ -192,7 +192,7 @@ def test_get_takes_the_configurations_of_tfmot():
     ("identifier", "message"),
     [
         ("cosine", "Unknown schedule 'cosine'. Known are: constant, polynomial, geometric"),
-        ("polynomial", "cannot be made from the arguments {}"),
+        ("polynomial", "cannot be created from the arguments {}"),
         ({"name": "constant", "power": 3}, "unexpected keyword argument 'power'"),
         ({}, "Unknown schedule None"),
         (None, "Received: None of type NoneType"),

@@ -338,7 +338,7 @@ def test_every_form_round_trips(identifier, expected):
     ],
 )
 def test_what_is_no_structure_is_an_error_that_quotes_it(identifier):
-    with pytest.raises(ValueError, match=r"Received|Unknown structure|cannot be made"):
+    with pytest.raises(ValueError, match=r"Received|Unknown structure|cannot be created"):
         structures.get(identifier)
 
 

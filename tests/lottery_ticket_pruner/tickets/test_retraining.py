@@ -51,7 +51,7 @@ def test_a_weight_without_an_initializer_is_named(data, starts):
     ml.register(Odd, weights=["table"])
     model = keras.Sequential([keras.Input((8,)), Odd(name="odd")])
     model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
-    with pytest.raises(ValueError, match=r"odd/table cannot be drawn again.*table_initializer"):
+    with pytest.raises(ValueError, match=r"odd/table cannot be reinitialized.*table_initializer"):
         find_ticket(model, *data, rounds=1, **SHORT)
     assert starts == []
     find_ticket(model, *data, rounds=1, controls=("random_mask",), **SHORT)
