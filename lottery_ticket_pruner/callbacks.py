@@ -24,22 +24,22 @@ __all__ = ["DynamicSparseTraining", "GradualPruning", "MaskSchedule", "PrunerCal
 class PrunerCallback(keras.callbacks.Callback):
     """Keeps the pruned weights of a plain model at zero after every batch of `fit`.
 
-    They are held there inside the optimizer's own graph, on the device, for any number of steps per
-    execution, and so during validation too. The hold ends with the training. New masks, computed by
-    another callback while the model trains, hold from the next batch on.
+    They are kept at zero inside the optimizer's own graph, on the device, so this works with any
+    number of steps per execution and during validation. It ends with the training. If another
+    callback computes new masks during training, they apply from the next batch on.
 
-    A masked model needs no callback: its masks act in every forward pass. There this one does no
-    more than what `use_dwr` asks for. Two things differ between the two kinds of model: the
-    gradients of pruned weights of a plain model still count where an optimizer clips by their
-    global norm, and are still averaged where one keeps moving averages of the weights. List the
-    callback after `keras.callbacks.SwapEMAWeights`.
+    A masked model needs no such callback, because its masks act in every forward pass; here only
+    `use_dwr` has an effect. Plain and masked models differ in two ways: in a plain model, gradients
+    of pruned weights count when an optimizer clips by global norm, and pruned weights are averaged
+    when an optimizer keeps moving averages of weights. Place this callback after
+    `keras.callbacks.SwapEMAWeights`.
 
     Args:
         pruner: The pruner that computed the masks.
-        use_dwr: Whether to rescale what is left of each layer as
+        use_dwr: Whether to rescale the kept weights of each layer, as
             `LotteryTicketPruner.apply_dwr` does, when training starts and when the masks change.
-            Weights that another callback restores then are not rescaled twice. Of weights that you
-            load yourself in another process the pruner has to know: save and load it with them.
+            Weights restored by another callback at this time are not rescaled twice. If you load
+            rescaled weights in another process, save and load the pruner with them.
 
     Example:
     ```python
@@ -53,10 +53,10 @@ class PrunerCallback(keras.callbacks.Callback):
         self.pruner = pruner
         self.use_dwr = use_dwr
         self._hold: zero_hold.ZeroHold | None = None
-        self._begun, self._before = False, None  # The second: weights before any callback began.
+        self._begun, self._before = False, None  # `_before`: weights before any callback began.
 
     def set_model(self, model: keras.Model) -> None:
-        """Notes the weights that are there before another callback restores others."""
+        """Records the current weights, before another callback restores others."""
         super().set_model(model)
         self._before = None
         if self.use_dwr and model is not None and not is_masked(model):
@@ -64,7 +64,7 @@ class PrunerCallback(keras.callbacks.Callback):
             self._before = model.get_weights()
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        """Zeroes the pruned weights and holds them there."""
+        """Zeroes the pruned weights and keeps them at zero."""
         self._begun = False
         if self._before is not None:
             self._rescale_what_was_before()
@@ -75,28 +75,28 @@ class PrunerCallback(keras.callbacks.Callback):
             weakref.finalize(self, self._hold.release).atexit = False
 
     def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        """Takes over masks that changed since the last batch."""
+        """Applies masks that have changed since the last batch."""
         changed = self.pruner.masks_version != self._version
-        if changed or not self._begun:  # other callbacks may have brought weights when they began
+        if changed or not self._begun:  # other callbacks may have restored weights
             self._apply()
             self._begun = True
         if changed and self._hold is not None:
             self._hold.change(self.pruner.held_masks(self.model))
 
     def on_test_begin(self, logs: dict[str, Any] | None = None) -> None:
-        """Zeroes what another callback may have brought back for the validation."""
+        """Zeroes pruned weights that another callback may have restored for the validation."""
         if self._hold is not None:
             self.pruner.apply_pruning(self.model)
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
-        """Ends the hold; an optimizer may have put averages in place of the weights just now."""
+        """Stops zeroing, after a last time: the optimizer may have just put in averages."""
         if self._hold is not None:
             self._hold.release()
             self._hold = None
             self.pruner.apply_pruning(self.model)
 
     def _rescale_what_was_before(self) -> None:
-        """Lets the pruner tell whether weights restored since have the factor in them already."""
+        """Lets the pruner find out whether weights restored since contain the factor already."""
         before, now, self._before = self._before, self.model.get_weights(), None
         same_shapes = [a.shape for a in before] == [a.shape for a in now]
         if same_shapes and not all(map(np.array_equal, before, now)):

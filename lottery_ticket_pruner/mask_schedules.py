@@ -35,17 +35,17 @@ from lottery_ticket_pruner.variables import variable_scope
 class MaskSchedule(keras.callbacks.Callback):
     """Changes the masks of a masked model at certain steps of its training.
 
-    What `GradualPruning` and `DynamicSparseTraining` have in common. Each of them is two things: a
-    callback of `fit`, and, without `fit`, an object whose `advance` is called as training proceeds.
+    Base class of `GradualPruning` and `DynamicSparseTraining`. Use such an object as a callback of
+    `fit`, or, in a custom training loop, call `advance` as training proceeds.
 
-    A step is a batch that was trained on. In `fit` the count starts from the optimizer's, so that a
-    training that is continued, or resumed from a file, goes on where it stood; elsewhere it starts
-    at 0. It is read when the first batch begins: the order of this callback and one that restores
-    the training, such as `keras.callbacks.BackupAndRestore`, does not matter. With
-    `steps_per_execution` above 1, masks change after the execution in which a step was due: choose
+    A step is a trained batch. In `fit` the count starts from that of the optimizer, so a training
+    that is continued or restored from a file resumes at its step. Elsewhere it starts at 0. The
+    count is read when the first batch begins, so the order of this callback and of a callback that
+    restores the training, such as `keras.callbacks.BackupAndRestore`, does not matter. With
+    `steps_per_execution` above 1, masks change after the execution in which a step was due; choose
     intervals that are multiples of it.
 
-    At the end of every epoch of `fit` the sparsity of the model is in the logs, as `"sparsity"`.
+    At the end of every epoch, `fit` logs the sparsity of the model as `"sparsity"`.
 
     Attributes:
         pruner: The pruner of the masked model.
@@ -55,23 +55,23 @@ class MaskSchedule(keras.callbacks.Callback):
         super().__init__()
         if not isinstance(pruner, LotteryTicketPruner):
             raise TypeError(
-                f"{type(self).__name__} takes the pruner of a masked model: "
+                f"{type(self).__name__} needs the pruner of a masked model: "
                 f"`LotteryTicketPruner(masked)`. Received: {pruner!r}"
             )
         if not is_masked(pruner.model):
             raise ValueError(
-                f"{type(self).__name__} changes masks, and {pruner.model.name!r} has none. Make "
+                f"{type(self).__name__} changes masks, but {pruner.model.name!r} has none. Create "
                 "the pruner for `masked_layers.convert_to_masked(model)` and train that model."
             )
         self.pruner = pruner
         self._step = 0
-        self._unseen = 0  # the first step that was not asked about
+        self._unseen = 0  # the first step that has not been checked yet
         self._begun = False
-        self._data: tuple[Any, Any] | None = None  # inputs and targets of which changes are made
+        self._data: tuple[Any, Any] | None = None  # inputs and targets that changes need
 
     @property
     def step(self) -> int:
-        """The number of training steps so far; assign to it after rewinding a custom loop."""
+        """Number of training steps so far. Assign to it after rewinding a custom loop."""
         return self._step
 
     @step.setter
@@ -80,23 +80,21 @@ class MaskSchedule(keras.callbacks.Callback):
             self._step = self._unseen = step
 
     def advance(self, steps: int = 1) -> bool:
-        """Tells that so many steps were trained since the last call, and changes masks if due.
+        """Records that steps were trained since the last call, and changes masks if due.
 
-        Of several changes that fell due among these steps, only the last is made.
+        If several changes were due in these steps, only the last one is made.
 
         Args:
-            steps: How many; 0 asks about the present step.
+            steps: Number of steps. 0 checks the present step.
 
         Returns:
-            Whether the masks were changed.
+            True if the masks were changed.
 
         Raises:
-            ValueError: If the weights contain NaN or infinity. No mask has changed then.
+            ValueError: If the weights contain NaN or infinity. In that case no mask is changed.
         """
         if not _is_count(steps, 0):
-            raise ValueError(
-                f"`steps` must be an integer and not be negative. Received: steps={steps!r}"
-            )
+            raise ValueError(f"`steps` must be a non-negative integer. Received: steps={steps!r}")
         self._step += steps
         due = [step for step in range(self._unseen, self._step + 1) if self._due(step)]
         self._unseen = self._step + 1
@@ -107,25 +105,25 @@ class MaskSchedule(keras.callbacks.Callback):
         return bool(due)
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        """Checks that the model is the pruner's, and that its loss takes the targets given here."""
+        """Checks that the model is the pruner's, and that its loss accepts the given targets."""
         if self.model is not self.pruner.model:
             raise ValueError(
-                f"{type(self).__name__} was made with a pruner of another model than "
-                f"{self.model.name!r}. Make the pruner for the model that is trained."
+                f"{type(self).__name__} was created with the pruner of a model other than "
+                f"{self.model.name!r}. Create the pruner for the model that is trained."
             )
         if self._data is not None:
             targets.check(self.model, *self._data)
         self._begun = False
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Notes where the epoch starts."""
+        """Records the step at which the epoch starts."""
         self._epoch_start = self.step
 
     def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        """Takes the count from the optimizer before the first batch, and changes masks if due."""
-        # Not in `on_train_begin`: a callback behind this one may restore model and optimizer there.
+        """Reads the count from the optimizer before the first batch, and changes masks if due."""
+        # Not in `on_train_begin`, where a later callback may still restore model and optimizer.
         if not self._begun:
-            # Not `iterations`: that counts every k-th batch where gradients of k are accumulated.
+            # Not `iterations`, which counts every k-th batch if k gradients are accumulated.
             self.step = max(step for step, _ in optimizers.read_clocks(self.model.optimizer))
             self._epoch_start = self.step - batch
             self._begin()
@@ -133,7 +131,7 @@ class MaskSchedule(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Advances to the end of this batch."""
-        # The last execution of an epoch may have had fewer batches than Keras says.
+        # The last execution of an epoch may have fewer batches than Keras says.
         done = min(batch + 1, self.params.get("steps") or batch + 1)
         self.advance(self._epoch_start + done - self.step)
 
@@ -155,34 +153,38 @@ class MaskSchedule(keras.callbacks.Callback):
 
 
 class GradualPruning(MaskSchedule):
-    """Prunes a masked model further and further while it trains.
+    """Prunes a masked model gradually while it trains.
 
-    Pruned weights are exactly zero at the end of every batch: the masks are part of the model.
+    Pruned weights are exactly zero at the end of every batch, because the masks are part of the
+    model.
 
-    By the magnitude of the weights, the default, masks are ranked on the device, in one compiled
-    program: no weight leaves it. Any other criterion, structures and distributions are ranked on
-    the host, as `LotteryTicketPruner.update_masks` does; criteria of final weights then see those
-    of the moment, which are recorded.
+    By default, masks follow from the magnitude of the weights. The ranking is then a compiled
+    program on the device, and no weight leaves it. Other criteria, structures and distributions are
+    evaluated on the host, as in `LotteryTicketPruner.update_masks`. Criteria of final weights use
+    the current weights, which are recorded for this.
 
     Args:
         pruner: The pruner of the masked model.
-        schedule: What `schedules.get` takes: a schedule, a function `step -> sparsity`, a number, a
-            configuration, or a `PruningSchedule` of TensorFlow Model Optimization. What is sparser
-            than the schedule asks for stays as it is.
-        strategy: The criterion.
-        scope: Who competes with whom, `"layer"` or `"global"`; for other criteria than the default
-            also `"output"`.
-        regrowth: Whether pruned weights may come back: masks are then made again from all raw
-            weights. A raw weight under the mask has no gradient, but momentum and weight decay of
+        schedule: A schedule, a function `step -> sparsity`, a number, a configuration, or a
+            `PruningSchedule` of TensorFlow Model Optimization; see `schedules.get`. Weights that
+            are sparser than the schedule requires are left unchanged.
+        strategy: A criterion: name, configuration, `criteria.Criterion` or function.
+        scope: Weights that are ranked together, `"layer"` or `"global"`. For criteria other than
+            the default also `"output"`.
+        regrowth: Whether pruned weights may come back. If True, masks are computed from all raw
+            weights. A raw weight under a mask has no gradient, but momentum and weight decay of
             the optimizer move it.
-        seed: Decides which of equal weights go.
-        structure: As for `update_masks`, but for N:M, which no schedule goes with.
-        distribution: As for `update_masks`.
-        data: As for `update_masks`.
+        seed: Seed for breaking ties.
+        structure: Weights that are pruned together, such as `"filters"`; see `structures.get`. N:M
+            patterns are not supported, because they have a fixed sparsity.
+        distribution: How the sparsity is divided among layers, such as `"erk"`; see
+            `distributions.get`.
+        data: Data for criteria of gradients or activations: `(x, y)`, `(x, y, sample_weight)`, `x`
+            alone if no targets are needed, or a data set of batches.
 
     Raises:
-        ValueError: If the model has no masks, schedule, criterion, scope, structure or distribution
-            is unknown, or the schedule falls where pruned weights do not come back.
+        ValueError: If the model has no masks, if the schedule, criterion, scope, structure or
+            distribution is unknown, or if the sparsity falls without `regrowth=True`.
 
     Example:
     ```python
@@ -218,14 +220,14 @@ class GradualPruning(MaskSchedule):
         self.schedule = schedules.get(schedule)
         if self.schedule.falls and not regrowth:
             raise ValueError(
-                "The sparsity of the schedule falls, and pruned weights do not come back without "
-                f"`regrowth=True`. Received: schedule={self.schedule!r}. Let its final sparsity "
-                "not be below the initial one, or pass `regrowth=True`."
+                "The sparsity of the schedule falls, but pruned weights do not come back without "
+                f"`regrowth=True`. Received: schedule={self.schedule!r}. Choose a final sparsity "
+                "that is not below the initial one, or pass `regrowth=True`."
             )
         structure = None if structure is None else structures.get(structure)
         if structure is not None and structure.kept is not None:
             raise ValueError(
-                f"{structure} says itself how many weights stay, and needs no schedule. "
+                f"{structure} determines how many weights are kept and cannot follow a schedule. "
                 "Prune once: `pruner.update_masks(..., structure=...)`."
             )
         self._request = selection.Request.of(
@@ -252,8 +254,8 @@ class GradualPruning(MaskSchedule):
         self._emptied: list[str] = []  # paths whose masks kept nothing at the last change
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
-        """Warns, once, where the training ended before the schedule reached its last sparsity."""
-        if not self._begun or self._told_of_end:  # Without a batch no step is known.
+        """Warns once if training ended before the schedule reached its final sparsity."""
+        if not self._begun or self._told_of_end:  # Without a batch, the step is unknown.
             return
         message = notices.of_schedule_left(self.schedule, self.step)
         if message is not None:
@@ -318,38 +320,38 @@ class GradualPruning(MaskSchedule):
 
 
 class DynamicSparseTraining(MaskSchedule):
-    """Moves the weights of a sparse model to better places while it trains; their number stays.
+    """Moves the kept weights of a sparse model while it trains, at a constant sparsity.
 
-    Every `frequency` steps each layer drops the smallest of its weights and grows as many others
-    that were pruned, from zero, slots of the optimizer included. SET grows weights at random, RigL
-    where the gradient of the loss is largest. The share of the weights that move falls from
-    `fraction` to 0 by half a cosine.
+    Every `frequency` steps, each layer prunes its smallest weights and grows the same number of
+    pruned weights, which start from zero, as do their optimizer slots. SET grows weights at random,
+    RigL those with the largest gradient of the loss. The share of weights that moves decays from
+    `fraction` to 0 along half a cosine.
 
-    Start from any masks, such as `pruner.update_masks("random", sparsity=0.9, distribution="erk")`,
-    as RigL's paper does. The control, static sparse training, is to train under them without this
-    callback. The papers train with SGD and momentum. Adam's averages start from zero with the
-    weight but without the correction for it that they have when training starts: for some hundred
-    steps those of a grown weight are several times as large as others.
+    Start from any masks, such as `pruner.update_masks("random", sparsity=0.9, distribution="erk")`
+    as in RigL's paper. The control, static sparse training, is training with these masks without
+    this callback. The papers train with SGD and momentum. With Adam, the moving averages of a grown
+    weight start from zero without the bias correction that applies when training starts, so its
+    updates are several times as large as those of other weights for some hundred steps.
 
-    Weights are ranked on the device; the gradient for RigL is computed there and goes through the
+    Weights are ranked on the device. The gradient for RigL is computed there and passes through the
     host once per change.
 
     Args:
         pruner: The pruner of the masked model.
-        steps: Steps of the whole training, for the decay of the fraction.
+        steps: Number of steps of the whole training, for the decay of the fraction.
         growth: `"gradient"` (RigL) or `"random"` (SET).
-        data: For RigL: `(x, y)` or `(x, y, sample_weight)`, arrays of examples, from which each
-            change draws a batch. The training data will do.
-        batch_size: Examples in such a batch.
-        fraction: Share of the weights alive that moves at first, in (0, 1).
-        until: Share of the training after which masks stay as they are, in (0, 1].
-        frequency: Steps from one change to the next.
-        seed: Of random growth, of equal weights and of the batches drawn from `data`.
-        optimizer: The optimizer of a custom loop; by default that of the model.
+        data: For RigL: arrays of examples, `(x, y)` or `(x, y, sample_weight)`, for example the
+            training data. A batch is drawn from them for each change.
+        batch_size: Number of examples in this batch.
+        fraction: Share of the kept weights that moves at first, in (0, 1).
+        until: Share of the training after which masks no longer change, in (0, 1].
+        frequency: Number of steps between changes.
+        seed: Seed for random growth, ties and the batches drawn from `data`.
+        optimizer: Optimizer of a custom loop. By default the optimizer of the model.
 
     Raises:
-        ValueError: If the model has no masks, an argument is out of its range, no change would ever
-            be due, or the arrays of `data` are not of one length.
+        ValueError: If the model has no masks, an argument is out of range, no change would ever be
+            due, or the arrays of `data` differ in length.
 
     References:
         - [Mocanu et al., arXiv 1707.04780](https://arxiv.org/abs/1707.04780) (SET)
@@ -377,8 +379,8 @@ class DynamicSparseTraining(MaskSchedule):
             )
         if (growth == "gradient") != (data is not None):
             raise ValueError(
-                'growth="gradient" needs `data=(x, y)` to take the gradient on, and '
-                f'growth="random" takes none. Received: growth={growth!r}, data of type '
+                'growth="gradient" needs `data=(x, y)` to compute the gradient, and '
+                f'growth="random" takes no data. Received: growth={growth!r}, data of type '
                 f"{type(data).__name__}"
             )
         shares = all(isinstance(share, numbers.Real) for share in (fraction, until))
@@ -401,8 +403,8 @@ class DynamicSparseTraining(MaskSchedule):
             self._data = (*self._examples.host, None)[:2]
         if frequency >= until * steps:
             raise ValueError(
-                "No weight would ever move: the first change is due after `frequency` steps, and "
-                f"masks stay as they are from step until * steps = {until * steps:g} on. Received: "
+                "No weight would ever move: the first change is due after `frequency` steps, but "
+                f"masks no longer change from step until * steps = {until * steps:g} on. Received: "
                 f"steps={steps}, until={until}, frequency={frequency}. Lower the frequency."
             )
         self.batch_size = batch_size
@@ -413,7 +415,7 @@ class DynamicSparseTraining(MaskSchedule):
         self.optimizer = optimizer
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
-        """Warns where the training ended before any weight could move."""
+        """Warns if training ended before any weight could move."""
         if self._begun and self.step < self.frequency:
             notices.warn(
                 f"DynamicSparseTraining moved nothing: the training ended at step {self.step}, and "
@@ -421,14 +423,14 @@ class DynamicSparseTraining(MaskSchedule):
             )
 
     def moving_share(self, step: int) -> float:
-        """The share of the weights alive that moves at a step: `fraction` at first, then less."""
+        """Returns the share of the kept weights that moves at a step, at most `fraction`."""
         progress = min(step / (self.until * self.steps), 1.0)
         return self.fraction * (1 + math.cos(math.pi * progress)) / 2
 
     def _begin(self) -> None:
         masks = [ref.mask for ref in ml.masked_refs(self.pruner.model)]
-        # What was due at this step happened on the way here, unless the state was saved just before
-        # it: by a callback ahead of this one at the end of that batch.
+        # A change due at this step has already been made, unless the state was saved just before
+        # it, by a callback ahead of this one at the end of that batch.
         if any(mask.moved_at in (None, self.step) for mask in masks):
             self._unseen = self.step + 1
         for mask in masks:
@@ -452,7 +454,7 @@ class DynamicSparseTraining(MaskSchedule):
         if sum(alive) == sum(math.prod(ref.variable.shape) for ref in refs):
             warnings.warn(
                 f"DynamicSparseTraining moved nothing at step {step}: {model.name!r} has no pruned "
-                "weights. Prune it before training, as by `pruner.update_masks(...)`.",
+                "weights. Prune it before training, for example by `pruner.update_masks(...)`.",
                 stacklevel=2,
             )
             return

@@ -1,4 +1,4 @@
-"""Warnings about pruning that probably was not intended, at most one for each update."""
+"""Warnings about pruning that was probably not intended, at most one for each update."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ _EMPTIED = "Nothing is left of"
 
 
 def warn(message: str) -> None:
-    """Warns at the line outside of this library that led here."""
+    """Warns at the line outside this library that led to the call."""
     warn_outside(message, *_OURS)
 
 
 def is_emptied(before: np.ndarray, after: np.ndarray) -> bool:
-    """Returns whether a mask keeps nothing now and kept something before."""
+    """Returns whether a mask keeps nothing now but kept something before."""
     return bool(before.any() and not after.any())
 
 
 def of_emptied(paths: Iterable[str], when: str = "") -> None:
-    """Warns of masks that keep nothing, if there are any.
+    """Warns about masks that keep nothing, if there are any.
 
     Args:
-        paths: Those that keep nothing now.
-        when: What to say of the moment, as `" at step 5"`.
+        paths: Paths of the masks that keep nothing.
+        when: When it happened, for the message, such as `" at step 5"`.
     """
     paths = list(paths)
     if paths:
         warn(
             f"{_EMPTIED} {', '.join(map(repr, paths))}{when}: every weight there is pruned, and "
-            "where no other path leads around a layer, the output no longer depends on the input. "
-            'Let weights compete within each layer (`scope="layer"`), share the sparsity out by '
-            "`distribution`, give such layers a lower share of their own, leave them out "
+            "unless another path leads around a layer, the output no longer depends on the input. "
+            'Rank weights within each layer (`scope="layer"`), divide the sparsity by '
+            "`distribution`, give these layers a lower share, exclude them "
             "(`convert_to_masked(model, exclude=...)`), or prune less."
         )
 
@@ -50,7 +50,7 @@ def of_emptied(paths: Iterable[str], when: str = "") -> None:
 def watched(
     many: Iterable[dict[str, np.ndarray]], sparsities: Iterable[selection.Share]
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Hands masks on, and warns once of those that keep nothing."""
+    """Yields the given masks, and warns once about masks that keep nothing."""
     told = False
     for masks, sparsity in zip(many, sparsities, strict=True):
         emptied = [path for path, mask in masks.items() if not mask.any()]
@@ -62,7 +62,7 @@ def watched(
 
 @contextlib.contextmanager
 def rehearsal() -> Iterator[None]:
-    """Says nothing of emptied masks while it is open: they are only tried."""
+    """Temporarily suppresses warnings about emptied masks, because they are only tried."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=_EMPTIED)
         yield
@@ -73,41 +73,41 @@ def of_update(
     kernels: Mapping[str, selection.Weights],
     masks: Mapping[str, np.ndarray],
 ) -> None:
-    """Says what an update of masks left out, left undone or took away altogether.
+    """Warns about everything that an update of masks skipped, did not prune or pruned completely.
 
     Args:
-        request: What was to be pruned. One that keeps what is sparser comes from a schedule, which
-            may begin with less than one weight.
-        kernels: The kernels before, by path.
-        masks: The masks afterwards, by path.
+        request: The pruning request. One that keeps what is sparser comes from a schedule, whose
+            first amounts may be less than one weight.
+        kernels: The kernels before the update, by path.
+        masks: The masks after the update, by path.
     """
     structure, rate, sparsity = request.structure, request.rate, request.sparsity
     if structure is not None:
         _of_structure(structure, {path: kernel.layout for path, kernel in kernels.items()})
-    # A sparsity that was reached before is expected; one of dense masks is not.
+    # A sparsity that had been reached before is fine, but not one that left masks dense.
     dense = all(kernel.mask.all() for kernel in kernels.values())
     amount = rate if sparsity is None or isinstance(sparsity, Mapping) else sparsity * dense
     same = all(np.array_equal(kernel.mask, masks[path]) for path, kernel in kernels.items())
     if same and not request.keep_sparser and isinstance(amount, Real) and amount > 0:
         unit = "weight" if structure is None else f"tile of {structure}"
         warn(
-            f"Nothing was pruned: a share of {amount} is less than one {unit} wherever they "
-            'compete. Ask for more, or let all compete with each other (`scope="global"`).'
+            f"Nothing was pruned: a share of {amount} is less than one {unit} in each group of "
+            'weights ranked together. Prune more, or rank all together (`scope="global"`).'
         )
     of_emptied(path for path, kernel in kernels.items() if is_emptied(kernel.mask, masks[path]))
 
 
 def of_schedule_left(schedule: schedules.Schedule, step: int) -> str | None:
-    """Returns the message for a training that ends at this step; None after the schedule's end.
+    """Returns a warning for a training that ends before the schedule does, or None.
 
-    A schedule without an end has none to reach: only whether it ever began can be told.
+    For a schedule without an end, the only check is whether it ever began.
     """
     first = schedule.begin_step
     if step < first:
         return (
             f"Nothing was pruned: the training ended at step {step}, and the schedule begins at "
-            f"step {first}. Train on, or give the schedule a `begin_step` below the number of "
-            "batches that you train on (a step is a batch)."
+            f"step {first}. Train longer, or use a `begin_step` below the number of batches "
+            "trained (a step is a batch)."
         )
     if schedule.end_step is None:
         return None
@@ -116,16 +116,16 @@ def of_schedule_left(schedule: schedules.Schedule, step: int) -> str | None:
     reached, final = schedule.sparsity(last), schedule.sparsity(schedule.end_step)
     if (reached <= final) if schedule.falls else (reached >= final):
         return None
-    got = f"The schedule did not reach its final sparsity of {final:.4g}: masks changed last at "
-    got += f"step {last}, to {reached:.4g}"
+    got = f"The schedule did not reach its final sparsity of {final:.4g}: the last mask update was "
+    got += f"at step {last}, to {reached:.4g}"
     if step < schedule.end_step:
         return (
             f"{got}, and the training ended at step {step} of the {schedule.end_step} of the "
-            f"schedule. Train on, or give it `end_step={last}` (a step is a batch)."
+            f"schedule. Train longer, or set `end_step={last}` (a step is a batch)."
         )
     return (
-        f"{got}, and the next change, {schedule.frequency} steps on, lies behind its `end_step` of "
-        f"{schedule.end_step}. Give it `end_step={last}`, or a `frequency` that divides the "
+        f"{got}, and the next one, {schedule.frequency} steps later, is after its `end_step` of "
+        f"{schedule.end_step}. Set `end_step={last}`, or a `frequency` that divides the "
         f"{schedule.end_step - first} steps from its beginning to its end."
     )
 
@@ -135,7 +135,7 @@ def _of_structure(
 ) -> None:
     left = [path for path, layout in layouts.items() if not structure.applies(layout)]
     if left:
-        _logger.warning("%s does not apply to %s; left as they were.", structure, left)
+        _logger.warning("%s does not apply to %s; they are left unchanged.", structure, left)
     smaller = [
         path
         for path, layout in layouts.items()
@@ -143,8 +143,8 @@ def _of_structure(
     ]
     if smaller:
         _logger.warning(
-            "The tiles of %s are larger than %s: there they are cut off at the edge, down to one "
-            "tile for a kernel that is smaller in all directions.",
+            "The tiles of %s are larger than %s: there they are cut off at the edges, so that a "
+            "kernel that is smaller in all directions is a single tile.",
             structure,
             smaller,
         )

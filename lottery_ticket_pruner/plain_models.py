@@ -1,4 +1,4 @@
-"""The earlier API, and what it takes on plain models: held masks, rescaling, masks by layer."""
+"""The earlier API, for plain and masked models, with the masks and factors held for plain ones."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ Key = tuple[int, tuple[int, ...]]
 
 
 class Rescaling:
-    """Factors that `LotteryTicketPruner.apply_dwr` has left in weights, by position of the weight.
+    """Factors that `LotteryTicketPruner.apply_dwr` has multiplied weights by, by position.
 
-    A plain model has no place for a factor but its weights, and a caller may put other weights
-    there between two calls. So the weights are kept as they were before the factor, too.
+    A plain model can only store a factor in its weights, and these may be replaced between two
+    calls. Therefore the weights before the multiplication are kept as well.
 
     Args:
-        factors: Factors now in the weights; a weight that is not listed has none.
-        unscaled: Weights before their factor, of the same positions. Missing where a pruner was
-            loaded from a file that has none.
+        factors: Current factors. A weight that is not listed has no factor.
+        unscaled: Weights before the multiplication, by position. Missing if the pruner was loaded
+            from a file without them.
     """
 
     def __init__(
@@ -48,17 +48,17 @@ class Rescaling:
         mask: np.ndarray,
         initial: np.ndarray,
     ) -> np.ndarray | None:
-        """Returns the weight with the factor `size / ones(mask)` in it, once.
+        """Returns the weight multiplied by `size / ones(mask)`, exactly once.
 
         Args:
             position: Position of the weight.
-            weight: Its values now, with or without the factor of an earlier call.
-            mask: Its mask, True where an entry is kept.
-            initial: Its recorded initial values, which have no factor. The final ones may have
-                one: they are recorded after a training.
+            weight: Current values, with or without the factor of an earlier call.
+            mask: Mask of the weight, True where an entry is kept.
+            initial: Recorded initial values, which have no factor. (The final values may have one,
+                because they are recorded after training.)
 
         Returns:
-            The new values, pruned entries being 0; None where the factor is in the weight already.
+            The new values with pruned entries set to 0, or None if the factor is already applied.
         """
         ones = int(mask.sum())
         factor = mask.size / ones if ones else 0.0
@@ -66,7 +66,7 @@ class Rescaling:
         if factor == carried:
             return None
         unscaled = np.where(mask, weight / carried, 0.0)
-        # Weights times 0 are lost: no factor can be taken out of them again.
+        # A factor of 0 cannot be undone, so it is not stored.
         self.factors[position] = factor or 1.0
         self.unscaled[position] = unscaled.astype(weight.dtype)
         return np.where(mask, weight * (factor / carried), 0.0).astype(weight.dtype)
@@ -78,10 +78,10 @@ class Rescaling:
         mask: np.ndarray,
         initial: np.ndarray,
     ) -> float:
-        """Returns the factor that the kept entries of a weight have in them.
+        """Returns the factor that the kept entries of a weight currently contain.
 
-        They may have been trained since it was put there, which moves them a little, or replaced by
-        weights without a factor. Whichever is closer, with the factor or without it, decides.
+        Since it was applied, the weights may have been trained, which moves them a little, or
+        replaced by weights without a factor. The closer of the two candidates decides.
         """
         factor = self.factors.get(position, 1.0)
         kept = weight[mask].astype("float64")
@@ -95,24 +95,23 @@ class Rescaling:
 
 
 class PlainPruning(abc.ABC):
-    """The earlier API, for plain and masked models, and the masks held for plain ones.
+    """Base class of `LotteryTicketPruner` with the earlier API, for plain and masked models.
 
-    It is the base of `LotteryTicketPruner`, which has the records and makes new masks. The masks of
-    a masked model are in the model; those of a plain one are held here, by position among the
-    weights.
+    The subclass holds the records and computes new masks. The masks of a masked model are stored in
+    the model. Those of a plain model are held here, by position among its weights.
 
     Args:
         model: A built Keras model with at least one kernel-like weight.
 
     Attributes:
         model: The model.
-        masks_version: A number that is higher whenever the held masks have changed.
+        masks_version: A number that increases whenever the held masks change.
 
     Raises:
-        ValueError: If the model is not built, or it has nothing to prune.
+        ValueError: If the model is not built or has nothing to prune.
     """
 
-    # Records, which the subclass makes.
+    # Records, created by the subclass.
     _initial: tuple[np.ndarray, ...]
     _final: tuple[np.ndarray, ...] | None
 
@@ -128,8 +127,8 @@ class PlainPruning(abc.ABC):
         self._masks = {i: np.ones(shapes[i], bool) for i in records.prunables(model)}
         if not self._masks:
             raise ValueError(
-                f"The model {model.name!r} has no weight that can be pruned. Kernels of Keras' "
-                "layers can; weights of other layers after `masked_layers.register`."
+                f"The model {model.name!r} has no prunable weight. Kernels of Keras layers are "
+                "prunable; weights of other layers are after `masked_layers.register`."
             )
         self.masks_version = 0
         self._rescaling = Rescaling()
@@ -139,19 +138,19 @@ class PlainPruning(abc.ABC):
     def prune(
         self, request: selection.Request, *, data: Any = None, model: keras.Model | None = None
     ) -> None:
-        """Gives a model new masks by a request."""
+        """Computes and sets new masks of a model."""
 
     def calc_prune_mask(
         self, model: keras.Model, prune_percentage: float, prune_strategy: Any = "large_final"
     ) -> None:
-        """Computes masks that drop a share of the weights that remain: 0.5, then 0.2, gives 0.6.
+        """Computes masks that prune a share of the kept weights: 0.5, then 0.2, gives 0.6.
 
         In a masked model the masks take effect at once. The weights of a plain model stay as they
         are until `apply_pruning`.
 
         Args:
             model: The model to prune, of the pruner's architecture.
-            prune_percentage: Share of the kept weights to drop, above 0 and below 1.
+            prune_percentage: Share of the kept weights to prune, above 0 and below 1.
             prune_strategy: A criterion: name, configuration, `criteria.Criterion` or function.
 
         Raises:
@@ -168,7 +167,7 @@ class PlainPruning(abc.ABC):
         self.prune(request, model=model)
 
     def apply_pruning(self, model: keras.Model) -> None:
-        """Zeroes the pruned weights of a plain model; a masked one reads them as zero already.
+        """Zeroes the pruned weights of a plain model. Masked models read them as zero anyway.
 
         Args:
             model: The model, of the pruner's architecture.
@@ -184,17 +183,17 @@ class PlainPruning(abc.ABC):
             variable.assign(zero_hold.zero_pruned(mask, variable))
 
     def apply_dwr(self, model: keras.Model) -> None:
-        """Rescales what is left of each layer by size / ones(mask), once and no more.
+        """Rescales the kept weights of each layer by size / ones(mask) (dynamic weight rescaling).
 
-        Dynamic weight rescaling. In a masked model this switches on a factor of the forward pass,
-        which follows the masks. In a plain one the masked weights are multiplied, and pruned ones
-        are zero afterwards. A second call does nothing, and after a change of the masks the factor
-        is exchanged: a weight carries size / ones(mask) at most once. Weights that the caller put
-        back since, or that equal the initial ones, or whose masks were reset, count as not
-        rescaled; those that were trained since count as rescaled. A plain model does not tell these
-        apart: what is nearer to the weights before the last rescaling than to those after it was
-        put back.
-        The factor of a mask without ones is 0.
+        In a masked model this switches on a factor in the forward pass, which follows the masks. In
+        a plain model the masked weights are multiplied, and pruned ones are zero afterwards. The
+        factor is applied at most once: a second call has no effect, and after a change of the masks
+        the factor is replaced. The factor of a mask without ones is 0.
+
+        Weights count as not rescaled if the caller has put earlier weights back, if they equal the
+        initial weights or if their masks were reset. Weights that were trained since count as
+        rescaled. In a plain model the closer match decides: the weights before the last rescaling
+        or those after it.
 
         Args:
             model: The model, of the pruner's architecture.
@@ -222,15 +221,15 @@ class PlainPruning(abc.ABC):
 
     @property
     def prunable_tuples(self) -> list[Key]:
-        """Positions `(in model.layers, in layer.weights)` of each layer to prune."""
+        """Positions `(in model.layers, in layer.weights)` of each layer with prunable weights."""
         refs = self._prunables(self.model).values()
         return prunable_tuples(self.model, [ref.variable for ref in refs])
 
     @property
     def prune_masks_map(self) -> dict[Key, list[np.ndarray | None]]:
-        """The masks now: for each of `prunable_tuples` one per weight of the layer, or None.
+        """Current masks: for each of `prunable_tuples` one per weight of the layer, or None.
 
-        They are read-only copies, of zeros and ones in float64; `calc_prune_mask` and
+        The masks are read-only copies with float64 zeros and ones. `calc_prune_mask` and
         `update_masks` make new ones.
         """
         refs = self._prunables(self.model).items()
@@ -239,9 +238,9 @@ class PlainPruning(abc.ABC):
 
     @property
     def cumulative_pruning_rate(self) -> float:
-        """The share of prunable weights that is pruned now; 0.0 again after `reset_masks`.
+        """Share of prunable weights that is currently pruned. 0.0 after `reset_masks`.
 
-        It is counted in the masks: after 0.5 and 0.2 it is 0.6 but for what rounding to whole
+        Computed from the masks: after 0.5 and 0.2 it is 0.6, up to rounding to whole
         weights makes of it.
         """
         masks = [self._mask(i, ref) for i, ref in self._prunables(self.model).items()]
@@ -261,7 +260,7 @@ class PlainPruning(abc.ABC):
             np.ndarray,
         ]
     ]:
-        """Yields what is known of each prunable weight.
+        """Yields the records, current values and mask of each prunable weight.
 
         Args:
             model: The model, of the pruner's architecture.
@@ -269,8 +268,8 @@ class PlainPruning(abc.ABC):
         Yields:
             `(key, layer, index, initial, pretrained, current, mask)`: the path of the weight, the
             layer that holds it, its position in `layer.weights`, the recorded initial and final
-            weights (the latter None before they are recorded), the raw weight now and the bool
-            mask. Changing an array changes neither record nor model.
+            weights (final is None before it is recorded), the current raw weight and the bool
+            mask. Changing these arrays does not affect the records or the model.
 
         Raises:
             ValueError: If the model has other weights. The message names the layer and both shapes.
@@ -290,14 +289,14 @@ class PlainPruning(abc.ABC):
             )
 
     def held_masks(self, model: keras.Model) -> list[tuple[keras.Variable, np.ndarray]]:
-        """Returns the masks that are held for a plain model, each with its variable there."""
+        """Returns the masks held for a plain model, each with the variable of `model`."""
         return [
             (ref.variable, self._masks[position])
             for position, ref in self._prunables(model).items()
         ]
 
     def _prunables(self, model: keras.Model) -> dict[int, WeightRef]:
-        """Returns the weights that have a mask, in the model or here, by position."""
+        """Returns the weights that have a mask, in the model or in the pruner, by position."""
         refs = records.prunables(model).items()
         return {i: ref for i, ref in refs if ref.mask is not None or i in self._masks}
 
@@ -308,7 +307,7 @@ class PlainPruning(abc.ABC):
         return ref.mask.to_numpy()
 
     def _write_masks(self, model: keras.Model, masks: Mapping[int, np.ndarray]) -> None:
-        """Sets masks by position, in the model if it is masked, here otherwise."""
+        """Sets masks by position, in the model if it is masked, otherwise in the pruner."""
         if is_masked(model):
             refs = self._prunables(model)
             ml.set_masks(model, {refs[position].path: mask for position, mask in masks.items()})
@@ -317,14 +316,14 @@ class PlainPruning(abc.ABC):
             self.masks_version += 1
 
     def _reset_held(self) -> None:
-        """Sets the held masks to ones, and forgets what was counted and rescaled under them."""
+        """Sets the held masks to ones, and resets the update count and the factors."""
         self._masks = {position: np.ones_like(mask) for position, mask in self._masks.items()}
         self.masks_version += 1
         self._rescaling = Rescaling()
         self._updates = 0
 
     def _checked(self, model: keras.Model | None) -> keras.Model:
-        """Returns the model, by default the pruner's own, if its weights are those recorded."""
+        """Returns `model` (default: the pruner's) after checking that it has the same weights."""
         if model is None:
             model = self.model
         self._architecture.check(model)
@@ -332,7 +331,7 @@ class PlainPruning(abc.ABC):
 
 
 def prunable_tuples(model: keras.Model, variables: Iterable[keras.Variable]) -> list[Key]:
-    """Returns where in `model.layers` these variables are.
+    """Returns the positions of variables in `model.layers`.
 
     Args:
         model: The model.
@@ -355,7 +354,7 @@ def prunable_tuples(model: keras.Model, variables: Iterable[keras.Variable]) -> 
 def masks_by_layer(
     model: keras.Model, masks: Mapping[int, np.ndarray]
 ) -> dict[Key, list[np.ndarray | None]]:
-    """Returns masks as the earlier API kept them.
+    """Returns masks in the format of the earlier API.
 
     Args:
         model: The model.

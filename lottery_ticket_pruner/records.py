@@ -1,4 +1,4 @@
-"""Records of a model's weights: read-only copies, their comparison with a model, their file."""
+"""Records of the weights of a model: read-only copies, comparison with a model, and the file."""
 
 from __future__ import annotations
 
@@ -44,28 +44,28 @@ class Architecture:
         return cls(tuple(_weight_paths(model)), shapes)
 
     def check(self, model: keras.Model) -> None:
-        """Raises an error if a model has other weights.
+        """Raises an error if a model has different weights.
 
         Args:
-            model: Model that is to be of this architecture.
+            model: Model to check.
 
         Raises:
-            ValueError: If it has others. The message names the layer and both shapes.
+            ValueError: If the weights differ. The message names the layer and both shapes.
         """
         shapes = [tuple(variable.shape) for variable in model.weights]
         if shapes != list(self.shapes):
             self.compare(_weight_paths(model), shapes, f"The model {model.name!r}")
 
     def compare(self, keys: Sequence[str], shapes: Sequence[tuple[int, ...]], what: str) -> None:
-        """Raises an error that names the first difference, if there is one.
+        """Raises an error that names the first difference, if any.
 
         Args:
-            keys: Paths of other weights.
-            shapes: Their shapes.
-            what: What to call the owner of these weights.
+            keys: Paths of the other weights.
+            shapes: Shapes of the other weights.
+            what: Description of their owner, for the message.
 
         Raises:
-            ValueError: If there is a difference.
+            ValueError: If the paths or shapes differ.
         """
         for i in range(max(len(keys), len(self.paths))):
             found = (keys[i], tuple(shapes[i])) if i < len(keys) else None
@@ -78,7 +78,7 @@ class Architecture:
 
 
 def _describe(weight: tuple[str, tuple[int, ...]] | None) -> str:
-    """Says in words what a weight is."""
+    """Describes a weight in words."""
     if weight is None:
         return "no further weight"
     layer, _, name = weight[0].rpartition("/")
@@ -91,14 +91,14 @@ def is_masked(model: keras.Model) -> bool:
 
 
 def prunables(model: keras.Model) -> dict[int, WeightRef]:
-    """Returns the masked weights, in a plain model all maskable ones, by position."""
+    """Returns the masked weights of a model, or all maskable weights if none is, by position."""
     positions = {id(variable): i for i, variable in enumerate(model.weights)}
     refs = {positions[id(ref.variable)]: ref for ref in ml.weight_refs(model)}
     return {i: ref for i, ref in refs.items() if ref.mask is not None} or refs
 
 
 def _weight_paths(model: keras.Model) -> list[str]:
-    """Returns a path for each of the model's weights, in their order, each different."""
+    """Returns a unique path for each weight of the model, in order."""
     names = {
         id(variable): paths.join(path, variable.name)
         for path, layer in paths.walk(model)
@@ -123,7 +123,7 @@ def snapshot(model: keras.Model) -> tuple[np.ndarray, ...]:
 
 
 def read_only(arrays: Iterable[np.ndarray]) -> tuple[np.ndarray, ...]:
-    """Returns the arrays themselves, made read-only."""
+    """Makes the arrays read-only, and returns them."""
     arrays = tuple(arrays)
     for array in arrays:
         array.flags.writeable = False
@@ -132,7 +132,7 @@ def read_only(arrays: Iterable[np.ndarray]) -> tuple[np.ndarray, ...]:
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Saved:
-    """The state of a pruner as its file has it: arrays and JSON, no pickled objects.
+    """The state of a pruner as stored in its file: arrays and JSON, without pickled objects.
 
     Attributes:
         paths: Path of each weight.
@@ -143,8 +143,8 @@ class Saved:
         clocks: Steps and learning rates of the optimizers, recorded with the initial weights.
         masks: Bool masks, by position.
         frozen: Values that pruned weights are frozen at, by position.
-        factors: Factors that `apply_dwr` has left in weights of a plain model, by position.
-        unscaled: Those weights without their factor, by position.
+        factors: Factors that `apply_dwr` has multiplied weights of a plain model by, by position.
+        unscaled: These weights before the multiplication, by position.
     """
 
     paths: Sequence[str]
@@ -159,7 +159,7 @@ class Saved:
     unscaled: Mapping[int, np.ndarray]
 
     def write(self, file: str | os.PathLike) -> None:
-        """Writes the file; an existing one is replaced as a whole or not at all."""
+        """Writes the file. An existing file is replaced completely or not at all."""
         state = {
             "format": _FORMAT,
             "version": _FORMAT_VERSION,
@@ -182,10 +182,10 @@ class Saved:
 
     @classmethod
     def read(cls, file: str | os.PathLike) -> Saved:
-        """Reads a file that `write` wrote.
+        """Reads a file written by `write`.
 
         Raises:
-            ValueError: If the file is not one.
+            ValueError: If the file was not written by `write`.
         """
         try:
             arrays = read_npz(file)
@@ -196,8 +196,7 @@ class Saved:
             return cls._of(state, arrays)
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise ValueError(
-                f"{file} is not a file that `LotteryTicketPruner.save` of this version wrote: "
-                f"{error}"
+                f"{file} was not written by `LotteryTicketPruner.save` of this version: {error}"
             ) from error
 
     @classmethod
@@ -222,7 +221,7 @@ class Saved:
 
 
 def _check_state(state: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
-    """Raises an error that names arrays that are not numbers of the shape of their weight."""
+    """Raises an error that names arrays of the wrong type or shape."""
     for number, path in enumerate(state["paths"]):
         there = {"initial weights": arrays[f"initial/{number}"]}
         shape = there["initial weights"].shape
@@ -237,5 +236,5 @@ def _check_state(state: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> 
         for what, array in there.items():
             if array.shape != shape or array.dtype.kind not in ("b" if what == "mask" else "fiub"):
                 raise ValueError(
-                    f"{what} of {array.dtype}{array.shape} for {path}, which has the shape {shape}"
+                    f"{what} of {array.dtype}{array.shape} for {path}, which has shape {shape}"
                 )

@@ -1,4 +1,4 @@
-"""The commands `lottery-ticket export` and `lottery-ticket inspect`: saved models on disk."""
+"""The commands `lottery-ticket export` and `lottery-ticket inspect` for saved models."""
 
 import dataclasses
 from pathlib import Path
@@ -17,23 +17,23 @@ class ExportConfig:
     model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
     """A `.keras` file: masked, or plain with zeros in its kernels."""
     out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
-    """Folder to write, such as served/1. A SavedModel that is there stays as it is."""
+    """Folder to write, such as served/1. An existing SavedModel is not replaced."""
     overwrite: bool = False
-    """Replace the SavedModel that is there, when the new one is complete."""
+    """Replace an existing SavedModel once the new one is complete."""
     values: Literal["float32", "float16", "bfloat16"] = "float32"
-    """float32 keeps every value; the others store 2 bytes, and the error is printed."""
+    """float32 keeps every value exactly. The others take 2 bytes; the error is printed."""
     level: int = 6
     """Compression level, 0 to 9."""
     include: tuple[str, ...] = ()
-    """Regular expressions for the paths of weights that may be sparse. Left out: all."""
+    """Regular expressions for the paths of weights that may be stored sparsely. Default: all."""
 
     def execute(self) -> serving.StorageReport:
-        """Load the model, write the folder and return the report of what it takes."""
+        """Load the model, write the folder and return a report of the stored sizes."""
         _check_model(self.model)
         if (self.out / "saved_model.pb").is_file() and not self.overwrite:
             raise FileExistsError(
-                f"'{self.out}' holds a SavedModel. Choose another folder, or give --overwrite to "
-                "replace it when the new one is complete."
+                f"'{self.out}' holds a SavedModel. Choose another folder, or pass --overwrite to "
+                "replace it once the new one is complete."
             )
         return serving.export_sparse_saved_model(
             load_model(self.model),

@@ -200,18 +200,18 @@ def test_patterns_that_others_keep_from_any_path_are_refused():
     [
         (
             schedules.Polynomial(0, 0.5, 10, 20),
-            r"^Nothing was pruned: .* ended at step 4, .* begins at step 10\. Train on, or .*"
+            r"^Nothing was pruned: .* ended at step 4, .* begins at step 10\. Train longer, or .*"
             "`begin_step`",
         ),
         (
             schedules.Polynomial(0, 0.5, 0, 8, 1, 2),
-            r"sparsity of 0\.5: .* last at step 4, to 0\.25, .* ended at step 4 of the 8 .*"
-            r"\. Train on, or give it `end_step=4`",
+            r"sparsity of 0\.5: .* at step 4, to 0\.25, .* ended at step 4 of the 8 .*"
+            r"\. Train longer, or set `end_step=4`",
         ),
         (
             schedules.Geometric(0, 0.75, 0, 4, 3),
-            r"of 0\.75: .* last at step 3, to 0\.6464, .* 3 steps on, .* `end_step` of 4\. "
-            "Give it `end_step=3`, or a `frequency` that divides the 4 steps",
+            r"of 0\.75: .* at step 3, to 0\.6464, .* 3 steps later, .* `end_step` of 4\. "
+            "Set `end_step=3`, or a `frequency` that divides the 4 steps",
         ),
         (schedules.Polynomial(0, 0.5, 0, 4, frequency=2), None),
         (schedules.Constant(0.5, 1, 9, 4), None),
@@ -252,7 +252,7 @@ def test_a_sparsity_that_falls_needs_weights_that_come_back(cls):
     assert report.sparsity == pytest.approx(0.5, abs=3 / report.size)
     falling = cls(0.7, 0.5, 0, 8, frequency=2)
     pruning = GradualPruning(LotteryTicketPruner(model := make_model()), falling, regrowth=True)
-    with pytest.warns(UserWarning, match=r"final sparsity of 0\.5.*give it `end_step=4`"):
+    with pytest.warns(UserWarning, match=r"final sparsity of 0\.5.*set `end_step=4`"):
         fit(model, [pruning])
 
 

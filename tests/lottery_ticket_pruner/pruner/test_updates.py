@@ -69,7 +69,7 @@ def spoil(group):
 
 def test_a_model_with_nothing_to_prune_or_without_weights_is_an_error():
     nothing = keras.Sequential([keras.Input((6,)), layers.BatchNormalization()])
-    with pytest.raises(ValueError, match="no weight that can be pruned"):
+    with pytest.raises(ValueError, match="no prunable weight"):
         LotteryTicketPruner(nothing)
     with pytest.raises(ValueError, match="Build it first"):
         LotteryTicketPruner(keras.Sequential([layers.Dense(2)]))

@@ -206,7 +206,7 @@ def test_damaged_files_of_a_pruner_end_in_the_documented_error(tmp_path):
         try:
             LotteryTicketPruner.load(file, model)
         except ValueError as error:
-            assert "not a file that `LotteryTicketPruner.save`" in str(error)  # noqa: PT017
+            assert "not written by `LotteryTicketPruner.save`" in str(error)  # noqa: PT017
     with pytest.raises(FileNotFoundError):
         LotteryTicketPruner.load(tmp_path / "none.npz", model)
     with pytest.raises(IsADirectoryError):
