@@ -1,4 +1,4 @@
-"""The pruner: records of a model's weights, and new masks, values and treatments from them."""
+"""The pruner: records weights of a model, and computes masks, rewinds and treats weights."""
 
 from __future__ import annotations
 
@@ -44,25 +44,26 @@ _logger = logging.getLogger(__name__)
 
 
 class LotteryTicketPruner(plain_models.PlainPruning):
-    """Records what a model's weights were, and prunes, rewinds and evaluates it by these records.
+    """Prunes a Keras model, rewinds it to recorded weights and evaluates its masks.
 
-    The weights of the model are recorded here as the *initial* ones, those a ticket is rewound to,
-    and by `set_pretrained_weights` as the *final* ones, those most criteria rank. A record is a
-    read-only copy of every weight: kernels, biases and statistics. Masks are not weights.
+    The current weights of the model are recorded as the *initial* weights, to which a ticket is
+    rewound. `set_pretrained_weights` records the *final* weights, which most criteria rank. A
+    record is a read-only copy of every weight: kernels, biases and statistics. Masks are not
+    weights.
 
-    The masks of a masked model are its own variables: the pruner reads and writes them there and
-    keeps no copy. For a plain model, the pruner holds the masks itself, and `apply_pruning` and
-    `PrunerCallback` zero the pruned weights; `update_masks`, `rewind` and `evaluate_supermask` take
-    a masked model.
+    The masks of a masked model are variables of the model, which the pruner reads and writes there.
+    For a plain model, the pruner holds the masks itself, and `apply_pruning` and `PrunerCallback`
+    zero the pruned weights. `update_masks`, `rewind` and `evaluate_supermask` require a masked
+    model.
 
-    Compile the model first if its learning rate is to be rewound too.
+    To rewind the learning rate too, compile the model before creating the pruner.
 
     Args:
-        model: A built Keras model with at least one kernel-like weight, plain or made by
+        model: A built Keras model with at least one kernel-like weight, either plain or created by
             `masked_layers.convert_to_masked`.
 
     Raises:
-        ValueError: If the model is not built, or it has nothing to prune.
+        ValueError: If the model is not built or has nothing to prune.
 
     Example:
     ```python
@@ -91,24 +92,24 @@ class LotteryTicketPruner(plain_models.PlainPruning):
 
     @property
     def initial_weights(self) -> Mapping[str, np.ndarray]:
-        """The initial weights by path: read-only arrays, those that `rewind` brings back."""
+        """Initial weights by path, as read-only arrays. `rewind` restores them."""
         return MappingProxyType(dict(zip(self._architecture.paths, self._initial, strict=True)))
 
     @property
     def final_weights(self) -> Mapping[str, np.ndarray] | None:
-        """The final weights by path: read-only arrays; None before they are recorded."""
+        """Final weights by path, as read-only arrays. None before they are recorded."""
         if self._final is None:
             return None
         return MappingProxyType(dict(zip(self._architecture.paths, self._final, strict=True)))
 
     def set_initial_weights(self, model: keras.Model | None = None) -> None:
-        """Records the initial weights again: the point that `rewind` goes back to.
+        """Records the current weights as the initial weights, which `rewind` restores.
 
-        Called after k steps of training, this is rewinding to step k. The step count and the
-        learning rate of the optimizer are recorded with the weights.
+        Call this after k steps of training to rewind to step k. The step count and the learning
+        rate of the optimizer are recorded as well.
 
         Args:
-            model: The model to record, of the same architecture; by default the pruner's own.
+            model: A model of the same architecture to record. By default the pruner's model.
 
         Raises:
             ValueError: If the model has other weights. The message names the layer and both shapes.
@@ -120,10 +121,10 @@ class LotteryTicketPruner(plain_models.PlainPruning):
         _logger.info("Recorded %d initial weights of %r.", len(self._initial), model.name)
 
     def set_pretrained_weights(self, model: keras.Model | None = None) -> None:
-        """Records the final weights, those after training, which most criteria rank.
+        """Records the current weights as the final weights, which most criteria rank.
 
         Args:
-            model: The model to record, of the same architecture; by default the pruner's own.
+            model: A model of the same architecture to record. By default the pruner's model.
 
         Raises:
             ValueError: If the model has other weights. The message names the layer and both shapes.
@@ -132,8 +133,8 @@ class LotteryTicketPruner(plain_models.PlainPruning):
         final = list(records.snapshot(model))
         for position, ref in self._prunables(model).items():
             if ref.mask is not None and ref.mask.frozen is not None:
-                # What a frozen weight ended as: whoever compares it with w0 must not see the raw
-                # value, which means nothing.
+                # Criteria that compare a frozen weight with w0 need its frozen value, because its
+                # raw value is meaningless.
                 held = read(ref.mask.frozen)
                 held = np.where(self._mask(position, ref), final[position], held)
                 final[position] = held
@@ -155,16 +156,16 @@ class LotteryTicketPruner(plain_models.PlainPruning):
         distribution: Any = None,
         data: Any = None,
     ) -> SparsityReport:
-        """Prunes the masked model further: its masks lose what the criterion ranks lowest.
+        """Prunes the masked model further, by removing the lowest-ranked weights from its masks.
 
         Raw weights are not changed. Pruned weights never come back; `reset_masks` starts over.
 
         Args:
             strategy: A criterion: name, configuration, `criteria.Criterion` or function.
-            rate: Share of the kept weights to drop now, in [0, 1); or a mapping from patterns of
-                paths to shares, with a `"default"`.
-            sparsity: Share of all weights that are pruned afterwards, likewise. Exactly one of
-                `rate` and `sparsity`.
+            rate: Share of the kept weights to prune now, in [0, 1). A mapping from patterns of
+                paths to shares, with a `"default"`, gives each layer its own.
+            sparsity: Share of all weights that are pruned afterwards, in the same form as `rate`.
+                Exactly one of `rate` and `sparsity` must be given.
             scope: Weights that are ranked together: `"layer"` (the default for most criteria),
                 `"global"` or `"output"`.
             seed: For random scores and ties. By default the number of updates since the masks were
@@ -181,15 +182,15 @@ class LotteryTicketPruner(plain_models.PlainPruning):
                 take no notice.
 
         Returns:
-            The report of the model's sparsity.
+            A report of the model's sparsity.
 
         Raises:
             ValueError: If the model is not masked, a record or data are missing, or an argument is
                 wrong. In that case nothing is changed.
 
         Warns:
-            UserWarning: The criterion ranks final weights that are older than the last update;
-                a mask that kept something keeps nothing now; or nothing was pruned.
+            UserWarning: If the criterion ranks final weights recorded before the last update, if a
+                mask no longer keeps any weight, or if nothing was pruned.
         """
         self._require_masked("update_masks")
         request = selection.Request.of(
@@ -205,7 +206,7 @@ class LotteryTicketPruner(plain_models.PlainPruning):
         self.prune(request, data=data)
         if stale:
             warnings.warn(
-                "The masks were updated since the final weights were recorded; the same weights "
+                "The final weights were recorded before the last mask update, so the same weights "
                 "were ranked again. Call `set_pretrained_weights` after training.",
                 stacklevel=2,
             )
@@ -219,15 +220,16 @@ class LotteryTicketPruner(plain_models.PlainPruning):
         scope: str | None = None,
         seed: int = 0,
     ) -> Iterator[dict[str, np.ndarray]]:
-        """Makes the masks of many sparsities from one ranking of all weights, and sets none.
+        """Computes masks for many sparsities from one ranking of all weights, without setting them.
 
-        Each is what `update_masks` would set on masks that were just reset, ties included.
+        Each result is what `update_masks` would set after `reset_masks`, including ties.
 
         Args:
-            strategy: A criterion, as for `update_masks`.
-            sparsities: The sparsities, in any order; each as for `update_masks`.
-            scope: As for `update_masks`.
-            seed: For random scores and ties.
+            strategy: A criterion: name, configuration, `criteria.Criterion` or function.
+            sparsities: The sparsities, in any order: shares of all weights, or mappings from
+                patterns of paths to shares.
+            scope: Weights that are ranked together: `"layer"`, `"global"` or `"output"`.
+            seed: Seed for random scores and ties.
 
         Returns:
             An iterator over dicts from path to bool mask, one for each sparsity.
@@ -236,7 +238,7 @@ class LotteryTicketPruner(plain_models.PlainPruning):
             ValueError: If a record is missing, or an argument is wrong.
 
         Warns:
-            UserWarning: One of the masks keeps nothing; for the first sparsity where that is so.
+            UserWarning: If a mask keeps nothing, once, for the first such sparsity.
         """
         request = selection.Request.of(strategy, scope=scope, seed=seed)
         ml.sync(self.model)
@@ -249,13 +251,13 @@ class LotteryTicketPruner(plain_models.PlainPruning):
         return notices.watched(masks, sparsities)
 
     def rewind(self, optimizer: bool = True) -> None:
-        """Brings the initial weights back under the masks, which stay.
+        """Restores the initial weights. Masks are not changed.
 
         Args:
-            optimizer: Also bring the optimizer back: slots as after `build`, the learning rate as
-                recorded with the weights (if it is a variable of the optimizer that the model was
-                compiled with then; one set by a later `compile` stays), the step count 0, or the
-                recorded one where a learning-rate schedule reads it. Compiled functions stay valid.
+            optimizer: Whether to reset the optimizer as well. Slots become as after `build`. The
+                learning rate is restored to the recorded one, if it is a variable and the model has
+                not been compiled with another optimizer since. The step count becomes 0, or the
+                recorded one if a learning-rate schedule reads it. Compiled functions stay valid.
 
         Raises:
             ValueError: If the model is not masked, or its trainable weights have changed since the
@@ -273,22 +275,22 @@ class LotteryTicketPruner(plain_models.PlainPruning):
         seed: int = 0,
         optimizer: bool = True,
     ) -> None:
-        """Sets what the kept weights start from, and what the pruned ones are from now on.
+        """Sets the values that kept weights start from and the values that pruned weights have.
 
         Zhou et al. call these mask-1 and mask-0 actions. `treat()` is `rewind()` with pruned
-        weights at zero; `lottery_ticket_pruner.treatments` describes the others. Everything is
-        derived from the recorded initial and final weights: treatments of several rounds do not
-        compound. All other weights (biases, statistics) go back to the initial ones, with
-        `kept="finetune"` to the final ones. Pruned weights that are not zero are frozen values of
-        the mask: held in the graph, not trained, and saved with it; `rewind` leaves them, and
-        `treat` and `reset_masks` take them away. Not to be called while `fit` is under way.
+        weights at zero; see `lottery_ticket_pruner.treatments` for the others. All values derive
+        from the recorded initial and final weights, so repeated treatments do not accumulate. All
+        other weights (biases, statistics) are restored to their initial values, or to their final
+        values with `kept="finetune"`. Nonzero values of pruned weights are frozen in the mask: they
+        are part of the graph and saved with it, but not trained. `rewind` keeps them, `treat` and
+        `reset_masks` remove them. Do not call this method while `fit` is running.
 
         Args:
-            kept: The treatment of kept weights: name, configuration, `treatments.Treatment` or
+            kept: A treatment of kept weights: name, configuration, `treatments.Treatment` or
                 function.
-            pruned: The treatment of pruned weights, likewise.
-            seed: For fresh draws, permutations and signs.
-            optimizer: As for `rewind`.
+            pruned: A treatment of pruned weights, in one of the same forms.
+            seed: Seed for new values, permutations and signs.
+            optimizer: Whether to reset the optimizer as well, as in `rewind`.
 
         Raises:
             ValueError: If the model is not masked, a treatment is unknown or reads final weights
@@ -315,7 +317,7 @@ class LotteryTicketPruner(plain_models.PlainPruning):
             kernel = self._kernel(position, ref, seed)
             effective = treatments.treat(kernel, kept, pruned)
             values[position] = np.where(kernel.mask, effective, kernel.initial)
-            # Zeros of other treatments are kept, too: later rounds ask what a weight ended as.
+            # Zeros of other treatments are kept too, because later rounds read final values.
             used = not zeroed and not kernel.mask.all()
             # Entries pruned by a later update read as w0 until they are treated.
             frozen[position] = np.where(kernel.mask, kernel.initial, effective) if used else None
@@ -329,16 +331,16 @@ class LotteryTicketPruner(plain_models.PlainPruning):
         )
 
     def reset_masks(self) -> None:
-        """Sets all masks to one, and the count of pruned weights with them; raw weights stay.
+        """Sets all masks to ones and the count of updates to 0. Raw weights are not changed.
 
-        Nothing is frozen any more.
+        Frozen values of pruned weights are removed.
         """
         if is_masked(self.model):
             masks = ml.get_masks(self.model)
             ml.set_masks(self.model, {path: np.ones_like(mask) for path, mask in masks.items()})
             self._freeze(dict.fromkeys(self._prunables(self.model)))
         self._reset_held()
-        _logger.info("Reset the masks of %r: all weights are alive.", self.model.name)
+        _logger.info("Reset the masks of %r: all weights are kept.", self.model.name)
 
     def evaluate_supermask(
         self,
@@ -349,16 +351,17 @@ class LotteryTicketPruner(plain_models.PlainPruning):
         dwr: bool = False,
         **evaluate_kwargs: Any,
     ) -> dict[str, float]:
-        """Evaluates the masks alone: the metrics of the model with its masks over initial weights.
+        """Evaluates the masks over the initial weights, and returns the metrics of the model.
 
-        The model is left exactly as it was: weights, masks, optimizer, metrics and compiled
-        functions, also where the evaluation fails.
+        The model is left unchanged, even if the evaluation fails: weights, masks, optimizer,
+        metrics and compiled functions.
 
         Args:
             x: Input data, as for `keras.Model.evaluate`.
-            y: Targets.
-            weights: `"initial"`, or `"signed_constant"`: sign(w0) times the standard deviation of
-                w0, per masked weight. All other weights are the recorded initial ones.
+            y: Targets, as for `keras.Model.evaluate`.
+            weights: `"initial"` for the initial weights, or `"signed_constant"` for sign(w0) times
+                the standard deviation of w0, per masked weight. Weights without a mask always have
+                their initial values.
             dwr: Whether masked weights are multiplied by size / ones(mask).
             **evaluate_kwargs: Further arguments of `keras.Model.evaluate`.
 
@@ -366,8 +369,7 @@ class LotteryTicketPruner(plain_models.PlainPruning):
             The metrics by name.
 
         Raises:
-            ValueError: If the model is not masked or not compiled, or `weights` is neither of the
-                two.
+            ValueError: If the model is not masked or not compiled, or `weights` is not supported.
 
         Reference:
             - [Zhou et al., arXiv 1905.01067](https://arxiv.org/abs/1905.01067), sections 4 and 5
@@ -397,12 +399,12 @@ class LotteryTicketPruner(plain_models.PlainPruning):
     def prune(
         self, request: selection.Request, *, data: Any = None, model: keras.Model | None = None
     ) -> None:
-        """Gives a model new masks by a request; what `update_masks` and schedules have in common.
+        """Computes and sets new masks of a model, for `update_masks` and schedules.
 
         Args:
-            request: What is to be pruned.
-            data: As for `update_masks`.
-            model: Model to prune, of the pruner's architecture; by default the pruner's own.
+            request: The pruning request.
+            data: Data for criteria of gradients or activations, as in `update_masks`.
+            model: A model of the pruner's architecture to prune. By default the pruner's model.
 
         Raises:
             ValueError: If a record or data are missing, or the amount is wrong. In that case
@@ -414,7 +416,7 @@ class LotteryTicketPruner(plain_models.PlainPruning):
         prunables = self._prunables(model)
         kernels = self._kernels(prunables, criterion)
         if criterion.evidence and is_masked(model):
-            # Evidence of final weights is measured with them in the model.
+            # Criteria of final weights measure their evidence with these weights in the model.
             with weights_replaced(model, self._final if "final" in criterion.needs else None):
                 measure = evidence.measurement(model, criterion, data)
                 masks = selection.select(request, kernels, measure)
@@ -426,7 +428,7 @@ class LotteryTicketPruner(plain_models.PlainPruning):
         size = sum(mask.size for mask in masks.values())
         alive = sum(int(mask.sum()) for mask in masks.values())
         _logger.info(
-            "Pruned %r by %s: %d of %d weights alive (%.2f %%).",
+            "Pruned %r by %s: %d of %d weights kept (%.2f %%).",
             model.name,
             criterion.name,
             alive,
@@ -436,20 +438,20 @@ class LotteryTicketPruner(plain_models.PlainPruning):
         notices.of_update(request, kernels, masks)
 
     def note_changed_masks(self) -> None:
-        """Tells the pruner that its model's masks were changed: final weights are out of date."""
+        """Marks the final weights as outdated, because the masks of the model were changed."""
         self._final_is_new = False
 
     # Files.
 
     def save(self, file: str | os.PathLike) -> None:
-        """Writes the whole state of the pruner to one file: records, masks and counts.
+        """Writes the complete state of the pruner to a file: records, masks and counts.
 
-        What pruned weights of a masked model are frozen at is part of it, see `treat`. The file
-        holds arrays and JSON, no pickled objects. An existing one is replaced as a whole or not at
-        all.
+        This includes the frozen values of pruned weights of a masked model (see `treat`). The file
+        contains arrays and JSON, without pickled objects. An existing file is replaced completely
+        or not at all.
 
         Args:
-            file: Where to; the name is taken as it is.
+            file: Path of the file, used as given (without adding an extension).
         """
         prunables = self._prunables(self.model)
         same = getattr(self.model, "optimizer", None) is self._timed_optimizer
@@ -474,18 +476,19 @@ class LotteryTicketPruner(plain_models.PlainPruning):
 
     @classmethod
     def load(cls, file: str | os.PathLike, model: keras.Model) -> LotteryTicketPruner:
-        """Reads a pruner from a file that `save` wrote, for a model of the same architecture.
+        """Reads a pruner from a file written by `save`, for a model of the same architecture.
 
-        A masked model gets the saved masks and what they freeze pruned weights at. Its weights stay
-        as they are; `rewind` brings the recorded ones.
+        A masked model gets the saved masks and frozen values. Its weights are not changed; call
+        `rewind` to restore the recorded ones.
 
         Args:
-            file: The file.
-            model: The model that the pruner is for from now on.
+            file: Path of the file.
+            model: The model that the pruner is used with.
 
         Raises:
-            ValueError: If the file is not a pruner's, or the model has other weights (the message
-                names the layer and both shapes) or other masks. The model has not changed then.
+            ValueError: If the file was not written by `save`, or the model has different weights
+                (the message names the layer and both shapes) or different masks. In that case the
+                model is not changed.
         """
         saved = records.Saved.read(file)
         pruner = cls(model)
@@ -497,8 +500,8 @@ class LotteryTicketPruner(plain_models.PlainPruning):
             paths = pruner._architecture.paths
             raise ValueError(
                 f"The file {file} has masks for {[saved.paths[i] for i in saved.masks]}, the model "
-                f"{model.name!r} for {[paths[i] for i in prunables]}. Convert the model as it was "
-                "when the pruner was saved."
+                f"{model.name!r} for {[paths[i] for i in prunables]}. Convert the model the same "
+                "way as when the pruner was saved."
             )
         pruner._initial, pruner._final = saved.initial, saved.final
         pruner._final_is_new = saved.final_is_new
@@ -514,14 +517,14 @@ class LotteryTicketPruner(plain_models.PlainPruning):
     # Inside.
 
     def _restart(self, values: Sequence[np.ndarray], optimizer: bool) -> None:
-        """Assigns all weights and brings the optimizer back to its recorded step."""
+        """Assigns all weights and resets the optimizer to its recorded step."""
         model = self._checked(self.model)
         compiled = getattr(model, "optimizer", None) if optimizer else None
         fresh = optimizers.fresh_optimizer(compiled) if compiled is not None else None
         before = [read(variable) for variable in model.weights]
         assign(model.weights, values)
         if compiled is not None:
-            # After the weights: there are optimizers whose slots start as copies of them.
+            # After the weights, because some optimizers initialize slots with copies of them.
             same = compiled is self._timed_optimizer
             steps = [step for step, _ in self._clocks]
             rates = [rate if same else None for _, rate in self._clocks]
@@ -532,7 +535,7 @@ class LotteryTicketPruner(plain_models.PlainPruning):
                 raise
 
     def _kernel(self, position: int, ref: WeightRef, seed: int) -> treatments.Kernel:
-        """Returns what treatments are to know of a weight."""
+        """Returns the mask and records of a weight, for treatments."""
         rng = treatments.generator(seed, ref.path)
         draw_seed = int(rng.integers(2**31))
         return treatments.Kernel(
@@ -544,9 +547,9 @@ class LotteryTicketPruner(plain_models.PlainPruning):
         )
 
     def _freeze(self, frozen: Mapping[int, np.ndarray | None]) -> None:
-        """Freezes pruned weights at values, by position; None takes the values away.
+        """Sets the frozen values of pruned weights, by position. None removes them.
 
-        Functions that were compiled for masks without frozen values are made again.
+        Functions compiled for masks without frozen values are recompiled.
         """
         refs = self._prunables(self.model)
         with variable_scope(self.model):
@@ -557,7 +560,7 @@ class LotteryTicketPruner(plain_models.PlainPruning):
     def _kernels(
         self, prunables: Mapping[int, WeightRef], criterion: criteria.Criterion
     ) -> dict[str, selection.Weights]:
-        """Returns what selection is to know of these weights, by path."""
+        """Returns the mask, layout and records of these weights by path, for selection."""
         reads_current = "current" in criterion.needs | criterion.optional
         return {
             self._architecture.paths[position]: selection.Weights(
@@ -574,12 +577,12 @@ class LotteryTicketPruner(plain_models.PlainPruning):
     def _require_masked(self, method: str) -> None:
         if not is_masked(self.model):
             raise ValueError(
-                f"`{method}` needs a masked model, and {self.model.name!r} is plain. Make the "
+                f"`{method}` needs a masked model, but {self.model.name!r} is plain. Create the "
                 "pruner for `masked_layers.convert_to_masked(model)` instead, or use "
                 "`calc_prune_mask`, `apply_pruning` and `PrunerCallback` with the plain model."
             )
         if any(ref.mask.learned for ref in ml.masked_refs(self.model)):
             raise ValueError(
-                f"`{method}` needs binary masks, and those of {self.model.name!r} are learned. "
-                "Make the pruner for `masked_layers.harden(model)` instead."
+                f"`{method}` needs binary masks, but those of {self.model.name!r} are learned. "
+                "Create the pruner for `masked_layers.harden(model)` instead."
             )

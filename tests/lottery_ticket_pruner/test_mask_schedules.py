@@ -282,7 +282,7 @@ def test_older_final_weights_are_known_to_be_older():
     pruner = LotteryTicketPruner(model)
     pruner.set_pretrained_weights()
     GradualPruning(pruner, 0.5).advance(0)
-    with pytest.warns(UserWarning, match="updated since the final weights were recorded"):
+    with pytest.warns(UserWarning, match="final weights were recorded before the last"):
         pruner.update_masks("large_final", sparsity=0.6)
 
 
