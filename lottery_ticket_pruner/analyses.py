@@ -1,7 +1,7 @@
-"""Analyses of weights, masks and solutions, and pictures of them.
+"""Analyses of weights, masks and solutions, and plots of their results.
 
-Each analysis is a function on models or arrays; the `plot_` function beside it draws what it
-returns (matplotlib, in the `cli` extra). None changes the model that it is given.
+Each analysis is a function of models or arrays, followed by a `plot_` function that draws its
+result (with matplotlib, from the `cli` extra). None of them changes the models it receives.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Masks = Mapping[str, np.ndarray]
-# A model, or what its `get_weights()` gives.
+# A model, or the result of its `get_weights()`.
 Solution = keras.Model | Sequence[np.ndarray]
 
 
@@ -36,9 +36,9 @@ class Interpolation:
     """Metrics along the line between two solutions.
 
     Attributes:
-        shares: Where on the line: 0 is the first solution, 1 the second.
-        metrics: Arrays of the values there, by name; the loss among them.
-        metric: The one that `errors` is of.
+        shares: Positions on the line: 0 is the first solution, 1 the second.
+        metrics: Values at these positions, as arrays by name, including the loss.
+        metric: Name of the metric that `errors` and `barrier` are computed from.
     """
 
     shares: np.ndarray
@@ -53,7 +53,7 @@ class Interpolation:
 
     @property
     def barrier(self) -> float:
-        """The instability: the largest error on the line minus the mean of those at its ends."""
+        """Error barrier: the largest error on the line minus the mean of the errors at its ends."""
         return float(self.errors.max() - (self.errors[0] + self.errors[-1]) / 2)
 
 
@@ -67,21 +67,22 @@ def interpolate(
     points: int = 30,
     metric: str | None = None,
 ) -> Interpolation:
-    """Evaluates the weights on the line between two solutions, ends included.
+    """Evaluates a model at points on the line between two solutions, ends included.
 
-    What is interpolated is what the forward pass reads: pruned weights of a masked model are zero
-    (or what they are frozen at), statistics count as weights. Integers are those of the first.
+    The weights are interpolated as the forward pass reads them: pruned weights of a masked model
+    are zero (or their frozen values), and statistics count as weights. Integers are taken from the
+    first solution.
 
     Args:
-        model: Compiled, plain or masked; a plain copy of it is evaluated.
-        first: A model of this architecture under its own masks, or a list of weights, under the
-            masks of `model`.
-        second: Likewise.
+        model: A compiled model, plain or masked. A plain copy of it is evaluated.
+        first: A model of the same architecture with masks of its own, or a list of weights, to
+            which the masks of `model` apply.
+        second: The second solution, in one of the same forms.
         x: Inputs.
         y: Targets.
-        points: How many, at least 2.
-        metric: `"loss"` or the name of a compiled metric of which 1 is best; by default the first
-            one with "accuracy" in its name, without such the loss.
+        points: Number of points, at least 2.
+        metric: `"loss"`, or the name of a compiled metric whose best value is 1. The default is the
+            first metric with "accuracy" in its name, or the loss if there is none.
 
     Raises:
         ValueError: If the model is not compiled, a solution does not fit it, or an argument is
@@ -108,7 +109,7 @@ def interpolate(
 
 
 def plot_interpolation(lines: Interpolation | Mapping[str, Interpolation]) -> Figure:
-    """Draws the error along one line or several, each with its barrier in the legend."""
+    """Draws the error along one or several lines, with their barriers in the legend."""
     if isinstance(lines, Interpolation):
         lines = {"": lines}
     figure, axes = _figure()
@@ -141,27 +142,27 @@ def instability(
     deterministic: bool = False,
     on_progress: Callable[[int], None] | None = None,
 ) -> Interpolation:
-    """Trains twice from where a model is, on other orders of the examples, and looks in between.
+    """Trains two copies of a model on different data orders, and measures the barrier between them.
 
-    Both trainings start from the model's weights, under its masks if it has some, with a fresh
-    state of the optimizer; a learning-rate schedule goes on from the optimizer's step. The
-    `barrier` of what is returned is the instability of the model at that point: below 0.02 of the
-    error it counts as stable in the paper.
+    Both trainings start from the weights of the model, under its masks if it has any, with a fresh
+    optimizer state. Learning-rate schedules continue from the optimizer's step. The `barrier` of
+    the result is the instability of the model at this point. In the paper, a model is stable if it
+    is below 0.02 of the error.
 
     Args:
-        model: Compiled, plain or masked.
-        x: Training inputs in memory: an array, or a list or dict of them.
-        y: Training targets, likewise.
-        steps: Optimizer steps of each of the trainings.
-        batch_size: Examples per step.
-        test_data: `(x, y)`, what `interpolate` evaluates on.
-        points: How many points of the line to evaluate, as in `interpolate`.
+        model: A compiled model, plain or masked.
+        x: Training inputs in memory: an array, or a list or dict of arrays.
+        y: Training targets, in one of the same forms.
+        steps: Number of optimizer steps of each training.
+        batch_size: Number of examples per step.
+        test_data: Data `(x, y)` on which the line is evaluated.
+        points: Number of points of the line to evaluate, as in `interpolate`.
         metric: The metric that the error is measured by, as in `interpolate`.
-        seed: Of the two orders.
-        augment: What happens to the inputs of each batch, as in `training.train`.
+        seed: Seed of the two data orders.
+        augment: Augmentation of the inputs of each batch, as in `training.train`.
         deterministic: Whether to choose between the compiled loop and `fit` by the model alone,
             and never by the clock.
-        on_progress: Called with the number of new steps done.
+        on_progress: Function that is called with the number of new steps.
 
     Raises:
         ValueError: If the model is not compiled, or an argument is wrong.
@@ -210,11 +211,11 @@ def instability(
 
 
 def plot_instability(lines: Mapping[int, Sequence[Interpolation]]) -> Figure:
-    """Draws the instability against the step of the common start, and the errors between the ends.
+    """Plots the instability against the step of the common start, and the errors along the lines.
 
     Args:
-        lines: The interpolations of all replicates for each step. A dot is a replicate, lines go
-            through the means.
+        lines: Interpolations of all replicates, by step. Each replicate is a dot, and curves
+            connect the means.
     """
     figure, (left, right) = _figure(columns=2)
     steps = sorted(lines)
@@ -247,14 +248,14 @@ def plot_instability(lines: Mapping[int, Sequence[Interpolation]]) -> Figure:
 
 @dataclasses.dataclass(frozen=True)
 class SignAgreement:
-    """The share of weights that ended with the sign that they started with.
+    """Shares of weights that ended with the sign they started with.
 
-    A `w0` or `wf` of zero is not a change of sign. Shares of nothing are NaN.
+    Weights with a `w0` or `wf` of zero count as unchanged. Shares of an empty set are NaN.
 
     Attributes:
-        kept: Among the kept weights.
-        pruned: Among the pruned ones.
-        all: Among both.
+        kept: Share of the kept weights.
+        pruned: Share of the pruned weights.
+        all: Share of all weights.
     """
 
     kept: float
@@ -267,20 +268,20 @@ def sign_agreement(
     final: Mapping[str, np.ndarray],
     masks: keras.Model | Masks,
 ) -> dict[str, SignAgreement]:
-    """Compares the signs of initial and final weights by what the masks keep.
+    """Compares the signs of initial and final weights, separately for kept and pruned weights.
 
     Args:
-        initial: Initial weights by path, such as `pruner.initial_weights`; more than the masked
-            ones do no harm.
-        final: Final weights likewise.
+        initial: Initial weights by path, such as `pruner.initial_weights`. May include weights
+            without masks.
+        final: Final weights by path, such as `pruner.final_weights`.
         masks: A masked model, or masks by path.
 
     Returns:
-        A row for each mask by path, and `"total"` over all of them.
+        A dict from the path of each mask to its shares, with `"total"` for all masks together.
 
     Raises:
         TypeError: If the weights are not by path.
-        ValueError: If a mask has no weights, or not of its shape.
+        ValueError: If the weights of a mask are missing or do not have its shape.
     """
     for name, weights in (("initial", initial), ("final", final)):
         if not isinstance(weights, Mapping):
@@ -306,7 +307,7 @@ def sign_agreement(
 
 
 def plot_sign_agreement(rows: Mapping[str, SignAgreement]) -> Figure:
-    """Draws the share of kept signs per weight: kept, pruned and all weights side by side."""
+    """Plots the share of unchanged signs per weight, for kept, pruned and all weights."""
     columns = {
         f"{kind} weights": [getattr(row, kind) for row in rows.values()]
         for kind in ("kept", "pruned", "all")
@@ -321,14 +322,14 @@ def plot_sign_agreement(rows: Mapping[str, SignAgreement]) -> Figure:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Overlap:
-    """The overlap of masks, pair by pair.
+    """The overlap of all pairs of masks.
 
     Attributes:
-        names: Of the masks.
-        jaccard: Kept by both over kept by either, of shape (masks, masks); NaN where neither keeps
-            a weight.
-        expected: The same for random masks that keep as many weights in each layer: with a and b of
-            n weights kept, a b / n are expected to be kept by both.
+        names: Names of the masks.
+        jaccard: Jaccard index (weights kept by both, divided by weights kept by either), of shape
+            (masks, masks). NaN if neither mask keeps a weight.
+        expected: Jaccard index of random masks that keep the same number of weights in each layer.
+            If a and b of n weights are kept, a b / n are expected to be kept by both.
     """
 
     names: tuple[str, ...]
@@ -337,13 +338,13 @@ class Overlap:
 
 
 def mask_overlap(masks: Mapping[str, keras.Model | Masks]) -> Overlap:
-    """Compares the masks of several runs, seeds or criteria, all layers together.
+    """Compares the masks of several runs, seeds or criteria over all layers.
 
     Args:
-        masks: A masked model, or masks by path, for each name.
+        masks: Masked models or masks by path, by name.
 
     Raises:
-        ValueError: If the masks are not of the same weights.
+        ValueError: If the masks do not have the same paths and shapes.
     """
     masks = {name: _masks(of) for name, of in masks.items()}
     names = tuple(masks)
@@ -351,7 +352,7 @@ def mask_overlap(masks: Mapping[str, keras.Model | Masks]) -> Overlap:
     for name, shape in zip(names, shapes, strict=True):
         if shape != shapes[0]:
             raise ValueError(
-                f"The masks of {names[0]!r} and {name!r} are not of the same weights: "
+                f"The masks of {names[0]!r} and {name!r} do not belong to the same weights: "
                 f"{shapes[0]} and {shape}."
             )
     both, union, chance = (np.zeros((len(names), len(names))) for _ in range(3))
@@ -366,7 +367,7 @@ def mask_overlap(masks: Mapping[str, keras.Model | Masks]) -> Overlap:
 
 
 def plot_overlap(overlap: Overlap) -> Figure:
-    """Draws the Jaccard index of every pair, and beside it that of random masks."""
+    """Plots the Jaccard index of every pair of masks next to that of random masks."""
     figure, axes = _figure(columns=2)
     names = ["\n".join(textwrap.wrap(name, 24)) for name in overlap.names]
     figure.set_size_inches(max(12.8, 4 + 0.9 * len(names)), max(4.4, 1.5 + 0.45 * len(names)))
@@ -379,7 +380,7 @@ def plot_overlap(overlap: Overlap) -> Figure:
 
 
 def layer_sparsity(masks: keras.Model | Masks) -> dict[str, float]:
-    """The share of pruned weights of every mask by path.
+    """Returns the share of pruned weights of each mask, by path.
 
     Args:
         masks: A masked model, or masks by path.
@@ -390,14 +391,14 @@ def layer_sparsity(masks: keras.Model | Masks) -> dict[str, float]:
 def plot_layer_sparsity(
     sparsities: Mapping[str, float] | Mapping[str, Mapping[str, float]],
 ) -> Figure:
-    """Draws `layer_sparsity` of one model layer by layer, or of several by name side by side."""
+    """Plots the results of `layer_sparsity` for one model, or for several models by name."""
     if not all(isinstance(rows, Mapping) for rows in sparsities.values()):
         sparsities = {"": sparsities}
     return plot_by_layer(sparsities, "share of pruned weights")
 
 
 def plot_by_layer(shares: Mapping[str, Mapping[str, float]], label: str) -> Figure:
-    """Draws a share for each weight by path, those of several names side by side."""
+    """Plots a share for each weight by path. Several names are drawn side by side."""
     paths = list(dict.fromkeys(path for rows in shares.values() for path in rows))
     columns = {name: [rows.get(path, np.nan) for path in paths] for name, rows in shares.items()}
     figure = _bars(paths, columns)
@@ -415,19 +416,21 @@ def confusion_matrix(
     *,
     weights: Sequence[np.ndarray] | None = None,
 ) -> np.ndarray:
-    """Counts what a classifier predicts of every class.
+    """Returns the confusion matrix of a classifier.
 
-    With the initial weights under the masks of a trained model, it shows what an untrained mask
-    predicts: `weights=list(pruner.initial_weights.values())`.
+    With the initial weights under the masks of a trained model, it shows the predictions of an
+    untrained masked model: `weights=list(pruner.initial_weights.values())`.
 
     Args:
         model: A classifier with one score per class on the last axis of its output.
         x: Inputs.
-        labels: The classes, 1-D integers from 0.
-        weights: What `get_weights` gives, to be used under the masks of `model`; None: its own.
+        labels: True classes, 1-D integers from 0.
+        weights: Weights in the order of `get_weights`, to which the masks of `model` apply. None
+            for the weights of the model.
 
     Returns:
-        Integers of shape (classes, classes): rows are true classes, columns predicted ones.
+        An integer array of shape (classes, classes): rows are true classes, columns are predicted
+        classes.
 
     Raises:
         ImportError: If scikit-learn, of the `cli` extra, is not installed.
@@ -439,8 +442,8 @@ def confusion_matrix(
     labels = np.asarray(labels)
     if labels.ndim != 1 and labels.shape[1:] != (1,):
         raise ValueError(
-            f"`labels` must be one class for each example. Received: shape {labels.shape}. Of "
-            "one-hot labels take `labels.argmax(-1)`."
+            f"`labels` must be one class for each example. Received: shape {labels.shape}. For "
+            "one-hot labels, pass `labels.argmax(-1)`."
         )
     plain = _plain(model)
     plain.set_weights(_effective(model, model if weights is None else weights))
@@ -450,7 +453,7 @@ def confusion_matrix(
 
 
 def plot_confusion(counts: np.ndarray, names: Sequence[str] | None = None) -> Figure:
-    """Draws a confusion matrix; shades are shares of each true class, the numbers are counts."""
+    """Plots a confusion matrix. Colors show shares of each true class, numbers show counts."""
     names = [str(i) for i in range(len(counts))] if names is None else names
     figure, axes = _figure()
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
@@ -472,13 +475,13 @@ def _masks(of: keras.Model | Masks) -> Masks:
 
 
 def _plain(model: keras.Model) -> keras.Model:
-    """A plain copy: it reads the weights that it is given and has no mask of its own."""
+    """Returns a plain copy without masks, which uses the weights it is given."""
     masked = any(ref.mask is not None for ref in ml.weight_refs(model))
     return ml.strip_masks(model) if masked else copying.copy_model(model)
 
 
 def _effective(model: keras.Model, solution: Solution) -> list[np.ndarray]:
-    """All weights of a solution as the forward pass reads them, in the order of `get_weights`."""
+    """Returns the weights of a solution as the forward pass reads them, like `get_weights`."""
     source = solution if isinstance(solution, keras.Model) else model
     ml.sync(source)
     values = [read(variable) for variable in source.weights]
@@ -487,8 +490,8 @@ def _effective(model: keras.Model, solution: Solution) -> list[np.ndarray]:
     shapes = [tuple(variable.shape) for variable in model.weights]
     if [value.shape for value in values] != shapes:
         raise ValueError(
-            f"The solution does not fit {model.name!r}: it has weights of the shapes "
-            f"{[value.shape for value in values]}, the model of {shapes}."
+            f"The solution does not fit {model.name!r}: its weights have the shapes "
+            f"{[value.shape for value in values]}, those of the model {shapes}."
         )
     positions = {id(variable): i for i, variable in enumerate(source.weights)}
     for ref in ml.weight_refs(source):
@@ -511,14 +514,14 @@ def _mean(values: np.ndarray) -> float:
 
 
 def _figure(columns: int = 1) -> tuple[Figure, Any]:
-    from matplotlib.figure import Figure  # Not pyplot: a library opens no windows.
+    from matplotlib.figure import Figure  # Not pyplot, because a library must not open windows.
 
     figure = Figure(figsize=(6.4 * columns, 4.4), layout="constrained")
     return figure, figure.subplots(1, columns)
 
 
 def _shades(count: int) -> list[tuple[float, ...]]:
-    """Colours in order, dark to light."""
+    """Returns colors from dark to light."""
     import matplotlib as mpl
 
     return [mpl.colormaps["viridis"](share) for share in np.linspace(0, 0.9, count)]
@@ -531,7 +534,7 @@ def _bars(groups: Sequence[str], columns: Mapping[str, Sequence[float]]) -> Figu
         at = np.arange(len(groups)) + (number - (len(columns) - 1) / 2) * width
         axes.bar(at, values, width, label=name)
     axes.set_xticks(np.arange(len(groups)), groups, rotation=30, ha="right")
-    # Below the axes, where it hides no bar; the figure grows for it.
+    # Below the axes, where it hides no bars. The figure grows to make room.
     across = max(1, min(3, 90 // (8 + max(map(len, columns), default=0))))
     figure.set_figheight(figure.get_figheight() + 0.22 * -(-len(columns) // across))
     names = [textwrap.shorten(name, 90, placeholder="…") for name in columns]
@@ -555,5 +558,5 @@ def _matrix(
     axes.set_yticks(np.arange(len(rows)), rows)
     for (i, j), value in np.ndenumerate(values):
         text = style.format(value if texts is None else texts[i, j])
-        # Not black: that is left out of an SVG, and a page's own colour of text takes its place.
+        # Not black: SVG omits black, so the text color of the page would be used instead.
         axes.text(j, i, text, ha="center", va="center", color="white" if value > 0.6 else "0.1")

@@ -1,1 +1,1 @@
-"""Models and schedules of other pruning libraries. Nothing here is imported unless asked for."""
+"""Models and schedules of other pruning libraries, which are imported only when they are used."""

@@ -1,7 +1,7 @@
-"""From TensorFlow Model Optimization to Keras 3: its pruned models, and its import without traces.
+"""Converts pruned models of TensorFlow Model Optimization to Keras 3, and imports the package.
 
-`lottery_ticket_pruner.schedules.get` takes its schedules as they are. This module imports neither
-it nor TensorFlow by itself, and works on every backend.
+Its schedules need no conversion: `lottery_ticket_pruner.schedules.get` accepts them. Importing this
+module imports neither that package nor TensorFlow, and it works on every backend.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ import masked_layers as ml
 _SWITCH = "TF_USE_LEGACY_KERAS"
 _WRAPPER = "PruneLowMagnitude"
 
-# Arguments of Keras 2 that say nothing which Keras 3 would have to know. Those that it does not
-# know are errors, unless they are off (False, None).
+# Arguments of Keras 2 that can be left out for Keras 3. Other unknown arguments are errors, unless
+# they are switched off (False, None).
 _IDLE: dict[str, tuple[Any, ...]] = {
-    "groups": (1,),  # in layers that never had more
+    "groups": (1,),  # in layers that do not support more
     "batch_input_shape": (...,),
     "input_length": (...,),
-    "implementation": (...,),  # how, not what, recurrent layers compute
+    "implementation": (...,),  # how recurrent layers compute, not what
     "kernel_initializer": (...,),  # of separable convolutions, which have no kernel
     "query_shape": (...,),
     "key_shape": (...,),
@@ -43,14 +43,14 @@ _CONTAINERS = {"Sequential", "Functional", "Model"}
 
 
 def import_tfmot() -> ModuleType:
-    """Imports `tensorflow_model_optimization` and leaves the process as it was.
+    """Imports `tensorflow_model_optimization` without side effects on the process.
 
-    The package sets `TF_USE_LEGACY_KERAS=1` for the process and all that it starts, and where
-    `tf.keras` was not looked at before, that makes it Keras 2. Here `tf.keras` is looked at first,
-    and the variable is put back.
+    The package sets `TF_USE_LEGACY_KERAS=1` for the process and its children. If `tf.keras` has not
+    been accessed yet, this turns it into Keras 2. Therefore this function accesses `tf.keras` first
+    and restores the environment variable afterwards.
 
     Raises:
-        ImportError: If it is not installed.
+        ImportError: If the package is not installed.
     """
     before = os.environ.get(_SWITCH)
     try:
@@ -71,25 +71,26 @@ def import_tfmot() -> ModuleType:
 
 
 def from_tfmot(model: Any, custom_objects: Mapping[str, Any] | None = None) -> keras.Model:
-    """Turns a pruned `tf_keras` model into a masked Keras 3 model with the same outputs.
+    """Converts a pruned `tf_keras` model to a masked Keras 3 model with the same outputs.
 
-    Weights that `prune_low_magnitude` wrapped get its masks. In a model without wrappers, as
-    `strip_pruning` leaves it, every maskable weight gets a mask and zeros count as pruned.
+    Weights wrapped by `prune_low_magnitude` get its masks. In a model without wrappers, as returned
+    by `strip_pruning`, every maskable weight gets a mask, and zeros count as pruned.
 
-    The model is not compiled: its optimizer is one of Keras 2.
+    The result is not compiled, because the original optimizer belongs to Keras 2.
 
     Args:
         model: A built sequential or functional model of `tf_keras`.
-        custom_objects: Keras 3 classes and functions by name, for what Keras does not bring: they
-            must take the configurations and hold the weights of those of the same name in `model`.
+        custom_objects: Keras 3 classes and functions by name, for everything that is not part of
+            Keras. They must accept the configurations, and have the weights, of the objects with
+            the same names in `model`.
 
     Returns:
-        A new masked model. Layers have the names that they have without wrappers.
+        A new masked model. Its layers have their names without the wrappers.
 
     Raises:
-        TypeError: If it is not a `tf_keras` model.
-        ValueError: If it is subclassed or not built; or it has layers, arguments or weights that
-            Keras 3 does not have. The message names all such layers.
+        TypeError: If `model` is not a `tf_keras` model.
+        ValueError: If the model is subclassed or not built, or if it has layers, arguments or
+            weights that Keras 3 does not have. The message names all of these layers.
     """
     modules = {base.__module__.partition(".")[0] for base in type(model).__mro__}
     if "tf_keras" not in modules:
@@ -100,8 +101,8 @@ def from_tfmot(model: Any, custom_objects: Mapping[str, Any] | None = None) -> k
         )
     if not {"Sequential", "Functional"} & {base.__name__ for base in type(model).__mro__[:-1]}:
         raise ValueError(
-            f"{model.name!r} is a subclassed model, whose code is of Keras 2. Only sequential and "
-            "functional models can be converted; write the class for Keras 3 and `set_weights`."
+            f"{model.name!r} is a subclassed model, whose code is for Keras 2. Only sequential and "
+            "functional models can be converted. Rewrite the class for Keras 3 and `set_weights`."
         )
     if not model.built:
         raise ValueError(f"{model.name!r} is not built. Call it on a batch, or `build` it, first.")
@@ -138,7 +139,7 @@ def _masked(plain: keras.Model, pairs: _Pairs) -> keras.Model:
 
 
 class _Translation:
-    """Configurations of Keras 3 for those of Keras 2, and what could not be translated."""
+    """Translates configurations of Keras 2 to Keras 3, and collects what cannot be translated."""
 
     def __init__(self, custom_objects: dict[str, Any]) -> None:
         self.custom_objects = custom_objects
@@ -147,14 +148,14 @@ class _Translation:
     def check(self, name: str) -> None:
         if self._problems:
             raise ValueError(
-                f"{name!r} cannot become a Keras 3 model:\n- "
+                f"{name!r} cannot be converted to a Keras 3 model:\n- "
                 + "\n- ".join(self._problems)
-                + "\nReplace these layers, or give a Keras 3 class of the same name in "
+                + "\nReplace these layers, or pass a Keras 3 class of the same name in "
                 "`custom_objects`."
             )
 
     def model(self, model: Any) -> dict[str, Any]:
-        """The configuration of a model, its layers by the names they have without wrappers."""
+        """Returns the configuration of a model, with layer names as without wrappers."""
         config = _plain(model.get_config())
         layers = {layer.name: layer for layer in model.layers}
         renamed = {name: _unwrapped(layer).name for name, layer in layers.items()}
@@ -192,7 +193,7 @@ class _Translation:
         own = self.custom_objects.get(name)
         cls = own or getattr(keras.layers, name, None)
         if cls is None:
-            self._problems.append(f"{where}: Keras 3 has no such layer")
+            self._problems.append(f"{where}: Keras 3 does not have this layer")
             return entry
         if own is None:
             config = self._arguments(cls, name, config, where)
@@ -227,7 +228,7 @@ class _Translation:
         return arguments
 
     def _lambda(self, config: dict[str, Any], layer: Any, where: str) -> None:
-        """The function of the live layer, in place of its code as a string."""
+        """Replaces the serialized code of a Lambda layer by its function."""
         if layer is None:
             self._problems.append(f"{where}: a function inside another layer")
             return
@@ -253,7 +254,7 @@ def _unwrapped(layer: Any) -> Any:
 
 
 def _is_reference(value: Any) -> bool:
-    """Returns True for a reference to a tensor of a graph: a layer's name and two indices."""
+    """Returns True for a reference to a tensor in a graph: a layer name and two indices."""
     return (
         isinstance(value, list)
         and len(value) in (3, 4)
@@ -263,7 +264,7 @@ def _is_reference(value: Any) -> bool:
 
 
 def _with_names(value: Any, renamed: Mapping[str, str]) -> Any:
-    """References with the other names of their layers."""
+    """Returns references with renamed layers."""
     if _is_reference(value):
         return [renamed.get(value[0], value[0]), *value[1:]]
     if isinstance(value, list):
@@ -274,10 +275,10 @@ def _with_names(value: Any, renamed: Mapping[str, str]) -> Any:
 
 
 def _node(node: Any, renamed: Mapping[str, str]) -> dict[str, Any]:
-    """A call of a layer as Keras 3 writes it, from that of Keras 2.
+    """Converts the call of a layer from the format of Keras 2 to that of Keras 3.
 
-    Keras 2 writes the first argument as (a list or dict of) references, which hold all further
-    arguments as a fourth entry.
+    Keras 2 stores the first argument as a reference, or a list or dict of references. Each of them
+    may contain all further arguments as a fourth element.
     """
     arguments: dict[str, Any] = {}
 
@@ -301,7 +302,7 @@ def _node(node: Any, renamed: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Nested lists and dicts of Python's own values for the containers and scalars of Keras 2."""
+    """Converts containers and scalars of Keras 2 to plain Python lists, dicts and values."""
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -312,7 +313,7 @@ def _plain(value: Any) -> Any:
 
 
 class _Pairs:
-    """The variables of a Keras 2 model, each with that of the Keras 3 model, and masks of tfmot."""
+    """Pairs of variables of a Keras 2 and a Keras 3 model, and the masks of tfmot."""
 
     def __init__(self) -> None:
         self.variables: list[tuple[Any, keras.Variable]] = []
@@ -346,7 +347,7 @@ class _Pairs:
         self.variables += zip(source.weights, target.weights, strict=True)
 
     def _inside(self, source: Any, target: keras.layers.Layer) -> list[tuple[Any, Any]] | None:
-        """Pairs of the layers inside, where the order of all their weights may differ."""
+        """Returns pairs of inner layers, if the order of all weights may differ."""
         if isinstance(target, keras.Model):
             own = {layer.name: layer for layer in target.layers}
             return [(layer, own[_unwrapped(layer).name]) for layer in source.layers]

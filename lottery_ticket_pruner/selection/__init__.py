@@ -1,7 +1,7 @@
-"""Selection: how many weights go, and which. Scores become masks, to the exact count.
+"""Selection: turns scores into masks, with exact counts.
 
-Pure functions on arrays, without a model. Weights with equal scores go in an order that the seed
-alone decides.
+Pure functions on arrays, without a model. Ties are broken in an order that depends only on the
+seed.
 """
 
 from lottery_ticket_pruner.selection.amounts import drop_count

@@ -1,4 +1,4 @@
-"""Turns rates, sparsities and distributions into exact counts."""
+"""Computes exact counts from rates, sparsities and distributions."""
 
 import dataclasses
 import math
@@ -12,7 +12,7 @@ from lottery_ticket_pruner.selection.request import Request, refuse_amounts
 from lottery_ticket_pruner.selection.weights import Weights
 from lottery_ticket_pruner.shares import check_share, one_of, shares_of
 
-# 0.29 * 100 is 28.999999999999996 in floating point; 29 is meant.
+# 0.29 * 100 is 28.999999999999996 in floating point, but means 29.
 _ROUNDING = 1e-6
 
 
@@ -26,21 +26,22 @@ def drop_count(
     where: str = "the weights",
     unit: str = "weights",
 ) -> int:
-    """Returns the exact number of kept weights to drop now.
+    """Returns the exact number of kept weights to prune now.
 
     Args:
-        size: Number of weights, pruned ones included.
-        alive: Number of weights that are not pruned yet.
-        rate: Share of the kept weights to drop: `floor(rate * alive + 1e-6)`.
-        sparsity: Share of all weights that are pruned afterwards:
-            `floor(sparsity * size + 1e-6)` less those that are pruned already.
-        keep_sparser: If True, a `sparsity` below the present one drops none.
+        size: Number of weights, including pruned ones.
+        alive: Number of weights that are still kept.
+        rate: Share of the kept weights to prune, as `floor(rate * alive + 1e-6)`.
+        sparsity: Share of all weights that are pruned afterwards, as
+            `floor(sparsity * size + 1e-6)` minus the number of pruned weights.
+        keep_sparser: Whether to return 0, instead of raising an error, if `sparsity` is below the
+            current one.
         where: Name of these weights in error messages.
-        unit: Name of the things counted in error messages.
+        unit: Name of the counted things in error messages.
 
     Raises:
-        ValueError: Not exactly one of `rate` and `sparsity`, one outside [0, 1), or a `sparsity`
-            below the present one unless `keep_sparser`.
+        ValueError: If not exactly one of `rate` and `sparsity` is given, it is outside [0, 1), or
+            `sparsity` is below the current one and `keep_sparser` is False.
     """
     name, share = one_of(rate, sparsity)
     check_share(name, share)
@@ -51,24 +52,24 @@ def drop_count(
         return 0
     if drop < 0:
         raise ValueError(
-            f"A sparsity of {share} was asked for, but {where} is already sparser: "
+            f"Requested sparsity {share}, but {where} is already sparser: "
             f"{size - alive} of {size} {unit} are pruned, and pruned weights do not come back. "
-            "Ask for a higher sparsity, give a `rate`, or reset the masks first."
+            "Request a higher sparsity, pass a `rate`, or reset the masks first."
         )
     return drop
 
 
 def amounts(request: Request, kernels: Mapping[str, Weights]) -> dict[str, dict[str, Any] | None]:
-    """Returns what to ask of each kernel: arguments of `drop_count`, or None where N:M says it.
+    """Returns the amount to prune from each kernel: arguments of `drop_count`, or None for N:M.
 
     Args:
-        request: Request with the amount for all kernels.
-        kernels: Kernels that it applies to, by path.
+        request: A request with the amount for all kernels.
+        kernels: Kernels to which the request applies, by path.
 
     Raises:
-        ValueError: Not exactly one of rate and sparsity is given, a share is not a number in
-            [0, 1), a pattern is not found, or the structure or the distribution excludes the
-            amount.
+        ValueError: If not exactly one of rate and sparsity is given, a share is not a number in
+            [0, 1), a pattern matches no path, or the amount contradicts the structure or the
+            distribution.
     """
     rate, sparsity = request.rate, request.sparsity
     if request.keeps_fixed_number:
@@ -85,12 +86,12 @@ def amounts(request: Request, kernels: Mapping[str, Weights]) -> dict[str, dict[
 
 
 def _distribute(request: Request, kernels: Mapping[str, Weights]) -> dict[str, float]:
-    """Returns the sparsity of each kernel, of one sparsity of all kernels together."""
+    """Divides the sparsity of the whole model among its kernels."""
     rate, sparsity, scope = request.rate, request.sparsity, request.scope
     if rate is not None or isinstance(sparsity, Mapping | None) or scope != "layer":
         raise ValueError(
-            "A `distribution` shares one `sparsity` of all kernels together out among them: give a "
-            'number, no `rate`, and the scope "layer". Received: '
+            "A `distribution` divides a single `sparsity` among all kernels: pass a number, no "
+            '`rate`, and the scope "layer". Received: '
             f"distribution={request.distribution.name!r}, rate={rate!r}, sparsity={sparsity!r}, "
             f"scope={scope!r}"
         )
@@ -100,33 +101,34 @@ def _distribute(request: Request, kernels: Mapping[str, Weights]) -> dict[str, f
 
 
 def rounds(request: Request, weights: Mapping[str, Weights]) -> list[Request]:
-    """Returns the requests that lead to this one in as many rounds as its criterion has.
+    """Splits a request into the rounds of its criterion.
 
-    Each round drops the same share of what is kept, and the last reaches what was asked for
+    Each round prunes the same share of the kept weights. The last one reaches the requested amount
     exactly.
 
     Args:
-        request: Request for the end.
-        weights: Kernels as they are now, by path.
+        request: The complete request.
+        weights: Current kernels by path.
 
     Raises:
-        ValueError: If rounds are to lead on from masks that are not ones under a structure.
+        ValueError: If the criterion has several rounds and a structure, and masks are not all ones
+            or no `sparsity` is given.
     """
     criterion, rate, sparsity = request.criterion, request.rate, request.sparsity
     share = rate if sparsity is None else sparsity
     count = criterion.rounds
-    # What is wrong with the amount is for the last request to say.
+    # Invalid amounts are left to the last request, which raises the error.
     if count == 1 or not isinstance(share, numbers.Real) or not 0 <= share < 1:
         return [request]
     size = sum(kernel.mask.size for kernel in weights.values())
     alive = sum(int(np.count_nonzero(kernel.mask)) for kernel in weights.values())
     if request.structure is not None and (alive < size or sparsity is None):
         raise ValueError(
-            f"Criterion {criterion.name!r} prunes in {count} rounds. With a structure these start "
-            "from masks of ones and lead to a `sparsity`: reset the masks, or leave one of both."
+            f"Criterion {criterion.name!r} prunes in {count} rounds. With a structure, these start "
+            "from masks of ones and need a `sparsity`. Reset the masks, or drop one of the two."
         )
     now = alive / size
-    # What was asked for, not what is left once counts are rounded: that is for each round to do.
+    # From the requested amount, not from rounded counts: each round does its own rounding.
     then = now * (1 - rate) if sparsity is None else min(now, 1 - sparsity)
     last = request
     if request.structure is None:

@@ -1,4 +1,4 @@
-"""Comparisons: kernels, or outputs of a kernel, whose weights or tiles are ranked together."""
+"""Groups of weights or tiles that are ranked together: kernels, or outputs of a kernel."""
 
 import copy
 import functools
@@ -25,10 +25,10 @@ from lottery_ticket_pruner.selection.weights import Weights, joined, records_of
 def comparisons(
     request: Request, kernels: Mapping[str, Weights]
 ) -> "Iterator[_Comparison | _PerOutput]":
-    """Yields what is ranked apart from all else, each with a random stream of its own.
+    """Yields the groups that are ranked separately, each with its own random generator.
 
     Args:
-        request: What is to be pruned.
+        request: The pruning request.
         kernels: Kernels to which the request applies, checked, by path.
     """
     criterion, structure = request.criterion, request.structure
@@ -46,11 +46,11 @@ def comparisons(
 
 
 class _Comparison:
-    """Kernels whose weights, or tiles, are ranked together.
+    """Kernels whose weights or tiles are ranked together.
 
-    They are scored when the first one has to go. `prune` may be called more than once with
-    `again=True`: then the scores are kept and sorted, and every call starts from the same masks and
-    from the same state of the generator.
+    They are scored when the first weight is pruned. `prune` may be called several times with
+    `again=True`. The scores are then kept and sorted, and every call starts from the same masks and
+    the same state of the random generator.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class _Comparison:
                 name = self._criterion.name
                 raise ValueError(f"Criterion {name!r} on {self._where}: {error}") from error
         reached = int(np.count_nonzero(kept))
-        assert reached == alive - drop, f"{reached} {unit} alive in {self._where}, not {alive}"
+        assert reached == alive - drop, f"{reached} {unit} kept in {self._where}, not {alive}"
         return dict(zip(self.paths, self._spread(kept), strict=True))
 
     def _drop(self, drop: int) -> np.ndarray:
@@ -111,10 +111,10 @@ class _Comparison:
         return scores, ordered, self._rng
 
     def _scores(self, drop: int | None = None) -> np.ndarray:
-        """Returns one score for each weight or tile.
+        """Returns a score for each weight or tile.
 
         Args:
-            drop: Number of weights that are going to be dropped, which some criteria need to know.
+            drop: Number of weights to prune, which some criteria use.
         """
         if self._structure is None:
             return self._weight_scores(drop)
@@ -150,7 +150,7 @@ class _Comparison:
         return structures.paste(tiles, layout, self._structure.tile(layout))
 
     def _spread(self, kept: np.ndarray) -> Iterator[np.ndarray]:
-        """Yields the masks of the kernels, from flags of the weights or tiles that are kept."""
+        """Yields the masks of the kernels, given which weights or tiles are kept."""
         if self._structure is None:
             ends = np.cumsum([kernel.mask.size for kernel in self._kernels])
             for part, kernel in zip(np.split(kept, ends[:-1]), self._kernels, strict=True):
@@ -166,7 +166,7 @@ class _Comparison:
             scores = self._cut(part, kernel)
             if np.isnan(scores[tiles]).any():
                 raise ValueError(f"Criterion {self._criterion.name!r} on {self._where}: {NAN}")
-            # The last key counts first: the pruned, then the lowest, then chance.
+            # The last key sorts first: pruned weights, then the lowest scores, then random order.
             chance = self._rng.random(scores.shape, dtype=np.float32)
             order = np.lexsort((chance, scores, tiles), axis=-1)
             best = np.zeros_like(tiles)
@@ -175,7 +175,7 @@ class _Comparison:
 
 
 class _PerOutput:
-    """A kernel the weights of which are ranked within each output."""
+    """A kernel whose weights are ranked within each output."""
 
     def __init__(
         self,
@@ -200,7 +200,8 @@ class _PerOutput:
             _Comparison(
                 criterion,
                 {path: Weights(mask=mask[i], **{name: a[i] for name, a in records.items()})},
-                # Of its own, so that what one output draws does not depend on the others.
+                # One generator each, so that random scores of an output do not depend on the
+                # others.
                 unit_rng,
                 f"{path!r}, output {i}",
             )

@@ -1,6 +1,6 @@
-"""Drops the lowest scores, to the exact count; chance decides among equal ones.
+"""Prunes an exact number of lowest scores. Ties are broken at random.
 
-Ranking is by partition, which costs little more than finding one order statistic.
+Scores are partitioned, which costs little more than finding a single order statistic.
 """
 
 import hashlib
@@ -8,10 +8,10 @@ import math
 
 import numpy as np
 
-# Entries drawn at a time, which stay in the processor's cache.
+# Number of entries drawn at a time, so that they fit into the processor's cache.
 _CHUNK = 2**17
 
-NAN = "NaN among the scores of alive weights; scores must be numbers."
+NAN = "NaN among the scores of kept weights; scores must be numbers."
 
 
 def drop_lowest(
@@ -20,14 +20,14 @@ def drop_lowest(
     """Returns a new mask without the `drop` lowest scores of kept weights; pruned ones stay pruned.
 
     Args:
-        scores: 1-D array of real numbers; minus infinity is legal.
-        mask: Bool array of the same shape, True where a weight is kept. Not changed.
-        drop: Number of kept weights to drop.
-        rng: Generator that decides which of several weights with the score at the threshold go.
+        scores: 1-D array of real numbers, which may include minus infinity.
+        mask: Bool array of the same shape, True where a weight is kept. It is not changed.
+        drop: Number of kept weights to prune.
+        rng: Random generator for breaking ties at the threshold.
 
     Raises:
-        ValueError: If the shapes differ, there is a NaN among the scores of kept weights, or `drop`
-            is negative or more than are kept.
+        ValueError: If the shapes differ, a kept weight has a score of NaN, or `drop` is negative or
+            above the number of kept weights.
     """
     alive = check_drop(scores, mask, drop)
     if drop == 0:
@@ -36,31 +36,31 @@ def drop_lowest(
     lowest = ranked.min()
     if np.isnan(lowest):
         raise ValueError(NAN)
-    # Many equal scores (flipped weights, weights that never moved) slow a partition down tenfold,
-    # and in practice they are the lowest ones.
+    # Partitioning is ten times as slow with many equal scores (flipped weights, weights that never
+    # moved), and in practice these are the lowest ones.
     if drop <= np.count_nonzero(ranked == lowest):
         threshold = lowest
     else:
         ranked.partition(drop - 1)
         threshold = ranked[drop - 1]
-    del ranked  # as large as the scores: not wanted beside the arrays below
+    del ranked  # as large as the scores, so freed before the arrays below are created
     return drop_up_to(threshold, scores, mask, alive - drop, rng)
 
 
 def check_drop(scores: np.ndarray, mask: np.ndarray, drop: int) -> int:
-    """Checks the arguments of `drop_lowest` and returns how many weights are kept."""
+    """Validates the arguments of `drop_lowest` and returns the number of kept weights."""
     if scores.shape != mask.shape:
         raise ValueError(f"scores of shape {scores.shape} for a mask of shape {mask.shape}.")
     alive = int(np.count_nonzero(mask))
     if not 0 <= drop <= alive:
-        raise ValueError(f"`drop` must be in [0, {alive}], the number alive. Received: {drop}")
+        raise ValueError(f"`drop` must be in [0, {alive}], the kept weights. Received: {drop}")
     return alive
 
 
 def drop_up_to(
     threshold: float, scores: np.ndarray, mask: np.ndarray, keep: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """Returns the mask of `keep` weights: those above the threshold, and some that are at it."""
+    """Returns a mask of `keep` weights: all above the threshold, and a random choice of ties."""
     kept = scores > threshold
     kept &= mask
     spared = keep - int(np.count_nonzero(kept))
@@ -72,11 +72,11 @@ def drop_up_to(
 
 
 def _random_flags(size: int, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Returns `size` flags of which `count` are set, every choice being equally likely.
+    """Returns `size` flags with exactly `count` of them set, uniformly at random.
 
-    In most criteria of signs nearly all weights are tied, and a shuffle of so many costs ten times
-    what finding their threshold does. Here each is drawn alone with a share that leaves a few
-    flags missing (four standard deviations), and those are then drawn from the others.
+    With most sign criteria, nearly all weights are tied, and shuffling them costs ten times as much
+    as finding the threshold. Instead, each flag is set independently with a probability that leaves
+    a few flags missing (four standard deviations). These are then drawn from the unset ones.
     """
     if count > size // 2:
         return ~_random_flags(size, size - count, rng)
@@ -97,7 +97,7 @@ def _random_flags(size: int, count: int, rng: np.random.Generator) -> np.ndarray
 
 
 def generator(seed: int, path: str) -> np.random.Generator:
-    """Returns the random stream of a seed and a path, the same in every process."""
-    # Not hash(): that one differs between processes.
+    """Returns a random generator for a seed and a path, the same in every process."""
+    # Not hash(), which differs between processes.
     digest = hashlib.sha256(path.encode()).digest()
     return np.random.default_rng(np.random.SeedSequence([int(seed), int.from_bytes(digest, "big")]))

@@ -1,4 +1,4 @@
-"""New masks of all kernels: scores become masks, to the exact count."""
+"""Computes new masks of all kernels from scores, with exact counts."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,28 +12,28 @@ from lottery_ticket_pruner.selection.request import Request, refuse_amounts
 from lottery_ticket_pruner.selection.weights import Weights, prepared
 from lottery_ticket_pruner.shares import Share, shares_of
 
-# Evidence by name and path, of masks by path.
+# A function from masks by path to evidence by name and path.
 Measure = Callable[[Mapping[str, np.ndarray]], Mapping[str, Mapping[str, np.ndarray]]]
 
 
 def select(
     request: Request, weights: Mapping[str, Weights], measure: Measure | None = None
 ) -> dict[str, np.ndarray]:
-    """Returns new masks without what the criterion ranks lowest, to the exact count.
+    """Returns new masks without the lowest-ranked weights, with exact counts.
 
     Args:
-        request: What is to be pruned.
-        weights: Kernels by path. Nothing in them is changed.
-        measure: Function that finds the evidence of the criterion for masks by path: a dict from
-            the name of the evidence to arrays by path. It is called before each round of the
-            criterion. Without it there is one round, with the evidence in `weights`.
+        request: The pruning request.
+        weights: Kernels by path. They are not changed.
+        measure: Function that measures the evidence of the criterion under given masks. It maps
+            masks by path to a dict from the name of the evidence to arrays by path. It is called
+            before each round of the criterion. If None, there is one round, with the evidence in
+            `weights`.
 
     Returns:
         A dict from path to a new bool mask, in the order of `weights`.
 
     Raises:
-        ValueError: As for `update`; or rounds are to lead on from masks that are not ones under a
-            structure.
+        ValueError: If the request does not fit the weights, as described for `update`.
     """
     if measure is None:
         return _select_once(request, weights)
@@ -55,18 +55,18 @@ def select(
 def select_many(
     request: Request, weights: Mapping[str, Weights], sparsities: Sequence[Share]
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Returns the masks of `select` for each of many sparsities, from one ranking.
+    """Returns the results of `select` for many sparsities, from a single ranking.
 
     Args:
-        request: What is to be pruned, without an amount.
-        weights: As for `select`.
+        request: The pruning request, without an amount.
+        weights: Kernels by path. They are not changed.
         sparsities: Shares of all weights that are pruned afterwards: numbers or mappings.
 
     Returns:
-        An iterator as that of `update_many`.
+        An iterator over dicts from path to bool mask, one for each sparsity.
 
     Raises:
-        ValueError: As for `update`.
+        ValueError: If the request does not fit the weights, as described for `update`.
     """
     kernels = _admitted(request, weights)
     if request.keeps_fixed_number:
@@ -97,38 +97,41 @@ def update(
     distribution: distributions.Identifier | None = None,
     keep_sparser: bool = False,
 ) -> dict[str, np.ndarray]:
-    """Returns new masks without what the criterion ranks lowest, to the exact count.
+    """Returns new masks without the lowest-ranked weights, with exact counts.
 
-    The result depends on the arrays, paths and seed, not on the order of the mapping; under
-    `"layer"` and `"output"` a kernel's mask does not depend on the other kernels either.
+    The result depends on the arrays, paths and seed, but not on the order of `weights`. With the
+    scopes `"layer"` and `"output"`, the mask of a kernel does not depend on other kernels.
 
     Args:
-        criterion: Whatever `criteria.get` takes.
-        weights: Kernels by path. Nothing in them is changed.
-        rate: Share of the kept weights to drop now, in [0, 1). Or a mapping from a pattern to a
-            share: a key that is the path itself holds, else the first one that `re.search` finds in
-            the path, else the key `"default"`. A pattern that is found in no path is an error.
-        sparsity: Share of all weights that are pruned afterwards, likewise. Exactly one of the two.
-        scope: Weights that are ranked together: `"layer"` (each kernel alone), `"global"` (all
-            kernels together) or `"output"` (each output unit of each kernel alone). By default
-            `"layer"`, or the scope that the criterion insists on.
-        seed: Non-negative integer for random scores and for the order of ties.
-        structure: Whatever `structures.get` takes. Tiles of weights are then ranked, and rates,
-            sparsities and counts are those of tiles; a tile is kept as long as one of its weights
-            is. N:M sets the sparsity itself and takes none of `rate`, `sparsity`, `scope` and
-            `distribution`. Kernels without such tiles stay as they are and count for nothing.
-        distribution: Whatever `distributions.get` takes: shares `sparsity`, which is then that of
-            all kernels together, out among them. With tiles the shares are rounded to whole ones.
-        keep_sparser: If True, weights that are ranked together stay as they are where a `sparsity`
-            is below their present one; otherwise that is an error.
+        criterion: An identifier for `criteria.get`: name, configuration, criterion or function.
+        weights: Kernels by path. They are not changed.
+        rate: Share of the kept weights to prune now, in [0, 1), or a mapping from patterns to
+            shares. A key equal to the path is used first, then the first pattern that `re.search`
+            finds in the path, then the key `"default"`. A pattern that matches no path is an error.
+        sparsity: Share of all weights that are pruned afterwards, in the same form as `rate`.
+            Exactly one of `rate` and `sparsity` must be given.
+        scope: Weights that are ranked together: `"layer"` (each kernel separately), `"global"` (all
+            kernels together) or `"output"` (each output unit of each kernel separately). The
+            default is the criterion's own scope, or else `"layer"`.
+        seed: Non-negative integer for random scores and ties.
+        structure: An identifier for `structures.get`, or None. If given, tiles of weights are
+            ranked, and rates, sparsities and counts refer to tiles. A tile counts as kept while any
+            of its weights is kept. N:M sets the sparsity itself and excludes `rate`, `sparsity`,
+            `scope` and `distribution`. Kernels without such tiles are left unchanged and do not
+            count.
+        distribution: An identifier for `distributions.get`, or None. If given, `sparsity` is that
+            of all kernels together and is divided among them. Shares are rounded to whole tiles.
+        keep_sparser: Whether weights that are already sparser than `sparsity` are left unchanged,
+            instead of raising an error.
 
     Returns:
         A dict from path to a new bool mask, in the order of `weights`.
 
     Raises:
-        ValueError: If shares, scope or criterion make no sense; there are no kernels; a record is
-            missing, has another shape than its mask or holds a NaN or an infinity; a sparsity is
-            exceeded already; a structure applies to no kernel. The message names the path.
+        ValueError: If a share, the scope or the criterion is not valid, `weights` is empty, a
+            record is missing, does not have the shape of its mask or contains NaN or infinity, a
+            sparsity is already exceeded, or a structure applies to no kernel. The message names
+            the path.
     """
     request = Request.of(
         criterion,
@@ -152,26 +155,28 @@ def update_many(
     seed: int = 0,
     structure: structures.Identifier | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Returns the masks of `update` for each of many sparsities, from one ranking.
+    """Returns the results of `update` for many sparsities, from a single ranking.
 
-    Every one is what `update(criterion, weights, sparsity=..., scope=scope, seed=seed)` returns for
-    these same weights, ties included: they do not build on each other, and need no order. Weights
-    are scored and sorted once; each mask then costs a comparison per weight.
+    Each result equals `update(criterion, weights, sparsity=..., scope=scope, seed=seed)` for the
+    same weights, including ties. The sparsities may be in any order, because results do not build
+    on each other. Weights are scored and sorted once, and each mask then costs one comparison per
+    weight.
 
     Args:
-        criterion: As for `update`.
-        weights: As for `update`.
+        criterion: An identifier for `criteria.get`.
+        weights: Kernels by path. They are not changed.
         sparsities: Shares of all weights that are pruned afterwards: numbers or mappings.
-        scope: As for `update`.
-        seed: As for `update`.
-        structure: As for `update`, but for those that fix the sparsity themselves.
+        scope: Weights that are ranked together: `"layer"`, `"global"` or `"output"`.
+        seed: Non-negative integer for random scores and ties.
+        structure: An identifier for `structures.get`, or None. N:M is not supported, because it
+            sets the sparsity itself.
 
     Returns:
-        An iterator over dicts from path to bool mask, one for each sparsity. Masks are made when
-        they are asked for.
+        An iterator over dicts from path to bool mask, one for each sparsity. Masks are computed
+        lazily.
 
     Raises:
-        ValueError: If an argument is one that `update` refuses, too.
+        ValueError: If an argument is not valid, as described for `update`.
     """
     request = Request.of(criterion, scope=scope, seed=seed, structure=structure)
     return select_many(request, weights, sparsities)
@@ -187,7 +192,7 @@ def _select_once(request: Request, weights: Mapping[str, Weights]) -> dict[str, 
 
 
 def _admitted(request: Request, weights: Mapping[str, Weights]) -> dict[str, Weights]:
-    """Returns the kernels to which the structure applies, checked."""
+    """Returns the kernels to which the structure applies, after checking them."""
     if not weights:
         raise ValueError("There are no weights to prune: the mapping of weights is empty.")
     structure = request.structure
@@ -197,7 +202,7 @@ def _admitted(request: Request, weights: Mapping[str, Weights]) -> dict[str, Wei
         if structure is None or structure.applies(kernel.layout)
     }
     if not kernels:
-        raise ValueError(f"{structure} applies to none of the weights {list(weights)}.")
+        raise ValueError(f"{structure} does not apply to any of the weights {list(weights)}.")
     return kernels
 
 

@@ -1,4 +1,4 @@
-"""A request says what is to be pruned: by which criterion, how much, and among which weights."""
+"""The pruning request: which criterion, how much, and which weights are ranked together."""
 
 import dataclasses
 import numbers
@@ -10,21 +10,23 @@ from lottery_ticket_pruner.shares import Share
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Request:
-    """A request to the selection, with every name resolved.
+    """A pruning request with all names resolved.
 
-    `Request.of` makes one from what users write and checks all that can be checked without weights.
-    Amounts are checked by `select`: they may name patterns of paths, and several rounds, or the
-    steps of a schedule, replace them by their own.
+    `Request.of` creates a request from user arguments and checks everything that can be checked
+    without weights. Amounts are checked by `select`, because they may contain patterns of paths and
+    are replaced in each round of a criterion or step of a schedule.
 
     Attributes:
         criterion: Criterion that ranks the weights.
-        rate: Share of the kept weights to drop, or None; or a mapping from patterns to shares.
-        sparsity: Share of all weights that are pruned afterwards, or None; likewise.
+        rate: Share of the kept weights to prune, a mapping from patterns to shares, or None.
+        sparsity: Share of all weights that are pruned afterwards, a mapping from patterns to
+            shares, or None.
         scope: Weights that are ranked together: `"layer"`, `"global"` or `"output"`.
-        seed: Non-negative integer for random scores and for the order of ties.
-        structure: Structure whose tiles are ranked in place of weights, or None.
-        distribution: Rule that shares one sparsity out among the kernels, or None.
-        keep_sparser: If True, a sparsity below the present one drops none, and is not an error.
+        seed: Non-negative integer for random scores and ties.
+        structure: Structure whose tiles are ranked instead of weights, or None.
+        distribution: Rule that divides a single sparsity among the kernels, or None.
+        keep_sparser: Whether a sparsity below the current one prunes nothing, instead of raising an
+            error.
     """
 
     criterion: criteria.Criterion
@@ -47,19 +49,19 @@ class Request:
         distribution: distributions.Identifier | None = None,
         **amount: Any,
     ) -> "Request":
-        """Makes a request from names, configurations or objects.
+        """Creates a request from names, configurations or objects.
 
         Args:
-            criterion: Whatever `criteria.get` takes.
-            scope: Name of a scope; by default `"layer"`, or the scope that the criterion insists
-                on. None with N:M.
+            criterion: An identifier for `criteria.get`.
+            scope: Name of a scope. The default is the criterion's own scope, or else `"layer"`.
+                Must be None with N:M.
             seed: Non-negative integer.
-            structure: Whatever `structures.get` takes, or None.
-            distribution: Whatever `distributions.get` takes, or None.
-            **amount: `rate`, `sparsity` and `keep_sparser`, as they are.
+            structure: An identifier for `structures.get`, or None.
+            distribution: An identifier for `distributions.get`, or None.
+            **amount: `rate`, `sparsity` and `keep_sparser`, which are not checked here.
 
         Raises:
-            ValueError: If a name is unknown, the scope does not go with the criterion or the
+            ValueError: If a name is unknown, the scope is incompatible with the criterion or the
                 structure, or the seed is not a non-negative integer.
         """
         if structure is not None:
@@ -67,13 +69,13 @@ class Request:
         criterion = criteria.get(criterion)
         if structure is not None and structure.kept is not None:
             refuse_amounts(structure, scope=scope)
-            # Each tile is ranked alone; what may still matter is which weights are scored together.
+            # Each tile is ranked separately. The scope still decides what is scored together.
             scope = "global" if criterion.scope == "global" else "layer"
         else:
             scope = resolve_scope(criterion, scope)
         if structure is not None and scope == "output":
             raise ValueError(
-                f"{structure} makes tiles of whole layers compete, which contradicts "
+                f"{structure} ranks tiles of whole layers, which contradicts "
                 f'scope="output" (criterion {criterion.name!r}). '
                 + (
                     "Use N:M, or another criterion."
@@ -96,28 +98,28 @@ class Request:
 
     @property
     def keeps_fixed_number(self) -> bool:
-        """If True, the structure (N:M) says itself how many weights each tile keeps."""
+        """Whether the structure (N:M) determines how many weights each tile keeps."""
         return self.structure is not None and self.structure.kept is not None
 
 
 def refuse_amounts(structure: structures.Structure, **arguments: object) -> None:
-    """Raises an error if a structure that fixes the sparsity is given anything that does, too."""
+    """Raises an error if a structure with a fixed sparsity is combined with these arguments."""
     given = {name: value for name, value in arguments.items() if value is not None}
     if given:
         raise ValueError(
-            f"{structure} says itself how many weights stay, and which compete. Leave out: {given}"
+            f"{structure} determines how many weights are kept in which groups. Leave out: {given}"
         )
 
 
 def resolve_scope(criterion: criteria.Criterion, scope: str | None) -> str:
-    """Returns the scope asked for, else the one that the criterion insists on, else `"layer"`.
+    """Returns the given scope, or else the criterion's own, or else `"layer"`.
 
     Args:
-        criterion: Criterion that is going to rank the weights.
+        criterion: Criterion that ranks the weights.
         scope: Name of a scope, or None.
 
     Raises:
-        ValueError: If no scope has this name, or the criterion insists on another.
+        ValueError: If the scope is unknown, or the criterion supports only another one.
     """
     if scope is None:
         return criterion.scope or "layer"
@@ -125,7 +127,7 @@ def resolve_scope(criterion: criteria.Criterion, scope: str | None) -> str:
         raise ValueError(f"`scope` must be one of {criteria.SCOPES}. Received: scope={scope!r}")
     if criterion.scope not in (None, scope):
         raise ValueError(
-            f"Criterion {criterion.name!r} works with scope={criterion.scope!r} alone. "
+            f"Criterion {criterion.name!r} supports only scope={criterion.scope!r}. "
             f"Received: scope={scope!r}"
         )
     return scope

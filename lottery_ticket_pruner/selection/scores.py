@@ -1,4 +1,4 @@
-"""Scores of weights: what a criterion makes of their records."""
+"""Computes the scores of weights by a criterion."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ import numpy as np
 from lottery_ticket_pruner import criteria
 from lottery_ticket_pruner.selection.weights import HOW_TO_RECORD, Weights, joined, records_of
 
-# Weights scored at a time: a criterion's intermediate arrays stay in the processor's cache.
+# Number of weights scored at a time, so that intermediate arrays fit into the processor's cache.
 _CHUNK = 2**17
 
 
@@ -19,17 +19,17 @@ def score(
     drop: int | None,
     where: str,
 ) -> np.ndarray:
-    """Returns the scores of the kernels' weights in one 1-D array, from one call of the criterion.
+    """Returns the scores of all weights of the kernels as a 1-D array, in one criterion call.
 
     Args:
-        criterion: Criterion that scores them.
+        criterion: Criterion that scores the weights.
         kernels: Kernels that are scored together.
-        mask: Bool array of all their weights, 1-D.
+        mask: 1-D bool array of all their weights.
         rng: Generator for random scores.
-        drop: Number of weights that are going to be dropped, or None if they are tiles.
+        drop: Number of weights to prune, or None if tiles are pruned.
         where: Name of these weights in error messages.
     """
-    # A function of its own so that the joined records are freed before the ranking copies scores.
+    # A separate function, so that joined records are freed before the ranking copies the scores.
     records = {
         name: joined([getattr(kernel, name) for kernel in kernels])
         for name in records_of(kernels[0])
@@ -42,8 +42,8 @@ def score(
         if not missing:
             raise
         raise ValueError(
-            f"Criterion {criterion.name!r} failed on {where}: {error}. These weights were not "
-            f"recorded, and are None: {', '.join(missing)}. "
+            f"Criterion {criterion.name!r} failed on {where}: {error}. These records do not exist "
+            f"and are None: {', '.join(missing)}. "
             + " ".join(HOW_TO_RECORD[name] for name in missing)
         ) from error
 
@@ -51,7 +51,7 @@ def score(
 def score_in_chunks(
     criterion: criteria.Criterion, kernels: Sequence[Weights], rng: np.random.Generator
 ) -> np.ndarray:
-    """Returns the scores in one 1-D array without copies of the records, some weights at a time."""
+    """Returns the scores as a 1-D array, computed in chunks without copying the records."""
     arrays = [array for kernel in kernels for array in records_of(kernel).values()]
     scores = np.empty(
         sum(kernel.mask.size for kernel in kernels), np.result_type(np.float32, *arrays)

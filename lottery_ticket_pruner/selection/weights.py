@@ -1,4 +1,4 @@
-"""The weights of a kernel: its mask and its records, checked for the criterion that reads them."""
+"""The mask and records of a kernel, and the checks for the criterion that reads them."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -18,19 +18,19 @@ _ARRAYS = (*criteria.RECORDS, *criteria.EVIDENCE)
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Weights:
-    """A kernel's mask and its records, all of one shape.
+    """The mask and records of a kernel, all of the same shape.
 
     Args:
         mask: Bool array, True where a weight is kept.
-        output_axes: Axes that index outputs, for `scope="output"`; the last one by default.
-        input_axes: Axes that index inputs, for structures; the last one but one by default.
+        output_axes: Axes that index outputs, for `scope="output"`. By default the last axis.
+        input_axes: Axes that index inputs, for structures. By default the second-last axis.
         initial: Array of the recorded initial weights (any real dtype), or None.
         final: Array of the recorded final weights, or None.
-        current: Array of the raw weights as they are now, or None.
-        gradient: Evidence, as `criteria.Group` has it, or None. So are the next three.
-        hessian_gradient: Evidence, or None.
-        flow: Evidence, or None.
-        input_norm: Evidence, or None.
+        current: Array of the current raw weights, or None.
+        gradient: Evidence `gradient` of `criteria.Group`, or None.
+        hessian_gradient: Evidence `hessian_gradient`, or None.
+        flow: Evidence `flow`, or None.
+        input_norm: Evidence `input_norm`, or None.
     """
 
     mask: np.ndarray
@@ -51,7 +51,7 @@ class Weights:
 
 
 def joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
-    """Returns all elements in one read-only 1-D array, without a copy of a single array."""
+    """Returns all elements as a read-only 1-D array. A single array is not copied."""
     flat = [array.reshape(-1) for array in arrays]
     whole = flat[0].view() if len(flat) == 1 else np.concatenate(flat)
     whole.flags.writeable = False
@@ -59,21 +59,21 @@ def joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def records_of(kernel: Weights) -> dict[str, np.ndarray]:
-    """Returns the records and evidence that are there, by name."""
+    """Returns the existing records and evidence of a kernel, by name."""
     arrays = {name: getattr(kernel, name) for name in _ARRAYS}
     return {name: array for name, array in arrays.items() if array is not None}
 
 
 def prepared(criterion: criteria.Criterion, path: str, kernel: Weights) -> Weights:
-    """Returns the kernel with the records that the criterion reads, checked and at least float32.
+    """Returns a kernel with the records that a criterion reads, checked and at least float32.
 
     Args:
-        criterion: Criterion that is going to score the weights.
+        criterion: Criterion that scores the weights.
         path: Path of the kernel, for messages.
         kernel: Kernel with any records.
 
     Raises:
-        ValueError: If a record is missing, has another shape than the mask, or holds a NaN or an
+        ValueError: If a record is missing, does not have the shape of the mask, or contains NaN or
             infinity.
     """
     mask = np.asarray(kernel.mask, dtype=bool)
@@ -83,8 +83,8 @@ def prepared(criterion: criteria.Criterion, path: str, kernel: Weights) -> Weigh
         if array is None:
             if name in criterion.evidence:
                 raise ValueError(
-                    f"Criterion {criterion.name!r} needs the {name} of {path!r}, which only "
-                    "`LotteryTicketPruner.update_masks` of a masked model works out."
+                    f"Criterion {criterion.name!r} needs the {name} of {path!r}, which is only "
+                    "computed by `LotteryTicketPruner.update_masks` of a masked model."
                 )
             if name in criterion.needs:
                 raise ValueError(

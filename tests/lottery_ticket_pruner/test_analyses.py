@@ -191,7 +191,7 @@ def test_overlap_by_hand_and_against_all_random_masks():
     both = np.mean(shared)
     assert overlap.expected[0, 1] == pytest.approx(both / (3 + 4 - both))
     assert len(analyses.plot_overlap(overlap).axes) == 2
-    with pytest.raises(ValueError, match="'one' and 'other' are not of the same weights"):
+    with pytest.raises(ValueError, match="'one' and 'other' do not belong to the same weights"):
         analyses.mask_overlap({"one": masks["one"], "other": {"a": masks["one"]["a"]}})
 
 

@@ -116,7 +116,7 @@ def test_update_takes_a_name_or_what_it_gives():
         {},
         {"sparsity": 0.5, "rate": 0.5},
     ):
-        with pytest.raises(ValueError, match="shares one `sparsity` of all kernels together out"):
+        with pytest.raises(ValueError, match="divides a single `sparsity` among all kernels"):
             update("large_init", weights, distribution="erk", **wrong)
     with pytest.raises(ValueError, match=r"in \[0, 1\)"):
         update("large_init", weights, distribution="erk", sparsity=1.0)

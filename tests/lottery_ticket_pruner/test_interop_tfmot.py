@@ -295,7 +295,7 @@ def test_classes_of_ones_own_come_over_by_name(tk, tfmot):
             return x * self.scale
 
     source = scatter(tk.Sequential([tk.layers.Input((8,)), Scale(), tk.layers.Dense(2)]))
-    with pytest.raises(ValueError, match=r"scale \(Scale\): Keras 3 has no such layer"):
+    with pytest.raises(ValueError, match=r"scale \(Scale\): Keras 3 does not have this layer"):
         from_tfmot(source)
 
     class Scale3(keras.layers.Layer):
@@ -314,7 +314,7 @@ def test_all_that_keras_3_lacks_is_named_at_once(tk, tfmot):
     x = L.ThresholdedReLU(name="threshold")(inputs)
     x = L.LocallyConnected1D(4, 2, name="local")(x) + 1.0
     x = tfmot.prune_low_magnitude(L.LSTM(3, time_major=True, name="major"))(x)
-    with pytest.raises(ValueError, match="cannot become a Keras 3 model") as error:
+    with pytest.raises(ValueError, match="cannot be converted to a Keras 3 model") as error:
         from_tfmot(tk.Model(inputs, x, name="old"))
     for part in (
         "'old'",

@@ -141,7 +141,7 @@ def test_structures_are_loops_over_tiles(kernels, structure, percent, together, 
     amount = {} if fixed else {"rate": percent / 100, "scope": "global" if together else "layer"}
     applies = {path for path, w in weights.items() if structure.applies(w.layout)}
     if not applies:
-        with pytest.raises(ValueError, match="applies to none of the weights"):
+        with pytest.raises(ValueError, match="does not apply to any of the weights"):
             update("large_final", weights, structure=structure, seed=seed, **amount)
         return
     masks = update("large_final", weights, structure=structure, seed=seed, **amount)
@@ -463,7 +463,7 @@ def test_weights_without_such_tiles_stay_as_they_are_and_are_named(caplog):
     }
     assert "words/embeddings" in caplog.text
     masks = ml.get_masks(model)
-    with pytest.raises(ValueError, match="applies to none"):
+    with pytest.raises(ValueError, match="does not apply to any"):
         LotteryTicketPruner(
             ml.convert_to_masked(keras.Sequential([keras.Input((5,)), layers.Embedding(8, 4)]))
         ).update_masks("large_init", structure="2:4")

@@ -43,7 +43,7 @@ def test_a_request_does_not_change():
         ({"criterion": "largest"}, "criterion"),
         ({"scope": "model"}, "`scope` must be one of"),
         ({"scope": "output", "structure": "filters"}, 'contradicts scope="output"'),
-        ({"scope": "layer", "structure": "2:4"}, "says itself how many weights stay"),
+        ({"scope": "layer", "structure": "2:4"}, "determines how many weights are kept"),
         ({"distribution": "even"}, "distribution"),
         ({"seed": -1}, "non-negative integer"),
     ],

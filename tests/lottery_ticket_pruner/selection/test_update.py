@@ -251,7 +251,7 @@ def test_smallest_weights_global_has_one_scope():
     assert all((by_default[path] == plain[path]).all() for path in weights)
     assert [mask.sum() for mask in update("smallest_weights", weights, rate=0.5).values()] == [2, 2]
     update("smallest_weights_global", weights, rate=0.5, scope="global")
-    with pytest.raises(ValueError, match=r"scope='global' alone\. Received: scope='layer'"):
+    with pytest.raises(ValueError, match=r"supports only scope='global'\. Received: scope='layer'"):
         update("smallest_weights_global", weights, rate=0.5, scope="layer")
     with pytest.raises(ValueError, match="contradicts"):
         update("smallest_weights_global", weights, rate={"default": 0.5})
