@@ -168,18 +168,18 @@ class LotteryTicketPruner(plain_models.PlainPruning):
                 Exactly one of `rate` and `sparsity` must be given.
             scope: Weights that are ranked together: `"layer"` (the default for most criteria),
                 `"global"` or `"output"`.
-            seed: For random scores and ties. By default the number of updates since the masks were
-                last reset, so that every update draws other numbers and a repeated run repeats.
-            structure: Weights that go or stay together: `"filters"`, `"units"`, blocks such as
-                `"4x1"`, N:M such as `"2:4"` (which takes no rate, sparsity or scope), or whatever
-                else `structures.get` takes. Weights that it does not apply to stay as they are, and
-                a warning is logged that names them.
-            distribution: How one `sparsity` of the whole model is shared out among the layers:
-                `"uniform"`, `"erk"`, or whatever else `distributions.get` takes.
-            data: What a criterion of gradients or activations looks at, as arrays: `(x, y)` or
-                `(x, y, sample_weight)`, or `x` alone where no targets are needed; or a data set
-                of batches, which is read into memory (see `training.arrays_of`). Other criteria
-                take no notice.
+            seed: Seed for random scores and ties. The default is the number of updates since the
+                masks were last reset, so updates differ but repeated runs agree.
+            structure: Weights that are pruned together: `"filters"`, `"units"`, blocks such as
+                `"4x1"`, N:M patterns such as `"2:4"` (without rate, sparsity or scope), or any
+                other identifier for `structures.get`. Weights that it does not apply to are left
+                unchanged, and a logged warning names them.
+            distribution: How a single `sparsity` of the whole model is divided among layers:
+                `"uniform"`, `"erk"`, or any other identifier for `distributions.get`.
+            data: Data for criteria of gradients or activations: arrays `(x, y)` or
+                `(x, y, sample_weight)`, `x` alone if no targets are needed, or a data set of
+                batches, which is read into memory (see `training.arrays_of`). Other criteria
+                ignore it.
 
         Returns:
             A report of the model's sparsity.
