@@ -1,4 +1,4 @@
-"""Optimizers of compiled models: their clocks, their slots, and a fresh start."""
+"""Optimizers of compiled models: their step counts, their slots, and how to reset them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lottery_ticket_pruner.variables import read
 def read_clocks(optimizer: keras.Optimizer | None) -> list[tuple[int, float | None]]:
     """Returns (step, learning rate) of an optimizer and of each optimizer inside it.
 
-    The learning rate is None where a schedule gives it.
+    The learning rate is None if it is given by a schedule.
     """
     if optimizer is None:
         return []
@@ -24,7 +24,7 @@ def read_clocks(optimizer: keras.Optimizer | None) -> list[tuple[int, float | No
 
 
 def fresh_optimizer(optimizer: keras.Optimizer) -> keras.Optimizer:
-    """An unbuilt optimizer with the configuration of this one."""
+    """Returns an unbuilt optimizer with the same configuration."""
     return type(optimizer).from_config(optimizer.get_config())
 
 
@@ -35,34 +35,34 @@ def reset_optimizer(
     steps: Sequence[int] = (),
     rates: Sequence[float | None] = (),
 ) -> None:
-    """Gives an optimizer, in place, the state of one that was just built.
+    """Resets an optimizer in place to the state right after it was built.
 
-    Step counts are 0 and slots have their first values, which are not zero for all optimizers
-    (Adagrad's accumulators, the dynamic loss scale, the copies of ScheduleFreeAdamW). Functions
-    that were compiled with the optimizer stay valid.
+    Step counts are 0 and slots have their initial values, which are not zero for all optimizers
+    (accumulators of Adagrad, the dynamic loss scale, copies in ScheduleFreeAdamW). Functions
+    compiled with the optimizer stay valid.
 
     Args:
         optimizer: The optimizer to reset.
-        fresh: What `fresh_optimizer(optimizer)` returned; it is built here.
-        variables: The trainable variables of the model, with the values to start from.
-        steps: Step counts to restore where a learning-rate schedule reads them; elsewhere a step
-            count other than 0 would only spoil the bias corrections of the fresh slots.
-        rates: Learning rates to restore where they are variables; None keeps the present one.
+        fresh: The result of `fresh_optimizer(optimizer)`, which is built here.
+        variables: Trainable variables of the model, with the values to start from.
+        steps: Step counts to restore if a learning-rate schedule reads them. Otherwise a step count
+            other than 0 would only make the bias corrections of the new slots wrong.
+        rates: Learning rates to restore if they are variables. None keeps the current rate.
 
     Raises:
-        ValueError: The optimizer was built for other variables. Nothing has changed then.
+        ValueError: If the optimizer was built for other variables. In that case nothing is changed.
     """
     if optimizer.built:
         fresh.build(list(variables))
     old, new = optimizer.variables, fresh.variables
     if [tuple(v.shape) for v in old] != [tuple(v.shape) for v in new]:
         raise ValueError(
-            f"The optimizer {optimizer.name!r} was built for {len(old)} variables of its own, but "
-            f"the model needs {len(new)} now. Were layers frozen or unfrozen after `compile()`? "
+            f"The optimizer {optimizer.name!r} was built with {len(old)} variables of its own, but "
+            f"the model now needs {len(new)}. Were layers frozen or unfrozen after `compile()`? "
             "Compile the model again, or call `rewind(optimizer=False)`."
         )
     for target, source in zip(old, new, strict=True):
-        # Through numpy: on JAX `assign` would share the buffer.
+        # Through NumPy, because `assign` shares the buffer on JAX.
         target.assign(read(source))
     clocks = _clock_variables(optimizer)
     if len(steps) == len(rates) == len(clocks):
@@ -74,34 +74,34 @@ def reset_optimizer(
 
 
 def advance(optimizer: keras.Optimizer, steps: int) -> None:
-    """Moves the step count on where a learning-rate schedule reads it, and only there."""
+    """Advances the step count, but only if a learning-rate schedule reads it."""
     for step, rate in _clock_variables(optimizer):
         if rate is None:
             step.assign(step + steps)
 
 
 def start_over(optimizer: keras.Optimizer) -> None:
-    """Sets the step count to 0 where a learning-rate schedule reads it, and only there."""
+    """Sets the step count to 0, but only if a learning-rate schedule reads it."""
     for step, rate in _clock_variables(optimizer):
         if rate is None:
             step.assign(0)
 
 
 def optimizer_slots(optimizer: keras.Optimizer) -> dict[int, list[keras.Variable]]:
-    """Returns an optimizer's slots by variable: momenta, averages, accumulated gradients.
+    """Returns the slots of an optimizer by variable: momenta, averages, accumulated gradients.
 
     Args:
-        optimizer: The optimizer; one that is not built yet keeps nothing.
+        optimizer: The optimizer. If it is not built, it has no slots.
 
     Returns:
         A dict from the id of a variable to those variables of the optimizer that have its shape.
 
     Raises:
-        ValueError: The configuration of the optimizer does not make the same one again.
+        ValueError: If the optimizer cannot be recreated from its configuration.
     """
     if not optimizer.built:
         return {}
-    # An optimizer does not tell which slot is whose: a second one is watched as it is built.
+    # Optimizers do not say which slot belongs to which variable, so a second one is watched.
     twin = fresh_optimizer(optimizer)
     made: dict[int, list[keras.Variable]] = {}
     _keras.watch_slots(twin, lambda variable, slot: made.setdefault(id(variable), []).append(slot))
@@ -110,8 +110,8 @@ def optimizer_slots(optimizer: keras.Optimizer) -> dict[int, list[keras.Variable
     own = optimizer.variables
     if [variable.shape for variable in own] != [variable.shape for variable in twin.variables]:
         raise ValueError(
-            f"Which variables of the optimizer {optimizer.name!r} belong to which weight cannot be "
-            "told: one made from its configuration has others."
+            f"The variables of the optimizer {optimizer.name!r} cannot be assigned to weights, "
+            "because an optimizer created from its configuration has other variables."
         )
     return {
         key: [own[position[id(slot)]] for slot in slots if id(slot) in position]
@@ -122,7 +122,7 @@ def optimizer_slots(optimizer: keras.Optimizer) -> dict[int, list[keras.Variable
 def _clock_variables(
     optimizer: keras.Optimizer,
 ) -> list[tuple[keras.Variable, keras.Variable | None]]:
-    """(iteration, learning rate) variables; every optimizer creates them first, in this order."""
+    """Returns (iteration, learning rate) variables, which every optimizer creates first."""
     variables = optimizer.variables
     following = [*variables[1:], None]
     return [

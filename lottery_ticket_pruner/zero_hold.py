@@ -1,4 +1,4 @@
-"""Holds pruned entries of a plain model at zero while it trains."""
+"""Keeps pruned entries of a plain model at zero during training."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from masked_layers.compiled import remake_function
 
 
 class ZeroHold:
-    """Holds chosen entries of a plain model's variables at zero while the model trains.
+    """Keeps entries of a plain model's variables at zero during training.
 
-    Optimizers apply a variable's constraint after each update, inside their own graph. The hold
-    appends to it, so that entries are zero after every step whatever the number of steps per
-    execution, on the device alone. It lasts until `release()`.
+    Optimizers apply the constraint of a variable after each update, inside their own graph. This
+    class appends to the constraint, so that entries are zero after every step, on the device and
+    with any number of steps per execution. It ends with `release()`.
 
     Args:
         model: A compiled model, inside `fit`.
-        masks: Pairs of a variable and a bool array of its shape, True where entries are free.
+        masks: Pairs of a variable and a bool array of its shape, False where entries are zeroed.
     """
 
     def __init__(
@@ -45,15 +45,15 @@ class ZeroHold:
         self._remake()
 
     def change(self, masks: Iterable[tuple[keras.Variable, np.ndarray]]) -> None:
-        """Holds other entries from the next step on."""
+        """Changes the masks, from the next step on."""
         of = {id(variable): constraint for variable, constraint in self._constraints}
         for variable, mask in masks:
             of[id(variable)].mask.assign(mask)
-        # Compiled functions may have the masks as constants (JAX).
+        # Compiled functions may contain the masks as constants (JAX).
         self._remake()
 
     def release(self) -> None:
-        """Gives the variables and the model back as they were before the hold."""
+        """Restores the constraints of the variables and the functions of the model."""
         for variable, constraint in self._constraints:
             if variable.constraint is constraint:
                 variable.constraint = constraint.inner
@@ -66,7 +66,7 @@ class ZeroHold:
 
 
 class _ZeroConstraint(keras.constraints.Constraint):
-    """The constraint that a variable had, on its free entries; zero on the others."""
+    """The original constraint of a variable, followed by zeroing masked entries."""
 
     def __init__(self, hold: ZeroHold, mask: np.ndarray, inner: Any) -> None:
         self.hold = hold
@@ -81,6 +81,6 @@ class _ZeroConstraint(keras.constraints.Constraint):
 
 
 def zero_pruned(mask: Any, weight: Any) -> Any:
-    """`where(mask, weight, 0)` as a tensor: pruned entries are +0.0 even where they were NaN."""
+    """Returns `where(mask, weight, 0)`. Pruned entries are +0.0 even if they were NaN."""
     weight = ops.convert_to_tensor(weight)
     return ops.where(ops.convert_to_tensor(mask), weight, ops.cast(0, weight.dtype))

@@ -1,4 +1,4 @@
-"""Evidence: what criteria need beside the records, measured on the model and on data."""
+"""Measurements that criteria need besides recorded weights: gradients, activations, flow."""
 
 from lottery_ticket_pruner.evidence.activations import input_norms
 from lottery_ticket_pruner.evidence.flow import SynapticFlow

@@ -1,4 +1,4 @@
-"""Norms of the inputs that each weight is multiplied with, measured on data (Wanda)."""
+"""Norms of the inputs that each weight multiplies, measured on data (Wanda)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from masked_layers.maskable import raw_variable, weights_inside
 from masked_layers.masks import raw_view
 from masked_layers.paths import plain_class
 
-# Layers whose output, but for the activation, is linear in the kernel and in the bias.
+# Layers whose output is linear in the kernel and the bias, except for the activation.
 _LINEAR = (
     layers.Dense,
     layers.EinsumDense,
@@ -35,29 +35,28 @@ _LINEAR = (
 
 
 def input_norms(model: keras.Model, x: Arrays, *, batch_size: int = 32) -> dict[str, np.ndarray]:
-    """The 2-norm of what each masked weight is multiplied with, over a calibration set.
+    """Returns the 2-norm, over a calibration set, of the inputs that each masked weight multiplies.
 
-    For a weight of a dense layer that is the norm of its input feature over all examples and
-    positions; for one of a convolution, over all patches (zeros of the padding count as zeros).
-    A bias is multiplied with ones. Layers used several times, and tied weights, see the inputs of
-    all uses.
+    For a dense layer this is the norm of an input feature over all examples and positions. For a
+    convolution it is the norm over all patches, in which padding counts as zeros. Biases multiply
+    ones. For layers used several times, and for tied weights, the inputs of all uses count.
 
-    The model runs in inference mode, under its masks, and is left exactly as it was.
+    The model runs in inference mode, under its masks, and is left unchanged.
 
     Args:
-        model: Masked or plain.
-        x: Inputs, the examples along the first axis; or a list or dict of such arrays.
-        batch_size: Examples per forward pass. What enters the layers is held in memory for one
-            batch.
+        model: A masked or plain model.
+        x: Inputs with examples along the first axis: an array, or a list or dict of arrays.
+        batch_size: Number of examples per forward pass. The inputs of all layers are held in memory
+            for one batch.
 
     Returns:
-        A dict from the path of each masked weight (in a plain model of each maskable one) to a
-        float32 array of the weight's shape.
+        A dict from the path of each masked weight (in a plain model, each maskable weight) to a
+        float32 array of the shape of the weight.
 
     Raises:
-        ValueError: If a masked weight belongs to a layer that multiplies other things than its
-            inputs with it, or of which that is not known. The message names all of these. Or there
-            is no example, or the arrays are not of one length.
+        ValueError: If a masked weight belongs to a layer that is not known to multiply its inputs
+            with it (the message names all such weights), there are no examples, or the arrays
+            differ in length.
 
     Reference:
         - [Sun et al., arXiv 2306.11695](https://arxiv.org/abs/2306.11695), section 3
@@ -67,7 +66,7 @@ def input_norms(model: keras.Model, x: Arrays, *, batch_size: int = 32) -> dict[
     data = Examples.of(x)
     ml.sync(model)
     sums = {id(ref.variable): np.zeros(ref.variable.shape, "float64") for ref in refs}
-    # The scope holds back whatever the forward passes would change.
+    # The scope discards everything that the forward passes would change.
     with keras.StatelessScope(), _recording(users) as seen:
         for start in range(0, len(data), batch_size):
             (batch,) = data.take(slice(start, start + batch_size))
@@ -83,7 +82,7 @@ def input_norms(model: keras.Model, x: Arrays, *, batch_size: int = 32) -> dict[
 
 
 def _users(model: keras.Model, variables: set[int]) -> dict[layers.Layer, list[str]]:
-    """The layers that hold these variables, each with the names of its own."""
+    """Returns the layers that hold these variables, each with the names of its variables."""
     users: dict[layers.Layer, list[str]] = {}
     unknown = []
     known = {cls.call for cls in _LINEAR}
@@ -94,9 +93,9 @@ def _users(model: keras.Model, variables: set[int]) -> dict[layers.Layer, list[s
                 unknown.append(f"{path} ({plain_class(layer).__name__})")
     if unknown:
         raise ValueError(
-            "What enters a weight is known for layers of the classes "
-            f"{', '.join(cls.__name__ for cls in _LINEAR)}. It is not for: {', '.join(unknown)}. "
-            "Leave them without masks: `masked_layers.convert_to_masked(model, exclude=...)`, or "
+            "The inputs of weights are only known for layers of the classes "
+            f"{', '.join(cls.__name__ for cls in _LINEAR)}, not for: {', '.join(unknown)}. "
+            "Leave these without masks: `masked_layers.convert_to_masked(model, exclude=...)`, or "
             "`include` the others."
         )
     return users
@@ -104,7 +103,7 @@ def _users(model: keras.Model, variables: set[int]) -> dict[layers.Layer, list[s
 
 @contextlib.contextmanager
 def _recording(users: dict[layers.Layer, list[str]]) -> Iterator[list[tuple[layers.Layer, Tensor]]]:
-    """Notes the inputs of each call of these layers while it is open."""
+    """Records the inputs of each call of these layers while the context is open."""
     seen: list[tuple[layers.Layer, Tensor]] = []
 
     def noting(layer: layers.Layer, call: Callable) -> Callable:
@@ -116,16 +115,17 @@ def _recording(users: dict[layers.Layer, list[str]]) -> Iterator[list[tuple[laye
 
     with contextlib.ExitStack() as stack:
         for layer in users:
-            # A functional model calls its layers by their `call`, and no hook runs around it.
+            # A functional model uses the `call` of its layers, and no hook runs around it.
             stack.enter_context(_keras.replaced(layer, "call", noting(layer, layer.call)))
         yield seen
 
 
 def _squares(layer: layers.Layer, variables: list[keras.Variable], inputs: Tensor) -> list[Tensor]:
-    """The sum of squares of what each entry of the variables was multiplied with in one call.
+    """Returns, for each entry of the variables, the sum of squares of its inputs in one call.
 
-    Without its activation the layer is linear in them, so the gradient of the sum of its outputs is
-    the sum of what each entry meets: for squared inputs, the sum of squares.
+    Without its activation, the layer is linear in these variables. The gradient of the sum of its
+    outputs is therefore the sum of the inputs of each entry, or of their squares if the inputs are
+    squared.
     """
     squared = ops.square(ops.cast(inputs, variables[0].dtype))
 
@@ -135,7 +135,7 @@ def _squares(layer: layers.Layer, variables: list[keras.Variable], inputs: Tenso
 
     activation, layer.activation = layer.activation, None
     try:
-        # Where, does not matter: the sum is linear.
+        # At any point, because the sum is linear.
         zeros = [ops.zeros(variable.shape, variable.dtype) for variable in variables]
         return gradient(total, zeros)[0]
     finally:

@@ -1,4 +1,4 @@
-"""Derivatives of functions of tensors, on every backend, and what second ones take."""
+"""First and second derivatives of functions of tensors, on every backend."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ Tensor = Any
 def gradient(
     function: Callable[[list[Tensor]], tuple[Tensor, Any]], tensors: list[Tensor]
 ) -> tuple[list[Tensor], Any]:
-    """The gradient of a scalar function, on any backend; also inside such a function.
+    """Computes the gradient of a scalar function on any backend. May be nested.
 
     Args:
-        function: Gives the scalar and anything else that is to be handed on.
-        tensors: Where to differentiate. Those that the function does not use have gradient 0.
+        function: A function of the tensors that returns the scalar and an auxiliary output.
+        tensors: Point of the gradient. Tensors that the function does not use have gradient 0.
 
     Returns:
-        The gradients, one per tensor, and what the function gave beside the scalar.
+        The gradients, one per tensor, and the auxiliary output.
     """
     backend = keras.backend.backend()
     if backend == "tensorflow":
@@ -34,7 +34,7 @@ def gradient(
             tape.watch(tensors)
             value, rest = function(tensors)
         gradients = tape.gradient(value, tensors, unconnected_gradients="zero")
-        # The gradient of a look-up comes as indices and values.
+        # The gradient of a look-up consists of indices and values.
         return [tf.convert_to_tensor(gradient) for gradient in gradients], rest
     if backend == "jax":
         import jax
@@ -46,7 +46,7 @@ def gradient(
         inner = any(tensor.requires_grad for tensor in tensors)
         if not inner:
             tensors = [tensor.detach().requires_grad_() for tensor in tensors]
-        # The fast kernels of attention have no second derivative.
+        # The fast attention kernels have no second derivative.
         kernels = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
         with torch.enable_grad(), kernels if inner else contextlib.nullcontext():
             value, rest = function(tensors)
@@ -54,19 +54,19 @@ def gradient(
                 value, tensors, create_graph=inner, materialize_grads=True
             )
         return list(gradients), rest
-    raise NotImplementedError(f"There are no gradients on the backend {backend!r}.")
+    raise NotImplementedError(f"Gradients are not implemented on the backend {backend!r}.")
 
 
 @contextlib.contextmanager
 def twice_differentiable(model: keras.Model) -> Iterator[None]:
-    """Lets second derivatives of a model's forward pass be taken, and be right.
+    """Temporarily replaces functions whose second derivatives are missing or wrong.
 
-    On TensorFlow, `tf.nn.moments`, which Keras' normalizations and `keras.ops.moments` call, stops
-    the gradient at the mean from which it takes the variance. The first derivative by that mean is
-    zero, but the derivative of that derivative is not. And `tf.nn.softsign` has a kernel for its
-    gradient that has none itself, and so have the methods of `tf.image.resize`, but for the
-    bilinear one: its gradient counts as a constant, without a word. On torch `hardsigmoid` and
-    recurrent layers in cuDNN have none. No option says otherwise: all are replaced meanwhile.
+    On TensorFlow, `tf.nn.moments` (used by the normalizations of Keras and by `keras.ops.moments`)
+    stops the gradient at the mean when it computes the variance. The first derivative with respect
+    to this mean is zero, but the second is not. The gradients of `tf.nn.softsign` and of
+    `tf.image.resize`, except for the bilinear method, are kernels without a gradient of their own
+    and silently count as constants. On torch, `hardsigmoid` and recurrent layers in cuDNN have no
+    second derivative. None of this can be changed by an option.
     """
     backend = keras.backend.backend()
     with contextlib.ExitStack() as stack:
@@ -99,7 +99,7 @@ def _replaced(module: Any, name: str, function: Callable) -> Iterator[None]:
 def _moments(
     x: Tensor, axes: Any, shift: Any = None, keepdims: bool = False, name: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Does what `tf.nn.moments` does, with all derivatives."""
+    """Computes `tf.nn.moments` with all derivatives."""
     import tensorflow as tf
 
     x = tf.convert_to_tensor(x)
@@ -111,7 +111,7 @@ def _moments(
 
 
 def _softsign(features: Tensor, name: str | None = None) -> Tensor:
-    """Does what `tf.nn.softsign` does, with all derivatives."""
+    """Computes `tf.nn.softsign` with all derivatives."""
     import tensorflow as tf
 
     features = tf.convert_to_tensor(features)
@@ -119,7 +119,7 @@ def _softsign(features: Tensor, name: str | None = None) -> Tensor:
 
 
 def _resize(resize: Callable, images: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Does what `tf.image.resize` does, with all derivatives: it is linear in the images."""
+    """Computes `tf.image.resize`, which is linear in the images, with all derivatives."""
     import tensorflow as tf
 
     @tf.custom_gradient
@@ -140,14 +140,14 @@ def _resize(resize: Callable, images: Tensor, *args: Any, **kwargs: Any) -> Tens
 
 
 def _hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:  # noqa: A002 (torch's name)
-    """Does what `torch.nn.functional.hardsigmoid` does, with all derivatives."""
+    """Computes `torch.nn.functional.hardsigmoid` with all derivatives."""
     return (input + 3).clamp(0, 6) / 6
 
 
 def draws_kept() -> contextlib.AbstractContextManager[None]:
-    """Gives torch's own random generators their state back at the end; others have none.
+    """Restores the state of torch's random generators on exit. No effect on other backends.
 
-    Keras' `Dropout` draws from them on torch where it has no seed, and not from its seed generator.
+    On torch, `Dropout` without a seed draws from these instead of its seed generator.
     """
     if keras.backend.backend() != "torch":
         return contextlib.nullcontext()

@@ -1,4 +1,4 @@
-"""Synaptic flow: how much of what enters a model made positive leaves it through each weight."""
+"""Synaptic flow: gradients of the output of a model with positive weights (SynFlow)."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from masked_layers.masks import raw_view
 
 
 class SynapticFlow:
-    """The gradient of the sum of a model's logits by its weights, all of them made positive.
+    """Gradient of the sum of a model's logits with respect to its weights, all made positive.
 
-    It is that of a copy in float64: products over many layers leave the range of float32. Every
-    weight of the copy, biases and statistics included, is replaced by its absolute value; the
-    activations of its outputs (a softmax would make the sum constant) are taken away; it runs in
-    inference mode on an input of ones.
+    It is computed on a float64 copy, because products over many layers exceed the range of float32.
+    In the copy, all weights including biases and statistics are replaced by their absolute values,
+    and the activations of its outputs are removed (a softmax would make the sum constant). It runs
+    in inference mode on an input of ones.
 
     In a network of linear maps and rectifiers, the sum of abs(weight) times flow is the same for
-    every layer. A weight that cannot change the output has a flow of zero and goes first: so do the
-    queries and keys of an attention, which looks everywhere alike where all positions are.
+    every layer. A weight that cannot change the output has a flow of zero and is pruned first. This
+    includes the queries and keys of attention over equal positions, which has uniform weights.
 
     Args:
-        model: Masked; it is not changed.
-        x: Inputs of which only the shape counts; None where the model's own is fixed.
+        model: A masked model. It is not changed.
+        x: Inputs of which only the shape is used. None if the model has a fixed input shape.
 
     Raises:
-        ValueError: If the model cannot be copied, its inputs are not of floats or their shape is
-            not known, or its outputs are probabilities by something else than an activation.
+        ValueError: If the model cannot be copied, its inputs are not floats or have an unknown
+            shape, or its outputs are probabilities that do not come from an output activation.
 
     Reference:
         - [Tanaka et al., arXiv 2006.05467](https://arxiv.org/abs/2006.05467), section 5
@@ -60,15 +60,16 @@ class SynapticFlow:
             ]
             own = {id(ref.variable) for ref in self._refs}
             others = [variable for variable in self._model.variables if id(variable) not in own]
-            # A compiled function on JAX would keep what it is not handed as constants.
+            # On JAX, a compiled function treats all values that are not arguments as constants.
             self._others = others if keras.backend.backend() == "jax" else []
             self._gradient = compiled(self._model, self._trace)
 
     def __call__(self, masks: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The flow through each weight, pruned ones included, when these are the masks.
+        """Returns the flow through each weight, including pruned ones, under the given masks.
 
         Args:
-            masks: Bool arrays by path, of all masked weights; none keeps what the model prunes.
+            masks: Bool arrays by path, for all masked weights. Each must be a subset of the mask of
+                the model.
 
         Returns:
             A dict from path to float64 array.
@@ -102,26 +103,26 @@ class SynapticFlow:
 
 
 def _ones(model: keras.Model, x: Arrays | None) -> Arrays:
-    """One example of ones, in the structure of the model's inputs."""
+    """Returns one example of ones, in the structure of the model's inputs."""
     inputs = _keras.input_specs(model) if x is None else keras.tree.map_structure(np.asarray, x)
     if any("float" not in str(tensor.dtype) for tensor in keras.tree.flatten(inputs)):
         raise ValueError(
-            "SynFlow sends ones through the model, which must take floats. "
-            f"{model.name!r} has an input of integers, such as the indices of an embedding: use "
+            "SynFlow sends ones through the model, which must accept floats. "
+            f"{model.name!r} has integer inputs, such as the indices of an embedding: use "
             "another criterion."
         )
     shapes = [tuple(tensor.shape)[1:] for tensor in keras.tree.flatten(inputs)]
     if any(size is None for shape in shapes for size in shape):
         raise ValueError(
             f"SynFlow needs inputs of a fixed shape. Those of {model.name!r} have {shapes}: pass "
-            "`data=x` with an example, of which only the shape counts."
+            "`data=x` with an example, of which only the shape is used."
         )
     ones = [np.ones((1, *shape)) for shape in shapes]
     return keras.tree.pack_sequence_as(inputs, ones)
 
 
 def _take_activation(output: keras.Operation) -> None:
-    """Makes the activation of an output layer the identity."""
+    """Replaces the activation of an output layer by the identity."""
     inner = _keras.output_layers(output)
     if isinstance(output, layers.TimeDistributed):
         inner = [output.layer]
@@ -141,6 +142,6 @@ def _refuse_probabilities(model: keras.Model, outputs: Tensor) -> None:
         if array.ndim > 1 and array.shape[-1] > 1 and np.allclose(array.sum(-1), 1, atol=1e-9):
             raise ValueError(
                 f"The outputs of {model.name!r} add up to 1: they are probabilities, which do not "
-                "change with the scale of what flows into them. SynFlow takes the activation of an "
-                "output layer away by itself; here it is elsewhere. Let the model give logits."
+                "change with the scale of their inputs. SynFlow removes the activation of output "
+                "layers, but here it is elsewhere. Change the model to return logits."
             )

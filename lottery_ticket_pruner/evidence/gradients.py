@@ -1,8 +1,8 @@
-"""Gradients of a model's loss by its effective weights, those of pruned entries included.
+"""Gradients of the loss with respect to effective weights, including pruned entries.
 
-A mask lets no gradient reach a pruned entry. Here the effective weights themselves are the
-variables of the loss: the masked layers read them in place of `mask(raw weight)`, so that a pruned
-entry is a zero like any other and has the gradient that it would have if it were alive.
+Masks stop the gradient of pruned entries. Here, the effective weights themselves are the variables
+of the loss: masked layers read them instead of `mask(raw weight)`. A pruned entry is then a zero
+like any other, and has the gradient that it would have if it were kept.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from masked_layers.compiled import kept_beside
 from masked_layers.masks import raw_view
 
 _TEMPERATURE = 200.0
-# Functions and classes of both spellings.
+# Names of functions and classes.
 _SOFTMAX = (
     "categoricalcrossentropy",
     "sparsecategoricalcrossentropy",
@@ -49,40 +49,39 @@ def loss_gradients(
     sample_weight: Arrays | None = None,
     batch_size: int = 256,
 ) -> dict[str, np.ndarray]:
-    """The dense gradient of the loss of a compiled model by each masked weight's effective value.
+    """Returns the dense gradient of the loss with respect to the effective masked weights.
 
-    The loss is what `fit` minimizes on the data: the compiled loss and what layers add to it with
-    `add_loss`. Penalties on the weights themselves (`kernel_regularizer` and the like) do not
-    count: they say nothing about the data.
+    The loss is what `fit` minimizes on the data: the compiled loss and terms that layers add with
+    `add_loss`. Penalties on weights (such as `kernel_regularizer`) are excluded, because they do
+    not depend on the data.
 
-    The model runs in training mode, as in the steps whose gradient this is to foresee: batch
-    normalization takes the statistics of each batch (the moving ones of a new model hold nothing
-    yet), and dropout draws from the seeds that `fit` would use next.
-    Layers compute in the precision of their weights, mixed policies or not: in float16 small
-    gradients are zero.
+    The model runs in training mode, like the training steps that the gradient should predict: batch
+    normalization uses the statistics of each batch (the moving statistics of a new model are not
+    meaningful yet), and dropout draws from the seeds that `fit` would use next. Layers compute in
+    the precision of their weights, even under mixed policies, because small gradients are zero in
+    float16.
 
-    The result is the mean over the batches, weighted by their number of examples: the gradient of
-    the loss over all examples at once, whatever the batch size, if the examples of a batch do not
-    depend on each other (batch normalization) and the loss is a mean over them, as Keras' losses
-    are by default.
+    The result is the mean over the batches, weighted by their size. It equals the gradient over all
+    examples at once, for any batch size, if the examples of a batch are independent (unlike in
+    batch normalization) and the loss is a mean over them, as Keras losses are by default.
 
-    The model is left exactly as it was: weights, masks, statistics, seeds, optimizer and metrics.
-    A second call with batches of the same shape uses the function compiled for the first.
+    The model is left unchanged: weights, masks, statistics, seeds, optimizer and metrics. A second
+    call with batches of the same shape reuses the compiled function.
 
     Args:
-        model: Compiled, masked or plain.
-        x: Inputs, the examples along the first axis; or a list or dict of such arrays.
-        y: Targets, likewise.
-        sample_weight: A weight per example, or None.
-        batch_size: Examples per forward pass; it bounds the memory needed.
+        model: A compiled model, masked or plain.
+        x: Inputs with examples along the first axis: an array, or a list or dict of arrays.
+        y: Targets, in one of the same forms.
+        sample_weight: One weight per example, or None.
+        batch_size: Number of examples per forward pass, which limits the required memory.
 
     Returns:
-        A dict from the path of each masked weight (in a plain model of each maskable one) to an
-        array of the weight's shape: float64 for a float64 weight, else float32.
+        A dict from the path of each masked weight (in a plain model, each maskable weight) to an
+        array of the shape of the weight, float64 for float64 weights and otherwise float32.
 
     Raises:
         ValueError: If the model is not compiled or has nothing to prune, there are no examples, or
-            the targets are not what the loss expects.
+            the targets do not fit the loss.
     """
     with targets.explained(model, x, y):
         loss, data = _prepare(model, x, y, sample_weight)
@@ -97,20 +96,21 @@ def hessian_gradients(
     sample_weight: Arrays | None = None,
     batch_size: int = 256,
 ) -> dict[str, np.ndarray]:
-    """The Hessian of the loss times its gradient, both by all effective weights together.
+    """Returns the product of the Hessian and the gradient of the loss, for the score of GraSP.
 
-    Half the gradient of the squared norm of the gradient: what GraSP ranks by. The loss is that of
-    `loss_gradients`, with the logits divided by 200 as the paper has it: those that the loss takes
-    (`from_logits=True`), or those behind the probabilities that it takes. That is done for Keras'
-    categorical and binary cross-entropies, by name or as objects, and nothing is divided for any
-    other loss. Gradient and Hessian are those of the mean over all examples, from two passes over
-    the data, which draw the same noise; arguments and result are those of `loss_gradients`. What a
-    layer holds fixed by `stop_gradient` (the corrections of `BatchNormalization(renorm=True)`, the
-    directions of `SpectralNormalization`) is fixed here, too.
+    Both derivatives are taken with respect to all effective weights together, so this is half the
+    gradient of the squared norm of the gradient. The loss is that of `loss_gradients` with logits
+    divided by 200, as in the paper. This applies to the logits that a loss takes
+    (`from_logits=True`) or to those that correspond to the probabilities it takes, for the
+    categorical and binary cross-entropies of Keras. Other losses are not changed. Gradient and
+    Hessian are means over all examples, from two passes over the data with the same noise. Values
+    that layers exclude by `stop_gradient` (the corrections of `BatchNormalization(renorm=True)`,
+    the directions of `SpectralNormalization`) are treated as constants. Arguments and result are
+    the same as in `loss_gradients`.
 
     Raises:
-        ValueError: As `loss_gradients`, or an operation of the model has no second derivative on
-            this backend; the message has its name.
+        ValueError: If `loss_gradients` would raise an error, or an operation of the model has no
+            second derivative on this backend. The message names the operation.
 
     Reference:
         - [Wang et al., arXiv 2002.07376](https://arxiv.org/abs/2002.07376), section 4
@@ -127,7 +127,7 @@ def hessian_gradients(
         raise ValueError(
             f"The model {model.name!r} has an operation that cannot be differentiated twice on "
             f"{keras.backend.backend()}: {error}. Products with the Hessian, by which GraSP ranks, "
-            "need that: use another layer or backend there, or a criterion of first derivatives "
+            "require this. Use another layer or backend, or a criterion of first derivatives "
             'such as "snip".'
         ) from error
 
@@ -135,7 +135,7 @@ def hessian_gradients(
 class _Loss:
     """The loss of a model as a pure function of its effective weights, and its derivatives.
 
-    Obtained from `_loss_of`, which keeps it for the next call: it holds the compiled functions.
+    Obtained from `_loss_of`, which caches it because it holds the compiled functions.
     """
 
     def __init__(self, model: keras.Model) -> None:
@@ -145,7 +145,7 @@ class _Loss:
         self._seeds = _keras.seed_variables(model)
         self._others: list[keras.Variable] = []
         if keras.backend.backend() == "jax":
-            # A compiled function on JAX would keep the value of a variable that it is not handed.
+            # On JAX, a compiled function treats variables that are not arguments as constants.
             own = {id(variable) for variable in [ref.variable for ref in self.refs] + self._seeds}
             everything = [*model.variables, *model.metrics_variables]
             self._others = [variable for variable in everything if id(variable) not in own]
@@ -154,11 +154,11 @@ class _Loss:
         self._cool_product = compiled(model, self._trace_product)
 
     def gradients(self, data: Examples, batch_size: int) -> list[np.ndarray]:
-        """The mean gradient over all examples."""
+        """Returns the mean gradient over all examples."""
         return self._mean(self._gradient, data, batch_size)
 
     def hessian_gradients(self, data: Examples, batch_size: int) -> list[np.ndarray]:
-        """The mean Hessian over all examples times the mean gradient, of cooled logits."""
+        """Returns the mean Hessian times the mean gradient, both with divided logits."""
         direction = [
             ops.convert_to_tensor(array, dtype=ref.variable.dtype)
             for ref, array in zip(
@@ -168,7 +168,7 @@ class _Loss:
         return self._mean(functools.partial(self._cool_product, direction), data, batch_size)
 
     def named(self, arrays: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-        """The arrays by path, in the precision of the weights but in float32 at least."""
+        """Returns the arrays by path, in the precision of the weights but at least float32."""
         return {
             ref.path: array.astype(
                 "float64" if ref.variable.dtype == "float64" else "float32", copy=False
@@ -177,9 +177,9 @@ class _Loss:
         }
 
     def _mean(self, function: Callable, data: Examples, batch_size: int) -> list[np.ndarray]:
-        """The mean over all batches of what `function` gives, in float64.
+        """Returns the mean of `function` over all batches, in float64.
 
-        Every pass draws the same noise: that which the next step of a training would.
+        Every pass draws the same noise, that of the next training step.
         """
         with draws_kept():
             return self._summed(function, data, batch_size)
@@ -233,7 +233,7 @@ class _Loss:
         batch: Any,
         weights: list[Tensor],
     ) -> tuple[Tensor, list[Tensor]]:
-        """The loss on a batch at these effective weights, and the seeds after it."""
+        """Returns the loss on a batch at these effective weights, and the seeds after it."""
         kernels = [ref.variable for ref in self.refs]
         state = zip(
             [*kernels, *self._seeds, *self._others], [*weights, *seeds, *others], strict=True
@@ -246,20 +246,20 @@ class _Loss:
 
 
 def prunable_refs(model: keras.Model) -> list[WeightRef]:
-    """The masked weights of a model, in a plain model all that can be masked.
+    """Returns the masked weights of a model, or all maskable weights of a plain model.
 
     Raises:
-        ValueError: If there are none.
+        ValueError: If there are no such weights.
     """
     refs = ml.weight_refs(model)
     refs = [ref for ref in refs if ref.mask is not None] or refs
     if not refs:
-        raise ValueError(f"The model {model.name!r} has no weight that can be pruned.")
+        raise ValueError(f"The model {model.name!r} has no prunable weight.")
     return refs
 
 
 def effective_value(ref: WeightRef) -> Tensor:
-    """Returns the value that makes a layer read its effective weight when put in place unmasked."""
+    """Returns the raw value with which a layer without its mask reads its effective weight."""
     effective = ops.convert_to_tensor(getattr(ref.layer, ref.name))
     with raw_view():
         unmasked = getattr(ref.layer, ref.name)
@@ -284,7 +284,7 @@ def _prepare(
 
 
 def _loss_of(model: keras.Model) -> _Loss:
-    """The loss of a compiled model, a new one where something it was traced with has changed."""
+    """Returns the cached loss of a compiled model, or a new one if its graph has changed."""
     kept = kept_beside(model)
     loss = kept.get("loss")
     if loss is None or not _same(loss.signature, _signature(model)):
@@ -293,7 +293,7 @@ def _loss_of(model: keras.Model) -> _Loss:
 
 
 def _signature(model: keras.Model) -> list[Any]:
-    """The objects that a compiled function of the model depends on, held so that they live on."""
+    """Returns the objects that compiled functions depend on. The list keeps them alive."""
     trainable = [layer.trainable for layer in _keras.flatten(model)]
     variables = [*model.variables, *model.metrics_variables]
     return [*_keras.compile_arguments(model), *variables, *trainable]
@@ -304,7 +304,7 @@ def _same(one: list[Any], other: list[Any]) -> bool:
 
 
 def compiled(model: keras.Model, function: Callable) -> Callable:
-    """The function, compiled where the backend does that and the model does not forbid it."""
+    """Compiles a function, unless the backend or the model excludes it."""
     if not model.run_eagerly and keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
@@ -317,7 +317,7 @@ def compiled(model: keras.Model, function: Callable) -> Callable:
 
 
 def _cooled(model: keras.Model, temperature: float, y_pred: Any) -> Any:
-    """The outputs of a model with their logits divided, where their loss is a cross-entropy."""
+    """Returns outputs with divided logits, where the loss is a cross-entropy."""
     if temperature == 1.0:
         return y_pred
     outputs, losses = keras.tree.flatten(y_pred), targets.losses_of(model, y_pred)
@@ -338,15 +338,15 @@ def _cool(loss: Any, output: Tensor, temperature: float) -> Tensor:
 
 
 def _without_penalties(model: keras.Model) -> contextlib.AbstractContextManager[None]:
-    """Leaves out what regularizers of weights would add to the loss."""
+    """Temporarily removes the weight regularizers from the loss."""
     regularized = [v for v in model.trainable_variables if v.regularizer is not None]
     return attribute_replaced("regularizer", [(variable, None) for variable in regularized])
 
 
 def _in_full_precision(model: keras.Model) -> contextlib.AbstractContextManager[None]:
-    """Lets the layers of a model compute in the precision of their weights.
+    """Temporarily lets the layers of a model compute in the precision of their weights.
 
-    In float16 small gradients vanish, and with the logits divided nearly all of them are small.
+    In float16 small gradients vanish, and with divided logits nearly all of them are small.
     """
     policies = [(layer, layer.dtype_policy) for layer in _keras.flatten(model)]
     mixed = [(layer, p) for layer, p in policies if p.name in ("mixed_float16", "mixed_bfloat16")]

@@ -1,4 +1,4 @@
-"""The sources of evidence: for each kind that a criterion may need, the function that finds it."""
+"""Functions that measure each kind of evidence."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ Source = Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
 def measurement(
     model: keras.Model, criterion: criteria.Criterion, data: Any = None
 ) -> Callable[[Mapping[str, np.ndarray]], dict[str, dict[str, np.ndarray]]]:
-    """Returns a function that finds all that a criterion needs beside the records.
+    """Returns a function that measures the evidence that a criterion needs.
 
     Args:
-        model: Masked model. It is left as it was.
-        criterion: Criterion that is going to rank the weights.
-        data: `(x, y)` or `(x, y, sample_weight)`, or `x` where no targets are needed.
+        model: A masked model. It is left unchanged.
+        criterion: Criterion that ranks the weights.
+        data: `(x, y)` or `(x, y, sample_weight)`, or `x` if no targets are needed.
 
     Returns:
-        A function from masks by path to a dict: for each kind of evidence arrays by path, as they
-        are under these masks.
+        A function from masks by path to a dict with, for each kind of evidence, arrays by path
+        under these masks.
 
     Raises:
-        ValueError: If there are no data of the kind that the criterion needs.
+        ValueError: If data that the criterion needs is missing.
     """
     sources = {name: _SOURCES[name](criterion, model, data) for name in criterion.evidence}
 
@@ -44,13 +44,13 @@ def measurement(
 
 
 def _of_loss(function: Callable) -> Callable[..., Source]:
-    """Returns the source of what a function of model, inputs and targets finds."""
+    """Returns a source of evidence from a function of model, inputs and targets."""
 
     def source(criterion: criteria.Criterion, model: keras.Model, data: Any) -> Source:
         x, y, sample_weight = _unpack(data)
         if x is None or y is None:
             raise ValueError(
-                f"Criterion {criterion.name!r} differentiates the model's loss, for which it needs "
+                f"Criterion {criterion.name!r} differentiates the loss of the model and needs "
                 "inputs and targets: `update_masks(..., data=(x, y))`. "
                 f"Received: data={'None' if data is None else 'without targets'}"
             )
@@ -68,7 +68,7 @@ def _of_inputs(criterion: criteria.Criterion, model: keras.Model, data: Any) -> 
     x = _unpack(data)[0]
     if x is None:
         raise ValueError(
-            f"Criterion {criterion.name!r} measures what enters each layer, for which it needs "
+            f"Criterion {criterion.name!r} measures the inputs of each layer and needs "
             "inputs: `update_masks(..., data=x)`. Received: data=None"
         )
 
@@ -92,12 +92,12 @@ _SOURCES: dict[str, Callable[..., Source]] = {
 
 
 def differentiates(criterion: criteria.Criterion) -> bool:
-    """Returns whether a criterion needs targets, to differentiate the loss."""
+    """Returns whether a criterion differentiates the loss, and therefore needs targets."""
     return bool({"gradient", "hessian_gradient"} & set(criterion.evidence))
 
 
 def _unpack(data: Any) -> tuple[Any, Any, Any]:
-    """Returns `(x, y, sample_weight)` of Keras' data; a list is several inputs, not a pair."""
+    """Returns `(x, y, sample_weight)`. As in Keras, a list is several inputs, not a pair."""
     parts = data if isinstance(data, tuple) else arrays_of(data)
     if not 1 <= len(parts) <= 3:
         raise ValueError(

@@ -203,7 +203,7 @@ def test_what_has_no_flow_is_refused():
     with pytest.raises(ValueError, match="add up to 1"):
         SynapticFlow(probable)
     tokens = keras.Sequential([keras.Input((5,), dtype="int32"), layers.Embedding(7, 3)])
-    with pytest.raises(ValueError, match="input of integers"):
+    with pytest.raises(ValueError, match="integer inputs"):
         SynapticFlow(ml.convert_to_masked(tokens))
     free = sequential(layers.Conv1D(2, 3), layers.GlobalAveragePooling1D(), shape=(None, 2))
     with pytest.raises(ValueError, match=r"fixed shape.*\(None, 2\).*data=x"):
