@@ -1,8 +1,8 @@
-"""The one place for what this package needs from Keras beyond its public API.
+"""Everything that this package needs from Keras beyond its public API.
 
-Each function says why the public API is not enough; `tests/lottery_ticket_pruner/test_keras.py`
-checks each of them against the installed Keras, so that a move upstream is noticed there and not by
-a user.
+Each function says why the public API is not enough. Each is checked against the installed Keras by
+`tests/lottery_ticket_pruner/test_keras.py`, so that a change in Keras is noticed there and not by a
+user.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import keras
 # None of these has a public name.
 from keras.src.backend.common import dtypes
 
-# What both packages need. Nothing else here comes from a private module of the other one.
+# Shared by both packages. Nothing else here comes from a private module of the other one.
 from masked_layers._keras import (
     compile_arguments,
     flatten,
@@ -50,7 +50,7 @@ __all__ = [
 
 
 def make_identity(layer: keras.layers.Layer) -> None:
-    """Makes a layer return its inputs from now on: for a layer of a copy that nobody else sees."""
+    """Makes a layer return its inputs. Only for layers of a copy that is not used elsewhere."""
     object.__setattr__(layer, "call", lambda inputs, mask=None: inputs)
 
 
@@ -59,11 +59,11 @@ def watch_slots(
 ) -> None:
     """Calls `note(variable, slot)` for each slot that an optimizer creates from now on.
 
-    Slots are the variables that it keeps for a trained one, such as its momentum. An optimizer does
-    not tell which slot belongs to which variable, and their names may repeat.
+    Slots are the variables that an optimizer keeps for each trained variable, such as its momentum.
+    An optimizer does not say which slot belongs to which variable, and slot names are not unique.
 
     Args:
-        optimizer: An optimizer that is not built yet; those inside it are watched, too.
+        optimizer: An optimizer that is not built yet. Optimizers inside it are watched as well.
         note: The function to call.
     """
     add = optimizer.add_variable_from_reference
@@ -81,10 +81,10 @@ def watch_slots(
 
 @contextlib.contextmanager
 def withdrawn(*groups: list[keras.Variable]) -> Iterator[tuple[list[Any], ...]]:
-    """Temporarily takes the values out of variables on JAX, as `fit` does, and yields them.
+    """Temporarily removes the values of variables on JAX, as `fit` does, and yields them.
 
-    A compiled step that is handed a state must not read a variable instead: it would keep the value
-    as a constant. `Variable` has no public way to be without a value.
+    A compiled step that receives a state must not read a variable instead, because the value would
+    become a constant. There is no public way to remove the value of a `Variable`.
     """
     values = tuple([variable.value for variable in group] for group in groups)
     for group in groups:
@@ -100,10 +100,10 @@ def withdrawn(*groups: list[keras.Variable]) -> Iterator[tuple[list[Any], ...]]:
 
 @contextlib.contextmanager
 def kept_on_error(model: keras.Model) -> Iterator[None]:
-    """Gives a model on JAX its values back where `fit` or `evaluate` fails inside.
+    """Restores the values of a model's variables on JAX if `fit` or `evaluate` fails.
 
-    Both take the values out of the variables before the first step. `fit` puts those back that it
-    has after a later one, `evaluate` none; Keras has no public way to tell when they are taken.
+    Both remove the values before the first step. After a later failure, `fit` restores the values
+    that it has, and `evaluate` none. Keras has no public hook for when the values are removed.
     """
     purge = getattr(model, "_purge_model_variables", None)
     if purge is None:
@@ -132,9 +132,10 @@ def kept_on_error(model: keras.Model) -> Iterator[None]:
 
 
 def symbolic_build(model: keras.Model, batch: tuple[Any, ...]) -> None:
-    """Creates what `fit` would create before its first step: metrics, the optimizer's slots.
+    """Creates what `fit` creates before its first step: metrics and the optimizer's slots.
 
-    Inside a compiled loop no variable can be created, and only `fit` does this in public.
+    Variables cannot be created in a compiled loop, and the only public way to create these is
+    `fit`.
     """
     model._symbolic_build(data_batch=batch)
     if not model.optimizer.built:
@@ -142,9 +143,9 @@ def symbolic_build(model: keras.Model, batch: tuple[Any, ...]) -> None:
 
 
 def build_loss(model: keras.Model, batch: tuple[Any, ...]) -> None:
-    """Creates what `evaluate` would create before its first step: the state of losses and metrics.
+    """Creates what `evaluate` creates before its first step: the state of losses and metrics.
 
-    It cannot be created inside a compiled function. Keras would build the optimizer with it.
+    It cannot be created in a compiled function. Keras would also build the optimizer.
     """
     with replaced(model, "optimizer", None):
         model._symbolic_build(data_batch=batch)
@@ -155,12 +156,12 @@ def training_loss(
 ) -> Any:
     """Returns the loss of a forward pass in training mode, as `train_step` computes it.
 
-    Which models take `training` in `call` and in `compute_loss`, Keras keeps to itself.
+    Keras does not publish which models take `training` in `call` and in `compute_loss`.
 
     Args:
         model: A compiled model.
         batch: `(x, y)` or `(x, y, sample_weight)` as tensors.
-        adjust: What to do to the outputs before the loss sees them.
+        adjust: Function that is applied to the outputs before the loss.
     """
     x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)
     y_pred = adjust(model(x, training=True) if model._call_has_training_arg else model(x))
@@ -168,18 +169,18 @@ def training_loss(
 
 
 def seed_variables(model: keras.Model) -> list[keras.Variable]:
-    """Returns the states of all seed generators in a model; they are not among its weights."""
+    """Returns the states of all seed generators in a model, which are not among its weights."""
     generators = [seed for layer in flatten(model) for seed in layer._seed_generators]
     return list({id(seed.state): seed.state for seed in generators}.values())
 
 
 @contextlib.contextmanager
 def double_precision() -> Iterator[None]:
-    """Lets layers of dtype float64 compute in float64, on every backend.
+    """Temporarily lets float64 layers compute in float64, on every backend.
 
-    New layers are of float64 then. JAX has no 64 bits unless asked for them, and on JAX and torch
-    Keras turns float64 to float32 wherever it determines the type of a result: by a table that has
-    no public name.
+    New layers are float64 as well. JAX has no 64-bit types unless they are enabled. On JAX and
+    torch, Keras also converts float64 to float32 when it determines the type of a result, by a
+    table that has no public name.
     """
     with contextlib.ExitStack() as stack:
         narrowed = dtypes.BIT64_TO_BIT32_DTYPE["float64"]
@@ -199,9 +200,9 @@ def double_precision() -> Iterator[None]:
 
 
 def output_layers(model: keras.layers.Layer) -> list[Any]:
-    """Returns the layers and operations that make the outputs of a model; none if it is subclassed.
+    """Returns the layers and operations that create the outputs of a model.
 
-    Where in a model a tensor was made is known to Keras alone.
+    Empty for a subclassed model. Keras does not publish which layer has created a tensor.
     """
     if isinstance(model, keras.Sequential):
         return model.layers[-1:]

@@ -1,4 +1,4 @@
-"""Training on data in memory: compiled loops around a model's own step, and the data for them."""
+"""Training on data in memory, in compiled loops around the model's own step."""
 
 from lottery_ticket_pruner.training.augmentation import Augmentation, CropAndFlip
 from lottery_ticket_pruner.training.dataset import Arrays, Examples, map_arrays

@@ -1,7 +1,7 @@
-"""Random changes to the images of a batch, inside the input pipeline.
+"""Random changes to the images of a batch, as part of the training step.
 
-What is random is drawn on the host, from a seed; what is done with it are operations that compile.
-So a run repeats whether its steps are compiled into one program or not.
+Random numbers are drawn on the host from a seed, and applied by operations that can be compiled. A
+run is therefore reproducible whether or not its steps are compiled into one program.
 """
 
 from __future__ import annotations
@@ -17,33 +17,33 @@ class Augmentation(Protocol):
     """The interface of an augmentation: hashable, with two methods."""
 
     def draw(self, rng: np.random.Generator, count: int) -> np.ndarray:
-        """Returns an int32 array of shape `(count, n)`: what is random about each example."""
+        """Returns an int32 array of shape `(count, n)` with the random numbers of each example."""
 
     def apply(self, images: Any, drawn: Any) -> Any:
-        """Returns the changed batch; `drawn` is the part of `draw`'s array that belongs to it."""
+        """Returns the changed batch. `drawn` are the rows of `draw`'s array for this batch."""
 
 
 @dataclasses.dataclass(frozen=True)
 class CropAndFlip:
-    """Pads images with zeros, crops them to their size at a random place, flips half of them.
+    """Pads images with zeros, crops them at random to their original size and flips half of them.
 
-    The treatment of CIFAR-10 that residual networks are trained with (He et al., arXiv 1512.03385,
+    The standard augmentation of CIFAR-10 for residual networks (He et al., arXiv 1512.03385,
     section 4.2).
 
     Args:
-        padding: Pixels on every side.
+        padding: Number of pixels on each side.
     """
 
     padding: int = 4
 
     def draw(self, rng: np.random.Generator, count: int) -> np.ndarray:
-        """Returns (row, column, flip) of each crop."""
+        """Returns (row, column, flip) for each crop."""
         corners = rng.integers(0, 2 * self.padding + 1, (count, 2))
         flips = rng.integers(0, 2, (count, 1))
         return np.concatenate([corners, flips], axis=1).astype("int32")
 
     def apply(self, images: Any, drawn: Any) -> Any:
-        """Returns the crops; `images` has the shape (batch, height, width, channels)."""
+        """Returns the crops. `images` has the shape (batch, height, width, channels)."""
         images, drawn = ops.convert_to_tensor(images), ops.convert_to_tensor(drawn)
         batch, height, width, channels = images.shape
         around = (self.padding, self.padding)

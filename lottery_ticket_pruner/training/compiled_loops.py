@@ -1,4 +1,4 @@
-"""Training steps and evaluations in compiled loops: one class per backend that has them."""
+"""Training and evaluation in compiled loops, with one class for each backend that supports them."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from lottery_ticket_pruner.training.augmentation import Augmentation
 from lottery_ticket_pruner.training.dataset import Arrays, Examples, map_arrays
 from masked_layers import paths
 
-# Most steps per call of a loop. One size for all calls, so that one program serves them all.
+# Maximum number of steps per call of a loop. One size, so that one program serves all calls.
 BLOCK = 1024
-# On TensorFlow, XLA takes a second or more to compile what then saves about a millisecond a step.
+# On TensorFlow, XLA takes a second or more to compile, and then saves about a millisecond per step.
 _WORTH_XLA = 300
 
 _CONVOLUTIONS = tuple(
@@ -27,19 +27,20 @@ _CONVOLUTIONS = tuple(
 
 
 class Programs(Protocol):
-    """The interface of a backend to the engine, for one model."""
+    """The interface between the engine and a backend, for one model."""
 
     def __init__(self, model: keras.Model) -> None: ...
 
     def kinds(self, steps: int) -> tuple[str, ...]:
-        """Names the kinds of loops that suit a training of so many steps, the best one first."""
+        """Returns the kinds of loops suitable for a training of so many steps, best one first."""
 
     def train(self, data: Examples, batches: np.ndarray, kind: str) -> None:
-        """Runs a step for each batch, and returns when the last one is done.
+        """Runs a step for each batch, and waits until the last one is done.
 
         Args:
             data: The examples.
-            batches: Their rows, of shape `(steps, batch size, row)`, at most `BLOCK` steps.
+            batches: Rows of the examples, of shape `(steps, batch size, row)`, at most `BLOCK`
+                steps.
             kind: One of `kinds`.
         """
 
@@ -48,11 +49,11 @@ class Programs(Protocol):
 
 
 class _TensorFlowPrograms:
-    """A `tf.function` whose loop updates the variables in place.
+    """A `tf.function` with a loop that updates the variables in place.
 
-    A long training is compiled by XLA where `fit` uses that, and on a CPU, where
-    `compile(jit_compile="auto")` does not: XLA makes a loop several times faster there, unless
-    there are convolutions in it.
+    Long trainings are compiled by XLA if `fit` would use it, and also on a CPU, where
+    `compile(jit_compile="auto")` would not: there XLA makes loops several times faster, unless the
+    model has convolutions.
     """
 
     def __init__(self, model: keras.Model) -> None:
@@ -70,10 +71,11 @@ class _TensorFlowPrograms:
             count: tf.Tensor,
             augment: Augmentation | None,
         ) -> None:
-            # Over `tf.range(count)` XLA would compile a loop for every count.
+            # With `tf.range(count)`, XLA would compile a loop for every count.
             step = tf.constant(0)
             while step < count:
-                # In two steps: XLA gets `batches[step, :, 1:]` wrong, silently (TensorFlow 2.21).
+                # In two steps, because XLA computes `batches[step, :, 1:]` wrongly and silently
+                # (TensorFlow 2.21).
                 rows = tf.gather(batches, step)
                 x, *rest = map_arrays(functools.partial(tf.gather, indices=rows[:, 0]), data)
                 if augment is not None:
@@ -110,7 +112,7 @@ class _TensorFlowPrograms:
 
 
 class _JaxPrograms:
-    """A `fori_loop` over the state of the training; the variables get it back after each call."""
+    """A `fori_loop` over the training state, written back to the variables after each call."""
 
     def __init__(self, model: keras.Model) -> None:
         import jax
@@ -176,7 +178,7 @@ PROGRAMS: dict[str, type[Programs]] = {"tensorflow": _TensorFlowPrograms, "jax":
 
 
 def _padded(batches: np.ndarray) -> tuple[Any, Any]:
-    """Returns the batches in a table of `BLOCK` of them, and their number, as tensors."""
+    """Returns the batches, padded to `BLOCK` of them, and their number, as tensors."""
     table = np.zeros((BLOCK, *batches.shape[1:]), "int32")
     table[: len(batches)] = batches
     return keras.ops.convert_to_tensor(table), keras.ops.convert_to_tensor(len(batches), "int32")
@@ -189,5 +191,5 @@ def _assign(groups: Any, values: Any) -> None:
 
 
 def _has_convolutions(model: keras.Model) -> bool:
-    """Returns True for convolutions: XLA's loops of them on a CPU are some fifty times slower."""
+    """Returns True for convolutions, whose XLA loops are about fifty times slower on a CPU."""
     return any(isinstance(layer, _CONVOLUTIONS) for _, layer in paths.walk(model))

@@ -1,4 +1,4 @@
-"""A data set in memory, and its copy on the device."""
+"""A data set in memory and its copy on the device."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import numpy as np
 
 from lottery_ticket_pruner.training.augmentation import Augmentation
 
-# An array with the examples along the first axis, or a list or dict of such. None in it stands for
-# an array that there is not, as for an output without a loss.
+# An array with examples along the first axis, or a list or dict of such arrays. None stands for a
+# missing array, such as the targets of an output without a loss.
 Arrays = Any
 
-# Most lengths in a message: there are as many as examples where these came as a list.
+# Maximum number of lengths in a message. If a list was passed, there may be one per example.
 _LISTED = 8
 
 
 def map_arrays(function: Callable[[Any], Any], arrays: Arrays) -> Arrays:
-    """Returns the same structure of what `function` makes of each array."""
+    """Applies `function` to each array and returns the results in the same structure."""
     return keras.tree.map_structure(function, arrays, none_is_leaf=False)
 
 
@@ -40,15 +40,14 @@ class Examples:
         sample_weight: Arrays | None = None,
         augment: Augmentation | None = None,
     ) -> Examples:
-        """Takes what `fit` takes as arrays; floats become `keras.config.floatx()`, as there.
+        """Creates a data set from the arrays that `fit` takes, with floats as in `floatx()`.
 
         Raises:
-            ValueError: If the arrays are not of one length, have no examples, or hold something
-                else than numbers (TensorFlow takes texts, too), or numbers that overflow in that
-                type.
+            ValueError: If the arrays differ in length, contain no examples, values other than
+                numbers (on TensorFlow, texts are allowed), or numbers that overflow in that type.
         """
         data = {"x": x}
-        # Without targets Keras drops the weights.
+        # Without targets, Keras ignores the weights.
         if y is not None:
             data["y"] = y
             if sample_weight is not None:
@@ -66,8 +65,8 @@ class Examples:
             named = ", ".join(f"{name}: {_listed(each)}" for name, each in lengths.items())
             raise ValueError(
                 "Expected inputs and targets with one entry per example, and at least one example. "
-                "A list stands for several arrays: make an array of a list of numbers or examples. "
-                f"Received arrays of lengths [{_listed(sorted(found))}] ({named})."
+                "A list stands for several arrays: convert a list of numbers or examples to an "
+                f"array. Received arrays of lengths [{_listed(sorted(found))}] ({named})."
             )
         return cls(tuple(data.values()), augment)
 
@@ -76,36 +75,36 @@ class Examples:
 
     @property
     def bytes_each(self) -> float:
-        """The size of one example."""
+        """Size of one example in bytes."""
         return sum(array.nbytes for array in _flat(self.host)) / len(self)
 
     @property
     def specification(self) -> tuple[str, ...]:
-        """The structure, the shapes and the types: what programs are compiled for."""
+        """The structure, shapes and types, for which programs are compiled."""
         each = map_arrays(lambda array: f"{array.dtype}{array.shape}", self.host)
         return tuple(map(str, each))
 
     @property
     def kinds(self) -> tuple[Any, ...]:
-        """The type and the shape of one example, inputs and targets, without sample weights."""
+        """Type and shape of one example (inputs and targets), without sample weights."""
         return tuple(
             map_arrays(lambda array: f"{array.dtype}{array.shape[1:]}", part)
             for part in self.host[:2]
         )
 
     def take(self, indices: Any) -> tuple[Arrays, ...]:
-        """Returns these examples, a copy on the host."""
+        """Returns a copy of these examples on the host."""
         return map_arrays(lambda array: array[indices], self.host)
 
     def rows(self, order: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
-        """Returns an int32 row for each index of `order`: the index, and what is random then."""
+        """Returns an int32 row for each index in `order`: the index and its random numbers."""
         order = order.astype("int32")[:, None]
         if self.augment is None:
             return order
         return np.concatenate([order, self.augment.draw(rng, len(order))], axis=1)
 
     def augmented(self, rows: np.ndarray, batch_size: int) -> tuple[Arrays, ...]:
-        """Returns the examples of these rows, changed batch by batch, a copy on the host."""
+        """Returns a copy of the examples of these rows on the host, augmented batch by batch."""
         x, *rest = self.take(rows[:, 0])
         if self.augment is not None:
             starts = range(0, len(rows), batch_size)
@@ -132,29 +131,29 @@ def _listed(numbers: list[int]) -> str:
 def _as_keras_would(name: str, array: Any) -> np.ndarray:
     try:
         array = np.asarray(array)
-    except Exception as error:  # Whatever NumPy, or what stands in for an array, makes of it.
+    except Exception as error:  # NumPy and array-like objects raise errors of any type here.
         raise ValueError(f"Expected arrays as {name}: {error}") from error
     texts = array.dtype.kind in "SUT" or (
         array.dtype.kind == "O" and all(isinstance(text, str | bytes) for text in array.flat)
     )
-    # Those of the types that NumPy lacks are of kind V, such as bfloat16.
+    # Types that NumPy lacks, such as bfloat16, are of kind V.
     numbers = array.dtype.kind in "buifc" or "float" in array.dtype.name
     if not numbers and not (texts and keras.backend.backend() == "tensorflow"):
         raise ValueError(
-            f"Expected as {name} arrays of numbers. Received: {array.dtype}{array.shape}. Make an "
-            "array of rows of equal length, and numbers of texts and dates."
+            f"Expected arrays of numbers as {name}. Received: {array.dtype}{array.shape}. Make all "
+            "rows the same length, and convert texts and dates to numbers."
         )
     if not np.issubdtype(array.dtype, np.floating):
         return array
     with np.errstate(over="ignore", invalid="ignore"):
         cast = array.astype(keras.config.floatx(), copy=False)
-        # A sum with an infinity in it is none: quicker than a look at every entry.
+        # A sum that contains infinity is not finite, which is faster than testing every entry.
         suspect = cast is not array and not np.isfinite(cast.sum(dtype="float64"))
     lost = np.isinf(cast) & np.isfinite(array) if suspect else np.zeros(0)
     if lost.any():
         raise ValueError(
-            f"Expected as {name} numbers that {cast.dtype} holds. Received {array.dtype} such as "
-            f"{array[lost][0]}, which becomes infinite: scale the data, or use "
+            f"Expected as {name} numbers that fit into {cast.dtype}. Received {array.dtype} such "
+            f"as {array[lost][0]}, which becomes infinite: scale the data, or use "
             "`keras.config.set_floatx`."
         )
     return cast

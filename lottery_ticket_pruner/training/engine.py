@@ -1,9 +1,9 @@
-"""Whole stretches of training steps as one compiled program, with the data on the device.
+"""Runs whole stretches of training steps as one compiled program, with the data on the device.
 
-Keras' own loop costs a small network several times what its arithmetic does. The engine runs the
-model's own `train_step` in a loop inside the graph, so that losses, metrics, optimizers, dropout,
-statistics and masks mean what they mean in `fit`: see `compiled_loops`. What it cannot run, and
-what `fit` runs faster, goes through `fit`.
+For a small network, the Python loop of Keras takes several times as long as its arithmetic. The
+engine runs the model's own `train_step` in a loop inside the graph, so losses, metrics, optimizers,
+dropout, statistics and masks work as in `fit`; see `compiled_loops`. It uses `fit` for everything
+that cannot run this way, and where `fit` is faster.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from lottery_ticket_pruner.training.compiled_loops import BLOCK, PROGRAMS, Progr
 from lottery_ticket_pruner.training.dataset import Examples
 from masked_layers.compiled import kept_beside
 
-# Most examples per step of an evaluation, and most bytes of them.
+# Maximum number of examples per step of an evaluation, and of their bytes.
 _EVALUATION_BATCH = 1_000
 _EVALUATION_BYTES = 2**24
-# What `fit` is given at a time is a copy: of the data once, or of so many bytes where that is less.
+# Each call of `fit` gets a copy, of one pass over the data or of so many bytes if that is less.
 _PART_BYTES = 2**28
 
-# Calls of a compiled loop become longer until they take so many seconds: the route may change only
-# between them, and a step may turn out to take a second.
+# Calls of a compiled loop become longer until each takes so many seconds. The route may change only
+# between calls, and a single step may take a second.
 _BLOCK_SECONDS = 0.5
-# Compiling `fit` takes about as many seconds: asking earlier costs more than the answer can save.
+# About as many seconds as compiling `fit`, so an earlier comparison would cost more than it saves.
 _PATIENCE = 3.0
 _TRIAL_STEPS = 40
-# `fit` must be faster by more than what a timing is wrong by.
+# `fit` must be faster by more than the error of the timing.
 _MARGIN = 0.95
 
 _logger = logging.getLogger(__name__)
@@ -45,13 +45,14 @@ _said: set[str] = set()
 
 
 class Engine:
-    """Trains and evaluates one compiled model on arrays in memory.
+    """Trains and evaluates a compiled model on arrays in memory.
 
-    Obtained from `engine_of`. Between calls the model and its optimizer are as between calls of
-    `fit`, but for `Optimizer.finalize_variable_values`, which is the caller's to call at the end.
+    Obtained from `engine_of`. Between calls, the model and its optimizer are in the same state as
+    between calls of `fit`, except that the caller has to call `Optimizer.finalize_variable_values`
+    at the end.
 
-    Where a compiled loop has run for some seconds, a few steps go through `fit` to see which is
-    faster, for each kind of loop and each batch size once.
+    When a compiled loop has run for some seconds, a few steps go through `fit` to find out which is
+    faster, once for each kind of loop and batch size.
 
     Args:
         model: A compiled model.
@@ -80,23 +81,23 @@ class Engine:
         logged: bool = False,
         deterministic: bool = False,
     ) -> dict[str, Any]:
-        """Trains on the examples of these rows, batch by batch, the last one maybe smaller.
+        """Trains on the examples of these rows in batches, of which the last may be smaller.
 
         Args:
             data: The examples.
-            rows: What `data.rows` has returned of their indices, or a part of it.
-            batch_size: Examples per step.
-            steps: Of the whole training that this is a part of: what compiling may cost.
-            logged: Whether what `fit` would log is wanted.
-            deterministic: Whether the route must not depend on the time that anything took.
+            rows: Rows returned by `data.rows`, or a part of them.
+            batch_size: Number of examples per step.
+            steps: Number of steps of the whole training, which decides whether compiling pays.
+            logged: Whether to return what `fit` would log.
+            deterministic: Whether the route must not depend on timings.
 
         Returns:
-            The metrics over this call, by name, or what the model's own step returned last; nothing
-            unless `logged`.
+            If `logged`, the metrics of this call by name, or the last result of a custom training
+            step. Otherwise an empty dict.
         """
         self._model.reset_metrics()
         batch_size = min(batch_size, len(rows))
-        # What a step returns only `fit` hands out: it takes the last batch.
+        # Only `fit` returns the result of a custom step, so it trains on the last batch.
         own = logged and _own_method(self._model, "train_step", "compute_metrics") is not None
         kept = (len(rows) % batch_size or batch_size) if own else 0
         logs = None
@@ -120,8 +121,8 @@ class Engine:
 
         Args:
             data: The examples.
-            batch_size: Examples per step. None: what the model's inputs are fixed to, or else
-                1,000, fewer where examples are large.
+            batch_size: Number of examples per step. None for the fixed batch size of the model's
+                inputs, or else 1,000, or fewer if examples are large.
         """
         batch_size = batch_size or self._evaluation_batch(data)
         reason = self._why_evaluate
@@ -150,7 +151,7 @@ class Engine:
         return fixed or min(_EVALUATION_BATCH, max(1, int(_EVALUATION_BYTES / data.bytes_each)))
 
     def _kinds(self, data: Examples, steps: int) -> tuple[str, ...]:
-        """The kinds of loops to try, the best one first; none if there is only `fit`."""
+        """Returns the kinds of loops to try, best one first. Empty if only `fit` is possible."""
         reason = self._why_fit
         if reason is None and not isinstance(data.augment, Hashable):
             reason = f"{type(data.augment).__name__} is not hashable"
@@ -162,7 +163,7 @@ class Engine:
     def _loop(
         self, data: Examples, rows: np.ndarray, batch_size: int, race: _Race, kinds: tuple[str, ...]
     ) -> int:
-        """Trains on a block of batches; returns how many rows that were."""
+        """Trains on a block of batches, and returns the number of rows."""
         size = min(batch_size, len(rows))
         compiled_for = (size, data.augment, *data.specification)
         if (kinds[0], *compiled_for) not in self._compiled:
@@ -178,7 +179,7 @@ class Engine:
         return count * size
 
     def _begin(self, data: Examples, batch: np.ndarray, kinds: tuple[str, ...]) -> str:
-        """Trains on a batch by the first kind of loop that can be compiled, or else by `fit`."""
+        """Trains on one batch with the first kind of loop that can be compiled, or with `fit`."""
         step = int(self._model.optimizer.iterations)
         errors = []
         for kind in kinds:
@@ -192,7 +193,7 @@ class Engine:
                 errors.append(f"{type(error).__name__}: {error}")
         else:
             kind = "fit"
-            # Where the call is wrong and not the model, this fails too, and nothing has changed.
+            # If the call is wrong and not the model, this fails as well, and nothing has changed.
             self._fit(data, batch, len(batch))
             self._why_fit = errors[-1]
         self._refused.update(kinds[: len(errors)])
@@ -201,7 +202,7 @@ class Engine:
     def _fit(
         self, data: Examples, rows: np.ndarray, batch_size: int, **kwargs: Any
     ) -> dict[str, Any]:
-        """Trains through `fit`; returns what that logs."""
+        """Trains through `fit`, and returns its logs."""
         examples = max(len(data), int(_PART_BYTES / data.bytes_each))
         part = max(1, examples // batch_size) * batch_size
         history = None
@@ -218,14 +219,14 @@ class Engine:
                     verbose=0,
                     **kwargs,
                 )
-        # A `fit` of the model's own may return anything.
+        # A custom `fit` may return anything.
         logs = getattr(history, "history", {})
         return {name: values[-1] for name, values in logs.items()}
 
     def _try_fit(
         self, data: Examples, rows: np.ndarray, batch_size: int, race: _Race
     ) -> tuple[int, dict[str, Any]]:
-        """Trains some steps through `fit` for the time they take; returns the rows and the logs."""
+        """Trains some steps through `fit` and measures them; returns the rows and the logs."""
         trial = max(_TRIAL_STEPS, 4 * self._model.steps_per_execution)
         count = min(trial, len(rows) // batch_size)
         first = _FirstStep()
@@ -249,7 +250,7 @@ class Engine:
 
 @dataclasses.dataclass
 class _Race:
-    """A compiled loop against `fit`: how many steps of each took how long so far."""
+    """A comparison between a compiled loop and `fit`: steps and seconds of each so far."""
 
     block: int = 1
     loop_seconds: float = 0.0
@@ -273,17 +274,17 @@ class _Race:
 
     @property
     def is_due(self) -> bool:
-        """Returns True once the loop has run long enough to be compared with `fit`."""
+        """Returns True once the loop has run long enough for a comparison with `fit`."""
         return not self.settled and self.loop_seconds > _PATIENCE
 
     @property
     def loop_pace(self) -> float:
-        """Seconds per step."""
+        """Seconds per step in the loop."""
         return self.loop_seconds / self.loop_steps
 
     @property
     def fit_pace(self) -> float:
-        """Seconds per step."""
+        """Seconds per step in `fit`."""
         return self.fit_seconds / self.fit_steps
 
     def settle(self) -> None:
@@ -292,9 +293,9 @@ class _Race:
 
 
 class _FirstStep(keras.callbacks.Callback):
-    """Notes when the first execution of `fit`, which compiles, has ended."""
+    """Records when the first execution of `fit`, which compiles, has ended."""
 
-    # Keras would wait for the results of every step otherwise.
+    # Otherwise Keras would wait for the results of every step.
     async_safe = True
 
     def __init__(self) -> None:
@@ -309,10 +310,10 @@ class _FirstStep(keras.callbacks.Callback):
 
 
 def engine_of(model: keras.Model) -> Engine:
-    """Returns the engine of a compiled model, a new one where its graph has changed."""
-    # compile(), and whoever changes what the model's graph computes, resets `train_function`:
-    # functions made beside an older one are stale.
-    # Under a distribution, Keras on JAX lays a function out for the state that the model has when
+    """Returns the engine of a compiled model, or a new one if its graph has changed."""
+    # `compile()` and all changes of the model's graph reset `train_function`, so functions made for
+    # an older one are stale.
+    # Under a distribution, Keras on JAX lays out a function for the state that the model has when
     # it is made: `fit` makes it after metrics and slots.
     if model.train_function is None and keras.distribution.distribution() is None:
         model.make_train_function()
@@ -324,14 +325,14 @@ def engine_of(model: keras.Model) -> Engine:
 
 
 def say_once(text: str) -> None:
-    """Logs a warning that this process has not seen yet."""
+    """Logs a warning, once per process for each text."""
     if text not in _said:
         _said.add(text)
         _logger.warning(text)
 
 
 def _why_no_programs(model: keras.Model) -> str | None:
-    """Returns why nothing of the model can run inside a compiled loop, or None."""
+    """Returns why the model cannot use compiled loops at all, or None."""
     backend = keras.backend.backend()
     if backend not in PROGRAMS:
         return f"there is no compiled loop for Keras on {backend}"
@@ -345,35 +346,35 @@ def _why_no_programs(model: keras.Model) -> str | None:
         import tensorflow as tf
 
         strategy = model.distribute_strategy
-        # Outside of every scope the strategy is the default one.
+        # Outside every scope, the strategy is the default one.
         if tf.distribute.has_strategy() or strategy is not tf.distribute.get_strategy():
             return f"the model is distributed by {type(strategy).__name__}"
     return None
 
 
 def _why_fit(model: keras.Model) -> str | None:
-    """Returns why the model's training steps cannot run inside a compiled loop, or None."""
+    """Returns why the model's training steps cannot use a compiled loop, or None."""
     if not isinstance(model.optimizer, keras.Optimizer):
         return "the model is compiled without an optimizer of Keras"
     return _own_method(model, "fit", "make_train_function")
 
 
 def _why_evaluate(model: keras.Model) -> str | None:
-    """Returns why the model's evaluation cannot run inside a compiled loop, or None."""
-    # What a step of the model's own returns, only `evaluate` hands out.
+    """Returns why the model's evaluation cannot use a compiled loop, or None."""
+    # Only `evaluate` returns the result of a custom step.
     return _own_method(model, "evaluate", "make_test_function", "test_step", "compute_metrics")
 
 
 def _own_method(model: keras.Model, *names: str) -> str | None:
-    """Says which of these methods is not Keras' own; None if all are."""
+    """Returns a message about a method that is not Keras' own, or None."""
     for name in names:
         if not (getattr(model, name).__module__ or "").startswith("keras."):
-            return f"{type(model).__name__} has a `{name}` of its own"
+            return f"{type(model).__name__} has a custom `{name}`"
     return None
 
 
 def _as_numbers(results: dict[str, Any]) -> dict[str, Any]:
-    """Returns the results as Python's numbers, and as NumPy arrays where they are not single."""
+    """Returns the results as Python numbers, or as NumPy arrays if they have several values."""
     numbers = {}
     for name, value in results.items():
         value = keras.ops.convert_to_numpy(value) if keras.ops.is_tensor(value) else value
@@ -383,9 +384,9 @@ def _as_numbers(results: dict[str, Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _part_of_training(model: keras.Model) -> Iterator[None]:
-    """Makes `fit` go on with the metrics, and keep the weights that it would replace by averages.
+    """Makes `fit` continue with the metrics, and not replace the weights by averages.
 
-    Otherwise `fit` resets the metrics and finalizes the weights, as for a training of its own.
+    Otherwise `fit` resets the metrics and finalizes the weights, as in a separate training.
     """
     with contextlib.ExitStack() as stack:
         owners = [(model, "reset_metrics")]

@@ -1,4 +1,4 @@
-"""Data that comes in batches, read into memory: the data sets that `fit` takes."""
+"""Reads data sets that `fit` accepts, which come in batches, into memory."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from lottery_ticket_pruner.training.dataset import Arrays
 
 
 def arrays_of(x: Any, y: Arrays | None = None) -> tuple[Arrays, Arrays | None]:
-    """Inputs and targets as arrays: as they are given, or read from a data set.
+    """Returns inputs and targets as arrays, either unchanged or read from a data set.
 
-    A data set is one that `fit` takes, and like there it consists of batches of `(inputs, targets)`
-    or of inputs alone, which are put together again in their order. It is read once, as in one
-    epoch. One that shuffles gives another order each time it is read.
+    As in `fit`, a data set consists of batches of `(inputs, targets)` or of inputs alone. They are
+    concatenated in their order. The data set is read once, as in one epoch, so a data set that
+    shuffles has another order each time it is read.
 
     Args:
-        x: Arrays, with `y`; or a finite `tf.data.Dataset`, a `keras.utils.PyDataset` or a torch
-            `DataLoader`, without it. Inputs and targets may be lists or dicts of arrays.
-        y: Targets of arrays; None beside a data set, or where there are none.
+        x: Arrays, with `y`; or a finite `tf.data.Dataset`, `keras.utils.PyDataset` or torch
+            `DataLoader`, without `y`. Inputs and targets may be lists or dicts of arrays.
+        y: Targets as arrays. None for a data set, or if there are no targets.
 
     Raises:
-        ValueError: Targets beside a data set, one without end or without batches, or one whose
-            elements are not batches of that kind.
+        ValueError: If `y` is passed with a data set, or if the data set is infinite, has no
+            batches, or has elements other than such batches.
     """
     if not _is_dataset(x):
         return x, y
     if y is not None:
         raise ValueError(
-            f"A {type(x).__name__} brings its targets with it: leave `y` out. Received: y of type "
+            f"A {type(x).__name__} contains its targets: leave out `y`. Received: y of type "
             f"{type(y).__name__}"
         )
     batches = [_checked(x, batch) for batch in _batches(x)]
@@ -43,10 +43,10 @@ def arrays_of(x: Any, y: Arrays | None = None) -> tuple[Arrays, Arrays | None]:
 
 
 def pair_of(data: Any) -> tuple[Arrays, ...] | None:
-    """Returns `validation_data` as arrays: a tuple as it is, a data set read into memory.
+    """Returns `validation_data` as arrays. Tuples are returned unchanged, data sets are read.
 
     Raises:
-        ValueError: As for `arrays_of`.
+        ValueError: If `arrays_of` does not accept the data set.
     """
     return data if data is None or isinstance(data, tuple | list) else arrays_of(data)
 
@@ -54,7 +54,7 @@ def pair_of(data: Any) -> tuple[Arrays, ...] | None:
 def _is_dataset(x: Any) -> bool:
     if isinstance(x, keras.utils.PyDataset):
         return True
-    # Who has such an object has imported its library, which is imported for nobody else.
+    # The user of such an object has imported its library. It is not imported for anyone else.
     tensorflow = sys.modules.get("tensorflow")
     torch_data = sys.modules.get("torch.utils.data")
     return (tensorflow is not None and isinstance(x, tensorflow.data.Dataset)) or (
@@ -63,11 +63,11 @@ def _is_dataset(x: Any) -> bool:
 
 
 def _batches(dataset: Any) -> Iterator[Any]:
-    """The batches of one epoch."""
+    """Yields the batches of one epoch."""
     if _is_endless(dataset):
         raise ValueError(
-            f"The {type(dataset).__name__} has no end, and all of it is to be read into memory. "
-            "Leave `repeat()` out, or take a part of it, as with `dataset.take(count)`."
+            f"The {type(dataset).__name__} is infinite, but all of it is read into memory. "
+            "Leave out `repeat()`, or take a part of it, such as `dataset.take(count)`."
         )
     if not isinstance(dataset, keras.utils.PyDataset):
         yield from dataset
@@ -86,19 +86,19 @@ def _is_endless(dataset: Any) -> bool:
 
 
 def _checked(dataset: Any, batch: Any) -> tuple[Arrays, ...]:
-    """The batch as inputs, or inputs and targets: arrays, or structures of them."""
+    """Returns the batch as inputs, or inputs and targets: arrays, or structures of arrays."""
     parts = tuple(batch) if isinstance(batch, tuple | list) else (batch,)
     if not 1 <= len(parts) <= 2:
         raise ValueError(
-            f"Expected of a {type(dataset).__name__} batches of (inputs, targets), without weights "
-            f"of examples. Received a batch of {len(parts)} parts."
+            f"Expected batches of (inputs, targets) from a {type(dataset).__name__}, without "
+            f"sample weights. Received a batch of {len(parts)} parts."
         )
     arrays = keras.tree.map_structure(np.asarray, parts)
     shapes = [array.shape for array in keras.tree.flatten(arrays)]
     if () in shapes or len({shape[0] for shape in shapes}) > 1:
         raise ValueError(
-            f"Expected of a {type(dataset).__name__} batches, with one entry per example in inputs "
-            f"and targets. Received an element of shapes {shapes}: batch the data set, as for "
+            f"Expected batches from a {type(dataset).__name__}, with one entry per example in "
+            f"inputs and targets. Received an element of shapes {shapes}: batch the data set, as for "
             "`fit`, with `dataset.batch(...)` or `batch_size=...`."
         )
     return arrays

@@ -86,9 +86,9 @@ def test_an_epoch_is_read_once_and_structures_are_kept():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: (Batches(X, Y), Y), "Batches brings its targets with it.*y of type ndarray"),
+        (lambda: (Batches(X, Y), Y), "Batches contains its targets.*y of type ndarray"),
         (lambda: (Batches(X, Y, count=0),), "Batches has no batches"),
-        (lambda: (Batches(X, Y, count=None),), "Batches has no end"),
+        (lambda: (Batches(X, Y, count=None),), "Batches is infinite"),
         (lambda: (Batches(X, Y, Y),), r"batches of \(inputs, targets\).*a batch of 3 parts"),
         (lambda: (Batches(X, Y[:9]),), r"one entry per example.*\[\(2, 3\), \(1,\)\]"),
     ],
@@ -101,7 +101,7 @@ def test_what_cannot_be_read_is_refused(make, message):
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="imports TensorFlow")
 def test_tensorflow_data_sets_without_end_batches_examples_or_targets():
     dataset = tensorflow_batches(X, Y)
-    with pytest.raises(ValueError, match=r"has no end.*Leave `repeat\(\)` out"):
+    with pytest.raises(ValueError, match=r"is infinite.*Leave out `repeat\(\)`"):
         arrays_of(dataset.repeat())
     with pytest.raises(ValueError, match=r"shapes \[\(3,\), \(\)\]: batch the data set"):
         arrays_of(dataset.unbatch())

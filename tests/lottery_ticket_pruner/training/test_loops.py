@@ -143,6 +143,6 @@ def test_train_refuses_what_it_cannot_do(data):
 
 def test_lists_of_numbers_are_refused_in_few_words(data):
     x, y = data
-    with pytest.raises(ValueError, match="make an array of a list") as caught:
+    with pytest.raises(ValueError, match="convert a list") as caught:
         training.evaluate(make_model(), x, y.tolist())
     assert len(str(caught.value)) < 400

@@ -215,7 +215,7 @@ def test_models_with_a_fit_of_their_own_are_trained_by_it(caplog):
     training.train(model, X, Y, steps=3, batch_size=10)
     assert model.fitted
     if COMPILED:
-        assert "OwnFit has a `fit` of its own" in caplog.text
+        assert "OwnFit has a custom `fit`" in caplog.text
 
 
 @needs_loop
