@@ -19,20 +19,20 @@ from masked_layers.files import replacing
 
 __all__ = ["Checkpoint", "description", "digest"]
 
-# What states of earlier versions do not tell: there it is taken to be the same.
+# Arguments missing from states of earlier versions, where they are assumed to be the same.
 _LATER = ("layers", "metrics")
 
 
 class Checkpoint:
-    """A folder with the state after the last round: model, records, masks of every round, results.
+    """A folder with the state after the last round: model, records, masks and results.
 
-    The state changes as a whole: after a crash it is that of one round or of the next. Within a
-    `with` block the folder is this process's alone.
+    The state is replaced as a whole. After a crash it is that of one round or of the next. Within a
+    `with` block, no other process can use the folder.
 
     Args:
-        folder: Made if it is not there.
-        arguments: What the search was asked to do, in JSON's types. A state of other arguments is
-            not taken for one of these, see `fingerprints`.
+        folder: The folder. Created if it does not exist.
+        arguments: Arguments of the search, as JSON data. A state with different arguments is not
+            resumed; see `fingerprints`.
     """
 
     def __init__(self, folder: Path, arguments: Mapping[str, Any]) -> None:
@@ -50,7 +50,7 @@ class Checkpoint:
 
     @property
     def unidentified(self) -> list[str]:
-        """Returns in sentences why the state cannot be resumed; empty where it can."""
+        """Returns sentences that say why the state cannot be resumed. Empty if it can be."""
         return reasons(self._arguments)
 
     def exists(self) -> bool:
@@ -64,10 +64,10 @@ class Checkpoint:
         rows: list[dict[str, Any]],
         evaluations: list[dict[str, Any]],
     ) -> None:
-        """Writes the state after round `number`, in which the final weights were trained.
+        """Writes the state after round `number`, whose training gave the final weights.
 
         Raises:
-            FileNotFoundError: If the folder was removed or replaced meanwhile.
+            FileNotFoundError: If the folder was removed or replaced in the meantime.
         """
         self._lock.check()
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -98,11 +98,12 @@ class Checkpoint:
     ]:
         """Returns the pruner, the masks after each round, the rows and the evaluations.
 
-        The model gets back all its variables, optimizer and masks included.
+        All variables of the model are restored, including its optimizer and masks.
 
         Raises:
-            ValueError: If the state is of other arguments or of another model, of what cannot be
-                identified, damaged or not whole. Masks and weights are as before then.
+            ValueError: If the state belongs to other arguments or another model, cannot be
+                identified, or is damaged or incomplete. In that case masks and weights are not
+                changed.
         """
         number, rows, evaluations = self._read_state()
         if not model.optimizer.built:
@@ -115,7 +116,7 @@ class Checkpoint:
                 ml.load_masks(model, self._masks_file(done))
                 masks.append(ml.get_masks(model))
             pruner = LotteryTicketPruner.load(self._pruner_file(number), model)
-            # Only now: what pruned weights are frozen at are variables, too.
+            # Only now, because frozen values of pruned weights are variables as well.
             variables = dict(_variables(model))
             _compare(values, variables, self._model_file(number))
         except (OSError, ValueError) as error:
@@ -123,7 +124,7 @@ class Checkpoint:
             ml.set_masks(model, before)
             raise ValueError(
                 f"The state after round {number} in '{self._folder}' cannot be read: "
-                f"{str(error).rstrip('.')}. Without one, choose another folder, or delete this "
+                f"{str(error).rstrip('.')}. If it is lost, choose another folder, or delete this "
                 "one to start over."
             ) from error
         for name, variable in variables.items():
@@ -131,14 +132,14 @@ class Checkpoint:
         return pruner, masks, rows, evaluations
 
     def _read_state(self) -> tuple[int, list[dict[str, Any]], list[dict[str, Any]]]:
-        """The round, the rows and the evaluations; of a state of this search."""
+        """Returns the round, the rows and the evaluations, if the state belongs to this search."""
         try:
             state = json.loads(self._state.read_bytes())
             number, arguments = state["round"], state["arguments"]
             rows, evaluations = state["rows"], state["evaluations"]
             checksum = state.pop("checksum", None)  # Earlier states have none.
             if checksum not in (None, _checksum(state)):
-                raise ValueError("its checksum is another one")
+                raise ValueError("its checksum does not match")
             places = {(row["round"], row["arm"]) for row in [*rows, *evaluations]}
             if type(number) is not int or not places <= {(n, a) for n, a in places if n <= number}:
                 raise ValueError(f"round {number!r} is not the last one of its rows")
@@ -147,7 +148,7 @@ class Checkpoint:
             reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error).rstrip(".")
             raise ValueError(
                 f"'{self._state}' is not the state of a search, or is cut short or damaged: "
-                f"{reason}. Restore it from a copy, or choose another folder, or delete this one "
+                f"{reason}. Restore it from a copy, choose another folder, or delete this one "
                 "to start over."
             ) from error
         here = {
@@ -163,7 +164,7 @@ class Checkpoint:
             )
         if self.unidentified:
             raise ValueError(
-                f"{self._folder} holds the state of a search that may be another one. "
+                f"{self._folder} holds the state of a search that may be a different one. "
                 f"{' '.join(self.unidentified)} Choose another folder, or delete this one to start "
                 "over."
             )
@@ -180,7 +181,7 @@ class Checkpoint:
 
 
 def _changes(there: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Returns the entries that differ, by name, each as (there, here)."""
+    """Returns the entries that differ, by name, as pairs (there, here)."""
     one, other = dict(_flat(there)), dict(_flat(here))
     return {
         key: (one.get(key), other.get(key)) for key in one | other if one.get(key) != other.get(key)
@@ -196,7 +197,7 @@ def _flat(arguments: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
 
 
 def _variables(model: keras.Model) -> Iterator[tuple[str, keras.Variable]]:
-    """Everything that a model and its optimizer hold, by kind and position."""
+    """Yields all variables of a model and its optimizer, by kind and position."""
     for kind, variables in (("model", model.variables), ("optimizer", model.optimizer.variables)):
         for position, variable in enumerate(variables):
             yield f"{kind}/{position}", variable
@@ -205,7 +206,7 @@ def _variables(model: keras.Model) -> Iterator[tuple[str, keras.Variable]]:
 def _compare(
     values: Mapping[str, np.ndarray], variables: Mapping[str, keras.Variable], file: Path
 ) -> None:
-    """Refuses other variables than a model has, before any of them is assigned."""
+    """Raises an error if variables do not match those of a model, before any is assigned."""
     if values.keys() != variables.keys():
         raise ValueError(
             f"'{file}' has {len(values)} variables, the model and its optimizer "
@@ -215,7 +216,7 @@ def _compare(
         there = values[name]
         if there.shape != tuple(variable.shape) or there.dtype.kind not in "fiub":
             raise ValueError(
-                f"'{file}' has {there.dtype}{there.shape} for {variable.path}, which has the shape "
+                f"'{file}' has {there.dtype}{there.shape} for {variable.path}, which has shape "
                 f"{tuple(variable.shape)}"
             )
 

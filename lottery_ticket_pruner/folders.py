@@ -1,4 +1,4 @@
-"""Folders in which one process at a time works."""
+"""Folders that only one process at a time may use."""
 
 import contextlib
 import json
@@ -15,41 +15,41 @@ import filelock
 from masked_layers.files import remove_abandoned, replacing
 
 _LOCK, _HOLDER = ".lock", ".lock.json"
-_PATIENCE = 0.5  # Seconds; more than another process takes to let go.
+_PATIENCE = 0.5  # Seconds; longer than another process takes to release the lock.
 
 
 class FolderInUseError(OSError):
-    """Another process works in the folder; the message says which, and since when."""
+    """An error for a folder that another process is using, with that process and its start."""
 
 
 def make_folder(folder: Path) -> None:
-    """Makes a folder, and those that it is in, if need be.
+    """Creates a folder and its parents if they do not exist.
 
     Raises:
-        NotADirectoryError: If a file is in its place, or in that of one of those.
-        OSError: If it cannot be made.
+        NotADirectoryError: If there is a file in place of the folder or one of its parents.
+        OSError: If the folder cannot be created.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         there = (path for path in (folder, *folder.parents) if os.path.lexists(path))
         raise NotADirectoryError(
-            f"'{next(there, folder)}' is a file, where a folder is to be written to. Choose "
+            f"'{next(there, folder)}' is a file, but a folder is to be written there. Choose "
             "another folder."
         ) from error
 
 
 class FolderLock:
-    """Keeps other processes out of a folder within a `with` block; the folder is made if need be.
+    """Keeps other processes out of a folder within a `with` block, and creates it if necessary.
 
-    The lock is one of the operating system: it ends with its process, however that ends.
+    The lock belongs to the operating system and ends with the process in any case.
 
     Args:
         folder: The folder.
 
     Raises:
-        FolderInUseError: If another process, or another part of this one, has it.
-        OSError: If the folder cannot be made or written.
+        FolderInUseError: If another process, or another part of this process, uses the folder.
+        OSError: If the folder cannot be created or written.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -66,15 +66,15 @@ class FolderLock:
             self._lock.acquire(timeout=_PATIENCE)
         except filelock.Timeout as error:
             raise FolderInUseError(
-                f"'{folder}' is in use by {self._holder()}. Wait until it ends, or take another "
+                f"'{folder}' is in use by {self._holder()}. Wait until it ends, or choose another "
                 "folder."
             ) from error
         except OSError as error:
-            if error.filename is not None:  # The file cannot be made: that says where and why.
+            if error.filename is not None:  # The file cannot be created; the error says why.
                 raise
             raise OSError(
                 error.errno,
-                f"'{folder}' cannot be locked: {error.strerror}. Take a folder on a file system "
+                f"'{folder}' cannot be locked: {error.strerror}. Choose a folder on a file system "
                 "with locks",
             ) from error
         try:
@@ -85,7 +85,7 @@ class FolderLock:
         return self
 
     def _describe(self) -> None:
-        """Says who holds the lock, and removes what killed processes left."""
+        """Writes who holds the lock, and removes files left by killed processes."""
         folder = self._folder
         self._stat = os.stat(folder / _LOCK)
         holder = {
@@ -99,7 +99,7 @@ class FolderLock:
         remove_abandoned(folder)
 
     def __exit__(self, *_: object) -> None:
-        # Another process that has opened the lock sees that it is gone, and makes another one.
+        # Another process that has opened the lock notices that it is gone, and creates a new one.
         for name in (_HOLDER, _LOCK) if self._is_there() else ():
             with contextlib.suppress(OSError):
                 (self._folder / name).unlink()
@@ -110,23 +110,23 @@ class FolderLock:
                 path.rmdir()
 
     def check(self) -> None:
-        """Raises an error if the folder is not the one any more that was locked.
+        """Raises an error if the locked folder was removed or replaced.
 
         Raises:
-            FileNotFoundError: If it was removed, or another one is in its place.
+            FileNotFoundError: If the folder was removed, or another one is in its place.
         """
         if self._stat is not None and not self._is_there():
             raise FileNotFoundError(
-                f"'{self._folder}' was removed or replaced while it was in use: what was in it is "
+                f"'{self._folder}' was removed or replaced while it was in use. Its content is "
                 "lost, and nothing more is written."
             )
 
     def moved(self, folder: Path) -> None:
-        """Says where the folder is now."""
+        """Sets the new path of the folder."""
         self._folder = folder
 
     def _is_there(self) -> bool:
-        """Returns whether the lock in the folder is the one that this process holds."""
+        """Returns whether the lock file in the folder is the one that this process holds."""
         with contextlib.suppress(OSError):
             return os.path.samestat(self._stat, os.stat(self._folder / _LOCK))
         return False
@@ -138,5 +138,5 @@ class FolderLock:
                 f"process {holder['pid']} on {holder['host']} since {holder['since']}: "
                 f"{holder['command']}"
             )
-        except (OSError, ValueError, KeyError, TypeError):  # Not written yet, or gone again.
+        except (OSError, ValueError, KeyError, TypeError):  # Not written yet, or already removed.
             return "another process"

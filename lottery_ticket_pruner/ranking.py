@@ -1,8 +1,8 @@
-"""Ranking on the device: which weights stay, without a weight that leaves for the host.
+"""Ranking on the device, for masks that change during training.
 
-For masks that change while a model trains. Counts are exact, and equal weights go in an order that
-a seed decides, the same on every backend. The threshold is found by bisection over the bits of the
-keys: 31 passes over memory, where sorting a million weights costs ten times as much.
+Weights never leave the device. Counts are exact, and ties are broken in an order that depends on a
+seed and is the same on every backend. The threshold is found by bisection over the bits of the
+keys, in 31 passes over memory. Sorting a million weights takes ten times as long.
 """
 
 from __future__ import annotations
@@ -20,34 +20,34 @@ from keras import ops
 if TYPE_CHECKING:
     from masked_layers import WeightRef
 
-# Random keys have this many bits, so that they are below every threshold for 0 of them.
+# Number of bits of random keys, chosen so that they are below every threshold for 0 of them.
 _RANDOM_BITS = 30
 MAX_SIZE = 2**_RANDOM_BITS
-_INFINITY = 0x7F800000  # as the bits of a float32; NaN lies above
+_INFINITY = 0x7F800000  # the bits of a float32; NaN is above it
 
 
 def magnitude(weight: Any) -> Any:
-    """Keys in the order of the absolute values of a tensor of floats: int32, 1-D, at least 0."""
-    # A column: Keras asks for the size of the last axis, which a traced function may not know.
+    """Returns keys in the order of the absolute values of floats: int32, 1-D, at least 0."""
+    # A column, because Keras needs the size of the last axis, which may be unknown when traced.
     column = ops.view(ops.cast(ops.reshape(weight, (-1, 1)), "float32"), "int32")
     return ops.bitwise_and(ops.reshape(column, (-1,)), 0x7FFFFFFF)
 
 
 def is_finite(keys: Any) -> Any:
-    """Returns True where the values behind keys of `magnitude` are finite."""
+    """Returns True where the values of keys from `magnitude` are finite."""
     return keys < _INFINITY
 
 
 def tie_keys(keys: Any, seed: Any) -> Any:
-    """Returns as many keys in an order that the seed decides: int32, at least 0, all different.
+    """Returns distinct keys in an order that depends on the seed: int32, at least 0.
 
     Args:
-        keys: 1-D tensor of at most `MAX_SIZE` entries; only its length counts.
+        keys: 1-D tensor of at most `MAX_SIZE` entries, of which only the length is used.
         seed: Int32 scalar.
     """
     low = MAX_SIZE - 1
     number = ops.arange(ops.shape(keys)[0], dtype="int32")
-    # Every step permutes the integers of 30 bits: no two numbers ever meet.
+    # Every step permutes the 30-bit integers, so the numbers stay distinct.
     for shift, factor in ((15, 0x2C1B3C6D), (12, 0x297A2D39), (14, 0x3B5D5C4B)):
         number = ops.bitwise_xor(number, ops.bitwise_and(seed, low))
         number = ops.bitwise_xor(number, ops.right_shift(number, shift))
@@ -57,13 +57,13 @@ def tie_keys(keys: Any, seed: Any) -> Any:
 
 
 def keep_highest(keys: Any, candidates: Any, count: Any, seed: Any) -> Any:
-    """True for exactly `count` of the candidates, those with the highest keys.
+    """Returns flags of exactly `count` candidates, those with the highest keys.
 
     Args:
         keys: 1-D int32 tensor of at most `MAX_SIZE` entries, all at least 0.
-        candidates: Bool tensor of that shape.
+        candidates: Bool tensor of the shape of `keys`.
         count: Int32 scalar, from 0 to the number of candidates.
-        seed: Int32 scalar: decides which of several candidates with the key at the threshold stay.
+        seed: Int32 scalar for breaking ties at the threshold.
     """
     keys = ops.where(candidates, keys, -1)
     threshold = _threshold(keys, count)
@@ -82,7 +82,7 @@ def keep_highest(keys: Any, candidates: Any, count: Any, seed: Any) -> Any:
 
 
 def _threshold(keys: Any, count: Any) -> Any:
-    """The greatest integer that at least `count` of the keys reach."""
+    """Returns the largest integer that at least `count` keys reach."""
 
     def set_next_bit(number: Any, found: Any) -> Any:
         bit = ops.left_shift(ops.ones((), "int32"), 30 - ops.cast(number, "int32"))
@@ -97,7 +97,7 @@ def _count(flags: Any) -> Any:
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function as one program of the backend, for tensors; compiled when it is first called."""
+    """Compiles a function of tensors into one program of the backend, when it is first called."""
 
     @functools.cache
     def program() -> Callable[..., Any]:
@@ -105,8 +105,8 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         if backend == "tensorflow":
             import tensorflow as tf
 
-            # One program for all lengths; XLA compiles one for each. On a GPU it must, or
-            # TensorFlow would do the arithmetic of int32 on the host.
+            # One program for all lengths, while XLA compiles one per length. XLA is needed on a
+            # GPU, because TensorFlow would do int32 arithmetic on the host there.
             on_gpu = bool(tf.config.list_logical_devices("GPU"))
             return tf.function(
                 function, autograph=False, reduce_retracing=True, jit_compile=on_gpu or None
@@ -130,12 +130,13 @@ def keep_largest(weight: Any, candidates: Any, most: Any, seed: Any) -> tuple[An
 
     Args:
         weight: 1-D tensor of floats.
-        candidates: Bool tensor of that shape: those that may stay.
-        most: Int32 scalar; where there are fewer candidates, all of them stay.
-        seed: Int32 scalar, for equal weights.
+        candidates: Bool tensor of the shape of `weight`: weights that may be kept.
+        most: Int32 scalar. If there are fewer candidates, all of them are kept.
+        seed: Int32 scalar for breaking ties.
 
     Returns:
-        The bool mask, and whether every candidate is finite: nothing is to be made of it if not.
+        The bool mask, and a bool scalar: whether every candidate is finite. If not, the mask is
+        not valid.
     """
     keys = magnitude(weight)
     mask = keep_highest(keys, candidates, ops.minimum(most, _count(candidates)), seed)
@@ -144,18 +145,19 @@ def keep_largest(weight: Any, candidates: Any, most: Any, seed: Any) -> tuple[An
 
 @compiled
 def rewire_at_random(weight: Any, mask: Any, count: Any, seed: Any) -> tuple[Any, Any, Any]:
-    """Drops the smallest weights and grows as many elsewhere, drawn at random.
+    """Prunes the smallest weights and grows the same number of others, drawn at random.
 
-    A weight that was just dropped may be drawn: then it stays, and is none that grew.
+    A weight that was just pruned may be drawn. It then stays, and does not count as grown.
 
     Args:
         weight: 1-D tensor of floats.
-        mask: Bool tensor of that shape.
-        count: Int32 scalar: how many of the weights alive go.
+        mask: Bool tensor of the shape of `weight`.
+        count: Int32 scalar: number of kept weights to prune.
         seed: Int32 scalar.
 
     Returns:
-        The bool mask, where it grew (bool), and whether all that was ranked is finite.
+        The bool mask, a bool tensor of grown weights, and a bool scalar: whether all ranked weights
+        are finite.
     """
     return _rewire(weight, mask, tie_keys(mask, seed + 1), count, seed)
 
@@ -164,10 +166,18 @@ def rewire_at_random(weight: Any, mask: Any, count: Any, seed: Any) -> tuple[Any
 def rewire_by_growth(
     weight: Any, mask: Any, growth: Any, count: Any, seed: Any
 ) -> tuple[Any, Any, Any]:
-    """Drops the smallest weights and grows those with the largest absolute values in `growth`.
+    """Prunes the smallest weights and grows those with the largest absolute values in `growth`.
 
-    Args and returns are those of `rewire_at_random`, and `growth`, a tensor of the shape of
-    `weight`.
+    Args:
+        weight: 1-D tensor of floats.
+        mask: Bool tensor of the shape of `weight`.
+        growth: Tensor of floats of the shape of `weight`.
+        count: Int32 scalar: number of kept weights to prune.
+        seed: Int32 scalar.
+
+    Returns:
+        The bool mask, a bool tensor of grown weights, and a bool scalar: whether all ranked values
+        are finite.
     """
     wanted = magnitude(growth)
     new, grown, finite = _rewire(weight, mask, wanted, count, seed)
@@ -183,31 +193,31 @@ def _rewire(weight: Any, mask: Any, wanted: Any, count: Any, seed: Any) -> tuple
 
 
 def count_alive(refs: Sequence[WeightRef]) -> list[int]:
-    """Counts the weights that each mask keeps, on the device, and reads all counts at once."""
+    """Counts the kept weights of each mask on the device, and reads all counts at once."""
     masks = [ops.convert_to_tensor(ref.mask.value) for ref in refs]
     counts = ops.stack([ops.sum(ops.cast(mask, "int32")) for mask in masks])
     return ops.convert_to_numpy(counts).tolist()
 
 
 def joined(tensors: Sequence[Any]) -> Any:
-    """One 1-D tensor of all their elements."""
+    """Returns all elements of the tensors as a 1-D tensor."""
     return ops.concatenate([ops.reshape(ops.convert_to_tensor(t), (-1,)) for t in tensors])
 
 
 def parted(mask: Any, group: Sequence[WeightRef]) -> list[Any]:
-    """The parts of a joined mask, each in the shape of its weight."""
+    """Splits a joined mask into masks with the shapes of the weights."""
     ends = np.cumsum([math.prod(ref.variable.shape) for ref in group])[:-1].tolist()
     parts = ops.split(mask, ends) if ends else [mask]
     return [ops.reshape(part, ref.variable.shape) for part, ref in zip(parts, group, strict=True)]
 
 
 def integer(value: int) -> Any:
-    """The value as an int32 tensor, as compiled functions take it."""
+    """Returns the value as an int32 tensor, for compiled functions."""
     return ops.convert_to_tensor(value, "int32")
 
 
 def seed_of(seed: int, step: int, path: str) -> Any:
-    """The seed of one weight at one step: an int32 scalar."""
+    """Returns the seed of a weight at a step, as an int32 scalar."""
     entropy = np.random.SeedSequence([seed, step, zlib.crc32(path.encode())])
     return integer(int(entropy.generate_state(1)[0] >> 2))
 
@@ -217,18 +227,18 @@ def check_finite(
     finite: Sequence[Any],
     masks: Sequence[Sequence[Any]],
 ) -> list[str]:
-    """Reads one number per kernel from the device, all of them at once.
+    """Checks that all ranked values are finite, with a single read from the device.
 
     Args:
-        groups: The weights that were ranked together.
-        finite: For each group, whether all that was ranked is finite.
+        groups: Weights that were ranked together.
+        finite: For each group, whether all ranked values are finite.
         masks: For each group, the new masks of its weights.
 
     Returns:
-        The paths whose mask keeps nothing.
+        The paths of masks that keep nothing.
 
     Raises:
-        ValueError: If something that was ranked is not finite. The message names the weights.
+        ValueError: If a ranked value is not finite. The message names the weights.
     """
     codes = [
         ops.cast(fine, "int32") + 2 * ops.cast(ops.any(mask), "int32")
@@ -242,8 +252,8 @@ def check_finite(
             code = next(codes)
             if not code & 1:
                 raise ValueError(
-                    f"The weights of {[ref.path for ref in group]} contain NaN or infinity, or "
-                    "their gradients do; they cannot be ranked. Did the training diverge?"
+                    f"The weights of {[ref.path for ref in group]} or their gradients contain NaN "
+                    "or infinity and cannot be ranked. Did the training diverge?"
                 )
             if not code & 2:
                 emptied.append(ref.path)

@@ -1,4 +1,4 @@
-"""Untrained supermasks: what masks alone know, for many criteria and sparsities at a time."""
+"""Evaluates masks over untrained weights, for many criteria and sparsities at a time."""
 
 import itertools
 import logging
@@ -18,7 +18,7 @@ from lottery_ticket_pruner.training import Arrays, Examples, engine_of
 
 _logger = logging.getLogger(__name__)
 
-# What masked weights are set to, from the recorded initial ones.
+# Values of masked weights, as functions of the recorded initial weights.
 WEIGHTS = {
     "initial": lambda initial: initial,
     "signed_constant": treatments.signed_constant,
@@ -39,31 +39,32 @@ def evaluate_grid(
 ) -> list[dict[str, Any]]:
     """Evaluates every mask of a grid over weights that were never trained.
 
-    Each row is what `evaluate_supermask` says after `reset_masks` and `update_masks(criterion,
-    sparsity=..., scope=scope, seed=seed)`, to rounding. But weights are ranked once per criterion,
-    the data is put on the device once, and one compiled evaluation serves all rows: masks and
-    rescaled weights are values that it reads. The model is left exactly as it was.
+    Each row equals the result of `evaluate_supermask` after `reset_masks` and
+    `update_masks(criterion, sparsity=..., scope=scope, seed=seed)`, up to rounding. It is faster,
+    because weights are ranked once per criterion, the data is put on the device once, and a single
+    compiled evaluation reads the masks and rescaled weights of all rows. The model is left
+    unchanged.
 
     Args:
         pruner: The pruner of a compiled masked model, with the records that the criteria read.
-        x: Inputs, the examples along the first axis; or a list or dict of such arrays.
-        y: Targets, likewise.
-        criteria: Whatever `criteria.get` takes.
+        x: Inputs with examples along the first axis: an array, or a list or dict of arrays.
+        y: Targets, in one of the same forms.
+        criteria: Identifiers for `criteria.get`.
         sparsities: Shares of all weights that are pruned.
-        weights: What the masks are laid over: `"initial"` (w0) or `"signed_constant"`, which is
-            sign(w0) times the standard deviation of w0, per masked weight. All other weights are
-            the recorded initial ones.
-        dwr: Whether masked weights are multiplied by size / ones(mask); both by default.
-        scope: Who competes, as for `update_masks`.
-        seed: For random scores and ties.
+        weights: Values of the masked weights: `"initial"` (w0) or `"signed_constant"`, which is
+            sign(w0) times the standard deviation of w0, per masked weight. All other weights have
+            their recorded initial values.
+        dwr: Whether masked weights are multiplied by size / ones(mask). Both by default.
+        scope: Weights that are ranked together: `"layer"`, `"global"` or `"output"`.
+        seed: Seed for random scores and ties.
 
     Returns:
-        One dict per cell, criteria outermost, then sparsities, weights and dwr: `"criterion"` (its
+        One dict per cell, ordered by criterion, sparsity, weights and dwr: `"criterion"` (its
         name), `"sparsity"`, `"weights"`, `"dwr"`, `"loss"` and the compiled metrics by name.
 
     Raises:
         ValueError: If the model is not masked or not compiled, a record is missing, or an argument
-            is wrong. Nothing was evaluated then.
+            is not valid. In that case nothing is evaluated.
 
     Reference:
         - [Zhou et al., arXiv 1905.01067](https://arxiv.org/abs/1905.01067), sections 4 and 5
@@ -71,8 +72,8 @@ def evaluate_grid(
     model = pruner.model
     if not is_masked(model) or not model.compiled:
         raise ValueError(
-            f"`evaluate_grid` needs a compiled masked model. Received {model.name!r}: make it by "
-            "`masked_layers.convert_to_masked(model)`, compile it, and make the pruner for it."
+            f"`evaluate_grid` needs a compiled masked model. Received {model.name!r}: create it by "
+            "`masked_layers.convert_to_masked(model)`, compile it, and create the pruner for it."
         )
     criteria = criteria if isinstance(criteria, str) else list(criteria)
     if isinstance(criteria, str) or isinstance(sparsities, Real) or isinstance(dwr, bool):
@@ -82,13 +83,13 @@ def evaluate_grid(
         )
     if not (criteria and len(sparsities) and len(weights) and len(dwr)):
         raise ValueError(
-            "There is nothing to evaluate: give at least one of each. Received: "
+            "There is nothing to evaluate: pass at least one of each. Received: "
             f"criteria={criteria!r}, sparsities={sparsities!r}, weights={weights!r}, dwr={dwr!r}"
         )
     unknown = [name for name in weights if name not in WEIGHTS]
     if unknown:
-        raise ValueError(f"`weights` must be out of {list(WEIGHTS)}. Received: {unknown}")
-    # All at once: criteria may read the weights as they are before the first evaluation.
+        raise ValueError(f"`weights` must contain only {list(WEIGHTS)}. Received: {unknown}")
+    # All at once, because criteria may read the weights as they are before the first evaluation.
     rankings = [
         (criterion.name, pruner.masks_at(criterion, sparsities=sparsities, scope=scope, seed=seed))
         for criterion in map(criteria_module.get, criteria)
@@ -122,13 +123,13 @@ def evaluate_grid(
                     cell = {"criterion": name, "sparsity": sparsity, "weights": start}
                     metrics = engine_of(model).evaluate(data)
                     rows.append({**cell, "dwr": bool(rescale), **metrics})
-    # Said once and not warned of: how far masks can go is what such a grid asks.
+    # Logged once instead of warned about, because the grid explores how far masks can go.
     for path, masks in emptied.items():
         _logger.warning("Nothing is left of %r in the masks of %s.", path, ", ".join(masks))
     return rows
 
 
 def _factor(mask: np.ndarray) -> np.float32:
-    """The factor of `Mask.rescale`, which here is in the weight: that needs no other program."""
+    """Returns the factor of `Mask.rescale`, applied to the weights so that one program suffices."""
     ones = np.count_nonzero(mask)
     return np.float32(mask.size / ones if ones else 0.0)

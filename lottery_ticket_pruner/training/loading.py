@@ -98,7 +98,7 @@ def _checked(dataset: Any, batch: Any) -> tuple[Arrays, ...]:
     if () in shapes or len({shape[0] for shape in shapes}) > 1:
         raise ValueError(
             f"Expected batches from a {type(dataset).__name__}, with one entry per example in "
-            f"inputs and targets. Received an element of shapes {shapes}: batch the data set, as for "
-            "`fit`, with `dataset.batch(...)` or `batch_size=...`."
+            f"inputs and targets. Received an element of shapes {shapes}: batch the data set, as "
+            "for `fit`, with `dataset.batch(...)` or `batch_size=...`."
         )
     return arrays

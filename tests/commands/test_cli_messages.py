@@ -112,12 +112,12 @@ def test_errors_of_their_own_still_come_with_their_traceback(said):
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ((*RUN[:-1], "file", "--data", "own.py:load"), "'file' is a file, where a folder"),
-        ((*RUN[:-1], "file/x/y", "--data", "own.py:load"), "'file' is a file, where a folder"),
-        (("sweep", *RUN[1:-1], "file"), "'file' is a file, where a folder"),
+        ((*RUN[:-1], "file", "--data", "own.py:load"), "'file' is a file, but a folder"),
+        ((*RUN[:-1], "file/x/y", "--data", "own.py:load"), "'file' is a file, but a folder"),
+        (("sweep", *RUN[1:-1], "file"), "'file' is a file, but a folder"),
         (
             ("supermask", "--criteria", "random", "--out", "file"),
-            "'file' is a file, where a folder",
+            "'file' is a file, but a folder",
         ),
         (("repeat", "nowhere"), "There is no folder 'nowhere' of a run to repeat."),
         (("repeat", "."), "'.' is not a run folder: it holds no config.json."),
@@ -178,7 +178,7 @@ def test_the_folder_of_a_report_is_no_file(said, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text("{}")
     (tmp_path / "run" / "results.csv").write_text("replicate,sparsity,test_accuracy\n0,0,1\n")
-    assert said("report", "run", "--out", "file", "--quiet").startswith("'file' is a file, where")
+    assert said("report", "run", "--out", "file", "--quiet").startswith("'file' is a file, but")
 
 
 # --- In Python ------------------------------------------------------------------------------------
@@ -207,11 +207,11 @@ def test_a_folder_is_made_or_what_is_in_its_way_named(tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     for name, there in (("file", "file"), ("file/a/b", "file"), ("link", "link")):
-        with pytest.raises(NotADirectoryError, match=rf"{there}' is a file, where a folder"):
+        with pytest.raises(NotADirectoryError, match=rf"{there}' is a file, but a folder"):
             make_folder(tmp_path / name)
     make_folder(tmp_path / "a" / "b")
     make_folder(tmp_path / "a" / "b")
-    with pytest.raises(NotADirectoryError, match="file' is a file, where a folder"):
+    with pytest.raises(NotADirectoryError, match="file' is a file, but a folder"):
         search(tmp_path / "file")
 
 

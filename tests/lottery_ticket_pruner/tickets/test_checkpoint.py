@@ -116,7 +116,7 @@ def test_what_cannot_be_identified_is_not_resumed_and_says_so_at_the_beginning(t
 
     with pytest.warns(UserWarning, match=r"No search can go on.*`lock`.*a _thread.lock"):
         search(tmp_path, strategy=locked)
-    with pytest.raises(ValueError, match=r"may be another one.*`lock`.*get_config"):
+    with pytest.raises(ValueError, match=r"may be a different one.*`lock`.*get_config"):
         search(tmp_path, strategy=locked)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
