@@ -1,7 +1,7 @@
-"""Starts the command `lottery-ticket`, so that an interruption ends it quietly at any moment.
+"""Entry point of the command `lottery-ticket`, which lets an interruption end it at any time.
 
-The packages take seconds to import, and some of what they import swallows a KeyboardInterrupt. So
-this module is by itself and imports nothing that takes time.
+The packages take seconds to import, and some of their imports swallow a KeyboardInterrupt.
+Therefore this module is separate and imports nothing that takes time.
 """
 
 import os
@@ -13,14 +13,14 @@ from typing import Any
 def main() -> int:
     """Runs the command on the arguments of the process, and returns its exit status."""
     interruptible = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if interruptible:  # And not a job that a shell started in the background.
+    if interruptible:  # And not a background job of a shell.
         signal.signal(signal.SIGINT, _end)
     from lottery_ticket_pruner import cli
 
     if interruptible:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     status = cli.main()
-    if interruptible:  # All is written: what is left is the end of the interpreter.
+    if interruptible:  # Everything is written; only the interpreter has to end.
         signal.signal(signal.SIGINT, lambda *_: os._exit(status))
     return status
 

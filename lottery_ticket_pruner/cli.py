@@ -17,10 +17,10 @@ _EXTRA = ("jinja2", "matplotlib", "pandas", "rich", "scipy", "sklearn", "tensorb
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status; `lottery-ticket --help` describes it.
+    """Runs the command and returns its exit status; see `lottery-ticket --help`.
 
     Args:
-        arguments: of the command line; None: the process's own.
+        arguments: Command-line arguments. None for those of the process.
     """
     format_before = warnings.formatwarning
     warnings.formatwarning = _formatted
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         words = ["Interrupted.", *getattr(error, "__notes__", ())]
         if len(words) > 1:
             given = sys.argv[1:] if arguments is None else arguments
-            words.append(f"The same command goes on: {shlex.join(['lottery-ticket', *given])}")
+            words.append(f"To resume, repeat: {shlex.join(['lottery-ticket', *given])}")
         print(" ".join(words), file=sys.stderr)
         return 130
     finally:
@@ -40,14 +40,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _formatted(
     message: Warning | str, category: type[Warning], *_: Any, line: str | None = None
 ) -> str:
-    """A warning as users of a command read it: no line of ours says where it comes from."""
+    """Formats a warning for users of a command, without the line of code that it comes from."""
     kind = "" if category is UserWarning else f"{category.__name__}: "
     return f"lottery-ticket: warning: {kind}{message}\n"
 
 
 def _print_error(error: Exception) -> int:
     text = str(error)
-    if isinstance(error, OSError) and error.strerror:  # Of the system: "[Errno 13] ...".
+    if isinstance(error, OSError) and error.strerror:  # From the system: "[Errno 13] ...".
         where = "" if error.filename is None else f"'{error.filename}': "
         text = f"{where}{error.strerror.rstrip('.')}."
     print(f"lottery-ticket: {text}", file=sys.stderr)
@@ -59,8 +59,8 @@ def _main(arguments: Sequence[str] | None) -> int:
     missing = [name for name in _EXTRA if importlib.util.find_spec(name) is None]
     if missing:
         print(
-            f"lottery-ticket needs {', '.join(missing)}, which is not installed. Install what the "
-            'command line needs with: pip install "lottery-ticket-pruner[cli]"',
+            f"lottery-ticket needs {', '.join(missing)}, which is not installed. Install the "
+            'requirements of the command line: pip install "lottery-ticket-pruner[cli]"',
             file=sys.stderr,
         )
         return 1
@@ -88,7 +88,7 @@ def _main(arguments: Sequence[str] | None) -> int:
         report.write_report(config)
         return 0
 
-    # Each name with its options and with what carries them out.
+    # Each command with its options and the function that executes it.
     commands: dict[str, tuple[type, Callable[[Any], int]]] = {
         "run": (RunConfig, work_on(run)),
         "supermask": (SupermaskConfig, work_on(supermask)),

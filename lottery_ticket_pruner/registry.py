@@ -101,12 +101,12 @@ class Registry(Generic[T]):
         known = self._things.get(name)
         if known is not None and origin(known) != origin(thing):
             raise ValueError(
-                f"The {self._kind} name {name!r} is already used by {origin(known)}. Register "
+                f"The {self._kind} name {name!r} is taken by {origin(known)}. Register "
                 "under another name."
             )
         if self._shorthand(name) is not None:
             raise ValueError(
-                f"The {self._kind} name {name!r} is already used: it is short for "
+                f"The {self._kind} name {name!r} is taken: it is short for "
                 f"{self._shorthand(name)}. Register under another name."
             )
         self._things[name] = thing

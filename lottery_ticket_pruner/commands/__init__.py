@@ -1,1 +1,1 @@
-"""The commands of `lottery-ticket` that work on many runs, on their results or on saved models."""
+"""Commands of `lottery-ticket` that work on several runs, on their results or on saved models."""

@@ -1,4 +1,4 @@
-"""The same experiment once more, from the configuration that a run folder holds."""
+"""The command `lottery-ticket repeat`: runs the experiment of a run folder again."""
 
 import dataclasses
 from pathlib import Path
@@ -24,36 +24,36 @@ Config = RunConfig | SupermaskConfig | InstabilityConfig
 
 @dataclasses.dataclass(frozen=True)
 class RepeatConfig:
-    """Do once more what made a run folder, with every option as it was.
+    """Re-run the experiment of a run folder with the same options.
 
-    An option that came later than the folder has its default.
+    Options that were added after the folder was written have their defaults.
 
-    For folders of run, supermask and instability, and those of single runs within a sweep's. If the
-    first time was --deterministic, the second gives the same numbers, bit for bit, on as
-    many cores of the same machine, by the same backend on the same data. A sweep gives each of its
-    runs a share of the cores.
+    Works on folders of run, supermask and instability, and on single runs inside the folder of a
+    sweep. If the original was run with --deterministic, the repetition gives the same numbers, bit
+    for bit, on the same machine with the same number of cores, backend and data. Note that a sweep
+    gives each of its runs a share of the cores.
     """
 
     folder: tyro.conf.Positional[Path]
-    """Folder of the run, or its config.json alone."""
+    """Folder of the run, or just its config.json."""
     out: OptionalPath = None
-    """Folder for the new run; by default the old one's name with -again, next to it or, if it is \
-in a sweep's, next to that."""
+    """Folder for the new run. By default the original name with -again, next to the original or, \
+for a run of a sweep, next to the sweep."""
     overwrite: bool = False
-    """Replace the run that is in the new run's folder, when this one is finished."""
+    """Replace the run in the folder of the new run once this one is finished."""
     quiet: bool = False
     """Print nothing."""
 
     def configuration(self) -> Config:
-        """The configuration to run.
+        """Returns the configuration to run.
 
         Raises:
-            OSError: there is no such file.
-            ValueError: the file is not what one of the commands has written.
+            OSError: If the file does not exist.
+            ValueError: If the file was not written by one of the commands.
         """
         file = self._file()
         folder = file.parent.resolve()
-        # In the folder of a sweep it would pass for one of its runs.
+        # In the folder of a sweep, it would look like one of its runs.
         beside = folder.parent if (folder.parent / SWEEP_FILE).is_file() else folder
         options = {
             "out": self.out or beside.with_name(f"{folder.name}-again"),
@@ -67,7 +67,7 @@ in a sweep's, next to that."""
         there = stored.get(CODE)
         if there is not None and there != (here := code_of(config.to_dict())):
             raise ValueError(
-                f"'{file}' is of functions with other code: {there} there, {here or 'none'} here."
+                f"'{file}' uses functions with other code: {there} there, {here or 'none'} here."
             )
         return config
 
@@ -78,7 +78,7 @@ in a sweep's, next to that."""
         if not file.is_file():
             of_sweep = (self.folder / SWEEP_FILE).is_file()
             what = (
-                "the folder of a sweep: name one of those in it"
+                "the folder of a sweep: name one of the runs inside it"
                 if of_sweep
                 else f"not a run folder: it holds no {CONFIG_FILE}"
             )
@@ -93,10 +93,11 @@ def _stored(file: Path) -> dict[str, Any]:
 
 
 def read(values: dict[str, Any]) -> Config:
-    """The configuration that a run folder holds.
+    """Returns the configuration stored in a run folder.
 
     Raises:
-        ValueError: it is that of no command, or has options that the command does not have.
+        ValueError: If the values belong to no command, or contain options that the command does not
+            have.
     """
     kinds = {"run": RunConfig, "supermask": SupermaskConfig, "instability": InstabilityConfig}
     command = command_of(values)

@@ -1,4 +1,4 @@
-"""The command `lottery-ticket report`: tables, pictures and a web page that compares runs."""
+"""The command `lottery-ticket report`: tables, figures and a web page that compare runs."""
 
 import dataclasses
 from pathlib import Path
@@ -24,30 +24,30 @@ _Folders = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metav
 
 @dataclasses.dataclass(frozen=True)
 class ReportConfig:
-    """Compare runs: tables here, and pictures, a table of all rows and a web page in a folder.
+    """Compare runs: print tables, and write figures, a table of all rows and a web page.
 
-    Where runs left their tickets, they are compared, too: what they keep of each layer, what the
-    masks of several seeds and configurations have in common next to what chance gives, and how many
-    of the kept weights ended with the sign they started with.
+    If runs saved their tickets, these are compared as well: the kept weights of each layer, the
+    overlap of masks between seeds and configurations next to the overlap expected by chance, and
+    the share of kept weights that ended with the sign they started with.
     """
 
     folders: _Folders
-    """Run folders, and folders that hold some, such as a sweep's or ./runs."""
+    """Run folders, or folders that contain run folders, such as that of a sweep or ./runs."""
     out: OptionalPath = None
-    """Folder to write report.html, tables.md, results.csv and *.png to; by default `report` inside
-    of FOLDER, if that is one, else ./report."""
+    """Folder for report.html, tables.md, results.csv and *.png. By default `report` inside FOLDER
+    if there is only one, otherwise ./report."""
     quiet: bool = False
     """Print nothing but errors."""
 
 
 def write_report(config: ReportConfig, console: Console | None = None) -> Path:
-    """Print the tables, write them, the pictures and the page, and return the page's path.
+    """Prints the tables, writes all files of the report, and returns the path of the web page.
 
-    Runs that differ in nothing but their seeds are replicates of each other.
+    Runs that differ only in their seeds are replicates of each other.
 
     Raises:
-        ValueError: no folders, or one that holds no readable results.
-        OSError: a folder that is not there, or the report's that cannot be written.
+        ValueError: If there are no folders, or one of them has no readable results.
+        OSError: If a folder does not exist, or that of the report cannot be written.
     """
     console = console or Console(quiet=config.quiet)
     if not config.folders:
@@ -68,7 +68,7 @@ def write_report(config: ReportConfig, console: Console | None = None) -> Path:
     out = config.out or (config.folders[0] if len(config.folders) == 1 else Path()) / "report"
     _check_replaceable(out)
     make_folder(out)
-    # First: it says that the other files are of a report, also after an interruption.
+    # Written first, because it marks the other files as a report, even after an interruption.
     with replacing(out / "report.html") as file:
         file.write(web_page.render(kepts).encode())
     charts = [chart for group in groups for chart in contents.charts_of(group)]
@@ -95,16 +95,16 @@ def write_report(config: ReportConfig, console: Console | None = None) -> Path:
 
 
 def _check_replaceable(out: Path) -> None:
-    """Raises ValueError where a report would replace files that are none of an earlier one."""
+    """Raises ValueError if a report would replace files that do not belong to an earlier report."""
     if any((out / name).exists() for name in (results.CONFIG_FILE, results.SWEEP_FILE)):
         raise ValueError(
             f"'{out}' is itself the folder of a run or a sweep, whose {results.RESULTS_FILE} a "
-            "report would replace. Give --out another folder."
+            "report would replace. Choose another folder with --out."
         )
     names = (results.RESULTS_FILE, "tables.md", "picture-1.png")
     there = [name for name in names if (out / name).exists()]
     if there and not (out / "report.html").exists():
         raise ValueError(
-            f"'{out}' holds no report, but {', '.join(there)}, which a report would replace. Give "
-            "--out another folder, or move what is there."
+            f"'{out}' holds no report, but {', '.join(there)}, which a report would replace. "
+            "Choose another folder with --out, or move these files."
         )

@@ -1,4 +1,4 @@
-"""Many runs: every combination of options and seeds, in processes of their own."""
+"""Runs every combination of options and seeds, each in a process of its own."""
 
 import collections
 import concurrent.futures
@@ -47,7 +47,7 @@ _Over = Annotated[
 ]
 _LOG_FILE = "output.log"
 _COMMAND = (sys.executable, "-m", "lottery_ticket_pruner.cli")
-# What the numerical libraries read where they make their pools of threads.
+# Environment variables that limit the thread pools of numerical libraries.
 _THREADS = (
     "OMP_NUM_THREADS",
     "OPENBLAS_NUM_THREADS",
@@ -60,49 +60,51 @@ _THREADS = (
 @dataclasses.dataclass(frozen=True)
 class _Sweeping:
     over: _Over = ()
-    """An option of the command and the values to try."""
+    """Name of an option, and the values to try."""
     jobs: OptionalInt = None
-    """Runs at a time, each on its share of the cores; by default one per core."""
+    """Number of runs at a time, each on its share of the cores. By default one per core."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """A run of its own for each seed of each combination."""
+    """Seeds, each of which has a separate run for each combination."""
     out: OptionalPath = None
-    """Folder of all run folders and of results.csv; by default one in ./runs. What a sweep \
-finished there is kept, and what is missing is run."""
+    """Folder for all run folders and results.csv. By default a folder in ./runs. Runs that are \
+already finished there are kept, and missing ones are run."""
     overwrite: bool = False
-    """Replace the sweep that is in that folder, when all runs of this one are finished."""
+    """Replace the sweep in that folder once all runs of this one are finished."""
     quiet: bool = False
     """Print nothing but errors."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SweepConfig(_Sweeping, RunConfig):
-    """Run every combination of some options and of the seeds, several at a time.
+    """Run every combination of some options and seeds, several at a time.
 
-    Takes every option of `lottery-ticket run`. --over rate=0.2,0.4 gives an option several values
-    in turn; with --over strategy=large_final,random next to it, all four pairs are run, each with
-    each seed. Join the values of an option that takes several with plus signs, as in
-    --over controls=none,random_mask+random_reinit. A sweep that was interrupted goes on.
+    Accepts every option of `lottery-ticket run`. --over rate=0.2,0.4 tries several values of an
+    option. With --over strategy=large_final,random next to it, all four combinations are run, each
+    with each seed. If an option takes several values, join them with plus signs, as in
+    --over controls=none,random_mask+random_reinit. Repeat the command to resume an interrupted
+    sweep.
     """
 
 
 @dataclasses.dataclass(frozen=True)
 class SupermaskSweepConfig(_Sweeping, SupermaskConfig):
-    """Make or learn supermasks for every combination of some options and of the seeds.
+    """Compute or learn supermasks for every combination of some options and seeds.
 
-    Takes every option of `lottery-ticket supermask`, and --over as `lottery-ticket sweep` does:
+    Accepts every option of `lottery-ticket supermask`, and --over as in `lottery-ticket sweep`:
     --over learn=bernoulli,edge_popup --over weights=initial,signed_constant learns four kinds of
-    masks, each with each seed, several at a time. A sweep that was interrupted goes on.
+    masks, each with each seed, several at a time. Repeat the command to resume an interrupted
+    sweep.
     """
 
 
 @dataclasses.dataclass(frozen=True)
 class _Kind:
-    """A command whose options can be swept over."""
+    """A command whose options can be swept."""
 
     name: str
     sweep: str
     config: type[RunConfig] | type[SupermaskConfig]
-    # Training steps of a resolved configuration with one seed, up to a factor.
+    # Number of training steps of a resolved configuration with one seed, up to a factor.
     work: Callable[[Any], int]
 
 
@@ -117,10 +119,10 @@ class Child:
     """One run of a sweep.
 
     Attributes:
-        label: What it tries, in words.
-        config: Its configuration, every choice made, its folder included.
-        arguments: What to call `lottery-ticket` with for the same run.
-        data: The digest of what it runs on.
+        label: Description of the combination that it tries.
+        config: Its resolved configuration, including its folder.
+        arguments: Command-line arguments of `lottery-ticket` for the same run.
+        data: Digest of its data.
     """
 
     label: str
@@ -130,22 +132,22 @@ class Child:
 
     @property
     def is_finished(self) -> bool:
-        """True if its folder holds all of its results."""
+        """Whether its folder holds all of its results."""
         return is_finished(self.config.folder, _kind(self.config).name)
 
     @property
     def work(self) -> int:
-        """Training steps (of a ticket, those of one arm over all rounds): what it takes."""
+        """Cost of the run in training steps (for tickets, those of one arm over all rounds)."""
         return _kind(self.config).work(self.config)
 
     @property
     def work_done(self) -> int:
-        """The same for the rounds that have begun to show in its results."""
+        """Cost of the rounds that have results, including the current one."""
         lines = results.complete_lines(self.config.folder / results.RESULTS_FILE)
         try:
             table = csv.DictReader(line.decode() for line in lines)
             rounds = [int(row["round"]) for row in table]
-        except (ValueError, KeyError):  # Of supermasks.
+        except (ValueError, KeyError):  # Supermasks have no rounds.
             return 0
         return self.config.steps * (max(rounds) + 1) if rounds else 0
 
@@ -156,8 +158,8 @@ class Failure:
 
     Attributes:
         child: The run.
-        message: What it said last.
-        log: The file that holds all it said.
+        message: Its last message.
+        log: File with its complete output.
     """
 
     child: Child
@@ -166,11 +168,11 @@ class Failure:
 
 
 def plan(config: SweepConfig | SupermaskSweepConfig) -> list[Child]:
-    """The runs of a sweep, in the order of --over, the seeds of a combination side by side.
+    """Returns the runs of a sweep in the order of --over, with all seeds of a combination together.
 
     Raises:
-        ValueError: an option that the command does not have, or a combination that it refuses.
-        DatasetNotFoundError: data is not in its folder and could not be downloaded.
+        ValueError: If an option does not exist, or a combination of options is not valid.
+        DatasetNotFoundError: If the data is not in its folder and could not be downloaded.
     """
     if config.jobs is not None and config.jobs < 1:
         raise ValueError(f"--jobs must be positive. Received: {config.jobs}.")
@@ -221,32 +223,32 @@ def plan(config: SweepConfig | SupermaskSweepConfig) -> list[Child]:
 def sweep(
     config: SweepConfig | SupermaskSweepConfig, console: Console | None = None
 ) -> list[Failure]:
-    """Run what is not finished yet, write all results into one table, and return what failed.
+    """Executes all unfinished runs, combines all results in one table, and returns the failures.
 
-    The folder holds a run folder for each combination and seed, with what the run printed in
-    `output.log`; `results.csv`, the rows of all finished runs with their options and seeds; and
-    `sweep.json`, the options of the last call, the backend and digests of the data.
+    The folder contains a run folder for each combination and seed, with the output of the run in
+    `output.log`; `results.csv`, with the rows of all finished runs and their options and seeds; and
+    `sweep.json`, with the options of the last call, the backend and digests of the data.
 
     Raises:
-        ValueError: see `plan`; or the finished runs in the folder are of another backend or of
-            other data. Nothing has run then.
-        FolderInUseError: another process writes in the folder.
-        OSError: the folder cannot be written, or is removed meanwhile.
+        ValueError: If `plan` refuses the options, or the finished runs in the folder used another
+            backend or other data. In that case nothing is run.
+        FolderInUseError: If another process is writing in the folder.
+        OSError: If the folder cannot be written, or is removed in the meantime.
     """
     console = console or Console(quiet=config.quiet)
     children = plan(config)
     folder = children[0].config.folder.parent
     if (folder / results.CONFIG_FILE).is_file():
-        raise ValueError(f"'{folder}' is the folder of a run. Give --out another one.")
+        raise ValueError(f"'{folder}' is the folder of a run. Choose another folder with --out.")
     with Workplace(folder) as place:
         if config.overwrite and _is_replaced(config, children):
             place.replace()
             children = [_moved(child, place.path) for child in children]
-            # An interrupted one of other options left runs there, which are not to come along.
+            # Runs left by an interrupted sweep with other options must not be included.
             for left in set(place.path.iterdir()) - {child.config.folder for child in children}:
                 if (left / _LOG_FILE).is_file():
                     shutil.rmtree(left)
-            if _is_finished(config, place.path):  # And was killed before it took its place.
+            if _is_finished(config, place.path):  # It was killed before it was moved in place.
                 place.complete()
                 if place.moved:
                     console.print(place.describe_moved(), highlight=False, markup=False)
@@ -255,7 +257,7 @@ def sweep(
 
 
 def _is_replaced(config: SweepConfig | SupermaskSweepConfig, children: Sequence[Child]) -> bool:
-    """Returns whether the sweep in the folder is another one, or finished."""
+    """Returns whether the sweep in the folder has other options, or is finished."""
     folder = children[0].config.folder.parent
     stored = _stored(folder)
     if not stored:
@@ -271,13 +273,13 @@ def _is_finished(config: SweepConfig | SupermaskSweepConfig, folder: Path) -> bo
 
 
 def _stored(folder: Path) -> dict[str, Any]:
-    """The options of the sweep in a folder; empty where there is none."""
+    """Returns the options of the sweep in a folder. Empty if there is no sweep."""
     file = folder / results.SWEEP_FILE
     stored = results.read_json(file)
     if stored is None and file.is_file():
         raise ValueError(
-            f"The sweep in '{folder}' cannot be told from others: its {file.name} "
-            f"{results.reason(file)}. Restore it from a copy, or give --out another folder."
+            f"The sweep in '{folder}' cannot be identified: its {file.name} "
+            f"{results.reason(file)}. Restore it from a copy, or choose another folder with --out."
         )
     return stored or {}
 
@@ -289,7 +291,7 @@ def _choices(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _moved(child: Child, folder: Path) -> Child:
-    """The same run in another sweep's folder."""
+    """Returns the same run in the folder of another sweep."""
     place = folder / child.config.folder.name
     config = dataclasses.replace(child.config, out=place)
     return dataclasses.replace(child, config=config, arguments=(*child.arguments[:-1], str(place)))
@@ -306,7 +308,7 @@ def _carry_out(
     if (folder / results.RESULTS_FILE).exists() and not _stored(folder):
         raise ValueError(
             f"'{folder}' holds no {results.SWEEP_FILE} of a sweep, but {results.RESULTS_FILE}, "
-            "which a sweep would replace. Give --out another folder, or move what is there."
+            "which a sweep would replace. Choose another folder with --out, or move the file."
         )
     _check_finished(folder)
     todo = [child for child in children if not child.is_finished]
@@ -345,14 +347,14 @@ def _carry_out(
 
 
 def _check_finished(folder: Path) -> None:
-    """Reads the finished runs in a sweep's folder before anything is done on top of them."""
+    """Reads the finished runs in the folder of a sweep, to find damage before anything is run."""
     for inside in sorted(folder.iterdir()):
         if is_finished(inside):
             try:
                 run_folders.read_run(inside)
             except ValueError as error:
                 raise ValueError(
-                    f"{error} Here, with '{inside}' deleted, the sweep does this run once more."
+                    f"{error} If you delete '{inside}' here, the sweep repeats this run."
                 ) from error
 
 
@@ -366,7 +368,7 @@ def _where(place: Workplace) -> str:
 
 
 def _say_where(children: Sequence[Child], folder: Path) -> None:
-    """Writes into each configuration where its run is to be found."""
+    """Writes the final location of each run into its configuration."""
     for child in children:
         file = child.config.folder / results.CONFIG_FILE
         out = str(folder / child.config.folder.name)
@@ -374,7 +376,7 @@ def _say_where(children: Sequence[Child], folder: Path) -> None:
 
 
 def _origin(folder: Path, children: Sequence[Child], anew: bool) -> dict[str, Any]:
-    """Returns what affects results beside the options; it equals that of the runs in the folder."""
+    """Returns what affects results besides the options, after comparing it with finished runs."""
     now = {
         "backend": keras.backend.backend(),
         "digests": {child.config.data: child.data for child in children},
@@ -385,15 +387,15 @@ def _origin(folder: Path, children: Sequence[Child], anew: bool) -> dict[str, An
     if other or before.get("backend", now["backend"]) != now["backend"]:
         what = f"other data named {', '.join(other)}" if other else f"backend {before['backend']}"
         raise ValueError(
-            f"The finished runs in '{folder}' are of {what}: these would be taken for their "
-            "replicates. Give another folder as --out."
+            f"The finished runs in '{folder}' used {what}, but would be taken for replicates of "
+            "the new ones. Choose another folder with --out."
         )
     now["digests"] = digests | now["digests"]
     return now
 
 
 class _Pool:
-    """Processes at work on a list of children, one at a time for each share of the cores."""
+    """Processes that work on a list of children, one at a time for each share of the cores."""
 
     def __init__(
         self, todo: Sequence[Child], shares: Sequence[Sequence[int]], console: Console
@@ -407,11 +409,11 @@ class _Pool:
         self._stopped = False
         self._ended = 0
         self._failures: list[Failure] = []
-        # Runs report a round at a time: look back far for the speed.
+        # Runs report once per round, so the speed is averaged over a long time.
         self._bar = progress.bar(console, "{task.percentage:.0f} %", period=3600)
 
     def run(self) -> list[Failure]:
-        """Run all of them; on an interruption end what is running, then pass it on."""
+        """Executes all runs. On an interruption, stops the current ones and raises it again."""
         if not self._children:
             return []
         total = sum(child.work for child in self._children)
@@ -437,18 +439,18 @@ class _Pool:
         return sorted(self._failures, key=lambda failure: order[failure.child])
 
     def _work(self, cores: Sequence[int]) -> None:
-        # A process inherits the cores of the thread that starts it, and the pools of threads of
-        # all backends are as large as the cores they may use. Elsewhere there are the variables.
+        # A process inherits the cores of the thread that starts it, and all backends size their
+        # thread pools by these cores. Other systems use the environment variables.
         if hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(0, cores)
         environment = dict.fromkeys(_THREADS, str(len(cores)))
-        # On a GPU, processes share its memory.
+        # On a GPU, the processes share its memory.
         environment |= {
             "TF_FORCE_GPU_ALLOW_GROWTH": "true",
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
         }
         environment = os.environ | (environment if len(self._shares) > 1 else {})
-        # Or what a run prints on its way lands after its last word, the error.
+        # Without this, output of a run could appear after its last message, the error.
         environment["PYTHONUNBUFFERED"] = "1"
         environment[PARENT] = "1"
         while True:
@@ -468,7 +470,8 @@ class _Pool:
         with log.open("wb") as output:
             process = subprocess.Popen(
                 [*_COMMAND, *child.arguments],
-                # Nothing is ever written: a run whose sweep is killed sees the end of it.
+                # Nothing is ever written: a run notices the end of this pipe if its sweep is
+                # killed.
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -525,7 +528,7 @@ def _cores() -> list[int]:
 
 
 def _shares(cores: Sequence[int], jobs: int) -> list[Sequence[int]]:
-    """Cores for each job: all of them, none twice unless there are more jobs than cores."""
+    """Returns the cores of each job: all of them, and none twice if there are enough."""
     if not jobs or jobs >= len(cores):
         return [[cores[number % len(cores)]] for number in range(jobs)]
     edges = [len(cores) * number // jobs for number in range(jobs + 1)]
@@ -535,7 +538,7 @@ def _shares(cores: Sequence[int], jobs: int) -> list[Sequence[int]]:
 def _message(log: Path, status: int) -> str:
     """Returns the last message of a process, without the traceback above it."""
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    # Below the line of the command may be the traceback of a function of the user's.
+    # Below the message of the command, there may be the traceback of a user's function.
     said = [line for line in lines if line.startswith("lottery-ticket: ")] or lines
     last = said[-1].removeprefix("lottery-ticket: ") if said else ""
     if status < 0:

@@ -17,7 +17,7 @@ def parse_over(text: str, config: type) -> tuple[str, list[str]]:
     """Reads what is given to --over: the name of an option, and its values.
 
     Raises:
-        ValueError: it is no such text, or the command has no such option.
+        ValueError: It is no such text, or the command has no such option.
     """
     name, equals, values = text.partition("=")
     name = name.removeprefix("--").replace("-", "_")

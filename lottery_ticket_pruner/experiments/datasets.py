@@ -74,15 +74,15 @@ def load(name: str, data_dir: str | Path | None = None) -> Dataset:
     the training data is held out for validation.
 
     Args:
-        name: one of `NAMES`, or where to find a function.
-        data_dir: where to look first, see `DatasetNotFoundError`'s message for what may lie
+        name: One of `NAMES`, or where to find a function.
+        data_dir: Where to look first, see `DatasetNotFoundError`'s message for what may lie
             there. Without it, or with nothing fitting in it, Keras downloads the data.
 
     Raises:
-        ValueError: the name is unknown, a file is damaged or not what its name says, there is no
+        ValueError: The name is unknown, a file is damaged or not what its name says, there is no
             such function, or it does not return inputs with class labels.
-        UserCodeError: the function raised an exception (a ValueError, too).
-        DatasetNotFoundError: neither the folder nor the download gave the data, or there is no such
+        UserCodeError: The function raised an exception (a ValueError, too).
+        DatasetNotFoundError: Neither the folder nor the download gave the data, or there is no such
             file or module.
     """
     if is_own(name):

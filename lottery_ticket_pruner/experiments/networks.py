@@ -40,14 +40,14 @@ def build(
     Weights come from Keras' global seed: call `keras.utils.set_random_seed` first.
 
     Args:
-        name: one of `NAMES`.
-        input_shape: of one image, channels last.
-        classes: number of outputs.
-        mean: of every channel of the images, by which `resnet-20` normalizes them.
-        variance: likewise.
+        name: One of `NAMES`.
+        input_shape: Of one image, channels last.
+        classes: Number of outputs.
+        mean: Of every channel of the images, by which `resnet-20` normalizes them.
+        variance: Likewise.
 
     Raises:
-        ValueError: the name is unknown, or the images do not suit the network.
+        ValueError: The name is unknown, or the images do not suit the network.
     """
     if name not in NAMES:
         raise UnknownNameError("network", name, NAMES)
@@ -85,9 +85,9 @@ def optimizer(name: str, learning_rate: float, steps: int) -> keras.Optimizer:
     """Adam at one rate, or SGD with momentum 0.9 and a rate that falls to a tenth twice.
 
     Args:
-        name: one of `OPTIMIZERS`.
-        learning_rate: of the first half of the steps.
-        steps: of the whole training; SGD's rate falls after a half and three quarters of them.
+        name: One of `OPTIMIZERS`.
+        learning_rate: Of the first half of the steps.
+        steps: Of the whole training; SGD's rate falls after a half and three quarters of them.
     """
     if name == "adam":
         return keras.optimizers.Adam(learning_rate)

@@ -10,9 +10,9 @@ def bar(console: Console, count: str = STEPS, period: float = 30.0) -> rich.prog
     """A bar that leaves nothing behind.
 
     Args:
-        console: where it is shown.
-        count: what is said of how far a task is, in rich's fields of a task.
-        period: seconds to look back for the speed.
+        console: Where it is shown.
+        count: What is said of how far a task is, in rich's fields of a task.
+        period: Seconds to look back for the speed.
     """
     return rich.progress.Progress(
         rich.progress.TextColumn("{task.description}"),

@@ -50,8 +50,8 @@ class Found(NamedTuple):
     """Arrays as they were found, and where.
 
     Attributes:
-        source: the file, the folder of the files, or the function that downloaded them.
-        places: where the parts to train and to test on are from, where these are other files.
+        source: The file, the folder of the files, or the function that downloaded them.
+        places: Where the parts to train and to test on are from, where these are other files.
         arrays: `x_train, y_train, x_test, y_test`, unchecked.
     """
 
@@ -64,8 +64,8 @@ def load(name: str, data_dir: str | Path | None) -> Found:
     """Reads a data set from the folder, or has Keras download it.
 
     Raises:
-        ValueError: a file is not what its name says, or is cut short or damaged.
-        DatasetNotFoundError: neither gave the data.
+        ValueError: A file is not what its name says, or is cut short or damaged.
+        DatasetNotFoundError: Neither gave the data.
     """
     if data_dir is not None:
         for folder in _candidate_folders(name, Path(data_dir)):

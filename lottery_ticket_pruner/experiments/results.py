@@ -124,7 +124,7 @@ def read_table(file: Path) -> pd.DataFrame:
     A last line without its end may be cut inside of a number: it is left out.
 
     Raises:
-        ValueError: it is no such table; the message names the file, and the line if it is one.
+        ValueError: It is no such table; the message names the file, and the line if it is one.
     """
     content = b"".join(complete_lines(file))
     try:
@@ -159,7 +159,7 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
     """Read what a run has written back into rows, to go on from there.
 
     Raises:
-        ValueError: as for `read_table`.
+        ValueError: As for `read_table`.
     """
     try:
         return read_table(file).to_dict("records")
@@ -199,7 +199,7 @@ def check_results(file: Path, config: Mapping[str, Any]) -> None:
         config: The options of the run, every choice made, and its `command`.
 
     Raises:
-        ValueError: the table is missing, damaged or lacks rows, and the message says what to do.
+        ValueError: The table is missing, damaged or lacks rows, and the message says what to do.
     """
     try:
         if not file.is_file():

@@ -110,7 +110,7 @@ def restored(kind: type[_Kind], values: Mapping[str, Any]) -> _Kind:
     An option that the values lack came later: it has its default, which is what was done before.
 
     Raises:
-        ValueError: an option is none of the command's, or has a value of another type.
+        ValueError: An option is none of the command's, or has a value of another type.
     """
     facts = {*FACTS, *ORIGIN, CODE, "masks_digest"}
     values = {name: value for name, value in values.items() if name not in facts}

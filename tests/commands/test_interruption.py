@@ -39,7 +39,7 @@ def test_the_message_names_the_folder_and_the_command(tmp_path, capsys, monkeypa
     error = capsys.readouterr().err
     command = f"lottery-ticket {' '.join(RUN)} --out '{out}'"
     assert error == (
-        f"Interrupted. What is done so far is in {out}. The same command goes on: {command}\n"
+        f"Interrupted. What is done so far is in {out}. To resume, repeat: {command}\n"
     )
     monkeypatch.setattr(training, "train", train)
     assert cli.main([*RUN, "--out", str(out)]) == 0

@@ -231,8 +231,8 @@ def test_runs_of_another_backend_or_of_other_data_are_not_counted_in(stand_in, m
     stored = json.loads((folder / "sweep.json").read_text())
     before = (folder / "results.csv").read_text()
     for other, message in (
-        (stored | {"backend": "numpy"}, "are of backend numpy"),
-        (stored | {"digests": {"digits": "0"}}, "are of other data named digits"),
+        (stored | {"backend": "numpy"}, "used backend numpy"),
+        (stored | {"digests": {"digits": "0"}}, "used other data named digits"),
     ):
         (folder / "sweep.json").write_text(json.dumps(other))
         with pytest.raises(ValueError, match=message):
@@ -326,7 +326,7 @@ def test_damage_is_said_before_anything_runs(stand_in):
         (child / "results.csv").unlink()
         if content is not None:
             (child / "results.csv").write_text("".join(content))
-        with pytest.raises(ValueError, match=rf"{child.name}.*{message}.*'.*' deleted, the sweep"):
+        with pytest.raises(ValueError, match=rf"{child.name}.*{message}.*If you delete '.*' here"):
             stand_in("0.1,0.3", seeds=(4,))
         assert len(list(folder.glob("*/config.json"))) == 2
         (child / "results.csv").touch()

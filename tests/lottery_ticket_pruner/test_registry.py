@@ -94,7 +94,7 @@ def test_a_function_that_is_named_like_another_is_refused_in_every_form(kind):
             get(mine)
         with pytest.raises(ValueError, match="contains only its name"):
             get(keras.saving.serialize_keras_object(mine))
-        with pytest.raises(ValueError, match=f"name '{name}' is already used by"):
+        with pytest.raises(ValueError, match=f"name '{name}' is taken by"):
             register(name)(mine)
         register(f"own_{name}")(mine)
         assert get(get(mine).get_config()) == get(mine) or kind == "schedule"

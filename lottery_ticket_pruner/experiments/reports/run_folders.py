@@ -151,8 +151,8 @@ def find_runs(folders: Iterable[Path]) -> list[Run]:
     Inside of such a folder, what holds no results yet is passed over.
 
     Raises:
-        FileNotFoundError: a folder is not there.
-        ValueError: a folder is not a run and holds none, cannot be read, or holds no results yet.
+        FileNotFoundError: A folder is not there.
+        ValueError: A folder is not a run and holds none, cannot be read, or holds no results yet.
     """
     found: dict[Path, Run] = {}
     for folder in folders:

@@ -47,7 +47,9 @@ def test_drop_count_of_whole_percents_is_that_of_exact_fractions(percent, alive)
 
 def test_a_sparsity_already_exceeded_is_an_error_that_names_the_kernel():
     weights = {"a/kernel": kernel(np.ones(4)), "b/kernel": kernel(np.ones(4), [1, 0, 0, 0])}
-    with pytest.raises(ValueError, match=r"0\.5 was asked.*'b/kernel' is already sparser: 3 of 4"):
+    with pytest.raises(
+        ValueError, match=r"Requested sparsity 0\.5.*'b/kernel' is already sparser: 3 of 4"
+    ):
         update("large_final", weights, sparsity=0.5)
     with pytest.raises(ValueError, match=r"model as a whole is already sparser: 3 of 8"):
         update("large_final", weights, sparsity=0.25, scope="global")
