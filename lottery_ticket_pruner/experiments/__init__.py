@@ -1,4 +1,4 @@
-"""The papers' experiments: data sets, networks, configurations, runs and reports.
+"""Experiments of the papers: data sets, networks, configurations, runs and reports.
 
-Needs the extra of the command line: `pip install "lottery-ticket-pruner[cli]"`.
+Requires the extra of the command line: `pip install "lottery-ticket-pruner[cli]"`.
 """

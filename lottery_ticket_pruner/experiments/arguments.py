@@ -1,4 +1,4 @@
-"""Options of a command as text, as on its command line."""
+"""Options of a command as text, in the form of its command line."""
 
 import dataclasses
 import typing
@@ -8,24 +8,24 @@ from lottery_ticket_pruner.registry import UnknownNameError
 
 
 def options_of(config: type) -> list[dataclasses.Field]:
-    """Returns the options that a sweep hands on to its runs as they were given."""
+    """Returns the options that a sweep passes on to its runs unchanged."""
     own = ("seeds", "out", "overwrite", "quiet")
     return [field for field in dataclasses.fields(config) if field.name not in own]
 
 
 def parse_over(text: str, config: type) -> tuple[str, list[str]]:
-    """Reads what is given to --over: the name of an option, and its values.
+    """Parses the value of --over into the name of an option and its values.
 
     Raises:
-        ValueError: It is no such text, or the command has no such option.
+        ValueError: If the text is malformed, or the command does not have this option.
     """
     name, equals, values = text.partition("=")
     name = name.removeprefix("--").replace("-", "_")
     allowed = [field.name for field in options_of(config)]
     if name == "data_dir":
-        raise ValueError("--over data_dir: where data is read from changes no result.")
+        raise ValueError("--over data_dir: data_dir does not affect results and cannot be swept.")
     if name in ("seeds", "seed"):
-        raise ValueError("Give seeds as in --seeds 0 1 2: each has a run of its own.")
+        raise ValueError("Give seeds as in --seeds 0 1 2: each of them has a run of its own.")
     if name not in allowed:
         error = UnknownNameError("option", name, allowed)
         raise ValueError(f"--over {text}: {error}") from error
@@ -36,7 +36,7 @@ def parse_over(text: str, config: type) -> tuple[str, list[str]]:
 
 
 def given(name: str, value: str, config: type) -> list[str]:
-    """The command line of one value of --over."""
+    """Returns the command-line arguments for one value of --over."""
     hint = typing.get_type_hints(config)[name]
     if _takes_several(hint):
         return [option(name), *([] if value == "none" else value.split("+"))]
@@ -52,7 +52,7 @@ def _takes_several(hint: Any) -> bool:
 
 
 def arguments(name: str, value: Any) -> list[str]:
-    """The command line of one option."""
+    """Returns the command-line arguments of an option."""
     if isinstance(value, bool):
         return [option(name) if value else f"--no-{name.replace('_', '-')}"]
     if isinstance(value, tuple):

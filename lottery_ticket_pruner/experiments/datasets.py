@@ -1,4 +1,4 @@
-"""Data sets with fixed splits: named ones from a folder or from Keras, and custom ones."""
+"""Data sets with fixed splits: published ones from a folder or download, and custom ones."""
 
 import dataclasses
 import functools
@@ -17,7 +17,7 @@ __all__ = ["NAMES", "Dataset", "DatasetNotFoundError", "UserCodeError", "is_own"
 
 NAMES = ("digits", "mnist", "fashion_mnist", "cifar10", "cifar10_reduced_10x")
 
-# The splits never depend on a run's seed: every run of a data set sees the same images held out.
+# Splits do not depend on the seed of a run: the same images are held out in every run.
 _SPLIT_SEED = 20190423
 _VALIDATION_SHARE = 5_000 / 60_000
 _DIGITS_TEST_SHARE = 1 / 5
@@ -29,7 +29,7 @@ _CLASSES = 10
 class Dataset:
     """Images in [0, 1] (float32, channels last) with int32 labels, in three disjoint parts.
 
-    One's own data may be other arrays of numbers than images.
+    Custom data may be any numeric arrays.
     """
 
     name: str
@@ -42,48 +42,48 @@ class Dataset:
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """The shape of one image."""
+        """Shape of one image."""
         return self.x_train.shape[1:]
 
     @property
     def classes(self) -> int:
-        """The number of classes: one more than the largest label."""
+        """Number of classes: one more than the largest label."""
         return 1 + max(int(y.max()) for y in (self.y_train, self.y_validation, self.y_test))
 
     @functools.cached_property
     def digest(self) -> str:
-        """A short text that is another one for other arrays."""
+        """A hash of the arrays."""
         names = [field.name for field in dataclasses.fields(self) if field.name != "name"]
         return digest({name: getattr(self, name) for name in names})
 
 
 def load(name: str, data_dir: str | Path | None = None) -> Dataset:
-    """Load a data set with its fixed split.
+    """Loads a data set with its fixed split.
 
-    `mnist`, `fashion_mnist` and `cifar10` hold 5 000 of their training images out for
-    validation, chosen by a fixed permutation; `digits` (scikit-learn's 1 797 images of 8 x 8)
-    holds out a fifth for testing and then the same twelfth or so for validation.
-    `cifar10_reduced_10x` takes the first tenth of CIFAR-10's training images of each class, of
-    which it holds out a tenth for validation, and keeps the whole test set.
+    For `mnist`, `fashion_mnist` and `cifar10`, 5 000 training images are held out for validation,
+    chosen by a fixed permutation. For `digits` (1 797 images of 8 x 8 from scikit-learn), a fifth
+    is held out for testing, and about a twelfth of the rest for validation. `cifar10_reduced_10x`
+    consists of the first tenth of CIFAR-10's training images of each class, a tenth of which is
+    held out for validation, and the complete test set.
 
-    One's own data comes from a function without arguments, named `module:function` or
-    `path/to/file.py:function`. Modules are looked for in the working directory, too. It returns
-    `((x_train, y_train), (x_test, y_test))`, as `load_data` of Keras' data sets does, or two data
-    sets of batches that `lottery_ticket_pruner.training.arrays_of` takes. Pixels of type uint8 are
-    divided by 255, other inputs taken as they are; labels are class indices from 0 on. A twelfth of
-    the training data is held out for validation.
+    Custom data is loaded by a function without arguments, given as `module:function` or
+    `path/to/file.py:function`. Modules are also searched in the working directory. The function
+    returns `((x_train, y_train), (x_test, y_test))`, like `load_data` of Keras' data sets, or two
+    data sets of batches that `lottery_ticket_pruner.training.arrays_of` accepts. Pixels of type
+    uint8 are divided by 255, other inputs are used unchanged. Labels are class indices from 0. A
+    twelfth of the training data is held out for validation.
 
     Args:
-        name: One of `NAMES`, or where to find a function.
-        data_dir: Where to look first, see `DatasetNotFoundError`'s message for what may lie
-            there. Without it, or with nothing fitting in it, Keras downloads the data.
+        name: One of `NAMES`, or the location of a function.
+        data_dir: Folder to search first. The message of `DatasetNotFoundError` says which files it
+            may contain. If None, or if nothing is found there, Keras downloads the data.
 
     Raises:
-        ValueError: The name is unknown, a file is damaged or not what its name says, there is no
-            such function, or it does not return inputs with class labels.
-        UserCodeError: The function raised an exception (a ValueError, too).
-        DatasetNotFoundError: Neither the folder nor the download gave the data, or there is no such
-            file or module.
+        ValueError: If the name is unknown, a file is damaged or has unexpected content, the
+            function does not exist, or it does not return inputs with class labels.
+        UserCodeError: If the function raises an exception (also a ValueError).
+        DatasetNotFoundError: If the data is neither in the folder nor could be downloaded, or the
+            file or module of the function does not exist.
     """
     if is_own(name):
         arrays = checked(name, own.arrays_of(name))
@@ -94,7 +94,7 @@ def load(name: str, data_dir: str | Path | None = None) -> Dataset:
             "data set",
             name,
             NAMES,
-            "Or say where a function is that loads your own: module:function or "
+            "Or name a function that loads custom data: module:function or "
             f"path/to/file.py:function.{hint}",
         )
     if name == "digits":
@@ -110,12 +110,12 @@ def load(name: str, data_dir: str | Path | None = None) -> Dataset:
 
 
 def is_own(name: str) -> bool:
-    """Returns True for a name that says where to find a function, and is not in `NAMES`."""
+    """Returns True for a name outside `NAMES` that gives the location of a function."""
     return ":" in name
 
 
 def label(name: str) -> str:
-    """A name as a part of a file's name."""
+    """Converts a name to a part of a file name."""
     return re.sub(r"[^\w.-]+", "-", name.rpartition("/")[2])
 
 
@@ -124,7 +124,7 @@ def _held_out(arrays: Arrays) -> int:
 
 
 def _check_images(source: str, x_train: np.ndarray, x_test: np.ndarray) -> None:
-    """Raises ValueError where arrays are not images as they are published."""
+    """Raises ValueError if arrays are not images in the published format."""
     if any(x.dtype != np.uint8 or x.ndim not in (3, 4) for x in (x_train, x_test)):
         raise ValueError(
             f"{source} must hold images, of rows and columns of pixels from 0 to 255 as uint8, "
@@ -155,7 +155,7 @@ def _split(name: str, source: str, arrays: Arrays, held_out: int) -> Dataset:
     if not 0 < held_out < len(x_train):
         raise ValueError(
             f"{source} leaves {len(x_train)} examples for {name} to train on, of which {held_out} "
-            "are held out for validation: there must be some of both."
+            "are held out for validation. Both must contain at least one example."
         )
     scale = 255 if x_train.dtype == np.uint8 else 1
     order = np.random.default_rng(_SPLIT_SEED + 1).permutation(len(x_train))

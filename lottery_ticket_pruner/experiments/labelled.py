@@ -1,4 +1,4 @@
-"""The check that inputs and class labels pass, wherever they come from."""
+"""Checks of inputs and class labels from any source."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,21 +17,21 @@ def checked(
     places: tuple[str, str] | None = None,
     classes: int | None = None,
 ) -> Arrays:
-    """Returns arrays that a classifier can be trained and tested on, as they are.
+    """Checks that a classifier can be trained and tested on arrays, and returns them unchanged.
 
     Args:
-        source: Where they come from: a function, a file, or a folder of files.
-        arrays: `x_train, y_train, x_test, y_test`, of anything.
-        places: Where each of the two parts comes from, if not from one source.
-        classes: How many classes there are; None: one more than the largest label to train on.
+        source: Source of the arrays for messages: a function, a file, or a folder of files.
+        arrays: `x_train, y_train, x_test, y_test`, objects of any type.
+        places: Sources of the training and the test data, if they differ.
+        classes: Number of classes. By default one more than the largest training label.
 
     Returns:
-        The arrays, `x` of numbers that float32 holds and `y` of class indices, of shape
+        The arrays: `x` of numbers in the range of float32, and `y` of class indices, of shape
         `(examples,)` or `(examples, 1)`.
 
     Raises:
-        ValueError: They are something else; the message says where, what was expected and what was
-            received.
+        ValueError: If the arrays are anything else. The message names the source, what was expected
+            and what was received.
     """
     x_train, y_train, x_test, y_test = arrays
     subjects = places or tuple(f"{source}, {part}" for part in _PARTS)
@@ -53,32 +53,30 @@ def _checked_part(subject: str, x: Any, y: Any) -> tuple[np.ndarray, np.ndarray]
     received = f"Received: x of {x.dtype}{x.shape}, y of {y.dtype}{y.shape}."
     if x.ndim < 2 or x.dtype.kind not in "buif" or len(x) < 2 or not x.size:
         raise ValueError(
-            f"{subject}: expected as x one array of numbers, with at least two examples along its "
-            f"first axis. {received}"
+            f"{subject}: expected x to be one array of numbers, with at least two examples along "
+            f"its first axis. {received}"
         )
     if x.dtype.kind == "f":
         _check_finite(subject, x)
     if not y.ndim or len(y) != len(x):
-        raise ValueError(
-            f"{subject}: expected as y the labels of all inputs, one for each. {received}"
-        )
+        raise ValueError(f"{subject}: expected y to contain one label for each input. {received}")
     if y.dtype.kind not in "buif":
         raise ValueError(
-            f"{subject}: expected as y (the labels) numbers, the index of each example's class. Of "
-            f"names of classes: np.unique(y, return_inverse=True)[1]. {received}"
+            f"{subject}: expected y (the labels) to be numbers, the index of each example's class. "
+            f"For class names: np.unique(y, return_inverse=True)[1]. {received}"
         )
     if y.shape not in ((len(x),), (len(x), 1)):
         columns = y.ndim == 2
-        hint = ", and not one column for each class: of those, y.argmax(-1)" if columns else ""
+        hint = ", not one column for each class: use y.argmax(-1)" if columns else ""
         raise ValueError(
-            f"{subject}: expected as y (the labels) the index of each example's class{hint}. "
+            f"{subject}: expected y (the labels) to be the index of each example's class{hint}. "
             f"{received}"
         )
     wrong = ~np.isfinite(y) | (y < 0) | (y != np.floor(y)) if y.dtype.kind != "b" else ~(y == y)
     if wrong.any():
         shown = y[:10] if wrong[:10].any() else y[wrong][:10]
         raise ValueError(
-            f"{subject}: expected labels that are class indices 0, 1, ... as y. "
+            f"{subject}: expected y to contain the class indices 0, 1, ... as labels. "
             f"Received: {shown}..."
         )
     return x, y
@@ -87,21 +85,21 @@ def _checked_part(subject: str, x: Any, y: Any) -> tuple[np.ndarray, np.ndarray]
 def _array(subject: str, name: str, value: Any) -> np.ndarray:
     try:
         return np.asarray(value)
-    except Exception as error:  # Whatever NumPy, or what stands in for an array, makes of it.
-        raise ValueError(f"{subject}: {name} cannot be made an array: {error}") from error
+    except Exception as error:  # NumPy and array-like objects raise errors of any type here.
+        raise ValueError(f"{subject}: {name} cannot be converted to an array: {error}") from error
 
 
 def _check_finite(subject: str, x: np.ndarray) -> None:
     if not np.isfinite(x).all():
         raise ValueError(
-            f"{subject}: expected finite numbers as x. There are NaN or infinities in "
+            f"{subject}: expected x to be finite numbers. There are NaN or infinities in "
             f"{x.dtype}{x.shape}."
         )
     largest = max(abs(float(x.min())), abs(float(x.max())))
     limit = float(np.finfo("float32").max)
     if largest > limit:
         raise ValueError(
-            f"{subject}: expected as x numbers that float32 holds, up to {limit:.2g}. Received: x "
+            f"{subject}: expected x to be in the range of float32, up to {limit:.2g}. Received: x "
             f"of {x.dtype} up to {largest:.3g}."
         )
 
@@ -112,19 +110,19 @@ def _check_classes(
     largest = int(y_train.max())
     if classes is None and largest >= len(y_train):
         raise ValueError(
-            f"{subjects[0]}: expected labels that are class indices 0, 1, ... as y. Received: "
-            f"up to {largest} for {len(y_train)} examples, which have no more classes than that. "
+            f"{subjects[0]}: expected y to contain the class indices 0, 1, ... as labels. Received "
+            f"up to {largest} for {len(y_train)} examples, which cannot have that many classes. "
             "Number the classes: np.unique(y, return_inverse=True)[1]."
         )
     if y_train.min() == largest:
         raise ValueError(
-            f"{subjects[0]}: expected labels of two classes at least. Received: {largest} alone."
+            f"{subjects[0]}: expected labels of at least two classes. Received: only {largest}."
         )
     count = classes or largest + 1
     for subject, y in zip(subjects, (y_train, y_test), strict=True):
         if y.max() >= count:
             raise ValueError(
                 f"{subject}: expected labels of {count} classes, 0 to {count - 1}"
-                f"{'' if classes else ', as there are to train on'}. Received labels up to "
+                f"{'' if classes else ', as in the training data'}. Received labels up to "
                 f"{int(y.max())}."
             )

@@ -1,4 +1,4 @@
-"""The papers' networks by name, built plain: Glorot normal kernels, zero biases, logits out."""
+"""Networks of the papers: plain models with Glorot normal kernels, zero biases and logits."""
 
 from collections.abc import Callable, Sequence
 
@@ -27,27 +27,27 @@ def build(
     mean: Sequence[float] = (0.0,),
     variance: Sequence[float] = (1.0,),
 ) -> keras.Model:
-    """Build a network for images of one shape; its outputs are logits.
+    """Builds a network for images of a given shape. Its outputs are logits.
 
-    Fully connected: `lenet-300-100`. Convolutional: `conv-2`,
-    `conv-4`, `conv-6`, with one, two, three pairs of 3 x 3 convolutions of 64, 128 and 256
-    filters, each pair followed by 2 x 2 max pooling, then 256-256-classes fully connected
-    (Frankle & Carbin, arXiv 1803.03635, figure 2). Residual: `resnet-20`, three stages of three
-    blocks, widths 16, 32 and 64, He normal kernels with a weight decay of 1e-4 (He et al., arXiv
-    1512.03385, section 4.2; projections where the width changes).
+    `lenet-300-100` is fully connected. The convolutional networks `conv-2`, `conv-4` and `conv-6`
+    have one, two and three pairs of 3 x 3 convolutions with 64, 128 and 256 filters, each pair
+    followed by 2 x 2 max pooling, and then fully connected layers of 256, 256 and `classes` units
+    (Frankle & Carbin, arXiv 1803.03635, figure 2). The residual network `resnet-20` has three
+    stages of three blocks with widths 16, 32 and 64, He normal kernels and a weight decay of 1e-4
+    (He et al., arXiv 1512.03385, section 4.2, with projections where the width changes).
 
-    Layers are called `conv_1`..., `fc_1`... and `output`, which rates per layer refer to.
-    Weights come from Keras' global seed: call `keras.utils.set_random_seed` first.
+    Layers are called `conv_1`, ..., `fc_1`, ... and `output`; rates per layer use these names.
+    Weights depend on the global seed of Keras: call `keras.utils.set_random_seed` first.
 
     Args:
         name: One of `NAMES`.
-        input_shape: Of one image, channels last.
+        input_shape: Shape of one image, channels last.
         classes: Number of outputs.
-        mean: Of every channel of the images, by which `resnet-20` normalizes them.
-        variance: Likewise.
+        mean: Mean of each channel of the images, which `resnet-20` uses to normalize them.
+        variance: Variance of each channel of the images, for the same purpose.
 
     Raises:
-        ValueError: The name is unknown, or the images do not suit the network.
+        ValueError: If the name is unknown, or the images are not suitable for the network.
     """
     if name not in NAMES:
         raise UnknownNameError("network", name, NAMES)
@@ -82,12 +82,13 @@ def augmentation(name: str) -> CropAndFlip | None:
 
 
 def optimizer(name: str, learning_rate: float, steps: int) -> keras.Optimizer:
-    """Adam at one rate, or SGD with momentum 0.9 and a rate that falls to a tenth twice.
+    """Returns Adam at a constant rate, or SGD with momentum 0.9 and a decreasing rate.
 
     Args:
         name: One of `OPTIMIZERS`.
-        learning_rate: Of the first half of the steps.
-        steps: Of the whole training; SGD's rate falls after a half and three quarters of them.
+        learning_rate: Learning rate of the first half of the steps.
+        steps: Number of steps of the whole training. The rate of SGD is divided by ten after half
+            and after three quarters of them.
     """
     if name == "adam":
         return keras.optimizers.Adam(learning_rate)
@@ -111,7 +112,7 @@ def _resnet(
             padding="same",
             use_bias=False,
             kernel_initializer="he_normal",
-            # Whose gradient is the decay times the weight.
+            # Its gradient is the decay times the weight.
             kernel_regularizer=keras.regularizers.L2(_RESNET_DECAY / 2),
             name=f"conv_{number}",
         )(x)
@@ -138,7 +139,7 @@ def _resnet(
 
 
 def _numbered(stem: str, layer: type[keras.Layer], **kwargs) -> Callable[[int], keras.Layer]:
-    """A maker of hidden layers that names them stem_1, stem_2, ..."""
+    """Returns a function that creates hidden layers named stem_1, stem_2, ..."""
     made = 0
 
     def make(width: int) -> keras.Layer:

@@ -1,6 +1,6 @@
-"""Types of the options that may be left out, which the commands share.
+"""Types of optional options, shared by the commands.
 
-An option without a value says so by being left out, so that its help has no default to show.
+Such an option has no value if it is left out, so its help shows no default.
 """
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Data of custom functions, given as `module:function` or `file.py:function`."""
+"""Custom data from functions, given as `module:function` or `file.py:function`."""
 
 import contextlib
 import importlib
@@ -18,26 +18,26 @@ _HERE = Path(lottery_ticket_pruner.__file__).resolve().parent
 
 
 class DatasetNotFoundError(FileNotFoundError):
-    """A data set that is not in the given folder and could not be downloaded."""
+    """An error for a data set that is not in the given folder and could not be downloaded."""
 
 
 class UserCodeError(ValueError):
-    """The user's own code raised an exception, which is the cause of this one.
+    """An error for an exception in the user's own code, which is its cause.
 
-    The first line of the message says where and what; the user's part of the traceback follows.
+    The first line of the message says where and what. The user's part of the traceback follows.
     """
 
 
 def arrays_of(name: str) -> tuple[Any, Any, Any, Any]:
-    """Calls a function and returns what it gives as `x_train, y_train, x_test, y_test`.
+    """Calls a function and returns its data as `x_train, y_train, x_test, y_test`.
 
     Args:
         name: `module:function` or `path/to/file.py:function`.
 
     Raises:
-        DatasetNotFoundError: There is no such file or module.
-        UserCodeError: The function, or the module around it, raised an exception.
-        ValueError: There is no such function, or it returned something else than two pairs.
+        DatasetNotFoundError: If the file or module does not exist.
+        UserCodeError: If the function or its module raises an exception.
+        ValueError: If the function does not exist, or does not return two pairs.
     """
     source, _, function = name.rpartition(":")
     if not source or not function:
@@ -50,21 +50,21 @@ def arrays_of(name: str) -> tuple[Any, Any, Any, Any]:
         _check_callable(name, function)
         with _named_errors(name, folder):
             returned = function()
-        # Read while what it may still import can be found.
+        # Read here, while modules that it may still import can be found.
         parts = _two_parts(name, returned)
         train, test = (_pair(name, folder, part, returned) for part in parts)
     return *train, *test
 
 
 def _pair(name: str, folder: Path, part: Any, returned: Any) -> tuple[Any, ...]:
-    """One part of what a function returned, as inputs and labels."""
+    """Returns one part of the returned data as inputs and labels."""
     try:
         pair = pair_of(part)
     except Exception as error:
         if isinstance(error, ValueError) and not _frames_in(folder, error):
-            raise ValueError(f"{name}: {error}") from error  # What it returned is to blame.
+            raise ValueError(f"{name}: {error}") from error  # The returned data is wrong.
         raise UserCodeError(_described(name, folder, error)) from error
-    # An array, or a data set of inputs alone, comes back with nothing beside it.
+    # An array, or a data set of inputs alone, has no labels.
     if pair is None or len(pair) != 2 or pair[1] is None:
         raise _unexpected(name, returned)
     return pair
@@ -72,7 +72,7 @@ def _pair(name: str, folder: Path, part: Any, returned: Any) -> tuple[Any, ...]:
 
 @contextlib.contextmanager
 def _importing_from(folder: Path) -> Iterator[None]:
-    """Lets modules in a folder be imported, as Python does for those beside a script."""
+    """Temporarily makes modules in a folder importable, like those next to a script."""
     before = sys.path[:]
     sys.path.insert(0, str(folder.resolve()))
     try:
@@ -83,16 +83,16 @@ def _importing_from(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _named_errors(name: str, folder: Path) -> Iterator[None]:
-    """Says of an exception of the user's code where it was raised."""
+    """Raises a UserCodeError for an exception of the user's code, with its location."""
     try:
         yield
-    # A module that ends the process would end the command with its status, as if it had run.
+    # If the user's module ended the process, the command would end with its status, silently.
     except (Exception, SystemExit) as error:
         raise UserCodeError(_described(name, folder, error)) from error
 
 
 def _described(name: str, folder: Path, error: BaseException) -> str:
-    """A line that says what was raised where, and the user's part of the traceback."""
+    """Returns a line about the exception and its location, and the user's part of the traceback."""
     kind = traceback.format_exception_only(error)
     if isinstance(error, SyntaxError) and error.filename:
         place = f"'{error.filename}', line {error.lineno}"
@@ -101,7 +101,7 @@ def _described(name: str, folder: Path, error: BaseException) -> str:
     first = 0
     while first < len(frames) - 1 and _is_above(frames[first].filename):
         first += 1
-    # The last line of the user's own: what fails inside of a library is the call there.
+    # The last line of the user's code: for an error inside a library, this is the call.
     frame = (_frames_in(folder, error) or frames)[-1]
     place = f"'{frame.filename}', line {frame.lineno}, in {frame.name}"
     lines = [
@@ -114,7 +114,7 @@ def _described(name: str, folder: Path, error: BaseException) -> str:
 
 
 def _frames_in(folder: Path, error: BaseException) -> list[traceback.FrameSummary]:
-    """The lines of an exception's traceback that are of files in a folder, and none of ours."""
+    """Returns the lines of a traceback that belong to files in a folder, without our own."""
     frames = traceback.extract_tb(error.__traceback__)
     return [
         frame
@@ -153,7 +153,7 @@ def _function(name: str, folder: Path) -> Callable[[], Any]:
 
 
 def _module(source: str) -> Any:
-    """The module of a file or of a name; None if there is none."""
+    """Imports the module of a file or name. Returns None if it does not exist."""
     if not source.endswith(".py"):
         try:
             return importlib.import_module(source)
@@ -166,7 +166,7 @@ def _module(source: str) -> Any:
         return None
     spec = importlib.util.spec_from_file_location(f"_{path.stem}_of_data", path.resolve())
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # Dataclasses look their module up there.
+    sys.modules[spec.name] = module  # Dataclasses look up their module there.
     try:
         spec.loader.exec_module(module)
     except BaseException:
@@ -204,13 +204,13 @@ def _in_words(value: Any, depth: int = 2) -> str:
 
 
 def _check_callable(name: str, function: Callable[..., Any]) -> None:
-    """Raises ValueError where a function has to be given arguments."""
+    """Raises ValueError if a function has required arguments."""
     try:
         inspect.signature(function).bind()
     except TypeError as error:
         raise ValueError(
-            f"{name} is called without arguments, and takes {inspect.signature(function)}: {error}."
-            " Give them defaults, or name a function that calls this one."
+            f"{name} is called without arguments, but takes {inspect.signature(function)}: {error}."
+            " Give the arguments defaults, or name a function that calls this one."
         ) from error
-    except ValueError:  # Some functions in C do not tell.
+    except ValueError:  # Some C functions have no signature.
         return

@@ -1,4 +1,4 @@
-"""The bar that the commands show while they work, with the time that is left."""
+"""The progress bar of the commands, with the remaining time."""
 
 import rich.progress
 from rich.console import Console
@@ -7,12 +7,12 @@ STEPS = "{task.completed:.0f} of {task.total:.0f} steps"
 
 
 def bar(console: Console, count: str = STEPS, period: float = 30.0) -> rich.progress.Progress:
-    """A bar that leaves nothing behind.
+    """Creates a progress bar that disappears at the end.
 
     Args:
-        console: Where it is shown.
-        count: What is said of how far a task is, in rich's fields of a task.
-        period: Seconds to look back for the speed.
+        console: Console that shows the bar.
+        count: Format of the progress of a task, with rich's fields of a task.
+        period: Number of seconds over which the speed is averaged.
     """
     return rich.progress.Progress(
         rich.progress.TextColumn("{task.description}"),

@@ -1,4 +1,4 @@
-"""The published files of MNIST, Fashion-MNIST and CIFAR-10: from a folder, or by download."""
+"""The published files of MNIST, Fashion-MNIST and CIFAR-10, from a folder or by download."""
 
 import gzip
 import importlib
@@ -47,12 +47,12 @@ _LARGEST_BATCH = 1 << 28
 
 
 class Found(NamedTuple):
-    """Arrays as they were found, and where.
+    """Arrays of a published data set, and where they were found.
 
     Attributes:
         source: The file, the folder of the files, or the function that downloaded them.
-        places: Where the parts to train and to test on are from, where these are other files.
-        arrays: `x_train, y_train, x_test, y_test`, unchecked.
+        places: Sources of the training and the test data, if they are in different files.
+        arrays: `x_train, y_train, x_test, y_test`, not checked.
     """
 
     source: str
@@ -61,11 +61,11 @@ class Found(NamedTuple):
 
 
 def load(name: str, data_dir: str | Path | None) -> Found:
-    """Reads a data set from the folder, or has Keras download it.
+    """Reads a data set from the folder, or downloads it with Keras.
 
     Raises:
-        ValueError: A file is not what its name says, or is cut short or damaged.
-        DatasetNotFoundError: Neither gave the data.
+        ValueError: If a file has unexpected content or is damaged.
+        DatasetNotFoundError: If the data is neither in the folder nor could be downloaded.
     """
     if data_dir is not None:
         for folder in _candidate_folders(name, Path(data_dir)):
@@ -76,22 +76,22 @@ def load(name: str, data_dir: str | Path | None) -> Found:
     try:
         module = importlib.import_module(f"keras.datasets.{name}")
         (x_train, y_train), (x_test, y_test) = module.load_data()
-    except Exception as error:  # a missing network shows in as many types as there are layers
+    except Exception as error:  # A missing network raises errors of many types.
         raise DatasetNotFoundError(_how_to_provide(name, data_dir, error)) from error
     return Found(f"keras.datasets.{name}", None, (x_train, y_train, x_test, y_test))
 
 
 def _candidate_folders(name: str, data_dir: Path) -> Iterator[Path]:
     yield from (data_dir / folder for folder in _FOLDERS[name])
-    # MNIST's and Fashion-MNIST's files have the same names: a folder that is named after one of
-    # them is not taken for the other.
+    # The files of MNIST and Fashion-MNIST have the same names, so a folder named after one of them
+    # is not used for the other.
     others = {Path(f).name for key, fs in _FOLDERS.items() if key != name for f in fs}
     if data_dir.resolve().name not in others - {"raw", "datasets"}:
         yield data_dir
 
 
 def _read_folder(name: str, folder: Path) -> Found | None:
-    """The four arrays found in a folder, or None where it does not hold this data set."""
+    """Returns the four arrays in a folder, or None if it does not contain this data set."""
     npz = folder / f"{name}.npz"
     if npz.is_file():
         stored = read_npz(npz)
@@ -113,7 +113,7 @@ def _existing(*paths: Path) -> Path | None:
 
 
 def _damaged(file: str | Path, error: Exception) -> ValueError:
-    """Turns what libraries raise over damaged bytes into one error that names the file."""
+    """Converts errors of libraries about damaged bytes to one error that names the file."""
     reason = str(error).rstrip(".") or type(error).__name__
     return ValueError(
         f"'{file}' is cut short or damaged: {reason}. Download it "
@@ -122,14 +122,14 @@ def _damaged(file: str | Path, error: Exception) -> ValueError:
 
 
 def _read_idx(file: Path) -> np.ndarray:
-    """Read a file in the IDX format: two zero bytes, type, rank, big-endian sizes, the data."""
+    """Reads a file in the IDX format: two zero bytes, type, rank, big-endian sizes, the data."""
     most = file.stat().st_size * (MOST_PER_BYTE if file.suffix == ".gz" else 1)
     with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as content:
 
         def read(count: int) -> bytes:
             try:
                 return content.read(count)
-            # Of a wrong checksum, a missing end, a wrong stream.
+            # For a wrong checksum, a missing end or an invalid stream.
             except (OSError, EOFError, zlib.error) as error:
                 raise _damaged(file, error) from error
 
@@ -176,13 +176,13 @@ def _cifar_members(archive: Path) -> Iterator[tuple[str, bytes]]:
                     raise ValueError(f"{member.name} has {member.size} bytes")
                 content = tar.extractfile(member).read()
                 yield batch, content
-    # Of tar, of gzip, of a member that is missing or a folder.
+    # From tar, from gzip, or for a member that is missing or a folder.
     except (tarfile.TarError, OSError, EOFError, zlib.error, LookupError, AttributeError) as error:
         raise _damaged(archive, error) from error
 
 
 def _cifar_batch(file: str | Path, content: bytes) -> tuple[np.ndarray, np.ndarray]:
-    """The images and labels of a batch: 3 072 bytes each, the red plane, then green, then blue."""
+    """Returns images and labels of a batch: 3 072 bytes per image, first red, then green, blue."""
     try:
         _check_memo(content)
         batch = _ArraysOnlyUnpickler(io.BytesIO(content)).load()
@@ -190,14 +190,14 @@ def _cifar_batch(file: str | Path, content: bytes) -> tuple[np.ndarray, np.ndarr
         if data.dtype != np.uint8:
             raise ValueError(f"its images are of {data.dtype}")
         return data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), labels
-    except Exception as error:  # Wrong bytes of a pickle call anything with anything.
+    except Exception as error:  # A damaged pickle may call anything with any arguments.
         raise _damaged(file, error) from error
 
 
 def _check_memo(content: bytes) -> None:
-    """Raises ValueError where a pickle numbers an object beyond those it holds.
+    """Raises ValueError if a pickle numbers an object beyond the number of objects it contains.
 
-    Unpickling takes memory for all numbers up to the largest.
+    Unpickling allocates memory for all numbers up to the largest one.
     """
     for count, (opcode, argument, _) in enumerate(pickletools.genops(content)):
         if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > count:
@@ -205,7 +205,7 @@ def _check_memo(content: bytes) -> None:
 
 
 class _ArraysOnlyUnpickler(pickle.Unpickler):
-    """Reads the published CIFAR-10 batches, and refuses a pickle that holds anything else."""
+    """Reads the published CIFAR-10 batches, and refuses pickles that contain anything else."""
 
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file, encoding="bytes")
@@ -213,12 +213,12 @@ class _ArraysOnlyUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> object:
         if (module, name) == ("_codecs", "encode"):
             return super().find_class(module, name)
-        # Files of before NumPy 2 name `numpy.core`.
+        # Files older than NumPy 2 refer to `numpy.core`.
         if module.split(".")[0] == "numpy" and name in ("_reconstruct", "ndarray", "dtype"):
-            # An array starts empty; NumPy's own function would take any shape for that. The class
-            # is an argument of it, and is not to be called.
+            # Arrays are created empty here; NumPy's own function would accept any shape. The class
+            # is only an argument, and must not be called.
             return {"_reconstruct": _empty, "ndarray": name, "dtype": np.dtype}[name]
-        raise pickle.UnpicklingError(f"A CIFAR-10 batch does not hold {module}.{name}.")
+        raise pickle.UnpicklingError(f"A CIFAR-10 batch does not contain {module}.{name}.")
 
 
 def _empty(*_: Any) -> np.ndarray:

@@ -89,7 +89,10 @@ def test_in_python_unknown_names_lead_on_too():
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        ("needs", "takes (path, *, size): missing a required argument: 'path'. Give them defaults"),
+        (
+            "needs",
+            "takes (path, *, size): missing a required argument: 'path'. Give the arguments defaults",
+        ),
         ("loader", "takes (split): missing a required argument: 'split'"),
         ("pair", "Received: a tuple of 2 (ndarray of shape (60, 4), ndarray of shape (60,))."),
         ("lists", "Received: a list of 2 (a list of 60 (list, list, list, list, ...), a list of"),

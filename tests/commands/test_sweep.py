@@ -171,7 +171,7 @@ def test_the_default_folder_is_named_after_all_runs(tmp_path, monkeypatch):
         ({"over": ("rate=0.1,",)}, "Received: 'rate=0.1,'"),
         ({"over": ("seeds=1,2",)}, "--seeds 0 1 2"),
         ({"over": ("out=a,b",)}, "Unknown option 'out'"),
-        ({"over": ("data_dir=a,b",)}, "changes no result"),
+        ({"over": ("data_dir=a,b",)}, "cannot be swept"),
         ({"over": ("kept=rewind,reinit", "retraining=fine_tuning")}, "kept reinit, .*fine_tuning"),
         ({"over": ("rate=0.1", "rate=0.2")}, "--rate is given twice"),
         ({"over": ("rate=0.1",), "rate": 0.3}, "--rate is given twice"),

@@ -20,11 +20,11 @@ IMAGES = np.broadcast_to(LABELS[:, None, None], (COUNT, 28, 28)).astype("uint8")
 WRONG = {
     "one-hot labels": ("y_train", np.eye(10, dtype="uint8")[LABELS], r"y\.argmax\(-1\)"),
     "one-hot test labels": ("y_test", np.eye(10)[LABELS], r"test.*y\.argmax\(-1\)"),
-    "fewer labels": ("y_train", LABELS[:-1], r"labels of all inputs.*y of int64\(239,\)"),
-    "more labels": ("y_test", np.append(LABELS, 1), r"labels of all inputs.*\(241,\)"),
+    "fewer labels": ("y_train", LABELS[:-1], r"one label for each input.*y of int64\(239,\)"),
+    "more labels": ("y_test", np.append(LABELS, 1), r"one label for each input.*\(241,\)"),
     "images as labels": ("y_train", IMAGES, r"index of each example's class\. .*28, 28"),
-    "no labels": ("y_train", LABELS[:0], "labels of all inputs"),
-    "a single label": ("y_train", np.array(3), "labels of all inputs"),
+    "no labels": ("y_train", LABELS[:0], "one label for each input"),
+    "a single label": ("y_train", np.array(3), "one label for each input"),
     "halves": ("y_train", LABELS + 0.5, r"class indices.*Received: \[0\.5 1\.5"),
     "negative labels": ("y_train", LABELS - 1, r"class indices.*Received: \[-1"),
     "a late negative label": ("y_train", np.r_[LABELS[:-1], -7], r"class indices.*\[-7\]"),
@@ -35,7 +35,7 @@ WRONG = {
     "classes one too many": ("y_test", LABELS + 1, "labels of 10 classes.*up to 10"),
     "one class": ("y_train", LABELS * 0, "two classes"),
     "another shape": ("x_test", IMAGES[:, :14], "one shape and type"),
-    "fewer images": ("x_train", IMAGES[:-1], "labels of all inputs"),
+    "fewer images": ("x_train", IMAGES[:-1], "one label for each input"),
     "no images": ("x_test", IMAGES[:0], "at least two examples"),
     "images without pixels": ("x_test", IMAGES[:, :0], "at least two examples"),
 }
@@ -48,7 +48,7 @@ OF_FUNCTIONS = {
     "floats against pixels": ("x_train", IMAGES / 255, "one shape and type"),
     "labels as objects": ("y_train", LABELS.astype(object), r"labels\).*object"),
     "inputs as objects": ("x_train", IMAGES.astype(object), "one array of numbers"),
-    "ragged inputs": ("x_train", [[1.0], [1.0, 2.0]] * 120, "x cannot be made an array"),
+    "ragged inputs": ("x_train", [[1.0], [1.0, 2.0]] * 120, "x cannot be converted to an array"),
     "complex inputs": ("x_train", IMAGES * 1j, "one array of numbers"),
     "many classes": ("y_train", LABELS * 100_000, r"up to 900000 for 240 examples.*np\.unique"),
 }
@@ -112,7 +112,11 @@ def test_downloads_are_looked_at(monkeypatch, kind):
 @pytest.mark.once
 def test_floats_are_looked_at_as_the_network_sees_them():
     x = np.linspace(-1, 1, COUNT * 3).reshape(COUNT, 3)
-    for value, message in ((1e300, r"float32 holds.*1e\+300"), (np.nan, "finite"), (np.inf, "fin")):
+    for value, message in (
+        (1e300, r"range of float32.*1e\+300"),
+        (np.nan, "finite"),
+        (np.inf, "fin"),
+    ):
         wrong = x.copy()
         wrong[17, 1] = value
         with pytest.raises(ValueError, match=message):
