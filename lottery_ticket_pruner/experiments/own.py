@@ -210,7 +210,7 @@ def _check_callable(name: str, function: Callable[..., Any]) -> None:
     except TypeError as error:
         raise ValueError(
             f"{name} is called without arguments, but takes {inspect.signature(function)}: {error}."
-            " Give the arguments defaults, or name a function that calls this one."
+            " Give them defaults, or name a function that calls this one."
         ) from error
     except ValueError:  # Some C functions have no signature.
         return

@@ -1,4 +1,4 @@
-"""The files of results that commands write: rows as they come, and what is whole when read."""
+"""Files of results that commands write row by row, and the checks when they are read."""
 
 import csv
 import io
@@ -28,17 +28,17 @@ COLUMNS = (
     "validation_loss",
 )
 
-# What decides the results beside the options; a run folder's configuration holds both.
+# Entries of a run folder's configuration that affect results besides the options.
 ORIGIN = ("backend", "data_digest")
 
-# What else a run folder's configuration holds: what wrote it, whether all results are there, and
-# the versions of this package, of Keras and of the backend.
+# Other entries of a run folder's configuration: the command that wrote it, whether all results are
+# there, and the versions of this package, of Keras and of the backend.
 FACTS = ("command", "finished", "versions")
 
-# What its criteria and treatments are, where they are of a user's own.
+# Entry for the custom criteria and treatments.
 CODE = "code"
 
-# Columns that hold numbers, or nothing, in the results of every command and version.
+# Columns that contain only numbers or nothing, in the results of every command and version.
 _NUMBERS = (
     *(name for name in COLUMNS if name != "arm"),
     *("epoch", "rewind_to", "instability", "loss_barrier", "lowest_accuracy"),
@@ -49,7 +49,7 @@ _NUMBERS = (
 
 
 class CsvWriter:
-    """Writes rows to a CSV file one by one, each on disk as soon as it is known."""
+    """Writes rows to a CSV file one by one, and each to disk at once."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -59,10 +59,10 @@ class CsvWriter:
         self._file.flush()
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append one row; numbers are kept to six digits.
+        """Appends a row. Numbers are written with six digits.
 
         Raises:
-            FileNotFoundError: The file was removed or replaced meanwhile.
+            FileNotFoundError: If the file was removed or replaced in the meantime.
         """
         try:
             same = os.path.samestat(os.fstat(self._file.fileno()), os.stat(self._path))
@@ -78,19 +78,19 @@ class CsvWriter:
         self._file.flush()
 
     def close(self) -> None:
-        """Close the file."""
+        """Closes the file."""
         self._file.close()
 
 
 def is_run(folder: Path) -> bool:
-    """Returns True if a folder holds a configuration and its results, or says that it does."""
+    """Returns True if a folder contains a configuration and results, or says that it does."""
     if (folder / CONFIG_FILE).is_file() and (folder / RESULTS_FILE).is_file():
         return True
     return bool((read_json(folder / CONFIG_FILE) or {}).get("finished"))
 
 
 def read_json(file: Path) -> dict[str, Any] | None:
-    """The options in a file; None where there is no file that can be read."""
+    """Returns the options in a file, or None if the file cannot be read."""
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -110,7 +110,7 @@ def reason(file: Path) -> str:
 
 
 def complete_lines(file: Path) -> list[bytes]:
-    """The lines of a file that are whole, as the end of the line shows; none without the file."""
+    """Returns the complete lines of a file, which have a line end. Empty without the file."""
     try:
         content = file.read_bytes()
     except OSError:
@@ -119,19 +119,20 @@ def complete_lines(file: Path) -> list[bytes]:
 
 
 def read_table(file: Path) -> pd.DataFrame:
-    """Read a CSV file that a command wrote, each number as it was written.
+    """Reads a CSV file written by a command, with each number as it was written.
 
-    A last line without its end may be cut inside of a number: it is left out.
+    A last line without its end is left out, because it may be cut off inside a number.
 
     Raises:
-        ValueError: It is no such table; the message names the file, and the line if it is one.
+        ValueError: If the file is not such a table. The message names the file, and the line if
+            there is one.
     """
     content = b"".join(complete_lines(file))
     try:
         heading, *rows = csv.reader(io.StringIO(content.decode("utf-8"), newline=""), strict=True)
-    except (ValueError, csv.Error) as error:  # The first also where there is no heading.
+    except (ValueError, csv.Error) as error:  # Also a ValueError if the heading is missing.
         what = "no whole line" if not content else str(error)
-        raise ValueError(f"'{file}' is not the table that a command wrote: {what}.") from error
+        raise ValueError(f"'{file}' was not written by a command: {what}.") from error
     for line, row in enumerate(rows, 2):
         if row and len(row) != len(heading):
             raise ValueError(
@@ -148,7 +149,7 @@ def read_table(file: Path) -> pd.DataFrame:
 
 
 def _is_number(cell: str) -> bool:
-    """Returns True for a number as commands write it, and for an empty cell, which means none."""
+    """Returns True for a number as commands write it, and for an empty cell (no value)."""
     try:
         return not cell or (float(cell) is not None and cell.isascii() and "_" not in cell)
     except ValueError:
@@ -156,10 +157,10 @@ def _is_number(cell: str) -> bool:
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
-    """Read what a run has written back into rows, to go on from there.
+    """Reads back the rows written by a run, in order to resume it.
 
     Raises:
-        ValueError: As for `read_table`.
+        ValueError: If the file is not a complete table.
     """
     try:
         return read_table(file).to_dict("records")
@@ -170,10 +171,10 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
 
 
 def rows_per_seed(config: Mapping[str, Any]) -> int | None:
-    """Returns the number of rows per seed of a finished run, or None if it is not known.
+    """Returns the number of rows per seed of a finished run, or None if unknown.
 
     Args:
-        config: The options of the run, every choice made, and its `command`.
+        config: The resolved options of the run, and its `command`.
     """
     count = lambda name: len(config[name])  # noqa: E731
     try:
@@ -183,7 +184,7 @@ def rows_per_seed(config: Mapping[str, Any]) -> int | None:
         if config["command"] == "instability":
             return count("rewind_to")
         if config["command"] == "supermask":
-            learned = count("sparsities") or 1  # A mask that finds its own sparsity has none.
+            learned = count("sparsities") or 1  # A mask that learns its sparsity has none.
             masks = learned if config["learn"] else count("criteria") * count("sparsities")
             return count("weights") * count("dwr") * masks
     except (KeyError, TypeError):
@@ -192,21 +193,21 @@ def rows_per_seed(config: Mapping[str, Any]) -> int | None:
 
 
 def check_results(file: Path, config: Mapping[str, Any]) -> None:
-    """Raises an error where the results of a finished run are not all there.
+    """Raises an error if results of a finished run are missing.
 
     Args:
         file: The table of its results.
-        config: The options of the run, every choice made, and its `command`.
+        config: The resolved options of the run, and its `command`.
 
     Raises:
-        ValueError: The table is missing, damaged or lacks rows, and the message says what to do.
+        ValueError: If the table is missing, damaged or lacks rows. The message says what to do.
     """
     try:
         if not file.is_file():
             raise ValueError(f"'{file}' is missing, with the results of a finished run.")
         rows = read_table(file)
         wanted = rows_per_seed(config)
-        if wanted is None or "epoch" in rows:  # As an earlier version wrote them.
+        if wanted is None or "epoch" in rows:  # Written by an earlier version.
             return
         lines = file.read_bytes().splitlines(keepends=True)
         if not lines[-1].endswith(b"\n"):
@@ -215,15 +216,15 @@ def check_results(file: Path, config: Mapping[str, Any]) -> None:
         for replicate, seed in enumerate(config["seeds"]):
             if (there := int(found.get(replicate, 0))) != wanted:
                 raise ValueError(
-                    f"'{file}' has {there} rows of seed {seed} (replicate {replicate}), where the "
+                    f"'{file}' has {there} rows of seed {seed} (replicate {replicate}), but the "
                     f"finished run wrote {wanted}; {len(rows)} of {wanted * len(config['seeds'])} "
                     "in all."
                 )
         if len(rows) != wanted * len(config["seeds"]):
-            raise ValueError(f"'{file}' has rows of others than its {len(config['seeds'])} seeds.")
+            raise ValueError(f"'{file}' has rows of seeds other than its {len(config['seeds'])}.")
     except ValueError as error:
         raise ValueError(
-            f"{error} Restore it from a copy, or have the run done once more: the command that "
+            f"{error} Restore it from a copy, or repeat the run: the command that "
             f"made '{file.parent}' replaces it with --overwrite; `lottery-ticket repeat` does the "
-            "same elsewhere."
+            "same in another folder."
         ) from error

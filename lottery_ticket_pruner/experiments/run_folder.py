@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, whether it is finished, and how another takes its place."""
+"""Run folders: which run they belong to, whether it is finished, and how they are replaced."""
 
 import contextlib
 import dataclasses
@@ -44,43 +44,43 @@ from masked_layers.files import replace_folder, replacing
 
 
 class Config(Protocol):
-    """The resolved configuration of a run of any command."""
+    """The interface of a resolved configuration of any command."""
 
     overwrite: bool
 
     @property
     def folder(self) -> Path:
-        """The folder that the run writes to."""
+        """Folder that the run writes to."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns every option by its name."""
+        """Returns all options by name."""
 
 
 _Kind = TypeVar("_Kind")
 
-# Files of a user's that a message names.
+# Maximum number of user files named in a message.
 _SHOWN = 5
-# What folders had before they said so themselves: an option of the command, its last file.
+# Entries that identify folders of earlier versions: an option of the command, and its last file.
 _SIGNS = {
     "run": ("rounds", "accuracy.png"),
     "supermask": ("learn", "curves-1.png"),
     "instability": ("points", "instability.png"),
 }
-# From these an interrupted run goes on.
+# Files from which an interrupted run is resumed.
 _STATES = tuple(f"rounds/*/{name}" for name in ("state.json", "pruner-*.npz", "model-*.npz"))
 
 
-# --- What a folder says ---------------------------------------------------------------------------
+# --- Contents of a folder -------------------------------------------------------------------------
 
 
 def write_json(file: Path, values: Mapping[str, Any]) -> None:
-    """Writes a file that is complete or not there."""
+    """Writes a file that is complete or absent."""
     with replacing(file) as whole:
         whole.write((json.dumps(values, indent=2) + "\n").encode())
 
 
 def command_of(config: Any) -> str | None:
-    """The command that wrote a configuration, if that can be told."""
+    """Returns the command that wrote a configuration, or None if unknown."""
     if not isinstance(config, dict):
         return None
     guessed = (name for name, (option, _) in _SIGNS.items() if option in config)
@@ -89,11 +89,11 @@ def command_of(config: Any) -> str | None:
 
 
 def is_finished(folder: Path, command: str | None = None) -> bool:
-    """Returns whether a folder holds all results of a run.
+    """Returns whether a folder contains all results of a run.
 
     Args:
         folder: The folder.
-        command: What wrote it, if it does not say so.
+        command: The command that wrote it, if the folder does not say so.
     """
     config = read_json(folder / CONFIG_FILE)
     if config is None:
@@ -105,12 +105,12 @@ def is_finished(folder: Path, command: str | None = None) -> bool:
 
 
 def restored(kind: type[_Kind], values: Mapping[str, Any]) -> _Kind:
-    """The configuration that `to_dict` made values of JSON from.
+    """Restores a configuration from the JSON values of `to_dict`.
 
-    An option that the values lack came later: it has its default, which is what was done before.
+    Missing options were added later. They get their defaults, which is how the run behaved.
 
     Raises:
-        ValueError: An option is none of the command's, or has a value of another type.
+        ValueError: If an option does not belong to the command, or has a value of another type.
     """
     facts = {*FACTS, *ORIGIN, CODE, "masks_digest"}
     values = {name: value for name, value in values.items() if name not in facts}
@@ -128,20 +128,20 @@ def restored(kind: type[_Kind], values: Mapping[str, Any]) -> _Kind:
 
 
 def _is_of(value: Any, kind: Any) -> bool:
-    """Returns whether a value of JSON, or what it stands for, has the type of an option."""
+    """Returns whether a JSON value, or what it stands for, has the type of an option."""
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if origin is typing.Literal:
         return isinstance(value, str)
     if origin is tuple:
         return isinstance(value, list | tuple) and all(_is_of(one, parts[0]) for one in value)
-    if parts:  # Of a union.
+    if parts:  # For a union.
         return any(_is_of(value, part) for part in parts)
     takes = {float: float | int, Path: Path | str}.get(kind, kind)
     return isinstance(value, takes) and isinstance(value, bool) == (kind is bool)
 
 
 def versions() -> dict[str, str]:
-    """The versions of what decides the numbers of a run."""
+    """Returns the versions of everything that affects the numbers of a run."""
     backend = keras.backend.backend()
     return {
         "lottery-ticket-pruner": lottery_ticket_pruner.__version__,
@@ -154,20 +154,19 @@ def versions() -> dict[str, str]:
 
 
 class Workplace:
-    """A folder that this process alone writes in, within a `with` block.
+    """A folder that only this process writes in, within a `with` block.
 
     Args:
-        folder: Where the results are to be in the end.
+        folder: Final location of the results.
 
     Attributes:
-        final: That folder; behind a link, the one that this leads to.
-        path: Where to write: `final`, or after `replace` a folder beside it.
-        moved: A user's own files that came along from folders that were replaced, as paths from
-            `final`.
+        final: The final folder. For a link, the folder that it leads to.
+        path: Folder to write to: `final`, or a folder next to it after `replace`.
+        moved: The user's files that were kept from replaced folders, as paths relative to `final`.
 
     Raises:
-        FolderInUseError: Another process writes in it.
-        OSError: It cannot be made or written.
+        FolderInUseError: If another process is writing in the folder.
+        OSError: If the folder cannot be created or written.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -184,7 +183,7 @@ class Workplace:
                 if (left / REPLACED).exists():
                     self._discard(left)
             if (self.final / REPLACED).exists() and self._beside.is_dir():
-                self._exchange()  # The lock goes with what was there.
+                self._exchange()  # The lock is removed with the old content.
                 self._lock = self._locks.enter_context(FolderLock(self.final))
             (self.final / REPLACED).unlink(missing_ok=True)
             self._open()
@@ -199,29 +198,29 @@ class Workplace:
             error.add_note(f"What is done so far is in {self.path}.")
 
     def check(self) -> None:
-        """Raises an error if the folder was removed meanwhile.
+        """Raises an error if the folder was removed in the meantime.
 
         Raises:
-            FileNotFoundError: It was.
+            FileNotFoundError: If it was removed.
         """
         self._lock.check()
 
     def replace(self) -> None:
-        """Has what follows written beside the folder, in whose place `complete` puts it."""
+        """Lets new files be written next to the folder, until `complete` replaces the folder."""
         if os.path.ismount(self.final):
-            raise ValueError(f"'{self.final}' is a mount point: nothing can take its place.")
+            raise ValueError(f"'{self.final}' is a mount point and cannot be replaced.")
         self.path = self._beside
         self._lock = self._locks.enter_context(FolderLock(self.path))
 
     def complete(self) -> None:
-        """Puts what was written in its place; of what was there, a user's own files stay."""
+        """Moves the new files in place, and keeps the user's own files of the old folder."""
         if self.path != self.final:
             self._exchange()
             self.path = self.final
             self._lock.moved(self.final)
 
     def describe_moved(self) -> str:
-        """Names the files of `moved`; empty where there are none."""
+        """Returns a sentence with the names of `moved`, or an empty one if there are none."""
         names = [str(name) for name in self.moved[:_SHOWN]]
         more = len(self.moved) - len(names)
         names += [f"{more} more"] if more else []
@@ -234,44 +233,45 @@ class Workplace:
 
     @property
     def _moved_away(self) -> Path:
-        """The folder between the two steps of `replace_folder`, where the system needs two."""
+        """Folder between the two steps of `replace_folder`, on systems that need two."""
         return self._beside.with_name(f"{self._beside.name}.old")
 
     def _open(self) -> None:
         """Prepares the folder, under the lock."""
 
     def _bring_back(self) -> None:
-        """Ends the two steps of `replace_folder`, if a process was killed between them."""
+        """Completes the two steps of `replace_folder` if a process was killed between them."""
         old, beside = self._moved_away, self._beside
         if self.final.exists() or not old.is_dir():
             return
         with contextlib.ExitStack() as locks:
-            for folder in (old, beside):  # Both are locked where that process is alive.
+            for folder in (old, beside):  # Both are locked if that process is alive.
                 if folder.is_dir():
                     locks.enter_context(FolderLock(folder))
-            if os.name == "nt":  # Nothing moves there that is open.
+            if os.name == "nt":  # Open files cannot be moved there.
                 locks.close()
             if not self.final.exists():
                 os.rename(beside if beside.is_dir() else old, self.final)
 
     def _exchange(self) -> None:
-        if os.name == "nt":  # Nothing moves there that is open.
+        if os.name == "nt":  # Open files cannot be moved there.
             self._locks.close()
         (self.final / REPLACED).touch()
         replace_folder(self._beside, self.final)
         self._discard(self._beside)
 
     def _discard(self, left: Path) -> None:
-        """Removes a folder that the final one has replaced, but for a user's own files."""
+        """Removes a folder that the final one has replaced, except for the user's own files."""
         stored = read_json(left / CONFIG_FILE)
         command = "sweep" if (left / SWEEP_FILE).is_file() else command_of(stored)
         self.moved += move_others(left, self.final, command)
-        # What says what the folder is goes last, or what a kill leaves would pass for a new run.
+        # The files that identify the folder are removed last. If the process is killed before, the
+        # rest must not look like a new run.
         last = ("", CONFIG_FILE, SWEEP_FILE, REPLACED)
         inside = sorted(
             left.iterdir(), key=lambda path: last.index(path.name) if path.name in last else 0
         )
-        with contextlib.suppress(OSError):  # What cannot be removed now is by the next one.
+        with contextlib.suppress(OSError):  # The next process removes what remains.
             for path in inside:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
             left.rmdir()
@@ -281,24 +281,25 @@ class Workplace:
 
 
 class RunFolder(Workplace):
-    """The folder of a run, which goes on with an interrupted one of the same choices.
+    """The folder of a run, which resumes an interrupted run with the same options.
 
-    A finished run, and one of other choices, stay as they are, unless the configuration says
-    `overwrite`: then the new run is made beside them, and takes their place when it is finished.
+    Finished runs, and runs with other options, are not changed, unless the configuration says
+    `overwrite`. The new run is then written next to them, and replaces them when it is finished.
 
     Args:
-        command: Of `lottery-ticket`, with which the run is made.
-        config: Its configuration.
-        data: What it runs on.
-        masks: The masks of another run that it takes, in any nesting of dicts; its configuration
-            has no more than their folder.
+        command: Command of `lottery-ticket` that executes the run.
+        config: Configuration of the run.
+        data: Data of the run.
+        masks: Masks that the run takes from another run, as nested dicts. Its configuration
+            contains only their folder.
 
     Attributes:
-        is_finished: Whether this run is finished already, so that there is nothing to do.
-        is_interrupted: Whether there are results to go on from.
+        is_finished: Whether the run is already finished, so that there is nothing to do.
+        is_interrupted: Whether there are results from which to resume.
 
     Raises:
-        ValueError: The folder holds a run of other choices or of another command, or a sweep.
+        ValueError: If the folder contains a run with other options or of another command, or a
+            sweep.
     """
 
     def __init__(self, command: str, config: Config, data: Dataset, masks: Any = None) -> None:
@@ -310,7 +311,7 @@ class RunFolder(Workplace):
         origin |= {} if masks is None else {"masks_digest": digest(masks)}
         self._unidentified = ""
         try:
-            # Only of a user's own: the folders of all other runs say what they have always said.
+            # Only for custom ones: all other folders keep the form that they have always had.
             origin |= {CODE: code} if (code := code_of(config.to_dict())) else {}
         except UnidentifiedError as error:
             self._unidentified = str(error)
@@ -325,13 +326,13 @@ class RunFolder(Workplace):
         show: Callable[[list[dict[str, Any]]], None],
         console: Console,
     ) -> Path:
-        """Does the work of the run, if it is not finished, and shows what came out.
+        """Executes the run, if it is not finished, and shows the results.
 
         Args:
-            work: Is called in the locked folder; it begins the run with `begin` and leaves the
-                rows of the results in `results.csv`.
-            show: Prints these rows.
-            console: Where to print.
+            work: Function that is called in the locked folder. It starts the run with `begin` and
+                leaves the rows of the results in `results.csv`.
+            show: Function that prints these rows.
+            console: Console to print to.
 
         Returns:
             The folder.
@@ -353,26 +354,26 @@ class RunFolder(Workplace):
         return self.final
 
     def describe(self) -> str:
-        """Says where results go and what becomes of those that are there."""
+        """Returns where results go, and what happens to existing ones."""
         if self.is_finished:
             return (
-                f"The run in {self.final} is finished and stays as it is. --overwrite does it once "
-                "more, and replaces it then."
+                f"The run in {self.final} is finished and stays as it is. Use --overwrite to "
+                "repeat and replace it."
             )
         if self.is_interrupted:
-            return f"Going on with the interrupted run in {self.path}"
+            return f"Resuming the interrupted run in {self.path}"
         if self.path != self.final:
             return f"Replacing the earlier run in {self.final} when this one is finished"
         return f"Results go to {self.final}"
 
     def begin(self, heading: str, keep: Sequence[str] = ()) -> None:
-        """Writes the configuration; from here on the results in the folder are of this run.
+        """Writes the configuration. From now on, the results in the folder belong to this run.
 
-        What is left of an earlier run is removed.
+        Files left over from an earlier run are removed.
 
         Args:
-            heading: What is printed above where the results go.
-            keep: Patterns of what an interrupted run goes on from.
+            heading: Text that is printed above the location of the results.
+            keep: Patterns of files from which an interrupted run is resumed.
         """
         kept = {file for pattern in keep for file in self.path.glob(pattern)}
         for file in results_in(self.path, self._command):
@@ -383,10 +384,10 @@ class RunFolder(Workplace):
         self._print(f"{heading}\n{self.describe()}")
 
     def finish(self) -> None:
-        """Says that the run is finished, and puts it in its place.
+        """Marks the run as finished, and moves it in place.
 
         Raises:
-            FileNotFoundError: Its folder was removed meanwhile.
+            FileNotFoundError: If its folder was removed in the meantime.
         """
         self.check()
         self._write(finished=True)
@@ -399,7 +400,7 @@ class RunFolder(Workplace):
         self._console.print(text, highlight=False, markup=False)
 
     def _remove_empty(self, folder: Path) -> None:
-        """Removes a folder of results, and those around it, where nothing is left in them."""
+        """Removes a folder of results, and its parents up to `path`, if they are empty."""
         while folder != self.path and not any(folder.iterdir()):
             folder.rmdir()
             folder = folder.parent
@@ -413,10 +414,10 @@ class RunFolder(Workplace):
         if (self.is_finished or differing) and self._config.overwrite:
             self.replace()
             differing = self._look()
-            if self.is_finished:  # And was killed before it took its place.
+            if self.is_finished:  # It was killed before it was moved in place.
                 try:
                     self._check_results()
-                except ValueError:  # It is damaged: it starts again.
+                except ValueError:  # It is damaged, so it starts again.
                     self.is_finished = False
                 else:
                     self.complete()
@@ -429,15 +430,15 @@ class RunFolder(Workplace):
         check_results(self.path / RESULTS_FILE, self._values | {"command": self._command})
 
     def _look(self) -> dict[str, tuple[Any, Any]]:
-        """Finds out what is in the folder; returns what makes it another run, (there, here)."""
+        """Examines the folder, and returns what identifies another run, as (there, here)."""
         self.is_finished = self.is_interrupted = False
         stored = read_json(self.path / CONFIG_FILE)
         if (self.path / SWEEP_FILE).is_file():
-            raise ValueError(f"'{self.path}' is the folder of a sweep. Give --out another one.")
+            raise ValueError(f"'{self.path}' is the folder of a sweep. Choose another with --out.")
         if (there := command_of(stored)) not in (None, self._command):
             raise ValueError(
-                f"'{self.path}' holds the results of `lottery-ticket {there}`. Give --out another "
-                "folder, or delete this one."
+                f"'{self.path}' holds the results of `lottery-ticket {there}`. Choose another "
+                "folder with --out, or delete this one."
             )
         finished = is_finished(self.path, self._command)
         if not finished and not self._has_results():
@@ -453,20 +454,20 @@ class RunFolder(Workplace):
         return len(lines) > 1 or any(self.path.glob("rounds/*/state.json"))
 
     def _check_that_nothing_is_lost(self) -> None:
-        """Refuses files with the names of results in a folder that was never one of a run."""
+        """Refuses files with the names of results in a folder that does not belong to a run."""
         if (self.path / CONFIG_FILE).exists():
             return
         if files := results_in(self.path, self._command):
             names = ", ".join(str(file.relative_to(self.path)) for file in files[:_SHOWN])
             raise ValueError(
                 f"'{self.path}' holds no {CONFIG_FILE} of a run, but {names}, which a run would "
-                "replace. Give --out another folder, or move what is there."
+                "replace. Choose another folder with --out, or move these files."
             )
 
     def _differing(self, stored: Any) -> dict[str, tuple[Any, Any]]:
         if stored is None:
             return {CONFIG_FILE: (None, None)}
-        with contextlib.suppress(TypeError, ValueError):  # It has options that are unknown here.
+        with contextlib.suppress(TypeError, ValueError):  # It has unknown options.
             complete = restored(type(self._config), stored).resolve(self._images).to_dict()
             stored = json.loads(json.dumps(complete)) | stored
         earlier = read_json(self.path / EARLIER_STATE)
@@ -486,7 +487,7 @@ class RunFolder(Workplace):
         state = "a finished" if is_finished(self.path, self._command) else "an interrupted"
         if CONFIG_FILE in differing:
             why = reason(self.path / CONFIG_FILE)
-            what = f"results, but of which options cannot be told: its {CONFIG_FILE} {why}"
+            what = f"results, but it is unknown of which options: its {CONFIG_FILE} {why}"
         elif differing.keys() <= {*ORIGIN, CODE, "masks_digest"}:
             was = ", ".join(f"{name} {there}" for name, (there, _) in differing.items())
             what = f"{state} run of the same options with another {' and '.join(differing)} ({was})"
@@ -499,6 +500,6 @@ class RunFolder(Workplace):
             ]
             what = f"{state} run of other options ({'; '.join(shown)})"
         return (
-            f"'{self.final}' holds {what}. Give --out another folder, or --overwrite to replace it "
-            "when the new run is finished."
+            f"'{self.final}' holds {what}. Choose another folder with --out, or use --overwrite to "
+            "replace it when the new run is finished."
         )

@@ -21,10 +21,10 @@ import masked_layers as ml
 
 
 class EventWriter:
-    """One TensorBoard run (a folder with one event file), flushed after every entry.
+    """A TensorBoard run (a folder with one event file), which is flushed after every entry.
 
     Used as a context manager. `tensorboard --logdir` on the parent folder shows several runs
-    over each other.
+    together.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -41,23 +41,23 @@ class EventWriter:
         self.close()
 
     def scalar(self, tag: str, value: float, step: int) -> None:
-        """Log one number."""
+        """Logs a number."""
         summary = Summary(value=[Summary.Value(tag=tag, simple_value=value)])
         self._write(Event(step=step, summary=summary))
 
     def graph(self, model: keras.Model) -> None:
-        """Log a model's layers as TensorBoard's graph (see `layer_graph`)."""
+        """Logs the layers of a model as TensorBoard's graph (see `layer_graph`)."""
         self._write(Event(graph_def=layer_graph(model).SerializeToString()))
 
     def sparsity(self, model: keras.Model, step: int) -> None:
-        """Log the share of pruned weights under every mask of a masked model, and in total."""
+        """Logs the share of pruned weights for every mask of a masked model, and in total."""
         report = ml.sparsity_report(model)
         for row in report:
             self.scalar(f"sparsity/{row.path}", row.sparsity, step)
         self.scalar("sparsity/total", report.sparsity, step)
 
     def close(self) -> None:
-        """Close the event file."""
+        """Closes the event file."""
         self._records.close()
 
     def _write(self, event: Event) -> None:
@@ -67,10 +67,10 @@ class EventWriter:
 
 
 def layer_graph(model: keras.Model) -> GraphDef:
-    """The layers of a model as a TensorBoard graph: what feeds what, masked weights and masks.
+    """Returns the layers of a model as a TensorBoard graph with masked weights and masks.
 
-    Made from the model's configuration, so it is the same on every backend. A masked layer is a
-    scope that holds its masked weights and their masks, each with its shape.
+    It is made from the configuration of the model, and therefore the same on every backend. Each
+    masked layer is a scope that contains its masked weights and masks, with their shapes.
     """
     graph = keras_model_to_graph_def(json.loads(model.to_json()))
     nodes = {node.name.rpartition("/")[2]: node for node in graph.node}

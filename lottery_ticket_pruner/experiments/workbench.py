@@ -1,4 +1,4 @@
-"""The data, networks and files that the experiments share, and how they repeat."""
+"""Data, networks and files that the experiments share, and how they are made reproducible."""
 
 import shutil
 import tempfile
@@ -13,23 +13,23 @@ from masked_layers.files import replacing
 
 
 class Unresolved(Protocol):
-    """The configuration of an experiment, with or without choices that it leaves open."""
+    """The interface of an experiment's configuration, which may leave choices open."""
 
     data: str
     data_dir: Path | None
 
     def resolve(self, images: int) -> Self:
-        """Returns the configuration with every choice made, given the number of images."""
+        """Returns the configuration with all choices made, given the number of images."""
 
 
 _Config = TypeVar("_Config", bound=Unresolved)
 
 
 def load_and_resolve(config: _Config) -> tuple[_Config, datasets.Dataset]:
-    """Loads the data of a configuration, and makes every choice that it leaves open.
+    """Loads the data of a configuration, and makes all choices that it leaves open.
 
     Raises:
-        ValueError: If the configuration makes no sense.
+        ValueError: If the configuration is not valid.
         DatasetNotFoundError: If the data is not in `data_dir` and could not be downloaded.
     """
     data = datasets.load(config.data, config.data_dir)
@@ -37,7 +37,7 @@ def load_and_resolve(config: _Config) -> tuple[_Config, datasets.Dataset]:
 
 
 def compiled_network(config: RunConfig, data: datasets.Dataset, seed: int) -> keras.Model:
-    """Returns a resolved configuration's network with the initial weights of a seed, compiled."""
+    """Returns the compiled network of a resolved configuration, with initial weights of a seed."""
     keras.utils.set_random_seed(seed)
     pixels = data.x_train.reshape(-1, data.input_shape[-1])
     model = networks.build(
@@ -56,11 +56,11 @@ def compiled_network(config: RunConfig, data: datasets.Dataset, seed: int) -> ke
 
 
 def make_deterministic() -> None:
-    """Chooses deterministic operations of TensorFlow and torch, for the rest of the process."""
+    """Enables deterministic operations of TensorFlow and torch, for the rest of the process."""
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
-        if tf.config.list_physical_devices("GPU"):  # Without one, all repeats as it is.
+        if tf.config.list_physical_devices("GPU"):  # Without one, results are reproducible anyway.
             tf.config.experimental.enable_op_determinism()
     elif keras.backend.backend() == "torch":
         import torch
@@ -71,7 +71,7 @@ def make_deterministic() -> None:
 def save(model: keras.Model, path: Path) -> None:
     """Writes a model to a `.keras` file that is complete or absent."""
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, path.name)  # Keras wants this suffix.
+        file = Path(folder, path.name)  # Keras requires this suffix.
         model.save(file)
         with file.open("rb") as stored, replacing(path) as whole:
             shutil.copyfileobj(stored, whole)

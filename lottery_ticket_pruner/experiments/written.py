@@ -1,4 +1,4 @@
-"""The files that the commands write into their folders; all others there are a user's own."""
+"""Files that the commands write into their folders. All other files belong to the user."""
 
 import os
 import re
@@ -12,12 +12,12 @@ from lottery_ticket_pruner.tickets import CONTROLS
 
 # Marks a folder that another one is about to replace, or has replaced.
 REPLACED = ".replaced"
-# What runs of the earlier versions of two commands kept beside their results.
+# Files that runs of earlier versions of two commands wrote next to their results.
 EARLIER_STATE = "state.json"
 
 _ARMS = "|".join(("ticket", *CONTROLS))
-# Paths from the folder, as regular expressions. What a user may have put beside them, such as a
-# served/2 or masks with names of their own, fits none of these.
+# Regular expressions for paths in the folder. They do not match files that a user may have added,
+# such as a served/2 or masks with other names.
 _RESULTS = {
     "run": (
         re.escape(RESULTS_FILE),
@@ -45,11 +45,11 @@ _RESULTS = {
 _OF_ALL = (
     *map(re.escape, (CONFIG_FILE, SWEEP_FILE, REPLACED)),
     r"output\.log",
-    # What `lottery-ticket report` makes of them.
+    # Written by `lottery-ticket report`.
     r"report/(report\.html|tables\.md|results\.csv|picture-\d+\.png)",
     r"(rounds/\d+/)?(\.lock(\.json)?|\.[^/]+\.\d+\.part)",
 )
-# The folder of a run within that of a sweep: data set, network and what else, and a digest.
+# Folder of a run in a sweep: data set, network, other options, and a digest.
 _CHILD = r"[^/]+-[0-9a-f]{8}"
 
 
@@ -58,18 +58,18 @@ def _fitting(patterns: tuple[str, ...], prefix: str = "") -> re.Pattern[str]:
 
 
 def results_in(folder: Path, command: str) -> list[Path]:
-    """The files of results in the folder of a command, configuration and logs left out."""
+    """Returns the files of results in the folder of a command, without configuration and logs."""
     fits = _fitting(_RESULTS[command])
     return [folder / name for name in _files(folder) if fits.fullmatch(name.as_posix())]
 
 
 def others_in(folder: Path, command: str | None) -> list[Path]:
-    """The files in the folder of a command that it has not written, as paths from there.
+    """Returns the files in the folder of a command that it has not written, as relative paths.
 
     Args:
         folder: The folder.
-        command: `run`, `supermask`, `instability`, or `sweep` for both kinds of sweeps. None: not
-            known, so that results count as a user's own.
+        command: `run`, `supermask`, `instability`, or `sweep` for both kinds of sweeps. None if
+            unknown; results then count as the user's own files.
     """
     fits = [_fitting((*_RESULTS.get(command, ()), *_OF_ALL))]
     if command == "sweep":
@@ -83,11 +83,11 @@ def others_in(folder: Path, command: str | None) -> list[Path]:
 
 
 def move_others(old: Path, new: Path, command: str | None) -> list[Path]:
-    """Moves what a command has not written from its folder to the one that replaces it.
+    """Moves files that a command has not written from its folder to the one that replaces it.
 
     Returns:
-        Where the files are now, as paths from the new folder. One whose name is taken there has
-        `.old` at its end.
+        The new locations of the files, as paths in the new folder. If a name is already used there,
+        `.old` is appended.
     """
     moved = []
     for name in others_in(old, command):
@@ -101,7 +101,7 @@ def move_others(old: Path, new: Path, command: str | None) -> list[Path]:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """All files below a folder, and links to folders, as paths from there, in order."""
+    """Yields the files below a folder, and links to folders, as relative paths in order."""
     for place, folders, names in os.walk(folder):
         folders.sort()
         links = [name for name in folders if Path(place, name).is_symlink()]

@@ -91,7 +91,7 @@ def test_in_python_unknown_names_lead_on_too():
     [
         (
             "needs",
-            "takes (path, *, size): missing a required argument: 'path'. Give the arguments defaults",
+            "takes (path, *, size): missing a required argument: 'path'. Give them defaults",
         ),
         ("loader", "takes (split): missing a required argument: 'split'"),
         ("pair", "Received: a tuple of 2 (ndarray of shape (60, 4), ndarray of shape (60,))."),

@@ -319,7 +319,7 @@ def test_damage_is_said_before_anything_runs(stand_in):
     assert stand_in("0.1,0.2", seeds=(4,))[1] == []
     rows = (child / "results.csv").read_text().splitlines(keepends=True)
     for content, message in (
-        (rows[:-1], r"1 rows of seed 4 .*, where the finished run wrote 2; 1 of 2 in all"),
+        (rows[:-1], r"1 rows of seed 4 .*, but the finished run wrote 2; 1 of 2 in all"),
         ([*rows[:-1], rows[-1].replace("0.2", "abc")], r"line 3: .* 'test_accuracy'"),
         (None, "results.csv' is missing"),
     ):

@@ -322,7 +322,7 @@ def foreign(folder, **files):
             {"config": b"[]", "results": b"replicate,sparsity,test_accuracy\n0,0,1\n"},
             "holds no options",
         ),
-        ({"config": b"{}", "results": b""}, "is not the table that a command wrote"),
+        ({"config": b"{}", "results": b""}, "was not written by a command"),
         ({"config": b"{}", "results": b"\xff\xfe\x00"}, "no whole line"),
         ({"config": b"{}", "results": b"a,b\n1,2\n"}, r"lacks the columns.*It has: \['a', 'b'\]"),
         ({"config": b"{}", "results": b"replicate,sparsity,test_accuracy\n"}, "no results yet"),

@@ -1,1 +1,1 @@
-"""Runs read back from their folders: statistics, tables, figures and the web page."""
+"""Reports on run folders: statistics, tables, figures and the web page."""

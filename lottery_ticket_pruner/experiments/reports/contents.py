@@ -1,4 +1,4 @@
-"""The contents of a report: which tables and pictures the results of each group make."""
+"""The contents of a report: the tables and figures for each group of results."""
 
 import dataclasses
 import functools
@@ -14,7 +14,7 @@ from lottery_ticket_pruner.experiments.reports.ticket_masks import Kept
 
 @dataclasses.dataclass(frozen=True)
 class Chart:
-    """A picture, and what stands above and below it."""
+    """A figure of accuracies, with its title and caption."""
 
     title: str
     caption: str
@@ -23,25 +23,25 @@ class Chart:
     dense: Sequence[float] = ()
 
     def figure(self, figsize: tuple[float, float] = (4.8, 3.4)) -> Figure:
-        """The picture without its title and caption."""
+        """Returns the figure without its title and caption."""
         return figures.picture(self.lines, dense=self.dense, x_label=self.x_label, figsize=figsize)
 
 
 @dataclasses.dataclass(frozen=True)
 class Drawing:
-    """A picture of another kind: what draws it, and what stands above and below it."""
+    """A figure drawn by a function, with its title and caption."""
 
     title: str
     caption: str
     draw: Callable[[], Figure]
 
     def figure(self, figsize: tuple[float, float] | None = None) -> Figure:
-        """The picture without its title and caption, in the size that suits it."""
+        """Returns the figure without its title and caption, by default in the size that fits it."""
         return self.draw()
 
 
 def sheets_of(group: Group) -> list[tables.Sheet]:
-    """Returns the tables of the results of one group."""
+    """Returns the tables for the results of one group."""
     if group.is_instability:
         return [tables.instability_sheet(group.rows)]
     if not group.has_rounds:
@@ -53,10 +53,10 @@ def sheets_of(group: Group) -> list[tables.Sheet]:
 
 
 def charts_of(group: Group) -> list[Chart]:
-    """Returns the pictures of the results of one group."""
+    """Returns the figures for the results of one group."""
     title = group.label or group.title
     if group.is_instability:
-        return []  # The run's own picture shows it.
+        return []  # The run's own figure shows it.
     if not group.has_rounds:
         return [
             Chart(", ".join(filter(None, (title, name))), _bands(lines), lines, x_label)
@@ -68,7 +68,7 @@ def charts_of(group: Group) -> list[Chart]:
 
 
 def comparisons(groups: Sequence[Group]) -> list[Chart]:
-    """The tickets of all groups, in a picture for each data set and network."""
+    """Returns figures with the tickets of all groups, one for each data set and network."""
     together: dict[str, list[figures.Line]] = {}
     for group in groups:
         if group.has_rounds and (group.rows["arm"] == "ticket").any():
@@ -83,7 +83,7 @@ def comparisons(groups: Sequence[Group]) -> list[Chart]:
 
 
 def mask_charts(kepts: Sequence[Kept]) -> list[Drawing]:
-    """Draws what tickets keep of each layer, with which signs, and what they have in common."""
+    """Returns figures of the masks of tickets: sparsity by layer, signs and overlap."""
     charts = []
     sparsities, signs = ticket_masks.layer_sparsities(kepts), ticket_masks.same_signs(kepts)
     if sparsities:
@@ -105,14 +105,14 @@ def _bands(lines: Sequence[figures.Line]) -> str:
 
 
 def titled(chart: Chart | Drawing) -> Figure:
-    """Returns a picture for a file, with its title and caption in it."""
+    """Returns a figure for a file, including its title and caption."""
     figure = chart.figure((8, 4.6))
     figure.suptitle("\n".join(filter(None, (chart.title, chart.caption))), fontsize=10)
     return figure
 
 
 def title_of(groups: Sequence[Group]) -> str:
-    """Returns the title of a report: data sets and networks, or how many there are."""
+    """Returns the title of a report: data sets and networks, or their number."""
     names = dict.fromkeys(
         ", ".join(str(group.config[key]) for key in ("data", "network") if group.config.get(key))
         for group in groups

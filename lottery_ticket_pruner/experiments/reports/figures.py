@@ -1,4 +1,4 @@
-"""Pictures of results and their lines: test accuracy against weights left, sparsity or epochs."""
+"""Figures of test accuracy against weights left, sparsity or epochs."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -24,8 +24,8 @@ from lottery_ticket_pruner.experiments.reports.statistics import (
     text_of,
 )
 
-# Okabe & Ito's palette, which readers with any colour vision tell apart; its yellow is replaced,
-# which does not stand out from a white page.
+# Palette of Okabe & Ito, which readers with any color vision can tell apart. Its yellow, which has
+# too little contrast on a white page, is replaced.
 PALETTE = (
     "#0072B2",
     "#D55E00",
@@ -54,7 +54,7 @@ _TICKS = (100, 50, 20, 10, 5, 2, 1, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01)
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """A line of a picture: where its points are, and the accuracies of the replicates at each."""
+    """A line of a figure: its positions, and the accuracies of the replicates at each of them."""
 
     label: str
     x: tuple[float, ...]
@@ -65,14 +65,14 @@ class Line:
 
 
 def line_of_arm(rows: pd.DataFrame, arm: str, **look: str) -> Line:
-    """Accuracies of one arm by percent of weights left, in the order of its rounds."""
+    """Returns the accuracies of an arm by percent of weights left, in the order of its rounds."""
     own = rows[rows["arm"] == arm].groupby("round")
     left = tuple(100 * (1 - own["sparsity"].mean()))
     return Line(arm_label(arm), left, tuple(map(tuple, own["test_accuracy"].apply(list))), **look)
 
 
 def arm_lines(rows: pd.DataFrame) -> list[Line]:
-    """A line for every arm but the dense one; an arm looks the same in every picture."""
+    """Returns a line for every arm except the dense one. Each arm looks the same in all figures."""
     lines = []
     free = iter(zip(PALETTE[5:], _MARKERS[5:], strict=True))
     for arm in arms_of(rows):
@@ -82,7 +82,7 @@ def arm_lines(rows: pd.DataFrame) -> list[Line]:
 
 
 def with_looks(lines: Sequence[Line]) -> list[Line]:
-    """The same lines, told apart by colour and marker, from the ninth on by dashes too."""
+    """Returns the lines with distinct colors and markers, and from the ninth on with dashes."""
     return [
         dataclasses.replace(
             line,
@@ -95,9 +95,9 @@ def with_looks(lines: Sequence[Line]) -> list[Line]:
 
 
 def charts(rows: pd.DataFrame) -> list[tuple[str, list[Line], str]]:
-    """Title, lines and label of the level axis of the pictures of rows that have no rounds.
+    """Returns title, lines and axis label of the figures for rows without rounds.
 
-    The choice with the most values gives the lines; every combination of the others a picture.
+    The option with the most values becomes the lines. Each combination of the others gets a figure.
     """
     place = place_of(rows)
     factors = sorted(factors_of(rows), key=lambda name: -rows[name].nunique())
@@ -116,9 +116,9 @@ def charts(rows: pd.DataFrame) -> list[tuple[str, list[Line], str]]:
 
 
 def accuracy_picture(rows: Sequence[dict[str, Any]] | pd.DataFrame, title: str) -> Figure:
-    """Test accuracy of every arm against weights left, as a picture for a file.
+    """Plots the test accuracy of every arm against weights left, for a file.
 
-    Lines go through the means; bands show how sure these are (see `interval`).
+    Lines connect the means. Bands show their confidence intervals (see `interval`).
     """
     rows = pd.DataFrame(rows)
     lines = arm_lines(rows)
@@ -135,10 +135,10 @@ def picture(
     x_label: str = "weights left",
     figsize: tuple[float, float] = (6, 4),
 ) -> Figure:
-    """Test accuracy against weights left (in percent) or, with another label, against that.
+    """Plots test accuracy against weights left (in percent), or against another quantity.
 
-    The upright axis is logarithmic in the error, so that 98 and 99 % stay apart while an arm that
-    collapses still shows; weights left are logarithmic too, and fall to the right.
+    The vertical axis is logarithmic in the error, so that 98 and 99 % can be told apart while a
+    collapsing arm is still visible. Weights left are also logarithmic, and decrease to the right.
     """
     figure = Figure(figsize=figsize, layout="constrained")
     axes = figure.subplots()
@@ -180,7 +180,7 @@ def picture(
 
 
 def _accuracy_axis(axes: Axes, means: Sequence[float], edges: Sequence[float]) -> None:
-    # A band may reach far beyond its mean, even beyond 100 %: the means decide what is shown.
+    # A band may reach far beyond its mean, even above 100 %, so the means determine the limits.
     top = 0.85 * max(min([*edges, *means]), 0.4 * min(means))
     bottom = 1.1 * min(max([*edges, *means]), 2.5 * max(means))
     axes.set_yscale("log")
@@ -196,7 +196,7 @@ def _weights_axis(axes: Axes, left: Sequence[float]) -> None:
 
 
 def _ticks(axis: Axis, low: float, high: float, text: Any) -> None:
-    """Round numbers from low to high, at least three of them where the range is narrow."""
+    """Sets ticks at round numbers, at least three of them if the range is narrow."""
     ticks = [tick for tick in _TICKS if low <= tick <= min(high, 100)]
     if len(ticks) < 3:
         even = MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(low, high)
@@ -207,7 +207,7 @@ def _ticks(axis: Axis, low: float, high: float, text: Any) -> None:
 
 
 def _legend(figure: Figure, axes: Axes) -> None:
-    """Below the axes, where it hides no band, in columns that fit; the figure grows for it."""
+    """Adds a legend below the axes, where it hides no band. The figure grows to make room."""
     labels = axes.get_legend_handles_labels()[1]
     longest = max(map(len, labels), default=0)
     columns = max(1, min(4, int(figure.get_figwidth() * 12 // (longest + 7))))
@@ -216,5 +216,5 @@ def _legend(figure: Figure, axes: Axes) -> None:
 
 
 def _error(accuracy: float) -> float:
-    """Errors in percent; none at all is drawn where one in ten thousand would be."""
+    """Returns the error in percent, at least 0.01, because the axis is logarithmic."""
     return max(100 * (1 - accuracy), 0.01)

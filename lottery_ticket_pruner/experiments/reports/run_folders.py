@@ -1,4 +1,4 @@
-"""Run folders read back: their rows, and which of them are replicates of one configuration."""
+"""Reads run folders, and finds out which of them are replicates of one configuration."""
 
 import dataclasses
 import json
@@ -21,17 +21,17 @@ from lottery_ticket_pruner.experiments.results import (
     reason,
 )
 
-# Options that say where to run and what to print: they change no number of the results.
+# Options for where to run and what to print, which do not affect results.
 _NO_CHOICE = ("data_dir", "out", "quiet", "seeds", "masks_digest", *FACTS)
 
 _NAMING = ("data", "network", "strategy", "criterion")
 
-# Options that mostly follow from others, or that change no ticket.
+# Options that usually follow from others, or that do not affect tickets.
 _FOLLOWING = (
     "conv_rate", "output_rate", "scope", "controls", "control_rounds", "eval_every", "data_digest",
 )  # fmt: skip
 
-# Options whose values speak for themselves.
+# Options whose values are understood without their names.
 _PLAIN = (*_NAMING, "learn")
 
 
@@ -40,9 +40,9 @@ class Run:
     """One run folder.
 
     Attributes:
-        folder: Where it is.
-        config: The options of the run, every choice made.
-        rows: Its results, one line per measurement, with a column `seed`.
+        folder: Path of the folder.
+        config: The resolved options of the run.
+        rows: Its results, one row per measurement, with a column `seed`.
     """
 
     folder: Path
@@ -52,13 +52,13 @@ class Run:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Group:
-    """Runs of one configuration: they differ in seeds, or in where they were written.
+    """Runs of one configuration, which differ only in seeds or folders.
 
     Attributes:
-        label: What sets it apart from the other groups, in words.
+        label: Description that distinguishes it from the other groups.
         config: The options that all its runs share.
         runs: The runs.
-        rows: Their rows together; each seed counts once, in the run that got furthest.
+        rows: The rows of all runs. Each seed counts once, from the run that got furthest.
     """
 
     label: str
@@ -68,22 +68,22 @@ class Group:
 
     @property
     def has_rounds(self) -> bool:
-        """True if its rows are those of `lottery-ticket run`, by rounds and arms."""
+        """Whether its rows are those of `lottery-ticket run`, by rounds and arms."""
         return "arm" in self.rows and "round" in self.rows
 
     @property
     def has_masks(self) -> bool:
-        """True if its rows are those of `lottery-ticket supermask`, by sparsity or by epoch."""
+        """Whether its rows are those of `lottery-ticket supermask`, by sparsity or by epoch."""
         return not (self.has_rounds or self.is_instability)
 
     @property
     def is_instability(self) -> bool:
-        """True if its rows are those of `lottery-ticket instability`."""
+        """Whether its rows are those of `lottery-ticket instability`."""
         return "instability" in self.rows
 
     @property
     def title(self) -> str:
-        """Data set, network, criterion and what was made of them."""
+        """Data set, network, criterion and treatment of the group."""
         words = [str(self.config[key]) for key in _NAMING if self.config.get(key)]
         if self.is_instability:
             words.append("instability")
@@ -93,15 +93,15 @@ class Group:
 
 
 def read_run(folder: Path) -> Run:
-    """Read a run folder, finished or not.
+    """Reads a run folder, finished or not.
 
     Raises:
-        FileNotFoundError: If there is no such folder.
-        ValueError: If it is not a run folder, a file of it is not what a run writes, or it says
-            that the run is finished and does not have all of its results.
+        FileNotFoundError: If the folder does not exist.
+        ValueError: If it is not a run folder, one of its files was not written by a run, or results
+            of a finished run are missing.
 
     Warns:
-        UserWarning: its results end in the middle of a line, which is left out.
+        UserWarning: If the results end in the middle of a line, which is left out.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder '{folder}'.")
@@ -124,7 +124,7 @@ def read_run(folder: Path) -> Run:
         rows = read_table(folder / RESULTS_FILE)
     except ValueError as error:
         raise ValueError(
-            f"{error} Restore it from a copy, or go on with the run that has to write it."
+            f"{error} Restore it from a copy, or resume the run that has to write it."
         ) from error
     place = "epoch" if "epoch" in rows else "sparsity"
     missing = [name for name in ("replicate", place, "test_accuracy") if name not in rows]
@@ -134,8 +134,8 @@ def read_run(folder: Path) -> Run:
         )
     if not (folder / RESULTS_FILE).read_bytes().endswith(b"\n"):
         warnings.warn(
-            f"'{folder / RESULTS_FILE}' ends in the middle of a line, which is left out. The "
-            "command that made the folder writes it whole.",
+            f"'{folder / RESULTS_FILE}' ends in the middle of a line, which is left out. Repeat "
+            "the command that made the folder to complete it.",
             stacklevel=2,
         )
     if not np.isfinite(rows["replicate"].astype(float)).all():
@@ -146,13 +146,14 @@ def read_run(folder: Path) -> Run:
 
 
 def find_runs(folders: Iterable[Path]) -> list[Run]:
-    """Read run folders, and those inside of folders of runs, such as a sweep's; each once.
+    """Reads run folders, including those inside folders of runs such as a sweep, each once.
 
-    Inside of such a folder, what holds no results yet is passed over.
+    Inside such a folder, runs without results are skipped.
 
     Raises:
-        FileNotFoundError: A folder is not there.
-        ValueError: A folder is not a run and holds none, cannot be read, or holds no results yet.
+        FileNotFoundError: If a folder does not exist.
+        ValueError: If a folder is not a run and contains none, cannot be read, or has no results
+            yet.
     """
     found: dict[Path, Run] = {}
     for folder in folders:
@@ -175,7 +176,7 @@ def find_runs(folders: Iterable[Path]) -> list[Run]:
 
 
 def groups_of(runs: Sequence[Run]) -> list[Group]:
-    """Put runs together that differ in nothing but seeds and places, in the order given."""
+    """Groups runs that differ only in seeds and folders, in the given order."""
     together: dict[str, list[Run]] = {}
     for run in runs:
         key = json.dumps(_choices(run), sort_keys=True)
@@ -183,7 +184,7 @@ def groups_of(runs: Sequence[Run]) -> list[Group]:
     groups = [
         Group("", _choices(same[0]), tuple(same), _pooled(same)) for same in together.values()
     ]
-    # Each command has options of its own, that tell nothing of a run of another one.
+    # Each command has its own options, which do not apply to runs of other commands.
     for kind in ("has_rounds", "has_masks", "is_instability"):
         places = [place for place, group in enumerate(groups) if getattr(group, kind)]
         labels = _labels([groups[place].config for place in places])
@@ -193,15 +194,15 @@ def groups_of(runs: Sequence[Run]) -> list[Group]:
 
 
 def varied_options(configs: Sequence[dict[str, Any]]) -> list[str]:
-    """The options in which configurations differ, in the order of the configurations."""
+    """Returns the options in which configurations differ, in the order of the configurations."""
     options = dict.fromkeys(option for config in configs for option in config)
     return [option for option in options if len({as_text(c.get(option)) for c in configs}) > 1]
 
 
 def tidy(runs: Sequence[Run], options: Iterable[str] = ()) -> pd.DataFrame:
-    """All rows of all runs in one table: run folder, options, seed, results.
+    """Returns all rows of all runs in one table: run folder, options, seed, results.
 
-    Options are those named, and all others that differ.
+    Options are the given ones, and all others that differ.
     """
     options = [*dict.fromkeys([*options, *varied_options([_choices(run) for run in runs])])]
     tables = []
@@ -229,9 +230,9 @@ def _pooled(runs: Sequence[Run]) -> pd.DataFrame:
 
 
 def _labels(configs: Sequence[dict[str, Any]]) -> list[str]:
-    """The options in which configurations differ, as text.
+    """Returns the options in which configurations differ, as text.
 
-    One that follows from those before it, as a layer's rate does from --rate, is left out.
+    Options that follow from earlier ones, such as a layer's rate from --rate, are left out.
     """
     labels: list[tuple[str, ...]] = [() for _ in configs]
     for option in varied_options(configs):
@@ -253,7 +254,7 @@ def _described(option: str, value: Any) -> tuple[str, ...]:
 
 
 def as_text(value: Any) -> str:
-    """The value of an option as readers see it."""
+    """Returns the value of an option as text for readers."""
     if isinstance(value, list | tuple):
         return " ".join(map(as_text, value)) or "none"
     return f"{value:g}" if isinstance(value, float) else str(value)

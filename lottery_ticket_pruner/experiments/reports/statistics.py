@@ -1,4 +1,4 @@
-"""Statistics of results: means over replicates, intervals, and what rows are told apart by."""
+"""Statistics of results: means over replicates, intervals, and the choices that rows differ in."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -18,14 +18,14 @@ LABELS = {
 
 CONFIDENCE = 0.95
 
-# Columns that are measured, not chosen, as all others with numbers in them are taken to be.
+# Numeric columns that are measured. All other numeric columns are taken as measured as well.
 _CHOICES = ("criterion", "dwr", "kind", "weights")
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """The confidence interval (95 %) of the mean by Student's t, from three values on.
+    """Returns the 95 % confidence interval of the mean by Student's t, from three values on.
 
-    Of two values it is the lower and the higher, of one that value twice.
+    For two values, returns the lower and the higher one; for one value, that value twice.
     """
     if len(values) < 3:
         return min(values), max(values)
@@ -35,7 +35,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def describe_bands(counts: Iterable[int]) -> str:
-    """Describes the bands of a picture, given the number of replicates behind each point."""
+    """Describes the bands of a figure, given the number of replicates at each point."""
     numbers = sorted(set(counts))
     texts = []
     if several := [n for n in numbers if n >= 3]:
@@ -50,12 +50,12 @@ def describe_bands(counts: Iterable[int]) -> str:
 
 
 def accuracy_text(accuracies: Sequence[float]) -> str:
-    """The mean in percent and, of several, the standard deviation."""
+    """Returns the mean in percent and, for several values, the standard deviation."""
     return spread(100 * np.asarray(accuracies, float), "{:.2f}")
 
 
 def spread(values: Sequence[float], style: str) -> str:
-    """The mean as text in this style and, of several, the standard deviation."""
+    """Returns the mean as text in this style and, for several values, the standard deviation."""
     if not len(values):
         return ""
     mean = style.format(np.mean(values))
@@ -63,24 +63,24 @@ def spread(values: Sequence[float], style: str) -> str:
 
 
 def arms_of(rows: pd.DataFrame) -> list[str]:
-    """The arms that occur next to the dense run: the ticket first, unknown ones last."""
+    """Returns the arms besides the dense run: first the ticket, last unknown arms."""
     present = dict.fromkeys(rows["arm"])
     known = [arm for arm in LABELS if arm in present]
     return [arm for arm in (*known, *(a for a in present if a not in LABELS)) if arm != "dense"]
 
 
 def arm_label(arm: str) -> str:
-    """The name of an arm as readers see it."""
+    """Returns the name of an arm for readers."""
     return LABELS.get(arm, arm.replace("_", " "))
 
 
 def dense_accuracies(rows: pd.DataFrame) -> list[float]:
-    """Test accuracies of the dense runs, one per replicate; empty where none was run."""
+    """Returns the test accuracies of the dense runs, one per replicate. Empty if there are none."""
     return rows.loc[rows["arm"] == "dense", "test_accuracy"].tolist()
 
 
 def factors_of(rows: pd.DataFrame) -> list[str]:
-    """The columns of choices in rows that are not those of rounds: texts, truths, known names."""
+    """Returns the columns of choices in rows without rounds: texts, booleans and known names."""
     numeric = pd.api.types.is_numeric_dtype
     return [
         name
@@ -90,25 +90,25 @@ def factors_of(rows: pd.DataFrame) -> list[str]:
 
 
 def place_of(rows: pd.DataFrame) -> str:
-    """Returns the column that rows without rounds are ordered by: epochs, else sparsity."""
+    """Returns the column that orders rows without rounds: the epoch, or else the sparsity."""
     return "epoch" if "epoch" in rows else "sparsity"
 
 
 def levels_of(rows: pd.DataFrame, place: str) -> list[tuple[float, pd.DataFrame]]:
-    """Returns the places of the rows in order, each with the rows of all seeds there.
+    """Returns the levels of the rows in order, each with the rows of all seeds.
 
-    They are put together by their turn within their seed: a learned mask finds a sparsity of its
-    own for every seed.
+    Rows are matched by their position within their seed, because a learned mask has a different
+    sparsity for every seed.
     """
     turns = rows.groupby("seed")[place].rank(method="first")
     return [(own[place].mean(), own) for _, own in rows.groupby(turns)]
 
 
 def grouped(rows: pd.DataFrame, columns: list[str]) -> Iterable[tuple[tuple, pd.DataFrame]]:
-    """Groups rows by some columns, in the order of the rows; all together by no column."""
+    """Groups rows by columns, in the order of the rows. Without columns, there is one group."""
     return rows.groupby(columns, sort=False, dropna=False) if columns else [((), rows)]
 
 
 def text_of(value: Any) -> str:
-    """Returns a cell as text, empty where there is no value."""
+    """Returns a cell as text. Empty if it has no value."""
     return "" if pd.isna(value) else str(value)

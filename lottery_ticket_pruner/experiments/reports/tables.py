@@ -1,4 +1,4 @@
-"""Tables of results, as text for the terminal, the page and the Markdown file."""
+"""Tables of results as text, for the terminal, the web page and the Markdown file."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -30,17 +30,17 @@ _TERMINAL = 80
 
 @dataclasses.dataclass(frozen=True)
 class Sheet:
-    """A table as text: the terminal, the page and the Markdown file show the same one."""
+    """A table as text, which is the same in the terminal, the web page and the Markdown file."""
 
     title: str
     headings: tuple[str, ...]
     lines: tuple[tuple[str, ...], ...]
-    # How many columns from the left are names, not numbers.
+    # Number of columns from the left that contain names instead of numbers.
     names: int = 0
     note: str = ""
 
     def table(self) -> Table:
-        """The table for the terminal; wide ones are set closer."""
+        """Returns the table for the terminal. Wide tables get less padding."""
         columns = zip(self.headings, *self.lines, strict=True)
         close = sum(2 + max(map(len, column)) for column in columns) > _TERMINAL
         table = Table(
@@ -58,7 +58,7 @@ class Sheet:
                 overflow="fold" if is_name else "ellipsis",
             )
         for line in self.lines:
-            # Names stay: they may hold anything.
+            # Names are kept, because they may have any value.
             numbers = line[self.names :]
             if close:
                 numbers = [n.replace(" ± ", "±").replace(" at ", "\nat ") for n in numbers]
@@ -66,7 +66,7 @@ class Sheet:
         return table
 
     def markdown(self) -> str:
-        """The table in Markdown, its title above it and its note below."""
+        """Returns the table in Markdown, with its title above and its note below."""
         rule = [":--" if n < self.names else "--:" for n in range(len(self.headings))]
         lines = [
             [cell.replace("|", r"\|") for cell in line] for line in (self.headings, *self.lines)
@@ -76,14 +76,14 @@ class Sheet:
 
 
 def summary_table(rows: Sequence[dict[str, Any]] | pd.DataFrame) -> Table:
-    """The table of `accuracy_sheet` for the terminal."""
+    """Returns the table of `accuracy_sheet` for the terminal."""
     return accuracy_sheet(pd.DataFrame(rows)).table()
 
 
 def accuracy_sheet(rows: pd.DataFrame) -> Sheet:
-    """Accuracy of every arm per round: the mean over replicates, and their deviation.
+    """Returns the accuracy of every arm per round: mean and standard deviation over replicates.
 
-    The column of early stops is the ticket's (in the first line the dense run's), in steps.
+    The column of early stops contains steps of the ticket, or of the dense run in the first line.
     """
     arms = arms_of(rows) or ["ticket"]
     counts = rows.groupby(["round", "arm"]).size()
@@ -113,9 +113,9 @@ def accuracy_sheet(rows: pd.DataFrame) -> Sheet:
 
 
 def difference_sheet(rows: pd.DataFrame) -> Sheet:
-    """Returns the ticket's lead over the dense run and controls, in points of test accuracy.
+    """Returns the ticket's test accuracy minus that of the dense run and the controls, in points.
 
-    Differences are taken within a seed, so that what all arms of a seed share drops out.
+    Differences are taken within each seed, so that effects shared by all arms of a seed cancel.
     """
     by_seed = rows.pivot_table("test_accuracy", ["round", "seed"], "arm").reset_index("round")
     dense = by_seed.loc[by_seed["round"] == 0, "dense"] if "dense" in by_seed else None
@@ -145,9 +145,9 @@ def difference_sheet(rows: pd.DataFrame) -> Sheet:
 
 
 def overview_sheet(groups: Sequence[Group]) -> Sheet:
-    """A line for every group: where its last round ended, and how far its tickets hold up.
+    """Returns a line for every group: results of its last round, and how far tickets match dense.
 
-    Of a group that is not finished it has the seeds that got furthest.
+    For an unfinished group, it contains the seeds that got furthest.
     """
     lines = []
     for group in groups:
@@ -175,14 +175,14 @@ def overview_sheet(groups: Sequence[Group]) -> Sheet:
             headings,
             tuple(lines),
             names=1,
-            note="The last column has the fewest weights with which the ticket's mean is not below "
-            "that of the dense network.",
+            note="The last column shows the fewest weights with which the mean of the tickets is "
+            "at least that of the dense network.",
         )
     )
 
 
 def tickets_sheet(groups: Sequence[Group]) -> Sheet:
-    """The accuracy of the tickets of every group, round by round: six rounds if there are more."""
+    """Returns the accuracy of the tickets of every group by round, for at most six rounds."""
     rows = [group.rows[group.rows["arm"] == "ticket"] for group in groups]
     last = max(own["round"].max() for own in rows)
     shown = np.unique(np.linspace(1, last, 6).round())
@@ -203,7 +203,7 @@ def tickets_sheet(groups: Sequence[Group]) -> Sheet:
 
 
 def overviews(groups: Sequence[Group]) -> list[Sheet]:
-    """The tables that put groups side by side."""
+    """Returns the tables that compare groups."""
     sheets = []
     searches = [group for group in groups if group.has_rounds]
     if searches:
@@ -220,7 +220,7 @@ def overviews(groups: Sequence[Group]) -> list[Sheet]:
 
 
 def filled(sheet: Sheet) -> Sheet:
-    """The same table without the columns that are empty in every line."""
+    """Returns the table without empty columns."""
     keep = [n for n in range(len(sheet.headings)) if any(line[n] for line in sheet.lines)]
     return dataclasses.replace(
         sheet,
@@ -230,9 +230,9 @@ def filled(sheet: Sheet) -> Sheet:
 
 
 def _holds_down_to(rows: pd.DataFrame) -> str:
-    """The fewest weights left with which the ticket's mean is not below the dense one.
+    """Returns the fewest weights left with which the ticket's mean is at least the dense one.
 
-    Both means are over the seeds that have come as far as that.
+    Both means are over the seeds that have reached this round.
     """
     dense = rows[rows["arm"] == "dense"].set_index("seed")["test_accuracy"]
     tickets = rows[(rows["arm"] == "ticket") & rows["seed"].isin(dense.index)]
@@ -245,9 +245,9 @@ def _holds_down_to(rows: pd.DataFrame) -> str:
 
 
 def best_sheet(rows: pd.DataFrame) -> Sheet:
-    """For every combination of choices the best mean accuracy, and where it was reached.
+    """Returns the best mean accuracy of every combination of choices, and where it was reached.
 
-    Criteria have a line each, with what else was chosen for them in columns.
+    Each criterion has a line, and the other choices are columns.
     """
     factors, place = factors_of(rows), place_of(rows)
     where = "weights left" if place == "sparsity" else place
@@ -272,7 +272,7 @@ def best_sheet(rows: pd.DataFrame) -> Sheet:
 
 
 def instability_sheet(rows: pd.DataFrame) -> Sheet:
-    """Returns the results of `lottery-ticket instability`, a line per point."""
+    """Returns the results of `lottery-ticket instability`, one line per step."""
     lines = []
     for (step, sparsity), own in rows.groupby(["rewind_to", "sparsity"]):
         lines.append(
@@ -301,7 +301,7 @@ def _best(rows: pd.DataFrame, place: str) -> tuple[str, str]:
 
 
 def _setting(names: Sequence[str], values: Sequence[Any]) -> str:
-    """Choices as a heading: truths by their names."""
+    """Returns choices as a heading. Booleans are shown by their names."""
     texts = [
         name * bool(value)
         if isinstance(value, bool | np.bool_)

@@ -1,4 +1,4 @@
-"""The masks of tickets in run folders: by layer, compared with each other, and by sign."""
+"""Masks of tickets in run folders: by layer, by sign, and compared with each other."""
 
 import dataclasses
 import warnings
@@ -27,8 +27,8 @@ class Ticket:
     Attributes:
         seed: The seed.
         masks: Its masks by path.
-        signs: Which share of its weights ended with the sign they started with, by path; None where
-            the initial weights are not known, see `read_tickets`.
+        signs: Share of its weights that ended with the sign they started with, by path. None if the
+            initial weights are unknown; see `tickets_of`.
     """
 
     seed: int
@@ -38,15 +38,15 @@ class Ticket:
 
 @dataclasses.dataclass(frozen=True)
 class LayerRow:
-    """The entries of one weight that the tickets of a group keep.
+    """Statistics of a weight over the tickets of a group.
 
     Attributes:
-        path: The weight.
-        shape: Its shape.
-        size: Number of its entries.
-        kept: How many the masks keep, in each ticket.
-        same_sign: Share of the kept ones that ended with their initial sign, over the tickets of
-            which that is known; else NaN.
+        path: Path of the weight.
+        shape: Shape of the weight.
+        size: Number of entries.
+        kept: Number of kept entries in each ticket.
+        same_sign: Share of kept entries that ended with their initial sign, over the tickets with
+            known initial weights. NaN if there are none.
     """
 
     path: str
@@ -57,18 +57,18 @@ class LayerRow:
 
     @property
     def share(self) -> float:
-        """Share of weights left, over all tickets."""
+        """Share of kept entries, over all tickets."""
         return sum(self.kept) / (len(self.kept) * self.size)
 
     @property
     def kept_text(self) -> str:
-        """The number of kept entries, from the least to the most."""
+        """Number of kept entries as text, from the least to the most."""
         least, most = min(self.kept), max(self.kept)
         return f"{least:,}" if least == most else f"{least:,} to {most:,}"
 
     @property
     def same_sign_text(self) -> str:
-        """The share of kept signs, empty where it is not known."""
+        """Share of unchanged signs as text. Empty if unknown."""
         return _share(self.same_sign)
 
 
@@ -78,8 +78,8 @@ class Kept:
 
     Attributes:
         group: The group.
-        tickets: Its tickets, one for each seed, in their order.
-        unreadable: Files that did not load, with the reasons.
+        tickets: Its tickets, one for each seed, in order.
+        unreadable: Files that could not be loaded, with the reasons.
     """
 
     group: Group
@@ -88,18 +88,18 @@ class Kept:
 
     @property
     def label(self) -> str:
-        """The group in words."""
+        """Label of the group."""
         return self.group.label or self.group.title
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the masks by path; empty without tickets."""
+        """Shapes of the masks by path. Empty without tickets."""
         masks = self.tickets[0].masks if self.tickets else {}
         return {path: mask.shape for path, mask in masks.items()}
 
     @property
     def layers(self) -> list[LayerRow]:
-        """A row for each masked weight, and one over all of them."""
+        """A row for each masked weight, and one for all of them."""
         signs = [ticket.signs for ticket in self.tickets if ticket.signs is not None]
         rows = [
             LayerRow(
@@ -119,7 +119,7 @@ class Kept:
 
 
 def read_tickets(groups: Sequence[Group], console: Console | None = None) -> list[Kept]:
-    """Reads the masks of the tickets of each group, and shows a bar meanwhile."""
+    """Reads the masks of the tickets of each group, and shows a progress bar."""
     console = console or Console(quiet=True)
     tracked: Iterable[Group] = rich.progress.track(
         groups, "reading tickets", console=console, transient=True
@@ -128,14 +128,14 @@ def read_tickets(groups: Sequence[Group], console: Console | None = None) -> lis
 
 
 def tickets_of(group: Group) -> Kept:
-    """Load the last tickets of a group of runs.
+    """Reads the last tickets of a group of runs.
 
-    Initial weights are not part of a run folder: they are drawn again from the seed. Whether these
-    are those of the run is told by the ticket's pruned weights, which never train; after a
-    rewinding point later than 0, or by another backend, they are not.
+    Run folders do not contain initial weights, which are drawn again from the seed instead. They
+    are compared with the pruned weights of the ticket, which are never trained. They differ if the
+    rewinding point is later than 0 or if the backend is another one; signs are unknown then.
 
     Warns:
-        UserWarning: A ticket is damaged or cannot be loaded, and is left out.
+        UserWarning: If a ticket is damaged or cannot be loaded, and is left out.
     """
     tickets: dict[int, Ticket] = {}
     unreadable = []
@@ -145,7 +145,7 @@ def tickets_of(group: Group) -> Kept:
                 seed = _seed(run, path)
                 model = load_model(path)
                 masks = ml.get_masks(model)
-            # Whatever Keras and its file formats raise about a file, or a layer not imported.
+            # Keras and its file formats raise errors of any type here, also for unknown layers.
             except Exception as error:
                 text = (str(error).splitlines() or [repr(error)])[0]
                 unreadable.append(text if str(path) in text else f"'{path}': {text}")
@@ -189,7 +189,7 @@ def _signs(
 
 
 def sheets_of(kept: Kept) -> list[Sheet]:
-    """Returns tables of what the tickets of one group keep of each weight."""
+    """Returns tables of the kept weights of one group's tickets."""
     if not kept.tickets:
         return []
     lines = [
@@ -201,7 +201,7 @@ def sheets_of(kept: Kept) -> list[Sheet]:
 
 
 def comparisons(kepts: Sequence[Kept]) -> list[Sheet]:
-    """Returns tables of what the tickets of several seeds and groups have in common."""
+    """Returns tables that compare the masks of several seeds and groups."""
     lines = []
     for kept in kepts:
         if kept.tickets:
@@ -220,9 +220,9 @@ def comparisons(kepts: Sequence[Kept]) -> list[Sheet]:
             )
     headings = ("", "seeds", "weights", "overlap of seeds", "by chance", "same sign")
     note = (
-        "Overlap: weights that two masks keep over those that either keeps, and what random masks "
-        "with as many weights in each layer have. Same sign: kept weights that ended with the sign "
-        "they started with."
+        "Overlap: weights kept by both masks divided by weights kept by either, next to the value "
+        "for random masks with as many weights in each layer. Same sign: kept weights that ended "
+        "with the sign they started with."
     )
     title = "masks of the last tickets: mean ± standard deviation"
     sheets = [filled(Sheet(title, headings, tuple(lines), names=1, note=note))] if lines else []
@@ -240,9 +240,9 @@ def comparisons(kepts: Sequence[Kept]) -> list[Sheet]:
 
 
 def between(kepts: Sequence[Kept]) -> list[tuple[analyses.Overlap, int]]:
-    """The overlaps of the masks of groups at the same seed: their means, and the number of seeds.
+    """Returns mean overlaps of the masks of groups at the same seed, and the number of seeds.
 
-    One for each set of groups with masks of the same weights.
+    There is one for each set of groups with masks of the same weights.
     """
     together: dict[str, list[Kept]] = {}
     for kept in kepts:
@@ -267,7 +267,7 @@ def between(kepts: Sequence[Kept]) -> list[tuple[analyses.Overlap, int]]:
 
 
 def layer_sparsities(kepts: Sequence[Kept]) -> dict[str, dict[str, float]]:
-    """The share of pruned weights of every masked weight, for each group by its label."""
+    """Returns the share of pruned entries of every masked weight, by group label and path."""
     return {
         kept.label: {row.path: 1 - row.share for row in kept.layers[:-1]}
         for kept in kepts
@@ -276,7 +276,7 @@ def layer_sparsities(kepts: Sequence[Kept]) -> dict[str, dict[str, float]]:
 
 
 def same_signs(kepts: Sequence[Kept]) -> dict[str, dict[str, float]]:
-    """The share of kept signs of every masked weight, for each group of which it is known."""
+    """Returns the share of unchanged signs of every masked weight, for groups where it is known."""
     return {
         kept.label: {row.path: row.same_sign for row in kept.layers}
         for kept in kepts

@@ -1,4 +1,4 @@
-"""The web page of a report, which needs no other file."""
+"""The web page of a report, in a single file."""
 
 import base64
 import importlib.resources
@@ -25,10 +25,10 @@ from lottery_ticket_pruner.experiments.reports.ticket_masks import Kept
 
 
 def render(kepts: Sequence[Kept]) -> str:
-    """The page as HTML that needs no other file: styles and pictures are inside.
+    """Renders the page as HTML that needs no other file: styles and figures are included.
 
     Args:
-        kepts: The groups with their tickets, see `ticket_masks.read_tickets`.
+        kepts: Groups with their tickets, from `ticket_masks.read_tickets`.
     """
     numbers = iter(range(1, 10**6))
 
@@ -79,7 +79,7 @@ def render(kepts: Sequence[Kept]) -> str:
     )
 
 
-# The same colours on a dark page.
+# The colors for a dark page.
 _DARK_PALETTE = (
     "#56A8E8",
     "#F28A4B",
@@ -95,12 +95,12 @@ _INK, _GRID, _MUTED = "#000000", "#b0b0b0", "#737373"
 
 
 def svg(figure: Figure, prefix: str, label: str) -> str:
-    """A figure as an SVG element to put into a page: it takes the page's colours and font.
+    """Returns a figure as an SVG element that uses the colors and font of the page.
 
     Args:
         figure: The figure.
-        prefix: Comes before its identifiers, to tell them from those of other figures.
-        label: What it shows, for those who do not see it.
+        prefix: Prefix of its identifiers, to distinguish them from those of other figures.
+        label: Alternative text.
     """
     buffer = io.StringIO()
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": prefix}):
@@ -122,7 +122,7 @@ def svg(figure: Figure, prefix: str, label: str) -> str:
 
 
 def _images(group: Group) -> list[tuple[str, str]]:
-    """Pictures that a run other than of rounds left, as name and data URL."""
+    """Returns images saved by a run without rounds, as pairs of name and data URL."""
     if group.has_rounds:  # drawn again, over all replicates
         return []
     return [
