@@ -1,4 +1,4 @@
-"""What users write, as type checkers see it: `mypy` checks this file, and nothing runs it."""
+"""Typical user code for type checkers: `mypy` checks this file, and nothing runs it."""
 
 import keras
 import numpy as np

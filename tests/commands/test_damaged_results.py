@@ -1,4 +1,4 @@
-"""Results of finished runs that are cut or damaged: every command says so, and what to do."""
+"""Truncated or damaged results of finished runs: every command reports them and what to do."""
 
 import json
 import shutil
@@ -32,7 +32,7 @@ ROWS = {"run": 4, "supermask": 4, "instability": 2}
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A folder with one of a finished run of each command."""
+    """A folder with a finished run of each command."""
     place = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
@@ -121,7 +121,7 @@ def test_damage_is_said_and_nothing_is_done(place, capsys, name, damage, message
     )  # fmt: skip
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
     for command in (COMMANDS[name], ("report", "out"), ("report", "."), ("repeat", "out")):
-        if command[0] == "repeat":  # The folder that it writes in is one like any other.
+        if command[0] == "repeat":  # Its new folder is like any other.
             command = (*command, "--out", "out")
         assert cli.main([*command, "--quiet"]) == 2
         error = capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""What a user put into a folder of a command is there after everything that the command does."""
+"""Files that users put into the folder of a command survive everything that the command does."""
 
 import gc
 import json
@@ -32,7 +32,7 @@ COMMANDS = {
     ),
     "instability": ("instability", *COMMON, "--rewind-to", "0", "--points", "2"),
 }
-# Next to what the commands write, named much like it, and in folders of their own.
+# Next to files of the commands, with similar names, and in separate folders.
 OWN = (
     "notes.txt",
     "ticket-mine.keras",
@@ -71,7 +71,7 @@ def test_they_survive_the_run_that_replaces_another(here, capsys, name):
     command = [*COMMANDS[name], "--out", "out"]
     folder = here / "out"
     assert cli.main(command) == 0
-    assert written.others_in(folder, COMMANDS[name][0]) == []  # A command knows what it writes.
+    assert written.others_in(folder, COMMANDS[name][0]) == []  # All files belong to the command.
     put(folder)
     (folder / "link").symlink_to(here)
     before = (folder / "results.csv").stat().st_ino
@@ -136,7 +136,7 @@ def test_a_report_does_not_replace_the_results_of_a_run(here, capsys):
 
 
 class Killed(BaseException):
-    """What a process that is killed does no more begins here."""
+    """Raises instead of everything that a killed process would no longer do."""
 
 
 def replaced(folder, text):
@@ -212,7 +212,7 @@ def test_behind_a_link_the_folder_is_replaced(tmp_path):
 
 
 def test_what_a_living_process_moves_is_not_taken_for_left_behind(tmp_path):
-    """Between the two steps of a replacement, where the system needs two."""
+    """Stops between the two steps of a replacement, on systems that need two."""
     folder, beside = tmp_path / "run", tmp_path / ".run.new"
     old = beside.with_name(f"{beside.name}.old")
     for path, text in ((old, "first"), (beside, "second")):
@@ -227,6 +227,6 @@ def test_what_a_living_process_moves_is_not_taken_for_left_behind(tmp_path):
     (old / ".replaced").touch()
     with Workplace(folder):
         assert (folder / "results.csv").read_text() == "second"
-    # Whose command is not known, everything of it is kept.
+    # If its command is unknown, everything in it is kept.
     assert {path.name for path in folder.iterdir()} == {"results.csv", "results.csv.old"}
     assert [path.name for path in tmp_path.iterdir()] == ["run"]

@@ -1,4 +1,4 @@
-"""Interruptions, removed folders, sweeps that are killed: what the command says and leaves."""
+"""Interruptions, removed folders, killed sweeps: messages, and what is left behind."""
 
 import functools
 import os
@@ -66,7 +66,7 @@ def test_without_a_folder_there_is_none_to_name(command, tmp_path, capsys, monke
 def test_no_moment_of_the_process_ends_in_a_traceback(moment, tmp_path):
     package = tmp_path / "lottery_ticket_pruner"
     package.mkdir()
-    # Imports that swallow the exception, work that does not, and an end that takes its time.
+    # Imports that swallow the exception, work that does not, and a slow end.
     lines = {
         "import": "try: wait()\nexcept BaseException: pass\n",
         "work": "def main():\n  try: wait()\n  except KeyboardInterrupt: return 130\n",
@@ -82,7 +82,7 @@ def test_no_moment_of_the_process_ends_in_a_traceback(moment, tmp_path):
         text=True,
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
-        # Whatever runs the tests in the background may have it ignored.
+        # A test run in the background may ignore the signal.
         preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout.readline() == "there\n"
@@ -112,7 +112,7 @@ def test_a_folder_that_is_removed_or_in_use_ends_the_run(tmp_path, capsys, monke
 
 # --- Sweeps ---------------------------------------------------------------------------------------
 
-# A run that says who it is, and works for as long as its sweep lives.
+# A run that prints its process id, and works while its sweep is alive.
 CHILD = """
 import os, pathlib, runpy, sys, time
 runpy.run_path(sys.argv[1])["end_with_parent"]()
@@ -157,7 +157,7 @@ def test_the_runs_of_a_killed_sweep_end_with_it(tmp_path):
     while any(map(alive, pids)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(map(alive, pids))
-    # Nor does the sweep hold its folder any more.
+    # The sweep has also released its folder.
     with FolderLock(tmp_path / "sweep"):
         pass
 

@@ -1,4 +1,4 @@
-"""Configurations come back from the files that runs leave, and nothing else does."""
+"""Configurations are restored from the files of runs, and only from these."""
 
 import dataclasses
 import json
@@ -39,7 +39,7 @@ def test_a_resolved_configuration_comes_back_and_makes_the_same_choices(tmp_path
         old = json.loads((tmp_path / "config.json").read_text()) | {"conv_rate": 0.18}
         (tmp_path / "config.json").write_text(json.dumps(old))
         assert RepeatConfig(tmp_path).configuration().resolve(600).name == config.name
-    # Written before there were these options, by a version that said so or did not.
+    # Written before these options existed, by a version that did or did not store its number.
     stored = json.loads((tmp_path / "config.json").read_text())
     later = ("deterministic", "quiet", "pruned", "samples", "optimizer")
     older = {name: value for name, value in stored.items() if name not in later}

@@ -1,4 +1,4 @@
-"""Run folders that are damaged: a ValueError that names them, or what is there."""
+"""Damaged run folders: a ValueError that names them, or the readable part of them."""
 
 import contextlib
 import json
@@ -44,7 +44,7 @@ def write(folder, config=None, rows=None):
 
 
 def read(folder):
-    """Everything that `report` says of a folder in words."""
+    """Returns everything that `report` says about a folder."""
     runs = run_folders.find_runs([folder])
     groups = run_folders.groups_of(runs)
     run_folders.tidy(runs)
@@ -66,7 +66,7 @@ def test_damage_is_named_or_leaves_numbers(tmp_path_factory, data, name):
         content[position] ^= data.draw(st.integers(1, 255))
     file.write_bytes(content)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Of numbers without a mean.
+        warnings.simplefilter("ignore")  # For means of nothing.
         for use in (read, lambda folder: InstabilityConfig(masks=folder, seeds=()).resolve(600)):
             with contextlib.suppress(ValueError):
                 use(folder)
@@ -126,7 +126,7 @@ def test_repeat_refuses_options_of_other_types(run, capsys, monkeypatch, option,
     shown = capsys.readouterr().err
     assert "Traceback" not in shown
     right = {"seeds": ([],), "rewind_to": ("text",), "rate": (0.5, -1, None), "steps": (None, -1)}
-    right |= {"rounds": (None, -1), "quiet": WRONG, "out": WRONG}  # The last two are not taken.
+    right |= {"rounds": (None, -1), "quiet": WRONG, "out": WRONG}  # The last two are not read.
     fine = any(value == one and type(value) is type(one) for one in right[option])
     assert fine or "config.json' holds no configuration of a run: options of other types" in shown
 

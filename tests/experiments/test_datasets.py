@@ -59,7 +59,7 @@ def mnist():
 
 
 def assert_same_images(scaled, images):
-    """The same images whatever their order; scaled ones are in [0, 1] with a channel axis."""
+    """The same images in any order; scaled ones are in [0, 1] with a channel axis."""
     assert scaled.dtype == "float32"
     restored = np.round(scaled * 255).astype("uint8").reshape(len(scaled), -1)
     flat = images.reshape(len(images), -1)
@@ -85,7 +85,7 @@ def test_digits_are_embedded_and_split_the_same_way_every_time():
         assert x.max() == 1
         assert y.dtype == "int32"
         assert set(y) == set(range(10))
-    # Every image is in one part only, with its own label.
+    # Every image is in exactly one part, with its own label.
     everything = np.concatenate([part.reshape(-1, 64) for part in parts])
     labels = np.concatenate([digits.y_train, digits.y_validation, digits.y_test])
     found = sorted(
@@ -255,7 +255,7 @@ def test_unknown_names_list_the_known():
         datasets.load("svhn")
 
 
-# --- One's own ------------------------------------------------------------------------------------
+# --- Custom data ----------------------------------------------------------------------------------
 
 OWN = """
 import dataclasses
@@ -346,14 +346,14 @@ nothing = None
 
 @pytest.fixture
 def own(tmp_path, monkeypatch):
-    """The path of a file with functions that load data, from modules beside it."""
+    """The path of a file with functions that load data, with modules next to it."""
     folder = tmp_path / "code"
     folder.mkdir()
     (folder / "own.py").write_text(OWN)
     (folder / "beside.py").write_text("COUNT = 36")
     (folder / "beside_too.py").write_text("")
     yield folder / "own.py"
-    # What else was imported meanwhile, other tests have in use.
+    # Other modules imported in the meantime are used by other tests.
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__dict__", {}).get("__file__")
         if file and Path(file).is_relative_to(folder):
@@ -423,7 +423,7 @@ def test_missing_files_and_modules_of_own_data_are_named(own, monkeypatch):
     for name in ("no_such_package.own", "own.inside"):
         with pytest.raises(datasets.DatasetNotFoundError, match=f"no module '{name}'.*by its path"):
             datasets.load(f"{name}:table")
-    # What is missing there is not what was asked for: the user's own error is more help.
+    # The user's own error is more helpful than one about the missing function.
     (own.parent / "broken.py").write_text("import no_such_package_either")
     with pytest.raises(
         datasets.UserCodeError, match=r"no_such_package_either.*broken\.py', line 1"

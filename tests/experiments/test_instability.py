@@ -1,4 +1,4 @@
-"""`lottery-ticket instability`: what is trained from where, and what is written and kept."""
+"""`lottery-ticket instability`: which trainings start where, and what is written and kept."""
 
 import dataclasses
 import json
@@ -26,7 +26,7 @@ def test_what_is_left_open_is_chosen():
     assert (config.network, config.batch_size, config.optimizer) == ("lenet-300-100", 60, "adam")
     asked = InstabilityConfig(epochs=4, rewind_to=("2ep", "0", "7it")).resolve(600)
     assert (asked.steps, asked.rewind_to) == (40, ("0it", "7it", "20it"))
-    # Two steps of pruning come on top of the way to a point.
+    # Two steps of pruning are added to the way to each point.
     assert asked.work == 2 * 40 + (9 + 2 * 33) + (22 + 2 * 20)
     assert len({config.name, asked.name, dataclasses.replace(config, points=5).name}) == 3
     own = InstabilityConfig(data="../code/own.py:load").resolve(600)
@@ -51,7 +51,7 @@ def test_contradictions_are_refused(options, message):
 
 @pytest.fixture
 def measured(monkeypatch):
-    """The states from which instabilities are measured; nothing is trained from there."""
+    """Records the states from which instabilities are measured, without training."""
     states = []
 
     def instability(model, x, y, *, steps, points, on_progress, **kwargs):
@@ -85,12 +85,12 @@ def found(tmp_path_factory):
 
 @pytest.fixture
 def ticket(found, tmp_path):
-    """That folder, to change."""
+    """A copy of that folder, to change."""
     return shutil.copytree(found, tmp_path / "ticket")
 
 
 def test_the_masks_and_the_rewinding_point_are_those_of_a_run(tmp_path, ticket, measured, capsys):
-    """Pruned weights never train: the run's ticket still has those of the rewinding point."""
+    """Checks that pruned weights, which never train, are still those of the rewinding point."""
     options = OF_TICKET
     assert cli.main(command(**options, masks=ticket, out=tmp_path / "out")) == 0
     ((seed, steps, weights, masks),) = measured
@@ -168,7 +168,7 @@ def test_an_interrupted_run_goes_on_under_the_same_masks_alone(
         monkeypatch.setattr(analyses, "instability", function)
         assert cli.main(command(**given)) == status
     assert [seed for seed, *_ in measured] == [3, 5, 3]
-    # Written anew before the run goes on, and once more after it has begun.
+    # Written again before the run resumes, and once more after it has begun.
     shutil.copy(file.with_name("masks-00.npz"), file)
     monkeypatch.setattr(analyses, "instability", meanwhile)
     capsys.readouterr()
@@ -203,7 +203,7 @@ def test_an_interrupted_run_goes_on_and_reports_show_it(tmp_path, measured, monk
     assert (kernel != other).any()
     rows = pd.read_csv(tmp_path / "a" / "results.csv")
     assert rows["replicate"].tolist() == [0, 1, 2]
-    # On the line from 0.9 to 0.7 the error goes from 10 to 30 % without a hill: 30 - 20.
+    # On the line from 0.9 to 0.7 the error rises from 10 to 30 % monotonically: 30 - 20.
     assert rows["instability"].tolist() == pytest.approx([0.1] * 3)
     assert rows["test_accuracy"].tolist() == pytest.approx([0.8] * 3)
     assert len(pd.read_csv(tmp_path / "a" / "lines.csv")) == 9
@@ -217,7 +217,7 @@ def test_an_interrupted_run_goes_on_and_reports_show_it(tmp_path, measured, monk
     first, options = options, options | {"out": tmp_path / "b"}
     assert cli.main(command(**options)) == 130
     assert len(pd.read_csv(tmp_path / "b" / "results.csv")) == 2
-    # A line that is cut inside of a number belongs to a row that is measured again.
+    # A line that is cut inside a number belongs to a row that is measured again.
     lines = tmp_path / "b" / "lines.csv"
     lines.write_bytes(lines.read_bytes()[:-3])
     monkeypatch.setattr(analyses, "instability", measure)
@@ -228,11 +228,11 @@ def test_an_interrupted_run_goes_on_and_reports_show_it(tmp_path, measured, monk
     assert len(pd.read_csv(tmp_path / "b" / "lines.csv")) == 9
     assert json.loads((tmp_path / "b" / "config.json").read_text())["rewind_to"] == ["0it"]
 
-    # Finished, it is shown and not measured again.
+    # A finished run is shown, and not measured again.
     count = len(measured)
     assert cli.main(command(**options)) == 0
-    # Another configuration in the same place starts from nothing, and goes on where it was
-    # interrupted; until it is finished, what was there before stays.
+    # Another configuration in the same folder starts from scratch, and is resumed where it was
+    # interrupted. The earlier results stay until it is finished.
     monkeypatch.setattr(analyses, "instability", interrupted)
     other = [*command(**first | {"points": 4, "seeds": "1 2 5 6"}), "--overwrite"]
     assert cli.main(other) == 130

@@ -1,4 +1,4 @@
-"""Data that no classifier can be trained on is refused, wherever it comes from, and says where."""
+"""Data that no classifier can be trained on is refused, with its source."""
 
 import pickle
 import sys
@@ -16,7 +16,7 @@ COUNT = 240
 LABELS = np.arange(COUNT) % 10
 IMAGES = np.broadcast_to(LABELS[:, None, None], (COUNT, 28, 28)).astype("uint8")
 
-# What to put in place of which array, and what is said of it.
+# A replacement for one of the arrays, and the expected message.
 WRONG = {
     "one-hot labels": ("y_train", np.eye(10, dtype="uint8")[LABELS], r"y\.argmax\(-1\)"),
     "one-hot test labels": ("y_test", np.eye(10)[LABELS], r"test.*y\.argmax\(-1\)"),
@@ -175,13 +175,13 @@ def test_an_exception_of_the_users_function_is_named(tmp_path, capsys, monkeypat
     (tmp_path / "beside_own.py").write_text("def fail():\n    return 1 / 0\n")
     monkeypatch.chdir(tmp_path)
     assert cli.main(["run", "--data", "own.py:load"]) == 2
-    sys.modules.pop("beside_own", None)  # Other tests have files of their own.
+    sys.modules.pop("beside_own", None)  # Other tests use different files of this name.
     first, _, rest = capsys.readouterr().err.partition("lottery-ticket: ")[2].partition("\n")
     file = "beside_own.py" if fault == "beside" else "own.py"
     assert first.startswith("own.py:load raised ")
     assert error in first
     assert f"{file}', line {line}" in first
-    # The user's part of the traceback, and nothing of what called it.
+    # Only the user's part of the traceback, without its callers.
     assert "own.py" in rest
     assert "experiments" not in rest
 

@@ -1,4 +1,4 @@
-"""The papers' networks: their weight counts, their initialisation, their errors."""
+"""Networks of the papers: their weight counts, their initialization, their errors."""
 
 import keras
 import numpy as np

@@ -40,9 +40,9 @@ LEFT_BY_AN_EARLIER_RUN = (
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run of two rounds and two seeds: its folder, its configuration, what it printed.
+    """A run of two rounds and two seeds: its folder, its configuration, its output.
 
-    In the folder lies what an earlier run of more seeds left, and a file of the user's.
+    The folder also contains files of an earlier run with more seeds, and a file of the user.
     """
     out = tmp_path_factory.mktemp("run") / "folder"
     for name in (*LEFT_BY_AN_EARLIER_RUN, "notes.txt", "config.json"):
@@ -70,7 +70,7 @@ def test_results_hold_a_row_per_round_arm_and_replicate(finished):
     for row in rows:
         assert 0.1 < row["test_accuracy"] <= 1
         assert row["early_stop_step"] in range(4, 41, 4)
-    # Half of the hidden weights, a quarter of the output's go in each round.
+    # Half of the hidden weights and a quarter of the output weights are pruned in each round.
     sparsity = 1 - (0.5 * 49_200 + 0.75 * 1_000) / 50_200
     assert rows[1]["sparsity"] == pytest.approx(sparsity, abs=1e-4)
 
@@ -129,7 +129,7 @@ def test_the_picture_is_there(finished):
 
 
 def stored_arrays(file):
-    """The arrays in a `.keras` file by their path in it: weights, masks, optimizer, seeds."""
+    """Returns the arrays in a `.keras` file by path: weights, masks, optimizer, seeds."""
     arrays = {}
     with zipfile.ZipFile(file) as archive:
         weights = io.BytesIO(archive.read("model.weights.h5"))
@@ -200,7 +200,7 @@ def test_a_run_goes_on_where_it_was_its_data_that_was_interrupted(tmp_path, monk
         RunConfig(rounds=1, steps=8, seeds=(0,), controls=(), out=tmp_path)
     )
     other = dataclasses.replace(data, x_train=data.x_train[:, ::-1])
-    # Another command's: not the state of a run.
+    # A file of another command, which is not the state of a run.
     (tmp_path / "state.json").write_text('{"choices": {}}')
     train = training.train
     found = []

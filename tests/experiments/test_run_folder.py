@@ -1,4 +1,4 @@
-"""Run folders: what counts as the same run, what is finished, and how another takes its place."""
+"""Run folders: which runs count as the same, which are finished, and how they are replaced."""
 
 import dataclasses
 import errno
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.once
 
 
 class Large(np.ndarray):
-    """An array of which there is no room for another."""
+    """An array that cannot be copied for lack of memory."""
 
     def __deepcopy__(self, memo):
         raise MemoryError
@@ -45,11 +45,11 @@ def config(tmp_path):
 
 
 class Killed(BaseException):
-    """What a process that is killed does no more begins here."""
+    """Raises instead of everything that a killed process would no longer do."""
 
 
 def work(config, rows=ROWS, data=DATA, masks=None, finish=True, command="run"):
-    """Does what a command does with its folder; returns what it found there."""
+    """Uses a folder as a command does, and returns what it found there."""
     with RunFolder(command, config, data, masks) as folder:
         found = (folder.is_finished, folder.is_interrupted)
         if not folder.is_finished:
@@ -121,7 +121,7 @@ def test_a_finished_run_is_replaced_when_the_new_one_is_complete(config, tmp_pat
     assert work(other, rows, finish=False) == (False, False)
     assert (config.out / "results.csv").read_text() == ROWS
     assert work(config) == (True, False)
-    # It goes on, or gives way to one of other options.
+    # It is resumed, or replaced by one with other options.
     assert work(other, rows, finish=False) == (False, True)
     assert work(again, rows, finish=False) == (False, False)
     assert work(again, rows) == (False, True)
@@ -144,7 +144,7 @@ def test_a_kill_while_one_takes_the_place_of_the_other(
     exchange = files._exchange if exchanges else lambda a, b: False
 
     def killed(path, **_):
-        # What follows in a `finally` is what a killed process does not do any more.
+        # A killed process does not execute what follows in a `finally`.
         monkeypatch.setattr(FolderLock, "__exit__", lambda *_: None)
         raise Killed
 
@@ -180,7 +180,7 @@ def test_folders_made_before_they_said_so_are_read(config):
     assert facts["command"] == "run"
     assert facts["finished"] is True
     assert "lottery-ticket-pruner" in facts["versions"]
-    # Nor had they options that came later.
+    # They also lacked options that were added later.
     del stored["optimizer"], stored["pruned"]
     file.write_text(json.dumps(stored))
     assert not run_folder.is_finished(config.out)
@@ -220,7 +220,7 @@ def test_a_folder_that_vanishes_is_not_finished(config):
     for again in (False, True):
         with pytest.raises(FileNotFoundError, match="removed or replaced"):
             vanish(again)
-    assert not config.out.exists()  # But for the lock it was empty.
+    assert not config.out.exists()  # It contained only the lock.
 
 
 def test_the_lock_of_another_process_stays(config):

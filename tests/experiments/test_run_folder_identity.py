@@ -1,4 +1,4 @@
-"""Run folders know criteria and treatments of one's own by their code, not by their name."""
+"""Run folders identify custom criteria and treatments by their code, not by their names."""
 
 import json
 import threading
@@ -26,7 +26,7 @@ def _own_registries(monkeypatch):
 
 
 def register(k, lock=None):
-    """Criterion and treatment of the same names, with other code for another number."""
+    """Registers a criterion and a treatment whose code depends on a number, but not their names."""
 
     @criteria.register("mine", needs={"final"})
     def mine(group):
@@ -38,7 +38,7 @@ def register(k, lock=None):
 
 
 def opened(folder, **options):
-    """Opens a folder for a run; returns whether it goes on with one that was interrupted there."""
+    """Opens a folder for a run, and returns whether an interrupted run is resumed."""
     config = RunConfig(out=folder, **options).resolve(1318)
     with RunFolder("run", config, DATA) as place:
         found = place.is_interrupted

@@ -37,7 +37,7 @@ def test_what_is_left_open_is_chosen():
     assert SupermaskConfig(learn="edge_popup", epochs=3).resolve(1000).steps == 12
     assert SupermaskConfig(learn="edge_popup").resolve(1000).sparsities == (0.5,)
     for chosen in (config, learned, SupermaskConfig(learn="edge_popup", epochs=3).resolve(1000)):
-        assert chosen.resolve(1000) == chosen  # Its file repeats the run.
+        assert chosen.resolve(1000) == chosen  # Its file is enough to repeat the run.
     names = {config.name, learned.name, dataclasses.replace(config, dwr=(True,)).name}
     assert len(names) == 3
     assert dataclasses.replace(config, quiet=True).name == config.name
@@ -86,7 +86,7 @@ def test_untrained_masks(tmp_path, monkeypatch):
     means = large.groupby("sparsity")["test_accuracy"].mean()
     assert f"{100 * means.max():.2f} ± " in printed
 
-    # What an interrupted run finished is not trained again; what it left behind is drawn again.
+    # Masks finished before the interruption are not trained again; figures are drawn again.
     seeds, train, stop_at = [], training.train, 4
 
     def counted(*args, **kwargs):
@@ -101,7 +101,7 @@ def test_untrained_masks(tmp_path, monkeypatch):
         supermask.run(config, data, Console(quiet=True))
     folder = config.out
     (folder / "curves-9.png").touch()
-    # Under the same options other data are another run.
+    # Other data under the same options is a different run.
     other = dataclasses.replace(data, x_train=data.x_train[:, ::-1])
     with pytest.raises(ValueError, match="an interrupted run of the same options with another"):
         supermask.run(config, other, Console(quiet=True))
@@ -112,7 +112,7 @@ def test_untrained_masks(tmp_path, monkeypatch):
     again = pd.read_csv(folder / "results.csv")
     pd.testing.assert_frame_equal(again, rows, rtol=1e-3)
 
-    # Finished, it stays as it is, and shows what it found.
+    # A finished run is not changed, and shows its results.
     console = Console(file=io.StringIO(), width=100)
     supermask.run(config, data, console)
     assert seeds == [3, 4]
@@ -137,7 +137,7 @@ def test_rows_that_were_cut_are_made_again(tmp_path, monkeypatch):
     file = tmp_path / "results.csv"
     whole = file.read_bytes()
     assert whole.endswith(b"\n")
-    # Inside of the last number, before the end of the last line, and after the line before it.
+    # Cut inside the last number, before the end of the last line, and after the previous line.
     for cut in (whole[:-4], whole[:-1], whole[: whole[:-1].rindex(b"\n") + 1]):
         file.write_bytes(cut)
         with pytest.raises(InterruptedError):

@@ -1,4 +1,4 @@
-"""Rows, groups of runs, tables and pictures, on made-up results."""
+"""Rows, groups of runs, tables and figures, on made-up results."""
 
 import io
 import json
@@ -59,7 +59,7 @@ def test_the_table_of_all_controls_fits_a_terminal():
 
 
 def test_the_table_of_masks_fits_a_terminal():
-    """Of every mask the best level, with the seeds put together in the order of their levels."""
+    """The best level of every mask, with seeds matched by the order of their levels."""
     rows = pd.DataFrame(
         {"criterion": criterion, "weights": weights, "dwr": dwr, "seed": seed,
          "sparsity": 0.9 * level + seed / 1000, "test_accuracy": 0.5 + level / 4 + seed / 100}
@@ -93,7 +93,7 @@ def test_differences_are_paired_by_seed():
     assert sheet.lines == (("1", "50.00%", versus_dense, expected),)
 
 
-# --- Pictures -------------------------------------------------------------------------------------
+# --- Figures --------------------------------------------------------------------------------------
 
 
 def test_intervals_are_those_of_the_t_test():
@@ -124,7 +124,7 @@ def test_the_picture_draws_every_arm_with_its_band():
     assert "lowest to highest of 2 replicates" in axes.get_title()
     formatted = axes.yaxis.get_major_formatter()(10)
     assert formatted == "90 %"
-    # The error of a perfect run has no logarithm: it is drawn at the edge.
+    # The error of a perfect run has no logarithm, so it is drawn at the edge.
     assert math.isfinite(axes.get_ylim()[1])
 
 
@@ -176,7 +176,8 @@ def test_rows_are_read_to_the_last_bit(tmp_path):
 
 @pytest.mark.parametrize("cut", [1, 2, 9])
 def test_a_line_without_its_end_is_left_out(tmp_path, cut):
-    # Of "0.2\r\n": its end, half of it, or more: never another number.
+    # Of "0.2\r\n", either its end or half of it or more is cut, but it never becomes another
+    # number.
     write_run(tmp_path / "a", ROWS[:3])
     whole = results.read_rows(tmp_path / "a" / "results.csv")
     file = tmp_path / "a" / "results.csv"
@@ -203,7 +204,7 @@ def test_runs_that_differ_in_seeds_alone_are_replicates(tmp_path):
     assert [run.folder.name for run in runs] == ["a", "b"]
     (group,) = run_folders.groups_of(runs)
     assert group.title == "digits, lenet-300-100, large_final"
-    # Seed 8 is in both: it counts once, as the run has it that got further.
+    # Seed 8 is in both runs, and counts once, from the run that got further.
     assert sorted(zip(group.rows["seed"], group.rows["round"], strict=True)) == sorted(
         [(7, 0), (7, 1), (7, 1), (8, 0), (8, 1), (8, 1), (9, 0), (9, 1), (9, 1)]
     )
@@ -362,12 +363,12 @@ def test_the_overview_says_how_far_tickets_hold_up(tmp_path):
         tmp_path / "b", [r for r in rows if r["arm"] != "random_mask"][:3], rounds=2, rate=0.4
     )
     sheet = tables.overview_sheet(run_folders.groups_of(run_folders.find_runs([tmp_path])))
-    # Where it last reached the dense network's 94 %: 40 % of the weights, in the third round.
+    # Where it last matched the dense network's 94 %: 40 % of the weights, in the third round.
     assert sheet.lines == (
         ("rounds 1, rate 0.2", "1", "20.00%", "94.00", "50.00", "40.00", "40.00%"),
         ("rounds 2, rate 0.4", "1", "60.00%", "94.00", "93.00", "", "80.00%"),
     )
-    # Of three seeds one is in the last round: it is held against its own dense run.
+    # Only one of three seeds has reached the last round; it is compared with its own dense run.
     more = [row(0, "dense", n, 0.99, 0.0) for n in (1, 2)]
     folder = write_run(tmp_path / "c" / "d", [*rows, *more], seeds=[7, 8, 9])
     (unfinished,) = run_folders.groups_of(run_folders.find_runs([folder]))

@@ -1,4 +1,4 @@
-"""What tickets in run folders keep, by hand: layers, overlaps, signs."""
+"""Masks of tickets in run folders, checked by hand: layers, overlaps, signs."""
 
 import keras
 import numpy as np
@@ -17,7 +17,7 @@ PATHS = ["fc_1/kernel", "fc_2/kernel", "output/kernel"]
 
 
 def ticket(seed, keep):
-    """LeNet as a run draws it, 2 x 2 pixels and 3 classes; `keep` of the rows of each kernel."""
+    """Writes a LeNet for 2 x 2 pixels and 3 classes, and keeps the given rows of each kernel."""
     keras.utils.set_random_seed(seed)
     model = ml.convert_to_masked(networks.build("lenet-300-100", (2, 2, 1), 3))
     kept = {path: np.zeros(mask.shape, bool) for path, mask in ml.get_masks(model).items()}
@@ -68,7 +68,7 @@ def test_signs_are_compared_with_the_weights_drawn_from_the_seed(tmp_path):
     assert sheet.headings[-1] == "same sign"
     assert sheet.lines[0][-1] == "0.814 ± 0.000"
 
-    # Pruned weights that are not those of the seed: drawn elsewhere, or rewound to a later step.
+    # Pruned weights that do not come from the seed: drawn elsewhere, or rewound to a later step.
     values[3, 0] += 1
     refs["fc_1/kernel"].variable.assign(values)
     model.save(folder / "ticket-1.keras")
@@ -86,13 +86,13 @@ def test_overlaps_between_seeds_and_between_configurations(tmp_path):
     ticket(0, slice(0, 1)).save(other / "ticket.keras")
     kepts = kept_by(tmp_path / "runs")
     seeds, pairs = ticket_masks.comparisons(kepts)
-    # One row of 4, 300 and 100 each, another one in the other seed; by chance a b / n of them.
+    # One row of 4, 300 and 100 each, a different one for the other seed; by chance a b / n of them.
     chance = 300 / 4 + 100 / 300 + 3 / 100
     by_chance = f"{chance / (806 - chance):.3f}"
     assert seeds.lines[0][:5] == ("a", "2", "1.28%", "0.000", by_chance)
     assert seeds.lines[1][3] == "1.000"
     assert seeds.lines[2][3:5] == ("", "")
-    # The first row of two, and the second of them; the third configuration has seed 7 alone.
+    # The first row of two, and the second of them; the third configuration has only seed 7.
     assert [line[:4] for line in pairs.lines] == [
         ("a", "b", "1", "0.500"),
         ("a", "c", "1", "1.000"),

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.once
 
 @pytest.fixture(scope="module")
 def ticket(tmp_path_factory):
-    """A masked model on file: 3 of 12 and 4 of 6 weights are left."""
+    """A saved masked model with 3 of 12 and 4 of 6 weights left."""
     model = keras.Sequential(
         [keras.Input((4,)), keras.layers.Dense(3, name="a"), keras.layers.Dense(2, name="b")]
     )
@@ -46,7 +46,7 @@ def ticket(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folder(ticket, tmp_path_factory):
-    """Two runs that differ in their criterion, whose name is one that HTML would trip over."""
+    """Two runs that differ in their criterion, whose name must be escaped in HTML."""
     folder = tmp_path_factory.mktemp("runs")
     write_run(folder / "one")
     write_run(folder / "two", strategy="<script>alert(1)</script>")
@@ -130,7 +130,7 @@ def test_the_page_shows_tables_pictures_options_and_layers(text):
         "controls random_mask",
     ):
         assert expected in words, expected
-    # The comparison, what is left of each layer, and the arms of both runs.
+    # The comparison, the weights left in each layer, and the arms of both runs.
     assert text.count("<svg") == 4
     assert "Not loaded:" in words
 
@@ -175,7 +175,7 @@ def test_the_command_writes_page_pictures_and_rows(folder, tmp_path, capsys):
 
 def test_quiet_reports_go_into_the_folder_they_are_of(ticket, tmp_path, capsys):
     write_run(tmp_path / "runs" / "one")
-    for _ in range(2):  # the report's own folder is no run
+    for _ in range(2):  # the folder of the report is not a run
         assert cli.main(["report", str(tmp_path / "runs"), "--quiet"]) == 0
     assert (tmp_path / "runs" / "report" / "report.html").is_file()
     assert capsys.readouterr().out == ""
@@ -195,7 +195,7 @@ def test_folders_that_are_no_runs_are_errors(tmp_path, capsys):
 
 
 def test_results_without_rounds_are_drawn_by_their_choices(tmp_path):
-    """Those of untrained masks: a picture for each treatment, a line for each criterion."""
+    """Figures of untrained masks: one for each treatment, with a line for each criterion."""
     rows = [
         {"criterion": c, "weights": w, "dwr": d, "sparsity": s, "replicate": r,
          "test_accuracy": 0.5 + 0.1 * s + 0.01 * r + (0.2 if c == "large_final" else 0)}

@@ -1,4 +1,4 @@
-"""What tests of several modules use: arrays of tensors, made-up data, random masks."""
+"""Helpers that tests of several modules share: tensors as arrays, made-up data, random masks."""
 
 import numpy as np
 from keras import ops
@@ -7,7 +7,7 @@ import masked_layers as ml
 
 
 def numpy(x):
-    """A copy, so that later updates do not show."""
+    """Returns a copy of a tensor as an array, which later updates do not change."""
     return np.array(ops.convert_to_numpy(x))
 
 

@@ -1,8 +1,8 @@
-"""Contenders that cost nothing, where the processes of `benchmarks` find them."""
+"""Trivial contenders, importable by the processes of `benchmarks`."""
 
 
 def in_turns():
-    """Contenders that say which call this is."""
+    """Yields contenders that return the number of their call."""
     calls = []
 
     def call():

@@ -1,4 +1,4 @@
-"""Checks of a conversion and small models for it."""
+"""Checks of conversions, and small models for them."""
 
 import keras
 import numpy as np
@@ -10,7 +10,7 @@ from common import half_masks, numpy
 
 
 def names(model):
-    # Sequential makes its input layer itself.
+    # Sequential creates its input layer itself.
     kinds = (ml.Mask, layers.InputLayer)
     return [layer.name for layer in model._flatten_layers() if not isinstance(layer, kinds)]
 
@@ -22,7 +22,7 @@ def assert_equal_outputs(a, b, inputs):
 
 
 def assert_round_trips(plain, inputs, tmp_path, custom_objects=None):
-    """Converts, masks, saves, loads, strips: equal outputs at each step, the original untouched."""
+    """Converts, masks, saves, loads and strips: equal outputs at each step, original unchanged."""
     before = plain.get_weights()
     masked = ml.convert_to_masked(plain)
     assert isinstance(masked, type(plain))

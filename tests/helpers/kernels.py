@@ -1,4 +1,4 @@
-"""Records of kernels, by hand and drawn by hypothesis."""
+"""Records of kernels, given explicitly or drawn by hypothesis."""
 
 import math
 
@@ -12,7 +12,7 @@ RANKING_RECORDS = [name for name in criteria.names() if not criteria.get(name).e
 
 
 def kernel(values, mask=None, **kwargs):
-    """A kernel whose three records hold the same values."""
+    """Returns a kernel whose three records have the same values."""
     values = np.asarray(values)
     mask = np.ones(values.shape, dtype=bool) if mask is None else np.asarray(mask, dtype=bool)
     records = {"initial": values, "final": values, "current": values} | kwargs
@@ -20,7 +20,7 @@ def kernel(values, mask=None, **kwargs):
 
 
 def distinct(rng, *shape):
-    """Random weights without two of one magnitude."""
+    """Draws random weights with distinct magnitudes."""
     size = math.prod(shape)
     magnitudes = rng.permutation(size).astype(np.float32) + 1
     return (magnitudes * rng.choice([-1, 1], size)).reshape(shape) / size

@@ -1,4 +1,4 @@
-"""Small models and data for the compiled loop, and what it is compared by."""
+"""Small models and data for compiled loops, and functions to compare results."""
 
 import keras
 import numpy as np
@@ -23,7 +23,7 @@ def dense():
 
 
 def with_state():
-    """Dropout, statistics, a penalty, a constraint and masks, some of them trained under it."""
+    """Returns a model with dropout, statistics, a penalty, a constraint and masks."""
     model = keras.Sequential(
         [
             keras.Input((6,)),
@@ -47,7 +47,7 @@ def two_inputs():
 
 def compiled(make, optimizer=None, **kwargs):
     if BACKEND == "tensorflow":
-        # As the loop is: by XLA TensorFlow draws its random numbers in another way.
+        # Like the loop, because TensorFlow draws different random numbers under XLA.
         kwargs.setdefault("jit_compile", make is with_state)
     keras.utils.set_random_seed(0)
     model = make()
@@ -77,7 +77,7 @@ def by_xla(monkeypatch):
 
 
 def through_fit(model):
-    """Why a long training goes through `fit`: a text, or True if it is faster there."""
+    """Returns why a long training goes through `fit` as a text, or True if `fit` is faster."""
     current = engine.engine_of(model)
     if current._why_fit is not None or not current._programs.kinds(1000):
         return current._why_fit or True
@@ -85,7 +85,7 @@ def through_fit(model):
 
 
 def with_own_loss():
-    """No targets: the loss is added on the way."""
+    """Has no targets: the loss is added by a layer."""
 
     class Sparse(layers.Layer):
         def call(self, x):

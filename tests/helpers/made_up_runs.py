@@ -1,4 +1,4 @@
-"""Folders of runs as the command leaves them, without the training."""
+"""Folders as left by runs of the command, without the training."""
 
 import json
 

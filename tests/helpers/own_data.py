@@ -1,4 +1,4 @@
-"""The text of a small module as users write one for `--data own.py:load`."""
+"""The text of a small module such as users write for `--data own.py:load`."""
 
 SOURCE = """
 import numpy as np

@@ -1,4 +1,4 @@
-"""The code of the documentation's pages, found and run as it stands."""
+"""Finds and runs the code in the pages of the documentation."""
 
 import re
 from pathlib import Path
@@ -7,12 +7,12 @@ DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
 def blocks(page):
-    """The label (as `here` in a line `here:` right before it, or empty) and code of each block."""
+    """Returns label and code of each block. The label is `here` after a line `here:`, or empty."""
     text = (DOCS / page).read_text("utf-8")
     return re.findall(r"(?:^(\w+):\n\n)?^```python\n(.*?)^```$", text, re.M | re.S)
 
 
 def run(page, code, names):
-    """Runs code of a page in a namespace, which it changes."""
+    """Runs the code of a page in a namespace, which it changes."""
     exec(compile(code, page, "exec"), names)
     return names

@@ -1,4 +1,4 @@
-"""Small models that are pruned, and what they are compared by."""
+"""Small pruned models, and functions to compare them."""
 
 import keras
 import numpy as np
@@ -19,7 +19,7 @@ def compiled(model, optimizer=None, **kwargs):
 
 
 def plain_model(seed=0):
-    """A kernel, batch normalization, dropout and a head; biases that are not zero."""
+    """Returns a model with a kernel, batch normalization, dropout, a head and nonzero biases."""
     keras.utils.set_random_seed(seed)
     return keras.Sequential(
         [
@@ -43,7 +43,7 @@ def assert_same(ours, theirs):
 
 
 def moved():
-    """A model that is not compiled and stands elsewhere than it began, as if it was trained."""
+    """Returns an uncompiled model with weights that differ from the initial ones, as if trained."""
     model = ml.convert_to_masked(plain_model())
     pruner = LotteryTicketPruner(model)
     rng = np.random.default_rng(1)

@@ -1,10 +1,10 @@
-"""A small model for a search of tickets."""
+"""A small model for ticket searches."""
 
 import keras
 import numpy as np
 from keras import layers
 
-# Stretches of two steps throughout, so that the shared model is traced once.
+# All stretches have two steps, so that the shared model is traced once.
 SHORT = {"steps": 4, "batch_size": 20, "eval_every": 2}
 
 

@@ -11,11 +11,11 @@ tf = pytest.importorskip("tensorflow")
 
 
 def prune(model, share=0.8, seed=0):
-    """Sets random weights of a plain model to zero, kernels and the like."""
+    """Sets random weights of a plain model to zero: those with at least two axes."""
     rng = np.random.default_rng(seed)
     for ref in ml.weight_refs(model):
         value = keras.ops.convert_to_numpy(ref.variable)
-        # Scaled, lest what is left of a deep model is next to nothing.
+        # Scaled, so that the outputs of deep models do not vanish.
         ref.variable.assign(np.where(rng.random(value.shape) < share, 0, 4 * value))
     return model
 

@@ -1,4 +1,4 @@
-"""A small member of each family of `keras.applications`; `benchmarks.checks.conversion` has all."""
+"""A small member of each family of `keras.applications`; all: `benchmarks.checks.conversion`."""
 
 import importlib.util
 from pathlib import Path
@@ -31,7 +31,7 @@ SMALLEST = {
     "vgg19": "VGG19",
     "xception": "Xception",
 }
-# All of them take a minute: once, on the main backend. The benchmark checks them on any.
+# All of them take a minute, so only on the main backend. The benchmark checks them on any.
 EVERYWHERE = {"mobilenet_v3"}
 
 
@@ -51,7 +51,7 @@ def test_every_family_has_its_member_here():
     ],
 )
 def test_outputs_are_the_same_bits(family, monkeypatch):
-    monkeypatch.setattr(conversion, "SIDE", 75)  # The smallest that all of them take.
+    monkeypatch.setattr(conversion, "SIDE", 75)  # The smallest size that all of them accept.
     plain = conversion.randomized(SMALLEST[family])
     masked = ml.convert_to_masked(plain)
     assert len(ml.get_masks(masked)) > 5

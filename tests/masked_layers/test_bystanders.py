@@ -1,4 +1,4 @@
-"""Conversion beside things that it must leave alone: other functions, caches, odd attributes."""
+"""Things that a conversion must not change: other functions, caches, odd attributes."""
 
 import gc
 
@@ -13,7 +13,7 @@ X = np.random.default_rng(0).normal(size=(3, 4)).astype("float32")
 
 
 class Around(layers.Layer):
-    """Holds a dense layer; a base for layers that hold more."""
+    """Contains a dense layer. Base class of layers that contain more."""
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)

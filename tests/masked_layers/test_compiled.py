@@ -15,7 +15,7 @@ X = np.random.default_rng(0).normal(size=(3, 4)).astype("float32")
 
 
 def compile_function(function):
-    """What a user of TensorFlow would do; torch cannot compile the calls of Keras' layers."""
+    """Compiles as a user of TensorFlow would. torch cannot compile calls of Keras layers."""
     if BACKEND == "tensorflow":
         import tensorflow as tf
 
@@ -63,7 +63,7 @@ def backbone():
 
 
 def oracle(model, x=X):
-    """The backbone without any function or layer of Keras."""
+    """The backbone, without functions or layers of Keras."""
     values = {ref.path.split("/")[-2]: ref for ref in ml.weight_refs(model)}
     for name in ("in", "out"):
         ref = values[name]
@@ -89,7 +89,7 @@ def near(actual, expected):
 
 
 def used_task():
-    """A task, and models around it and beside it, all of which have compiled functions."""
+    """A task, and models around and next to it, all of which have compiled functions."""
     task = Task(backbone())
     inputs = keras.Input((4,))
     outer = keras.Model(inputs, task(inputs) + 1)
@@ -162,7 +162,7 @@ def test_frozen_values_and_rescaling_of_a_pruner_reach_every_function():
 
 
 def test_what_the_library_compiled_itself_is_made_again_without_a_word():
-    """A warning would be an error here."""
+    """Fails if there is a warning."""
     model = ml.convert_to_masked(backbone())
     model.compile("sgd", "mse")
     y = np.zeros(model.predict(X, verbose=0).shape, "float32")
@@ -217,7 +217,7 @@ def test_a_file_of_many_masks_is_loaded_with_one_look_at_what_is_alive(tmp_path,
     looks = []
     real = compiled._alive
     monkeypatch.setattr(compiled, "_alive", lambda cls: looks.append(cls) or real(cls))
-    for _ in range(2):  # Nothing is left over from a load for the next one.
+    for _ in range(2):  # One load leaves nothing behind for the next one.
         looks.clear()
         model.load_weights(tmp_path / "frozen.weights.h5")
         assert looks.count(keras.Model) == 1

@@ -1,4 +1,4 @@
-"""What a conversion copies: the very functions and classes in use, LoRA inside layers."""
+"""What a conversion copies: the exact functions and classes in use, LoRA inside layers."""
 
 import functools
 
@@ -61,7 +61,7 @@ def test_functions_named_like_those_of_keras_and_like_layers():
     def mean_squared_error(y_true, y_pred):
         return ops.mean(ops.abs(y_true - y_pred), axis=-1)
 
-    def first(y_true, y_pred):  # Also the name of a layer and of a metric.
+    def first(y_true, y_pred):  # A layer and a metric have the same name.
         return ops.mean(y_pred, axis=-1)
 
     model = keras.Sequential(
@@ -167,7 +167,7 @@ class Huber(keras.losses.Loss):
 
 
 def test_objects_whose_config_does_not_describe_them_stay_what_they_are():
-    """Keras would give each of them the defaults of its constructor, or fail."""
+    """Keras would use the defaults of its constructor for each of them, or fail."""
     model = dense_net(
         kernel_constraint=Cap(0.125),
         kernel_regularizer=Penalty(3.0),
@@ -231,7 +231,7 @@ def test_a_compiled_activation():
 
 
 def test_a_method_of_a_layer_is_refused():
-    """The copy would go on using the layer of the model that it was copied from."""
+    """Without care, the copy would keep using the layer of the original model."""
     model = dense_net(activation=layers.PReLU().call)
     with pytest.raises(ValueError, match="cannot be copied"):
         ml.convert_to_masked(model)
@@ -311,7 +311,7 @@ def test_nothing_stays_registered():
     assert names == before
 
 
-# --- State that the config of the layer around does not describe ----------------------------------
+# --- State that the config of the outer layer does not describe -----------------------------------
 
 
 class Block(layers.Layer):
@@ -335,7 +335,7 @@ def block():
 
 
 def adapt(model):
-    """Enables LoRA on layers inside others, with factors that are not zero."""
+    """Enables LoRA on inner layers, with nonzero factors."""
     holder = next(layer for layer in model.layers if not isinstance(layer, layers.InputLayer))
     inner = [layer for layer in holder._flatten_layers() if hasattr(layer, "enable_lora")]
     for rank, layer in enumerate(inner[:2], start=1):

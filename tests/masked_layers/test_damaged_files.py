@@ -1,4 +1,4 @@
-"""Files of masks and of data that are damaged or hostile: a ValueError that names them."""
+"""Damaged or hostile files of masks and data: a ValueError that names them."""
 
 import contextlib
 import gzip
@@ -119,7 +119,7 @@ def header(shape, descr="|u1"):
 
 
 def overlapping():
-    """Twenty entries that are all the bytes of the first."""
+    """Twenty entries, all of which are the bytes of the first."""
     content = archive(*[member(header((10**7,)), bytes(10**7))] * 20)
     made = zipfile.ZipFile(io.BytesIO(content))
     end = content.rindex(b"PK\x05\x06")

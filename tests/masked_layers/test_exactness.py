@@ -1,4 +1,4 @@
-"""Masked models in which something reads a weight past its mask, and copies that compute else."""
+"""Masked models that read weights past their masks, and copies that compute something else."""
 
 import keras
 import numpy as np
@@ -18,7 +18,7 @@ def data(*shape):
 
 
 class Transposed(layers.Layer):
-    """Ties a decoder to the kernel of `dense`, which it gets by `read`."""
+    """Ties a decoder to the kernel of `dense`, which it reads with `read`."""
 
     def __init__(self, dense, read, **kwargs):
         super().__init__(**kwargs)
@@ -166,7 +166,7 @@ def test_a_tensor_taken_before_the_weights_had_their_values():
 
 @pytest.mark.parametrize("inplace", [False, True], ids=["copy", "inplace"])
 def test_a_tensor_that_is_the_memory_of_a_weight(inplace):
-    if BACKEND == "jax":  # A value there never changes: it is a constant.
+    if BACKEND == "jax":  # The value never changes there, because it is a constant.
         inplace, reason = False, "other outputs"
     else:
         reason = r"\['Captured'\](.|\n)* reads 'holder/dense/kernel' past its mask"
@@ -267,7 +267,7 @@ def compiled_layers():
 @pytest.mark.parametrize("inplace", [False, True], ids=["copy", "inplace"])
 @pytest.mark.parametrize("cls", compiled_layers())
 def test_a_call_that_is_compiled(cls, inplace):
-    """TensorFlow compiles it again, with the masks; for JAX they would be constants."""
+    """TensorFlow recompiles it with the masks. On JAX they would be constants."""
     model = keras.Sequential([keras.Input((3,)), cls(name="inner")])
     plain = numpy(model(data(5, 3)))  # Compiled now, for this model.
     if BACKEND == "jax":
@@ -289,7 +289,7 @@ def test_a_call_that_is_compiled(cls, inplace):
 
 
 class Noisy(layers.Layer):
-    """Random and counting in inference, as a sampling layer is."""
+    """Random and stateful in inference, like a sampling layer."""
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -403,7 +403,7 @@ def test_learned_masks_are_checked_too():
 
 
 def test_the_checks_by_themselves():
-    """They find what a conversion would have refused, and only that."""
+    """Finds everything that a conversion would have refused, and nothing else."""
     good, other = tied(attribute), tied(attribute)
     check_copy(good, good)
     with pytest.raises(ValueError, match="other outputs"):

@@ -1,4 +1,4 @@
-"""What this library uses of Keras beyond its public API: these fail when Keras moves it."""
+"""Private features of Keras that this library uses: these tests fail when Keras changes them."""
 
 import functools
 import gc
@@ -270,7 +270,7 @@ def test_optimized_variables_are_those_an_optimizer_was_built_for():
 
 
 def test_values_assigned_by_a_callback_outlive_a_sync():
-    """`fit` on JAX has a state of its own, which is written back in the end."""
+    """`fit` on JAX has its own state, which is written back at the end."""
     model = keras.Sequential([keras.Input((4,)), layers.Dense(2, use_bias=False)])
     model.compile(keras.optimizers.SGD(0.0), "mse")
 

@@ -1,4 +1,4 @@
-"""What a mask means while a model trains, on every path that Keras offers."""
+"""The effect of masks during training, on every path that Keras offers."""
 
 import keras
 import numpy as np

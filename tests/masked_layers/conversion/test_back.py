@@ -1,4 +1,4 @@
-"""The idioms of plain Keras on converted models, and the way back to plain ones."""
+"""Idioms of plain Keras on converted models, and the way back to plain models."""
 
 import keras
 import numpy as np
@@ -54,7 +54,7 @@ def test_stripped_model_is_plain_keras_with_positive_zeros():
         kernel = stripped.get_layer(path.split("/")[0]).get_weights()[0]
         assert not kernel[~mask].any()
         assert not np.signbit(kernel[~mask]).any()
-    # The masked model keeps the raw values and goes on as it was.
+    # The masked model keeps its raw values and continues as before.
     assert all((w[w != 0] < 0).all() for w in masked.get_weights())
 
 

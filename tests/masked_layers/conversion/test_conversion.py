@@ -1,4 +1,4 @@
-"""What a conversion carries over, filters, layers of one's own and what is refused."""
+"""Conversion: what is copied, filters, custom layers and what is refused."""
 
 import os
 import subprocess
@@ -62,7 +62,7 @@ def test_a_masked_block_of_ones_own_loads_in_a_fresh_process(tmp_path):
     np.testing.assert_array_equal(np.load(tmp_path / "y.npy"), y)
 
 
-# --- What is carried over -------------------------------------------------------------------------
+# --- Copies ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("optimized")
@@ -100,7 +100,7 @@ def test_losses_metrics_and_layers_of_ones_own_need_no_registration():
     class MyDense(layers.Dense):
         pass
 
-    class Add(layers.Layer):  # Named like a layer of Keras.
+    class Add(layers.Layer):  # Has the name of a layer of Keras.
         def call(self, x):
             return x + 1
 
@@ -183,7 +183,7 @@ def test_masked_models_can_be_converted_again():
 
 @keras.saving.register_keras_serializable("tests")
 class MadeByHand(keras.Model):
-    """Holds masked layers of its own, and is built by running it."""
+    """Contains masked layers, and is built by calling it."""
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -267,7 +267,7 @@ def test_mask_bias(tmp_path):
     assert list(ml.get_masks(loaded)) == list(ml.get_masks(masked))
 
 
-# --- Layers of one's own and layers that cannot be masked -----------------------------------------
+# --- Custom layers, and layers that cannot be masked ----------------------------------------------
 
 
 class Mine(layers.Layer):

@@ -132,7 +132,7 @@ def test_functional_subclass_with_its_own_config(tmp_path):
 
 @keras.saving.register_keras_serializable("tests")
 class Block(layers.Layer):
-    """A composite that makes its layers itself and does not serialise them."""
+    """A composite layer that creates its layers itself and does not serialize them."""
 
     def __init__(self, width, **kwargs):
         super().__init__(**kwargs)
@@ -206,7 +206,7 @@ class BuiltByCall(keras.Model):
 
 
 def test_subclassed_model_without_a_build_of_its_own(tmp_path):
-    """Keras builds its copy by running it and never calls `build`."""
+    """Keras builds its copy by calling it, and never calls `build`."""
     model = BuiltByCall()
     model(data(3, 4))
     masked = assert_round_trips(model, data(3, 4), tmp_path)
@@ -251,7 +251,7 @@ def test_subclassed_model_without_config_only_in_place(tmp_path):
 
 @keras.saving.register_keras_serializable("tests")
 class Awkward(layers.Layer):
-    """Its attributes are named like those of Keras and of masked layers."""
+    """Has attributes with the names of those of Keras and of masked layers."""
 
     def __init__(self, mask_bias=-3.0, **kwargs):
         super().__init__(**kwargs)
@@ -285,7 +285,7 @@ def test_attributes_may_have_any_name(tmp_path):
 
 @keras.saving.register_keras_serializable("tests")
 class CausalConv(layers.Conv1D):
-    """Has a `kernel_mask` of its own."""
+    """Has its own `kernel_mask`."""
 
     def build(self, shape):
         super().build(shape)
