@@ -1,4 +1,4 @@
-"""What holds for every test, and what keeps the suite quick."""
+"""Settings for every test, and what keeps the suite fast."""
 
 import gc
 import os
@@ -7,8 +7,8 @@ import hypothesis
 import numpy as np
 import pytest
 
-# The suite says the same of the same code, however often it runs.
-# Examples that no run has seen yet: pytest --hypothesis-profile=explore
+# The suite gives the same result for the same code every time.
+# For examples that no run has seen yet: pytest --hypothesis-profile=explore
 hypothesis.settings.register_profile(
     "suite",
     deadline=None,
@@ -27,9 +27,9 @@ def pytest_configure(config):
         "once(*backends): depends on no backend, or only through what other tests check on each;"
         " runs under these alone, none named: TensorFlow",
     )
-    # Under JAX most of the time goes into compiling each operation for each shape. What the tests
-    # compile runs for an instant, so that optimizing it does not pay; `optimized` is for those that
-    # are about its bits. Child processes take all of it over.
+    # With JAX, most of the time is spent compiling each operation for each shape. Compiled code
+    # runs only briefly in tests, so optimizing it does not pay. `optimized` is for tests of its
+    # exact bits. Child processes inherit these settings.
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     if hasattr(config, "cache"):
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(config.cache.mkdir("jax")))
@@ -37,7 +37,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    import keras  # Not above: it reads the environment.
+    import keras  # Not at the top, because it reads the environment.
 
     for item in items:
         once = item.get_closest_marker("once")
@@ -46,21 +46,21 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    """The half million objects of the imports are not looked at again by any garbage collection.
+    """Excludes the half million objects of the imports from garbage collection.
 
-    Without this a third of the suite's time goes into those that the library and Keras ask for.
+    Otherwise a third of the suite's time is spent in collections that the library and Keras start.
     """
     gc.collect()
     gc.freeze()
 
 
-# Of the generators called RNG, by module: how they are left by its import.
+# The state of all generators called RNG after the import of their module.
 _DRAWN_BY_IMPORT = {}
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
-    """Every test starts from the same seed, and so does what its fixtures draw."""
+    """Starts every test, and what its fixtures draw, from the same seed."""
     import keras
 
     keras.utils.set_random_seed(0)
@@ -72,9 +72,9 @@ def pytest_runtest_setup(item):
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_route_by_the_clock():
-    """However slow the machine, no training changes over to `fit`, which rounds in another way.
+    """Prevents training from switching to `fit`, which rounds differently, on slow machines.
 
-    Tests of that change set the patience that they need.
+    Tests of this switch set the patience that they need.
     """
     from lottery_ticket_pruner.training import engine
 
@@ -83,9 +83,9 @@ def _no_route_by_the_clock():
 
 @pytest.fixture(scope="module", autouse=True)
 def _no_graph_is_kept():
-    """Frees the training steps that TensorFlow has traced, which would pile up to gigabytes.
+    """Frees training steps traced by TensorFlow, which would otherwise add up to gigabytes.
 
-    It registers gradients of their own, and these hold the graphs.
+    Their custom gradients are registered globally and hold the graphs.
     """
     yield
     import keras
@@ -103,7 +103,7 @@ def _no_graph_is_kept():
 
 @pytest.fixture(autouse=True)
 def _same_policy():
-    """No test leaves a global policy behind."""
+    """Restores the global policy after every test."""
     import keras
 
     policy = keras.config.dtype_policy()
@@ -113,7 +113,7 @@ def _same_policy():
 
 @pytest.fixture
 def optimized():
-    """JAX compiles what the test makes as it does outside of the suite."""
+    """Lets JAX compile as it does outside the suite."""
     import keras
 
     if keras.backend.backend() != "jax":
@@ -130,7 +130,7 @@ def optimized():
 
 @pytest.fixture
 def nothing_drawn(monkeypatch):
-    """Kernels start as zeros, for tests that set them: drawing is compiled for each shape."""
+    """Starts kernels from zeros, for tests that set them: drawing is compiled for each shape."""
     import keras
 
     def zeros(self, shape, dtype=None, **kwargs):

@@ -1,4 +1,4 @@
-"""The benchmarks' own arithmetic, turns and table, on contenders that cost nothing."""
+"""The arithmetic, order and table of the benchmarks, on trivial contenders."""
 
 import json
 import sys
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-# At the end: an installed package goes before the source.
+# Appended, so that an installed package takes precedence over the source.
 sys.path.append(str(Path(__file__).parents[2]))
 
 pytest.importorskip("psutil")
@@ -25,7 +25,7 @@ def contender(name, setup="in_turns"):
 def test_contenders_take_turns_in_one_process_and_missing_ones_are_told():
     contenders = {"a": contender("a"), "b": contender("b"), "p": contender("x", "needs_a_peer")}
     found, missing = timing.measure(contenders, repeats=3)
-    assert found == {"a": [1, 4, 5], "b": [2, 3, 6]}  # The order turns round every time.
+    assert found == {"a": [1, 4, 5], "b": [2, 3, 6]}  # The order is reversed every time.
     assert missing == {"p": "peer is not installed"}
 
 

@@ -1,4 +1,4 @@
-"""The comparison of a killed run with one left alone, on stand-ins for the command."""
+"""Comparison of a killed run with an undisturbed one, on stand-ins for the command."""
 
 import io
 import re
@@ -11,14 +11,14 @@ import h5py
 import numpy as np
 import pytest
 
-# At the end: an installed package goes before the source.
+# Appended, so that an installed package takes precedence over the source.
 sys.path.append(str(Path(__file__).parents[2]))
 
 from benchmarks.checks import resume
 
 pytestmark = pytest.mark.once
 
-# Writes lines of results; the run that is to be killed never gets further than the second.
+# Writes lines of results. The run to be killed never gets beyond the second line.
 STAND_IN = """
 import pathlib, sys, time
 folder = pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
@@ -36,7 +36,7 @@ with file.open("w") as out:
 
 @pytest.fixture
 def folder(tmp_path):
-    """What a run leaves: results, masks of a round, a ticket."""
+    """Writes the files of a run: results, masks of a round, a ticket."""
     folder = tmp_path / "run"
     (folder / "rounds" / "0").mkdir(parents=True)
     (folder / "results.csv").write_text("round,arm,seconds\n0,dense,1.5\n1,ticket,1.6\n1,tick")

@@ -1,4 +1,4 @@
-"""The examples run as they are, on the embedded data."""
+"""The examples run unchanged, on the embedded data."""
 
 import csv
 import importlib.util
@@ -57,7 +57,7 @@ def test_lenet_mnist(capsys):
     load("lenet_mnist").main(["--quick", "--prune_pc", "0.5", "--logs", "logs"])
     printed = capsys.readouterr().out
     rounds = re.findall(r"round (\d): +([\d.]+)% pruned, .*accuracy ([\d.]+)", printed)
-    # Of 49 200 hidden and 1 000 output weights a half and a quarter go, twice.
+    # Half of 49 200 hidden and a quarter of 1 000 output weights are pruned, twice.
     assert [(number, share) for number, share, _ in rounds] == [
         ("0", "0.00"), ("1", "49.50"), ("2", "74.38"),
     ]  # fmt: skip
@@ -102,7 +102,7 @@ def test_example_refuses_an_unknown_strategy_before_it_trains(capsys):
 
 @pytest.mark.skipif(shutil.which("sh") is None, reason="needs a POSIX shell")
 def test_example_sh_runs_the_matrix(tmp_path):
-    """With a stand-in for Python that writes down what it is called with."""
+    """Uses a stand-in for Python that writes down its arguments."""
     python = tmp_path / "python"
     python.write_text('#!/bin/sh\nshift\necho "$@" >> calls\n')
     python.chmod(0o755)

@@ -1,4 +1,4 @@
-"""The page on extending: its code, run from top to bottom, and what each part of it must do."""
+"""The page on extending: its code, run from top to bottom, with a check of each part."""
 
 import csv
 import importlib.util
@@ -20,7 +20,7 @@ BLOCKS = [code for _, code in pages.blocks(PAGE)]
 
 
 def block(text):
-    """The one block that contains a text."""
+    """Returns the only block that contains a text."""
     (found,) = [code for code in BLOCKS if text in code]
     return found
 
@@ -38,7 +38,7 @@ REGISTRIES = [
 
 @pytest.fixture(scope="module")
 def page():
-    """How things stand after each block but the two that write files, by a text of the block."""
+    """Returns the namespace after each block that writes no files, by a text of the block."""
     with pytest.MonkeyPatch.context() as patch:
         for module, name in REGISTRIES:
             patch.setattr(module, name, getattr(module, name).copy())
@@ -64,7 +64,7 @@ def effective(ref):
 
 
 def loss_changes(after):
-    """-g w of both kernels, forwards and backwards through the dense network in NumPy."""
+    """Returns -g w of both kernels, computed forwards and backwards in NumPy."""
     first, bias, second, last_bias = after.weights
     x, y = after.names["x"], after.names["y"]
     hidden = np.maximum(x @ first + bias, 0)

@@ -1,4 +1,4 @@
-"""The migration page: its calls of tfmot and ours, run as they stand."""
+"""The migration page: its calls of tfmot and of this library, run unchanged."""
 
 import importlib.util
 

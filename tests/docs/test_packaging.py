@@ -1,4 +1,4 @@
-"""What a user gets who installs the distribution: metadata, markers, imports, README examples."""
+"""The installed distribution: metadata, markers, imports, examples of README."""
 
 import importlib.metadata
 import importlib.resources
@@ -24,7 +24,7 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
 def _python(code: str, **environment: str) -> subprocess.CompletedProcess:
-    """Runs code in a fresh interpreter, with the backend of this test run unless told otherwise."""
+    """Runs code in a new interpreter, by default with the backend of this test run."""
     environment = {"KERAS_BACKEND": keras.backend.backend(), **environment}
     return subprocess.run(
         [sys.executable, "-c", code],
@@ -63,7 +63,7 @@ def test_installed_distribution_declares_its_version_and_command():
 
 @pytest.fixture(scope="module")
 def fresh():
-    """What a fresh interpreter imports and says; one, since starting it is what takes the time."""
+    """The imports and output of a new interpreter. A single one, because starting it is slow."""
     code = """
 import json, sys, time
 start = time.process_time()
@@ -103,7 +103,7 @@ print(between - start, time.process_time() - between)
     def little(keras_seconds, seconds):  # on a slow machine both take longer
         return seconds <= max(0.3, keras_seconds / 10)
 
-    # Whatever else the machine does only adds to a measurement: the least of several is the cost.
+    # Other load only adds to a measurement, so the smallest of several is the cost.
     measured = [fresh["seconds"]]
     while not little(*measured[-1]) and len(measured) < 5:
         measured.append([float(seconds) for seconds in _python(code).stdout.split()])

@@ -1,4 +1,4 @@
-"""The code of README and of the pages on serving, run as it stands; the commands of all, parsed."""
+"""Code of README and of the pages on serving, run unchanged; commands of all pages, parsed."""
 
 import importlib.util
 import re
@@ -15,7 +15,7 @@ import pages
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
-# Of these every block runs, here or in the tests of the page.
+# Every block of these pages is run, here or in the tests of the page.
 RUN = {"README.md", "serving.md", "extending.md", "migrating-from-tfmot.md"}
 
 
@@ -113,7 +113,7 @@ def test_commands_are_such_as_there_are(words, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_names_in_dotted_code_exist(page):
-    """`masked_layers.shrink` and the like in running text."""
+    """Finds names such as `masked_layers.shrink` in running text."""
     missing = []
     for name in set(
         re.findall(r"`(masked_layers|lottery_ticket_pruner)((?:\.\w+)+)", page.read_text("utf-8"))

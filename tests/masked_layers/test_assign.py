@@ -1,4 +1,4 @@
-"""Setting weights of masked layers as one sets those of plain ones: `layer.kernel.assign(...)`."""
+"""Weights of masked layers are set like those of plain layers: `layer.kernel.assign(...)`."""
 
 import copy
 import io
@@ -58,7 +58,7 @@ def test_assigning_writes_the_raw_weight(layer, owner, name):
     check(value + 1)
     getattr(holder, name).assign_sub(value)
     check(np.ones_like(value))
-    weight.assign(getattr(holder, name) * 2)  # A transplant of effective weights.
+    weight.assign(getattr(holder, name) * 2)  # From effective weights.
     check(np.where(mask, 2, 0) * np.ones_like(value))
     assert weight.path == ref.variable.path
     assert weight.trainable

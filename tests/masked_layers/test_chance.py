@@ -1,4 +1,4 @@
-"""Copies that cannot be made or compared in the usual way: chance, several arguments, cycles."""
+"""Copies that cannot be created or compared normally: randomness, several arguments, cycles."""
 
 import warnings
 
@@ -13,7 +13,7 @@ RNG = np.random.default_rng(7)
 
 
 class Noise(layers.Layer):
-    """Draws at inference, too."""
+    """Draws random numbers in inference as well."""
 
     def __init__(self, source, **kwargs):
         super().__init__(**kwargs)
@@ -40,7 +40,7 @@ def noisy(source):
 
 @pytest.mark.parametrize("source", ["tracked", "hidden"])
 def test_a_model_that_draws_from_a_generator_of_keras_is_compared(source):
-    """Also where a copy has another generator, whose state no variable of the model holds."""
+    """Even if a copy has another generator, whose state is not a variable of the model."""
     model = noisy(source)
     masked = ml.convert_to_masked(model)
     assert [ref.path for ref in ml.masked_refs(masked)] == ["a/kernel", "b/kernel"]
@@ -59,7 +59,7 @@ def test_of_a_model_that_draws_otherwise_it_is_said_that_nothing_was_compared():
 
 
 class Forgetful(Noise):
-    """Its config leaves out what the call depends on."""
+    """Has a config without everything that the call depends on."""
 
     def __init__(self, source, scale=1.0, **kwargs):
         super().__init__(source, **kwargs)
@@ -76,7 +76,7 @@ def test_a_copy_with_other_outputs_is_refused_though_it_draws():
 
 
 class Remembers(keras.Model):
-    """Makes at its first call tensors that later ones read."""
+    """Creates tensors in its first call, which later calls read."""
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -94,7 +94,7 @@ class Remembers(keras.Model):
 
 @pytest.mark.parametrize("inplace", [False, True])
 def test_the_checks_leave_no_tensor_of_their_own_calls_in_a_layer(inplace):
-    """One of a symbolic call has no values, and on JAX and TensorFlow is an error later."""
+    """A tensor of a symbolic call has no values, and raises a late error on JAX and TensorFlow."""
     model = Remembers()
     model.build((None, 4))
     x = RNG.normal(size=(5, 4)).astype("float32")
@@ -106,7 +106,7 @@ def test_the_checks_leave_no_tensor_of_their_own_calls_in_a_layer(inplace):
 
 
 class TwoArguments(keras.Model):
-    """Keras notes the shape of the first argument of its call alone."""
+    """Keras only records the shape of the first argument of its call."""
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -128,7 +128,7 @@ def test_a_subclassed_model_of_two_arguments_is_copied(cls):
     x, context = RNG.normal(size=(2, 5, 4)).astype("float32")[:, :, :4]
     before = ops.convert_to_numpy(model(x, context=context))
     with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)  # Keras would warn of what is mended here.
+        warnings.simplefilter("error", UserWarning)  # Keras would warn about what is fixed here.
         masked = ml.convert_to_masked(model)
     assert len(ml.masked_refs(masked)) == 3
     np.testing.assert_array_equal(ops.convert_to_numpy(masked(x, context=context)), before)

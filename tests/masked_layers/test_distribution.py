@@ -1,4 +1,4 @@
-"""Masks of a model whose weights are spread over devices (`ModelParallel`, on JAX)."""
+"""Masks of a model whose weights are distributed over devices (`ModelParallel`, on JAX)."""
 
 import os
 import subprocess

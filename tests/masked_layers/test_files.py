@@ -1,4 +1,4 @@
-"""Files and folders that are complete or not there, and what killed processes leave of them."""
+"""Files and folders that are complete or absent, and the remains of killed processes."""
 
 import shutil
 import signal
@@ -54,7 +54,7 @@ def test_what_a_killed_process_left_goes_with_the_next_one(writer, tmp_path):
             assert folder.parent == tmp_path
         return {path.name for path in tmp_path.glob(".*")} - theirs
 
-    # As long as the process lives, what it writes is its own.
+    # Its files are its own as long as the process lives.
     assert len(write()) == 2
     writer.send_signal(signal.SIGKILL)
     writer.wait()

@@ -1,4 +1,4 @@
-"""Paths, masks in and out, files of masks, the sparsity report."""
+"""Paths, reading and setting masks, files of masks, the sparsity report."""
 
 import json
 
@@ -226,7 +226,7 @@ def test_report_of_a_plain_model_names_the_conversion():
 
 def test_the_report_says_why_a_layer_has_no_mask():
     class Experts(layers.Layer):
-        """Two raw kernels of three dimensions, as the experts of a mixture have."""
+        """Two raw kernels with three axes, as in a mixture of experts."""
 
         def build(self, shape):
             self._up = self.add_weight(name="up", shape=(2, shape[-1], 4))

@@ -1,4 +1,4 @@
-"""Masked layers made by hand: every Keras layer with a kernel, and what a mask means in it."""
+"""Masked layers created directly: every Keras layer with a kernel, and the effect of its mask."""
 
 import ast
 import inspect
@@ -86,7 +86,7 @@ def inputs_for(shapes, seed=0):
 
 
 def multiply_raw_weights(model):
-    """The oracle: the plain weights a model would need to compute what its masks make of it."""
+    """Returns the plain weights that compute the same as the masked model. The oracle."""
     for ref in ml.masked_refs(model):
         kept = numpy(ref.mask.value)
         yield ref.path, np.where(kept, numpy(ref.variable), 0)
@@ -157,7 +157,7 @@ def test_saved_and_loaded_without_custom_objects(base, tmp_path):
     for path, mask in masks.items():
         np.testing.assert_array_equal(mask, again[path])
     for a, b in zip(model.get_weights(), loaded.get_weights(), strict=True):
-        np.testing.assert_array_equal(a, b)  # Raw values, those under the masks too.
+        np.testing.assert_array_equal(a, b)  # Raw values, including those under the masks.
     np.testing.assert_array_equal(
         numpy(loaded(arrays, training=False)), numpy(model(arrays, training=False))
     )
@@ -236,7 +236,7 @@ def test_wrappers(make, tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
-# --- What a mask is -------------------------------------------------------------------------------
+# --- Properties of masks --------------------------------------------------------------------------
 
 
 def test_pruned_entries_are_positive_zero_whatever_the_raw_weight_is():
@@ -292,7 +292,7 @@ def test_rescaling_multiplies_by_size_over_ones_and_is_never_stored():
     keep = np.array([[1, 0], [0, 0], [0, 1], [0, 0]], bool)
     ml.set_masks(layer, {"kernel": keep})
     layer.kernel_mask.rescale = True
-    for _ in range(3):  # It does not compound.
+    for _ in range(3):  # Repetition changes nothing.
         np.testing.assert_array_equal(numpy(layer.kernel), np.where(keep, raw, 0) * 4)
     np.testing.assert_array_equal(layer.get_weights()[0], raw)
     ml.set_masks(layer, {"kernel": np.zeros((4, 2), bool)})

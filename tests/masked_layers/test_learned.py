@@ -13,7 +13,7 @@ BACKEND = keras.backend.backend()
 
 
 def gradient(function, variable):
-    """d function() / d variable, by the backend."""
+    """Returns d function() / d variable, computed by the backend."""
     if BACKEND == "tensorflow":
         import tensorflow as tf
 
@@ -45,7 +45,7 @@ def built(mask):
 
 
 def oracle(keep, derivative, rescale):
-    """dL/ds for L = sum(upstream w m r), r = 6 / sum(m), through m to the surrogate."""
+    """Returns dL/ds for L = sum(upstream w m r), r = 6 / sum(m), through m to the surrogate."""
     r = 6 / keep.sum() if rescale else 1.0
     by_mask = UPSTREAM * WEIGHT * r
     if rescale:
@@ -174,7 +174,7 @@ def test_training_changes_scores_alone_and_hardening_keeps_outputs(kind, tmp_pat
         np.testing.assert_array_equal(was, now)
     assert not np.array_equal(numpy(hidden.kernel_mask.scores), scores)
 
-    # The same seeds, the same scores: bit for bit.
+    # The same seeds give the same scores, bit for bit.
     again = ml.convert_to_masked(source, mask=kinds[kind](seed=4, rescale=True))
     fit(again, epochs=2)
     np.testing.assert_array_equal(
@@ -182,7 +182,7 @@ def test_training_changes_scores_alone_and_hardening_keeps_outputs(kind, tmp_pat
     )
 
     outputs = model.predict(X, verbose=0)
-    np.testing.assert_array_equal(model.predict(X, verbose=0), outputs)  # No chance in it.
+    np.testing.assert_array_equal(model.predict(X, verbose=0), outputs)  # Deterministic.
     model.save(tmp_path / "learned.keras")
     loaded = keras.models.load_model(tmp_path / "learned.keras")
     np.testing.assert_array_equal(loaded.predict(X, verbose=0), outputs)

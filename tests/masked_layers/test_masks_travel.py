@@ -1,4 +1,4 @@
-"""Masks in what Keras makes of a masked model: files, clones, configs, copies, other models."""
+"""Masks in everything that Keras derives from a masked model: files, clones, configs, copies."""
 
 import copy
 import json
@@ -19,7 +19,7 @@ Y = np.eye(3, dtype="float32")[np.arange(16) % 3]
 
 @keras.saving.register_keras_serializable("test_masks_travel")
 class MakesWhenBuilt(layers.Layer):
-    """Layers inside that no config tells of."""
+    """Has inner layers that are not in its config."""
 
     def build(self, shape):
         self.attention = layers.MultiHeadAttention(1, 2)
@@ -50,7 +50,7 @@ class Subclassed(keras.Model):
 
 
 def pruned(model):
-    """Other masks over each weight: a direction that took those of the other would show."""
+    """Sets a different mask on each weight, so that mixing them up is noticed."""
     ml.set_masks(
         model, {path: RNG.random(m.shape) < 0.5 for path, m in ml.get_masks(model).items()}
     )
@@ -227,11 +227,11 @@ def test_config_of_one_layer():
     layer.kernel_mask.value.assign([[True, False, True], [True, True, True]])
     config = json.loads(json.dumps(layer.get_config()))
     again = ml.MaskedDense.from_config(config)
-    assert again.get_config() == config  # Before it is built, too.
+    assert again.get_config() == config  # Even before it is built.
     again.build((None, 2))
     np.testing.assert_array_equal(again.kernel_mask.to_numpy(), layer.kernel_mask.to_numpy())
     assert again.get_config() == config
-    layer.kernel_mask.value.assign(np.ones((2, 3), bool))  # Not what the initializer makes.
+    layer.kernel_mask.value.assign(np.ones((2, 3), bool))  # Not the value of the initializer.
     again = ml.MaskedDense.from_config(layer.get_config())
     again.build((None, 2))
     assert again.kernel_mask.to_numpy().all()

@@ -1,4 +1,4 @@
-"""The walk over a model's layers: all that Keras tracks, by paths that stay."""
+"""The walk over the layers of a model: all layers that Keras tracks, with stable paths."""
 
 import keras
 import numpy as np
@@ -13,7 +13,7 @@ from masked_layers.copying import copy_model
 
 @keras.saving.register_keras_serializable("walk")
 class Encoder(layers.Layer):
-    """Of the shape of keras-hub's TransformerEncoder, whose attention begins with `_self_`."""
+    """Has the structure of keras-hub's TransformerEncoder, whose attention begins with `_self_`."""
 
     def build(self, shape):
         width = shape[-1]
@@ -62,7 +62,7 @@ class Branches(layers.Layer):
 
 @keras.saving.register_keras_serializable("walk")
 class Mixed(layers.Layer):
-    """One layer of each kind in a set, and lists in dicts in lists."""
+    """A layer of each kind in a set, and lists in dicts in lists."""
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -84,7 +84,7 @@ class Mixed(layers.Layer):
 
 @keras.saving.register_keras_serializable("walk")
 class Replaced(layers.Layer):
-    """Keras goes on tracking a layer whose attribute was given another one."""
+    """Keras keeps tracking a layer after its attribute is replaced."""
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -101,7 +101,7 @@ class Replaced(layers.Layer):
 
 @keras.saving.register_keras_serializable("walk")
 class Prefixed(keras.Model):
-    """Names its layers after itself where it has a name, as encoders of keras-hub do."""
+    """Names its layers after itself if it has a name, like encoders of keras-hub."""
 
     def __init__(self, name=None, **kwargs):
         prefix = f"{name}_" if name else ""
@@ -146,7 +146,7 @@ def tracked(model):
 
 
 def kernels(model):
-    """The ids of all weights of two and more dimensions that are no bias."""
+    """Returns the ids of all weights with at least two axes that are not biases."""
     return {id(w) for w in model.weights if len(w.shape) > 1 and w.name != "bias"}
 
 

@@ -28,7 +28,7 @@ def classifier(**dense):
 
 
 def largest_effective_weight_under_masks(model):
-    """Reads each weight as the layer's own forward pass does."""
+    """Returns each weight as read in the layer's own forward pass."""
     return max(
         np.abs(numpy(getattr(ref.layer, ref.name))[~numpy(ref.mask.value)]).max()
         for ref in ml.masked_refs(model)

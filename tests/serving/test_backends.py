@@ -1,4 +1,4 @@
-"""Exporting under the other backends: what Keras can trace goes out, the rest says so."""
+"""Exports from other backends: models that Keras can trace are exported, others are refused."""
 
 import importlib.util
 import os
@@ -58,7 +58,7 @@ for batch in (1, 4):
 """
 
 
-@pytest.mark.once  # It starts processes of its own.
+@pytest.mark.once  # It starts its own processes.
 @pytest.mark.skipif(not installed("jax", "tensorflow"), reason="needs JAX and TensorFlow")
 def test_jax_exports_what_tensorflow_alone_runs(tmp_path):
     path = os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])

@@ -28,7 +28,7 @@ HEADER = 16
 
 
 def sealed(header, *streams):
-    """A packed file with a right checksum, whatever its header says."""
+    """Returns a packed file with a correct checksum for any header."""
     body = b"".join([header, *streams])
     return struct.pack("<4sB3xII", b"MLSP", 1, len(header), zlib.crc32(body)) + body
 
@@ -95,7 +95,7 @@ def test_what_a_header_says_is_not_believed(kind):
 
 
 def test_forged_files_are_read_where_they_are_right():
-    """So that the tests above refuse what they say, and not something else."""
+    """Shows that the files above are refused for the stated reason."""
     got = decode(packed(2, [["w", [300], 1]], [Z(b"\xff\x07"), Z(b"1")]))["w"]
     assert got.tolist() == [0] * 262 + [49] + [0] * 37
 
@@ -103,7 +103,7 @@ def test_forged_files_are_read_where_they_are_right():
 @given(st.data())
 @settings(max_examples=300)
 def test_damage_that_the_checksum_fits_is_noticed_or_changes_nothing(data):
-    """As if every file were sealed after it was damaged, header inside and all."""
+    """Restores all checksums, as if every file had been sealed after it was damaged."""
     text = bytearray(zlib.decompress(DATA[HEADER : HEADER + struct.unpack_from("<I", DATA, 8)[0]]))
     streams = bytearray(DATA[HEADER + struct.unpack_from("<I", DATA, 8)[0] :])
     for part in data.draw(st.lists(st.sampled_from([text, streams]), min_size=1, max_size=3)):
@@ -140,7 +140,7 @@ def test_zeros_at_the_end_are_written_where_they_are_many(monkeypatch):
 
 
 def test_files_of_before_end_with_the_last_value():
-    """Version 1 left out all zeros behind it; a few million are no reason to refuse a file."""
+    """Version 1 left out trailing zeros. A few million of them are no reason to refuse a file."""
     got = decode(packed(1, [["w", [4000, 4000], 1]], [Z(b"\x05"), Z(b"1")]))["w"]
     assert got.shape == (4000, 4000)
     assert np.flatnonzero(got).tolist() == [5]
@@ -196,7 +196,7 @@ def test_reports_of_other_things_are_refused(path, value):
         str(StorageReport.from_json(mutated(path, value)))  # Another report.
         return
     if path == shape and value == []:
-        value = [1]  # Of which 5 are not zero.
+        value = [1]  # 5 of them are not zero.
     with pytest.raises(ValueError, match="Not a storage report"):
         StorageReport.from_json(mutated(path, value))
 
@@ -224,6 +224,6 @@ def test_a_graph_decodes_zeros_that_are_written(monkeypatch, tmp_path):
     kernel[4:] = 0  # 1,796 zeros behind the last value
     model.set_weights([kernel, np.zeros(50)])
     report = ml.export_sparse_saved_model(model, tmp_path / "served")
-    assert report.output_error == 0  # Every bit of every weight is compared, too.
+    assert report.output_error == 0  # Every bit of every weight is also compared.
     found = blocks((tmp_path / "served" / "assets" / "weights.mlsp").read_bytes())
     assert max(block.gaps - block.values for block in found) == 7

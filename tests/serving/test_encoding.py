@@ -1,4 +1,4 @@
-"""The packed format: what goes in comes out, bit for bit, and damage is noticed."""
+"""The packed format: arrays are restored bit for bit, and damage is detected."""
 
 import math
 import struct
@@ -26,7 +26,7 @@ def dtype_of(name):
 
 
 def assert_same_bits(got, wanted):
-    """Equal bits, once negative zeros of `wanted` are positive."""
+    """Compares bits, with negative zeros of `wanted` made positive."""
     wanted = np.asarray(wanted)
     assert got.dtype == wanted.dtype.newbyteorder("=")
     assert got.shape == wanted.shape
@@ -45,7 +45,7 @@ def round_trip(array, chosen=None, **kwargs):
 
 @st.composite
 def sparse_arrays(draw):
-    """Arrays of random bits (NaNs with payloads, infinities, subnormals, -0.0) with many zeros."""
+    """Draws arrays of random bits (NaNs with payloads, infinities, -0.0) with many zeros."""
     dtype = dtype_of(draw(st.sampled_from(sorted(DTYPES))))
     shape = draw(hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=9))
     size = math.prod(shape)
@@ -280,7 +280,7 @@ def test_malformed_headers_are_noticed(header):
 
 
 def test_the_module_stands_alone():
-    """It imports with nothing but numpy: neither Keras nor TensorFlow nor this package."""
+    """Imports with only numpy, without Keras, TensorFlow or this package."""
     code = f"""
 import importlib.util, sys
 for name in ("keras", "tensorflow", "jax", "torch", "masked_layers"):

@@ -1,4 +1,4 @@
-"""Other formats through Keras' own exporters, and looking at what lies on disk."""
+"""Other formats through Keras' own exporters, and the inspection of files and folders."""
 
 import ast
 import zipfile
@@ -117,7 +117,7 @@ def test_inspect_another_saved_model(tmp_path):
 
 @tensorflow_only
 def test_inspect_counts_what_keras_exports_twice_once(tmp_path):
-    """Also where several weights are equal, as new biases are, and in an archive by hand."""
+    """Even if several weights are equal, like new biases, and in a hand-made archive."""
     model = keras.Sequential(
         [
             keras.Input((6,)),
@@ -209,7 +209,7 @@ def test_inspect_takes_no_damage_to_variables_for_others(tmp_path):
 
 
 def test_the_package_does_not_import_tensorflow():
-    """Its modules load wherever the library does; TensorFlow is asked for when it is needed."""
+    """Its modules import everywhere; TensorFlow is only required when it is used."""
     for file in Path(masked_layers.serving.__file__).parent.glob("*.py"):
         for node in ast.parse(file.read_text()).body:
             if isinstance(node, ast.Import | ast.ImportFrom):

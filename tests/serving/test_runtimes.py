@@ -1,4 +1,4 @@
-"""The exported folder runs on TensorFlow alone: no Keras, no library of ours, no custom op."""
+"""The exported folder runs with TensorFlow alone, without Keras, this library or custom ops."""
 
 import subprocess
 import sys
@@ -45,7 +45,7 @@ def masked_model(seed):
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    """Two models that differ in their weights alone, exported, with inputs and outputs."""
+    """Two models that differ only in their weights, exported, with inputs and outputs."""
     folder = tmp_path_factory.mktemp("served")
     x = np.random.default_rng(0).standard_normal((3, 24)).astype("float32")
     np.save(folder / "x.npy", x)
@@ -69,8 +69,8 @@ def run(code, folder, blocked=BLOCKED):
 
 
 def test_python_loaders_and_the_command_line_tool(served):
-    """One process runs `tf.saved_model.load`, the v1 loader (both models in one session too) and
-    `saved_model_cli`: starting TensorFlow is what takes the time."""
+    """Runs `tf.saved_model.load`, the v1 loader (also for both models in one session) and
+    `saved_model_cli` in one process, because starting TensorFlow takes most of the time."""
     run(
         """
         import os, sys
@@ -147,7 +147,7 @@ def test_python_loaders_and_the_command_line_tool(served):
 
 
 def test_c_api(served):
-    """The C library inside the wheel, without TensorFlow's Python code at all."""
+    """Uses the C library inside the wheel, without TensorFlow's Python code."""
     pb2 = pytest.importorskip("tensorflow.core.protobuf.saved_model_pb2")
     proto = pb2.SavedModel.FromString((served / "a" / "saved_model.pb").read_bytes())
     signature = proto.meta_graphs[0].signature_def["serving_default"]

@@ -1,4 +1,4 @@
-"""`sample_inputs` in every structure that `predict` takes, and what is said of others."""
+"""`sample_inputs` in every structure that `predict` accepts, and messages about others."""
 
 import keras
 import numpy as np
@@ -95,7 +95,7 @@ def test_what_predict_takes_is_taken(kind):
     model = make()
     found = samples_of(model, list(_keras.export_signature(model)), given)
     if kind in ("rows in lists", "a list of one", "too many axes"):
-        given = A if make is of_one else A[:, :1]  # In these forms `predict` takes them at times.
+        given = A if make is of_one else A[:, :1]  # `predict` accepts them only in these forms.
     np.testing.assert_allclose(model(*found), model.predict(given, verbose=0), rtol=1e-5)
 
 

@@ -1,4 +1,4 @@
-"""Exporting a sparse SavedModel: signatures, and outputs that are those of the model."""
+"""Exports of a sparse SavedModel: signatures, and outputs equal to those of the model."""
 
 import keras
 import numpy as np
@@ -57,7 +57,7 @@ MODELS = [dense, convolutional, recurrent, attention, several, listed, subclasse
 
 
 def ends(loaded):
-    """Names, shapes and dtypes of the inputs and outputs of every signature."""
+    """Returns names, shapes and dtypes of the inputs and outputs of every signature."""
     found = {}
     for name, function in loaded.signatures.items():
         _, inputs = function.structured_input_signature
@@ -72,7 +72,7 @@ def ends(loaded):
 
 
 def selections(loaded):
-    """How many ops choose between values, as a mask does."""
+    """Counts the ops that select between values, as masks do."""
     graph = loaded.signatures["serve"].graph.as_graph_def()
     bodies = [graph.node, *(function.node_def for function in graph.library.function)]
     return sum(node.op in ("Select", "SelectV2") for body in bodies for node in body)
@@ -94,12 +94,12 @@ def inputs_of(loaded, batch):
 
 @pytest.mark.parametrize("make", MODELS)
 def test_masked_and_stripped_models_serve_what_keras_exports(make, tmp_path):
-    """One signature, and equal bits: masked or plain, exported by this library or by Keras."""
+    """Checks that there is one signature and that outputs have the same bits."""
     model = ml.convert_to_masked(make())
     rng = np.random.default_rng(1)
     masks = {path: rng.random(mask.shape) < 0.2 for path, mask in ml.get_masks(model).items()}
     ml.set_masks(model, masks)
-    for ref in ml.masked_refs(model):  # Lest what is left of a deep model is next to nothing.
+    for ref in ml.masked_refs(model):  # So that the outputs of deep models do not vanish.
         ref.variable.assign(4 * keras.ops.convert_to_numpy(ref.variable))
     before = [np.array(variable) for variable in model.variables]
     reports = {"masked": export_sparse_saved_model(model, tmp_path / "masked")}
@@ -129,7 +129,7 @@ def test_masked_and_stripped_models_serve_what_keras_exports(make, tmp_path):
         rows = {row.path: row for row in report}
         for path, mask in masks.items():
             assert rows[path].alive == np.count_nonzero(mask)
-    # No mask is left: neither its variable nor its selection.
+    # No mask is left, neither its variable nor its selection.
     assert len(masked.variables) == len(stripped.variables)
     assert selections(masked) == selections(keras_own)
 

@@ -1,4 +1,4 @@
-"""Exports that are refused or fail: what is said, and that nothing is left behind."""
+"""Exports that are refused or fail: messages, and that nothing is left behind."""
 
 import os
 from pathlib import Path
@@ -60,7 +60,7 @@ def test_wrong_arguments_leave_nothing_behind(tmp_path):
         ValueError, match=r"(?s)cannot be called on the `sample_inputs` given: .*num_oov_indices=0"
     ):
         export_sparse_saved_model(picky, tmp_path / "made" / "out", sample_inputs=np.ones((1, 2)))
-    assert not list(tmp_path.iterdir())  # Nor the folder above, which the last one needed.
+    assert not list(tmp_path.iterdir())  # Including the parent folder created for the last one.
 
 
 @pytest.mark.parametrize(("bias", "error"), [([1, np.nan, 1, 1], 0.0), ([np.nan] * 4, None)])
@@ -151,7 +151,7 @@ def test_a_mismatch_raises_and_leaves_what_was_there(damage, old, tmp_path, monk
         monkeypatch.setattr(saved_model.encoding, "encode", lossy)
         message = "Weight 'dense/kernel' does not come back"
     else:
-        # A trace that computes something else than the model.
+        # A trace that computes something other than the model.
         values = saved_model.effective_values
 
         def wrong(model):

@@ -99,7 +99,7 @@ def test_the_report_counts_what_is_on_disk(tmp_path, caplog):
 
 @pytest.mark.parametrize(("values", "bits"), [("float16", 11), ("bfloat16", 8)])
 def test_rounded_values_are_smaller_and_the_error_is_reported(values, bits, tmp_path):
-    keras.utils.set_random_seed(0)  # The error grows where outputs cancel out.
+    keras.utils.set_random_seed(0)  # Errors grow where outputs cancel.
     model = prune(convolutional())
     exact = export_sparse_saved_model(model, tmp_path / "exact")
     report = export_sparse_saved_model(model, tmp_path / "rounded", values=values)
@@ -134,7 +134,7 @@ def test_level_changes_bytes_and_nothing_else(tmp_path):
 
 
 def test_every_dtype_of_weights(tmp_path):
-    """Weights that TensorFlow cannot make from bytes stay in the checkpoint."""
+    """Weights that TensorFlow cannot create from bytes stay in the checkpoint."""
 
     class Typed(keras.layers.Layer):
         def build(self, shape):
