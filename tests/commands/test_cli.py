@@ -1,4 +1,4 @@
-"""The command: its help, its errors, what it says when its extra is missing."""
+"""The command: its help, its errors, and its message if the extra is not installed."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""What the command says of wrong names, files and folders: one line, with what to do."""
+"""Messages of the command about wrong names, files and folders: one line with what to do."""
 
 import warnings
 
@@ -39,7 +39,7 @@ RUN = ("run", "--rounds", "1", "--steps", "4", "--seeds", "0", "--out", "out")
 
 @pytest.fixture
 def said(tmp_path, monkeypatch, capsys):
-    """Returns a function that runs a command, which fails, and gives the line that it prints."""
+    """Returns a function that runs a failing command and returns the line that it prints."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "own.py").write_text(OWN)
     (tmp_path / "file").write_text("a file")
@@ -140,12 +140,12 @@ def test_models_in_other_formats_are_told_the_way(said, tmp_path, command):
     (tmp_path / "m").mkdir()
     masked = ml.convert_to_masked(keras.Sequential([keras.Input((2,)), keras.layers.Dense(3)]))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Of the format.
+        warnings.simplefilter("ignore")  # About the format.
         masked.save(tmp_path / "m" / "x.h5")
     error = said(*command)
     code = error.partition("`")[2].partition("`")[0]
     assert code.startswith("import keras, masked_layers; ")
-    exec(code, {})  # The remedy is one.
+    exec(code, {})  # The suggested remedy works.
     assert cli.main(["inspect", "m/x.keras"]) == 0
     masked.save_weights(tmp_path / "m" / "x.weights.h5")
     assert "save it with `model.save('m/x.keras')`" in said("inspect", "m/x.weights.h5")
@@ -165,7 +165,7 @@ def test_warnings_of_a_command_come_without_lines_of_ours(tmp_path, capsys, monk
     from lottery_ticket_pruner.commands import report
 
     def warned(_):
-        # What Python prints of a warning; pytest has it print none.
+        # Prints a warning as Python does; pytest suppresses it.
         warning = UserWarning("'x' ends in the middle of a line.")
         print(warnings.formatwarning(warning, UserWarning, "results.py", 221), end="")
 

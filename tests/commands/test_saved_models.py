@@ -1,4 +1,4 @@
-"""The commands that write sparse SavedModels and look at saved models."""
+"""Commands that write sparse SavedModels and inspect saved models."""
 
 import warnings
 
@@ -143,7 +143,7 @@ def test_help_names_what_export_takes(capsys):
 @pytest.mark.once
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="needs the TensorFlow backend")
 def test_a_path_that_tensorflow_takes_for_a_pattern(saved, tmp_path, recwarn):
-    # A folder that the pattern fits, with the weights of another model.
+    # A folder that matches the pattern, with the weights of another model.
     tf = pytest.importorskip("tensorflow")
     for name in ("seed1", "seed[1]", "a*?"):
         out = tmp_path / name / "1"

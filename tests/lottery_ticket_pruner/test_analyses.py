@@ -1,4 +1,4 @@
-"""Analyses of weights, masks and solutions against numbers by hand."""
+"""Analyses of weights, masks and solutions, against numbers computed by hand."""
 
 import itertools
 
@@ -13,7 +13,7 @@ from lottery_ticket_pruner import analyses, training
 
 @pytest.fixture
 def line():
-    """One weight, no bias: the loss of weight w is (w - 1)^2."""
+    """Returns a model with one weight and no bias: the loss of weight w is (w - 1)^2."""
     model = keras.Sequential([keras.Input((1,)), layers.Dense(1, use_bias=False)])
     model.compile("sgd", "mse", metrics=["mae"])
     return model
@@ -71,7 +71,7 @@ def test_masked_solutions_are_interpolated_as_they_are_read():
     assert training.evaluate(other, X, Y)["loss"] == pytest.approx(
         result.metrics["loss"][2], rel=1e-5
     )
-    # The middle by hand, from the kernels as they are read.
+    # The middle by hand, from effective kernels.
     ends = [ml.strip_masks(m).get_weights() for m in (model, other)]
     a, b, c, d = (sum(pair) / 2 for pair in zip(*ends, strict=True))
     logits = np.tanh(X @ a + b) @ c + d
@@ -82,7 +82,7 @@ def test_masked_solutions_are_interpolated_as_they_are_read():
     for path, mask in ml.get_masks(model).items():
         np.testing.assert_array_equal(mask, masks[path])
 
-    # What the mask predicts over other weights.
+    # The predictions of the mask over other weights.
     ones = [np.ones_like(w) for w in weights]
     counts = analyses.confusion_matrix(model, X, Y, weights=ones)
     c = masks["b/kernel"].astype("float32")
@@ -107,7 +107,7 @@ def test_half_precision_solutions_are_interpolated(dtype):
 
 
 def test_instability_is_the_barrier_between_two_orders(line):
-    """One step on one of two examples that pull the weight to 1 and to -1."""
+    """Trains one step on one of two examples that pull the weight to 1 and to -1."""
     y = np.array([[1.0], [-1.0]], "float32")
     line.compile(keras.optimizers.SGD(0.5), "mse")
     line.set_weights([np.zeros((1, 1))])
@@ -118,7 +118,7 @@ def test_instability_is_the_barrier_between_two_orders(line):
             line, ONE[:2], y, steps=1, batch_size=1, test_data=(ONE, ONE), points=5, seed=seed
         )
         assert found.metrics["loss"][[0, -1]] == pytest.approx([(end - 1) ** 2 for end in ends])
-        # From 1 to -1 the loss goes from 0 to 4 without a hill in between: 4 - 2.
+        # From 1 to -1 the loss rises from 0 to 4 monotonically: 4 - 2.
         assert found.barrier == pytest.approx(0 if ends[0] == ends[1] else 2)
         expected.add(ends[0] == ends[1])
         assert line.get_weights()[0].item() == 0
@@ -182,7 +182,7 @@ def test_overlap_by_hand_and_against_all_random_masks():
     assert overlap.names == ("one", "two", "none")
     np.testing.assert_allclose(overlap.jaccard[:2, :2], [[1, 2 / 5], [2 / 5, 1]])
     np.testing.assert_array_equal(overlap.jaccard[2], [0, 0, np.nan])
-    # Every mask of the second's counts, by brute force: how many it shares with the first.
+    # By brute force over all masks with the second's counts: the overlap with the first.
     shared = [
         len({0, 1} & set(kept)) + (out == 0)
         for kept in itertools.combinations(range(5), 3)

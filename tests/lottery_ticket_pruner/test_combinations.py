@@ -1,4 +1,4 @@
-"""Every criterion, structure, distribution and schedule with all that follows on pruning."""
+"""Every criterion, structure, distribution and schedule in combination with later steps."""
 
 import re
 import types

@@ -1,4 +1,4 @@
-"""Each criterion on arrays small enough to work out by hand, and the forms that `get` takes."""
+"""Each criterion on arrays small enough to compute by hand, and the identifiers of `get`."""
 
 import numpy as np
 import pytest
@@ -44,7 +44,7 @@ HALF = {
 
 
 def prune(name, drop, initial=INITIAL, final=FINAL, mask=None, seed=0):
-    """The mask of one kernel as a list of 0 and 1; the current weights are the final ones."""
+    """Returns the mask of one kernel as a list of 0 and 1. Current weights are the final ones."""
     mask = np.ones(len(final), dtype=bool) if mask is None else np.array(mask, dtype=bool)
 
     def column(values):
@@ -120,7 +120,7 @@ def test_ranks_count_alive_weights_only():
     alive = [1, 1, 1, 1, 0, 0]
     # ranks 0 1 2 3 and 3 0 1 2: the smaller ones are 0 0 1 2
     assert prune("large_init_large_final", 2, initial, final, alive) == [0, 0, 1, 1, 0, 0]
-    # A dead weight between two alive ones would shift the ranks and with them the minimum.
+    # A pruned weight between two kept ones would shift the ranks and thereby the minimum.
     initial, final, alive = [1, 5, 2, 3, 4], [9, 1, 8, 8.5, 8.7], [1, 1, 0, 0, 0]
     masks = {tuple(prune("large_init_large_final", 1, initial, final, alive, s)) for s in range(20)}
     assert masks == {(1, 0, 0, 0, 0), (0, 1, 0, 0, 0)}  # both have rank 0 once: a tie

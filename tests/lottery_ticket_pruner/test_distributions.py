@@ -73,7 +73,7 @@ def test_erk_solves_the_equations_of_the_paper(sparsity):
     sizes = np.array([math.prod(shape) for shape in RESNET.values()])
     raw = np.array([sum(shape) / math.prod(shape) for shape in RESNET.values()])
 
-    def missing(log_scale):  # densities in proportion to `raw`, capped at 1, of this total
+    def missing(log_scale):  # densities proportional to `raw`, at most 1, with this total
         return (np.minimum(np.exp(log_scale) * raw, 1) * sizes).sum() - (1 - sparsity) * sizes.sum()
 
     scale = np.exp(optimize.brentq(missing, -30, 30, xtol=1e-13))

@@ -1,4 +1,4 @@
-"""Public names that have moved: their earlier places still have them for a release, and say so."""
+"""Public names that have moved are still available at their old places, with a warning."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""What functions, classes, objects and models are, apart from their names."""
+"""Identity of functions, classes, objects and models, independent of their names."""
 
 import functools
 import importlib
@@ -27,7 +27,7 @@ from lottery_ticket_pruner.training import CropAndFlip
 
 pytestmark = pytest.mark.once
 
-# A module of a user's, and other forms of its lines: whether each makes `score` another one.
+# A user's module, and changes of its lines: whether each changes the identity of `score`.
 SOURCE = '''
 import re, functools, dataclasses, keras
 import numpy as np
@@ -110,7 +110,7 @@ def _others_have_modules_of_these_names():
 
 
 def loaded(monkeypatch, folder, source=SOURCE, helpers=HELPERS, deferred=DEFERRED):
-    """The functions of a module as its file says now."""
+    """Imports the functions of a module as its file is now."""
     for name, text in (("own", source), ("own_helpers", helpers), ("own_deferred", deferred)):
         (folder / f"{name}.py").write_text(text)
         sys.modules.pop(name, None)
@@ -215,7 +215,7 @@ def test_what_has_no_state_to_read_is_said(tmp_path):
 
 
 class Scaled(keras.losses.Loss):
-    """Has the configuration of its base: nothing of `alpha`."""
+    """Inherits the configuration of its base, without `alpha`."""
 
     def __init__(self, alpha):
         super().__init__()

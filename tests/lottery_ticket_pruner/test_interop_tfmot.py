@@ -1,4 +1,4 @@
-"""TensorFlow Model Optimization, the real package: its schedules, its models, its import."""
+"""The real TensorFlow Model Optimization: its schedules, its models, its import."""
 
 import importlib.util
 import os
@@ -121,7 +121,7 @@ def test_a_schedule_class_of_ones_own_drives_the_pruner(tfmot):
     pruning = GradualPruning(LotteryTicketPruner(model), EveryOther())
     assert not pruning.advance(0)
     assert pruning.advance()
-    assert ml.sparsity_report(model).alive == 10  # 0.9 of 100, though float32 has 0.8999999762
+    assert ml.sparsity_report(model).alive == 10  # 0.9 of 100, although 0.8999999762 in float32
     with pytest.raises(NotImplementedError, match="EveryOther"):
         pruning.schedule.get_config()
 
@@ -132,7 +132,7 @@ def batch(shape):
 
 def compare(source, target, x, tolerance=2e-5):
     expected = keras.tree.flatten(keras.tree.map_structure(lambda t: t.numpy(), source(x)))
-    # JAX would compile every operation by itself.
+    # JAX would compile every operation separately.
     call = target.predict_on_batch if keras.backend.backend() == "jax" else target
     outputs = keras.tree.flatten(call(x))
     for output, wanted in zip(outputs, expected, strict=True):
@@ -142,7 +142,7 @@ def compare(source, target, x, tolerance=2e-5):
 
 
 def scatter(model, seed=0):
-    """Weights that tell every part of the model: nothing stays at zero or one."""
+    """Sets weights that distinguish all parts of the model, without zeros and ones."""
     rng = np.random.default_rng(seed)
     for variable in model.variables:
         name = variable.name.rpartition("/")[2]
@@ -154,7 +154,7 @@ def scatter(model, seed=0):
     return model
 
 
-# By the shape of their inputs: all layers that `prune_low_magnitude` knows and Keras 3 has.
+# By input shape: all layers that `prune_low_magnitude` supports and Keras 3 has.
 IMAGES = """
 Conv2D(6, 3, activation="relu", kernel_regularizer="l2", padding="same")
 Conv2D(6, 3, groups=2, dilation_rate=2, padding="same", use_bias=False)
@@ -180,14 +180,14 @@ GlobalMaxPooling3D()
 
 
 def layers_of(tk, text):
-    """The layers of a text, each made by `tf_keras`."""
+    """Creates the layers of a text with `tf_keras`."""
     made, depth, start = [], 0, 0
     for end, character in enumerate(text):
         depth += (character in "([") - (character in ")]")
         if character == ")" and depth == 0:
             made.append(eval(text[start : end + 1].strip(), vars(tk.layers) | {"True": True}))
             start = end + 1
-    # What is drawn is overwritten, and to draw it takes JAX seconds.
+    # Initial values are overwritten, and drawing them takes JAX seconds.
     for layer in made:
         cell = getattr(layer, "cell", layer)
         for drawing in getattr(cell, "cells", [cell]):

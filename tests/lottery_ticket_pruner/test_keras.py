@@ -1,4 +1,4 @@
-"""What the pruner uses of Keras beyond its public API: these fail when Keras moves it."""
+"""Private features of Keras that the pruner uses: these tests fail when Keras changes them."""
 
 import keras
 import numpy as np
@@ -38,7 +38,7 @@ def test_the_loss_is_built_without_the_optimizer():
     model.compile("adam", ["mse", "mae"])
     batch = (np.ones((3, 4)), [np.ones((3, 2)), np.ones((3, 1))])
     _keras.build_loss(model, batch)
-    assert len(model.metrics_variables) > 2  # those of each loss beside those of their sum
+    assert len(model.metrics_variables) > 2  # those of each loss besides those of their sum
     assert not model.optimizer.built
     x, y = batch
     loss = _keras.training_loss(model, (ops.convert_to_tensor(x), y))
@@ -93,7 +93,7 @@ def test_a_replaced_method_is_what_keras_calls_until_the_end():
         assert (len(_keras.flatten(model)), len(model.variables)) == tracked
         with pytest.raises(KeyError), _keras.replaced(layer, "call", None):
             raise KeyError
-        assert layer.call(X).mean() == 6  # What was there before comes back, also after an error.
+        assert layer.call(X).mean() == 6  # The old method is restored, even after an error.
     model.predict_function = None
     assert "call" not in vars(layer)
     np.testing.assert_array_equal(model.predict(X, verbose=0), plain)
@@ -139,7 +139,7 @@ def test_withdrawn_variables_have_no_value_until_the_end():
 
 @pytest.mark.parametrize("failing", [0, 1])
 def test_values_are_kept_where_training_fails(failing):
-    """On JAX, Keras has taken the values out of the variables by then."""
+    """At this point, Keras on JAX has removed the values from the variables."""
     model = dense()
 
     class Fail(keras.callbacks.Callback):
@@ -150,7 +150,7 @@ def test_values_are_kept_where_training_fails(failing):
     before = model.get_weights()
     with pytest.raises(KeyError, match="on purpose"), _keras.kept_on_error(model):
         model.fit(X, Y, batch_size=2, verbose=0, callbacks=[Fail()])
-    after = model.get_weights()  # An error if they are gone.
+    after = model.get_weights()  # An error if the values are missing.
     assert all(np.array_equal(*pair) for pair in zip(before, after, strict=True)) == (failing == 0)
     assert "_purge_model_variables" not in vars(model)
     model.fit(X, Y, verbose=0)

@@ -1,4 +1,4 @@
-"""Learned supermasks on real digits, next to the best that an untrained mask can do."""
+"""Learned supermasks on real digits, compared with the best untrained masks."""
 
 import warnings
 
@@ -36,7 +36,7 @@ def network():
 
 @pytest.fixture(scope="module")
 def untrained(digits):
-    """The best accuracy of masks of trained weights over untrained ones, rescaled (DWR)."""
+    """Returns the best accuracy of masks of trained weights over untrained ones, with DWR."""
     model = ml.convert_to_masked(network())
     for ref in ml.masked_refs(model):
         ref.mask.rescale = True
@@ -46,7 +46,7 @@ def untrained(digits):
     accuracies = []
     for sparsity in (0.3, 0.5, 0.8):
         pruner.reset_masks()
-        with warnings.catch_warnings(action="ignore"):  # The same final weights again, on purpose.
+        with warnings.catch_warnings(action="ignore"):  # Intentionally the same final weights.
             pruner.update_masks("large_final_same_sign", sparsity=sparsity)
         for kept in ("rewind", "constant_same_sign"):
             pruner.treat(kept)

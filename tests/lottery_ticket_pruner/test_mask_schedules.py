@@ -1,4 +1,4 @@
-"""Masks that change while a model trains: gradual pruning and dynamic sparse training."""
+"""Masks that change during training: gradual pruning and dynamic sparse training."""
 
 import keras
 import numpy as np
@@ -45,7 +45,7 @@ def raw(model):
 
 
 def zeros(model):
-    """Zeros of the effective weights, by layer."""
+    """Counts the zeros of effective weights, by layer."""
     return [
         int(np.count_nonzero(ops.convert_to_numpy(getattr(ref.layer, ref.name)) == 0))
         for ref in ml.masked_refs(model)
@@ -53,7 +53,7 @@ def zeros(model):
 
 
 class Watch(keras.callbacks.Callback):
-    """What the masks are at the end of every batch, and before the first."""
+    """Records the masks before the first batch and at the end of every batch."""
 
     def on_train_begin(self, logs=None):
         self.zeros, self.masks = [zeros(self.model)], [ml.get_masks(self.model)]
@@ -134,7 +134,7 @@ def test_no_weight_and_no_mask_goes_through_the_host(monkeypatch):
     )
     assert pruning.advance(0)
     monkeypatch.undo()
-    assert read == [2]  # whether all is finite, a flag per layer
+    assert read == [2]  # only whether all values are finite, one flag per layer
     assert zeros(model) == [64, 16]
 
 
@@ -160,7 +160,7 @@ def test_other_criteria_rank_the_weights_of_the_moment(regrowth):
     path = next(iter(watch.masks[0]))
     moved = np.abs(pruner.final_weights[path] - pruner.initial_weights[path])
     kept = watch.masks[-1][path]
-    if regrowth:  # anew at step 4
+    if regrowth:  # new masks at step 4
         assert moved[kept].min() >= moved[~kept].max()
         assert not same_masks(watch.masks[1], watch.masks[4])
     else:
@@ -209,7 +209,7 @@ def test_with_several_steps_per_execution_masks_change_after_the_execution():
     model, watch = make_model(steps_per_execution=4), Watch()
     schedule = schedules.Function(lambda step: step / 20, begin_step=1, frequency=5)
     pruning = GradualPruning(LotteryTicketPruner(model), schedule)
-    # Five batches an epoch, in executions of four and of one.
+    # Five batches per epoch, in executions of four and of one.
     model.fit(*make_data(), batch_size=12, epochs=2, verbose=0, callbacks=[pruning, watch])
     at = {0: 0, 1: 1, 6: 6}
     expected = [[int(at[s] / 20 * size + 1e-6) for size in (128, 32)] for s in (0, 1, 1, 6, 6)]

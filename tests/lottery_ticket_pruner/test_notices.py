@@ -1,4 +1,4 @@
-"""What pruning says of itself: layers left with nothing, and arguments without effect."""
+"""Warnings about pruning: layers without any weights left, and arguments without effect."""
 
 import logging
 import warnings
@@ -23,7 +23,7 @@ Y = np.arange(24) % 4
 
 
 def make_model(masked=True):
-    """Every weight of "mid" is smaller than all others."""
+    """Returns a model in which every weight of "mid" is smaller than all others."""
     model = keras.Sequential(
         [
             keras.Input((8,)),
@@ -42,7 +42,7 @@ def make_model(masked=True):
 
 
 def said(action):
-    """What our own warnings say."""
+    """Returns the messages of our own warnings."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         action()
@@ -268,7 +268,7 @@ def test_rewiring_that_never_comes_is_refused_or_told():
 
 
 def test_a_fit_without_a_batch_says_nothing():
-    # As of a training that was restored at its end.
+    # Like a training that was restored at its end.
     model = make_model()
     pruner = LotteryTicketPruner(model)
     pruner.update_masks("random", sparsity=0.5)

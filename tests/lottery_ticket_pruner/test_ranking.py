@@ -1,4 +1,4 @@
-"""Ranking on the device: the exact count, the highest keys, ties by lot; against NumPy."""
+"""Ranking on the device against NumPy: exact counts, highest keys, random ties."""
 
 import keras
 import numpy as np
@@ -9,7 +9,7 @@ from keras import ops
 
 from lottery_ticket_pruner import ranking
 
-# One length, so that JAX compiles once.
+# A single length, so that JAX compiles once.
 SIZE = 24
 # Many equal values, signed zeros, subnormal and huge ones.
 VALUES = st.one_of(
@@ -70,7 +70,7 @@ def test_rewiring_keeps_the_count(values, growth, mask, share, by_lot):
     gone = mask & ~new
     assert finite
     assert new.sum() == mask.sum()
-    assert (grown == (new & ~mask)).all()  # without what was dropped and drawn again
+    assert (grown == (new & ~mask)).all()  # without weights that were pruned and drawn again
     assert gone.sum() <= count
     assert not gone.any() or np.abs(weight[gone]).max() <= np.sort(np.abs(weight[mask]))[count - 1]
     if not by_lot:

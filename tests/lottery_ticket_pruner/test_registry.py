@@ -1,4 +1,4 @@
-"""One rule for names, configurations, functions and identity in all kinds that users add to."""
+"""The common rules for names, configurations, functions and identity of all registered kinds."""
 
 import json
 
@@ -15,7 +15,7 @@ KINDS = {
     "kept": (treatments.get_kept, treatments.register_kept, treatments.kept_names),
     "pruned": (treatments.get_pruned, treatments.register_pruned, treatments.pruned_names),
 }
-# What stands for something in each kind, without and with arguments.
+# Identifiers of each kind, without and with arguments.
 BUILT_IN = {
     "criterion": criteria.names(),
     "structure": ["2:4", "4x1", "filters", structures.Blocks((2, 3), "max")],
@@ -44,7 +44,7 @@ def _own_registries(monkeypatch):
 
 
 def named(name):
-    """A function of this name, of the kind that users write."""
+    """Returns a function with this name, as users write it for this kind."""
 
     def function(*args):
         return None

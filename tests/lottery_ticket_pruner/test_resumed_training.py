@@ -1,4 +1,4 @@
-"""A training that another callback restores goes on as if it had never stopped."""
+"""A training restored by another callback continues as if it had never stopped."""
 
 import keras
 import numpy as np
@@ -15,7 +15,7 @@ from lottery_ticket_pruner import (
 )
 
 BACKEND = keras.backend.backend()
-BATCHES = 4  # of an epoch, all the same: Keras starts the epoch anew where it resumes within one
+BATCHES = 4  # per epoch, all equal, because Keras restarts the epoch when it resumes inside one
 X = np.tile(np.random.default_rng(0).normal(size=(12, 8)).astype("float32"), (BATCHES, 1))
 Y = np.tile(np.arange(12) % 2, BATCHES)
 
@@ -33,7 +33,7 @@ def make_model(steps_per_execution=1, masked=True):
 
 
 class Watch(keras.callbacks.Callback):
-    """The whole state at the end of every batch, by the count of the optimizer; it may stop one."""
+    """Records the complete state at the end of every batch, by step. May stop at one of them."""
 
     def __init__(self, stop_at=None):
         super().__init__()
@@ -57,7 +57,7 @@ def fit(model, epochs, callbacks):
 
 
 def assert_resumed_as_uninterrupted(make, tmp_path):
-    """`make()` gives a new model, and the callback that is restored or has been."""
+    """`make()` returns a new model and the callback that is or was restored."""
     model, ours = make()
     whole = Watch()
     fit(model, 4, [ours, whole])
@@ -92,7 +92,7 @@ CALLBACKS = {
     "SET": lambda pruner: DynamicSparseTraining(pruner, 16, "random", frequency=2, until=1),
     "RigL": lambda pruner: DynamicSparseTraining(pruner, 16, data=(X, Y), frequency=2, until=1),
 }
-ONCE = ("regrowth", "movement")  # what differs between backends is in the others
+ONCE = ("regrowth", "movement")  # differences between backends are covered by the others
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ ONCE = ("regrowth", "movement")  # what differs between backends is in the other
 )
 def test_masks_go_on_whatever_the_order_of_the_callbacks(name, tmp_path):
     def make():
-        # Keras has no steps_per_execution on torch.
+        # Keras does not support steps_per_execution on torch.
         model = make_model(steps_per_execution=2 if name == "SET" and BACKEND != "torch" else 1)
         pruner = LotteryTicketPruner(model)
         if name in ("SET", "RigL"):
@@ -112,7 +112,7 @@ def test_masks_go_on_whatever_the_order_of_the_callbacks(name, tmp_path):
 
 @pytest.mark.parametrize("use_dwr", [False, pytest.param(True, id="rescaled")])
 def test_a_plain_model_goes_on_under_its_masks(use_dwr, tmp_path):
-    """Also where the weights that come back have the factor of rescaling in them already."""
+    """Even if the restored weights already contain the rescaling factor."""
 
     def make():
         model = make_model(masked=False)
@@ -124,7 +124,7 @@ def test_a_plain_model_goes_on_under_its_masks(use_dwr, tmp_path):
 
 
 class Load(keras.callbacks.Callback):
-    """Gives the model other weights when training begins."""
+    """Replaces the weights of the model when training begins."""
 
     def __init__(self, weights):
         super().__init__()
@@ -141,7 +141,7 @@ def test_weights_that_another_callback_loads_are_pruned_before_the_first_batch()
     load, seen = Load(model.get_weights()), []
 
     def look(batch, logs):
-        if batch == 0:  # later `fit` on JAX has the values outside of the variables
+        if batch == 0:  # later, `fit` on JAX keeps the values outside the variables
             seen.append([np.count_nonzero(weight) for weight in model.get_weights()[::2]])
 
     look = keras.callbacks.LambdaCallback(on_train_batch_begin=look)

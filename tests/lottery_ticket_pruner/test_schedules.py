@@ -148,7 +148,7 @@ def test_a_registered_class_is_known_by_its_name(monkeypatch):
 def test_what_was_registered_again_or_hides_its_arguments_can_be_named_and_compared(monkeypatch):
     monkeypatch.setattr(schedules, "_REGISTRY", schedules._REGISTRY.copy())
 
-    def make():  # As a cell of a notebook that is run twice.
+    def make():  # Like a notebook cell that is run twice.
         @schedules.register("cell")
         def cell(step):
             return 0.5

@@ -1,4 +1,4 @@
-"""Structures against loops in plain Python and against torch; what they leave to `shrink`."""
+"""Structures against loops in plain Python and against torch, and what `shrink` can remove."""
 
 import dataclasses
 import itertools
@@ -72,7 +72,7 @@ def test_tiles_of_all_layers_compete_where_the_scope_is_global():
 
 
 def tiles_of(shape, layout, structure):
-    """The indices of every tile of a kernel, by loops."""
+    """Returns the indices of every tile of a kernel, by loops."""
     inputs, outputs = layout.inputs, layout.outputs
     others = [axis for axis in range(len(shape)) if axis not in inputs + outputs]
 
@@ -198,7 +198,7 @@ def test_filters_by_magnitude_are_torchs_ln_structured(seed, shape):
 
 
 def hardware_rows(values, mask):
-    """The masked kernel of a convolution as (outputs, window and inputs), as GPUs multiply it."""
+    """Returns the masked kernel of a convolution as the matrix (outputs, inputs) of a GPU."""
     return np.where(mask, values, 0).transpose(3, 0, 1, 2).reshape(values.shape[-1], -1)
 
 
@@ -373,7 +373,7 @@ def test_a_registered_class_works_by_name(registry):
     @structures.register("best")
     @dataclasses.dataclass(frozen=True)
     class Best(structures.Structure):
-        """The best weight of every output."""
+        """Keeps the best weight of every output."""
 
         kept = 1
 
@@ -467,6 +467,6 @@ def test_weights_without_such_tiles_stay_as_they_are_and_are_named(caplog):
         LotteryTicketPruner(
             ml.convert_to_masked(keras.Sequential([keras.Input((5,)), layers.Embedding(8, 4)]))
         ).update_masks("large_init", structure="2:4")
-    # The next round finds as many as it may keep: nothing changes.
+    # The next round finds as many as it may keep, so nothing changes.
     pruner.update_masks("small_init", structure="2:4")
     assert all((ml.get_masks(model)[path] == masks[path]).all() for path in masks)

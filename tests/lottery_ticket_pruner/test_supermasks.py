@@ -1,4 +1,4 @@
-"""Grids of untrained masks: every cell is what the pruner says of that mask alone."""
+"""Grids of untrained masks: every cell equals the pruner's result for that mask."""
 
 import itertools
 
@@ -24,7 +24,7 @@ def data():
 
 @pytest.fixture(scope="module")
 def pruner(data):
-    """A trained model, of which some weights are pruned, some frozen, and all rescaled."""
+    """A trained model with some pruned, some frozen, and all rescaled weights."""
     keras.utils.set_random_seed(0)
     model = ml.convert_to_masked(
         keras.Sequential(
@@ -128,7 +128,7 @@ def test_nothing_is_traced_again_for_another_cell(data):
     grid([0.1])
     (few, at_once), (many, in_all) = grid([0.2]), grid([0.3, 0.5, 0.7])
     assert (few, many) == (4, 12)
-    # Keras' own look at the shapes may come with each evaluation; a trace would come with batches.
+    # Each evaluation may trace Keras' check of shapes; traces of the step would depend on batches.
     assert in_all <= 3 * max(at_once, 1)
     assert all(shape[0] in (1, None) for shape in traces)
 

@@ -1,4 +1,4 @@
-"""Targets that the loss does not take: what is said, wherever they can be given."""
+"""Messages about targets that do not fit the loss, from every function that takes targets."""
 
 import re
 
@@ -21,7 +21,7 @@ INDICES = np.arange(12) % 3
 COLUMNS = np.eye(3, dtype="float32")[INDICES]
 
 SPARSE, DENSE = "sparse_categorical_crossentropy", "categorical_crossentropy"
-# What a loss is given, what is said of it, and what to do.
+# Targets for a loss, and the expected parts of the message.
 WRONG = {
     "columns for a loss of indices": (
         (SPARSE, COLUMNS),
@@ -53,7 +53,7 @@ def pruner_of(loss):
 
 
 def ways(loss, y):
-    """Calls that look at targets, by name."""
+    """Returns functions that take targets, by name."""
     pruner = pruner_of(loss)
     model = pruner.model
     data = (X, y)

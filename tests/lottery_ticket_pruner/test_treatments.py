@@ -1,4 +1,4 @@
-"""What kept and pruned weights become: the pure functions, and frozen values in the graph."""
+"""Treatments of kept and pruned weights: the pure functions, and frozen values in the graph."""
 
 import keras
 import numpy as np
@@ -162,7 +162,7 @@ def test_frozen_values_hold_in_training_saving_stripping_and_thaw(tmp_path):
     np.testing.assert_array_equal(effective(model)[dead], w0[dead])
     assert (effective(model) != w0)[~dead].all()
 
-    # The penalty of the effective weight, frozen part included.
+    # The penalty of the effective weight, including the frozen part.
     penalty = 0.01 * (effective(model) ** 2).sum()
     assert float(numpy(model.losses[0])) == pytest.approx(penalty, rel=1e-5)
     report = ml.sparsity_report(model)
@@ -192,7 +192,7 @@ def test_frozen_values_hold_in_training_saving_stripping_and_thaw(tmp_path):
     np.testing.assert_array_equal(effective(model), np.where(dead, 0, w0))
     fit(model)
     assert not effective(model)[dead].any()
-    # Saved without frozen values into a model that has some.
+    # Saved without frozen values, and loaded into a model that has some.
     pruner.treat(pruned="freeze")
     model.load_weights(tmp_path / "frozen.keras")
     np.testing.assert_array_equal(model.predict(X, verbose=0), outputs)

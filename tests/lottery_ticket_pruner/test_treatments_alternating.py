@@ -1,4 +1,4 @@
-"""Treatments that go to and fro between frozen and zero: memory, and stale functions."""
+"""Treatments that alternate between frozen values and zero: memory, and stale functions."""
 
 import gc
 
@@ -49,7 +49,7 @@ def test_memory_does_not_grow(run):
     there_and_back()
     before = there_and_back()
     after = [there_and_back() for _ in range(2)][-1]
-    # One training step that is traced anew is more than a thousand objects, kept by TensorFlow.
+    # A newly traced training step is more than a thousand objects, kept by TensorFlow.
     assert after - before < 200
 
 
@@ -58,7 +58,7 @@ def test_the_graph_is_always_the_present_one():
     initial = model.get_weights()
     for treatment in ("freeze", "zero", "freeze", "zero"):
         pruner.treat(pruned=treatment)
-        other, fresh = pruned(initial)  # It has known nothing else.
+        other, fresh = pruned(initial)  # It has never had another treatment.
         fresh.treat(pruned=treatment)
         losses = [fit(trained) for trained in (model, other)]
         np.testing.assert_allclose(*losses, rtol=1e-5)
@@ -83,5 +83,5 @@ def test_gradients_of_functions_that_are_alive_stay():
     with tf.GradientTape() as tape:
         tape.watch(x)
         y = users(x)
-    # Differentiated for the first time now: the gradient is looked up by its name.
+    # Differentiated for the first time here: the gradient is found by its name.
     assert np.abs(tape.gradient(y, x).numpy()).max() > 0

@@ -48,7 +48,7 @@ def test_patches_of_a_convolution():
     convolution = layers.Conv2D(6, (3, 2), strides=2, padding="same", groups=2, name="c")
     model = masked(inputs, convolution(inputs))
     x = RNG.normal(size=(3, 6, 7, 4)).astype("float32")
-    # Keras pads what is left over at the end: 1 row below, 1 column to the right.
+    # Keras pads the remainder at the end: 1 row below, 1 column to the right.
     padded = np.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0)))
     squares = np.zeros((3, 2, 2, 6))
     for row in range(0, 6, 2):

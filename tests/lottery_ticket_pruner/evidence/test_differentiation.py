@@ -16,14 +16,14 @@ Y = RNG.normal(size=(6, 3))
 
 
 class Moments(layers.Layer):
-    """What a layer of one's own does that normalizes by `keras.ops`."""
+    """A custom layer that normalizes by `keras.ops`."""
 
     def call(self, x):
         mean, variance = ops.moments(x, axes=[0, 1], keepdims=True)
         return (x - mean) / ops.sqrt(variance + 1e-3) * ops.var(x, axis=1, keepdims=True)
 
 
-# One after the other in one model: as strict as a model for each, and far quicker.
+# All in one model, which is as strict as a model for each and much faster.
 GROUPS = {
     "batch normalization": lambda: [layers.BatchNormalization()],
     "normalizations": lambda: [
@@ -68,7 +68,7 @@ GROUPS = {
 }
 
 
-# What these backends compute in float32, whatever they are given.
+# Functions that these backends compute in float32 in any case.
 IN_FLOAT32 = {("jax", "attention"), ("tensorflow", "resizing")}
 
 
@@ -112,7 +112,7 @@ def test_first_and_second_derivatives_agree_with_differences(name):
         norm = np.sqrt(sum((gradient**2).sum() for gradient in found.values()))
         seeds = _keras.seed_variables(model)
         before = [np.array(ops.convert_to_numpy(seed)) for seed in seeds]
-        # On torch, layers without a seed draw from its own generator, which gradients leave alone.
+        # On torch, layers without a seed draw from its own generator, which must not change.
         coarse = (keras.backend.backend(), name) in IN_FLOAT32
         size, tolerance = (3e-3, 1e-3) if coarse else (1e-4, 1e-5)
         step, losses, gradients = size / norm, [], []
@@ -147,7 +147,7 @@ def test_noise_of_torch_is_the_same_in_every_pass_and_drawn_again_afterwards():
 
 @keras.saving.register_keras_serializable("tests")
 class Once(layers.Layer):
-    """Holds an operation whose derivative its backend cannot differentiate."""
+    """Contains an operation whose second derivative its backend does not support."""
 
     def call(self, x):
         if keras.backend.backend() == "tensorflow":
@@ -186,7 +186,7 @@ def test_what_tensorflow_differentiates_once_only():
 
     exact = 2 / 3 * (np.eye(3) - 1 / 3)
     before = tf.nn.moments
-    # Where this holds no longer, TensorFlow or Keras has mended it and the override can go.
+    # If this fails, TensorFlow or Keras has fixed it, and the override can be removed.
     assert np.abs(hessian_of_the_variance() - exact).max() > 0.1
     with twice_differentiable(small_model([])):
         np.testing.assert_allclose(hessian_of_the_variance(), exact, atol=1e-6)

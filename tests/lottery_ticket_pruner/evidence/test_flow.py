@@ -1,4 +1,4 @@
-"""Synaptic flow against plain NumPy, and what the papers say of layers at high sparsities."""
+"""Synaptic flow against plain NumPy, and the papers' statements about layers at high sparsity."""
 
 import keras
 import numpy as np
@@ -11,7 +11,7 @@ from lottery_ticket_pruner.evidence import SynapticFlow
 
 
 def sequential(*inner, shape=(5,)):
-    """A masked model whose kernels are drawn by NumPy: JAX takes long to draw a new shape."""
+    """Returns a masked model with kernels drawn by NumPy, which is faster than JAX."""
     for layer in inner:
         if hasattr(layer, "kernel_initializer"):
             layer.kernel_initializer = keras.initializers.Zeros()
@@ -28,7 +28,7 @@ def absolute(model):
 
 
 def flows_of_two_layers(weights, masks):
-    """Forwards and backwards through relu(x W + b) V + c with everything positive."""
+    """Computes forwards and backwards through relu(x W + b) V + c with everything positive."""
     first, bias, second, _ = weights
     first, second = first * masks[0], second * masks[1]
     hidden = first.sum(0) + bias
@@ -112,7 +112,7 @@ def test_a_hundred_rounds_in_numpy_give_the_same_masks():
 
 
 def alive_in_each_round(monkeypatch, model, **amount):
-    """How many weights were alive when each round worked its flows out, and at the end."""
+    """Records how many weights were kept when each round computed its flows, and at the end."""
     counts = []
     flows = SynapticFlow.__call__
 

@@ -1,4 +1,4 @@
-"""Dense gradients against central differences in float64, and against each backend's own."""
+"""Dense gradients, against central differences in float64 and against each backend's own."""
 
 import keras
 import numpy as np
@@ -18,13 +18,13 @@ WEIGHT = RNG.uniform(0.5, 2, size=10).astype("float32")
 
 @pytest.fixture
 def float64():
-    """Makes layers that compute in float64."""
+    """Makes layers compute in float64."""
     with _keras.double_precision():
         yield
 
 
 def small_model(loss=None, norm=False):
-    """Nested, with a convolution, a layer used twice, a penalty, and masks with pruned entries."""
+    """Nested, with a convolution, a layer used twice, a penalty, and partly pruned masks."""
     inner_input = keras.Input((4,))
     inner = keras.Model(inner_input, keras.layers.Dense(4, activation="tanh")(inner_input))
     x = inputs = keras.Input((6, 3))
@@ -50,14 +50,14 @@ def state(model):
 
 
 def compiled_loss(model):
-    """The compiled loss of a plain model, worked out beside its trainer."""
+    """Returns the compiled loss of a plain model, computed without its trainer."""
     return float(keras.ops.convert_to_numpy(model.loss(Y, model(X, training=True))))
 
 
 def test_alive_and_pruned_entries_agree_with_central_differences(float64):
     model = small_model()
     found = gradients.loss_gradients(model, X, Y, batch_size=5)
-    # A copy in which pruned entries are zeros of alive weights.
+    # A copy in which pruned entries are zeros of kept weights.
     bare = ml.strip_masks(model)
     step = 1e-5
     for ref in ml.weight_refs(bare):
@@ -153,7 +153,7 @@ def test_the_model_stays_as_it_was_and_nothing_is_traced_again(monkeypatch):
     if BACKEND != "torch":
         assert count == 1
         assert len(traces) == 1
-    prune_some(model, share=0.9)  # seen without a new trace
+    prune_some(model, share=0.9)  # takes effect without a new trace
     third = gradients.loss_gradients(model, X, targets, batch_size=5)
     assert any(np.abs(third[path] - array).max() > 1e-3 for path, array in first.items())
     assert BACKEND == "torch" or len(traces) == 1
@@ -186,14 +186,14 @@ def test_it_can_be_asked_for_while_the_model_trains():
 
 
 def numpy_loss(weights, x, y, temperature):
-    """A net of two dense layers with a tanh between, and the cross-entropy of its cooled logits."""
+    """Two dense layers with a tanh between them, and the cross-entropy of their divided logits."""
     logits = np.tanh(x @ weights[:6].reshape(3, 2)) @ weights[6:].reshape(2, 3) / temperature
     logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
     return -logits[np.arange(len(y)), y].mean()
 
 
 def differences(function, at, step):
-    """The gradient and the Hessian of a function by central differences."""
+    """Returns the gradient and the Hessian of a function by central differences."""
     moves = step * np.eye(len(at))
     slopes = np.array([function(at + a) - function(at - a) for a in moves]) / (2 * step)
     bends = [
@@ -241,7 +241,7 @@ def test_the_hessian_times_the_gradient_agrees_with_differences_in_numpy(float64
 
 
 def in_torch(weights, masks, x, y):
-    """Gradient, and Hessian of the cooled logits times it, of a net that only torch has built."""
+    """Returns the gradient, and its product with the Hessian, of a net built in torch only."""
     import torch
 
     kernels = [

@@ -75,7 +75,7 @@ def test_rigl_grows_the_pruned_weights_of_largest_finite_differences():
         dropped = np.zeros(alive.size, bool)
         dropped[order[:count]] = True
         dropped = dropped.reshape(alive.shape)
-        # What is dropped may grow again at once.
+        # Pruned weights may grow again at once.
         free = ~alive | dropped
         grown = after & free
         assert grown.sum() == count > 0
@@ -86,10 +86,10 @@ def test_rigl_grows_the_pruned_weights_of_largest_finite_differences():
 
 @pytest.mark.parametrize("kind", ["edge_popup", "bernoulli"])
 def test_scores_in_a_network_have_the_gradients_of_the_papers(kind):
-    """Edge-popup: dL/dI_v w_uv Z_u, and the sign of the score as abs(score) is ranked.
+    """Edge-popup: dL/dI_v w_uv Z_u, times the sign of the score, as abs(score) is ranked.
 
-    Bernoulli: the same times p (1 - p), the derivative of the probability. I_v is what enters a
-    unit before its activation, Z_u what leaves the one before (arXiv 1911.13299, section 3;
+    Bernoulli: the same times p (1 - p), the derivative of the probability. I_v is the input of a
+    unit before its activation, Z_u the output of the previous unit (arXiv 1911.13299, section 3;
     1905.01067, section 5.1).
     """
     mask = ml.EdgePopupMask(sparsity=0.5) if kind == "edge_popup" else ml.BernoulliMask()
@@ -115,7 +115,7 @@ def test_scores_in_a_network_have_the_gradients_of_the_papers(kind):
         p = 1 / (1 + np.exp(-s))
         through = np.sign(s) if kind == "edge_popup" else p * (1 - p)
         expected.append((leaving.T @ slope) * w * through)
-    if kind == "bernoulli":  # Training samples; the mask by which this is worked out does not.
+    if kind == "bernoulli":  # Training samples the mask, but the mask used here is not sampled.
         for ref in ml.masked_refs(model):
             vars(ref.mask)["draws_now"] = lambda: False
     model.fit(X, Y, batch_size=len(X), epochs=1, verbose=0)

@@ -1,4 +1,4 @@
-"""What the pruner works out for criteria that rank by more than records."""
+"""Measurements for criteria that rank by more than recorded weights."""
 
 import warnings
 

@@ -1,4 +1,4 @@
-"""Pruners in files: a loaded one goes on as the saved one would."""
+"""Saved pruners: a loaded pruner continues like the saved one."""
 
 import json
 
@@ -51,7 +51,7 @@ def test_a_loaded_pruner_brings_what_pruned_weights_are_frozen_at(pruned, tmp_pa
     pruner.treat(pruned=pruned)
     pruner.save(tmp_path / "pruner")
     other, another = moved()
-    # What the model froze before does not outlive the loading.
+    # Values frozen in the model before are removed by loading.
     another.update_masks(rate=0.2)
     another.treat("constant", "freeze")
     other.predict(data[0], verbose=0)

@@ -1,4 +1,4 @@
-"""The earlier API on plain models: masks beside the model, zeroes held inside the optimizer."""
+"""The earlier API on plain models: masks outside the model, zeros enforced by the optimizer."""
 
 import gc
 
@@ -44,7 +44,7 @@ def largest_pruned(pruner, model):
 
 
 class LargestPruned(keras.callbacks.Callback):
-    """The largest pruned weight after each execution and each validation."""
+    """Records the largest pruned weight after each execution and each validation."""
 
     def __init__(self, pruner):
         super().__init__()
@@ -233,7 +233,7 @@ OPTIMIZERS = {
 
 
 def give_momenta(model):
-    """As a training before would leave them, to weights that are pruned later too."""
+    """Sets weights as left by an earlier training, including weights that are pruned later."""
     model.optimizer.build(model.trainable_variables)
     momenta = [v for v in model.optimizer.variables if v.path.endswith(("momentum", "velocity"))]
     assert len(momenta) >= len(model.trainable_variables)
@@ -271,8 +271,8 @@ def test_pruned_weights_are_zero_for_any_steps_per_execution(jit_compile, data):
     model = classifier(steps_per_execution=4, jit_compile=jit_compile)
     pruner = LotteryTicketPruner(model)
     pruner.calc_prune_mask(model, 0.7, "large_init")
-    # A weight that leaves zero inside an execution would come back with a moved value: with the
-    # hold, training four steps at once is training them one by one.
+    # Without the hold, a weight that leaves zero inside an execution would come back with another
+    # value. With it, training four steps at once equals training them one by one.
     single = classifier(jit_compile=jit_compile)
     watcher = LargestPruned(pruner)
     for trained in (model, single):
@@ -462,7 +462,7 @@ def test_a_layer_without_ones_has_factor_zero():
 
     plain = classifier()
     pruner = LotteryTicketPruner(plain)
-    # Masks of a plain model come from criteria, which leave one weight at least; a file may not.
+    # Masks from criteria keep at least one weight, but those from a file may not.
     pruner._write_masks(plain, {i: np.zeros_like(mask) for i, mask in pruner._masks.items()})
     pruner.apply_dwr(plain)
     pruner.apply_dwr(plain)

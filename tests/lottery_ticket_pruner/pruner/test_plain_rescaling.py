@@ -1,4 +1,4 @@
-"""The earlier API on plain models: rescaling of weights put back, masks by layer."""
+"""The earlier API on plain models: rescaling of restored weights, masks by layer."""
 
 import keras
 import numpy as np
@@ -21,13 +21,13 @@ def network(rate=0.0):
 
 
 def other_weights(model, seed=5):
-    """Weights that are in no record."""
+    """Returns weights that are not recorded."""
     rng = np.random.default_rng(seed)
     return [rng.normal(size=weight.shape).astype("float32") for weight in model.get_weights()]
 
 
 def expected_rescaled(pruner, weights):
-    """The kernels with size / ones in them, worked out from the masks alone."""
+    """Returns the kernels multiplied by size / ones, computed only from the masks."""
     masks = [mask for *_, mask in pruner.iterate_prunables(pruner.model)]
     return [
         np.where(mask, weight * (mask.size / mask.sum()), 0)
@@ -70,7 +70,7 @@ def test_weights_trained_since_the_last_rescaling_keep_one_factor(how):
     pruner.apply_dwr(model)
     model.fit(X, Y, verbose=0, callbacks=[PrunerCallback(pruner, use_dwr=how == "callback")])
     trained = model.get_weights()[::2]
-    pruner.set_pretrained_weights()  # with the factor in them
+    pruner.set_pretrained_weights()  # including the factor
     first = [mask for *_, mask in pruner.iterate_prunables(model)]
     pruner.calc_prune_mask(model, 0.2, "smallest_weights")
     pruner.apply_dwr(model)
@@ -142,7 +142,7 @@ def test_masks_are_found_by_layer_and_by_position_among_its_weights(convert):
         found[0][:] = True
     weights = np.arange(masks[1, (0,)][0].size).reshape(masks[1, (0,)][0].shape)
     weights = weights * masks[1, (0,)][0]
-    weights *= 2.5  # not where integers meet a mask of bools
+    weights *= 2.5  # except where integers meet a bool mask
     pruner.reset_masks()
     assert pruner.cumulative_pruning_rate == 0.0
     assert all(pruner.prune_masks_map[key][key[1][0]].all() for key in masks)

@@ -1,4 +1,4 @@
-"""Rewinding and supermasks: the model as it was, with the masks of today."""
+"""Rewinding and supermasks: the original model with the current masks."""
 
 import keras
 import numpy as np
@@ -14,7 +14,7 @@ BACKEND = keras.backend.backend()
 
 
 def everything(model):
-    """The value of each variable of the model, its optimizer and its metrics."""
+    """Returns the values of all variables of the model, its optimizer and its metrics."""
     variables = [*model.weights, *(ref.mask.value for ref in ml.masked_refs(model))]
     variables += [*model.optimizer.variables, *model.variables, *model.metrics_variables]
     return [read(variable) for variable in variables]
@@ -31,14 +31,14 @@ def test_rewinding_brings_everything_back_but_the_masks(data):
     pruner.rewind()
     assert_same(model.get_weights(), initial)
     assert_same(list(ml.get_masks(model).values()), masks)
-    model.fit(*data, verbose=0)  # JAX gives the buffers of the weights away here
+    model.fit(*data, verbose=0)  # JAX donates the buffers of the weights here
     pruner.rewind()
     assert_same(model.get_weights(), initial)
     assert_same(list(pruner.initial_weights.values()), initial)
 
 
 class AverageStart(keras.optimizers.SGD):
-    """Slots that start as copies of the weights."""
+    """Initializes slots with copies of the weights."""
 
     def build(self, variables):
         super().build(variables)
@@ -70,7 +70,7 @@ OPTIMIZERS = {
 def test_training_after_rewinding_repeats_the_first_training(name, data):
     x, y = data
     model = masked_model(OPTIMIZERS[name]())
-    model.layers[2].rate = 0.0  # what dropout drops is not rewound
+    model.layers[2].rate = 0.0  # the random state of dropout is not rewound
     model.optimizer.build(model.trainable_variables)
     fresh = [read(variable) for variable in model.optimizer.variables]
     pruner = LotteryTicketPruner(model)
@@ -104,7 +104,7 @@ def test_rewinding_brings_a_changed_learning_rate_back(data):
     model.optimizer.learning_rate = 1e-5
     pruner.rewind()
     assert learning_rate(model) == pytest.approx(0.01)
-    # One that a later `compile` sets is meant.
+    # A rate set by a later `compile` is kept.
     compiled(model, keras.optimizers.SGD(0.3))
     model.fit(*data, verbose=0)
     pruner.rewind()

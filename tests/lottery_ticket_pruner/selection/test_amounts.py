@@ -1,4 +1,4 @@
-"""Exact counts: how many weights go, by rates, sparsities and mappings."""
+"""Exact counts of pruned weights, from rates, sparsities and mappings."""
 
 import math
 from fractions import Fraction

@@ -1,4 +1,4 @@
-"""Records that are missing or damaged, dtypes, memory: what selection refuses and takes."""
+"""Missing or damaged records, dtypes, memory: what selection refuses and accepts."""
 
 import dataclasses
 import tracemalloc

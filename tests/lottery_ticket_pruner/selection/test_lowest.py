@@ -1,4 +1,4 @@
-"""The lowest of an array against a sort, ties by lot, and flags set at random."""
+"""The lowest scores of an array against a sort, random ties, and random flags."""
 
 import math
 
@@ -75,7 +75,7 @@ def test_so_many_flags_are_set_wherever_they_are(count, monkeypatch):
     draws = [lowest._random_flags(1000, count, np.random.default_rng(s)) for s in range(200)]
     assert {int(np.count_nonzero(flags)) for flags in draws} == {count}
     by_tenth = np.sum(draws, axis=0).reshape(10, 100).sum(axis=1)
-    # The counts of a tenth are hypergeometric in each draw.
+    # Counts within a tenth are hypergeometric in each draw.
     share = count / 1000
     deviation = math.sqrt(200 * count * 0.1 * 0.9 * (1 - share) * 1000 / 999)
     np.testing.assert_allclose(by_tenth, 20 * count, atol=5 * deviation)

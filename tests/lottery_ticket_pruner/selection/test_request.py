@@ -1,4 +1,4 @@
-"""One request, resolved at the door of pruning and handed on to selection."""
+"""The pruning request, which is resolved once and passed on to selection."""
 
 import dataclasses
 
@@ -66,7 +66,7 @@ def test_evidence_is_measured_under_the_masks_of_each_round():
 
     def measure(masks):
         seen.append({path: int(mask.sum()) for path, mask in masks.items()})
-        # What is left of b loses its worth after the first round.
+        # The remaining weights of b become worthless after the first round.
         worth = {"a/kernel": 1.0, "b/kernel": 2.0 if len(seen) == 1 else 0.0}
         return {"gradient": {path: np.full((8, 6), worth[path]) for path in masks}}
 
@@ -74,7 +74,7 @@ def test_evidence_is_measured_under_the_masks_of_each_round():
         "slow", lambda group: group.gradient, frozenset({"gradient"}), scope="global", rounds=2
     )
     masks = select(Request.of(slow, sparsity=0.75), WEIGHTS, measure)
-    # Densities fall by the same factor: 96 -> 48 -> 24 weights.
+    # Densities decrease by the same factor: 96 -> 48 -> 24 weights.
     assert seen == [{"a/kernel": 48, "b/kernel": 48}, {"a/kernel": 0, "b/kernel": 48}]
     assert {path: int(mask.sum()) for path, mask in masks.items()} == {
         "a/kernel": 0,

@@ -32,7 +32,7 @@ def sign(number):
 
 
 def oracle_key(name, i, initial, final, alive):
-    """What Python's sort orders alive weight `i` by; the lowest go."""
+    """Returns the sort key of kept weight `i`; the lowest are pruned."""
     w0, wf = initial[i], final[i]
     flip, keep = sign(w0) * sign(wf) < 0, sign(w0) * sign(wf) > 0
     both = abs(wf) if w0 else 0
@@ -58,7 +58,7 @@ def oracle_key(name, i, initial, final, alive):
 
 
 def check_group(name, amount, initial, final, before, after):
-    """One competition group, as lists, against a sort."""
+    """Selects within one group of weights ranked together, as lists, by sorting."""
     alive = [i for i, m in enumerate(before) if m]
     (kind, share), size = next(iter(amount.items())), len(before)
     if kind == "rate":
@@ -89,7 +89,7 @@ def networks(draw):
 
 
 def groups(weights, scope):
-    """The competing positions: lists of (path, index)."""
+    """Returns the positions that are ranked together: lists of (path, index)."""
     cells = [(path, i) for path, w in weights.items() for i in np.ndindex(w.mask.shape)]
     if scope == "global":
         return [cells]
@@ -293,7 +293,7 @@ def test_a_kernels_ties_do_not_depend_on_the_other_kernels():
 
 
 def test_a_kernels_generator_is_the_same_in_every_process():
-    # Raw bits: NumPy promises them for ever, unlike the order of a shuffle.
+    # Raw bits, which NumPy guarantees to stay the same, unlike the order of a shuffle.
     raw = lowest.generator(7, "dense/kernel").bit_generator.random_raw()
     assert raw == 1827416788799031895
 

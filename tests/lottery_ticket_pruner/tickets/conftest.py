@@ -1,4 +1,4 @@
-"""Data, a model that is compiled once for each file, and a record of what trainings start from."""
+"""Data, a model that is compiled once per file, and a record of the start of each training."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Which searches a checkpoint takes up, which not, and what it says of damaged files."""
+"""Which searches a checkpoint resumes, and what it says about damaged files."""
 
 import json
 import re
@@ -36,7 +36,7 @@ def search(folder, model=None, **changed):
 
 
 def times(k):
-    """Functions of one name, and of one line, that do different things."""
+    """Returns functions with the same name and line that do different things."""
 
     class Shifted:
         def draw(self, rng, count):
@@ -124,7 +124,7 @@ def test_what_cannot_be_identified_is_not_resumed_and_says_so_at_the_beginning(t
 
 
 def rewritten(folder, change):
-    """Changes the state in a folder, as a version without checksums would have written it."""
+    """Changes the state in a folder as if written by a version without checksums."""
     file = folder / "state.json"
     state = json.loads(file.read_text())
     state.pop("checksum")
@@ -155,7 +155,7 @@ def test_states_of_earlier_versions_are_taken_up_where_names_tell(tmp_path):
 
 
 def damage(content, number):
-    """One of many ways in which a file can be wrong."""
+    """Damages a file in one of many ways."""
     rng = np.random.default_rng(number)
     kind = number % 4
     if kind == 0:
@@ -186,7 +186,7 @@ def test_damaged_states_end_in_the_documented_error_and_change_nothing(tmp_path,
             for one, other in zip(before, after, strict=True):
                 np.testing.assert_array_equal(one, other)
         else:
-            read += 1  # Some bytes of a zip file mean nothing.
+            read += 1  # Some bytes of a zip file have no effect.
             LotteryTicketPruner(model).reset_masks()
             for variable, value in zip(model.variables, before, strict=True):
                 variable.assign(value)

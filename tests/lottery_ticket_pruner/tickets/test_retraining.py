@@ -1,4 +1,4 @@
-"""What a ticket and its controls train from, and criteria that look at the model."""
+"""The start of a ticket's and its controls' trainings, and criteria that measure the model."""
 
 import keras
 import numpy as np
@@ -172,5 +172,5 @@ def test_criteria_that_look_at_the_model_get_its_data(masked, data):
         masked, *data, rounds=2, sparsity=0.75, strategy="wanda", controls=(), **SHORT
     )
     sizes = [sum(mask.sum() for mask in masks.values()) for masks in result.masks]
-    # It drops 7 of the 10 inputs of both outputs of the last layer.
+    # It prunes 7 of the 10 inputs of both outputs of the last layer.
     assert sizes == [100, 50, 26]

@@ -1,4 +1,4 @@
-"""Iterative pruning with rewinding: what each arm starts from, trains and keeps."""
+"""Iterative pruning with rewinding: the start, the training and the results of each arm."""
 
 import keras
 import numpy as np
@@ -43,7 +43,7 @@ def test_rows_masks_and_ticket(data):
         assert row["seconds"] > 0
         assert 0 <= row["test_accuracy"] <= 1
     for number, row in enumerate(result.rows):
-        # Told while the arm trained, before its row was known.
+        # Reported while the arm trained, before its row was known.
         evaluations = [evaluation for known, evaluation in told if known == number]
         assert [evaluation["step"] for evaluation in evaluations] == [2, 4, 6]
         best = min(evaluations, key=lambda evaluation: evaluation["validation_loss"])
@@ -77,7 +77,7 @@ def test_what_each_arm_starts_from(data, masked, starts):
             assert mask.sum() == wanted[path].sum()
             assert (mask != wanted[path]).any()
         assert_equal(reinit_masks.values(), wanted.values())
-        # Kernels are drawn anew, biases and statistics are those of step 0.
+        # Kernels are drawn again, biases and statistics are those of step 0.
         for variable, value, first in zip(result.ticket.weights, reinit, ticket, strict=True):
             if variable.name == "kernel":
                 limit = np.sqrt(6 / sum(value.shape))
@@ -111,7 +111,7 @@ def test_rewinding_to_a_later_step(data, masked, starts):
     assert any((a != b).any() for a, b in zip(first[0], dense[0], strict=True))
     assert_equal(ticket[0], result.initial_weights)
     assert_equal(shuffled[0], result.initial_weights)
-    # The reinitialised network starts from step 0: its other weights are not trained ones.
+    # The reinitialized network starts from step 0: its other weights are not trained.
     assert_equal(reinit[0][1:2], first[0][1:2])
     assert all(row["early_stop_step"] in (4, 6) for row in result.rows[1:])
 
@@ -186,7 +186,7 @@ def test_what_dropout_draws_depends_on_seed_arm_and_round_alone(data):
 
     first = ticket(0)
     assert_equal(first, ticket(0, controls=()))
-    # Batches of all examples: their order is no part of the difference that the seed makes.
+    # Batches contain all examples, so their order has no part in the effect of the seed.
     whole = {"batch_size": 60, "controls": ()}
     assert np.abs(ticket(0, **whole)[0] - ticket(1, **whole)[0]).max() > 1e-4
 

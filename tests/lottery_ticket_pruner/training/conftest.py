@@ -1,4 +1,4 @@
-"""What every test of the engine starts from."""
+"""Fixtures for all tests of the engine."""
 
 import types
 
@@ -15,9 +15,9 @@ def _nothing_said():
 
 @pytest.fixture
 def pace(monkeypatch):
-    """Gives steps the seconds that they take on the engine's clock, which stands still otherwise.
+    """Sets the seconds that steps take on the engine's clock, which stands still otherwise.
 
-    Those of each kind of loop and those of `fit`. Returns the steps of each call of a loop.
+    There is one time for each kind of loop and one for `fit`. Returns the steps of each loop call.
     """
     now = 0.0
 

@@ -1,4 +1,4 @@
-"""Arrays at every door of the library: what is not of numbers is refused, and nothing trained."""
+"""Arrays that are not numeric are refused by every function that takes data, before training."""
 
 import keras
 import numpy as np
@@ -75,7 +75,7 @@ def test_ragged_rows_are_refused_in_few_words():
 
 
 def test_what_the_caller_made_infinite_is_left_alone():
-    """Masking layers and losses of one's own may count on such values, as in `fit`."""
+    """Masking layers and custom losses may rely on such values, as in `fit`."""
     x = X.copy()
     x[0] = np.inf, -np.inf, np.nan
     (given,) = Examples.of(x).host

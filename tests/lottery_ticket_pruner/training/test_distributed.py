@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-# The number of devices is settled when JAX starts: all of it is one process.
+# The number of devices is fixed when JAX starts, so everything runs in one process.
 PROGRAM = """
 import sys
 
@@ -100,5 +100,5 @@ def test_trainings_evaluations_updates_and_searches(parallel, tmp_path):
         env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
     )
     assert run.stdout.endswith("done\n"), run.stderr
-    # Said once, however many trainings there are.
+    # Logged once for any number of trainings.
     assert run.stderr.count("a `keras.distribution` is set") == 2, run.stderr

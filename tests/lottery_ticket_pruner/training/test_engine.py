@@ -1,4 +1,4 @@
-"""The compiled loop against Keras' own `fit` on the same batches."""
+"""The compiled loop compared with Keras' `fit` on the same batches."""
 
 import re
 
@@ -39,7 +39,7 @@ def recurrent():
 
 
 class OwnStep(keras.Sequential):
-    """A training step that trains on half the loss."""
+    """Returns a training step that trains on half the loss."""
 
     def compute_loss(self, *args, **kwargs):
         return 0.5 * super().compute_loss(*args, **kwargs)
@@ -167,7 +167,7 @@ def test_new_masks_hold_from_the_next_call_on():
     training.train(other, X, Y, **pace)
     assert_close(before, other.get_weights())
     ml.set_masks(other, masks)
-    kept_beside(other).clear()  # its programs have seen the old masks
+    kept_beside(other).clear()  # its programs contain the old masks
     training.train(other, X, Y, **pace)
     assert_close(everything(model), everything(other))
 
@@ -268,7 +268,7 @@ def test_a_wrong_call_leaves_the_model_and_its_route(caplog, monkeypatch):
             with pytest.raises(ValueError, match="shape"):
                 call()
         found = everything(model)
-        assert_close(found[: len(before)], before)  # the optimizer may have its slots now
+        assert_close(found[: len(before)], before)  # the optimizer may have created its slots
         training.train(model, X, Y, steps=3, batch_size=10)
         training.evaluate(model, X, Y)
     assert int(model.optimizer.iterations) == 6

@@ -1,4 +1,4 @@
-"""Evaluation, logs and losses of models of every kind, as Keras has them."""
+"""Evaluation, logs and losses of all kinds of models, compared with Keras."""
 
 import keras
 import numpy as np
@@ -27,7 +27,7 @@ RNG = np.random.default_rng(0)
 
 
 class Eager(keras.Sequential):
-    """Needs NumPy in its evaluation."""
+    """Requires NumPy in its evaluation."""
 
     def test_step(self, *args):
         logs = super().test_step(*args)
@@ -69,7 +69,7 @@ def test_an_evaluation_that_cannot_be_compiled_goes_through_evaluate(monkeypatch
 
 
 class OwnLogs(keras.Sequential):
-    """Steps that return something that is no metric of the model."""
+    """Returns something other than metrics from its steps."""
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None):
         return {"first": keras.ops.mean(y_pred[0]), "both": keras.ops.mean(y_pred, axis=0)}
@@ -175,7 +175,7 @@ def test_losses_that_are_sums_are_those_of_keras_batches():
 
 
 class RowBias(layers.Layer):
-    """Works on batches of ten only."""
+    """Accepts only batches of ten."""
 
     def call(self, x):
         return x + 0.1 * keras.ops.arange(10, dtype="float32")[:, None]

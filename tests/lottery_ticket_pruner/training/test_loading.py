@@ -1,4 +1,4 @@
-"""Data sets in batches: the arrays that they were made of, or an error that says what is wrong."""
+"""Data sets in batches: they give their original arrays, or an error that says what is wrong."""
 
 import keras
 import numpy as np
@@ -14,7 +14,7 @@ X, Y = RNG.normal(size=(10, 3)).astype("float32"), np.arange(10)
 
 
 class Batches(keras.utils.PyDataset):
-    """Slices of arrays; counts the epochs that were begun and ended."""
+    """Slices of arrays, with counts of started and finished epochs."""
 
     def __init__(self, *parts, size=4, count=3):
         super().__init__()
@@ -48,7 +48,7 @@ def torch_batches(*parts):
 
 
 def here(make):
-    """Data sets of another backend's library are tested on that backend, to spare its import."""
+    """Tests data sets of another backend's library on that backend, which has imported it."""
     made_by = {tensorflow_batches: "tensorflow", torch_batches: "torch"}.get(make, BACKEND)
     return pytest.param(make, marks=pytest.mark.skipif(made_by != BACKEND, reason=made_by))
 

@@ -28,7 +28,7 @@ def make_model(seed=0):
 
 
 def by_hand(model, x, y, order):
-    """Plain NumPy: softmax regression by gradient descent on the batches of `order`."""
+    """Softmax regression by gradient descent on the batches of `order`, in plain NumPy."""
     kernel, bias = (np.array(w, "float64") for w in model.get_weights())
     for indices in order:
         z = x[indices] @ kernel + bias

@@ -1,4 +1,4 @@
-"""Whether a training runs in the compiled loop or in `fit`: what cannot, and which is faster."""
+"""Whether a training uses the compiled loop or `fit`: unsupported models, and comparisons."""
 
 import logging
 import time
@@ -85,7 +85,7 @@ def test_xla_compiles_once_for_any_number_of_steps(monkeypatch):
         training.train(model, X, Y, steps=steps, batch_size=10)
         return time.perf_counter() - started
 
-    # The median: a machine that stalls now and then is no sign of compiling.
+    # The median, because a machine that stalls now and then does not indicate compiling.
     again = np.median([seconds(model, steps) for steps in range(3, 14)])
     assert again < seconds(compiled(dense), 2) / 3
 
@@ -152,7 +152,7 @@ def test_short_calls_ask_too(monkeypatch, pace, train):
     pace(model, fit=0.1, XLA=0.5, graph=0.5)
     if train == "train":
         training.train(model, X, Y, steps=10, batch_size=10, eval_every=1)
-    else:  # Each epoch is a batch that is not full.
+    else:  # Each epoch is a single incomplete batch.
         training.fit(model, X, Y, batch_size=100, epochs=10)
     assert through_fit(model)
     assert int(model.optimizer.iterations) == 10
@@ -228,7 +228,7 @@ def test_an_augmentation_that_cannot_be_hashed_goes_through_fit(caplog):
 
 
 class OwnOptimizer(keras.Sequential):
-    """Trains itself, without an optimizer of Keras."""
+    """Trains itself, without a Keras optimizer."""
 
     def train_step(self, data):
         for variable in self.trainable_variables:
