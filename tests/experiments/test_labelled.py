@@ -88,7 +88,7 @@ def test_what_functions_return_is_looked_at(tmp_path, capsys, monkeypatch, kind)
         "    return (d['x_train'], d['y_train']), (d['x_test'], d['y_test'])\n"
     )
     if kind == "classes one too many":
-        message = "10 classes.*as there are to train on"
+        message = "10 classes.*as in the training data"
     monkeypatch.chdir(tmp_path)
     shown = refused_by_command(capsys, "--data", "own.py:load")
     with pytest.raises(ValueError, match=rf"(?s)own\.py:load.*{message}"):

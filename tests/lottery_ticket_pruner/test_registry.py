@@ -166,5 +166,5 @@ def test_treatments_know_which_weights_they_are_for():
         treatments.get_kept({"name": "rewind", "weights": "pruned"})
     treatments.register_pruned("rewind")(named("mine"))
     assert treatments.get_pruned("rewind") != treatments.get_kept("rewind")
-    with pytest.raises(ValueError, match='add "weights"'):
+    with pytest.raises(ValueError, match='Add "weights"'):
         treatments.Treatment.from_config({"name": "rewind"})
