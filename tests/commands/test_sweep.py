@@ -1,4 +1,4 @@
-"""The sweep: which runs it makes, and what becomes of them. Most children here are stand-ins."""
+"""The sweep: its runs, and what happens to them. Most children here are stand-ins."""
 
 import dataclasses
 import io
@@ -32,7 +32,7 @@ from lottery_ticket_pruner.folders import FolderInUseError, FolderLock
 
 pytestmark = pytest.mark.once
 
-# Writes what a run writes, twice the rate as accuracy, and fails where the rate is 0.5.
+# Writes the files of a run with twice the rate as accuracy, and fails if the rate is 0.5.
 STAND_IN = """
 import json, os, pathlib, sys, time
 arguments = sys.argv[1:]
@@ -69,7 +69,7 @@ config = {"rate": rate, "seeds": [seed], "cores": cores, "threads": os.environ["
 
 @pytest.fixture
 def stand_in(tmp_path, monkeypatch):
-    """Children that end at once; returns a function that sweeps over rates."""
+    """Children that end at once. Returns a function that sweeps over rates."""
     script = tmp_path / "stand_in.py"
     script.write_text(STAND_IN)
     monkeypatch.setattr(sweep_module, "_COMMAND", (sys.executable, str(script)))
@@ -240,7 +240,7 @@ def test_runs_of_another_backend_or_of_other_data_are_not_counted_in(stand_in, m
         assert json.loads((folder / "sweep.json").read_text()) == other
     assert (folder / "results.csv").read_text() == before
     assert len(list(folder.glob("*/results.csv"))) == 1
-    # Where none is finished there is nothing to be mixed.
+    # If no run is finished, none can be mixed.
     next(folder.glob("*/accuracy.png")).unlink()
     _, failures, _ = stand_in("0.1,0.2", seeds=(4,))
     assert failures == []
@@ -263,7 +263,7 @@ def test_a_sweep_is_replaced_when_all_runs_of_the_new_one_are_finished(stand_in,
     outs = {str(path.parent) for path in folder.glob("*/config.json")}
     assert {config["out"] for config in configs} == outs
     assert not list(tmp_path.glob(".sweep*"))
-    # A finished one of the same options is made once more.
+    # A finished sweep with the same options is repeated.
     (finished,) = {path.stat().st_ino for path in folder.glob("results.csv")}
     _, failures, printed = stand_in("0.2,0.3", seeds=(4,), overwrite=True)
     assert "0 of them finished earlier" in printed
@@ -291,7 +291,7 @@ def test_files_of_users_survive_the_sweep_that_replaces_another(stand_in):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("mine")
     before = (folder / "copy" / "results.csv").read_text()
-    for rates in ("0.1", "0.2"):  # The same once more, and another one.
+    for rates in ("0.1", "0.2"):  # The same one again, and another one.
         _, failures, printed = stand_in(rates, seeds=(4,), overwrite=True)
         assert not failures
         assert "Kept of what was there: " in printed
@@ -358,7 +358,7 @@ def test_failures_come_at_the_end_and_the_others_go_on(stand_in, capsys):
     assert "the rate is 0.5" in failures[0].log.read_text()
     assert set(pd.read_csv(folder / "results.csv")["rate"]) == {0.1}
     assert "rate 0.5, seed 0: failed" in printed
-    # The same from the command line, which runs only the failed ones again.
+    # The same from the command line, which repeats only the failed runs.
     arguments = ["--over", "rate=0.5,0.1", "--seeds", "0", "1", "--out", str(folder), "--quiet"]
     assert cli.main(["sweep", *arguments]) == 1
     captured = capsys.readouterr()
@@ -376,7 +376,7 @@ def test_children_get_their_share_of_the_machine(stand_in):
     if hasattr(os, "sched_getaffinity"):
         assert {one["cores"] for one in found} <= set(shares)
         assert len(os.sched_getaffinity(0)) == cores
-    # One job alone is left as `run` would be.
+    # A single job runs like `run`.
     folder, _, _ = stand_in("0.3", seeds=(0,), jobs=1)
     found = [json.loads(path.read_text()) for path in folder.glob("*/config.json")]
     assert [one["threads"] for one in found if one["rate"] == 0.3] == ["7"]
@@ -405,7 +405,7 @@ def test_sweeps_over_supermasks_compare_masks(tmp_path, capsys):
         printed = capsys.readouterr().out
         assert ("6 runs, 6 of them finished earlier" in printed) == again
         lines = [" ".join(line.split()) for line in printed.splitlines()]
-        # Every seed has a sparsity of its own.
+        # Every seed has a different sparsity.
         assert "weights initial initial 70.00 ± 10.00 49%" in lines
         assert "weights signed_constant signed_constant 80.00 ± 10.00 49%" in lines
     table = pd.read_csv(tmp_path / "masks" / "results.csv")
