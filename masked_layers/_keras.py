@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import collections.abc
 import contextlib
+import functools
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
@@ -460,6 +461,52 @@ def input_specs(model: keras.Model) -> Any:
     if shape is None:
         raise ValueError(f"The shapes of the inputs of '{model.name}' are not known.")
     return keras.KerasTensor(shape, model.compute_dtype)
+
+
+def call_when_built(
+    layer: keras.layers.Layer, built: Callable[[], None], restored: Callable[[], None]
+) -> None:
+    """Calls a function whenever a layer has been built, by whichever of two ways.
+
+    Keras has no hook behind them. A `build` of a new class of the layer would not be called: the
+    one of the class that the layer was made with is bound to it.
+
+    Args:
+        layer: A layer that is not built yet.
+        built: Called at the end of `build`.
+        restored: Called at the end of `build_from_config`. A model without a `build` of its own is
+            built by running it there: `build` is not called, and the model is `built` only later.
+    """
+    build, build_from_config = layer.build, layer.build_from_config
+
+    @functools.wraps(build)
+    def build_and_call(*args: Any, **kwargs: Any) -> None:
+        build(*args, **kwargs)
+        built()
+
+    @functools.wraps(build_from_config)
+    def restore_and_call(config: dict[str, Any]) -> None:
+        build_from_config(config)
+        restored()
+
+    layer.build = build_and_call
+    layer.build_from_config = restore_and_call
+
+
+def bind_quantize(layer: keras.layers.Layer, quantize: Callable[..., None]) -> None:
+    """Gives a layer another `quantize` than that of the class it was made with.
+
+    Keras binds that one to each layer that it makes, so that a method of another class, which the
+    layer has been given since, would not be called.
+    """
+    vars(layer)["_plain_quantize"] = vars(layer)["quantize"]
+    vars(layer)["quantize"] = quantize
+
+
+def unbind_quantize(layer: keras.layers.Layer) -> None:
+    """Takes `bind_quantize` back, if the layer has been given another method."""
+    if "_plain_quantize" in vars(layer):
+        vars(layer)["quantize"] = vars(layer).pop("_plain_quantize")
 
 
 @contextlib.contextmanager

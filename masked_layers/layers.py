@@ -400,8 +400,7 @@ def unmask(root: Layer) -> None:
 def _restore_class(layer: Layer) -> None:
     del layer._masking
     layer.__class__ = plain_class(layer)
-    if "_plain_quantize" in vars(layer):
-        vars(layer)["quantize"] = vars(layer).pop("_plain_quantize")
+    _keras.unbind_quantize(layer)
 
 
 def _unpickled(make: Callable[..., Layer], arguments: tuple[Any, ...]) -> Layer:
@@ -434,9 +433,7 @@ def _change_class(
         base = type(layer)
         layer.__class__ = by_hand.get(base) or _made_for(base, maskable(base))
         _set_masking(layer, masked_weights, mask_bias, initializer, mask)
-        # Keras bound the method of the plain class when the layer was made.
-        vars(layer)["_plain_quantize"] = vars(layer)["quantize"]
-        vars(layer)["quantize"] = functools.partial(MaskedLayer.quantize, layer)
+        _keras.bind_quantize(layer, functools.partial(MaskedLayer.quantize, layer))
 
 
 def _start_from(layer: Layer, state: Mapping[str, Any] | None) -> None:
@@ -477,26 +474,16 @@ def _when_built(layer: Layer, then: Callable[[Layer], None]) -> None:
     if layer.built:
         then(layer)
         return
-    plain_build = layer.build
 
-    @functools.wraps(plain_build)
-    def build(*args: Any, **kwargs: Any) -> None:
-        plain_build(*args, **kwargs)
+    def built() -> None:
         if isinstance(layer, MaskedLayer):
             then(layer)
 
-    plain_restore = layer.build_from_config
-
-    @functools.wraps(plain_restore)
-    def build_from_config(config: dict[str, Any]) -> None:
-        # A model without a `build` of its own is built by running it: `build` is not called then,
-        # and Keras says `built` only later.
-        plain_restore(config)
+    def restored() -> None:
         if isinstance(layer, MaskedLayer) and weights_inside(layer, biases=True):
             then(layer)
 
-    layer.build = build
-    layer.build_from_config = build_from_config
+    _keras.call_when_built(layer, built, restored)
 
 
 def _mask_built(layer: Layer) -> None:

@@ -1,16 +1,17 @@
 """Private features of Keras that this library uses: these tests fail when Keras changes them."""
 
+import ast
 import functools
-import gc
 import pickle
-import weakref
+import re
+from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
 from keras import layers, ops
 
-from masked_layers import _keras, _keras_trace
+from masked_layers import _keras
 
 
 def built_dense():
@@ -351,49 +352,86 @@ def test_models_of_a_strategy_are_told_from_others():
     _keras.check_strategy(keras.Sequential([keras.Input((4,)), layers.Dense(2)]))
 
 
-def test_variables_in_the_graph_are_named_by_the_operation_that_takes_them():
-    scale = keras.Variable(2.0)
-    x = keras.Input((4,))
-    hidden = layers.Dense(2)(x)
-    model = keras.Model(x, keras.ops.multiply(hidden, scale))
-    found = _keras_trace.variables_in_graph(model)
-    assert "multiply" in found[id(scale)]
-    assert _keras_trace.variables_in_graph(keras.Model(x, hidden)) == {}
+def test_a_layer_tells_that_it_was_built_however_it_was():
+    told = []
+
+    class Inner(keras.Model):  # Without a `build`: built by running it.
+        def __init__(self):
+            super().__init__()
+            self.dense = layers.Dense(2)
+
+        def call(self, x):
+            return self.dense(x)
+
+    for layer, config in ((layers.Dense(2), None), (Inner(), {"input_shape": (1, 3)})):
+        _keras.call_when_built(
+            layer,
+            lambda layer=layer: told.append(("built", len(layer.weights))),
+            lambda layer=layer: told.append(("restored", len(layer.weights))),
+        )
+        if config is None:
+            layer(np.ones((1, 3)))
+        else:
+            layer.build_from_config(config)
+    assert told == [("built", 2), ("restored", 2)]
+
+
+def test_keras_binds_quantize_to_a_layer_and_it_can_be_bound_again():
+    layer, calls = built_dense(), []
+    bound = vars(layer)["quantize"]
+
+    class Other(layers.Dense):
+        quantize = None  # Nobody looks here.
+
+    layer.__class__ = Other
+    assert layer.quantize is bound
+    _keras.bind_quantize(layer, lambda mode: calls.append(mode))
+    layer.quantize("int8")
+    assert calls == ["int8"]
+    _keras.unbind_quantize(layer)
+    _keras.unbind_quantize(layer)
+    assert layer.quantize is bound
+
+
+def test_an_attribute_is_another_one_until_the_end_and_is_not_tracked():
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(3)])
+    model.compile("sgd", "mse")
+    optimizer = model.optimizer
+    with _keras.replaced(model, "optimizer", None):
+        assert model.optimizer is None
+    assert model.optimizer is optimizer
+    with _keras.replaced(model.layers[0], "call", lambda x: x + 1):
+        np.testing.assert_array_equal(model(np.zeros((1, 4))), np.ones((1, 4)))
+    assert "call" not in vars(model.layers[0])
+
+
+def test_inputs_are_told_in_the_structure_that_the_model_takes():
+    a, b = keras.Input((4,), name="a"), keras.Input((2, 3), dtype="int32", name="b")
+    model = keras.Model({"b": b, "a": a}, layers.Dense(1)(a))
+    specs = _keras.input_specs(model)
+    assert {name: (spec.shape, spec.dtype) for name, spec in specs.items()} == {
+        "a": ((None, 4), "float32"),
+        "b": ((None, 2, 3), "int32"),
+    }
 
 
 @pytest.mark.once
-def test_gradients_that_tensorflow_registers_are_found_and_forgotten():
-    import tensorflow as tf
-    from tensorflow.python.framework import ops as framework
-
-    @tf.custom_gradient
-    def squared(x):
-        return x**2, lambda upstream: upstream * 2 * x
-
-    function = tf.function(squared)
-    trace = function.get_concrete_function(tf.constant(1.0))
-    (name,) = _keras_trace.gradient_names([trace.graph])
-    assert name in framework.gradient_registry._registry
-    _keras_trace.forget_gradients([name, "one that is not there"])
-    assert name not in framework.gradient_registry._registry
-
-
-def test_a_load_is_told_by_one_object_that_ends_with_it(tmp_path):
-    seen = []
-
-    class Noting(layers.Dense):
-        def load_own_variables(self, store):
-            seen.append(_keras_trace.load_under_way())
-            super().load_own_variables(store)
-
-    model = keras.Sequential([keras.Input((4,)), Noting(3), keras.Sequential([Noting(2)])])
-    file = tmp_path / "model.weights.h5"
-    model.save_weights(file)
-    model.load_weights(file)
-    assert len(seen) == 2
-    assert seen[0] is seen[1] is not None
-    first = weakref.ref(seen[0])
-    seen.clear()
-    gc.collect()
-    assert first() is None
-    assert _keras_trace.load_under_way() is None
+@pytest.mark.parametrize("package", ["masked_layers", "lottery_ticket_pruner"])
+def test_all_that_is_private_to_keras_has_a_test(package):
+    """Each function of a module `_keras*.py` is named in a test of its own package."""
+    root = Path(__file__).parents[2]
+    tests = "".join(
+        file.read_text("utf-8")
+        for file in (root / "tests" / package).rglob("test_*.py")
+        if re.search("_keras|shrinking", file.read_text("utf-8"))
+    )
+    modules = list((root / package).rglob("_keras*.py"))
+    names = [
+        node.name
+        for module in modules
+        for node in ast.parse(module.read_text("utf-8")).body
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")
+    ]
+    assert modules
+    assert names
+    assert [name for name in names if not re.search(rf"_keras\w*\.{name}\b", tests)] == []
