@@ -69,36 +69,21 @@ def masks_replaced(model: keras.Model, masks: Mapping[str, np.ndarray]) -> Itera
         ml.set_masks(model, {path: before[path] for path in changed})
 
 
-def set_rescale(model: keras.Model, flags: Mapping[ml.Mask, bool], *, around: bool = True) -> bool:
-    """Switches the rescaling of masks, and recompiles functions compiled with the other setting.
-
-    Args:
-        model: Model with the masks.
-        flags: Whether to rescale, by mask.
-        around: Whether to also recompile models that contain this one.
-
-    Returns:
-        Whether any mask was switched.
-    """
-    changed = {mask: rescale for mask, rescale in flags.items() if mask.rescale != rescale}
-    for mask, rescale in changed.items():
-        mask.rescale = rescale
-    if changed:
-        remake_functions(model, around=around)
-    return bool(changed)
-
-
 @contextlib.contextmanager
 def rescaling(model: keras.Model, flags: Mapping[ml.Mask, bool]) -> Iterator[None]:
     """Temporarily switches rescaling, then restores the flags and the compiled functions."""
     names = [f"{kind}_function" for kind in ("train", "test", "predict")]
     functions = {name: getattr(model, name, None) for name in names}
-    before = {mask: mask.rescale for mask in flags}
-    changed = set_rescale(model, flags, around=False)
+    before = {mask: mask.rescale for mask, rescale in flags.items() if mask.rescale != rescale}
+    for mask in before:
+        mask.rescale = flags[mask]
+    if before:
+        # Others that hold layers of this model compute nothing meanwhile.
+        remake_functions(model, around=False)
     try:
         yield
     finally:
-        if changed:
+        if before:
             for mask, rescale in before.items():
                 mask.rescale = rescale
             for name, function in functions.items():

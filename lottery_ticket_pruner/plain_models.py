@@ -11,7 +11,6 @@ import numpy as np
 
 import masked_layers as ml
 from lottery_ticket_pruner import records, selection, zero_hold
-from lottery_ticket_pruner.overrides import set_rescale
 from lottery_ticket_pruner.records import is_masked
 from lottery_ticket_pruner.variables import read
 
@@ -206,7 +205,7 @@ class PlainPruning(abc.ABC):
         """
         model = self._checked(model)
         if is_masked(model):
-            set_rescale(model, dict.fromkeys([ref.mask for ref in ml.masked_refs(model)], True))
+            ml.set_rescale(model, True)
             return
         ml.sync(model)
         for position, ref in self._prunables(model).items():

@@ -40,6 +40,7 @@ from masked_layers.inspection import (
     masked_refs,
     save_masks,
     set_masks,
+    set_rescale,
     sparsity_report,
     weight_refs,
 )
@@ -98,6 +99,7 @@ __all__ = [
     "sample_masks",
     "save_masks",
     "set_masks",
+    "set_rescale",
     "shrink",
     "sparsity_report",
     "strip_masks",

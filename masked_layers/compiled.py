@@ -7,7 +7,6 @@ import gc
 import inspect
 import itertools
 import re
-import warnings
 import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -21,6 +20,7 @@ from masked_layers._keras_trace import (
     gradient_names,
     load_under_way,
 )
+from masked_layers.notices import warn_outside
 
 Layer = keras.layers.Layer
 
@@ -56,11 +56,10 @@ def forget_functions(model: Layer, *, around: bool = True) -> list[weakref.ref]:
     Returns:
         The functions of TensorFlow that read a variable of the model, for `warn_of_traces`.
     """
-    inside = {id(layer): layer for layer in _keras.flatten(model)}
     if not around:
-        _forget(inside.values())
+        _forget(_keras.flatten(model))
         return []
-    layers = inside | _in_those_with(inside, _alive(keras.Model))
+    layers = _around(model)
     with _released(model.variables) as traces:
         _forget(layers.values())
     return traces
@@ -102,22 +101,38 @@ def remake_function(model: keras.Model, kind: str) -> None:
         getattr(model, f"make_{kind}_function")(force=True)
 
 
-def remake_functions(model: keras.Model, *, around: bool = True) -> None:
-    """Replaces all compiled functions that the model has, as `remake_function` does.
+def remake_functions(model: Layer, *, around: bool = True) -> None:
+    """Replaces the compiled functions of a model by new ones, which are traced again.
+
+    Unlike `forget_functions` it may be called in the middle of `fit`, which goes on with the new
+    function: each batch looks it up, and none may be missing.
 
     Args:
-        model: A model that computes something else than before.
-        around: Whether to have all others compiled again, too, that layers of it are part of.
+        model: A model or layer that computes something else than before.
+        around: Whether to do the same to every other model that is alive and holds one of its
+            layers.
     """
-    kinds = [
-        kind
+    layers = _around(model) if around else {id(model): model}
+    kept = [
+        (layer, kind)
+        for layer in layers.values()
         for kind in ("train", "test", "predict")
-        if getattr(model, f"{kind}_function", None) is not None
+        if isinstance(layer, keras.Model) and getattr(layer, f"{kind}_function", None) is not None
     ]
-    traces = forget_functions(model) if around else []
-    for kind in kinds:
-        remake_function(model, kind)
+    if around:
+        with _released(model.variables) as traces:
+            _forget(layers.values())
+    else:
+        traces = []
+    for layer, kind in kept:
+        remake_function(layer, kind)
     warn_of_traces(model, model.weights, traces)
+
+
+def _around(model: Layer) -> dict[int, Layer]:
+    """Returns, by id, the layers of a model and of every model alive that holds one of them."""
+    inside = {id(layer): layer for layer in _keras.flatten(model)}
+    return inside | _in_those_with(inside, _alive(keras.Model))
 
 
 def _in_those_with(inside: Mapping[int, Layer], models: Iterable[keras.Model]) -> dict[int, Layer]:
@@ -202,11 +217,11 @@ def warn_of_traces(
         gc.collect()  # Those that nothing holds any more.
     alive = [trace for trace in (reference() for reference in traces) if trace is not None]
     if names := sorted({trace.graph.name for trace in _readers(variables, alive)}):
-        warnings.warn(
+        warn_outside(
             f"'{model.name}' has changed, and functions compiled before that read its weights go "
             f"on computing what it was: {names}. Make them again by `tf.function(...)` before you "
             "use them. Those that Keras makes, such as `train_function`, make themselves again.",
-            stacklevel=3,
+            *("masked_layers", "lottery_ticket_pruner"),  # A pruner changes models, too.
         )
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from masked_layers import _keras
 from masked_layers.archives import read_npz
+from masked_layers.compiled import remake_functions
 from masked_layers.files import replacing
 from masked_layers.maskable import (
     mask_of,
@@ -140,6 +141,45 @@ def set_masks(model: Layer, masks: Mapping[str, Any]) -> None:
     _keras.sync(model)
     for path, value in values.items():
         refs[path].mask.value.assign(value)
+
+
+def set_rescale(model: Layer, rescale: bool | Mapping[str, bool]) -> bool:
+    """Switches the rescaling of masks on or off: the factor `size / ones(mask)` of kept weights.
+
+    Unlike an assignment to `Mask.rescale`, it also takes effect in functions compiled before: Keras
+    compiles those of this model, and of every model that holds one of its layers, again. It may be
+    called between two batches of `fit`. On TensorFlow, a warning names each `tf.function` of your
+    own that has to be made again.
+
+    Args:
+        model: A masked model.
+        rescale: Whether the masks rescale; or a dict from the path of a masked weight to that.
+            Masks of other weights stay as they are.
+
+    Returns:
+        Whether any mask was switched.
+
+    Raises:
+        ValueError: If the model has no masked weight, a path names none, or a value is not a bool.
+            No mask has been switched then.
+    """
+    masks = {ref.path: ref.mask for ref in masked_refs(model)}
+    flags = rescale if isinstance(rescale, Mapping) else dict.fromkeys(masks, rescale)
+    for path, flag in flags.items():
+        if path not in masks:
+            raise ValueError(
+                f"The model has no masked weight at '{path}'. Its masked weights: {list(masks)}"
+            )
+        if not isinstance(flag, bool | np.bool_):
+            raise ValueError(
+                f"`rescale` must be a bool, or a dict from paths to bools. Received: {flag!r}"
+            )
+    changed = [path for path, flag in flags.items() if masks[path].rescale != flag]
+    for path in changed:
+        masks[path].rescale = bool(flags[path])
+    if changed:
+        remake_functions(model)
+    return bool(changed)
 
 
 def save_masks(model: Layer, path: str | os.PathLike[str]) -> None:

@@ -56,8 +56,8 @@ class Mask(keras.layers.Layer):
         initializer: Initializer of the mask; entries other than 0 are kept. Default: keep all.
         rescale: Whether to multiply the kept weights by `size / ones(mask)` (dynamic weight
             rescaling, arXiv 1905.01067, section 5.2; factor 0 for a mask without ones). It is a
-            property of the forward pass and never changes a stored weight. Functions compiled
-            before it is changed must be compiled again.
+            property of the forward pass and never changes a stored weight. Change it later with
+            `masked_layers.set_rescale`, which has functions compiled before compiled again.
         **kwargs: `name` and the other arguments of `keras.layers.Layer`.
 
     Attributes:
