@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
@@ -102,24 +102,3 @@ def variables_in_graph(model: keras.Model) -> dict[int, str]:
                         if isinstance(value, keras.Variable):
                             found.setdefault(id(value), operation.name)
     return found
-
-
-def gradient_names(graphs: Iterable[Any]) -> list[str]:
-    """Returns the names under which TensorFlow registered gradients for operations of graphs."""
-    names = []
-    for graph in graphs:
-        for operation in graph.get_operations():
-            if operation.type == "IdentityN":  # What `tf.custom_gradient` makes.
-                try:
-                    names.append(operation.get_attr("_gradient_op_type").decode())
-                except ValueError:  # It has no gradient of its own.
-                    continue
-    return names
-
-
-def forget_gradients(names: Iterable[str]) -> None:
-    """Takes gradients out of the registry of TensorFlow, which has no inverse of registering."""
-    from tensorflow.python.framework import ops
-
-    for name in names:
-        ops.gradient_registry._registry.pop(name, None)

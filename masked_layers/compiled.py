@@ -14,12 +14,8 @@ from typing import Any
 import keras
 
 from masked_layers import _keras
-from masked_layers._keras_trace import (
-    forget_gradients,
-    forget_traces,
-    gradient_names,
-    load_under_way,
-)
+from masked_layers._keras_trace import forget_traces, load_under_way
+from masked_layers._tensorflow import forget_gradients, gradient_names
 from masked_layers.notices import warn_outside
 
 Layer = keras.layers.Layer

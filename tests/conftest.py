@@ -93,7 +93,7 @@ def _no_graph_is_kept():
     if keras.backend.backend() == "tensorflow":
         from tensorflow.python.framework import ops
 
-        from masked_layers._keras_trace import forget_gradients
+        from masked_layers._tensorflow import forget_gradients
 
         forget_gradients(
             [name for name in ops.gradient_registry._registry if name.startswith("CustomGradient")]

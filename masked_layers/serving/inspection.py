@@ -13,8 +13,8 @@ import numpy as np
 
 from masked_layers.keras_files import how_to_save, load_model
 from masked_layers.serving import encoding
+from masked_layers.serving.graph import PACK
 from masked_layers.serving.report import FILE, StorageReport, StorageRow, file_sizes
-from masked_layers.serving.saved_model import PACK
 from masked_layers.serving.tracing import effective_values
 
 

@@ -8,34 +8,28 @@ no checkpoint; the serving function then is the dense model's. Only TensorFlow's
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import os
 import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import keras
 import numpy as np
 
 from masked_layers import files
-from masked_layers.serving import encoding
+from masked_layers.serving import compaction, encoding, graph
 from masked_layers.serving.folder import CONTENTS, check_replaceable
 from masked_layers.serving.report import FILE, StorageReport, StorageRow, file_sizes
 from masked_layers.serving.samples import samples_of
-from masked_layers.serving.tracing import Traced, effective_values, trace
+from masked_layers.serving.tracing import effective_values, trace
 from masked_layers.serving.verification import verify
 
-if TYPE_CHECKING:
-    import tensorflow as tf
-
 logger = logging.getLogger(__name__)
-
-PACK = "weights.mlsp"
 
 _PATTERN = re.compile(r"[][*?\\]")
 """Characters that make TensorFlow take the path of a checkpoint for a pattern."""
@@ -141,9 +135,9 @@ def export_sparse_saved_model(
     given = sample_inputs is not None
     with files.scratch_folder(path, CONTENTS) as scratch, _literal(scratch) as folder:
         os.chmod(folder, 0o777 & ~_umask())
-        _write(folder, traced, pack)
+        graph.write(folder, traced, pack)
         keep_saver = "dense" in encodings.values() or bool(traced.resources)
-        _compact(folder / "saved_model.pb", traced.prefix, keep_saver=keep_saver)
+        compaction.compact(folder / "saved_model.pb", traced.prefix, keep_saver=keep_saver)
         # A hash of the graph as it was before compaction; loaders take its absence in their stride.
         (folder / "fingerprint.pb").unlink(missing_ok=True)
         exact = values == "float32"
@@ -251,256 +245,6 @@ def _rows(
             )
         )
     return tuple(rows)
-
-
-# --- Graph ----------------------------------------------------------------------------------------
-
-
-def _write(folder: Path, traced: Traced, pack: bytes) -> None:
-    """Writes the SavedModel: the serving function, the pack as an asset, what decodes it."""
-    import tensorflow as tf
-
-    packed = {entry.name for block in encoding.blocks(pack) for entry in block.entries}
-
-    class Weights(tf.saved_model.experimental.TrackableResource):
-        """Decodes the pack into the variables when the SavedModel is loaded."""
-
-        def _create_resource(self) -> Any:
-            # A resource must have a handle; the weights are variables, so nothing is behind it.
-            name = f"{traced.prefix}/decoder"
-            return tf.raw_ops.VarHandleOp(dtype=tf.bool, shape=[], shared_name=name)
-
-        def _initialize(self) -> None:
-            decode(root.pack.asset_path, encoding.blocks(pack), traced.variables)
-
-    for name in packed:
-        _keep_out_of_checkpoint(traced.variables[name])
-    with tempfile.TemporaryDirectory() as assets:
-        file = Path(assets, PACK)
-        file.write_bytes(pack)
-        # Whatever the functions touch hangs on the root: a `TrackableResource` tracks nothing by
-        # itself, and an untracked asset would leave the path of this machine in the graph.
-        root = tf.__internal__.tracking.AutoTrackable()
-        root.serve = traced.function
-        root.variables = list(traced.variables.values())
-        root.resources = list(traced.resources)
-        if packed:
-            root.pack = tf.saved_model.Asset(str(file))
-            root.weights = Weights()
-        # Keras gives the endpoint its own name and makes it TensorFlow Serving's default.
-        signatures = {"serve": traced.function, "serving_default": traced.function}
-        tf.saved_model.save(root, str(folder), signatures=signatures)
-
-
-def decode(
-    file: Any, blocks: Sequence[encoding.Block], variables: Mapping[str, tf.Variable]
-) -> None:
-    """Adds the ops to a graph that decode a packed file into variables.
-
-    One block after the other, so that memory holds one decoded block beside the variables.
-
-    Args:
-        file: String tensor, path of the packed file.
-        blocks: `encoding.blocks` of its bytes.
-        variables: Variables by name of the array; values are cast to their dtype.
-    """
-    import tensorflow as tf
-
-    data = tf.io.read_file(file)
-    for block in blocks:
-        flat = _decode_block(data, block)
-        # Arrays of equal shape lie side by side: few ops for many variables.
-        shapes = [
-            (shape, list(members))
-            for shape, members in itertools.groupby(block.entries, lambda entry: entry.shape)
-        ]
-        sizes = [sum(entry.size for entry in members) for _, members in shapes]
-        parts = tf.split(flat, sizes) if len(sizes) > 1 else [flat]
-        assigned = []
-        for (shape, members), part in zip(shapes, parts, strict=True):
-            if len(members) == 1:
-                arrays = [part if len(shape) == 1 else tf.reshape(part, shape)]
-            else:
-                arrays = tf.unstack(tf.reshape(part, [len(members), *shape]))
-            for entry, array in zip(members, arrays, strict=True):
-                variable = variables[entry.name]
-                value = tf.cast(array, variable.dtype)
-                assigned.append(tf.raw_ops.AssignVariableOp(resource=variable.handle, value=value))
-        if block is not blocks[-1]:
-            # On this op alone: an edge from every assignment to every op of the next block would
-            # take TensorFlow's graph optimizer longer than decoding does.
-            with tf.control_dependencies(assigned):
-                data = tf.identity(data)
-
-
-def _decode_block(data: tf.Tensor, block: encoding.Block) -> tf.Tensor:
-    """Returns the values of a block, zeros included, as one flat tensor."""
-    import tensorflow as tf
-
-    def stream(place: Any) -> tf.Tensor:
-        offset, length = np.asarray(place).T
-        index = np.int32 if (offset + length).max() < 2**31 else np.int64
-        packed = tf.strings.substr(data, offset.astype(index), length.astype(index))
-        return tf.io.decode_raw(tf.io.decode_compressed(packed, "ZLIB"), tf.uint8)
-
-    sparse = block.encoding == "sparse"
-    dtype = tf.as_dtype(block.dtype)
-    planes = stream(block.streams[sparse:])
-    if dtype.size == 1:
-        values = tf.bitcast(tf.reshape(planes, [-1]), dtype)
-    else:
-        values = tf.bitcast(tf.transpose(planes), dtype)
-    if not sparse:
-        return values
-    gaps = stream(block.streams[0])
-    index = tf.int32 if block.size < 2**31 else tf.int64
-    steps = tf.cast(gaps, index) + 1
-    if block.gaps == block.values:
-        positions = tf.cumsum(steps) - 1
-    else:
-        # A gap of g < 255 moves on by g zeros and one value, 255 by 255 zeros.
-        ends = tf.cumsum(tf.minimum(steps, encoding.SKIP)) - 1
-        taken = tf.where(tf.not_equal(gaps, encoding.SKIP))
-        positions = tf.reshape(tf.gather(ends, taken), [-1])
-    # Five times faster than `scatter_nd`, which treats every value as a slice.
-    return tf.raw_ops.SparseToDense(
-        sparse_indices=positions,
-        output_shape=tf.constant([block.size], index),
-        sparse_values=values,
-        default_value=tf.zeros([], dtype),
-        validate_indices=False,
-    )
-
-
-def _keep_out_of_checkpoint(variable: tf.Variable) -> None:
-    """Makes `tf.saved_model.save` write the variable without a value.
-
-    TensorFlow has no public way to say so. It asks the variable itself for the checkpoint, and the
-    copy in the exported graph for the restore function that the v1 loader runs.
-    """
-    export = variable._export_to_saved_model_graph
-
-    def export_without_value(object_map: Any, **kwargs: Any) -> Any:
-        exported = export(object_map=object_map, **kwargs)
-        object_map[variable]._serialize_to_tensors = dict
-        return exported
-
-    variable._serialize_to_tensors = dict
-    variable._export_to_saved_model_graph = export_without_value
-
-
-def _compact(file: Path, prefix: str, *, keep_saver: bool) -> None:
-    """Removes from a SavedModel's graph what no loader needs; about half of a small model's folder.
-
-    Args:
-        file: The `saved_model.pb`.
-        prefix: What the names of the model's variables begin with.
-        keep_saver: Whether the checkpoint holds values. Without any, the graph that saves and
-            restores them goes too.
-    """
-    from tensorflow.core.framework import types_pb2
-    from tensorflow.core.protobuf import saved_model_pb2
-
-    model = saved_model_pb2.SavedModel.FromString(file.read_bytes())
-    (meta,) = model.meta_graphs
-    graph = meta.graph_def
-    # Only for a runtime older than this one; defaults that it could not know are stripped already.
-    meta.meta_info_def.ClearField("stripped_op_list")
-    if not keep_saver:
-        meta.ClearField("saver_def")
-
-    roots = {
-        tensor.name.partition(":")[0]
-        for signature in meta.signature_def.values()
-        for tensor in (*signature.inputs.values(), *signature.outputs.values())
-    }
-    roots |= {asset.tensor_info.name.partition(":")[0] for asset in meta.asset_file_def}
-    if keep_saver:
-        saver = meta.saver_def
-        names = (saver.filename_tensor_name, saver.save_tensor_name, saver.restore_op_name)
-        roots |= {name.partition(":")[0] for name in names}
-    nodes = {node.name: node for node in graph.node}
-    kept = _closure(
-        roots, lambda name: (i.lstrip("^").partition(":")[0] for i in nodes[name].input)
-    )
-    _retain(graph.node, lambda node: node.name in kept)
-
-    functions = {function.signature.name: function for function in graph.library.function}
-    called = {name for node in graph.node for name in _functions_of(node)}
-    called |= set(meta.object_graph_def.concrete_functions)
-    called = _closure(
-        called & functions.keys(),
-        lambda name: (
-            inner
-            for node in functions[name].node_def
-            for inner in _functions_of(node)
-            if inner in functions
-        ),
-    )
-    _retain(graph.library.function, lambda function: function.signature.name in called)
-    _retain(graph.library.gradient, lambda gradient: gradient.function_name in called)
-    for node in itertools.chain(graph.node, *(f.node_def for f in graph.library.function)):
-        # Every loader infers the shapes inside the graph again; debug names are for messages.
-        node.attr.pop("_output_shapes", None)
-        node.attr.pop("debug_name", None)
-    for function in graph.library.function:
-        if function.signature.name.startswith("__inference__initializer_"):
-            _shorten_names(function)  # Ours; the serving function keeps the layers' names.
-        for i, argument in enumerate(function.signature.input_arg):
-            if argument.type == types_pb2.DT_RESOURCE:
-                del function.arg_attr[i]  # All it says is that a handle is a scalar.
-    # TensorFlow calls the variable that holds an asset's path "Variable" in every model.
-    for node in graph.node:
-        if node.op == "VarHandleOp" and node.attr["shared_name"].s == b"Variable":
-            node.attr["shared_name"].s = f"{prefix}/path".encode()
-    file.write_bytes(model.SerializeToString(deterministic=True))
-
-
-def _shorten_names(function: Any) -> None:
-    """Numbers the nodes inside a function: in a small model the names are a tenth of the graph."""
-    short = {node.name: np.base_repr(i, 36) for i, node in enumerate(function.node_def)}
-
-    def renamed(reference: str) -> str:
-        # "^node" for a control input, "node:output:0" for a value, or the name of an argument.
-        caret = "^" * reference.startswith("^")
-        name, colon, output = reference[len(caret) :].partition(":")
-        return f"{caret}{short.get(name, name)}{colon}{output}"
-
-    for node in function.node_def:
-        node.name = short[node.name]
-        node.input[:] = [renamed(reference) for reference in node.input]
-    for name, reference in function.ret.items():
-        function.ret[name] = renamed(reference)
-    controls = {name: short[node] for name, node in function.control_ret.items()}
-    function.signature.control_output[:] = [
-        controls[name] for name in function.signature.control_output
-    ]
-    function.control_ret.clear()
-    function.control_ret.update({node: node for node in controls.values()})
-
-
-def _closure(start: Iterable[str], following: Callable[[str], Iterable[str]]) -> set[str]:
-    found: set[str] = set()
-    waiting = list(start)
-    while waiting:
-        name = waiting.pop()
-        if name not in found:
-            found.add(name)
-            waiting.extend(following(name))
-    return found
-
-
-def _functions_of(node: Any) -> Iterator[str]:
-    yield node.op
-    for value in node.attr.values():
-        yield value.func.name
-        yield from (function.name for function in value.list.func)
-
-
-def _retain(messages: Any, keep: Callable[[Any], bool]) -> None:
-    kept = [message for message in messages if keep(message)]
-    del messages[:]
-    messages.extend(kept)
 
 
 # --- Files ----------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ from keras import layers, ops
 
 import masked_layers as ml
 from common import half_masks, numpy
-from masked_layers import _keras_trace
 from masked_layers.exactness import check_copy, check_masks
 
 BACKEND = keras.backend.backend()
@@ -409,42 +408,3 @@ def test_the_checks_by_themselves():
     with pytest.raises(ValueError, match="other outputs"):
         check_copy(good, other)
     check_masks(good)
-
-
-def test_watching_tells_of_what_a_functional_model_reads_inside():
-    model = tied(attribute)
-    seen = []
-    spec = keras.KerasTensor((2, 12), "float32")
-    _keras_trace.watch(model, spec, lambda variable: seen.append(id(variable)))
-    assert seen.count(id(model.layers[1].kernel)) == 2
-    assert id(model.layers[1].bias) in seen
-
-
-def test_callers_start_at_the_caller():
-    names = []
-
-    def inner():
-        names.extend([frame.f_code.co_name for frame in list(_keras_trace.callers())])
-
-    def outer():
-        inner()
-
-    outer()
-    assert names[:2] == ["outer", "test_callers_start_at_the_caller"]
-
-
-@pytest.mark.once("tensorflow", "jax")
-def test_traces_are_forgotten():
-    traced = []
-
-    class Counting(Inner):
-        call = compiled(lambda self, x: traced.append(1) or self.dense(x), static_argnums=0)
-
-    layer = Counting()
-    layer(data(2, 3))
-    traced.clear()
-    layer(data(2, 3))
-    assert not traced
-    _keras_trace.forget_traces(layer)
-    layer(data(2, 3))
-    assert traced

@@ -74,23 +74,6 @@ def test_variables_in_the_graph_are_named_by_the_operation_that_takes_them():
     assert _keras_trace.variables_in_graph(keras.Model(x, hidden)) == {}
 
 
-@pytest.mark.once
-def test_gradients_that_tensorflow_registers_are_found_and_forgotten():
-    import tensorflow as tf
-    from tensorflow.python.framework import ops as framework
-
-    @tf.custom_gradient
-    def squared(x):
-        return x**2, lambda upstream: upstream * 2 * x
-
-    function = tf.function(squared)
-    trace = function.get_concrete_function(tf.constant(1.0))
-    (name,) = _keras_trace.gradient_names([trace.graph])
-    assert name in framework.gradient_registry._registry
-    _keras_trace.forget_gradients([name, "one that is not there"])
-    assert name not in framework.gradient_registry._registry
-
-
 def test_a_load_is_told_by_one_object_that_ends_with_it(tmp_path):
     seen = []
 

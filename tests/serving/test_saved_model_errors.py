@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from keras import layers
 
-from masked_layers.serving import export_sparse_saved_model, saved_model
+from masked_layers.serving import compaction, export_sparse_saved_model, saved_model
 from served import dense, prune
 
 tf = pytest.importorskip("tensorflow")
@@ -172,7 +172,7 @@ def test_a_crash_while_writing_leaves_what_was_there(tmp_path, monkeypatch):
     def crash(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(saved_model, "_compact", crash)
+    monkeypatch.setattr(compaction, "compact", crash)
     with pytest.raises(KeyboardInterrupt):
         export_sparse_saved_model(model, tmp_path / "out")
     assert contents(tmp_path) == before

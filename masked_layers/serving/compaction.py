@@ -1,0 +1,124 @@
+"""Makes the graph of a SavedModel smaller: what no loader needs goes."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def compact(file: Path, prefix: str, *, keep_saver: bool) -> None:
+    """Removes from a SavedModel's graph what no loader needs; about half of a small model's folder.
+
+    Args:
+        file: The `saved_model.pb`.
+        prefix: What the names of the model's variables begin with.
+        keep_saver: Whether the checkpoint holds values. Without any, the graph that saves and
+            restores them goes too.
+    """
+    from tensorflow.core.framework import types_pb2
+    from tensorflow.core.protobuf import saved_model_pb2
+
+    model = saved_model_pb2.SavedModel.FromString(file.read_bytes())
+    (meta,) = model.meta_graphs
+    graph = meta.graph_def
+    # Only for a runtime older than this one; defaults that it could not know are stripped already.
+    meta.meta_info_def.ClearField("stripped_op_list")
+    if not keep_saver:
+        meta.ClearField("saver_def")
+
+    roots = {
+        tensor.name.partition(":")[0]
+        for signature in meta.signature_def.values()
+        for tensor in (*signature.inputs.values(), *signature.outputs.values())
+    }
+    roots |= {asset.tensor_info.name.partition(":")[0] for asset in meta.asset_file_def}
+    if keep_saver:
+        saver = meta.saver_def
+        names = (saver.filename_tensor_name, saver.save_tensor_name, saver.restore_op_name)
+        roots |= {name.partition(":")[0] for name in names}
+    nodes = {node.name: node for node in graph.node}
+    kept = _closure(
+        roots, lambda name: (i.lstrip("^").partition(":")[0] for i in nodes[name].input)
+    )
+    _retain(graph.node, lambda node: node.name in kept)
+
+    functions = {function.signature.name: function for function in graph.library.function}
+    called = {name for node in graph.node for name in _functions_of(node)}
+    called |= set(meta.object_graph_def.concrete_functions)
+    called = _closure(
+        called & functions.keys(),
+        lambda name: (
+            inner
+            for node in functions[name].node_def
+            for inner in _functions_of(node)
+            if inner in functions
+        ),
+    )
+    _retain(graph.library.function, lambda function: function.signature.name in called)
+    _retain(graph.library.gradient, lambda gradient: gradient.function_name in called)
+    for node in itertools.chain(graph.node, *(f.node_def for f in graph.library.function)):
+        # Every loader infers the shapes inside the graph again; debug names are for messages.
+        node.attr.pop("_output_shapes", None)
+        node.attr.pop("debug_name", None)
+    for function in graph.library.function:
+        if function.signature.name.startswith("__inference__initializer_"):
+            _shorten_names(function)  # Ours; the serving function keeps the layers' names.
+        for i, argument in enumerate(function.signature.input_arg):
+            if argument.type == types_pb2.DT_RESOURCE:
+                del function.arg_attr[i]  # All it says is that a handle is a scalar.
+    # TensorFlow calls the variable that holds an asset's path "Variable" in every model.
+    for node in graph.node:
+        if node.op == "VarHandleOp" and node.attr["shared_name"].s == b"Variable":
+            node.attr["shared_name"].s = f"{prefix}/path".encode()
+    file.write_bytes(model.SerializeToString(deterministic=True))
+
+
+def _shorten_names(function: Any) -> None:
+    """Numbers the nodes inside a function: in a small model the names are a tenth of the graph."""
+    short = {node.name: np.base_repr(i, 36) for i, node in enumerate(function.node_def)}
+
+    def renamed(reference: str) -> str:
+        # "^node" for a control input, "node:output:0" for a value, or the name of an argument.
+        caret = "^" * reference.startswith("^")
+        name, colon, output = reference[len(caret) :].partition(":")
+        return f"{caret}{short.get(name, name)}{colon}{output}"
+
+    for node in function.node_def:
+        node.name = short[node.name]
+        node.input[:] = [renamed(reference) for reference in node.input]
+    for name, reference in function.ret.items():
+        function.ret[name] = renamed(reference)
+    controls = {name: short[node] for name, node in function.control_ret.items()}
+    function.signature.control_output[:] = [
+        controls[name] for name in function.signature.control_output
+    ]
+    function.control_ret.clear()
+    function.control_ret.update({node: node for node in controls.values()})
+
+
+def _closure(start: Iterable[str], following: Callable[[str], Iterable[str]]) -> set[str]:
+    found: set[str] = set()
+    waiting = list(start)
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            found.add(name)
+            waiting.extend(following(name))
+    return found
+
+
+def _functions_of(node: Any) -> Iterator[str]:
+    yield node.op
+    for value in node.attr.values():
+        yield value.func.name
+        yield from (function.name for function in value.list.func)
+
+
+def _retain(messages: Any, keep: Callable[[Any], bool]) -> None:
+    kept = [message for message in messages if keep(message)]
+    del messages[:]
+    messages.extend(kept)

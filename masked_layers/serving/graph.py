@@ -1,0 +1,136 @@
+"""The graph of a sparse SavedModel: what serves, and what decodes the weights on loading."""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from masked_layers._tensorflow import keep_out_of_checkpoint
+from masked_layers.serving import encoding
+from masked_layers.serving.tracing import Traced
+
+if TYPE_CHECKING:
+    import tensorflow as tf
+
+PACK = "weights.mlsp"
+
+
+def write(folder: Path, traced: Traced, pack: bytes) -> None:
+    """Writes the SavedModel: the serving function, the pack as an asset, what decodes it."""
+    import tensorflow as tf
+
+    packed = {entry.name for block in encoding.blocks(pack) for entry in block.entries}
+
+    class Weights(tf.saved_model.experimental.TrackableResource):
+        """Decodes the pack into the variables when the SavedModel is loaded."""
+
+        def _create_resource(self) -> Any:
+            # A resource must have a handle; the weights are variables, so nothing is behind it.
+            name = f"{traced.prefix}/decoder"
+            return tf.raw_ops.VarHandleOp(dtype=tf.bool, shape=[], shared_name=name)
+
+        def _initialize(self) -> None:
+            decode(root.pack.asset_path, encoding.blocks(pack), traced.variables)
+
+    for name in packed:
+        keep_out_of_checkpoint(traced.variables[name])
+    with tempfile.TemporaryDirectory() as assets:
+        file = Path(assets, PACK)
+        file.write_bytes(pack)
+        # Whatever the functions touch hangs on the root: a `TrackableResource` tracks nothing by
+        # itself, and an untracked asset would leave the path of this machine in the graph.
+        root = tf.__internal__.tracking.AutoTrackable()
+        root.serve = traced.function
+        root.variables = list(traced.variables.values())
+        root.resources = list(traced.resources)
+        if packed:
+            root.pack = tf.saved_model.Asset(str(file))
+            root.weights = Weights()
+        # Keras gives the endpoint its own name and makes it TensorFlow Serving's default.
+        signatures = {"serve": traced.function, "serving_default": traced.function}
+        tf.saved_model.save(root, str(folder), signatures=signatures)
+
+
+def decode(
+    file: Any, blocks: Sequence[encoding.Block], variables: Mapping[str, tf.Variable]
+) -> None:
+    """Adds the ops to a graph that decode a packed file into variables.
+
+    One block after the other, so that memory holds one decoded block beside the variables.
+
+    Args:
+        file: String tensor, path of the packed file.
+        blocks: `encoding.blocks` of its bytes.
+        variables: Variables by name of the array; values are cast to their dtype.
+    """
+    import tensorflow as tf
+
+    data = tf.io.read_file(file)
+    for block in blocks:
+        flat = _decode_block(data, block)
+        # Arrays of equal shape lie side by side: few ops for many variables.
+        shapes = [
+            (shape, list(members))
+            for shape, members in itertools.groupby(block.entries, lambda entry: entry.shape)
+        ]
+        sizes = [sum(entry.size for entry in members) for _, members in shapes]
+        parts = tf.split(flat, sizes) if len(sizes) > 1 else [flat]
+        assigned = []
+        for (shape, members), part in zip(shapes, parts, strict=True):
+            if len(members) == 1:
+                arrays = [part if len(shape) == 1 else tf.reshape(part, shape)]
+            else:
+                arrays = tf.unstack(tf.reshape(part, [len(members), *shape]))
+            for entry, array in zip(members, arrays, strict=True):
+                variable = variables[entry.name]
+                value = tf.cast(array, variable.dtype)
+                assigned.append(tf.raw_ops.AssignVariableOp(resource=variable.handle, value=value))
+        if block is not blocks[-1]:
+            # On this op alone: an edge from every assignment to every op of the next block would
+            # take TensorFlow's graph optimizer longer than decoding does.
+            with tf.control_dependencies(assigned):
+                data = tf.identity(data)
+
+
+def _decode_block(data: tf.Tensor, block: encoding.Block) -> tf.Tensor:
+    """Returns the values of a block, zeros included, as one flat tensor."""
+    import tensorflow as tf
+
+    def stream(place: Any) -> tf.Tensor:
+        offset, length = np.asarray(place).T
+        index = np.int32 if (offset + length).max() < 2**31 else np.int64
+        packed = tf.strings.substr(data, offset.astype(index), length.astype(index))
+        return tf.io.decode_raw(tf.io.decode_compressed(packed, "ZLIB"), tf.uint8)
+
+    sparse = block.encoding == "sparse"
+    dtype = tf.as_dtype(block.dtype)
+    planes = stream(block.streams[sparse:])
+    if dtype.size == 1:
+        values = tf.bitcast(tf.reshape(planes, [-1]), dtype)
+    else:
+        values = tf.bitcast(tf.transpose(planes), dtype)
+    if not sparse:
+        return values
+    gaps = stream(block.streams[0])
+    index = tf.int32 if block.size < 2**31 else tf.int64
+    steps = tf.cast(gaps, index) + 1
+    if block.gaps == block.values:
+        positions = tf.cumsum(steps) - 1
+    else:
+        # A gap of g < 255 moves on by g zeros and one value, 255 by 255 zeros.
+        ends = tf.cumsum(tf.minimum(steps, encoding.SKIP)) - 1
+        taken = tf.where(tf.not_equal(gaps, encoding.SKIP))
+        positions = tf.reshape(tf.gather(ends, taken), [-1])
+    # Five times faster than `scatter_nd`, which treats every value as a slice.
+    return tf.raw_ops.SparseToDense(
+        sparse_indices=positions,
+        output_shape=tf.constant([block.size], index),
+        sparse_values=values,
+        default_value=tf.zeros([], dtype),
+        validate_indices=False,
+    )
