@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from lottery_ticket_pruner.experiments.parent import end_with_parent
 
 if TYPE_CHECKING:
+    from lottery_ticket_pruner.commands.processes import Failure
     from lottery_ticket_pruner.commands.saved_models import ExportConfig, InspectConfig
-    from lottery_ticket_pruner.commands.sweep import Failure
 
 _EXTRA = ("jinja2", "matplotlib", "pandas", "rich", "scipy", "sklearn", "tensorboard", "tyro")
 

@@ -1,35 +1,32 @@
 """Runs every combination of options and seeds, each in a process of its own."""
 
-import collections
-import concurrent.futures
-import contextlib
 import csv
 import dataclasses
 import hashlib
 import itertools
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import keras
-import rich.progress
 import tyro
 from rich.console import Console
 
-from lottery_ticket_pruner.experiments import datasets, progress, results
+from lottery_ticket_pruner.commands.processes import (
+    LOG_FILE,
+    Failure,
+    Pool,
+    available_cores,
+    shares_of,
+)
+from lottery_ticket_pruner.experiments import datasets, results
 from lottery_ticket_pruner.experiments.arguments import arguments as arguments_of
 from lottery_ticket_pruner.experiments.arguments import given, option, options_of, parse_over
 from lottery_ticket_pruner.experiments.config import RunConfig, choices
 from lottery_ticket_pruner.experiments.options import OptionalInt, OptionalPath
-from lottery_ticket_pruner.experiments.parent import PARENT
 from lottery_ticket_pruner.experiments.reports import run_folders, tables
 from lottery_ticket_pruner.experiments.run_folder import (
     Workplace,
@@ -45,16 +42,6 @@ _Over = Annotated[
     tyro.conf.UseAppendAction,
     tyro.conf.arg(metavar="OPTION=VALUE,VALUE", help_behavior_hint="(repeatable)"),
 ]
-_LOG_FILE = "output.log"
-_COMMAND = (sys.executable, "-m", "lottery_ticket_pruner.cli")
-# Environment variables that limit the thread pools of numerical libraries.
-_THREADS = (
-    "OMP_NUM_THREADS",
-    "OPENBLAS_NUM_THREADS",
-    "MKL_NUM_THREADS",
-    "TF_NUM_INTRAOP_THREADS",
-    "TF_NUM_INTEROP_THREADS",
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +118,11 @@ class Child:
     data: str
 
     @property
+    def folder(self) -> Path:
+        """The folder of the run."""
+        return self.config.folder
+
+    @property
     def is_finished(self) -> bool:
         """Whether its folder holds all of its results."""
         return is_finished(self.config.folder, _kind(self.config).name)
@@ -150,21 +142,6 @@ class Child:
         except (ValueError, KeyError):  # Supermasks have no rounds.
             return 0
         return self.config.steps * (max(rounds) + 1) if rounds else 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Failure:
-    """A run of a sweep that ended with an error.
-
-    Attributes:
-        child: The run.
-        message: Its last message.
-        log: File with its complete output.
-    """
-
-    child: Child
-    message: str
-    log: Path
 
 
 def plan(config: SweepConfig | SupermaskSweepConfig) -> list[Child]:
@@ -246,7 +223,7 @@ def sweep(
             children = [_moved(child, place.path) for child in children]
             # Runs left by an interrupted sweep with other options must not be included.
             for left in set(place.path.iterdir()) - {child.config.folder for child in children}:
-                if (left / _LOG_FILE).is_file():
+                if (left / LOG_FILE).is_file():
                     shutil.rmtree(left)
             if _is_finished(config, place.path):  # It was killed before it was moved in place.
                 place.complete()
@@ -316,7 +293,7 @@ def _carry_out(
     kind = _kind(config)
     facts = dict(zip(results.FACTS, (kind.sweep, False, versions()), strict=True))
     write_json(folder / results.SWEEP_FILE, config.to_dict() | origin | facts)
-    cores = _cores()
+    cores = available_cores()
     jobs = min(config.jobs or len(cores), len(todo))
     pace = f"{jobs} at a time on {len(cores)} cores" if todo else "nothing left to run"
     console.print(
@@ -325,7 +302,7 @@ def _carry_out(
         highlight=False,
         markup=False,
     )
-    failures = _Pool(todo, _shares(cores, jobs), console).run()
+    failures = Pool(todo, shares_of(cores, jobs), console).run()
     place.check()
     _combine(folder, kind, [parse_over(text, kind.config)[0] for text in config.over])
     finished = [child.config.folder for child in children if child.is_finished]
@@ -392,158 +369,6 @@ def _origin(folder: Path, children: Sequence[Child], anew: bool) -> dict[str, An
         )
     now["digests"] = digests | now["digests"]
     return now
-
-
-class _Pool:
-    """Processes that work on a list of children, one at a time for each share of the cores."""
-
-    def __init__(
-        self, todo: Sequence[Child], shares: Sequence[Sequence[int]], console: Console
-    ) -> None:
-        self._todo = collections.deque(todo)
-        self._children = todo
-        self._shares = shares
-        self._console = console
-        self._running: dict[Child, subprocess.Popen] = {}
-        self._lock = threading.Lock()
-        self._stopped = False
-        self._ended = 0
-        self._failures: list[Failure] = []
-        # Runs report once per round, so the speed is averaged over a long time.
-        self._bar = progress.bar(console, "{task.percentage:.0f} %", period=3600)
-
-    def run(self) -> list[Failure]:
-        """Executes all runs. On an interruption, stops the current ones and raises it again."""
-        if not self._children:
-            return []
-        total = sum(child.work for child in self._children)
-        done = sum(child.work_done for child in self._children)
-        task = self._bar.add_task("", total=total, completed=done)
-        with (
-            _termination_interrupts(),
-            concurrent.futures.ThreadPoolExecutor(len(self._shares)) as threads,
-            self._bar,
-        ):
-            workers = [threads.submit(self._work, share) for share in self._shares]
-            try:
-                waiting = set(workers)
-                while waiting:
-                    _, waiting = concurrent.futures.wait(waiting, timeout=0.5)
-                    self._show(task)
-            except BaseException:
-                self._stop()
-                raise
-        for worker in workers:
-            worker.result()
-        order = {child: number for number, child in enumerate(self._children)}
-        return sorted(self._failures, key=lambda failure: order[failure.child])
-
-    def _work(self, cores: Sequence[int]) -> None:
-        # A process inherits the cores of the thread that starts it, and all backends size their
-        # thread pools by these cores. Other systems use the environment variables.
-        if hasattr(os, "sched_setaffinity"):
-            os.sched_setaffinity(0, cores)
-        environment = dict.fromkeys(_THREADS, str(len(cores)))
-        # On a GPU, the processes share its memory.
-        environment |= {
-            "TF_FORCE_GPU_ALLOW_GROWTH": "true",
-            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
-        }
-        environment = os.environ | (environment if len(self._shares) > 1 else {})
-        # Without this, output of a run could appear after its last message, the error.
-        environment["PYTHONUNBUFFERED"] = "1"
-        environment[PARENT] = "1"
-        while True:
-            with self._lock:
-                if not self._todo:
-                    return
-                child = self._todo.popleft()
-                process, log = self._start(child, environment)
-                self._running[child] = process
-            started = time.perf_counter()
-            status = process.wait()
-            self._end(child, status, time.perf_counter() - started, log)
-
-    def _start(self, child: Child, environment: dict[str, str]) -> tuple[subprocess.Popen, Path]:
-        child.config.folder.mkdir(parents=True, exist_ok=True)
-        log = child.config.folder / _LOG_FILE
-        with log.open("wb") as output:
-            process = subprocess.Popen(
-                [*_COMMAND, *child.arguments],
-                # Nothing is ever written: a run notices the end of this pipe if its sweep is
-                # killed.
-                stdin=subprocess.PIPE,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=environment,
-            )
-        return process, log
-
-    def _end(self, child: Child, status: int, seconds: float, log: Path) -> None:
-        with self._lock:
-            self._running.pop(child).stdin.close()
-            if self._stopped:
-                return
-            self._ended += 1
-            if status:
-                self._failures.append(Failure(child, _message(log, status), log))
-        outcome = "failed" if status else f"{seconds:.0f} s"
-        text = f"{self._ended} of {len(self._children)}  {child.label}: {outcome}"
-        self._console.print(text, highlight=False, markup=False)
-
-    def _show(self, task: rich.progress.TaskID) -> None:
-        with self._lock:
-            running, ended = list(self._running), self._ended
-            left = {*running, *self._todo}
-        done = sum(c.work_done if c in left else c.work for c in self._children)
-        text = f"{ended} of {len(self._children)} runs, {len(running)} running"
-        self._bar.update(task, completed=done, description=text)
-
-    def _stop(self) -> None:
-        with self._lock:
-            self._todo.clear()
-            self._stopped = True
-            for process in self._running.values():
-                process.terminate()
-
-
-@contextlib.contextmanager
-def _termination_interrupts() -> Iterator[None]:
-    """Treats SIGTERM as Ctrl-C, so that no run outlives its sweep."""
-
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _cores() -> list[int]:
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))
-
-
-def _shares(cores: Sequence[int], jobs: int) -> list[Sequence[int]]:
-    """Returns the cores of each job: all of them, and none twice if there are enough."""
-    if not jobs or jobs >= len(cores):
-        return [[cores[number % len(cores)]] for number in range(jobs)]
-    edges = [len(cores) * number // jobs for number in range(jobs + 1)]
-    return [cores[start:end] for start, end in itertools.pairwise(edges)]
-
-
-def _message(log: Path, status: int) -> str:
-    """Returns the last message of a process, without the traceback above it."""
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    # Below the message of the command, there may be the traceback of a user's function.
-    said = [line for line in lines if line.startswith("lottery-ticket: ")] or lines
-    last = said[-1].removeprefix("lottery-ticket: ") if said else ""
-    if status < 0:
-        return f"ended by {signal.Signals(-status).name}. {last}".strip()
-    return last or f"exit status {status}"
 
 
 def _combine(folder: Path, kind: _Kind, options: Sequence[str]) -> None:

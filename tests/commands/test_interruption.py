@@ -122,8 +122,8 @@ time.sleep(60)
 SWEEP = """
 import sys
 from lottery_ticket_pruner import cli
-from lottery_ticket_pruner.commands import sweep
-sweep._COMMAND = (sys.executable, *sys.argv[1:3])
+from lottery_ticket_pruner.commands import processes
+processes._COMMAND = (sys.executable, *sys.argv[1:3])
 cli.main(["sweep", "--over", "rate=0.1,0.2", "--seeds", "0", "--jobs", "2", "--quiet",
           "--out", sys.argv[3]])
 """

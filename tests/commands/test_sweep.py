@@ -20,7 +20,7 @@ pytest.importorskip("tyro")
 from rich.console import Console
 
 from lottery_ticket_pruner import cli
-from lottery_ticket_pruner.commands import sweep as sweep_module
+from lottery_ticket_pruner.commands import processes
 from lottery_ticket_pruner.commands.sweep import (
     SupermaskSweepConfig,
     SweepConfig,
@@ -72,7 +72,7 @@ def stand_in(tmp_path, monkeypatch):
     """Children that end at once. Returns a function that sweeps over rates."""
     script = tmp_path / "stand_in.py"
     script.write_text(STAND_IN)
-    monkeypatch.setattr(sweep_module, "_COMMAND", (sys.executable, str(script)))
+    monkeypatch.setattr(processes, "_COMMAND", (sys.executable, str(script)))
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     folder = tmp_path / "sweep"
 
@@ -190,10 +190,10 @@ def test_sweeps_that_make_no_sense_are_refused_before_anything_runs(tmp_path, op
 @pytest.mark.parametrize("cores", [1, 2, 5, 8])
 def test_shares_of_the_cores(cores):
     for jobs in range(1, cores + 1):
-        shares = sweep_module._shares(range(cores), jobs)
+        shares = processes.shares_of(range(cores), jobs)
         assert sorted(core for share in shares for core in share) == list(range(cores))
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
-    assert sweep_module._shares(range(cores), 2 * cores) == [[i % cores] for i in range(2 * cores)]
+    assert processes.shares_of(range(cores), 2 * cores) == [[i % cores] for i in range(2 * cores)]
 
 
 # --- Runs -----------------------------------------------------------------------------------------
@@ -369,7 +369,7 @@ def test_failures_come_at_the_end_and_the_others_go_on(stand_in, capsys):
 
 def test_children_get_their_share_of_the_machine(stand_in):
     folder, _, _ = stand_in("0.1,0.2", seeds=(0,), jobs=2)
-    cores = len(sweep_module._cores())
+    cores = len(processes.available_cores())
     shares = sorted(max(1, share) for share in (cores // 2, cores - cores // 2))
     found = [json.loads(path.read_text()) for path in folder.glob("*/config.json")]
     assert {int(one["threads"]) for one in found} <= set(shares)
@@ -419,7 +419,7 @@ def test_children_start_as_the_module_of_the_command(tmp_path, monkeypatch):
     (child,) = plan(SweepConfig(over=("rate=0.2",), seeds=(3,), out=tmp_path))
     prepared = []
     monkeypatch.setattr(run, "run", lambda config, data: prepared.append(config))
-    python, flag, module = sweep_module._COMMAND
+    python, flag, module = processes._COMMAND
     assert (python, flag) == (sys.executable, "-m")
     monkeypatch.setattr(sys, "argv", ["cli.py", *child.arguments])
     monkeypatch.delitem(sys.modules, module)
