@@ -9,6 +9,8 @@ from __future__ import annotations
 import collections.abc
 import contextlib
 import functools
+import itertools
+import threading
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -34,6 +36,8 @@ _WITHOUT_VARIABLES = (
     keras.constraints.Constraint,
     keras.losses.Loss,
 )
+# Two threads in `same_draws` would take what the other has put there for Keras' own.
+_drawing = threading.RLock()
 
 
 def is_functional(layer: keras.layers.Layer) -> bool:
@@ -335,6 +339,29 @@ def state_goes_apart() -> bool:
     have nothing but the config for state that is not among the weights. No public name tells.
     """
     return global_state.get_global_attribute("shared_objects/id_to_config_map") is not None
+
+
+@contextlib.contextmanager
+def same_draws() -> Iterator[None]:
+    """Lets every generator of Keras give the same seeds each time, in the order of the calls.
+
+    A copy need not have the state of a generator that its layer does not track, and layers ask a
+    generator for seeds by a method of its class, without a hook. Other threads get seeds as ever.
+    """
+    generator, thread, count = keras.random.SeedGenerator, threading.get_ident(), itertools.count()
+    with _drawing:
+        real = generator.next
+
+        def next_seed(self: keras.random.SeedGenerator, ordered: bool = True) -> Any:
+            if threading.get_ident() != thread:
+                return real(self, ordered)
+            return keras.ops.convert_to_tensor([0, next(count)], self.state.dtype)
+
+        generator.next = next_seed
+        try:
+            yield
+        finally:
+            generator.next = real
 
 
 def own_variables(layer: keras.layers.Layer) -> list[keras.Variable]:

@@ -9,9 +9,7 @@ describe them; tests hold both for all of them. Code of others may read a weight
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
-import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -30,7 +28,6 @@ from masked_layers.paths import plain_class, walk
 Layer = keras.layers.Layer
 
 logger = logging.getLogger(__name__)
-_drawing = threading.RLock()
 
 # In a call of one of these, reading a raw weight is how its mask is applied.
 _THROUGH_THE_MASK = {
@@ -335,7 +332,7 @@ def _outputs(model: keras.Model, specs: Any) -> list[np.ndarray] | None:
 
     try:
         # In it, statistics and the states of random generators stay as they are.
-        with _attributes_kept(model), keras.StatelessScope(), _same_draws():
+        with _attributes_kept(model), keras.StatelessScope(), _keras.same_draws():
             outputs = model(keras.tree.map_structure(made_up, specs))
         return [
             keras.ops.convert_to_numpy(output).astype("float64")
@@ -344,28 +341,6 @@ def _outputs(model: keras.Model, specs: Any) -> list[np.ndarray] | None:
     except Exception as error:
         logger.info("'%s' cannot be called on made-up inputs: %s", model.name, error)
         return None
-
-
-@contextlib.contextmanager
-def _same_draws() -> Iterator[None]:
-    """Lets every generator of Keras give the same seeds each time, in the order of the calls.
-
-    A copy need not have the state of a generator that its layer does not track.
-    """
-    generator, thread, count = keras.random.SeedGenerator, threading.get_ident(), itertools.count()
-    with _drawing:  # Another conversion would take what stands here for Keras' own.
-        real = generator.next
-
-        def next_seed(self: keras.random.SeedGenerator, ordered: bool = True) -> Any:
-            if threading.get_ident() != thread:
-                return real(self, ordered)
-            return keras.ops.convert_to_tensor([0, next(count)], self.state.dtype)
-
-        generator.next = next_seed
-        try:
-            yield
-        finally:
-            generator.next = real
 
 
 def _warn_of_chance(model: keras.Model, unknown: str) -> None:

@@ -1,6 +1,7 @@
 """Private features of Keras that this library uses: these tests fail when Keras changes them."""
 
 import ast
+import concurrent.futures
 import functools
 import pickle
 import re
@@ -146,6 +147,23 @@ def test_state_goes_apart_where_keras_saves_it_beside_the_config(tmp_path):
     _keras.serialize(model)
     assert len(seen) >= 3
     assert all(seen)
+
+
+def test_generators_give_the_same_seeds_in_a_scope_and_others_outside():
+    def draw(generator):
+        return ops.convert_to_numpy(keras.random.uniform((3,), seed=generator)).tolist()
+
+    first, second = keras.random.SeedGenerator(1), keras.random.SeedGenerator(2)
+    draws = []
+    for generators in ((first, second), (second, first)):
+        with _keras.same_draws():
+            draws.append([draw(generator) for generator in generators])
+            with concurrent.futures.ThreadPoolExecutor() as threads:
+                draws.append(threads.submit(draw, keras.random.SeedGenerator(3)).result())
+    assert draws[0] == draws[2]
+    assert draws[0][0] != draws[0][1]
+    assert draws[1] == draws[3] == draw(keras.random.SeedGenerator(3))
+    assert draw(keras.random.SeedGenerator(1)) == draw(first) != draw(second)
 
 
 def test_own_variables_leave_out_those_of_layers_inside():
