@@ -49,10 +49,19 @@ from masked_layers.learned import BernoulliMask, EdgePopupMask, LearnedMask
 from masked_layers.maskable import register
 from masked_layers.masks import Mask
 from masked_layers.serving import export_sparse_saved_model
-from masked_layers.shrinking import ShrinkReport, ShrinkRow, shrink
+from masked_layers.shrinking import (
+    ChannelFamilies,
+    ChannelFamily,
+    ShrinkReport,
+    ShrinkRow,
+    channel_families,
+    shrink,
+)
 
 __all__ = [
     "BernoulliMask",
+    "ChannelFamilies",
+    "ChannelFamily",
     "EdgePopupMask",
     "LearnedMask",
     "Mask",
@@ -89,6 +98,7 @@ __all__ = [
     "SparsityReport",
     "SparsityRow",
     "WeightRef",
+    "channel_families",
     "convert_to_masked",
     "export_sparse_saved_model",
     "get_masks",

@@ -1,5 +1,13 @@
 """A smaller plain model with the same outputs: channels that pruning has emptied are removed."""
 
+from masked_layers.shrinking.families import ChannelFamilies, ChannelFamily, channel_families
 from masked_layers.shrinking.smaller_model import ShrinkReport, ShrinkRow, shrink
 
-__all__ = ["ShrinkReport", "ShrinkRow", "shrink"]
+__all__ = [
+    "ChannelFamilies",
+    "ChannelFamily",
+    "ShrinkReport",
+    "ShrinkRow",
+    "channel_families",
+    "shrink",
+]

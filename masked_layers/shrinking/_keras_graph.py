@@ -18,6 +18,7 @@ from keras.src.ops import numpy as numpy_operations
 ADD = numpy_operations.Add
 SUBTRACT = numpy_operations.Subtract
 MULTIPLY = numpy_operations.Multiply
+DIVIDE = numpy_operations.TrueDivide
 MAXIMUM = numpy_operations.Maximum
 MINIMUM = numpy_operations.Minimum
 CONCATENATE = numpy_operations.Concatenate

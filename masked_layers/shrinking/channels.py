@@ -66,23 +66,35 @@ class Edit:
     """The changes to a layer that follow from those of its channels.
 
     Attributes:
-        slices: Weight name -> {axis of the weight: the channels along it}.
-        width: The config's name for the number of outputs, None where the input decides.
-        reader: Set where the layer mixes channels.
+        slices: Weight -> {axis of the weight: the channels along it}. A weight is named by the
+            attributes that lead to it from the layer, as "kernel" or "cell.kernel".
+        made: Channels that the layer makes, None where it passes on those of its input.
+        widths: Place in the layer's config -> the channels whose number it holds.
+        readers: How the layer mixes channels. Constants of the first one's source move into the
+            layer's bias.
     """
 
     slices: dict[str, dict[int, Channels]]
-    width: str | None = None
-    reader: Reader | None = None
+    made: Channels | None = None
+    widths: dict[tuple[str | int, ...], Channels] = field(default_factory=dict)
+    readers: tuple[Reader, ...] = ()
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call in the graph: an operation, the tensors it got, the first tensor it returned."""
+    """One call in the graph.
+
+    Attributes:
+        operation: The layer or operation that is called.
+        inputs: The tensors among its arguments.
+        output: The first tensor it returned.
+        args: All of its positional arguments.
+    """
 
     operation: Any
     inputs: list[keras.KerasTensor]
     output: keras.KerasTensor
+    args: tuple[Any, ...] = ()
 
     @property
     def axis(self) -> int:
@@ -106,6 +118,9 @@ class Flow:
     Attributes:
         tensors: id of a symbolic tensor -> its channels.
         edits: id of an operation -> (operation, how it follows its channels).
+        names: id of an operation -> its name; "nested/name" inside a nested model.
+        graphs: id of the model, or of one inside it -> its graph.
+        entered: ids of the models inside whose channels were followed.
         not_followed: Operation name -> why its inputs and outputs are left whole.
         pinned: Slot -> why it must stay whatever reads it.
         lost: Slot -> where its constant stopped being one.
@@ -114,6 +129,9 @@ class Flow:
 
     tensors: dict[int, Channels] = field(default_factory=dict)
     edits: dict[int, tuple[Any, Edit]] = field(default_factory=dict)
+    names: dict[int, str] = field(default_factory=dict)
+    graphs: dict[int, keras.Model] = field(default_factory=dict)
+    entered: set[int] = field(default_factory=set)
     not_followed: dict[str, str] = field(default_factory=dict)
     pinned: dict[int, str] = field(default_factory=dict)
     lost: dict[int, str] = field(default_factory=dict)
@@ -173,9 +191,9 @@ class Flow:
         """Keeps all channels of the inputs, and notes why where there was something to follow."""
         sources = [self.tensors[id(tensor)] for tensor in inputs]
         for source in sources:
-            self.pin(source, f"'{operation.name}', which is left whole, reads it")
+            self.pin(source, f"'{self.names[id(operation)]}', which is left whole, reads it")
         if any(source.axis is not None for source in sources) or getattr(operation, "weights", ()):
-            self.not_followed[operation.name] = reason
+            self.not_followed[self.names[id(operation)]] = reason
 
     def edit(self, call: Call, edit: Edit) -> None:
         """Notes how the layer of a call follows its channels."""
@@ -195,18 +213,26 @@ class Flow:
         for slot in (0, *self.pinned):
             self._live[self.root(slot)] = True
         for _, edit in reversed(self.edits.values()):
-            if edit.reader is not None:
-                needed = edit.reader.demand[:, self.alive(edit.reader.target)].any(axis=1)
-                self._live[self._roots(edit.reader.source.slots[needed])] = True
+            while self._ask(edit.readers):
+                pass  # once more, as units of a recurrent layer read each other
         for channels in self.tensors.values():
             if channels.axis is not None and not self.alive(channels).any():
                 first = self.root(channels.slots[0])
                 self.forced.add(first)
                 self._live[first] = True
 
+    def _ask(self, readers: tuple[Reader, ...]) -> bool:
+        """Makes live what readers need for their live outputs; returns whether that was new."""
+        before = np.count_nonzero(self._live)
+        for reader in readers:
+            needed = reader.demand[:, self.alive(reader.target)].any(axis=1)
+            self._live[self.roots(reader.source.slots[needed])] = True
+        return np.count_nonzero(self._live) > before
+
     def alive(self, channels: Channels) -> np.ndarray:
         """Returns which channels stay, as bools."""
-        return self._live[self._roots(channels.slots)]
+        return self._live[self.roots(channels.slots)]
 
-    def _roots(self, slots: np.ndarray) -> np.ndarray:
+    def roots(self, slots: np.ndarray) -> np.ndarray:
+        """Returns `root` of each slot."""
         return np.fromiter(map(self.root, slots), int, len(slots))

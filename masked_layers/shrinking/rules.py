@@ -25,8 +25,6 @@ from masked_layers.shrinking.channels import (
     Channels,
     Edit,
     Flow,
-    Reader,
-    constant_shift,
 )
 
 Rule = Callable[[Flow, Call], Channels]
@@ -59,16 +57,16 @@ def _activations(names: str) -> set[Callable]:
     return {function for function in found if function is not None}
 
 
-_ELEMENTWISE = _activations(
+ELEMENTWISE = _activations(
     "celu elu exponential gelu hard_shrink hard_sigmoid hard_silu hard_tanh leaky_relu linear"
     " log_sigmoid mish relu relu6 selu sigmoid silu soft_shrink softplus softsign sparse_plus"
     " sparse_sigmoid squareplus tanh tanh_shrink threshold"
 )
-_MIXING = _activations("glu log_softmax softmax sparsemax")
-_CUSTOM_ACTIVATION = "its activation is not Keras' own and may mix channels"
+MIXING = _activations("glu log_softmax softmax sparsemax")
+CUSTOM_ACTIVATION = "its activation is not Keras' own and may mix channels"
 
 
-def _apply(function: Callable, constants: np.ndarray, dtype: str) -> np.ndarray:
+def apply(function: Callable, constants: np.ndarray, dtype: str) -> np.ndarray:
     """Applies an element-wise function of tensors to the constants, in the dtype of the model."""
     result = np.full(len(constants), VARIES)
     known = ~np.isnan(constants)
@@ -79,136 +77,14 @@ def _apply(function: Callable, constants: np.ndarray, dtype: str) -> np.ndarray:
     return result
 
 
-# -- layers that mix channels
-
-
-def _mix(
-    flow: Flow,
-    call: Call,
-    source: Channels,
-    reads: np.ndarray,
-    gain: np.ndarray,
-    slices: Callable[[Channels], dict[str, dict[int, Channels]]],
-    width: str,
-    padded: bool = False,
-) -> Channels:
-    """Follows a layer that computes activation(kernel applied to input + bias).
-
-    Args:
-        flow: The analysis.
-        call: The call of the layer.
-        source: The layer's input channels.
-        reads: Bool (inputs, outputs): some kernel entry between the two is not zero.
-        gain: (inputs, outputs): response to a constant one, away from the border.
-        slices: From the output channels to the axes of all weights but the bias.
-        width: The config's name for the number of outputs.
-        padded: Whether zeros are added at the border, so that only a constant zero is exact.
-    """
-    layer = call.operation
-    constant = ~np.isnan(source.constants)
-    fixed = constant & (source.constants == 0) if padded else constant
-    flow.lose(source.slots[constant & ~fixed & reads.any(axis=1)], _border(layer))
-    demand = reads & ~fixed[:, None]
-    values = constant_shift(source.constants, gain, fixed)
-    if layer.bias is not None:
-        values += array(layer.bias)
-    values[demand.any(axis=0)] = VARIES
-
-    slots = flow.new_slots(reads.shape[1])
-    followed = layer.activation is None or layer.activation in _ELEMENTWISE
-    if followed:
-        activation = layer.activation or keras.activations.linear
-        values = _apply(activation, values, call.output.dtype)
-    target = Channels(source.axis, slots, values)
-    reader = Reader(source, target, demand, gain, fixed)
-    flow.edit(call, Edit(slices(target) | {"bias": {0: target}}, width, reader))
-    if followed:
-        return target
-    flow.pin(target, f"the activation of '{layer.name}' reads all channels")
-    if layer.activation not in _MIXING:
-        flow.not_followed[layer.name] = _CUSTOM_ACTIVATION
-    return WHOLE
-
-
-def _border(layer: Any) -> str:
+def border(layer: Any) -> str:
+    """Returns why a constant is lost at the border of a convolution."""
     return f"a non-zero constant enters the zero padding of '{layer.name}'"
 
 
-def _pads(layer: Any) -> bool:
+def pads(layer: Any) -> bool:
+    """Returns whether a convolution adds zeros around its input."""
     return layer.padding != "valid" and math.prod(layer.kernel_size) > 1
-
-
-@rule(layers.Dense)
-def _dense(flow: Flow, call: Call) -> Channels:
-    source, kernel = flow.channels(call, -1), array(call.operation.kernel)
-    return _mix(
-        flow,
-        call,
-        source,
-        kernel != 0,
-        kernel,
-        lambda out: {"kernel": {0: source, 1: out}},
-        "units",
-    )
-
-
-@rule(layers.Conv1D, layers.Conv2D, layers.Conv3D)
-def _convolution(flow: Flow, call: Call) -> Channels:
-    layer = call.operation
-    if layer.groups != 1:
-        raise CannotFollow("a grouped convolution")
-    source, kernel = flow.channels(call, call.axis), array(layer.kernel)
-    taps = tuple(range(kernel.ndim - 2))
-    return _mix(
-        flow,
-        call,
-        source,
-        (kernel != 0).any(taps),
-        kernel.sum(taps, dtype="float64"),
-        lambda out: {"kernel": {-2: source, -1: out}},
-        "filters",
-        padded=_pads(layer),
-    )
-
-
-@rule(layers.Conv1DTranspose, layers.Conv2DTranspose, layers.Conv3DTranspose)
-def _transposed_convolution(flow: Flow, call: Call) -> Channels:
-    source, kernel = flow.channels(call, call.axis), array(call.operation.kernel)
-    taps = tuple(range(kernel.ndim - 2))
-    return _mix(
-        flow,
-        call,
-        source,
-        (kernel != 0).any(taps).T,
-        kernel.sum(taps, dtype="float64").T,
-        lambda out: {"kernel": {-1: source, -2: out}},
-        "filters",
-        padded=True,  # how many taps an output position sums up depends on where it is
-    )
-
-
-@rule(layers.SeparableConv1D, layers.SeparableConv2D)
-def _separable_convolution(flow: Flow, call: Call) -> Channels:
-    layer = call.operation
-    source = flow.channels(call, call.axis)
-    depthwise, pointwise = array(layer.depthwise_kernel), array(layer.pointwise_kernel)
-    taps = tuple(range(depthwise.ndim - 2))
-    inputs, multiplier = depthwise.shape[-2:]
-    pointwise = pointwise.reshape(inputs, multiplier, -1)
-    between = Channels(source.axis, source.slots.repeat(multiplier), np.zeros(0))
-    return _mix(
-        flow,
-        call,
-        source,
-        ((depthwise != 0).any(taps)[..., None] & (pointwise != 0)).any(axis=1),
-        np.einsum("im,imo->io", depthwise.sum(taps, dtype="float64"), pointwise.astype("float64")),
-        lambda out: {
-            "depthwise_kernel": {-2: source},
-            "pointwise_kernel": {-2: between, -1: out},
-        },
-        "filters",
-        padded=_pads(layer),
-    )
 
 
 # -- layers that pass channels on, with weights of their own
@@ -217,21 +93,21 @@ def _separable_convolution(flow: Flow, call: Call) -> Channels:
 @rule(layers.DepthwiseConv1D, layers.DepthwiseConv2D)
 def _depthwise_convolution(flow: Flow, call: Call) -> Channels:
     layer = call.operation
-    if layer.activation is not None and layer.activation not in _ELEMENTWISE:
-        raise CannotFollow(_CUSTOM_ACTIVATION)
+    if layer.activation is not None and layer.activation not in ELEMENTWISE:
+        raise CannotFollow(CUSTOM_ACTIVATION)
     source, kernel = flow.channels(call, call.axis), array(layer.kernel)
     multiplier = kernel.shape[-1]
     kernel = kernel.reshape(-1, kernel.shape[-2] * multiplier)  # (taps, outputs)
     reads, value = (kernel != 0).any(axis=0), source.constants.repeat(multiplier)
     slots = source.slots.repeat(multiplier)
-    lost = reads & (value != 0) & ~np.isnan(value) & _pads(layer)
-    flow.lose(slots[lost], _border(layer))
+    lost = reads & (value != 0) & ~np.isnan(value) & pads(layer)
+    flow.lose(slots[lost], border(layer))
     value[lost] = VARIES
     value = np.where(reads, value * kernel.sum(axis=0, dtype="float64"), 0.0)
     if layer.bias is not None:
         value += array(layer.bias)
     activation = layer.activation or keras.activations.linear
-    target = Channels(source.axis, slots, _apply(activation, value, call.output.dtype))
+    target = Channels(source.axis, slots, apply(activation, value, call.output.dtype))
     flow.edit(call, Edit({"kernel": {-2: source}, "bias": {0: target}}))
     return target
 
@@ -292,16 +168,16 @@ def _nothing_in_inference(flow: Flow, call: Call) -> Channels:
 def _elementwise(flow: Flow, call: Call) -> Channels:
     source = flow.tensors[id(call.inputs[0])]
     # `call`, as `__call__` would add activity regularization losses to the user's model.
-    return source.with_constants(_apply(call.operation.call, source.constants, call.output.dtype))
+    return source.with_constants(apply(call.operation.call, source.constants, call.output.dtype))
 
 
 @rule(layers.Activation)
 def _activation(flow: Flow, call: Call) -> Channels:
-    if call.operation.activation in _ELEMENTWISE:
+    if call.operation.activation in ELEMENTWISE:
         return _elementwise(flow, call)
-    if call.operation.activation in _MIXING:
+    if call.operation.activation in MIXING:
         return _reads_all(flow, call)
-    raise CannotFollow(_CUSTOM_ACTIVATION)
+    raise CannotFollow(CUSTOM_ACTIVATION)
 
 
 @rule(layers.Softmax)
@@ -348,7 +224,7 @@ def _global_pooling(flow: Flow, call: Call) -> Channels:
 def _zero_padding(flow: Flow, call: Call) -> Channels:
     source = flow.channels(call, call.axis)
     lost = ~np.isnan(source.constants) & (source.constants != 0)
-    flow.lose(source.slots[lost], _border(call.operation))
+    flow.lose(source.slots[lost], border(call.operation))
     return source.with_constants(np.where(lost, VARIES, source.constants))
 
 
@@ -359,14 +235,74 @@ def _flatten(flow: Flow, call: Call) -> Channels:
         return source
     if None in shape:
         raise CannotFollow("the number of positions is unknown")
+    return _flattened(source, shape, channels_first=call.axis == 1)
+
+
+def _flattened(
+    source: Channels, shape: tuple[int, ...], *, channels_first: bool = False
+) -> Channels:
+    """Returns the channels of a flattened tensor: each once for each of its positions.
+
+    Args:
+        source: Channels of the tensor.
+        shape: Its shape, without the batch axis.
+        channels_first: If True, the axis after the batch axis moves to the end first.
+    """
 
     def spread(values: np.ndarray) -> np.ndarray:
-        """Repeats what is known of a channel over all its positions, in the layer's order."""
         along = np.expand_dims(values, [i for i in range(len(shape)) if i != source.axis - 1])
         grid = np.broadcast_to(along, shape)
-        return np.moveaxis(grid, 0, -1).ravel() if call.axis == 1 else grid.ravel()
+        return np.moveaxis(grid, 0, -1).ravel() if channels_first else grid.ravel()
 
     return Channels(1, spread(source.slots), spread(source.constants))
+
+
+@rule(layers.Reshape)
+def _reshape(flow: Flow, call: Call) -> Channels:
+    source = flow.tensors[id(call.inputs[0])]
+    before, after = call.inputs[0].shape[1:], call.output.shape[1:]
+    if source.axis is None:
+        return source
+    if None in before or None in after:
+        raise CannotFollow("the number of positions is unknown")
+    if len(after) == 1:
+        target = _flattened(source, before)
+        flow.edit(call, Edit({}, widths={("target_shape", 0): target}))
+        return target
+    ahead = math.prod(before[: source.axis - 1])
+    for axis, size in enumerate(after):
+        if size == len(source.slots) and math.prod(after[:axis]) == ahead:
+            flow.edit(call, Edit({}, widths={("target_shape", axis): source}))
+            return source.with_constants(source.constants, axis + 1)
+    raise CannotFollow("it takes channels apart")
+
+
+@rule(layers.Permute)
+def _permute(flow: Flow, call: Call) -> Channels:
+    source = flow.tensors[id(call.inputs[0])]
+    if source.axis is None:
+        return source
+    return source.with_constants(source.constants, call.operation.dims.index(source.axis) + 1)
+
+
+@rule(layers.RepeatVector)
+def _repeat_vector(flow: Flow, call: Call) -> Channels:
+    source = flow.tensors[id(call.inputs[0])]
+    return source if source.axis is None else source.with_constants(source.constants, 2)
+
+
+@rule(layers.Rescaling)
+def _rescaling(flow: Flow, call: Call) -> Channels:
+    if np.size(call.operation.scale) > 1 or np.size(call.operation.offset) > 1:
+        return _only_whole(flow, call)
+    return _elementwise(flow, call)
+
+
+def _only_whole(flow: Flow, call: Call) -> Channels:
+    """Passes on inputs that are left whole, as those of the model are."""
+    if any(flow.tensors[id(x)].axis is not None for x in call.inputs):
+        raise CannotFollow("it has values of its own for each channel")
+    return WHOLE
 
 
 # -- merges
@@ -395,17 +331,35 @@ def _merge(function: Callable[[list[np.ndarray]], np.ndarray]) -> Rule:
         axis = next((axis for axis in axes if axis is not None), None)
         if axis is None:
             return WHOLE
-        if (
-            len({len(x.shape) for x in call.inputs}) > 1
-            or len({x.shape[axis] for x in call.inputs}) > 1
-        ):
+        if len(call.inputs) == 1:
+            return _with_number(flow, call)
+        sizes = [x.shape[axis] for x in call.inputs if len(x.shape) > axis]
+        if len({len(x.shape) for x in call.inputs}) > 1 or len({*sizes, 1}) > 2:
             raise CannotFollow("it broadcasts channels")
-        first, *others = (flow.channels(call, axis, index) for index in range(len(call.inputs)))
+        width = max(sizes)
+        parts = [flow.channels(call, axis, index) for index in range(len(call.inputs))]
+        first, *others = (part for part in parts if len(part.slots) == width)
+        for single in (part for part in parts if len(part.slots) < width):
+            flow.pin(single, f"'{flow.names[id(call.operation)]}' gives it to all channels")
         for other in others:
             flow.join(first.slots, other.slots)
-        return first.with_constants(function([first.constants, *(x.constants for x in others)]))
+        values = [np.broadcast_to(part.constants, width) for part in parts]
+        return first.with_constants(function(values))
 
     return merge
+
+
+def _with_number(flow: Flow, call: Call) -> Channels:
+    """Follows an operator between a tensor and numbers, as `x / 6`."""
+    tensor = call.inputs[0]
+    if any(np.size(value) > 1 for value in call.args if value is not tensor):
+        raise CannotFollow("an array takes part in it")
+
+    def compute(constants: Any) -> Any:
+        return call.operation.call(*(constants if x is tensor else x for x in call.args))
+
+    source = flow.tensors[id(tensor)]
+    return source.with_constants(apply(compute, source.constants, call.output.dtype))
 
 
 rule(layers.Add, _keras_graph.ADD)(_merge(lambda values: reduce(np.add, values)))
@@ -414,3 +368,14 @@ rule(layers.Multiply, _keras_graph.MULTIPLY)(_merge(lambda values: reduce(_produ
 rule(layers.Maximum, _keras_graph.MAXIMUM)(_merge(lambda values: reduce(np.maximum, values)))
 rule(layers.Minimum, _keras_graph.MINIMUM)(_merge(lambda values: reduce(np.minimum, values)))
 rule(layers.Average)(_merge(lambda values: np.mean(values, axis=0)))
+rule(_keras_graph.DIVIDE)(_merge(lambda values: np.full_like(values[0], VARIES)))
+
+# Operators that may be called with a number beside a tensor.
+WITH_NUMBERS = {
+    _keras_graph.ADD,
+    _keras_graph.DIVIDE,
+    _keras_graph.MAXIMUM,
+    _keras_graph.MINIMUM,
+    _keras_graph.MULTIPLY,
+    _keras_graph.SUBTRACT,
+}

@@ -14,7 +14,8 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+from operator import attrgetter
 from typing import Any, Literal, overload
 
 import keras
@@ -25,16 +26,8 @@ from masked_layers.conversion import strip_masks
 from masked_layers.copying import as_in_use, copy_assets, in_use_by_name
 from masked_layers.layers import MaskedLayer
 from masked_layers.paths import walk
-from masked_layers.shrinking import _keras_graph
-from masked_layers.shrinking.channels import (
-    WHOLE,
-    Call,
-    CannotFollow,
-    Edit,
-    Flow,
-    Reader,
-    constant_shift,
-)
+from masked_layers.shrinking.channels import Edit, Flow, Reader, constant_shift
+from masked_layers.shrinking.following import follow
 from masked_layers.shrinking.rules import RULES, array
 
 
@@ -169,20 +162,27 @@ def shrink(
 
 
 def _shrink(model: keras.Model) -> tuple[keras.Model, ShrinkReport]:
-    graph = _graph_of(model)
-    calls = list(_keras_graph.graph_calls(graph))
-    flow = _follow(graph, calls)
-    inside = {
-        id(operation): (operation, *_shrink(operation))
-        for operation, *_ in calls
-        if flow.not_followed.get(operation.name) == _NESTED
-    }
+    flow = follow(model)
     clones: dict[int, tuple[Any, Any]] = {}
+    smaller = _again(flow, model, clones)
+    for old, new in clones.values():
+        if isinstance(old, keras.Layer) and id(old) not in flow.entered:
+            _copy_weights(flow, old, new)
+    counts = (model.count_params(), smaller.count_params())
+    return smaller, ShrinkReport(tuple(_rows(flow)), flow.not_followed, *counts)
+
+
+# --- Rebuilding -----------------------------------------------------------------------------------
+
+
+def _again(flow: Flow, model: keras.Model, clones: dict[int, tuple[Any, Any]]) -> keras.Model:
+    """Returns the model on smaller copies of its layers, which `clones` holds by the old id."""
+    graph = flow.graphs[id(model)]
 
     def clone(operation: Any) -> Any:
         if id(operation) not in clones:
-            if id(operation) in inside:
-                copy = inside[id(operation)][1]
+            if id(operation) in flow.entered:
+                copy = _again(flow, operation, clones)
             else:
                 copy = _smaller(flow, operation)
             clones[id(operation)] = (operation, copy)
@@ -190,7 +190,7 @@ def _shrink(model: keras.Model) -> tuple[keras.Model, ShrinkReport]:
 
     # `clone_model` would name inputs after their tensors, not after their layers.
     entries = {
-        id(layer.output): keras.layers.InputLayer.from_config(layer.get_config())
+        id(layer.output): _smaller_input(flow, layer)
         for layer in graph.layers
         if isinstance(layer, keras.layers.InputLayer)
     }
@@ -205,105 +205,18 @@ def _shrink(model: keras.Model) -> tuple[keras.Model, ShrinkReport]:
         )
     if not model.trainable:
         smaller.trainable = False
-    for old, new in clones.values():
-        if isinstance(old, keras.Layer) and id(old) not in inside:
-            _copy_weights(flow, old, new)
-
-    rows, not_followed = _rows(flow), dict(flow.not_followed)
-    for nested, _, report in inside.values():
-        rows += [replace(row, layer=f"{nested.name}/{row.layer}") for row in report]
-        for name, reason in report.not_followed.items():
-            not_followed[f"{nested.name}/{name}"] = reason
-    counts = (model.count_params(), smaller.count_params())
-    return smaller, ShrinkReport(tuple(rows), not_followed, *counts)
+    return smaller
 
 
-def _graph_of(model: keras.Model) -> keras.Model:
-    """Returns the model's graph as a bare Functional model on the same layers."""
-    if not isinstance(model, (keras.Sequential, keras.Function)):
-        raise ValueError(
-            f"shrink() follows the graph of a Sequential or Functional model. Received "
-            f"'{model.name}' of class {type(model).__name__}. Shrink the Sequential or Functional "
-            "models inside it one by one."
-        )
-    if not (model.built and model.inputs):
-        raise ValueError(
-            f"shrink() needs the shapes and weights of the model, and '{model.name}' is not built. "
-            "Start it with keras.Input, or call it on data, first."
-        )
-    # A Sequential model has no `input` once it is called elsewhere; its lists are always there.
-    ends = (model.inputs, model.outputs)
-    if isinstance(model, keras.Function):
-        ends = (model.input, model.output)
-    graph = keras.Model(*ends, name=model.name)
-    if type(model).call not in (keras.Sequential.call, type(graph).call):
-        raise ValueError(
-            f"shrink() follows the graph of layers, and {type(model).__name__} ('{model.name}') "
-            "has a `call` of its own. Shrink keras.Model(model.inputs, model.outputs) if that "
-            "computes the same."
-        )
-    return graph
-
-
-# --- Analysis -------------------------------------------------------------------------------------
-
-_NESTED = "a nested model: smaller inside, its inputs and outputs are whole"
-
-
-def _follow(graph: keras.Model, calls: list[_keras_graph.GraphCall]) -> Flow:
-    """Follows all channels from the inputs of the graph to its outputs, and finds the live ones."""
-    flow = Flow({id(tensor): WHOLE for tensor in graph.inputs})
-    obstacles = _obstacles(graph, calls)
-    for operation, args, kwargs, outputs in calls:
-        inputs = [x for x in keras.tree.flatten((args, kwargs)) if _is_tensor(x)]
-        try:
-            if id(operation) in obstacles:
-                raise CannotFollow(obstacles[id(operation)])
-            results = [RULES[type(operation)](flow, Call(operation, inputs, outputs[0]))]
-        except CannotFollow as reason:
-            flow.leave_whole(operation, inputs, str(reason))
-            results = [WHOLE] * len(outputs)
-        flow.tensors.update(zip(map(id, outputs), results, strict=True))
-    for tensor in graph.outputs:
-        flow.pin(flow.tensors[id(tensor)], "an output of the model")
-    flow.settle()
-    return flow
-
-
-def _obstacles(graph: keras.Model, calls: list[_keras_graph.GraphCall]) -> dict[int, str]:
-    """Returns why operations cannot be followed whatever their rule says, by their id."""
-    times = Counter(id(operation) for operation, *_ in calls)
-    obstacles: dict[int, str] = {}
-    for operation, args, kwargs, _ in calls:
-        tensors = keras.tree.flatten(args)
-        obstacle = None
-        if not all(map(_is_tensor, tensors)) or not all(
-            value is None or value is False for value in kwargs.values()
-        ):
-            obstacle = "called with arguments other than tensors"
-        elif any(map(_keras_graph.carries_mask, tensors)):
-            obstacle = "its input carries a Keras mask"
-        elif type(operation) in (keras.Sequential, type(graph)):
-            # Another call may have met another obstacle: then it cannot be smaller inside either.
-            obstacle = obstacles.get(id(operation), _NESTED)
-        elif type(operation) not in RULES:
-            obstacle = f"class {type(operation).__name__} is not known"
-        elif times[id(operation)] > 1 and getattr(operation, "weights", ()):
-            obstacle = f"called {times[id(operation)]} times with the same weights"
-        elif getattr(operation, "quantization_mode", None):
-            obstacle = "quantized"
-        elif getattr(operation, "lora_enabled", False):
-            obstacle = "LoRA is enabled"
-        if obstacle:
-            obstacles[id(operation)] = obstacle
-    return obstacles
-
-
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, keras.KerasTensor)
-
-
-# --- Rebuilding -----------------------------------------------------------------------------------
+def _smaller_input(flow: Flow, layer: keras.layers.InputLayer) -> keras.layers.InputLayer:
+    """Returns an input for the channels that a nested model is given."""
+    config = layer.get_config()
+    channels = flow.tensors[id(layer.output)]
+    if channels.axis is not None:
+        shape = list(config["batch_shape"])
+        shape[channels.axis] = int(flow.alive(channels).sum())
+        config["batch_shape"] = tuple(shape)
+    return keras.layers.InputLayer.from_config(config)
 
 
 def _smaller(flow: Flow, operation: Any) -> Any:
@@ -314,7 +227,7 @@ def _smaller(flow: Flow, operation: Any) -> Any:
         # Not `_keras.deserialize`: it would build the layer for the shapes of the old model.
         config = operation.get_config()
         if id(operation) in flow.edits:
-            config |= _widths(flow, flow.edits[id(operation)][1])
+            _write_widths(flow, flow.edits[id(operation)][1], config)
             # An initializer that holds an array has the old shape, and is not needed any more.
             for name in config:
                 values = getattr(getattr(operation, name, None), "value", 0.0)
@@ -328,13 +241,16 @@ def _smaller(flow: Flow, operation: Any) -> Any:
         ) from error
 
 
-def _widths(flow: Flow, edit: Edit) -> dict[str, Any]:
-    if edit.width is None:
-        return {}
-    config: dict[str, Any] = {edit.width: int(flow.alive(edit.reader.target).sum())}
-    if _shift(flow, edit.reader).any():
+def _write_widths(flow: Flow, edit: Edit, config: dict[str, Any]) -> None:
+    for (*places, last), channels in edit.widths.items():
+        part: Any = config
+        for place in places:
+            if not isinstance(part[place], dict):
+                part[place] = list(part[place])
+            part = part[place]
+        part[last] = int(flow.alive(channels).sum())
+    if edit.readers and _shift(flow, edit.readers[0]).any():
         config["use_bias"] = True
-    return config
 
 
 def _shift(flow: Flow, reader: Reader) -> np.ndarray:
@@ -349,12 +265,13 @@ def _copy_weights(flow: Flow, old: keras.Layer, new: keras.Layer) -> None:
     if id(old) in flow.edits:
         edit = flow.edits[id(old)][1]
         for name, axes in edit.slices.items():
-            if getattr(old, name) is not None:
-                value = array(getattr(old, name))
+            get = attrgetter(name)
+            if get(old) is not None:
+                value = array(get(old))
                 for axis, channels in axes.items():
                     value = np.compress(flow.alive(channels), value, axis)
-                getattr(new, name).assign(value)
-        if edit.reader is not None and (shift := _shift(flow, edit.reader)).any():
+                get(new).assign(value)
+        if edit.readers and (shift := _shift(flow, edit.readers[0])).any():
             bias = array(new.bias).astype("float64") if old.use_bias else 0.0
             new.bias.assign(bias + shift)
         return
@@ -391,9 +308,9 @@ def _rows(flow: Flow) -> list[ShrinkRow]:
 
     rows = []
     for operation, edit in flow.edits.values():
-        if edit.width is None:
+        if edit.made is None:
             continue
-        target = edit.reader.target
+        target = edit.made
         channels = list(
             zip(map(flow.root, target.slots), target.constants, flow.alive(target), strict=True)
         )
@@ -406,7 +323,7 @@ def _rows(flow: Flow) -> list[ShrinkRow]:
         ]
         rows.append(
             ShrinkRow(
-                layer=operation.name,
+                layer=flow.names[id(operation)],
                 kind=type(operation).__name__,
                 before=len(channels),
                 after=len(channels) - len(removed),

@@ -1,0 +1,150 @@
+"""Families of channels: channels that one can be removed from, with the weights of each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+import keras
+import numpy as np
+
+from masked_layers.inspection import WeightRef, weight_refs
+from masked_layers.maskable import raw_variable
+from masked_layers.shrinking.channels import Channels, Edit, Flow
+from masked_layers.shrinking.following import follow
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelFamily:
+    """Channels that the same layers make, any of which can be removed from the whole model.
+
+    Layers joined by an addition or a gate make their channels together. Channel c is removed with
+    its columns in the kernels of the layers that make it, with its place in what passes it on, and
+    with its rows in the kernels of all layers that read it.
+
+    Attributes:
+        layers: Names of the layers that make the channels, in the order of the graph.
+        size: Number of channels.
+        weights: Path of a maskable weight -> {axis: int array with the channel that each index
+            along the axis belongs to, -1 where that is none of this family}.
+        made: Path among them of a weight that makes the channels -> the axis of its outputs.
+    """
+
+    layers: tuple[str, ...]
+    size: int
+    weights: Mapping[str, Mapping[int, np.ndarray]]
+    made: Mapping[str, int]
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelFamilies:
+    """The families of a model, and what stays whole.
+
+    Attributes:
+        families: All families, in the order of the graph.
+        whole: Layer that makes channels -> why some or all of them cannot be removed.
+        not_followed: Layer -> why its inputs and outputs are left whole.
+    """
+
+    families: tuple[ChannelFamily, ...]
+    whole: Mapping[str, str]
+    not_followed: Mapping[str, str]
+
+
+def channel_families(model: keras.Model) -> ChannelFamilies:
+    """Finds the channels of a model that can be removed, and all weights that belong to each.
+
+    Channels are followed as `shrink` follows them. Those that an output of the model consists of,
+    or that a layer reads which cannot be followed, cannot be removed.
+
+    Args:
+        model: A built Sequential or Functional model. In a masked model, weights without a mask
+            cannot be pruned, so that the channels they read cannot be removed.
+
+    Raises:
+        ValueError: If the model is neither, overrides `call`, or is not built.
+    """
+    refs = weight_refs(model)
+    masked = any(ref.mask is not None for ref in refs)
+    prunable = {id(ref.variable): ref for ref in refs if ref.mask is not None or not masked}
+    flow = follow(model)
+    edits = [
+        (flow.names[id(operation)], edit, _prunable_weights(operation, edit, prunable))
+        for operation, edit in flow.edits.values()
+    ]
+    stays = _stays(flow, edits)
+
+    makers: dict[int, list[int]] = {}  # root -> positions of the layers that make it
+    whole: dict[str, str] = {}
+    for position, (name, edit, _) in enumerate(edits):
+        for root in () if edit.made is None else flow.roots(edit.made.slots).tolist():
+            if root in stays:
+                whole.setdefault(name, stays[root])
+            else:
+                makers.setdefault(root, []).append(position)
+    members: dict[tuple[int, ...], list[int]] = {}  # positions -> roots that these layers make
+    for root, positions in makers.items():
+        members.setdefault(tuple(dict.fromkeys(positions)), []).append(root)
+    members = dict(sorted(members.items()))
+
+    weights: list[dict[str, dict[int, np.ndarray]]] = [{} for _ in members]
+    made: list[dict[str, int]] = [{} for _ in members]
+    family_of = {
+        root: (number, channel)
+        for number, roots in enumerate(members.values())
+        for channel, root in enumerate(roots)
+    }
+    for position, (_, edit, named) in enumerate(edits):
+        for name, ref in named.items():
+            rank = len(ref.variable.shape)
+            outputs = {axis % rank for axis in ref.output_axes}
+            for axis, channels in edit.slices[name].items():
+                roots = flow.roots(channels.slots).tolist()
+                numbers, along = np.array([family_of.get(root, (-1, -1)) for root in roots]).T
+                for number in set(numbers.tolist()) - {-1}:
+                    indices = np.where(numbers == number, along, -1)
+                    weights[number].setdefault(ref.path, {})[axis % rank] = indices
+                    makes = position in list(members)[number] and not _reads(edit, channels)
+                    if makes and axis % rank in outputs:
+                        made[number][ref.path] = axis % rank
+    families = [
+        ChannelFamily(tuple(edits[i][0] for i in positions), len(roots), weights[n], made[n])
+        for n, (positions, roots) in enumerate(members.items())
+    ]
+    return ChannelFamilies(tuple(families), whole, flow.not_followed)
+
+
+# The name of a layer, its edit, and those of its weights that can be pruned.
+_Named = tuple[str, Edit, dict[str, WeightRef]]
+
+
+def _prunable_weights(
+    operation: Any, edit: Edit, prunable: Mapping[int, WeightRef]
+) -> dict[str, WeightRef]:
+    found = {}
+    for name in edit.slices:
+        *owners, last = name.split(".")
+        variable = raw_variable(reduce(getattr, owners, operation), last)
+        if id(variable) in prunable:
+            found[name] = prunable[id(variable)]
+    return found
+
+
+def _stays(flow: Flow, edits: Sequence[_Named]) -> dict[int, str]:
+    """Returns why channels cannot be removed, by their root."""
+    stays = {flow.root(slot): reason for slot, reason in flow.pinned.items()}
+    stays[0] = "joined with channels that are left whole"
+    for name, edit, named in edits:
+        read = [c for key in named for c in edit.slices[key].values() if _reads(edit, c)]
+        if edit.readers and not read:
+            reason = f"'{name}', whose weights have no mask, reads it"
+            for root in flow.roots(edit.readers[0].source.slots).tolist():
+                stays.setdefault(root, reason)
+    return stays
+
+
+def _reads(edit: Edit, channels: Channels) -> bool:
+    """Returns whether these are the channels that a layer reads from its input."""
+    return bool(edit.readers) and channels is edit.readers[0].source

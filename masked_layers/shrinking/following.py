@@ -1,0 +1,150 @@
+"""Follows all channels of a model from its inputs to its outputs, and through models inside it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+
+from masked_layers.paths import plain_class
+from masked_layers.shrinking import _keras_graph, kernel_rules  # noqa: F401 (fills RULES)
+from masked_layers.shrinking.channels import WHOLE, Call, CannotFollow, Channels, Flow
+from masked_layers.shrinking.rules import RULES, WITH_NUMBERS
+
+NESTED = "a nested model called more than once: smaller inside, its inputs and outputs are whole"
+
+
+def graph_of(model: keras.Model) -> keras.Model:
+    """Returns the model's graph as a bare Functional model on the same layers.
+
+    Raises:
+        ValueError: If the model is neither Sequential nor Functional, overrides `call`, or is not
+            built.
+    """
+    if not isinstance(model, (keras.Sequential, keras.Function)):
+        raise ValueError(
+            f"Channels can be followed in the graph of a Sequential or Functional model. Received "
+            f"'{model.name}' of class {type(model).__name__}. Use the Sequential or Functional "
+            "models inside it one by one."
+        )
+    if not (model.built and model.inputs):
+        raise ValueError(
+            f"Following channels takes the shapes and weights of the model, and '{model.name}' is "
+            "not built. Start it with keras.Input, or call it on data, first."
+        )
+    # A Sequential model has no `input` once it is called elsewhere; its lists are always there.
+    ends = (model.inputs, model.outputs)
+    if isinstance(model, keras.Function):
+        ends = (model.input, model.output)
+    graph = keras.Model(*ends, name=model.name)
+    if type(model).call not in (keras.Sequential.call, type(graph).call):
+        raise ValueError(
+            f"Channels can be followed in a graph of layers, and {type(model).__name__} "
+            f"('{model.name}') has a `call` of its own. Use keras.Model(model.inputs, "
+            "model.outputs) if that computes the same."
+        )
+    return graph
+
+
+def follow(model: keras.Model) -> Flow:
+    """Follows all channels from the inputs of a model to its outputs, and finds the live ones.
+
+    Args:
+        model: A built Sequential or Functional model, plain or masked.
+
+    Raises:
+        ValueError: If it is neither, overrides `call`, or is not built.
+    """
+    flow = Flow()
+    graphs = {id(part): (part, graph, name) for part, graph, name in _graphs(model, "")}
+    flow.graphs = {key: graph for key, (_, graph, _) in graphs.items()}
+    for _, graph, name in graphs.values():
+        for operation, *_ in _keras_graph.graph_calls(graph):
+            flow.names.setdefault(id(operation), name + operation.name)
+    obstacles = _obstacles(flow)
+    whole = [WHOLE] * len(flow.graphs[id(model)].inputs)
+    for channels in _through(flow, flow.graphs[id(model)], whole, obstacles):
+        flow.pin(channels, "an output of the model")
+    flow.settle()
+    return flow
+
+
+def _graphs(model: keras.Model, prefix: str) -> Iterator[tuple[keras.Model, keras.Model, str]]:
+    """Yields (model, its graph, prefix of the names in it) for a model and the models inside."""
+    graph = graph_of(model)
+    yield model, graph, prefix
+    seen = set()
+    for operation, *_ in _keras_graph.graph_calls(graph):
+        if type(operation) in (keras.Sequential, type(graph)) and id(operation) not in seen:
+            seen.add(id(operation))
+            yield from _graphs(operation, f"{prefix}{operation.name}/")
+
+
+def _through(
+    flow: Flow, graph: keras.Model, sources: list[Channels], obstacles: dict[int, str]
+) -> list[Channels]:
+    """Follows channels through one graph, and returns those of its outputs."""
+    flow.tensors.update(zip(map(id, graph.inputs), sources, strict=True))
+    for operation, args, kwargs, outputs in _keras_graph.graph_calls(graph):
+        inputs = [x for x in keras.tree.flatten((args, kwargs)) if _is_tensor(x)]
+        inner = flow.graphs.get(id(operation))
+        obstacle = obstacles.get(id(operation))
+        if obstacle == NESTED and id(operation) not in flow.entered:
+            flow.entered.add(id(operation))
+            for channels in _through(flow, inner, [WHOLE] * len(inner.inputs), obstacles):
+                flow.pin(channels, f"an output of '{flow.names[id(operation)]}'")
+        try:
+            if obstacle:
+                raise CannotFollow(obstacle)
+            if inner is not None:
+                flow.entered.add(id(operation))
+                found = [flow.tensors[id(x)] for x in inputs]
+                results = _through(flow, inner, found, obstacles)
+            else:
+                followed = RULES[plain_class(operation)](
+                    flow, Call(operation, inputs, outputs[0], args)
+                )
+                results = [followed] * len(outputs)
+        except CannotFollow as reason:
+            flow.leave_whole(operation, inputs, str(reason))
+            results = [WHOLE] * len(outputs)
+        flow.tensors.update(zip(map(id, outputs), results, strict=True))
+    return [flow.tensors[id(tensor)] for tensor in graph.outputs]
+
+
+def _obstacles(flow: Flow) -> dict[int, str]:
+    """Returns why operations cannot be followed whatever their rule says, by their id."""
+    calls = [call for graph in flow.graphs.values() for call in _keras_graph.graph_calls(graph)]
+    times = Counter(id(operation) for operation, *_ in calls)
+    obstacles: dict[int, str] = {}
+    for operation, args, kwargs, _ in calls:
+        tensors = keras.tree.flatten(args)
+        cls = plain_class(operation)
+        obstacle = None
+        if not (all(map(_is_tensor, tensors)) or cls in WITH_NUMBERS) or not all(
+            value is None or value is False for value in kwargs.values()
+        ):
+            obstacle = "called with arguments other than tensors"
+        elif any(_keras_graph.carries_mask(x) for x in tensors if _is_tensor(x)):
+            obstacle = "its input carries a Keras mask"
+        elif id(operation) in flow.graphs:
+            # Another call may have met another obstacle: then it cannot be smaller inside either.
+            if times[id(operation)] > 1:
+                obstacle = obstacles.get(id(operation), NESTED)
+        elif cls not in RULES:
+            obstacle = f"class {cls.__name__} is not known"
+        elif times[id(operation)] > 1 and getattr(operation, "weights", ()):
+            obstacle = f"called {times[id(operation)]} times with the same weights"
+        elif getattr(operation, "quantization_mode", None):
+            obstacle = "quantized"
+        elif getattr(operation, "lora_enabled", False):
+            obstacle = "LoRA is enabled"
+        if obstacle:
+            obstacles[id(operation)] = obstacle
+    return obstacles
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, keras.KerasTensor)

@@ -1,0 +1,219 @@
+"""Rules for layers that mix channels by a kernel, and so make channels of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import keras
+import numpy as np
+from keras import layers
+
+from masked_layers.paths import plain_class
+from masked_layers.shrinking.channels import (
+    VARIES,
+    WHOLE,
+    Call,
+    CannotFollow,
+    Channels,
+    Edit,
+    Flow,
+    Reader,
+    constant_shift,
+)
+from masked_layers.shrinking.rules import (
+    CUSTOM_ACTIVATION,
+    ELEMENTWISE,
+    MIXING,
+    apply,
+    array,
+    border,
+    pads,
+    rule,
+)
+
+
+def _mix(
+    flow: Flow,
+    call: Call,
+    source: Channels,
+    reads: np.ndarray,
+    gain: np.ndarray,
+    slices: Callable[[Channels], dict[str, dict[int, Channels]]],
+    width: str,
+    padded: bool = False,
+) -> Channels:
+    """Follows a layer that computes activation(kernel applied to input + bias).
+
+    Args:
+        flow: The analysis.
+        call: The call of the layer.
+        source: The layer's input channels.
+        reads: Bool (inputs, outputs): some kernel entry between the two is not zero.
+        gain: (inputs, outputs): response to a constant one, away from the border.
+        slices: From the output channels to the axes of all weights but the bias.
+        width: The config's name for the number of outputs.
+        padded: Whether zeros are added at the border, so that only a constant zero is exact.
+    """
+    layer = call.operation
+    constant = ~np.isnan(source.constants)
+    fixed = constant & (source.constants == 0) if padded else constant
+    flow.lose(source.slots[constant & ~fixed & reads.any(axis=1)], border(layer))
+    demand = reads & ~fixed[:, None]
+    values = constant_shift(source.constants, gain, fixed)
+    if layer.bias is not None:
+        values += array(layer.bias)
+    values[demand.any(axis=0)] = VARIES
+
+    slots = flow.new_slots(reads.shape[1])
+    followed = layer.activation is None or layer.activation in ELEMENTWISE
+    if followed:
+        activation = layer.activation or keras.activations.linear
+        values = apply(activation, values, call.output.dtype)
+    target = Channels(source.axis, slots, values)
+    reader = Reader(source, target, demand, gain, fixed)
+    weights = slices(target) | {"bias": {0: target}}
+    flow.edit(call, Edit(weights, target, {(width,): target}, (reader,)))
+    if followed:
+        return target
+    flow.pin(target, f"the activation of '{layer.name}' reads all channels")
+    if layer.activation not in MIXING:
+        flow.not_followed[layer.name] = CUSTOM_ACTIVATION
+    return WHOLE
+
+
+@rule(layers.Dense)
+def _dense(flow: Flow, call: Call) -> Channels:
+    source, kernel = flow.channels(call, -1), array(call.operation.kernel)
+    return _mix(
+        flow,
+        call,
+        source,
+        kernel != 0,
+        kernel,
+        lambda out: {"kernel": {0: source, 1: out}},
+        "units",
+    )
+
+
+@rule(layers.Conv1D, layers.Conv2D, layers.Conv3D)
+def _convolution(flow: Flow, call: Call) -> Channels:
+    layer = call.operation
+    if layer.groups != 1:
+        raise CannotFollow("a grouped convolution")
+    source, kernel = flow.channels(call, call.axis), array(layer.kernel)
+    taps = tuple(range(kernel.ndim - 2))
+    return _mix(
+        flow,
+        call,
+        source,
+        (kernel != 0).any(taps),
+        kernel.sum(taps, dtype="float64"),
+        lambda out: {"kernel": {-2: source, -1: out}},
+        "filters",
+        padded=pads(layer),
+    )
+
+
+@rule(layers.Conv1DTranspose, layers.Conv2DTranspose, layers.Conv3DTranspose)
+def _transposed_convolution(flow: Flow, call: Call) -> Channels:
+    source, kernel = flow.channels(call, call.axis), array(call.operation.kernel)
+    taps = tuple(range(kernel.ndim - 2))
+    return _mix(
+        flow,
+        call,
+        source,
+        (kernel != 0).any(taps).T,
+        kernel.sum(taps, dtype="float64").T,
+        lambda out: {"kernel": {-1: source, -2: out}},
+        "filters",
+        padded=True,  # how many taps an output position sums up depends on where it is
+    )
+
+
+@rule(layers.SeparableConv1D, layers.SeparableConv2D)
+def _separable_convolution(flow: Flow, call: Call) -> Channels:
+    layer = call.operation
+    source = flow.channels(call, call.axis)
+    depthwise, pointwise = array(layer.depthwise_kernel), array(layer.pointwise_kernel)
+    taps = tuple(range(depthwise.ndim - 2))
+    inputs, multiplier = depthwise.shape[-2:]
+    pointwise = pointwise.reshape(inputs, multiplier, -1)
+    between = Channels(source.axis, source.slots.repeat(multiplier), np.zeros(0))
+    return _mix(
+        flow,
+        call,
+        source,
+        ((depthwise != 0).any(taps)[..., None] & (pointwise != 0)).any(axis=1),
+        np.einsum("im,imo->io", depthwise.sum(taps, dtype="float64"), pointwise.astype("float64")),
+        lambda out: {
+            "depthwise_kernel": {-2: source},
+            "pointwise_kernel": {-2: between, -1: out},
+        },
+        "filters",
+        padded=pads(layer),
+    )
+
+
+# -- recurrent layers
+
+
+_GATES = {layers.SimpleRNN: 1, layers.GRU: 3, layers.LSTM: 4}
+
+
+@rule(*_GATES)
+def _recurrent(flow: Flow, call: Call) -> Channels:
+    layer = call.operation
+    gates = _GATES[plain_class(layer)]
+    if len(call.inputs) > 1:
+        raise CannotFollow("it is given states")
+    if layer.stateful:
+        raise CannotFollow("it keeps its state from batch to batch")
+    if layer.return_state:
+        raise CannotFollow("it returns its states")
+    source = flow.channels(call, -1)
+    target = _recurrent_edit(flow, call, source, gates)
+    return target.with_constants(target.constants, 2 if layer.return_sequences else 1)
+
+
+def _recurrent_edit(flow: Flow, call: Call, source: Channels, gates: int) -> Channels:
+    """Opens the units of a recurrent layer: one is its column in each gate and its state."""
+    cell = call.operation.cell
+    units = cell.units
+    target = Channels(2, flow.new_slots(units), np.full(units, VARIES))
+    columns = Channels(1, np.tile(target.slots, gates), np.full(gates * units, VARIES))
+
+    def reads(kernel: keras.Variable) -> np.ndarray:
+        used = array(kernel) != 0
+        return used.reshape(len(used), gates, units).any(axis=1)
+
+    bias_axis = 0 if cell.bias is None else len(cell.bias.shape) - 1
+    weights = {
+        "cell.kernel": {0: source, 1: columns},
+        "cell.recurrent_kernel": {0: target, 1: columns},
+        "cell.bias": {bias_axis: columns},
+    }
+    # Inputs that are always zero can go; other constants enter every gate and stay.
+    fixed = source.constants == 0
+    inputs = reads(cell.kernel) & ~fixed[:, None]
+    nothing = np.zeros(inputs.shape)
+    between = reads(cell.recurrent_kernel)
+    readers = (
+        Reader(source, target, inputs, nothing, fixed),
+        Reader(target, target, between, np.zeros(between.shape), np.zeros(units, bool)),
+    )
+    flow.edit(call, Edit(weights, target, {("units",): target}, readers))
+    return target
+
+
+# -- tables
+
+
+@rule(layers.Embedding)
+def _embedding(flow: Flow, call: Call) -> Channels:
+    layer = call.operation
+    if flow.tensors[id(call.inputs[0])].axis is not None:
+        raise CannotFollow("it looks up values that were computed")
+    axis, size = len(call.output.shape) - 1, layer.output_dim
+    target = Channels(axis, flow.new_slots(size), np.full(size, VARIES))
+    flow.edit(call, Edit({"embeddings": {1: target}}, target, {("output_dim",): target}))
+    return target
