@@ -306,7 +306,9 @@ class GradualPruning(MaskSchedule):
         before = ml.get_masks(pruner.model)
         if self.regrowth:
             ml.set_masks(pruner.model, {path: np.ones_like(m) for path, m in before.items()})
-        elif all(row.sparsity >= sparsity for row in ml.sparsity_report(pruner.model)):
+        elif self.structure is None and all(
+            row.sparsity >= sparsity for row in ml.sparsity_report(pruner.model)
+        ):
             return
         try:
             if "final" in self.criterion.needs:

@@ -82,7 +82,7 @@ def of_update(
         masks: The masks after the update, by path.
     """
     structure, rate, sparsity = request.structure, request.rate, request.sparsity
-    if structure is not None:
+    if structure is not None and not structure.coupled:
         _of_structure(structure, {path: kernel.layout for path, kernel in kernels.items()})
     # A sparsity that had been reached before is fine, but not one that left masks dense.
     dense = all(kernel.mask.all() for kernel in kernels.values())

@@ -15,6 +15,7 @@ import numpy as np
 
 import masked_layers as ml
 from lottery_ticket_pruner import (
+    channels,
     criteria,
     evidence,
     notices,
@@ -170,10 +171,11 @@ class LotteryTicketPruner(plain_models.PlainPruning):
                 `"global"` or `"output"`.
             seed: Seed for random scores and ties. The default is the number of updates since the
                 masks were last reset, so updates differ but repeated runs agree.
-            structure: Weights that are pruned together: `"filters"`, `"units"`, blocks such as
-                `"4x1"`, N:M patterns such as `"2:4"` (without rate, sparsity or scope), or any
-                other identifier for `structures.get`. Weights that it does not apply to are left
-                unchanged, and a logged warning names them.
+            structure: Weights that are pruned together: `"channels"` (filters and units with all
+                weights tied to them), `"filters"`, `"units"`, blocks such as `"4x1"`, N:M patterns
+                such as `"2:4"` (without rate, sparsity or scope), or any other identifier for
+                `structures.get`. Weights that it does not apply to are left unchanged, and a logged
+                warning names them.
             distribution: How a single `sparsity` of the whole model is divided among layers:
                 `"uniform"`, `"erk"`, or any other identifier for `distributions.get`.
             data: Data for criteria of gradients or activations: arrays `(x, y)` or
@@ -415,13 +417,14 @@ class LotteryTicketPruner(plain_models.PlainPruning):
         ml.sync(model)
         prunables = self._prunables(model)
         kernels = self._kernels(prunables, criterion)
+        families = channels.families_of(model, request)
         if criterion.evidence and is_masked(model):
             # Criteria of final weights measure their evidence with these weights in the model.
             with weights_replaced(model, self._final if "final" in criterion.needs else None):
                 measure = evidence.measurement(model, criterion, data)
-                masks = selection.select(request, kernels, measure)
+                masks = selection.select(request, kernels, measure, families)
         else:
-            masks = selection.select(request, kernels)
+            masks = selection.select(request, kernels, families=families)
         self._write_masks(model, {i: masks[self._architecture.paths[i]] for i in prunables})
         self._final_is_new = False
         self._updates += 1
@@ -436,6 +439,8 @@ class LotteryTicketPruner(plain_models.PlainPruning):
             100 * alive / size,
         )
         notices.of_update(request, kernels, masks)
+        before = {path: kernel.mask for path, kernel in kernels.items()}
+        channels.note_limits(request, families, before, masks)
 
     def note_changed_masks(self) -> None:
         """Marks the final weights as outdated, because the masks of the model were changed."""

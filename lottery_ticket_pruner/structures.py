@@ -80,9 +80,14 @@ class Structure:
     Attributes:
         kept: how many weights each tile keeps, whatever their number; None where tiles compete
             with each other and are kept or dropped as a whole.
+        coupled: whether it groups weights of several kernels, which takes the graph of the model.
+        whole_outputs: whether its tiles are whole outputs. What reads one that is pruned in all
+            kernels that make it is then pruned, too.
     """
 
     kept: int | None = None
+    coupled: bool = False
+    whole_outputs: bool = False
 
     def applies(self, layout: Layout) -> bool:
         """Returns True if a kernel of this layout has such tiles."""
@@ -280,6 +285,7 @@ class Outputs(_Whole):
     """
 
     pooling: str = "average"
+    whole_outputs = True
 
     def applies(self, layout: Layout) -> bool:
         """Returns True if the kernel has outputs."""
@@ -289,6 +295,51 @@ class Outputs(_Whole):
         """All that one output has."""
         positions, inputs, _ = layout.sizes
         return positions, inputs, 1
+
+
+@register("channels")
+@dataclasses.dataclass(frozen=True)
+class Channels(Structure):
+    """Channels of the whole model are kept or dropped, with all weights that belong to them.
+
+    A channel is a filter or unit with its rows in the kernels of all layers that read it, and where
+    additions or gates join layers, the filter of each of them. Rates, sparsities and counts are
+    those of channels. `masked_layers.shrink` then removes them altogether, biases and
+    normalization included. Outputs of the model are never pruned, nor is what cannot be followed
+    (`masked_layers.channel_families` says which layers and why).
+
+    With scope `"layer"`, each family of joined layers is ranked alone. With `"global"`, all
+    channels are ranked together by their scores over the mean score of their family.
+
+    Args:
+        pooling: Score of a channel, of the scores of all kept weights that belong to it:
+            `"average"` (with criteria of magnitude, an L1 norm over the group), `"norm"` (the root
+            of the mean square: L2) or `"max"`.
+        at_most: Share of the channels of a family that is pruned at most, in (0, 1).
+        round_to: The number of channels kept in a family is rounded up to a multiple of this.
+
+    Reference:
+        - [Fang et al., arXiv 2301.12900](https://arxiv.org/abs/2301.12900) (dependency graphs)
+    """
+
+    pooling: str = "average"
+    at_most: float = 0.9
+    round_to: int = 1
+    coupled = True
+
+    def __post_init__(self) -> None:
+        poolings = (*POOLINGS, "norm")
+        if self.pooling not in poolings:
+            raise ValueError(f"`pooling` must be one of {poolings}. Received: {self.pooling!r}")
+        share = self.at_most
+        if isinstance(share, bool) or not isinstance(share, float | int) or not 0 < share < 1:
+            raise ValueError(f"`at_most` must be a number in (0, 1). Received: {share!r}")
+        if not _is_count(self.round_to):
+            raise ValueError(f"`round_to` must be a positive integer. Received: {self.round_to!r}")
+
+    def applies(self, layout: Layout) -> bool:
+        """Returns True: which kernels belong to a channel is for the graph of the model to say."""
+        return True
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

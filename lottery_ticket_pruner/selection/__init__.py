@@ -5,6 +5,7 @@ seed.
 """
 
 from lottery_ticket_pruner.selection.amounts import drop_count
+from lottery_ticket_pruner.selection.channels import kept_channels
 from lottery_ticket_pruner.selection.lowest import drop_lowest
 from lottery_ticket_pruner.selection.new_masks import (
     Measure,
@@ -24,6 +25,7 @@ __all__ = [
     "Weights",
     "drop_count",
     "drop_lowest",
+    "kept_channels",
     "resolve_scope",
     "select",
     "select_many",

@@ -7,6 +7,7 @@ import numpy as np
 
 from lottery_ticket_pruner import criteria, distributions, structures
 from lottery_ticket_pruner.selection.amounts import amounts, rounds
+from lottery_ticket_pruner.selection.channels import Family, complete, select_channels
 from lottery_ticket_pruner.selection.comparisons import comparisons
 from lottery_ticket_pruner.selection.request import Request, refuse_amounts
 from lottery_ticket_pruner.selection.weights import Weights, prepared
@@ -17,7 +18,10 @@ Measure = Callable[[Mapping[str, np.ndarray]], Mapping[str, Mapping[str, np.ndar
 
 
 def select(
-    request: Request, weights: Mapping[str, Weights], measure: Measure | None = None
+    request: Request,
+    weights: Mapping[str, Weights],
+    measure: Measure | None = None,
+    families: Sequence[Family] = (),
 ) -> dict[str, np.ndarray]:
     """Returns new masks without the lowest-ranked weights, with exact counts.
 
@@ -28,6 +32,7 @@ def select(
             masks by path to a dict from the name of the evidence to arrays by path. It is called
             before each round of the criterion. If None, there is one round, with the evidence in
             `weights`.
+        families: Channels of the model, for structures that need its graph.
 
     Returns:
         A dict from path to a new bool mask, in the order of `weights`.
@@ -36,7 +41,7 @@ def select(
         ValueError: If the request does not fit the weights, as described for `update`.
     """
     if measure is None:
-        return _select_once(request, weights)
+        return _select_once(request, weights, families)
     masks = {path: kernel.mask for path, kernel in weights.items()}
     for part in rounds(request, weights):
         found = measure(masks)
@@ -48,7 +53,7 @@ def select(
             )
             for path, kernel in weights.items()
         }
-        masks = _select_once(part, weights)
+        masks = _select_once(part, weights, families)
     return masks
 
 
@@ -68,6 +73,11 @@ def select_many(
     Raises:
         ValueError: If the request does not fit the weights, as described for `update`.
     """
+    if request.structure is not None and request.structure.coupled:
+        raise ValueError(
+            f"{request.structure} takes the channels of a model: call "
+            "`LotteryTicketPruner.update_masks` for each sparsity, on masks that were reset."
+        )
     kernels = _admitted(request, weights)
     if request.keeps_fixed_number:
         refuse_amounts(request.structure, sparsities=sparsities)
@@ -182,13 +192,19 @@ def update_many(
     return select_many(request, weights, sparsities)
 
 
-def _select_once(request: Request, weights: Mapping[str, Weights]) -> dict[str, np.ndarray]:
+def _select_once(
+    request: Request, weights: Mapping[str, Weights], families: Sequence[Family] = ()
+) -> dict[str, np.ndarray]:
+    structure = request.structure
+    if structure is not None and structure.coupled:
+        return select_channels(request, weights, families)
     kernels = _admitted(request, weights)
     amount_of = amounts(request, kernels)
     pruned: dict[str, np.ndarray] = {}
     for comparison in comparisons(request, kernels):
         pruned |= comparison.prune(amount_of[comparison.paths[0]])
-    return _in_order(weights, pruned)
+    masks = _in_order(weights, pruned)
+    return complete(families, masks) if structure is not None and structure.whole_outputs else masks
 
 
 def _admitted(request: Request, weights: Mapping[str, Weights]) -> dict[str, Weights]:

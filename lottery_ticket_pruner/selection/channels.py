@@ -1,0 +1,274 @@
+"""Selection of coupled channels: each goes with all weights that make it, pass it on or read it."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from lottery_ticket_pruner.selection.amounts import drop_count
+from lottery_ticket_pruner.selection.lowest import NAN, drop_lowest, generator
+from lottery_ticket_pruner.selection.request import Request
+from lottery_ticket_pruner.selection.scores import score, score_in_chunks
+from lottery_ticket_pruner.selection.weights import Weights, prepared
+from lottery_ticket_pruner.shares import check_share, one_of, shares_of
+from lottery_ticket_pruner.structures import Channels
+
+
+class Family(Protocol):
+    """Channels that the same layers make, as `masked_layers.ChannelFamily` describes them."""
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the layers that make the channels."""
+
+    @property
+    def size(self) -> int:
+        """Number of channels."""
+
+    @property
+    def weights(self) -> Mapping[str, Mapping[int, np.ndarray]]:
+        """Path of a kernel -> {axis: the channel that each index along it belongs to, or -1}."""
+
+    @property
+    def made(self) -> Mapping[str, int]:
+        """Path of a kernel that makes the channels -> the axis of its outputs."""
+
+
+def select_channels(
+    request: Request, weights: Mapping[str, Weights], families: Sequence[Family]
+) -> dict[str, np.ndarray]:
+    """Returns new masks without the channels that the criterion ranks lowest.
+
+    Args:
+        request: What is to be pruned; its structure is `Channels`.
+        weights: Kernels by path. Nothing in them is changed.
+        families: Channels that can be removed.
+
+    Returns:
+        A dict from path to a new bool mask, in the order of `weights`.
+
+    Raises:
+        ValueError: If there are no families, an amount is not legal or cannot be reached under
+            `at_most`, or a score is not a number.
+    """
+    structure = request.structure
+    assert isinstance(structure, Channels)
+    if not families:
+        raise ValueError(
+            f"{structure} finds no channels that could be removed. It needs a masked Sequential or "
+            "Functional model, and `LotteryTicketPruner.update_masks` to follow its channels; "
+            "`masked_layers.channel_families(model)` says why layers stay whole."
+        )
+    if request.distribution is not None:
+        raise ValueError(
+            f"A distribution shares weights out among kernels, and {structure} prunes channels of "
+            'several kernels. Leave `distribution` out; scope="global" shares channels out.'
+        )
+    within = {path for family in families for path in family.weights}
+    kernels = {p: prepared(request.criterion, p, k) for p, k in weights.items() if p in within}
+    masks = {path: np.asarray(kernel.mask, bool) for path, kernel in weights.items()}
+    kept = [kept_channels(family, masks) for family in families]
+    shares = _shares(request, list(weights), families)
+    scores = _pooled(structure, families, _scores(request, kernels), masks)
+    if request.scope == "global":
+        chosen = _of_model(request, families, kept, scores)
+    else:
+        chosen = [
+            _of_family(request, family, share, flags, values)
+            for family, share, flags, values in zip(families, shares, kept, scores, strict=True)
+        ]
+    masks = {path: mask.copy() for path, mask in masks.items()}
+    for family, flags in zip(families, chosen, strict=True):
+        remove(family, ~flags, masks)
+    return masks
+
+
+def kept_channels(family: Family, masks: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Returns which channels of a family have a kept weight left, as bools."""
+    kept = np.zeros(family.size, bool)
+    for path, axes in family.weights.items():
+        for axis, channels in axes.items():
+            kept[np.unique(channels[(channels >= 0) & _along(masks[path], axis, np.any)])] = True
+    return kept
+
+
+def remove(family: Family, channels: np.ndarray, masks: dict[str, np.ndarray]) -> None:
+    """Takes channels (bool) out of the masks of all weights that belong to them, in place."""
+    flags = np.append(channels, False)  # -1 is the last
+    for path, axes in family.weights.items():
+        for axis, members in axes.items():
+            np.moveaxis(masks[path], axis, 0)[flags[members]] = False
+
+
+def complete(families: Sequence[Family], masks: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns masks without what reads or passes on channels whose makers are pruned altogether.
+
+    Such a channel still holds a bias or the shift of a normalization, but nothing that depends on
+    the input of the model.
+    """
+    masks = {path: mask.copy() for path, mask in masks.items()}
+    for family in families:
+        made = np.zeros(family.size, bool)
+        for path, axis in family.made.items():
+            channels = family.weights[path][axis]
+            made[channels[(channels >= 0) & _along(masks[path], axis, np.any)]] = True
+        if family.made:
+            remove(family, ~made, masks)
+    return masks
+
+
+def _along(array: np.ndarray, axis: int, reduce: np.ufunc) -> np.ndarray:
+    return reduce(array, tuple(i for i in range(array.ndim) if i != axis))
+
+
+def _shares(request: Request, paths: Sequence[str], families: Sequence[Family]) -> list[float]:
+    """Returns the share of each family: the smallest of those of the kernels that make it."""
+    name, share = one_of(request.rate, request.sparsity)
+    found = shares_of(name, share, paths, request.scope)
+    shares = [min(found[path] for path in family.made or family.weights) for family in families]
+    for value in shares:
+        check_share(name, value)
+        if name == "sparsity" and value > request.structure.at_most:
+            raise ValueError(
+                f"A sparsity of {value} is above the share of channels that {request.structure} "
+                "takes from a layer at most. Ask for less, or pass "
+                f"structure=structures.Channels(at_most={value})."
+            )
+    return shares
+
+
+def _scores(request: Request, kernels: Mapping[str, Weights]) -> dict[str, np.ndarray]:
+    """Returns the scores of all weights by path."""
+    criterion = request.criterion
+    if criterion.scope == "global":
+        ordered = {path: kernels[path] for path in sorted(kernels)}
+        mask = np.concatenate([kernel.mask.reshape(-1) for kernel in ordered.values()])
+        rng = generator(request.seed, "")
+        flat = score(criterion, list(ordered.values()), mask, rng, None, "the model as a whole")
+        ends = np.cumsum([kernel.mask.size for kernel in ordered.values()])[:-1]
+        parts = dict(zip(ordered, np.split(flat, ends), strict=True))
+    else:
+        parts = {}
+        for path, kernel in kernels.items():
+            rng = generator(request.seed, path)
+            if criterion.elementwise:
+                parts[path] = score_in_chunks(criterion, [kernel], rng)
+            else:
+                mask = kernel.mask.reshape(-1)
+                parts[path] = score(criterion, [kernel], mask, rng, None, repr(path))
+    for path, part in parts.items():
+        mask = kernels[path].mask
+        if part.shape != (mask.size,):
+            raise ValueError(
+                f"Criterion {criterion.name!r} on {path!r}: scores of shape {part.shape} for "
+                f"{mask.size} weights."
+            )
+        if np.isnan(part[mask.reshape(-1)]).any():
+            raise ValueError(f"Criterion {criterion.name!r} on {path!r}: {NAN}")
+    return {path: part.reshape(kernels[path].mask.shape) for path, part in parts.items()}
+
+
+def _pooled(
+    structure: Channels,
+    families: Sequence[Family],
+    scores: Mapping[str, np.ndarray],
+    masks: Mapping[str, np.ndarray],
+) -> list[np.ndarray]:
+    """Returns one score for each channel of each family, of all kept weights that belong to it."""
+    pooled = []
+    for family in families:
+        values, counts = np.zeros(family.size), np.zeros(family.size)
+        if structure.pooling == "max":
+            values -= np.inf
+        for path, axes in family.weights.items():
+            mask = masks[path]
+            for axis, channels in axes.items():
+                others = tuple(i for i in range(mask.ndim) if i != axis)
+                part = scores[path].astype("float64")
+                if structure.pooling == "max":
+                    part = np.max(part, others, where=mask, initial=-np.inf)
+                    np.maximum.at(values, channels[channels >= 0], part[channels >= 0])
+                    continue
+                part = part**2 if structure.pooling == "norm" else part
+                sums = np.sum(part, others, where=mask)
+                np.add.at(values, channels[channels >= 0], sums[channels >= 0])
+                kept = np.count_nonzero(mask, others)
+                np.add.at(counts, channels[channels >= 0], kept[channels >= 0])
+        if structure.pooling != "max":
+            values /= np.maximum(counts, 1)
+        pooled.append(np.sqrt(values) if structure.pooling == "norm" else values)
+    return pooled
+
+
+def _of_family(
+    request: Request, family: Family, share: float, kept: np.ndarray, scores: np.ndarray
+) -> np.ndarray:
+    """Returns which channels of a family are kept, when it is ranked alone."""
+    where, count = repr(", ".join(family.layers)), int(np.count_nonzero(kept))
+    name, _ = one_of(request.rate, request.sparsity)
+    amount = {name: share, "keep_sparser": request.keep_sparser}
+    drop = drop_count(family.size, count, where=where, unit="channels", **amount)
+    left = rounded(request.structure, family.size, count, count - drop)
+    rng = generator(request.seed, family.layers[0])
+    return drop_lowest(scores, kept, count - left, rng)
+
+
+def rounded(structure: Channels, size: int, count: int, left: int) -> int:
+    """Returns how many of `count` kept channels of `size` stay, where `left` were asked for."""
+    left = max(left, fewest(structure, size))
+    return min(count, -(-left // structure.round_to) * structure.round_to)
+
+
+def fewest(structure: Channels, size: int) -> int:
+    """Returns the number of channels that a layer of `size` keeps at least."""
+    return max(1, size - math.floor(structure.at_most * size + 1e-6))
+
+
+def _of_model(
+    request: Request,
+    families: Sequence[Family],
+    kept: Sequence[np.ndarray],
+    scores: Sequence[np.ndarray],
+) -> list[np.ndarray]:
+    """Returns which channels of each family are kept, when all are ranked together.
+
+    Scores are divided by their mean over the family, so that layers of different size compare.
+    """
+    structure, rng = request.structure, generator(request.seed, "")
+    ends = np.cumsum([family.size for family in families])[:-1]
+    count = sum(int(np.count_nonzero(flags)) for flags in kept)
+    drop = drop_count(
+        sum(family.size for family in families),
+        count,
+        rate=request.rate,
+        sparsity=request.sparsity,
+        keep_sparser=request.keep_sparser,
+        where="the model as a whole",
+        unit="channels",
+    )
+    relative, allowed = [], []
+    for family, flags, values in zip(families, kept, scores, strict=True):
+        finite = values[flags & np.isfinite(values)]
+        mean = np.abs(finite).mean() if finite.size else 0.0
+        relative.append(values / mean if mean > 0 else values)
+        # The best of a family are out of reach: so many as it keeps in any case.
+        order = np.lexsort((rng.random(family.size), values, flags))
+        reach = np.zeros(family.size, bool)
+        reach[order[: family.size - fewest(structure, family.size)]] = True
+        allowed.append(reach & flags)
+    within = np.concatenate(allowed)
+    if drop > np.count_nonzero(within):
+        raise ValueError(
+            f"{drop} of {count} channels were to go, and {structure} lets at most "
+            f"{np.count_nonzero(within)} go. Ask for less, or pass a higher `at_most`."
+        )
+    left = drop_lowest(np.concatenate(relative), within, drop, rng) | ~within
+    chosen = []
+    for family, flags, values, part in zip(
+        families, kept, scores, np.split(left, ends), strict=True
+    ):
+        now = int(np.count_nonzero(flags))
+        stay = rounded(structure, family.size, now, int(np.count_nonzero(part & flags)))
+        chosen.append(drop_lowest(values, flags, now - stay, rng))
+    return chosen
