@@ -26,6 +26,7 @@ from masked_layers._keras import (
     optimized_variables,
     own_variables,
     replaced,
+    watch_slots,
 )
 
 __all__ = [
@@ -52,31 +53,6 @@ __all__ = [
 def make_identity(layer: keras.layers.Layer) -> None:
     """Makes a layer return its inputs. Only for layers of a copy that is not used elsewhere."""
     object.__setattr__(layer, "call", lambda inputs, mask=None: inputs)
-
-
-def watch_slots(
-    optimizer: keras.Optimizer, note: Callable[[keras.Variable, keras.Variable], None]
-) -> None:
-    """Calls `note(variable, slot)` for each slot that an optimizer creates from now on.
-
-    Slots are the variables that an optimizer keeps for each trained variable, such as its momentum.
-    An optimizer does not say which slot belongs to which variable, and slot names are not unique.
-
-    Args:
-        optimizer: An optimizer that is not built yet. Optimizers inside it are watched as well.
-        note: The function to call.
-    """
-    add = optimizer.add_variable_from_reference
-
-    def add_and_note(reference: keras.Variable, *args: Any, **kwargs: Any) -> keras.Variable:
-        slot = add(reference, *args, **kwargs)
-        note(reference, slot)
-        return slot
-
-    object.__setattr__(optimizer, "add_variable_from_reference", add_and_note)
-    inner = getattr(optimizer, "inner_optimizer", None)  # of LossScaleOptimizer
-    for each in getattr(optimizer, "optimizers", [inner] if inner else []):  # of MultiOptimizer
-        watch_slots(each, note)
 
 
 @contextlib.contextmanager

@@ -408,6 +408,33 @@ def optimized_variables(optimizer: keras.Optimizer) -> list[keras.Variable]:
     return list(optimizer._trainable_variables)
 
 
+def watch_slots(
+    optimizer: keras.Optimizer, note: Callable[[keras.Variable, keras.Variable], None]
+) -> None:
+    """Calls `note(variable, slot)` for each slot that an optimizer creates from now on.
+
+    Slots are the variables that an optimizer keeps for each trained variable, such as its momentum.
+    An optimizer does not say which slot belongs to which variable, and slot names are not unique.
+
+    Args:
+        optimizer: An optimizer that is not built yet. Optimizers inside it are watched as well.
+        note: The function to call.
+    """
+    add = optimizer.add_variable_from_reference
+
+    def add_and_note(
+        reference_variable: keras.Variable, *args: Any, **kwargs: Any
+    ) -> keras.Variable:
+        slot = add(reference_variable, *args, **kwargs)
+        note(reference_variable, slot)
+        return slot
+
+    object.__setattr__(optimizer, "add_variable_from_reference", add_and_note)
+    inner = getattr(optimizer, "inner_optimizer", None)  # of LossScaleOptimizer
+    for each in getattr(optimizer, "optimizers", [inner] if inner else []):  # of MultiOptimizer
+        watch_slots(each, note)
+
+
 def flatten(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
     """Returns a layer and all layers inside it, masks included."""
     return list(layer._flatten_layers())

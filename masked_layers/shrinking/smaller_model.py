@@ -27,6 +27,7 @@ from masked_layers.copying import as_in_use, copy_assets, in_use_by_name
 from masked_layers.layers import MaskedLayer
 from masked_layers.paths import walk
 from masked_layers.shrinking.channels import Edit, Flow, Reader, constant_shift
+from masked_layers.shrinking.compilation import compile_like
 from masked_layers.shrinking.following import follow
 from masked_layers.shrinking.rules import RULES, array
 
@@ -107,8 +108,9 @@ def shrink(
     Outputs agree to float rounding (1e-5 relative in float32) for finite inputs in inference mode.
     The inputs and outputs of the model keep their shapes. Masked models are stripped first. The
     model given is not changed. The model returned has the same layers under the same names, each
-    with at least one unit or filter, the same dtype policies and trainable flags; it is not
-    compiled, as the optimizer's state has other shapes.
+    with at least one unit or filter, the same dtype policies and trainable flags; and it is
+    compiled as the model is, with the optimizer's state of the weights that are left, so that
+    training can go on.
 
     Followed are Dense, convolutions (plain, depthwise, separable, transposed), BatchNormalization,
     pooling, element-wise activations, dropout and noise, flatten, zero padding, cropping,
@@ -165,9 +167,11 @@ def _shrink(model: keras.Model) -> tuple[keras.Model, ShrinkReport]:
     flow = follow(model)
     clones: dict[int, tuple[Any, Any]] = {}
     smaller = _again(flow, model, clones)
+    cuts: dict[int, dict[int, np.ndarray]] = {}
     for old, new in clones.values():
         if isinstance(old, keras.Layer) and id(old) not in flow.entered:
-            _copy_weights(flow, old, new)
+            cuts |= _copy_weights(flow, old, new)
+    compile_like(model, smaller, cuts)
     counts = (model.count_params(), smaller.count_params())
     return smaller, ShrinkReport(tuple(_rows(flow)), flow.not_followed, *counts)
 
@@ -260,21 +264,30 @@ def _shift(flow: Flow, reader: Reader) -> np.ndarray:
     return shift[flow.alive(reader.target)]
 
 
-def _copy_weights(flow: Flow, old: keras.Layer, new: keras.Layer) -> None:
-    """Gives a layer of the new model the state of the old one, sliced where channels went."""
+def _copy_weights(
+    flow: Flow, old: keras.Layer, new: keras.Layer
+) -> dict[int, dict[int, np.ndarray]]:
+    """Gives a layer of the new model the state of the old one, sliced where channels went.
+
+    Returns:
+        For the id of each sliced variable, which entries are left along which axis.
+    """
     if id(old) in flow.edits:
-        edit = flow.edits[id(old)][1]
+        edit, cuts = flow.edits[id(old)][1], {}
         for name, axes in edit.slices.items():
             get = attrgetter(name)
-            if get(old) is not None:
-                value = array(get(old))
-                for axis, channels in axes.items():
-                    value = np.compress(flow.alive(channels), value, axis)
-                get(new).assign(value)
+            if get(old) is None:
+                continue
+            value = array(get(old))
+            left = {axis % value.ndim: flow.alive(channels) for axis, channels in axes.items()}
+            for axis, flags in left.items():
+                value = np.compress(flags, value, axis)
+            get(new).assign(value)
+            cuts[id(get(new))] = left
         if edit.readers and (shift := _shift(flow, edit.readers[0])).any():
             bias = array(new.bias).astype("float64") if old.use_bias else 0.0
             new.bias.assign(bias + shift)
-        return
+        return cuts
     if len(old.variables) != len(new.variables):
         raise ValueError(
             f"'{old.name}' ({type(old).__name__}) has {len(old.variables)} variables, and the copy "
@@ -285,6 +298,7 @@ def _copy_weights(flow: Flow, old: keras.Layer, new: keras.Layer) -> None:
         copy.assign(array(variable))
     for (_, part), (_, copy) in zip(walk(old), walk(new), strict=False):
         copy_assets(part, copy)
+    return {}
 
 
 # --- Reporting ------------------------------------------------------------------------------------

@@ -118,6 +118,16 @@ def test_slots_are_told_with_their_variables(wrap):
     assert {id(slot) for _, slot in made} <= {id(slot) for slot in optimizer.variables}
 
 
+def test_slots_are_told_however_the_optimizer_names_the_variable():
+    # Adafactor passes the variable by name.
+    variables, made = [keras.Variable(np.ones((2, 3)))], []
+    optimizer = keras.optimizers.Adafactor()
+    _keras.watch_slots(optimizer, lambda variable, slot: made.append((variable, slot)))
+    optimizer.build(variables)
+    assert made
+    assert all(variable is variables[0] for variable, _ in made)
+
+
 def test_a_symbolic_build_creates_what_fit_would():
     model = dense(metrics=["mae"])
     assert not model.optimizer.built

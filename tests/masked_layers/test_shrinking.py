@@ -872,14 +872,62 @@ def test_flags_policies_and_names_are_kept():
     assert shrink(model).trainable_weights == []
 
 
-def test_compiled_model_comes_back_uncompiled_and_trains():
-    model = dense_net(4, 2)
-    model.compile("adam", lambda y, p: keras.ops.mean((y - p) ** 2))
-    zero(model.layers[0], [0])
-    smaller, _ = checked(model)
-    assert not smaller.compiled
-    smaller.compile("sgd", "mse")
-    smaller.fit(np.ones((4, 5)), np.ones((4, 2)), verbose=0)
+OPTIMIZERS = {
+    "sgd": lambda: keras.optimizers.SGD(0.1, momentum=0.9, nesterov=True),
+    "adam": lambda: keras.optimizers.Adam(0.01, amsgrad=True, use_ema=True),
+    "scaled": lambda: keras.optimizers.LossScaleOptimizer(keras.optimizers.RMSprop(0.01)),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_training_goes_on_where_it_was(name):
+    """Both models train on, and end as one; with a fresh optimizer they would not."""
+    keras.utils.set_random_seed(0)
+    x = keras.Input((6, 4))
+    y = layers.Conv1D(6, 3, padding="same", name="a")(x)
+    y = layers.ReLU()(layers.BatchNormalization()(y))
+    y = layers.Conv1D(5, 3, activation="tanh", name="b")(y)
+    model = randomize(keras.Model(x, layers.Dense(2, name="c")(layers.Flatten()(y))))
+    model = convert_to_masked(model)
+    model.compile(OPTIMIZERS[name](), "mse", metrics=["mae"])
+    rng = np.random.default_rng(0)
+    data = rng.normal(size=(16, 6, 4)).astype("float32"), rng.normal(size=(16, 2))
+    options = {"batch_size": 8, "shuffle": False, "verbose": 0}
+    model.fit(*data, **options)
+    masks = get_masks(model)
+    masks["a/kernel"][..., :2] = False
+    masks["b/kernel"][:, :2] = False
+    masks["b/kernel"][..., 4] = False
+    masks["c/kernel"].reshape(4, 5, 2)[:, 4] = False
+    set_masks(model, masks)
+    model.fit(*data, **options)
+    smaller = shrink(model)
+    assert widths(smaller) == {"a": 4, "b": 4, "c": 2}
+    assert smaller.optimizer.iterations == model.optimizer.iterations == 4
+    for each in (model, smaller):
+        each.fit(*data, epochs=3, **options)
+    expected = model.evaluate(*data, verbose=0, return_dict=True)
+    assert smaller.evaluate(*data, verbose=0, return_dict=True) == pytest.approx(expected, rel=1e-3)
+    np.testing.assert_allclose(numpy(smaller(data[0])), numpy(model(data[0])), atol=1e-3)
+    fresh = shrink(model)
+    fresh.compile(OPTIMIZERS[name](), "mse")
+    again = shrink(model)
+    for each in (model, fresh, again):
+        each.fit(*data, epochs=3, **options)
+    apart = [np.abs(numpy(m(data[0])) - numpy(model(data[0]))).max() for m in (again, fresh)]
+    assert apart[0] < apart[1] / 10
+
+
+def test_an_optimizer_whose_state_cannot_be_cut_starts_afresh_and_says_so():
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(200, name="a"), layers.Dense(150)])
+    randomize(model)
+    model.compile(keras.optimizers.Adafactor(0.01), "mse")
+    model.fit(np.ones((8, 4)), np.ones((8, 150)), verbose=0)
+    zero(model.get_layer("a"), [0])
+    with pytest.warns(UserWarning, match="starts afresh: the state that Adafactor keeps"):
+        smaller = shrink(model)
+    assert smaller.get_layer("a").units == 199
+    smaller.fit(np.ones((8, 4)), np.ones((8, 150)), verbose=0)
 
 
 def test_smaller_model_saves_and_shrinks_no_further(tmp_path):
