@@ -23,7 +23,6 @@ def saved(tmp_path):
     return tmp_path / "ticket.keras"
 
 
-@pytest.mark.once
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="needs the TensorFlow backend")
 def test_export_and_inspect(saved, tmp_path, capsys):
     out = tmp_path / "served" / "1"
@@ -44,7 +43,6 @@ def test_export_and_inspect(saved, tmp_path, capsys):
     assert [line.split()[3] for line in lines if "/kernel" in line] == ["packed", "sparse"]
 
 
-@pytest.mark.once
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="needs the TensorFlow backend")
 def test_what_lies_beside_a_saved_model_is_not_lost(saved, tmp_path, capsys):
     command = ["export", str(saved), str(tmp_path / "out")]
@@ -140,7 +138,6 @@ def test_help_names_what_export_takes(capsys):
     assert usage.split()[-2:] == ["MODEL", "OUT"]
 
 
-@pytest.mark.once
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="needs the TensorFlow backend")
 def test_a_path_that_tensorflow_takes_for_a_pattern(saved, tmp_path, recwarn):
     # A folder that matches the pattern, with the weights of another model.

@@ -1,7 +1,6 @@
 """The page on extending: its code, run from top to bottom, with a check of each part."""
 
 import csv
-import importlib.util
 import json
 import types
 
@@ -157,10 +156,6 @@ def test_the_command_takes_the_name(page, tmp_path, monkeypatch):
         assert [row["arm"] for row in csv.DictReader(file)] == ["dense", "random_mask", "ticket"]
 
 
-@pytest.mark.skipif(
-    keras.backend.backend() == "torch" or importlib.util.find_spec("tensorflow") is None,
-    reason="Writes a SavedModel of TensorFlow",
-)
 def test_the_ticket_is_exported(page, tmp_path, monkeypatch):
     import tensorflow as tf
 

@@ -8,7 +8,6 @@ import sys
 import tarfile
 from pathlib import Path
 
-import keras
 import numpy as np
 import pytest
 
@@ -387,7 +386,6 @@ def test_own_data_from_a_module_of_the_working_directory(own, monkeypatch):
     np.testing.assert_array_equal(loaded.x_train[:, 1], loaded.y_train)
 
 
-@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="imports TensorFlow")
 def test_own_data_from_tensorflow_data_sets(own):
     loaded, arrays = (datasets.load(f"{own}:{name}") for name in ("datasets", "table"))
     for part in ("x_train", "y_train", "x_validation", "x_test", "y_test"):

@@ -33,6 +33,7 @@ def test_what_is_left_open_is_chosen():
     assert own.name.startswith("own.py-load-lenet-300-100-instability-")
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -89,6 +90,7 @@ def ticket(found, tmp_path):
     return shutil.copytree(found, tmp_path / "ticket")
 
 
+@pytest.mark.once
 def test_the_masks_and_the_rewinding_point_are_those_of_a_run(tmp_path, ticket, measured, capsys):
     """Checks that pruned weights, which never train, are still those of the rewinding point."""
     options = OF_TICKET

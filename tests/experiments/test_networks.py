@@ -9,6 +9,8 @@ pytest.importorskip("tyro")
 import masked_layers as ml
 from lottery_ticket_pruner.experiments import networks
 
+pytestmark = pytest.mark.once("tensorflow", "torch")
+
 
 @pytest.mark.usefixtures("nothing_drawn")
 @pytest.mark.parametrize(

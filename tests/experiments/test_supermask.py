@@ -43,6 +43,7 @@ def test_what_is_left_open_is_chosen():
     assert dataclasses.replace(config, quiet=True).name == config.name
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -68,6 +69,7 @@ def test_contradictions_are_refused(options, message):
         SupermaskConfig(**options).resolve(100)
 
 
+@pytest.mark.once
 def test_untrained_masks(tmp_path, monkeypatch):
     config, data = load_and_resolve(dataclasses.replace(UNTRAINED, out=tmp_path / "run"))
     console = Console(file=io.StringIO(), width=100)

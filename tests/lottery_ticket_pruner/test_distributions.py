@@ -67,6 +67,7 @@ def test_the_total_is_exact_and_every_kernel_keeps_a_weight(shapes, sparsity, na
     assert all(mask.any() for mask in masks.values())
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("sparsity", [0.1, 0.5, 0.8, 0.9, 0.95, 0.99])
 def test_erk_solves_the_equations_of_the_paper(sparsity):
     optimize = pytest.importorskip("scipy.optimize")
@@ -84,6 +85,7 @@ def test_erk_solves_the_equations_of_the_paper(sparsity):
     )  # rounded, to a rounded total
 
 
+@pytest.mark.once
 def test_uniform_is_the_same_for_all_and_dense_layers_are_made_up_for():
     for path, count in dropped(RESNET, distributions.get("uniform")(RESNET, 0.9)).items():
         assert abs(count - 0.9 * math.prod(RESNET[path])) < 2  # rounded, to a rounded total
@@ -96,6 +98,7 @@ def test_uniform_is_the_same_for_all_and_dense_layers_are_made_up_for():
         assert sparsities[path] == pytest.approx(0.9 * total / inner, abs=1e-3)
 
 
+@pytest.mark.once
 def test_update_takes_a_name_or_what_it_gives():
     rng = np.random.default_rng(0)
     shapes = {"a/kernel": (20, 10), "b/a/kernel": (10, 5), "b/kernel": (5, 3)}
@@ -152,6 +155,7 @@ def test_a_dense_layer_is_so_in_all_that_it_holds():
     assert sum(dropped(shapes, found).values()) == pytest.approx(573 // 2)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", ["uniform", "erk"])
 def test_configurations_round_trip(name):
     distribution = distributions.Distribution(name, dense_last=True)
@@ -162,12 +166,14 @@ def test_configurations_round_trip(name):
     assert distributions.get(name) == distributions.Distribution(name)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("identifier", ["erg", None, 3, {}, {"name": "erk", "dense": True}])
 def test_what_is_no_distribution_is_an_error(identifier):
     with pytest.raises(ValueError, match=r"Received|Unknown distribution|cannot be created"):
         distributions.get(identifier)
 
 
+@pytest.mark.once
 def test_a_registered_rule_works_by_name(monkeypatch):
     monkeypatch.setattr(distributions, "_RULES", distributions._RULES.copy())
 

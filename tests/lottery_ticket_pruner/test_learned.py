@@ -54,6 +54,7 @@ def untrained(digits):
     return max(accuracies)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("mask", "weights", "steps"),
     [

@@ -70,6 +70,7 @@ def test_an_update_that_empties_a_layer_says_so_once():
     assert [w.filename for w in caught if w.category is UserWarning] == [__file__]
 
 
+@pytest.mark.once
 def test_the_earlier_interface_says_so_too():
     model = make_model(masked=False)
     pruner = LotteryTicketPruner(model)
@@ -89,6 +90,7 @@ def test_gradual_pruning_says_it_once_and_at_which_step(strategy):
         assert " at step 2: " in messages[0]  # 0.4 of 160 weights are the 64 of that kernel
 
 
+@pytest.mark.once
 def test_masks_of_many_sparsities_say_it_once_and_a_grid_logs_it(caplog):
     model = make_model()
     pruner = LotteryTicketPruner(model)
@@ -137,6 +139,7 @@ def test_an_update_that_prunes_nothing_says_so():
     assert not said(lambda: pruner.update_masks("large_init", sparsity=0.5))
 
 
+@pytest.mark.once
 def test_tiles_larger_than_a_kernel_are_named(caplog):
     pruner = LotteryTicketPruner(make_model())
     with caplog.at_level(logging.WARNING):
@@ -150,6 +153,7 @@ def test_tiles_larger_than_a_kernel_are_named(caplog):
     assert not caplog.records
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("filters", "message"),
     [
@@ -166,6 +170,7 @@ def test_filters_that_match_nothing_are_named(filters, message):
     assert [w.filename for w in caught if w.category is UserWarning] == [__file__]
 
 
+@pytest.mark.once
 def test_filters_that_leave_nothing_are_told_the_names_of_layers():
     inputs = keras.Input((4,))
     outputs = inputs
@@ -182,11 +187,13 @@ def test_filters_that_leave_nothing_are_told_the_names_of_layers():
         ml.convert_to_masked(model, exclude=lambda layer: True)
 
 
+@pytest.mark.once
 def test_filters_that_match_are_taken_without_a_word():
     filters = {"include": ["a", "mid"], "exclude": lambda layer: layer.name == "mid"}
     assert not said(lambda: ml.convert_to_masked(make_model(masked=False), **filters))
 
 
+@pytest.mark.once
 def test_patterns_that_others_keep_from_any_path_are_refused():
     pruner = LotteryTicketPruner(make_model())
     rates = {"kernel": 0.5, "mid": 0.1}
@@ -277,6 +284,7 @@ def test_a_fit_without_a_batch_says_nothing():
     assert not said(lambda: fit(model, [rewiring, pruning], epochs=0))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("seed", [-1, 1.5, True, "1", float("nan")])
 def test_seeds_are_looked_at_before_training(seed):
     pruner = LotteryTicketPruner(make_model())
@@ -286,6 +294,7 @@ def test_seeds_are_looked_at_before_training(seed):
         DynamicSparseTraining(pruner, 1000, "random", seed=seed)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("value", [-0.5, 1.0, float("nan"), None, True, "0.5"])
 def test_a_function_that_gives_no_sparsity_is_named(value):
     model = make_model()
@@ -296,6 +305,7 @@ def test_a_function_that_gives_no_sparsity_is_named(value):
     assert all(mask.all() for mask in ml.get_masks(model).values())
 
 
+@pytest.mark.once
 def test_booleans_are_no_numbers():
     pruner = LotteryTicketPruner(make_model())
     for name in ("rate", "sparsity"):
@@ -308,6 +318,7 @@ def test_booleans_are_no_numbers():
         GradualPruning(pruner, 0.5).advance(True)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", ["criteria", "sparsities", "weights", "dwr"])
 def test_an_empty_grid_is_refused(name):
     grid = {"criteria": ["large_init"], "sparsities": [0.5]} | {name: []}

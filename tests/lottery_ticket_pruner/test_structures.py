@@ -29,6 +29,7 @@ def kernel(values, mask=None, **kwargs):
 # --------------------------------------------------------------------------------------- by hand
 
 
+@pytest.mark.once
 def test_two_of_four_keep_the_largest_of_each_group_of_inputs():
     column = [4, -3, 1, 2, 5, 7, -6, 8, 9, 1, 1]  # groups of 4, 4 and 3
     mask = update("large_final", {"k": kernel(np.array([column]).T)}, structure="2:4")["k"]
@@ -37,6 +38,7 @@ def test_two_of_four_keep_the_largest_of_each_group_of_inputs():
     assert mask[8:].sum() == 2
 
 
+@pytest.mark.once
 def test_blocks_of_a_matrix_go_by_their_average_or_their_maximum():
     values = np.array(
         [
@@ -54,6 +56,7 @@ def test_blocks_of_a_matrix_go_by_their_average_or_their_maximum():
     np.testing.assert_array_equal(maximum, [[1, 1, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 1, 1]])
 
 
+@pytest.mark.once
 def test_dead_weights_have_no_part_in_the_score_of_a_tile_and_stay_dead():
     values, mask = [[9, 2], [1, 2]], [[0, 1], [1, 1]]
     pruned = update("large_final", {"k": kernel(values, mask)}, rate=0.5, structure="units")["k"]
@@ -62,6 +65,7 @@ def test_dead_weights_have_no_part_in_the_score_of_a_tile_and_stay_dead():
     np.testing.assert_array_equal(kept, mask)
 
 
+@pytest.mark.once
 def test_tiles_of_all_layers_compete_where_the_scope_is_global():
     weights = {"a": kernel([[1, 2, 3]]), "b": kernel([[4, 5], [4, 6]])}
     masks = update("large_final", weights, rate=0.4, structure="units", scope="global")
@@ -202,6 +206,7 @@ def hardware_rows(values, mask):
     return np.where(mask, values, 0).transpose(3, 0, 1, 2).reshape(values.shape[-1], -1)
 
 
+@pytest.mark.once
 def test_two_of_four_are_neighbors_in_the_rows_that_hardware_reads():
     values = np.random.default_rng(0).normal(size=(3, 3, 16, 64)).astype(np.float32)
     mask = update("large_final", {"k": kernel(values)}, structure="2:4")["k"]
@@ -209,6 +214,7 @@ def test_two_of_four_are_neighbors_in_the_rows_that_hardware_reads():
     assert set(np.count_nonzero(groups, axis=1)) == {2}
 
 
+@pytest.mark.once("tensorflow", "torch")  # Where torch is installed.
 def test_two_of_four_run_on_sparse_tensor_cores():
     torch = pytest.importorskip("torch")
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
@@ -225,6 +231,7 @@ def test_two_of_four_run_on_sparse_tensor_cores():
 # ------------------------------------------------------------------------------- ties and rules
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(("structure", "amount"), [("2:4", {}), ("units", {"rate": 0.5})])
 def test_ties_go_by_the_seed(structure, amount):
     weights = {"k": kernel(np.ones((8, 8)))}
@@ -237,12 +244,14 @@ def test_ties_go_by_the_seed(structure, amount):
     assert {int(mask.sum()) for mask in masks} == {32}
 
 
+@pytest.mark.once
 def test_each_of_a_tied_group_stays_equally_often():
     weights = {"k": kernel(np.ones((4, 3000)))}
     mask = update("large_final", weights, structure="1:4")["k"]
     np.testing.assert_allclose(mask.mean(axis=1), 0.25, atol=0.04)
 
 
+@pytest.mark.once
 def test_rounds_of_rates_and_sparsities_count_tiles():
     rng = np.random.default_rng(0)
     values, mask = distinct(rng, 3, 3, 4, 20), None
@@ -259,6 +268,7 @@ def test_rounds_of_rates_and_sparsities_count_tiles():
     assert [int(mask.sum()) for mask in masks.values()] == [36 * 6, 36 * 20]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", BY_RECORDS)
 @pytest.mark.parametrize("structure", ["2:4", "filters", structures.Blocks((2, 2), "max")])
 def test_structures_go_with_all_criteria_of_records(name, structure):
@@ -278,6 +288,7 @@ def test_structures_go_with_all_criteria_of_records(name, structure):
         assert all((again[path] == masks[path]).all() for path in masks)
 
 
+@pytest.mark.once
 def test_what_a_structure_settles_itself_is_refused():
     weights = {"k": kernel(np.ones((8, 8)))}
     for amount in ({"rate": 0.5}, {"sparsity": 0.5}, {"scope": "layer"}, {"distribution": "erk"}):
@@ -294,6 +305,7 @@ def test_what_a_structure_settles_itself_is_refused():
         update("large_final", weights, structure="filters")
 
 
+@pytest.mark.once
 def test_scores_of_nan_or_of_another_shape_are_errors():
     weights = {"k": kernel(np.ones((4, 4)))}
     for structure, amount in (("2:4", {}), ("filters", {"rate": 0.5})):
@@ -306,6 +318,7 @@ def test_scores_of_nan_or_of_another_shape_are_errors():
 # ------------------------------------------------------------------------------- get and register
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("identifier", "expected"),
     [
@@ -327,6 +340,7 @@ def test_every_form_round_trips(identifier, expected):
     assert structures.get(keras.saving.serialize_keras_object(structure)) == structure
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "identifier",
     [
@@ -347,6 +361,7 @@ def registry(monkeypatch):
     monkeypatch.setattr(structures, "_REGISTRY", structures._REGISTRY.copy())
 
 
+@pytest.mark.once
 def test_a_registered_function_works_by_name(registry):
     @structures.register("rows")
     def rows(layout):
@@ -369,6 +384,7 @@ def test_a_registered_function_works_by_name(registry):
         structures.register("outputs")(rows)
 
 
+@pytest.mark.once
 def test_a_registered_class_works_by_name(registry):
     @structures.register("best")
     @dataclasses.dataclass(frozen=True)
@@ -388,6 +404,7 @@ def test_a_registered_class_works_by_name(registry):
     assert structures.get(structures.get("best").get_config()) == Best()
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("tile", [3, (1, 2), (1, 0, 1), (1, 1.5, 1)])
 def test_what_is_no_tile_is_an_error_that_quotes_it(tile):
     def odd(layout):

@@ -23,6 +23,7 @@ def leaky(slope):
     return act
 
 
+@pytest.mark.once
 def test_two_closures_of_one_factory():
     x = -(data(5, 4) ** 2)
     model = keras.Sequential(
@@ -34,6 +35,7 @@ def test_two_closures_of_one_factory():
         assert new.activation is old.activation
 
 
+@pytest.mark.once
 def test_two_classes_of_one_name():
     def scaled(factor):
         class Scaled(layers.Layer):
@@ -54,6 +56,7 @@ def test_two_classes_of_one_name():
         np.testing.assert_array_equal(numpy(copy(data(5, 4))), numpy(model(data(5, 4))))
 
 
+@pytest.mark.once
 def test_functions_named_like_those_of_keras_and_like_layers():
     def relu(x):
         return ops.sin(x)
@@ -122,6 +125,7 @@ def test_what_a_model_is_compiled_with_needs_no_registration(schedule):
     np.testing.assert_array_equal(model.get_weights()[0], masked.get_weights()[0])
 
 
+@pytest.mark.once
 def test_lambdas_anywhere_keep_what_they_refer_to():
     activation = lambda x: ops.tanh(x) * 2  # noqa: E731
     model = dense_net(activation, kernel_regularizer=lambda w: 0.1 * ops.sum(w * w))
@@ -166,6 +170,7 @@ class Huber(keras.losses.Loss):
         return ops.mean(ops.minimum(ops.abs(y_true - y_pred), self.threshold), axis=-1)
 
 
+@pytest.mark.once
 def test_objects_whose_config_does_not_describe_them_stay_what_they_are():
     """Keras would use the defaults of its constructor for each of them, or fail."""
     model = dense_net(
@@ -198,6 +203,7 @@ class Shift:
         return x - self.by
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "activation",
     [functools.partial(scale, by=3.0), Shift(2.0), Shift(2.0).method],
@@ -230,6 +236,7 @@ def test_a_compiled_activation():
     np.testing.assert_array_equal(numpy(masked(data(5, 4))), numpy(model(data(5, 4))))
 
 
+@pytest.mark.once
 def test_a_method_of_a_layer_is_refused():
     """Without care, the copy would keep using the layer of the original model."""
     model = dense_net(activation=layers.PReLU().call)
@@ -258,6 +265,7 @@ class ByName(layers.Layer):
         return cls(function, **config)
 
 
+@pytest.mark.once
 def test_a_config_that_writes_names_itself():
     def double(x):
         return 2 * x
@@ -266,6 +274,7 @@ def test_a_config_that_writes_names_itself():
     assert ml.convert_to_masked(model).layers[0].function is double
 
 
+@pytest.mark.once
 def test_a_copy_makes_no_other_objects_of_registered_classes():
     made = []
 
@@ -288,6 +297,7 @@ class ByAgreedName(ByName):
         return {**layers.Layer.get_config(self), "function": "agreed"}
 
 
+@pytest.mark.once
 def test_an_outer_scope_of_custom_objects_still_counts():
     def double(x):
         return 2 * x
@@ -299,6 +309,7 @@ def test_an_outer_scope_of_custom_objects_still_counts():
         assert ml.convert_to_masked(model).layers[0].function is double
 
 
+@pytest.mark.once
 def test_nothing_stays_registered():
     registered = dict(keras.saving.get_custom_objects())
     names = _keras.object_registration.GLOBAL_CUSTOM_NAMES
@@ -366,6 +377,7 @@ def test_lora_inside_a_layer(make, first):
         assert not numpy(ref.variable)[~masks].any()
 
 
+@pytest.mark.once
 def test_the_first_variable_that_differs_is_named():
     class Forgetful(keras.Model):
         def __init__(self, width=3, **kwargs):

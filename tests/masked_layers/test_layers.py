@@ -100,6 +100,7 @@ def test_every_masked_class_is_covered_here():
         assert pickle.loads(pickle.dumps(masked)) is masked
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("base", CASES, ids=lambda base: base.__name__)
 def test_arguments_are_those_of_the_base_layer_and_the_masking_ones(base):
     plain = inspect.signature(base.__init__).parameters
@@ -140,6 +141,7 @@ def test_made_by_hand_equals_the_plain_layer_bit_for_bit(base):
         )
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("base", CASES, ids=lambda base: base.__name__)
 def test_saved_and_loaded_without_custom_objects(base, tmp_path):
     args, kwargs, shapes, _ = CASES[base]
@@ -163,6 +165,7 @@ def test_saved_and_loaded_without_custom_objects(base, tmp_path):
     )
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("base", CASES, ids=lambda base: base.__name__)
 def test_masks_of_chosen_weights_only(base):
     args, kwargs, shapes, paths = CASES[base]

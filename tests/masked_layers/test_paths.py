@@ -150,6 +150,7 @@ def kernels(model):
     return {id(w) for w in model.weights if len(w.shape) > 1 and w.name != "bias"}
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", ZOO)
 def test_the_walk_finds_every_layer_that_keras_tracks(name):
     plain = ZOO[name]()

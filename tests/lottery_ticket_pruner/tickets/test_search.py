@@ -116,6 +116,7 @@ def test_rewinding_to_a_later_step(data, masked, starts):
     assert all(row["early_stop_step"] in (4, 6) for row in result.rows[1:])
 
 
+@pytest.mark.once
 def test_the_early_stop_of_the_dense_run_may_be_before_the_rewinding_point(data, monkeypatch):
     train, losses = training.train, iter([[3.0, 1.0], [2.0, 4.0], [6.0, 5.0]])
 
@@ -140,6 +141,7 @@ def test_a_learning_rate_schedule_goes_back_to_the_rewinding_point(data, starts)
     assert [iterations for *_, iterations in starts] == [0, 2, 2, 2, 2]
 
 
+@pytest.mark.once
 def test_a_learning_rate_schedule_starts_anew_in_every_search(data, starts):
     model = ml.convert_to_masked(scheduled_model())
     start, found = model.get_weights(), []
@@ -191,6 +193,7 @@ def test_what_dropout_draws_depends_on_seed_arm_and_round_alone(data):
     assert np.abs(ticket(0, **whole)[0] - ticket(1, **whole)[0]).max() > 1e-4
 
 
+@pytest.mark.once
 def test_a_model_of_several_inputs_and_outputs(data):
     x, y = data
     left, right = keras.Input((8,), name="left"), keras.Input((8,), name="right")
@@ -207,6 +210,7 @@ def test_a_model_of_several_inputs_and_outputs(data):
     assert (result.ticket.get_weights()[0] != model.get_weights()[0]).any()
 
 
+@pytest.mark.once
 def test_seeds_make_a_difference(data, masked):
     start = masked.get_weights()
     first = find_ticket(masked, *data, rounds=1, seed=0, **SHORT).ticket.get_weights()
@@ -226,6 +230,7 @@ def test_a_masked_model_is_trained_itself_from_dense_masks_on(data, masked):
     assert second.masks[0]["output/kernel"].all()
 
 
+@pytest.mark.once
 def test_final_sparsity_is_reached_in_rounds_of_one_rate(data, masked):
     result = find_ticket(masked, *data, rounds=2, sparsity=0.75, controls=(), **SHORT)
     assert [masks["hidden/kernel"].sum() for masks in result.masks] == [80, 40, 20]
@@ -256,6 +261,7 @@ def test_rounds_and_arms_share_one_trace(data):
     assert len(traces) <= first
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -285,12 +291,14 @@ def test_wrong_arguments_are_refused_before_training(data, starts, arguments, me
     assert starts == []
 
 
+@pytest.mark.once
 def test_an_uncompiled_model_is_refused(data):
     model = keras.Sequential([keras.Input((8,)), layers.Dense(2)])
     with pytest.raises(ValueError, match="not compiled"):
         find_ticket(model, *data, rounds=1, steps=1)
 
 
+@pytest.mark.once
 def test_a_loss_without_targets_is_refused(data):
     with pytest.raises(ValueError, match=r"pass `y`.*x of type ndarray, y=None"):
         find_ticket(make_model(), data[0], rounds=1, steps=1)

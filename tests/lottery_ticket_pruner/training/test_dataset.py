@@ -50,6 +50,7 @@ def doors(model, x):
     }
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("kind", WRONG)
 def test_every_door_looks_at_its_arrays(model, kind):
     x, message = WRONG[kind]
@@ -64,6 +65,7 @@ def test_every_door_looks_at_its_arrays(model, kind):
         np.testing.assert_array_equal(weights, was)
 
 
+@pytest.mark.once
 def test_ragged_rows_are_refused_in_few_words():
     class Ragged:
         def __array__(self, dtype=None, copy=None):

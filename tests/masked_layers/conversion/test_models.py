@@ -32,6 +32,7 @@ def test_unbuilt_sequential_is_masked_when_it_is_built(tmp_path):
     assert_equal_outputs(masked, loaded, data(2, 6, 4))
 
 
+@pytest.mark.once
 def test_unbuilt_attention_is_masked_when_it_is_built():
     class Block(keras.Model):
         def __init__(self):
@@ -46,6 +47,7 @@ def test_unbuilt_attention_is_masked_when_it_is_built():
     assert len(ml.get_masks(model)) == 4
 
 
+@pytest.mark.once
 def test_an_unbuilt_layer_that_may_make_others_in_build_is_refused():
     class Lazy(layers.Layer):
         def build(self, shape):
@@ -126,6 +128,7 @@ class Widths(keras.Model):
         return cls(**config)
 
 
+@pytest.mark.once
 def test_functional_subclass_with_its_own_config(tmp_path):
     assert_round_trips(Widths(7), data(3, 4), tmp_path)
 
@@ -154,6 +157,7 @@ class Block(layers.Layer):
         return {**super().get_config(), "width": self.width}
 
 
+@pytest.mark.once
 def test_composite_layers_are_converted_inside(tmp_path):
     layers.Dense(1)  # Automatic names of the inner layers differ when it is loaded.
     x = keras.Input((4,))
@@ -205,6 +209,7 @@ class BuiltByCall(keras.Model):
         return self.second(self.first(x))
 
 
+@pytest.mark.once
 def test_subclassed_model_without_a_build_of_its_own(tmp_path):
     """Keras builds its copy by calling it, and never calls `build`."""
     model = BuiltByCall()
@@ -223,6 +228,7 @@ class NoConfig(keras.Model):
         return self.second(self.first(x))
 
 
+@pytest.mark.once
 def test_subclassed_model_without_config_only_in_place(tmp_path):
     model = NoConfig(lambda: layers.Dense(5, "relu"))
     x = data(3, 4)
@@ -273,6 +279,7 @@ class Awkward(layers.Layer):
         return {**super().get_config(), "mask_bias": self.mask_bias}
 
 
+@pytest.mark.once
 def test_attributes_may_have_any_name(tmp_path):
     model = keras.Sequential([keras.Input((4,)), Awkward(mask_bias=-2.0)])
     masked = assert_round_trips(model, data(3, 4), tmp_path)
@@ -296,6 +303,7 @@ class CausalConv(layers.Conv1D):
         return ops.conv(x, self.kernel * self.kernel_mask, padding="same")
 
 
+@pytest.mark.once
 def test_a_layer_with_a_mask_of_its_own_stays_as_it_is(tmp_path):
     model = keras.Sequential([keras.Input((6, 4)), CausalConv(3, 3), layers.Dense(2)])
     masked = assert_round_trips(model, data(2, 6, 4), tmp_path)
@@ -324,6 +332,7 @@ class TwoHeads(keras.Model):
         return cls(**config)
 
 
+@pytest.mark.once
 def test_a_layer_and_an_attribute_of_one_name_have_two_paths(tmp_path):
     if len(TwoHeads().weights) == 2:
         pytest.skip("this Keras does not track layers beside the graph of a functional model")
@@ -331,6 +340,7 @@ def test_a_layer_and_an_attribute_of_one_name_have_two_paths(tmp_path):
     assert list(ml.get_masks(masked)) == ["head/kernel", "head_1/kernel"]
 
 
+@pytest.mark.once
 def test_a_model_inside_one_converted_in_place_sees_its_masks():
     inner = keras.Sequential([keras.Input((4,)), layers.Dense(4)])
     model = keras.Sequential([keras.Input((4,)), inner, layers.Dense(2)])
