@@ -1,6 +1,6 @@
 """Lottery tickets in Keras 3: find the sparse nets that train as well as the dense one."""
 
-from lottery_ticket_pruner import serialization as _serialization  # noqa: F401 (Keras is told)
+from lottery_ticket_pruner import serialization as _serialization  # noqa: F401 (registers)
 from lottery_ticket_pruner.callbacks import PrunerCallback
 from lottery_ticket_pruner.mask_schedules import DynamicSparseTraining, GradualPruning
 from lottery_ticket_pruner.pruner import LotteryTicketPruner

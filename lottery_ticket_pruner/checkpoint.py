@@ -50,7 +50,7 @@ class Checkpoint:
 
     @property
     def unidentified(self) -> list[str]:
-        """Returns sentences that say why the state cannot be resumed. Empty if it can be."""
+        """Sentences that say why the state cannot be resumed. Empty if it can be."""
         return reasons(self._arguments)
 
     def exists(self) -> bool:

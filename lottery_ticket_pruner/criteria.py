@@ -107,7 +107,7 @@ class Criterion:
 
     @property
     def evidence(self) -> frozenset[str]:
-        """The measurements that the criterion needs."""
+        """Measurements that the criterion needs."""
         return self.needs & set(EVIDENCE)
 
     def __call__(self, group: Group) -> np.ndarray:

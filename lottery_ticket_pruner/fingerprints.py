@@ -44,7 +44,7 @@ _NOT_CODE = {
     *("__dataclass_fields__", "__dataclass_params__", "__abstractmethods__"),
 }
 _OF_THE_FILE = {"__name__", "__file__", "__package__", "__spec__", "__loader__", "__builtins__"}
-# Modules of ours that moved: what code takes from them goes on by the name that it had there.
+# Our modules that have moved. Objects that code imports from them keep their earlier names.
 _EARLIER = {
     "lottery_ticket_pruner.mask_schedules": "lottery_ticket_pruner.callbacks",
     "lottery_ticket_pruner.training.augmentation": "lottery_ticket_pruner.augmentation",

@@ -76,8 +76,8 @@ def of_update(
     """Warns about everything that an update of masks skipped, did not prune or pruned completely.
 
     Args:
-        request: The pruning request. One that keeps what is sparser comes from a schedule, whose
-            first amounts may be less than one weight.
+        request: The pruning request. Requests with `keep_sparser` come from schedules, whose first
+            amounts may be less than one weight.
         kernels: The kernels before the update, by path.
         masks: The masks after the update, by path.
     """

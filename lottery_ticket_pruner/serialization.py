@@ -29,8 +29,8 @@ def _register(module: ModuleType, names: list[str]) -> None:
 
 for _class in _CLASSES:
     keras.saving.register_keras_serializable(PACKAGE)(_class)
-# The functions, too: alone, a function is no more than its name to Keras, which is not enough to
-# tell it from one of a user's.
+# Functions as well, because Keras serializes an unregistered function only by its name, which does
+# not distinguish it from a user's function.
 _register(criteria, criteria.names())
 _register(distributions, distributions.names())
 _register(treatments, treatments.kept_names() + treatments.pruned_names())

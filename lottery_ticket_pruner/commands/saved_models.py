@@ -28,7 +28,7 @@ class ExportConfig:
     """Regular expressions for the paths of weights that may be stored sparsely. Default: all."""
 
     def execute(self) -> serving.StorageReport:
-        """Load the model, write the folder and return a report of the stored sizes."""
+        """Loads the model, writes the folder and returns a report of the stored sizes."""
         _check_model(self.model)
         if (self.out / "saved_model.pb").is_file() and not self.overwrite:
             raise FileExistsError(
@@ -52,7 +52,7 @@ class InspectConfig:
     """A `.keras` file or a SavedModel folder."""
 
     def execute(self) -> serving.StorageReport:
-        """Return the report."""
+        """Returns a report of the stored sizes."""
         return serving.inspect(self.path)
 
 

@@ -487,7 +487,7 @@ class RunFolder(Workplace):
         state = "a finished" if is_finished(self.path, self._command) else "an interrupted"
         if CONFIG_FILE in differing:
             why = reason(self.path / CONFIG_FILE)
-            what = f"results, but it is unknown of which options: its {CONFIG_FILE} {why}"
+            what = f"results, but their options are unknown: its {CONFIG_FILE} {why}"
         elif differing.keys() <= {*ORIGIN, CODE, "masks_digest"}:
             was = ", ".join(f"{name} {there}" for name, (there, _) in differing.items())
             what = f"{state} run of the same options with another {' and '.join(differing)} ({was})"

@@ -46,7 +46,7 @@ class Weights:
 
     @property
     def layout(self) -> structures.Layout:
-        """The meaning of the axes."""
+        """Meaning of the axes."""
         return structures.Layout(self.mask.shape, self.input_axes, self.output_axes)
 
 

@@ -274,7 +274,7 @@ class _Race:
 
     @property
     def is_due(self) -> bool:
-        """Returns True once the loop has run long enough for a comparison with `fit`."""
+        """Whether the loop has run long enough for a comparison with `fit`."""
         return not self.settled and self.loop_seconds > _PATIENCE
 
     @property
