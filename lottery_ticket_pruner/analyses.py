@@ -221,12 +221,12 @@ def plot_instability(lines: Mapping[int, Sequence[Interpolation]]) -> Figure:
     steps = sorted(lines)
     barriers = [[line.barrier for line in lines[step]] for step in steps]
     is_loss = lines[steps[0]][0].metric == "loss"
-    colours = _shades(len(steps))
+    colors = _shades(len(steps))
     left.plot(steps, [np.mean(values) for values in barriers], color="0.6", zorder=1)
-    for step, values, colour in zip(steps, barriers, colours, strict=True):
-        left.scatter([step] * len(values), values, color=colour, s=20)
+    for step, values, color in zip(steps, barriers, colors, strict=True):
+        left.scatter([step] * len(values), values, color=color, s=20)
         errors = np.mean([line.errors for line in lines[step]], axis=0)
-        right.plot(lines[step][0].shares, errors, color=colour, label=f"{step} steps")
+        right.plot(lines[step][0].shares, errors, color=color, label=f"{step} steps")
     if not is_loss:
         left.axhline(0.02, color="0.6", linewidth=1, linestyle="--", label="stable below")
         left.legend(frameon=False)

@@ -140,7 +140,7 @@ def test_names_cannot_become_markup(text):
     assert "&lt;script&gt;alert(1)" in text
 
 
-def test_pictures_take_the_colours_of_the_page():
+def test_pictures_take_the_colors_of_the_page():
     rows = pd.DataFrame(ROWS)
     figure = figures.picture(figures.arm_lines(rows), dense=[0.9])
     image = web_page.svg(figure, "p1", 'a "label" <here>')

@@ -165,7 +165,7 @@ def test_every_name_round_trips_and_describes_itself(name):
     assert len(criterion.doc) < 100
 
 
-def test_keras_serialised_form_is_understood():
+def test_keras_serialized_form_is_understood():
     keras = pytest.importorskip("keras")
     criterion = criteria.get("movement")
     config = keras.saving.serialize_keras_object(criterion)

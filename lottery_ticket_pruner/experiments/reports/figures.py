@@ -59,7 +59,7 @@ class Line:
     label: str
     x: tuple[float, ...]
     samples: tuple[tuple[float, ...], ...]
-    colour: str = PALETTE[0]
+    color: str = PALETTE[0]
     marker: str = "o"
     style: str = "-"
 
@@ -76,8 +76,8 @@ def arm_lines(rows: pd.DataFrame) -> list[Line]:
     lines = []
     free = iter(zip(PALETTE[5:], _MARKERS[5:], strict=True))
     for arm in arms_of(rows):
-        colour, marker = _LOOKS.get(arm) or next(free, (PALETTE[-1], "."))
-        lines.append(line_of_arm(rows, arm, colour=colour, marker=marker))
+        color, marker = _LOOKS.get(arm) or next(free, (PALETTE[-1], "."))
+        lines.append(line_of_arm(rows, arm, color=color, marker=marker))
     return lines
 
 
@@ -86,7 +86,7 @@ def with_looks(lines: Sequence[Line]) -> list[Line]:
     return [
         dataclasses.replace(
             line,
-            colour=PALETTE[number % len(PALETTE)],
+            color=PALETTE[number % len(PALETTE)],
             marker=_MARKERS[number % len(_MARKERS)],
             style=_STYLES[number // len(PALETTE) % len(_STYLES)],
         )
@@ -157,15 +157,15 @@ def picture(
             line.x,
             means[-len(line.x) :],
             label=line.label,
-            color=line.colour,
+            color=line.color,
             marker=line.marker,
             markersize=4.5,
             linewidth=1.6,
             linestyle=line.style,
         )
-        axes.fill_between(line.x, low, high, color=line.colour, alpha=0.14, linewidth=0)
+        axes.fill_between(line.x, low, high, color=line.color, alpha=0.14, linewidth=0)
         if len(line.x) == 1:  # a band without width
-            axes.vlines(line.x, low, high, color=line.colour, alpha=0.4, linewidth=3)
+            axes.vlines(line.x, low, high, color=line.color, alpha=0.4, linewidth=3)
     _accuracy_axis(axes, means, edges)
     if x_label == "weights left":
         _weights_axis(axes, [left for line in lines for left in line.x])

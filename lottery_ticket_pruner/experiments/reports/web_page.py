@@ -113,10 +113,10 @@ def svg(figure: Figure, prefix: str, label: str) -> str:
     text = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font: \1 var(--font)", text)
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
     text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
-    colours = {_INK: "ink", _GRID: "grid", _MUTED: "muted"}
-    colours |= {colour.lower(): f"c{number}" for number, colour in enumerate(figures.PALETTE)}
-    for colour, name in colours.items():
-        text = text.replace(colour, f"var(--{name})")
+    colors = {_INK: "ink", _GRID: "grid", _MUTED: "muted"}
+    colors |= {color.lower(): f"c{number}" for number, color in enumerate(figures.PALETTE)}
+    for color, name in colors.items():
+        text = text.replace(color, f"var(--{name})")
     escaped = str(jinja2.filters.escape(label))
     return text.replace("<svg", f'<svg role="img" aria-label="{escaped}"', 1)
 
