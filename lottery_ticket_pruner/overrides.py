@@ -78,7 +78,7 @@ def rescaling(model: keras.Model, flags: Mapping[ml.Mask, bool]) -> Iterator[Non
     for mask in before:
         mask.rescale = flags[mask]
     if before:
-        # Others that hold layers of this model compute nothing meanwhile.
+        # Other models that share these layers do not run in the meantime.
         remake_functions(model, around=False)
     try:
         yield

@@ -38,23 +38,23 @@ class Job(Protocol):
 
     @property
     def label(self) -> str:
-        """What it tries, in words."""
+        """Description of what the run tries."""
 
     @property
     def arguments(self) -> tuple[str, ...]:
-        """The arguments of `lottery-ticket`."""
+        """Command-line arguments of `lottery-ticket`."""
 
     @property
     def folder(self) -> Path:
-        """The folder of its results, with a file of what it prints."""
+        """Folder of its results and of a file with its output."""
 
     @property
     def work(self) -> int:
-        """The amount of work, in a unit that all jobs share."""
+        """Amount of work, in a unit that all jobs share."""
 
     @property
     def work_done(self) -> int:
-        """The amount that is done."""
+        """Amount of work that is done."""
 
 
 @dataclasses.dataclass(frozen=True)

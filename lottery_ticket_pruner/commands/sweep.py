@@ -119,7 +119,7 @@ class Child:
 
     @property
     def folder(self) -> Path:
-        """The folder of the run."""
+        """Folder of the run."""
         return self.config.folder
 
     @property
