@@ -22,7 +22,7 @@ def contender(name, setup="in_turns"):
     return timing.Contender(f"contenders:{setup}", name)
 
 
-def test_contenders_take_turns_in_one_process_and_missing_ones_are_told():
+def test_contenders_take_turns_in_one_process_and_missing_ones_are_reported():
     contenders = {"a": contender("a"), "b": contender("b"), "p": contender("x", "needs_a_peer")}
     found, missing = timing.measure(contenders, repeats=3)
     assert found == {"a": [1, 4, 5], "b": [2, 3, 6]}  # The order is reversed every time.

@@ -99,7 +99,7 @@ def test_in_python_unknown_names_lead_on_too():
         ("nothing", "Received: NoneType."),
     ],
 )
-def test_functions_of_data_are_told_what_is_expected(said, function, message):
+def test_functions_of_data_get_errors_that_say_what_is_expected(said, function, message):
     error = said(*RUN, "--data", f"own.py:{function}")
     assert error.startswith(f"own.py:{function} ")
     assert message in error
@@ -136,7 +136,7 @@ def test_files_and_folders_are_named(said, command, message):
 
 
 @pytest.mark.parametrize("command", [("export", "m/x.h5", "out"), ("inspect", "m/x.h5")])
-def test_models_in_other_formats_are_told_the_way(said, tmp_path, command):
+def test_models_in_other_formats_get_an_error_with_a_remedy(said, tmp_path, command):
     (tmp_path / "m").mkdir()
     masked = ml.convert_to_masked(keras.Sequential([keras.Input((2,)), keras.layers.Dense(3)]))
     with warnings.catch_warnings():
@@ -151,7 +151,7 @@ def test_models_in_other_formats_are_told_the_way(said, tmp_path, command):
     assert "save it with `model.save('m/x.keras')`" in said("inspect", "m/x.weights.h5")
 
 
-def test_errors_of_the_system_are_said_in_words(said, monkeypatch):
+def test_errors_of_the_system_are_reported_in_words(said, monkeypatch):
     from lottery_ticket_pruner.experiments import workbench
 
     def full(*_):
@@ -177,7 +177,7 @@ def test_warnings_of_a_command_come_without_lines_of_ours(tmp_path, capsys, monk
     assert capsys.readouterr().out == text
 
 
-def test_the_folder_of_a_report_is_no_file(said, tmp_path):
+def test_the_folder_of_a_report_must_not_be_a_file(said, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text("{}")
     (tmp_path / "run" / "results.csv").write_text("replicate,sparsity,test_accuracy\n0,0,1\n")
@@ -223,7 +223,7 @@ def search(folder):
     return find_ticket(compiled(), x, y, rounds=1, steps=2, controls=(), checkpoint=folder)
 
 
-def test_states_of_a_search_that_are_damaged_are_said_to_be(tmp_path):
+def test_damaged_states_of_a_search_are_reported(tmp_path):
     search(tmp_path)
     files = sorted(tmp_path.iterdir())
     assert len(files) == 5

@@ -105,7 +105,7 @@ CASES += [(name, *case) for name in ("supermask", "instability") for case in DAM
 
 
 @pytest.mark.parametrize(("name", "damage", "message"), CASES)
-def test_damage_is_said_and_nothing_is_done(place, capsys, name, damage, message):
+def test_damage_is_reported_and_nothing_is_done(place, capsys, name, damage, message):
     folder = place(name)
     file = folder / "results.csv"
     lines = file.read_bytes().splitlines(keepends=True)
@@ -142,7 +142,7 @@ def test_overwrite_is_the_remedy_that_the_message_names(place):
 
 
 @pytest.mark.parametrize("name", ["supermask", "instability"])
-def test_damage_to_what_a_run_goes_on_from_is_said(place, capsys, name):
+def test_damage_to_files_that_a_run_resumes_from_is_reported(place, capsys, name):
     folder = place(name)
     stored = json.loads((folder / "config.json").read_text()) | {"finished": False}
     (folder / "config.json").write_text(json.dumps(stored))
@@ -157,7 +157,7 @@ def test_damage_to_what_a_run_goes_on_from_is_said(place, capsys, name):
     assert len(pd.read_csv(file)) == 2 * ROWS[name]
 
 
-def test_a_configuration_that_is_cut_is_said_to_be(place, capsys):
+def test_a_truncated_configuration_is_reported(place, capsys):
     folder = place("instability")
     content = (folder / "config.json").read_text()
     (folder / "config.json").write_text(content[: len(content) // 2])
@@ -170,7 +170,7 @@ def test_a_configuration_that_is_cut_is_said_to_be(place, capsys):
         assert error.count("\n") == 1
 
 
-def test_damaged_tickets_are_said_to_be_left_out(place, capsys):
+def test_damaged_tickets_are_reported_as_left_out(place, capsys):
     folder = place("run")
     ticket = folder / "ticket.keras"
     ticket.write_bytes(ticket.read_bytes()[:-99])

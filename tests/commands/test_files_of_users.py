@@ -91,7 +91,7 @@ def test_they_survive_the_run_that_replaces_another(here, capsys, name):
     ]  # fmt: skip
 
 
-def test_they_survive_a_repetition_and_a_run_that_goes_on(here):
+def test_they_survive_a_repetition_and_a_resumed_run(here):
     assert cli.main([*COMMANDS["run"], "--out", "out", "--quiet"]) == 0
     put(here / "out")
     assert cli.main(["repeat", "out", "--quiet"]) == 0
@@ -106,7 +106,7 @@ def test_they_survive_a_repetition_and_a_run_that_goes_on(here):
     assert kept(here / "out") == list(OWN)
 
 
-def test_results_of_nobody_knows_what_are_not_replaced(here, capsys):
+def test_results_of_unknown_origin_are_not_replaced(here, capsys):
     (here / "out").mkdir()
     put(here / "out", ["accuracy.png", "ticket.keras"])
     for more in ([], ["--overwrite"]):
@@ -193,7 +193,7 @@ def test_a_name_that_is_taken_is_kept_beside(tmp_path):
     assert place.describe_moved() == "Kept of what was there: notes.txt.old"
 
 
-def test_what_wrote_nothing_known_keeps_everything(tmp_path):
+def test_folders_of_unknown_origin_are_kept_completely(tmp_path):
     (tmp_path / "run").mkdir()
     put(tmp_path / "run", ["results.csv", "ticket.keras"])
     place = replaced(tmp_path / "run", "new")

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.once
         ("instability", InstabilityConfig(rewind_to=("0", "2ep"), seeds=(4,))),
     ],
 )
-def test_a_resolved_configuration_comes_back_and_makes_the_same_choices(tmp_path, command, config):
+def test_a_resolved_configuration_is_restored_and_makes_the_same_choices(tmp_path, command, config):
     config = config.resolve(600)
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
     again = RepeatConfig(tmp_path, out=tmp_path / "x").configuration()

@@ -44,7 +44,7 @@ def test_export_and_inspect(saved, tmp_path, capsys):
 
 
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="needs the TensorFlow backend")
-def test_what_lies_beside_a_saved_model_is_not_lost(saved, tmp_path, capsys):
+def test_files_next_to_a_saved_model_are_not_lost(saved, tmp_path, capsys):
     command = ["export", str(saved), str(tmp_path / "out")]
     assert cli.main(command) == 0
     assert cli.main([*command, "--overwrite"]) == 0

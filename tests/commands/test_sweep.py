@@ -181,7 +181,7 @@ def test_the_default_folder_is_named_after_all_runs(tmp_path, monkeypatch):
         ({"jobs": 0}, "--jobs must be positive. Received: 0"),
     ],
 )
-def test_sweeps_that_make_no_sense_are_refused_before_anything_runs(tmp_path, options, message):
+def test_invalid_sweeps_are_refused_before_anything_runs(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         sweep(SweepConfig(out=tmp_path / "sweep", **options))
     assert not (tmp_path / "sweep").exists()
@@ -310,7 +310,7 @@ def test_a_table_that_is_none_of_a_sweep_stays(stand_in, tmp_path):
     assert [path.name for path in (tmp_path / "sweep").iterdir()] == ["results.csv"]
 
 
-def test_damage_is_said_before_anything_runs(stand_in):
+def test_damage_is_reported_before_anything_runs(stand_in):
     folder, _, _ = stand_in("0.1", seeds=(4,))
     child, *_ = (path.parent for path in folder.glob("*/config.json"))
     stored = json.loads((child / "config.json").read_text())
@@ -351,7 +351,7 @@ def test_the_folder_of_a_run_is_refused(tmp_path):
         sweep(SweepConfig(out=tmp_path))
 
 
-def test_failures_come_at_the_end_and_the_others_go_on(stand_in, capsys):
+def test_failures_are_reported_at_the_end_and_the_others_continue(stand_in, capsys):
     folder, failures, printed = stand_in("0.5,0.1", seeds=(0, 1), jobs=1)
     assert [f.child.label for f in failures] == ["rate 0.5, seed 0", "rate 0.5, seed 1"]
     assert {f.message for f in failures} == {"this rate is bad"}

@@ -91,7 +91,7 @@ def test_gradual_pruning_reaches_the_same_sparsity(tfmot, tmp_path):
         assert abs((~their).sum() - (~mask).sum()) <= 1
 
 
-def test_a_converted_model_goes_on(tfmot, tmp_path):
+def test_a_converted_model_continues(tfmot, tmp_path):
     wrapped = theirs(0, tfmot, tmp_path)["model"]
     masked = run(CONVERSION, tf_keras_model=wrapped)["masked"]
     masked.fit(**DATA, verbose=0)

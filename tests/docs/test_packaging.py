@@ -90,7 +90,7 @@ sys.exit(main())  # as the console script does
     return {**json.loads(result.stdout), "code": result.returncode, "errors": result.stderr}
 
 
-def test_import_costs_little_beside_keras(fresh):
+def test_import_costs_little_compared_with_keras(fresh):
     code = """
 import time
 start = time.process_time()

@@ -120,7 +120,7 @@ def test_a_run_is_named_after_its_choices_not_after_places():
     assert written_out.name == config.name
 
 
-def test_own_data_has_a_folder_and_the_recipe_of_the_default_network():
+def test_custom_data_has_a_folder_and_the_recipe_of_the_default_network():
     for data, label in (("../code/cifar10.py:load", "cifar10.py-load"), ("a.b:load", "a.b-load")):
         config = RunConfig(data=data).resolve(600)
         assert (config.network, config.steps) == ("lenet-300-100", 50_000)

@@ -144,6 +144,6 @@ def test_repeat_names_what_it_cannot_read(run, capsys, content):
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b'"text"', b"[" * 100_000, b"null"])
-def test_a_file_that_is_no_options_is_none(tmp_path, content):
+def test_a_file_without_options_is_none(tmp_path, content):
     (tmp_path / "config.json").write_bytes(content)
     assert run_folder.read_json(tmp_path / "config.json") is None

@@ -120,7 +120,7 @@ def test_labels_stay_with_their_images(tmp_path, no_download):
         np.testing.assert_array_equal(np.round(x[:, 0, 0, 0] * 255), y)
 
 
-def test_files_of_the_same_name_are_told_apart_by_their_folder(tmp_path, mnist, no_download):
+def test_files_of_the_same_name_are_distinguished_by_their_folder(tmp_path, mnist, no_download):
     write_idx(tmp_path / "mnist", *mnist)
     with pytest.raises(datasets.DatasetNotFoundError, match="fashion_mnist"):
         datasets.load("fashion_mnist", tmp_path)
@@ -359,7 +359,7 @@ def own(tmp_path, monkeypatch):
             del sys.modules[name]
 
 
-def test_own_rows_are_taken_as_they_are(own):
+def test_custom_rows_are_not_changed(own):
     path = list(sys.path)
     loaded = datasets.load(f"{own}:table")
     assert sys.path == path
@@ -373,20 +373,20 @@ def test_own_rows_are_taken_as_they_are(own):
     np.testing.assert_array_equal(loaded.x_validation, again.x_validation)
 
 
-def test_own_pixels_are_scaled(own):
+def test_custom_pixels_are_scaled(own):
     loaded = datasets.load(f"{own}:pictures")
     assert (loaded.input_shape, loaded.classes) == ((9, 7, 1), 5)
     np.testing.assert_allclose(loaded.x_train[:, 4, 4, 0], loaded.y_train / 255, rtol=1e-6)
 
 
-def test_own_data_from_a_module_of_the_working_directory(own, monkeypatch):
+def test_custom_data_from_a_module_of_the_working_directory(own, monkeypatch):
     monkeypatch.chdir(own.parent)
     loaded = datasets.load("own:batches")
     assert sorted([*loaded.y_train, *loaded.y_validation]) == sorted([0, 1, 2, 3] * 6)
     np.testing.assert_array_equal(loaded.x_train[:, 1], loaded.y_train)
 
 
-def test_own_data_from_tensorflow_data_sets(own):
+def test_custom_data_from_tensorflow_data_sets(own):
     loaded, arrays = (datasets.load(f"{own}:{name}") for name in ("datasets", "table"))
     for part in ("x_train", "y_train", "x_validation", "x_test", "y_test"):
         np.testing.assert_array_equal(getattr(loaded, part), getattr(arrays, part))
@@ -409,12 +409,12 @@ def test_own_data_from_tensorflow_data_sets(own):
         ("texts", "one array of numbers.*x of <U"),
     ],
 )
-def test_what_is_wrong_with_own_data_is_said(own, function, message):
+def test_errors_in_custom_data_are_reported(own, function, message):
     with pytest.raises(ValueError, match=message):
         datasets.load(f"{own}:{function}")
 
 
-def test_missing_files_and_modules_of_own_data_are_named(own, monkeypatch):
+def test_missing_files_and_modules_of_custom_data_are_named(own, monkeypatch):
     with pytest.raises(datasets.DatasetNotFoundError, match=r"no file 'nowhere/own.py'"):
         datasets.load("nowhere/own.py:table")
     monkeypatch.chdir(own.parent)

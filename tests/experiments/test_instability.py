@@ -146,7 +146,7 @@ def interrupted(*args, **kwargs):
 
 
 @pytest.mark.once
-def test_an_interrupted_run_goes_on_under_the_same_masks_alone(
+def test_an_interrupted_run_is_resumed_only_under_the_same_masks(
     tmp_path, ticket, measured, monkeypatch, capsys
 ):
     options = OF_TICKET | {"masks": ticket, "rewind-to": 0, "out": tmp_path / "a"}
@@ -197,7 +197,7 @@ def test_the_file_of_the_options_is_replaced_as_a_whole(tmp_path, measured):
 
 
 @pytest.mark.once
-def test_an_interrupted_run_goes_on_and_reports_show_it(tmp_path, measured, monkeypatch):
+def test_an_interrupted_run_is_resumed_and_reports_show_it(tmp_path, measured, monkeypatch):
     options = {"steps": 9, "seeds": "1 2 5", "rewind-to": 0, "points": 3, "out": tmp_path / "a"}
     assert cli.main(command(**options)) == 0
     assert [state[:2] for state in measured] == [(1, 9), (2, 9), (5, 9)]

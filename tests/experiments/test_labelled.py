@@ -67,7 +67,7 @@ def refused_by_command(capsys, *options):
 
 @pytest.mark.once
 @pytest.mark.parametrize("kind", WRONG | OF_FILES)
-def test_files_of_named_data_sets_are_looked_at(tmp_path, capsys, kind):
+def test_files_of_named_data_sets_are_checked(tmp_path, capsys, kind):
     name, value, message = (WRONG | OF_FILES)[kind]
     np.savez(tmp_path / "mnist.npz", **arrays(name, value))
     with pytest.raises(ValueError, match=rf"(?s)mnist\.npz.*{message}"):
@@ -78,7 +78,7 @@ def test_files_of_named_data_sets_are_looked_at(tmp_path, capsys, kind):
 
 @pytest.mark.once
 @pytest.mark.parametrize("kind", WRONG | OF_FUNCTIONS)
-def test_what_functions_return_is_looked_at(tmp_path, capsys, monkeypatch, kind):
+def test_results_of_functions_are_checked(tmp_path, capsys, monkeypatch, kind):
     name, value, message = (WRONG | OF_FUNCTIONS)[kind]
     given = arrays(name, value)
     (tmp_path / "given.pkl").write_bytes(pickle.dumps(given))
@@ -98,7 +98,7 @@ def test_what_functions_return_is_looked_at(tmp_path, capsys, monkeypatch, kind)
 
 @pytest.mark.once
 @pytest.mark.parametrize("kind", WRONG)
-def test_downloads_are_looked_at(monkeypatch, kind):
+def test_downloads_are_checked(monkeypatch, kind):
     import keras
 
     name, value, message = WRONG[kind]
@@ -110,7 +110,7 @@ def test_downloads_are_looked_at(monkeypatch, kind):
 
 
 @pytest.mark.once
-def test_floats_are_looked_at_as_the_network_sees_them():
+def test_floats_are_checked_as_the_network_sees_them():
     x = np.linspace(-1, 1, COUNT * 3).reshape(COUNT, 3)
     for value, message in (
         (1e300, r"range of float32.*1e\+300"),
@@ -187,7 +187,7 @@ def test_an_exception_of_the_users_function_is_named(tmp_path, capsys, monkeypat
 
 
 @pytest.mark.once
-def test_a_module_that_failed_is_imported_anew(tmp_path):
+def test_a_module_that_failed_is_imported_again(tmp_path):
     file = tmp_path / "own.py"
     file.write_text("raise RuntimeError('not yet')\n")
     with pytest.raises(datasets.UserCodeError, match="not yet"):

@@ -141,7 +141,7 @@ def stored_arrays(file):
 
 
 @pytest.mark.once
-def test_an_interrupted_run_goes_on(finished, monkeypatch):
+def test_an_interrupted_run_is_resumed(finished, monkeypatch):
     folder, config, _ = finished
     elsewhere = folder.parent / "again"
     config = dataclasses.replace(config, out=elsewhere, quiet=True, deterministic=True)
@@ -195,7 +195,7 @@ def test_an_interrupted_run_goes_on(finished, monkeypatch):
 
 
 @pytest.mark.once
-def test_a_run_goes_on_where_it_was_its_data_that_was_interrupted(tmp_path, monkeypatch):
+def test_a_run_is_resumed_if_it_was_interrupted_while_loading_data(tmp_path, monkeypatch):
     config, data = load_and_resolve(
         RunConfig(rounds=1, steps=8, seeds=(0,), controls=(), out=tmp_path)
     )
@@ -232,7 +232,7 @@ def test_a_run_goes_on_where_it_was_its_data_that_was_interrupted(tmp_path, monk
 
 
 @pytest.mark.once
-def test_a_run_on_own_data_repeats_from_its_configuration(tmp_path, monkeypatch):
+def test_a_run_on_custom_data_repeats_from_its_configuration(tmp_path, monkeypatch):
     (tmp_path / "own.py").write_text(own_data.SOURCE)
     monkeypatch.chdir(tmp_path)
     options = ["--rounds", "1", "--steps", "4", "--seeds", "0", "--controls", "random_mask"]

@@ -62,7 +62,7 @@ def work(config, rows=ROWS, data=DATA, masks=None, finish=True, command="run"):
     return found
 
 
-def test_a_run_goes_on_by_its_choices_data_and_masks_until_it_is_finished(config):
+def test_a_run_is_resumed_by_its_options_data_and_masks_until_it_is_finished(config):
     new, goes_on, finished = (False, False), (False, True), (True, False)
     assert work(config, masks=MASKS, finish=False) == new
     other_data = dataclasses.replace(DATA, y_test=DATA.y_test + 1)
@@ -172,7 +172,7 @@ def test_a_kill_while_one_takes_the_place_of_the_other(
     assert not list(config.out.glob(".*"))
 
 
-def test_folders_made_before_they_said_so_are_read(config):
+def test_folders_of_earlier_versions_are_read(config):
     work(config)
     file = config.out / "config.json"
     stored = json.loads(file.read_text())

@@ -48,7 +48,7 @@ def opened(folder, **options):
 
 
 @pytest.mark.parametrize("option", ["strategy", "kept"])
-def test_an_interrupted_run_of_the_same_code_goes_on_and_of_other_code_does_not(tmp_path, option):
+def test_an_interrupted_run_is_resumed_only_with_the_same_code(tmp_path, option):
     register(1)
     assert not opened(tmp_path, **{option: "mine"})
     assert json.loads((tmp_path / "config.json").read_text())["code"].startswith("mine python3.")
@@ -62,14 +62,14 @@ def test_an_interrupted_run_of_the_same_code_goes_on_and_of_other_code_does_not(
         RepeatConfig(tmp_path).configuration()
 
 
-def test_what_cannot_be_identified_does_not_go_on(tmp_path):
+def test_runs_that_cannot_be_identified_are_not_resumed(tmp_path):
     register(1, threading.Lock())
     opened(tmp_path, strategy="mine")
     with pytest.raises(ValueError, match=r"for all that can be told. mine cannot .*`lock`"):
         opened(tmp_path, strategy="mine")
 
 
-def test_folders_of_what_is_built_in_say_what_they_always_said(tmp_path):
+def test_folders_with_built_in_criteria_keep_their_format(tmp_path):
     opened(tmp_path, strategy="movement", kept="constant")
     stored = json.loads((tmp_path / "config.json").read_text())
     assert "code" not in stored

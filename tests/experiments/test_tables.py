@@ -224,7 +224,7 @@ def test_labels_name_what_differs_and_what_does_not_follow_from_it(tmp_path):
     ]
 
 
-def test_runs_of_two_backends_or_of_two_data_sets_of_one_name_are_told_apart(tmp_path):
+def test_runs_of_two_backends_or_data_sets_are_distinguished(tmp_path):
     for name, origin in (("a", ("jax", "1")), ("b", ("torch", "1")), ("c", ("jax", "2"))):
         write_run(tmp_path / name, **dict(zip(results.ORIGIN, origin, strict=True)))
     groups = run_folders.groups_of(run_folders.find_runs([tmp_path]))

@@ -181,7 +181,7 @@ def test_quiet_reports_go_into_the_folder_they_are_of(ticket, tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_folders_that_are_no_runs_are_errors(tmp_path, capsys):
+def test_folders_that_are_not_runs_are_errors(tmp_path, capsys):
     for arguments, message in (
         ([str(tmp_path)], "neither a run folder"),
         ([str(tmp_path / "none")], "There is no folder"),

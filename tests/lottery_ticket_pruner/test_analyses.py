@@ -127,7 +127,7 @@ def test_instability_is_the_barrier_between_two_orders(line):
     assert [len(ax.collections) for ax in axes] == [2, 0]
 
 
-def test_instability_goes_on_where_schedule_and_masks_are():
+def test_instability_continues_with_the_schedule_and_masks():
     model = ml.convert_to_masked(classifier())
     mask = np.arange(20).reshape(4, 5) % 2 == 0
     ml.set_masks(model, {"a/kernel": mask})

@@ -86,7 +86,7 @@ def test_magnitude_increase_diff_sign_keeps_the_flipped_that_grew():
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("name", ["large_final_same_sign", "magnitude_increase_same_sign"])
-def test_flipped_weights_go_before_a_right_sign_of_magnitude_zero(name, seed):
+def test_flipped_weights_are_pruned_before_a_right_sign_of_magnitude_zero(name, seed):
     initial = [9, -9, 9, 1, -1]
     final = [0, -0.0, 1e-30, -8, 8]
     assert prune(name, 2, initial, final, seed=seed) == [1, 1, 1, 0, 0]
@@ -94,7 +94,7 @@ def test_flipped_weights_go_before_a_right_sign_of_magnitude_zero(name, seed):
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("name", ["large_final_diff_sign", "magnitude_increase_diff_sign"])
-def test_kept_signs_go_before_a_flip_of_magnitude_zero(name, seed):
+def test_kept_signs_are_pruned_before_a_flip_of_magnitude_zero(name, seed):
     initial = [9, -9, 9, 1, -1]
     final = [0, -0.0, -1e-30, 8, -8]
     assert prune(name, 2, initial, final, seed=seed) == [1, 1, 1, 0, 0]
@@ -107,14 +107,14 @@ def test_an_initial_zero_has_no_sign_that_could_be_wrong(name):
 
 
 @pytest.mark.parametrize("name", [n for n in criteria.names() if n.endswith("_sign")])
-def test_equally_wrong_signs_go_in_an_order_that_the_seed_decides(name):
+def test_equally_wrong_signs_are_pruned_in_an_order_that_the_seed_decides(name):
     final = [1, 2, 3, 4] if "diff" in name else [-1, -2, -3, -4]
     masks = [tuple(prune(name, 2, [1, 1, 1, 1], final, seed=seed)) for seed in range(40)]
     assert all(sum(mask) == 2 for mask in masks)
     assert len(set(masks)) == 6  # all pairs out of four
 
 
-def test_ranks_count_alive_weights_only():
+def test_ranks_count_only_kept_weights():
     initial = [1, 2, 3, 4, 9, 9]
     final = [6, 3, 4, 5, 9, 9]
     alive = [1, 1, 1, 1, 0, 0]
@@ -193,7 +193,7 @@ def test_a_plain_function_is_given_all_records():
     assert prune(lambda group: -np.abs(group.initial), 4) == HALF["small_init"]
 
 
-def test_a_callable_object_goes_by_the_name_of_its_class():
+def test_a_callable_object_has_the_name_of_its_class():
     class Shifted:
         def __call__(self, group):
             return np.abs(group.final) + 1
@@ -202,7 +202,7 @@ def test_a_callable_object_goes_by_the_name_of_its_class():
     assert prune(Shifted(), 4) == HALF["large_final"]
 
 
-def test_an_unregistered_function_does_not_come_back_as_something_else():
+def test_an_unregistered_function_is_not_restored_as_something_else():
     def mine(group):
         return group.final
 
@@ -223,7 +223,7 @@ def test_an_unknown_name_lists_the_known_ones():
 
 
 @pytest.mark.parametrize("identifier", [None, 3, {}, {"config": {}}, dict, ["large_final"]])
-def test_what_is_no_criterion_is_an_error_that_quotes_it(identifier):
+def test_everything_but_a_criterion_is_an_error_that_quotes_it(identifier):
     with pytest.raises(ValueError, match="Received"):
         criteria.get(identifier)
 

@@ -125,7 +125,7 @@ def test_update_takes_a_name_or_what_it_gives():
         update("large_init", weights, distribution="erk", sparsity=1.0)
 
 
-def test_a_model_takes_a_distribution_and_a_structure_beside_it():
+def test_a_model_takes_a_distribution_and_a_structure_together():
     keras.utils.set_random_seed(0)
     model = ml.convert_to_masked(
         keras.Sequential([keras.Input((30,)), layers.Dense(20), layers.Dense(10), layers.Dense(5)])
@@ -168,7 +168,7 @@ def test_configurations_round_trip(name):
 
 @pytest.mark.once
 @pytest.mark.parametrize("identifier", ["erg", None, 3, {}, {"name": "erk", "dense": True}])
-def test_what_is_no_distribution_is_an_error(identifier):
+def test_everything_but_a_distribution_is_an_error(identifier):
     with pytest.raises(ValueError, match=r"Received|Unknown distribution|cannot be created"):
         distributions.get(identifier)
 

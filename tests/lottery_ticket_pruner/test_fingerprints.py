@@ -197,12 +197,12 @@ def test_functions_that_name_each_other_come_to_an_end():
 
 
 @pytest.mark.parametrize("known", [np.abs, np.mean, len, str.upper, keras.ops.relu, dict])
-def test_what_a_library_has_goes_by_its_name(known):
+def test_objects_of_a_library_are_identified_by_name(known):
     assert fingerprint(known) != fingerprint(sum)
     assert description(known) == known.__name__
 
 
-def test_what_has_no_state_to_read_is_said(tmp_path):
+def test_objects_without_readable_state_are_reported(tmp_path):
     with open(tmp_path / "file", "w") as file:
         for thing, what in (
             (lambda group: file.write("x"), r"the variable `file` in its closure, a _io\."),
@@ -263,7 +263,7 @@ def test_descriptions_of_what_is_built_in_are_those_of_earlier_states():
     assert identity(treatments.get_pruned("zero")) == "zero"
 
 
-def test_descriptions_of_ones_own_have_the_code():
+def test_descriptions_of_custom_objects_have_their_code():
     wrapped = [
         keras.metrics.MeanMetricWrapper(lambda y, p, k=k: k * (y - p), name="one") for k in (1, 2)
     ]
@@ -295,14 +295,14 @@ def net(activation="relu", rate=0.1, extra=keras.layers.Identity):
     return keras.Model(inputs, joined)
 
 
-def test_layers_are_the_same_whatever_a_process_built_before():
+def test_layers_are_the_same_after_other_layers_were_built():
     assert layers(net()) == layers(net())
     assert layers(net(tanh, extra=Doubling)) == layers(net(tanh, extra=Doubling))
     others = [net(), net("tanh"), net(tanh), net(rate=0.2), net(extra=Doubling)]
     assert len({layers(model) for model in others}) == len(others)
 
 
-def test_layers_with_code_of_ones_own_that_changed_are_others(monkeypatch):
+def test_custom_layers_with_changed_code_are_different(monkeypatch):
     before = layers(net(extra=Doubling))
     monkeypatch.setattr(Doubling, "call", lambda self, x: 3 * x)
     assert layers(net(extra=Doubling)) != before
@@ -347,7 +347,7 @@ def test_modules_that_import_each_other_come_to_an_end_and_count(monkeypatch, tm
     assert not set(first) & set(other)
 
 
-def test_a_library_that_is_imported_late_goes_by_its_name(monkeypatch, tmp_path):
+def test_a_library_that_is_imported_late_is_identified_by_name(monkeypatch, tmp_path):
     folder = tmp_path / "site-packages"
     (folder / "late_library").mkdir(parents=True)
     (folder / "late_library" / "__init__.py").write_text("import late_library.part\n")

@@ -106,7 +106,7 @@ def test_our_schedules_have_their_values_and_theirs_are_taken_as_they_are(
         assert taken.get_config() == ours.get_config()
 
 
-def test_a_schedule_class_of_ones_own_drives_the_pruner(tfmot):
+def test_a_custom_schedule_class_drives_the_pruner(tfmot):
     import tensorflow as tf
 
     class EveryOther(tfmot.PruningSchedule):
@@ -202,7 +202,7 @@ def layers_of(tk, text):
     [(IMAGES, (10, 10, 4)), (SEQUENCES, (9, 4)), (VOLUMES, (6, 6, 6, 2))],
     ids=["images", "sequences", "volumes"],
 )
-def test_every_layer_that_both_know_comes_over(tk, tfmot, text, shape):
+def test_every_layer_that_both_know_is_converted(tk, tfmot, text, shape):
     layers = [
         layer if type(layer).__name__ == "RNN" else tfmot.prune_low_magnitude(layer)
         for layer in layers_of(tk, text.replace("GRU(4, True,", "GRU(4, return_sequences=True,"))
@@ -222,7 +222,7 @@ def test_every_layer_that_both_know_comes_over(tk, tfmot, text, shape):
     assert all(any(np.array_equal(mask, other) for other in ours) for mask in theirs)
 
 
-def test_a_graph_comes_over(tk, tfmot):
+def test_a_graph_is_converted(tk, tfmot):
     L, wrap = tk.layers, tfmot.prune_low_magnitude
     words, features = L.Input((6,), dtype="int32", name="words"), L.Input((8,), name="features")
     shared = L.Dense(8, activation="gelu", name="shared")
@@ -254,7 +254,7 @@ def test_a_graph_comes_over(tk, tfmot):
     assert all(isinstance(layer, keras.layers.Layer) for layer in target.layers)
 
 
-def test_a_stripped_model_comes_over_with_its_zeros(tk, tfmot):
+def test_a_stripped_model_is_converted_with_its_zeros(tk, tfmot):
     source = tk.Sequential(
         [tk.layers.Input((8,)), tk.layers.Dense(6, activation="relu"), tk.layers.Dense(2)]
     )
@@ -276,7 +276,7 @@ def test_a_stripped_model_comes_over_with_its_zeros(tk, tfmot):
         assert 0.45 < ml.sparsity_report(target).sparsity <= 0.5
 
 
-def test_mixed_precision_comes_over(tk, tfmot):
+def test_mixed_precision_is_converted(tk, tfmot):
     layer = tk.layers.Dense(4, dtype="mixed_bfloat16")
     source = scatter(tk.Sequential([tk.layers.Input((8,)), tfmot.prune_low_magnitude(layer)]))
     target = from_tfmot(source)
@@ -286,7 +286,7 @@ def test_mixed_precision_comes_over(tk, tfmot):
     assert (keras.ops.convert_to_numpy(ml.masked_refs(target)[0].variable) == kernel).all()
 
 
-def test_classes_of_ones_own_come_over_by_name(tk, tfmot):
+def test_custom_classes_are_converted_by_name(tk, tfmot):
     class Scale(tk.layers.Layer):
         def build(self, shape):
             self.scale = self.add_weight(name="scale", shape=shape[-1:])
@@ -308,7 +308,7 @@ def test_classes_of_ones_own_come_over_by_name(tk, tfmot):
     compare(source, from_tfmot(source, {"Scale": Scale3}), batch((8,)))
 
 
-def test_all_that_keras_3_lacks_is_named_at_once(tk, tfmot):
+def test_everything_that_keras_3_lacks_is_named_at_once(tk, tfmot):
     L = tk.layers
     inputs = L.Input((6, 4))
     x = L.ThresholdedReLU(name="threshold")(inputs)
@@ -326,7 +326,7 @@ def test_all_that_keras_3_lacks_is_named_at_once(tk, tfmot):
         assert part in str(error.value)
 
 
-def test_what_is_no_built_model_of_keras_2_is_refused(tk):
+def test_everything_but_built_models_of_keras_2_is_refused(tk):
     class Own(tk.Model):
         def call(self, x):
             return x

@@ -107,7 +107,7 @@ def test_a_layer_made_the_identity_returns_its_inputs():
 
 
 @pytest.mark.parametrize("wrap", [lambda optimizer: optimizer, keras.optimizers.LossScaleOptimizer])
-def test_slots_are_told_with_their_variables(wrap):
+def test_slots_are_reported_with_their_variables(wrap):
     variables = [keras.Variable(np.ones((2, 3))), keras.Variable(np.ones((2, 3)))]
     optimizer = wrap(keras.optimizers.Adam())
     made = []

@@ -168,7 +168,7 @@ def test_other_criteria_rank_the_weights_of_the_moment(regrowth):
 
 
 @pytest.mark.parametrize("strategy", ["smallest_weights", "large_init"])
-def test_a_sparser_layer_stays_and_the_others_go_on(strategy):
+def test_a_sparser_layer_is_kept_and_the_others_are_pruned_further(strategy):
     model = make_model()
     pruner = LotteryTicketPruner(model)
     first, second = (ref.path for ref in ml.masked_refs(model))
@@ -218,7 +218,7 @@ def test_with_several_steps_per_execution_masks_change_after_the_execution():
 
 
 @pytest.mark.parametrize(("accumulate", "scaled"), [(None, False), (2, False), (2, True)])
-def test_training_that_goes_on_goes_on_with_the_schedule(accumulate, scaled):
+def test_a_resumed_training_continues_with_the_schedule(accumulate, scaled):
     optimizer = keras.optimizers.SGD(0.01, gradient_accumulation_steps=accumulate)
     model = make_model(keras.optimizers.LossScaleOptimizer(optimizer) if scaled else optimizer)
     pruner = LotteryTicketPruner(model)
@@ -230,7 +230,7 @@ def test_training_that_goes_on_goes_on_with_the_schedule(accumulate, scaled):
         assert zeros(model)[0] == zero
 
 
-def test_a_loop_of_ones_own_advances_by_hand():
+def test_a_custom_loop_advances_explicitly():
     model = make_model()
     pruning = GradualPruning(LotteryTicketPruner(model), RAMP)
     x, y = make_data(12)
@@ -260,7 +260,7 @@ def test_exact_step_training_advances_after_each_stretch():
     assert seen == [(3, 0), (6, int(128 * RAMP(5))), (9, 115), (10, 115)]
 
 
-def test_what_cannot_change_masks_is_refused():
+def test_pruners_that_cannot_change_masks_are_refused():
     plain = keras.Sequential([keras.Input((8,)), keras.layers.Dense(2)])
     with pytest.raises(ValueError, match="convert_to_masked"):
         GradualPruning(LotteryTicketPruner(plain), 0.5)
@@ -370,7 +370,7 @@ def test_what_grows_starts_from_zero_and_what_stays_stays(name):
             assert (value[~grown] == old[~grown]).all()
 
 
-def test_slots_are_found_whatever_the_order_of_the_variables():
+def test_slots_are_found_for_any_order_of_the_variables():
     variables = make_model().trainable_variables[::-1]
     optimizer = keras.optimizers.SGD(0.1, momentum=0.9)
     optimizer.build(variables)
@@ -433,7 +433,7 @@ def test_the_share_that_moves_falls_by_half_a_cosine():
     assert [s for s in range(401) if rewiring._due(s)] == [100, 200]
 
 
-def test_training_that_goes_on_does_not_rewire_twice_at_one_step():
+def test_a_resumed_training_does_not_rewire_twice_at_one_step():
     model, pruner = sparse_model()
     before, watch = ml.get_masks(model), Watch()
     for _ in range(2):  # 5 batches each
@@ -472,7 +472,7 @@ def test_weights_that_diverged_are_named():
     assert same_masks(before, ml.get_masks(model))
 
 
-def test_a_dense_model_is_told_that_nothing_moves():
+def test_a_dense_model_gets_a_warning_that_nothing_moves():
     model, pruner = sparse_model()
     ml.set_masks(model, {path: np.ones_like(mask) for path, mask in ml.get_masks(model).items()})
     with pytest.warns(UserWarning, match="moved nothing at step 5: .*no pruned weights"):

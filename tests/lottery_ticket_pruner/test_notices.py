@@ -53,7 +53,7 @@ def fit(model, callbacks, epochs=1):
     model.fit(X, Y, batch_size=6, epochs=epochs, verbose=0, callbacks=callbacks)  # 4 steps each
 
 
-def test_an_update_that_empties_a_layer_says_so_once():
+def test_an_update_that_empties_a_layer_warns_once():
     model = make_model()
     pruner = LotteryTicketPruner(model)
     with pytest.warns(UserWarning, match=r"Nothing is left of 'mid/kernel': .*scope=\"layer\""):
@@ -71,7 +71,7 @@ def test_an_update_that_empties_a_layer_says_so_once():
 
 
 @pytest.mark.once
-def test_the_earlier_interface_says_so_too():
+def test_the_earlier_interface_warns_too():
     model = make_model(masked=False)
     pruner = LotteryTicketPruner(model)
     with pytest.warns(UserWarning, match="Nothing is left of 'mid/kernel'"):
@@ -79,7 +79,7 @@ def test_the_earlier_interface_says_so_too():
 
 
 @pytest.mark.parametrize("strategy", ["smallest_weights", "large_init"])
-def test_gradual_pruning_says_it_once_and_at_which_step(strategy):
+def test_gradual_pruning_warns_once_with_the_step(strategy):
     model = make_model()
     schedule = schedules.Function(lambda step: 0.2 * step, frequency=1)
     pruning = GradualPruning(LotteryTicketPruner(model), schedule, strategy, scope="global")
@@ -128,7 +128,7 @@ def test_the_report_of_an_export_names_what_is_all_zero(tmp_path):
         assert ("nothing but zeros: mid/kernel" in str(report)) == expected
 
 
-def test_an_update_that_prunes_nothing_says_so():
+def test_an_update_that_prunes_nothing_warns():
     pruner = LotteryTicketPruner(make_model())
     for amount in ({"rate": 0.01}, {"sparsity": 0.01}):
         with pytest.warns(UserWarning, match="Nothing was pruned: a share of 0.01 is less than"):
@@ -171,7 +171,7 @@ def test_filters_that_match_nothing_are_named(filters, message):
 
 
 @pytest.mark.once
-def test_filters_that_leave_nothing_are_told_the_names_of_layers():
+def test_filters_that_leave_nothing_get_an_error_with_the_names_of_layers():
     inputs = keras.Input((4,))
     outputs = inputs
     for number in range(30):
@@ -225,7 +225,7 @@ def test_patterns_that_others_keep_from_any_path_are_refused():
         (schedules.Constant(0.5), None),
     ],
 )
-def test_a_training_that_ends_before_its_schedule_says_where_it_stopped(schedule, message):
+def test_a_training_that_ends_before_its_schedule_warns_with_its_step(schedule, message):
     model = make_model()
     pruning = GradualPruning(LotteryTicketPruner(model), schedule)
     if message is None:
@@ -248,7 +248,7 @@ def test_the_remedies_of_an_unfinished_schedule_lead_to_its_final_sparsity():
 
 
 @pytest.mark.parametrize("cls", [schedules.Polynomial, schedules.Geometric])
-def test_a_sparsity_that_falls_needs_weights_that_come_back(cls):
+def test_a_falling_sparsity_needs_regrowth(cls):
     falling = cls(0.7, 0.5, 0, 4, frequency=2)
     model = make_model()
     with pytest.raises(ValueError, match=r"falls, .*initial_sparsity=0\.7, .* `regrowth=True`"):
@@ -263,7 +263,7 @@ def test_a_sparsity_that_falls_needs_weights_that_come_back(cls):
         fit(model, [pruning])
 
 
-def test_rewiring_that_never_comes_is_refused_or_told():
+def test_rewiring_that_never_happens_is_refused_or_reported():
     model = make_model()
     pruner = LotteryTicketPruner(model)
     pruner.update_masks("random", sparsity=0.5)
@@ -306,7 +306,7 @@ def test_a_function_that_gives_no_sparsity_is_named(value):
 
 
 @pytest.mark.once
-def test_booleans_are_no_numbers():
+def test_booleans_do_not_count_as_numbers():
     pruner = LotteryTicketPruner(make_model())
     for name in ("rate", "sparsity"):
         with pytest.raises(ValueError, match=f"`{name}` must be a number in"):

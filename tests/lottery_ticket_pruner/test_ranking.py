@@ -90,7 +90,7 @@ def test_the_lot_draws_every_number_once_and_evenly():
         assert abs(np.corrcoef(*pair)[0, 1]) < 0.02
 
 
-def test_equal_weights_go_by_the_seed_alike_on_every_backend():
+def test_ties_are_broken_by_the_seed_in_the_same_way_on_every_backend():
     weight, alive = ops.ones((SIZE,)), ops.ones((SIZE,), "bool")
     kept = [
         np.flatnonzero(as_numpy(ranking.keep_largest(weight, alive, integer(6), integer(seed)))[0])
@@ -100,7 +100,7 @@ def test_equal_weights_go_by_the_seed_alike_on_every_backend():
     assert kept[0].tolist() != kept[1].tolist()
 
 
-def test_what_is_not_finite_is_told_where_it_competes():
+def test_values_that_are_not_finite_are_reported_where_they_are_ranked():
     weight = ops.convert_to_tensor(np.array([1, np.nan, -np.inf, 2], "float32"))
     for alive, expected in (
         ([True, False, False, True], True),
@@ -119,7 +119,7 @@ def test_half_precision_is_ranked_as_it_is(dtype):
 
 
 @pytest.mark.skipif(keras.backend.backend() == "torch", reason="torch runs as it is")
-def test_another_count_or_seed_compiles_nothing_anew():
+def test_another_count_or_seed_recompiles_nothing():
     traces = []
 
     @ranking.compiled

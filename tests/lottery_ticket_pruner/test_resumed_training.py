@@ -98,7 +98,7 @@ ONCE = ("regrowth", "movement")  # differences between backends are covered by t
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=[pytest.mark.once] * (n in ONCE)) for n in CALLBACKS]
 )
-def test_masks_go_on_whatever_the_order_of_the_callbacks(name, tmp_path):
+def test_masks_continue_in_any_order_of_the_callbacks(name, tmp_path):
     def make():
         # Keras does not support steps_per_execution on torch.
         model = make_model(steps_per_execution=2 if name == "SET" and BACKEND != "torch" else 1)
@@ -111,7 +111,7 @@ def test_masks_go_on_whatever_the_order_of_the_callbacks(name, tmp_path):
 
 
 @pytest.mark.parametrize("use_dwr", [False, pytest.param(True, id="rescaled")])
-def test_a_plain_model_goes_on_under_its_masks(use_dwr, tmp_path):
+def test_a_plain_model_continues_under_its_masks(use_dwr, tmp_path):
     """Even if the restored weights already contain the rescaling factor."""
 
     def make():
@@ -149,7 +149,7 @@ def test_weights_that_another_callback_loads_are_pruned_before_the_first_batch()
     assert seen == [[64, 16]]
 
 
-def test_a_rewired_model_that_is_saved_goes_on_after_its_last_change(tmp_path):
+def test_a_saved_rewired_model_continues_after_its_last_change(tmp_path):
     model = make_model()
     pruner = LotteryTicketPruner(model)
     pruner.update_masks("random", sparsity=0.5)

@@ -200,7 +200,7 @@ def test_get_takes_the_configurations_of_tfmot():
         (1.0, r"`sparsity` must be a number in \[0, 1\)"),
     ],
 )
-def test_get_refuses_what_is_no_schedule(identifier, message):
+def test_get_refuses_everything_but_schedules(identifier, message):
     with pytest.raises(ValueError, match=message):
         schedules.get(identifier)
 

@@ -39,7 +39,7 @@ def test_two_of_four_keep_the_largest_of_each_group_of_inputs():
 
 
 @pytest.mark.once
-def test_blocks_of_a_matrix_go_by_their_average_or_their_maximum():
+def test_blocks_of_a_matrix_are_ranked_by_average_or_maximum():
     values = np.array(
         [
             [9, 0, 4, 4, 1],
@@ -57,7 +57,7 @@ def test_blocks_of_a_matrix_go_by_their_average_or_their_maximum():
 
 
 @pytest.mark.once
-def test_dead_weights_have_no_part_in_the_score_of_a_tile_and_stay_dead():
+def test_pruned_weights_do_not_affect_the_score_of_a_tile_and_stay_pruned():
     values, mask = [[9, 2], [1, 2]], [[0, 1], [1, 1]]
     pruned = update("large_final", {"k": kernel(values, mask)}, rate=0.5, structure="units")["k"]
     np.testing.assert_array_equal(pruned, [[0, 1], [0, 1]])  # 1 against 2, not 5
@@ -66,7 +66,7 @@ def test_dead_weights_have_no_part_in_the_score_of_a_tile_and_stay_dead():
 
 
 @pytest.mark.once
-def test_tiles_of_all_layers_compete_where_the_scope_is_global():
+def test_tiles_of_all_layers_are_ranked_together_with_global_scope():
     weights = {"a": kernel([[1, 2, 3]]), "b": kernel([[4, 5], [4, 6]])}
     masks = update("large_final", weights, rate=0.4, structure="units", scope="global")
     assert [mask.tolist() for mask in masks.values()] == [[[0, 0, 1]], [[1, 1], [1, 1]]]
@@ -233,7 +233,7 @@ def test_two_of_four_run_on_sparse_tensor_cores():
 
 @pytest.mark.once
 @pytest.mark.parametrize(("structure", "amount"), [("2:4", {}), ("units", {"rate": 0.5})])
-def test_ties_go_by_the_seed(structure, amount):
+def test_ties_are_broken_by_the_seed(structure, amount):
     weights = {"k": kernel(np.ones((8, 8)))}
     masks = [
         update("large_final", weights, structure=structure, seed=seed, **amount)["k"]
@@ -271,7 +271,7 @@ def test_rounds_of_rates_and_sparsities_count_tiles():
 @pytest.mark.once
 @pytest.mark.parametrize("name", BY_RECORDS)
 @pytest.mark.parametrize("structure", ["2:4", "filters", structures.Blocks((2, 2), "max")])
-def test_structures_go_with_all_criteria_of_records(name, structure):
+def test_structures_work_with_all_criteria_of_records(name, structure):
     rng = np.random.default_rng(0)
     weights = {
         path: Weights(
@@ -351,7 +351,7 @@ def test_every_form_round_trips(identifier, expected):
         {"name": "filters", "size": 3},
     ],
 )
-def test_what_is_no_structure_is_an_error_that_quotes_it(identifier):
+def test_everything_but_a_structure_is_an_error_that_quotes_it(identifier):
     with pytest.raises(ValueError, match=r"Received|Unknown structure|cannot be created"):
         structures.get(identifier)
 
@@ -406,7 +406,7 @@ def test_a_registered_class_works_by_name(registry):
 
 @pytest.mark.once
 @pytest.mark.parametrize("tile", [3, (1, 2), (1, 0, 1), (1, 1.5, 1)])
-def test_what_is_no_tile_is_an_error_that_quotes_it(tile):
+def test_everything_but_a_tile_is_an_error_that_quotes_it(tile):
     def odd(layout):
         return tile
 
@@ -467,7 +467,7 @@ def test_shrink_removes_the_filters_that_were_pruned():
     )
 
 
-def test_weights_without_such_tiles_stay_as_they_are_and_are_named(caplog):
+def test_weights_without_such_tiles_are_not_changed_and_are_named(caplog):
     model = keras.Sequential(
         [keras.Input((5,)), layers.Embedding(8, 4, name="words"), layers.Dense(6, name="dense")]
     )

@@ -79,7 +79,7 @@ def test_every_cell_is_what_the_pruner_evaluates(pruner, data):
     pruner.reset_masks()
 
 
-def test_frozen_values_masks_and_factors_do_not_matter_and_come_back(pruner, data):
+def test_frozen_values_masks_and_factors_do_not_matter_and_are_restored(pruner, data):
     model = pruner.model
     options = {"criteria": ["movement"], "sparsities": [0.5], "seed": 1}
     expected = evaluate_grid(pruner, *data, **options)

@@ -146,7 +146,7 @@ def own_loss(y, outputs):
         (None, 3, INDICES),
     ],
 )
-def test_nothing_is_said_of_targets_that_go_with_the_loss(loss, units, y):
+def test_there_is_no_message_about_targets_that_fit_the_loss(loss, units, y):
     model = keras.Sequential([keras.Input((5,)), keras.layers.Dense(units)])
     model.compile("sgd", loss)
     assert targets.mismatch(model, X, y) is None

@@ -67,7 +67,7 @@ def test_the_graph_is_always_the_present_one():
 
 
 @pytest.mark.once
-def test_gradients_of_functions_that_are_alive_stay():
+def test_gradients_of_functions_in_use_are_kept():
     import tensorflow as tf
 
     @tf.custom_gradient

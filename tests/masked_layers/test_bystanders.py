@@ -36,7 +36,7 @@ def value(model):
 
 
 @pytest.mark.once("tensorflow")
-def test_functions_whose_variables_are_gone_are_no_obstacle():
+def test_functions_whose_variables_are_deleted_are_not_an_obstacle():
     import tensorflow as tf
 
     class Module(tf.Module):

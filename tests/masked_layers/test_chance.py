@@ -49,7 +49,7 @@ def test_a_model_that_draws_from_a_generator_of_keras_is_compared(source):
         np.testing.assert_array_equal(old, new)
 
 
-def test_of_a_model_that_draws_otherwise_it_is_said_that_nothing_was_compared():
+def test_models_with_other_random_numbers_are_reported_as_not_compared():
     with pytest.warns(UserWarning, match="other outputs at each call") as caught:
         masked = ml.convert_to_masked(noisy("numpy"))
     assert any("whether its copy has the same ones" in str(w.message) for w in caught)
@@ -93,7 +93,7 @@ class Remembers(keras.Model):
 
 
 @pytest.mark.parametrize("inplace", [False, True])
-def test_the_checks_leave_no_tensor_of_their_own_calls_in_a_layer(inplace):
+def test_the_checks_leave_no_tensors_in_a_layer(inplace):
     """A tensor of a symbolic call has no values, and raises a late error on JAX and TensorFlow."""
     model = Remembers()
     model.build((None, 4))

@@ -200,7 +200,7 @@ def test_a_file_with_another_factor_reaches_every_function(tmp_path):
     check(task, outer, beside)
 
 
-def test_a_file_of_many_masks_is_loaded_with_one_look_at_what_is_alive(tmp_path, monkeypatch):
+def test_a_file_of_many_masks_is_loaded_with_one_collection_of_live_objects(tmp_path, monkeypatch):
     def make():
         inner = [layers.Dense(4) for _ in range(6)]
         return ml.convert_to_masked(keras.Sequential([keras.Input((4,)), *inner]))
@@ -234,7 +234,7 @@ def test_a_file_of_many_masks_is_loaded_with_one_look_at_what_is_alive(tmp_path,
 
 
 @pytest.mark.once
-def test_functions_of_ones_own_are_named():
+def test_custom_functions_are_named():
     model = backbone()
 
     def my_step(x):

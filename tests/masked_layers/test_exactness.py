@@ -315,7 +315,7 @@ def test_the_state_of_a_model_does_not_move():
     assert state(stripped)[2] == before[2]
 
 
-def test_outputs_that_differ_from_call_to_call_are_no_reason():
+def test_outputs_that_differ_from_call_to_call_are_not_a_reason():
     class Random(layers.Layer):
         def call(self, x):
             return x * np.random.default_rng().random()

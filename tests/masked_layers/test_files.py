@@ -41,7 +41,7 @@ def writer(tmp_path):
 
 
 @posix
-def test_what_a_killed_process_left_goes_with_the_next_one(writer, tmp_path):
+def test_remains_of_a_killed_process_are_removed_by_the_next_one(writer, tmp_path):
     (tmp_path / ".1.notmine_").mkdir()
     (tmp_path / ".1.notmine_" / "thesis.txt").touch()
     (tmp_path / ".1.too_long_").mkdir()

@@ -67,7 +67,7 @@ def test_the_mode_of_a_call_reaches_what_is_read_in_it():
     assert not _keras.is_training()
 
 
-def test_calls_are_told_from_what_is_outside_of_them():
+def test_calls_are_distinguished_from_code_outside():
     class Watching(layers.Layer):
         def call(self, x):
             seen.append(_keras.is_calling())
@@ -127,7 +127,7 @@ def test_shared_objects_stay_shared_through_serialize():
     assert copy.first is copy.second
 
 
-def test_state_goes_apart_where_keras_saves_it_beside_the_config(tmp_path):
+def test_state_is_kept_separate_where_keras_saves_it_outside_the_config(tmp_path):
     seen = []
 
     class Watching(layers.Layer):
@@ -248,7 +248,7 @@ def test_in_an_identity_scope_configs_stand_for_the_objects_themselves():
     assert keras.saving.get_registered_name(first) == "activation"
 
 
-def test_a_custom_object_scope_goes_before_what_is_registered_and_keeps_the_outer_one():
+def test_a_custom_object_scope_takes_precedence_and_keeps_the_outer_one():
     def outer():
         return None
 
@@ -309,7 +309,7 @@ def test_values_assigned_by_a_callback_outlive_a_sync():
 
 
 @pytest.mark.once("jax")
-def test_withdrawn_and_lent_values_are_told_apart():
+def test_withdrawn_and_lent_values_are_distinguished():
     new, variable = keras.Variable(np.ones(2)), keras.Variable(np.ones(2))
     with keras.StatelessScope():
         assert not _keras.is_withdrawn(variable)
@@ -358,7 +358,7 @@ def test_layouts_of_jax_are_those_of_the_weight():
 
 
 @pytest.mark.once
-def test_models_of_a_strategy_are_told_from_others():
+def test_models_of_a_strategy_are_distinguished_from_others():
     import tensorflow as tf
 
     strategy = tf.distribute.MirroredStrategy(["CPU:0"])
@@ -423,7 +423,7 @@ def test_an_attribute_is_another_one_until_the_end_and_is_not_tracked():
     assert "call" not in vars(model.layers[0])
 
 
-def test_inputs_are_told_in_the_structure_that_the_model_takes():
+def test_inputs_are_named_in_the_structure_that_the_model_takes():
     a, b = keras.Input((4,), name="a"), keras.Input((2, 3), dtype="int32", name="b")
     model = keras.Model({"b": b, "a": a}, layers.Dense(1)(a))
     specs = _keras.input_specs(model)

@@ -74,7 +74,7 @@ def test_variables_in_the_graph_are_named_by_the_operation_that_takes_them():
     assert _keras_trace.variables_in_graph(keras.Model(x, hidden)) == {}
 
 
-def test_a_load_is_told_by_one_object_that_ends_with_it(tmp_path):
+def test_a_load_is_identified_by_one_object_that_ends_with_it(tmp_path):
     seen = []
 
     class Noting(layers.Dense):

@@ -242,7 +242,7 @@ def test_wrappers(make, tmp_path):
 # --- Properties of masks --------------------------------------------------------------------------
 
 
-def test_pruned_entries_are_positive_zero_whatever_the_raw_weight_is():
+def test_pruned_entries_are_positive_zero_for_any_raw_weight():
     layer = ml.MaskedDense(5, use_bias=False)
     layer.build((None, 1))
     layer.set_weights([np.array([[-1.0, np.nan, np.inf, -0.0, 2.0]], "float32")])
@@ -349,7 +349,7 @@ def test_a_subclass_of_a_masked_layer_works_like_any_other():
 
 
 @pytest.mark.once
-def test_type_checkers_are_told_of_every_class():
+def test_type_checkers_know_every_class():
     stub = ast.parse(Path(classes.__file__).with_suffix(".pyi").read_text(encoding="utf-8"))
     bases = {
         node.name: [ast.unparse(base) for base in node.bases]

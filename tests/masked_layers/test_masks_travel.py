@@ -149,7 +149,7 @@ def check_masks(other, model):
 
 
 @pytest.mark.parametrize(("make", "way"), CASES, ids=names)
-def test_masks_come_along(make, way, tmp_path):
+def test_masks_are_copied(make, way, tmp_path):
     model = make()
     other = WAYS[way](model, tmp_path)
     check_masks(other, model)
@@ -160,7 +160,7 @@ def test_masks_come_along(make, way, tmp_path):
 
 @pytest.mark.parametrize(("make", "way"), MADE_BY_KERAS, ids=names)
 @pytest.mark.usefixtures("nothing_drawn")
-def test_masks_of_layers_that_others_make_come_along(make, way, tmp_path):
+def test_masks_of_layers_created_by_others_are_copied(make, way, tmp_path):
     model = make()
     check_masks(WAYS[way](model, tmp_path), model)
 
@@ -211,7 +211,7 @@ def test_parts_of_a_model_share_its_masks():
     assert not ops.convert_to_numpy(part(X)).any()
 
 
-def test_what_holds_masks_beside_the_config_does_not_repeat_them_in_it(tmp_path):
+def test_masks_saved_outside_the_config_are_not_repeated_in_it(tmp_path):
     model = dense()
     model.save(tmp_path / "m.keras")
     with zipfile.ZipFile(tmp_path / "m.keras") as file:

@@ -95,7 +95,7 @@ def test_a_model_without_masks_is_refused():
     [lambda model: ml.set_rescale(model, True), lambda m: LotteryTicketPruner(m).apply_dwr(m)],
     ids=["of masks", "of the pruner"],
 )
-def test_a_function_of_ones_own_is_named_at_the_line_of_its_user(switch):
+def test_a_custom_function_is_named_at_the_line_of_its_user(switch):
     import tensorflow as tf
 
     model = masked()

@@ -75,7 +75,7 @@ def test_jax_exports_what_tensorflow_alone_runs(tmp_path):
 
 
 @pytest.mark.skipif(keras.backend.backend() != "torch", reason="is about the torch backend")
-def test_torch_says_how_to_go_on(tmp_path):
+def test_errors_on_torch_say_what_to_do(tmp_path):
     with pytest.raises(NotImplementedError, match=r"strip_masks.*KERAS_BACKEND=tensorflow"):
         export_sparse_saved_model(model(), tmp_path / "out")
     assert not list(tmp_path.iterdir())

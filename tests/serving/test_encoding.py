@@ -59,7 +59,7 @@ def sparse_arrays(draw):
 
 @given(st.dictionaries(st.text(max_size=8), sparse_arrays(), max_size=5), st.data())
 @settings(max_examples=80)
-def test_any_arrays_come_back(arrays, data):
+def test_any_arrays_are_restored(arrays, data):
     encodings = {
         name: data.draw(st.sampled_from(["sparse", "dense"]))
         for name in arrays
@@ -234,7 +234,7 @@ def test_other_bytes_are_noticed(data):
         decode(data)
 
 
-def test_another_version_says_so():
+def test_another_version_is_reported():
     data = bytearray(DATA)
     data[4] = 9
     with pytest.raises(ValueError, match="format version 9, this library reads version 1"):

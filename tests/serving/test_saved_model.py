@@ -207,7 +207,7 @@ class Counting(keras.layers.Layer):
         return x @ self.kernel + keras.ops.cast(self.calls, "float32")
 
 
-def test_state_that_a_call_changes_goes_on_changing(tmp_path):
+def test_state_that_a_call_changes_keeps_changing(tmp_path):
     model = keras.Sequential([keras.Input((20,)), Counting()])
     export_sparse_saved_model(model, tmp_path / "out")
     assert int(model.layers[0].calls) == 0
@@ -216,7 +216,7 @@ def test_state_that_a_call_changes_goes_on_changing(tmp_path):
     assert [float(loaded.serve(x)[0, 0]) for _ in range(3)] == [1.0, 2.0, 3.0]
 
 
-def test_a_fixed_batch_is_kept_and_state_goes_on(tmp_path):
+def test_a_fixed_batch_is_kept_and_state_continues(tmp_path):
     model = keras.Sequential(
         [keras.Input(batch_shape=(3, 5, 4)), layers.LSTM(8, stateful=True), layers.Dense(2)]
     )

@@ -55,7 +55,7 @@ OUTPUTS = {
 
 
 @pytest.mark.parametrize("kind", OUTPUTS)
-def test_the_flow_is_that_of_the_positive_network_whatever_its_last_activation(kind):
+def test_the_flow_is_that_of_the_positive_network_for_any_last_activation(kind):
     model = two_layers(*OUTPUTS[kind]())
     before = [np.array(keras.ops.convert_to_numpy(v)) for v in model.variables]
     rng = np.random.default_rng(0)
@@ -132,7 +132,7 @@ def test_rounds_follow_what_was_asked_for_and_not_its_rounded_count(amount, monk
     assert counts == [32 - int((1 - 0.23 ** (k / 100)) * 32 + 1e-6) for k in range(101)]
 
 
-def test_rounds_go_on_from_the_present_density(monkeypatch):
+def test_rounds_continue_from_the_current_density(monkeypatch):
     model = two_layers()
     LotteryTicketPruner(model).update_masks("random", sparsity=0.25, scope="global")
     counts = alive_in_each_round(monkeypatch, model, rate=0.3)
@@ -167,7 +167,7 @@ def test_products_beyond_single_precision_are_kept_apart():
     assert min(array.min() for array in flow.values()) > np.finfo("float32").max
 
 
-def test_only_synflow_keeps_every_layer_alive():
+def test_only_synflow_keeps_weights_in_every_layer():
     hidden = [layers.Dense(32, activation="relu") for _ in range(8)]
     model = sequential(*hidden, layers.Dense(10), shape=(64,))
     model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
@@ -198,7 +198,7 @@ class Subclassed(keras.Model):
         return self.dense(x)
 
 
-def test_what_has_no_flow_is_refused():
+def test_models_without_a_flow_are_refused():
     probable = two_layers(layers.Dense(3), Probable())
     with pytest.raises(ValueError, match="add up to 1"):
         SynapticFlow(probable)

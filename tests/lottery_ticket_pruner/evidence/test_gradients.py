@@ -54,7 +54,7 @@ def compiled_loss(model):
     return float(keras.ops.convert_to_numpy(model.loss(Y, model(X, training=True))))
 
 
-def test_alive_and_pruned_entries_agree_with_central_differences(float64):
+def test_kept_and_pruned_entries_agree_with_central_differences(float64):
     model = small_model()
     found = gradients.loss_gradients(model, X, Y, batch_size=5)
     # A copy in which pruned entries are zeros of kept weights.
@@ -77,7 +77,7 @@ def test_alive_and_pruned_entries_agree_with_central_differences(float64):
         ref.variable.assign(values)
 
 
-def test_alive_entries_have_the_gradient_that_an_sgd_step_follows():
+def test_kept_entries_have_the_gradient_that_an_sgd_step_follows():
     model = small_model()
     for variable in model.trainable_variables:
         variable.regularizer = None

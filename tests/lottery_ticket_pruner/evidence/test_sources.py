@@ -92,7 +92,7 @@ def test_weights_of_examples_count():
     assert any((mask != alone[path]).any() for path, mask in ml.get_masks(model).items())
 
 
-def test_evidence_is_worked_out_anew_in_every_round(monkeypatch):
+def test_evidence_is_measured_again_in_every_round(monkeypatch):
     monkeypatch.setattr(criteria, "_REGISTRY", criteria._REGISTRY.copy())
     seen = []
 

@@ -354,7 +354,7 @@ def test_a_training_that_fails_does_not_leave_the_hold_behind(data):
     assert largest_pruned(pruner, model) > 0
 
 
-def test_the_hold_of_a_failed_training_goes_with_its_callback(data):
+def test_the_hold_of_a_failed_training_ends_with_its_callback(data):
     model = classifier()
     pruner = LotteryTicketPruner(model)
     pruner.calc_prune_mask(model, 0.5, "large_init")

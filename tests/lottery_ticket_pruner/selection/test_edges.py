@@ -91,7 +91,7 @@ def test_nothing_to_prune_is_an_error():
 
 @pytest.mark.parametrize("scope", criteria.SCOPES)
 @pytest.mark.parametrize("name", [n for n in RANKING_RECORDS if n != "smallest_weights_global"])
-def test_groups_without_alive_weights_and_without_weights_stay(name, scope):
+def test_groups_without_kept_weights_and_without_weights_are_not_changed(name, scope):
     weights = {
         "dead": kernel(np.ones((2, 3)), np.zeros((2, 3))),
         "empty": kernel(np.ones((0, 3))),
@@ -135,7 +135,7 @@ def test_half_precision_neither_rounds_nor_overflows():
         assert update("movement", weights, rate=drop / 4)["k"].tolist() == kept
 
 
-def test_kernels_of_different_dtypes_compete_by_value():
+def test_kernels_of_different_dtypes_are_ranked_by_value():
     weights = {
         "half": kernel(np.array([1, 4], dtype=np.float16)),
         "double": kernel(np.array([4 + 1e-12, 3])),

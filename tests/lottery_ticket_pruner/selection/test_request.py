@@ -48,7 +48,7 @@ def test_a_request_does_not_change():
         ({"seed": -1}, "non-negative integer"),
     ],
 )
-def test_the_door_refuses_what_no_weights_are_needed_to_refuse(arguments, message):
+def test_requests_refuse_everything_that_needs_no_weights(arguments, message):
     with pytest.raises(ValueError, match=message):
         Request.of(**{"criterion": "large_final"} | arguments)
 

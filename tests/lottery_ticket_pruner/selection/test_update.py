@@ -213,7 +213,7 @@ def test_two_global_rounds_are_torchs_global_unstructured(seed):
 # ------------------------------------------------------------------------------ scope and shares
 
 
-def test_layers_compete_alone_together_or_by_output():
+def test_weights_are_ranked_by_layer_globally_or_by_output():
     weights = {
         "small/kernel": kernel([[1, 2], [3, 4]]),
         "large/kernel": kernel([[10, 40], [20, 30]]),

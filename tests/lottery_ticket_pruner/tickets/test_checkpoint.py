@@ -107,7 +107,7 @@ def test_a_registered_criterion_that_was_edited_is_another_one(tmp_path, monkeyp
         search(tmp_path, strategy="mine")
 
 
-def test_what_cannot_be_identified_is_not_resumed_and_says_so_at_the_beginning(tmp_path):
+def test_searches_that_cannot_be_identified_are_refused_at_the_beginning(tmp_path):
     lock = threading.Lock()
 
     def locked(group):

@@ -30,7 +30,7 @@ def everything(model):
         ("learning_rate_rewinding", "zero", ("random_reinit",), 4, 3),
     ],
 )
-def test_a_search_goes_on_where_it_was_interrupted(
+def test_a_search_is_resumed_where_it_was_interrupted(
     data, tmp_path, retraining, pruned, controls, rows_before, known
 ):
     search = {
@@ -89,7 +89,7 @@ def test_numbers_and_ranges_of_other_types_go_into_a_checkpoint(data, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_weights_go_on_from_a_checkpoint(data, tmp_path, dtype):
+def test_half_precision_weights_are_resumed_from_a_checkpoint(data, tmp_path, dtype):
     def model():
         keras.utils.set_random_seed(0)
         hidden = layers.Dense(6, "relu", dtype=dtype)
@@ -115,7 +115,7 @@ def test_half_precision_weights_go_on_from_a_checkpoint(data, tmp_path, dtype):
     assert untimed[0] == untimed[1]
 
 
-def test_a_search_of_another_model_or_of_other_data_does_not_go_on(data, tmp_path):
+def test_a_search_of_another_model_or_of_other_data_is_not_resumed(data, tmp_path):
     x, y = data
     arguments = {"rounds": 1, "steps": 1, "controls": (), "checkpoint": tmp_path}
     arguments |= {"validation_data": data, "test_data": data}

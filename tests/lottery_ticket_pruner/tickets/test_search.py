@@ -142,7 +142,7 @@ def test_a_learning_rate_schedule_goes_back_to_the_rewinding_point(data, starts)
 
 
 @pytest.mark.once
-def test_a_learning_rate_schedule_starts_anew_in_every_search(data, starts):
+def test_a_learning_rate_schedule_restarts_in_every_search(data, starts):
     model = ml.convert_to_masked(scheduled_model())
     start, found = model.get_weights(), []
     for _ in range(2):

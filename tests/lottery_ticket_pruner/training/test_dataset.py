@@ -52,7 +52,7 @@ def doors(model, x):
 
 @pytest.mark.once
 @pytest.mark.parametrize("kind", WRONG)
-def test_every_door_looks_at_its_arrays(model, kind):
+def test_every_function_checks_its_arrays(model, kind):
     x, message = WRONG[kind]
     before = [w.copy() for w in model.get_weights()]
     for door in doors(model, x).values():

@@ -41,7 +41,7 @@ def eager():
 
 
 @pytest.mark.parametrize("kwargs", [{"run_eagerly": True}, {"jit_compile": False}])
-def test_what_evaluates_eagerly_alone_goes_through_evaluate(kwargs, caplog):
+def test_models_that_only_evaluate_eagerly_go_through_evaluate(kwargs, caplog):
     make = dense if BACKEND == "tensorflow" and "jit_compile" in kwargs else eager
     model = compiled(make, **kwargs)
     for _ in range(2):
@@ -75,7 +75,7 @@ class OwnLogs(keras.Sequential):
         return {"first": keras.ops.mean(y_pred[0]), "both": keras.ops.mean(y_pred, axis=0)}
 
 
-def test_what_a_step_of_the_models_own_returns_is_in_the_history():
+def test_results_of_a_custom_step_are_in_the_history():
     ours, theirs = (OwnLogs([keras.Input((6,)), layers.Dense(2)]) for _ in range(2))
     theirs.set_weights(ours.get_weights())
     for model in (ours, theirs):

@@ -93,7 +93,7 @@ def test_an_epoch_is_read_once_and_structures_are_kept():
         (lambda: (Batches(X, Y[:9]),), r"one entry per example.*\[\(2, 3\), \(1,\)\]"),
     ],
 )
-def test_what_cannot_be_read_is_refused(make, message):
+def test_data_that_cannot_be_read_is_refused(make, message):
     with pytest.raises(ValueError, match=message):
         arrays_of(*make())
 

@@ -29,7 +29,7 @@ RNG = np.random.default_rng(0)
 
 
 @needs_loop
-def test_what_cannot_run_falls_back_and_says_so_once(caplog):
+def test_unsupported_models_fall_back_with_one_warning(caplog):
     model = compiled(dense, run_eagerly=True)
     for _ in range(2):
         training.train(model, X, Y, steps=2, batch_size=10)
@@ -129,7 +129,7 @@ def test_the_faster_route_is_taken_after_a_trial(monkeypatch, caplog, pace, fast
 
 
 @needs_loop
-def test_one_long_call_goes_over_to_fit_and_its_metrics_are_those_of_all_of_it(monkeypatch, pace):
+def test_one_long_call_switches_to_fit_and_its_metrics_cover_all_of_it(monkeypatch, pace):
     monkeypatch.setattr(engine, "_PATIENCE", 0.1)
     ours, theirs = compiled(dense), compiled(dense)
     counts = pace(ours, fit=0.005, XLA=0.02, graph=0.02)
@@ -210,7 +210,7 @@ class Unhashable(CropAndFlip):
     __hash__ = None
 
 
-def test_models_with_a_fit_of_their_own_are_trained_by_it(caplog):
+def test_models_with_a_custom_fit_are_trained_by_it(caplog):
     model = compiled(lambda: OwnFit([keras.Input((6,)), layers.Dense(2)]))
     training.train(model, X, Y, steps=3, batch_size=10)
     assert model.fitted

@@ -42,7 +42,7 @@ class Block(layers.Layer):
 
 
 @pytest.mark.once
-def test_a_masked_block_of_ones_own_loads_in_a_fresh_process(tmp_path):
+def test_a_custom_masked_block_loads_in_a_new_process(tmp_path):
     own = {}
     exec(PROGRAM, own)
     model = ml.convert_to_masked(
@@ -87,7 +87,7 @@ def test_a_partly_trained_model_continues_bit_for_bit(optimizer):
 
 
 @pytest.mark.once
-def test_losses_metrics_and_layers_of_ones_own_need_no_registration():
+def test_custom_losses_metrics_and_layers_need_no_registration():
     def my_loss(y_true, y_pred):
         return ops.mean(ops.abs(y_true - y_pred))
 
@@ -134,7 +134,7 @@ def test_lambdas_keep_what_they_refer_to(tmp_path):
 
 
 @pytest.mark.once
-def test_a_class_in_use_goes_before_one_registered_under_its_name_since():
+def test_a_class_in_use_takes_precedence_over_one_registered_later():
     def define(bias):
         @keras.saving.register_keras_serializable("tests")
         class Redefined(layers.Layer):
@@ -202,7 +202,7 @@ class MadeByHand(keras.Model):
 
 
 @pytest.mark.once
-def test_masks_made_by_hand_stay_beside_those_of_a_conversion(tmp_path):
+def test_explicit_masks_are_kept_next_to_those_of_a_conversion(tmp_path):
     model = MadeByHand()
     model(data(1, 4))
     masked = ml.convert_to_masked(model, include="^dense")  # The name of `plain`.
@@ -288,7 +288,7 @@ class Mine(layers.Layer):
 
 
 @pytest.mark.once
-def test_register_makes_a_layer_of_ones_own_maskable(tmp_path):
+def test_register_makes_a_custom_layer_maskable(tmp_path):
     class Registered(Mine):
         pass
 
@@ -314,7 +314,7 @@ def test_register_rejects_what_it_cannot_use():
 
 
 @pytest.mark.once
-def test_registered_attribute_that_is_no_variable():
+def test_registered_attribute_that_is_not_a_variable():
     class Listed(layers.Layer):
         def build(self, shape):
             self.tables = [self.add_weight(shape=(4, 3))]

@@ -48,7 +48,7 @@ def test_unbuilt_attention_is_masked_when_it_is_built():
 
 
 @pytest.mark.once
-def test_an_unbuilt_layer_that_may_make_others_in_build_is_refused():
+def test_an_unbuilt_layer_that_may_create_others_in_build_is_refused():
     class Lazy(layers.Layer):
         def build(self, shape):
             self.inner = layers.Dense(3)
@@ -304,7 +304,7 @@ class CausalConv(layers.Conv1D):
 
 
 @pytest.mark.once
-def test_a_layer_with_a_mask_of_its_own_stays_as_it_is(tmp_path):
+def test_a_layer_with_its_own_mask_is_not_changed(tmp_path):
     model = keras.Sequential([keras.Input((6, 4)), CausalConv(3, 3), layers.Dense(2)])
     masked = assert_round_trips(model, data(2, 6, 4), tmp_path)
     assert list(ml.get_masks(masked)) == ["dense/kernel"]
