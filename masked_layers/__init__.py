@@ -55,6 +55,8 @@ from masked_layers.shrinking import (
     ShrinkReport,
     ShrinkRow,
     channel_families,
+    effective_masks,
+    effective_sparsity,
     shrink,
 )
 
@@ -100,6 +102,8 @@ __all__ = [
     "WeightRef",
     "channel_families",
     "convert_to_masked",
+    "effective_masks",
+    "effective_sparsity",
     "export_sparse_saved_model",
     "get_masks",
     "harden",

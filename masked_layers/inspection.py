@@ -248,6 +248,8 @@ class SparsityRow:
         alive: Number of entries that the mask keeps.
         mask_bytes: Size of the mask in memory, frozen values included.
         frozen: Number of pruned entries that are frozen at another value than 0.
+        effective: Number of kept entries on a path from an input to an output of the model, where
+            `effective_sparsity` has counted them, else None.
     """
 
     path: str
@@ -255,6 +257,7 @@ class SparsityRow:
     alive: int
     mask_bytes: int
     frozen: int = 0
+    effective: int | None = None
 
     @property
     def size(self) -> int:
@@ -299,6 +302,19 @@ class SparsityReport:
         return 1.0 - self.alive / self.size if self.size else 0.0
 
     @property
+    def effective(self) -> int | None:
+        """Number of kept weights on a path from an input to an output; None if not counted."""
+        counts = [row.effective for row in self.rows]
+        return None if None in counts else sum(counts)
+
+    @property
+    def effective_sparsity(self) -> float | None:
+        """Share of weights under masks that are pruned or on no such path; None if not counted."""
+        if self.effective is None:
+            return None
+        return 1.0 - self.effective / self.size if self.size else 0.0
+
+    @property
     def frozen(self) -> int:
         """Number of pruned weights that are frozen at another value than 0."""
         return sum(row.frozen for row in self.rows)
@@ -317,8 +333,9 @@ class SparsityReport:
     def to_dict(self) -> dict[str, Any]:
         """Returns the report as plain numbers, strings and lists, ready for JSON."""
         total = {"size": self.size, "alive": self.alive, "sparsity": self.sparsity}
+        total |= {"frozen": self.frozen, "mask_bytes": self.mask_bytes}
         return {
-            "total": {**total, "frozen": self.frozen, "mask_bytes": self.mask_bytes},
+            "total": total | _counted(self.effective),
             "weights": [
                 {
                     "path": row.path,
@@ -329,6 +346,7 @@ class SparsityReport:
                     "frozen": row.frozen,
                     "mask_bytes": row.mask_bytes,
                 }
+                | _counted(row.effective)
                 for row in self.rows
             ],
             "unmasked": [
@@ -343,13 +361,17 @@ class SparsityReport:
         }
 
     def __str__(self) -> str:
-        total = SparsityRow("total", (self.size,), self.alive, self.mask_bytes)
-        lines = [("masked weight", "shape", "weights", "alive", "sparsity", "mask bytes")]
+        total = SparsityRow(
+            "total", (self.size,), self.alive, self.mask_bytes, effective=self.effective
+        )
+        names = ["masked weight", "shape", "weights", "alive", "sparsity", "mask bytes"]
+        lines = [names + ["effective"] * (self.effective is not None)]
         for row in (*self.rows, total):
             shape = "" if row is total else str(row.shape)
             numbers = (f"{row.size:,}", f"{row.alive:,}", f"{row.sparsity:.2%}")
-            lines.append((row.path, shape, *numbers, f"{row.mask_bytes:,}"))
-        widths = [max(len(line[i]) for line in lines) for i in range(6)]
+            line = [row.path, shape, *numbers, f"{row.mask_bytes:,}"]
+            lines.append(line if self.effective is None else [*line, f"{row.effective:,}"])
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         text = [
             "  ".join(
                 cell.ljust(width) if i < 2 else cell.rjust(width)
@@ -357,6 +379,11 @@ class SparsityReport:
             ).rstrip()
             for line in lines
         ]
+        if self.effective_sparsity is not None:
+            text.append(
+                f"kept weights on no path from an input to an output: "
+                f"{self.alive - self.effective:,}; effective sparsity {self.effective_sparsity:.2%}"
+            )
         if emptied := [row.path for row in self.rows if row.size and not row.alive]:
             text.append(f"nothing is left of: {', '.join(emptied)}")
         if self.frozen:
@@ -372,6 +399,10 @@ class SparsityReport:
                 by_reason.setdefault(self.reasons.get(path, ""), []).append(f"{path} ({layer})")
             text += [f"  {reason}: {', '.join(names)}" for reason, names in by_reason.items()]
         return "\n".join(text)
+
+
+def _counted(effective: int | None) -> dict[str, int]:
+    return {} if effective is None else {"effective": effective}
 
 
 def sparsity_report(model: Layer) -> SparsityReport:

@@ -1,5 +1,6 @@
 """A smaller plain model with the same outputs: channels that pruning has emptied are removed."""
 
+from masked_layers.shrinking.dead_ends import effective_masks, effective_sparsity
 from masked_layers.shrinking.families import ChannelFamilies, ChannelFamily, channel_families
 from masked_layers.shrinking.smaller_model import ShrinkReport, ShrinkRow, shrink
 
@@ -9,5 +10,7 @@ __all__ = [
     "ShrinkReport",
     "ShrinkRow",
     "channel_families",
+    "effective_masks",
+    "effective_sparsity",
     "shrink",
 ]

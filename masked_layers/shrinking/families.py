@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
 from typing import Any
 
 import keras
 import numpy as np
 
 from masked_layers.inspection import WeightRef, weight_refs
-from masked_layers.maskable import raw_variable
 from masked_layers.shrinking.channels import Channels, Edit, Flow
-from masked_layers.shrinking.following import follow
+from masked_layers.shrinking.following import follow, variable_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,8 +123,7 @@ def _prunable_weights(
 ) -> dict[str, WeightRef]:
     found = {}
     for name in edit.slices:
-        *owners, last = name.split(".")
-        variable = raw_variable(reduce(getattr, owners, operation), last)
+        variable = variable_of(operation, name)
         if id(variable) in prunable:
             found[name] = prunable[id(variable)]
     return found

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from functools import reduce
 from typing import Any
 
 import keras
 
+from masked_layers.maskable import raw_variable
 from masked_layers.paths import plain_class
 from masked_layers.shrinking import _keras_graph, kernel_rules  # noqa: F401 (fills RULES)
 from masked_layers.shrinking.channels import WHOLE, Call, CannotFollow, Channels, Flow
@@ -49,7 +51,7 @@ def graph_of(model: keras.Model) -> keras.Model:
 
 
 def follow(model: keras.Model) -> Flow:
-    """Follows all channels from the inputs of a model to its outputs, and finds the live ones.
+    """Follows all channels from the inputs of a model to its outputs.
 
     Args:
         model: A built Sequential or Functional model, plain or masked.
@@ -67,8 +69,13 @@ def follow(model: keras.Model) -> Flow:
     whole = [WHOLE] * len(flow.graphs[id(model)].inputs)
     for channels in _through(flow, flow.graphs[id(model)], whole, obstacles):
         flow.pin(channels, "an output of the model")
-    flow.settle()
     return flow
+
+
+def variable_of(operation: Any, name: str) -> keras.Variable | None:
+    """Returns the raw variable of a weight that an `Edit` names, None if the layer has none."""
+    *owners, last = name.split(".")
+    return raw_variable(reduce(getattr, owners, operation), last)
 
 
 def _graphs(model: keras.Model, prefix: str) -> Iterator[tuple[keras.Model, keras.Model, str]]:

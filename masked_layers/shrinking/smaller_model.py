@@ -62,12 +62,15 @@ class ShrinkReport:
     Attributes:
         rows: One per layer that makes channels, in the order of the graph.
         not_followed: Layer -> reason, for layers whose inputs and outputs were left whole.
+        unread: Layer that reads inputs of the model, or others left whole -> the positions of those
+            that none of its weights reads.
         weights_before: Number of weights of the model given.
         weights_after: Number of weights of the model returned.
     """
 
     rows: tuple[ShrinkRow, ...]
     not_followed: Mapping[str, str]
+    unread: Mapping[str, tuple[int, ...]]
     weights_before: int
     weights_after: int
 
@@ -88,6 +91,8 @@ class ShrinkReport:
             )
             lines += [f"  {count} constant stay: {why}" for why, count in row.kept.items()]
         lines += [f"left whole: {name}: {why}" for name, why in self.not_followed.items()]
+        for name, positions in self.unread.items():
+            lines.append(f"{name} reads nothing of {len(positions)} of its inputs")
         lines.append(f"weights: {self.weights_before:,} -> {self.weights_after:,}")
         return "\n".join(lines)
 
@@ -165,6 +170,7 @@ def shrink(
 
 def _shrink(model: keras.Model) -> tuple[keras.Model, ShrinkReport]:
     flow = follow(model)
+    flow.settle()
     clones: dict[int, tuple[Any, Any]] = {}
     smaller = _again(flow, model, clones)
     cuts: dict[int, dict[int, np.ndarray]] = {}
@@ -173,7 +179,7 @@ def _shrink(model: keras.Model) -> tuple[keras.Model, ShrinkReport]:
             cuts |= _copy_weights(flow, old, new)
     compile_like(model, smaller, cuts)
     counts = (model.count_params(), smaller.count_params())
-    return smaller, ShrinkReport(tuple(_rows(flow)), flow.not_followed, *counts)
+    return smaller, ShrinkReport(tuple(_rows(flow)), flow.not_followed, _unread(flow), *counts)
 
 
 # --- Rebuilding -----------------------------------------------------------------------------------
@@ -302,6 +308,17 @@ def _copy_weights(
 
 
 # --- Reporting ------------------------------------------------------------------------------------
+
+
+def _unread(flow: Flow) -> dict[str, tuple[int, ...]]:
+    found = {}
+    for operation, edit in flow.edits.values():
+        for reader in edit.readers[:1]:
+            read = reader.demand[:, flow.alive(reader.target)].any(axis=1)
+            if not read.all() and not reader.source.slots.any():
+                positions = np.flatnonzero(~read).tolist()
+                found[flow.names[id(operation)]] = tuple(positions)
+    return found
 
 
 def _rows(flow: Flow) -> list[ShrinkRow]:

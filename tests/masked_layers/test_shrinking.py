@@ -979,6 +979,7 @@ def test_report_is_data():
             },
         ),
         "not_followed": {},
+        "unread": {},
         "weights_before": 39,
         "weights_after": 30,
     }

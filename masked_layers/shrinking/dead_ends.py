@@ -1,0 +1,82 @@
+"""Finds kept weights that no output depends on: those on no path from an input to an output."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import keras
+import numpy as np
+
+from masked_layers import _keras
+from masked_layers.inspection import SparsityReport, get_masks, masked_refs, sparsity_report
+from masked_layers.shrinking.channels import Channels, Edit, Flow
+from masked_layers.shrinking.following import follow, variable_of
+
+
+def effective_masks(model: keras.Model) -> dict[str, np.ndarray]:
+    """Returns the masks of a model without the weights that lead nowhere.
+
+    A weight is effective if it lies on a path of kept weights from an input of the model to an
+    output. Biases open no path: a unit that reads no input has a constant output. The masks of
+    weights that cannot be followed (see `shrink`) are returned as they are. Where additions join
+    layers, or a constant enters a zero-padded convolution, weights may count as effective that are
+    not.
+
+    Args:
+        model: A built, masked Sequential or Functional model.
+
+    Returns:
+        A dict from path to a new bool array, True where a weight is kept and effective.
+
+    Raises:
+        ValueError: If the model has no masked weight, is neither Sequential nor Functional,
+            overrides `call`, or is not built.
+    """
+    _keras.sync(model)
+    paths = {id(ref.variable): ref.path for ref in masked_refs(model)}
+    masks = get_masks(model)
+    flow = follow(model)
+    flow.settle()
+    for operation, edit in flow.edits.values():
+        for name, axes in edit.slices.items():
+            path = paths.get(id(variable_of(operation, name)))
+            for axis, channels in axes.items() if path is not None else ():
+                np.moveaxis(masks[path], axis, 0)[~_connected(flow, edit, channels)] = False
+    return masks
+
+
+def _connected(flow: Flow, edit: Edit, channels: Channels) -> np.ndarray:
+    """Returns which channels carry something from the inputs to the outputs, as bools."""
+    connected = flow.alive(channels)
+    connected &= [root not in flow.forced for root in flow.roots(channels.slots).tolist()]
+    for reader in edit.readers:
+        if channels is reader.source:
+            connected &= ~reader.fixed
+    return connected
+
+
+def effective_sparsity(model: keras.Model) -> SparsityReport:
+    """Counts the kept and pruned weights of a masked model, and how many kept ones are effective.
+
+    Args:
+        model: As for `effective_masks`.
+
+    Returns:
+        The report of `sparsity_report`, in which each row has a count of effective weights as
+        `effective_masks` defines them.
+
+    Raises:
+        ValueError: As for `effective_masks`.
+
+    Example:
+    ```python
+    report = masked_layers.effective_sparsity(model)
+    report.sparsity, report.effective_sparsity
+    ```
+    """
+    masks = effective_masks(model)
+    report = sparsity_report(model)
+    rows = [
+        dataclasses.replace(row, effective=int(np.count_nonzero(masks[row.path]))) for row in report
+    ]
+    return dataclasses.replace(report, rows=tuple(rows))
