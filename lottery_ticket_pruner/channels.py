@@ -12,14 +12,14 @@ from lottery_ticket_pruner import selection
 _logger = logging.getLogger(__name__)
 
 
-def families_of(model: keras.Model, request: selection.Request) -> tuple[ml.ChannelFamily, ...]:
-    """Returns the channels that a request prunes or completes, none where it needs none.
+def channels_of(model: keras.Model, request: selection.Request) -> ml.ChannelFamilies | None:
+    """Returns the channels of a model if a request needs them to prune or to complete.
 
     What stays whole is logged, before anything is pruned.
 
     Args:
         model: A built model.
-        request: What is to be pruned.
+        request: The pruning request.
 
     Raises:
         ValueError: If the structure is one of coupled channels, and those of the model cannot be
@@ -27,7 +27,7 @@ def families_of(model: keras.Model, request: selection.Request) -> tuple[ml.Chan
     """
     structure = request.structure
     if structure is None or not (structure.coupled or structure.whole_outputs):
-        return ()
+        return None
     try:
         found = ml.channel_families(model)
     except ValueError as error:
@@ -39,20 +39,27 @@ def families_of(model: keras.Model, request: selection.Request) -> tuple[ml.Chan
             model.name,
             error,
         )
-        return ()
+        return None
     if structure.coupled and (found.whole or found.not_followed):
-        _logger.warning("%s leaves layers of %r whole: %s", structure, model.name, _reasons(found))
-    return found.families
+        whole = "; ".join([*_by_reason(found.not_followed), *_by_reason(found.whole)])
+        _logger.warning("%s leaves layers of %r whole: %s", structure, model.name, whole)
+    return found
 
 
-def _reasons(found: ml.ChannelFamilies) -> str:
-    reasons: Mapping[str, str] = {**found.not_followed, **found.whole}
-    return "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+def _by_reason(reasons: Mapping[str, str]) -> list[str]:
+    """Returns a text for each reason: the layers that have it, three of them by name."""
+    layers: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        layers.setdefault(reason, []).append(name)
+    return [
+        f"{', '.join(names[:3])}{f' and {len(names) - 3} more' * (len(names) > 3)}: {reason}"
+        for reason, names in layers.items()
+    ]
 
 
 def note_limits(
     request: selection.Request,
-    families: tuple[ml.ChannelFamily, ...],
+    graph: ml.ChannelFamilies | None,
     before: Mapping[str, np.ndarray],
     after: Mapping[str, np.ndarray],
 ) -> None:
@@ -60,15 +67,15 @@ def note_limits(
 
     Args:
         request: What was pruned.
-        families: All families of the model.
+        graph: The channels of the model, or None.
         before: Masks by path before.
         after: Masks by path afterwards.
     """
     structure, rate = request.structure, request.rate
-    if structure is None or not structure.coupled or not isinstance(rate, float):
+    if graph is None or not structure.coupled or not isinstance(rate, float):
         return
     held = []
-    for family in families:
+    for family in graph.families:
         kept = [int(selection.kept_channels(family, masks).sum()) for masks in (before, after)]
         if request.scope == "layer" and kept[0] - kept[1] < int(rate * kept[0] + 1e-6):
             held.append(f"{', '.join(family.layers)}: {kept[1]} of {family.size} stay")

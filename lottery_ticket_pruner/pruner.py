@@ -151,6 +151,7 @@ class LotteryTicketPruner(plain_models.PlainPruning):
         *,
         rate: selection.Share | None = None,
         sparsity: selection.Share | None = None,
+        budget: Mapping[str, float] | None = None,
         scope: str | None = None,
         seed: int | None = None,
         structure: Any = None,
@@ -166,7 +167,9 @@ class LotteryTicketPruner(plain_models.PlainPruning):
             rate: Share of the kept weights to prune now, in [0, 1). A mapping from patterns of
                 paths to shares, with a `"default"`, gives each layer its own.
             sparsity: Share of all weights that are pruned afterwards, in the same form as `rate`.
-                Exactly one of `rate` and `sparsity` must be given.
+                Exactly one of `rate`, `sparsity` and `budget` must be given.
+            budget: With `structure="channels"`, the share of the multiply-adds or of the weights
+                that is left, as `{"macs": 0.5}` or `{"weights": 0.3}`; of both, both hold.
             scope: Weights that are ranked together: `"layer"` (the default for most criteria),
                 `"global"` or `"output"`.
             seed: Seed for random scores and ties. The default is the number of updates since the
@@ -199,6 +202,7 @@ class LotteryTicketPruner(plain_models.PlainPruning):
             strategy,
             rate=rate,
             sparsity=sparsity,
+            budget=budget,
             scope=scope,
             seed=self._updates if seed is None else seed,
             structure=structure,
@@ -417,14 +421,14 @@ class LotteryTicketPruner(plain_models.PlainPruning):
         ml.sync(model)
         prunables = self._prunables(model)
         kernels = self._kernels(prunables, criterion)
-        families = channels.families_of(model, request)
+        graph = channels.channels_of(model, request)
         if criterion.evidence and is_masked(model):
             # Criteria of final weights measure their evidence with these weights in the model.
             with weights_replaced(model, self._final if "final" in criterion.needs else None):
                 measure = evidence.measurement(model, criterion, data)
-                masks = selection.select(request, kernels, measure, families)
+                masks = selection.select(request, kernels, measure, graph)
         else:
-            masks = selection.select(request, kernels, families=families)
+            masks = selection.select(request, kernels, graph=graph)
         self._write_masks(model, {i: masks[self._architecture.paths[i]] for i in prunables})
         self._final_is_new = False
         self._updates += 1
@@ -440,7 +444,7 @@ class LotteryTicketPruner(plain_models.PlainPruning):
         )
         notices.of_update(request, kernels, masks)
         before = {path: kernel.mask for path, kernel in kernels.items()}
-        channels.note_limits(request, families, before, masks)
+        channels.note_limits(request, graph, before, masks)
 
     def note_changed_masks(self) -> None:
         """Marks the final weights as outdated, because the masks of the model were changed."""

@@ -1,5 +1,6 @@
 """Selection of coupled channels: each goes with all weights that make it, pass it on or read it."""
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Protocol
@@ -35,25 +36,38 @@ class Family(Protocol):
         """Path of a kernel that makes the channels -> the axis of its outputs."""
 
 
+class Graph(Protocol):
+    """The channels of a model, as `masked_layers.ChannelFamilies` describes them."""
+
+    @property
+    def families(self) -> Sequence[Family]:
+        """Channels that can be removed."""
+
+    @property
+    def positions(self) -> Mapping[str, int | None]:
+        """Path of a kernel -> multiply-adds of each of its weights; None where not known."""
+
+
 def select_channels(
-    request: Request, weights: Mapping[str, Weights], families: Sequence[Family]
+    request: Request, weights: Mapping[str, Weights], graph: Graph | None
 ) -> dict[str, np.ndarray]:
     """Returns new masks without the channels that the criterion ranks lowest.
 
     Args:
         request: What is to be pruned; its structure is `Channels`.
         weights: Kernels by path. Nothing in them is changed.
-        families: Channels that can be removed.
+        graph: The channels of the model.
 
     Returns:
         A dict from path to a new bool mask, in the order of `weights`.
 
     Raises:
-        ValueError: If there are no families, an amount is not legal or cannot be reached under
-            `at_most`, or a score is not a number.
+        ValueError: If there are no families, an amount or a budget is not legal or cannot be
+            reached under `at_most`, or a score is not a number.
     """
     structure = request.structure
     assert isinstance(structure, Channels)
+    families = () if graph is None else graph.families
     if not families:
         raise ValueError(
             f"{structure} finds no channels that could be removed. It needs a masked Sequential or "
@@ -68,20 +82,104 @@ def select_channels(
     within = {path for family in families for path in family.weights}
     kernels = {p: prepared(request.criterion, p, k) for p, k in weights.items() if p in within}
     masks = {path: np.asarray(kernel.mask, bool) for path, kernel in weights.items()}
-    kept = [kept_channels(family, masks) for family in families]
-    shares = _shares(request, list(weights), families)
-    scores = _pooled(structure, families, _scores(request, kernels), masks)
-    if request.scope == "global":
-        chosen = _of_model(request, families, kept, scores)
-    else:
-        chosen = [
-            _of_family(request, family, share, flags, values)
-            for family, share, flags, values in zip(families, shares, kept, scores, strict=True)
-        ]
-    masks = {path: mask.copy() for path, mask in masks.items()}
-    for family, flags in zip(families, chosen, strict=True):
-        remove(family, ~flags, masks)
-    return masks
+    ranking = _Ranking(
+        request=request,
+        families=families,
+        kept=[kept_channels(family, masks) for family in families],
+        scores=_pooled(structure, families, _scores(request, kernels), masks),
+        masks=masks,
+    )
+    if request.budget is not None:
+        return _within_budget(request.budget, ranking, graph.positions)
+    return ranking.prune(request, _shares(request, list(weights), families))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Ranking:
+    """Channels with their scores, of which more or fewer can be pruned."""
+
+    request: Request
+    families: Sequence[Family]
+    kept: Sequence[np.ndarray]
+    scores: Sequence[np.ndarray]
+    masks: Mapping[str, np.ndarray]
+
+    def prune(self, request: Request, shares: Sequence[float]) -> dict[str, np.ndarray]:
+        """Returns the masks for a share of each family, or for the amount of the whole model."""
+        if request.scope == "global":
+            chosen = _of_model(request, self.families, self.kept, self.scores)
+        else:
+            chosen = [
+                _of_family(request, *each)
+                for each in zip(self.families, shares, self.kept, self.scores, strict=True)
+            ]
+        masks = {path: mask.copy() for path, mask in self.masks.items()}
+        for family, flags in zip(self.families, chosen, strict=True):
+            remove(family, ~flags, masks)
+        return masks
+
+
+# Steps of the search for the smallest sparsity within a budget.
+_STEPS = 20
+
+
+def _within_budget(
+    budget: Mapping[str, float], ranking: _Ranking, positions: Mapping[str, int | None]
+) -> dict[str, np.ndarray]:
+    """Returns the masks of the smallest sparsity of channels that keeps within the budget."""
+    if "macs" in budget and (unknown := [path for path, n in positions.items() if n is None]):
+        raise ValueError(
+            "The multiply-adds of these kernels depend on the size of the input, which the model "
+            f"leaves open: {unknown}. Give the model a fixed input shape, or a budget of weights."
+        )
+    factors = {"macs": positions, "weights": dict.fromkeys(ranking.masks, 1)}
+    dense = {path: np.ones_like(mask) for path, mask in ranking.masks.items()}
+    limits = {name: share * cost(dense, factors[name]) for name, share in budget.items()}
+
+    def masks_of(sparsity: float) -> dict[str, np.ndarray]:
+        request = dataclasses.replace(ranking.request, sparsity=sparsity, keep_sparser=True)
+        return ranking.prune(request, [sparsity] * len(ranking.families))
+
+    def fits(masks: Mapping[str, np.ndarray]) -> bool:
+        return all(cost(masks, factors[name]) <= limit for name, limit in limits.items())
+
+    low, high = 0.0, _most(ranking)
+    best = masks_of(high)
+    if not fits(best):
+        reached = {name: cost(best, factors[name]) / cost(dense, factors[name]) for name in budget}
+        raise ValueError(
+            f"The budget {dict(budget)} cannot be met: with as many channels pruned as "
+            f"{ranking.request.structure} allows, {reached} are left. Ask for less, pass a higher "
+            "`at_most`, or see `masked_layers.channel_families(model)` for what stays whole."
+        )
+    for _ in range(_STEPS):
+        middle = (low + high) / 2
+        masks = masks_of(middle)
+        if fits(masks):
+            best, high = masks, middle
+        else:
+            low = middle
+    return best
+
+
+def _most(ranking: _Ranking) -> float:
+    """Returns the greatest sparsity of channels that is possible."""
+    structure = ranking.request.structure
+    if ranking.request.scope != "global":
+        return structure.at_most
+    sizes = [family.size for family in ranking.families]
+    return 1 - sum(fewest(structure, size) for size in sizes) / sum(sizes)
+
+
+def cost(masks: Mapping[str, np.ndarray], factors: Mapping[str, int | None]) -> float:
+    """Returns the sum of the sizes of all kernels without empty rows and columns, times factors."""
+    total = 0.0
+    for path, factor in factors.items():
+        if path in masks:
+            mask = masks[path]
+            left = [int(_along(mask, axis, np.any).sum()) for axis in range(mask.ndim)]
+            total += math.prod(left) * factor
+    return total
 
 
 def kept_channels(family: Family, masks: Mapping[str, np.ndarray]) -> np.ndarray:

@@ -7,7 +7,7 @@ import numpy as np
 
 from lottery_ticket_pruner import criteria, distributions, structures
 from lottery_ticket_pruner.selection.amounts import amounts, rounds
-from lottery_ticket_pruner.selection.channels import Family, complete, select_channels
+from lottery_ticket_pruner.selection.channels import Graph, complete, select_channels
 from lottery_ticket_pruner.selection.comparisons import comparisons
 from lottery_ticket_pruner.selection.request import Request, refuse_amounts
 from lottery_ticket_pruner.selection.weights import Weights, prepared
@@ -21,7 +21,7 @@ def select(
     request: Request,
     weights: Mapping[str, Weights],
     measure: Measure | None = None,
-    families: Sequence[Family] = (),
+    graph: Graph | None = None,
 ) -> dict[str, np.ndarray]:
     """Returns new masks without the lowest-ranked weights, with exact counts.
 
@@ -32,7 +32,7 @@ def select(
             masks by path to a dict from the name of the evidence to arrays by path. It is called
             before each round of the criterion. If None, there is one round, with the evidence in
             `weights`.
-        families: Channels of the model, for structures that need its graph.
+        graph: Channels of the model, for structures that need them.
 
     Returns:
         A dict from path to a new bool mask, in the order of `weights`.
@@ -41,7 +41,7 @@ def select(
         ValueError: If the request does not fit the weights, as described for `update`.
     """
     if measure is None:
-        return _select_once(request, weights, families)
+        return _select_once(request, weights, graph)
     masks = {path: kernel.mask for path, kernel in weights.items()}
     for part in rounds(request, weights):
         found = measure(masks)
@@ -53,7 +53,7 @@ def select(
             )
             for path, kernel in weights.items()
         }
-        masks = _select_once(part, weights, families)
+        masks = _select_once(part, weights, graph)
     return masks
 
 
@@ -193,18 +193,20 @@ def update_many(
 
 
 def _select_once(
-    request: Request, weights: Mapping[str, Weights], families: Sequence[Family] = ()
+    request: Request, weights: Mapping[str, Weights], graph: Graph | None = None
 ) -> dict[str, np.ndarray]:
     structure = request.structure
     if structure is not None and structure.coupled:
-        return select_channels(request, weights, families)
+        return select_channels(request, weights, graph)
     kernels = _admitted(request, weights)
     amount_of = amounts(request, kernels)
     pruned: dict[str, np.ndarray] = {}
     for comparison in comparisons(request, kernels):
         pruned |= comparison.prune(amount_of[comparison.paths[0]])
     masks = _in_order(weights, pruned)
-    return complete(families, masks) if structure is not None and structure.whole_outputs else masks
+    if graph is None or structure is None or not structure.whole_outputs:
+        return masks
+    return complete(graph.families, masks)
 
 
 def _admitted(request: Request, weights: Mapping[str, Weights]) -> dict[str, Weights]:

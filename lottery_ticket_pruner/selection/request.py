@@ -2,10 +2,13 @@
 
 import dataclasses
 import numbers
+from collections.abc import Mapping
 from typing import Any
 
 from lottery_ticket_pruner import criteria, distributions, structures
 from lottery_ticket_pruner.shares import Share
+
+BUDGETS = ("macs", "weights")
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -25,6 +28,8 @@ class Request:
         seed: Non-negative integer for random scores and ties.
         structure: Structure whose tiles are ranked instead of weights, or None.
         distribution: Rule that divides a single sparsity among the kernels, or None.
+        budget: Share of the multiply-adds (`"macs"`) or of the weights of all kernels
+            (`"weights"`) that is left afterwards, by name, instead of rate and sparsity; or None.
         keep_sparser: Whether a sparsity below the current one prunes nothing, instead of raising an
             error.
     """
@@ -36,6 +41,7 @@ class Request:
     seed: int = 0
     structure: structures.Structure | None = None
     distribution: distributions.Distribution | None = None
+    budget: Mapping[str, float] | None = None
     keep_sparser: bool = False
 
     @classmethod
@@ -58,7 +64,8 @@ class Request:
             seed: Non-negative integer.
             structure: An identifier for `structures.get`, or None.
             distribution: An identifier for `distributions.get`, or None.
-            **amount: `rate`, `sparsity` and `keep_sparser`, which are not checked here.
+            **amount: `rate`, `sparsity` and `keep_sparser`, which are not checked here, or
+                `budget`, which is.
 
         Raises:
             ValueError: If a name is unknown, the scope is incompatible with the criterion or the
@@ -87,6 +94,8 @@ class Request:
             raise ValueError(f"`seed` must be a non-negative integer. Received: seed={seed!r}")
         if distribution is not None:
             distribution = distributions.get(distribution)
+        if amount.get("budget") is not None:
+            _check_budget(criterion, structure, distribution, **amount)
         return cls(
             criterion=criterion,
             scope=scope,
@@ -100,6 +109,41 @@ class Request:
     def keeps_fixed_number(self) -> bool:
         """Whether the structure (N:M) determines how many weights each tile keeps."""
         return self.structure is not None and self.structure.kept is not None
+
+
+def _check_budget(
+    criterion: criteria.Criterion,
+    structure: structures.Structure | None,
+    distribution: distributions.Distribution | None,
+    budget: Any,
+    **others: Any,
+) -> None:
+    if not isinstance(budget, Mapping) or not budget or set(budget) - set(BUDGETS):
+        raise ValueError(
+            f"`budget` must be a dict with some of the keys {BUDGETS}. Received: budget={budget!r}"
+        )
+    for name, share in budget.items():
+        if isinstance(share, bool) or not isinstance(share, numbers.Real) or not 0 < share <= 1:
+            raise ValueError(
+                f"`budget` holds the share that is left, a number in (0, 1]. Received: "
+                f"{name}={share!r}"
+            )
+    given = {"rate": others.get("rate"), "sparsity": others.get("sparsity")}
+    if distribution is not None or any(value is not None for value in given.values()):
+        raise ValueError(
+            f"A budget says how much is pruned: leave out `rate`, `sparsity` and `distribution`. "
+            f"Received: budget={budget!r}, {given}, distribution={distribution!r}"
+        )
+    if structure is None or not structure.coupled:
+        raise ValueError(
+            'A budget needs structure="channels", as zeros inside a kernel save no multiply-adds. '
+            f"Received: structure={structure!r}"
+        )
+    if criterion.rounds > 1:
+        raise ValueError(
+            f"Criterion {criterion.name!r} prunes in {criterion.rounds} rounds, and each needs a "
+            "sparsity. Give a `sparsity` in place of the budget, or take another criterion."
+        )
 
 
 def refuse_amounts(structure: structures.Structure, **arguments: object) -> None:

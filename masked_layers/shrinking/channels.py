@@ -11,6 +11,8 @@ and readers. Its `settle` then finds the live slots.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,12 +74,19 @@ class Edit:
         widths: Place in the layer's config -> the channels whose number it holds.
         readers: How the layer mixes channels. Constants of the first one's source move into the
             layer's bias.
+        positions: Number of multiply-adds of each entry of its kernels for one example; None where
+            the shape does not tell.
     """
 
     slices: dict[str, dict[int, Channels]]
     made: Channels | None = None
     widths: dict[tuple[str | int, ...], Channels] = field(default_factory=dict)
     readers: tuple[Reader, ...] = ()
+    positions: int | None = 0
+
+    def kernels(self) -> Iterator[tuple[str, dict[int, Channels]]]:
+        """Yields the kernels among the weights: those that take part in multiply-adds."""
+        yield from ((name, axes) for name, axes in self.slices.items() if name.endswith("kernel"))
 
 
 @dataclass(frozen=True)
@@ -100,6 +109,11 @@ class Call:
     def axis(self) -> int:
         """The channel axis that the layer's data format names."""
         return 1 if getattr(self.operation, "data_format", None) == "channels_first" else -1
+
+    def positions(self, tensor: keras.KerasTensor, axis: int | None) -> int | None:
+        """Returns the number of places along all but the batch and the channel axis, if known."""
+        sizes = [size for i, size in enumerate(tensor.shape) if i not in (0, axis)]
+        return None if None in sizes else math.prod(sizes)
 
 
 class CannotFollow(Exception):  # noqa: N818 (no error: the layer stays whole)

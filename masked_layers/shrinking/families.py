@@ -44,11 +44,14 @@ class ChannelFamilies:
         families: All families, in the order of the graph.
         whole: Layer that makes channels -> why some or all of them cannot be removed.
         not_followed: Layer -> why its inputs and outputs are left whole.
+        positions: Path of a kernel -> number of multiply-adds of each of its weights for one
+            example; None where the shape does not tell. Kernels that are not followed are missing.
     """
 
     families: tuple[ChannelFamily, ...]
     whole: Mapping[str, str]
     not_followed: Mapping[str, str]
+    positions: Mapping[str, int | None]
 
 
 def channel_families(model: keras.Model) -> ChannelFamilies:
@@ -111,7 +114,13 @@ def channel_families(model: keras.Model) -> ChannelFamilies:
         ChannelFamily(tuple(edits[i][0] for i in positions), len(roots), weights[n], made[n])
         for n, (positions, roots) in enumerate(members.items())
     ]
-    return ChannelFamilies(tuple(families), whole, flow.not_followed)
+    positions = {
+        named[name].path: edit.positions
+        for _, edit, named in edits
+        for name, _ in edit.kernels()
+        if name in named
+    }
+    return ChannelFamilies(tuple(families), whole, flow.not_followed, positions)
 
 
 # The name of a layer, its edit, and those of its weights that can be pruned.

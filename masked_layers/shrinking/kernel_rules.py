@@ -27,9 +27,12 @@ from masked_layers.shrinking.rules import (
     apply,
     array,
     border,
+    depthwise,
     pads,
     rule,
 )
+
+_TRANSPOSED = (layers.Conv1DTranspose, layers.Conv2DTranspose, layers.Conv3DTranspose)
 
 
 def _mix(
@@ -72,7 +75,10 @@ def _mix(
     target = Channels(source.axis, slots, values)
     reader = Reader(source, target, demand, gain, fixed)
     weights = slices(target) | {"bias": {0: target}}
-    flow.edit(call, Edit(weights, target, {(width,): target}, (reader,)))
+    # A transposed convolution applies its kernel at the positions of its input.
+    tensor = call.inputs[0] if isinstance(layer, _TRANSPOSED) else call.output
+    positions = call.positions(tensor, source.axis)
+    flow.edit(call, Edit(weights, target, {(width,): target}, (reader,), positions))
     if followed:
         return target
     flow.pin(target, f"the activation of '{layer.name}' reads all channels")
@@ -98,9 +104,11 @@ def _dense(flow: Flow, call: Call) -> Channels:
 @rule(layers.Conv1D, layers.Conv2D, layers.Conv3D)
 def _convolution(flow: Flow, call: Call) -> Channels:
     layer = call.operation
+    source, kernel = flow.channels(call, call.axis), array(layer.kernel)
+    if layer.groups == len(source.slots) > 1:
+        return depthwise(flow, call, source, kernel, grouped=True)
     if layer.groups != 1:
         raise CannotFollow("a grouped convolution")
-    source, kernel = flow.channels(call, call.axis), array(layer.kernel)
     taps = tuple(range(kernel.ndim - 2))
     return _mix(
         flow,
@@ -114,7 +122,7 @@ def _convolution(flow: Flow, call: Call) -> Channels:
     )
 
 
-@rule(layers.Conv1DTranspose, layers.Conv2DTranspose, layers.Conv3DTranspose)
+@rule(*_TRANSPOSED)
 def _transposed_convolution(flow: Flow, call: Call) -> Channels:
     source, kernel = flow.channels(call, call.axis), array(call.operation.kernel)
     taps = tuple(range(kernel.ndim - 2))
@@ -201,7 +209,8 @@ def _recurrent_edit(flow: Flow, call: Call, source: Channels, gates: int) -> Cha
         Reader(source, target, inputs, nothing, fixed),
         Reader(target, target, between, np.zeros(between.shape), np.zeros(units, bool)),
     )
-    flow.edit(call, Edit(weights, target, {("units",): target}, readers))
+    positions = call.inputs[0].shape[1]
+    flow.edit(call, Edit(weights, target, {("units",): target}, readers, positions))
     return target
 
 

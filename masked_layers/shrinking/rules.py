@@ -92,12 +92,28 @@ def pads(layer: Any) -> bool:
 
 @rule(layers.DepthwiseConv1D, layers.DepthwiseConv2D)
 def _depthwise_convolution(flow: Flow, call: Call) -> Channels:
+    source, kernel = flow.channels(call, call.axis), array(call.operation.kernel)
+    return depthwise(flow, call, source, kernel)
+
+
+def depthwise(
+    flow: Flow, call: Call, source: Channels, kernel: np.ndarray, *, grouped: bool = False
+) -> Channels:
+    """Follows a convolution in which each output reads a single input.
+
+    Args:
+        flow: The analysis.
+        call: The call of the layer.
+        source: The layer's input channels.
+        kernel: Its kernel.
+        grouped: Whether the layer is a convolution of as many groups as inputs, whose outputs lie
+            along the last axis of its kernel; those of a depthwise one lie along two.
+    """
     layer = call.operation
     if layer.activation is not None and layer.activation not in ELEMENTWISE:
         raise CannotFollow(CUSTOM_ACTIVATION)
-    source, kernel = flow.channels(call, call.axis), array(layer.kernel)
-    multiplier = kernel.shape[-1]
-    kernel = kernel.reshape(-1, kernel.shape[-2] * multiplier)  # (taps, outputs)
+    kernel = kernel.reshape(-1, kernel.shape[-2] * kernel.shape[-1])  # (taps, outputs)
+    multiplier = kernel.shape[-1] // len(source.slots)
     reads, value = (kernel != 0).any(axis=0), source.constants.repeat(multiplier)
     slots = source.slots.repeat(multiplier)
     lost = reads & (value != 0) & ~np.isnan(value) & pads(layer)
@@ -108,7 +124,12 @@ def _depthwise_convolution(flow: Flow, call: Call) -> Channels:
         value += array(layer.bias)
     activation = layer.activation or keras.activations.linear
     target = Channels(source.axis, slots, apply(activation, value, call.output.dtype))
-    flow.edit(call, Edit({"kernel": {-2: source}, "bias": {0: target}}))
+    widths: dict[tuple[str | int, ...], Channels] = {}
+    if grouped:
+        widths = {("groups",): source, ("filters",): target}
+    weights = {"kernel": {-1: target} if grouped else {-2: source}, "bias": {0: target}}
+    positions = call.positions(call.output, source.axis)
+    flow.edit(call, Edit(weights, widths=widths, positions=positions))
     return target
 
 

@@ -11,6 +11,7 @@ Pruning whole filters leaves channels that nothing reads and channels that alway
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -66,6 +67,9 @@ class ShrinkReport:
             that none of its weights reads.
         weights_before: Number of weights of the model given.
         weights_after: Number of weights of the model returned.
+        macs_before: Multiply-adds of the followed layers for one example; None where a shape is
+            not known.
+        macs_after: The same of the model returned.
     """
 
     rows: tuple[ShrinkRow, ...]
@@ -73,6 +77,8 @@ class ShrinkReport:
     unread: Mapping[str, tuple[int, ...]]
     weights_before: int
     weights_after: int
+    macs_before: int | None
+    macs_after: int | None
 
     def __iter__(self) -> Iterator[ShrinkRow]:
         return iter(self.rows)
@@ -94,6 +100,8 @@ class ShrinkReport:
         for name, positions in self.unread.items():
             lines.append(f"{name} reads nothing of {len(positions)} of its inputs")
         lines.append(f"weights: {self.weights_before:,} -> {self.weights_after:,}")
+        if self.macs_before is not None:
+            lines.append(f"multiply-adds: {self.macs_before:,} -> {self.macs_after:,}")
         return "\n".join(lines)
 
 
@@ -178,7 +186,7 @@ def _shrink(model: keras.Model) -> tuple[keras.Model, ShrinkReport]:
         if isinstance(old, keras.Layer) and id(old) not in flow.entered:
             cuts |= _copy_weights(flow, old, new)
     compile_like(model, smaller, cuts)
-    counts = (model.count_params(), smaller.count_params())
+    counts = (model.count_params(), smaller.count_params(), *_multiply_adds(flow))
     return smaller, ShrinkReport(tuple(_rows(flow)), flow.not_followed, _unread(flow), *counts)
 
 
@@ -308,6 +316,21 @@ def _copy_weights(
 
 
 # --- Reporting ------------------------------------------------------------------------------------
+
+
+def _multiply_adds(flow: Flow) -> tuple[int | None, int | None]:
+    """Returns the multiply-adds of the followed layers before and after."""
+    before = after = 0
+    for operation, edit in flow.edits.values():
+        for name, axes in edit.kernels():
+            if edit.positions is None:
+                return None, None
+            size = left = math.prod(attrgetter(name)(operation).shape)
+            for channels in axes.values():
+                left = left * int(flow.alive(channels).sum()) // len(channels.slots)
+            before += edit.positions * size
+            after += edit.positions * left
+    return before, after
 
 
 def _unread(flow: Flow) -> dict[str, tuple[int, ...]]:

@@ -872,6 +872,20 @@ def test_flags_policies_and_names_are_kept():
     assert shrink(model).trainable_weights == []
 
 
+def test_a_convolution_of_as_many_groups_as_inputs_is_depthwise():
+    x = keras.Input((6, 6, 3))
+    y = layers.Conv2D(4, 3, activation="relu", name="a")(x)
+    y = layers.Conv2D(8, 3, groups=4, padding="same", name="each")(y)
+    model = randomize(keras.Model(x, layers.Dense(2, name="out")(layers.Flatten()(y))))
+    zero(model.get_layer("a"), [1], bias=True)
+    kernel = numpy(model.get_layer("out").kernel).reshape(4, 4, 8, 2)
+    kernel[:, :, 2:4] = 0  # both outputs of the second group
+    model.get_layer("out").kernel.assign(kernel.reshape(-1, 2))
+    smaller, report = checked(model)
+    assert (smaller.get_layer("each").groups, smaller.get_layer("each").filters) == (3, 6)
+    assert report.macs_after == 16 * (27 * 3 + 9 * 6 + 6 * 2)
+
+
 OPTIMIZERS = {
     "sgd": lambda: keras.optimizers.SGD(0.1, momentum=0.9, nesterov=True),
     "adam": lambda: keras.optimizers.Adam(0.01, amsgrad=True, use_ema=True),
@@ -982,6 +996,8 @@ def test_report_is_data():
         "unread": {},
         "weights_before": 39,
         "weights_after": 30,
+        "macs_before": 5 * 4 + 4 * 3,
+        "macs_after": 5 * 3 + 3 * 3,
     }
     assert "weights: 39 -> 30" in str(report)
 

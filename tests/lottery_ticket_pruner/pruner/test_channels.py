@@ -140,3 +140,21 @@ def test_a_subclassed_model_is_refused_and_its_shifts_are_mentioned(caplog):
     with caplog.at_level(logging.WARNING, "lottery_ticket_pruner"):
         pruner.update_masks("smallest_weights", rate=0.5, structure="units")
     assert "Biases and shifts of pruned outputs stay" in caplog.text
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_a_budget_of_multiply_adds_is_what_the_smaller_model_has(scope):
+    model = network()
+    pruner = LotteryTicketPruner(model)
+    pruner.update_masks("smallest_weights", budget={"macs": 0.5}, structure="channels", scope=scope)
+    smaller, report = checked(model)
+    counted = []
+    for each in (model, smaller):
+        total = 0
+        for layer in each.layers:
+            if hasattr(layer, "kernel"):
+                total += np.prod(layer.kernel.shape) * np.prod(layer.output.shape[1:-1])
+        counted.append(total)
+    assert [report.macs_before, report.macs_after] == counted
+    assert 0.35 < counted[1] / counted[0] <= 0.5
+    assert f"multiply-adds: {counted[0]:,.0f} -> {counted[1]:,.0f}" in str(report)

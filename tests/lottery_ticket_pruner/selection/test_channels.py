@@ -1,6 +1,7 @@
 """Coupled channels on arrays, against a loop over channels."""
 
 import dataclasses
+import types
 
 import numpy as np
 import pytest
@@ -33,6 +34,8 @@ JOINED = Family(
 )
 ALONE = Family(("c",), 8, {"c": {1: np.arange(8)}, "d": {0: np.arange(8)}}, {"c": 1})
 FAMILIES = (JOINED, ALONE)
+POSITIONS = {"a": 1, "b": 9, "c": 1, "d": 4}
+GRAPH = types.SimpleNamespace(families=FAMILIES, positions=POSITIONS)
 SHAPES = {"a": (4, 5), "b": (2, 2, 3, 5), "c": (10, 8), "d": (8, 2)}
 
 
@@ -83,9 +86,7 @@ POOLS = {
 @pytest.mark.parametrize("pooling", POOLS)
 def test_each_family_loses_its_weakest_channels_to_the_exact_count(pooling):
     weights = kernels()
-    masks = select(
-        request(rate=0.4, structure=Channels(pooling=pooling)), weights, families=FAMILIES
-    )
+    masks = select(request(rate=0.4, structure=Channels(pooling=pooling)), weights, graph=GRAPH)
     expected = {path: np.ones(shape, bool) for path, shape in SHAPES.items()}
     for family, drop in ((JOINED, 2), (ALONE, 3)):
         scores = by_brute_force(weights, family, POOLS[pooling])
@@ -97,22 +98,22 @@ def test_each_family_loses_its_weakest_channels_to_the_exact_count(pooling):
 
 
 def test_a_second_round_drops_of_what_is_kept_and_nothing_comes_back():
-    first = select(request(rate=0.4), kernels(), families=FAMILIES)
-    second = select(request(rate=0.4), kernels(masks=first), families=FAMILIES)
+    first = select(request(rate=0.4), kernels(), graph=GRAPH)
+    second = select(request(rate=0.4), kernels(masks=first), graph=GRAPH)
     counts = [[int(kept_channels(f, m).sum()) for f in FAMILIES] for m in (first, second)]
     assert counts == [[3, 5], [2, 3]]
     assert not any((second[path] & ~first[path]).any() for path in SHAPES)
 
 
 def test_a_sparsity_is_the_share_of_channels():
-    masks = select(request(sparsity=0.6), kernels(), families=FAMILIES)
+    masks = select(request(sparsity=0.6), kernels(), graph=GRAPH)
     assert [int(kept_channels(family, masks).sum()) for family in FAMILIES] == [2, 4]
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_global_ranking_is_by_scores_over_the_mean_of_the_family(seed):
     weights = kernels(seed)
-    masks = select(request(rate=0.5, scope="global"), weights, families=FAMILIES)
+    masks = select(request(rate=0.5, scope="global"), weights, graph=GRAPH)
     scores = [by_brute_force(weights, family, np.mean) for family in FAMILIES]
     ranked = sorted(
         (value / values.mean(), number, channel)
@@ -133,7 +134,11 @@ def test_a_kernel_scaled_as_a_whole_changes_no_global_ranking():
         scaled[path] = dataclasses.replace(weights[path], current=weights[path].current * 64)
     lone = (dataclasses.replace(JOINED, weights={k: JOINED.weights[k] for k in "ab"}), ALONE)
     masks = [
-        select(request(rate=0.5, scope="global"), kernel, families=lone)
+        select(
+            request(rate=0.5, scope="global"),
+            kernel,
+            graph=types.SimpleNamespace(families=lone, positions={}),
+        )
         for kernel in (weights, scaled)
     ]
     for path in SHAPES:
@@ -143,7 +148,7 @@ def test_a_kernel_scaled_as_a_whole_changes_no_global_ranking():
 @pytest.mark.parametrize("scope", ["layer", "global"])
 def test_counts_are_rounded_up_to_multiples_and_one_channel_stays(scope):
     masks = select(
-        request(rate=0.7, scope=scope, structure=Channels(round_to=4)), kernels(), families=FAMILIES
+        request(rate=0.7, scope=scope, structure=Channels(round_to=4)), kernels(), graph=GRAPH
     )
     counts = [int(kept_channels(family, masks).sum()) for family in FAMILIES]
     assert counts[0] in (4, 5)
@@ -151,24 +156,24 @@ def test_counts_are_rounded_up_to_multiples_and_one_channel_stays(scope):
     masks = select(
         request(rate=0.99, scope="layer", structure=Channels(at_most=0.99)),
         kernels(),
-        families=FAMILIES,
+        graph=GRAPH,
     )
     assert [int(kept_channels(family, masks).sum()) for family in FAMILIES] == [1, 1]
 
 
 def test_at_most_holds_for_each_family():
     half = Channels(at_most=0.5)
-    masks = select(request(rate=0.9, structure=half), kernels(), families=FAMILIES)
+    masks = select(request(rate=0.9, structure=half), kernels(), graph=GRAPH)
     assert [int(kept_channels(family, masks).sum()) for family in FAMILIES] == [3, 4]
     with pytest.raises(ValueError, match=r"sparsity of 0.6 is above the share"):
-        select(request(sparsity=0.6, structure=half), kernels(), families=FAMILIES)
+        select(request(sparsity=0.6, structure=half), kernels(), graph=GRAPH)
     with pytest.raises(ValueError, match=r"7 of 13 channels were to go.* at most 6 go"):
-        select(request(rate=0.6, structure=half, scope="global"), kernels(), families=FAMILIES)
+        select(request(rate=0.6, structure=half, scope="global"), kernels(), graph=GRAPH)
 
 
 def test_a_layer_that_is_to_keep_all_keeps_the_family():
     rate = {"^b$": 0.0, "default": 0.5}
-    masks = select(request(rate=rate), kernels(), families=FAMILIES)
+    masks = select(request(rate=rate), kernels(), graph=GRAPH)
     assert [int(kept_channels(family, masks).sum()) for family in FAMILIES] == [5, 4]
 
 
@@ -178,7 +183,7 @@ def test_ties_go_by_the_seed_alone():
         for path, kernel in kernels().items()
     }
     kept = [
-        kept_channels(ALONE, select(request(rate=0.5, seed=seed), weights, families=FAMILIES))
+        kept_channels(ALONE, select(request(rate=0.5, seed=seed), weights, graph=GRAPH))
         for seed in (0, 0, 1, 2)
     ]
     np.testing.assert_array_equal(kept[0], kept[1])
@@ -192,11 +197,11 @@ def test_what_reads_a_pruned_filter_is_pruned_with_it():
     masks["a"][:, [0, 1]] = False  # b still makes both
     masks["c"][:, 3] = False
     weights = kernels(masks=masks)
-    new = select(request(rate=0.0, structure="filters"), weights, families=FAMILIES)
+    new = select(request(rate=0.0, structure="filters"), weights, graph=GRAPH)
     assert new["c"][:, [0, 1, 2, 4, 5, 6, 7]].all()
     np.testing.assert_array_equal(new["d"].any(axis=1), np.arange(8) != 3)
     masks["b"][..., 1] = False
-    new = select(request(rate=0.0, structure="filters"), kernels(masks=masks), families=FAMILIES)
+    new = select(request(rate=0.0, structure="filters"), kernels(masks=masks), graph=GRAPH)
     np.testing.assert_array_equal(new["c"][:, 0], np.arange(10) % 5 != 1)
 
 
@@ -204,9 +209,53 @@ def test_what_makes_no_sense_is_an_error():
     with pytest.raises(ValueError, match="finds no channels that could be removed"):
         select(request(rate=0.5), kernels())
     with pytest.raises(ValueError, match="Leave `distribution` out"):
-        select(request(sparsity=0.5, distribution="erk"), kernels(), families=FAMILIES)
+        select(request(sparsity=0.5, distribution="erk"), kernels(), graph=GRAPH)
     with pytest.raises(ValueError, match="for each sparsity"):
         selection.update_many("smallest_weights", kernels(), sparsities=[0.5], structure="channels")
     for arguments in ({"pooling": "sum"}, {"at_most": 1.0}, {"round_to": 0}):
         with pytest.raises(ValueError, match="Received"):
             Channels(**arguments)
+
+
+def macs(a, c):
+    """Multiply-adds with so many channels of the families."""
+    return 4 * a + 9 * 12 * a + 2 * a * c + 4 * c * 2
+
+
+@pytest.mark.parametrize("share", [0.9, 0.5, 0.25])
+def test_a_budget_of_multiply_adds_takes_the_fewest_channels_that_keep_it(share):
+    structure = Channels(at_most=0.8)
+    masks = select(request(budget={"macs": share}, structure=structure), kernels(), graph=GRAPH)
+    counts = [int(kept_channels(family, masks).sum()) for family in FAMILIES]
+    assert macs(*counts) <= share * macs(5, 8)
+    sparsities = sorted({k / n for n in (5, 8) for k in range(n)})
+    possible = [[n - int(s * n + 1e-6) for n in (5, 8)] for s in sparsities if s <= 0.8]
+    fitting = [pair for pair in possible if macs(*pair) <= share * macs(5, 8)]
+    assert counts == max(fitting)
+
+
+def test_budgets_of_several_kinds_hold_together():
+    budget = {"macs": 0.9, "weights": 0.4}
+    masks = select(request(budget=budget, scope="global"), kernels(), graph=GRAPH)
+    a, c = (int(kept_channels(family, masks).sum()) for family in FAMILIES)
+    assert macs(a, c) <= 0.9 * macs(5, 8)
+    weights = 4 * a + 12 * a + 2 * a * c + c * 2
+    assert weights <= 0.4 * sum(np.prod(shape) for shape in SHAPES.values())
+
+
+def test_a_budget_that_cannot_be_met_or_makes_no_sense_is_an_error():
+    with pytest.raises(ValueError, match=r"cannot be met: .* are left"):
+        select(request(budget={"macs": 0.01}), kernels(), graph=GRAPH)
+    open_shape = types.SimpleNamespace(families=FAMILIES, positions={**POSITIONS, "b": None})
+    with pytest.raises(ValueError, match="depend on the size of the input"):
+        select(request(budget={"macs": 0.5}), kernels(), graph=open_shape)
+    for arguments, message in (
+        ({"budget": {"time": 0.5}}, "some of the keys"),
+        ({"budget": {"macs": 1.5}}, r"number in \(0, 1\]"),
+        ({"budget": {"macs": 0.5}, "rate": 0.5}, "leave out `rate`"),
+        ({"budget": {"macs": 0.5}, "structure": "filters"}, 'needs structure="channels"'),
+    ):
+        with pytest.raises(ValueError, match=message):
+            request(**arguments)
+    with pytest.raises(ValueError, match="prunes in 100 rounds"):
+        Request.of("synflow", budget={"macs": 0.5}, structure="channels")
