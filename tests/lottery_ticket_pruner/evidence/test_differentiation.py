@@ -41,8 +41,7 @@ GROUPS = {
     ],
     "recurrent": lambda: [
         layers.LSTM(4, return_sequences=True, dropout=0.2),
-        layers.Bidirectional(layers.GRU(2, return_sequences=True)),
-        layers.SimpleRNN(4, return_sequences=True),
+        layers.GRU(4, return_sequences=True, go_backwards=True),
     ],
     "attention": lambda: [
         layers.MultiHeadAttention(2, 3, dropout=0.2),
