@@ -1,4 +1,4 @@
-"""Masked layers for Keras 3: any model with masks over its weights, inside the compiled graph."""
+"""Masked layers for Keras 3: weight masks as part of the model's own graph."""
 
 from masked_layers._keras import sync
 from masked_layers.classes import (

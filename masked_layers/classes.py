@@ -1,6 +1,6 @@
-"""The masked forms of Keras' layers: classes that can be constructed by hand.
+"""Masked classes of Keras' layers, which users can construct directly.
 
-`classes.pyi` says the same to type checkers and editors, which cannot run `define`.
+`classes.pyi` declares them for type checkers and editors, which cannot run `define`.
 """
 
 from keras import layers

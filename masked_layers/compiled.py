@@ -1,4 +1,4 @@
-"""Functions compiled before a model changed, which would go on computing what it was then."""
+"""Finds and resets compiled functions that became stale because a model changed in place."""
 
 from __future__ import annotations
 
@@ -21,17 +21,18 @@ from masked_layers.notices import warn_outside
 Layer = keras.layers.Layer
 
 _BESIDE = "_masked_layers_compiled"
-# For each load of a file that is under way, the ids of layers that nothing compiled is left of.
+# For each load in progress, the ids of layers whose compiled functions were already reset.
 _LOADED: weakref.WeakKeyDictionary[Any, set[int]] = weakref.WeakKeyDictionary()
 
 
 def kept_beside(model: Layer) -> dict[str, Any]:
-    """Returns what was compiled beside a model, by a name, until `forget_functions` empties it.
+    """Returns a dict, stored with the model, of functions compiled outside of it, by name.
 
-    For what is compiled elsewhere and reads the model's weights, to be kept for its next use.
+    Other modules use it to keep compiled functions that read the model's weights.
+    `forget_functions` empties it.
     """
     if _BESIDE not in vars(model):
-        # Past Keras' tracking, which would look for variables in it.
+        # Bypasses Keras' tracking, which would search it for variables.
         object.__setattr__(model, _BESIDE, {})
     return vars(model)[_BESIDE]
 
@@ -39,18 +40,19 @@ def kept_beside(model: Layer) -> dict[str, Any]:
 def forget_functions(model: Layer, *, around: bool = True) -> list[weakref.ref]:
     """Makes `fit`, `evaluate`, `predict`, `generate`, ... of a model compile again when called.
 
-    Keras and tasks made with it compile a function in `make_train_function`,
-    `make_generate_function`, ... and keep it in `train_function`, `generate_function`, ... Methods
-    of layers under `@tf.function` or `@jax.jit` are compiled again, too.
+    Keras and task models based on it compile functions in `make_train_function`,
+    `make_generate_function`, ... and store them in `train_function`, `generate_function`, ... These
+    attributes are reset. Methods of layers under `@tf.function` or `@jax.jit` are also compiled
+    again.
 
     Args:
-        model: A model or layer, with all inside it.
-        around: Whether to do the same to every other model that is alive and holds one of its
-            layers. A layer does not know what holds it: what Python's garbage collector tracks is
-            looked over. False for a model that was made just now, which nothing was compiled with.
+        model: A model or layer. All layers inside it are included.
+        around: Whether to include every other existing model that contains one of its layers. A
+            layer does not know which models contain it, so they are searched for among the objects
+            that Python's garbage collector tracks. Pass False for a model that was just made.
 
     Returns:
-        The functions of TensorFlow that read a variable of the model, for `warn_of_traces`.
+        References to TensorFlow functions that read a variable of the model, for `warn_of_traces`.
     """
     if not around:
         _forget(_keras.flatten(model))
@@ -62,18 +64,18 @@ def forget_functions(model: Layer, *, around: bool = True) -> list[weakref.ref]:
 
 
 def forget_while_loading(layer: Layer) -> None:
-    """Does what `forget_functions` does, but once for all layers that one file is loaded into.
+    """Does what `forget_functions` does, but only once for all layers loaded from one file.
 
-    Looking over all that is alive for each of them would take longer than the loading.
+    A search through all existing objects for each layer would take longer than the loading.
 
     Args:
-        layer: A layer that has just loaded another kind of state.
+        layer: A layer that has just loaded a state that changes its computation.
     """
     load = load_under_way()
     if load is not None and id(layer) in _LOADED.get(load, ()):
         return
     models = _alive(keras.Model)
-    # What else is loaded is in the models that hold this layer, if in any.
+    # The other layers loaded from the file are in the models that contain this layer.
     inside = {id(layer): layer} | _in_those_with({id(layer): layer}, models)
     layers = inside | _in_those_with(inside, models)
     variables = {id(v): v for other in inside.values() for v in other.variables}
@@ -84,29 +86,28 @@ def forget_while_loading(layer: Layer) -> None:
 
 
 def remake_function(model: keras.Model, kind: str) -> None:
-    """Replaces a compiled function of the model by a new one, which is traced again.
+    """Replaces a compiled function of the model with a new one, which is traced again.
 
     Args:
         model: A compiled model.
         kind: `"train"`, `"test"` or `"predict"`.
     """
     step = getattr(model, f"{kind}_step")
-    # `jax.jit` finds earlier traces by equality, and the bound method is equal to that of the
-    # function to be replaced: without a new identity the old trace would be used again.
+    # `jax.jit` looks up earlier traces by equality, and the bound method equals the one of the
+    # function to be replaced. Without a new object the old trace would be used again.
     with _keras.replaced(model, f"{kind}_step", lambda *args, **kwargs: step(*args, **kwargs)):
         getattr(model, f"make_{kind}_function")(force=True)
 
 
 def remake_functions(model: Layer, *, around: bool = True) -> None:
-    """Replaces the compiled functions of a model by new ones, which are traced again.
+    """Replaces the compiled functions of a model with new ones, which are traced again.
 
-    Unlike `forget_functions` it may be called in the middle of `fit`, which goes on with the new
-    function: each batch looks it up, and none may be missing.
+    Unlike `forget_functions`, it can be called during `fit`, which then continues with the new
+    function: `fit` looks up its function for each batch, so the function must never be missing.
 
     Args:
-        model: A model or layer that computes something else than before.
-        around: Whether to do the same to every other model that is alive and holds one of its
-            layers.
+        model: A model or layer whose computation has changed.
+        around: Whether to include every other existing model that contains one of its layers.
     """
     layers = _around(model) if around else {id(model): model}
     kept = [
@@ -126,13 +127,13 @@ def remake_functions(model: Layer, *, around: bool = True) -> None:
 
 
 def _around(model: Layer) -> dict[int, Layer]:
-    """Returns, by id, the layers of a model and of every model alive that holds one of them."""
+    """Returns, by id, all layers of a model and of the existing models that contain one of them."""
     inside = {id(layer): layer for layer in _keras.flatten(model)}
     return inside | _in_those_with(inside, _alive(keras.Model))
 
 
 def _in_those_with(inside: Mapping[int, Layer], models: Iterable[keras.Model]) -> dict[int, Layer]:
-    """Returns the layers of those models that hold one of these layers, by their ids."""
+    """Returns all layers of the models that contain one of the given layers, by their ids."""
     found: dict[int, Layer] = {}
     for model in models:
         try:
@@ -152,7 +153,7 @@ def _forget(layers: Iterable[Layer]) -> None:
             names[cls] = _kept_by_makers(cls)
         for name in names[cls]:
             if vars(layer).get(name) is not None:
-                # On TensorFlow it would stay alive, tracked for checkpoints.
+                # On TensorFlow it would otherwise be kept alive by the tracking for checkpoints.
                 delattr(layer, name)
                 setattr(layer, name, None)
         vars(layer).pop(_BESIDE, None)
@@ -160,9 +161,9 @@ def _forget(layers: Iterable[Layer]) -> None:
 
 
 def _kept_by_makers(cls: type) -> list[str]:
-    """Returns the attributes in which the methods of a class keep the functions that they make.
+    """Returns the attributes in which `make_..._function` methods of a class store functions.
 
-    Only a method that looks at the attribute makes the function again where that is None.
+    Only a method that reads the attribute makes the function again when the attribute is None.
     """
     found = []
     for maker in filter(None, (re.fullmatch("make_(.+_function)", name) for name in dir(cls))):
@@ -175,13 +176,13 @@ def _kept_by_makers(cls: type) -> list[str]:
 
 @contextlib.contextmanager
 def _released(variables: Iterable[keras.Variable]) -> Iterator[list[weakref.ref]]:
-    """Frees what TensorFlow would hold forever of functions that die while it is open.
+    """Frees memory that TensorFlow would keep for functions that are deleted inside the scope.
 
-    An optimizer of Keras sums gradients by `all_reduce`, which registers a gradient of its own in
-    each training step that is traced. It refers to the graph of the step.
+    Keras' optimizers sum gradients with `all_reduce`, which registers a gradient function for each
+    traced training step. That gradient function refers to the graph of the step and keeps it alive.
 
     Args:
-        variables: What the functions read.
+        variables: Variables that the functions read.
 
     Yields:
         References to the functions.
@@ -199,30 +200,31 @@ def _released(variables: Iterable[keras.Variable]) -> Iterator[list[weakref.ref]
 def warn_of_traces(
     model: Layer, variables: Collection[keras.Variable], traces: Sequence[weakref.ref]
 ) -> None:
-    """Warns of `tf.function`s that are alive, read one of these variables, and stay as they are.
+    """Warns about existing `tf.function`s that read one of these variables and are now stale.
 
-    On JAX and torch a function is traced again by itself where the state of a model or the class
-    of a layer is another one.
+    On JAX and torch a function is traced again automatically when the state of a model or the class
+    of a layer changes.
 
     Args:
         model: The model that has changed.
-        variables: Weights that it reads in another way than before.
-        traces: What `forget_functions` returned.
+        variables: Weights that the model now reads differently.
+        traces: The return value of `forget_functions`.
     """
     if any(trace() is not None for trace in traces):
-        gc.collect()  # Those that nothing holds any more.
+        gc.collect()  # Deletes functions without references.
     alive = [trace for trace in (reference() for reference in traces) if trace is not None]
     if names := sorted({trace.graph.name for trace in _readers(variables, alive)}):
         warn_outside(
-            f"'{model.name}' has changed, and functions compiled before that read its weights go "
-            f"on computing what it was: {names}. Make them again by `tf.function(...)` before you "
-            "use them. Those that Keras makes, such as `train_function`, make themselves again.",
-            *("masked_layers", "lottery_ticket_pruner"),  # A pruner changes models, too.
+            f"'{model.name}' has changed, but functions compiled before the change read its "
+            f"weights and still compute the earlier model: {names}. Create them again with "
+            "`tf.function(...)` before you use them. Functions that Keras creates, such as "
+            "`train_function`, are compiled again automatically.",
+            *("masked_layers", "lottery_ticket_pruner"),  # The pruner changes models too.
         )
 
 
 def _traces(variables: Iterable[keras.Variable]) -> list[Any]:
-    """Returns the traces of `tf.function`s that are alive and read one of the variables."""
+    """Returns the traces of existing `tf.function`s that read one of the variables."""
     if keras.backend.backend() != "tensorflow":
         return []
     import tensorflow as tf
@@ -236,7 +238,7 @@ def _readers(variables: Iterable[keras.Variable], traces: Sequence[Any]) -> list
     values = [variable.value for variable in variables]
     parts = [part for value in values for part in getattr(value, "values", (value,))]
     wanted = {id(part.handle) for part in parts}
-    # The `variables` of a trace are an error where one of them is no longer alive.
+    # `trace.variables` raises an error if one of the variables no longer exists.
     return [
         trace
         for trace in traces
@@ -264,7 +266,7 @@ def _names_of_gradients(traces: list[Any]) -> list[tuple[weakref.ref, list[str]]
 def _alive(cls: type) -> list[Any]:
     """Returns the instances of a class that Python's garbage collector tracks.
 
-    There can be millions of objects: no Python code runs for each.
+    There can be millions of objects, so no Python code is run for each of them.
     """
     objects = gc.get_objects()
     wanted = {kind for kind in set(map(type, objects)) if issubclass(kind, cls)}

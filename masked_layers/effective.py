@@ -16,7 +16,7 @@ Layer: TypeAlias = keras.layers.Layer
 
 
 class _Write:
-    """A method of a raw weight, as an attribute of a tensor that was made of it."""
+    """A method of a raw weight, attached to a tensor that was computed from it."""
 
     def __init__(self, variable: keras.Variable, name: str) -> None:
         self.variable = variable
@@ -30,16 +30,17 @@ class _Write:
 
 
 def _write_nothing() -> None:
-    """Stands in for a `_Write` in a tensor that was copied or saved."""
+    """Takes the place of a `_Write` in a tensor that was copied or saved."""
 
 
 def _with_writes(tensor: Any, variable: keras.Variable) -> Any:
-    """Gives the tensor of an effective weight what is asked of a weight outside of a call.
+    """Adds a variable's `assign` methods, path and flag to the tensor of an effective weight.
 
-    Code that sets weights, as in `layer.kernel.assign(value)`, expects a variable. It has to be a
-    tensor all the same: Keras would track and save a second variable, gradients pass through it.
+    Code that sets weights, as in `layer.kernel.assign(value)`, expects a variable. The effective
+    weight must still be a tensor, because Keras would track and save a second variable, and
+    because gradients pass through it.
     """
-    with contextlib.suppress(AttributeError):  # Where JAX traces it.
+    with contextlib.suppress(AttributeError):  # While JAX traces it.
         for name in ("assign", "assign_add", "assign_sub"):
             setattr(tensor, name, _Write(variable, name))
         tensor.path, tensor.trainable = variable.path, variable.trainable
@@ -49,11 +50,11 @@ def _with_writes(tensor: Any, variable: keras.Variable) -> Any:
 class EffectiveWeight:
     """Attribute of a masked layer that reads `mask(raw weight)` and writes the raw weight.
 
-    Outside of a call, `assign`, `assign_add` and `assign_sub` of what it gives write the raw
-    weight, too; the tensor itself stays what it was.
+    Outside a call, the tensor that it returns has the methods `assign`, `assign_add` and
+    `assign_sub`. They write the raw weight and do not change the tensor.
 
-    Keras keeps a weight either in a plain attribute or behind a property; both work, as a data
-    descriptor of the class comes before the attributes of the instance.
+    Keras stores a weight either in a plain attribute or behind a property. Both work, because a
+    data descriptor of the class takes precedence over attributes of the instance.
     """
 
     def __init__(self, base: type[Layer], name: str) -> None:

@@ -1,4 +1,4 @@
-"""Files and folders that are complete or not there."""
+"""Writes files and folders that are always either complete or absent."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import BinaryIO
 
 try:
     import fcntl
-except ImportError:  # Windows, which refuses to remove what is open.
+except ImportError:  # Windows, which refuses to remove open files.
     fcntl = None
 
 _SUFFIX = re.compile(r"\.[a-z0-9_]{8}")  # What `tempfile` appends.
@@ -23,10 +23,10 @@ _SUFFIX = re.compile(r"\.[a-z0-9_]{8}")  # What `tempfile` appends.
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """Opens a file that takes the place of the one at `path` when the block ends without an error.
+    """Opens a new file that replaces the one at `path` when the block ends without an error.
 
-    Until then, and after an error, whatever was at `path` is still there. What a process that was
-    killed left of the same file is removed.
+    Until then, and after an error, an existing file at `path` is unchanged. Temporary files that
+    killed processes left for the same path are removed.
     """
     path = Path(path)
     remove_abandoned(path.parent, path.name)
@@ -43,10 +43,15 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 
 def remove_abandoned(folder: Path, name: str | None = None) -> None:
-    """Removes what killed processes left of `replacing` the file `name`, or any, in a folder."""
+    """Removes temporary files that killed processes left in a folder.
+
+    Args:
+        folder: The folder to look in.
+        name: Name of the file that was to be replaced. Default: any.
+    """
     pattern = "*" if name is None else glob.escape(name)
     for part in folder.glob(f".{pattern}.*.part"):
-        # Not there any more, another's, or, on Windows, open.
+        # It may have been removed meanwhile, belong to another user or, on Windows, be open.
         with contextlib.suppress(OSError):
             if fcntl is None:
                 part.unlink()
@@ -58,13 +63,15 @@ def remove_abandoned(folder: Path, name: str | None = None) -> None:
 
 @contextlib.contextmanager
 def scratch_folder(path: Path, contents: frozenset[str]) -> Iterator[Path]:
-    """Makes a folder beside `path`, and its parents; takes it away, and parents left empty.
+    """Creates a temporary folder next to `path`, with missing parents.
 
-    What killed processes left of such folders is removed (not on Windows).
+    At the end it is removed, and so are parents that were created and are still empty. Temporary
+    folders that killed processes left for the same path are removed (not on Windows).
 
     Args:
-        path: What the folder is to replace.
-        contents: Names that may be in it; another folder is not taken for one that was left.
+        path: Path that the folder is to replace.
+        contents: Names that the folder may contain. A folder with other names is not treated as
+            abandoned.
     """
     made = [parent for parent in path.parents if not parent.exists()]
     try:
@@ -78,7 +85,7 @@ def scratch_folder(path: Path, contents: frozenset[str]) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
     finally:
         for parent in made:
-            with contextlib.suppress(OSError):  # Not empty if all went well.
+            with contextlib.suppress(OSError):  # It is not empty after a success.
                 parent.rmdir()
 
 
@@ -97,11 +104,12 @@ def _remove_abandoned_folders(path: Path, contents: frozenset[str]) -> None:
 
 
 def replace_folder(new: Path, path: Path) -> None:
-    """Puts folder `new` at `path` in one step; what was there is at `new` afterwards."""
+    """Moves folder `new` to `path` in one step; an existing folder is then at `new`."""
     if not path.exists():
         new.rename(path)
     elif not _exchange(new, path):
-        # Where the system cannot exchange two folders: two steps, undone if the second fails.
+        # If the system cannot exchange two folders, this takes two steps. If the second fails, the
+        # first is undone.
         old = path.with_name(f"{new.name}.old")
         path.rename(old)
         try:
@@ -113,10 +121,10 @@ def replace_folder(new: Path, path: Path) -> None:
 
 
 def _exchange(a: Path, b: Path) -> bool:
-    """Exchanges two paths atomically; False where the system or file system cannot."""
+    """Exchanges two paths atomically, or returns False if the system does not support it."""
     names = os.fsencode(a), os.fsencode(b)
     library = None
-    with contextlib.suppress(TypeError):  # Windows has no library of the whole process.
+    with contextlib.suppress(TypeError):  # Windows cannot open the process itself as a library.
         library = ctypes.CDLL(None)
     with contextlib.suppress(AttributeError):
         here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
@@ -127,11 +135,16 @@ def _exchange(a: Path, b: Path) -> bool:
     return False
 
 
-# What is in use is told from what was left by a lock of the system, which ends with its process.
+# A lock of the system, which is released when its process ends, tells files in use from abandoned
+# ones.
 
 
 def _lock(descriptor: int) -> bool:
-    """Locks what is open until it is closed; False where another process has, or there are none."""
+    """Locks an open file or folder until it is closed.
+
+    Returns:
+        False if another process has locked it, or the file system has no locks.
+    """
     with contextlib.suppress(OSError):
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return True
@@ -140,7 +153,7 @@ def _lock(descriptor: int) -> bool:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[bool]:
-    """Locks a file or folder; yields whether nobody else had it locked."""
+    """Locks a file or folder; yields whether the lock was free."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         yield _lock(descriptor)

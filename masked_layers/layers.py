@@ -1,9 +1,9 @@
-"""Masked forms of Keras layers, and how any existing layer becomes one.
+"""Masked forms of Keras layers, and the conversion of existing layers.
 
-A masked layer is the Keras layer it replaces plus one `Mask` child per masked weight. Where the
-layer reads `self.kernel` it now reads `mask(raw kernel)`; nothing else of it changes. A composite
-layer (an RNN around its cell, attention around its projections, a user's own block) is masked when
-layers inside it are.
+A masked layer is the original Keras layer plus one `Mask` child per masked weight. Where the
+original layer reads `self.kernel`, the masked layer reads `mask(raw kernel)`; nothing else changes.
+A composite layer (an RNN with its cell, attention with its projections, a custom block) is masked
+if layers inside it are.
 """
 
 from __future__ import annotations
@@ -39,16 +39,15 @@ PACKAGE = "masked_layers"
 
 @dataclasses.dataclass
 class _Masking:
-    """The masking state of a layer, in one attribute: all other names are the user's.
+    """Masking state of a layer, in a single attribute to leave all other names to the user.
 
     Attributes:
-        weights: Paths, relative to the layer, of the weights that have a mask; None for all
-            kernel-like ones.
+        weights: Paths, relative to the layer, of the masked weights; None for all kernels.
         bias: Whether biases have masks too.
         initializer: Initializer of binary masks.
-        mask: Prototype of the masks; None for binary ones.
-        state: What masks that are not built yet start from, by path: configs of `MaskState`.
-        frozen: Variables of the layer that are not trainable because a mask of it is learned.
+        mask: Prototype of the masks; None for binary masks.
+        state: Initial states of masks that are not built yet, by path: configs of `MaskState`.
+        frozen: Variables of the layer that are not trainable because one of its masks is learned.
     """
 
     weights: tuple[str, ...] | None
@@ -73,26 +72,31 @@ class MaskedLayer:
         return f"<{type(self).__qualname__} name={self.name}, built={self.built}>"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Keras names the method of a class that must be found by name; one made here cannot be.
+        # Keras refers to a method of a class that pickle finds by name, which is not possible for
+        # a class made here.
         make, arguments = super().__reduce__()
         return _unpickled, (getattr(plain_class(self), make.__name__), arguments)
 
     def save_own_variables(self, store: Any) -> None:
-        """Saves raw values, also those under a mask, and layers in sets, which Keras leaves out."""
+        """Saves raw values, also of pruned weights, and layers in sets, which Keras leaves out."""
         with raw_view():
             super().save_own_variables(store)
         sets.save(self, store)
 
     def load_own_variables(self, store: Any) -> None:
-        """Loads raw values."""
+        """Loads raw values, and layers in sets."""
         own = sets.without(self, store)
         with raw_view():
             super().load_own_variables(own)
         sets.load(self, store)
 
     def quantize(self, *args: Any, **kwargs: Any) -> None:
-        """Refuses: see `Mask.quantize`."""
-        if not isinstance(self, MaskedLayer):  # Stripped: Keras still holds this bound method.
+        """Raises an error, because a quantized layer would ignore its masks.
+
+        Raises:
+            ValueError: Always. The message names `strip_masks`.
+        """
+        if not isinstance(self, MaskedLayer):  # It was stripped; Keras still has this method.
             return type(self).quantize(self, *args, **kwargs)
         return Mask.quantize(self, *args, **kwargs)
 
@@ -105,7 +109,7 @@ class MaskedLayer:
         }
         if masking.mask is not None:
             config["mask"] = keras.saving.serialize_keras_object(masking.mask)
-        # A config is all that a clone, JSON or an `.h5` file has.
+        # Clones, JSON and `.h5` files contain nothing but the config.
         if not _keras.state_goes_apart():
             plain = masking.mask is None and isinstance(masking.initializer, Ones)
             found = {**masking.state, **states.configs(self, _paths(self), as_made=plain)}
@@ -116,21 +120,21 @@ class MaskedLayer:
 
 @keras.saving.register_keras_serializable(PACKAGE, "MaskedLayer")
 class MaskedByConversion(MaskedLayer):
-    """Masked form of a class that `masked_layers.classes` has none for.
+    """Base of masked classes that are created on demand, for layers without a predefined one.
 
-    All of these share one registered name: their config is that of the plain layer and the paths
-    of the masks in it, so that a saved model needs only the plain class to be known to Keras.
+    They share one registered name. Their config is that of the plain layer plus the paths of its
+    masks, so loading a saved model requires only that Keras can find the plain class.
     """
 
     def get_config(self) -> dict[str, Any]:
-        """Returns the config of the plain layer and what is masked in it."""
+        """Returns the config of the plain layer and its masking arguments."""
         names = [layer.name for layer in graph_layers(self)]
         config = {"layer": _plain_config(self), **self._masking_config()}
         return {**config, "layer_names": names} if names else config
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Layer:
-        """Makes the plain layer and masks it, once it is built."""
+        """Creates the plain layer and masks it once it is built."""
         deserialize = functools.partial(
             keras.saving.deserialize_keras_object, custom_objects=custom_objects
         )
@@ -150,7 +154,7 @@ by_hand: dict[type[Layer], type[Layer]] = {}
 
 
 def define(base: type[Layer], module: str) -> type[Layer]:
-    """Makes the masked form of a Keras layer: a class that can also be constructed by hand."""
+    """Creates the masked class of a Keras layer, which users can construct directly."""
 
     @functools.wraps(base.__init__)
     def init(
@@ -178,7 +182,7 @@ def define(base: type[Layer], module: str) -> type[Layer]:
     def build(self: Any, *args: Any, **kwargs: Any) -> None:
         base.build(self, *args, **kwargs)
         self.built = True
-        if isinstance(self, MaskedLayer):  # Stripped: Keras still holds this bound method.
+        if isinstance(self, MaskedLayer):  # Otherwise it was stripped; Keras still has this method.
             _mask_built(self)
 
     def get_config(self: Any) -> dict[str, Any]:
@@ -187,22 +191,22 @@ def define(base: type[Layer], module: str) -> type[Layer]:
     namespace = {
         "__doc__": f"""`keras.layers.{base.__name__}` with a mask over each of its kernels.
 
-    Every forward pass reads `mask(raw weight)` in place of the weight. Takes the arguments of
-    `keras.layers.{base.__name__}`, which describes them, and those below.
+    Every forward pass reads `mask(raw weight)` in place of the weight. In addition to the
+    arguments below, all arguments of `keras.layers.{base.__name__}` are accepted.
 
     Args:
-        masked_weights: Which weights get a mask, by path relative to the layer: `"kernel"`, or
-            `"cell/recurrent_kernel"` for a weight of a layer inside. Default: every kernel.
-        mask_bias: Whether biases get a mask too. Ignored where `masked_weights` is given.
+        masked_weights: Weights to mask, by path relative to the layer: `"kernel"`, or
+            `"cell/recurrent_kernel"` for a weight of an inner layer. Default: every kernel.
+        mask_bias: Whether biases are masked too. Ignored if `masked_weights` is given.
         mask_initializer: Initializer of binary masks; entries other than 0 are kept. Default: ones.
         mask: Kind of the masks, as for `convert_to_masked`. Default: binary.
-        mask_state: What binary masks start as, by path, as `get_config` of a layer gives it whose
-            masks are not as they started. Default: what `mask_initializer` makes.
+        mask_state: Initial states of binary masks, by path, in the form in which `get_config`
+            returns them. Default: the values from `mask_initializer`.
 
     Raises:
-        ValueError: If `mask` is not a mask; when it is built, if `masked_weights` or `mask_state`
-            names a weight it does not have, one that cannot have such a mask, or one of another
-            shape.
+        ValueError: If `mask` is not a mask. When the layer is built, if `masked_weights` or
+            `mask_state` names a weight that the layer does not have, that cannot have this kind
+            of mask, or that has another shape.
     """,
         "__module__": module,
         "__init__": init,
@@ -216,11 +220,12 @@ def define(base: type[Layer], module: str) -> type[Layer]:
 
 @functools.cache
 def _made_for(base: type[Layer], spec: Maskable | None) -> type[Layer]:
-    """Makes the masked form of a class that `masked_layers.classes` has none for.
+    """Creates the masked class of a layer class for which `masked_layers.classes` has none.
 
-    `spec`, what can be masked in it, is part of the key: a class may be registered later.
+    `spec` lists its maskable weights. It is part of the cache key, since a class may be registered
+    later.
     """
-    doc = f"`{base.__name__}` with masks over weights of it or of layers inside it."
+    doc = f"`{base.__name__}` with masks over weights of the layer or of layers inside it."
     cls = _subclass(MaskedByConversion, base, spec, {"__doc__": doc})
     return keras.saving.register_keras_serializable(PACKAGE, "MaskedLayer")(cls)
 
@@ -229,8 +234,8 @@ def _subclass(
     kind: type[MaskedLayer], base: type[Layer], spec: Maskable | None, namespace: dict[str, Any]
 ) -> type[Layer]:
     names = () if spec is None else spec.weights + spec.biases
-    # Keras names the entries of a weights file, and layers without a name, after `__name__`: with
-    # that of the plain class, plain and masked models read each other's files.
+    # Keras names the entries of a weights file, and layers without a name, after `__name__`. With
+    # the name of the plain class, plain and masked models can read each other's files.
     return type(
         base.__name__,
         (kind, base),
@@ -245,7 +250,8 @@ def _subclass(
 
 
 def _plain_config(layer: Layer) -> dict[str, Any]:
-    # Serialised as an instance of its plain class: Keras and user code look at the class of `self`.
+    # Serialized as an instance of its plain class, since Keras and user code use the class of
+    # `self`.
     cls = type(layer)
     layer.__class__ = plain_class(layer)
     try:
@@ -253,13 +259,13 @@ def _plain_config(layer: Layer) -> dict[str, Any]:
     except NotImplementedError as error:
         raise NotImplementedError(
             f"'{layer.name}' cannot be saved with its architecture, because "
-            f"{plain_class(layer).__name__} has no `get_config()`. Add one, or save its state "
-            "alone: `model.save_weights(path)` keeps weights and masks."
+            f"{plain_class(layer).__name__} has no `get_config()`. Add one, or save only its "
+            "state: `model.save_weights(path)` saves weights and masks."
         ) from error
     finally:
         layer.__class__ = cls
     for key in ("build_config", "compile_config", "shared_object_id"):
-        config.pop(key, None)  # Stands beside the config of the masked layer.
+        config.pop(key, None)  # These are next to the config of the masked layer.
     return config
 
 
@@ -276,23 +282,23 @@ def mask_weights(
     state: Mapping[str, Any] | None = None,
     prefix: str = "",
 ) -> None:
-    """Puts masks over weights inside `root`, changing the layers in place.
+    """Masks weights inside `root`, changing the layers in place.
 
-    Weights that have a mask keep it, and weights that layers share get one mask. A layer that is
-    not built yet gets its masks when it is built.
+    Weights that already have a mask keep it, and weights that layers share get one mask. A layer
+    that is not built yet gets its masks when it is built.
 
     Args:
         root: A layer or model.
         paths: Paths of weights, relative to `root`.
         initializer: Initializer of new binary masks.
-        mask_bias: What the configs of the layers are to say about their biases.
-        mask: Prototype of new masks; None for binary ones.
-        state: What new masks start from, by path: configs of `MaskState`.
-        prefix: What comes before the paths where seeds are derived from them.
+        mask_bias: The value of `mask_bias` in the configs of the layers.
+        mask: Prototype of new masks; None for binary masks.
+        state: Initial states of new masks, by path: configs of `MaskState`.
+        prefix: Prefix of the paths from which seeds are derived.
 
     Raises:
-        ValueError: If a path names no maskable weight, or one that cannot have such a mask.
-            Nothing has changed then.
+        ValueError: If a path does not name a maskable weight, or the weight cannot have this kind
+            of mask. `root` is then unchanged.
     """
     cache: dict[int, Any] = {}
     chains = []
@@ -303,7 +309,7 @@ def mask_weights(
             chain = []
         if not chain or chain[-1][0] not in own_weights(chain[-1][1], biases=True):
             raise ValueError(
-                f"'{root.name}' has no weight '{path}' that can be masked. Those it has: "
+                f"'{root.name}' has no weight '{path}' that can be masked. Maskable weights: "
                 f"{[path for path, *_ in weights_inside(root, biases=True)]}"
             )
         _check_mask(chain[-1][1], mask)
@@ -332,17 +338,20 @@ def mask_weights(
 def mask_when_built(
     layer: Layer, *, initializer: Any = "ones", mask_bias: bool = False, mask: Mask | None = None
 ) -> None:
-    """Makes a layer that is not built yet, and makes its inner layers then, masked throughout."""
+    """Masks a layer, and all layers inside it, as soon as it is built.
+
+    For layers that are not built yet and create their inner layers when they are.
+    """
     _change_class(layer, None, mask_bias, initializer, mask)
     _when_built(layer, _mask_built)
 
 
 def make_binary(root: Layer, masks: Mapping[int, np.ndarray]) -> None:
-    """Replaces learned masks inside `root` by binary ones in place; weights can be trained again.
+    """Replaces learned masks inside `root` with binary masks and makes weights trainable again.
 
     Args:
-        root: A layer or model.
-        masks: The masks, by the id of the raw variable that each is over.
+        root: A layer or model, which is changed in place.
+        masks: The binary masks, by the id of the raw variable that each of them masks.
     """
     shared: dict[int, Mask] = {}
     for _, layer in list(walk(root)):
@@ -360,7 +369,7 @@ def make_binary(root: Layer, masks: Mapping[int, np.ndarray]) -> None:
 
 @contextlib.contextmanager
 def undone_on_error(root: Layer) -> Iterator[None]:
-    """Takes the masks that layers inside `root` are given back where an error leaves the scope."""
+    """Removes the masks that layers inside `root` got in the scope if it ends with an error."""
     before = {}
     for _, layer in walk(root):
         masking = vars(layer).get("_masking")
@@ -385,7 +394,7 @@ def undone_on_error(root: Layer) -> Iterator[None]:
 
 
 def unmask(root: Layer) -> None:
-    """Removes every mask inside `root` in place; raw weights stay as they are.
+    """Removes all masks inside `root` in place without changing raw weights.
 
     Each masked layer becomes an instance of its plain class again.
     """
@@ -440,15 +449,15 @@ def _start_from(layer: Layer, state: Mapping[str, Any] | None) -> None:
     mask = layer._masking.mask
     if state and mask is not None and mask.learned:
         raise ValueError(
-            f"`mask_state` of '{layer.name}' is for binary masks, and its masks are learned: their "
-            f"scores are weights. Received: mask={mask!r}"
+            f"`mask_state` of '{layer.name}' is for binary masks, but its masks are learned, and "
+            f"their scores are weights. Received: mask={mask!r}"
         )
     layer._masking.state = dict(state or {})
     states.restore(layer, layer._masking.state)
 
 
 def _name_masks(layer: Layer, mask_bias: bool, initializer: Any, mask: Mask | None) -> None:
-    """Makes a layer one whose config names the masks in it; those there already come first."""
+    """Gives a layer a masked class, whose config names its masks; existing masks come first."""
     if not isinstance(layer, MaskedLayer):
         masked = [
             path
@@ -487,7 +496,7 @@ def _when_built(layer: Layer, then: Callable[[Layer], None]) -> None:
 
 
 def _mask_built(layer: Layer) -> None:
-    """Gives a masked layer that was just built exactly the masks that it names."""
+    """Gives a masked layer that was just built exactly the masks that its state names."""
     paths = _paths(layer)
     inner = [path for path in paths if "/" in path]
     shared = _masks_by_variable(layer)
@@ -507,8 +516,8 @@ def _mask_built(layer: Layer) -> None:
             state=masking.state,
             prefix=layer.name,
         )
-    # A layer made from the config of a masked one, as the second direction of `Bidirectional` is,
-    # may have brought more masks than this one names.
+    # An inner layer made from the config of a masked one, as the second direction of
+    # `Bidirectional` is, may have more masks than this layer names.
     for path, owner, name in weights_inside(layer, biases=True):
         if path not in paths and mask_of(owner, name) is not None:
             _detach(owner, name)
@@ -525,11 +534,11 @@ def _masks_by_variable(root: Layer) -> dict[int, Mask]:
 
 
 def _check_mask(layer: Layer, mask: Mask | None) -> None:
-    # What Keras' RNN layers ask of a cell.
+    # Keras' RNN layers require this attribute of a cell.
     if isinstance(mask, learned.BernoulliMask) and hasattr(layer, "state_size"):
         raise ValueError(
             f"'{layer.name}' ({plain_class(layer).__name__}) is a recurrent cell: it reads its "
-            "weights at every time step, and each reading of a BernoulliMask draws again. Use "
+            "weights at every time step, and a BernoulliMask is sampled again at each read. Use "
             "EdgePopupMask, or leave the layer out: `convert_to_masked(model, exclude=...)`."
         )
 
@@ -540,7 +549,7 @@ def _attach(layer: Layer, name: str, shared: dict[int, Mask], path: str) -> Mask
     if name not in own_weights(layer, biases=True):
         raise ValueError(
             f"{type(layer).__qualname__} '{layer.name}' has no weight '{name}' that can be masked. "
-            f"Those it has: {own_weights(layer, biases=True)}"
+            f"Maskable weights: {own_weights(layer, biases=True)}"
         )
     variable, masking = raw_variable(layer, name), layer._masking
     mask = shared.get(id(variable))

@@ -1,4 +1,4 @@
-"""The mask: a small Keras layer that decides what a layer reads in place of its raw weight."""
+"""The mask: a small Keras layer that computes the effective weight from the raw one."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _raw_view: contextvars.ContextVar[bool] = contextvars.ContextVar("raw_view", def
 
 @contextlib.contextmanager
 def raw_view() -> Iterator[None]:
-    """Makes masked layers read their raw weights (the variables themselves) while it is open.
+    """Makes masked layers return their raw weights (the variables themselves) inside the scope.
 
-    Some Keras layers save and load what their `kernel` property returns; without this view the
-    values under a mask would be lost on disk.
+    Some Keras layers save and load the value of their `kernel` property. Without the raw view, the
+    raw values of pruned weights would be lost in files.
     """
     token = _raw_view.set(True)
     try:
@@ -33,39 +33,39 @@ def raw_view() -> Iterator[None]:
 
 
 def is_raw_view() -> bool:
-    """True inside `raw_view()`."""
+    """Returns whether the code runs inside `raw_view()`."""
     return _raw_view.get()
 
 
 @keras.saving.register_keras_serializable(package="masked_layers")
 class Mask(keras.layers.Layer):
-    """A binary mask over one weight: kept entries pass, pruned entries read as exactly 0.
+    """Binary mask over one weight: kept entries are unchanged, pruned entries are exactly 0.
 
-    After `freeze(values)` pruned entries read as these constants in place of 0: part of the forward
-    pass, not trained, saved with the mask. Without it there is no variable for them.
+    After `freeze(values)`, pruned entries are these constants in place of 0. The constants are part
+    of the forward pass, not trained, and saved with the mask.
 
-    The product is a selection, `where(mask, weight, 0)`, and not a multiplication: a pruned entry
-    is +0.0 even where the raw weight is negative, infinite or NaN, no gradient of the loss reaches
-    it, and a mask of ones changes no bit of the weight or of its gradient.
+    The mask is applied as a selection, `where(mask, weight, 0)`, and not as a product. A pruned
+    entry is therefore +0.0 even if the raw weight is negative, infinite or NaN, no gradient of the
+    loss reaches it, and a mask of ones changes no bit of the weight or its gradient.
 
-    A mask is state of the model but not one of its weights: `value` is among `model.variables`
-    and in every saved file, and not among `model.weights`, so that `get_weights`, `set_weights`
-    and `count_params` are those of the plain model.
+    A mask is state of the model but not one of its weights: `value` is in `model.variables` and in
+    every saved file, but not in `model.weights`. `get_weights`, `set_weights` and `count_params`
+    therefore behave as in the plain model.
 
     Args:
         initializer: Initializer of the mask; entries other than 0 are kept. Default: keep all.
         rescale: Whether to multiply the kept weights by `size / ones(mask)` (dynamic weight
-            rescaling, arXiv 1905.01067, section 5.2; factor 0 for a mask without ones). It is a
-            property of the forward pass and never changes a stored weight. Change it later with
-            `masked_layers.set_rescale`, which has functions compiled before compiled again.
+            rescaling, arXiv 1905.01067, section 5.2; the factor is 0 for a mask without ones). This
+            is part of the forward pass and never changes a stored weight. To change it later, call
+            `masked_layers.set_rescale`, which recompiles functions that were compiled before.
         **kwargs: `name` and the other arguments of `keras.layers.Layer`.
 
     Attributes:
-        value: `keras.Variable` of dtype bool and of the weight's shape; not trainable.
-        frozen: What pruned entries read as: `keras.Variable` of the weight's shape, not trainable;
+        value: `keras.Variable` of dtype bool with the weight's shape; not trainable.
+        frozen: Values of pruned entries: `keras.Variable` with the weight's shape, not trainable;
             None for 0.
-        moved_at: The step of training at which dynamic sparse training last changed the mask, saved
-            with it; None without such a training. A resumed one learns from it what it has done.
+        moved_at: Training step at which dynamic sparse training last changed the mask, or None. It
+            is saved with the mask, so that a resumed training does not repeat this change.
     """
 
     learned = False  # Whether training changes it.
@@ -108,8 +108,8 @@ class Mask(keras.layers.Layer):
         """Returns the effective weight as a tensor.
 
         Args:
-            weight: Raw weight, variable or tensor, of the mask's shape and any float dtype. A
-                variable is cast as the layer around it would cast it (mixed precision).
+            weight: Raw weight, a variable or tensor of the mask's shape and any float dtype. A
+                variable is cast as its layer would cast it (mixed precision).
         """
         weight = ops.convert_to_tensor(weight)
         if self.frozen is not None:
@@ -127,19 +127,19 @@ class Mask(keras.layers.Layer):
         return ops.where(self._keep(), kept, pruned)
 
     def pruned(self, dtype: str) -> Any:
-        """Returns what pruned entries read as: 0, or the frozen values in the weight's shape."""
+        """Returns the values of pruned entries: 0, or the frozen values in the weight's shape."""
         if self.frozen is None:
             return ops.cast(0, dtype)
         return ops.cast(self._read("frozen"), dtype)
 
     def freeze(self, values: Any) -> bool:
-        """Makes pruned entries read as constants; kept ones are not concerned.
+        """Sets the constant values of pruned entries; kept entries are not affected.
 
-        A call that adds or removes the variable of these values changes what the model computes:
-        functions compiled before must be compiled again. `LotteryTicketPruner.treat` does so.
+        If a call adds or removes the variable of these values, functions compiled before must be
+        compiled again. `LotteryTicketPruner.treat` does this.
 
         Args:
-            values: Array of the weight's shape, or None for 0 again.
+            values: Array of the weight's shape, or None to return to 0.
 
         Returns:
             Whether the variable was added or removed.
@@ -183,15 +183,15 @@ class Mask(keras.layers.Layer):
 
     @property
     def state(self) -> MaskState:
-        """All that the mask is at the moment, as arrays."""
+        """Current state of the mask, as arrays."""
         frozen = None if self.frozen is None else np.array(ops.convert_to_numpy(self.frozen))
         return MaskState(self.to_numpy(), self.rescale, frozen)
 
     def restore(self, state: MaskState) -> None:
-        """Brings a state back; a mask that is not built starts from it when it is.
+        """Restores a state, or uses it as the initial one if the mask is not built yet.
 
-        Functions compiled before must be compiled again where it rescales, or freezes pruned
-        entries, and the state does not, or the other way round.
+        If this turns rescaling or the freezing of pruned entries on or off, functions compiled
+        before must be compiled again.
         """
         self.rescale = state.rescale
         if self.built:
@@ -210,9 +210,8 @@ class Mask(keras.layers.Layer):
     def _read(self, name: str) -> Any:
         variable, lent = getattr(self, name), f"_lent_{name}"
         if _keras.is_withdrawn(variable):
-            # Inside the optimizer's part of a training step on JAX, where the variables are empty
-            # and only the optimizer's own are at hand: the forward pass of the same step, just
-            # before, was given the mask.
+            # In the optimizer's part of a training step on JAX, variables are empty except those of
+            # the optimizer. The forward pass of the same step, just before, had the mask.
             return getattr(self, lent)
         value = ops.convert_to_tensor(variable)
         setattr(self, lent, value if _keras.is_lent(variable) else None)
@@ -224,19 +223,19 @@ class Mask(keras.layers.Layer):
         return ops.where(ones > 0, size / ops.maximum(ones, 1.0), 0.0)
 
     def quantize(self, *args: Any, **kwargs: Any) -> None:
-        """Refuses: a quantized layer would read its raw weight and skip the mask.
+        """Raises an error, because a quantized layer would ignore its mask.
 
         Raises:
-            ValueError: Always; it names `strip_masks`.
+            ValueError: Always. The message names `strip_masks`.
         """
         raise ValueError(
-            "A masked model cannot be quantized: its masks would be skipped. Call "
-            "`masked_layers.strip_masks(model)` first and quantize what it returns; pruned "
-            "weights stay zero."
+            "A masked model cannot be quantized, because its masks would be ignored. Call "
+            "`masked_layers.strip_masks(model)` first and quantize the model that it returns; "
+            "pruned weights stay zero."
         )
 
     def save_own_variables(self, store: Any) -> None:
-        """Saves the mask, its frozen values, whether it rescales and when it last moved."""
+        """Saves the mask, its frozen values, `rescale` and `moved_at`."""
         store["0"] = self.value
         if self.frozen is not None:
             store["frozen"] = self.frozen
@@ -246,23 +245,24 @@ class Mask(keras.layers.Layer):
             store["moved_at"] = np.array(self.moved_at, "int64")
 
     def load_own_variables(self, store: Any) -> None:
-        """Loads a saved mask; a file of the plain model holds none and leaves the mask alone.
+        """Loads a saved mask. Files of the plain model contain no mask and do not change it.
 
         Raises:
-            ValueError: If the file holds a learned mask, or the saved one has another shape.
+            ValueError: If the file contains a learned mask, or a mask of another shape.
         """
         if "scores" in store:
             raise ValueError(
-                f"The file holds a learned mask for '{self.path or self.name}', which is binary. "
-                "Load it into a model with such masks, and harden that: `masked_layers.harden`."
+                f"The file contains a learned mask for '{self.path or self.name}', which is a "
+                "binary mask. Load the file into a model with learned masks and convert that with "
+                "`masked_layers.harden`."
             )
         if "0" not in store:
             return
         value = np.asarray(store["0"])
         if value.shape != tuple(self.value.shape):
             raise ValueError(
-                f"The saved mask '{self.path}' has shape {value.shape}, but the weight it is for "
-                f"has shape {tuple(self.value.shape)}. Load it into the model it was saved from."
+                f"The saved mask '{self.path}' has shape {value.shape}, but its weight has shape "
+                f"{tuple(self.value.shape)}. Load the file into the model it was saved from."
             )
         self.value.assign(value.astype("bool"))
         changed = self.freeze(np.asarray(store["frozen"]) if "frozen" in store else None)
@@ -287,7 +287,7 @@ class Mask(keras.layers.Layer):
 
 
 class MaskedRegularizer(keras.regularizers.Regularizer):
-    """The penalty of the effective weight, so that a raw value under the mask costs nothing."""
+    """Regularizer that penalizes the effective weight, without the raw values of pruned entries."""
 
     def __init__(self, plain: keras.regularizers.Regularizer, mask: Mask) -> None:
         self.plain = plain
@@ -299,7 +299,7 @@ class MaskedRegularizer(keras.regularizers.Regularizer):
 
 
 class MaskedConstraint(keras.constraints.Constraint):
-    """A constraint of the effective weight, which leaves out raw values under the mask."""
+    """Constraint on the effective weight that does not change the raw values of pruned entries."""
 
     def __init__(self, plain: keras.constraints.Constraint, mask: Mask) -> None:
         self.plain = plain

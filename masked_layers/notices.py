@@ -1,4 +1,4 @@
-"""Warnings at the line of a user's code, however deep in the library their reason is found."""
+"""Warnings that point to the line of the user's code, at any depth of the library."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import warnings
 
 
 def warn_outside(message: str, *packages: str) -> None:
-    """Warns at the innermost line on the stack that is outside of these packages.
+    """Issues a warning for the innermost line on the stack that is outside these packages.
 
     Args:
         message: Text of the `UserWarning`.

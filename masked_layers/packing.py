@@ -1,4 +1,4 @@
-"""Masks as a bit per weight, in files and in configs."""
+"""Masks packed to one bit per weight, for files and configs."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ import numpy as np
 
 
 def pack(mask: np.ndarray) -> np.ndarray:
-    """Returns a bool array as bits: uint8 of shape `(ceil(mask.size / 8),)`, zeros at the end."""
+    """Packs a bool array into bits: uint8 of shape `(ceil(mask.size / 8),)`, padded with zeros."""
     return np.packbits(mask)
 
 
 def unpack(bits: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Inverse of `pack`.
+    """Unpacks a mask from bits; the inverse of `pack`.
 
     Args:
-        bits: What `pack` returned.
-        shape: The shape of the mask.
+        bits: Array returned by `pack`.
+        shape: Shape of the mask.
 
     Returns:
         A bool array of that shape.
 
     Raises:
-        ValueError: If there are more bits, or fewer, than `pack` makes of such a mask, or other
-            values than bytes.
+        ValueError: If `bits` has another dtype or length than `pack` returns for this shape, or
+            its padding is not zero.
     """
     size = math.prod(shape)
     expected = (math.ceil(size / 8),)
@@ -40,8 +40,8 @@ def unpack(bits: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         )
     if size % 8 and bits[-1] & (0xFF >> size % 8):
         raise ValueError(
-            f"the bits of a mask of shape {shape} must end with zeros after the first {size}. "
-            f"Received: a last byte of {bits[-1]:#010b}"
+            f"the bits of a mask of shape {shape} must be zero after the first {size}. "
+            f"Received: last byte {bits[-1]:#010b}"
         )
     return np.unpackbits(bits, count=size).reshape(shape).astype(bool)
 
@@ -52,8 +52,8 @@ class MaskState:
 
     Attributes:
         kept: Bool array of the weight's shape, True where an entry is kept.
-        rescale: Whether it rescales.
-        frozen: What pruned entries read as: float array of that shape, or None for 0.
+        rescale: Whether the mask rescales kept weights.
+        frozen: Values of pruned entries: float array of the weight's shape, or None for 0.
     """
 
     kept: np.ndarray
@@ -62,11 +62,11 @@ class MaskState:
 
     @property
     def is_new(self) -> bool:
-        """Returns whether every entry is kept and nothing else differs from a new mask."""
+        """Whether the state is that of a new mask: all entries kept, not rescaled, not frozen."""
         return bool(self.kept.all()) and not self.rescale and self.frozen is None
 
     def get_config(self) -> dict[str, Any]:
-        """Returns the state in JSON's types."""
+        """Returns the state as JSON-serializable values."""
         config: dict[str, Any] = {"shape": list(self.kept.shape), "bits": _text(pack(self.kept))}
         if self.rescale:
             config["rescale"] = True
@@ -76,14 +76,14 @@ class MaskState:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], shape: tuple[int, ...]) -> MaskState:
-        """Inverse of `get_config`.
+        """Creates a state from its config; the inverse of `get_config`.
 
         Args:
-            config: What it returned.
+            config: Dict returned by `get_config`.
             shape: Shape of the weight.
 
         Raises:
-            ValueError: If the state is for another shape or damaged.
+            ValueError: If the state is damaged or has another shape.
         """
         try:
             if tuple(config["shape"]) != shape:

@@ -1,9 +1,9 @@
-"""Names for the layers and weights inside a model that survive saving, loading and masking.
+"""Paths of the layers and weights inside a model, stable under saving, loading and masking.
 
-A path is made of the names of layers (inside Sequential and Functional models) and of attributes
+A path consists of the names of layers (inside Sequential and Functional models) and attributes
 (inside every other layer), joined by "/": `encoder/attention/_query_dense/kernel`. Automatic layer
-names (`dense_7`) depend on what the process created before; in a path they count from the start of
-their own model, so that the same architecture built twice has the same paths.
+names (`dense_7`) depend on which layers the process created before. In a path they are numbered
+separately in each model, so that the same architecture built twice has the same paths.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from masked_layers.masks import Mask
 
 Layer: TypeAlias = keras.layers.Layer
 
-# Attributes in which Keras, torch and TensorFlow list the children of a layer once more.
+# Attributes in which Keras, torch and TensorFlow list the children of a layer a second time.
 _BOOKKEEPING = re.compile(
     "_layers|_modules|_tracker|_metrics|_self_(unconditional_(checkpoint_dependencies"
     "|dependency_names|deferred_dependencies)|name_based_restores|saveable_object_factories"
@@ -33,14 +33,14 @@ def plain_class(layer: Layer) -> type[Layer]:
 
 
 def children(layer: Layer) -> list[tuple[str, Layer]]:
-    """Returns (name, layer) of the layers directly inside `layer`, each once, masks left out.
+    """Returns (name, layer) for the layers directly inside `layer`, each once, without masks.
 
-    They are those that Keras tracks, whatever holds them: the graph of a model, attributes, lists,
-    dicts and sets. In a set they are named, and ordered, by their layer names; one that nothing
-    holds any more, as its attribute was given another layer, is `_layers/` and its layer name.
+    These are the layers that Keras tracks in the graph of a model, in attributes, lists, dicts and
+    sets. Layers in a set are named and ordered by their layer names. A layer that Keras still
+    tracks although its attribute was overwritten is named `_layers/` followed by its layer name.
 
     Raises:
-        ValueError: If two layers in one set have the same name, so that nothing tells them apart.
+        ValueError: If two layers in a set have the same name and cannot be told apart.
     """
     found: dict[int, tuple[str, Layer]] = {}
     if isinstance(layer, keras.Sequential) or _keras.is_functional(layer):
@@ -58,7 +58,7 @@ def children(layer: Layer) -> list[tuple[str, Layer]]:
 
 
 def walk(root: Layer) -> Iterator[tuple[str, Layer]]:
-    """Yields (path, layer) depth first, each layer once; the root comes first, its path is ""."""
+    """Yields (path, layer) depth first, each layer once, beginning with the root (path "")."""
     seen: set[int] = set()
 
     def visit(path: str, layer: Layer) -> Iterator[tuple[str, Layer]]:
@@ -72,9 +72,9 @@ def walk(root: Layer) -> Iterator[tuple[str, Layer]]:
 
 
 def graph_layers(root: Layer) -> list[Layer]:
-    """Returns the layers in the graph of a model, and in those of models in it, in a fixed order.
+    """Returns the layers in the graphs of a model and of the models inside it, in a fixed order.
 
-    They are there as soon as the model is, before it is built; inputs are left out.
+    They exist before the model is built. Input layers are left out.
     """
     found: dict[int, Layer] = {}
     if isinstance(root, keras.Sequential) or _keras.is_functional(root):
@@ -85,10 +85,10 @@ def graph_layers(root: Layer) -> list[Layer]:
 
 
 def name_graph(root: Layer, names: Sequence[str]) -> None:
-    """Gives the layers of a graph the names that `graph_layers` found in the original.
+    """Renames the layers of a graph to the names that `graph_layers` found in the original.
 
-    A model may name its layers after itself where it was given a name, as models of keras-hub do,
-    and one that is made from a config was given one.
+    A model that is given a name may derive the names of its layers from it, as keras-hub's models
+    do, and a model made from a config is always given one.
     """
     inside = graph_layers(root)
     if len(inside) == len(names):
@@ -97,18 +97,18 @@ def name_graph(root: Layer, names: Sequence[str]) -> None:
 
 
 def resolve(root: Layer, path: str, cache: dict[int, Any] | None = None) -> list[tuple[str, Layer]]:
-    """Returns the layers along the path of a weight, each with the rest of the path from there.
+    """Returns the layers along the path of a weight, each with the remaining path from there.
 
     `resolve(model, "encoder/dense/kernel")` is `[("encoder/dense/kernel", model),
     ("dense/kernel", encoder), ("kernel", dense)]`.
 
     Args:
-        root: Where the path starts.
-        path: Path of a weight; whether the last layer has that weight is not checked.
-        cache: A dict to be handed to many calls on a model that does not change between them.
+        root: The layer or model where the path starts.
+        path: Path of a weight. Whether the last layer has this weight is not checked.
+        cache: A dict to share between calls, as long as the model does not change.
 
     Raises:
-        KeyError: If there is no such path; its argument is the path.
+        KeyError: If the path does not exist. Its argument is the path.
     """
     cache = {} if cache is None else cache
     chain, rest = [(path, root)], path
@@ -127,7 +127,7 @@ def resolve(root: Layer, path: str, cache: dict[int, Any] | None = None) -> list
 
 
 def join(*names: str) -> str:
-    """Joins the names that are not empty."""
+    """Joins the non-empty names with "/"."""
     return "/".join(name for name in names if name)
 
 
@@ -135,7 +135,7 @@ def check_walk(root: Layer) -> None:
     """Checks that `walk` finds every layer that Keras tracks inside `root`.
 
     Raises:
-        ValueError: If it loses one; it names the layer.
+        ValueError: If it misses a layer, which the message names.
     """
     found = {id(layer) for _, layer in walk(root)}
     lost = [
@@ -149,8 +149,8 @@ def check_walk(root: Layer) -> None:
         )
         raise ValueError(
             f"'{root.name}' cannot be masked: Keras tracks layers in it that no path leads to, so "
-            f"that their weights would be left out: {names}. Hold them in attributes of the layer "
-            "around them, or in lists, dicts or sets there."
+            f"their weights would be left out: {names}. Store them in attributes of the layer "
+            "that contains them, or in lists, dicts or sets there."
         )
 
 
@@ -172,7 +172,7 @@ def _unique(name: str, taken: list[str]) -> str:
 
 
 def left_out_of_files(layer: Layer) -> list[tuple[str, Layer]]:
-    """Returns those children that Keras does not save: it looks into lists and dicts, not sets."""
+    """Returns the children that Keras does not save, because they are in a set."""
     saved = {id(child) for child in graph_layers(layer)}
     for name, value in _attributes(layer).items():
         saved.update(id(child) for _, child in _layers_in(name, value, sets=False))
@@ -186,9 +186,9 @@ def _attributes(layer: Layer) -> dict[str, Any]:
 
 
 def _in_attributes(layer: Layer) -> Iterator[tuple[str, Layer]]:
-    """Yields (path, layer) of what attributes hold, a layer held twice also twice.
+    """Yields (path, layer) for each attribute, list entry and so on that holds a layer.
 
-    What earlier versions found comes first, so that the paths in files of theirs stay.
+    The layers that earlier versions found come first, so that paths in their files remain valid.
     """
     attributes = _attributes(layer)
     for name, value in attributes.items():
@@ -213,10 +213,10 @@ def _layers_in(path: str, value: Any, *, sets: bool) -> Iterator[tuple[str, Laye
 
 
 def _in_order(path: str, members: set[Any]) -> list[tuple[str, Any]]:
-    """Returns (name, member) of what holds layers in a set, in an order that is always the same.
+    """Returns (name, member) for the members of a set that contain layers, in a fixed order.
 
-    A set is ordered by where its members are in memory. Their names are in order: automatic ones
-    are numbered in the order in which the layers were made.
+    Python orders a set by memory addresses. Layer names have a fixed order, since automatic ones
+    are numbered in the order in which the layers are made.
     """
 
     def key(layer: Layer) -> tuple[str, int]:
@@ -228,8 +228,8 @@ def _in_order(path: str, members: set[Any]) -> list[tuple[str, Any]]:
     names = [layer.name for layer, _ in held]
     if len({*names}) < len(names):
         raise ValueError(
-            f"Layers in the set '{path}' have the same name, so that nothing tells them apart: "
-            f"{names}. Give them different names, or hold them in a list."
+            f"Layers in the set '{path}' have the same name and cannot be told apart: "
+            f"{names}. Give them different names, or store them in a list."
         )
     return list(
         zip(_names(layer for layer, _ in held), (member for _, member in held), strict=True)

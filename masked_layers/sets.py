@@ -1,4 +1,4 @@
-"""Layers that are held in sets, which Keras tracks but leaves out of the files it writes."""
+"""Saves and loads layers in sets, which Keras tracks but does not save."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from masked_layers.paths import join, left_out_of_files, walk
 
 Layer = keras.layers.Layer
 
-# What the names of their variables begin with, in the entry of the layer around the set.
+# Prefix of the names of their variables, in the entry of the layer that contains the set.
 _PREFIX = "in_set:"
 
 
 def save(layer: Layer, store: Any) -> None:
-    """Saves what is below a layer in sets to where it saves itself."""
+    """Saves the layers in sets inside a layer to the layer's own store."""
     for prefix, inner in _left_out(layer):
         state: dict[str, Any] = {}
         inner.save_own_variables(state)
@@ -28,28 +28,28 @@ def save(layer: Layer, store: Any) -> None:
 
 
 def without(layer: Layer, store: Any) -> Any:
-    """Returns what a layer saved itself, without what `save` added."""
+    """Returns the entries of a store without those that `save` added."""
     if not left_out_of_files(layer):
         return store
     return {key: store[key] for key in list(store.keys()) if not key.startswith(_PREFIX)}
 
 
 def load(layer: Layer, store: Any) -> None:
-    """Loads what `save` wrote, and warns of layers of which the file holds nothing."""
+    """Loads the entries that `save` wrote, and warns about layers without entries."""
     for prefix, inner in _left_out(layer):
         keys = [key for key in list(store.keys()) if key.startswith(prefix)]
         if keys or not _keras.own_variables(inner):
             inner.load_own_variables({key.removeprefix(prefix): store[key] for key in keys})
         elif not isinstance(inner, Mask):
             warnings.warn(
-                f"The file holds nothing for '{inner.path or inner.name}', which keeps its present "
-                "weights: Keras does not save plain layers that are held in a set.",
+                f"The file contains no weights for '{inner.path or inner.name}', which keeps its "
+                "current ones: Keras does not save plain layers that are stored in a set.",
                 stacklevel=2,
             )
 
 
 def _left_out(layer: Layer) -> list[tuple[str, Layer]]:
-    """Returns (prefix, layer) of all below a layer that Keras does not save, masks included."""
+    """Returns (prefix, layer) for all layers, masks included, that Keras does not save."""
     found = []
     for name, child in left_out_of_files(layer):
         for path, inner in walk(child):

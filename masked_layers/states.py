@@ -1,4 +1,4 @@
-"""Masks in the configs of layers, for what carries no other state than weights."""
+"""Masks in the configs of layers, for copies and formats that keep only configs and weights."""
 
 from __future__ import annotations
 
@@ -15,9 +15,16 @@ States: TypeAlias = dict[str, Mapping[str, Any]]
 
 
 def configs(layer: Layer, paths: Collection[str], *, as_made: bool) -> States:
-    """Returns what binary masks inside a layer are now, by path: configs of `MaskState`.
+    """Returns the current states of the binary masks inside a layer.
 
-    Nothing if all of them keep everything, and do so when the layer is made (`as_made`).
+    Args:
+        layer: A layer or model.
+        paths: Paths of the masked weights to include, relative to `layer`.
+        as_made: Whether a newly made layer has masks that keep everything. The result is then empty
+            if the masks still do.
+
+    Returns:
+        Configs of `MaskState` by path.
     """
     found = {}
     for path, owner, name in weights_inside(layer, biases=True):
@@ -30,10 +37,11 @@ def configs(layer: Layer, paths: Collection[str], *, as_made: bool) -> States:
 
 
 def restore(layer: Layer, states: States) -> None:
-    """Gives masks that exist inside a layer the states it was made with, and forgets these.
+    """Restores the masks that exist inside a layer and removes their states from `states`.
 
-    Inner layers bring their own, but one that Keras makes of the config of another, as the second
-    direction of `Bidirectional`, that of the other.
+    Inner layers usually restore their own masks from their configs. Where Keras makes a layer from
+    the config of another one, as the second direction of `Bidirectional`, they have the masks of
+    the other one until this function is called.
     """
     if states:
         for path, owner, name in weights_inside(layer, biases=True):
@@ -42,10 +50,10 @@ def restore(layer: Layer, states: States) -> None:
 
 
 def decoded(layer: Layer, path: str, states: States, shape: Any) -> MaskState:
-    """Takes the state of one mask out of the configs.
+    """Removes the state of one mask from `states` and decodes it.
 
     Raises:
-        ValueError: If it is for a weight of another shape, or damaged.
+        ValueError: If the state is damaged or belongs to a weight of another shape.
     """
     try:
         return MaskState.from_config(states.pop(path), tuple(shape))
@@ -57,14 +65,14 @@ def decoded(layer: Layer, path: str, states: States, shape: Any) -> MaskState:
 
 
 def check_paths(layer: Layer, states: States) -> None:
-    """Checks that a built layer has the weights whose masks it was given.
+    """Checks that a built layer has every weight that `states` contains a mask for.
 
     Raises:
-        ValueError: If it lacks one.
+        ValueError: If it lacks one of them.
     """
     known = [path for path, *_ in weights_inside(layer, biases=True)]
     if unknown := [path for path in states if path not in known]:
         raise ValueError(
-            f"`mask_state` of '{layer.name}' is for weights that it does not have: {unknown}. "
-            f"Those it has: {known}"
+            f"`mask_state` of '{layer.name}' names weights that the layer does not have: "
+            f"{unknown}. Its weights: {known}"
         )

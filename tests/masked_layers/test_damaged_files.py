@@ -163,14 +163,14 @@ def _twice():
 def test_what_an_npz_says_of_itself_is_not_believed(tmp_path, kind):
     file = tmp_path / "hostile.npz"
     file.write_bytes(HOSTILE[kind]())
-    with little_memory(), pytest.raises(ValueError, match=r"hostile\.npz' is no \.npz file, or"):
+    with little_memory(), pytest.raises(ValueError, match=r"hostile\.npz' is not an \.npz file"):
         read_npz(file)
 
 
 def test_an_npz_takes_no_more_memory_than_is_allowed(tmp_path):
     file = tmp_path / "zeros.npz"
     np.savez_compressed(file, zeros=np.zeros(10**8, "uint8"))
-    with little_memory(), pytest.raises(ValueError, match=r"100000128 bytes where at most 1000"):
+    with little_memory(), pytest.raises(ValueError, match=r"100000128 bytes; at most 1000"):
         read_npz(file, limit=1000)
 
 

@@ -258,5 +258,7 @@ def test_a_file_without_the_layers_of_a_set_says_so(tmp_path):
     plain = ZOO["set"]()
     masked = ml.convert_to_masked(plain)
     plain.save_weights(tmp_path / "plain.weights.h5")
-    with pytest.warns(UserWarning, match="Keras does not save plain layers that are held in a set"):
+    with pytest.warns(
+        UserWarning, match="Keras does not save plain layers that are stored in a set"
+    ):
         masked.load_weights(tmp_path / "plain.weights.h5")
