@@ -1,7 +1,8 @@
-"""Everything this library needs from Keras beyond its public API, in one place.
+"""Everything that this package needs from Keras beyond its public API.
 
-Each function says why the public API does not do; `tests/masked_layers/test_keras.py` checks each
-of them against the installed Keras, so that a move upstream is noticed there and not by a user.
+The docstring of each function says why the public API is not sufficient.
+`tests/masked_layers/test_keras.py` checks each of them against the installed Keras, so that a
+change in Keras is noticed there and not by a user.
 """
 
 from __future__ import annotations
@@ -41,12 +42,12 @@ _drawing = threading.RLock()
 
 
 def is_functional(layer: keras.layers.Layer) -> bool:
-    """True for models defined by a graph of layers, subclasses included."""
+    """Returns whether a layer is a model defined by a graph of layers, including subclasses."""
     return isinstance(layer, Functional)
 
 
 def is_plain_container(layer: keras.layers.Layer) -> bool:
-    """True where the layer's own config holds the full config of every layer inside it."""
+    """Returns whether the layer's config contains the full configs of all its inner layers."""
     plain = (
         Functional,
         keras.Sequential,
@@ -58,7 +59,7 @@ def is_plain_container(layer: keras.layers.Layer) -> bool:
 
 
 def sublayers(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
-    """Returns the layers that `layer` tracks itself.
+    """Returns the layers that `layer` tracks directly.
 
     `Layer` has no public list of its children (only `Model.layers` exists).
     """
@@ -66,10 +67,10 @@ def sublayers(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
 
 
 def order_sublayers(layer: keras.layers.Layer, order: list[keras.layers.Layer]) -> None:
-    """Makes `layer` track layers of its own in another order; others keep their places.
+    """Changes the order in which `layer` tracks some of its layers; others keep their places.
 
-    The order of `weights` and `variables` is that of the layers, and that of layers in a set is
-    left to chance: a copy has another one than its original. Keras has no public way to change it.
+    `weights` and `variables` follow this order. Layers in a set have no fixed order, so a copy can
+    differ from its original. Keras has no public way to change the order.
     """
     wanted = {id(child) for child in order}
     places = [i for i, child in enumerate(layer._layers) if id(child) in wanted]
@@ -79,10 +80,10 @@ def order_sublayers(layer: keras.layers.Layer, order: list[keras.layers.Layer]) 
 
 @contextlib.contextmanager
 def unlocked(layer: keras.layers.Layer) -> Iterator[None]:
-    """Allows new state on a built layer.
+    """Allows adding state to a built layer.
 
-    Keras locks a layer once it is built; there is no public way to add a child layer later, which
-    is what masking a built layer means. `Layer.enable_lora` does the same inside Keras.
+    Keras locks a layer once it is built. There is no public way to add a child layer later, which
+    masking a built layer requires. `Layer.enable_lora` does the same inside Keras.
     """
     tracker = layer._tracker
     locked = tracker.locked
@@ -95,7 +96,7 @@ def unlocked(layer: keras.layers.Layer) -> Iterator[None]:
 
 
 def untrack(layer: keras.layers.Layer, name: str) -> None:
-    """Removes the child layer `name` from `layer` altogether.
+    """Removes the child layer `name` from `layer` completely.
 
     `del layer.name` removes the attribute but leaves the child among the tracked layers.
     """
@@ -106,34 +107,34 @@ def untrack(layer: keras.layers.Layer, name: str) -> None:
 
 
 def untrack_variable(layer: keras.layers.Layer, name: str) -> None:
-    """Removes the variable `name` from the state of `layer`, and leaves the attribute.
+    """Removes the variable `name` from the state of `layer` but keeps the attribute.
 
-    `add_weight` has no inverse; Keras' quantization and LoRA untrack variables in the same way.
+    `add_weight` has no inverse. Keras' quantization and LoRA untrack variables in the same way.
     """
     layer._untrack_variable(getattr(layer, name))
 
 
 def is_training() -> bool:
-    """True inside a call in training mode.
+    """Returns whether the code runs inside a call in training mode.
 
-    A layer gets the mode as an argument of its `call`; an attribute that is read there, as a kernel
-    is, can learn it only from the context of the call, which has no public name.
+    A layer gets the mode as an argument of its `call`. An attribute that is read in the call, such
+    as a kernel, can find it only in the call context, which has no public name.
     """
     context = global_state.get_global_attribute("current_call_ctx")
     return bool(getattr(context, "training", None))
 
 
 def is_calling() -> bool:
-    """True inside the call of any layer, which has no public name either."""
+    """Returns whether the code runs inside a call of any layer; the context is not public."""
     return global_state.get_global_attribute("current_call_ctx") is not None
 
 
 @contextlib.contextmanager
 def layer_scope(layer: keras.layers.Layer) -> Iterator[None]:
-    """Gives variables created inside it paths below the path of a built layer.
+    """Gives variables created in the scope paths below the path of a built layer.
 
     `keras.name_scope` takes one name at a time and starts from the current scope, which depends on
-    what is being built around the layer at the moment.
+    the layers that are being built at the moment.
     """
     outer = global_state.get_global_attribute("name_scope_stack")
     global_state.set_global_attribute("name_scope_stack", [])
@@ -147,12 +148,16 @@ def layer_scope(layer: keras.layers.Layer) -> Iterator[None]:
 
 
 def match_layout(variable: keras.Variable, like: keras.Variable) -> None:
-    """Lays out `variable` as `like`, of the same shape: in memory on torch, over devices on JAX.
+    """Gives `variable` the layout of `like`: in memory on torch, over devices on JAX.
 
-    `torch.where(mask, weight, 0)` takes the strides of its first operand, and a product with a
+    `torch.where(mask, weight, 0)` uses the strides of its first operand, and a product with a
     row-major copy of a column-major kernel differs in the last bit. Under
-    `keras.distribution.ModelParallel` the layout of a variable follows from its path, by patterns
-    that are written for the weights of layers, and is kept where there is no public access.
+    `keras.distribution.ModelParallel` the layout of a variable is chosen by patterns for its path,
+    which are written for the weights of layers, and it is stored in a private attribute.
+
+    Args:
+        variable: Variable to lay out.
+        like: Variable of the same shape.
     """
     if keras.backend.backend() == "torch":
         import torch
@@ -166,7 +171,7 @@ def match_layout(variable: keras.Variable, like: keras.Variable) -> None:
 
 
 def refresh_parameters(layer: keras.layers.Layer) -> None:
-    """Makes `torch.nn.Module` see the current variables of a layer and of all inside it.
+    """Registers the current variables of a layer and its inner layers with `torch.nn.Module`.
 
     On torch, Keras lists a layer's variables as module parameters when the layer is built; masks
     attached later would be missing from `state_dict()` and from `.to(device)`.
@@ -180,25 +185,28 @@ def refresh_parameters(layer: keras.layers.Layer) -> None:
 def serialize(layer: keras.layers.Layer) -> dict[str, Any]:
     """Returns the config of a layer or model in which shared objects are marked as shared.
 
-    Outside `ObjectSharingScope`, which has no public name, a layer held twice comes back as two.
+    Outside `ObjectSharingScope`, which has no public name, a shared layer would be restored as two.
     """
     with ObjectSharingScope():
         return keras.saving.serialize_keras_object(layer)
 
 
 def deserialize(config: dict[str, Any]) -> Any:
-    """Inverse of `serialize`; `Lambda` layers are allowed, as the config never left the process."""
+    """Recreates an object from the config that `serialize` returned.
+
+    `Lambda` layers are allowed, because the config never left the process.
+    """
     with ObjectSharingScope():
         return keras.saving.deserialize_keras_object(config, safe_mode=False)
 
 
 @contextlib.contextmanager
 def custom_object_scope(custom_objects: dict[str, Any]) -> Iterator[None]:
-    """Lets Keras find these objects first, and those of an outer scope after them.
+    """Makes Keras find these objects first, and those of an outer scope after them.
 
-    In the scope that Keras has, whatever was registered under a name last goes before them: after
-    the definition of a class is run again, as in a notebook, a copy would be of the new class. And
-    it hides the outer scope, which only a private name reads.
+    In Keras' own scope, the latest registration under a name takes precedence: if a class is
+    defined again, as in a notebook, a copy would be of the new class. Keras' scope also hides an
+    outer scope, which can be read only through a private name.
     """
     registered = keras.saving.get_custom_objects()
     hidden = {name: registered[name] for name in custom_objects if name in registered}
@@ -212,10 +220,10 @@ def custom_object_scope(custom_objects: dict[str, Any]) -> Iterator[None]:
 
 
 class _Names(collections.abc.MutableMapping):
-    """The names that Keras serializes classes and functions by, each with a name of its own.
+    """Mapping from classes and functions to the unique names under which Keras serializes them.
 
-    It stands in for the dict from object to registered name. What is not of Keras is registered
-    under a new name the moment Keras asks for it, unless its registered name leads to it already.
+    It replaces Keras' dict from objects to registered names. A custom object is registered under a
+    new name when Keras asks for its name, unless its registered name already leads to it.
     """
 
     def __init__(self, registered: dict[Any, str]) -> None:
@@ -248,16 +256,16 @@ class _Names(collections.abc.MutableMapping):
         return len(self.registered)
 
     def name(self, obj: Any) -> str:
-        """Returns a name under which Keras finds this very object."""
+        """Returns a name under which Keras finds exactly this object."""
         if id(obj) not in self.made:
-            # No string in a config looks like it: one that does would be replaced by the object.
+            # An equal string in a config would be replaced by the object, so it must be unusual.
             name = f"masked_layers>{getattr(obj, '__name__', 'kept')} {len(self.made)}"
             self.made[id(obj)] = (obj, name)
             self.objects[name] = obj
         return self.made[id(obj)][1]
 
     def keep(self, obj: Any) -> dict[str, int]:
-        """Returns a config of which `from_config` makes the object itself."""
+        """Returns a config for which `from_config` returns the object itself."""
         self.kept_classes.add(type(obj))
         self.kept.append(obj)
         return {"index": len(self.kept) - 1}
@@ -266,34 +274,35 @@ class _Names(collections.abc.MutableMapping):
         return self.kept[config["index"]]
 
     def forget(self) -> None:
-        """Takes the names back."""
+        """Unregisters the names."""
         for _, name in self.made.values():
             del self.objects[name]
 
 
 def _is_of_a_user(obj: Any) -> bool:
-    """True for classes and functions that are neither of Keras nor of this package."""
+    """Returns whether a class or function is from outside Keras and this package."""
     package = (getattr(obj, "__module__", None) or "").partition(".")[0]
     return package not in ("keras", "masked_layers", "")
 
 
 def _has_own_name(obj: Any) -> bool:
-    """True for what must be told apart from others of its name."""
-    # Not the class of all functions: Keras writes it beside its own, and looks those up by name.
+    """Returns whether an object needs a unique name."""
+    # Not the type of all functions, which Keras writes next to its own functions and looks up by
+    # name.
     return obj is not types.FunctionType and _is_of_a_user(obj)
 
 
 def _is_kept(obj: Any) -> bool:
-    """True for an object without variables of which a config would not make the same one.
+    """Returns whether an object without variables cannot be recreated from a config.
 
-    Those are callables without a config (a `partial`, a method, a compiled function) and objects of
-    a user's class that has a constructor of its own and the `get_config` of Keras.
+    This is true for callables without a config (a `partial`, a method, a compiled function) and for
+    objects of custom classes that define a constructor but inherit Keras' `get_config`.
     """
     cls = type(obj)
     if isinstance(obj, type | types.FunctionType) or not _is_of_a_user(cls):
         return False
     if not hasattr(cls, "get_config"):
-        # A method of a layer would go on reading the weights of the layer that it was taken from.
+        # A method of a layer would still read the weights of the layer that it was taken from.
         return callable(obj) and not isinstance(getattr(obj, "__self__", None), KerasSaveable)
     if not isinstance(obj, _WITHOUT_VARIABLES):
         return False
@@ -306,11 +315,11 @@ def _is_kept(obj: Any) -> bool:
 
 @contextlib.contextmanager
 def identity_scope() -> Iterator[None]:
-    """Lets configs made and read inside it stand for the very classes and functions in use.
+    """Makes configs written and read in the scope refer to the very classes and functions in use.
 
-    Keras writes their names, unless they are registered: two closures of one factory, or two
-    classes of one name, become one, and it finds none that is not registered. Names are looked up
-    in a dict that has no public name, and objects without a name have no hook at all.
+    Keras writes the names of unregistered classes and functions. It then confuses two closures from
+    one factory, or two classes with the same name, and does not find unregistered ones. Names are
+    looked up in a dict that has no public name, and there is no hook for objects without a name.
     """
     names = _Names(object_registration.GLOBAL_CUSTOM_NAMES)
     plain_config = serialization_lib._get_class_or_fn_config
@@ -333,10 +342,11 @@ def identity_scope() -> Iterator[None]:
 
 
 def state_goes_apart() -> bool:
-    """True while Keras writes a config beside which the state goes: to a `.keras` file, a pickle.
+    """Returns whether Keras saves the state next to the config: in a `.keras` file or a pickle.
 
-    It marks shared objects then, as `serialize` here does. `clone_model`, `to_json` and `.h5` files
-    have nothing but the config for state that is not among the weights. No public name tells.
+    In these cases it marks shared objects, as `serialize` here does, which only a private name
+    shows. `clone_model`, `to_json` and `.h5` files have only the config for state that is not in
+    the weights.
     """
     return global_state.get_global_attribute("shared_objects/id_to_config_map") is not None
 
@@ -365,37 +375,41 @@ def same_draws() -> Iterator[None]:
 
 
 def own_variables(layer: keras.layers.Layer) -> list[keras.Variable]:
-    """Returns the weights that the layer holds itself; `Layer.weights` adds those inside it."""
+    """Returns the layer's own weights; `Layer.weights` also has those of inner layers."""
     return list(layer._trainable_variables + layer._non_trainable_variables)
 
 
 def sync(model: keras.layers.Layer) -> None:
-    """Brings the state of a JAX training loop that is under way back into the variables.
+    """Writes the state of a running JAX training loop back to the model's variables.
 
-    `fit` on JAX works on its own copy of the state. Without this a value assigned in
-    `on_train_batch_end` is lost, and one read there is stale.
+    On JAX, `fit` works on a separate copy of the state. Without this call, a value that is assigned
+    in `on_train_batch_end` is lost, and a value that is read there is outdated. On other backends
+    nothing happens.
+
+    Args:
+        model: A Keras model, which may be training.
     """
     if hasattr(model, "jax_state_sync"):
         model.jax_state_sync()
 
 
 def is_withdrawn(variable: keras.Variable) -> bool:
-    """True where Keras has taken the value out of a variable for the time of a JAX `fit`.
+    """Returns whether Keras has removed the value of a variable during a JAX `fit`.
 
-    `fit` on JAX hands the state to its compiled step and empties the variables meanwhile; inside
-    the step they have values only in the scope of the forward pass.
+    On JAX, `fit` passes the state to its compiled step and empties the variables in the meantime.
+    Inside the step they have values only in the scope of the forward pass.
     """
     return (
         keras.backend.backend() == "jax"
         and variable._value is None
-        and variable._initializer is None  # Otherwise it is a new one, not initialized yet.
+        and variable._initializer is None  # Otherwise it is new and not initialized yet.
         and in_stateless_scope()
         and get_stateless_scope().get_current_value(variable) is None
     )
 
 
 def is_lent(variable: keras.Variable) -> bool:
-    """True where the value of a variable on JAX is one that the current scope was given for it."""
+    """Returns whether a variable on JAX has a value that was passed to the current scope."""
     return (
         keras.backend.backend() == "jax"
         and in_stateless_scope()
@@ -404,7 +418,7 @@ def is_lent(variable: keras.Variable) -> bool:
 
 
 def optimized_variables(optimizer: keras.Optimizer) -> list[keras.Variable]:
-    """Returns the variables that a built optimizer is for, in its order: a private list."""
+    """Returns the variables that a built optimizer updates, in its order, from a private list."""
     return list(optimizer._trainable_variables)
 
 
@@ -441,7 +455,7 @@ def flatten(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
 
 
 def compile_arguments(model: keras.Model) -> list[Any]:
-    """Returns what `compile` was given: optimizer, losses and metrics as the user passed them.
+    """Returns the arguments of `compile`: optimizer, losses and metrics as the user passed them.
 
     The config that the public `get_compile_config` returns has names in place of the objects.
     """
@@ -450,9 +464,9 @@ def compile_arguments(model: keras.Model) -> list[Any]:
 
 
 def check_strategy(model: keras.Model) -> None:
-    """Refuses a model made under a TensorFlow distribution strategy outside of its scope.
+    """Checks that a model made under a TensorFlow distribution strategy is used in its scope.
 
-    Variables created there would be plain ones, silently, and would not be mirrored.
+    Variables created outside the scope would silently be plain variables that are not mirrored.
 
     Raises:
         ValueError: If a variable of the model is distributed and no strategy is in scope.
@@ -465,21 +479,21 @@ def check_strategy(model: keras.Model) -> None:
             for variable in model.variables
         ):
             raise ValueError(
-                f"'{model.name}' was made under a `tf.distribute` strategy. Convert it in the same "
-                "scope: `with strategy.scope(): masked = convert_to_masked(model)`."
+                f"'{model.name}' was created under a `tf.distribute` strategy. Convert it in the "
+                "same scope: `with strategy.scope(): masked = convert_to_masked(model)`."
             )
 
 
 def export_signature(model: keras.Model, input_signature: Any = None) -> Any:
-    """Returns the `tf.TensorSpec`s that `Model.export` gives to its serving function.
+    """Returns the `tf.TensorSpec`s that `Model.export` uses for its serving function.
 
-    The structure of a model's inputs and the conversion of the four kinds of specs that Keras takes
-    have no public name. TensorFlow must be installed.
+    The structure of a model's inputs and the conversion of the four kinds of specs that Keras
+    accepts have no public name. TensorFlow must be installed.
     """
     from keras.src.export import export_utils
 
     if input_signature is None:
-        # Built is enough: a copy of a subclassed model knows its shapes before its first call.
+        # Being built is enough: a copy of a subclassed model knows its shapes before a call.
         called = model._called
         model._called = True
         try:
@@ -490,21 +504,21 @@ def export_signature(model: keras.Model, input_signature: Any = None) -> Any:
 
 
 def copy_called(source: keras.Model, target: keras.Model) -> None:
-    """Lets a copy be exported where the original can be.
+    """Makes a copy exportable if the original is.
 
-    Keras' exporters refuse a model that was never called, and it keeps that in a private flag.
+    Keras' exporters refuse a model that was never called, which a private flag records.
     """
     target._called = source._called
 
 
 def input_specs(model: keras.Model) -> Any:
-    """Returns a symbolic tensor for each input, in the structure that the model takes.
+    """Returns a symbolic tensor for each input, in the structure that the model accepts.
 
-    The structure has no public name, nor have the inputs of a subclassed model: its one input has
-    the shape that it was built with.
+    Neither this structure nor the inputs of a subclassed model are public. The single input of a
+    subclassed model has the shape with which the model was built.
 
     Raises:
-        ValueError: If Keras does not know.
+        ValueError: If Keras does not know the shapes.
     """
     if getattr(model, "inputs", None):
         structure = getattr(model, "_inputs_struct", model.inputs[0])
@@ -513,7 +527,7 @@ def input_specs(model: keras.Model) -> Any:
         )
     shape = (model.get_build_config() or {}).get("input_shape")
     if shape is None:
-        raise ValueError(f"The shapes of the inputs of '{model.name}' are not known.")
+        raise ValueError(f"The input shapes of '{model.name}' are not known.")
     return keras.KerasTensor(shape, model.compute_dtype)
 
 
@@ -565,15 +579,15 @@ def unbind_quantize(layer: keras.layers.Layer) -> None:
 
 @contextlib.contextmanager
 def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Gives a model, layer or optimizer another attribute inside the block, such as a method.
+    """Temporarily replaces an attribute, such as a method, of a model, layer or optimizer.
 
-    Keras' own `__setattr__` would track the value, or take it for a change of the object. Where a
-    method is replaced, the reason is that Keras has no hook at its place; the caller says which.
+    Keras' `__setattr__` would track the value, or treat it as a change of the object. Methods are
+    replaced where Keras has no hook; the callers give the reasons.
 
     Args:
-        owner: The object.
-        name: The attribute. The object gets one of its own where only its class has it.
-        value: What it is inside the block.
+        owner: The model, layer or optimizer.
+        name: Name of the attribute. If only the class has it, the object gets it temporarily.
+        value: Value of the attribute inside the block.
     """
     own, before = name in vars(owner), vars(owner).get(name)
     object.__setattr__(owner, name, value)

@@ -1,6 +1,6 @@
-"""Watches calls and loads of a model, which Keras' public API cannot.
+"""Observes calls and loads of a model, which Keras' public API does not support.
 
-`tests/masked_layers/test_keras.py` checks each of these against the installed Keras.
+`tests/masked_layers/test_keras.py` checks each function against the installed Keras.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from keras.src.saving import saving_lib
 
 
 class _Watched(keras.StatelessScope):
-    """A scope that tells of every variable whose value is read in it."""
+    """Scope that reports every variable whose value is read in it."""
 
     def __init__(self, read: Callable[[keras.Variable], None]) -> None:
         super().__init__(initialize_variables=False)
@@ -29,15 +29,15 @@ class _Watched(keras.StatelessScope):
 
 
 def watch(model: keras.layers.Layer, inputs: Any, read: Callable[[keras.Variable], None]) -> None:
-    """Calls a model on symbolic tensors, and `read` for every variable whose value it reads.
+    """Calls a model on symbolic tensors and reports every variable whose value it reads.
 
     Nothing is computed and no variable changes. `Layer.compute_output_spec` would not call the
-    layers inside a functional model; the function of the backend has no public name.
+    layers inside a functional model, and the backend's function has no public name.
 
     Args:
         model: A built model.
-        inputs: Structure of `KerasTensor`s whose shapes are known.
-        read: Called while the reader is on the stack.
+        inputs: Structure of `KerasTensor`s with known shapes.
+        read: Function of a variable, called while the code that reads it is on the stack.
     """
 
     def call(inputs: Any) -> Any:
@@ -48,7 +48,7 @@ def watch(model: keras.layers.Layer, inputs: Any, read: Callable[[keras.Variable
 
 
 def callers() -> Iterator[types.FrameType]:
-    """Yields the frames around the caller, the innermost first."""
+    """Yields the frames on the stack above the caller, beginning with the innermost."""
     frame = sys._getframe(2)
     while frame is not None:
         yield frame
@@ -56,10 +56,10 @@ def callers() -> Iterator[types.FrameType]:
 
 
 def load_under_way() -> Any:
-    """Returns an object that lives as long as the load of a file does that led here, or None.
+    """Returns an object that exists as long as the load of a file that led to this call, or None.
 
-    Keras hands the store of the weights to each layer's part of the load. It has no other sign of
-    where a load begins and ends.
+    The object is the weights store, which Keras passes to all layers. Nothing else shows where a
+    load begins and ends.
     """
     for frame in callers():
         if frame.f_code is saving_lib._load_state.__code__:
@@ -68,10 +68,10 @@ def load_under_way() -> Any:
 
 
 def forget_traces(layer: keras.layers.Layer) -> None:
-    """Makes functions of a layer under `@tf.function` or `@jax.jit` compile again.
+    """Makes methods of a layer under `@tf.function` or `@jax.jit` compile again.
 
-    What they compiled before reads weights as the layer read them then. Keras knows nothing of
-    them, and TensorFlow has no public way to make one forget.
+    The versions compiled before read weights as the layer did then. Keras does not manage these
+    functions, and TensorFlow has no public way to clear their cache.
     """
     for owner in (layer, *type(layer).__mro__):
         if (getattr(owner, "__module__", None) or "").partition(".")[0] == "keras":
@@ -79,7 +79,7 @@ def forget_traces(layer: keras.layers.Layer) -> None:
         for name, value in list(vars(owner).items()):
             if hasattr(value, "_function_cache"):
                 getattr(layer, name)._function_cache.clear()
-            # Of functions of JAX alone: a user's layer may have a cache, too.
+            # Only of JAX functions, since a user's layer may have a cache too.
             elif callable(value) and hasattr(value, "clear_cache") and hasattr(value, "lower"):
                 value.clear_cache()
 
@@ -87,11 +87,11 @@ def forget_traces(layer: keras.layers.Layer) -> None:
 def variables_in_graph(model: keras.Model) -> dict[int, str]:
     """Returns the names of operations of functional graphs that take a variable as an argument.
 
-    On TensorFlow, the config of such a graph holds the value in place of the variable. What an
-    operation was called with is known to its nodes alone.
+    On TensorFlow, the config of such a graph contains the value in place of the variable. Only the
+    nodes of an operation, which are private, have its arguments.
 
     Returns:
-        Id of each such variable to the name of the first operation that takes it.
+        A dict from the id of each such variable to the name of the first operation that takes it.
     """
     found: dict[int, str] = {}
     for layer in model._flatten_layers():

@@ -1,4 +1,4 @@
-"""From a plain Keras model to a masked one and back."""
+"""Converts plain Keras models to masked ones and back."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from masked_layers.paths import check_walk, plain_class, resolve, walk
 Layer: TypeAlias = keras.layers.Layer
 Filter = str | Iterable[str] | Callable[[Layer], bool]
 
-# Most names of layers in a message: there are models of a thousand.
+# Maximum number of layer names in a message, since models can have a thousand layers.
 _NAMED = 20
 
 logger = logging.getLogger(__name__)
@@ -48,45 +48,45 @@ def convert_to_masked(
     mask: Any = "binary",
     inplace: bool = False,
 ) -> keras.Model:
-    """Returns a copy of a model whose maskable layers are masked; its outputs are the same bits.
+    """Returns a copy of a model with masks over its weights and the same outputs, bit for bit.
 
-    Masks start as ones. Weights, names, trainable flags, dtype policies, compilation and the state
-    of the optimizer are carried over, so that a partly trained model continues where it stood.
-    Layers that cannot be masked stay as they are; `sparsity_report(model)` lists them.
+    Masks are initially all ones. Weights, names, trainable flags, dtype policies, compilation and
+    the state of the optimizer are copied, so that the training of a partly trained model can
+    continue. Layers that cannot be masked are not changed; `sparsity_report(model)` lists them.
 
-    Where a model holds classes or functions that are not of Keras, it is called on made-up inputs
-    to make sure of that, and that nothing reads a weight past its mask. This is not done where the
-    inputs are not known, as those of a subclassed model with several arguments, or are strings.
-    Functions of its layers under `tf.function` are compiled again, with the masks.
+    If the model contains custom classes or functions, it is called on generated inputs to check
+    that the outputs are the same and that no code reads a weight without its mask. These checks are
+    skipped if the inputs are strings or unknown, as for a subclassed model with several arguments.
+    Methods of its layers under `tf.function` are compiled again, with the masks.
 
     Args:
-        model: Sequential, functional or subclassed model, built or not, compiled or not.
-        include: Which layers to mask: a regular expression searched in their names, a list of
-            those, or a function of the layer (what `Model.quantize(filters=...)` takes). A layer
-            that holds others stands for all of them. Default: all.
-        exclude: Which layers to leave as they are; it outranks `include`.
-        mask_bias: Whether biases get masks too.
-        mask: Kind of the masks: `"binary"`; `"bernoulli"` or `"edge_popup"` for learned ones, whose
-            scores are trained and the weights of their layers are not (layers without masks, such
-            as normalization, train as before); a mask that is not built, as a prototype of all,
-            such as `EdgePopupMask(sparsity=0.7, seed=1)`; the config of one, or a function that
-            makes one. The optimizer starts afresh where masks are learned.
-        inplace: Change `model` itself and return it. Needed for subclassed models that have no
-            `get_config`.
+        model: A sequential, functional or subclassed model, built or not, compiled or not.
+        include: Layers to mask: a regular expression that is searched for in their names, a list of
+            regular expressions, or a function of a layer, as for `Model.quantize(filters=...)`. A
+            layer that contains other layers stands for all of them. Default: all layers.
+        exclude: Layers not to mask, in the same forms. It takes precedence over `include`.
+        mask_bias: Whether biases are masked too.
+        mask: Kind of the masks. `"binary"`, or `"bernoulli"` or `"edge_popup"` for learned masks;
+            a mask that is not built, as a prototype, such as `EdgePopupMask(sparsity=0.7, seed=1)`;
+            the config of a mask; or a function that returns one. With learned masks, scores are
+            trained in place of the weights of the masked layers, layers without masks, such as
+            normalization, are trained as before, and the state of the optimizer is reset.
+        inplace: Whether to change `model` itself and return it. Needed for subclassed models
+            without a `get_config`.
 
     Returns:
         The masked model.
 
     Raises:
-        TypeError: If `model` is not a Keras model, or a filter is not of the kinds above.
-        ValueError: If it has nothing to mask, cannot be copied, has layers that no path leads to,
-            or is not built and has a layer that may make others when it is; if `mask` is not a
-            mask, cannot go over a weight, or is learned and there are masks already; if something
-            in it reads a weight past its mask, or a copy has other outputs. Nothing of `model` is
-            changed then.
+        TypeError: If `model` is not a Keras model, or a filter has another type than listed above.
+        ValueError: If the model has nothing to mask, cannot be copied, has layers that no path
+            leads to, or is not built and has a layer that may create maskable layers when it is
+            built. If `mask` is not a mask, cannot be used for a weight, or is learned and the model
+            is already masked. If code of the model reads a weight without its mask, or a copy has
+            other outputs. `model` is unchanged after an error.
 
     Warns:
-        UserWarning: A pattern or function of `include` or `exclude` matches no layer.
+        UserWarning: If a pattern or function of `include` or `exclude` matches no layer.
     """
     if not isinstance(model, keras.Model):
         raise TypeError(f"Expected a `keras.Model`. Received: {model!r}")
@@ -95,8 +95,8 @@ def convert_to_masked(
     prototype = None if mask == "binary" else learned.get(mask)
     if prototype is not None and any(ref.mask is not None for ref in weight_refs(model)):
         raise ValueError(
-            f"'{model.name}' has masks already, which would stay. Call `strip_masks(model)` first, "
-            f"and convert what it returns. Received: mask={mask!r}"
+            f"'{model.name}' already has masks, which would be kept. Call `strip_masks(model)` "
+            f"first and convert the model that it returns. Received: mask={mask!r}"
         )
     selected = _select(model, include, exclude, mask_bias)
     source, model = model, model if inplace else copy_model(model)
@@ -125,20 +125,20 @@ def convert_to_masked(
 def strip_masks(model: keras.Model, *, inplace: bool = False) -> keras.Model:
     """Returns a plain copy of a masked model: no masks, pruned weights exactly 0, same outputs.
 
-    Frozen pruned weights (`Mask.freeze`) are folded in as what they are frozen at.
+    Frozen pruned weights (`Mask.freeze`) get the values at which they are frozen.
 
-    The result is made of Keras' own layers (and the user's), loads without this library, and can be
-    quantized and exported like any other.
+    The result consists of Keras layers and the user's own layers. It can be loaded without this
+    library, and quantized and exported like any other model.
 
     Args:
         model: A masked model.
-        inplace: Change `model` itself and return it.
+        inplace: Whether to change `model` itself and return it.
 
     Raises:
         TypeError: If `model` is not a Keras model.
-        ValueError: If it has no masked weight, cannot be copied, or has a masked layer that has no
-            plain form or computes its weight from something else, or something in it that is not of
-            Keras reads a weight past its mask. Nothing is changed then.
+        ValueError: If the model has no masked weight, has learned masks, or cannot be copied. If a
+            masked layer has no plain class or computes its weight from the variable. If custom code
+            reads a weight without its mask. `model` is unchanged after an error.
     """
     if not isinstance(model, keras.Model):
         raise TypeError(f"Expected a `keras.Model`. Received: {model!r}")
@@ -162,21 +162,21 @@ def strip_masks(model: keras.Model, *, inplace: bool = False) -> keras.Model:
 
 
 def harden(model: keras.Model, *, seed: int | None = None, inplace: bool = False) -> keras.Model:
-    """Returns a copy of a model in which learned masks are binary ones; its weights train again.
+    """Returns a copy of a model with binary masks in place of learned ones and trainable weights.
 
-    What it returns is a masked model like any other: reports, `update_masks`, `strip_masks` and
-    exporters take it. Its outputs are those of the deterministic evaluation of the model given, or,
-    with a seed, of one sample.
+    The result is a masked model like any other, for reports, `update_masks`, `strip_masks` and
+    exporters. Its outputs equal those of `model` in deterministic evaluation or, with a seed,
+    those of one sample.
 
     Args:
         model: A model with learned masks.
-        seed: None for the masks that `get_masks` gives; otherwise they are sampled, where training
-            samples them.
-        inplace: Change `model` itself and return it.
+        seed: Seed for sampling those masks that training samples. Default: None, the deterministic
+            masks that `get_masks` returns.
+        inplace: Whether to change `model` itself and return it.
 
     Raises:
         TypeError: If `model` is not a Keras model.
-        ValueError: If it has no learned mask, or cannot be copied.
+        ValueError: If the model has no learned mask or cannot be copied.
     """
     if not isinstance(model, keras.Model):
         raise TypeError(f"Expected a `keras.Model`. Received: {model!r}")
@@ -201,11 +201,14 @@ def _masked_variables(model: keras.Model) -> list[keras.Variable]:
 
 
 def sample_masks(model: keras.Model, seed: int) -> dict[str, np.ndarray]:
-    """Returns a sample of every learned mask, and the others as they are: path to bool array.
+    """Returns one sample of every learned mask, together with the binary masks.
 
     Args:
         model: A masked model.
-        seed: A sample is a function of the scores, this seed and the path of the weight.
+        seed: Seed. A sample depends only on the scores, the seed and the path of the weight.
+
+    Returns:
+        A dict from paths to bool arrays, True where a weight is kept.
 
     Raises:
         ValueError: If the model has no masked weight.
@@ -223,27 +226,27 @@ def _check_strippable(model: keras.Model) -> None:
         if ref.mask.learned:
             raise ValueError(
                 f"'{ref.path}' cannot be stripped: its mask is learned. Call "
-                "`masked_layers.harden(model)` first, and strip what it returns."
+                "`masked_layers.harden(model)` first and strip the model that it returns."
             )
         if issubclass(plain_class(ref.layer), MaskedLayer):
             raise ValueError(
                 f"'{ref.path}' cannot be stripped: {type(ref.layer).__name__} derives from a "
-                "masked layer, so that there is no plain class to make of it. Derive it from the "
-                "Keras layer and mask it with `convert_to_masked`."
+                "masked layer and therefore has no plain class. Derive it from the Keras layer "
+                "and mask it with `convert_to_masked`."
             )
         with raw_view():
             derived = getattr(ref.layer, ref.name) is not ref.variable
         if derived and _lora_factor(ref) is None:
             raise ValueError(
                 f"'{ref.path}' cannot be stripped: {plain_class(ref.layer).__name__} computes "
-                f"'{ref.name}' from its variable, and what it makes of zeros there need not be "
-                "zero. Serve the masked model, or leave the layer out: "
+                f"'{ref.name}' from its variable, and zeros in the variable may not give zeros in "
+                "the weight. Serve the masked model, or leave the layer out: "
                 "`convert_to_masked(model, exclude=...)`."
             )
 
 
 def _fold(ref: WeightRef) -> None:
-    """Writes the effective weight into the variable, and LoRA's addition with it."""
+    """Writes the effective weight, including LoRA's addition, into the variable."""
     factor = _lora_factor(ref)
     weight = ref.mask.apply(ref.variable) if factor is None else getattr(ref.layer, ref.name)
     ref.variable.assign(np.array(keras.ops.convert_to_numpy(weight)))
@@ -252,7 +255,7 @@ def _fold(ref: WeightRef) -> None:
 
 
 def _lora_factor(ref: WeightRef) -> keras.Variable | None:
-    """Returns the second factor of the product that LoRA adds to the weight, None without LoRA."""
+    """Returns the second factor of the product that LoRA adds to the weight, or None."""
     return getattr(ref.layer, f"lora_{ref.name}_b", None)
 
 
@@ -275,7 +278,7 @@ def _select(
 
     cache: dict[int, Any] = {}
     selected = []
-    holders: list[Layer] = []  # of something that could be masked
+    holders: list[Layer] = []  # Layers that are maskable or contain something maskable.
     for path, *_ in weights_inside(model, biases=mask_bias):
         chain = [layer for _, layer in resolve(model, path, cache)]
         holders += chain[1:] or chain
@@ -292,8 +295,8 @@ def _select(
             elif not model.built and _builds_itself(layer) and chosen(chain[1:]):
                 raise ValueError(
                     f"'{model.name}' is not built yet, and '{path}' ({type(layer).__name__}) has a "
-                    "`build` that may make the layers to be masked. Call "
-                    "`model.build(input_shape)` or call the model on a batch first, or leave that "
+                    "`build` method that may create layers to be masked. First call "
+                    "`model.build(input_shape)` or call the model on a batch, or leave that "
                     "layer out: `convert_to_masked(model, exclude=...)`."
                 )
     if not selected:
@@ -305,14 +308,14 @@ def _select(
 
 
 def _warn_of_idle(model: keras.Model, **filters: Filter | None) -> None:
-    """Warns of each pattern and function that matches no layer of the model."""
+    """Warns about each pattern and function that matches no layer of the model."""
     layers = [layer for _, layer in walk(model)]
     for argument, value in filters.items():
         for one in value if isinstance(value, list) else [value]:
             if one is not None and not any(map(_predicate(argument, one), layers)):
                 warnings.warn(
-                    f"{argument}={one!r} matches no layer of '{model.name}' and changes nothing. "
-                    "Patterns are searched in the names of layers: "
+                    f"{argument}={one!r} matches no layer of '{model.name}' and has no effect. "
+                    "Patterns are searched for in the names of layers: "
                     f"{_named([layer for layer in layers if not _is_input(layer)], one)}",
                     stacklevel=4,
                 )
@@ -321,25 +324,25 @@ def _warn_of_idle(model: keras.Model, **filters: Filter | None) -> None:
 def _why_nothing(
     model: keras.Model, holders: list[Layer], include: Filter | None, exclude: Filter | None
 ) -> str:
-    """Returns the rest of a message about a model in which no layer is to be masked."""
+    """Returns the end of the error message for a model without layers to mask."""
     if holders and (include is not None or exclude is not None):
         return (
             f"include={include!r}, exclude={exclude!r} leave no maskable layer. Patterns are "
-            "searched in the names of layers, and a layer that holds others stands for them. The "
-            f"layers that can be masked, and those around them: {_named(holders, include)}"
+            "searched for in the names of layers, and a layer that contains others stands for "
+            f"them. Maskable layers and the layers that contain them: {_named(holders, include)}"
         )
     reason = "its layers have no maskable weight"
     if not model.built:
         reason = "it is not built yet: call `model.build(input_shape)` or call it on a batch"
     inside = sorted({plain_class(layer).__name__ for _, layer in walk(model)})
     return (
-        f"{reason}. Its layers: {inside}. A layer of your own becomes maskable with "
+        f"{reason}. Its layers: {inside}. To make a custom layer maskable, call "
         "`masked_layers.register(cls, weights=[...])`."
     )
 
 
 def _named(layers: Iterable[Layer], wanted: Any) -> str:
-    """Returns the names of layers, the first ones of many, and those that patterns are close to."""
+    """Lists names of layers, up to a maximum number, and suggests those similar to patterns."""
     names = sorted({layer.name for layer in layers})
     shown = ", ".join(map(repr, names[:_NAMED]))
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
@@ -355,7 +358,7 @@ def _is_input(layer: Layer) -> bool:
 
 
 def _builds_itself(layer: Layer) -> bool:
-    """True for a layer not of Keras with a `build` of its own."""
+    """Returns whether the layer has a custom `build` method."""
     return type(layer).build.__module__.partition(".")[0] != "keras"
 
 

@@ -1,4 +1,4 @@
-"""An exact copy of a model: its config, values, optimizer and assets."""
+"""Makes exact copies of models: config, values, optimizer and assets."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from masked_layers.paths import children, plain_class, walk
 
 Layer: TypeAlias = keras.layers.Layer
 
-# Where Keras looks up the strings of its configs.
+# Modules in which Keras looks up the strings in its configs.
 _NAMESPACES = (
     keras.activations,
     keras.constraints,
@@ -35,17 +35,17 @@ _NAMESPACES = (
 def copy_model(model: keras.Model, *, dtype: str | None = None) -> keras.Model:
     """Returns a model with the same layers, values, compilation and optimizer state.
 
-    No variable is shared with `model`. Functions are, and the user's objects without variables of
-    which a config would not make the same ones: schedules and losses without a `get_config`,
+    The copy shares no variable with `model`. It shares functions, and custom objects without
+    variables that cannot be recreated from a config: schedules and losses without a `get_config`,
     partials, compiled functions.
 
     Args:
-        model: The model.
-        dtype: The float type that the copy is to compute and keep its weights in, whatever the
-            model does. The copy is not compiled then.
+        model: A built model.
+        dtype: Float dtype for the computation and the weights of the copy. If given, the copy is
+            not compiled. Default: the dtypes of `model`.
 
     Raises:
-        ValueError: If the model cannot be made again from its config.
+        ValueError: If the model cannot be recreated from its config.
     """
     _keras.sync(model)
     taken = _keras_trace.variables_in_graph(model)
@@ -53,8 +53,8 @@ def copy_model(model: keras.Model, *, dtype: str | None = None) -> keras.Model:
         if id(variable) in taken:
             raise ValueError(
                 f"'{model.name}' cannot be copied: its operation '{taken[id(variable)]}' takes the "
-                f"variable '{variable.path}' itself, and in a copy that would be a constant. Put "
-                "the operation into a layer that holds the one whose variable it takes."
+                f"variable '{variable.path}' as an argument, which would be a constant in a copy. "
+                "Move the operation into a custom layer that contains the layer of the variable."
             )
     names = in_use_by_name(model)
     with as_in_use(model):
@@ -62,19 +62,20 @@ def copy_model(model: keras.Model, *, dtype: str | None = None) -> keras.Model:
             try:
                 copy, compile_config = _made_again(model, dtype)
             except Exception:
-                # A `from_config` may look a function or class up by a name that it wrote itself.
+                # A custom `from_config` may look up a function or class by a name that the custom
+                # `get_config` wrote.
                 with _keras.custom_object_scope(names):
                     copy, compile_config = _made_again(model, dtype)
         except Exception as error:
             if isinstance(error, RecursionError) and (cyclic := _with_cyclic_config(model)):
                 raise ValueError(
-                    f"'{model.name}' cannot be copied: the config of {cyclic} holds itself, a dict "
-                    "or list in it. Give it a `get_config()` of plain values, or pass "
+                    f"'{model.name}' cannot be copied: the config of {cyclic} contains a dict or "
+                    "list that contains itself. Return plain values from `get_config()`, or pass "
                     "`inplace=True` to change the model itself."
                 ) from error
             raise ValueError(
                 f"'{model.name}' ({plain_class(model).__name__}) cannot be copied, because Keras "
-                f"cannot make it again from its config: {error}\nGive it a `get_config()` and "
+                f"cannot recreate it from its config: {error}\nGive it a `get_config()` and "
                 "`from_config()`, or pass `inplace=True` to change the model itself."
             ) from error
         _order_like(model, copy)
@@ -85,35 +86,35 @@ def copy_model(model: keras.Model, *, dtype: str | None = None) -> keras.Model:
                 copy.compile_from_config(compile_config)
             except Exception as error:
                 raise ValueError(
-                    f"'{model.name}' cannot be copied as it is compiled: {error}\nPass "
-                    "`inplace=True` to change the model itself."
+                    f"'{model.name}' cannot be copied, because its copy cannot be compiled in the "
+                    f"same way: {error}\nPass `inplace=True` to change the model itself."
                 ) from error
             _copy_optimizer(model, copy)
     return copy
 
 
 def _made_again(model: keras.Model, dtype: str | None) -> tuple[keras.Model, Any]:
-    """Returns a model made from the config of a model, not compiled, and how it was compiled."""
+    """Returns an uncompiled model made from the config of `model`, and its compile config."""
     config = _keras.serialize(model)
     compile_config = config.pop("compile_config", None)
     optimizer = getattr(model, "optimizer", None)
     if compile_config and optimizer is not None and "optimizer" not in compile_config:
-        # Keras takes it out of the config of a model that it saves as `.h5`.
+        # Keras removes it from the config of a model that is saved as `.h5`.
         optimizer = keras.saving.serialize_keras_object(optimizer)
         compile_config = {**compile_config, "optimizer": optimizer}
     if dtype is not None:
         config, compile_config = _with_dtype(config, dtype), None
     with warnings.catch_warnings():
-        # A subclassed model that takes several arguments: see `_build_as_in`.
+        # From subclassed models with several arguments, which `_build_as_in` builds.
         warnings.filterwarnings("ignore", "Model .* had a build config", UserWarning)
         return _keras.deserialize(config), compile_config
 
 
 def _with_cyclic_config(model: keras.Model) -> str:
-    """Returns the layers of which the config leads back to itself, none as an empty string."""
+    """Returns the names of layers with a cyclic config, or an empty string."""
     found = []
     for path, layer in walk(model):
-        # That of a layer around them may not come to an end.
+        # The `get_config` of a layer that contains them may not terminate.
         with contextlib.suppress(Exception):
             if _is_cyclic(layer.get_config(), frozenset()):
                 found.append(f"'{path or layer.name}' ({plain_class(layer).__name__})")
@@ -129,7 +130,7 @@ def _is_cyclic(value: Any, around: frozenset[int]) -> bool:
 
 
 def _with_dtype(config: Any, dtype: str) -> Any:
-    """The config of a layer with another float type, all layers inside it included."""
+    """Returns the config of a layer, including inner layers, with another float dtype."""
     if isinstance(config, dict):
         return {
             key: dtype if key == "dtype" and _is_float(value) else _with_dtype(value, dtype)
@@ -148,10 +149,10 @@ def _is_float(dtype: Any) -> bool:
 
 @contextlib.contextmanager
 def as_in_use(model: keras.Model) -> Iterator[None]:
-    """Lets configs of what a model is made of stand for the classes and functions that it uses.
+    """Makes the configs of a model's objects refer to the very classes and functions in use.
 
-    By Keras' own rules they stand for what has the same name, if it is registered; a lambda is
-    written as code that does not know the modules it refers to, with a warning.
+    By default, Keras looks up the class or function that is registered under the same name. It
+    writes a lambda as code, with a warning, and the code loses the modules that it refers to.
     """
     functions = [
         value
@@ -170,7 +171,7 @@ def as_in_use(model: keras.Model) -> Iterator[None]:
 
 
 def _order_like(source: keras.Model, target: keras.Model) -> None:
-    """Gives the variables of a copy the order of the original's, where layers are in sets."""
+    """Gives the variables of a copy the order of the original ones if layers are in sets."""
     for (_, old), (_, new) in zip(walk(source), walk(target), strict=False):
         pairs = {id(a): b for (_, a), (_, b) in zip(children(old), children(new), strict=False)}
         _keras.order_sublayers(
@@ -184,7 +185,7 @@ def _copy_state(source: keras.Model, target: keras.Model) -> None:
         _enable_lora_as_in(old, new)
     if _first_difference(source.variables, target.variables):
         for (_, old), (_, new) in reversed(pairs):
-            # Where the two do not go together, the difference between them is said below.
+            # If the two do not match, the error below names the difference.
             if plain_class(old) is plain_class(new):
                 with contextlib.suppress(Exception):
                     _build_as_in(old, new)
@@ -193,9 +194,9 @@ def _copy_state(source: keras.Model, target: keras.Model) -> None:
             new.mask.freeze(keras.ops.convert_to_numpy(old.mask.frozen))
     if difference := _first_difference(source.variables, target.variables):
         raise ValueError(
-            f"The copy of '{source.name}' that its config makes has other variables than the "
+            f"The copy of '{source.name}' made from its config has other variables than the "
             f"model itself: {difference}. Its `get_config()` does not describe it fully, or it is "
-            "not built. Build it by calling it on a batch, mend `get_config()`, or pass "
+            "not built. Build it by calling it on a batch, correct `get_config()`, or pass "
             "`inplace=True` to change the model itself."
         )
     for (_, old), (_, new) in pairs:
@@ -204,7 +205,7 @@ def _copy_state(source: keras.Model, target: keras.Model) -> None:
         if new.trainable != old.trainable:
             new.trainable = old.trainable
     for old, new in zip(source.variables, target.variables, strict=True):
-        # Through the host: on JAX an assigned variable shares its buffer with the other one.
+        # Through the host, because on JAX the assigned variable would share the other's buffer.
         new.assign(np.array(keras.ops.convert_to_numpy(old)))
         if new.trainable != old.trainable:
             new.trainable = old.trainable
@@ -216,10 +217,10 @@ def _copy_state(source: keras.Model, target: keras.Model) -> None:
 
 
 def _build_as_in(source: Layer, target: Layer) -> None:
-    """Builds a layer that the copy of the layer around it has left out.
+    """Builds an inner layer that was not built together with its model.
 
-    Of a subclassed model without a `build`, Keras notes the shape of the first argument alone, so
-    that one with more of them cannot be built as a whole. Those inside it can.
+    For a subclassed model without a `build` method, Keras records only the shape of the first
+    argument, so a model with several arguments cannot be built as a whole. Its layers can.
     """
     if not source.built or target.built:
         return
@@ -230,28 +231,28 @@ def _build_as_in(source: Layer, target: Layer) -> None:
 
 
 def _enable_lora_as_in(source: Layer, target: Layer) -> None:
-    """Gives a layer the LoRA that its like has: the config of a layer around it does not say so."""
+    """Enables LoRA as in the original layer, since configs of outer layers do not contain it."""
     if getattr(source, "lora_enabled", False) and not getattr(target, "lora_enabled", True):
         target.enable_lora(source.lora_rank, lora_alpha=source.lora_alpha)
 
 
 def _first_difference(before: list[keras.Variable], after: list[keras.Variable]) -> str:
-    """Says where two lists of variables part in number or shape; empty where they do not."""
+    """Describes the first difference in number or shape of two lists of variables; "" if none."""
     for old, new in itertools.zip_longest(before, after):
         if old is None:
-            return f"'{new.path}' of shape {tuple(new.shape)} is there only in the copy"
+            return f"'{new.path}' of shape {tuple(new.shape)} exists only in the copy"
         if new is None:
             return f"'{old.path}' of shape {tuple(old.shape)} is missing in the copy"
         if tuple(old.shape) != tuple(new.shape):
             return (
-                f"'{old.path}' has the shape {tuple(old.shape)}, and in its place the copy has "
+                f"'{old.path}' has shape {tuple(old.shape)}, but in its place the copy has "
                 f"'{new.path}' of shape {tuple(new.shape)}"
             )
     return ""
 
 
 def copy_assets(source: Layer, target: Layer) -> None:
-    """Copies what a layer keeps beside its variables: vocabularies, adapted statistics."""
+    """Copies the state of a layer outside its variables: vocabularies, adapted statistics."""
     if hasattr(source, "save_assets"):
         with tempfile.TemporaryDirectory() as folder:
             source.save_assets(folder)
@@ -268,25 +269,25 @@ def _copy_optimizer(source: keras.Model, target: keras.Model) -> None:
         new.build(target.trainable_variables)
     theirs = new.variables
     if not _keras.optimized_variables(old):
-        # From an `.h5` file, without slots: those of the copy start as they do.
+        # It is from an `.h5` file and has no slots; those of the copy keep their initial values.
         theirs = theirs[: len(old.variables)]
     if difference := _first_difference(old.variables, theirs):
         raise ValueError(
-            f"The state of the optimizer of '{source.name}' does not fit the copy: {difference}. "
-            "Compile the model again first, as in `model.compile(...)`."
+            f"The optimizer state of '{source.name}' does not fit the copy: {difference}. "
+            "Compile the model again first with `model.compile(...)`."
         )
     for a, b in zip(old.variables, theirs, strict=True):
         b.assign(np.array(keras.ops.convert_to_numpy(a)))
 
 
 def held_by(model: keras.Model, *others: Any) -> Iterator[Any]:
-    """Yields the functions, classes and objects with a config that a model holds, each once.
+    """Yields the functions, classes and objects with a config that a model refers to, each once.
 
     Args:
-        model: The model.
-        *others: What else to look into.
+        model: A model.
+        *others: Other objects to search.
     """
-    seen: dict[int, Any] = {}  # The values too, lest another one gets the id of one of them.
+    seen: dict[int, Any] = {}  # Keeps the values alive, so that their ids are not reused.
 
     def inside(value: Any) -> Iterator[Any]:
         if id(value) in seen or isinstance(value, keras.Variable):
@@ -339,7 +340,7 @@ def _is_of_keras(name: str) -> bool:
 
 
 def renew_optimizer(model: keras.Model) -> None:
-    """Gives a compiled model an optimizer that is not built: other variables are trainable now."""
+    """Replaces the optimizer with an unbuilt one, because other variables are trainable now."""
     old = getattr(model, "optimizer", None)
     if old is not None:
         with as_in_use(model):
@@ -347,7 +348,7 @@ def renew_optimizer(model: keras.Model) -> None:
 
 
 def compile_with(model: keras.Model, optimizer: keras.Optimizer) -> None:
-    """Compiles a compiled model again as it is, with another optimizer."""
+    """Compiles a compiled model again with another optimizer and otherwise the same arguments."""
     with as_in_use(model):
         config = model.get_compile_config()
         config["optimizer"] = keras.saving.serialize_keras_object(optimizer)

@@ -1,9 +1,10 @@
-"""Checks that a model computes what its masks say, and a copy what the model computes.
+"""Checks that no code reads weights without their masks, and that copies have the same outputs.
 
-The layers of Keras read each weight through the attribute that a mask is over, and their configs
-describe them; tests hold both for all of them. Code of others may read a weight in another way
-(`layer.weights[0]`, a private attribute, a tensor taken earlier) or forget an argument in its
-`get_config`. Where a model holds such code and inputs for it can be made up, this is found here.
+Keras' layers read each weight through the attribute that its mask replaces, and their configs
+describe them completely; tests verify both for all of them. Custom code may read a weight in
+another way (`layer.weights[0]`, a private attribute, a tensor taken earlier) or leave an argument
+out of its `get_config`. If a model contains custom code and inputs for it can be generated, this
+module detects such faults.
 """
 
 from __future__ import annotations
@@ -29,27 +30,27 @@ Layer = keras.layers.Layer
 
 logger = logging.getLogger(__name__)
 
-# In a call of one of these, reading a raw weight is how its mask is applied.
+# Inside these functions a raw weight is read to apply its mask.
 _THROUGH_THE_MASK = {
     EffectiveWeight.__get__.__code__,
     MaskedRegularizer.__call__.__code__,
     MaskedConstraint.__call__.__code__,
 }
-_SIZES = (8, 32, 64, 128)  # What unknown sizes of inputs are tried with.
+_SIZES = (8, 32, 64, 128)  # Tried for unknown input sizes.
 
 
 def check_masks(model: keras.Model, source: keras.Model | None = None) -> None:
-    """Makes sure that the masks of a model are all that its calls know of the pruned weights.
+    """Checks that the outputs of a model do not depend on the raw values of pruned weights.
 
-    Nothing of the model changes. Where no inputs can be made up nothing is checked.
+    The model is not changed. If no inputs can be generated, nothing is checked.
 
     Args:
         model: A masked model.
-        source: The model that it is a copy of, whose variables it must not read.
+        source: The original if `model` is a copy, which must not read the original's variables.
 
     Raises:
-        ValueError: If a weight with a mask is read past it, a mask is compiled into a function as a
-            constant, or a variable of `source` is read.
+        ValueError: If a masked weight is read without its mask, a mask is compiled into a function
+            as a constant, or a variable of `source` is read.
     """
     refs = {id(ref.variable): ref for ref in weight_refs(model) if ref.mask is not None}
     with _traces_forgotten(model):
@@ -65,37 +66,37 @@ def _check_masks(
     if reads.foreign:
         reader, path = reads.foreign
         raise ValueError(
-            f"{reader} reads '{path}' of the model that is copied: a function or an object that "
-            "both share holds it. Let the layer that reads it hold the layer around it as an "
-            "attribute and describe it in its config, or pass `inplace=True` to change the model "
-            "itself."
+            f"{reader} reads '{path}' of the original model through a function or object that "
+            "the copy shares with it. Store the layer that has this weight as an attribute of the "
+            "layer that reads it and describe it in the config, or pass `inplace=True` to change "
+            "the model itself."
         )
     past = [ref for ref in refs.values() if id(ref.variable) in reads.past]
     for ref in _compiled_in(reads) or _read_past(model, specs, reads, past):
         reader = reads.past.get(id(ref.variable))
         if reader is None:
             others = sorted({plain_class(layer).__name__ for layer in _layers_of_others(model)})
-            reader = f"A layer of a class that is not of Keras (one of {others})"
+            reader = f"A custom layer (one of {others})"
         raise ValueError(
-            f"{reader} reads '{ref.path}' past its mask, so that pruned weights would still count: "
-            "it takes it from `weights`, a private attribute or a tensor made before, or is "
-            f"compiled with it as a constant. Let it read the attribute '{ref.name}' of "
-            f"'{ref.layer.name}' in its `call`, outside of `jax.jit`, or leave that layer out: "
-            f"`convert_to_masked(model, exclude={ref.layer.name!r})`."
+            f"{reader} reads '{ref.path}' past its mask, so pruned weights would still have an "
+            "effect. It reads the weight from `weights`, a private attribute or a tensor made "
+            "earlier, or is compiled with it as a constant. Read the attribute "
+            f"'{ref.name}' of '{ref.layer.name}' in `call`, outside of `jax.jit`, or leave that "
+            f"layer out: `convert_to_masked(model, exclude={ref.layer.name!r})`."
         )
 
 
 def check_copy(source: keras.Model, copy: keras.Model) -> None:
-    """Makes sure that a copy has the outputs of its original, where inputs can be made up.
+    """Checks that a copy has the same outputs as its original, if inputs can be generated.
 
-    What Keras' generators draw is the same for both. Of a model that draws in other ways, as from
-    NumPy, nothing is known.
+    Random numbers of Keras' generators are the same for both. A model with random numbers from
+    another source, such as NumPy, cannot be compared.
 
     Raises:
-        ValueError: If it has others, by more than a computation repeated may differ.
+        ValueError: If the outputs differ by more than those of a repeated computation may.
 
     Warns:
-        UserWarning: The original has other outputs at each call.
+        UserWarning: If the outputs of the original differ at each call.
     """
     for specs in _input_specs(source):
         precise = all("16" not in layer.compute_dtype for _, layer in walk(source))
@@ -106,19 +107,19 @@ def check_copy(source: keras.Model, copy: keras.Model) -> None:
             if _close(before, after, precise):
                 return
             if not _close(before, _outputs(source, specs), precise):
-                _warn_of_chance(source, "whether its copy has the same ones")
+                _warn_of_chance(source, "whether its copy has the same outputs")
                 return
         others = sorted({plain_class(layer).__name__ for layer in _layers_of_others(source)})
         raise ValueError(
             f"A copy of '{source.name}' has other outputs. Either the `get_config()` of a class "
-            "leaves out what its call depends on, or a tensor was made of a weight before the "
-            f"weight had its value. Its classes that are not of Keras: {others}. Mend that, or "
-            "pass `inplace=True` to change the model itself."
+            "leaves out something that its call depends on, or a tensor was computed from a weight "
+            f"before the weight had its value. Custom classes of the model: {others}. Correct "
+            "this, or pass `inplace=True` to change the model itself."
         )
 
 
 def has_code_of_others(model: keras.Model) -> bool:
-    """True if something in a model is neither of Keras nor of this package."""
+    """Returns whether a model contains objects from outside Keras and this package."""
     return any(_is_of_others(value) for value in held_by(model))
 
 
@@ -137,7 +138,7 @@ def _is_of_others(value: Any) -> bool:
 
 @contextlib.contextmanager
 def _traces_forgotten(model: keras.Model) -> Iterator[None]:
-    """Discards functions compiled inside: they read temporary state that users must not run."""
+    """Discards functions that are compiled in the scope, since they refer to temporary state."""
     try:
         yield
     finally:
@@ -147,16 +148,16 @@ def _traces_forgotten(model: keras.Model) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _attributes_kept(model: keras.Model) -> Iterator[None]:
-    """Takes back the tensors that layers keep of a call inside, for their next one.
+    """Restores attributes in which layers cache tensors during a call in the scope.
 
-    Those of a symbolic call have no values.
+    The tensors of a symbolic call have no values and must not be used by a later call.
     """
     before = [(layer, dict(vars(layer))) for _, layer in walk(model)]
     try:
         yield
     finally:
         for layer, attributes in before:
-            # Past Keras' tracking, which has no part in tensors.
+            # Bypasses Keras' tracking, which does not concern tensors.
             for name, value in list(vars(layer).items()):
                 if value is attributes.get(name, before) or not _holds_tensor(value):
                     continue
@@ -167,7 +168,7 @@ def _attributes_kept(model: keras.Model) -> Iterator[None]:
 
 
 def _holds_tensor(value: Any) -> bool:
-    # On TensorFlow a variable of Keras passes for a tensor; one that is created here stays.
+    # On TensorFlow a Keras variable counts as a tensor; variables created in the call are kept.
     return any(
         keras.ops.is_tensor(each) and not isinstance(each, keras.Variable)
         for each in keras.tree.flatten(value)
@@ -175,13 +176,14 @@ def _holds_tensor(value: Any) -> bool:
 
 
 class _Reads:
-    """Records what one call of a model reads.
+    """Records which weights and masks one call of a model reads.
 
     Attributes:
-        past: Who reads a weight past its mask, by the id of the variable.
+        past: Name of the layer that reads a weight past its mask, by the id of the variable.
         masks: Ids of the masks that are read.
-        constant: Ids of those that only the first call reads.
-        foreign: Who reads a variable of the model that was copied, and the path of that.
+        constant: Ids of the masks that only the first call reads.
+        foreign: Name of the layer that reads a variable of the original model, and the path of the
+            variable.
     """
 
     def __init__(
@@ -223,20 +225,20 @@ class _Reads:
 def _first_reads(
     model: keras.Model, refs: dict[int, WeightRef], source: keras.Model | None
 ) -> tuple[Any, _Reads | None]:
-    """Returns the first inputs that the model takes and what it reads, (None, None) without any."""
+    """Returns the first input specs that the model accepts and its reads, or (None, None)."""
     for specs in _input_specs(model):
         reads, again = _Reads(model, refs, source), _Reads(model, refs, source)
         try:
             with _attributes_kept(model):
                 _keras_trace.watch(model, specs, reads)
             if keras.backend.backend() == "jax":
-                # There, what a function reads while it is compiled is a constant of it.
+                # Values that a function reads while JAX compiles it become constants.
                 with _attributes_kept(model):
                     _keras_trace.watch(model, specs, again)
                 reads.constant = reads.masks - again.masks
             return specs, reads
         except Exception as error:
-            logger.info("'%s' cannot be called on made-up inputs: %s", model.name, error)
+            logger.info("'%s' cannot be called on generated inputs: %s", model.name, error)
     return None, None
 
 
@@ -250,11 +252,11 @@ def _compiled_in(reads: _Reads) -> list[WeightRef]:
 def _read_past(
     model: keras.Model, specs: Any, reads: _Reads, past: list[WeightRef]
 ) -> list[WeightRef]:
-    """Returns weights of which the outputs depend where they are pruned, under random masks."""
+    """Returns weights whose pruned raw values change the outputs, under random masks."""
     binary = [ref for ref in reads.refs.values() if not ref.mask.learned]
     suspects = [ref for ref in binary if ref in past or id(ref.mask) not in reads.masks]
     if keras.backend.backend() != "jax" and has_code_of_others(model):
-        # There, a tensor taken earlier may be the memory of the variable itself.
+        # On these backends, a tensor taken earlier may share the memory of the variable.
         suspects = [ref for ref in binary if ref in past or not _is_derived(ref)]
     wrong = [ref for ref in past if ref.mask.learned]
     if suspects and _depends_on_pruned(model, specs, suspects):
@@ -263,7 +265,7 @@ def _read_past(
 
 
 def _is_derived(ref: WeightRef) -> bool:
-    """True where a layer computes a weight from its variable, before the mask."""
+    """Returns whether a layer computes a weight from its variable before the mask is applied."""
     with raw_view():
         return getattr(ref.layer, ref.name) is not ref.variable
 
@@ -295,11 +297,11 @@ def _depends_on_pruned(model: keras.Model, specs: Any, refs: list[WeightRef]) ->
 
 
 def _input_specs(model: keras.Model) -> Iterator[Any]:
-    """Yields symbolic inputs that a model may take, with sizes for all that is not fixed."""
+    """Yields symbolic inputs that a model may accept, with values for all unknown sizes."""
     try:
         specs = input_specs(model)
-    except Exception as error:  # A model may have a `get_build_config` of its own.
-        logger.info("Nothing is compared: %s", error)
+    except Exception as error:  # A model may have a custom `get_build_config`.
+        logger.info("Outputs are not compared: %s", error)
         return
     flat = keras.tree.flatten(specs)
     if any(spec.dtype == "string" or spec.shape is None for spec in flat):
@@ -316,7 +318,7 @@ def _input_specs(model: keras.Model) -> Iterator[Any]:
 
 
 def _outputs(model: keras.Model, specs: Any) -> list[np.ndarray] | None:
-    """Returns the outputs of a model on made-up inputs, None if it does not take them."""
+    """Returns the outputs of a model on generated inputs, or None if it does not accept them."""
     rng = np.random.default_rng(0)
     embeddings = [layer for _, layer in walk(model) if isinstance(layer, keras.layers.Embedding)]
     tokens = min([layer.input_dim for layer in embeddings], default=2)
@@ -331,7 +333,7 @@ def _outputs(model: keras.Model, specs: Any) -> list[np.ndarray] | None:
         return keras.ops.convert_to_tensor(values, dtype=spec.dtype)
 
     try:
-        # In it, statistics and the states of random generators stay as they are.
+        # This scope does not change statistics and the states of random generators.
         with _attributes_kept(model), keras.StatelessScope(), _keras.same_draws():
             outputs = model(keras.tree.map_structure(made_up, specs))
         return [
@@ -339,15 +341,15 @@ def _outputs(model: keras.Model, specs: Any) -> list[np.ndarray] | None:
             for output in keras.tree.flatten(outputs)
         ]
     except Exception as error:
-        logger.info("'%s' cannot be called on made-up inputs: %s", model.name, error)
+        logger.info("'%s' cannot be called on generated inputs: %s", model.name, error)
         return None
 
 
 def _warn_of_chance(model: keras.Model, unknown: str) -> None:
     warn_outside(
-        f"'{model.name}' has other outputs at each call on the same inputs, so that it could not "
-        f"be told {unknown}. Where it draws at inference by other means than `keras.random`, that "
-        "is to be expected: compare the mean of many calls before and after.",
+        f"'{model.name}' has different outputs at each call on the same inputs, so it could not "
+        f"be checked {unknown}. This is expected if inference uses random numbers that are not "
+        "from `keras.random`: compare the means of many calls before and after.",
         "masked_layers",
     )
 

@@ -1,4 +1,4 @@
-"""The maskable weights of a model, their masks, and its sparsity."""
+"""Lists, reads, writes and counts the masks of a model."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from masked_layers.paths import plain_class, walk
 
 Layer: TypeAlias = keras.layers.Layer
 
-_OTHER_MASKS = 1 << 26  # Bytes of masks that are read though they are not of the model.
+_OTHER_MASKS = 1 << 26  # Maximum size, in bytes, of masks in a file that the model does not have.
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -40,12 +40,12 @@ class WeightRef:
     """One maskable weight of a model.
 
     Attributes:
-        path: Its path; the same before and after masking, saving and loading.
-        layer: The layer that holds it (the first one, where layers share it).
-        name: Its name in that layer, such as `"kernel"`.
-        variable: The raw weight.
-        mask: Its mask, or None where it is not masked.
-        output_axes: Axes that index outputs, counted from the last; empty for a bias.
+        path: Path of the weight, the same before and after masking, saving and loading.
+        layer: Layer of the weight, or the first one if several layers share it.
+        name: Name of the weight in that layer, such as `"kernel"`.
+        variable: Raw weight.
+        mask: Mask of the weight, or None.
+        output_axes: Axes that index outputs, as negative numbers; empty for a bias.
     """
 
     path: str
@@ -60,8 +60,8 @@ def weight_refs(model: Layer, *, mask_bias: bool = False) -> list[WeightRef]:
     """Returns every maskable weight of a plain or masked model, each once, in a fixed order.
 
     Args:
-        model: A model or layer. Parts of it that are not built have no weights yet.
-        mask_bias: Whether to list biases too; those that have a mask are always listed.
+        model: A model or layer. Layers that are not built have no weights yet.
+        mask_bias: Whether to list biases too. Biases with a mask are always listed.
     """
     refs: dict[int, WeightRef] = {}
     for path, layer, name in weights_inside(model, biases=True):
@@ -77,21 +77,27 @@ def masked_refs(model: Layer) -> list[WeightRef]:
     """Returns the weights of a model that have a mask, in a fixed order.
 
     Raises:
-        ValueError: If none has.
+        ValueError: If the model has no masked weight.
     """
     refs = [ref for ref in weight_refs(model) if ref.mask is not None]
     if not refs:
         raise ValueError(
             f"'{model.name}' has no masked weight. Call `masked_layers.convert_to_masked(model)` "
-            "first and use the model it returns."
+            "first and use the model that it returns."
         )
     return refs
 
 
 def get_masks(model: Layer) -> dict[str, np.ndarray]:
-    """Returns a copy of every mask of a masked model: path to bool array, True where kept.
+    """Returns copies of all masks of a masked model.
 
-    Learned masks are given as `harden` would make them.
+    Learned masks are returned as the binary masks that `harden` would make of them.
+
+    Args:
+        model: A masked model or layer.
+
+    Returns:
+        A dict from paths to bool arrays of the weights' shapes, True where a weight is kept.
 
     Raises:
         ValueError: If the model has no masked weight.
@@ -101,23 +107,24 @@ def get_masks(model: Layer) -> dict[str, np.ndarray]:
 
 
 def set_masks(model: Layer, masks: Mapping[str, Any]) -> None:
-    """Writes masks into a masked model; takes effect in every function already compiled.
+    """Sets masks of a masked model, with immediate effect in functions that are already compiled.
 
     Args:
         model: A masked model.
-        masks: Path to array of the weight's shape, of bool or of zeros and ones. Masks of other
-            weights stay as they are.
+        masks: A dict from paths to arrays of the weights' shapes, either bool or with values 0 and
+            1. The masks of other weights are not changed.
 
     Raises:
-        ValueError: If a path names no masked weight or one whose mask is learned, or an array has
-            another shape or other values than 0 and 1. Nothing is written then.
+        ValueError: If a path does not name a masked weight, or its mask is learned, or an array has
+            another shape or other values than 0 and 1. No mask is changed then.
     """
     refs = {ref.path: ref for ref in masked_refs(model)}
     for path in masks:
         if path in refs and refs[path].mask.learned:
             raise ValueError(
-                f"The mask of '{path}' is learned: it follows from its scores and cannot be set. "
-                "Call `masked_layers.harden(model)` and set the masks of the model it returns."
+                f"The mask of '{path}' is learned: it is computed from its scores and cannot be "
+                "set directly. Call `masked_layers.harden(model)` and set the masks of the model "
+                "that it returns."
             )
     values = {}
     for path, array in masks.items():
@@ -134,7 +141,7 @@ def set_masks(model: Layer, masks: Mapping[str, Any]) -> None:
             )
         if array.dtype != bool and not np.isin(array, (0, 1)).all():
             raise ValueError(
-                f"The mask of '{path}' must be of bool or hold only 0 and 1. "
+                f"The mask of '{path}' must be of dtype bool or contain only 0 and 1. "
                 f"Received: dtype {array.dtype}, values from {array.min()} to {array.max()}"
             )
         values[path] = array.astype(bool)
@@ -183,9 +190,13 @@ def set_rescale(model: Layer, rescale: bool | Mapping[str, bool]) -> bool:
 
 
 def save_masks(model: Layer, path: str | os.PathLike[str]) -> None:
-    """Writes the masks of a model to one file, packed to a bit per weight (NumPy's `.npz`).
+    """Saves the masks of a model to one file with one bit per weight (NumPy's `.npz` format).
 
-    The file is complete or not there: a file of that name is replaced at the end.
+    An existing file is replaced only when the new one is complete.
+
+    Args:
+        model: A masked model.
+        path: Path of the file.
 
     Raises:
         ValueError: If the model has no masked weight.
@@ -199,17 +210,22 @@ def save_masks(model: Layer, path: str | os.PathLike[str]) -> None:
 
 
 def load_masks(model: Layer, path: str | os.PathLike[str]) -> None:
-    """Reads the masks that `save_masks` wrote into a masked model of the same architecture.
+    """Loads masks saved by `save_masks` into a masked model of the same architecture.
+
+    Args:
+        model: A masked model.
+        path: Path of the file.
 
     Raises:
-        OSError: If there is no such file, or it cannot be read.
-        ValueError: If the file is none of `save_masks` or holds more or fewer bits than its masks
-            have, or its paths and shapes are not those of the model's masked weights. No mask is
+        OSError: If the file is missing or cannot be read.
+        ValueError: If the file was not written by `save_masks`, a mask in it has the wrong number
+            of bits, or its paths and shapes do not match the model's masked weights. No mask is
             changed then.
     """
     masks = {}
     refs = masked_refs(model)
-    # Masks of a larger model are named below; a file of hostile size is not read for that.
+    # Leaves room for the masks of a larger model, which the error below names, but not for a file
+    # of malicious size.
     limit = _OTHER_MASKS + sum(math.prod(ref.variable.shape) for ref in refs)
     try:
         arrays = read_npz(path, limit=limit)
@@ -224,13 +240,14 @@ def load_masks(model: Layer, path: str | os.PathLike[str]) -> None:
     except OSError:
         raise
     except Exception as error:
-        raise ValueError(f"'{path}' is not a file that `save_masks` wrote: {error}") from error
+        raise ValueError(f"'{path}' was not written by `save_masks`: {error}") from error
     if not masks:
-        raise ValueError(f"'{path}' is not a file that `save_masks` wrote: it holds no mask.")
+        raise ValueError(f"'{path}' was not written by `save_masks`: it contains no mask.")
     missing = [ref.path for ref in refs if ref.path not in masks]
     if missing:
         raise ValueError(
-            f"'{path}' has no mask for these weights of the model: {missing}. It has: {list(masks)}"
+            f"'{path}' has no mask for these weights of the model: {missing}. It contains masks "
+            f"for: {list(masks)}"
         )
     set_masks(model, masks)
 
@@ -244,12 +261,12 @@ class SparsityRow:
 
     Attributes:
         path: Path of the weight.
-        shape: Its shape.
-        alive: Number of entries that the mask keeps.
-        mask_bytes: Size of the mask in memory, frozen values included.
-        frozen: Number of pruned entries that are frozen at another value than 0.
-        effective: Number of kept entries on a path from an input to an output of the model, where
-            `effective_sparsity` has counted them, else None.
+        shape: Shape of the weight.
+        alive: Number of kept entries.
+        mask_bytes: Size of the mask in memory, including frozen values.
+        frozen: Number of pruned entries that are frozen at values other than 0.
+        effective: Number of kept entries on a path from an input to an output of the model, if
+            `effective_sparsity` has counted them, or None.
     """
 
     path: str
@@ -272,14 +289,15 @@ class SparsityRow:
 
 @dataclasses.dataclass(frozen=True)
 class SparsityReport:
-    """The sparsity of a model by weight: iterates over its rows, prints as a table.
+    """Sparsity of each masked weight of a model; iterates over rows and prints as a table.
 
     Attributes:
-        rows: One per masked weight.
-        unmasked: (path, class, number of weights) of every layer that holds weights and no mask:
-            those that cannot be masked, such as normalization, and those left out on request. A
-            layer with masks is listed if it has kernel-like weights that its class does not name.
-        reasons: Path to why, for each of these.
+        rows: One row per masked weight.
+        unmasked: (path, class, number of weights) for every layer with weights but without masks,
+            either because it cannot be masked, like normalization, or because it was left out of
+            the conversion. A layer with masks is also listed if it has weights of two or more
+            dimensions that are not registered.
+        reasons: The reason for each entry of `unmasked`, by path.
     """
 
     rows: tuple[SparsityRow, ...]
@@ -288,17 +306,17 @@ class SparsityReport:
 
     @property
     def size(self) -> int:
-        """Number of weights under masks, kept and pruned."""
+        """Number of masked weights, kept and pruned."""
         return sum(row.size for row in self.rows)
 
     @property
     def alive(self) -> int:
-        """Number of weights that the masks keep."""
+        """Number of kept weights."""
         return sum(row.alive for row in self.rows)
 
     @property
     def sparsity(self) -> float:
-        """Share of pruned weights among those under masks."""
+        """Share of pruned weights among all masked weights."""
         return 1.0 - self.alive / self.size if self.size else 0.0
 
     @property
@@ -316,12 +334,12 @@ class SparsityReport:
 
     @property
     def frozen(self) -> int:
-        """Number of pruned weights that are frozen at another value than 0."""
+        """Number of pruned weights that are frozen at values other than 0."""
         return sum(row.frozen for row in self.rows)
 
     @property
     def mask_bytes(self) -> int:
-        """Size of all masks in memory, frozen values included."""
+        """Size of all masks in memory in bytes, including frozen values."""
         return sum(row.mask_bytes for row in self.rows)
 
     def __iter__(self) -> Iterator[SparsityRow]:
@@ -331,7 +349,7 @@ class SparsityReport:
         return len(self.rows)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the report as plain numbers, strings and lists, ready for JSON."""
+        """Returns the report as JSON-serializable numbers, strings, lists and dicts."""
         total = {"size": self.size, "alive": self.alive, "sparsity": self.sparsity}
         total |= {"frozen": self.frozen, "mask_bytes": self.mask_bytes}
         return {
@@ -364,7 +382,7 @@ class SparsityReport:
         total = SparsityRow(
             "total", (self.size,), self.alive, self.mask_bytes, effective=self.effective
         )
-        names = ["masked weight", "shape", "weights", "alive", "sparsity", "mask bytes"]
+        names = ["masked weight", "shape", "weights", "kept", "sparsity", "mask bytes"]
         lines = [names + ["effective"] * (self.effective is not None)]
         for row in (*self.rows, total):
             shape = "" if row is total else str(row.shape)
@@ -385,10 +403,10 @@ class SparsityReport:
                 f"{self.alive - self.effective:,}; effective sparsity {self.effective_sparsity:.2%}"
             )
         if emptied := [row.path for row in self.rows if row.size and not row.alive]:
-            text.append(f"nothing is left of: {', '.join(emptied)}")
+            text.append(f"no kept weights in: {', '.join(emptied)}")
         if self.frozen:
             text.append(
-                f"pruned weights frozen at another value than 0: {self.frozen:,}; without them "
+                f"pruned weights frozen at values other than 0: {self.frozen:,}; without them "
                 f"{(self.size - self.alive - self.frozen) / self.size:.2%} are zero"
             )
         if self.unmasked:
@@ -407,6 +425,12 @@ def _counted(effective: int | None) -> dict[str, int]:
 
 def sparsity_report(model: Layer) -> SparsityReport:
     """Counts the kept and pruned weights of a masked model.
+
+    Args:
+        model: A masked model or layer.
+
+    Returns:
+        A report that prints as a table.
 
     Raises:
         ValueError: If the model has no masked weight.

@@ -1,4 +1,4 @@
-"""Masks that are learned: a score per weight is trained, the weight itself stays as it is."""
+"""Learned masks: a score per weight is trained while the weights do not change."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from masked_layers.masks import Mask
 
 
 class LearnedMask(Mask):
-    """A mask that follows from a trainable score per weight; the weights under it are frozen.
+    """Mask computed from a trainable score per weight, over weights that are not trained.
 
-    A mask is a step function of the scores, without a gradient of its own. The gradient goes
-    straight through it to a *surrogate*: with a mask `m` of the scores, effective weight `w m` and
-    surrogate `h(s)`, dL/ds is (dL/d(w m)) w h'(s), for kept and pruned weights alike. The forward
-    pass itself holds exact zeros and the exact bits of the kept weights.
+    The mask is a step function of the scores and has no useful gradient. The gradient therefore
+    passes straight through the mask to a *surrogate*: with a mask `m` of the scores `s`, effective
+    weight `w m` and surrogate `h(s)`, dL/ds is (dL/d(w m)) w h'(s), for kept and pruned weights
+    alike. The forward pass itself gives exact zeros and the exact bits of the kept weights.
 
-    The scores are weights of the model, as they are what it trains: `get_weights` of a model with
-    learned masks holds them beside those of the plain model, until `harden` turns the masks into
-    binary ones. All weights of a layer with a learned mask, its bias too, are not trainable.
+    The scores are weights of the model, because training changes them: `get_weights` returns them
+    together with the weights of the plain model, until `harden` converts the masks to binary ones.
+    In a layer with a learned mask, no weight is trainable, including the bias.
 
-    Subclasses define `surrogate` and `decide`, and `draw` where training samples its masks.
+    Subclasses define `surrogate` and `decide`, and also `draw` if training samples the masks.
 
     Args:
         initializer: Initializer of the scores.
         rescale: Whether to multiply the kept weights by `size / ones(mask)` (dynamic weight
-            rescaling, arXiv 1905.01067, section 5.2). The mask in it is the one in use, sampled or
-            not, and the factor carries gradient to the scores like the mask does.
-        seed: Of the initial scores and of samples. `convert_to_masked` derives another one from it
-            for each weight. Default: drawn from Keras' global seed.
+            rescaling, arXiv 1905.01067, section 5.2). This uses the mask of the current call,
+            sampled or not, and the gradient of the scores includes the factor.
+        seed: Seed of the initial scores and of samples. `convert_to_masked` derives a different
+            seed from it for each weight. Default: drawn from Keras' global seed.
         **kwargs: `name` and the other arguments of `keras.layers.Layer`.
 
     Attributes:
@@ -68,34 +68,34 @@ class LearnedMask(Mask):
 
     @property
     def weights(self) -> list[keras.Variable]:
-        """The scores: an optimizer finds what to train among the weights."""
+        """The scores, which optimizers look for among the weights."""
         return [] if self.scores is None else [self.scores]
 
     def surrogate(self, scores: Any) -> Any:
-        """Returns the function of the scores that the gradient sees in place of the mask."""
+        """Returns the function of the scores whose gradient replaces that of the mask."""
         raise NotImplementedError
 
     def decide(self, scores: Any) -> Any:
-        """Returns the mask without chance: a bool tensor, a function of the scores alone."""
+        """Returns the deterministic mask, a bool tensor that depends only on the scores."""
         raise NotImplementedError
 
     def draw(self, scores: Any) -> Any:
-        """Returns the mask that a training step uses: a bool tensor; by default `decide`'s."""
+        """Returns the mask of a training step as a bool tensor. Default: that of `decide`."""
         return self.decide(scores)
 
     def draws_now(self) -> bool:
-        """Returns True where `draw` gives the mask in use: in training mode."""
+        """Returns whether the current call uses `draw` and not `decide`: in training mode."""
         return _keras.is_training()
 
     def sample(self, rng: np.random.Generator) -> np.ndarray:
-        """Returns a mask that training could have used, drawn from a NumPy generator."""
+        """Returns a mask as training uses it, sampled with a NumPy generator, as a bool array."""
         return self.to_numpy()
 
     def apply(self, weight: Any) -> Any:
         """Returns the effective weight as a tensor.
 
         Args:
-            weight: Raw weight, variable or tensor, of the mask's shape and any float dtype.
+            weight: Raw weight, a variable or tensor of the mask's shape and any float dtype.
         """
         weight = ops.convert_to_tensor(weight)
         scores = ops.convert_to_tensor(self.scores)
@@ -116,41 +116,42 @@ class LearnedMask(Mask):
         return self.decide(ops.convert_to_tensor(self.scores))
 
     def freeze(self, values: Any) -> bool:
-        """Refuses: pruned weights are frozen under binary masks.
+        """Raises an error, because only binary masks can freeze pruned weights.
 
         Raises:
-            ValueError: Always; it names `harden`.
+            ValueError: Always. The message names `harden`.
         """
         raise ValueError(
-            f"'{self.path or self.name}' is learned, and only a binary mask freezes pruned "
+            f"'{self.path or self.name}' is learned, and only a binary mask can freeze pruned "
             "weights. Call `masked_layers.harden(model)` first."
         )
 
     def save_own_variables(self, store: Any) -> None:
-        """Saves the scores and whether the mask rescales."""
+        """Saves the scores and `rescale`."""
         store["scores"] = self.scores
         if self.rescale:
             store["rescale"] = np.ones((), "bool")
 
     def load_own_variables(self, store: Any) -> None:
-        """Loads saved scores; a file of the plain model holds none and leaves them alone.
+        """Loads saved scores. Files of the plain model contain no scores and do not change them.
 
         Raises:
-            ValueError: If the file holds a binary mask, or scores of another shape.
+            ValueError: If the file contains a binary mask, or scores of another shape.
         """
         if "0" in store:
             raise ValueError(
-                f"The file holds a binary mask for '{self.path or self.name}', which is learned. "
-                "Load it into a model with binary masks: `masked_layers.harden(model)`."
+                f"The file contains a binary mask for '{self.path or self.name}', which is a "
+                "learned mask. Load it into a model with binary masks, such as the one that "
+                "`masked_layers.harden(model)` returns."
             )
         if "scores" not in store:
             return
         scores = np.asarray(store["scores"])
         if scores.shape != tuple(self.scores.shape):
             raise ValueError(
-                f"The saved scores of '{self.path}' have shape {scores.shape}, but the weight they "
-                f"are for has shape {tuple(self.scores.shape)}. Load them into the model they were "
-                "saved from."
+                f"The saved scores of '{self.path}' have shape {scores.shape}, but their weight "
+                f"has shape {tuple(self.scores.shape)}. Load the file into the model it was saved "
+                "from."
             )
         self.scores.assign(scores)
         if self.rescale != ("rescale" in store):
@@ -164,21 +165,22 @@ class LearnedMask(Mask):
 
 @keras.saving.register_keras_serializable(package="masked_layers")
 class BernoulliMask(LearnedMask):
-    """A mask whose entries are kept with probability sigmoid(score), independently.
+    """Learned mask that keeps each entry independently with probability sigmoid(score).
 
-    In training every reading of the weight draws a new mask; the gradient goes straight through to
-    sigmoid(score). A layer that is called twice in a step sees two masks, and weights that are read
-    once per time step (those of recurrent cells) cannot have one. Like dropout, it draws only where
-    the model passes `training=True` on to its layers.
+    In training, a new mask is sampled each time the weight is read, and the gradient passes
+    straight through to sigmoid(score). A layer that is called twice in a step uses two masks.
+    Weights that are read once per time step (those of recurrent cells) cannot have this mask. As
+    with dropout, masks are sampled only if the model passes `training=True` to its layers.
 
     Args:
-        initializer: Initializer of the scores. Default: zeros, that is, probability 1/2.
-        rescale: See `LearnedMask`.
-        evaluation: What `evaluate` and `predict` use: `"deterministic"`, the more probable value of
+        initializer: Initializer of the scores. Default: zeros, which means probability 1/2.
+        rescale: Whether to multiply the kept weights by `size / ones(mask)`, as described in
+            `LearnedMask`.
+        evaluation: Masks in `evaluate` and `predict`: `"deterministic"`, the more probable value of
             each entry (kept at probability 1/2), or `"sampled"`, a new mask for every batch. The
-            paper's accuracy, the mean over ten sampled masks, is what
-            `lottery_ticket_pruner.learned.evaluate_sampled` gives.
-        seed: See `LearnedMask`.
+            paper reports the mean accuracy over ten sampled masks, which
+            `lottery_ticket_pruner.learned.evaluate_sampled` computes.
+        seed: Seed of the initial scores and of samples. Default: drawn from Keras' global seed.
         **kwargs: `name` and the other arguments of `keras.layers.Layer`.
 
     Reference:
@@ -216,11 +218,11 @@ class BernoulliMask(LearnedMask):
         return ops.less(uniform, ops.sigmoid(scores))
 
     def draws_now(self) -> bool:
-        """Returns True in training mode, and in evaluation where it samples, too."""
+        """Returns whether the current call samples: in training mode, or always if requested."""
         return self.evaluation == "sampled" or super().draws_now()
 
     def sample(self, rng: np.random.Generator) -> np.ndarray:
-        """Returns a mask drawn from a NumPy generator."""
+        """Returns a mask sampled with a NumPy generator, as a bool array."""
         probabilities = ops.convert_to_numpy(ops.sigmoid(self.scores))
         return rng.random(probabilities.shape) < probabilities
 
@@ -231,17 +233,18 @@ class BernoulliMask(LearnedMask):
 
 @keras.saving.register_keras_serializable(package="masked_layers")
 class EdgePopupMask(LearnedMask):
-    """A mask that keeps the weights with the largest abs(score), a fixed share of each kernel.
+    """Learned mask that keeps a fixed share of each kernel, the weights of largest abs(score).
 
-    The gradient goes straight through to abs(score), so that it carries the sign of the score. Of
+    The gradient passes straight through to abs(score), so it includes the sign of the score. Of
     equal scores the first ones are kept.
 
     Args:
         sparsity: Share of weights to prune, in [0, 1): `floor(sparsity * size + 1e-6)` of them.
         initializer: Initializer of the scores. Default: Kaiming-uniform.
-        rescale: See `LearnedMask`. The paper has it done once, to the weights: see
-            `lottery_ticket_pruner.learned.learn_supermask`.
-        seed: See `LearnedMask`.
+        rescale: Whether to multiply the kept weights by `size / ones(mask)`, as described in
+            `LearnedMask`. The paper scales the weights once instead, as
+            `lottery_ticket_pruner.learned.learn_supermask` can.
+        seed: Seed of the initial scores. Default: drawn from Keras' global seed.
         **kwargs: `name` and the other arguments of `keras.layers.Layer`.
 
     Reference:
@@ -278,11 +281,11 @@ class EdgePopupMask(LearnedMask):
 
 
 def _largest(values: Any, kept: int) -> Any:
-    """Marks the `kept` largest of non-negative values; of equal ones the first.
+    """Marks the `kept` largest of non-negative values, and of equal values the first ones.
 
-    By bisection of the threshold, which costs some comparisons: sorting the scores of a kernel of
-    300 x 784 takes several times as long on a CPU. Values that are closer to each other than 2^-40
-    of the largest count as equal; the number of marks is exact.
+    The threshold is found by bisection. Sorting the scores of a kernel of 300 x 784 takes several
+    times as long on a CPU. Values whose difference is less than 2^-40 of the largest value count as
+    equal. The number of marks is exact.
     """
 
     def count(marks: Any) -> Any:
@@ -294,7 +297,7 @@ def _largest(values: Any, kept: int) -> Any:
         enough = count(values > middle) >= kept
         return ops.where(enough, middle, low), ops.where(enough, high, middle)
 
-    # At least as many as wanted are above `low`, and not more than wanted above `high`.
+    # At least `kept` values are above `low`, and at most `kept` values are above `high`.
     low, high = ops.fori_loop(0, 40, halve, (-ops.ones((), values.dtype), ops.max(values)))
     above = values > high
     equal = ops.logical_and(values > low, ops.logical_not(above))
@@ -307,7 +310,7 @@ _NAMES = {"binary": Mask, "bernoulli": BernoulliMask, "edge_popup": EdgePopupMas
 
 
 def get(identifier: str | Mapping | Mask | Callable[[], Mask]) -> Mask:
-    """Turns whatever names a kind of mask into a prototype of it, a mask that is not built.
+    """Returns the prototype of a kind of mask: a mask that is not built.
 
     Args:
         identifier: `"binary"`, `"bernoulli"` or `"edge_popup"`; a dict from Keras'
@@ -315,7 +318,7 @@ def get(identifier: str | Mapping | Mask | Callable[[], Mask]) -> Mask:
             such as a subclass of `Mask`, that returns one.
 
     Raises:
-        ValueError: An unknown name, or something that is none of these.
+        ValueError: If `identifier` is an unknown name or another kind of object.
     """
     mask: Any = identifier
     if isinstance(identifier, str) and identifier in _NAMES:
@@ -327,13 +330,13 @@ def get(identifier: str | Mapping | Mask | Callable[[], Mask]) -> Mask:
     if not isinstance(mask, Mask) or _keras.own_variables(mask):
         raise ValueError(
             f"`mask` must be one of {list(_NAMES)}, the config of a mask, a `Mask` that is not "
-            f"built, or a function that makes one. Received: {identifier!r}"
+            f"built, or a function that returns one. Received: {identifier!r}"
         )
     return mask
 
 
 def for_weight(prototype: Mask, name: str, path: str) -> Mask:
-    """Makes the mask of the weight at a path; its seed is derived from the prototype's."""
+    """Creates the mask of the weight at a path, with a seed derived from the prototype's."""
     config = {**prototype.get_config(), "name": name, "dtype": "float32"}
     if config.get("seed") is not None:
         parts = [config["seed"], zlib.crc32(path.encode())]

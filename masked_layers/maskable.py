@@ -1,4 +1,4 @@
-"""The registry of layers and of their weights that can be masked."""
+"""The registry of layer classes and their maskable weights."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ class Maskable:
     """The weights of one layer class that can be masked, by attribute name.
 
     Attributes:
-        weights: Kernel-like weights, masked by default.
-        biases: Weights masked only on request.
-        output_axes: Function of the layer and the name of a kernel-like weight that returns the
-            axes of the weight that index outputs. Default: the last axis.
-        input_axes: Likewise, the axes that index what is summed over, without those of a
-            convolution's window, outermost first. Default: the last axis but one.
+        weights: Kernels, which are masked by default.
+        biases: Weights that are masked only on request.
+        output_axes: Function of the layer and the name of a kernel that returns the axes of the
+            kernel that index outputs. Default: the last axis.
+        input_axes: Function of the same arguments that returns the axes that are summed over,
+            outermost first, without those of a convolution's window. Default: the second to last
+            axis.
     """
 
     weights: tuple[str, ...]
@@ -89,28 +90,29 @@ _registry[layers.ReversibleEmbedding] = Maskable(
 for _cls in (layers.SimpleRNNCell, layers.LSTMCell, layers.GRUCell, ConvLSTMCell):
     _registry[_cls] = Maskable(("kernel", "recurrent_kernel"), ("bias",))
 
-# Layers that overwrite the weights of the layer inside them: a mask in there would be skipped.
+# Layers that overwrite the weights of their inner layer, where a mask would have no effect.
 _OPAQUE = (layers.SpectralNormalization,)
 
 
 def register(
     cls: type[Layer], weights: Iterable[str], *, biases: Iterable[str] = ()
 ) -> type[Layer]:
-    """Registers a custom layer class and its weights, so that `convert_to_masked` can mask it.
+    """Registers the maskable weights of a custom layer class for `convert_to_masked`.
 
-    Subclasses are maskable with it. The layer must read each weight through the attribute named
-    here, as a tensor (`ops.matmul(x, self.w)`), not through `self.w.value` or a second reference.
+    The registration includes subclasses. The layer must read each weight as a tensor through the
+    attribute named here (`ops.matmul(x, self.w)`), not through `self.w.value` or another reference.
 
     Args:
         cls: The layer class.
-        weights: Names of the attributes that hold its kernel-like weights.
-        biases: Names of those to be masked only with `mask_bias=True`.
+        weights: Names of the attributes that contain kernels.
+        biases: Names of the attributes that are masked only with `mask_bias=True`.
 
     Returns:
         `cls`.
 
     Raises:
-        TypeError: If `cls` is not a layer class, or a string stands where a list of names belongs.
+        TypeError: If `cls` is not a layer class, or `weights` or `biases` is a string and not a
+            list of names.
         ValueError: If no weight is named.
     """
     if not (isinstance(cls, type) and issubclass(cls, Layer)):
@@ -120,24 +122,24 @@ def register(
             raise TypeError(f"Expected a list of attribute names. Received the string {names!r}")
     spec = Maskable(tuple(weights), tuple(biases))
     if not spec.weights + spec.biases:
-        raise ValueError(f"Name at least one weight of {cls.__name__} to be masked.")
+        raise ValueError(f"Name at least one maskable weight of {cls.__name__}.")
     _registry[cls] = spec
     return cls
 
 
 def maskable(cls: type[Layer]) -> Maskable | None:
-    """Returns what can be masked in layers of a class, or None."""
+    """Returns the maskable weights of a layer class, or None."""
     return next((_registry[base] for base in cls.__mro__ if base in _registry), None)
 
 
 def own_weights(layer: Layer, *, biases: bool = False) -> list[str]:
-    """Returns the names of the maskable weights that the layer itself holds.
+    """Returns the names of the layer's own maskable weights, without those of inner layers.
 
-    A layer not built yet has no weights; those that its class may create are named. A weight beside
-    which the layer has something of its own under the name of the mask cannot be masked.
+    For a layer that is not built yet, these are the weights that its class may create. A weight is
+    left out if the layer already has another attribute with the name of its mask.
 
     Raises:
-        TypeError: If a registered attribute holds something else than a variable.
+        TypeError: If a registered attribute is not a variable.
     """
     spec = maskable(type(layer))
     if spec is None or getattr(layer, "quantization_mode", None) is not None:
@@ -152,12 +154,12 @@ def own_weights(layer: Layer, *, biases: bool = False) -> list[str]:
 
 
 def raw_variable(layer: Layer, name: str) -> keras.Variable | None:
-    """Returns the variable behind the weight `name` of a built layer, None if it has none.
+    """Returns the variable of the weight `name` of a built layer, or None.
 
-    It starts from the variable and not from the property of that name, which may add LoRA factors.
+    A property of this name is not used, since it may add LoRA factors to the variable.
 
     Raises:
-        TypeError: If the attribute holds something else than a variable.
+        TypeError: If the attribute is not a variable.
     """
     with raw_view():
         value = getattr(layer, f"_{name}", None)
@@ -172,10 +174,10 @@ def raw_variable(layer: Layer, name: str) -> keras.Variable | None:
 
 
 def weights_inside(root: Layer, *, biases: bool = False) -> list[tuple[str, Layer, str]]:
-    """Returns (path, layer, name) of every maskable weight inside `root`.
+    """Returns (path, layer, name) for every maskable weight inside `root`.
 
-    A weight that several layers share is listed once for each of them. Layers that overwrite the
-    weights inside them (`SpectralNormalization`) are passed over.
+    A weight that several layers share is listed once for each of them. Weights that a layer such
+    as `SpectralNormalization` overwrites are left out.
     """
     hidden = overwritten(root)
     return [
@@ -187,15 +189,16 @@ def weights_inside(root: Layer, *, biases: bool = False) -> list[tuple[str, Laye
 
 
 def overwritten(root: Layer) -> set[int]:
-    """Returns the ids of the layers inside `root` whose weights one of them writes over."""
+    """Returns the ids of the layers inside `root` whose weights another layer overwrites."""
     around = [layer for _, layer in walk(root) if isinstance(layer, _OPAQUE)]
     return {id(inner) for layer in around for _, inner in walk(layer)}
 
 
 def unknown_kernels(layer: Layer) -> list[keras.Variable]:
-    """Returns trainable weights of two dimensions or more that the class of a layer does not name.
+    """Returns trainable weights of rank 2 or more that are not registered for the layer's class.
 
-    Experts of a mixture are such weights, but tables of positions and class tokens are, too.
+    The experts of a mixture-of-experts layer are such weights, but so are position tables and class
+    tokens.
     """
     spec = maskable(type(layer))
     with raw_view():
@@ -208,24 +211,24 @@ def unknown_kernels(layer: Layer) -> list[keras.Variable]:
 
 
 def why_unmasked(layer: Layer, hidden: bool) -> str:
-    """Returns why a layer that holds weights has no mask, or none over some kernel-like ones.
+    """Returns the reason why some weights of a layer have no mask.
 
     Args:
         layer: A layer of a plain or masked model.
-        hidden: Whether it is among the `overwritten` ones.
+        hidden: Whether another layer overwrites its weights (see `overwritten`).
     """
     cls = plain_class(layer).__name__
     if hidden:
-        return "spectral normalization writes over its weights"
+        return "spectral normalization overwrites its weights"
     if getattr(layer, "quantization_mode", None) is not None:
         return "it is quantized"
     if kernels := unknown_kernels(layer):
         names = [next((n for n, v in vars(layer).items() if v is w), w.name) for w in kernels]
-        return f"to mask what it has: masked_layers.register({cls}, {names})"
+        return f"to mask its weights: masked_layers.register({cls}, {names})"
     if maskable(type(layer)) is None:
-        return "no weight of two or more dimensions that is trained"
+        return "no trainable weight of two or more dimensions"
     if not own_weights(layer):
-        return "something of its own has the name of the mask"
+        return "it already has an attribute with the name of the mask"
     return "left out of the conversion"
 
 
@@ -236,15 +239,16 @@ def mask_of(layer: Layer, name: str) -> Mask | None:
 
 
 def output_axes(layer: Layer, name: str) -> tuple[int, ...]:
-    """Returns the axes of a weight that index outputs, counted from the last; none for a bias."""
+    """Returns the axes of a weight that index outputs, as negative numbers; () for a bias."""
     spec = maskable(type(layer))
     return spec.output_axes(layer, name) if spec is not None and name in spec.weights else ()
 
 
 def input_axes(layer: Layer, name: str) -> tuple[int, ...]:
-    """Returns the axes of a weight that index what is summed over, counted from the last.
+    """Returns the axes of a weight that are summed over, as negative numbers.
 
-    Without those of a convolution's window; none for a bias, an embedding or a depthwise kernel.
+    The axes of a convolution's window are not included. The result is empty for a bias, an
+    embedding or a depthwise kernel.
     """
     spec = maskable(type(layer))
     return spec.input_axes(layer, name) if spec is not None and name in spec.weights else ()
