@@ -403,7 +403,7 @@ class SparsityReport:
                 f"{self.alive - self.effective:,}; effective sparsity {self.effective_sparsity:.2%}"
             )
         if emptied := [row.path for row in self.rows if row.size and not row.alive]:
-            text.append(f"no kept weights in: {', '.join(emptied)}")
+            text.append(f"nothing is left of: {', '.join(emptied)}")
         if self.frozen:
             text.append(
                 f"pruned weights frozen at values other than 0: {self.frozen:,}; without them "

@@ -183,7 +183,7 @@ def test_filters_that_leave_nothing_get_an_error_with_the_names_of_layers():
     assert "'dense_of_block_00', " in message
     assert " and 10 more. Did you mean 'dense_of_block_07' or " in message
     assert "norm" not in message  # it has nothing to mask
-    with pytest.raises(ValueError, match=r"leave no maskable layer.* those around them: 'dense_of"):
+    with pytest.raises(ValueError, match=r"leave no maskable layer.* that contain them: 'dense_of"):
         ml.convert_to_masked(model, exclude=lambda layer: True)
 
 

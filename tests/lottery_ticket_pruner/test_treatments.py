@@ -167,7 +167,7 @@ def test_frozen_values_hold_in_training_saving_stripping_and_thaw(tmp_path):
     assert float(numpy(model.losses[0])) == pytest.approx(penalty, rel=1e-5)
     report = ml.sparsity_report(model)
     assert report.frozen == sum((~mask).sum() for mask in masks.values())
-    assert "frozen at another value than 0: 21" in str(report)
+    assert "frozen at values other than 0: 21" in str(report)
     assert report.to_dict()["weights"][0]["frozen"] == dead.sum() == 12
     assert report.rows[0].mask_bytes == 24 + 4 * 24
 

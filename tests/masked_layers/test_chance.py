@@ -50,11 +50,11 @@ def test_a_model_that_draws_from_a_generator_of_keras_is_compared(source):
 
 
 def test_models_with_other_random_numbers_are_reported_as_not_compared():
-    with pytest.warns(UserWarning, match="other outputs at each call") as caught:
+    with pytest.warns(UserWarning, match="different outputs at each call") as caught:
         masked = ml.convert_to_masked(noisy("numpy"))
-    assert any("whether its copy has the same ones" in str(w.message) for w in caught)
+    assert any("whether its copy has the same outputs" in str(w.message) for w in caught)
     assert {w.filename for w in caught if "at each call" in str(w.message)} == {__file__}
-    with pytest.warns(UserWarning, match="other outputs at each call"):
+    with pytest.warns(UserWarning, match="different outputs at each call"):
         ml.strip_masks(masked)
 
 

@@ -139,10 +139,10 @@ def test_mask_files_are_checked_by_path_and_shape(tmp_path):
     with pytest.raises(ValueError, match=r"no mask for these weights.*dense/kernel"):
         ml.load_masks(model, path)
     (tmp_path / "junk.npz").write_bytes(b"junk")
-    with pytest.raises(ValueError, match="not a file that `save_masks` wrote"):
+    with pytest.raises(ValueError, match="was not written by `save_masks`"):
         ml.load_masks(model, tmp_path / "junk.npz")
     np.savez(tmp_path / "other.npz", a=np.ones(3))
-    with pytest.raises(ValueError, match="not a file that `save_masks` wrote"):
+    with pytest.raises(ValueError, match="was not written by `save_masks`"):
         ml.load_masks(model, tmp_path / "other.npz")
     with pytest.raises(FileNotFoundError):
         ml.load_masks(model, tmp_path / "missing.npz")
@@ -244,10 +244,10 @@ def test_the_report_says_why_a_layer_has_no_mask():
     report = ml.sparsity_report(ml.convert_to_masked(model(), exclude="tail"))
     hint = "masked_layers.register(Experts, ['_up', '_down'])"
     assert report.reasons == {
-        "bn": "no weight of two or more dimensions that is trained",
-        "experts": f"to mask what it has: {hint}",
-        "spectral": "spectral normalization writes over its weights",
-        "spectral/layer": "spectral normalization writes over its weights",
+        "bn": "no trainable weight of two or more dimensions",
+        "experts": f"to mask its weights: {hint}",
+        "spectral": "spectral normalization overwrites its weights",
+        "spectral/layer": "spectral normalization overwrites its weights",
         "tail": "left out of the conversion",
     }
     assert [row["reason"] for row in report.to_dict()["unmasked"]] == [*report.reasons.values()]

@@ -263,7 +263,7 @@ def test_what_learned_masks_refuse():
             refused()
     with pytest.raises(ValueError, match="has no learned mask"):
         ml.harden(ml.convert_to_masked(plain()))
-    with pytest.raises(ValueError, match="has masks already"):
+    with pytest.raises(ValueError, match="already has masks"):
         ml.convert_to_masked(ml.convert_to_masked(plain()), mask="bernoulli")
 
 
