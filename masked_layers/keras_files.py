@@ -1,4 +1,4 @@
-"""Files of Keras' own format, `.keras`: how they are made, and a check that one is whole."""
+"""Loads and checks `.keras` files."""
 
 from __future__ import annotations
 
@@ -10,38 +10,38 @@ import keras
 
 
 def how_to_save(path: Path) -> str:
-    """Says how a `.keras` file is made from a model that lies in another one."""
+    """Returns advice on creating a `.keras` file from a model file in another format."""
     of_weights = path.name.endswith(".weights.h5")
     name = path.name.removesuffix(".weights.h5") if of_weights else path.stem
     file = str(path.with_name(f"{name}.keras"))
     if of_weights:
-        return f"Load these weights into their model, and save it with `model.save({file!r})`."
+        return f"Load these weights into their model and save it with `model.save({file!r})`."
     if path.suffix in (".h5", ".hdf5"):
         return (
-            f"Save the model of this file in that format: `import keras, masked_layers; "
+            f"Convert the file to that format: `import keras, masked_layers; "
             f"keras.models.load_model({str(path)!r}).save({file!r})`."
         )
-    return "A model is saved as one with `model.save('NAME.keras')`."
+    return "To create a '.keras' file, call `model.save('NAME.keras')`."
 
 
 def load_model(path: Path) -> keras.Model:
-    """Loads a `.keras` file without its compilation, after a check that it is whole.
+    """Loads a `.keras` file without compiling the model, after checking that it is complete.
 
     Raises:
-        ValueError: If it is cut short, damaged, nothing that Keras wrote, or holds a layer of a
-            class that is not imported.
+        ValueError: If the file is cut short, damaged or not written by Keras, or contains a layer
+            of a class that is not imported.
     """
     with path.open("rb") as file:
         complete = zipfile.is_zipfile(file)
     if not complete:  # Keras says "File not found".
         raise ValueError(
-            f"'{path}' exists, but is no '.keras' file or was cut short: it does not end as a zip "
-            "archive does. Restore it from where it was copied, or save the model again."
+            f"'{path}' exists, but it is not a '.keras' file or was cut short: it does not end "
+            "like a zip archive. Restore it from where it was copied, or save the model again."
         )
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-    # What `zipfile` makes of wrong lengths, flags and names.
+    # Raised by `zipfile` for wrong lengths, flags and names.
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, ValueError) as error:
         damaged = repr(error)
     if damaged is not None:
@@ -52,7 +52,7 @@ def load_model(path: Path) -> keras.Model:
     try:
         return keras.models.load_model(path, compile=False)
     except KeyError as error:
-        raise ValueError(f"'{path}' is not a file that Keras wrote: {error}.") from error
-    # Whatever else Keras makes of the file, or of a layer that is not imported.
+        raise ValueError(f"'{path}' was not written by Keras: {error}.") from error
+    # Keras can raise any error for other files, and for layers that are not imported.
     except Exception as error:
         raise ValueError(f"'{path}' cannot be loaded: {type(error).__name__}: {error}") from error

@@ -72,8 +72,7 @@ class MaskedLayer:
         return f"<{type(self).__qualname__} name={self.name}, built={self.built}>"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Keras refers to a method of a class that pickle finds by name, which is not possible for
-        # a class made here.
+        # Keras names a method of the class; pickle could not find a class made here by its name.
         make, arguments = super().__reduce__()
         return _unpickled, (getattr(plain_class(self), make.__name__), arguments)
 
@@ -91,11 +90,7 @@ class MaskedLayer:
         sets.load(self, store)
 
     def quantize(self, *args: Any, **kwargs: Any) -> None:
-        """Raises an error, because a quantized layer would ignore its masks.
-
-        Raises:
-            ValueError: Always. The message names `strip_masks`.
-        """
+        """Raises a ValueError, as `Mask.quantize` does: masks would be ignored."""
         if not isinstance(self, MaskedLayer):  # It was stripped; Keras still has this method.
             return type(self).quantize(self, *args, **kwargs)
         return Mask.quantize(self, *args, **kwargs)
@@ -222,8 +217,7 @@ def define(base: type[Layer], module: str) -> type[Layer]:
 def _made_for(base: type[Layer], spec: Maskable | None) -> type[Layer]:
     """Creates the masked class of a layer class for which `masked_layers.classes` has none.
 
-    `spec` lists its maskable weights. It is part of the cache key, since a class may be registered
-    later.
+    Its maskable weights, `spec`, are part of the cache key: a class may be registered later.
     """
     doc = f"`{base.__name__}` with masks over weights of the layer or of layers inside it."
     cls = _subclass(MaskedByConversion, base, spec, {"__doc__": doc})
@@ -250,8 +244,7 @@ def _subclass(
 
 
 def _plain_config(layer: Layer) -> dict[str, Any]:
-    # Serialized as an instance of its plain class, since Keras and user code use the class of
-    # `self`.
+    # Serialized as an instance of its plain class: Keras and user code use the class of `self`.
     cls = type(layer)
     layer.__class__ = plain_class(layer)
     try:

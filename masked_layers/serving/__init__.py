@@ -1,6 +1,6 @@
-"""Sparse models on disk: a SavedModel that any TensorFlow runtime serves, and its encoding.
+"""Sparse SavedModels that any TensorFlow runtime can serve.
 
-TensorFlow is imported when a function needs it.
+TensorFlow is imported only when a function needs it.
 """
 
 from masked_layers.serving.inspection import inspect

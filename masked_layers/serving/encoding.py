@@ -1,8 +1,8 @@
-"""A compact, lossless file format for sparse arrays: numpy arrays to bytes and back.
+"""A compact, lossless file format for sparse arrays: converts NumPy arrays to bytes and back.
 
-The module stands alone (numpy and the standard library), so the same bytes can hold the weights of
-a SavedModel or a ticket outside one. Every stream is plain zlib, the only entropy coder among
-TensorFlow's own ops, so `saved_model.py` can decode the format inside a graph.
+The module depends only on NumPy and the standard library, so the format can also be used for
+tickets outside a SavedModel. Every stream is plain zlib, the only entropy coder among TensorFlow's
+own ops, so `saved_model.py` can decode the format inside a graph.
 
 Layout, version 1, all integers little-endian:
 
@@ -11,19 +11,19 @@ Layout, version 1, all integers little-endian:
     header: zlib of JSON {"blocks": [block, ...]}
     streams: one after the other, in the order of the blocks
 
-A block holds arrays of one dtype and one encoding, flattened in C order and joined:
+A block contains arrays with the same dtype and encoding, flattened in C order and concatenated:
 
     {"encoding": "sparse", "dtype": "float32", "gaps": count,
      "arrays": [[name, shape, values], ...], "streams": [bytes, ...]}
 
-`dense`: all values. `sparse`: only the non-zero ones (`values` counts them), and before them a
-stream of gaps, one byte each: 255 means "skip 255 zeros and go on", less means "skip so many zeros,
-then comes a value". Gaps run on from one array into the next; zeros behind the last value of the
-block need not be written, and are where there are more than `BLOCK_SIZE` of them, so that no array
-is larger than its bytes can justify.
+A `dense` block contains all values. A `sparse` block contains only the non-zero values (`values` is
+their number) and, before them, a stream of gaps, one byte each: 255 means "skip 255 zeros and
+continue", a smaller number means "skip this many zeros, then read a value". Gaps continue from one
+array into the next. Zeros after the last value of the block are written only if there are more than
+`BLOCK_SIZE` of them, so that no array is larger than its bytes can justify.
 
 Values are stored as byte planes: a stream with the first byte of every value, one with the second
-byte, and so on. Sign and exponent compress well, most bytes of the mantissa do not.
+byte, and so on. Sign and exponent compress well, and most bytes of the mantissa do not.
 """
 
 from __future__ import annotations
@@ -55,16 +55,17 @@ Encoding = Literal["sparse", "dense"]
 MAGIC = b"MLSP"
 VERSION = 1
 _PRELUDE = struct.Struct("<4sB3xII")
-_LARGEST_HEADER = 1 << 24  # Before compression: of some 200,000 arrays.
-_MOST_PER_BYTE = 1032  # No zlib stream holds more bytes for each of its own.
-# Zeros that a file may leave unwritten. Files of earlier versions leave all that end a block.
+_LARGEST_HEADER = 1 << 24  # Bytes before compression, enough for about 200,000 arrays.
+_MOST_PER_BYTE = 1032  # A zlib stream never expands to more bytes per byte.
+# Maximum number of zeros that are not written. Files of earlier versions omit all zeros at the end
+# of a block.
 _UNWRITTEN = 1 << 24
 
 SKIP = 255
-"""The gap that stands for 255 zeros and no value."""
+"""The gap that means 255 zeros and no value."""
 
 BLOCK_SIZE = 1 << 22
-"""Elements after which a block is full; it bounds the memory that decoding takes on top."""
+"""Number of elements at which a block is full, which limits the additional memory of decoding."""
 
 DTYPES = frozenset(
     (
@@ -77,7 +78,7 @@ DTYPES = frozenset(
 
 @dataclass(frozen=True)
 class Entry:
-    """One array of a block; `values` counts its stored values."""
+    """One array of a block; `values` is the number of its stored values."""
 
     name: str
     shape: tuple[int, ...]
@@ -85,20 +86,20 @@ class Entry:
 
     @property
     def size(self) -> int:
-        """Number of elements, zeros included."""
+        """Number of elements, including zeros."""
         return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
 class Block:
-    """Arrays of one dtype and encoding that share streams.
+    """Arrays with the same dtype and encoding that share streams.
 
     Attributes:
-        encoding: "sparse" or "dense".
+        encoding: `"sparse"` or `"dense"`.
         dtype: Name of the dtype of the values, one of `DTYPES`.
         gaps: Length of the stream of gaps; 0 in a dense block.
-        entries: The arrays, in the order in which they are joined.
-        streams: (offset in the file, bytes) of each zlib stream: the gaps (sparse blocks only),
+        entries: The arrays, in the order in which they are concatenated.
+        streams: (offset in the file, bytes) for each zlib stream: the gaps (sparse blocks only),
             then the planes from the least to the most significant byte.
     """
 
@@ -110,7 +111,7 @@ class Block:
 
     @property
     def size(self) -> int:
-        """Number of elements of all arrays, zeros included."""
+        """Number of elements of all arrays, including zeros."""
         return sum(entry.size for entry in self.entries)
 
     @property
@@ -120,13 +121,13 @@ class Block:
 
     @property
     def counts(self) -> list[int]:
-        """Bytes of each stream, decompressed."""
+        """Length of each stream after decompression, in bytes."""
         sparse = self.encoding == "sparse"
         return [self.gaps] * sparse + [self.values] * (len(self.streams) - sparse)
 
     @property
     def nbytes(self) -> list[int]:
-        """Bytes of the streams by entry, shared out by the number of stored values."""
+        """Bytes of the streams, divided among the entries by their number of stored values."""
         total = sum(length for _, length in self.streams)
         edges = np.cumsum([0, *(entry.values for entry in self.entries)]) / max(self.values, 1)
         return np.diff(np.rint(edges * total).astype(np.int64)).tolist()
@@ -138,24 +139,28 @@ def encode(
     encodings: Mapping[str, Encoding] | None = None,
     level: int = 6,
 ) -> bytes:
-    """Packs named arrays into bytes that `decode` turns back into the same arrays.
+    """Packs named arrays into bytes, from which `decode` restores the same arrays.
 
-    Every bit of every value is kept but one: negative zero becomes zero.
+    All values are preserved bit for bit, except that negative zero becomes zero.
 
     Args:
-        arrays: Arrays by name, of any shape and any dtype of `DTYPES`.
-        encodings: Encoding by name of an array; those it does not name are given to `choose`.
+        arrays: Arrays by name, with any shape and any dtype in `DTYPES`.
+        encodings: Encodings by array name. Default for arrays without an entry: the result of
+            `choose`.
         level: Compression level of zlib, 0 to 9.
+
+    Returns:
+        The packed bytes.
 
     Raises:
         TypeError: If an array has a dtype that is not in `DTYPES`.
-        ValueError: If the level, an encoding or the name of one is unknown, or there are too many
-            arrays for one file (some 200,000).
+        ValueError: If the level or an encoding is invalid, `encodings` names an unknown array, or
+            there are too many arrays for one file (about 200,000).
     """
     if level not in range(10):
         raise ValueError(f"`level` must be an integer from 0 to 9. Received: {level!r}")
     if unknown := set(encodings or {}) - set(arrays):
-        raise ValueError(f"`encodings` names no arrays of these names: {sorted(unknown)}")
+        raise ValueError(f"`encodings` names arrays that do not exist: {sorted(unknown)}")
     groups: dict[tuple[str, str], list[tuple[str, np.ndarray]]] = {}
     for name, array in arrays.items():
         array = canonical(name, array)
@@ -168,7 +173,7 @@ def encode(
 
     header, streams = [], []
     for (encoding, dtype), members in groups.items():
-        # Arrays of equal shape side by side: a reader can reshape them in one go.
+        # Arrays of equal shape are adjacent, so that a reader can reshape them together.
         members.sort(key=lambda member: member[1].shape)
         for block in _fill(members):
             flat = np.concatenate([array.ravel() for _, array in block])
@@ -195,8 +200,8 @@ def encode(
     plain = json.dumps({"blocks": header}, separators=(",", ":")).encode()
     if len(plain) > _LARGEST_HEADER:
         raise ValueError(
-            f"{len(arrays)} arrays take a header of {len(plain)} bytes, of at most "
-            f"{_LARGEST_HEADER}. Put them into several files."
+            f"The header for {len(arrays)} arrays has {len(plain)} bytes; at most "
+            f"{_LARGEST_HEADER} are allowed. Use several files."
         )
     text = zlib.compress(plain, 9)
     body = b"".join([text, *streams])
@@ -204,12 +209,13 @@ def encode(
 
 
 def decode(data: bytes) -> dict[str, np.ndarray]:
-    """Unpacks what `encode` packed.
+    """Unpacks the bytes that `encode` returned into arrays by name.
 
-    Memory is taken for no more than the bytes can justify, whatever their header says.
+    The sizes in the header are checked before memory is allocated: no more is allocated than the
+    number of bytes can justify.
 
     Raises:
-        ValueError: If the bytes are not of this format, of another version, cut or damaged.
+        ValueError: If the bytes have another format or version, or are cut short or damaged.
     """
     found = blocks(data)
     _check_sizes(found)
@@ -219,7 +225,7 @@ def decode(data: bytes) -> dict[str, np.ndarray]:
             flat = _decode_block(data, block)
         except MemoryError as error:
             raise ValueError(
-                f"The packed file announces {block.size} values of {block.dtype} side by side, for "
+                f"The packed file announces a block of {block.size} values of {block.dtype}, "
                 "which does not fit into memory."
             ) from error
         edges = np.cumsum([entry.size for entry in block.entries])[:-1]
@@ -229,26 +235,26 @@ def decode(data: bytes) -> dict[str, np.ndarray]:
 
 
 def blocks(data: bytes) -> list[Block]:
-    """Reads the header: what the bytes hold and where, without decoding a value.
+    """Reads the header, which lists the arrays and their positions, without decoding values.
 
     Raises:
-        ValueError: As `decode`.
+        ValueError: If the bytes have another format or version, or are cut short or damaged.
     """
     if len(data) < _PRELUDE.size or data[:4] != MAGIC:
         raise ValueError(
-            f"Not a packed file of sparse arrays: expected it to begin with {MAGIC!r}, received "
-            f"{len(data)} bytes that begin with {bytes(data[:4])!r}."
+            f"Not a packed file of sparse arrays: expected bytes that begin with {MAGIC!r}. "
+            f"Received: {len(data)} bytes that begin with {bytes(data[:4])!r}."
         )
     _, version, length, checksum = _PRELUDE.unpack_from(data)
     if version != VERSION:
         raise ValueError(
-            f"The packed file has format version {version}, this library reads version {VERSION}. "
-            "Read it with the version of the library that wrote it."
+            f"The packed file has format version {version}, but this library reads version "
+            f"{VERSION}. Read it with the version of the library that wrote it."
         )
     if zlib.crc32(memoryview(data)[_PRELUDE.size :]) != checksum:
         raise ValueError(
             f"The packed file is damaged or cut short: the checksum of its {len(data)} bytes does "
-            "not fit. Restore it from where it was copied."
+            "not match. Restore it from where it was copied."
         )
     try:
         start = _PRELUDE.size + length
@@ -270,20 +276,20 @@ def blocks(data: bytes) -> list[Block]:
             raise ValueError(f"its streams end at byte {start} of {len(data)}")
         names = [entry.name for block in found for entry in block.entries]
         if len(set(names)) < len(names):
-            raise ValueError("two arrays have one name")
+            raise ValueError("two arrays have the same name")
     except (zlib.error, LookupError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"The header of the packed file is malformed: {error}.") from error
     return found
 
 
 def _decode_block(data: bytes, block: Block) -> np.ndarray:
-    """Returns all values of a block, zeros included, as one flat array."""
+    """Returns all values of a block, including zeros, as one flat array."""
     dtype = _dtype(block.dtype)
     parts = [
         (data[offset : offset + length], count)
         for (offset, length), count in zip(block.streams, block.counts, strict=True)
     ]
-    if max(block.counts) > BLOCK_SIZE:  # Before memory is taken for any of them.
+    if max(block.counts) > BLOCK_SIZE:  # Checked before memory is allocated for any of them.
         for part in parts:
             _check_length(*part)
     streams = [np.frombuffer(_decompress(*part), np.uint8) for part in parts]
@@ -293,9 +299,9 @@ def _decode_block(data: bytes, block: Block) -> np.ndarray:
 
 
 def choose(array: np.ndarray) -> Encoding:
-    """Returns the encoding that takes fewer bytes, found by compressing the array both ways.
+    """Returns the encoding that takes fewer bytes, determined by compressing the array both ways.
 
-    Random float32 weights break even at about 1 % zeros; where the zeros sit decides.
+    Random float32 weights break even at about 1 % zeros, depending on the positions of the zeros.
 
     Raises:
         TypeError: If the dtype is not in `DTYPES`.
@@ -306,11 +312,11 @@ def choose(array: np.ndarray) -> Encoding:
         return "dense"
 
     def cost(*streams: np.ndarray) -> int:
-        # Level 1 ranks the two as the best level does, at a tenth of its time.
+        # Level 1 ranks the two encodings like the best level and takes a tenth of the time.
         return sum(len(_compress(stream.tobytes(), 1)) for stream in streams)
 
     sparse = cost(gaps, *_planes(values))
-    # A plane of the dense form is searched only as far as it takes to lose.
+    # Planes of the dense encoding are compressed only until it takes more bytes.
     dense = 0
     for plane in _planes(array.ravel()):
         dense += cost(plane)
@@ -320,10 +326,14 @@ def choose(array: np.ndarray) -> Encoding:
 
 
 def canonical(name: str, array: np.ndarray) -> np.ndarray:
-    """Returns the array as it comes back: in C order and native byte order, with +0 for -0.
+    """Returns the array as `decode` restores it: in C order and native byte order, +0 for -0.
+
+    Args:
+        name: Name of the array in messages.
+        array: The array.
 
     Raises:
-        TypeError: If the dtype is not in `DTYPES`; the message calls the array `name`.
+        TypeError: If the dtype is not in `DTYPES`.
     """
     array = np.asarray(array)
     if array.dtype.name not in DTYPES:
@@ -333,7 +343,7 @@ def canonical(name: str, array: np.ndarray) -> np.ndarray:
         )
     array = array.astype(array.dtype.newbyteorder("="), order="C", copy=False)
     if array.dtype.kind not in "iub":
-        with np.errstate(invalid="ignore"):  # Comparing a signalling NaN.
+        with np.errstate(invalid="ignore"):  # For comparisons with a signaling NaN.
             negative = np.signbit(array) & (array == 0)
         if negative.any():
             array = np.where(negative, np.zeros((), array.dtype), array)
@@ -368,7 +378,7 @@ def _split(flat: np.ndarray, encoding: str) -> tuple[np.ndarray, np.ndarray]:
         return flat, np.empty(0, np.uint8)
     positions = np.flatnonzero(flat)
     skipped = np.diff(positions, prepend=-1) - 1
-    # A run of zeros takes as many 255s as fit, then the byte that ends at a value.
+    # A run of zeros is stored as as many 255s as fit, then the byte that ends at a value.
     last = np.cumsum(skipped // SKIP + 1) - 1
     behind = len(flat) - 1 - (positions[-1] if len(positions) else -1)
     skips = behind // SKIP if behind > BLOCK_SIZE else 0
@@ -378,18 +388,18 @@ def _split(flat: np.ndarray, encoding: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _join(values: np.ndarray, gaps: np.ndarray, size: int) -> np.ndarray:
-    """Inverse of `_split` for a sparse block of `size` elements."""
-    # A gap of g < 255 moves on by g zeros and one value, 255 by 255 zeros.
+    """Restores a sparse block of `size` elements; the inverse of `_split`."""
+    # A gap of g < 255 means g zeros and one value, and 255 means 255 zeros.
     count = int(np.count_nonzero(gaps != SKIP))
     end = int(gaps.sum(dtype=np.int64)) + count
     if count != len(values) or end > size:
         raise ValueError(
-            f"The packed file is malformed: {count} gaps for {len(values)} values, up to element "
-            f"{end} of {size}."
+            f"The packed file is malformed: {count} gaps for {len(values)} values, which end at "
+            f"element {end} of {size}."
         )
     flat = np.zeros(size, values.dtype)
     position, taken = -1, 0
-    for start in range(0, len(gaps), BLOCK_SIZE):  # Positions take 8 times the memory of gaps.
+    for start in range(0, len(gaps), BLOCK_SIZE):  # Positions need 8 times the memory of gaps.
         part = gaps[start : start + BLOCK_SIZE]
         ends = position + np.cumsum(np.minimum(part.astype(np.int64) + 1, SKIP))
         positions = ends[part != SKIP]
@@ -405,8 +415,8 @@ def _planes(values: np.ndarray) -> np.ndarray:
 
 
 def _compress(data: bytes, level: int) -> bytes:
-    # Gaps and mantissas have skewed symbols but no repeats: searching for repeats there only costs
-    # bits (gaps at 80 % sparsity take 18 % more). Exponents at high sparsity repeat.
+    # Gaps and mantissas have skewed symbols but no repeats, so a search for repeats only costs bits
+    # (gaps at 80 % sparsity take 18 % more). Exponents at high sparsity have repeats.
     candidates = [zlib.compress(data, 0)]
     if level:
         for strategy in (zlib.Z_HUFFMAN_ONLY, zlib.Z_DEFAULT_STRATEGY):
@@ -418,7 +428,7 @@ def _compress(data: bytes, level: int) -> bytes:
 def _decompress(data: bytes, size: int) -> bytes:
     unpacker = zlib.decompressobj()
     try:
-        # One byte more than expected is enough to notice a stream that is too long.
+        # One byte more than expected is enough to detect a stream that is too long.
         unpacked = unpacker.decompress(data, size + 1)
     except zlib.error as error:
         raise ValueError(f"A stream of the packed file is malformed: {error}.") from error
@@ -431,7 +441,11 @@ def _decompress(data: bytes, size: int) -> bytes:
 
 
 def _check_length(data: bytes, size: int) -> None:
-    """Raises ValueError where a stream has another length, in as much memory as a piece of it."""
+    """Checks the length of a stream in little memory, by decompressing it piece by piece.
+
+    Raises:
+        ValueError: If the length differs from `size`, or the stream is malformed.
+    """
     unpacker, found, piece = zlib.decompressobj(), 0, 1 << 16
     try:
         for start in range(0, len(data), piece):
@@ -452,12 +466,16 @@ def _header(data: bytes) -> bytes:
     unpacker = zlib.decompressobj()
     text = unpacker.decompress(data, _LARGEST_HEADER + 1)
     if len(text) > _LARGEST_HEADER or not unpacker.eof or unpacker.unused_data:
-        raise ValueError(f"it has not the length that it says, of at most {_LARGEST_HEADER} bytes")
+        raise ValueError(f"its length is wrong or exceeds {_LARGEST_HEADER} bytes")
     return text
 
 
 def _check(block: Block) -> None:
-    """Raises ValueError where a header contradicts itself."""
+    """Checks that the header of a block is consistent.
+
+    Raises:
+        ValueError: If it contradicts itself.
+    """
     sparse = block.encoding == "sparse"
     if block.encoding not in ("sparse", "dense"):
         raise ValueError(f"unknown encoding {block.encoding!r}")
@@ -475,14 +493,18 @@ def _check(block: Block) -> None:
         raise ValueError(f"{block.gaps} gaps for {block.values} values of {block.size} elements")
     for count, (_, nbytes) in zip(block.counts, block.streams, strict=True):
         if count > _MOST_PER_BYTE * nbytes:
-            raise ValueError(f"{nbytes} bytes cannot hold the {count} of a stream")
+            raise ValueError(f"{nbytes} bytes cannot contain the {count} bytes of a stream")
 
 
 def _check_sizes(found: list[Block]) -> None:
-    """Raises ValueError where arrays have more elements than the bytes can justify."""
+    """Checks that arrays do not have more elements than the bytes can justify.
+
+    Raises:
+        ValueError: If they do.
+    """
     for block in found:
         for entry in block.entries:
-            # NumPy takes neither; of an empty array the other lengths count, too.
+            # NumPy supports neither; even in an empty array it limits the other lengths.
             lengths = math.prod(length for length in entry.shape if length)
             if len(entry.shape) > 64 or lengths >= 2**60:
                 raise ValueError(f"The packed file is malformed: a shape of {entry.shape}.")
@@ -491,6 +513,6 @@ def _check_sizes(found: list[Block]) -> None:
     )
     if unwritten > _UNWRITTEN:
         raise ValueError(
-            f"The packed file is malformed: nothing in it stands for {unwritten} of the zeros that "
-            f"its header announces, of at most {_UNWRITTEN}."
+            f"The packed file is malformed: it contains nothing for {unwritten} of the zeros that "
+            f"its header announces; at most {_UNWRITTEN} are allowed."
         )

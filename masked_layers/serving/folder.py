@@ -1,4 +1,4 @@
-"""The folder of a SavedModel: what is in it, and whether another may take its place."""
+"""The contents of a SavedModel folder, and a check that it can be replaced."""
 
 from pathlib import Path
 
@@ -7,30 +7,29 @@ from masked_layers.serving.report import FILE
 CONTENTS = frozenset(
     ("assets", "assets.extra", "fingerprint.pb", "saved_model.pb", "variables", "keras_metadata.pb")
 )
-"""Names in a folder of an unfinished export."""
+"""Names that the folder of an unfinished export may contain."""
 
 _KNOWN = {*CONTENTS, FILE, "debug"}
 
 
 def check_replaceable(path: Path) -> None:
-    """Checks that a SavedModel may be written to a path, where nothing is lost by that.
+    """Checks that writing a SavedModel to a path would not destroy anything else.
 
     Raises:
-        FileExistsError: If a file or another folder is there, or a SavedModel with something else
-            beside it.
+        FileExistsError: If the path is a file, a folder of another kind, or the folder of a
+            SavedModel with other files in it.
     """
     if not path.exists():
         return
     if not path.is_dir() or (any(path.iterdir()) and not (path / "saved_model.pb").is_file()):
         raise FileExistsError(
-            f"'{path}' exists and is no SavedModel folder. Remove it or choose another path."
+            f"'{path}' exists and is not a SavedModel folder. Remove it or choose another path."
         )
-    # In `assets.extra` TensorFlow has users put what goes along with a model, such as requests to
-    # warm it up.
+    # TensorFlow's users put additional files into `assets.extra`, such as warmup requests.
     inside = [*path.iterdir(), *(path / FILE).parent.glob("*")]
     names = sorted(file.relative_to(path).as_posix() for file in inside)
     if others := [name for name in names if name not in _KNOWN]:
         raise FileExistsError(
-            f"'{path}' holds a SavedModel, and beside it {', '.join(others)}, which would be lost. "
-            "Move that, or choose another path."
+            f"'{path}' contains other files than those of a SavedModel, which would be lost: "
+            f"{', '.join(others)}. Move them, or choose another path."
         )

@@ -19,17 +19,21 @@ from masked_layers.serving.tracing import effective_values
 
 
 def inspect(path: str | os.PathLike[str]) -> StorageReport:
-    """Reports sparsity, encoding and bytes of every weight of a saved model.
+    """Reports the sparsity, encoding and size in bytes of every weight of a saved model.
 
     Args:
-        path: A `.keras` file (masks count: what they prune is zero), or a SavedModel folder. In a
-            folder that `export_sparse_saved_model` did not write every tensor of the checkpoint is
-            listed, but one for each of the weights that `Model.export` on TensorFlow writes twice.
-            The sizes of files count both.
+        path: A `.keras` file, whose pruned weights count as zeros, or a SavedModel folder. For a
+            folder that was not written by `export_sparse_saved_model`, every tensor of the
+            checkpoint is listed. `Model.export` on TensorFlow writes weights twice; they are listed
+            once, but the sizes of files include both copies.
+
+    Returns:
+        A report that prints as a table.
 
     Raises:
-        FileNotFoundError: If there is nothing at `path`.
-        ValueError: If it is neither of the two, damaged, or a model that Keras cannot load here.
+        FileNotFoundError: If `path` does not exist.
+        ValueError: If `path` is neither of the two, is damaged, or is a model that Keras cannot
+            load.
     """
     path = Path(path)
     if not path.exists():
@@ -43,7 +47,7 @@ def inspect(path: str | os.PathLike[str]) -> StorageReport:
         arrays = _without_second_copies(_checkpoint(path))
     else:
         raise ValueError(
-            f"'{path}' is neither a '.keras' file nor a SavedModel folder (one that holds a "
+            f"'{path}' is neither a '.keras' file nor a SavedModel folder (a folder with a file "
             f"'saved_model.pb'). {how_to_save(path) if path.is_file() else ''}".rstrip()
         )
     rows = [
@@ -56,16 +60,17 @@ def inspect(path: str | os.PathLike[str]) -> StorageReport:
 
 
 def _written_report(path: Path, files: Mapping[str, int]) -> StorageReport:
-    """Returns the report in a sparse folder after a check that the files are those it is about.
+    """Returns the report stored in a sparse folder, after checking the files of the folder.
+
+    Every byte of the packed weights is checked, and the length of all other files.
 
     Raises:
-        ValueError: If the report or another file is missing or not as it was written. Of the
-            packed weights every byte is checked, of other files the length.
+        ValueError: If the report or another file is missing or was changed.
     """
     if FILE not in files:
         raise ValueError(
-            f"The report '{path / FILE}' is missing: copy `assets.extra` along with the rest of "
-            "the folder, or export the model again."
+            f"The report '{path / FILE}' is missing: copy `assets.extra` together with the rest "
+            "of the folder, or export the model again."
         )
     try:
         report = StorageReport.from_json((path / FILE).read_bytes())
@@ -101,16 +106,16 @@ def _checkpoint(path: Path) -> dict[str, np.ndarray]:
             for name, dtype in reader.get_variable_to_dtype_map().items()
             if dtype not in (tf.string, tf.resource, tf.variant)
         }
-    # Of a missing shard, a wrong checksum, an index that is none: TensorFlow has many for them.
+    # TensorFlow raises many kinds of errors for missing shards, wrong checksums and bad indices.
     except Exception as error:
         raise ValueError(f"The variables in '{path}' are damaged: {error}.") from error
 
 
 def _without_second_copies(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Leaves out of a folder of `Model.export` what it holds in another list already.
+    """Removes the second copies of weights in a folder written by `Model.export`.
 
-    Keras' archive keeps variables in `variables` and in `_all_variables`, and on TensorFlow writes
-    the tensors of both. Equal weights of one list are two weights.
+    Keras' export archive lists variables in `variables` and in `_all_variables` and, on TensorFlow,
+    writes the tensors of both lists. Equal weights within one list are different weights.
     """
     second = [name for name in arrays if name.startswith("_all_variables/")]
     kept = {name: array for name, array in arrays.items() if name not in second}

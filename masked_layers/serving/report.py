@@ -1,4 +1,4 @@
-"""The size of an exported model on disk, weight by weight."""
+"""The report on the size of an exported model, weight by weight."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 COLUMNS = ("path", "shape", "dtype", "encoding", "alive", "nbytes")
 FILE = "assets.extra/sparsity.json"
-"""Where the report lies in a SavedModel folder (`assets.extra` is the format's place for it)."""
+"""Path of the report in a SavedModel folder; the format reserves `assets.extra` for such files."""
 
 
 @dataclass(frozen=True)
@@ -21,12 +21,12 @@ class StorageRow:
 
     Attributes:
         path: Path of the weight in the model.
-        shape: Its shape.
+        shape: Shape of the weight.
         dtype: Dtype of the stored values.
         encoding: `"sparse"` (only the non-zero values and the gaps between them), `"packed"` (all
-            values, compressed), or `"dense"` (as they are).
+            values, compressed), or `"dense"` (all values, uncompressed).
         alive: Number of entries that are not zero.
-        nbytes: Bytes on disk; of streams that weights share, its share.
+        nbytes: Bytes on disk. Shared streams are divided among their weights.
     """
 
     path: str
@@ -56,15 +56,16 @@ class StorageRow:
 
 @dataclass(frozen=True)
 class StorageReport:
-    """The size of a model on disk: iterates over its weights, prints as a table.
+    """Size of a model on disk; iterates over its weights and prints as a table.
 
     Attributes:
-        rows: One per weight.
-        files: Bytes by file.
-        dense_nbytes: Bytes of all weights as they are in the model, uncompressed.
-        values: Dtype asked for the values: `"float32"` stands for exact.
-        output_error: Largest absolute difference between the outputs on the sample inputs and those
-            of the model itself, relative to the largest absolute output; None if not measured.
+        rows: One row per weight.
+        files: Size of each file in bytes.
+        dense_nbytes: Size of all weights in bytes, uncompressed and with the model's dtypes.
+        values: Dtype requested for the values; `"float32"` means that all values are exact.
+        output_error: Largest absolute difference between the outputs of the SavedModel and the
+            model on the sample inputs, relative to the largest absolute output; None if not
+            measured.
     """
 
     rows: tuple[StorageRow, ...]
@@ -101,30 +102,30 @@ class StorageReport:
 
     @property
     def disk_nbytes(self) -> int:
-        """Bytes of all files, graph and this report included."""
+        """Bytes of all files, including the graph and this report."""
         return sum(self.files.values())
 
     @property
     def dense_disk_nbytes(self) -> int:
-        """Bytes of the same graph with one uncompressed copy of the weights beside it."""
+        """Bytes of the same graph together with one uncompressed copy of the weights."""
         return self.dense_nbytes + self.files.get("saved_model.pb", 0)
 
     @property
     def reference_nbytes(self) -> float:
-        """Entropy of the masks plus 4 bytes for every value: a yardstick, not a bound."""
+        """Entropy of the masks plus 4 bytes for every value: a reference, not a lower bound."""
         return sum(row.entropy_nbytes + 4 * row.alive for row in self.rows)
 
     def with_own_size(self) -> StorageReport:
-        """Returns the report with its own JSON among the files."""
+        """Returns the report with the size of its JSON file included in `files`."""
         report = self
-        # The size is part of the text; its number of digits settles at once.
+        # The size is part of the text, so its number of digits must converge.
         for _ in range(3):
             files = {**self.files, FILE: len(report.to_json())}
             report = dataclasses.replace(self, files=files)
         return report
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the report as plain numbers, strings and lists."""
+        """Returns the report as JSON-serializable numbers, strings, lists and dicts."""
         return {
             "values": self.values,
             "output_error": self.output_error,
@@ -140,10 +141,10 @@ class StorageReport:
 
     @classmethod
     def from_json(cls, data: bytes) -> StorageReport:
-        """Inverse of `to_json`.
+        """Creates a report from JSON; the inverse of `to_json`.
 
         Raises:
-            ValueError: If the bytes are no such report.
+            ValueError: If the bytes are not such a report.
         """
         try:
             content = json.loads(data)
@@ -160,8 +161,8 @@ class StorageReport:
         return report
 
     def __str__(self) -> str:
-        lines = [("weight", "shape", "values", "encoding", "alive", "sparsity", "bytes")]
-        # Dense odds and ends (biases, statistics) are summed up: a large model has hundreds.
+        lines = [("weight", "shape", "values", "encoding", "non-zero", "sparsity", "bytes")]
+        # Dense biases and statistics are summed up, since a large model has hundreds of them.
         shown = [row for row in self.rows if row.encoding == "sparse" or len(row.shape) > 1]
         rest = [row for row in self.rows if row not in shown]
         for row in shown:
@@ -181,7 +182,7 @@ class StorageReport:
             ).rstrip()
             for line in lines
         ]
-        matrices = [row for row in shown if len(row.shape) > 1]  # a bias may well be zero
+        matrices = [row for row in shown if len(row.shape) > 1]  # Zero biases are common.
         if zero := [row.path for row in matrices if row.size and not row.alive]:
             text.append(f"nothing but zeros: {', '.join(zero)}")
         on_disk = f"on disk: {self.disk_nbytes:,} bytes"
@@ -204,18 +205,22 @@ class StorageReport:
 
 
 def _check(report: StorageReport) -> None:
-    """Raises ValueError where a report read from a file holds what no report does."""
+    """Checks the types and ranges in a report that was read from a file.
+
+    Raises:
+        ValueError: If one of them is wrong.
+    """
     texts = [report.values, *report.files]
     counts = [report.dense_nbytes, *report.files.values()]
     for row in report.rows:
         texts += [row.path, row.dtype, row.encoding]
         counts += [*row.shape, row.size, row.alive, row.nbytes]
     if not all(isinstance(text, str) for text in texts):
-        raise ValueError("something else where a text is expected")
+        raise ValueError("a text is not a string")
     if not all(type(count) is int and 0 <= count < 2**63 for count in counts):
-        raise ValueError("something else where a count is expected")
+        raise ValueError("a count is not a valid integer")
     if any(row.alive > row.size for row in report.rows):
-        raise ValueError("more values alive than there are")
+        raise ValueError("a weight has more non-zero values than entries")
     if type(report.output_error) not in (float, int, type(None)):
         raise ValueError(f"an output error of {report.output_error!r}")
 
@@ -225,7 +230,7 @@ def _numbers(counts: StorageRow | StorageReport) -> tuple[str, str, str]:
 
 
 def file_sizes(path: Path) -> dict[str, int]:
-    """Returns the bytes of every file below a folder, or of one file, by its relative path."""
+    """Returns the size of every file below a folder, or of one file, by its relative path."""
     if path.is_file():
         return {path.name: path.stat().st_size}
     files = (file for file in sorted(path.rglob("*")) if file.is_file())

@@ -1,4 +1,4 @@
-"""Inputs to compare a model and its SavedModel on: given, or drawn."""
+"""Sample inputs, given or random, for comparing a model with its SavedModel."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ if TYPE_CHECKING:
 
 
 def samples_of(model: keras.Model, signature: Sequence[Any], given: Any = None) -> list[Any]:
-    """Returns the positional inputs to call a model with, tensors of its signature's dtypes.
+    """Returns the positional arguments for a call of a model, tensors of the signature's dtypes.
 
     Args:
-        model: The model.
-        signature: Its arguments, structures of `tf.TensorSpec`.
-        given: Inputs as `predict` takes them: in the structure of the model's own, in which lists
-            and tuples are one; one array for a list of one input; a dict by the names of the
-            inputs; or a list in the order of an alphabetical dict. For several arguments, the list
-            of these. None: seeded random numbers.
+        model: A Keras model.
+        signature: Arguments of the model, as structures of `tf.TensorSpec`.
+        given: Inputs in the forms that `predict` accepts: in the structure of the model's inputs,
+            where lists and tuples are equivalent; one array for a list of one input; a dict by
+            input name; or a list in the order of an alphabetical dict. For a model with several
+            arguments, a list of these. Default: seeded random numbers.
 
     Raises:
-        ValueError: `given` does not fit the signature.
+        ValueError: If `given` does not fit the signature.
     """
     if given is None:
         return _drawn(model, signature)
-    # What a model takes as one argument, predict takes as it is.
+    # The single argument of a model is passed to `predict` directly, not in a list.
     structure = signature[0] if len(signature) == 1 else list(signature)
     try:
         names = [tensor.name for tensor in getattr(model, "inputs", None) or ()]
@@ -46,12 +46,12 @@ def _drawn(model: keras.Model, signature: Sequence[Any]) -> list[Any]:
     import tensorflow as tf
 
     rng = np.random.default_rng(0)
-    # Keras' signatures leave the batch free where the model does not, as with stateful layers.
+    # Keras' signatures have a free batch size even if the model does not, as with stateful layers.
     shapes = [x.shape for x in getattr(model, "inputs", None) or ()]
     batch = next((shape[0] for shape in shapes if shape and shape[0]), 2)
 
     def random(spec: tf.TensorSpec) -> tf.Tensor:
-        # Free dimensions are long enough for what slides over images, or over time.
+        # Long enough for windows that slide over images or time.
         free = 96 if len(spec.shape) == 4 else 8
         shape = [
             size if size is not None else batch if axis == 0 else free
@@ -67,7 +67,7 @@ def _drawn(model: keras.Model, signature: Sequence[Any]) -> list[Any]:
 
 
 def _by_position(structure: Any, given: Any, names: Sequence[str]) -> Any:
-    """Inputs by name as a list, where the model's own are not in a dict."""
+    """Converts inputs by name to a list if the model's own inputs are not in a dict."""
     if not isinstance(given, Mapping) or isinstance(structure, Mapping):
         return given
     if set(given) != set(names):
@@ -77,7 +77,7 @@ def _by_position(structure: Any, given: Any, names: Sequence[str]) -> Any:
 
 
 def _leaves(structure: Any, given: Any) -> list[Any]:
-    """The parts of `given`, in the order in which `keras.tree.flatten` has those of `structure`."""
+    """Returns the parts of `given` in the order of `keras.tree.flatten(structure)`."""
     if isinstance(structure, Mapping):
         keys = sorted(structure)
         if isinstance(given, list | tuple) and keys == list(structure):
@@ -107,15 +107,15 @@ def _tensor(spec: tf.TensorSpec, value: Any) -> tf.Tensor:
 
     single = isinstance(value, list | tuple) and len(value) == 1
     if single and np.ndim(value[0]) == spec.shape.rank:
-        value = value[0]  # A list of the one input of a model.
+        value = value[0]  # A list with the only input of a model.
     tensor = convert(value)
-    # As Keras does for functional models.
+    # Keras does this for functional models.
     if tensor.shape.rank == len(spec.shape) - 1 and spec.shape[-1] == 1:
         tensor = tensor[..., None]
     elif tensor.shape.rank == len(spec.shape) + 1 and tensor.shape[-1] == 1:
         tensor = tensor[..., 0]
     if not spec.shape.is_compatible_with(tensor.shape) or tensor.shape[:1] == [0]:
-        raise ValueError(f"shape {tensor.shape} for {spec}, with one row at least")
+        raise ValueError(f"shape {tensor.shape} for {spec}, with at least one row")
     return tensor
 
 

@@ -1,8 +1,9 @@
-"""Sparse SavedModel: small on disk, decoded once when it is loaded, dense speed after that.
+"""Exports sparse SavedModels: small on disk, decoded once at loading, then as fast as dense ones.
 
-The folder holds the weights as one file in the format of `encoding.py`, an asset of the SavedModel.
-The initializer that every TensorFlow runtime runs on loading decodes it into variables that are in
-no checkpoint; the serving function then is the dense model's. Only TensorFlow's own ops are used.
+The folder contains the weights as one file in the format of `encoding.py`, an asset of the
+SavedModel. The initializer, which every TensorFlow runtime runs at loading, decodes it into
+variables that are not part of the checkpoint. The serving function is that of the dense model. Only
+TensorFlow's own ops are used.
 """
 
 from __future__ import annotations
@@ -32,14 +33,14 @@ from masked_layers.serving.verification import verify
 logger = logging.getLogger(__name__)
 
 _PATTERN = re.compile(r"[][*?\\]")
-"""Characters that make TensorFlow take the path of a checkpoint for a pattern."""
+"""Characters that make TensorFlow interpret the path of a checkpoint as a pattern."""
 
 _PACKED_BELOW = 1 << 14
-"""Elements below which a dense array joins the pack: as a variable of its own in the checkpoint, a
-bias costs more bytes in indices than in values. A larger one loads faster from the checkpoint."""
+"""Number of elements below which a dense array is packed. In the checkpoint, a bias would take more
+bytes for its index entry than for its values. A larger array loads faster from the checkpoint."""
 
 _JOINED_BELOW = 1 << 11
-"""Elements of all packed dense arrays together below which they join the sparse ones."""
+"""Total number of elements of packed dense arrays below which they are encoded as sparse ones."""
 
 _BITCAST = frozenset(
     (
@@ -47,7 +48,7 @@ _BITCAST = frozenset(
         *("float16", "float32", "float64", "bfloat16"),
     )
 )
-"""Dtypes that TensorFlow's `bitcast` makes from bytes; others stay in the checkpoint."""
+"""Dtypes that TensorFlow's `bitcast` can create from bytes; others stay in the checkpoint."""
 
 
 def export_sparse_saved_model(
@@ -60,46 +61,47 @@ def export_sparse_saved_model(
     input_signature: Any = None,
     sample_inputs: Any = None,
 ) -> StorageReport:
-    """Writes a SavedModel folder whose weights take about the bytes of the non-zero ones.
+    """Exports a model as a SavedModel folder whose size is about that of its non-zero weights.
 
-    The graph comes on top, and is most of the folder of a model with a few thousand weights.
+    The size of the graph is added to this. In a model with a few thousand weights, the graph is
+    most of the folder.
 
-    Any TensorFlow runtime loads it, with neither Keras nor this library nor a custom op; its
-    signatures are those of `model.export(path)`. The folder is loaded back and compared with the
-    model before it takes its place; if anything fails, what was at `path` is still there.
+    Any TensorFlow runtime can load the folder, without Keras, this library or custom ops. Its
+    signatures are those of `model.export(path)`. The new folder is loaded and compared with the
+    model before it replaces an existing one. If anything fails, the existing folder is unchanged.
 
     Args:
-        model: A built model, masked or plain (a plain one with zeros in its kernels).
-        path: Folder to write. An empty folder or a SavedModel there is replaced.
-        values: `"float32"` keeps every value exactly (whatever its dtype). `"float16"` and
-            `"bfloat16"` round the values of sparse weights to 2 bytes on disk; the model still
-            computes in its own dtype. The report gives the error of the outputs.
-        include: Which weights may be encoded sparsely: a regular expression searched in their
-            paths, a list of those (one at least must match), or a function of the path. Default:
-            all; a weight for which it does not pay stays dense by itself.
-        level: Compression level, 0 to 9.
-        input_signature: As in `keras.Model.export`.
-        sample_inputs: What to call the model with when outputs are compared, one row at least, as
-            `predict` takes it: an array, or a list, a tuple or a dict by name of them; for a model
-            whose `call` takes several arguments, the list of these. Default: seeded random numbers
-            of the shapes of the signature, zeros and ones for integers.
+        model: A built model, either masked, or plain with zeros in its kernels.
+        path: Folder to write. An existing SavedModel or empty folder is replaced.
+        values: `"float32"` keeps every value exactly, for any dtype. `"float16"` and `"bfloat16"`
+            round the values of sparse weights to 2 bytes on disk; the model still computes in its
+            own dtype. The report contains the resulting error of the outputs.
+        include: Weights that may be stored sparsely: a regular expression that is searched for in
+            their paths, a list of regular expressions (at least one must match), or a function of a
+            path. Default: all weights. A weight that would not become smaller stays dense.
+        level: Compression level of zlib, 0 to 9.
+        input_signature: Same as in `keras.Model.export`.
+        sample_inputs: Inputs for comparing outputs, with at least one row, in the forms that
+            `predict` accepts: an array, or a list, tuple or dict of arrays. For a model whose
+            `call` takes several arguments, a list of these. Default: seeded random numbers with
+            the shapes of the signature, zeros and ones for integers.
 
     Returns:
-        The report that also lies in the folder as `assets.extra/sparsity.json`.
+        The report, which is also stored in the folder as `assets.extra/sparsity.json`.
 
     Raises:
-        FileExistsError: If something else than a SavedModel is at `path`, or beside it there.
+        FileExistsError: If `path` is not a SavedModel folder, or contains other files.
         ImportError: If TensorFlow is missing.
-        NotImplementedError: If Keras cannot trace a model into TensorFlow under this backend, or a
-            call of the model changes a variable that is not its own.
-        OverflowError: If a value does not fit `values`.
-        RuntimeError: If the folder that was written does not compute what the model computes.
-        TypeError: If `model` is not a Keras model, or `include` none of the kinds above.
+        NotImplementedError: If Keras cannot trace a model into TensorFlow on this backend, or a
+            call of the model changes a variable that the model does not track.
+        OverflowError: If a value is outside the range of `values`.
+        RuntimeError: If the outputs of the written folder differ from those of the model.
+        TypeError: If `model` is not a Keras model, or `include` has another type than listed above.
         ValueError: If an argument is invalid or the model is not built.
 
     Warns:
-        UserWarning: If outputs on the sample inputs are not finite, so that comparing them says
-            little; or if TensorFlow takes the path for a pattern, and may not load from there.
+        UserWarning: If outputs on the sample inputs are not finite, so comparing them is of little
+            value, or if TensorFlow would interpret the path as a pattern and may not load from it.
     """
     if not isinstance(model, keras.Model):
         raise TypeError(f"Expected a `keras.Model`. Received: {model!r}")
@@ -111,7 +113,7 @@ def export_sparse_saved_model(
     check_replaceable(path)
     arrays = effective_values(model)
     allowed = _included(include, arrays)
-    # What else decides on the bits that are decoded.
+    # The salt covers the arguments that change the decoded values.
     traced = trace(model, arrays, input_signature, salt=f"{values}{sorted(allowed)}")
     arrays = {name: _canonical(name, arrays[name]) for name in traced.variables}
     encodings = {name: _encoding(array, name in allowed) for name, array in arrays.items()}
@@ -120,7 +122,7 @@ def export_sparse_saved_model(
         for name, array in arrays.items()
         if encodings[name] != "dense"
     }
-    # Decoding one more block takes more bytes of graph than the gaps of so few values.
+    # Decoding one more block would take more bytes in the graph than the gaps of so few values.
     odds = sum(arrays[name].size for name in arrays if encodings[name] == "packed")
     names = {"sparse": "sparse", "packed": "sparse" if odds < _JOINED_BELOW else "dense"}
     pack = encoding.encode(
@@ -138,7 +140,7 @@ def export_sparse_saved_model(
         graph.write(folder, traced, pack)
         keep_saver = "dense" in encodings.values() or bool(traced.resources)
         compaction.compact(folder / "saved_model.pb", traced.prefix, keep_saver=keep_saver)
-        # A hash of the graph as it was before compaction; loaders take its absence in their stride.
+        # A hash of the graph before compaction, which loaders do not require.
         (folder / "fingerprint.pb").unlink(missing_ok=True)
         exact = values == "float32"
         error = verify(folder, model, traced, expected, samples, given=given, exact=exact)
@@ -151,7 +153,7 @@ def export_sparse_saved_model(
         ).with_own_size()
         (folder / FILE).parent.mkdir()
         (folder / FILE).write_bytes(report.to_json())
-        check_replaceable(path)  # Writing took a while.
+        check_replaceable(path)  # Again, since writing takes time.
         if folder != scratch:
             shutil.copytree(folder, scratch, dirs_exist_ok=True)
         files.replace_folder(scratch, path)
@@ -160,11 +162,11 @@ def export_sparse_saved_model(
 
 
 def _included(include: Any, paths: Iterable[str]) -> set[str]:
-    """Returns the paths that `include` names; see `export_sparse_saved_model`.
+    """Returns the paths that `include` selects, as described in `export_sparse_saved_model`.
 
     Raises:
-        TypeError: If `include` is none of the kinds that are allowed.
-        ValueError: If a pattern is not a regular expression, or none matches.
+        TypeError: If `include` has another type than allowed.
+        ValueError: If a pattern is not a regular expression, or no pattern matches.
     """
     if include is None:
         return set(paths)
@@ -182,7 +184,7 @@ def _included(include: Any, paths: Iterable[str]) -> set[str]:
         found = {path for path in paths if any(re.search(pattern, path) for pattern in patterns)}
     except re.error as error:
         raise ValueError(
-            f"`include` holds {error.pattern!r}, which is not a regular expression: {error}."
+            f"`include` contains {error.pattern!r}, which is not a regular expression: {error}."
         ) from error
     if not found:
         raise ValueError(f"include={patterns} matches no weight. The weights: {paths}")
@@ -213,10 +215,10 @@ def _rounded(name: str, array: np.ndarray, dtype: str) -> np.ndarray:
         rounded = array.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
     if (np.isfinite(array) & ~np.isfinite(rounded)).any():
         raise OverflowError(
-            f"'{name}' holds values up to {np.nanmax(np.abs(array))}, beyond the range of {dtype}. "
+            f"'{name}' has values up to {np.nanmax(np.abs(array))}, beyond the range of {dtype}. "
             "Use values='bfloat16' or 'float32', or leave the weight out with `include`."
         )
-    return encoding.canonical(name, rounded)  # What is too small has become a zero with a sign.
+    return encoding.canonical(name, rounded)  # Tiny values may have been rounded to -0.0.
 
 
 def _rows(
@@ -252,17 +254,17 @@ def _rows(
 
 @contextlib.contextmanager
 def _literal(folder: Path) -> Iterator[Path]:
-    """The folder, or where TensorFlow would take its path for a pattern, another one that is empty.
+    """Yields the folder, or an empty temporary one if TensorFlow would treat its path as a pattern.
 
     Warns:
-        UserWarning: If it is another one.
+        UserWarning: If it yields a temporary folder.
     """
     if not _PATTERN.search(os.path.splitdrive(folder)[1].replace(os.sep, "/")):
         yield folder
         return
     warnings.warn(
-        f"TensorFlow takes '{folder.parent}' for a pattern, as it has one of [ ] * ? \\ in it, and "
-        "may find no weights there: move the SavedModel elsewhere to load it.",
+        f"TensorFlow interprets '{folder.parent}' as a pattern, because it contains one of "
+        "[ ] * ? \\, and may not find the weights there: move the SavedModel elsewhere to load it.",
         stacklevel=4,
     )
     with tempfile.TemporaryDirectory() as elsewhere:

@@ -1,4 +1,4 @@
-"""From a Keras model to a TensorFlow function whose weights are variables of ours."""
+"""Traces a Keras model into a TensorFlow function with new variables for its weights."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Traced:
-    """A serving function and what it reads.
+    """A serving function and the variables and resources that it reads.
 
     Attributes:
-        function: `tf.function` with one concrete function; it takes what `model` takes.
-        signature: Its arguments, a structure of `tf.TensorSpec`.
-        prefix: What the names of its variables begin with; other models have another.
-        variables: The weights it reads, by path; none of them is a variable of the model.
-        resources: Other objects it reads, to be saved as they are: lookup tables, variables that
-            are not Keras'.
+        function: `tf.function` with one concrete function, which takes the arguments of the model.
+        signature: Specs of the arguments, a structure of `tf.TensorSpec`.
+        prefix: Prefix of the names of the variables, different for each model.
+        variables: The weights that it reads, by path; none of them is a variable of the model.
+        resources: Other objects that it reads and that are saved unchanged: lookup tables, and
+            variables that are not Keras variables.
     """
 
     function: Any
@@ -40,7 +40,7 @@ class Traced:
 
 
 def effective_values(model: keras.Model) -> dict[str, np.ndarray]:
-    """Returns every variable's value by path, as the forward pass reads it; masks are left out.
+    """Returns the effective values of all variables by path, without the masks themselves.
 
     Raises:
         ValueError: If a mask is learned.
@@ -49,8 +49,8 @@ def effective_values(model: keras.Model) -> dict[str, np.ndarray]:
     for ref in weight_refs(model):
         if ref.mask is not None and ref.mask.learned:
             raise ValueError(
-                f"The mask of '{ref.path}' is learned. Call `masked_layers.harden(model)` first, "
-                "and export what it returns."
+                f"The mask of '{ref.path}' is learned. Call `masked_layers.harden(model)` first "
+                "and export the model that it returns."
             )
     return {
         path: np.array(
@@ -66,21 +66,22 @@ def trace(
     input_signature: Any = None,
     salt: str = "",
 ) -> Traced:
-    """Traces the inference pass of a model over TensorFlow variables that hold `values`.
+    """Traces the inference pass of a model with TensorFlow variables that have the given values.
 
-    Masks do not appear in the graph: the variables hold effective values.
+    The graph contains no masks, because the variables have effective values.
 
     Args:
         model: A built model, plain or masked.
-        values: What `effective_values(model)` returned.
-        input_signature: As in `keras.Model.export`.
-        salt: Goes into the names of the variables; another for other values, if the variables will
-            hold rounded ones.
+        values: The values that `effective_values(model)` returned.
+        input_signature: Same as in `keras.Model.export`.
+        salt: Text that is part of the hash in the variable names. It must differ if the variables
+            will get other values, such as rounded ones.
 
     Raises:
-        ImportError: If TensorFlow, or what traces into it from another backend, is missing.
+        ImportError: If TensorFlow, or a package for tracing into it from another backend, is
+            missing.
         NotImplementedError: If the backend cannot trace into TensorFlow, or a call changes a
-            variable that is not the model's.
+            variable that the model does not track.
     """
     backend = keras.backend.backend()
     if backend not in ("tensorflow", "jax"):
@@ -93,14 +94,14 @@ def trace(
         import tensorflow as tf
     except ImportError as error:
         raise ImportError(
-            "A SavedModel is written by TensorFlow, which is not installed here. Install it beside "
-            f"{backend}: `pip install tensorflow`."
+            "Writing a SavedModel requires TensorFlow, which is not installed. Install it in "
+            f"addition to {backend}: `pip install tensorflow`."
         ) from error
     signature = _keras.export_signature(model, input_signature)
     sources = {path: variable for path, (variable, _) in _sources(model).items()}
 
-    # A name that no other model in the process has: variables of one name are one variable in a
-    # session, and two models may be loaded into one.
+    # A prefix that no other model in the process has: variables with the same name are the same
+    # variable in a session, and two models may be loaded into one session.
     digest = hashlib.sha256(f"{model.name}{salt}".encode())
     for path, value in values.items():
         digest.update(f"{path}{value.dtype}{value.shape}".encode())
@@ -115,8 +116,8 @@ def trace(
         }
 
     make = _tensorflow_function if backend == "tensorflow" else _jax_function
-    # The inference pass reads some variables not at all (seeds of dropout layers, metrics); which
-    # ones shows only in the graph. The second trace leaves them out.
+    # The inference pass does not read some variables (seeds of dropout layers, metrics), which only
+    # the graph shows. The second trace leaves them out.
     function, reads = make(model, signature, sources, variables)
     function.get_concrete_function()
     used = {path for path, read in reads.items() if read.consumers()}
@@ -195,19 +196,19 @@ def _call(
     known = {id(variable) for variable, _ in _sources(model).values()}
     if scope.state_mapping.keys() - known:
         raise NotImplementedError(
-            f"'{model.name}' changes a variable that is not among its own when it is called, as "
-            "`keras.random` does without a seed, and the SavedModel would go on with its old "
-            "value. Give the layer a `keras.random.SeedGenerator`, or track the variable in it."
+            f"A call of '{model.name}' changes a variable that the model does not track, as "
+            "`keras.random` does without a seed. The SavedModel would keep using its old value. "
+            "Give the layer a `keras.random.SeedGenerator`, or track the variable in it."
         )
     return outputs, {path: after[path] for path in after if after[path] is not before[path]}
 
 
 def _sources(model: keras.Model) -> dict[str, tuple[keras.Variable, Any]]:
-    """Returns (variable, mask or None) by path: all state of a model but its masks."""
+    """Returns (variable, mask or None) by path for all state of a model except its masks."""
     found = {id(ref.variable): (ref.path, ref.mask) for ref in weight_refs(model, mask_bias=True)}
     masks = [mask for _, mask in found.values() if mask is not None]
     skip = {id(variable) for mask in masks for variable in mask.variables}
-    states = []  # Of stateful recurrent layers: Keras lists them among no layer's variables.
+    states = []  # Of stateful recurrent layers, which Keras does not list in layer variables.
     for path, layer in walk(model):
         for variable in _keras.own_variables(layer):
             found.setdefault(id(variable), (join(path, variable.name), None))
@@ -230,7 +231,7 @@ def _sources(model: keras.Model) -> dict[str, tuple[keras.Variable, Any]]:
 def _other_resources(
     model: keras.Model, function: Any, variables: Mapping[str, tf.Variable]
 ) -> list[Any]:
-    """Returns what a function reads beside `variables`: variables of TensorFlow, lookup tables."""
+    """Returns other objects that a function reads: TensorFlow variables and lookup tables."""
     import tensorflow as tf
 
     concrete = function.get_concrete_function()
@@ -240,7 +241,7 @@ def _other_resources(
         return others
 
     class View(tf.train.TrackableView):
-        # The public view lists what a checkpoint holds, and tables are not in checkpoints.
+        # The public view lists the objects in a checkpoint, which do not include tables.
         @classmethod
         def children(cls, obj: Any, save_type: str = "savedmodel", **kwargs: Any) -> Any:
             return super().children(obj, save_type, cache={}, **kwargs)

@@ -23,13 +23,23 @@ def verify(
     given: bool,
     exact: bool,
 ) -> float | None:
-    """Returns the relative difference between the outputs of the folder and of the dense function.
+    """Compares an exported folder with its model.
 
-    None if no output is finite. `given`: whether the samples are the caller's.
+    Args:
+        folder: Folder of the SavedModel.
+        model: Model that was exported.
+        traced: Function that was exported.
+        expected: Weights that the folder should contain, by path.
+        samples: Positional arguments for the calls.
+        given: Whether the user chose the samples.
+        exact: Whether all values were stored exactly.
+
+    Returns:
+        The largest absolute difference between the outputs of the folder and the dense function,
+        relative to the largest absolute output, or None if no output is finite.
 
     Raises:
-        RuntimeError: If a weight comes back with another bit, or outputs differ by more than
-            rounding.
+        RuntimeError: If a weight differs in any bit, or outputs differ by more than rounding.
         ValueError: If the model cannot be called on the samples.
     """
     import ml_dtypes
@@ -39,8 +49,8 @@ def verify(
     for (name, value), variable in zip(expected.items(), loaded.variables, strict=True):
         if variable.numpy().tobytes() != value.tobytes():
             raise RuntimeError(
-                f"Weight '{name}' does not come back from the SavedModel as it was written. "
-                "Nothing was changed at the target path; please report this."
+                f"Weight '{name}' loaded from the SavedModel differs from the value that was "
+                "written. Nothing was changed at the target path; please report this."
             )
 
     with keras.StatelessScope():
@@ -49,20 +59,21 @@ def verify(
             inputs = keras.tree.map_structure(lambda sample: sample.numpy(), samples)
         try:
             truth = [keras.ops.convert_to_numpy(x) for x in keras.tree.flatten(model(*inputs))]
-        except Exception as error:  # Whatever its layers raise.
+        except Exception as error:  # Layers may raise any error.
             if given:
                 raise ValueError(
-                    f"The model cannot be called on the `sample_inputs` given: {error}"
+                    f"The model cannot be called on the given `sample_inputs`: {error}"
                 ) from error
             raise ValueError(
-                f"The model cannot be called on sample inputs of {traced.signature}, batch and "
-                f"other free dimensions chosen. Give `sample_inputs` that it takes. {error}"
+                f"The model cannot be called on random sample inputs for {traced.signature} with "
+                f"default free dimensions. Pass `sample_inputs` that it accepts. {error}"
             ) from error
     dense = [x.numpy() for x in keras.tree.flatten(traced.function(*samples))]
     sparse = [x.numpy() for x in keras.tree.flatten(loaded.serve(*samples))]
 
-    # Graphs fuse ops and so round elsewhere than the model does when it is called op by op. This
-    # much tells wrong weights from rounding; it is the weights that are compared bit for bit.
+    # Graphs fuse ops, so their rounding differs from that of a model called op by op. This
+    # tolerance distinguishes wrong weights from rounding; the weights themselves are compared bit
+    # for bit.
     dtypes = {model.compute_dtype, *(x.dtype.name for x in truth)}
     floats = [tf.as_dtype(name) for name in dtypes if tf.as_dtype(name).is_floating]
     tolerance = max((float(ml_dtypes.finfo(d.as_numpy_dtype).eps) for d in floats), default=0.0)
@@ -71,17 +82,17 @@ def verify(
         if error > tolerance**0.5 and (exact or kind == "Traced"):
             raise RuntimeError(
                 f"{kind} outputs differ from the model's by {error:.2g} of the largest output, "
-                f"more than the rounding of {sorted(dtypes)} explains. Nothing was changed at the "
-                "target path. If the model computes something random, it cannot be compared."
+                f"which the rounding of {sorted(dtypes)} does not explain. Nothing was changed at "
+                "the target path. A model with random outputs cannot be compared."
             )
     numbers = [x for x in truth if x.dtype.kind not in "OSUbiu"]
     total = sum(x.size for x in numbers)
     finite = sum(int(np.isfinite(x).sum()) for x in numbers)
     if finite < total:
         warnings.warn(
-            f"{total - finite} of {total} outputs of the model itself are NaN or infinite on the "
-            "sample inputs, so that comparing the folder's outputs with them says little. Look for "
-            "such values among the weights, or give other `sample_inputs`.",
+            f"{total - finite} of {total} outputs of the model are NaN or infinite on the sample "
+            "inputs, so comparing them with the outputs of the folder is of little value. Look "
+            "for such values among the weights, or pass other `sample_inputs`.",
             stacklevel=3,
         )
     return error if finite or not total else None

@@ -177,7 +177,7 @@ def test_damaged_tickets_are_reported_as_left_out(place, capsys):
     with pytest.warns(UserWarning, match=r"left out\. 'out/ticket\.keras' .* cut short.*Restore"):
         assert cli.main(["report", "out", "--quiet"]) == 0
     text = (folder / "report" / "tables.md").read_text()
-    assert "Not loaded: 'out/ticket.keras' exists, but is no '.keras' file or was cut" in text
+    assert "Not loaded: 'out/ticket.keras' exists, but it is not a '.keras' file or was cut" in text
     assert "Not loaded: " in (folder / "report" / "report.html").read_text()
     assert capsys.readouterr().err == ""
 

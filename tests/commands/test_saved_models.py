@@ -52,7 +52,7 @@ def test_files_next_to_a_saved_model_are_not_lost(saved, tmp_path, capsys):
     for name in ("notes.txt", "assets.extra/tf_serving_warmup_requests"):
         (tmp_path / "out" / name).write_text("mine")
         assert cli.main([*command, "--overwrite"]) == 2
-        assert f"beside it {name}, which would be lost" in capsys.readouterr().err
+        assert f"which would be lost: {name}." in capsys.readouterr().err
         assert (tmp_path / "out" / name).read_text() == "mine"
         (tmp_path / "out" / name).unlink()
     assert (tmp_path / "out" / "saved_model.pb").stat().st_ino == before
@@ -96,7 +96,9 @@ def test_a_damaged_file_is_named_without_a_traceback(cut, command, saved, tmp_pa
     assert cli.main([command, str(saved), *([str(out)] if command == "export" else [])]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert ("exists, but is no '.keras' file or was cut short" if cut else "is damaged") in error
+    assert (
+        "exists, but it is not a '.keras' file or was cut short" if cut else "is damaged"
+    ) in error
     assert not out.parent.exists()
 
 
@@ -149,7 +151,9 @@ def test_a_path_that_tensorflow_takes_for_a_pattern(saved, tmp_path, recwarn):
             assert cli.main(["export", str(saved), str(out)]) == 0
         assert [path.name for path in out.parent.iterdir()] == ["1"]
     recwarn.clear()
-    with pytest.warns(UserWarning, match=r"takes .*b\[0\].* for a pattern.*elsewhere to load it"):
+    with pytest.warns(
+        UserWarning, match=r"interprets .*b\[0\].* as a pattern.*elsewhere to load it"
+    ):
         serving.export_sparse_saved_model(keras.models.load_model(saved), tmp_path / "b[0]" / "1")
     moved = (tmp_path / "seed[1]" / "1").rename(tmp_path / "moved")
     served = tf.saved_model.load(str(moved))

@@ -156,7 +156,7 @@ def test_arrays_of_many_blocks_of_gaps(monkeypatch):
 def test_a_header_for_too_many_arrays_is_refused(monkeypatch):
     monkeypatch.setattr(encoding, "_LARGEST_HEADER", 1000)
     decode(encode({str(i): np.zeros(2) for i in range(20)}))
-    with pytest.raises(ValueError, match=r"200 arrays take a header of \d+ bytes, of at most 1000"):
+    with pytest.raises(ValueError, match=r"header for 200 arrays has \d+ bytes; at most 1000"):
         encode({str(i): np.zeros(2) for i in range(200)})
 
 

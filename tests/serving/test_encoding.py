@@ -201,7 +201,7 @@ def test_wrong_arguments_are_refused():
         encode({}, level=10)
     with pytest.raises(ValueError, match=r"must be 'sparse' or 'dense'\. Received: 'csr'"):
         encode({"w": np.ones(3)}, encodings={"w": "csr"})
-    with pytest.raises(ValueError, match=r"no arrays of these names: \['v'\]"):
+    with pytest.raises(ValueError, match=r"arrays that do not exist: \['v'\]"):
         encode({"w": np.ones(3)}, encodings={"v": "sparse"})
 
 
@@ -237,7 +237,7 @@ def test_other_bytes_are_noticed(data):
 def test_another_version_is_reported():
     data = bytearray(DATA)
     data[4] = 9
-    with pytest.raises(ValueError, match="format version 9, this library reads version 1"):
+    with pytest.raises(ValueError, match="format version 9, but this library reads version 1"):
         decode(bytes(data))
 
 

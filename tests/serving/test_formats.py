@@ -150,7 +150,7 @@ def test_inspect_says_what_it_takes(tmp_path):
 def test_inspect_names_what_is_damaged(tmp_path):
     with zipfile.ZipFile(tmp_path / "other.keras", "w") as file:
         file.writestr("note.txt", "text")
-    with pytest.raises(ValueError, match=r"other\.keras' is not a file that Keras wrote"):
+    with pytest.raises(ValueError, match=r"other\.keras' was not written by Keras"):
         inspect(tmp_path / "other.keras")
 
 

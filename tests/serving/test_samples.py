@@ -111,7 +111,7 @@ WRONG = {
     "an array for a dict": (of_names, A, r"dict of \['a', 'b'\], received a ndarray"),
     "a list for a dict in another order": (of_names_backwards, [B, A], "expected a dict"),
     "the wrong way round": (of_two, [B, A], r"shape \(3, 5, 2\)"),
-    "no rows": (of_two, [A[:0], B[:0]], "one row at least"),
+    "no rows": (of_two, [A[:0], B[:0]], "at least one row"),
     "no features": (of_one, A[:, :0], r"shape \(3, 0\)"),
     "texts": (of_one, [["b", "c", "d", "e"]], "for TensorSpec"),
     "objects": (of_one, np.array([[None] * 4]), "for TensorSpec"),

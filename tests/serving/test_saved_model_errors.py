@@ -53,11 +53,11 @@ def test_wrong_arguments_leave_nothing_behind(tmp_path):
     lookup = layers.IntegerLookup(vocabulary=[5, 6], num_oov_indices=0)
     picky = keras.Model(x, layers.Embedding(4, 8)(lookup(x)))
     with pytest.raises(
-        ValueError, match=r"(?s)Give `sample_inputs` that it takes\..*num_oov_indices=0"
+        ValueError, match=r"(?s)Pass `sample_inputs` that it accepts\..*num_oov_indices=0"
     ):
         export_sparse_saved_model(picky, tmp_path / "out")
     with pytest.raises(
-        ValueError, match=r"(?s)cannot be called on the `sample_inputs` given: .*num_oov_indices=0"
+        ValueError, match=r"(?s)cannot be called on the given `sample_inputs`: .*num_oov_indices=0"
     ):
         export_sparse_saved_model(picky, tmp_path / "made" / "out", sample_inputs=np.ones((1, 2)))
     assert not list(tmp_path.iterdir())  # Including the parent folder created for the last one.
@@ -68,7 +68,7 @@ def test_outputs_that_are_not_finite_are_warned_of(bias, error, tmp_path):
     model = dense()
     model.layers[-1].bias.assign(bias)
     count = 2 * np.isnan(bias).sum()
-    with pytest.warns(UserWarning, match=f"{count} of 8 outputs of the model itself are NaN"):
+    with pytest.warns(UserWarning, match=f"{count} of 8 outputs of the model are NaN"):
         report = export_sparse_saved_model(model, tmp_path / "out")
     assert report.output_error == (error if error is None else pytest.approx(error, abs=1e-6))
     assert ("largest difference" in str(report)) == (error is not None)
@@ -78,7 +78,7 @@ def test_values_beyond_float16_are_refused(tmp_path):
     model = prune(dense())
     kernel = model.layers[0].kernel
     kernel.assign(np.where(np.eye(20, 30), 1e5, kernel))
-    with pytest.raises(OverflowError, match="'dense/kernel' holds values up to 100000"):
+    with pytest.raises(OverflowError, match="'dense/kernel' has values up to 100000"):
         export_sparse_saved_model(model, tmp_path / "out", values="float16")
     export_sparse_saved_model(model, tmp_path / "out", values="bfloat16")
 
@@ -98,7 +98,7 @@ def test_an_older_export_is_replaced_and_other_folders_are_not(tmp_path):
     precious.mkdir()
     (precious / "thesis.txt").write_text("years")
     for path in (precious, precious / "thesis.txt"):
-        with pytest.raises(FileExistsError, match="is no SavedModel folder"):
+        with pytest.raises(FileExistsError, match="is not a SavedModel folder"):
             export_sparse_saved_model(model, path)
     assert (precious / "thesis.txt").read_text() == "years"
 
@@ -127,7 +127,7 @@ def test_what_appears_at_the_path_meanwhile_is_not_replaced(tmp_path, monkeypatc
         return verify(*args, **kwargs)
 
     monkeypatch.setattr(saved_model, "verify", slow)
-    with pytest.raises(FileExistsError, match="is no SavedModel folder"):
+    with pytest.raises(FileExistsError, match="is not a SavedModel folder"):
         export_sparse_saved_model(dense(), tmp_path / "out")
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "thesis.txt"]
 
