@@ -1,4 +1,4 @@
-"""Builds the distribution for tools that still look for a setup.py; pyproject.toml says it all."""
+"""Builds the distribution for tools that need a setup.py; the settings are in pyproject.toml."""
 
 from setuptools import setup
 

@@ -1,4 +1,4 @@
-"""Installs with pip what it is given, less one distribution.
+"""Installs the given packages with pip, except one distribution.
 
 Usage: python install_without.py NAME [PIP ARGUMENT ...]
 """

@@ -1,7 +1,7 @@
 """Checks the sizes of modules and functions: `python .ci/limits.py`, part of `tox -e lint`.
 
-What is larger than the limits is listed with its very size, so that the list can only shrink: any
-other size fails, and so does an entry that the code no longer needs.
+Modules and functions above a limit are listed with their exact sizes, so that the list can only
+shrink: any other size fails, and so does an entry that is no longer needed.
 """
 
 import ast
@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("masked_layers", "lottery_ticket_pruner")
 LIMITS = {"lines of a module": 600, "lines of a body": 60, "parameters": 12}
-# Public functions whose flat signature is what users write. The list may only shrink.
+# Public functions with flat signatures for users. The list may only shrink.
 LARGER = {
     ("lottery_ticket_pruner/tickets.py:find_ticket", "parameters"): 27,
     ("lottery_ticket_pruner/learned.py:learn_supermask", "parameters"): 16,
@@ -22,7 +22,7 @@ LARGER = {
 
 
 def sizes(path: Path) -> Iterator[tuple[str, str, int]]:
-    """Yields (place, kind, size) for a module and each function in it."""
+    """Yields (place, kind, size) for a module and each of its functions."""
     place = path.relative_to(ROOT).as_posix()
     text = path.read_text("utf-8")
     yield place, "lines of a module", len(text.splitlines())
@@ -38,7 +38,7 @@ def sizes(path: Path) -> Iterator[tuple[str, str, int]]:
 
 
 def main() -> int:
-    """Prints what is over a limit, or listed and no longer over it."""
+    """Prints the places above a limit and entries that are no longer needed."""
     faults, needed = [], set()
     for package in PACKAGES:
         for path in sorted((ROOT / package).rglob("*.py")):
@@ -47,7 +47,7 @@ def main() -> int:
                     needed.add((place, kind))
                     allowed = LARGER.get((place, kind), LIMITS[kind])
                     if size != allowed:
-                        faults.append(f"{place}: {size} {kind}, the limit or entry is {allowed}")
+                        faults.append(f"{place}: {size} {kind}; the limit or entry is {allowed}")
     faults += [
         f"{place}: {kind} are within the limit; remove the entry from .ci/limits.py"
         for place, kind in LARGER.keys() - needed

@@ -1,7 +1,7 @@
-"""Untrained, dense, untrained-pruned and trained-pruned accuracy over four rounds of pruning.
+"""Measures untrained, dense, untrained-pruned and trained-pruned accuracy over four rounds.
 
-Each round drops half of the weights that are left by the strategy given, rewinds the rest to
-their initial values, and trains again with early stopping on validation data:
+Each round prunes half of the remaining weights by a strategy, rewinds the kept weights to their
+initial values, and trains again with early stopping on validation data:
 
     python examples/example.py --which_set mnist --data-dir DIR --prune_strategy large_final
     python examples/example.py --which_set cifar10 --data-dir DIR --dwr --iterations 5
@@ -23,7 +23,7 @@ RATE = 0.5
 
 
 def run_once(data, strategy, dwr, epochs):
-    """Yield (stage, round, sparsity, loss, accuracy) from the untrained model to the last round."""
+    """Yields (stage, round, sparsity, loss, accuracy), beginning with the untrained model."""
     network = "lenet-300-100" if data.input_shape[-1] == 1 else "conv-2"
     model = networks.build(network, data.input_shape, data.classes)
     model.compile(
@@ -34,7 +34,7 @@ def run_once(data, strategy, dwr, epochs):
     model = ml.convert_to_masked(model)
     pruner = LotteryTicketPruner(model)
     if dwr:
-        # Scales each layer by weights / weights left, in every forward pass from here on.
+        # From here on, every forward pass scales each layer by (all weights) / (kept weights).
         pruner.apply_dwr(model)
 
     def evaluate():
@@ -69,11 +69,11 @@ def main(argv=None):
     parser.add_argument("--which_set", default="mnist", choices=datasets.NAMES)
     parser.add_argument("--data-dir", help="folder with the data set's published files")
     parser.add_argument("--prune_strategy", default="large_final", choices=criteria.names())
-    parser.add_argument("--dwr", action="store_true", help="rescale layers by weights left")
-    parser.add_argument("--iterations", type=int, default=3, help="repetitions, new seeds each")
-    parser.add_argument("--epochs", type=int, default=50, help="at most, for each training")
-    parser.add_argument("--csv", help="file for the results, by default named after the options")
-    parser.add_argument("--quick", action="store_true", help="digits, once, three epochs")
+    parser.add_argument("--dwr", action="store_true", help="scale layers by all / kept weights")
+    parser.add_argument("--iterations", type=int, default=3, help="number of seeds")
+    parser.add_argument("--epochs", type=int, default=50, help="maximum epochs per training")
+    parser.add_argument("--csv", help="results file (default: named after the options)")
+    parser.add_argument("--quick", action="store_true", help="digits, one iteration, three epochs")
     args = parser.parse_args(argv)
     if args.quick:
         args.which_set, args.iterations, args.epochs = "digits", 1, 3

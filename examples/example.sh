@@ -1,10 +1,10 @@
 #!/bin/sh
-# The matrix of strategies and data sets; further options go to example.py:
+# Runs example.py for all strategies and data sets; other options are passed to it:
 #
 #     examples/example.sh --data-dir DIR --iterations 5
 #     examples/example.sh --quick
 #
-# PYTHON, SETS and STRATEGIES override what is run.
+# The variables PYTHON, SETS and STRATEGIES override the interpreter, data sets and strategies.
 set -eu
 
 here=$(dirname "$0")

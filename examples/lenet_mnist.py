@@ -1,6 +1,6 @@
-"""LeNet-300-100 on MNIST: iterative pruning with rewinding to the initial weights.
+"""Prunes LeNet-300-100 on MNIST iteratively, rewinding to the initial weights.
 
-The smallest complete loop, written out with plain `fit`:
+This is the smallest complete loop, with plain `fit`:
 
     python examples/lenet_mnist.py --data-dir DIR
     tensorboard --logdir logs/lenet_mnist
@@ -34,10 +34,10 @@ def main(argv=None):
     parser.add_argument("--lr", type=float, default=1e-3, help="learning rate")
     parser.add_argument("--bs", type=int, default=128, help="batch size")
     parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--prune_pc", type=float, default=0.2, help="share dropped per round")
+    parser.add_argument("--prune_pc", type=float, default=0.2, help="share pruned per round")
     parser.add_argument("--prune_rounds", type=int, default=5)
     parser.add_argument("--data-dir", help="folder with MNIST's published files")
-    parser.add_argument("--logs", default="logs/lenet_mnist", help="folder for TensorBoard")
+    parser.add_argument("--logs", default="logs/lenet_mnist", help="folder for TensorBoard logs")
     parser.add_argument("--quick", action="store_true", help="digits, two epochs, two rounds")
     args = parser.parse_args(argv)
     if args.quick:
@@ -57,7 +57,7 @@ def main(argv=None):
         for number in range(args.prune_rounds + 1):
             if number:
                 pruner.set_pretrained_weights()
-                # The output layer has few weights: prune it half as fast.
+                # The output layer has few weights, so it is pruned half as fast.
                 rates = {"^output/": args.prune_pc / 2, "default": args.prune_pc}
                 pruner.update_masks("large_final", rate=rates)
                 pruner.rewind()

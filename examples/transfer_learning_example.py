@@ -1,10 +1,10 @@
-"""Lottery tickets of a pretrained network on another task, and those of a random start.
+"""Compares lottery tickets from a pretrained and from a random start on a new task.
 
-A pretrained base gets a new head and learns another task. Its large weights stay, the others are
-pruned, what is left goes back to where it started and learns the task again, step by step down to
-5 % of the base. The same is done from random weights: what the tickets of the two starts lose
-tells what pretrained weights are worth to a sparse network. By default the base is a small network
-that this script trains itself on the first half of the classes; the new task is the other half:
+A pretrained base gets a new head and is trained on a new task. Its smallest weights are pruned, the
+kept weights are rewound to their starting values and trained again, step by step down to 5 % of the
+base. The same is done from random weights. The accuracies of the two tickets show the value of
+pretrained weights for a sparse network. By default the base is a small network that this script
+trains on the first half of the classes, and the new task is the other half:
 
     python examples/transfer_learning_example.py --which_set cifar10 --data-dir DIR --seeds 0 1 2
     python examples/transfer_learning_example.py --which_set cifar10 --base mobilenet_v2
@@ -25,7 +25,7 @@ SPARSITIES = (0.5, 0.8, 0.9, 0.95)
 
 
 def of_classes(x, y, wanted):
-    """The examples of some classes, relabelled from 0."""
+    """Returns the examples of some classes, with labels from 0."""
     chosen = (y >= wanted.start) & (y < wanted.stop)
     return x[chosen], y[chosen] - wanted.start
 
@@ -52,7 +52,7 @@ def with_head(base, classes):
 
 
 def own_base(input_shape):
-    """A small convolutional network."""
+    """Returns a small convolutional network."""
     return keras.Sequential(
         [
             keras.Input(input_shape),
@@ -68,7 +68,7 @@ def own_base(input_shape):
 
 
 def mobilenet_base(input_shape, weights):
-    """MobileNetV2 on images scaled up to 96 x 96; its ImageNet weights are a download."""
+    """Returns MobileNetV2 for images upscaled to 96 x 96; downloads the ImageNet weights."""
     inputs = keras.Input(input_shape)
     x = layers.Rescaling(2.0, offset=-1.0)(layers.Resizing(96, 96)(inputs))
     mobilenet = keras.applications.MobileNetV2(
@@ -78,7 +78,7 @@ def mobilenet_base(input_shape, weights):
 
 
 def base_and_starts(name, data, classes, epochs):
-    """The base, and its weights by where it starts: pretrained and random."""
+    """Returns the base and its pretrained and random weights, by name of the start."""
     if name == "mobilenet_v2":
         base = mobilenet_base(data.input_shape, "imagenet")
         random = mobilenet_base(data.input_shape, None).get_weights()
@@ -93,8 +93,8 @@ def base_and_starts(name, data, classes, epochs):
 
 
 def find_tickets(model, train, validation, test, epochs):
-    """Test accuracies by sparsity of the base: of the dense model, then of one ticket a line."""
-    pruner = LotteryTicketPruner(model)  # records where the model starts
+    """Returns test accuracies of the dense model and its tickets, by sparsity of the base."""
+    pruner = LotteryTicketPruner(model)  # records the initial weights
     pruner.reset_masks()
     accuracies = {}
     for sparsity in (0.0, *SPARSITIES):
@@ -109,7 +109,7 @@ def find_tickets(model, train, validation, test, epochs):
 
 
 def table(found):
-    """Markdown: sparsities down, starts across; the mean over seeds and their deviation."""
+    """Returns a Markdown table: sparsities by starts, mean ± standard deviation over seeds."""
     starts = list(found[0])
     lines = [f"| base pruned | {' | '.join(f'{start} start' for start in starts)} |"]
     lines.append("| --: " * (1 + len(starts)) + "|")
@@ -128,9 +128,9 @@ def main(argv=None):
     parser.add_argument("--which_set", default="cifar10_reduced_10x", choices=datasets.NAMES)
     parser.add_argument("--data-dir", help="folder with the data set's published files")
     parser.add_argument("--base", default="own", choices=["own", "mobilenet_v2"])
-    parser.add_argument("--epochs", type=int, default=20, help="at most, for each training")
+    parser.add_argument("--epochs", type=int, default=20, help="maximum epochs per training")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--out", default="transferred.keras", help="file for the sparse model")
+    parser.add_argument("--out", default="transferred.keras", help="file of the sparse model")
     parser.add_argument("--quick", action="store_true", help="digits, own base, five epochs")
     args = parser.parse_args(argv)
     if args.quick:
@@ -156,7 +156,7 @@ def main(argv=None):
             model.get_layer("head").set_weights(head)
             accuracies[start] = find_tickets(model, train, validation, test, args.epochs)
             if start == "pretrained" and not found:
-                # Plain Keras layers with zeros for pruned weights: loads without this library.
+                # Plain Keras layers with zeros for pruned weights, which load without this library.
                 ml.strip_masks(model).save(args.out)
         found.append(accuracies)
     print(

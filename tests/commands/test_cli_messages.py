@@ -126,7 +126,7 @@ def test_errors_of_their_own_still_come_with_their_traceback(said):
         (("repeat", "."), "'.' is not a run folder: it holds no config.json."),
         (("report", "nowhere"), "There is no folder 'nowhere'."),
         (("instability", "--masks", "nowhere", "--out", "out"), "There is no folder 'nowhere'."),
-        (("export", "file", "out"), "Expected a '.keras' file. Received: 'file'. A model is saved"),
+        (("export", "file", "out"), "Expected a '.keras' file. Received: 'file'. To create a '.k"),
         (("export", ".", "out"), "There is no file '.'. Received: the folder '.'."),
         (("inspect", "file"), "'file' is neither a '.keras' file nor a SavedModel folder"),
     ],
