@@ -1,10 +1,10 @@
-"""Measures this library against its peers and its goals; prints one table and saves it.
+"""Compares this library with its peers and its performance goals; prints and saves one table.
 
     python -m benchmarks [NAME ...] [--quick] [--out FOLDER] [--markdown FILE]
 
-Every contender runs in a process of its own; contenders of one comparison take turns. A ratio is
-the median of those of the rounds; brackets hold the least and the greatest. What a peer needs and
-is not installed is reported as such.
+Every contender runs in a separate process, and the contenders of a comparison take turns. A ratio
+is the median of the ratios of all rounds; the parentheses contain the smallest and the largest.
+Peers that are not installed are reported.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from rich.console import Console
 from benchmarks import report
 from benchmarks.plan import BENCHMARKS
 
-# Not among those that run by default: it needs a GPU.
+# Not run by default, because it needs a GPU.
 GPU = "gpu"
 
 
@@ -34,21 +34,21 @@ def main(arguments: list[str] | None = None) -> int:
     default = [name for name in BENCHMARKS if name != GPU]
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"default: {' '.join(default)}")
     parser.add_argument(
-        "--quick", action="store_true", help="tiny work: shows that all runs, not how fast"
+        "--quick", action="store_true", help="tiny sizes: tests that everything runs, not speed"
     )
     parser.add_argument(
         "--out",
         type=Path,
         default=Path("runs/benchmarks"),
         metavar="FOLDER",
-        help="where to write results.json and results.md (default: %(default)s)",
+        help="folder for results.json and results.md (default: %(default)s)",
     )
     parser.add_argument(
         "--markdown",
         type=Path,
         metavar="FILE",
         help="document in which to replace the table between the markers `<!-- benchmarks all -->` "
-        "and `<!-- end of benchmarks all -->` (of `gpu` alone: gpu in place of all)",
+        "and `<!-- end of benchmarks all -->` (with gpu instead of all if only `gpu` is run)",
     )
     options = parser.parse_args(arguments)
     names = options.names or default
@@ -57,11 +57,11 @@ def main(arguments: list[str] | None = None) -> int:
     table = "gpu" if names == [GPU] else "all"
     if options.markdown:
         if options.quick or (table == "all" and set(names) != set(default)):
-            parser.error("--markdown takes the whole table or that of `gpu`, and not --quick")
-        # Before the work, not after it.
+            parser.error("--markdown needs all benchmarks or only `gpu`, without --quick")
+        # Checks the document before the work.
         report.between(options.markdown.read_text(), table, "")
 
-    # Where lines do not fit a screen, they are for a file.
+    # Output that does not go to a terminal may have longer lines.
     console = Console(width=None if sys.stdout.isatty() else 180)
     about = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),

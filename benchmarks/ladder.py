@@ -1,14 +1,14 @@
-"""Times a whole search for a ticket against the same number of steps of a hand-written loop.
+"""Compares the time of a whole ticket search with that of as many steps of a hand-written loop.
 
     python -m benchmarks.ladder [--data-dir DIR] [--rounds 20] [--steps 20000]
 
 LeNet-300-100 on MNIST (without --data-dir on as many random images, which take as long): the dense
-network, then in every round the ticket and its random reinitialisation, each trained for --steps,
-with the validation and the tests of `lottery-ticket run`. `find_ticket` does all of that and is
-timed from its call to its return: compiling, pruning, rewinding and evaluating included. The
-hand-written loop is that of `benchmarks.peers`: an epoch of the same network as one XLA program,
-with nothing but the training. Its step is the median of epochs before and after the search, in a
-process of its own that waits meanwhile.
+network, then in every round the ticket and its random reinitialization, each trained for --steps,
+with the validation and the tests of `lottery-ticket run`. `find_ticket` does all of this and is
+timed from call to return, including compiling, pruning, rewinding and evaluating. The hand-written
+loop is that of `benchmarks.peers`: an epoch of the same network as one XLA program that only
+trains. The time of its step is the median of epochs before and after the search, measured in a
+separate process that is idle during the search.
 """
 
 import argparse
@@ -24,7 +24,7 @@ EPOCHS = 5
 
 
 def data(folder=None):
-    """MNIST, or random images with its splits and shapes."""
+    """Returns MNIST, or random images with its splits and shapes."""
     import numpy as np
 
     from lottery_ticket_pruner.experiments import datasets
@@ -40,7 +40,7 @@ def data(folder=None):
 
 
 def search(examples, rounds, steps):
-    """Finds a ticket; returns its rows and the seconds that it took."""
+    """Finds a ticket; returns its rows and the time in seconds."""
     from lottery_ticket_pruner import find_ticket
     from lottery_ticket_pruner.experiments import workbench
     from lottery_ticket_pruner.experiments.config import RunConfig
@@ -75,7 +75,7 @@ def main(arguments=None):
     )
     parser.add_argument("--data-dir", metavar="DIR", help="folder with MNIST's published files")
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=20_000, help="of each training")
+    parser.add_argument("--steps", type=int, default=20_000, help="steps of each training")
     options = parser.parse_args(arguments)
 
     examples = data(options.data_dir)

@@ -1,7 +1,7 @@
-"""Other ways to train LeNet-300-100 under masks, without Keras 3; each in a process of its own.
+"""Contenders that train LeNet-300-100 with masks but without Keras 3, for `benchmarks.plan`.
 
-Contenders for `benchmarks.plan`. Every one makes an epoch of so many batches in random order, with
-Adam, and measures milliseconds a step.
+Each runs in a separate process, trains for an epoch of `steps` batches in random order with Adam,
+and measures milliseconds per step.
 """
 
 import itertools
@@ -22,7 +22,7 @@ def examples(shape, count):
 
 
 def hand_written(steps, batch_size):
-    """An epoch of LeNet-300-100 with Adam, written out for TensorFlow, as one XLA program."""
+    """Trains LeNet-300-100 with a hand-written Adam on TensorFlow, one XLA program per epoch."""
     import tensorflow as tf
 
     host_x, host_y = examples((INPUTS,), steps * batch_size)
@@ -64,7 +64,7 @@ def hand_written(steps, batch_size):
 
 
 def torch_prune(steps, batch_size):
-    """A plain torch loop over LeNet-300-100 with the masks of `torch.nn.utils.prune`."""
+    """Trains LeNet-300-100 in a plain torch loop with the masks of `torch.nn.utils.prune`."""
     import torch
     from torch.nn.utils import prune
 
@@ -96,7 +96,7 @@ def torch_prune(steps, batch_size):
 
 
 def tfmot(steps, batch_size, frequency):
-    """`prune_low_magnitude` on `tf_keras`, updating its masks every so many steps."""
+    """Trains with `prune_low_magnitude` on `tf_keras`, with new masks every `frequency` steps."""
     import tensorflow_model_optimization as tfmot
     import tf_keras
 

@@ -1,4 +1,4 @@
-"""What is compared with what: the benchmarks by name, their peers and their goals."""
+"""The benchmarks by name, with their contenders and goals."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -9,7 +9,7 @@ from benchmarks.timing import Contender, measure
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """One row to be: keys of two contenders, and the goal of their ratio (see `Row`)."""
+    """One row of the table: keys of two contenders, and the goal of their ratio (see `Row`)."""
 
     what: str
     ours: str
@@ -22,14 +22,14 @@ class Comparison:
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Contenders measured in turns, and the comparisons between them."""
+    """Contenders that are measured in turns, and the comparisons between them."""
 
     contenders: Mapping[str, Contender]
     comparisons: tuple[Comparison, ...]
     repeats: int
 
     def rows(self, benchmark: str) -> Iterator[Row]:
-        """Measures; yields the rows."""
+        """Measures all contenders and yields the rows."""
         found, missing = measure(self.contenders, self.repeats)
         for row in self.comparisons:
             yield Row(
@@ -49,7 +49,7 @@ def _on(backend: str, **environment: str) -> dict[str, str]:
     return {"KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3", **environment}
 
 
-# The tables of all benchmarks but `gpu` are about processors.
+# All benchmarks except `gpu` run on the CPU.
 _CPU = {"CUDA_VISIBLE_DEVICES": "-1", "JAX_PLATFORMS": "cpu"}
 
 
@@ -63,8 +63,8 @@ def _peer(setup: str, name: str, **arguments) -> Contender:
 
 
 def engine(quick: bool) -> Iterator[Group]:
-    """The engine against loops of others over the same network."""
-    # An epoch of MNIST less the 5 000 images for validation, as in the paper.
+    """The engine compared with other training loops for the same network."""
+    # An epoch of MNIST without the 5,000 images for validation, as in the paper.
     work = {"steps": 60 if quick else 917, "batch_size": 60}
     lenet = {"network": "lenet-300-100", **work}
     warm_up = {"warm_up": 0.0} if quick else {}
@@ -72,7 +72,7 @@ def engine(quick: bool) -> Iterator[Group]:
     repeats = 2 if quick else 7
     plain = _training("engine", "engine", **lenet, **warm_up)
     masked = _training("engine", "engine", **lenet, masks=True, **warm_up)
-    # Few at a time: each that waits holds memory and caches, and makes the turns long.
+    # Few contenders at a time, since each waiting process occupies memory and caches.
     yield Group(
         {"plain": plain, "hand": _peer("hand_written", "hand", **work)},
         (
@@ -136,14 +136,14 @@ def engine(quick: bool) -> Iterator[Group]:
             Comparison(
                 f"engine, {net}, TensorFlow, masked",
                 "masked",
-                "tfmot on tf_keras, masks anew every step",
+                "tfmot on tf_keras, new masks every step",
                 "tfmot, 1",
                 faster=True,
             ),
             Comparison(
                 f"engine, {net}, TensorFlow, masked",
                 "masked",
-                "tfmot on tf_keras, masks anew every 100 steps",
+                "tfmot on tf_keras, new masks every 100 steps",
                 "tfmot, 100",
                 faster=True,
             ),
@@ -188,7 +188,7 @@ def engine(quick: bool) -> Iterator[Group]:
 
 
 def masked(quick: bool) -> Iterator[Group]:
-    """Steps of the masked network against those of the plain one, in the same loop."""
+    """Steps of the masked network compared with those of the plain one, in the same loop."""
     for backend, keras, network, name, batch_size, steps, goal in (
         ("tensorflow", "TensorFlow", "conv-6", "Conv-6", 60, 10, 1.03),
         ("tensorflow", "TensorFlow", "transformer", "transformer block (d 256)", 32, 15, 1.03),
@@ -217,7 +217,7 @@ def masked(quick: bool) -> Iterator[Group]:
 
 
 def conversion(quick: bool) -> Iterator[Group]:
-    """`convert_to_masked` against `clone_model`."""
+    """`convert_to_masked` compared with `clone_model`."""
 
     def contender(name):
         setup = "benchmarks.weights:conversion"
@@ -240,7 +240,7 @@ def conversion(quick: bool) -> Iterator[Group]:
 
 
 def ranking(quick: bool) -> Iterator[Group]:
-    """Global `update_masks` against `numpy.partition` and others on the same numbers."""
+    """Global `update_masks` compared with `numpy.partition` and others on the same numbers."""
     size = 100_000 if quick else 25_000_000
     setup = "benchmarks.weights:update"
     names = ("first", "second", "partition", "argsort", "copy", "peak", "weights")
@@ -259,7 +259,7 @@ def ranking(quick: bool) -> Iterator[Group]:
 
 
 def supermasks(quick: bool) -> Iterator[Group]:
-    """A grid of untrained masks against the bare matrix products of that work."""
+    """A grid of untrained masks compared with only the matrix products of this work."""
     examples, criteria, sparsities = (500, 2, 2) if quick else (10_000, 13, 25)
     for backend, keras in (("tensorflow", "TensorFlow"), ("jax", "JAX")):
         work = {"examples": examples, "criteria": criteria, "sparsities": sparsities}
@@ -285,7 +285,7 @@ def supermasks(quick: bool) -> Iterator[Group]:
 
 
 def memory(quick: bool) -> Iterator[Group]:
-    """What masks add to a model."""
+    """Memory that masks add to a model."""
 
     def contender(setup, name, **arguments):
         setup = f"benchmarks.weights:{setup}"
@@ -321,10 +321,10 @@ def memory(quick: bool) -> Iterator[Group]:
 
 
 def gpu(quick: bool) -> Iterator[Group]:
-    """Steps and memory of masked networks in mixed bfloat16, on JAX and on torch."""
+    """Steps and memory of masked networks in mixed bfloat16 on JAX and torch."""
 
     def contender(name, backend, **arguments):
-        # JAX would take three quarters of the memory for the first process.
+        # JAX would otherwise reserve three quarters of the memory for the first process.
         environment = _on(backend, XLA_PYTHON_CLIENT_PREALLOCATE="false")
         return Contender("benchmarks.training:on_device", name, arguments, environment)
 

@@ -1,8 +1,8 @@
-"""Compares global mask updates by every criterion of records with `numpy.partition`.
+"""Compares global mask updates, for every criterion on records, with `numpy.partition`.
 
 `python -m benchmarks.ranking` prints seconds (median over alternating repeats in one process),
-their ratio, and the peak of memory that the update adds, in multiples of the weights' own bytes.
-This is the ranking alone, on arrays; `python -m benchmarks ranking` has `update_masks` of a model.
+their ratio, and the peak memory that the update adds, as a multiple of the size of the weights.
+It measures only the ranking of arrays; `python -m benchmarks ranking` measures `update_masks`.
 """
 
 import argparse
@@ -21,9 +21,9 @@ RATE = 0.2
 def main() -> None:
     known = [name for name in criteria.names() if not criteria.get(name).evidence]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("criteria", nargs="*", default=known, help="default: all of records")
+    parser.add_argument("criteria", nargs="*", default=known, help="default: all on records")
     parser.add_argument("--size", type=int, default=25_000_000, help="number of weights")
-    parser.add_argument("--repeats", type=int, default=5, help="how often each one is timed")
+    parser.add_argument("--repeats", type=int, default=5, help="number of timings per criterion")
     args = parser.parse_args()
 
     rng = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""Rows of measurements, and the table of them on the screen, as Markdown and as JSON."""
+"""Rows of measurements, and their table for terminals, as Markdown and as JSON."""
 
 import dataclasses
 import importlib.metadata
@@ -29,19 +29,19 @@ HEADS = ("what", "ours", "peer or limit", "its", "ratio", "goal", "repeats")
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """Ours against a peer's, or against a limit.
+    """One comparison of our measurements with those of a peer or with a limit.
 
     Attributes:
         benchmark: Name of the benchmark.
-        what: What was measured.
-        ours: Our measurements.
-        peer: What they are compared with.
-        theirs: Its measurements, of the same rounds; a single number is a limit.
-        unit: Of both.
-        goal: Of the ratio; None if the row only informs.
-        faster: Whether the ratio is theirs / ours, to be at least the goal; otherwise it is
-            ours / theirs, to be at most the goal.
-        missing: Why there are no measurements, empty if there are.
+        what: Description of the measured quantity.
+        ours: Our measurements, one per round.
+        peer: Name of the peer or limit.
+        theirs: The peer's measurements in the same rounds, or a single number, the limit.
+        unit: Unit of all measurements.
+        goal: Goal of the ratio; None if the row has no goal.
+        faster: Whether the ratio is theirs / ours and must be at least the goal. Otherwise it is
+            ours / theirs and must be at most the goal.
+        missing: Reason why there are no measurements, or "".
     """
 
     benchmark: str
@@ -56,7 +56,7 @@ class Row:
 
     @property
     def ratios(self) -> list[float]:
-        """The ratio in each round."""
+        """Ratio in each round."""
         theirs = self.theirs * len(self.ours) if len(self.theirs) == 1 else self.theirs
         pairs = zip(self.ours, theirs, strict=True)
         return [b / a if self.faster else a / b for a, b in pairs]
@@ -70,7 +70,7 @@ class Row:
         return ratio >= self.goal if self.faster else ratio <= self.goal
 
     def cells(self) -> tuple[str, ...]:
-        """The row's text under `HEADS`: medians, and in brackets the least and the greatest."""
+        """Returns the cells under `HEADS`: medians, with the extremes in parentheses."""
         goal = "" if self.goal is None else f"{'≥' if self.faster else '≤'} {self.goal:g}"
         if self.missing:
             return self.what, "", self.peer, self.missing, "", goal, ""
@@ -100,7 +100,7 @@ def _short(value: float) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures depend on; nothing that tells one machine from another of its kind."""
+    """Returns the properties of the machine that affect results, without identifying it."""
     return {
         "processor": _processor(),
         "cores": psutil.cpu_count(logical=False),
@@ -129,7 +129,7 @@ def _processor() -> str:
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of what is measured and of its peers, None for what is not installed."""
+    """Returns the versions of Keras, the backends and the peers, None if not installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
     for name in DISTRIBUTIONS:
         try:
@@ -140,7 +140,7 @@ def versions() -> dict[str, str | None]:
 
 
 def table(rows: list[Row]) -> Table:
-    """The table for a terminal."""
+    """Returns the table for a terminal."""
     shown = Table(box=box.SIMPLE_HEAD)
     for head in HEADS:
         shown.add_column(head, overflow="fold")
@@ -151,7 +151,7 @@ def table(rows: list[Row]) -> Table:
 
 
 def markdown(rows: list[Row], about: dict[str, Any]) -> str:
-    """The same table in Markdown, under a line about the machine."""
+    """Returns the table in Markdown, below a line about the machine."""
     lines = [" | ".join(("", *cells, "")).strip() for cells in (HEADS, *(r.cells() for r in rows))]
     lines.insert(1, "|" + "---|" * len(HEADS))
     return "\n".join([sentence(about), "", *lines]) + "\n"
@@ -170,7 +170,7 @@ def sentence(about: dict[str, Any]) -> str:
 
 
 def as_json(rows: list[Row], about: dict[str, Any]) -> str:
-    """Every measurement, with the median ratio and whether it meets the goal."""
+    """Returns all measurements as JSON, with the median ratios and whether they meet the goals."""
     body = [
         {
             **dataclasses.asdict(row),
@@ -183,12 +183,12 @@ def as_json(rows: list[Row], about: dict[str, Any]) -> str:
 
 
 def between(text: str, name: str, body: str) -> str:
-    """Returns a document with what is between the two markers of this name replaced.
+    """Returns a document with `body` as the text between the two markers of this name.
 
     Raises:
-        ValueError: It does not have each marker once.
+        ValueError: If the document does not have each marker exactly once, in order.
     """
     begin, end = f"<!-- benchmarks {name} -->\n", f"<!-- end of benchmarks {name} -->"
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
-        raise ValueError(f"Expected a line {begin.strip()!r} and, later, a line {end!r}, once.")
+        raise ValueError(f"Expected one line {begin.strip()!r} and, after it, one line {end!r}.")
     return text[: text.index(begin) + len(begin)] + body + text[text.index(end) :]

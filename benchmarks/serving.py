@@ -1,17 +1,18 @@
-"""Sizes, latency, load time and memory of sparse SavedModels against dense ones.
+"""Compares sizes, latency, load time and memory of sparse SavedModels with dense ones.
 
     python -m benchmarks.serving [sizes] [latency] [load] [--rounds 9]
 
-Weights, seed 0: `fresh` are Keras' own initial weights; `normal` are drawn from a normal
-distribution with He's standard deviation, whose exponents compress worse. Trained weights, and
-biases that are not zero, can take more than either. In every kernel, that of the output layer
-included, the weights of smallest magnitude are pruned; biases and BatchNormalization are as Keras
-makes them. The dense folder is what `tf.saved_model.save` writes of the same function with one copy
-of the weights.
+The weights (seed 0) are Keras' initial weights (`fresh`), or drawn from a normal distribution with
+He's standard deviation (`normal`), whose exponents compress less well. Trained weights and non-zero
+biases can take more space than either. In every kernel, including that of the output layer, the
+weights with the smallest magnitudes are pruned; biases and BatchNormalization are newly
+initialized. The dense folder is written by `tf.saved_model.save` for the same function with one
+copy of the weights.
 
-Latency: both folders in one process, calls in turns. Load: fresh processes with TensorFlow alone,
-in turns. Ratios are of medians over the rounds; the load average at the start is printed. On a busy
-machine the processor time of loading tells more than its wall time does.
+For latency, both folders are loaded into one process and called in turns. For load time, new
+processes with only TensorFlow load them in turns. Ratios are those of the medians over the rounds.
+The load average at the start is printed; on a busy machine the processor time of loading is more
+reliable than the wall time.
 """
 
 import argparse
@@ -44,7 +45,7 @@ LATENCY_GOAL = 1.03
 LOAD_GOAL = 1.1
 SPARSITIES = {"lenet-300-100": 0.95, "conv-6": 0.9, "ResNet50": 0.9}
 
-# Runs with TensorFlow alone. Memory is of the process, in KiB.
+# Runs with only TensorFlow. Memory is that of the process, in KiB.
 LOAD = """
 import json, sys, time
 import numpy as np
@@ -69,7 +70,7 @@ print(json.dumps({"base": base, "loaded": loaded, "peak": peak, **seconds}))
 
 
 def pruned(name, weights, sparsity):
-    """Returns a masked model of the named network and weights at a sparsity per kernel."""
+    """Returns a masked model of a network, with `weights` and each kernel at `sparsity`."""
     keras.utils.set_random_seed(0)
     if name in networks.NAMES:
         model = networks.build(name, (28, 28, 1) if name.startswith("lenet") else (32, 32, 3))
@@ -91,7 +92,7 @@ def pruned(name, weights, sparsity):
 
 
 def write_dense(model, path):
-    """Writes a SavedModel with one copy of the weights, as TensorFlow does by itself."""
+    """Writes a dense SavedModel with one copy of the weights, using only TensorFlow."""
     import tensorflow as tf
 
     traced = trace(model, effective_values(model))
@@ -103,7 +104,7 @@ def write_dense(model, path):
 
 
 def both(name, weights, sparsity, folder):
-    """Writes the sparse and the dense folder; returns the report and the bytes of the dense one."""
+    """Writes the sparse and the dense folder; returns the report and the dense size in bytes."""
     model = pruned(name, weights, sparsity)
     report = export_sparse_saved_model(model, folder / "sparse")
     write_dense(model, folder / "dense")
@@ -161,7 +162,7 @@ def latency(rounds):
                 calls = max(1, int(0.2 / (time.perf_counter() - start)))
                 times = {"dense": [], "sparse": []}
                 for number in range(rounds):
-                    # Neither always goes first.
+                    # The order alternates.
                     for kind in sorted(models, reverse=bool(number % 2)):
                         start = time.perf_counter()
                         for _ in range(calls):

@@ -1,4 +1,4 @@
-"""Grids of untrained masks against the bare matrix products of that work: for `benchmarks.plan`."""
+"""Contenders for `benchmarks.plan`: a grid of untrained masks, and only its matrix products."""
 
 import keras
 import numpy as np
@@ -9,7 +9,7 @@ from benchmarks.timing import seconds
 from lottery_ticket_pruner import LotteryTicketPruner
 from lottery_ticket_pruner.supermasks import evaluate_grid
 
-# Those of Zhou et al.: of all that rank by records, the ones that have no other name.
+# The criteria of Zhou et al.: all that rank by records, without equivalent ones.
 CRITERIA = (
     "large_final",
     "small_final",
@@ -28,7 +28,7 @@ CRITERIA = (
 
 
 def grid(examples, criteria, sparsities):
-    """Seconds of LeNet-300-100 under all these masks, and of as many times its products alone."""
+    """Times LeNet-300-100 under all these masks, and as many repetitions of its products."""
     keras.utils.set_random_seed(0)
     shape = [keras.Input((784,)), layers.Dense(300, "relu"), layers.Dense(100, "relu")]
     model = ml.convert_to_masked(keras.Sequential([*shape, layers.Dense(10)]))
@@ -59,7 +59,7 @@ def grid(examples, criteria, sparsities):
         for _ in range(cells):
             for left, right in zip(factors[::2], factors[1::2], strict=True):
                 product = ops.matmul(left, right)
-        # The backends that compute later are done when the last one is.
+        # Asynchronous backends have finished when the last product is available.
         ops.convert_to_numpy(product)
 
     def masks():

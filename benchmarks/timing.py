@@ -1,7 +1,7 @@
-"""Contenders measured in turns, each set in a process of its own.
+"""Measures contenders in turns, in separate processes.
 
-Backends and peers keep pools of threads, memory and global settings: one process for each keeps
-them out of each other's way, and turns let other load on the machine meet all of them alike.
+Backends and peers have thread pools, memory and global settings, which separate processes keep
+apart. Because contenders take turns, other load on the machine affects all of them equally.
 """
 
 import contextlib
@@ -21,17 +21,17 @@ _OURS = ("benchmarks", "lottery_ticket_pruner", "masked_layers")
 
 
 class MissingError(Exception):
-    """What the contender needs is not installed."""
+    """Raised if a module that a contender needs is not installed."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
-    """What to measure.
+    """One measurable function.
 
     Attributes:
-        setup: `"module:function"`. Called in the worker with `arguments`, it returns functions by
-            name; each call of one is a measurement, a number.
-        name: Which of them.
+        setup: `"module:function"`. It is called in the worker with `arguments` and returns
+            functions by name; each call of such a function returns one measurement, a number.
+        name: Name of the function to measure.
         arguments: Keyword arguments of `setup`.
         environment: Environment variables of the worker, set before anything is imported.
     """
@@ -43,16 +43,16 @@ class Contender:
 
     @property
     def worker(self) -> tuple[Any, ...]:
-        """Contenders with the same setup share a process."""
+        """Key of the worker; contenders with the same setup share a process."""
         return self.setup, *sorted(self.arguments.items()), *sorted(self.environment.items())
 
 
 class Worker:
-    """A process that has set up contenders and measures one at a time, when asked.
+    """A process that sets up contenders and measures one at a time, on request.
 
     Raises:
-        MissingError: A module that the setup imports is not installed; the message is its name.
-        RuntimeError: The setup failed; the message has the traceback.
+        MissingError: If a module that the setup imports is not installed. The message is its name.
+        RuntimeError: If the setup failed. The message contains the traceback.
     """
 
     def __init__(self, contender: Contender) -> None:
@@ -83,7 +83,7 @@ class Worker:
             self._process.join()
             said = Path(self._log.name).read_text(errors="replace")[-2_000:]
             raise RuntimeError(
-                f"The worker ended with code {self._process.exitcode}. Its last words: {said}"
+                f"The worker ended with code {self._process.exitcode}. Its last output: {said}"
             ) from None
         if kind == "value":
             return value
@@ -92,7 +92,7 @@ class Worker:
 
 
 def _serve(pipe: Any, log: str, contender: Contender) -> None:
-    # Libraries talk while they are imported and while they work.
+    # Libraries write to the standard streams while they are imported and used.
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -118,10 +118,10 @@ def _serve(pipe: Any, log: str, contender: Contender) -> None:
 def measure(
     contenders: Mapping[str, Contender], repeats: int
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """Measures contenders in turns, the last first in every other round.
+    """Measures contenders in turns, in reverse order every other round.
 
     Returns:
-        The measurements by key, one of each round; and why there are none, by key.
+        Two dicts by key: the measurements, one per round, and the reasons for missing ones.
     """
     workers: dict[tuple, Worker] = {}
     reasons: dict[tuple, str] = {}
@@ -149,7 +149,7 @@ def measure(
 
 
 def seconds(function: Callable[[], Any], per: float = 1.0) -> Callable[[], float]:
-    """Returns a function that says how long a call of `function` takes, divided by `per`."""
+    """Returns a function that measures the seconds of a call of `function`, divided by `per`."""
 
     def timed() -> float:
         start = time.perf_counter()
@@ -160,10 +160,11 @@ def seconds(function: Callable[[], Any], per: float = 1.0) -> Callable[[], float
 
 
 def step_milliseconds(function: Callable[[], Any], steps: int) -> Callable[[], float]:
-    """Returns a function that says how long each of the `steps` of a call of `function` takes.
+    """Returns a function that measures the milliseconds per step of a call of `function`.
 
-    It calls it twice and takes the second time: to a process that waited for its turn the first
-    call brings back what others and the system have driven out of caches and memory.
+    It calls `function` twice and measures the second call. While a process waits for its turn,
+    other processes and the system evict its data from caches and memory, and the first call brings
+    them back.
     """
     timed = seconds(function, per=steps / 1e3)
 
@@ -175,9 +176,9 @@ def step_milliseconds(function: Callable[[], Any], steps: int) -> Callable[[], f
 
 
 def peak_bytes(function: Callable[[], Any]) -> int:
-    """Returns by how much the process' resident memory rose at most during a call.
+    """Returns the peak increase of the process' resident memory during a call, in bytes.
 
-    Counts what libraries allocate outside Python, too. Only Linux can reset its peak.
+    This includes memory that libraries allocate outside Python. Only Linux can reset the peak.
     """
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")

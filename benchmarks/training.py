@@ -1,7 +1,7 @@
-"""Training steps: the engine, Keras' own `fit`, masked against plain. Measured in milliseconds.
+"""Contenders for `benchmarks.plan` that train with Keras: the engine, `fit`, masked and plain.
 
-Contenders for `benchmarks.plan`, set up with Keras on the backend of the process. All train on the
-same numbers drawn at random (speed does not depend on them), with Adam, and report the accuracy.
+They use the backend of the process and measure milliseconds per step. All train on the same random
+numbers (speed does not depend on the data), with Adam and the accuracy metric.
 """
 
 import time
@@ -16,7 +16,7 @@ from benchmarks.timing import peak_bytes, step_milliseconds
 from lottery_ticket_pruner import training
 from lottery_ticket_pruner.experiments import networks
 
-# Longer than the engine takes to settle on its route.
+# Longer than the engine takes to choose its route.
 WARM_UP_SECONDS = 6.0
 
 SHAPES = {
@@ -55,7 +55,7 @@ def compiled(model, **kwargs):
 
 
 def transformer_block(shape):
-    """Self-attention with 8 heads, then 4 times the width and back (0.79 million weights)."""
+    """Returns a block of self-attention with 8 heads and an MLP (0.79 million weights)."""
     width = shape[-1]
     inputs = keras.Input(shape)
     x = layers.LayerNormalization()(inputs)
@@ -67,7 +67,7 @@ def transformer_block(shape):
 
 
 def masked(model):
-    """Returns the masked model, four fifths of its weights pruned at random."""
+    """Returns the masked model with 80 % of its weights pruned at random."""
     model = ml.convert_to_masked(model)
     rng = np.random.default_rng(0)
     masks = {path: rng.random(mask.shape) >= SPARSITY for path, mask in ml.get_masks(model).items()}
@@ -76,7 +76,7 @@ def masked(model):
 
 
 def engine(network, batch_size, steps, masks=False, warm_up=WARM_UP_SECONDS):
-    """`training.train` as users call it: it chooses its route by the clock."""
+    """Trains with `training.train` as users call it, with the route chosen by timing."""
     model = build(network)
     if masks:
         model = masked(model)
@@ -93,7 +93,7 @@ def engine(network, batch_size, steps, masks=False, warm_up=WARM_UP_SECONDS):
 
 
 def fit(network, batch_size, steps, steps_per_execution=1, masks=False):
-    """Keras' own loop over an epoch."""
+    """Trains with Keras' `fit`, one epoch per measurement."""
     model = build(network)
     compiled(model, steps_per_execution=steps_per_execution)
     if masks:
@@ -108,9 +108,9 @@ def fit(network, batch_size, steps, steps_per_execution=1, masks=False):
 
 
 def masked_and_plain(network, batch_size, steps):
-    """The same loop over the masked and over the plain network, in one process.
+    """Trains the masked and the plain network with the same loop, in one process.
 
-    The loop is what is known to suit the network, not what the clock says: it must be the same.
+    The loop is deterministic and not chosen by timing, since it must be the same for both.
     """
     x, y = examples(SHAPES[network], steps * batch_size)
 
@@ -126,7 +126,7 @@ def masked_and_plain(network, batch_size, steps):
 
 
 def earlier_callback(steps, batch_size):
-    """The earlier library's way on a plain model: a callback that writes zeros once an epoch."""
+    """Trains a plain model with a callback that writes zeros once per epoch, like earlier tools."""
     model = build("lenet-300-100")
     rng = np.random.default_rng(0)
     kept = {
@@ -151,9 +151,9 @@ def earlier_callback(steps, batch_size):
 
 
 def on_device(network, batch_size, steps, shape, masks):
-    """Steps in mixed bfloat16, and the most memory that the device has held, in megabytes.
+    """Measures steps in mixed bfloat16 and the peak memory of the device in megabytes.
 
-    Without a GPU the memory is what the process' resident memory grew by.
+    Without a GPU, the memory is the increase of the process' resident memory.
     """
     keras.config.set_dtype_policy("mixed_bfloat16")
     model = build(network, tuple(shape))

@@ -1,4 +1,4 @@
-"""Conversion, mask updates and memory, with no training: contenders for `benchmarks.plan`."""
+"""Contenders for `benchmarks.plan` without training: conversion, mask updates and memory."""
 
 import ctypes
 import gc
@@ -20,7 +20,7 @@ def network(quick):
 
 
 def conversion(quick):
-    """Seconds of `convert_to_masked` and of `clone_model` for ResNet-50."""
+    """Measures the seconds of `convert_to_masked` and `clone_model` for ResNet-50."""
     plain = network(quick)
     contenders = {
         "convert": seconds(lambda: ml.convert_to_masked(plain)),
@@ -32,7 +32,7 @@ def conversion(quick):
 
 
 def variables(quick):
-    """Megabytes of the variables of ResNet-50, masked and plain."""
+    """Measures the megabytes of the variables of ResNet-50, masked and plain."""
     plain = network(quick)
     masked = ml.convert_to_masked(plain)
     return {"masked": lambda: _nbytes(masked), "plain": lambda: _nbytes(plain)}
@@ -43,8 +43,8 @@ def _nbytes(model):
 
 
 def resident(quick, masks):
-    """Megabytes by which the process grows when it copies ResNet-50, masked or plain."""
-    # What is imported and made once for all models.
+    """Measures the megabytes by which a masked or plain copy of ResNet-50 grows the process."""
+    # Imports and creates everything that is needed only once for all models.
     ml.convert_to_masked(keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)]))
     plain = network(quick)
     before = _resident()
@@ -57,7 +57,7 @@ def resident(quick, masks):
 def _resident():
     gc.collect()
     if sys.platform == "linux":
-        # Gives back what was freed: the C library keeps it for later.
+        # Returns freed memory to the system, which the C library would keep.
         ctypes.CDLL(None).malloc_trim(0)
     return psutil.Process().memory_info().rss / 1e6
 
@@ -67,11 +67,11 @@ LAYERS = 10
 
 
 def update(size):
-    """A fifth of so many weights in ten kernels goes, all of them competing.
+    """Measures a global update that prunes a fifth of `size` weights in ten kernels.
 
-    Seconds of `update_masks` from full masks and once more, of `numpy.partition` and an argsort of
-    the same magnitudes, and of a copy of them; megabytes of the weights and of what the process
-    grows by at most in a first update.
+    The contenders are the seconds of `update_masks` from full masks and of a second update, of
+    `numpy.partition` and an argsort of the same magnitudes, and of a copy of them; also the
+    megabytes of the weights and the peak increase of the process' memory in a first update.
     """
     side = round((size / LAYERS) ** 0.5)
     keras.utils.set_random_seed(0)
@@ -89,7 +89,7 @@ def update(size):
     full = {path: np.ones(mask.shape, bool) for path, mask in ml.get_masks(model).items()}
 
     def again():
-        pruner.set_pretrained_weights()  # Without it the pruner warns that nothing was recorded.
+        pruner.set_pretrained_weights()  # Otherwise the pruner warns that nothing was recorded.
         return seconds(lambda: pruner.update_masks("large_final", rate=RATE, scope="global"))()
 
     def first():
@@ -107,7 +107,7 @@ def update(size):
         return grown / 1e6
 
     def argsort():
-        """A threshold from all magnitudes in order, as the earlier library found it."""
+        """Finds the threshold by sorting all magnitudes, as the earlier library did."""
         joined = np.concatenate([np.abs(kernel).ravel() for kernel in kernels])
         threshold = joined[np.argsort(joined)[drop]]
         return [(np.abs(kernel) >= threshold).astype("float32") for kernel in kernels]

@@ -1,1 +1,1 @@
-"""Checks that are too long for the tests: each says what it compared and what differs."""
+"""Checks that take too long for the tests; each prints what it compared and what differs."""

@@ -2,10 +2,10 @@
 
     python -m benchmarks.checks.conversion [NAME ...]
 
-Weights are random, drawn so that the outputs are not constant. Prints per model how many layers
-were masked and how many with weights were left, the largest difference of outputs before and after
-the conversion and after saving the masks, stripping and comparing under half-empty masks, and the
-time of `convert_to_masked` against that of `keras.models.clone_model` in the same run.
+Weights are random, drawn so that the outputs are not constant. For each model it prints the number
+of masked layers and of other layers with weights, the largest difference of outputs after the
+conversion and, with half of the weights pruned, after stripping, and the times of
+`convert_to_masked` and `keras.models.clone_model` in the same run.
 """
 
 import argparse
@@ -24,7 +24,7 @@ SIDE = 96
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """What came out for one model."""
+    """The results for one model."""
 
     name: str
     weights: int
@@ -47,9 +47,9 @@ def families():
 
 
 def randomized(name, seed=0):
-    """Returns a model whose outputs differ from sample to sample.
+    """Returns a model whose outputs differ between samples.
 
-    As Keras initializes them, many families give constant outputs (zero-initialized scales, deep
+    With Keras' initial weights, many families have constant outputs (zero-initialized scales, deep
     stacks of small kernels), and equal constants would prove nothing.
     """
     keras.utils.set_random_seed(seed)
@@ -82,7 +82,7 @@ def images():
 
 def largest_difference(a, b, inputs):
     """Returns the largest absolute difference of two models' outputs and their spread."""
-    # Called, not `predict`: tracing the deeper models takes longer than running them.
+    # Without `predict`, because tracing the deeper models takes longer than running them.
     first, second = (keras.ops.convert_to_numpy(model(inputs, training=False)) for model in (a, b))
     if not np.isfinite(first).all():
         raise FloatingPointError(f"The outputs of {a.name} are not finite: rescale its weights.")

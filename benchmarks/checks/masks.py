@@ -1,10 +1,10 @@
-"""Trains under masks and looks for anything but zero beneath them.
+"""Trains masked models and checks that pruned weights are exactly zero.
 
     python -m benchmarks.checks.masks
 
-On every backend that is installed, a convolutional net with regularizers and half of its weights
-masked is trained for 100 steps with each optimizer. Prints the largest absolute effective weight
-under a mask, which must be 0.0, beside the largest raw one, which need not be.
+On every installed backend, a convolutional network with regularizers and half of its weights
+pruned is trained for 100 steps with each optimizer. Prints the largest absolute effective value of
+a pruned weight, which must be 0.0, and the largest raw value, which may differ from 0.
 """
 
 import importlib.util
@@ -17,7 +17,7 @@ BACKENDS = ("tensorflow", "jax", "torch")
 
 
 def measure():
-    """Trains with each optimizer on the backend in force; prints a line each."""
+    """Trains with each optimizer on the current backend and prints one line for each."""
     import keras
     import numpy as np
     from keras import layers
@@ -66,7 +66,7 @@ def measure():
 
 
 def main():
-    """Runs `measure` in a process of its own for every backend."""
+    """Runs `measure` in a separate process for every backend."""
     print("backend     optimizer        steps   effective         raw        loss", flush=True)
     for backend in BACKENDS:
         if importlib.util.find_spec(backend) is None:

@@ -1,14 +1,14 @@
-"""Kills a run in the middle of rounds, resumes it, and compares it with one left alone.
+"""Kills a run twice in the middle of a training, resumes it, and compares it with a whole run.
 
     python -m benchmarks.checks.resume [OPTION ...] [--out FOLDER]
 
 Options are those of `lottery-ticket run` (default: three rounds on the digits with all controls).
-The run is a process of its own. When a third of its lines of results are there it gets SIGKILL,
-half the time of the last line later, so in the middle of a training; the same command is given
-again, and killed again when two thirds are there; then it is given a last time. Next to that, the
-command runs once without interruption. Both are deterministic. Compared
-are all numbers of results.csv but the seconds, the masks of every round, and every array of the
-saved tickets (weights, masks, optimizer) byte for byte. Prints what was compared and what differs.
+The run is a separate process. It is killed with SIGKILL after a third of its lines of results, plus
+half the time of the last line, and therefore in the middle of a training. The same command is then
+started again, killed after two thirds of the lines, and started a last time. For comparison, the
+command also runs once without interruption. Both runs are deterministic. The script compares all
+numbers of results.csv except the seconds, the masks of every round, and every array of the saved
+tickets (weights, masks, optimizer) byte for byte. It prints what it compared and what differs.
 """
 
 import argparse
@@ -33,17 +33,17 @@ COMMAND = (sys.executable, "-m", "lottery_ticket_pruner.cli", "run")
 
 
 def lines_of(folder):
-    """The lines of results that are on disk."""
+    """Returns the complete lines of results on disk."""
     try:
         text = (folder / "results.csv").read_text()
     except FileNotFoundError:
         return []
-    # The last line may be half written.
+    # The last line may be incomplete.
     return list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))
 
 
 def run(options, folder, kill_after=None):
-    """Runs the command to its end, or kills it in the training after so many lines of results."""
+    """Runs the command to its end, or kills it in the training after `kill_after` lines."""
     command = [*COMMAND, *options, "--deterministic", "--quiet", "--out", str(folder)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     if kill_after is None:
@@ -58,14 +58,14 @@ def run(options, folder, kill_after=None):
             time.sleep(float(lines[-1]["seconds"]) / 2)
         if process.poll() is not None:
             errors = process.stderr.read().decode(errors="replace")
-            raise RuntimeError(f"The run ended before it was killed: give it more steps. {errors}")
+            raise RuntimeError(f"The run ended before it was killed; use more --steps. {errors}")
     finally:
         process.kill()
         process.communicate()
 
 
 def contents(folder):
-    """Everything that has to be equal, as bytes or text by name."""
+    """Returns everything that must be equal, as bytes or text by name."""
     found = {}
     for number, line in enumerate(lines_of(folder)):
         line.pop("seconds")
@@ -80,7 +80,7 @@ def contents(folder):
 
 
 def arrays_of(ticket):
-    """The name and the bytes of every array in a `.keras` file."""
+    """Returns the name and the bytes of every array in a `.keras` file."""
     import h5py
 
     found = []
@@ -97,7 +97,7 @@ def arrays_of(ticket):
 
 
 def compare(one, other):
-    """The names at which two folders differ, or that only one of them has."""
+    """Returns the names at which two folders differ or that only one of them has."""
     return [name for name in sorted({*one, *other}) if one.get(name) != other.get(name)]
 
 
@@ -108,9 +108,9 @@ def main(arguments=None):
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--out", type=Path, help="folder for both runs; by default none is left")
+    parser.add_argument("--out", type=Path, help="folder for both runs (default: a temporary one)")
     parser.add_argument(
-        "--kill-after", type=int, nargs="+", metavar="LINES", help="lines of results, in order"
+        "--kill-after", type=int, nargs="+", metavar="LINES", help="numbers of lines, ascending"
     )
     options, given = parser.parse_known_args(arguments)
     given = given or OPTIONS
@@ -119,7 +119,7 @@ def main(arguments=None):
         whole, killed = out / "whole", out / "killed"
         started = time.perf_counter()
         run(given, whole)
-        print(f"left alone: {time.perf_counter() - started:.0f} s, {len(lines_of(whole))} lines")
+        print(f"whole run: {time.perf_counter() - started:.0f} s, {len(lines_of(whole))} lines")
         count = len(lines_of(whole))
         for kill_after in options.kill_after or (count // 3, 2 * count // 3):
             run(given, killed, kill_after)

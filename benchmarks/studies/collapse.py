@@ -1,11 +1,11 @@
-"""How many weights of each layer are left when very few are: which criteria cut a network in two.
+"""Counts the kept weights of each layer at a high sparsity, for criteria at initialization.
 
     python -m benchmarks.studies.collapse
 
-A new network of `--depth` 3 x 3 convolutions is pruned at initialization, all layers competing, to
-`--sparsity`. A layer without a weight lets nothing through ("collapsed"). SynFlow is made never to
-do that before there are fewer weights than layers (Tanaka et al., arXiv 2006.05467, figure 1).
-Images and labels are random: what the gradients are of matters little here.
+An untrained network of `--depth` 3 x 3 convolutions is pruned to `--sparsity` with all layers
+ranked together. A layer without weights passes nothing on ("collapsed"). SynFlow is designed to
+avoid this until there are fewer weights than layers (Tanaka et al., arXiv 2006.05467, figure 1).
+Images and labels are random, since the data of the gradients has little influence here.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def main():
     keras.utils.set_random_seed(arguments.seed)
     inner = []
     for number in range(arguments.depth):
-        # As VGG: twice the filters after each of three poolings.
+        # As in VGG, the number of filters doubles after each of three poolings.
         stage = 4 * number // arguments.depth
         if number and stage != 4 * (number - 1) // arguments.depth:
             inner.append(keras.layers.MaxPooling2D())

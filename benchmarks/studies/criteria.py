@@ -1,13 +1,13 @@
-"""Every criterion at a few sparsities: test accuracy of LeNet-300-100, in one table.
+"""Prints a table of the test accuracy of LeNet-300-100 for every criterion at four sparsities.
 
     python -m benchmarks.studies.criteria --data digits mnist --data-dir DIR
 
-Criteria made for new models (`snip`, `grasp`, `synflow`; `random` as their control) prune before
-any training, and what is left trains for `--steps` steps from its initial weights. All others prune
-a model that was trained for as many steps, in one shot, and what is left trains on for `--steps`
-steps from its final weights, with a fresh optimizer. Rates are the same for every layer unless a
-criterion says otherwise. Numbers are the mean over seeds and half the distance between the extreme
-ones, in percent.
+Criteria for untrained models (`snip`, `grasp`, `synflow`, and `random` as their control) prune
+before any training, and the kept weights are trained for `--steps` steps from their initial values.
+All others prune a model that was trained for `--steps` steps, in one shot, and the kept weights are
+trained for `--steps` more steps from their final values, with a new optimizer. All layers have the
+same sparsity unless the criterion ranks them together. Numbers are the mean over seeds ± half the
+distance between the extremes, in percent.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from lottery_ticket_pruner.experiments import datasets, networks
 AT_INITIALIZATION = ("random", "snip", "grasp", "synflow")
 SPARSITIES = (0.80, 0.90, 0.95, 0.98)
 BATCH = 60
-EXAMPLES = 1_000  # for criteria that look at data
+EXAMPLES = 1_000  # for criteria that need data
 
 
 def main():
@@ -31,7 +31,7 @@ def main():
     )
     parser.add_argument("--data", nargs="+", default=["digits"], choices=datasets.NAMES)
     parser.add_argument("--data-dir")
-    parser.add_argument("--steps", type=int, default=1_000, help="of each training")
+    parser.add_argument("--steps", type=int, default=1_000, help="steps of each training")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--criteria", nargs="+", choices=criteria.names(), default=criteria.names())
     arguments = parser.parse_args()
@@ -54,7 +54,7 @@ def main():
 
 
 def accuracies(names, data, arguments):
-    """Test accuracies over the seeds: of `"none"`, and by criterion and sparsity."""
+    """Returns test accuracies of all seeds, for `"none"` and by criterion and sparsity."""
     model = ml.convert_to_masked(networks.build("lenet-300-100", data.input_shape, data.classes))
     model.compile(
         keras.optimizers.Adam(1.2e-3),

@@ -1,19 +1,20 @@
-"""Gradual pruning beside TensorFlow Model Optimization: accuracy, exact zeros, seconds per epoch.
+"""Compares gradual pruning with TensorFlow Model Optimization: accuracy, zeros, seconds per epoch.
 
     python -m benchmarks.studies.gradual --data-dir DIR
 
-The same network, LeNet-300-100, and the same polynomial schedule up to 90 %, once as a Keras 3
-model with `GradualPruning(regrowth=True)`, once as a `tf_keras` model under `prune_low_magnitude`;
-masks change after every step or after every 100.
+The same network, LeNet-300-100, is pruned with the same polynomial schedule up to 90 %, once as a
+Keras 3 model with `GradualPruning(regrowth=True)` and once as a `tf_keras` model with
+`prune_low_magnitude`. Masks change after every step or after every 100 steps.
 
-A second training from the same seed stops at the end of every batch of the schedule at which
-something is to be pruned, and counts the zeros of each layer's `kernel`. "exact" is the share of
-these batches at which every kernel has exactly as many as were asked for last; "zeros" how many of
-those asked for there are, the least over the batches. Asked for: of us, what the schedule says; of
-tfmot, as many as its own masks prune.
+A second training from the same seed counts the zeros of each layer's `kernel` at the end of every
+batch at which the schedule is above 0. "exact" is the share of these batches at which every kernel
+has exactly the requested number of zeros. "zeros" is the share of the requested zeros that are
+present, the smallest over the batches. The requested number is the one from the schedule for this
+library, and the number of weights that its own masks prune for tfmot.
 
-Epochs are timed in turns, each library in a process of its own (tfmot turns `tf.keras` into Keras
-2); the first epoch, which compiles, is left out. Numbers are medians, in brackets the extremes.
+Epochs are timed in turns, each library in a separate process (tfmot turns `tf.keras` into Keras 2).
+The first epoch, which includes compilation, is left out. Numbers are medians, with the extremes in
+parentheses.
 """
 
 import argparse
@@ -38,7 +39,7 @@ def main():
     parser.add_argument("--data", default="mnist", choices=["mnist", "fashion_mnist"])
     parser.add_argument("--data-dir", required=True)
     parser.add_argument("--epochs", type=int, default=5)
-    parser.add_argument("--examples", type=int, help="of the training images; by default all")
+    parser.add_argument("--examples", type=int, help="number of training images (default: all)")
     arguments = parser.parse_args()
     if arguments.epochs < 2:
         parser.error("--epochs must be at least 2: the first one is not timed")
@@ -82,7 +83,7 @@ def _spread(values):
 
 
 def contest(library, frequency, data, data_dir, epochs, examples):
-    """Trains an epoch and times it; the result; the zeros at the end of every batch."""
+    """Returns functions that time an epoch, evaluate the model, and count zeros in each batch."""
     from lottery_ticket_pruner import schedules
     from lottery_ticket_pruner.experiments import datasets
 
@@ -148,7 +149,7 @@ def _ours(inputs, schedule):
         model = ml.convert_to_masked(_network(keras, inputs))
         _compile(keras, model)
         pruner = LotteryTicketPruner(model)
-        # As tfmot does: what is pruned may come back.
+        # As in tfmot, pruned weights may come back.
         pruning = GradualPruning(pruner, schedules.Polynomial(**schedule), regrowth=True)
         refs = ml.masked_refs(model)
 

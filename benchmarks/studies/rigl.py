@@ -1,20 +1,20 @@
-"""Dynamic sparse training: RigL and SET against static sparse training from the same masks.
+"""Compares dynamic sparse training (RigL and SET) with static sparse training.
 
     python -m benchmarks.studies.rigl --data-dir DIR
 
 LeNet-300-100 on MNIST or Fashion-MNIST. All three methods start from the same weights and the same
-random masks, whose densities are those of ERK, and train for the same steps in the same order.
+random masks with ERK densities, and train for the same number of steps in the same order.
 
-The recipe follows Evci et al., arXiv 1911.11134: SGD with momentum 0.9 whose rate falls twice, a
-weight decay of 1e-4, and masks that change every 100 steps, by a share that falls from 0.3 to 0
-over 75 % of the training. Two parts of it matter more than they seem to. Weights of pixels that are
-always black have no gradient: only decay makes them small, so that they are dropped. And what
-rewiring finds grows with the number of changes, of which theirs were 250 (ImageNet) and 750
-(CIFAR-10): the training here is as long as 250 take.
+The recipe follows Evci et al., arXiv 1911.11134: SGD with momentum 0.9 and a learning rate that
+drops twice, a weight decay of 1e-4, and masks that change every 100 steps, by a share that
+decreases from 0.3 to 0 over 75 % of the training. Two parts are more important than they seem.
+Weights of pixels that are always black have no gradient; only weight decay makes them small, so
+that they are dropped. And the gain increases with the number of mask changes. The paper has 250
+(ImageNet) and 750 (CIFAR-10) changes, and the training here is long enough for 250.
 
-Accuracies, in percent, are those on the validation images that no method has trained on, and on the
-test images; the mean over seeds and, in brackets, the extremes. "over static" is the difference in
-validation accuracy to static training from the same seed.
+Accuracies, in percent, are measured on the validation images, on which no method has trained, and
+on the test images; they are means over seeds, with the extremes in parentheses. "over static" is
+the difference in validation accuracy from static training with the same seed.
 """
 
 import argparse
@@ -67,12 +67,12 @@ def main():
 
 
 def accuracies(growth, sparsity, data, steps, seed, optimizer):
-    """On validation and test images, and the share of the final masks that was not in the first."""
+    """Returns validation and test accuracy, and the share of the final masks that is new."""
     keras.utils.set_random_seed(seed)
     plain = networks.build("lenet-300-100", data.input_shape, data.classes)
     for layer in plain.layers:
         if hasattr(layer, "kernel"):
-            # Its gradient is the decay times the weight.
+            # The gradient of this penalty is the decay times the weight.
             layer.kernel_regularizer = keras.regularizers.L2(DECAY / 2)
     model = ml.convert_to_masked(plain)
     model.compile(

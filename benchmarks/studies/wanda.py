@@ -1,11 +1,12 @@
-"""Wanda beside magnitude: a transformer pruned once, with no training to follow.
+"""Compares Wanda with magnitude pruning of a transformer, without training afterwards.
 
     python -m benchmarks.studies.wanda
 
-A small transformer learns scikit-learn's digits as sequences of eight rows of eight pixels; then
-the projections of its attention and its feed-forward layers (not the embedding of the rows, not the
-output layer) lose a share of their weights. Wanda's calibration set are `--examples` training
-images. Test accuracy in percent, the mean over seeds and half the distance between the extremes.
+A small transformer is trained on scikit-learn's digits as sequences of eight rows of eight pixels.
+Then the projections of its attention layers and its feed-forward layers are pruned (but not the
+embedding of the rows and the output layer). Wanda's calibration data are `--examples` training
+images. The table shows test accuracy in percent, as mean over seeds ± half the distance between
+the extremes.
 """
 
 import argparse
@@ -27,7 +28,7 @@ CONTENDERS = {
 
 
 def build(rows, width, classes, *, blocks=2, units=32):
-    """A transformer encoder over the rows of an image; its outputs are logits."""
+    """Returns a transformer encoder over the rows of an image; its outputs are logits."""
     inputs = keras.Input((rows, width))
     positions = layers.Embedding(rows, units, name="positions")(keras.ops.arange(rows))
     x = layers.Dense(units, name="rows")(inputs) + positions
