@@ -24,7 +24,7 @@ DISTRIBUTIONS = (
     "tf_keras",
     "tensorflow-model-optimization",
 )
-HEADS = ("what", "ours", "peer or limit", "its", "ratio", "goal", "repeats")
+HEADS = ("measured", "ours", "peer or limit", "theirs", "ratio", "goal", "repeats")
 
 
 @dataclasses.dataclass(frozen=True)
