@@ -397,7 +397,7 @@ def test_the_first_variable_that_differs_is_named():
 
     model = Forgetful(9)
     model.build((None, 4))
-    with pytest.raises(ValueError, match=r"second/kernel' has the shape \(5, 9\).*\(5, 3\)"):
+    with pytest.raises(ValueError, match=r"second/kernel' has shape \(5, 9\).*\(5, 3\)"):
         ml.convert_to_masked(model)
 
 

@@ -149,7 +149,7 @@ def test_a_mismatch_raises_and_leaves_what_was_there(damage, old, tmp_path, monk
             return encode(arrays, **kwargs)
 
         monkeypatch.setattr(saved_model.encoding, "encode", lossy)
-        message = "Weight 'dense/kernel' does not come back"
+        message = "Weight 'dense/kernel' loaded from the SavedModel differs"
     else:
         # A trace that computes something other than the model.
         values = saved_model.effective_values
