@@ -37,7 +37,7 @@ _WITHOUT_VARIABLES = (
     keras.constraints.Constraint,
     keras.losses.Loss,
 )
-# Two threads in `same_draws` would take what the other has put there for Keras' own.
+# A second thread in `same_draws` would mistake the replacement for Keras' method.
 _drawing = threading.RLock()
 
 
@@ -353,10 +353,10 @@ def state_goes_apart() -> bool:
 
 @contextlib.contextmanager
 def same_draws() -> Iterator[None]:
-    """Lets every generator of Keras give the same seeds each time, in the order of the calls.
+    """Makes Keras' seed generators return the same seeds each time, in the order of the calls.
 
-    A copy need not have the state of a generator that its layer does not track, and layers ask a
-    generator for seeds by a method of its class, without a hook. Other threads get seeds as ever.
+    A copy may lack the state of a generator that its layer does not track, and there is no hook for
+    the method that returns seeds. Other threads get their usual seeds.
     """
     generator, thread, count = keras.random.SeedGenerator, threading.get_ident(), itertools.count()
     with _drawing:
@@ -534,16 +534,16 @@ def input_specs(model: keras.Model) -> Any:
 def call_when_built(
     layer: keras.layers.Layer, built: Callable[[], None], restored: Callable[[], None]
 ) -> None:
-    """Calls a function whenever a layer has been built, by whichever of two ways.
+    """Calls a function after a layer is built, in either of two ways.
 
-    Keras has no hook behind them. A `build` of a new class of the layer would not be called: the
-    one of the class that the layer was made with is bound to it.
+    Keras has no hook for this. The `build` method of a new class would not be called, because the
+    method of the layer's original class is bound to the layer.
 
     Args:
         layer: A layer that is not built yet.
         built: Called at the end of `build`.
-        restored: Called at the end of `build_from_config`. A model without a `build` of its own is
-            built by running it there: `build` is not called, and the model is `built` only later.
+        restored: Called at the end of `build_from_config`, which builds a model without a `build`
+            method by calling it. `build` is then not called, and `built` is set only later.
     """
     build, build_from_config = layer.build, layer.build_from_config
 
@@ -562,17 +562,17 @@ def call_when_built(
 
 
 def bind_quantize(layer: keras.layers.Layer, quantize: Callable[..., None]) -> None:
-    """Gives a layer another `quantize` than that of the class it was made with.
+    """Replaces the `quantize` method of a layer.
 
-    Keras binds that one to each layer that it makes, so that a method of another class, which the
-    layer has been given since, would not be called.
+    Keras binds the method of the layer's original class to the layer, so the method of a class that
+    the layer is given later would not be called.
     """
     vars(layer)["_plain_quantize"] = vars(layer)["quantize"]
     vars(layer)["quantize"] = quantize
 
 
 def unbind_quantize(layer: keras.layers.Layer) -> None:
-    """Takes `bind_quantize` back, if the layer has been given another method."""
+    """Undoes `bind_quantize`, if it was called for the layer."""
     if "_plain_quantize" in vars(layer):
         vars(layer)["quantize"] = vars(layer).pop("_plain_quantize")
 

@@ -1,7 +1,8 @@
-"""Everything this library needs from TensorFlow beyond its public API, in one place.
+"""Everything that this package needs from TensorFlow beyond its public API.
 
-Each function says why the public API does not do; `tests/masked_layers/test_tensorflow.py` checks
-each of them against the installed TensorFlow, which is imported when a function needs it.
+The docstring of each function says why the public API is not sufficient.
+`tests/masked_layers/test_tensorflow.py` checks each of them against the installed TensorFlow, which
+is imported only when a function needs it.
 """
 
 from __future__ import annotations
@@ -14,20 +15,20 @@ if TYPE_CHECKING:
 
 
 def gradient_names(graphs: Iterable[Any]) -> list[str]:
-    """Returns the names under which TensorFlow registered gradients for operations of graphs."""
+    """Returns the names of gradients that TensorFlow registered for operations of graphs."""
     names = []
     for graph in graphs:
         for operation in graph.get_operations():
-            if operation.type == "IdentityN":  # What `tf.custom_gradient` makes.
+            if operation.type == "IdentityN":  # Created by `tf.custom_gradient`.
                 try:
                     names.append(operation.get_attr("_gradient_op_type").decode())
-                except ValueError:  # It has no gradient of its own.
+                except ValueError:  # It has no registered gradient.
                     continue
     return names
 
 
 def forget_gradients(names: Iterable[str]) -> None:
-    """Takes gradients out of the registry of TensorFlow, which has no inverse of registering."""
+    """Removes gradients from TensorFlow's registry, for which there is no public function."""
     from tensorflow.python.framework import ops
 
     for name in names:
@@ -37,8 +38,8 @@ def forget_gradients(names: Iterable[str]) -> None:
 def keep_out_of_checkpoint(variable: tf.Variable) -> None:
     """Makes `tf.saved_model.save` write the variable without a value.
 
-    TensorFlow has no public way to say so. It asks the variable itself for the checkpoint, and the
-    copy in the exported graph for the restore function that the v1 loader runs.
+    TensorFlow has no public way to do this. For the checkpoint it uses the variable itself, and for
+    the restore function of the v1 loader the variable's copy in the exported graph.
     """
     export = variable._export_to_saved_model_graph
 

@@ -151,24 +151,24 @@ def set_masks(model: Layer, masks: Mapping[str, Any]) -> None:
 
 
 def set_rescale(model: Layer, rescale: bool | Mapping[str, bool]) -> bool:
-    """Switches the rescaling of masks on or off: the factor `size / ones(mask)` of kept weights.
+    """Turns the rescaling of kept weights by `size / ones(mask)` on or off.
 
-    Unlike an assignment to `Mask.rescale`, it also takes effect in functions compiled before: Keras
-    compiles those of this model, and of every model that holds one of its layers, again. It may be
-    called between two batches of `fit`. On TensorFlow, a warning names each `tf.function` of your
-    own that has to be made again.
+    Unlike an assignment to `Mask.rescale`, this also takes effect in functions that are already
+    compiled: those of this model, and of every model that contains one of its layers, are compiled
+    again. It can be called between two batches of `fit`. On TensorFlow, a warning names each custom
+    `tf.function` that must be created again.
 
     Args:
         model: A masked model.
-        rescale: Whether the masks rescale; or a dict from the path of a masked weight to that.
-            Masks of other weights stay as they are.
+        rescale: Whether the masks rescale, as a bool for all masks or as a dict from paths of
+            masked weights to bools. Other masks are not changed.
 
     Returns:
-        Whether any mask was switched.
+        Whether any mask was changed.
 
     Raises:
-        ValueError: If the model has no masked weight, a path names none, or a value is not a bool.
-            No mask has been switched then.
+        ValueError: If the model has no masked weight, a path does not name a masked weight, or a
+            value is not a bool. No mask is changed then.
     """
     masks = {ref.path: ref.mask for ref in masked_refs(model)}
     flags = rescale if isinstance(rescale, Mapping) else dict.fromkeys(masks, rescale)
@@ -321,13 +321,13 @@ class SparsityReport:
 
     @property
     def effective(self) -> int | None:
-        """Number of kept weights on a path from an input to an output; None if not counted."""
+        """Number of kept weights on paths from inputs to outputs; None if not counted."""
         counts = [row.effective for row in self.rows]
         return None if None in counts else sum(counts)
 
     @property
     def effective_sparsity(self) -> float | None:
-        """Share of weights under masks that are pruned or on no such path; None if not counted."""
+        """Share of masked weights that are pruned or not on such a path; None if not counted."""
         if self.effective is None:
             return None
         return 1.0 - self.effective / self.size if self.size else 0.0
@@ -399,7 +399,7 @@ class SparsityReport:
         ]
         if self.effective_sparsity is not None:
             text.append(
-                f"kept weights on no path from an input to an output: "
+                f"kept weights not on a path from an input to an output: "
                 f"{self.alive - self.effective:,}; effective sparsity {self.effective_sparsity:.2%}"
             )
         if emptied := [row.path for row in self.rows if row.size and not row.alive]:

@@ -1,4 +1,4 @@
-"""Makes the graph of a SavedModel smaller: what no loader needs goes."""
+"""Removes the parts of a SavedModel's graph that no loader needs."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ import numpy as np
 
 
 def compact(file: Path, prefix: str, *, keep_saver: bool) -> None:
-    """Removes from a SavedModel's graph what no loader needs; about half of a small model's folder.
+    """Removes the parts of a SavedModel's graph that no loader needs.
+
+    In a small model these are about half of the folder.
 
     Args:
-        file: The `saved_model.pb`.
-        prefix: What the names of the model's variables begin with.
-        keep_saver: Whether the checkpoint holds values. Without any, the graph that saves and
-            restores them goes too.
+        file: Path of the `saved_model.pb`.
+        prefix: Prefix of the names of the model's variables.
+        keep_saver: Whether the checkpoint contains values. If not, the graph that saves and
+            restores them is removed too.
     """
     from tensorflow.core.framework import types_pb2
     from tensorflow.core.protobuf import saved_model_pb2
@@ -25,7 +27,7 @@ def compact(file: Path, prefix: str, *, keep_saver: bool) -> None:
     model = saved_model_pb2.SavedModel.FromString(file.read_bytes())
     (meta,) = model.meta_graphs
     graph = meta.graph_def
-    # Only for a runtime older than this one; defaults that it could not know are stripped already.
+    # Only older runtimes use it; default values that these do not know are already stripped.
     meta.meta_info_def.ClearField("stripped_op_list")
     if not keep_saver:
         meta.ClearField("saver_def")
@@ -61,16 +63,16 @@ def compact(file: Path, prefix: str, *, keep_saver: bool) -> None:
     _retain(graph.library.function, lambda function: function.signature.name in called)
     _retain(graph.library.gradient, lambda gradient: gradient.function_name in called)
     for node in itertools.chain(graph.node, *(f.node_def for f in graph.library.function)):
-        # Every loader infers the shapes inside the graph again; debug names are for messages.
+        # Every loader infers the shapes inside the graph, and debug names are only for messages.
         node.attr.pop("_output_shapes", None)
         node.attr.pop("debug_name", None)
     for function in graph.library.function:
         if function.signature.name.startswith("__inference__initializer_"):
-            _shorten_names(function)  # Ours; the serving function keeps the layers' names.
+            _shorten_names(function)  # The serving function keeps the names of the layers.
         for i, argument in enumerate(function.signature.input_arg):
             if argument.type == types_pb2.DT_RESOURCE:
-                del function.arg_attr[i]  # All it says is that a handle is a scalar.
-    # TensorFlow calls the variable that holds an asset's path "Variable" in every model.
+                del function.arg_attr[i]  # It states only that a handle is a scalar.
+    # TensorFlow names the variable with an asset's path "Variable" in every model.
     for node in graph.node:
         if node.op == "VarHandleOp" and node.attr["shared_name"].s == b"Variable":
             node.attr["shared_name"].s = f"{prefix}/path".encode()
@@ -78,7 +80,7 @@ def compact(file: Path, prefix: str, *, keep_saver: bool) -> None:
 
 
 def _shorten_names(function: Any) -> None:
-    """Numbers the nodes inside a function: in a small model the names are a tenth of the graph."""
+    """Numbers the nodes of a function, since names are a tenth of a small model's graph."""
     short = {node.name: np.base_repr(i, 36) for i, node in enumerate(function.node_def)}
 
     def renamed(reference: str) -> str:

@@ -1,4 +1,4 @@
-"""The graph of a sparse SavedModel: what serves, and what decodes the weights on loading."""
+"""The graph of a sparse SavedModel: the serving function and the decoder of the weights."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ PACK = "weights.mlsp"
 
 
 def write(folder: Path, traced: Traced, pack: bytes) -> None:
-    """Writes the SavedModel: the serving function, the pack as an asset, what decodes it."""
+    """Writes the SavedModel: the serving function, the packed weights and their decoder."""
     import tensorflow as tf
 
     packed = {entry.name for block in encoding.blocks(pack) for entry in block.entries}
 
     class Weights(tf.saved_model.experimental.TrackableResource):
-        """Decodes the pack into the variables when the SavedModel is loaded."""
+        """Decodes the packed weights into the variables when the SavedModel is loaded."""
 
         def _create_resource(self) -> Any:
-            # A resource must have a handle; the weights are variables, so nothing is behind it.
+            # A resource must have a handle, which is not used here: the weights are variables.
             name = f"{traced.prefix}/decoder"
             return tf.raw_ops.VarHandleOp(dtype=tf.bool, shape=[], shared_name=name)
 
@@ -42,8 +42,8 @@ def write(folder: Path, traced: Traced, pack: bytes) -> None:
     with tempfile.TemporaryDirectory() as assets:
         file = Path(assets, PACK)
         file.write_bytes(pack)
-        # Whatever the functions touch hangs on the root: a `TrackableResource` tracks nothing by
-        # itself, and an untracked asset would leave the path of this machine in the graph.
+        # Everything that the functions use is an attribute of the root. A `TrackableResource`
+        # tracks nothing itself, and an untracked asset would leave a local path in the graph.
         root = tf.__internal__.tracking.AutoTrackable()
         root.serve = traced.function
         root.variables = list(traced.variables.values())
@@ -51,7 +51,7 @@ def write(folder: Path, traced: Traced, pack: bytes) -> None:
         if packed:
             root.pack = tf.saved_model.Asset(str(file))
             root.weights = Weights()
-        # Keras gives the endpoint its own name and makes it TensorFlow Serving's default.
+        # Keras exports the endpoint both under its name and as TensorFlow Serving's default.
         signatures = {"serve": traced.function, "serving_default": traced.function}
         tf.saved_model.save(root, str(folder), signatures=signatures)
 
@@ -59,21 +59,22 @@ def write(folder: Path, traced: Traced, pack: bytes) -> None:
 def decode(
     file: Any, blocks: Sequence[encoding.Block], variables: Mapping[str, tf.Variable]
 ) -> None:
-    """Adds the ops to a graph that decode a packed file into variables.
+    """Adds ops to a graph that decode a packed file into variables.
 
-    One block after the other, so that memory holds one decoded block beside the variables.
+    Blocks are decoded one after the other, so that only one decoded block is in memory in addition
+    to the variables.
 
     Args:
-        file: String tensor, path of the packed file.
-        blocks: `encoding.blocks` of its bytes.
-        variables: Variables by name of the array; values are cast to their dtype.
+        file: String tensor with the path of the packed file.
+        blocks: Blocks of the file, from `encoding.blocks`.
+        variables: Variables by array name. Values are cast to their dtypes.
     """
     import tensorflow as tf
 
     data = tf.io.read_file(file)
     for block in blocks:
         flat = _decode_block(data, block)
-        # Arrays of equal shape lie side by side: few ops for many variables.
+        # Arrays of equal shape are adjacent, so many variables need few ops.
         shapes = [
             (shape, list(members))
             for shape, members in itertools.groupby(block.entries, lambda entry: entry.shape)
@@ -91,8 +92,8 @@ def decode(
                 value = tf.cast(array, variable.dtype)
                 assigned.append(tf.raw_ops.AssignVariableOp(resource=variable.handle, value=value))
         if block is not blocks[-1]:
-            # On this op alone: an edge from every assignment to every op of the next block would
-            # take TensorFlow's graph optimizer longer than decoding does.
+            # Only this op has control inputs. With edges from every assignment to every op of the
+            # next block, TensorFlow's graph optimizer would take longer than the decoding.
             with tf.control_dependencies(assigned):
                 data = tf.identity(data)
 
@@ -122,7 +123,7 @@ def _decode_block(data: tf.Tensor, block: encoding.Block) -> tf.Tensor:
     if block.gaps == block.values:
         positions = tf.cumsum(steps) - 1
     else:
-        # A gap of g < 255 moves on by g zeros and one value, 255 by 255 zeros.
+        # A gap of g < 255 means g zeros and one value, and 255 means 255 zeros.
         ends = tf.cumsum(tf.minimum(steps, encoding.SKIP)) - 1
         taken = tf.where(tf.not_equal(gaps, encoding.SKIP))
         positions = tf.reshape(tf.gather(ends, taken), [-1])

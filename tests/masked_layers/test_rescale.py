@@ -105,6 +105,6 @@ def test_a_custom_function_is_named_at_the_line_of_its_user(switch):
         return model(x)
 
     my_step(X)
-    with pytest.warns(UserWarning, match=r"has changed, and functions.*\['my_step'\]") as caught:
+    with pytest.warns(UserWarning, match=r"has changed, but functions.*\['my_step'\]") as caught:
         switch(model)
     assert [warning.filename for warning in caught] == [__file__]
