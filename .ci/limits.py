@@ -29,7 +29,7 @@ def sizes(path: Path) -> Iterator[tuple[str, str, int]]:
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef):
             body = node.body[1:] if ast.get_docstring(node) is not None else node.body
-            lines = node.end_lineno - body[0].lineno + 1 if body else 0
+            lines = (node.end_lineno or 0) - body[0].lineno + 1 if body else 0
             arguments = node.args
             names = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
             count = sum(name.arg not in ("self", "cls") for name in names)

@@ -32,7 +32,7 @@ def data(folder=None):
     if folder is not None:
         return datasets.load("mnist", folder)
     rng = np.random.default_rng(0)
-    parts = []
+    parts: list[np.ndarray] = []
     for count in (55_000, 5_000, 10_000):
         parts += [rng.random((count, 28, 28, 1), dtype=np.float32)]
         parts += [rng.integers(0, 10, count, dtype=np.int32)]

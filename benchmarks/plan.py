@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from benchmarks.report import Row
 from benchmarks.timing import Contender, measure
@@ -65,9 +66,9 @@ def _peer(setup: str, name: str, **arguments) -> Contender:
 def engine(quick: bool) -> Iterator[Group]:
     """The engine compared with other training loops for the same network."""
     # An epoch of MNIST without the 5,000 images for validation, as in the paper.
-    work = {"steps": 60 if quick else 917, "batch_size": 60}
-    lenet = {"network": "lenet-300-100", **work}
-    warm_up = {"warm_up": 0.0} if quick else {}
+    work: dict[str, Any] = {"steps": 60 if quick else 917, "batch_size": 60}
+    lenet: dict[str, Any] = {"network": "lenet-300-100", **work}
+    warm_up: dict[str, Any] = {"warm_up": 0.0} if quick else {}
     net = "LeNet-300-100, batch 60"
     repeats = 2 if quick else 7
     plain = _training("engine", "engine", **lenet, **warm_up)
@@ -157,7 +158,7 @@ def engine(quick: bool) -> Iterator[Group]:
         ),
         2 if quick else 3,
     )
-    on_jax = {"backend": "jax", **lenet}
+    on_jax: dict[str, Any] = {"backend": "jax", **lenet}
     yield Group(
         {
             "plain": _training("engine", "engine", **on_jax, **warm_up),
@@ -171,7 +172,7 @@ def engine(quick: bool) -> Iterator[Group]:
         ("tensorflow", "TensorFlow", "resnet-20", "ResNet-20"),
         ("jax", "JAX", "conv-2", "Conv-2"),
     ):
-        case = {"backend": backend, "network": network, "batch_size": 60}
+        case: dict[str, Any] = {"backend": backend, "network": network, "batch_size": 60}
         case["steps"] = 2 if quick else 40
         yield Group(
             {
@@ -197,7 +198,8 @@ def masked(quick: bool) -> Iterator[Group]:
         ("jax", "JAX", "lenet-300-100", "LeNet-300-100", 60, 1834, 1.10),
     ):
         steps = max(2, steps // 30) if quick else steps
-        case = {"backend": backend, "network": network, "batch_size": batch_size, "steps": steps}
+        case: dict[str, Any] = {"backend": backend, "network": network, "steps": steps}
+        case["batch_size"] = batch_size
         yield Group(
             {
                 "masked": _training("masked_and_plain", "masked", **case),

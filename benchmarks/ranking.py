@@ -40,7 +40,7 @@ def main() -> None:
     drop = selection.drop_count(size, size, rate=RATE)
     print(f"global, rate {RATE}, {size:,} float32 weights in {LAYERS} kernels")
     for criterion in args.criteria:
-        seconds = {"partition": [], "update": []}
+        seconds: dict[str, list[float]] = {"partition": [], "update": []}
         for _ in range(args.repeats):
             start = time.perf_counter()
             np.partition(magnitudes, drop - 1)

@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -160,7 +161,7 @@ def latency(rounds):
                 start = time.perf_counter()
                 models["dense"].serve(x)
                 calls = max(1, int(0.2 / (time.perf_counter() - start)))
-                times = {"dense": [], "sparse": []}
+                times: dict[str, list[float]] = {"dense": [], "sparse": []}
                 for number in range(rounds):
                     # The order alternates.
                     for kind in sorted(models, reverse=bool(number % 2)):
@@ -183,7 +184,7 @@ def load(rounds):
     for name, sparsity in SPARSITIES.items():
         with tempfile.TemporaryDirectory() as folder:
             both(name, "fresh", sparsity, Path(folder))
-            found = {"dense": [], "sparse": []}
+            found: dict[str, list[Any]] = {"dense": [], "sparse": []}
             for number in range(rounds):
                 for kind in sorted(found, reverse=bool(number % 2)):
                     shape = json.dumps([1, *input_shape(name)])

@@ -66,7 +66,7 @@ class Worker:
         theirs.close()
         self._answer()
 
-    def measure(self, name: str) -> float:
+    def measure(self, name: str) -> Any:
         self._pipe.send(name)
         return self._answer()
 
@@ -123,8 +123,8 @@ def measure(
     Returns:
         Two dicts by key: the measurements, one per round, and the reasons for missing ones.
     """
-    workers: dict[tuple, Worker] = {}
-    reasons: dict[tuple, str] = {}
+    workers: dict[tuple[Any, ...], Worker] = {}
+    reasons: dict[tuple[Any, ...], str] = {}
     with contextlib.ExitStack() as stack:
         for contender in contenders.values():
             if contender.worker not in workers.keys() | reasons.keys():

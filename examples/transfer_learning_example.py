@@ -142,7 +142,7 @@ def main(argv=None):
     train = of_classes(data.x_train, data.y_train, new)
     validation = of_classes(data.x_validation, data.y_validation, new)
     test = of_classes(data.x_test, data.y_test, new)
-    found = []
+    found: list[dict[str, dict[float, float]]] = []
     for seed in args.seeds:
         keras.utils.set_random_seed(seed)
         base, starts = base_and_starts(args.base, data, old, args.epochs)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import keras
 import numpy as np
@@ -23,9 +23,9 @@ from masked_layers import copying
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Masks = Mapping[str, np.ndarray]
+Masks: TypeAlias = Mapping[str, np.ndarray]
 # A model, or the result of its `get_weights()`.
-Solution = keras.Model | Sequence[np.ndarray]
+Solution: TypeAlias = keras.Model | Sequence[np.ndarray]
 
 
 # --- Between two solutions ------------------------------------------------------------------------
@@ -140,7 +140,7 @@ def instability(
     seed: int = 0,
     augment: Augmentation | None = None,
     deterministic: bool = False,
-    on_progress: Callable[[int], None] | None = None,
+    on_progress: Callable[[int], object] | None = None,
 ) -> Interpolation:
     """Trains two copies of a model on different data orders, and measures the barrier between them.
 
@@ -204,7 +204,9 @@ def instability(
                 deterministic=deterministic,
             )
             ends.append(model.get_weights())
-        return interpolate(model, *ends, *test_data, points=points, metric=metric)
+        first, second = ends
+        x_test, y_test = test_data
+        return interpolate(model, first, second, x_test, y_test, points=points, metric=metric)
     finally:
         for variable, value in zip(variables, before, strict=True):
             variable.assign(value)
@@ -392,9 +394,9 @@ def plot_layer_sparsity(
     sparsities: Mapping[str, float] | Mapping[str, Mapping[str, float]],
 ) -> Figure:
     """Plots the results of `layer_sparsity` for one model, or for several models by name."""
-    if not all(isinstance(rows, Mapping) for rows in sparsities.values()):
-        sparsities = {"": sparsities}
-    return plot_by_layer(sparsities, "share of pruned weights")
+    one = {path: rows for path, rows in sparsities.items() if not isinstance(rows, Mapping)}
+    several = {name: rows for name, rows in sparsities.items() if isinstance(rows, Mapping)}
+    return plot_by_layer({"": one} if one else several, "share of pruned weights")
 
 
 def plot_by_layer(shares: Mapping[str, Mapping[str, float]], label: str) -> Figure:

@@ -53,7 +53,8 @@ class PrunerCallback(keras.callbacks.Callback):
         self.pruner = pruner
         self.use_dwr = use_dwr
         self._hold: zero_hold.ZeroHold | None = None
-        self._begun, self._before = False, None  # `_before`: weights before any callback began.
+        self._begun = False
+        self._before: list[np.ndarray] | None = None  # Weights before any callback began.
 
     def set_model(self, model: keras.Model) -> None:
         """Records the current weights, before another callback restores others."""
@@ -66,8 +67,9 @@ class PrunerCallback(keras.callbacks.Callback):
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Zeroes the pruned weights and keeps them at zero."""
         self._begun = False
-        if self._before is not None:
-            self._rescale_what_was_before()
+        before, self._before = self._before, None
+        if before is not None:
+            self._rescale(before)
         self._apply()  # first: it checks the model
         if not is_masked(self.model):
             self._hold = zero_hold.ZeroHold(self.model, self.pruner.held_masks(self.model))
@@ -95,9 +97,9 @@ class PrunerCallback(keras.callbacks.Callback):
             self._hold = None
             self.pruner.apply_pruning(self.model)
 
-    def _rescale_what_was_before(self) -> None:
+    def _rescale(self, before: list[np.ndarray]) -> None:
         """Lets the pruner find out whether weights restored since contain the factor already."""
-        before, now, self._before = self._before, self.model.get_weights(), None
+        now = self.model.get_weights()
         same_shapes = [a.shape for a in before] == [a.shape for a in now]
         if same_shapes and not all(map(np.array_equal, before, now)):
             with overrides.weights_replaced(self.model, before):

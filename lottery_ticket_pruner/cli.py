@@ -38,7 +38,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _formatted(
-    message: Warning | str, category: type[Warning], *_: Any, line: str | None = None
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    line: str | None = None,
 ) -> str:
     """Formats a warning for users of a command, without the line of code that it comes from."""
     kind = "" if category is UserWarning else f"{category.__name__}: "

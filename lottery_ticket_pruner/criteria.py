@@ -26,7 +26,7 @@ References:
 import dataclasses
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -74,6 +74,10 @@ class Group:
     input_norm: np.ndarray = _NOT_NEEDED
 
 
+ScoreFunction = Callable[[Group], np.ndarray]
+_F = TypeVar("_F", bound=ScoreFunction)
+
+
 @dataclasses.dataclass(frozen=True)
 class Criterion:
     """A named score function, with the records and evidence it reads.
@@ -97,7 +101,7 @@ class Criterion:
     """
 
     name: str
-    function: Callable[[Group], np.ndarray]
+    function: ScoreFunction
     needs: frozenset[str] = frozenset()
     optional: frozenset[str] = frozenset()
     scope: str | None = None
@@ -119,26 +123,26 @@ class Criterion:
         """First line of the function's docstring, for tables and help texts."""
         return (inspect.getdoc(self.function) or "").partition("\n")[0]
 
-    def get_config(self) -> dict:
+    def get_config(self) -> dict[str, Any]:
         """Returns a dict with the name, from which `get` restores a registered criterion."""
         return {"name": _REGISTRY.checked(self.name, self.function)}
 
     @classmethod
-    def from_config(cls, config: Mapping) -> "Criterion":
+    def from_config(cls, config: Mapping[str, Any]) -> "Criterion":
         """Returns the criterion that `get` resolves a configuration to."""
         return get(config)
 
 
-Identifier = str | Mapping | Criterion | Callable[[Group], np.ndarray]
+Identifier = str | Mapping[str, Any] | Criterion | ScoreFunction
 
 
-def _made(criterion: Criterion, arguments: dict) -> Criterion:
+def _made(criterion: Criterion, arguments: dict[str, Any]) -> Criterion:
     if arguments:
         raise TypeError("a criterion takes no arguments")
     return criterion
 
 
-def _from_function(function: Callable[[Group], np.ndarray]) -> Criterion:
+def _from_function(function: ScoreFunction) -> Criterion:
     name = _REGISTRY.checked(_REGISTRY.name_of(function), function)
     known = _REGISTRY.value_of(function)
     return known or Criterion(name, function, optional=frozenset(RECORDS))
@@ -162,7 +166,7 @@ def register(
     elementwise: bool = False,
     rounds: int = 1,
     at_initialization: bool = False,
-) -> Callable[[Callable], Callable]:
+) -> Callable[[_F], _F]:
     """Registers a score function under a name. Used as a decorator; returns the function unchanged.
 
     Args:
@@ -198,7 +202,7 @@ def register(
     if scope is not None and scope not in SCOPES:
         raise ValueError(f"`scope` must be None or one of {SCOPES}. Received: scope={scope!r}")
 
-    def decorate(function: Callable) -> Callable:
+    def decorate(function: _F) -> _F:
         criterion = Criterion(
             name,
             function,

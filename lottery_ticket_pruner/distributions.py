@@ -12,13 +12,17 @@ kernels, and register it:
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from lottery_ticket_pruner.registry import Registry
 
 Rule = Callable[[tuple[int, ...]], float]
+_R = TypeVar("_R", bound=Rule)
+
+# To type checkers the rule is always there: `__post_init__` finds it by the name.
+_BY_NAME: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,10 +53,10 @@ class Distribution:
     name: str
     dense_first: bool = False
     dense_last: bool = False
-    rule: Rule | None = dataclasses.field(default=None, repr=False, kw_only=True)
+    rule: Rule = dataclasses.field(default=_BY_NAME, repr=False, kw_only=True)
 
     def __post_init__(self) -> None:
-        if self.rule is None:
+        if self.rule is _BY_NAME:
             object.__setattr__(self, "rule", _RULES.get(self.name).rule)
 
     def __call__(self, shapes: Mapping[str, Sequence[int]], sparsity: float) -> dict[str, float]:
@@ -104,7 +108,7 @@ class Distribution:
         return get(config)
 
 
-Identifier = str | Mapping | Distribution | Rule
+Identifier = str | Mapping[str, Any] | Distribution | Rule
 
 
 def _made(rule: Rule, arguments: dict[str, Any]) -> Distribution:
@@ -122,7 +126,7 @@ _RULES = Registry(
 )
 
 
-def register(name: str) -> Callable[[Callable], Callable]:
+def register(name: str) -> Callable[[_R], _R]:
     """Registers a rule under a name: a function from a kernel's shape to its relative density.
 
     Raises:
@@ -130,7 +134,7 @@ def register(name: str) -> Callable[[Callable], Callable]:
             twice) replaces the earlier one.
     """
 
-    def decorate(rule: Rule) -> Rule:
+    def decorate(rule: _R) -> _R:
         _RULES.add(name, rule)
         return rule
 

@@ -24,9 +24,9 @@ import json
 import sys
 import sysconfig
 import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import keras
 import numpy as np
@@ -58,17 +58,27 @@ class UnidentifiedError(ValueError):
     """An error for an object without readable state, such as an open file in a closure."""
 
 
+class _Named(Protocol):
+    """A criterion or a treatment."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def function(self) -> Callable[..., Any]: ...
+
+
 def digest(data: Any) -> str:
     """Returns a hash of nested arrays (lists and dicts of any depth)."""
     found = hashlib.sha256()
     for path, leaf in keras.tree.flatten_with_path(data):
         array = np.asarray(() if leaf is None else leaf)
         found.update(f"{path} {array.shape} {array.dtype}".encode())
-        found.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        found.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return found.hexdigest()[:16]
 
 
-def fingerprint(thing: Any) -> str:
+def fingerprint(thing: object) -> str:
     """Returns a hash that changes with the code, configuration or state of an object.
 
     Args:
@@ -84,7 +94,7 @@ def fingerprint(thing: Any) -> str:
     return f"python{sys.version_info[0]}.{sys.version_info[1]}-{found.hex()[:16]}"
 
 
-def description(thing: Any) -> Any:
+def description(thing: object) -> Any:
     """Describes the configuration of an optimizer, a loss or an augmentation as JSON data.
 
     Objects of libraries are described by name and configuration. Custom objects also have a
@@ -112,7 +122,7 @@ def description(thing: Any) -> Any:
     return {"name": _name(thing)} | _code(thing)
 
 
-def identity(made: Any) -> Any:
+def identity(made: _Named) -> str | dict[str, str]:
     """Describes a criterion or a treatment as JSON data.
 
     Returns the name if it is built in. A custom one is a dict with the name and either a
@@ -121,7 +131,7 @@ def identity(made: Any) -> Any:
     return made.name if _is_known(made.function) else {"name": made.name} | _code(made)
 
 
-def names_with_code(made: Iterable[Any]) -> str:
+def names_with_code(made: Iterable[_Named]) -> str:
     """Returns the names of the custom criteria or treatments in `made`, each with its fingerprint.
 
     The result is empty if all are built in.
@@ -148,7 +158,7 @@ def layers(model: keras.Model) -> Any:
     return hashlib.sha256(json.dumps(described, default=description).encode()).hexdigest()[:16]
 
 
-def reasons(described: Any) -> list[str]:
+def reasons(described: object) -> list[str]:
     """Returns the reasons why parts of a description are unidentified. Empty if there are none."""
     if isinstance(described, Mapping):
         own = [described["unidentified"]] if "unidentified" in described else []
@@ -158,7 +168,7 @@ def reasons(described: Any) -> list[str]:
     return []
 
 
-def _code(thing: Any) -> dict[str, str]:
+def _code(thing: object) -> dict[str, str]:
     try:
         return {"code": fingerprint(thing)}
     except UnidentifiedError as error:
@@ -168,7 +178,7 @@ def _code(thing: Any) -> dict[str, str]:
 def _of_layer(layer: keras.layers.Layer) -> Any:
     """Describes a layer by its class and its configuration, if it has one."""
     kind = type(layer)
-    described = {"class_name": kind.__name__}
+    described: dict[str, Any] = {"class_name": kind.__name__}
     with contextlib.suppress(NotImplementedError):  # The layers of a subclassed model come later.
         described["config"] = description(layer.get_config())
     for base in kind.__mro__:
@@ -179,7 +189,7 @@ def _of_layer(layer: keras.layers.Layer) -> Any:
     return described
 
 
-def _placed(described: Any, places: Mapping[str, str]) -> Any:
+def _placed(described: object, places: Mapping[str, str]) -> Any:
     """Returns the description with layer names replaced by the positions of the layers."""
     if isinstance(described, Mapping):
         return {key: _placed(value, places) for key, value in described.items()}
@@ -188,13 +198,13 @@ def _placed(described: Any, places: Mapping[str, str]) -> Any:
     return places.get(described, described) if isinstance(described, str) else described
 
 
-def _own(thing: Any) -> dict[str, Any]:
+def _own(thing: object) -> dict[str, Any]:
     """Returns the custom attributes of a Keras object, such as the function that a loss wraps.
 
     The configuration of the object contains only their names.
     """
 
-    def is_own(value: Any) -> bool:
+    def is_own(value: object) -> bool:
         if isinstance(value, functools.partial):
             value = value.func
         if isinstance(value, types.FunctionType | types.MethodType):
@@ -208,18 +218,18 @@ def _own(thing: Any) -> dict[str, Any]:
     return {name: value for name, value in sorted(attributes.items()) if is_own(value)}
 
 
-def _name(thing: Any) -> str:
+def _name(thing: object) -> str:
     return getattr(thing, "__name__", type(thing).__name__)
 
 
-def _module_of(thing: Any) -> Any:
+def _module_of(thing: object) -> Any:
     module = getattr(thing, "__module__", None)
     if module is None:  # A method of a C class, for example.
         module = getattr(getattr(thing, "__objclass__", type(thing)), "__module__", None)
     return module
 
 
-def _is_known(thing: Any) -> bool:
+def _is_known(thing: object) -> bool:
     """Returns whether something is importable from a library, so that its name identifies it."""
     module = _module_of(thing)
     if not isinstance(module, str) or not _is_library(module):
@@ -271,7 +281,7 @@ class _Hasher:
         self._sources: dict[str, Any] = {}
         self._package = ""  # Package of the current code, for relative imports.
 
-    def digest(self, thing: Any, where: str) -> bytes:
+    def digest(self, thing: object, where: str) -> bytes:
         """Returns the hash of an object. `where` says where it was found, for error messages."""
         if id(thing) in self._done:
             return self._done[id(thing)][1]
@@ -288,7 +298,7 @@ class _Hasher:
         self._done[id(thing)] = thing, found.digest()
         return found.digest()
 
-    def _parts(self, thing: Any, where: str) -> Iterator[str | bytes]:
+    def _parts(self, thing: object, where: str) -> Iterator[str | bytes]:
         if isinstance(thing, types.FunctionType) and not _is_known(thing):
             yield from self._function(thing, where)
         elif isinstance(thing, types.CodeType):
@@ -337,7 +347,7 @@ class _Hasher:
         else:
             yield from self._reduced(thing, where)
 
-    def _all(self, things: Any, where: str) -> bytes:
+    def _all(self, things: Iterable[object], where: str) -> bytes:
         return b"".join([self.digest(thing, where) for thing in things])
 
     def _configured(self, thing: Any, where: str) -> Iterator[bytes]:
@@ -354,7 +364,7 @@ class _Hasher:
         if isinstance(thing, keras.layers.Layer):
             yield self._all(thing.variables, where)
         if not _is_known(kind) and _is_library(kind.get_config.__module__):
-            named = set()
+            named: set[str] = set()
             for base in kind.__mro__:
                 if not _is_known(base):
                     functions = [f for f in vars(base).values() if inspect.isfunction(f)]
@@ -364,7 +374,7 @@ class _Hasher:
                 if not isinstance(value, keras.Variable | keras.layers.Layer):
                     yield self.digest((name, value), f"{where} its attribute `{name}`,")
 
-    def _reduced(self, thing: Any, where: str) -> Iterator[bytes]:
+    def _reduced(self, thing: object, where: str) -> Iterator[bytes]:
         """Yields the parts by which Python copies any other object: its class and its state."""
         try:
             of_others = copyreg.dispatch_table.get(type(thing))  # Compiled patterns, for example.
@@ -381,7 +391,7 @@ class _Hasher:
             raise self._unidentified(thing, where)  # A C function.
         yield self._all((make, arguments, state, list(items or ()), list(pairs or ())), where)
 
-    def _unidentified(self, thing: Any, where: str) -> UnidentifiedError:
+    def _unidentified(self, thing: object, where: str) -> UnidentifiedError:
         kind = type(thing)
         return UnidentifiedError(
             f"{self._root} cannot be told from others of its name: {where.strip() or 'it,'} a "
@@ -404,11 +414,12 @@ class _Hasher:
             yield name
             return
         if name not in self._sources:
-            try:
+            self._sources[name] = None, ""
+            with contextlib.suppress(AttributeError, ImportError, ValueError):
                 spec = importlib.util.find_spec(name)
-                self._sources[name] = spec.loader.get_code(name), spec.parent
-            except (AttributeError, ImportError, ValueError):
-                self._sources[name] = None, ""
+                if spec is not None:
+                    loader: Any = spec.loader  # One without code raises the AttributeError.
+                    self._sources[name] = loader.get_code(name), spec.parent
         source, package = self._sources[name]
         if source is None:
             yield name
@@ -417,7 +428,7 @@ class _Hasher:
                 yield self.digest(source, f" module {name},")
 
     @contextlib.contextmanager
-    def _within(self, package: Any) -> Iterator[None]:
+    def _within(self, package: str | None) -> Iterator[None]:
         """Temporarily resolves relative imports from this package."""
         before, self._package = self._package, package or ""
         yield
@@ -510,14 +521,14 @@ def _globals_in(code: types.CodeType, known: Mapping[str, Any]) -> dict[str, Any
     return found
 
 
-def _wrapped(thing: Any) -> Any:
+def _wrapped(thing: object) -> Any:
     """Returns the function wrapped by a library's decorator (cache, compiler), or None."""
     if isinstance(thing, types.FunctionType | type) or not _is_library(type(thing).__module__):
         return None
     return getattr(thing, "__wrapped__", None) or getattr(thing, "python_function", None)
 
 
-def _array(thing: Any) -> np.ndarray | None:
+def _array(thing: object) -> np.ndarray | None:
     """Returns the values of an array, variable or tensor of any backend, or None."""
     if isinstance(thing, np.ndarray | np.generic):
         return np.asarray(thing)
@@ -529,7 +540,7 @@ def _array(thing: Any) -> np.ndarray | None:
     return np.asarray(thing.detach().cpu() if hasattr(thing, "detach") else thing)
 
 
-def _without_names(config: Any) -> Any:
+def _without_names(config: object) -> Any:
     if isinstance(config, Mapping):
         if _is_lambda(config):
             return "<lambda>"

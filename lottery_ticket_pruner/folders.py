@@ -128,7 +128,8 @@ class FolderLock:
     def _is_there(self) -> bool:
         """Returns whether the lock file in the folder is the one that this process holds."""
         with contextlib.suppress(OSError):
-            return os.path.samestat(self._stat, os.stat(self._folder / _LOCK))
+            found = os.stat(self._folder / _LOCK)
+            return self._stat is not None and os.path.samestat(self._stat, found)
         return False
 
     def _holder(self) -> str:

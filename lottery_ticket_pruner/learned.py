@@ -54,7 +54,7 @@ def learn_supermask(
     seed: int = 0,
     augment: Augmentation | None = None,
     deterministic: bool = False,
-    on_progress: Callable[[int], None] | None = None,
+    on_progress: Callable[[int], object] | None = None,
 ) -> LearnedSupermask:
     """Learns which of a model's weights to keep; all weights stay as they are.
 

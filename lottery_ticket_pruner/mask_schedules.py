@@ -16,6 +16,7 @@ from keras import ops
 import masked_layers as ml
 from lottery_ticket_pruner import (
     criteria,
+    distributions,
     evidence,
     notices,
     optimizers,
@@ -26,6 +27,7 @@ from lottery_ticket_pruner import (
     targets,
     zero_hold,
 )
+from lottery_ticket_pruner.checks import is_integer
 from lottery_ticket_pruner.pruner import LotteryTicketPruner
 from lottery_ticket_pruner.records import is_masked
 from lottery_ticket_pruner.training import Examples
@@ -206,13 +208,13 @@ class GradualPruning(MaskSchedule):
         self,
         pruner: LotteryTicketPruner,
         schedule: schedules.Identifier,
-        strategy: Any = "smallest_weights",
+        strategy: criteria.Identifier = "smallest_weights",
         *,
         scope: str | None = None,
         regrowth: bool = False,
         seed: int = 0,
-        structure: Any = None,
-        distribution: Any = None,
+        structure: structures.Identifier | None = None,
+        distribution: distributions.Identifier | None = None,
         data: Any = None,
     ) -> None:
         super().__init__(pruner)
@@ -460,7 +462,7 @@ class DynamicSparseTraining(MaskSchedule):
                 stacklevel=2,
             )
             return
-        growth = self._gradients(step) if self.growth == "gradient" else {}
+        growth = {} if self._examples is None else self._gradients(step, self._examples)
         with variable_scope(model):
             results = []
             for ref, count in zip(refs, alive, strict=True):
@@ -483,8 +485,7 @@ class DynamicSparseTraining(MaskSchedule):
                     variable.assign(zero_hold.zero_pruned(kept, variable))
                 ref.mask.value.assign(ops.reshape(mask, ref.variable.shape))
 
-    def _gradients(self, step: int) -> dict[str, np.ndarray]:
-        examples = self._examples
+    def _gradients(self, step: int, examples: Examples) -> dict[str, np.ndarray]:
         size = len(examples)
         draw = np.random.default_rng([self.seed, step])
         chosen = draw.choice(size, min(self.batch_size, size), replace=False)
@@ -504,11 +505,10 @@ class DynamicSparseTraining(MaskSchedule):
 _MAGNITUDE = ("smallest_weights", "smallest_weights_global")
 
 
-def _is_count(value: Any, least: int) -> bool:
-    integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    return integer and value >= least
+def _is_count(value: object, least: int) -> bool:
+    return is_integer(value) and value >= least
 
 
-def _check_seed(seed: Any) -> None:
+def _check_seed(seed: object) -> None:
     if not _is_count(seed, 0):
         raise ValueError(f"`seed` must be a non-negative integer. Received: seed={seed!r}")

@@ -6,11 +6,11 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from numbers import Real
 
 import numpy as np
 
 from lottery_ticket_pruner import schedules, selection, structures
+from lottery_ticket_pruner.checks import is_number
 from masked_layers.notices import warn_outside
 
 _logger = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ def of_update(
     dense = all(kernel.mask.all() for kernel in kernels.values())
     amount = rate if sparsity is None or isinstance(sparsity, Mapping) else sparsity * dense
     same = all(np.array_equal(kernel.mask, masks[path]) for path, kernel in kernels.items())
-    if same and not request.keep_sparser and isinstance(amount, Real) and amount > 0:
+    if same and not request.keep_sparser and is_number(amount) and amount > 0:
         unit = "weight" if structure is None else f"tile of {structure}"
         warn(
             f"Nothing was pruned: a share of {amount} is less than one {unit} in each group of "

@@ -17,12 +17,14 @@ import masked_layers as ml
 from lottery_ticket_pruner import (
     channels,
     criteria,
+    distributions,
     evidence,
     notices,
     optimizers,
     plain_models,
     records,
     selection,
+    structures,
     targets,
     treatments,
 )
@@ -147,15 +149,15 @@ class LotteryTicketPruner(plain_models.PlainPruning):
 
     def update_masks(
         self,
-        strategy: Any = "large_final",
+        strategy: criteria.Identifier = "large_final",
         *,
         rate: selection.Share | None = None,
         sparsity: selection.Share | None = None,
         budget: Mapping[str, float] | None = None,
         scope: str | None = None,
         seed: int | None = None,
-        structure: Any = None,
-        distribution: Any = None,
+        structure: structures.Identifier | None = None,
+        distribution: distributions.Identifier | None = None,
         data: Any = None,
     ) -> SparsityReport:
         """Prunes the masked model further, by removing the lowest-ranked weights from its masks.
@@ -220,7 +222,7 @@ class LotteryTicketPruner(plain_models.PlainPruning):
 
     def masks_at(
         self,
-        strategy: Any = "large_final",
+        strategy: criteria.Identifier = "large_final",
         *,
         sparsities: Sequence[selection.Share],
         scope: str | None = None,
@@ -275,8 +277,8 @@ class LotteryTicketPruner(plain_models.PlainPruning):
 
     def treat(
         self,
-        kept: Any = "rewind",
-        pruned: Any = "zero",
+        kept: treatments.KeptIdentifier = "rewind",
+        pruned: treatments.PrunedIdentifier = "zero",
         *,
         seed: int = 0,
         optimizer: bool = True,
@@ -308,8 +310,9 @@ class LotteryTicketPruner(plain_models.PlainPruning):
         """
         self._require_masked("treat")
         kept, pruned = treatments.get_kept(kept), treatments.get_pruned(pruned)
+        final = self._final
         for treatment in (kept, pruned):
-            if treatment.needs_final and self._final is None:
+            if treatment.needs_final and final is None:
                 raise ValueError(
                     f"The treatment {treatment.name!r} reads the final weights. Call "
                     "`set_pretrained_weights` after training."
@@ -317,7 +320,7 @@ class LotteryTicketPruner(plain_models.PlainPruning):
         ml.sync(self.model)
         tuned = kept is treatments.get_kept("finetune")
         zeroed = pruned is treatments.get_pruned("zero")
-        values = list(self._final if tuned else self._initial)
+        values = list(self._initial if final is None or not tuned else final)
         frozen = {}
         for position, ref in self._prunables(self.model).items():
             kernel = self._kernel(position, ref, seed)
@@ -452,7 +455,7 @@ class LotteryTicketPruner(plain_models.PlainPruning):
 
     # Files.
 
-    def save(self, file: str | os.PathLike) -> None:
+    def save(self, file: str | os.PathLike[str]) -> None:
         """Writes the complete state of the pruner to a file: records, masks and counts.
 
         This includes the frozen values of pruned weights of a masked model (see `treat`). The file
@@ -484,7 +487,7 @@ class LotteryTicketPruner(plain_models.PlainPruning):
         _logger.info("Saved the pruner of %r to %s.", self.model.name, file)
 
     @classmethod
-    def load(cls, file: str | os.PathLike, model: keras.Model) -> LotteryTicketPruner:
+    def load(cls, file: str | os.PathLike[str], model: keras.Model) -> LotteryTicketPruner:
         """Reads a pruner from a file written by `save`, for a model of the same architecture.
 
         A masked model gets the saved masks and frozen values. Its weights are not changed; call
@@ -515,7 +518,7 @@ class LotteryTicketPruner(plain_models.PlainPruning):
         pruner._initial, pruner._final = saved.initial, saved.final
         pruner._final_is_new = saved.final_is_new
         pruner._updates = saved.updates
-        pruner._clocks = saved.clocks
+        pruner._clocks = list(saved.clocks)
         pruner._rescaling = plain_models.Rescaling(saved.factors, saved.unscaled)
         pruner._write_masks(model, saved.masks)
         if is_masked(model):
@@ -551,8 +554,8 @@ class LotteryTicketPruner(plain_models.PlainPruning):
             mask=self._mask(position, ref),
             rng=rng,
             initial=self._initial[position],
-            final=None if self._final is None else self._final[position],
             draw=lambda: treatments.draw_again(ref, draw_seed),
+            **({} if self._final is None else {"final": self._final[position]}),
         )
 
     def _freeze(self, frozen: Mapping[int, np.ndarray | None]) -> None:
@@ -560,9 +563,9 @@ class LotteryTicketPruner(plain_models.PlainPruning):
 
         Functions compiled for masks without frozen values are recompiled.
         """
-        refs = self._prunables(self.model)
+        masks = {position: ref.mask for position, ref in self._prunables(self.model).items()}
         with variable_scope(self.model):
-            changed = [refs[position].mask.freeze(values) for position, values in frozen.items()]
+            changed = [m.freeze(frozen[i]) for i, m in masks.items() if m and i in frozen]
         if any(changed):
             remake_functions(self.model)
 

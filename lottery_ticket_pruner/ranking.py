@@ -11,14 +11,16 @@ import functools
 import math
 import zlib
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import keras
 import numpy as np
 from keras import ops
 
+from masked_layers.types import Tensor
+
 if TYPE_CHECKING:
-    from masked_layers import WeightRef
+    from masked_layers import MaskedRef
 
 # Number of bits of random keys, chosen so that they are below every threshold for 0 of them.
 _RANDOM_BITS = 30
@@ -26,19 +28,19 @@ MAX_SIZE = 2**_RANDOM_BITS
 _INFINITY = 0x7F800000  # the bits of a float32; NaN is above it
 
 
-def magnitude(weight: Any) -> Any:
+def magnitude(weight: Tensor) -> Tensor:
     """Returns keys in the order of the absolute values of floats: int32, 1-D, at least 0."""
     # A column, because Keras needs the size of the last axis, which may be unknown when traced.
     column = ops.view(ops.cast(ops.reshape(weight, (-1, 1)), "float32"), "int32")
     return ops.bitwise_and(ops.reshape(column, (-1,)), 0x7FFFFFFF)
 
 
-def is_finite(keys: Any) -> Any:
+def is_finite(keys: Tensor) -> Tensor:
     """Returns True where the values of keys from `magnitude` are finite."""
     return keys < _INFINITY
 
 
-def tie_keys(keys: Any, seed: Any) -> Any:
+def tie_keys(keys: Tensor, seed: Tensor) -> Tensor:
     """Returns distinct keys in an order that depends on the seed: int32, at least 0.
 
     Args:
@@ -56,7 +58,7 @@ def tie_keys(keys: Any, seed: Any) -> Any:
     return ops.bitwise_xor(number, ops.right_shift(number, 15))
 
 
-def keep_highest(keys: Any, candidates: Any, count: Any, seed: Any) -> Any:
+def keep_highest(keys: Tensor, candidates: Tensor, count: Tensor, seed: Tensor) -> Tensor:
     """Returns flags of exactly `count` candidates, those with the highest keys.
 
     Args:
@@ -71,20 +73,20 @@ def keep_highest(keys: Any, candidates: Any, count: Any, seed: Any) -> Any:
     tied = keys == threshold
     places = count - _count(above)
 
-    def draw() -> Any:
+    def draw() -> Tensor:
         drawn = ops.where(tied, tie_keys(keys, seed), -1)
         return ops.logical_or(above, drawn >= _threshold(drawn, places))
 
-    def take_all() -> Any:
+    def take_all() -> Tensor:
         return ops.logical_or(above, tied)
 
     return ops.cond(_count(tied) > places, draw, take_all)
 
 
-def _threshold(keys: Any, count: Any) -> Any:
+def _threshold(keys: Tensor, count: Tensor) -> Tensor:
     """Returns the largest integer that at least `count` keys reach."""
 
-    def set_next_bit(number: Any, found: Any) -> Any:
+    def set_next_bit(number: Tensor, found: Tensor) -> Tensor:
         bit = ops.left_shift(ops.ones((), "int32"), 30 - ops.cast(number, "int32"))
         higher = found + bit
         return ops.where(_count(keys >= higher) >= count, higher, found)
@@ -92,15 +94,15 @@ def _threshold(keys: Any, count: Any) -> Any:
     return ops.fori_loop(0, 31, set_next_bit, ops.zeros((), "int32"))
 
 
-def _count(flags: Any) -> Any:
+def _count(flags: Tensor) -> Tensor:
     return ops.sum(ops.cast(flags, "int32"))
 
 
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Compiles a function of tensors into one program of the backend, when it is first called."""
 
     @functools.cache
-    def program() -> Callable[..., Any]:
+    def program() -> Callable[..., Tensor]:
         backend = keras.backend.backend()
         if backend == "tensorflow":
             import tensorflow as tf
@@ -118,14 +120,16 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         return function
 
     @functools.wraps(function)
-    def call(*args: Any) -> Any:
+    def call(*args: Tensor) -> Tensor:
         return program()(*args)
 
     return call
 
 
 @compiled
-def keep_largest(weight: Any, candidates: Any, most: Any, seed: Any) -> tuple[Any, Any]:
+def keep_largest(
+    weight: Tensor, candidates: Tensor, most: Tensor, seed: Tensor
+) -> tuple[Tensor, Tensor]:
     """Returns flags of the largest candidates, at most `most` of them.
 
     Args:
@@ -144,7 +148,9 @@ def keep_largest(weight: Any, candidates: Any, most: Any, seed: Any) -> tuple[An
 
 
 @compiled
-def rewire_at_random(weight: Any, mask: Any, count: Any, seed: Any) -> tuple[Any, Any, Any]:
+def rewire_at_random(
+    weight: Tensor, mask: Tensor, count: Tensor, seed: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Prunes the smallest weights and grows the same number of others, drawn at random.
 
     A weight that was just pruned may be drawn. It then stays, and does not count as grown.
@@ -164,8 +170,8 @@ def rewire_at_random(weight: Any, mask: Any, count: Any, seed: Any) -> tuple[Any
 
 @compiled
 def rewire_by_growth(
-    weight: Any, mask: Any, growth: Any, count: Any, seed: Any
-) -> tuple[Any, Any, Any]:
+    weight: Tensor, mask: Tensor, growth: Tensor, count: Tensor, seed: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Prunes the smallest weights and grows those with the largest absolute values in `growth`.
 
     Args:
@@ -184,7 +190,9 @@ def rewire_by_growth(
     return new, grown, ops.logical_and(finite, ops.all(is_finite(wanted)))
 
 
-def _rewire(weight: Any, mask: Any, wanted: Any, count: Any, seed: Any) -> tuple[Any, Any, Any]:
+def _rewire(
+    weight: Tensor, mask: Tensor, wanted: Tensor, count: Tensor, seed: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     keys = magnitude(weight)
     kept = keep_highest(keys, mask, _count(mask) - count, seed)
     new = ops.logical_or(kept, keep_highest(wanted, ops.logical_not(kept), count, seed + 2))
@@ -192,40 +200,40 @@ def _rewire(weight: Any, mask: Any, wanted: Any, count: Any, seed: Any) -> tuple
     return new, ops.logical_and(new, ops.logical_not(mask)), finite
 
 
-def count_alive(refs: Sequence[WeightRef]) -> list[int]:
+def count_alive(refs: Sequence[MaskedRef]) -> list[int]:
     """Counts the kept weights of each mask on the device, and reads all counts at once."""
     masks = [ops.convert_to_tensor(ref.mask.value) for ref in refs]
     counts = ops.stack([ops.sum(ops.cast(mask, "int32")) for mask in masks])
     return ops.convert_to_numpy(counts).tolist()
 
 
-def joined(tensors: Sequence[Any]) -> Any:
+def joined(tensors: Sequence[Tensor]) -> Tensor:
     """Returns all elements of the tensors as a 1-D tensor."""
     return ops.concatenate([ops.reshape(ops.convert_to_tensor(t), (-1,)) for t in tensors])
 
 
-def parted(mask: Any, group: Sequence[WeightRef]) -> list[Any]:
+def parted(mask: Tensor, group: Sequence[MaskedRef]) -> list[Tensor]:
     """Splits a joined mask into masks with the shapes of the weights."""
     ends = np.cumsum([math.prod(ref.variable.shape) for ref in group])[:-1].tolist()
     parts = ops.split(mask, ends) if ends else [mask]
     return [ops.reshape(part, ref.variable.shape) for part, ref in zip(parts, group, strict=True)]
 
 
-def integer(value: int) -> Any:
+def integer(value: int) -> Tensor:
     """Returns the value as an int32 tensor, for compiled functions."""
     return ops.convert_to_tensor(value, "int32")
 
 
-def seed_of(seed: int, step: int, path: str) -> Any:
+def seed_of(seed: int, step: int, path: str) -> Tensor:
     """Returns the seed of a weight at a step, as an int32 scalar."""
     entropy = np.random.SeedSequence([seed, step, zlib.crc32(path.encode())])
     return integer(int(entropy.generate_state(1)[0] >> 2))
 
 
 def check_finite(
-    groups: Sequence[Sequence[WeightRef]],
-    finite: Sequence[Any],
-    masks: Sequence[Sequence[Any]],
+    groups: Sequence[Sequence[MaskedRef]],
+    finite: Sequence[Tensor],
+    masks: Sequence[Sequence[Tensor]],
 ) -> list[str]:
     """Checks that all ranked values are finite, with a single read from the device.
 

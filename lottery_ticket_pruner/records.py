@@ -158,7 +158,7 @@ class Saved:
     factors: Mapping[int, float]
     unscaled: Mapping[int, np.ndarray]
 
-    def write(self, file: str | os.PathLike) -> None:
+    def write(self, file: str | os.PathLike[str]) -> None:
         """Writes the file. An existing file is replaced completely or not at all."""
         state = {
             "format": _FORMAT,
@@ -181,7 +181,7 @@ class Saved:
             np.savez(stream, allow_pickle=False, **arrays)
 
     @classmethod
-    def read(cls, file: str | os.PathLike) -> Saved:
+    def read(cls, file: str | os.PathLike[str]) -> Saved:
         """Reads a file written by `write`.
 
         Raises:

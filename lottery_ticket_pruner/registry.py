@@ -26,7 +26,7 @@ class UnknownNameError(ValueError):
         remedy: A sentence that says what to do if none of the known names is meant.
     """
 
-    def __init__(self, kind: str, name: Any, known: Sequence[str], remedy: str = "") -> None:
+    def __init__(self, kind: str, name: object, known: Sequence[str], remedy: str = "") -> None:
         close = difflib.get_close_matches(name, known, 1) if isinstance(name, str) else []
         hint = f" Did you mean {close[0]!r}?" if close else ""
         self.without_remedy = f"Unknown {kind} {name!r}.{hint} Known are: {', '.join(known)}."
@@ -69,11 +69,14 @@ class Registry(Generic[T]):
         self._takes = takes
         self._shorthand = shorthand
         self._examples = examples
-        self._things: dict[str, Any] = {}
+        self._things: dict[str, object] = {}
         self._values: dict[str, Any] = {}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._things)
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and name in self._things
 
     def copy(self) -> "Registry[T]":
         """Returns an independent copy."""
@@ -82,7 +85,7 @@ class Registry(Generic[T]):
         other._things, other._values = dict(self._things), dict(self._values)
         return other
 
-    def add(self, name: str, thing: Any, value: Any = None) -> None:
+    def add(self, name: str, thing: object, value: object = None) -> None:
         """Registers a function or class under a name.
 
         Args:
@@ -112,7 +115,7 @@ class Registry(Generic[T]):
         self._things[name] = thing
         self._values[name] = thing if value is None else value
 
-    def get(self, identifier: Any) -> T:
+    def get(self, identifier: object) -> T:
         """Resolves an identifier.
 
         Args:
@@ -137,18 +140,18 @@ class Registry(Generic[T]):
             f"Received: {identifier!r} of type {type(identifier).__name__}"
         )
 
-    def value_of(self, function: Any) -> Any:
+    def value_of(self, function: object) -> Any:
         """Returns the value registered with this function or class, or None."""
         return next((self._values[n] for n, t in self._things.items() if _same(t, function)), None)
 
-    def name_of(self, thing: Any) -> str:
+    def name_of(self, thing: object) -> str:
         """Returns the name under which `thing` is registered, or else its `__name__`."""
         for name, known in self._things.items():
             if _same(known, thing):
                 return name
         return getattr(thing, "__name__", type(thing).__name__)
 
-    def checked(self, name: str, thing: Any) -> str:
+    def checked(self, name: str, thing: object) -> str:
         """Returns the name if `get` resolves it to this very function or class.
 
         Raises:
@@ -163,7 +166,7 @@ class Registry(Generic[T]):
             )
         return name
 
-    def _from_name(self, name: Any, arguments: dict[str, Any]) -> T:
+    def _from_name(self, name: object, arguments: dict[str, Any]) -> T:
         short = self._shorthand(name) if isinstance(name, str) else None
         if short is not None:
             name, arguments = short[0], short[1] | arguments
@@ -211,7 +214,7 @@ class Registry(Generic[T]):
         )
 
 
-def origin(thing: Any) -> str:
+def origin(thing: object) -> str:
     """Returns the module and name of a function or class, or of the class of an object."""
     qualname = getattr(thing, "__qualname__", None)
     if qualname is None:
@@ -220,6 +223,6 @@ def origin(thing: Any) -> str:
     return f"{getattr(thing, '__module__', None)}.{qualname}"
 
 
-def _same(known: Any, thing: Any) -> bool:
+def _same(known: object, thing: object) -> bool:
     # A method is another object each time it is read.
     return known is thing or (isinstance(thing, MethodType) and known == thing)

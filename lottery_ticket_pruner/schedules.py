@@ -15,15 +15,13 @@ References:
 
 import inspect
 import math
-import numbers
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeGuard, TypeVar
 
 import numpy as np
 
+from lottery_ticket_pruner.checks import is_integer, is_number
 from lottery_ticket_pruner.registry import Registry
-
-Identifier = Any
 
 
 class Schedule:
@@ -130,7 +128,7 @@ class Function(Schedule):
         _REGISTRY.checked(self.name, function)
 
     @property
-    def name(self) -> str:
+    def name(self) -> str:  # type: ignore[override]  # Follows the function, and is not set.
         """The registered name, or else the name of the function."""
         return _REGISTRY.name_of(self.function)
 
@@ -177,6 +175,9 @@ def _made(known: Any, arguments: dict[str, Any]) -> Schedule:
     return known(**arguments) if isinstance(known, type) else Function(known, **arguments)
 
 
+Identifier = Schedule | float | str | Mapping[str, Any] | Callable[[int], Any]
+_Registered = TypeVar("_Registered", bound=type[Schedule] | Callable[[int], float])
+
 _REGISTRY = Registry(
     "schedule",
     Schedule,
@@ -187,7 +188,7 @@ _REGISTRY = Registry(
 )
 
 
-def register(name: str) -> Callable[[Any], Any]:
+def register(name: str) -> Callable[[_Registered], _Registered]:
     """Registers a schedule under a name. Used as a decorator; returns the schedule unchanged.
 
     Args:
@@ -201,9 +202,9 @@ def register(name: str) -> Callable[[Any], Any]:
             run twice) replaces the earlier one.
     """
 
-    def decorate(schedule: Any) -> Any:
+    def decorate(schedule: _Registered) -> _Registered:
         _REGISTRY.add(name, schedule)
-        if isinstance(schedule, type):
+        if isinstance(schedule, type) and issubclass(schedule, Schedule):
             schedule.name = name
         return schedule
 
@@ -229,25 +230,25 @@ def get(identifier: Identifier) -> Schedule:
         ValueError: If the name is unknown, the arguments do not fit, an unregistered function has
             the name of a registered schedule, or the type of `identifier` is not supported.
     """
-    if isinstance(identifier, numbers.Real) and not isinstance(identifier, bool):
+    if is_number(identifier):
         return Constant(float(identifier))
     if isinstance(identifier, Mapping) and "class_name" in identifier:
         config = identifier.get("config", {})
         if isinstance(config, Mapping) and "name" not in config:  # Otherwise one of our own.
             return _from_tfmot_config(identifier["class_name"], config)
-    if _is_tfmot(type(identifier)):
+    if _is_tfmot(identifier):
         if type(identifier).__name__ in _TFMOT:
             return get(identifier.get_config())
         return _Pairs(identifier)
     return _REGISTRY.get(identifier)
 
 
-def _is_tfmot(cls: type) -> bool:
+def _is_tfmot(thing: object) -> TypeGuard[Any]:
     # Compares names, because importing the package changes the process (see `interop.tfmot`).
     return any(
         base.__name__ == "PruningSchedule"
         and base.__module__.startswith("tensorflow_model_optimization.")
-        for base in cls.__mro__
+        for base in type(thing).__mro__
     )
 
 
@@ -263,21 +264,21 @@ def _from_tfmot_config(name: str, config: Mapping[str, Any]) -> Schedule:
     return get({"name": _TFMOT[name]} | arguments)
 
 
-def _integer(name: str, value: int, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
+def _integer(name: str, value: object, least: int) -> int:
+    if not is_integer(value) or value < least:
         raise ValueError(
             f"`{name}` must be an integer of at least {least}. Received: {name}={value!r}"
         )
     return int(value)
 
 
-def check_sparsity(name: str, value: float) -> float:
+def check_sparsity(name: str, value: object) -> float:
     """Returns the sparsity as a float.
 
     Raises:
         ValueError: If it is not a number in [0, 1).
     """
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= value < 1:
+    if not is_number(value) or not 0 <= value < 1:
         raise ValueError(f"`{name}` must be a number in [0, 1). Received: {name}={value!r}")
     return float(value)
 
@@ -315,6 +316,8 @@ class Constant(Schedule):
 class _Ramp(Schedule):
     """A change from one sparsity to another between two steps."""
 
+    end_step: int  # here it must be given
+
     def __init__(
         self,
         initial_sparsity: float,
@@ -324,7 +327,7 @@ class _Ramp(Schedule):
         frequency: int,
     ) -> None:
         super().__init__(begin_step, end_step, frequency)
-        self.end_step = _integer("end_step", end_step, begin_step)  # required here
+        self.end_step = _integer("end_step", end_step, begin_step)
         self.initial_sparsity = check_sparsity("initial_sparsity", initial_sparsity)
         self.final_sparsity = check_sparsity("final_sparsity", final_sparsity)
 
@@ -377,8 +380,7 @@ class Polynomial(_Ramp):
         frequency: int = 100,
     ) -> None:
         super().__init__(initial_sparsity, final_sparsity, begin_step, end_step, frequency)
-        number = isinstance(power, numbers.Real) and not isinstance(power, bool)
-        if not number or not 0 < power < math.inf:
+        if not is_number(power) or not 0 < power < math.inf:
             raise ValueError(
                 "`power` must be a finite number above 0, so that the sparsity changes from the "
                 f"initial to the final value. Received: power={power!r}"

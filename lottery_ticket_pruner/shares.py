@@ -1,41 +1,46 @@
 """Amounts to prune: one share, or a share for each pattern of paths."""
 
-import numbers
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
+from typing import TypeVar
+
+from lottery_ticket_pruner.checks import is_number
 
 Share = float | Mapping[str, float]
+_Share = TypeVar("_Share", bound=Share)
 
 
-def one_of(rate: Share | None, sparsity: Share | None) -> tuple[str, Share]:
+def one_of(rate: _Share | None, sparsity: _Share | None) -> tuple[str, _Share]:
     """Returns the argument that is given, with its name.
 
     Raises:
         ValueError: If both or neither are given.
     """
-    if (rate is None) == (sparsity is None):
-        raise ValueError(
-            "Pass exactly one of `rate` (share of the kept weights to prune now) and `sparsity` "
-            "(share of all weights that are pruned afterwards). "
-            f"Received: rate={rate!r}, sparsity={sparsity!r}"
-        )
-    return ("rate", rate) if sparsity is None else ("sparsity", sparsity)
+    if rate is not None and sparsity is None:
+        return "rate", rate
+    if rate is None and sparsity is not None:
+        return "sparsity", sparsity
+    raise ValueError(
+        "Pass exactly one of `rate` (share of the kept weights to prune now) and `sparsity` "
+        "(share of all weights that are pruned afterwards). "
+        f"Received: rate={rate!r}, sparsity={sparsity!r}"
+    )
 
 
-def check_share(name: str, share: float) -> None:
+def check_share(name: str, share: object) -> None:
     """Checks that a share is a number in [0, 1).
 
     Raises:
         ValueError: If it is not. The message contains `name`.
     """
-    if isinstance(share, bool) or not isinstance(share, numbers.Real) or not 0 <= share < 1:
+    if not is_number(share) or not 0 <= share < 1:
         raise ValueError(
             f"`{name}` must be a number in [0, 1). Received: {name}={share!r} "
             f"of type {type(share).__name__}"
         )
 
 
-def shares_of(name: str, share: Share, paths: Sequence[str], scope: str) -> dict[str, float]:
+def shares_of(name: str, share: Share, paths: Collection[str], scope: str) -> dict[str, float]:
     """Returns the share of each path.
 
     Raises:

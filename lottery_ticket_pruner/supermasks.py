@@ -3,7 +3,6 @@
 import itertools
 import logging
 from collections.abc import Iterable, Sequence
-from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,7 @@ import numpy as np
 import masked_layers as ml
 from lottery_ticket_pruner import criteria as criteria_module
 from lottery_ticket_pruner import notices, treatments
+from lottery_ticket_pruner.checks import is_number
 from lottery_ticket_pruner.overrides import freeze_at_zero, rescaling, state_restored
 from lottery_ticket_pruner.pruner import LotteryTicketPruner
 from lottery_ticket_pruner.records import is_masked
@@ -76,7 +76,7 @@ def evaluate_grid(
             "`masked_layers.convert_to_masked(model)`, compile it, and create the pruner for it."
         )
     criteria = criteria if isinstance(criteria, str) else list(criteria)
-    if isinstance(criteria, str) or isinstance(sparsities, Real) or isinstance(dwr, bool):
+    if any((isinstance(criteria, str), is_number(sparsities), isinstance(dwr, bool))):
         raise ValueError(
             "`criteria`, `sparsities` and `dwr` must be lists. Received: "
             f"criteria={criteria!r}, sparsities={sparsities!r}, dwr={dwr!r}"
@@ -124,8 +124,8 @@ def evaluate_grid(
                     metrics = engine_of(model).evaluate(data)
                     rows.append({**cell, "dwr": bool(rescale), **metrics})
     # Logged once instead of warned about, because the grid explores how far masks can go.
-    for path, masks in emptied.items():
-        _logger.warning("Nothing is left of %r in the masks of %s.", path, ", ".join(masks))
+    for path, cells in emptied.items():
+        _logger.warning("Nothing is left of %r in the masks of %s.", path, ", ".join(cells))
     return rows
 
 

@@ -16,7 +16,7 @@ _OTHERS = ("categoricalgeneralizedcrossentropy", "circle", "ctc")
 
 
 @contextlib.contextmanager
-def explained(model: keras.Model, x: Any, y: Any) -> Iterator[None]:
+def explained(model: keras.Model, x: object, y: object) -> Iterator[None]:
     """Replaces an error in the block by an explanation if the targets do not fit the loss.
 
     Args:
@@ -40,7 +40,7 @@ def explained(model: keras.Model, x: Any, y: Any) -> Iterator[None]:
         raise ValueError(problem) from error
 
 
-def check(model: keras.Model, x: Any, y: Any) -> None:
+def check(model: keras.Model, x: object, y: object) -> None:
     """Checks that targets fit the compiled losses.
 
     Raises:
@@ -56,7 +56,7 @@ def check(model: keras.Model, x: Any, y: Any) -> None:
         raise ValueError(problem)
 
 
-def mismatch(model: keras.Model, x: Any, y: Any) -> str | None:
+def mismatch(model: keras.Model, x: object, y: object) -> str | None:
     """Returns why targets do not fit the compiled losses. None if they do or it is unknown."""
     if y is None or getattr(model, "loss", None) is None:
         return None
@@ -81,7 +81,7 @@ def mismatch(model: keras.Model, x: Any, y: Any) -> str | None:
     return None
 
 
-def losses_of(model: keras.Model, outputs: Any) -> list[Any]:
+def losses_of(model: keras.Model, outputs: object) -> list[Any]:
     """Returns the losses of a compiled model, one for each output, in the order of the outputs."""
     loss = model.loss
     if isinstance(loss, Mapping):
@@ -95,18 +95,21 @@ def losses_of(model: keras.Model, outputs: Any) -> list[Any]:
     return losses
 
 
-def name_of(loss: Any) -> str:
+def name_of(loss: object) -> str:
     """Returns the name of a loss, the same for function and class: `categoricalcrossentropy`."""
     loss = keras.losses.get(loss)
     return getattr(loss, "__name__", type(loss).__name__).replace("_", "").lower()
 
 
-def _problem(loss: Any, y: np.ndarray, outputs: tuple[int | None, ...]) -> str | None:
+def _problem(loss: object, y: np.ndarray, outputs: tuple[int | None, ...]) -> str | None:
     name = name_of(loss)
     own = keras.losses.get(loss)
     module = getattr(own, "__module__", None) or type(own).__module__
     along_last = getattr(own, "axis", -1) in (-1, len(outputs) - 1)
     if not module.startswith("keras.") or name in _OTHERS or len(outputs) < 2 or not along_last:
+        return None
+    classes = outputs[-1]
+    if classes is None:
         return None
     if not y.size or y.shape[:1] != outputs[:1]:  # wrong number of examples: reported elsewhere
         return None
@@ -115,10 +118,10 @@ def _problem(loss: Any, y: np.ndarray, outputs: tuple[int | None, ...]) -> str |
     indices = y.shape in (outputs[:-1], (*outputs[:-1], 1)) and y.shape != outputs
     columns = y.shape == outputs
     if name in _INDICES:
-        expected = f"{said}, expects class indices: integers from 0 to {outputs[-1] - 1} in shape "
+        expected = f"{said}, expects class indices: integers from 0 to {classes - 1} in shape "
         expected += f"{outputs[:-1]} or {(*outputs[:-1], 1)}, for outputs of shape {outputs}"
         if indices:
-            return _out_of_range(own, y, outputs[-1], f"{expected}. {received}")
+            return _out_of_range(own, y, classes, f"{expected}. {received}")
         remedy = "Give one index for each example"
         if columns:
             received += ", a column for each class"
@@ -133,7 +136,7 @@ def _problem(loss: Any, y: np.ndarray, outputs: tuple[int | None, ...]) -> str |
             if indices:
                 received += ", one class index for each example"
                 remedy = (
-                    f"Pass `keras.utils.to_categorical(y, {outputs[-1]})`, or compile with "
+                    f"Pass `keras.utils.to_categorical(y, {classes})`, or compile with "
                     '`loss="sparse_categorical_crossentropy"`'
                 )
     return f"{expected}. {received}. {remedy}."

@@ -22,7 +22,7 @@ import dataclasses
 import inspect
 import zlib
 from collections.abc import Callable, Mapping
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, ParamSpec, TypeVar
 
 import keras
 import numpy as np
@@ -30,6 +30,9 @@ import numpy as np
 import masked_layers as ml
 from lottery_ticket_pruner.registry import Registry
 from lottery_ticket_pruner.variables import widened
+
+# A treatment that needs the final weights may rely on them: to type checkers they are an array.
+_NOT_RECORDED: Any = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -47,15 +50,15 @@ class Kernel:
     mask: np.ndarray
     rng: np.random.Generator
     initial: np.ndarray
-    final: np.ndarray  # not None for a treatment that needs it
+    final: np.ndarray = _NOT_RECORDED
     draw: Callable[[], np.ndarray]
 
 
-F = TypeVar("F", bound=Callable[..., np.ndarray])
+P = ParamSpec("P")
 
 
 @dataclasses.dataclass(frozen=True)
-class Treatment(Generic[F]):
+class Treatment(Generic[P]):
     """A named treatment.
 
     Created by `get_kept`, `get_pruned`, `register_kept` and `register_pruned`; not meant to be
@@ -70,20 +73,20 @@ class Treatment(Generic[F]):
     """
 
     name: str
-    function: F
+    function: Callable[P, np.ndarray]
     needs_final: bool = False
     weights: str | None = None
 
-    def __call__(self, *args: Any) -> np.ndarray:
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> np.ndarray:
         """Returns the values, an array of the shape of the weight."""
-        return self.function(*args)
+        return self.function(*args, **kwargs)
 
     @property
     def doc(self) -> str:
         """First line of the function's docstring, for tables and help texts."""
         return (inspect.getdoc(self.function) or "").partition("\n")[0]
 
-    def get_config(self) -> dict:
+    def get_config(self) -> dict[str, Any]:
         """Returns a dict from which `get_kept` or `get_pruned` restores a registered treatment."""
         for registry in _registries(self.weights):
             registry.checked(self.name, self.function)
@@ -91,7 +94,7 @@ class Treatment(Generic[F]):
         return config if self.weights is None else config | {"weights": self.weights}
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> "Treatment":
+    def from_config(cls, config: Mapping[str, Any]) -> "Treatment[...]":
         """Returns the treatment that `get_kept` or `get_pruned` resolves a configuration to.
 
         Raises:
@@ -108,13 +111,23 @@ class Treatment(Generic[F]):
         return (known or _registries(weights))[0].get(config)
 
 
-def _treatments(weights: str, register: str, takes: str) -> Registry[Treatment]:
-    def wrap(function: Callable) -> Treatment:
+KeptFunction = Callable[[Kernel], np.ndarray]
+PrunedFunction = Callable[[Kernel, np.ndarray], np.ndarray]
+KeptIdentifier = str | Mapping[str, Any] | Treatment[[Kernel]] | KeptFunction
+PrunedIdentifier = str | Mapping[str, Any] | Treatment[[Kernel, np.ndarray]] | PrunedFunction
+
+_F = TypeVar("_F", bound=Callable[..., np.ndarray])
+_Kept = TypeVar("_Kept", bound=KeptFunction)
+_Pruned = TypeVar("_Pruned", bound=PrunedFunction)
+
+
+def _treatments(weights: str, register: str, takes: str) -> Registry[Treatment[P]]:
+    def wrap(function: Callable[P, np.ndarray]) -> Treatment[P]:
         registry = _registries(weights)[0]
         name = registry.checked(registry.name_of(function), function)
         return registry.value_of(function) or Treatment(name, function, weights=weights)
 
-    def make(treatment: Treatment, arguments: dict[str, Any]) -> Treatment:
+    def make(treatment: Treatment[P], arguments: dict[str, Any]) -> Treatment[P]:
         if arguments not in ({}, {"weights": weights}):
             raise TypeError(f'it takes no arguments other than {{"weights": {weights!r}}}')
         return treatment
@@ -123,12 +136,16 @@ def _treatments(weights: str, register: str, takes: str) -> Registry[Treatment]:
     return Registry(kind, Treatment, register=register, wrap=wrap, make=make, takes=takes)
 
 
+_KEPT: Registry[Treatment[[Kernel]]]
 _KEPT = _treatments("kept", "treatments.register_kept", "a `Kernel`")
+_PRUNED: Registry[Treatment[[Kernel, np.ndarray]]]
 _PRUNED = _treatments("pruned", "treatments.register_pruned", "a `Kernel` and values")
 
 
-def _registries(weights: str | None) -> list[Registry[Treatment]]:
-    return {"kept": [_KEPT], "pruned": [_PRUNED]}.get(weights, [_KEPT, _PRUNED])
+def _registries(weights: str | None) -> list[Registry[Treatment[...]]]:
+    if weights == "kept":
+        return [_KEPT]
+    return [_PRUNED] if weights == "pruned" else [_KEPT, _PRUNED]
 
 
 def kept_names() -> list[str]:
@@ -141,7 +158,7 @@ def pruned_names() -> list[str]:
     return list(_PRUNED)
 
 
-def register_kept(name: str, *, needs_final: bool = False) -> Callable[[Callable], Callable]:
+def register_kept(name: str, *, needs_final: bool = False) -> Callable[[_Kept], _Kept]:
     """Registers a treatment of kept weights under a name. Used to decorate `function(kernel)`.
 
     Args:
@@ -154,7 +171,7 @@ def register_kept(name: str, *, needs_final: bool = False) -> Callable[[Callable
     return _registering("kept", name, needs_final)
 
 
-def register_pruned(name: str, *, needs_final: bool = False) -> Callable[[Callable], Callable]:
+def register_pruned(name: str, *, needs_final: bool = False) -> Callable[[_Pruned], _Pruned]:
     """Registers a treatment of pruned weights. Used to decorate `function(kernel, values)`.
 
     Args:
@@ -167,7 +184,7 @@ def register_pruned(name: str, *, needs_final: bool = False) -> Callable[[Callab
     return _registering("pruned", name, needs_final)
 
 
-def get_kept(identifier: str | Mapping | Treatment | Callable) -> Treatment:
+def get_kept(identifier: KeptIdentifier) -> Treatment[[Kernel]]:
     """Resolves an identifier to a treatment of kept weights.
 
     Args:
@@ -179,10 +196,10 @@ def get_kept(identifier: str | Mapping | Treatment | Callable) -> Treatment:
             treatment, the treatment is for pruned weights, or the type of `identifier` is not
             supported.
     """
-    return _get("kept", identifier)
+    return _only("kept", _KEPT.get(identifier))
 
 
-def get_pruned(identifier: str | Mapping | Treatment | Callable) -> Treatment:
+def get_pruned(identifier: PrunedIdentifier) -> Treatment[[Kernel, np.ndarray]]:
     """Resolves an identifier to a treatment of pruned weights.
 
     Args:
@@ -195,11 +212,11 @@ def get_pruned(identifier: str | Mapping | Treatment | Callable) -> Treatment:
             treatment, the treatment is for kept weights, or the type of `identifier` is not
             supported.
     """
-    return _get("pruned", identifier)
+    return _only("pruned", _PRUNED.get(identifier))
 
 
-def _registering(weights: str, name: str, needs_final: bool) -> Callable[[Callable], Callable]:
-    def decorate(function: Callable) -> Callable:
+def _registering(weights: str, name: str, needs_final: bool) -> Callable[[_F], _F]:
+    def decorate(function: _F) -> _F:
         treatment = Treatment(name, function, needs_final, weights)
         _registries(weights)[0].add(name, function, treatment)
         return function
@@ -207,8 +224,7 @@ def _registering(weights: str, name: str, needs_final: bool) -> Callable[[Callab
     return decorate
 
 
-def _get(weights: str, identifier: str | Mapping | Treatment | Callable) -> Treatment:
-    treatment = _registries(weights)[0].get(identifier)
+def _only(weights: str, treatment: Treatment[P]) -> Treatment[P]:
     if treatment.weights not in (None, weights):
         raise ValueError(
             f"Expected a treatment of {weights} weights. Received: {treatment.name!r}, for "
@@ -217,7 +233,9 @@ def _get(weights: str, identifier: str | Mapping | Treatment | Callable) -> Trea
     return treatment
 
 
-def treat(kernel: Kernel, kept: Treatment, pruned: Treatment) -> np.ndarray:
+def treat(
+    kernel: Kernel, kept: Treatment[[Kernel]], pruned: Treatment[[Kernel, np.ndarray]]
+) -> np.ndarray:
     """Returns all values of one weight that training starts from, kept and pruned entries.
 
     Raises:
@@ -344,7 +362,7 @@ def _deviation(initial: np.ndarray) -> float:
 
 
 def _checked(
-    kernel: Kernel, treatment: Treatment, values: np.ndarray, used: np.ndarray
+    kernel: Kernel, treatment: Treatment[...], values: np.ndarray, used: np.ndarray
 ) -> np.ndarray:
     values = np.asarray(values)
     if values.shape != kernel.mask.shape or not np.isfinite(values[used]).all():

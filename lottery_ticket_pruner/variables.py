@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 import keras
 import numpy as np
 
 
-def variable_scope(model: keras.Model) -> contextlib.AbstractContextManager:
+def variable_scope(model: keras.Model) -> contextlib.AbstractContextManager[Any]:
     """Returns the scope for creating variables that the model's own functions read."""
     if keras.backend.backend() == "tensorflow":
         return model.distribute_strategy.scope()

@@ -32,6 +32,7 @@ from masked_layers.classes import (
 )
 from masked_layers.conversion import convert_to_masked, harden, sample_masks, strip_masks
 from masked_layers.inspection import (
+    MaskedRef,
     SparsityReport,
     SparsityRow,
     WeightRef,
@@ -89,6 +90,7 @@ __all__ = [
     "MaskedLSTMCell",
     "MaskedLayer",
     "MaskedMultiHeadAttention",
+    "MaskedRef",
     "MaskedReversibleEmbedding",
     "MaskedSeparableConv1D",
     "MaskedSeparableConv2D",

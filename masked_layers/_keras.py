@@ -219,7 +219,7 @@ def custom_object_scope(custom_objects: dict[str, Any]) -> Iterator[None]:
         registered.update(hidden)
 
 
-class _Names(collections.abc.MutableMapping):
+class _Names(collections.abc.MutableMapping[Any, str]):
     """Mapping from classes and functions to the unique names under which Keras serializes them.
 
     It replaces Keras' dict from objects to registered names. A custom object is registered under a
@@ -233,20 +233,20 @@ class _Names(collections.abc.MutableMapping):
         self.kept: list[Any] = []
         self.kept_classes: set[type] = set()
 
-    def __contains__(self, obj: Any) -> bool:
+    def __contains__(self, obj: object) -> bool:
         return obj in self.registered or obj in self.kept_classes or _has_own_name(obj)
 
-    def __getitem__(self, obj: Any) -> str:
+    def __getitem__(self, obj: object) -> str:
         if isinstance(obj, type) and obj in self.kept_classes:
             return self.name(self)
         name = self.registered.get(obj)
         known = name is not None and keras.saving.get_registered_object(name) is obj
-        return name if known or not _has_own_name(obj) else self.name(obj)
+        return self.registered[obj] if known or not _has_own_name(obj) else self.name(obj)
 
-    def __setitem__(self, obj: Any, name: str) -> None:
+    def __setitem__(self, obj: object, name: str) -> None:
         self.registered[obj] = name
 
-    def __delitem__(self, obj: Any) -> None:
+    def __delitem__(self, obj: object) -> None:
         del self.registered[obj]
 
     def __iter__(self) -> Iterator[Any]:
@@ -255,7 +255,7 @@ class _Names(collections.abc.MutableMapping):
     def __len__(self) -> int:
         return len(self.registered)
 
-    def name(self, obj: Any) -> str:
+    def name(self, obj: object) -> str:
         """Returns a name under which Keras finds exactly this object."""
         if id(obj) not in self.made:
             # An equal string in a config would be replaced by the object, so it must be unusual.
@@ -264,7 +264,7 @@ class _Names(collections.abc.MutableMapping):
             self.objects[name] = obj
         return self.made[id(obj)][1]
 
-    def keep(self, obj: Any) -> dict[str, int]:
+    def keep(self, obj: object) -> dict[str, int]:
         """Returns a config for which `from_config` returns the object itself."""
         self.kept_classes.add(type(obj))
         self.kept.append(obj)
@@ -279,20 +279,20 @@ class _Names(collections.abc.MutableMapping):
             del self.objects[name]
 
 
-def _is_of_a_user(obj: Any) -> bool:
+def _is_of_a_user(obj: object) -> bool:
     """Returns whether a class or function is from outside Keras and this package."""
     package = (getattr(obj, "__module__", None) or "").partition(".")[0]
     return package not in ("keras", "masked_layers", "")
 
 
-def _has_own_name(obj: Any) -> bool:
+def _has_own_name(obj: object) -> bool:
     """Returns whether an object needs a unique name."""
     # Not the type of all functions, which Keras writes next to its own functions and looks up by
     # name.
     return obj is not types.FunctionType and _is_of_a_user(obj)
 
 
-def _is_kept(obj: Any) -> bool:
+def _is_kept(obj: object) -> bool:
     """Returns whether an object without variables cannot be recreated from a config.
 
     This is true for callables without a config (a `partial`, a method, a compiled function) and for

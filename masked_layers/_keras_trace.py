@@ -49,7 +49,7 @@ def watch(model: keras.layers.Layer, inputs: Any, read: Callable[[keras.Variable
 
 def callers() -> Iterator[types.FrameType]:
     """Yields the frames on the stack above the caller, beginning with the innermost."""
-    frame = sys._getframe(2)
+    frame: types.FrameType | None = sys._getframe(2)
     while frame is not None:
         yield frame
         frame = frame.f_back

@@ -9,7 +9,7 @@ import itertools
 import re
 import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import keras
 
@@ -18,7 +18,7 @@ from masked_layers._keras_trace import forget_traces, load_under_way
 from masked_layers._tensorflow import forget_gradients, gradient_names
 from masked_layers.notices import warn_outside
 
-Layer = keras.layers.Layer
+Layer: TypeAlias = keras.layers.Layer
 
 _BESIDE = "_masked_layers_compiled"
 # For each load in progress, the ids of layers whose compiled functions were already reset.
@@ -37,7 +37,7 @@ def kept_beside(model: Layer) -> dict[str, Any]:
     return vars(model)[_BESIDE]
 
 
-def forget_functions(model: Layer, *, around: bool = True) -> list[weakref.ref]:
+def forget_functions(model: Layer, *, around: bool = True) -> list[weakref.ref[Any]]:
     """Makes `fit`, `evaluate`, `predict`, `generate`, ... of a model compile again when called.
 
     Keras and task models based on it compile functions in `make_train_function`,
@@ -175,7 +175,7 @@ def _kept_by_makers(cls: type) -> list[str]:
 
 
 @contextlib.contextmanager
-def _released(variables: Iterable[keras.Variable]) -> Iterator[list[weakref.ref]]:
+def _released(variables: Iterable[keras.Variable]) -> Iterator[list[weakref.ref[Any]]]:
     """Frees memory that TensorFlow would keep for functions that are deleted inside the scope.
 
     Keras' optimizers sum gradients with `all_reduce`, which registers a gradient function for each
@@ -198,7 +198,7 @@ def _released(variables: Iterable[keras.Variable]) -> Iterator[list[weakref.ref]
 
 
 def warn_of_traces(
-    model: Layer, variables: Collection[keras.Variable], traces: Sequence[weakref.ref]
+    model: Layer, variables: Collection[keras.Variable], traces: Sequence[weakref.ref[Any]]
 ) -> None:
     """Warns about existing `tf.function`s that read one of these variables and are now stale.
 
@@ -246,7 +246,7 @@ def _readers(variables: Iterable[keras.Variable], traces: Sequence[Any]) -> list
     ]
 
 
-def _names_of_gradients(traces: list[Any]) -> list[tuple[weakref.ref, list[str]]]:
+def _names_of_gradients(traces: list[Any]) -> list[tuple[weakref.ref[Any], list[str]]]:
     """Returns the gradients registered in each trace, and in loops and branches inside it."""
     if not traces:
         return []

@@ -16,7 +16,7 @@ import numpy as np
 from masked_layers import _keras, compiled, learned
 from masked_layers.copying import copy_model, renew_optimizer
 from masked_layers.exactness import check_copy, check_masks, has_code_of_others
-from masked_layers.inspection import WeightRef, get_masks, masked_refs, weight_refs
+from masked_layers.inspection import MaskedRef, get_masks, masked_refs, weight_refs
 from masked_layers.layers import (
     MaskedLayer,
     by_hand,
@@ -26,6 +26,7 @@ from masked_layers.layers import (
     undone_on_error,
     unmask,
 )
+from masked_layers.learned import LearnedMask
 from masked_layers.maskable import maskable, weights_inside
 from masked_layers.masks import raw_view
 from masked_layers.paths import check_walk, plain_class, resolve, walk
@@ -45,7 +46,7 @@ def convert_to_masked(
     include: Filter | None = None,
     exclude: Filter | None = None,
     mask_bias: bool = False,
-    mask: Any = "binary",
+    mask: learned.Identifier = "binary",
     inplace: bool = False,
 ) -> keras.Model:
     """Returns a copy of a model with masks over its weights and the same outputs, bit for bit.
@@ -217,7 +218,8 @@ def sample_masks(model: keras.Model, seed: int) -> dict[str, np.ndarray]:
     masks = {}
     for ref in masked_refs(model):
         rng = np.random.default_rng([seed, zlib.crc32(ref.path.encode())])
-        masks[ref.path] = ref.mask.sample(rng) if ref.mask.learned else ref.mask.to_numpy()
+        mask = ref.mask
+        masks[ref.path] = mask.sample(rng) if isinstance(mask, LearnedMask) else mask.to_numpy()
     return masks
 
 
@@ -245,7 +247,7 @@ def _check_strippable(model: keras.Model) -> None:
             )
 
 
-def _fold(ref: WeightRef) -> None:
+def _fold(ref: MaskedRef) -> None:
     """Writes the effective weight, including LoRA's addition, into the variable."""
     factor = _lora_factor(ref)
     weight = ref.mask.apply(ref.variable) if factor is None else getattr(ref.layer, ref.name)
@@ -254,7 +256,7 @@ def _fold(ref: WeightRef) -> None:
         factor.assign(np.zeros(factor.shape))
 
 
-def _lora_factor(ref: WeightRef) -> keras.Variable | None:
+def _lora_factor(ref: MaskedRef) -> keras.Variable | None:
     """Returns the second factor of the product that LoRA adds to the weight, or None."""
     return getattr(ref.layer, f"lora_{ref.name}_b", None)
 
@@ -341,7 +343,7 @@ def _why_nothing(
     )
 
 
-def _named(layers: Iterable[Layer], wanted: Any) -> str:
+def _named(layers: Iterable[Layer], wanted: object) -> str:
     """Lists names of layers, up to a maximum number, and suggests those similar to patterns."""
     names = sorted({layer.name for layer in layers})
     shown = ", ".join(map(repr, names[:_NAMED]))

@@ -121,7 +121,7 @@ def _with_cyclic_config(model: keras.Model) -> str:
     return ", ".join(found)
 
 
-def _is_cyclic(value: Any, around: frozenset[int]) -> bool:
+def _is_cyclic(value: object, around: frozenset[int]) -> bool:
     if not isinstance(value, (dict, list, tuple)):
         return False
     inside = value.values() if isinstance(value, dict) else value
@@ -129,7 +129,7 @@ def _is_cyclic(value: Any, around: frozenset[int]) -> bool:
     return id(value) in around or any(_is_cyclic(item, around_it) for item in inside)
 
 
-def _with_dtype(config: Any, dtype: str) -> Any:
+def _with_dtype(config: object, dtype: str) -> Any:
     """Returns the config of a layer, including inner layers, with another float dtype."""
     if isinstance(config, dict):
         return {
@@ -141,7 +141,7 @@ def _with_dtype(config: Any, dtype: str) -> Any:
     return config
 
 
-def _is_float(dtype: Any) -> bool:
+def _is_float(dtype: object) -> bool:
     if isinstance(dtype, dict):  # a policy
         dtype = dtype.get("config", {}).get("name")
     return isinstance(dtype, str) and "float" in dtype
@@ -210,7 +210,7 @@ def _copy_state(source: keras.Model, target: keras.Model) -> None:
         if new.trainable != old.trainable:
             new.trainable = old.trainable
     for old, new in zip(weight_refs(source), weight_refs(target), strict=True):
-        if old.mask is not None:
+        if old.mask is not None and new.mask is not None:
             new.mask.rescale = old.mask.rescale
     for (_, old), (_, new) in pairs:
         copy_assets(old, new)
@@ -289,7 +289,7 @@ def held_by(model: keras.Model, *others: Any) -> Iterator[Any]:
     """
     seen: dict[int, Any] = {}  # Keeps the values alive, so that their ids are not reused.
 
-    def inside(value: Any) -> Iterator[Any]:
+    def inside(value: object) -> Iterator[Any]:
         if id(value) in seen or isinstance(value, keras.Variable):
             return
         if isinstance(value, (list, tuple, dict)):

@@ -11,6 +11,7 @@ import keras
 from masked_layers import _keras
 from masked_layers.maskable import mask_of
 from masked_layers.masks import is_raw_view
+from masked_layers.types import Tensor
 
 Layer: TypeAlias = keras.layers.Layer
 
@@ -33,7 +34,7 @@ def _write_nothing() -> None:
     """Takes the place of a `_Write` in a tensor that was copied or saved."""
 
 
-def _with_writes(tensor: Any, variable: keras.Variable) -> Any:
+def _with_writes(tensor: Tensor, variable: keras.Variable) -> Tensor:
     """Adds a variable's `assign` methods, path and flag to the tensor of an effective weight.
 
     Code that sets weights, as in `layer.kernel.assign(value)`, expects a variable. The effective

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 import keras
 import numpy as np
@@ -20,13 +20,13 @@ import numpy as np
 from masked_layers import _keras, _keras_trace
 from masked_layers._keras import input_specs
 from masked_layers.copying import held_by
-from masked_layers.inspection import WeightRef, weight_refs
-from masked_layers.layers import EffectiveWeight
+from masked_layers.effective import EffectiveWeight
+from masked_layers.inspection import MaskedRef, weight_refs
 from masked_layers.masks import Mask, MaskedConstraint, MaskedRegularizer, raw_view
 from masked_layers.notices import warn_outside
 from masked_layers.paths import plain_class, walk
 
-Layer = keras.layers.Layer
+Layer: TypeAlias = keras.layers.Layer
 
 logger = logging.getLogger(__name__)
 
@@ -52,13 +52,13 @@ def check_masks(model: keras.Model, source: keras.Model | None = None) -> None:
         ValueError: If a masked weight is read without its mask, a mask is compiled into a function
             as a constant, or a variable of `source` is read.
     """
-    refs = {id(ref.variable): ref for ref in weight_refs(model) if ref.mask is not None}
+    refs = {id(ref.variable): ref for ref in weight_refs(model) if isinstance(ref, MaskedRef)}
     with _traces_forgotten(model):
         _check_masks(model, refs, source)
 
 
 def _check_masks(
-    model: keras.Model, refs: dict[int, WeightRef], source: keras.Model | None
+    model: keras.Model, refs: dict[int, MaskedRef], source: keras.Model | None
 ) -> None:
     specs, reads = _first_reads(model, refs, source)
     if reads is None:
@@ -73,12 +73,12 @@ def _check_masks(
         )
     past = [ref for ref in refs.values() if id(ref.variable) in reads.past]
     for ref in _compiled_in(reads) or _read_past(model, specs, reads, past):
-        reader = reads.past.get(id(ref.variable))
-        if reader is None:
+        known = reads.past.get(id(ref.variable))
+        if known is None:
             others = sorted({plain_class(layer).__name__ for layer in _layers_of_others(model)})
-            reader = f"A custom layer (one of {others})"
+            known = f"A custom layer (one of {others})"
         raise ValueError(
-            f"{reader} reads '{ref.path}' past its mask, so pruned weights would still have an "
+            f"{known} reads '{ref.path}' past its mask, so pruned weights would still have an "
             "effect. It reads the weight from `weights`, a private attribute or a tensor made "
             "earlier, or is compiled with it as a constant. Read the attribute "
             f"'{ref.name}' of '{ref.layer.name}' in `call`, outside of `jax.jit`, or leave that "
@@ -127,8 +127,8 @@ def _layers_of_others(model: keras.Model) -> list[Layer]:
     return [layer for _, layer in walk(model) if _is_of_others(layer)]
 
 
-def _is_of_others(value: Any) -> bool:
-    named = plain_class(value) if isinstance(value, Layer) else value
+def _is_of_others(value: object) -> bool:
+    named = plain_class(value) if isinstance(value, keras.layers.Layer) else value
     named = named if hasattr(named, "__qualname__") else type(named)
     return (named.__module__ or "").partition(".")[0] not in ("keras", "masked_layers")
 
@@ -167,7 +167,7 @@ def _attributes_kept(model: keras.Model) -> Iterator[None]:
                     del vars(layer)[name]
 
 
-def _holds_tensor(value: Any) -> bool:
+def _holds_tensor(value: object) -> bool:
     # On TensorFlow a Keras variable counts as a tensor; variables created in the call are kept.
     return any(
         keras.ops.is_tensor(each) and not isinstance(each, keras.Variable)
@@ -187,7 +187,7 @@ class _Reads:
     """
 
     def __init__(
-        self, model: keras.Model, refs: dict[int, WeightRef], source: keras.Model | None
+        self, model: keras.Model, refs: dict[int, MaskedRef], source: keras.Model | None
     ) -> None:
         self.model, self.refs = model, refs
         self.owners = {
@@ -216,14 +216,14 @@ class _Reads:
     def _reader(self) -> str:
         for frame in _keras_trace.callers():
             layer = frame.f_locals.get("self")
-            if isinstance(layer, Layer) and not isinstance(layer, Mask):
+            if isinstance(layer, keras.layers.Layer) and not isinstance(layer, Mask):
                 path = next((path for path, inner in walk(self.model) if inner is layer), "")
                 return f"'{path or layer.name}' ({plain_class(layer).__name__})"
         return f"'{self.model.name}'"
 
 
 def _first_reads(
-    model: keras.Model, refs: dict[int, WeightRef], source: keras.Model | None
+    model: keras.Model, refs: dict[int, MaskedRef], source: keras.Model | None
 ) -> tuple[Any, _Reads | None]:
     """Returns the first input specs that the model accepts and its reads, or (None, None)."""
     for specs in _input_specs(model):
@@ -242,7 +242,7 @@ def _first_reads(
     return None, None
 
 
-def _compiled_in(reads: _Reads) -> list[WeightRef]:
+def _compiled_in(reads: _Reads) -> list[MaskedRef]:
     return [ref for ref in reads.refs.values() if id(ref.mask) in reads.constant]
 
 
@@ -250,8 +250,8 @@ def _compiled_in(reads: _Reads) -> list[WeightRef]:
 
 
 def _read_past(
-    model: keras.Model, specs: Any, reads: _Reads, past: list[WeightRef]
-) -> list[WeightRef]:
+    model: keras.Model, specs: Any, reads: _Reads, past: list[MaskedRef]
+) -> list[MaskedRef]:
     """Returns weights whose pruned raw values change the outputs, under random masks."""
     binary = [ref for ref in reads.refs.values() if not ref.mask.learned]
     suspects = [ref for ref in binary if ref in past or id(ref.mask) not in reads.masks]
@@ -264,13 +264,13 @@ def _read_past(
     return wrong
 
 
-def _is_derived(ref: WeightRef) -> bool:
+def _is_derived(ref: MaskedRef) -> bool:
     """Returns whether a layer computes a weight from its variable before the mask is applied."""
     with raw_view():
         return getattr(ref.layer, ref.name) is not ref.variable
 
 
-def _depends_on_pruned(model: keras.Model, specs: Any, refs: list[WeightRef]) -> bool:
+def _depends_on_pruned(model: keras.Model, specs: Any, refs: list[MaskedRef]) -> bool:
     rng = np.random.default_rng(0)
     masks = [ref.mask.to_numpy() for ref in refs]
     raw = [np.array(keras.ops.convert_to_numpy(ref.variable)) for ref in refs]

@@ -8,15 +8,14 @@ import glob
 import os
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-try:
+if sys.platform != "win32":  # Windows has no such locks, and refuses to remove open files.
     import fcntl
-except ImportError:  # Windows, which refuses to remove open files.
-    fcntl = None
 
 _SUFFIX = re.compile(r"\.[a-z0-9_]{8}")  # What `tempfile` appends.
 
@@ -33,7 +32,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with open(temporary, "wb") as file:
-            if fcntl is not None:
+            if sys.platform != "win32":
                 _lock(file.fileno())
             yield file
         os.replace(temporary, path)
@@ -53,7 +52,7 @@ def remove_abandoned(folder: Path, name: str | None = None) -> None:
     for part in folder.glob(f".{pattern}.*.part"):
         # It may have been removed meanwhile, belong to another user or, on Windows, be open.
         with contextlib.suppress(OSError):
-            if fcntl is None:
+            if sys.platform == "win32":
                 part.unlink()
                 continue
             with _locked(part) as unused:
@@ -79,7 +78,7 @@ def scratch_folder(path: Path, contents: frozenset[str]) -> Iterator[Path]:
         _remove_abandoned_folders(path, contents)
         folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
         try:
-            with contextlib.nullcontext() if fcntl is None else _locked(folder):
+            with contextlib.nullcontext() if sys.platform == "win32" else _locked(folder):
                 yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
@@ -90,7 +89,7 @@ def scratch_folder(path: Path, contents: frozenset[str]) -> Iterator[Path]:
 
 
 def _remove_abandoned_folders(path: Path, contents: frozenset[str]) -> None:
-    if fcntl is None:
+    if sys.platform == "win32":
         return
     prefix = f".{path.name}"
     for folder in path.parent.glob(f"{glob.escape(prefix)}.*"):
@@ -123,9 +122,10 @@ def replace_folder(new: Path, path: Path) -> None:
 def _exchange(a: Path, b: Path) -> bool:
     """Exchanges two paths atomically, or returns False if the system does not support it."""
     names = os.fsencode(a), os.fsencode(b)
-    library = None
-    with contextlib.suppress(TypeError):  # Windows cannot open the process itself as a library.
+    try:
         library = ctypes.CDLL(None)
+    except TypeError:  # Windows cannot open the process itself as a library.
+        return False
     with contextlib.suppress(AttributeError):
         here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
         return library.renameat2(here, names[0], here, names[1], exchange) == 0

@@ -56,6 +56,17 @@ class WeightRef:
     output_axes: tuple[int, ...]
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class MaskedRef(WeightRef):
+    """One weight of a model that has a mask.
+
+    Attributes:
+        mask: Its mask; the others are those of `WeightRef`.
+    """
+
+    mask: Mask
+
+
 def weight_refs(model: Layer, *, mask_bias: bool = False) -> list[WeightRef]:
     """Returns every maskable weight of a plain or masked model, each once, in a fixed order.
 
@@ -68,18 +79,21 @@ def weight_refs(model: Layer, *, mask_bias: bool = False) -> list[WeightRef]:
         variable, mask = raw_variable(layer, name), mask_of(layer, name)
         axes = output_axes(layer, name)
         if variable is not None and (axes or mask_bias or mask is not None):
-            ref = WeightRef(path, layer, name, variable, mask, axes)
+            if mask is None:
+                ref = WeightRef(path, layer, name, variable, None, axes)
+            else:
+                ref = MaskedRef(path, layer, name, variable, mask, axes)
             refs.setdefault(id(variable), ref)
     return list(refs.values())
 
 
-def masked_refs(model: Layer) -> list[WeightRef]:
+def masked_refs(model: Layer) -> list[MaskedRef]:
     """Returns the weights of a model that have a mask, in a fixed order.
 
     Raises:
         ValueError: If the model has no masked weight.
     """
-    refs = [ref for ref in weight_refs(model) if ref.mask is not None]
+    refs = [ref for ref in weight_refs(model) if isinstance(ref, MaskedRef)]
     if not refs:
         raise ValueError(
             f"'{model.name}' has no masked weight. Call `masked_layers.convert_to_masked(model)` "
@@ -206,7 +220,7 @@ def save_masks(model: Layer, path: str | os.PathLike[str]) -> None:
         arrays[f"bits/{name}"] = pack(mask)
         arrays[f"shape/{name}"] = np.array(mask.shape, dtype=np.int64)
     with replacing(path) as file:
-        np.savez_compressed(file, **arrays)
+        np.savez_compressed(file, allow_pickle=False, **arrays)
 
 
 def load_masks(model: Layer, path: str | os.PathLike[str]) -> None:
@@ -449,7 +463,7 @@ def sparsity_report(model: Layer) -> SparsityReport:
     return SparsityReport(rows, tuple(unmasked), reasons)
 
 
-def _row(ref: WeightRef) -> SparsityRow:
+def _row(ref: MaskedRef) -> SparsityRow:
     mask, frozen = ref.mask.to_numpy(), 0
     if ref.mask.frozen is not None:
         frozen = int(np.count_nonzero(keras.ops.convert_to_numpy(ref.mask.frozen)[~mask]))

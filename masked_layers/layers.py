@@ -32,6 +32,7 @@ from masked_layers.maskable import (
 )
 from masked_layers.masks import Mask, MaskedConstraint, MaskedRegularizer, raw_view
 from masked_layers.paths import graph_layers, join, name_graph, plain_class, resolve, walk
+from masked_layers.types import LayerMixin
 
 Layer: TypeAlias = layers.Layer
 PACKAGE = "masked_layers"
@@ -58,7 +59,7 @@ class _Masking:
     frozen: list[keras.Variable] = dataclasses.field(default_factory=list)
 
 
-class MaskedLayer:
+class MaskedLayer(LayerMixin):
     """Base class of all masked layers, for `isinstance`.
 
     Attributes:
@@ -89,11 +90,11 @@ class MaskedLayer:
             super().load_own_variables(own)
         sets.load(self, store)
 
-    def quantize(self, *args: Any, **kwargs: Any) -> None:
+    def quantize(self: Layer, *args: Any, **kwargs: Any) -> Any:
         """Raises a ValueError, as `Mask.quantize` does: masks would be ignored."""
         if not isinstance(self, MaskedLayer):  # It was stripped; Keras still has this method.
             return type(self).quantize(self, *args, **kwargs)
-        return Mask.quantize(self, *args, **kwargs)
+        return Mask.quantize(*args, **kwargs)
 
     def _masking_config(self) -> dict[str, Any]:
         masking = self._masking
@@ -171,7 +172,7 @@ def define(base: type[Layer], module: str) -> type[Layer]:
     masking = inspect.signature(init, follow_wrapped=False).parameters.values()
     parameters = [p for p in plain.parameters.values() if p.kind is not p.VAR_KEYWORD]
     parameters += [p for p in masking if p.kind in (p.KEYWORD_ONLY, p.VAR_KEYWORD)]
-    init.__signature__ = plain.replace(parameters=parameters)
+    vars(init)["__signature__"] = plain.replace(parameters=parameters)
 
     @functools.wraps(base.build)
     def build(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -432,7 +433,7 @@ def _change_class(
     mask: Mask | None,
 ) -> None:
     if not isinstance(layer, MaskedLayer):
-        base = type(layer)
+        base: type = type(layer)
         layer.__class__ = by_hand.get(base) or _made_for(base, maskable(base))
         _set_masking(layer, masked_weights, mask_bias, initializer, mask)
         _keras.bind_quantize(layer, functools.partial(MaskedLayer.quantize, layer))
@@ -539,12 +540,12 @@ def _check_mask(layer: Layer, mask: Mask | None) -> None:
 def _attach(layer: Layer, name: str, shared: dict[int, Mask], path: str) -> Mask:
     if (mask := mask_of(layer, name)) is not None:
         return mask
-    if name not in own_weights(layer, biases=True):
+    variable, masking = raw_variable(layer, name), layer._masking
+    if variable is None or name not in own_weights(layer, biases=True):
         raise ValueError(
             f"{type(layer).__qualname__} '{layer.name}' has no weight '{name}' that can be masked. "
             f"Maskable weights: {own_weights(layer, biases=True)}"
         )
-    variable, masking = raw_variable(layer, name), layer._masking
     mask = shared.get(id(variable))
     with _keras.unlocked(layer):
         if mask is None:
@@ -573,9 +574,9 @@ def _attach(layer: Layer, name: str, shared: dict[int, Mask], path: str) -> Mask
 
 
 def _detach(layer: Layer, name: str) -> None:
-    if mask_of(layer, name) is None:
-        return
     variable = raw_variable(layer, name)
+    if variable is None or mask_of(layer, name) is None:
+        return
     if isinstance(variable.regularizer, MaskedRegularizer):
         variable.regularizer = variable.regularizer.plain
     if isinstance(variable.constraint, MaskedConstraint):

@@ -13,6 +13,7 @@ from keras import ops
 
 from masked_layers import _keras, compiled
 from masked_layers.masks import Mask
+from masked_layers.types import Tensor
 
 
 class LearnedMask(Mask):
@@ -43,13 +44,13 @@ class LearnedMask(Mask):
     """
 
     learned = True
+    scores: keras.Variable
 
     def __init__(
         self, *, initializer: Any, rescale: bool = False, seed: int | None = None, **kwargs: Any
     ) -> None:
         super().__init__(initializer=initializer, rescale=rescale, **kwargs)
         self.seed = seed
-        self.scores: keras.Variable | None = None
         self.seed_generator = keras.random.SeedGenerator(seed)
 
     def build(self, shape: tuple[int, ...]) -> None:
@@ -69,17 +70,17 @@ class LearnedMask(Mask):
     @property
     def weights(self) -> list[keras.Variable]:
         """The scores, which optimizers look for among the weights."""
-        return [] if self.scores is None else [self.scores]
+        return [self.scores] if hasattr(self, "scores") else []
 
-    def surrogate(self, scores: Any) -> Any:
+    def surrogate(self, scores: Tensor) -> Tensor:
         """Returns the function of the scores whose gradient replaces that of the mask."""
         raise NotImplementedError
 
-    def decide(self, scores: Any) -> Any:
+    def decide(self, scores: Tensor) -> Tensor:
         """Returns the deterministic mask, a bool tensor that depends only on the scores."""
         raise NotImplementedError
 
-    def draw(self, scores: Any) -> Any:
+    def draw(self, scores: Tensor) -> Tensor:
         """Returns the mask of a training step as a bool tensor. Default: that of `decide`."""
         return self.decide(scores)
 
@@ -91,7 +92,7 @@ class LearnedMask(Mask):
         """Returns a mask as training uses it, sampled with a NumPy generator, as a bool array."""
         return self.to_numpy()
 
-    def apply(self, weight: Any) -> Any:
+    def apply(self, weight: Tensor) -> Tensor:
         """Returns the effective weight as a tensor.
 
         Args:
@@ -112,7 +113,7 @@ class LearnedMask(Mask):
 
     call = apply
 
-    def _keep(self) -> Any:
+    def _keep(self) -> Tensor:
         return self.decide(ops.convert_to_tensor(self.scores))
 
     def freeze(self, values: Any) -> bool:
@@ -204,15 +205,15 @@ class BernoulliMask(LearnedMask):
         super().__init__(initializer=initializer, rescale=rescale, seed=seed, **kwargs)
         self.evaluation = evaluation
 
-    def surrogate(self, scores: Any) -> Any:
+    def surrogate(self, scores: Tensor) -> Tensor:
         """Returns sigmoid(scores), the probabilities."""
         return ops.sigmoid(scores)
 
-    def decide(self, scores: Any) -> Any:
+    def decide(self, scores: Tensor) -> Tensor:
         """Keeps entries of probability 1/2 or more."""
         return ops.greater_equal(scores, 0.0)
 
-    def draw(self, scores: Any) -> Any:
+    def draw(self, scores: Tensor) -> Tensor:
         """Keeps each entry with its probability."""
         uniform = keras.random.uniform(ops.shape(scores), dtype="float32", seed=self.seed_generator)
         return ops.less(uniform, ops.sigmoid(scores))
@@ -265,11 +266,11 @@ class EdgePopupMask(LearnedMask):
         super().__init__(initializer=initializer, rescale=rescale, seed=seed, **kwargs)
         self.sparsity = sparsity
 
-    def surrogate(self, scores: Any) -> Any:
+    def surrogate(self, scores: Tensor) -> Tensor:
         """Returns abs(scores)."""
         return ops.abs(scores)
 
-    def decide(self, scores: Any) -> Any:
+    def decide(self, scores: Tensor) -> Tensor:
         """Keeps the largest abs(scores)."""
         size = math.prod(scores.shape)
         kept = size - math.floor(self.sparsity * size + 1e-6)
@@ -280,7 +281,7 @@ class EdgePopupMask(LearnedMask):
         return {**super().get_config(), "sparsity": self.sparsity}
 
 
-def _largest(values: Any, kept: int) -> Any:
+def _largest(values: Tensor, kept: int) -> Tensor:
     """Marks the `kept` largest of non-negative values, and of equal values the first ones.
 
     The threshold is found by bisection. Sorting the scores of a kernel of 300 x 784 takes several
@@ -288,10 +289,10 @@ def _largest(values: Any, kept: int) -> Any:
     equal. The number of marks is exact.
     """
 
-    def count(marks: Any) -> Any:
+    def count(marks: Tensor) -> Tensor:
         return ops.sum(ops.cast(marks, "int32"))
 
-    def halve(_: Any, interval: tuple[Any, Any]) -> tuple[Any, Any]:
+    def halve(_: Tensor, interval: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         low, high = interval
         middle = (low + high) / 2
         enough = count(values > middle) >= kept
@@ -306,10 +307,17 @@ def _largest(values: Any, kept: int) -> Any:
     return ops.logical_or(above, ops.logical_and(equal, first))
 
 
-_NAMES = {"binary": Mask, "bernoulli": BernoulliMask, "edge_popup": EdgePopupMask}
+_NAMES: dict[str, type[Mask]] = {
+    "binary": Mask,
+    "bernoulli": BernoulliMask,
+    "edge_popup": EdgePopupMask,
+}
 
 
-def get(identifier: str | Mapping | Mask | Callable[[], Mask]) -> Mask:
+Identifier = str | Mapping[str, Any] | Mask | Callable[[], Mask]
+
+
+def get(identifier: Identifier) -> Mask:
     """Returns the prototype of a kind of mask: a mask that is not built.
 
     Args:

@@ -115,7 +115,7 @@ def register(
             list of names.
         ValueError: If no weight is named.
     """
-    if not (isinstance(cls, type) and issubclass(cls, Layer)):
+    if not (isinstance(cls, type) and issubclass(cls, layers.Layer)):
         raise TypeError(f"Expected a subclass of `keras.layers.Layer`. Received: {cls!r}")
     for names in (weights, biases):
         if isinstance(names, str):

@@ -6,7 +6,7 @@ import contextlib
 import contextvars
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import keras
 import numpy as np
@@ -14,6 +14,7 @@ from keras import ops
 
 from masked_layers import _keras, compiled
 from masked_layers.packing import MaskState
+from masked_layers.types import Tensor
 
 _raw_view: contextvars.ContextVar[bool] = contextvars.ContextVar("raw_view", default=False)
 
@@ -77,8 +78,8 @@ class Mask(keras.layers.Layer):
         self.frozen: keras.Variable | None = None
         self.moved_at: int | None = None
         self._start: MaskState | None = None
-        self._lent_value: Any = None
-        self._lent_frozen: Any = None
+        self._lent_value: Tensor = None
+        self._lent_frozen: Tensor = None
 
     def build(self, shape: tuple[int, ...]) -> None:
         """Creates `value`.
@@ -104,7 +105,7 @@ class Mask(keras.layers.Layer):
         """Always empty: a mask is state, not a weight."""
         return []
 
-    def apply(self, weight: Any) -> Any:
+    def apply(self, weight: Tensor) -> Tensor:
         """Returns the effective weight as a tensor.
 
         Args:
@@ -122,11 +123,11 @@ class Mask(keras.layers.Layer):
 
     call = apply
 
-    def select(self, kept: Any, pruned: Any) -> Any:
+    def select(self, kept: Tensor, pruned: Tensor) -> Tensor:
         """Returns `kept` where the mask keeps an entry and `pruned` elsewhere."""
         return ops.where(self._keep(), kept, pruned)
 
-    def pruned(self, dtype: str) -> Any:
+    def pruned(self, dtype: str) -> Tensor:
         """Returns the values of pruned entries: 0, or the frozen values in the weight's shape."""
         if self.frozen is None:
             return ops.cast(0, dtype)
@@ -204,10 +205,10 @@ class Mask(keras.layers.Layer):
         """Returns a copy of the mask as a bool array, True where an entry is kept."""
         return np.array(ops.convert_to_numpy(self._keep()), dtype=bool)
 
-    def _keep(self) -> Any:
+    def _keep(self) -> Tensor:
         return self._read("value")
 
-    def _read(self, name: str) -> Any:
+    def _read(self, name: str) -> Tensor:
         variable, lent = getattr(self, name), f"_lent_{name}"
         if _keras.is_withdrawn(variable):
             # In the optimizer's part of a training step on JAX, variables are empty except those of
@@ -217,12 +218,13 @@ class Mask(keras.layers.Layer):
         setattr(self, lent, value if _keras.is_lent(variable) else None)
         return value
 
-    def _factor(self) -> Any:
+    def _factor(self) -> Tensor:
         ones = ops.cast(ops.count_nonzero(self._keep()), "float32")
         size = math.prod(self.value.shape)
         return ops.where(ones > 0, size / ops.maximum(ones, 1.0), 0.0)
 
-    def quantize(self, *args: Any, **kwargs: Any) -> None:
+    @staticmethod
+    def quantize(*args: Any, **kwargs: Any) -> NoReturn:
         """Raises an error, because a quantized layer would ignore its mask.
 
         Raises:
@@ -293,7 +295,7 @@ class MaskedRegularizer(keras.regularizers.Regularizer):
         self.plain = plain
         self.mask = mask
 
-    def __call__(self, x: Any) -> Any:
+    def __call__(self, x: Tensor) -> Tensor:
         """Returns the penalty of `mask(x)`."""
         return self.plain(self.mask.apply(x))
 
@@ -305,7 +307,7 @@ class MaskedConstraint(keras.constraints.Constraint):
         self.plain = plain
         self.mask = mask
 
-    def __call__(self, w: Any) -> Any:
+    def __call__(self, w: Tensor) -> Tensor:
         """Returns the constrained weight."""
         w = ops.convert_to_tensor(w)
         constrained = self.plain(self.mask.select(w, self.mask.pruned(w.dtype)))

@@ -198,8 +198,8 @@ def _in_attributes(layer: Layer) -> Iterator[tuple[str, Layer]]:
         yield from _layers_in(name, value, sets=True)
 
 
-def _layers_in(path: str, value: Any, *, sets: bool) -> Iterator[tuple[str, Layer]]:
-    if isinstance(value, Layer):
+def _layers_in(path: str, value: object, *, sets: bool) -> Iterator[tuple[str, Layer]]:
+    if isinstance(value, keras.layers.Layer):
         yield path, value
     elif isinstance(value, Mapping):
         for key, item in value.items():
@@ -220,8 +220,9 @@ def _in_order(path: str, members: set[Any]) -> list[tuple[str, Any]]:
     """
 
     def key(layer: Layer) -> tuple[str, int]:
-        stem, number = re.fullmatch(r"(.*?)(?:_(\d+))?", layer.name, re.DOTALL).groups()
-        return stem, int(number or 0)
+        stem, underscore, number = layer.name.rpartition("_")
+        numbered = underscore and number.isdecimal()
+        return (stem, int(number)) if numbered else (layer.name, 0)
 
     first = [(next(_layers_in("", member, sets=True), None), member) for member in members]
     held = sorted(((found[1], member) for found, member in first if found), key=lambda x: key(x[0]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, TypeAlias
 
 import keras
 
@@ -12,7 +12,7 @@ from masked_layers.maskable import mask_of, own_weights
 from masked_layers.masks import Mask
 from masked_layers.paths import join, left_out_of_files, walk
 
-Layer = keras.layers.Layer
+Layer: TypeAlias = keras.layers.Layer
 
 # Prefix of the names of their variables, in the entry of the layer that contains the set.
 _PREFIX = "in_set:"

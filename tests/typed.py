@@ -4,7 +4,15 @@ import keras
 import numpy as np
 
 import masked_layers
-from lottery_ticket_pruner import LotteryTicketPruner, criteria, distributions, treatments
+from lottery_ticket_pruner import (
+    LotteryTicketPruner,
+    callbacks,
+    criteria,
+    distributions,
+    schedules,
+    training,
+    treatments,
+)
 from masked_layers import MaskedConv2D, MaskedDense, MaskedLayer, MaskedLSTM
 
 layers: list[keras.layers.Layer] = [
@@ -15,6 +23,8 @@ layers: list[keras.layers.Layer] = [
 model: keras.Model = masked_layers.convert_to_masked(keras.Sequential(layers))
 ref: masked_layers.WeightRef = masked_layers.weight_refs(model)[0]
 name: str = ref.layer.name
+kept: masked_layers.MaskedRef = masked_layers.masked_refs(model)[0]
+mask: np.ndarray = kept.mask.to_numpy()
 
 
 def units(layer: MaskedDense) -> int:
@@ -38,6 +48,11 @@ def fan_in(shape: tuple[int, ...]) -> float:
     return shape[-1] / float(np.prod(shape))
 
 
+@schedules.register("staircase")
+def staircase(step: int) -> float:
+    return min(step // 1000, 9) / 10
+
+
 @treatments.register_kept("halved", needs_final=True)
 def halved(kernel: treatments.Kernel) -> np.ndarray:
     return kernel.final / 2
@@ -52,3 +67,10 @@ def prune(model: keras.Model) -> float:
     pruner = LotteryTicketPruner(model)
     pruner.update_masks(relative_growth, rate=0.5)
     return masked_layers.sparsity_report(model).sparsity
+
+
+def prune_while_training(model: keras.Model, x: np.ndarray, y: np.ndarray) -> None:
+    pruner = LotteryTicketPruner(model)
+    pruning = callbacks.GradualPruning(pruner, "staircase", scope="global")
+    training.train(model, x, y, steps=9000, batch_size=60, on_progress=pruning.advance)
+    pruner.treat(halved, treatments.get_pruned("zero"))

@@ -39,7 +39,7 @@ class Row:
 
 def families():
     """Returns {module of the family: [names of its models]}, from the package itself."""
-    found = {}
+    found: dict[str, list[str]] = {}
     for name, member in sorted(vars(keras.applications).items()):
         if inspect.isfunction(member):
             found.setdefault(member.__module__.rsplit(".", 1)[1], []).append(name)

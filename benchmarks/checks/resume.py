@@ -20,6 +20,7 @@ import tempfile
 import time
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -57,7 +58,7 @@ def run(options, folder, kill_after=None):
         if process.poll() is None:
             time.sleep(float(lines[-1]["seconds"]) / 2)
         if process.poll() is not None:
-            errors = process.stderr.read().decode(errors="replace")
+            errors = process.communicate()[1].decode(errors="replace")
             raise RuntimeError(f"The run ended before it was killed; use more --steps. {errors}")
     finally:
         process.kill()
@@ -66,7 +67,7 @@ def run(options, folder, kill_after=None):
 
 def contents(folder):
     """Returns everything that must be equal, as bytes or text by name."""
-    found = {}
+    found: dict[str, Any] = {}
     for number, line in enumerate(lines_of(folder)):
         line.pop("seconds")
         found |= {f"results.csv, line {number + 1}, {name}": text for name, text in line.items()}

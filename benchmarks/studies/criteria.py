@@ -69,7 +69,7 @@ def accuracies(names, data, arguments):
         )
         return 100 * training.evaluate(model, data.x_test, data.y_test)["accuracy"]
 
-    found = {}
+    found: dict[str | tuple[str, float], list[float]] = {}
     for seed in range(arguments.seeds):
         keras.utils.set_random_seed(seed)
         fresh = networks.build("lenet-300-100", data.input_shape, data.classes)

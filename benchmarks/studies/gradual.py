@@ -46,7 +46,7 @@ def main():
 
     print("every  library  backend     accuracy  sparsity   exact   zeros  seconds per epoch")
     for frequency in FREQUENCIES:
-        seconds = {}
+        seconds: dict[tuple[str, str], list[float]] = {}
         with contextlib.ExitStack() as stack:
             workers = {}
             for library, backend in LIBRARIES:
@@ -70,7 +70,7 @@ def main():
                     f"{exact:8.1%}{zeros:8.1%}  {_spread(seconds[library, backend][1:])}",
                     flush=True,
                 )
-        theirs = seconds.get(("tfmot", "tensorflow"))
+        theirs = seconds.get(("tfmot", "tensorflow"), [])
         for library, backend in workers if theirs else ():
             if library == "ours":
                 ours = seconds[library, backend]
@@ -114,9 +114,11 @@ def contest(library, frequency, data, data_dir, epochs, examples):
 
     def zeros():
         model, pruning, kernels, masks = make()
-        exact, shares = [], []
+        exact: list[bool] = []
+        shares: list[float] = []
 
-        class Watch(keras.callbacks.Callback):
+        # Of one of two packages.
+        class Watch(keras.callbacks.Callback):  # type: ignore[name-defined]
             step = 0
 
             def on_train_batch_end(self, batch, logs=None):
@@ -125,8 +127,8 @@ def contest(library, frequency, data, data_dir, epochs, examples):
                     last = min(self.step, schedule.end_step) // frequency * frequency
                     asked = [int(schedule(last) * k.size + 1e-6) for k in kernels()]
                 else:
-                    asked = [np.count_nonzero(mask == 0) for mask in masks()]
-                found = [np.count_nonzero(kernel == 0) for kernel in kernels()]
+                    asked = [int(np.count_nonzero(mask == 0)) for mask in masks()]
+                found = [int(np.count_nonzero(kernel == 0)) for kernel in kernels()]
                 if sum(asked):
                     exact.append(found == asked)
                     there = [min(pair) for pair in zip(found, asked, strict=True)]

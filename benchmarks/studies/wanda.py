@@ -53,10 +53,11 @@ def main():
 
     data = datasets.load("digits")
     x_train, x_test = (images[..., 0] for images in (data.x_train, data.x_test))
-    found = {}
+    found: dict[str | tuple[str, float], list[float]] = {}
+    rows, width = x_train.shape[1:]
     for seed in range(arguments.seeds):
         keras.utils.set_random_seed(seed)
-        plain = build(*x_train.shape[1:], data.classes)
+        plain = build(rows, width, data.classes)
         model = ml.convert_to_masked(plain, exclude=["^positions$", "^rows$", "^output$"])
         model.compile(
             keras.optimizers.Adam(1e-3),

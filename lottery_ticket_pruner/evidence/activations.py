@@ -12,12 +12,13 @@ from keras import layers, ops
 
 import masked_layers as ml
 from lottery_ticket_pruner import _keras
-from lottery_ticket_pruner.evidence.differentiation import Tensor, gradient
+from lottery_ticket_pruner.evidence.differentiation import gradient
 from lottery_ticket_pruner.evidence.gradients import prunable_refs
 from lottery_ticket_pruner.training import Arrays, Examples, map_arrays
 from masked_layers.maskable import raw_variable, weights_inside
 from masked_layers.masks import raw_view
 from masked_layers.paths import plain_class
+from masked_layers.types import Tensor
 
 # Layers whose output is linear in the kernel and the bias, except for the activation.
 _LINEAR = (
@@ -106,7 +107,7 @@ def _recording(users: dict[layers.Layer, list[str]]) -> Iterator[list[tuple[laye
     """Records the inputs of each call of these layers while the context is open."""
     seen: list[tuple[layers.Layer, Tensor]] = []
 
-    def noting(layer: layers.Layer, call: Callable) -> Callable:
+    def noting(layer: layers.Layer, call: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def noting_call(inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             seen.append((layer, inputs))
             return call(inputs, *args, **kwargs)

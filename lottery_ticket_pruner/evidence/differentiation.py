@@ -10,8 +10,7 @@ from typing import Any
 import keras
 
 from lottery_ticket_pruner import _keras
-
-Tensor = Any
+from masked_layers.types import Tensor
 
 
 def gradient(
@@ -87,7 +86,7 @@ def twice_differentiable(model: keras.Model) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _replaced(module: Any, name: str, function: Callable) -> Iterator[None]:
+def _replaced(module: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
     before = getattr(module, name)
     setattr(module, name, function)
     try:
@@ -118,15 +117,15 @@ def _softsign(features: Tensor, name: str | None = None) -> Tensor:
     return features / (1 + tf.abs(features))
 
 
-def _resize(resize: Callable, images: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _resize(resize: Callable[..., Tensor], images: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Computes `tf.image.resize`, which is linear in the images, with all derivatives."""
     import tensorflow as tf
 
     @tf.custom_gradient
-    def resized(images: Tensor) -> tuple[Tensor, Callable]:
+    def resized(images: Tensor) -> tuple[Tensor, Callable[[Tensor], Any]]:
         def backward(slopes: Tensor) -> Tensor:
             @tf.custom_gradient
-            def transposed(slopes: Tensor) -> tuple[Tensor, Callable]:
+            def transposed(slopes: Tensor) -> tuple[Tensor, Callable[[Tensor], Any]]:
                 with tf.GradientTape() as tape:
                     tape.watch(images)
                     outputs = resize(images, *args, **kwargs)

@@ -10,11 +10,12 @@ from keras import layers, ops
 
 import masked_layers as ml
 from lottery_ticket_pruner import _keras
-from lottery_ticket_pruner.evidence.differentiation import Tensor, gradient
+from lottery_ticket_pruner.evidence.differentiation import gradient
 from lottery_ticket_pruner.evidence.gradients import compiled, effective_value
 from lottery_ticket_pruner.training import Arrays
 from masked_layers.copying import copy_model
 from masked_layers.masks import raw_view
+from masked_layers.types import Tensor
 
 
 class SynapticFlow:

@@ -11,7 +11,7 @@ import contextlib
 import functools
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import keras
 import numpy as np
@@ -20,7 +20,6 @@ from keras import ops
 import masked_layers as ml
 from lottery_ticket_pruner import _keras, targets
 from lottery_ticket_pruner.evidence.differentiation import (
-    Tensor,
     draws_kept,
     gradient,
     twice_differentiable,
@@ -30,6 +29,7 @@ from lottery_ticket_pruner.training import Arrays, Examples, map_arrays
 from masked_layers import WeightRef
 from masked_layers.compiled import kept_beside
 from masked_layers.masks import raw_view
+from masked_layers.types import Tensor
 
 _TEMPERATURE = 200.0
 # Names of functions and classes.
@@ -176,7 +176,9 @@ class _Loss:
             for ref, array in zip(self.refs, arrays, strict=True)
         }
 
-    def _mean(self, function: Callable, data: Examples, batch_size: int) -> list[np.ndarray]:
+    def _mean(
+        self, function: Callable[..., Any], data: Examples, batch_size: int
+    ) -> list[np.ndarray]:
         """Returns the mean of `function` over all batches, in float64.
 
         Every pass draws the same noise, that of the next training step.
@@ -184,7 +186,9 @@ class _Loss:
         with draws_kept():
             return self._summed(function, data, batch_size)
 
-    def _summed(self, function: Callable, data: Examples, batch_size: int) -> list[np.ndarray]:
+    def _summed(
+        self, function: Callable[..., Any], data: Examples, batch_size: int
+    ) -> list[np.ndarray]:
         weights = [effective_value(ref) for ref in self.refs]
         others = [variable.value for variable in self._others]
         seeds = [ops.copy(variable.value) for variable in self._seeds]
@@ -303,7 +307,10 @@ def _same(one: list[Any], other: list[Any]) -> bool:
     return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
 
 
-def compiled(model: keras.Model, function: Callable) -> Callable:
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def compiled(model: keras.Model, function: _F) -> _F:
     """Compiles a function, unless the backend or the model excludes it."""
     if not model.run_eagerly and keras.backend.backend() == "tensorflow":
         import tensorflow as tf

@@ -19,7 +19,7 @@ Source = Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
 
 
 def measurement(
-    model: keras.Model, criterion: criteria.Criterion, data: Any = None
+    model: keras.Model, criterion: criteria.Criterion, data: object = None
 ) -> Callable[[Mapping[str, np.ndarray]], dict[str, dict[str, np.ndarray]]]:
     """Returns a function that measures the evidence that a criterion needs.
 
@@ -43,10 +43,10 @@ def measurement(
     return measure
 
 
-def _of_loss(function: Callable) -> Callable[..., Source]:
+def _of_loss(function: Callable[..., dict[str, np.ndarray]]) -> Callable[..., Source]:
     """Returns a source of evidence from a function of model, inputs and targets."""
 
-    def source(criterion: criteria.Criterion, model: keras.Model, data: Any) -> Source:
+    def source(criterion: criteria.Criterion, model: keras.Model, data: object) -> Source:
         x, y, sample_weight = _unpack(data)
         if x is None or y is None:
             raise ValueError(
@@ -64,7 +64,7 @@ def _of_loss(function: Callable) -> Callable[..., Source]:
     return source
 
 
-def _of_inputs(criterion: criteria.Criterion, model: keras.Model, data: Any) -> Source:
+def _of_inputs(criterion: criteria.Criterion, model: keras.Model, data: object) -> Source:
     x = _unpack(data)[0]
     if x is None:
         raise ValueError(
@@ -79,7 +79,7 @@ def _of_inputs(criterion: criteria.Criterion, model: keras.Model, data: Any) -> 
     return find
 
 
-def _of_flow(criterion: criteria.Criterion, model: keras.Model, data: Any) -> Source:
+def _of_flow(criterion: criteria.Criterion, model: keras.Model, data: object) -> Source:
     return SynapticFlow(model, _unpack(data)[0])
 
 
@@ -96,7 +96,7 @@ def differentiates(criterion: criteria.Criterion) -> bool:
     return bool({"gradient", "hessian_gradient"} & set(criterion.evidence))
 
 
-def _unpack(data: Any) -> tuple[Any, Any, Any]:
+def _unpack(data: object) -> tuple[Any, Any, Any]:
     """Returns `(x, y, sample_weight)`. As in Keras, a list is several inputs, not a pair."""
     parts = data if isinstance(data, tuple) else arrays_of(data)
     if not 1 <= len(parts) <= 3:

@@ -7,7 +7,7 @@ from typing import Any
 from lottery_ticket_pruner.registry import UnknownNameError
 
 
-def options_of(config: type) -> list[dataclasses.Field]:
+def options_of(config: type) -> list[dataclasses.Field[Any]]:
     """Returns the options that a sweep passes on to its runs unchanged."""
     own = ("seeds", "out", "overwrite", "quiet")
     return [field for field in dataclasses.fields(config) if field.name not in own]
@@ -47,11 +47,11 @@ def given(name: str, value: str, config: type) -> list[str]:
     return [option(name), value]
 
 
-def _takes_several(hint: Any) -> bool:
+def _takes_several(hint: object) -> bool:
     return typing.get_origin(hint) is tuple or any(map(_takes_several, typing.get_args(hint)))
 
 
-def arguments(name: str, value: Any) -> list[str]:
+def arguments(name: str, value: object) -> list[str]:
     """Returns the command-line arguments of an option."""
     if isinstance(value, bool):
         return [option(name) if value else f"--no-{name.replace('_', '-')}"]

@@ -7,8 +7,6 @@ import numpy as np
 
 Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
-_PARTS = ("to train on", "to test on")
-
 
 def checked(
     source: str,
@@ -34,7 +32,7 @@ def checked(
             and what was received.
     """
     x_train, y_train, x_test, y_test = arrays
-    subjects = places or tuple(f"{source}, {part}" for part in _PARTS)
+    subjects = places or (f"{source}, to train on", f"{source}, to test on")
     train = _checked_part(subjects[0], x_train, y_train)
     test = _checked_part(subjects[1], x_test, y_test)
     pixels = [x.dtype == np.uint8 for x, _ in (train, test)]
@@ -48,7 +46,7 @@ def checked(
     return *train, *test
 
 
-def _checked_part(subject: str, x: Any, y: Any) -> tuple[np.ndarray, np.ndarray]:
+def _checked_part(subject: str, x: object, y: object) -> tuple[np.ndarray, np.ndarray]:
     x, y = _array(subject, "x", x), _array(subject, "y", y)
     received = f"Received: x of {x.dtype}{x.shape}, y of {y.dtype}{y.shape}."
     if x.ndim < 2 or x.dtype.kind not in "buif" or len(x) < 2 or not x.size:
@@ -82,7 +80,7 @@ def _checked_part(subject: str, x: Any, y: Any) -> tuple[np.ndarray, np.ndarray]
     return x, y
 
 
-def _array(subject: str, name: str, value: Any) -> np.ndarray:
+def _array(subject: str, name: str, value: object) -> np.ndarray:
     try:
         return np.asarray(value)
     except Exception as error:  # NumPy and array-like objects raise errors of any type here.

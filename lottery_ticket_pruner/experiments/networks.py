@@ -1,6 +1,7 @@
 """Networks of the papers: plain models with Glorot normal kernels, zero biases and logits."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import keras
 
@@ -138,7 +139,7 @@ def _resnet(
     return keras.Model(inputs, outputs, name="resnet_20")
 
 
-def _numbered(stem: str, layer: type[keras.Layer], **kwargs) -> Callable[[int], keras.Layer]:
+def _numbered(stem: str, layer: type[keras.Layer], **kwargs: Any) -> Callable[[int], keras.Layer]:
     """Returns a function that creates hidden layers named stem_1, stem_2, ..."""
     made = 0
 

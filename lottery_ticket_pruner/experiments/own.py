@@ -46,17 +46,17 @@ def arrays_of(name: str) -> tuple[Any, Any, Any, Any]:
         )
     folder = (Path(source).parent if source.endswith(".py") else Path.cwd()).resolve()
     with _importing_from(folder):
-        function = _function(name, folder)
-        _check_callable(name, function)
+        make = _function(name, folder)
+        _check_callable(name, make)
         with _named_errors(name, folder):
-            returned = function()
+            returned = make()
         # Read here, while modules that it may still import can be found.
         parts = _two_parts(name, returned)
         train, test = (_pair(name, folder, part, returned) for part in parts)
     return *train, *test
 
 
-def _pair(name: str, folder: Path, part: Any, returned: Any) -> tuple[Any, ...]:
+def _pair(name: str, folder: Path, part: object, returned: object) -> tuple[Any, Any]:
     """Returns one part of the returned data as inputs and labels."""
     try:
         pair = pair_of(part)
@@ -67,7 +67,7 @@ def _pair(name: str, folder: Path, part: Any, returned: Any) -> tuple[Any, ...]:
     # An array, or a data set of inputs alone, has no labels.
     if pair is None or len(pair) != 2 or pair[1] is None:
         raise _unexpected(name, returned)
-    return pair
+    return pair[0], pair[1]
 
 
 @contextlib.contextmanager
@@ -165,6 +165,8 @@ def _module(source: str) -> Any:
     if not path.is_file():
         return None
     spec = importlib.util.spec_from_file_location(f"_{path.stem}_of_data", path.resolve())
+    if spec is None or spec.loader is None:
+        return None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # Dataclasses look up their module there.
     try:
@@ -179,20 +181,20 @@ def _is_own_function(value: Any, module: Any) -> bool:
     return callable(value) and getattr(value, "__module__", None) == module.__name__
 
 
-def _two_parts(name: str, returned: Any) -> tuple[Any, Any]:
+def _two_parts(name: str, returned: object) -> tuple[Any, Any]:
     if not isinstance(returned, tuple | list) or len(returned) != 2:
         raise _unexpected(name, returned)
     return tuple(returned)
 
 
-def _unexpected(name: str, returned: Any) -> ValueError:
+def _unexpected(name: str, returned: object) -> ValueError:
     return ValueError(
         f"{name} must return ((x_train, y_train), (x_test, y_test)), or two data sets of "
         f"batches (inputs, targets). Received: {_in_words(returned)}."
     )
 
 
-def _in_words(value: Any, depth: int = 2) -> str:
+def _in_words(value: object, depth: int = 2) -> str:
     """Describes a value: its type, the shape of an array, the parts of a tuple or list."""
     kind = type(value).__name__
     if isinstance(value, tuple | list) and depth:

@@ -98,14 +98,17 @@ def _read_folder(name: str, folder: Path) -> Found | None:
         missing = [key for key in _NPZ_KEYS if key not in stored]
         if missing:
             raise ValueError(f"{npz} lacks {', '.join(missing)}; it holds {list(stored)}.")
-        return Found(f"'{npz}'", None, tuple(stored[key] for key in _NPZ_KEYS))
+        x_train, y_train, x_test, y_test = (stored[key] for key in _NPZ_KEYS)
+        return Found(f"'{npz}'", None, (x_train, y_train, x_test, y_test))
     if name == "cifar10":
         return _read_cifar_batches(folder)
-    files = [_existing(folder / f"{stem}.gz", folder / stem) for stem in _IDX_STEMS]
-    if None in files:
+    found = [_existing(folder / f"{stem}.gz", folder / stem) for stem in _IDX_STEMS]
+    files = [file for file in found if file is not None]
+    if len(files) < len(_IDX_STEMS):
         return None
-    places = tuple(f"'{images}' and '{labels.name}'" for images, labels in (files[:2], files[2:]))
-    return Found(f"'{folder}'", places, tuple(_read_idx(file) for file in files))
+    first, second = (f"'{images}' and '{labels.name}'" for images, labels in (files[:2], files[2:]))
+    x_train, y_train, x_test, y_test = map(_read_idx, files)
+    return Found(f"'{folder}'", (first, second), (x_train, y_train, x_test, y_test))
 
 
 def _existing(*paths: Path) -> Path | None:
@@ -174,8 +177,10 @@ def _cifar_members(archive: Path) -> Iterator[tuple[str, bytes]]:
                 member = tar.getmember(f"{_CIFAR_FOLDER}/{batch}")
                 if member.size > _LARGEST_BATCH:
                     raise ValueError(f"{member.name} has {member.size} bytes")
-                content = tar.extractfile(member).read()
-                yield batch, content
+                content = tar.extractfile(member)
+                if content is None:
+                    raise LookupError(f"{member.name} is not a file")
+                yield batch, content.read()
     # From tar, from gzip, or for a member that is missing or a folder.
     except (tarfile.TarError, OSError, EOFError, zlib.error, LookupError, AttributeError) as error:
         raise _damaged(archive, error) from error
@@ -200,7 +205,8 @@ def _check_memo(content: bytes) -> None:
     Unpickling allocates memory for all numbers up to the largest one.
     """
     for count, (opcode, argument, _) in enumerate(pickletools.genops(content)):
-        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > count:
+        numbers = opcode.name in ("PUT", "BINPUT", "LONG_BINPUT")
+        if numbers and argument is not None and argument > count:
             raise ValueError(f"object {argument} of at most {count}")
 
 

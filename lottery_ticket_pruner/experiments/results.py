@@ -176,7 +176,10 @@ def rows_per_seed(config: Mapping[str, Any]) -> int | None:
     Args:
         config: The resolved options of the run, and its `command`.
     """
-    count = lambda name: len(config[name])  # noqa: E731
+
+    def count(name: str) -> int:
+        return len(config[name])
+
     try:
         if config["command"] == "run":
             arms = count("controls") * (count("control_rounds") or config["rounds"])

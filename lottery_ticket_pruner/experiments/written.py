@@ -71,7 +71,8 @@ def others_in(folder: Path, command: str | None) -> list[Path]:
         command: `run`, `supermask`, `instability`, or `sweep` for both kinds of sweeps. None if
             unknown; results then count as the user's own files.
     """
-    fits = [_fitting((*_RESULTS.get(command, ()), *_OF_ALL))]
+    results = () if command is None else _RESULTS.get(command, ())
+    fits = [_fitting((*results, *_OF_ALL))]
     if command == "sweep":
         of_runs = (*_RESULTS["run"], *_RESULTS["supermask"], *_OF_ALL)
         fits.append(_fitting(of_runs, f"{_CHILD}/"))

@@ -120,7 +120,7 @@ def from_tfmot(model: Any, custom_objects: Mapping[str, Any] | None = None) -> k
     return _masked(plain, pairs)
 
 
-def _is_sequential(model: Any) -> bool:
+def _is_sequential(model: object) -> bool:
     return "Sequential" in {base.__name__ for base in type(model).__mro__}
 
 
@@ -244,7 +244,7 @@ class _Translation:
             config.pop(key, None)
 
 
-def _is_idle(key: str, value: Any) -> bool:
+def _is_idle(key: str, value: object) -> bool:
     harmless = _IDLE.get(key, ())
     return harmless == (...,) or value in harmless
 
@@ -253,7 +253,7 @@ def _unwrapped(layer: Any) -> Any:
     return layer.layer if type(layer).__name__ == _WRAPPER else layer
 
 
-def _is_reference(value: Any) -> bool:
+def _is_reference(value: object) -> bool:
     """Returns True for a reference to a tensor in a graph: a layer name and two indices."""
     return (
         isinstance(value, list)
@@ -301,7 +301,7 @@ def _node(node: Any, renamed: Mapping[str, str]) -> dict[str, Any]:
     return {"args": [first], "kwargs": tensors(arguments)}
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> Any:
     """Converts containers and scalars of Keras 2 to plain Python lists, dicts and values."""
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}

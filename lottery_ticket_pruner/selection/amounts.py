@@ -2,12 +2,13 @@
 
 import dataclasses
 import math
-import numbers
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from lottery_ticket_pruner.checks import is_number
+from lottery_ticket_pruner.distributions import Distribution
 from lottery_ticket_pruner.selection.request import Request, refuse_amounts
 from lottery_ticket_pruner.selection.weights import Weights
 from lottery_ticket_pruner.shares import check_share, one_of, shares_of
@@ -59,8 +60,8 @@ def drop_count(
     return drop
 
 
-def amounts(request: Request, kernels: Mapping[str, Weights]) -> dict[str, dict[str, Any] | None]:
-    """Returns the amount to prune from each kernel: arguments of `drop_count`, or None for N:M.
+def amounts(request: Request, kernels: Mapping[str, Weights]) -> dict[str, dict[str, Any]]:
+    """Returns the amount to prune from each kernel: arguments of `drop_count`, none for N:M.
 
     Args:
         request: A request with the amount for all kernels.
@@ -72,12 +73,12 @@ def amounts(request: Request, kernels: Mapping[str, Weights]) -> dict[str, dict[
             distribution.
     """
     rate, sparsity = request.rate, request.sparsity
-    if request.keeps_fixed_number:
+    if request.fixed is not None:
         distribution = request.distribution and request.distribution.name
-        refuse_amounts(request.structure, rate=rate, sparsity=sparsity, distribution=distribution)
-        return dict.fromkeys(kernels)
+        refuse_amounts(request.fixed, rate=rate, sparsity=sparsity, distribution=distribution)
+        return {path: {} for path in kernels}
     if request.distribution is not None:
-        sparsity = _distribute(request, kernels)
+        sparsity = _distribute(request.distribution, request, kernels)
     name, share = one_of(rate, sparsity)
     shares = shares_of(name, share, kernels, request.scope)
     return {
@@ -85,19 +86,21 @@ def amounts(request: Request, kernels: Mapping[str, Weights]) -> dict[str, dict[
     }
 
 
-def _distribute(request: Request, kernels: Mapping[str, Weights]) -> dict[str, float]:
+def _distribute(
+    distribution: Distribution, request: Request, kernels: Mapping[str, Weights]
+) -> dict[str, float]:
     """Divides the sparsity of the whole model among its kernels."""
     rate, sparsity, scope = request.rate, request.sparsity, request.scope
     if rate is not None or isinstance(sparsity, Mapping | None) or scope != "layer":
         raise ValueError(
             "A `distribution` divides a single `sparsity` among all kernels: pass a number, no "
             '`rate`, and the scope "layer". Received: '
-            f"distribution={request.distribution.name!r}, rate={rate!r}, sparsity={sparsity!r}, "
+            f"distribution={distribution.name!r}, rate={rate!r}, sparsity={sparsity!r}, "
             f"scope={scope!r}"
         )
     check_share("sparsity", sparsity)
     shapes = {path: kernel.mask.shape for path, kernel in kernels.items()}
-    return request.distribution(shapes, sparsity)
+    return distribution(shapes, sparsity)
 
 
 def rounds(request: Request, weights: Mapping[str, Weights]) -> list[Request]:
@@ -115,25 +118,31 @@ def rounds(request: Request, weights: Mapping[str, Weights]) -> list[Request]:
             or no `sparsity` is given.
     """
     criterion, rate, sparsity = request.criterion, request.rate, request.sparsity
-    share = rate if sparsity is None else sparsity
+    by_rate = sparsity is None
+    share = rate if by_rate else sparsity
     count = criterion.rounds
     # Invalid amounts are left to the last request, which raises the error.
-    if count == 1 or not isinstance(share, numbers.Real) or not 0 <= share < 1:
+    right = by_rate == (rate is not None)
+    if count == 1 or not right or not is_number(share) or not 0 <= share < 1:
         return [request]
     size = sum(kernel.mask.size for kernel in weights.values())
     alive = sum(int(np.count_nonzero(kernel.mask)) for kernel in weights.values())
-    if request.structure is not None and (alive < size or sparsity is None):
+    if request.structure is not None and (alive < size or by_rate):
         raise ValueError(
             f"Criterion {criterion.name!r} prunes in {count} rounds. With a structure, these start "
             "from masks of ones and need a `sparsity`. Reset the masks, or drop one of the two."
         )
     now = alive / size
     # From the requested amount, not from rounded counts: each round does its own rounding.
-    then = now * (1 - rate) if sparsity is None else min(now, 1 - sparsity)
+    then = now * (1 - share) if by_rate else min(now, 1 - share)
     last = request
     if request.structure is None:
         left = alive - drop_count(
-            size, alive, rate=rate, sparsity=sparsity, keep_sparser=request.keep_sparser
+            size,
+            alive,
+            rate=share if by_rate else None,
+            sparsity=None if by_rate else share,
+            keep_sparser=request.keep_sparser,
         )
         last = dataclasses.replace(request, rate=None, sparsity=1 - left / size)
     densities = [now * (then / now) ** (k / count) for k in range(1, count)]

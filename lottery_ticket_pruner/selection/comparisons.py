@@ -31,27 +31,38 @@ def comparisons(
         request: The pruning request.
         kernels: Kernels to which the request applies, checked, by path.
     """
-    criterion, structure = request.criterion, request.structure
     if request.scope == "global":
         together = {path: kernels[path] for path in sorted(kernels)}
-        rng = generator(request.seed, "")
-        yield _Comparison(criterion, together, rng, "the model as a whole", structure)
+        yield _compared(request, together, generator(request.seed, ""), "the model as a whole")
         return
     for path, kernel in kernels.items():
         rng = generator(request.seed, path)
         if request.scope == "output":
-            yield _PerOutput(criterion, path, kernel, rng)
+            yield _PerOutput(request.criterion, path, kernel, rng)
         else:
-            yield _Comparison(criterion, {path: kernel}, rng, repr(path), structure)
+            yield _compared(request, {path: kernel}, rng, repr(path))
+
+
+def _compared(
+    request: Request, kernels: Mapping[str, Weights], rng: np.random.Generator, where: str
+) -> "_Comparison":
+    criterion, structure = request.criterion, request.structure
+    if structure is None:
+        return _Comparison(criterion, kernels, rng, where)
+    if structure.kept is None:
+        return _TileComparison(criterion, kernels, rng, where, structure)
+    return _BestOfEachTile(criterion, kernels, rng, where, structure, structure.kept)
 
 
 class _Comparison:
-    """Kernels whose weights or tiles are ranked together.
+    """Kernels whose weights are ranked together.
 
     They are scored when the first weight is pruned. `prune` may be called several times with
     `again=True`. The scores are then kept and sorted, and every call starts from the same masks and
     the same state of the random generator.
     """
+
+    _unit = "weights"
 
     def __init__(
         self,
@@ -59,29 +70,18 @@ class _Comparison:
         kernels: Mapping[str, Weights],
         rng: np.random.Generator,
         where: str,
-        structure: structures.Structure | None = None,
     ) -> None:
         self.paths = list(kernels)
         self._criterion = criterion
         self._kernels = list(kernels.values())
         self._rng = rng
         self._where = where
-        self._structure = structure
-        if structure is None:
-            self._alive = joined([kernel.mask for kernel in self._kernels])
-        else:
-            self._members = [self._cut(kernel.mask, kernel) for kernel in self._kernels]
-            self._alive = np.concatenate([tiles.any(axis=1) for tiles in self._members])
+        self._alive = self._flags()
 
-    def prune(
-        self, amount: Mapping[str, Any] | None, *, again: bool = False
-    ) -> dict[str, np.ndarray]:
+    def prune(self, amount: Mapping[str, Any], *, again: bool = False) -> dict[str, np.ndarray]:
         """Returns the new mask of each kernel."""
-        if amount is None:
-            return dict(zip(self.paths, self._best_of_each_tile(), strict=True))
         alive = int(np.count_nonzero(self._alive))
-        unit = "weights" if self._structure is None else "tiles"
-        drop = drop_count(self._alive.size, alive, where=self._where, unit=unit, **amount)
+        drop = drop_count(self._alive.size, alive, where=self._where, unit=self._unit, **amount)
         if drop == 0:
             kept = self._alive.copy()
         else:
@@ -91,7 +91,7 @@ class _Comparison:
                 name = self._criterion.name
                 raise ValueError(f"Criterion {name!r} on {self._where}: {error}") from error
         reached = int(np.count_nonzero(kept))
-        assert reached == alive - drop, f"{reached} {unit} kept in {self._where}, not {alive}"
+        assert reached == alive - drop, f"{reached} {self._unit} kept in {self._where}"
         return dict(zip(self.paths, self._spread(kept), strict=True))
 
     def _drop(self, drop: int) -> np.ndarray:
@@ -103,37 +103,78 @@ class _Comparison:
 
     @functools.cached_property
     def _ranking(self) -> tuple[np.ndarray, np.ndarray, np.random.Generator]:
-        scores = self._scores()
+        scores = self._scores(None)
         check_drop(scores, self._alive, 0)
         ordered = np.sort(scores[self._alive])
         if np.isnan(ordered[-1]):
             raise ValueError(NAN)
         return scores, ordered, self._rng
 
-    def _scores(self, drop: int | None = None) -> np.ndarray:
+    def _flags(self) -> np.ndarray:
+        """Returns a flag for each weight or tile, True where it is kept so far."""
+        return self._joined_masks()
+
+    def _scores(self, drop: int | None) -> np.ndarray:
         """Returns a score for each weight or tile.
 
         Args:
             drop: Number of weights to prune, which some criteria use.
         """
-        if self._structure is None:
-            return self._weight_scores(drop)
-        scores = self._weight_scores()
+        return self._weight_scores(self._alive, drop)
+
+    def _spread(self, kept: np.ndarray) -> Iterator[np.ndarray]:
+        """Yields the masks of the kernels, given which weights or tiles are kept."""
+        ends = np.cumsum([kernel.mask.size for kernel in self._kernels])
+        for part, kernel in zip(np.split(kept, ends[:-1]), self._kernels, strict=True):
+            yield part.reshape(kernel.mask.shape)
+
+    def _joined_masks(self) -> np.ndarray:
+        return joined([kernel.mask for kernel in self._kernels])
+
+    def _weight_scores(self, mask: np.ndarray | None, drop: int | None) -> np.ndarray:
+        if self._criterion.elementwise:
+            return score_in_chunks(self._criterion, self._kernels, self._rng)
+        mask = self._joined_masks() if mask is None else mask
+        return score(self._criterion, self._kernels, mask, self._rng, drop, self._where)
+
+
+class _TileComparison(_Comparison):
+    """Kernels whose tiles are ranked together, by their pooled scores."""
+
+    _unit = "tiles"
+
+    def __init__(
+        self,
+        criterion: criteria.Criterion,
+        kernels: Mapping[str, Weights],
+        rng: np.random.Generator,
+        where: str,
+        structure: structures.Structure,
+    ) -> None:
+        self._structure = structure
+        super().__init__(criterion, kernels, rng, where)
+
+    def _flags(self) -> np.ndarray:
+        self._members = [self._cut(kernel.mask, kernel) for kernel in self._kernels]
+        return np.concatenate([tiles.any(axis=1) for tiles in self._members])
+
+    def _scores(self, drop: int | None) -> np.ndarray:
         return np.concatenate(
             [
                 self._structure.pool(self._cut(part, kernel), tiles)
-                for part, kernel, tiles in self._parts(scores)
+                for part, kernel, tiles in self._parts()
             ]
         )
 
-    def _weight_scores(self, drop: int | None = None) -> np.ndarray:
-        if self._criterion.elementwise:
-            return score_in_chunks(self._criterion, self._kernels, self._rng)
-        masks = [kernel.mask for kernel in self._kernels]
-        mask = self._alive if self._structure is None else joined(masks)
-        return score(self._criterion, self._kernels, mask, self._rng, drop, self._where)
+    def _spread(self, kept: np.ndarray) -> Iterator[np.ndarray]:
+        ends = np.cumsum([len(tiles) for tiles in self._members])
+        parts = np.split(kept, ends[:-1])
+        for part, kernel, tiles in zip(parts, self._kernels, self._members, strict=True):
+            yield self._paste(tiles & part[:, None], kernel)
 
-    def _parts(self, scores: np.ndarray) -> Iterator[tuple[np.ndarray, Weights, np.ndarray]]:
+    def _parts(self) -> Iterator[tuple[np.ndarray, Weights, np.ndarray]]:
+        """Yields the scores of the weights of each kernel, the kernel, and its mask in tiles."""
+        scores = self._weight_scores(None, None)
         sizes = [kernel.mask.size for kernel in self._kernels]
         if scores.shape != (sum(sizes),):
             raise ValueError(f"scores of shape {scores.shape} for {sum(sizes)} weights.")
@@ -149,20 +190,28 @@ class _Comparison:
         layout = kernel.layout
         return structures.paste(tiles, layout, self._structure.tile(layout))
 
-    def _spread(self, kept: np.ndarray) -> Iterator[np.ndarray]:
-        """Yields the masks of the kernels, given which weights or tiles are kept."""
-        if self._structure is None:
-            ends = np.cumsum([kernel.mask.size for kernel in self._kernels])
-            for part, kernel in zip(np.split(kept, ends[:-1]), self._kernels, strict=True):
-                yield part.reshape(kernel.mask.shape)
-            return
-        ends = np.cumsum([len(tiles) for tiles in self._members])
-        parts = np.split(kept, ends[:-1])
-        for part, kernel, tiles in zip(parts, self._kernels, self._members, strict=True):
-            yield self._paste(tiles & part[:, None], kernel)
 
-    def _best_of_each_tile(self) -> Iterator[np.ndarray]:
-        for part, kernel, tiles in self._parts(self._weight_scores()):
+class _BestOfEachTile(_TileComparison):
+    """Kernels in each tile of which the same number of weights is kept."""
+
+    def __init__(
+        self,
+        criterion: criteria.Criterion,
+        kernels: Mapping[str, Weights],
+        rng: np.random.Generator,
+        where: str,
+        structure: structures.Structure,
+        count: int,
+    ) -> None:
+        super().__init__(criterion, kernels, rng, where, structure)
+        self._count = count
+
+    def prune(self, amount: Mapping[str, Any], *, again: bool = False) -> dict[str, np.ndarray]:
+        """Returns the new mask of each kernel, whatever the amount."""
+        return dict(zip(self.paths, self._masks(), strict=True))
+
+    def _masks(self) -> Iterator[np.ndarray]:
+        for part, kernel, tiles in self._parts():
             scores = self._cut(part, kernel)
             if np.isnan(scores[tiles]).any():
                 raise ValueError(f"Criterion {self._criterion.name!r} on {self._where}: {NAN}")
@@ -170,7 +219,7 @@ class _Comparison:
             chance = self._rng.random(scores.shape, dtype=np.float32)
             order = np.lexsort((chance, scores, tiles), axis=-1)
             best = np.zeros_like(tiles)
-            np.put_along_axis(best, order[:, -self._structure.kept :], True, axis=-1)
+            np.put_along_axis(best, order[:, -self._count :], True, axis=-1)
             yield self._paste(tiles & best, kernel)
 
 
@@ -196,10 +245,14 @@ class _PerOutput:
 
         mask = rows(kernel.mask)
         records = {name: rows(array) for name, array in records_of(kernel).items()}
+
+        def row(i: int) -> Weights:
+            return Weights(mask=mask[i]).with_records({name: a[i] for name, a in records.items()})
+
         self._comparisons = [
             _Comparison(
                 criterion,
-                {path: Weights(mask=mask[i], **{name: a[i] for name, a in records.items()})},
+                {path: row(i)},
                 # One generator each, so that random scores of an output do not depend on the
                 # others.
                 unit_rng,

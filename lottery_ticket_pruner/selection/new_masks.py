@@ -46,10 +46,8 @@ def select(
     for part in rounds(request, weights):
         found = measure(masks)
         weights = {
-            path: dataclasses.replace(
-                kernel,
-                mask=masks[path],
-                **{name: arrays[path] for name, arrays in found.items()},
+            path: dataclasses.replace(kernel, mask=masks[path]).with_records(
+                {name: arrays[path] for name, arrays in found.items()}
             )
             for path, kernel in weights.items()
         }
@@ -79,8 +77,8 @@ def select_many(
             "`LotteryTicketPruner.update_masks` for each sparsity, on masks that were reset."
         )
     kernels = _admitted(request, weights)
-    if request.keeps_fixed_number:
-        refuse_amounts(request.structure, sparsities=sparsities)
+    if request.fixed is not None:
+        refuse_amounts(request.fixed, sparsities=sparsities)
     shares = [shares_of("sparsity", share, kernels, request.scope) for share in sparsities]
     ranked = list(comparisons(request, kernels))
 

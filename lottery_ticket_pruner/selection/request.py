@@ -1,11 +1,11 @@
 """The pruning request: which criterion, how much, and which weights are ranked together."""
 
 import dataclasses
-import numbers
 from collections.abc import Mapping
 from typing import Any
 
 from lottery_ticket_pruner import criteria, distributions, structures
+from lottery_ticket_pruner.checks import is_integer, is_number
 from lottery_ticket_pruner.shares import Share
 
 BUDGETS = ("macs", "weights")
@@ -90,7 +90,7 @@ class Request:
                     else 'Use "layer" or "global".'
                 )
             )
-        if isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or seed < 0:
+        if not is_integer(seed) or seed < 0:
             raise ValueError(f"`seed` must be a non-negative integer. Received: seed={seed!r}")
         if distribution is not None:
             distribution = distributions.get(distribution)
@@ -106,9 +106,10 @@ class Request:
         )
 
     @property
-    def keeps_fixed_number(self) -> bool:
-        """Whether the structure (N:M) determines how many weights each tile keeps."""
-        return self.structure is not None and self.structure.kept is not None
+    def fixed(self) -> structures.Structure | None:
+        """The structure if it determines how many weights each tile keeps (N:M), else None."""
+        structure = self.structure
+        return None if structure is None or structure.kept is None else structure
 
 
 def _check_budget(
@@ -123,7 +124,7 @@ def _check_budget(
             f"`budget` must be a dict with some of the keys {BUDGETS}. Received: budget={budget!r}"
         )
     for name, share in budget.items():
-        if isinstance(share, bool) or not isinstance(share, numbers.Real) or not 0 < share <= 1:
+        if not is_number(share) or not 0 < share <= 1:
             raise ValueError(
                 f"`budget` holds the share that is left, a number in (0, 1]. Received: "
                 f"{name}={share!r}"

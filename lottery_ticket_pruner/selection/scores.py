@@ -63,7 +63,7 @@ def score_in_chunks(
         for start in range(0, mask.size, _CHUNK):
             chunk = slice(start, start + _CHUNK)
             part = {name: array[chunk] for name, array in records.items()}
-            group = criteria.Group(mask=mask[chunk], rng=rng, **part)
+            group = criteria.Group(mask=mask[chunk], rng=rng, drop=None, **part)
             scores[done : done + group.mask.size] = criterion(group)
             done += group.mask.size
     return scores

@@ -1,7 +1,7 @@
 """The mask and records of a kernel, and the checks for the criterion that reads them."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -48,6 +48,13 @@ class Weights:
     def layout(self) -> structures.Layout:
         """Meaning of the axes."""
         return structures.Layout(self.mask.shape, self.input_axes, self.output_axes)
+
+    def with_records(self, records: Mapping[str, np.ndarray]) -> "Weights":
+        """Returns the kernel with these records and evidence, by name, in place of its own."""
+        kept = {name: records.get(name, getattr(self, name)) for name in _ARRAYS}
+        return Weights(
+            mask=self.mask, output_axes=self.output_axes, input_axes=self.input_axes, **kept
+        )
 
 
 def joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
@@ -106,8 +113,8 @@ def prepared(criterion: criteria.Criterion, path: str, kernel: Weights) -> Weigh
                 "ranked. Did the training diverge?"
             )
         records[name] = array
-    kept = dict.fromkeys(_ARRAYS) | records
-    return dataclasses.replace(kernel, mask=mask, **kept)
+    bare = Weights(mask=mask, output_axes=kernel.output_axes, input_axes=kernel.input_axes)
+    return bare.with_records(records)
 
 
 def _called(name: str) -> str:

@@ -96,12 +96,16 @@ class Examples:
         """Returns a copy of these examples on the host."""
         return map_arrays(lambda array: array[indices], self.host)
 
-    def rows(self, order: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
+    def indices(self, order: np.ndarray) -> np.ndarray:
+        """Returns an int32 row for each index of `order`, of the index alone."""
+        return order.astype("int32")[:, None]
+
+    def rows(self, order: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Returns an int32 row for each index in `order`: the index and its random numbers."""
-        order = order.astype("int32")[:, None]
+        indices = self.indices(order)
         if self.augment is None:
-            return order
-        return np.concatenate([order, self.augment.draw(rng, len(order))], axis=1)
+            return indices
+        return np.concatenate([indices, self.augment.draw(rng, len(order))], axis=1)
 
     def augmented(self, rows: np.ndarray, batch_size: int) -> tuple[Arrays, ...]:
         """Returns a copy of the examples of these rows on the host, augmented batch by batch."""
@@ -128,7 +132,7 @@ def _listed(numbers: list[int]) -> str:
     return ", ".join(map(str, numbers[:_LISTED])) + (f" and {more} more" if more > 0 else "")
 
 
-def _as_keras_would(name: str, array: Any) -> np.ndarray:
+def _as_keras_would(name: str, array: object) -> np.ndarray:
     try:
         array = np.asarray(array)
     except Exception as error:  # NumPy and array-like objects raise errors of any type here.

@@ -68,7 +68,7 @@ class Engine:
         self._why_fit = reason or _why_fit(model)
         self._why_evaluate = reason or _why_evaluate(model)
         self._refused: set[str] = set()
-        self._compiled: set[tuple] = set()
+        self._compiled: set[tuple[Any, ...]] = set()
         self._races: dict[tuple[str, int], _Race] = collections.defaultdict(_Race)
 
     def train(
@@ -100,19 +100,20 @@ class Engine:
         # Only `fit` returns the result of a custom step, so it trains on the last batch.
         own = logged and _own_method(self._model, "train_step", "compute_metrics") is not None
         kept = (len(rows) % batch_size or batch_size) if own else 0
-        logs = None
+        logs, programs = None, self._programs
         with explained(self._model, *(*data.host, None)[:2]):
             while len(rows):
                 kinds = self._kinds(data, steps)
                 race = self._races[kinds[0], batch_size] if kinds else None
                 free = len(rows) - kept
-                if race is None or race.lost or not free:
+                if programs is None or race is None or race.lost or not free:
                     logs = self._fit(data, rows, batch_size)
                     break
                 if race.is_due and free >= batch_size and not deterministic:
                     used, logs = self._try_fit(data, rows[:free], batch_size, race)
                 else:
-                    used, logs = self._loop(data, rows[:free], batch_size, race, kinds), None
+                    used = self._loop(programs, data, rows[:free], batch_size, race, kinds)
+                    logs = None
                 rows = rows[used:]
         return _as_numbers(logs or self._model.get_metrics_result()) if logged else {}
 
@@ -126,7 +127,7 @@ class Engine:
         """
         batch_size = batch_size or self._evaluation_batch(data)
         reason = self._why_evaluate
-        if reason is None:
+        if reason is None and self._programs is not None:
             try:
                 return _as_numbers(self._programs.evaluate(data, batch_size))
             except Exception as error:
@@ -155,37 +156,45 @@ class Engine:
         reason = self._why_fit
         if reason is None and not isinstance(data.augment, Hashable):
             reason = f"{type(data.augment).__name__} is not hashable"
-        if reason is not None:
+        if reason is not None or self._programs is None:
             say_once(f"Training goes through `fit`: {reason}.")
             return ()
         return tuple(kind for kind in self._programs.kinds(steps) if kind not in self._refused)
 
     def _loop(
-        self, data: Examples, rows: np.ndarray, batch_size: int, race: _Race, kinds: tuple[str, ...]
+        self,
+        programs: Programs,
+        data: Examples,
+        rows: np.ndarray,
+        batch_size: int,
+        race: _Race,
+        kinds: tuple[str, ...],
     ) -> int:
         """Trains on a block of batches, and returns the number of rows."""
         size = min(batch_size, len(rows))
         compiled_for = (size, data.augment, *data.specification)
         if (kinds[0], *compiled_for) not in self._compiled:
-            kind = self._begin(data, rows[:size], kinds)
+            kind = self._begin(programs, data, rows[:size], kinds)
             self._compiled.add((kind, *compiled_for))
             return size
         count = min(race.block, len(rows) // size)
         batches = rows[: count * size].reshape(count, size, rows.shape[1])
         started = time.perf_counter()
-        self._programs.train(data, batches, kinds[0])
+        programs.train(data, batches, kinds[0])
         if size == batch_size:
             race.note_loop(time.perf_counter() - started, count)
         return count * size
 
-    def _begin(self, data: Examples, batch: np.ndarray, kinds: tuple[str, ...]) -> str:
+    def _begin(
+        self, programs: Programs, data: Examples, batch: np.ndarray, kinds: tuple[str, ...]
+    ) -> str:
         """Trains on one batch with the first kind of loop that can be compiled, or with `fit`."""
         step = int(self._model.optimizer.iterations)
         errors = []
         for kind in kinds:
             try:
                 _keras.symbolic_build(self._model, data.take(batch[:, 0]))
-                self._programs.train(data, batch[None], kind)
+                programs.train(data, batch[None], kind)
                 break
             except Exception as error:
                 if int(self._model.optimizer.iterations) != step:

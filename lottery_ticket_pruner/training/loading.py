@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import keras
@@ -12,7 +12,7 @@ import numpy as np
 from lottery_ticket_pruner.training.dataset import Arrays
 
 
-def arrays_of(x: Any, y: Arrays | None = None) -> tuple[Arrays, Arrays | None]:
+def arrays_of(x: object, y: Arrays | None = None) -> tuple[Arrays, Arrays | None]:
     """Returns inputs and targets as arrays, either unchanged or read from a data set.
 
     As in `fit`, a data set consists of batches of `(inputs, targets)` or of inputs alone. They are
@@ -42,7 +42,7 @@ def arrays_of(x: Any, y: Arrays | None = None) -> tuple[Arrays, Arrays | None]:
     return (*arrays, None)[:2]
 
 
-def pair_of(data: Any) -> tuple[Arrays, ...] | None:
+def pair_of(data: object) -> Sequence[Arrays] | None:
     """Returns `validation_data` as arrays. Tuples are returned unchanged, data sets are read.
 
     Raises:
@@ -51,7 +51,7 @@ def pair_of(data: Any) -> tuple[Arrays, ...] | None:
     return data if data is None or isinstance(data, tuple | list) else arrays_of(data)
 
 
-def _is_dataset(x: Any) -> bool:
+def _is_dataset(x: object) -> bool:
     if isinstance(x, keras.utils.PyDataset):
         return True
     # The user of such an object has imported its library. It is not imported for anyone else.
@@ -78,14 +78,14 @@ def _batches(dataset: Any) -> Iterator[Any]:
     dataset.on_epoch_end()
 
 
-def _is_endless(dataset: Any) -> bool:
+def _is_endless(dataset: object) -> bool:
     if isinstance(dataset, keras.utils.PyDataset):
         return dataset.num_batches is None
     cardinality = getattr(dataset, "cardinality", None)
     return cardinality is not None and int(cardinality()) == -1  # tf.data.INFINITE_CARDINALITY
 
 
-def _checked(dataset: Any, batch: Any) -> tuple[Arrays, ...]:
+def _checked(dataset: object, batch: object) -> tuple[Arrays, ...]:
     """Returns the batch as inputs, or inputs and targets: arrays, or structures of arrays."""
     parts = tuple(batch) if isinstance(batch, tuple | list) else (batch,)
     if not 1 <= len(parts) <= 2:

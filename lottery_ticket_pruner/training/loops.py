@@ -48,8 +48,8 @@ def train(
     eval_every: int | None = None,
     validation_data: tuple[Arrays, ...] | None = None,
     validation_batch_size: int | None = None,
-    on_progress: Callable[[int], None] | None = None,
-    on_evaluation: Callable[[int, dict[str, Any]], None] | None = None,
+    on_progress: Callable[[int], object] | None = None,
+    on_evaluation: Callable[[int, dict[str, Any]], object] | None = None,
     augment: Augmentation | None = None,
     deterministic: bool = False,
 ) -> History:
@@ -207,7 +207,7 @@ def fit(
         batches.start(epoch)
         logs = engine_of(model).train(
             data,
-            data.rows(batches.order, None),
+            data.indices(batches.order),
             batch_size,
             steps=epochs * steps,
             logged=True,

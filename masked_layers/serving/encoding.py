@@ -161,7 +161,7 @@ def encode(
         raise ValueError(f"`level` must be an integer from 0 to 9. Received: {level!r}")
     if unknown := set(encodings or {}) - set(arrays):
         raise ValueError(f"`encodings` names arrays that do not exist: {sorted(unknown)}")
-    groups: dict[tuple[str, str], list[tuple[str, np.ndarray]]] = {}
+    groups: dict[tuple[Encoding, str], list[tuple[str, np.ndarray]]] = {}
     for name, array in arrays.items():
         array = canonical(name, array)
         encoding = (encodings or {}).get(name) or choose(array)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import tensorflow as tf
 
 
-def samples_of(model: keras.Model, signature: Sequence[Any], given: Any = None) -> list[Any]:
+def samples_of(model: keras.Model, signature: Sequence[Any], given: object = None) -> list[Any]:
     """Returns the positional arguments for a call of a model, tensors of the signature's dtypes.
 
     Args:
@@ -66,7 +66,7 @@ def _drawn(model: keras.Model, signature: Sequence[Any]) -> list[Any]:
     return keras.tree.map_structure(random, list(signature))
 
 
-def _by_position(structure: Any, given: Any, names: Sequence[str]) -> Any:
+def _by_position(structure: object, given: object, names: Sequence[str]) -> Any:
     """Converts inputs by name to a list if the model's own inputs are not in a dict."""
     if not isinstance(given, Mapping) or isinstance(structure, Mapping):
         return given
@@ -76,7 +76,7 @@ def _by_position(structure: Any, given: Any, names: Sequence[str]) -> Any:
     return values if isinstance(structure, list | tuple) else values[0]
 
 
-def _leaves(structure: Any, given: Any) -> list[Any]:
+def _leaves(structure: object, given: object) -> list[Any]:
     """Returns the parts of `given` in the order of `keras.tree.flatten(structure)`."""
     if isinstance(structure, Mapping):
         keys = sorted(structure)
@@ -99,7 +99,7 @@ def _leaves(structure: Any, given: Any) -> list[Any]:
 def _tensor(spec: tf.TensorSpec, value: Any) -> tf.Tensor:
     import tensorflow as tf
 
-    def convert(value: Any) -> tf.Tensor:
+    def convert(value: object) -> tf.Tensor:
         try:
             return tf.cast(tf.convert_to_tensor(value), spec.dtype)
         except (TypeError, ValueError, tf.errors.OpError) as error:
@@ -119,7 +119,7 @@ def _tensor(spec: tf.TensorSpec, value: Any) -> tf.Tensor:
     return tensor
 
 
-def _described(value: Any) -> str:
+def _described(value: object) -> str:
     if isinstance(value, Mapping):
         return f"a dict of {list(value)}"
     if isinstance(value, list | tuple):

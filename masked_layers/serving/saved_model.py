@@ -124,6 +124,7 @@ def export_sparse_saved_model(
     }
     # Decoding one more block would take more bytes in the graph than the gaps of so few values.
     odds = sum(arrays[name].size for name in arrays if encodings[name] == "packed")
+    names: dict[str, encoding.Encoding]
     names = {"sparse": "sparse", "packed": "sparse" if odds < _JOINED_BELOW else "dense"}
     pack = encoding.encode(
         stored, encodings={name: names[encodings[name]] for name in stored}, level=level

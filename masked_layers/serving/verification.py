@@ -78,10 +78,10 @@ def verify(
     floats = [tf.as_dtype(name) for name in dtypes if tf.as_dtype(name).is_floating]
     tolerance = max((float(ml_dtypes.finfo(d.as_numpy_dtype).eps) for d in floats), default=0.0)
     for kind, got, wanted in (("Traced", dense, truth), ("Exported", sparse, dense)):
-        error = max(map(_difference, got, wanted), default=0.0)
-        if error > tolerance**0.5 and (exact or kind == "Traced"):
+        difference = max(map(_difference, got, wanted), default=0.0)
+        if difference > tolerance**0.5 and (exact or kind == "Traced"):
             raise RuntimeError(
-                f"{kind} outputs differ from the model's by {error:.2g} of the largest output, "
+                f"{kind} outputs differ from the model's by {difference:.2g} of the largest one, "
                 f"which the rounding of {sorted(dtypes)} does not explain. Nothing was changed at "
                 "the target path. A model with random outputs cannot be compared."
             )
@@ -95,7 +95,7 @@ def verify(
             "for such values among the weights, or pass other `sample_inputs`.",
             stacklevel=3,
         )
-    return error if finite or not total else None
+    return difference if finite or not total else None
 
 
 def _difference(got: np.ndarray, wanted: np.ndarray) -> float:

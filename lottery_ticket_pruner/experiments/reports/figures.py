@@ -1,7 +1,7 @@
 """Figures of test accuracy against weights left, sparsity or epochs."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -144,12 +144,12 @@ def picture(
     axes = figure.subplots()
     means, edges = [], []
     if dense:
-        means.append(_error(np.mean(dense)))
+        means.append(_error(float(np.mean(dense))))
         style = {"color": "0.45", "linewidth": 1.2, "linestyle": (0, (5, 3))}
         label = f"dense, {100 * np.mean(dense):.2f} %"
         axes.axhline(means[0], label=label, zorder=1, **style)
     for line in lines:
-        means += [_error(np.mean(sample)) for sample in line.samples]
+        means += [_error(float(np.mean(sample))) for sample in line.samples]
         bands = [interval(sample) for sample in line.samples]
         low, high = ([_error(band[side]) for band in bands] for side in (0, 1))
         edges += [*low, *high]
@@ -195,7 +195,7 @@ def _weights_axis(axes: Axes, left: Sequence[float]) -> None:
     _ticks(axes.xaxis, 0.9 * least, 105, lambda left: f"{left:.6g} %")
 
 
-def _ticks(axis: Axis, low: float, high: float, text: Any) -> None:
+def _ticks(axis: Axis, low: float, high: float, text: Callable[[float], str]) -> None:
     """Sets ticks at round numbers, at least three of them if the range is narrow."""
     ticks = [tick for tick in _TICKS if low <= tick <= min(high, 100)]
     if len(ticks) < 3:

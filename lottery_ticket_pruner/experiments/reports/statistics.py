@@ -54,7 +54,7 @@ def accuracy_text(accuracies: Sequence[float]) -> str:
     return spread(100 * np.asarray(accuracies, float), "{:.2f}")
 
 
-def spread(values: Sequence[float], style: str) -> str:
+def spread(values: Sequence[float] | np.ndarray, style: str) -> str:
     """Returns the mean as text in this style and, for several values, the standard deviation."""
     if not len(values):
         return ""
@@ -104,11 +104,13 @@ def levels_of(rows: pd.DataFrame, place: str) -> list[tuple[float, pd.DataFrame]
     return [(own[place].mean(), own) for _, own in rows.groupby(turns)]
 
 
-def grouped(rows: pd.DataFrame, columns: list[str]) -> Iterable[tuple[tuple, pd.DataFrame]]:
+def grouped(
+    rows: pd.DataFrame, columns: list[str]
+) -> Iterable[tuple[tuple[Any, ...], pd.DataFrame]]:
     """Groups rows by columns, in the order of the rows. Without columns, there is one group."""
     return rows.groupby(columns, sort=False, dropna=False) if columns else [((), rows)]
 
 
-def text_of(value: Any) -> str:
+def text_of(value: object) -> str:
     """Returns a cell as text. Empty if it has no value."""
     return "" if pd.isna(value) else str(value)

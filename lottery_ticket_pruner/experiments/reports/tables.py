@@ -59,7 +59,7 @@ class Sheet:
             )
         for line in self.lines:
             # Names are kept, because they may have any value.
-            numbers = line[self.names :]
+            numbers = list(line[self.names :])
             if close:
                 numbers = [n.replace(" ± ", "±").replace(" at ", "\nat ") for n in numbers]
             table.add_row(*line[: self.names], *numbers)

@@ -181,7 +181,7 @@ def _signs(
             return None
         if not np.array_equal(initial[path][~mask], final[path][~mask]):
             return None
-        pruned += np.count_nonzero(~mask)
+        pruned += int(np.count_nonzero(~mask))
     return analyses.sign_agreement(initial, final, masks) if pruned else None
 
 
@@ -202,7 +202,7 @@ def sheets_of(kept: Kept) -> list[Sheet]:
 
 def comparisons(kepts: Sequence[Kept]) -> list[Sheet]:
     """Returns tables that compare the masks of several seeds and groups."""
-    lines = []
+    lines: list[tuple[str, ...]] = []
     for kept in kepts:
         if kept.tickets:
             overlap = analyses.mask_overlap({str(t.seed): t.masks for t in kept.tickets})
@@ -218,6 +218,7 @@ def comparisons(kepts: Sequence[Kept]) -> list[Sheet]:
                     _shares(signs),
                 )
             )
+    headings: tuple[str, ...]
     headings = ("", "seeds", "weights", "overlap of seeds", "by chance", "same sign")
     note = (
         "Overlap: weights kept by both masks divided by weights kept by either, next to the value "
@@ -300,7 +301,7 @@ def _share(value: float) -> str:
     return "" if np.isnan(value) else f"{value:.3f}"
 
 
-def _shares(values: Sequence[float]) -> str:
+def _shares(values: Sequence[float] | np.ndarray) -> str:
     if not len(values):
         return ""
     mean = f"{np.mean(values):.3f}"
