@@ -24,7 +24,7 @@ def drop_count(
     rate: float | None = None,
     sparsity: float | None = None,
     keep_sparser: bool = False,
-    where: str = "the weights",
+    where: str = "the model as a whole",
     unit: str = "weights",
 ) -> int:
     """Returns the exact number of kept weights to prune now.
