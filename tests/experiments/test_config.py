@@ -1,4 +1,4 @@
-"""Configurations: what is left open is chosen by recipes, what makes no sense is refused."""
+"""Configurations: recipes fill in what is left open, and invalid options are refused."""
 
 import dataclasses
 import math

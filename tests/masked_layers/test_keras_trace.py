@@ -1,4 +1,4 @@
-"""What this library watches of Keras' calls and loads: these fail when Keras moves it."""
+"""Hooks into Keras' calls and loads: these tests fail when Keras changes them."""
 
 import functools
 import gc

@@ -25,7 +25,7 @@ def masked():
 
 
 def outputs(model, rescaled):
-    """What NumPy makes of the raw weights, the masks and the factors of some of them."""
+    """Computes effective weights from raw weights, masks and some factors in NumPy."""
     y = X
     for ref in ml.masked_refs(model):
         kernel = np.where(MASKS[ref.path], keras.ops.convert_to_numpy(ref.variable), 0)

@@ -1,4 +1,4 @@
-"""What this library uses of TensorFlow beyond its public API: these fail when it moves."""
+"""Private features of TensorFlow that this library uses: these tests fail when they change."""
 
 import pytest
 
