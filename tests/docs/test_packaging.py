@@ -161,7 +161,7 @@ def names():
 
 def test_readme_prunes_a_model_as_it_says(names, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    block = _block("Prune a model of your own", "python")
+    block = _block("Prune your own model", "python")
     assert sum(1 for line in block.splitlines() if line.strip()) == 12
 
     exec(block, names)
