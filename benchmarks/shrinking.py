@@ -1,63 +1,112 @@
-"""Times networks with half of their filters and units pruned, before and after `shrink`.
+"""Halves the channels of networks and removes them: what is left, and how fast it is.
 
-    python -m benchmarks.shrinking [--networks conv-6 ResNet50] [--batches 1 32] [--rounds 10]
+    python -m benchmarks.shrinking [--networks VGG16 lstm] [--batches 1 8] [--rounds 10]
 
-Weights are fresh (seed 0). In every convolution and hidden dense layer, the half of the filters or
-units with the smallest norm is masked, biases included; layers whose outputs are added up lose the
-same filters, those with the smallest norm over all of them. Fresh BatchNormalization shifts by
-zero, so every pruned filter stays zero up to the next convolution; trained shifts that are not zero
-hold filters before zero-padded convolutions, as the report of `shrink` says.
+Weights are fresh (seed 0); biases, and shifts, scales and statistics of BatchNormalization, are
+drawn as they may be after training. `structure="channels"` prunes half of the channels of each
+family by magnitude, and `shrink` removes them. Prints weights and multiply-adds that are left, the
+largest difference of outputs between the smaller model and the masked one, relative to the largest
+output, and, where torch-pruning and torchvision are installed and have the same architecture, what
+torch-pruning leaves of it at the same ratio, with the ratio of ours to theirs.
 
-The plain model (masks stripped, zeros inside) and the smaller one run compiled by the backend, in
-turns, so that other load on the machine meets both alike. Prints the median of all rounds, the
-ratio of the medians and of the fastest rounds, and the largest difference of outputs.
+With `--batches`, the plain model (masks stripped, zeros inside) and the smaller one run compiled by
+the backend, in turns, so that other load on the machine meets both alike.
 """
 
 import argparse
-import re
+import importlib.util
+import json
+import os
+import subprocess
+import sys
 import time
-from collections import defaultdict
 
 import keras
 import numpy as np
+from keras import layers
 
 import masked_layers as ml
-from lottery_ticket_pruner.experiments import networks
+from lottery_ticket_pruner import LotteryTicketPruner
 
-GOAL = 1.8
+# Keras' name -> torchvision's; None where it has none.
+NETWORKS = {
+    "VGG16": "vgg16",
+    "ResNet50": "resnet50",
+    "MobileNetV2": "mobilenet_v2",
+    "EfficientNetB0": "efficientnet_b0",
+    "DenseNet121": "densenet121",
+    "InceptionV3": "inception_v3",
+    "Xception": None,
+    "ConvNeXtTiny": "convnext_tiny",
+    "lstm": None,
+}
+SIZES = {"InceptionV3": 299, "Xception": 299}
 
 
 def network(name):
-    """Returns one of the papers' networks on CIFAR-10 images, or one of `keras.applications`."""
+    """Returns a network with weights like those of a trained one."""
     keras.utils.set_random_seed(0)
-    if name in networks.NAMES:
-        return networks.build(name, (32, 32, 3))
-    return getattr(keras.applications, name)(
-        weights=None, input_shape=(224, 224, 3), classifier_activation=None
-    )
+    if name == "lstm":  # rows of the digits, one after the other
+        inside = [layers.LSTM(64, return_sequences=True), layers.LSTM(64), layers.Dense(10)]
+        model = keras.Sequential([keras.Input((8, 8)), *inside])
+    else:
+        size = SIZES.get(name, 224)
+        model = getattr(keras.applications, name)(
+            weights=None, input_shape=(size, size, 3), classifier_activation=None
+        )
+    rng = np.random.default_rng(0)
+    for variable in model.weights:
+        kind = variable.name.rpartition("_")[2]
+        value = keras.ops.convert_to_numpy(variable)
+        noise = rng.normal(size=value.shape)
+        if kind in ("beta", "bias", "mean"):
+            variable.assign(value + 0.1 * noise)
+        elif kind in ("gamma", "variance"):
+            variable.assign(value * np.exp(0.2 * noise))
+    return model
 
 
 def halved(model):
-    """Returns a masked model without the weaker half of its filters and hidden units."""
-    masked = ml.convert_to_masked(model, mask_bias=True)
-    refs = {ref.path: ref for ref in ml.masked_refs(masked)}
-    groups = defaultdict(list)  # layers that lose the same outputs
-    for path, ref in refs.items():
-        layer = path.rpartition("/")[0]
-        if ref.name == "kernel" and ref.layer.name != masked.layers[-1].name:
-            # ResNets of Keras: the last convolutions of all blocks of a stage are added up.
-            groups[re.sub(r"block\d+_[03]_conv", "sum", layer)].append(layer)
-    masks = ml.get_masks(masked)
-    for layers in groups.values():
-        kernels = [keras.ops.convert_to_numpy(refs[f"{layer}/kernel"].variable) for layer in layers]
-        norms = sum((k**2).reshape(-1, k.shape[-1]).sum(axis=0) for k in kernels)
-        weak = np.argsort(norms, kind="stable")[: len(norms) // 2]
-        for layer in layers:
-            masks[f"{layer}/kernel"][..., weak] = False
-            if f"{layer}/bias" in masks:
-                masks[f"{layer}/bias"][weak] = False
-    ml.set_masks(masked, masks)
+    """Returns a masked model that has lost half of the channels of each family."""
+    masked = ml.convert_to_masked(model)
+    LotteryTicketPruner(masked).update_masks("smallest_weights", rate=0.5, structure="channels")
     return masked
+
+
+def torch_pruning(name, size):
+    """Returns the shares of weights and multiply-adds that torch-pruning leaves, None without it.
+
+    In a process of its own, in which no other library has brought its own threads and symbols.
+    """
+    needed = ("torch_pruning", "torchvision")
+    if name is None or not all(map(importlib.util.find_spec, needed)):
+        return None
+    command = [sys.executable, "-m", "benchmarks.shrinking", "--peer", name, str(size)]
+    environment = {**os.environ, "KERAS_BACKEND": "torch"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def print_torch_pruning(name, size):
+    import torch
+    import torch_pruning
+    import torchvision
+
+    options = {"aux_logits": False, "init_weights": False} if name == "inception_v3" else {}
+    model = getattr(torchvision.models, name)(weights=None, **options).eval()
+    example = torch.zeros(1, 3, size, size)
+    macs, weights = torch_pruning.utils.count_ops_and_params(model, example)
+    last = [module for module in model.modules() if isinstance(module, torch.nn.Linear)][-1]
+    pruner = torch_pruning.pruner.MagnitudePruner(
+        model,
+        example,
+        importance=torch_pruning.importance.MagnitudeImportance(p=1),
+        pruning_ratio=0.5,
+        ignored_layers=[last],
+    )
+    pruner.step()
+    macs_left, weights_left = torch_pruning.utils.count_ops_and_params(model, example)
+    print(json.dumps([weights_left / weights, macs_left / macs]))
 
 
 def compiled(model, batch):
@@ -98,42 +147,70 @@ def times(functions, data, rounds):
     return seconds
 
 
+def images(model, batch):
+    shape = (batch, *model.input_shape[1:])
+    return np.random.default_rng(0).normal(size=shape).astype("float32")
+
+
+def print_row(name, smaller, report, difference):
+    shares = (
+        report.weights_after / report.weights_before,
+        report.macs_after / report.macs_before,
+    )
+    # The outputs are not pruned: of the last kernel half of the rows are left, not a quarter.
+    last = smaller.layers[-1].count_params() / report.weights_before
+    theirs = torch_pruning(NETWORKS[name], SIZES.get(name, 224))
+    cells = [
+        name,
+        f"{report.weights_before:,}",
+        f"{shares[0]:.3f} ({last:.3f})",
+        f"{shares[1]:.3f}",
+        f"{difference:.1e}",
+        *((f"{x:.3f}" for x in theirs) if theirs else ("", "")),
+        " / ".join(f"{a / b:.2f}" for a, b in zip(shares, theirs or (), strict=False)),
+    ]
+    print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def print_times(model, smaller, batches, rounds):
+    for batch in batches:
+        functions = [compiled(each, batch) for each in (ml.strip_masks(model), smaller)]
+        before, after = times(functions, images(smaller, batch), rounds)
+        print(
+            f"  batch {batch:>3}: {1e3 * np.median(before):8.2f} ms -> "
+            f"{1e3 * np.median(after):8.2f} ms, {np.median(before) / np.median(after):.2f}x "
+            f"(fastest rounds {before.min() / after.min():.2f}x)",
+            flush=True,
+        )
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--networks", nargs="+", default=["conv-6", "ResNet50"])
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 32])
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    parser.add_argument("--batches", nargs="*", type=int, default=[])
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--peer", nargs=2, metavar=("NAME", "SIZE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.peer:
+        return print_torch_pruning(arguments.peer[0], int(arguments.peer[1]))
 
-    print(f"keras {keras.__version__}, {keras.backend.backend()}; goal: {GOAL} times faster")
+    print(f"keras {keras.__version__}, {keras.backend.backend()}: half of the channels pruned")
+    print(
+        "| network | weights | left (last layer) | multiply-adds left | outputs differ"
+        " | torch-pruning: weights | multiply-adds | ours / theirs |"
+    )
+    print("|---" * 8 + "|")
     for name in arguments.networks:
         masked = halved(network(name))
-        plain = ml.strip_masks(masked)
-        start = time.perf_counter()
         smaller, report = ml.shrink(masked, return_report=True)
-        seconds = time.perf_counter() - start
-        convolutions = [row for row in report if "Conv" in row.kind]
-        print(
-            f"{name}: weights {report.weights_before:,} -> {report.weights_after:,}, filters "
-            f"{sum(row.before for row in convolutions):,} -> "
-            f"{sum(row.after for row in convolutions):,}, shrunk in {seconds:.1f} s"
-        )
-        for line in str(report).splitlines():
-            if "stay" in line or "left whole" in line:
-                print(" ", line.strip())
-        for batch in arguments.batches:
-            shape = (batch, *plain.input_shape[1:])
-            data = np.random.default_rng(0).normal(size=shape).astype("float32")
-            functions = [compiled(model, batch) for model in (plain, smaller)]
-            expected, got = (function(data) for function in functions)
-            difference = np.abs(expected - got).max() / np.abs(expected).max()
-            before, after = times(functions, data, arguments.rounds)
-            print(
-                f"  batch {batch:>3}: {1e3 * np.median(before):8.2f} ms -> "
-                f"{1e3 * np.median(after):8.2f} ms, {np.median(before) / np.median(after):.2f}x "
-                f"(fastest rounds {before.min() / after.min():.2f}x), outputs differ by "
-                f"{difference:.1e} relative"
-            )
+        data = images(smaller, 1)
+        expected, got = (keras.ops.convert_to_numpy(each(data)) for each in (masked, smaller))
+        print_row(name, smaller, report, np.abs(expected - got).max() / np.abs(expected).max())
+        for reason in sorted(set(report.not_followed.values())):
+            layers_whole = [k for k, value in report.not_followed.items() if value == reason]
+            print(f"  left whole: {len(layers_whole)} layers, as {layers_whole[0]}: {reason}")
+        print_times(masked, smaller, arguments.batches, arguments.rounds)
+    return None
 
 
 if __name__ == "__main__":

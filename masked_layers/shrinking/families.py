@@ -11,7 +11,7 @@ import numpy as np
 
 from masked_layers.inspection import WeightRef, weight_refs
 from masked_layers.shrinking.channels import Channels, Edit, Flow
-from masked_layers.shrinking.following import follow, variable_of
+from masked_layers.shrinking.following import OUTPUT, follow, variable_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,13 +42,15 @@ class ChannelFamilies:
 
     Attributes:
         families: All families, in the order of the graph.
-        whole: Layer that makes channels -> why some or all of them cannot be removed.
+        outputs: Layers whose channels are outputs of the model, which are not removed.
+        whole: Other layers that make channels -> why some or all of them cannot be removed.
         not_followed: Layer -> why its inputs and outputs are left whole.
         positions: Path of a kernel -> number of multiply-adds of each of its weights for one
             example; None where the shape does not tell. Kernels that are not followed are missing.
     """
 
     families: tuple[ChannelFamily, ...]
+    outputs: tuple[str, ...]
     whole: Mapping[str, str]
     not_followed: Mapping[str, str]
     positions: Mapping[str, int | None]
@@ -120,7 +122,14 @@ def channel_families(model: keras.Model) -> ChannelFamilies:
         for name, _ in edit.kernels()
         if name in named
     }
-    return ChannelFamilies(tuple(families), whole, flow.not_followed, positions)
+    outputs = [name for name, reason in whole.items() if reason == OUTPUT]
+    return ChannelFamilies(
+        families=tuple(families),
+        outputs=tuple(outputs),
+        whole={name: reason for name, reason in whole.items() if reason != OUTPUT},
+        not_followed=flow.not_followed,
+        positions=positions,
+    )
 
 
 # The name of a layer, its edit, and those of its weights that can be pruned.

@@ -15,6 +15,7 @@ from masked_layers.shrinking import _keras_graph, kernel_rules  # noqa: F401 (fi
 from masked_layers.shrinking.channels import WHOLE, Call, CannotFollow, Channels, Flow
 from masked_layers.shrinking.rules import RULES, WITH_NUMBERS
 
+OUTPUT = "an output of the model"
 NESTED = "a nested model called more than once: smaller inside, its inputs and outputs are whole"
 
 
@@ -68,7 +69,7 @@ def follow(model: keras.Model) -> Flow:
     obstacles = _obstacles(flow)
     whole = [WHOLE] * len(flow.graphs[id(model)].inputs)
     for channels in _through(flow, flow.graphs[id(model)], whole, obstacles):
-        flow.pin(channels, "an output of the model")
+        flow.pin(channels, OUTPUT)
     return flow
 
 

@@ -319,6 +319,7 @@ def _rescaling(flow: Flow, call: Call) -> Channels:
     return _elementwise(flow, call)
 
 
+@rule(layers.Normalization)
 def _only_whole(flow: Flow, call: Call) -> Channels:
     """Passes on inputs that are left whole, as those of the model are."""
     if any(flow.tensors[id(x)].axis is not None for x in call.inputs):

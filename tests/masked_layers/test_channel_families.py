@@ -111,8 +111,8 @@ def without(model, family, channel):
 def test_families_are_the_layers_whose_channels_are_joined(make):
     found = channel_families(randomized(make))
     assert {family.layers: family.size for family in found.families} == FAMILIES[make.__name__]
-    assert list(found.whole.values()) == ["an output of the model"]
-    assert found.not_followed == {}
+    assert found.outputs in (("out",), ("last",))
+    assert found.whole == found.not_followed == {}
 
 
 @pytest.mark.parametrize("make", MODELS, ids=lambda make: make.__name__)
@@ -151,7 +151,7 @@ def test_shrink_removes_all_of_a_pruned_channel(make):
     smaller, report = shrink(model, return_report=True)
     assert {row.layer: row.before - row.after for row in report} == {
         **{name: 1 for family in found.families for name in family.layers},
-        **dict.fromkeys(found.whole, 0),
+        **dict.fromkeys(found.outputs, 0),
     }
     expected = outputs(model)
     np.testing.assert_allclose(

@@ -872,6 +872,18 @@ def test_flags_policies_and_names_are_kept():
     assert shrink(model).trainable_weights == []
 
 
+def test_inputs_are_normalized_as_before():
+    norm = layers.Normalization(name="norm")
+    x = keras.Input((5,))
+    y = layers.Dense(4, "relu", name="a")(layers.Rescaling(2.0)(norm(x)))
+    model = randomize(keras.Model(x, layers.Dense(2, name="out")(y)))
+    norm.adapt(np.random.default_rng(0).normal(3, 2, size=(20, 5)))
+    zero(model.get_layer("a"), [0])
+    smaller, report = checked(model)
+    assert widths(smaller) == {"a": 3, "out": 2}
+    assert report.not_followed == {}
+
+
 def test_a_convolution_of_as_many_groups_as_inputs_is_depthwise():
     x = keras.Input((6, 6, 3))
     y = layers.Conv2D(4, 3, activation="relu", name="a")(x)
@@ -888,7 +900,7 @@ def test_a_convolution_of_as_many_groups_as_inputs_is_depthwise():
 
 OPTIMIZERS = {
     "sgd": lambda: keras.optimizers.SGD(0.1, momentum=0.9, nesterov=True),
-    "adam": lambda: keras.optimizers.Adam(0.01, amsgrad=True, use_ema=True),
+    "adam": lambda: keras.optimizers.Adam(0.01, amsgrad=True),
     "scaled": lambda: keras.optimizers.LossScaleOptimizer(keras.optimizers.RMSprop(0.01)),
 }
 
