@@ -32,6 +32,7 @@ from lottery_ticket_pruner.pruner import LotteryTicketPruner
 from lottery_ticket_pruner.records import is_masked
 from lottery_ticket_pruner.training import Examples
 from lottery_ticket_pruner.variables import variable_scope
+from masked_layers import randomness
 
 
 class MaskSchedule(keras.callbacks.Callback):
@@ -315,7 +316,7 @@ class GradualPruning(MaskSchedule):
         try:
             if "final" in self.criterion.needs:
                 pruner.set_pretrained_weights()
-            seed = int(np.random.SeedSequence([self.seed, step]).generate_state(1)[0])
+            seed = randomness.integer("mask updates", self.seed, step, bits=32)
             request = dataclasses.replace(self._request, sparsity=sparsity, seed=seed)
             pruner.prune(request, data=self.data)
         except Exception:
@@ -487,7 +488,7 @@ class DynamicSparseTraining(MaskSchedule):
 
     def _gradients(self, step: int, examples: Examples) -> dict[str, np.ndarray]:
         size = len(examples)
-        draw = np.random.default_rng([self.seed, step])
+        draw = randomness.stream("gradient batch", self.seed, step)
         chosen = draw.choice(size, min(self.batch_size, size), replace=False)
         x, y, weights = (*examples.take(chosen), None, None)[:3]
         return evidence.loss_gradients(

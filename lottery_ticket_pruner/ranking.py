@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import math
-import zlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -17,6 +16,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from masked_layers import randomness
 from masked_layers.types import Tensor
 
 if TYPE_CHECKING:
@@ -226,8 +226,7 @@ def integer(value: int) -> Tensor:
 
 def seed_of(seed: int, step: int, path: str) -> Tensor:
     """Returns the seed of a weight at a step, as an int32 scalar."""
-    entropy = np.random.SeedSequence([seed, step, zlib.crc32(path.encode())])
-    return integer(int(entropy.generate_state(1)[0] >> 2))
+    return integer(randomness.integer("rewiring", seed, step, path, bits=30))
 
 
 def check_finite(

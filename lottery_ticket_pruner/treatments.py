@@ -20,7 +20,6 @@ Reference:
 
 import dataclasses
 import inspect
-import zlib
 from collections.abc import Callable, Mapping
 from typing import Any, Generic, ParamSpec, TypeVar
 
@@ -30,6 +29,7 @@ import numpy as np
 import masked_layers as ml
 from lottery_ticket_pruner.registry import Registry
 from lottery_ticket_pruner.variables import widened
+from masked_layers import randomness
 
 # A treatment that needs the final weights may rely on them: to type checkers they are an array.
 _NOT_RECORDED: Any = None
@@ -247,7 +247,7 @@ def treat(
 
 def generator(seed: int, path: str) -> np.random.Generator:
     """Returns a random generator that depends only on the seed and the path of the weight."""
-    return np.random.default_rng([seed, zlib.crc32(path.encode())])
+    return randomness.stream("treatments", seed, path)
 
 
 def draw_again(ref: ml.WeightRef, seed: int) -> np.ndarray:

@@ -6,14 +6,13 @@ import difflib
 import logging
 import re
 import warnings
-import zlib
 from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
 
 import keras
 import numpy as np
 
-from masked_layers import _keras, compiled, learned
+from masked_layers import _keras, compiled, learned, randomness
 from masked_layers.copying import copy_model, renew_optimizer
 from masked_layers.exactness import check_copy, check_masks, has_code_of_others
 from masked_layers.inspection import MaskedRef, get_masks, masked_refs, weight_refs
@@ -217,7 +216,7 @@ def sample_masks(model: keras.Model, seed: int) -> dict[str, np.ndarray]:
     _keras.sync(model)
     masks = {}
     for ref in masked_refs(model):
-        rng = np.random.default_rng([seed, zlib.crc32(ref.path.encode())])
+        rng = randomness.stream("sampled masks", seed, ref.path)
         mask = ref.mask
         masks[ref.path] = mask.sample(rng) if isinstance(mask, LearnedMask) else mask.to_numpy()
     return masks

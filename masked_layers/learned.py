@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,7 +10,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from masked_layers import _keras, compiled
+from masked_layers import _keras, compiled, randomness
 from masked_layers.masks import Mask
 from masked_layers.types import Tensor
 
@@ -347,6 +346,5 @@ def for_weight(prototype: Mask, name: str, path: str) -> Mask:
     """Creates the mask of the weight at a path, with a seed derived from the prototype's."""
     config = {**prototype.get_config(), "name": name, "dtype": "float32"}
     if config.get("seed") is not None:
-        parts = [config["seed"], zlib.crc32(path.encode())]
-        config["seed"] = int(np.random.SeedSequence(parts).generate_state(1)[0] >> 1)
+        config["seed"] = randomness.integer("scores of masks", config["seed"], path)
     return type(prototype).from_config(config)

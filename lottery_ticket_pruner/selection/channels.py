@@ -8,12 +8,13 @@ from typing import Protocol
 import numpy as np
 
 from lottery_ticket_pruner.selection.amounts import drop_count
-from lottery_ticket_pruner.selection.lowest import NAN, drop_lowest, generator
+from lottery_ticket_pruner.selection.lowest import NAN, drop_lowest
 from lottery_ticket_pruner.selection.request import Request
 from lottery_ticket_pruner.selection.scores import score, score_in_chunks
 from lottery_ticket_pruner.selection.weights import Weights, prepared
 from lottery_ticket_pruner.shares import check_share, one_of, shares_of
 from lottery_ticket_pruner.structures import Channels
+from masked_layers.randomness import stream
 
 
 class Family(Protocol):
@@ -242,14 +243,14 @@ def _scores(request: Request, kernels: Mapping[str, Weights]) -> dict[str, np.nd
     if criterion.scope == "global":
         ordered = {path: kernels[path] for path in sorted(kernels)}
         mask = np.concatenate([kernel.mask.reshape(-1) for kernel in ordered.values()])
-        rng = generator(request.seed, "")
+        rng = stream("ties", request.seed, "")
         flat = score(criterion, list(ordered.values()), mask, rng, None, "the model as a whole")
         ends = np.cumsum([kernel.mask.size for kernel in ordered.values()])[:-1]
         parts = dict(zip(ordered, np.split(flat, ends), strict=True))
     else:
         parts = {}
         for path, kernel in kernels.items():
-            rng = generator(request.seed, path)
+            rng = stream("ties", request.seed, path)
             if criterion.elementwise:
                 parts[path] = score_in_chunks(criterion, [kernel], rng)
             else:
@@ -308,7 +309,7 @@ def _of_family(
     amount = {name: share, "keep_sparser": request.keep_sparser}
     drop = drop_count(family.size, count, where=where, unit="channels", **amount)
     left = rounded(request.structure, family.size, count, count - drop)
-    rng = generator(request.seed, family.layers[0])
+    rng = stream("ties", request.seed, family.layers[0])
     return drop_lowest(scores, kept, count - left, rng)
 
 
@@ -333,7 +334,7 @@ def _of_model(
 
     Scores are divided by their mean over the family, so that layers of different size compare.
     """
-    structure, rng = request.structure, generator(request.seed, "")
+    structure, rng = request.structure, stream("ties", request.seed, "")
     ends = np.cumsum([family.size for family in families])[:-1]
     count = sum(int(np.count_nonzero(flags)) for flags in kept)
     drop = drop_count(

@@ -10,16 +10,11 @@ import numpy as np
 
 from lottery_ticket_pruner import criteria, structures
 from lottery_ticket_pruner.selection.amounts import drop_count
-from lottery_ticket_pruner.selection.lowest import (
-    NAN,
-    check_drop,
-    drop_lowest,
-    drop_up_to,
-    generator,
-)
+from lottery_ticket_pruner.selection.lowest import NAN, check_drop, drop_lowest, drop_up_to
 from lottery_ticket_pruner.selection.request import Request
 from lottery_ticket_pruner.selection.scores import score, score_in_chunks
 from lottery_ticket_pruner.selection.weights import Weights, joined, records_of
+from masked_layers.randomness import stream
 
 
 def comparisons(
@@ -33,10 +28,11 @@ def comparisons(
     """
     if request.scope == "global":
         together = {path: kernels[path] for path in sorted(kernels)}
-        yield _compared(request, together, generator(request.seed, ""), "the model as a whole")
+        rng = stream("ties", request.seed, "")
+        yield _compared(request, together, rng, "the model as a whole")
         return
     for path, kernel in kernels.items():
-        rng = generator(request.seed, path)
+        rng = stream("ties", request.seed, path)
         if request.scope == "output":
             yield _PerOutput(request.criterion, path, kernel, rng)
         else:

@@ -3,7 +3,6 @@
 Scores are partitioned, which costs little more than finding a single order statistic.
 """
 
-import hashlib
 import math
 
 import numpy as np
@@ -94,10 +93,3 @@ def _random_flags(size: int, count: int, rng: np.random.Generator) -> np.ndarray
         flags[drawn] = True
         missing -= drawn.size
     return flags
-
-
-def generator(seed: int, path: str) -> np.random.Generator:
-    """Returns a random generator for a seed and a path, the same in every process."""
-    # Not hash(), which differs between processes.
-    digest = hashlib.sha256(path.encode()).digest()
-    return np.random.default_rng(np.random.SeedSequence([int(seed), int.from_bytes(digest, "big")]))

@@ -10,6 +10,7 @@ from sklearn import datasets
 
 import masked_layers as ml
 from lottery_ticket_pruner import LotteryTicketPruner, learned, training
+from masked_layers import randomness
 
 
 @pytest.fixture(scope="module")
@@ -144,8 +145,7 @@ def test_samples_are_whole_masks_and_repeat(digits):
     second = learned.evaluate_sampled(model, *digits[1], samples=2, seed=5)
     np.testing.assert_array_equal(first["loss"], second["loss"])
     assert first["loss"][0] != first["loss"][1]
-    drawn = int(np.random.SeedSequence([5, 1]).generate_state(1)[0])
-    hard = ml.harden(model, seed=drawn)
+    hard = ml.harden(model, seed=randomness.integer("test samples", 5, 1))
     assert training.evaluate(hard, *digits[1])["loss"] == pytest.approx(first["loss"][1], rel=1e-6)
     with pytest.raises(ValueError, match="`samples` must be at least 1"):
         learned.evaluate_sampled(model, *digits[1], samples=0)
