@@ -16,7 +16,7 @@ import numpy as np
 
 import masked_layers as ml
 from lottery_ticket_pruner import optimizers, training
-from lottery_ticket_pruner.training import Augmentation, Examples
+from lottery_ticket_pruner.training import Augmentation, Examples, Listeners, TrainingPlan
 from lottery_ticket_pruner.variables import read, variable_scope, widened
 from masked_layers import copying
 
@@ -173,7 +173,11 @@ def instability(
     _check_points(points)
     if not getattr(model, "compiled", False):
         raise ValueError(f"{model.name} is not compiled: call compile() before instability().")
-    training.held_out(model, Examples.of(x, y), "test_data", test_data)
+    plan = TrainingPlan(
+        steps=steps, batch_size=batch_size, augment=augment, deterministic=deterministic
+    )
+    examples = Examples.of(x, y, None, augment)
+    training.held_out(model, examples, "test_data", test_data)
     if metric is not None:
         _check_metric(metric, training.evaluate(model, *test_data))
     ml.sync(model)
@@ -192,16 +196,11 @@ def instability(
             fresh = optimizers.fresh_optimizer(optimizer)
             parameters = model.trainable_variables
             optimizers.reset_optimizer(optimizer, fresh, parameters, steps_done, rates)
-            training.train(
+            training.train_by_plan(
                 model,
-                x,
-                y,
-                steps=steps,
-                batch_size=batch_size,
-                seed=[seed, number],
-                on_progress=on_progress,
-                augment=augment,
-                deterministic=deterministic,
+                examples,
+                dataclasses.replace(plan, seed=[seed, number]),
+                listeners=Listeners(on_progress=on_progress),
             )
             ends.append(model.get_weights())
         first, second = ends

@@ -1,6 +1,5 @@
 """The state of an iterative search between two rounds, on disk."""
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -10,7 +9,7 @@ import keras
 import numpy as np
 
 import masked_layers as ml
-from lottery_ticket_pruner.fingerprints import description, digest, reasons
+from lottery_ticket_pruner.fingerprints import description, digest, of_json, reasons
 from lottery_ticket_pruner.folders import FolderLock
 from lottery_ticket_pruner.pruner import LotteryTicketPruner
 from lottery_ticket_pruner.variables import read, variable_scope
@@ -84,7 +83,7 @@ class Checkpoint:
         }
         state = json.loads(json.dumps(state, default=description))
         with replacing(self._state) as file:
-            file.write(json.dumps(state | {"checksum": _checksum(state)}, indent=1).encode())
+            file.write(json.dumps(state | {"checksum": of_json(state)}, indent=1).encode())
         self._pruner_file(number - 1).unlink(missing_ok=True)
         self._model_file(number - 1).unlink(missing_ok=True)
 
@@ -138,7 +137,7 @@ class Checkpoint:
             number, arguments = state["round"], state["arguments"]
             rows, evaluations = state["rows"], state["evaluations"]
             checksum = state.pop("checksum", None)  # Earlier states have none.
-            if checksum not in (None, _checksum(state)):
+            if checksum not in (None, of_json(state)):
                 raise ValueError("its checksum does not match")
             places = {(row["round"], row["arm"]) for row in [*rows, *evaluations]}
             if type(number) is not int or not places <= {(n, a) for n, a in places if n <= number}:
@@ -219,7 +218,3 @@ def _compare(
                 f"'{file}' has {there.dtype}{there.shape} for {variable.path}, which has shape "
                 f"{tuple(variable.shape)}"
             )
-
-
-def _checksum(state: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:16]

@@ -78,6 +78,11 @@ def digest(data: Any) -> str:
     return found.hexdigest()[:16]
 
 
+def of_json(values: object) -> str:
+    """Returns a hash of values of JSON's types, in which the order of dicts does not matter."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def fingerprint(thing: object) -> str:
     """Returns a hash that changes with the code, configuration or state of an object.
 

@@ -1,17 +1,18 @@
 """Learned supermasks: train the masks over weights that stay as they were drawn."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import keras
 import numpy as np
 
 import masked_layers as ml
 from lottery_ticket_pruner import training, treatments
-from lottery_ticket_pruner.training import Augmentation, Examples
-from masked_layers import copying, learned
+from lottery_ticket_pruner.training import Augmentation, Examples, Listeners, TrainingPlan
+from masked_layers import copying, learned, randomness
 
 WEIGHTS = ("initial", "signed_constant")
 
@@ -90,46 +91,90 @@ def learn_supermask(
     Raises:
         ValueError: the model is not compiled or is masked already, or an argument is wrong.
     """
+    plan = LearningPlan(
+        training=TrainingPlan(
+            steps=steps,
+            batch_size=batch_size,
+            seed=seed,
+            eval_every=eval_every,
+            augment=augment,
+            deterministic=deterministic,
+        ),
+        mask=mask,
+        weights=weights,
+        optimizer=optimizer,
+        samples=samples,
+    )
+    listeners = Listeners(on_progress=on_progress)
+    return learn_by_plan(model, x, y, plan, test_data, validation_data, listeners)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LearningPlan:
+    """How to learn a supermask: arguments of `learn_supermask`.
+
+    Raises:
+        ValueError: If a name is unknown, a number out of its range, or the mask is not learned.
+    """
+
+    training: TrainingPlan
+    mask: Any = "bernoulli"
+    weights: str = "initial"
+    optimizer: keras.Optimizer | None = None
+    samples: int = 10
+
+    def __post_init__(self) -> None:
+        if self.weights not in WEIGHTS:
+            raise ValueError(
+                f"`weights` must be one of {WEIGHTS}. Received: weights={self.weights!r}"
+            )
+        _check_samples(self.samples)
+        if not self.prototype.learned:
+            raise ValueError(f"`mask` must be a learned one. Received: mask={self.mask!r}")
+
+    @functools.cached_property
+    def prototype(self) -> ml.LearnedMask:
+        """The mask that those of all weights are made after."""
+        prototype = learned.get(self.mask)
+        if isinstance(self.mask, str):
+            prototype.seed = self.training.seed
+        return prototype
+
+
+def learn_by_plan(
+    model: keras.Model,
+    x: training.Arrays,
+    y: training.Arrays,
+    plan: LearningPlan,
+    test_data: tuple[training.Arrays, training.Arrays] | None = None,
+    validation_data: tuple[training.Arrays, training.Arrays] | None = None,
+    listeners: Listeners | None = None,
+) -> LearnedSupermask:
+    """Does what `learn_supermask` does, with its arguments as a plan.
+
+    Args:
+        model: As in `learn_supermask`.
+        x: As in `learn_supermask`.
+        y: As in `learn_supermask`.
+        plan: How.
+        test_data: As in `learn_supermask`.
+        validation_data: As in `learn_supermask`.
+        listeners: Who is told of the training.
+
+    Raises:
+        ValueError: As in `learn_supermask`.
+    """
     if not getattr(model, "compiled", False):
         raise ValueError(f"{model.name} is not compiled: call compile() before learn_supermask().")
-    if weights not in WEIGHTS:
-        raise ValueError(f"`weights` must be one of {WEIGHTS}. Received: weights={weights!r}")
-    _check_samples(samples)
-    prototype = learned.get(mask)
-    if not prototype.learned:
-        raise ValueError(f"`mask` must be a learned one. Received: mask={mask!r}")
-    if isinstance(mask, str):
-        prototype.seed = seed
-    to_train_on = Examples.of(x, y)
-    for name, held_out in (("validation_data", validation_data), ("test_data", test_data)):
-        training.held_out(model, to_train_on, name, held_out)
+    examples = Examples.of(x, y, None, plan.training.augment)
+    validation = training.held_out(model, examples, "validation_data", validation_data)
+    training.held_out(model, examples, "test_data", test_data)
     own_optimizer = model.optimizer
-    model = ml.convert_to_masked(model, mask=prototype)
-    scale = 1.0
-    if isinstance(prototype, ml.EdgePopupMask):
-        scale = 1 / math.sqrt(1 - prototype.sparsity)
-    for ref in ml.masked_refs(model):
-        values = keras.ops.convert_to_numpy(ref.variable)
-        if weights == "signed_constant":
-            values = treatments.signed_constant(values)
-        ref.variable.assign(values * np.asarray(scale, values.dtype))
-    scores = {id(ref.mask.scores) for ref in ml.masked_refs(model)}
-    others = [variable for variable in model.trainable_variables if id(variable) not in scores]
-    _set_trainable(others, False)
-    copying.compile_with(model, optimizer or _optimizer(prototype, steps))
-    history = training.train(
-        model,
-        x,
-        y,
-        steps=steps,
-        batch_size=batch_size,
-        seed=seed,
-        eval_every=eval_every,
-        validation_data=validation_data,
-        on_progress=on_progress,
-        augment=augment,
-        deterministic=deterministic,
-    )
+    model = ml.convert_to_masked(model, mask=plan.prototype)
+    others = _withhold_weights(model, plan)
+    optimizer = plan.optimizer or _optimizer(plan.prototype, plan.training.steps)
+    copying.compile_with(model, optimizer)
+    history = training.train_by_plan(model, examples, plan.training, validation, listeners)
     supermask, sampled, results = ml.harden(model), {}, {}
     # Only learning froze them, and its rate is for scores.
     paths = {variable.path for variable in others}
@@ -137,12 +182,34 @@ def learn_supermask(
     copying.compile_with(supermask, own_optimizer)
     if test_data is not None:
         results = training.evaluate(supermask, *test_data)
-        if isinstance(prototype, ml.BernoulliMask):
-            sampled = evaluate_sampled(model, *test_data, samples=samples, seed=seed)
+        if isinstance(plan.prototype, ml.BernoulliMask):
+            seed = cast(int, plan.training.seed)
+            sampled = evaluate_sampled(model, *test_data, samples=plan.samples, seed=seed)
         else:
             measured = results | {"sparsity": ml.sparsity_report(supermask).sparsity}
             sampled = {name: np.array([value]) for name, value in measured.items()}
     return LearnedSupermask(model, supermask, sampled, results, history)
+
+
+def _withhold_weights(model: keras.Model, plan: LearningPlan) -> list[keras.Variable]:
+    """Gives masked weights the values of the plan, and leaves scores alone to be trained.
+
+    Returns:
+        The variables that were trainable until now.
+    """
+    scale = 1.0
+    if isinstance(plan.prototype, ml.EdgePopupMask):
+        scale = 1 / math.sqrt(1 - plan.prototype.sparsity)
+    refs = ml.masked_refs(model)
+    for ref in refs:
+        values = keras.ops.convert_to_numpy(ref.variable)
+        if plan.weights == "signed_constant":
+            values = treatments.signed_constant(values)
+        ref.variable.assign(values * np.asarray(scale, values.dtype))
+    scores = {id(ref.mask.scores) for ref in refs}
+    others = [variable for variable in model.trainable_variables if id(variable) not in scores]
+    _set_trainable(others, False)
+    return others
 
 
 def _set_trainable(variables: Sequence[keras.Variable], trainable: bool) -> None:
@@ -181,8 +248,8 @@ def evaluate_sampled(
     hardened = ml.harden(model)
     results = []
     for number in range(samples):
-        drawn = np.random.SeedSequence([seed, number]).generate_state(1)[0]
-        ml.set_masks(hardened, ml.sample_masks(model, int(drawn)))
+        drawn = randomness.integer("test samples", seed, number)
+        ml.set_masks(hardened, ml.sample_masks(model, drawn))
         sparsity = ml.sparsity_report(hardened).sparsity
         results.append(training.evaluate(hardened, x, y) | {"sparsity": sparsity})
     return {name: np.array([result[name] for result in results]) for name in results[0]}

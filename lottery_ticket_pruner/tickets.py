@@ -3,10 +3,7 @@
 import contextlib
 import dataclasses
 import logging
-import numbers
 import os
-import warnings
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +14,6 @@ import numpy as np
 import masked_layers as ml
 from lottery_ticket_pruner import (
     _keras,
-    criteria,
     notices,
     optimizers,
     selection,
@@ -26,17 +22,35 @@ from lottery_ticket_pruner import (
     treatments,
 )
 from lottery_ticket_pruner.checkpoint import Checkpoint
-from lottery_ticket_pruner.fingerprints import description, digest, identity, layers
+from lottery_ticket_pruner.fingerprints import description, digest, layers
 from lottery_ticket_pruner.pruner import LotteryTicketPruner
-from lottery_ticket_pruner.training import Augmentation, Examples, arrays_of, pair_of
+from lottery_ticket_pruner.search_plans import (
+    CONTROLS,
+    RETRAINING,
+    ControlPlan,
+    Listeners,
+    PruningPlan,
+    SearchPlan,
+    Share,
+)
+from lottery_ticket_pruner.training import Augmentation, Examples, TrainingPlan, arrays_of, pair_of
 from lottery_ticket_pruner.variables import read
+from masked_layers import randomness
+from masked_layers.notices import warn_outside
 
-CONTROLS = ("random_reinit", "reinit_same_sign", "random_mask", "reshuffled_mask")
-RETRAINING = ("weight_rewinding", "learning_rate_rewinding", "fine_tuning")
+__all__ = [
+    "CONTROLS",
+    "RETRAINING",
+    "TicketResult",
+    "TicketSearch",
+    "find_ticket",
+    "search",
+    "train_to_rewinding_point",
+]
 
 _logger = logging.getLogger(__name__)
-
-Share = float | Mapping[str, float]
+# Of what is drawn here, see `randomness`.
+_PURPOSE = "arms of a search"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,108 +187,150 @@ def find_ticket(
         OSError: the folder of the checkpoint is in use by another process (a `FolderInUseError`),
             is removed meanwhile, or cannot be written.
     """
-    _check(rounds, steps, rewind_to, rate, sparsity, seed)
-    _check_names(controls, control_rounds, rounds, retraining)
-    kept, pruned = kept_under(retraining, kept), treatments.get_pruned(pruned)
-    if not getattr(model, "compiled", False):
-        raise ValueError(f"{model.name} is not compiled: call compile() before find_ticket().")
-    data, validation_data, test_data = arrays_of(x, y), pair_of(validation_data), pair_of(test_data)
-    if data[1] is None and model.loss is not None:
-        raise ValueError(
-            f"The loss of {model.name} needs targets: pass `y`, or as `x` a tf.data.Dataset, a "
-            "keras.utils.PyDataset or a torch DataLoader of batches (inputs, targets). Received: "
-            f"x of type {type(x).__name__}, y={y}."
-        )
-    if all(ref.mask is None for ref in ml.weight_refs(model)):
-        model = ml.convert_to_masked(model)
-    to_train_on = Examples.of(*data)
-    targets.check(model, *data)
-    for name, held_out in (("validation_data", validation_data), ("test_data", test_data)):
-        training.held_out(model, to_train_on, name, held_out)
-    search = _Search(
-        model=model,
-        data=data,
-        test_data=test_data,
-        options={
-            "batch_size": batch_size,
-            "eval_every": eval_every,
-            "validation_data": validation_data,
-            "augment": augment,
-            "deterministic": deterministic,
-        },
-        rounds=rounds,
-        steps=steps,
-        rewind_to=rewind_to,
-        criterion=criteria.get(strategy),
-        rate=rate,
-        sparsity=sparsity,
-        scope=scope,
-        retraining=retraining,
-        kept=kept,
-        pruned=pruned,
-        controls=list(controls),
-        control_rounds=None if control_rounds is None else list(control_rounds),
-        seed=seed,
-        replicate=replicate,
-        on_result=on_result,
-        on_evaluation=on_evaluation,
-        on_progress=on_progress,
+    return search(
+        model,
+        SearchData((x, y), validation_data, test_data),
+        SearchPlan(
+            training=TrainingPlan(
+                steps=steps,
+                batch_size=batch_size,
+                seed=seed,
+                eval_every=eval_every,
+                augment=augment,
+                deterministic=deterministic,
+            ),
+            pruning=PruningPlan(
+                rounds=rounds,
+                strategy=strategy,
+                scope=scope,
+                rate=rate,
+                sparsity=sparsity,
+                rewind_to=rewind_to,
+                retraining=retraining,
+                kept=kept,
+                pruned=pruned,
+            ),
+            control=ControlPlan(controls=controls, control_rounds=control_rounds),
+            replicate=replicate,
+        ),
+        Listeners(on_result=on_result, on_evaluation=on_evaluation, on_progress=on_progress),
+        checkpoint,
     )
-    search.rehearse()
-    saved = None if checkpoint is None else Checkpoint(Path(checkpoint), search.arguments())
-    if saved is not None and saved.unidentified and not saved.exists():
-        warnings.warn(
-            f"No search can go on from the checkpoint in {checkpoint}. "
-            + " ".join(saved.unidentified),
-            stacklevel=2,
-        )
-    with contextlib.nullcontext() if saved is None else saved:
-        search.run(saved)
-    return search.result()
 
 
-def kept_under(retraining: str, kept: Any) -> treatments.Treatment:
-    """The treatment of kept weights that a kind of retraining leads to.
+@dataclasses.dataclass(frozen=True)
+class SearchData:
+    """The data of a search, of any kind that `find_ticket` takes.
+
+    Attributes:
+        train: Inputs and targets to train on.
+        validation: Inputs and targets for the early-stop step, or None.
+        test: Inputs and targets for the metrics, or None.
+    """
+
+    train: tuple[Any, Any]
+    validation: Any = None
+    test: Any = None
+
+    def in_memory(self, model: keras.Model) -> "SearchData":
+        """Returns the same data as arrays.
+
+        Raises:
+            ValueError: If they cannot be read, or the model's loss needs targets.
+        """
+        x, y = self.train
+        data = SearchData(arrays_of(x, y), pair_of(self.validation), pair_of(self.test))
+        if data.train[1] is None and model.loss is not None:
+            raise ValueError(
+                f"The loss of {model.name} needs targets: pass `y`, or as `x` a tf.data.Dataset, "
+                "a keras.utils.PyDataset or a torch DataLoader of batches (inputs, targets). "
+                f"Received: x of type {type(x).__name__}, y={y}."
+            )
+        return data
+
+
+def search(
+    model: keras.Model,
+    data: SearchData,
+    plan: SearchPlan,
+    listeners: Listeners | None = None,
+    checkpoint: str | os.PathLike | None = None,
+) -> TicketResult:
+    """Does what `find_ticket` does, with its arguments as plans.
+
+    Args:
+        model: As in `find_ticket`.
+        data: To train, validate and test on.
+        plan: How.
+        listeners: Who is told of it.
+        checkpoint: As in `find_ticket`.
 
     Raises:
-        ValueError: there is no such treatment, or the two contradict each other.
+        ValueError: As in `find_ticket`.
+        OSError: As in `find_ticket`.
     """
-    treatment = treatments.get_kept(kept)
-    if retraining == "weight_rewinding":
-        return treatment
-    if treatment.name not in ("rewind", "finetune"):
-        raise ValueError(
-            f"With retraining={retraining!r} the kept weights stay as they were trained. "
-            f"Received: kept={treatment.name!r}"
+    if not getattr(model, "compiled", False):
+        raise ValueError(f"{model.name} is not compiled: call compile() before find_ticket().")
+    data = data.in_memory(model)
+    if all(ref.mask is None for ref in ml.weight_refs(model)):
+        model = ml.convert_to_masked(model)
+    examples = Examples.of(*data.train, None, plan.training.augment)
+    targets.check(model, *data.train)
+    validation = training.held_out(model, examples, "validation_data", data.validation)
+    training.held_out(model, examples, "test_data", data.test)
+    under_way = TicketSearch(model, data, examples, validation, plan, listeners or Listeners())
+    under_way.rehearse()
+    saved = None if checkpoint is None else Checkpoint(Path(checkpoint), under_way.arguments())
+    if saved is not None and saved.unidentified and not saved.exists():
+        warn_outside(
+            f"No search can go on from the checkpoint in {checkpoint}. "
+            + " ".join(saved.unidentified),
+            "lottery_ticket_pruner",
         )
-    return treatments.get_kept("finetune")
+    with contextlib.nullcontext() if saved is None else saved:
+        under_way.run(saved)
+    return under_way.result()
 
 
-@dataclasses.dataclass(kw_only=True)
-class _Search:
-    """A search under way: what `find_ticket` was asked to do, and what came of it so far."""
+def train_to_rewinding_point(
+    model: keras.Model,
+    examples: Examples,
+    plan: TrainingPlan,
+    validation: Examples | None = None,
+    listeners: training.Listeners | None = None,
+) -> training.History:
+    """Trains a dense model to the rewinding point of all searches with the plan's seed.
+
+    Args:
+        model: Compiled, with the initial weights and a fresh optimizer.
+        examples: To train on.
+        plan: Of the steps up to the rewinding point; its seed is that of the search.
+        validation: To evaluate on, or None.
+        listeners: Who is told of it.
+    """
+    stretch = ("dense", 0, "to the rewinding point")
+    return _train_stretch(model, examples, plan, stretch, validation, listeners)
+
+
+@dataclasses.dataclass
+class TicketSearch:
+    """A search under way: what it was asked to do, and what came of it so far.
+
+    Args:
+        model: The masked model that is trained.
+        data: In memory.
+        examples: Those to train on.
+        validation: Those to validate on, or None.
+        plan: How.
+        listeners: Who is told of it.
+    """
 
     model: keras.Model
-    data: tuple[training.Arrays, training.Arrays | None]
-    test_data: tuple[training.Arrays, ...] | None
-    options: Mapping[str, Any]  # of every stretch of training
-    rounds: int
-    steps: int
-    rewind_to: int
-    criterion: criteria.Criterion
-    rate: Share | None
-    sparsity: Share | None
-    scope: str | None
-    retraining: str
-    kept: treatments.Treatment
-    pruned: treatments.Treatment
-    controls: Sequence[str]
-    control_rounds: Sequence[int] | None
-    seed: int
-    replicate: int
-    on_result: Callable[[dict[str, Any]], None] | None
-    on_evaluation: Callable[[dict[str, Any]], None] | None
-    on_progress: Callable[[int], None] | None
+    data: SearchData
+    examples: Examples
+    validation: Examples | None
+    plan: SearchPlan
+    listeners: Listeners
 
     def __post_init__(self) -> None:
         # Of a model that was trained before, the schedule would be at its end.
@@ -296,51 +352,36 @@ class _Search:
         self.pruner.reset_masks()
         self.pruner.set_pretrained_weights()
         with notices.rehearsal():
-            self.pruner.update_masks(
-                self.criterion,
-                scope=self.scope,
-                data=self.data,
-                **_amount(self.rate, self.sparsity, 1 / self.rounds),
-            )
+            self._update_masks(1)
         self.pruner.reset_masks()
-        if {"random_reinit", "reinit_same_sign"} & set(self.controls):
+        if {"random_reinit", "reinit_same_sign"} & set(self.plan.control.controls):
             _draw_again(self.model, (self.seed,))
         self.pruner.rewind()
 
     def arguments(self) -> dict[str, Any]:
-        """All that decides what comes of the search, in JSON's types."""
-        plain = (
-            "rounds", "steps", "rewind_to", "rate", "sparsity", "scope", "retraining", "controls",
-            "control_rounds", "seed",
-        )  # fmt: skip
-        return {name: getattr(self, name) for name in plain} | {
-            "strategy": identity(self.criterion),
-            "kept": identity(self.kept),
-            "pruned": identity(self.pruned),
-            "batch_size": self.options["batch_size"],
-            "eval_every": self.options["eval_every"],
-            "augment": description(self.options["augment"]),
+        """Returns all that decides what comes of the search, in JSON's types."""
+        return self.plan.arguments() | {
             "optimizer": description(self.model.optimizer),
             "loss": description(self.model.loss),
             "metrics": description(_keras.compile_arguments(self.model)[2:5]),
             "layers": layers(self.model),
             "initial_weights": digest(self.weights_at_0),
-            "data": digest(self.data),
-            "validation_data": digest(self.options["validation_data"] or ()),
-            "test_data": digest(self.test_data or ()),
+            "data": digest(self.data.train),
+            "validation_data": digest(self.data.validation or ()),
+            "test_data": digest(self.data.test or ()),
         }
 
     def resume(self, saved: Checkpoint) -> None:
         """Takes up the state after the last round that was saved, and shows what is known."""
         self.pruner, self.masks, rows, evaluations = saved.load(self.model)
-        self._progress(self.rewind_to)
+        self._progress(self.plan.pruning.rewind_to)
         for row in rows:
             for evaluation in evaluations:
                 if (evaluation["round"], evaluation["arm"]) == (row["round"], row["arm"]):
                     self._tell(evaluation)
             ml.set_masks(self.model, self.masks[row["round"]])
             self._show(row)
-            self._progress(self.steps - self.rewind_to)
+            self._progress(self.plan.steps_after_rewinding)
         _logger.info("Going on after round %d.", self.round)
 
     def save(self, saved: Checkpoint | None) -> None:
@@ -352,8 +393,15 @@ class _Search:
     def dense(self) -> None:
         """Trains the dense model, by way of the rewinding point."""
         self.masks.append(ml.get_masks(self.model))
-        before = self._train("dense", self.rewind_to, stage="to the rewinding point")
-        if self.rewind_to:
+        point = self.plan.pruning.rewind_to
+        before = train_to_rewinding_point(
+            self.model,
+            self.examples,
+            dataclasses.replace(self.plan.training, steps=point),
+            self.validation,
+            self._listeners("dense"),
+        )
+        if point:
             self.pruner.set_initial_weights()
         self._measure("dense", before)
 
@@ -364,26 +412,19 @@ class _Search:
         else:
             self.dense()
             self.save(saved)
-        while len(self.masks) <= self.rounds:
+        while self.round < self.plan.pruning.rounds:
             self.prune()
-            if self.control_rounds is None or self.round in self.control_rounds:
-                for arm in self.controls:
-                    self.control(arm)
+            for arm in self.plan.control.of_round(self.round):
+                self.control(arm)
             self.ticket()
             self.save(saved)
 
     def prune(self) -> None:
         """Begins a round: new masks from the weights trained last, or from the initial ones."""
-        if self.criterion.at_initialization:
+        if self.plan.pruning.criterion.at_initialization:
             self.pruner.rewind(optimizer=False)
         number = self.round + 1
-        self.pruner.update_masks(
-            self.criterion,
-            scope=self.scope,
-            seed=_integer(self.seed, "masks", number),
-            data=self.data,
-            **_amount(self.rate, self.sparsity, number / self.rounds),
-        )
+        self._update_masks(number, randomness.integer(_PURPOSE, self.seed, "masks", number))
         self.masks.append(ml.get_masks(self.model))
 
     def control(self, arm: str) -> None:
@@ -394,7 +435,8 @@ class _Search:
             self.model.set_weights(self.weights_at_0)
             _draw_again(self.model, parts, keep_signs=arm == "reinit_same_sign")
         else:
-            scope = selection.resolve_scope(self.criterion, self.scope)
+            pruning = self.plan.pruning
+            scope = selection.resolve_scope(pruning.criterion, pruning.scope)
             together = scope == "global" and arm == "random_mask"
             ml.set_masks(self.model, _shuffled(self.masks[-1], parts, together=together))
         self._measure(arm)
@@ -402,10 +444,11 @@ class _Search:
 
     def ticket(self) -> None:
         """Trains the ticket of this round: last, so that the model holds it in the end."""
-        seed = _integer(self.seed, "treatment", self.round)
-        self.pruner.treat(self.kept, self.pruned, seed=seed)
-        if self.retraining == "fine_tuning":
-            optimizers.advance(self.model.optimizer, self.steps - self.rewind_to)
+        pruning = self.plan.pruning
+        seed = randomness.integer(_PURPOSE, self.seed, "treatment", self.round)
+        self.pruner.treat(pruning.kept_treatment, pruning.pruned_treatment, seed=seed)
+        if pruning.retraining == "fine_tuning":
+            optimizers.advance(self.model.optimizer, self.plan.steps_after_rewinding)
         self._measure("ticket")
 
     def result(self) -> TicketResult:
@@ -418,16 +461,24 @@ class _Search:
 
         Its validation begins with what it saw `before`.
         """
-        history = self._train(arm, self.steps - self.rewind_to, after=self.rewind_to)
-        history.steps = [self.rewind_to + step for step in history.steps]
+        point = self.plan.pruning.rewind_to
+        history = _train_stretch(
+            self.model,
+            self.examples,
+            dataclasses.replace(self.plan.training, steps=self.plan.steps_after_rewinding),
+            (arm, self.round, "train"),
+            self.validation,
+            self._listeners(arm, after=point),
+        )
+        history.steps = [point + step for step in history.steps]
         if before is not None:
             history.steps = before.steps + history.steps
             history.validation = before.validation + history.validation
             history.seconds += before.seconds
-        row = {"round": self.round, "arm": arm, "replicate": self.replicate}
+        row: dict[str, Any] = self._place(arm)
         row["sparsity"] = ml.sparsity_report(self.model).sparsity
-        if self.test_data is not None:
-            results = training.evaluate(self.model, *self.test_data)
+        if self.data.test is not None:
+            results = training.evaluate(self.model, *self.data.test)
             row |= _named("test", results)
         if history.early_stop is not None:
             row["validation_loss"] = history.validation[history.early_stop]["loss"]
@@ -435,37 +486,47 @@ class _Search:
         row["seconds"] = history.seconds
         self._show(row)
 
-    def _train(
-        self, arm: str, steps: int, after: int = 0, stage: str = "train"
-    ) -> training.History:
-        """Trains the model as it is for so many steps, of which `after` came before."""
-        where = {"round": self.round, "arm": arm, "replicate": self.replicate}
-        _restart_randomness(self.model, (self.seed, arm, self.round, stage))
-        return training.train(
-            self.model,
-            *self.data,
-            steps=steps,
-            seed=_seed(self.seed, arm, self.round, stage),
+    @property
+    def seed(self) -> int:
+        """The seed of everything random in the search."""
+        return self.plan.seed
+
+    def _place(self, arm: str) -> dict[str, Any]:
+        return {"round": self.round, "arm": arm, "replicate": self.plan.replicate}
+
+    def _update_masks(self, number: int, seed: int | None = None) -> None:
+        pruning = self.plan.pruning
+        self.pruner.update_masks(
+            pruning.criterion,
+            scope=pruning.scope,
+            seed=seed,
+            data=self.data.train,
+            **pruning.amount(number),
+        )
+
+    def _listeners(self, arm: str, after: int = 0) -> training.Listeners:
+        """Returns who is told of a stretch of training that begins `after` so many steps."""
+        place = self._place(arm)
+        return training.Listeners(
             on_progress=self._progress,
             on_evaluation=lambda step, results: self._tell(
-                {**where, "step": after + step, **_named("validation", results)}
+                {**place, "step": after + step, **_named("validation", results)}
             ),
-            **self.options,
         )
 
     def _progress(self, done: int) -> None:
-        if self.on_progress is not None:
-            self.on_progress(done)
+        if self.listeners.on_progress is not None:
+            self.listeners.on_progress(done)
 
     def _tell(self, evaluation: dict[str, Any]) -> None:
         self.evaluations.append(evaluation)
-        if self.on_evaluation is not None:
-            self.on_evaluation(evaluation)
+        if self.listeners.on_evaluation is not None:
+            self.listeners.on_evaluation(evaluation)
 
     def _show(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
-        if self.on_result is not None:
-            self.on_result(row)
+        if self.listeners.on_result is not None:
+            self.listeners.on_result(row)
 
 
 def _named(data: str, results: Mapping[str, Any]) -> dict[str, Any]:
@@ -473,69 +534,22 @@ def _named(data: str, results: Mapping[str, Any]) -> dict[str, Any]:
     return {f"{data}_{name}": np.asarray(value).tolist() for name, value in results.items()}
 
 
-def _check(
-    rounds: int,
-    steps: int,
-    rewind_to: int,
-    rate: Share | None,
-    sparsity: Share | None,
-    seed: int,
-) -> None:
-    for name, value in (("rounds", rounds), ("steps", steps), ("rewind_to", rewind_to)):
-        if not isinstance(value, numbers.Integral) or isinstance(value, bool):
-            raise ValueError(
-                f"`{name}` must be an integer{', in training steps' * (name == 'rewind_to')}. "
-                f"Received: {name}={value!r}."
-            )
-    if rounds < 1 or not 0 <= rewind_to < steps:
-        raise ValueError(
-            "Expected rounds >= 1 and 0 <= rewind_to < steps. Received: "
-            f"rounds={rounds}, steps={steps}, rewind_to={rewind_to}."
-        )
-    if rate is not None and sparsity is not None:
-        raise ValueError(
-            f"Give rate or sparsity, not both. Received: rate={rate}, sparsity={sparsity}."
-        )
-    if not isinstance(seed, numbers.Integral) or isinstance(seed, bool) or seed < 0:
-        raise ValueError(f"`seed` must be an integer and not negative. Received: {seed!r}.")
+def _train_stretch(
+    model: keras.Model,
+    examples: Examples,
+    plan: TrainingPlan,
+    stretch: tuple[str, int, str],
+    validation: Examples | None,
+    listeners: training.Listeners | None,
+) -> training.History:
+    """Trains a stretch of a search, told apart by its arm, its round and its stage.
 
-
-def _check_names(
-    controls: Sequence[str], control_rounds: Sequence[int] | None, rounds: int, retraining: str
-) -> None:
-    known = not isinstance(controls, str) and set(controls) <= set(CONTROLS)
-    if not known or len(set(controls)) < len(controls):
-        raise ValueError(
-            f"`controls` must be a list of some of {CONTROLS}, each once. Received: {controls!r}"
-        )
-    if control_rounds is not None and not set(control_rounds) <= set(range(1, rounds + 1)):
-        raise ValueError(
-            f"`control_rounds` must be out of 1 to {rounds}. Received: {control_rounds!r}"
-        )
-    if retraining not in RETRAINING:
-        raise ValueError(f"`retraining` must be one of {RETRAINING}. Received: {retraining!r}")
-
-
-def _amount(rate: Share | None, sparsity: Share | None, progress: float) -> dict[str, Share]:
-    """Returns the rate or sparsity for `update_masks` when this share of the rounds is done."""
-    if sparsity is None:
-        return {"rate": 0.2 if rate is None else rate}
-    if isinstance(sparsity, Mapping):
-        return {"sparsity": {key: _eased(share, progress) for key, share in sparsity.items()}}
-    return {"sparsity": _eased(sparsity, progress)}
-
-
-def _eased(final: float, progress: float) -> float:
-    return 1 - (1 - final) ** progress
-
-
-def _seed(*parts: int | str) -> list[int]:
-    """Entropy for NumPy's generators: distinct parts give independent streams."""
-    return [zlib.crc32(part.encode()) if isinstance(part, str) else part for part in parts]
-
-
-def _integer(*parts: int | str) -> int:
-    return int(np.random.SeedSequence(_seed(*parts)).generate_state(1)[0] >> 1)
+    What is drawn in it follows from these and the plan's seed alone.
+    """
+    parts = (plan.seed, *stretch)
+    _restart_randomness(model, parts)
+    plan = dataclasses.replace(plan, seed=randomness.words(*parts))
+    return training.train_by_plan(model, examples, plan, validation, listeners)
 
 
 def _shuffled(
@@ -544,7 +558,7 @@ def _shuffled(
     """Masks with the same count per kernel, or in all; every arrangement equally likely."""
     if together:
         joined = np.concatenate([mask.reshape(-1) for mask in masks.values()])
-        joined = np.random.default_rng(_seed(*parts)).permutation(joined)
+        joined = randomness.stream(_PURPOSE, *parts).permutation(joined)
         ends = np.cumsum([mask.size for mask in masks.values()])
         pieces = np.split(joined, ends[:-1])
         return {
@@ -552,7 +566,7 @@ def _shuffled(
             for (path, mask), piece in zip(masks.items(), pieces, strict=True)
         }
     return {
-        path: np.random.default_rng(_seed(*parts, path))
+        path: randomness.stream(_PURPOSE, *parts, path)
         .permutation(mask.reshape(-1))
         .reshape(mask.shape)
         for path, mask in masks.items()
@@ -565,7 +579,7 @@ def _draw_again(
     """Give every trainable kernel a new value from its layer's own initialiser."""
     for ref in ml.weight_refs(model):
         if ref.variable.trainable:
-            drawn = treatments.draw_again(ref, _integer(*parts, ref.path))
+            drawn = treatments.draw_again(ref, randomness.integer(_PURPOSE, *parts, ref.path))
             if keep_signs:
                 drawn = np.abs(drawn) * np.sign(read(ref.variable))
             ref.variable.assign(drawn)
@@ -575,4 +589,5 @@ def _restart_randomness(model: keras.Model, parts: tuple[int | str, ...]) -> Non
     """Set what dropout and its like draw from, which goes on from arm to arm otherwise."""
     states = [v for v in model.variables if v.name == "seed_generator_state"]
     for number, state in enumerate(states):
-        state.assign([_integer(*parts, "layers", number) % 2**31, 0])  # the seed, draws so far
+        seed = randomness.integer(_PURPOSE, *parts, "layers", number)
+        state.assign([seed, 0])  # The seed, draws so far.

@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import hashlib
 import itertools
 import json
 import shutil
@@ -35,6 +34,7 @@ from lottery_ticket_pruner.experiments.run_folder import (
     write_json,
 )
 from lottery_ticket_pruner.experiments.supermask import SupermaskConfig
+from lottery_ticket_pruner.fingerprints import of_json
 from masked_layers.files import replacing
 
 _Over = Annotated[
@@ -379,8 +379,7 @@ def _combine(folder: Path, kind: _Kind, options: Sequence[str]) -> None:
 
 
 def _name(config: SweepConfig | SupermaskSweepConfig, children: Sequence[str]) -> str:
-    digest = hashlib.sha256(json.dumps(sorted(children)).encode()).hexdigest()
-    return f"sweep-{datasets.label(config.data)}-{digest[:8]}"
+    return f"sweep-{datasets.label(config.data)}-{of_json(sorted(children))[:8]}"
 
 
 def _kind(config: RunConfig | SupermaskConfig) -> _Kind:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import hashlib
 import json
 import math
 import re
@@ -21,9 +20,18 @@ from lottery_ticket_pruner.experiments.options import (
     OptionalInt,
     OptionalPath,
 )
-from lottery_ticket_pruner.fingerprints import names_with_code
+from lottery_ticket_pruner.fingerprints import names_with_code, of_json
 from lottery_ticket_pruner.registry import UnknownNameError
-from lottery_ticket_pruner.tickets import CONTROLS, RETRAINING, kept_under
+from lottery_ticket_pruner.search_plans import (
+    CONTROLS,
+    RETRAINING,
+    ControlPlan,
+    PruningPlan,
+    SearchPlan,
+    kept_under,
+    taken,
+)
+from lottery_ticket_pruner.training import TrainingPlan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,8 +86,38 @@ _PRUNED = tyro.conf.arg(
 )
 
 
+class Experiment:
+    """What the configurations of all experiments have in common, which are dataclasses."""
+
+    data: str
+    network: str | None
+    out: Path | None
+
+    @property
+    def subject(self) -> str:
+        """What a resolved configuration is about, for its name."""
+        raise NotImplementedError
+
+    @property
+    def name(self) -> str:
+        """The name of a resolved configuration: readable, and different for different runs."""
+        digest = of_json(choices(self.to_dict()))[:8]
+        return f"{datasets.label(self.data)}-{self.network}-{self.subject}-{digest}"
+
+    @property
+    def folder(self) -> Path:
+        """The folder that a resolved configuration writes to."""
+        return self.out or Path("runs") / self.name
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the configuration in JSON's types."""
+        values = dataclasses.asdict(self)
+        del values["overwrite"]  # Of one call, not of the run.
+        return json.loads(json.dumps(values, default=str))
+
+
 @dataclasses.dataclass(frozen=True)
-class RunConfig:
+class RunConfig(Experiment):
     """Find lottery tickets: train, prune, rewind, repeat, next to controls at the same sparsity.
 
     Without any option: scikit-learn's handwritten digits, a fully connected 300-100 network, nine
@@ -186,16 +224,9 @@ decided by timing."""
         )
 
     @property
-    def name(self) -> str:
-        """The name of a resolved configuration: readable, and different for different runs."""
-        content = json.dumps(choices(self.to_dict()), sort_keys=True)
-        digest = hashlib.sha256(content.encode()).hexdigest()
-        return f"{datasets.label(self.data)}-{self.network}-{self.strategy}-{digest[:8]}"
-
-    @property
-    def folder(self) -> Path:
-        """The folder that a resolved configuration writes to."""
-        return self.out or Path("runs") / self.name
+    def subject(self) -> str:
+        """The criterion."""
+        return self.strategy
 
     @property
     def amount(self) -> dict[str, Any]:
@@ -209,11 +240,15 @@ decided by timing."""
             rates["^conv_"] = self.conv_rate
         return {"rate": rates}
 
-    def to_dict(self) -> dict[str, Any]:
-        """The configuration in JSON's types."""
-        values = dataclasses.asdict(self)
-        del values["overwrite"]  # Of one call, not of the run.
-        return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
+    def search_plan(self, replicate: int) -> SearchPlan:
+        """Returns how a resolved configuration finds the ticket of a replicate."""
+        rewind_to = parse_steps(self.rewind_to, 1)
+        return SearchPlan(
+            training=training_plan(self, self.seeds[replicate]),
+            pruning=taken(PruningPlan, self, rewind_to=rewind_to, **self.amount),
+            control=taken(ControlPlan, self, control_rounds=self.control_rounds or None),
+            replicate=replicate,
+        )
 
     def _recipe(self) -> Recipe:
         own = datasets.is_own(self.data)
@@ -293,6 +328,11 @@ def parse_steps(text: str, steps_per_epoch: int) -> int:
         raise ValueError(f"Expected a step such as 0, 500it or 2ep. Received: {text!r}.")
     number, unit = match.groups()
     return int(number) * (steps_per_epoch if unit == "ep" else 1)
+
+
+def training_plan(config: Any, seed: int) -> TrainingPlan:
+    """Returns how a resolved configuration of any experiment trains its network."""
+    return taken(TrainingPlan, config, seed=seed, augment=networks.augmentation(config.network))
 
 
 def choices(values: dict[str, Any]) -> dict[str, Any]:

@@ -2,8 +2,6 @@
 
 import collections
 import dataclasses
-import hashlib
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +16,12 @@ from rich.console import Console
 import masked_layers as ml
 from lottery_ticket_pruner import analyses, optimizers
 from lottery_ticket_pruner.experiments import datasets, networks, progress, results
-from lottery_ticket_pruner.experiments.config import RunConfig, choices, parse_steps
+from lottery_ticket_pruner.experiments.config import (
+    Experiment,
+    RunConfig,
+    parse_steps,
+    training_plan,
+)
 from lottery_ticket_pruner.experiments.options import (
     NO_HINT,
     OptionalFloat,
@@ -29,7 +32,8 @@ from lottery_ticket_pruner.experiments.reports import run_folders, tables
 from lottery_ticket_pruner.experiments.run_folder import RunFolder, command_of
 from lottery_ticket_pruner.experiments.workbench import compiled_network, make_deterministic
 from lottery_ticket_pruner.pruner import LotteryTicketPruner
-from lottery_ticket_pruner.tickets import find_ticket
+from lottery_ticket_pruner.tickets import train_to_rewinding_point
+from lottery_ticket_pruner.training import Examples, Listeners
 from masked_layers.files import replacing
 
 _SHARES = (0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
@@ -44,7 +48,7 @@ _PICTURE = "instability.png"
 
 
 @dataclasses.dataclass(frozen=True)
-class InstabilityConfig:
+class InstabilityConfig(Experiment):
     """Train twice from the same weights, on other orders of the examples, and look in between.
 
     A network is trained to each of several points, and from there to the end two times. The largest
@@ -141,23 +145,9 @@ the same options measured is kept; a finished run, and one of other options, sta
         return resolved
 
     @property
-    def name(self) -> str:
-        """The name of a resolved configuration: readable, and different for different runs."""
-        content = json.dumps(choices(self.to_dict()), sort_keys=True)
-        digest = hashlib.sha256(content.encode()).hexdigest()
-        return f"{datasets.label(self.data)}-{self.network}-instability-{digest[:8]}"
-
-    @property
-    def folder(self) -> Path:
-        """The folder that a resolved configuration writes to."""
-        return self.out or Path("runs") / self.name
-
-    def to_dict(self) -> dict[str, Any]:
-        """The configuration in JSON's types."""
-        values = dataclasses.asdict(self)
-        del values["overwrite"]  # Of one call, not of the run.
-        texts = {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
-        return json.loads(json.dumps(texts))
+    def subject(self) -> str:
+        """The experiment."""
+        return "instability"
 
     def training_config(self) -> RunConfig:
         """The run whose network and training this one shares."""
@@ -173,8 +163,11 @@ the same options measured is kept; a finished run, and one of other options, sta
     @property
     def work(self) -> int:
         """Training steps of a resolved configuration for each of its seeds."""
-        points = [parse_steps(text, 1) for text in self.rewind_to]
-        return sum(_steps_to(point) + 2 * (self.steps - point) for point in points)
+        return sum(self.work_of(parse_steps(text, 1)) for text in self.rewind_to)
+
+    def work_of(self, point: int) -> int:
+        """Returns the training steps of a point: to it, and from there to the end two times."""
+        return point + 2 * (self.steps - point)
 
 
 def run(config: InstabilityConfig, data: datasets.Dataset, console: Console | None = None) -> Path:
@@ -214,7 +207,7 @@ def _carry_out(
     points = [parse_steps(text, 1) for text in config.rewind_to]
     with bar:
         task = bar.add_task("", total=config.work * len(config.seeds))
-        bar.advance(task, sum(_steps_to(k) + 2 * (config.steps - k) for _, k in done))
+        bar.advance(task, sum(config.work_of(point) for _, point in done))
         for replicate, seed in enumerate(config.seeds):
             for point in points:
                 if (replicate, point) in done:
@@ -272,11 +265,6 @@ def _measured(folder: Path, points: int) -> tuple[list[dict[str, Any]], list[dic
     return rows, [line for line in lines if of_row(line) in done]
 
 
-def _steps_to(point: int) -> int:
-    """Training steps that getting to a point takes, see `_Trainer.measure`."""
-    return point + 2 if point else 0
-
-
 class _Trainer:
     """One model that is trained over and over again, so that nothing is compiled twice.
 
@@ -298,11 +286,8 @@ class _Trainer:
             for seed in config.seeds:
                 ml.load_masks(self._model, config.masks_file(seed, stored))
                 self.masks[seed] = ml.get_masks(self._model)
-        self._common = {
-            "batch_size": config.batch_size,
-            "augment": networks.augmentation(config.network),
-            "deterministic": config.deterministic,
-        }
+        augment = networks.augmentation(config.network)
+        self._examples = Examples.of(data.x_train, data.y_train, None, augment)
 
     def measure(
         self, seed: int, point: int, on_progress: Callable[[int], None]
@@ -310,24 +295,19 @@ class _Trainer:
         """Returns the row of a point, and the metrics along its line."""
         started = time.perf_counter()
         config, data, model = self._config, self._data, self._model
-        common = self._common | {"seed": seed, "on_progress": on_progress}
+        plan = training_plan(config, seed)
         start = compiled_network(config.training_config(), data, seed).get_weights()
         self._fresh.reset_masks()
         self._restart(start)
         if point:
             # The weights that `lottery-ticket run` rewinds to there: under its masks, no others do.
-            found = find_ticket(
+            train_to_rewinding_point(
                 model,
-                data.x_train,
-                data.y_train,
-                rounds=1,
-                steps=point + 1,
-                rewind_to=point,
-                rate=0.0,
-                controls=(),
-                **common,
+                self._examples,
+                dataclasses.replace(plan, steps=point),
+                listeners=Listeners(on_progress=on_progress),
             )
-            start = found.initial_weights
+            start = model.get_weights()
         if self.masks is not None:
             ml.set_masks(model, self.masks[seed])
         self._restart(start)
@@ -337,9 +317,13 @@ class _Trainer:
             data.x_train,
             data.y_train,
             steps=config.steps - point,
+            batch_size=plan.batch_size,
             test_data=(data.x_test, data.y_test),
             points=config.points,
-            **common,
+            seed=seed,
+            augment=plan.augment,
+            deterministic=plan.deterministic,
+            on_progress=on_progress,
         )
         accuracy = line.metrics["accuracy"]
         row = {

@@ -8,13 +8,14 @@ import keras
 from rich.console import Console
 
 import masked_layers as ml
-from lottery_ticket_pruner.experiments import datasets, networks, progress, results
+from lottery_ticket_pruner.experiments import datasets, progress, results
 from lottery_ticket_pruner.experiments.config import RunConfig, parse_steps
 from lottery_ticket_pruner.experiments.reports import figures, statistics, tables
 from lottery_ticket_pruner.experiments.run_folder import RunFolder
 from lottery_ticket_pruner.experiments.tensorboard import EventWriter
 from lottery_ticket_pruner.experiments.workbench import compiled_network, make_deterministic, save
-from lottery_ticket_pruner.tickets import TicketResult, find_ticket
+from lottery_ticket_pruner.search_plans import Listeners
+from lottery_ticket_pruner.tickets import SearchData, search
 from masked_layers.serving import export_sparse_saved_model
 
 
@@ -25,9 +26,10 @@ def run(config: RunConfig, data: datasets.Dataset, console: Console | None = Non
     replicate, written as they come), `accuracy.png`, `ticket.keras` (the last ticket of the first
     seed; `ticket-1.keras` and so on of the others), that ticket again as a sparse SavedModel in
     `served/1` where the backend can write one, the masks of every round in `rounds/<replicate>`
-    (for `masked_layers.load_masks`), and TensorBoard's `logs`: the rows, and while an arm trains
-    each look at the validation data. A run that was interrupted goes on after the last round that
-    it finished; of one that is finished the results are shown.
+    (for `masked_layers.load_masks`) beside the initial weights of the seed, and TensorBoard's
+    `logs`: the rows, and while an arm trains each look at the validation data. A run that was
+    interrupted goes on after the last round that it finished; of one that is finished the results
+    are shown.
 
     Raises:
         ValueError: the folder holds another run, see `RunFolder`.
@@ -73,13 +75,21 @@ def _carry_out(
                     logs.write(row)
                     display.show(row)
 
-                callbacks = {
-                    "on_result": record,
-                    "on_evaluation": logs.write_evaluation,
-                    "on_progress": display.advance,
-                }
-                place = folder.path / "rounds" / str(replicate)
-                found = _find(config, data, model, replicate, checkpoint=place, **callbacks)
+                found = search(
+                    model,
+                    SearchData(
+                        (data.x_train, data.y_train),
+                        (data.x_validation, data.y_validation),
+                        (data.x_test, data.y_test),
+                    ),
+                    config.search_plan(replicate),
+                    Listeners(
+                        on_result=record,
+                        on_evaluation=logs.write_evaluation,
+                        on_progress=display.advance,
+                    ),
+                    folder.path / "rounds" / str(replicate),
+                )
             suffix = f"-{replicate}" if replicate else ""
             save(found.ticket, folder.path / f"ticket{suffix}.keras")
             if not suffix:
@@ -104,36 +114,6 @@ def _export(ticket: keras.Model, folder: RunFolder, console: Console) -> None:
     else:
         text = f"{folder.final / place}: {stored.disk_nbytes:,} bytes"
         console.print(text, markup=False, highlight=False)
-
-
-def _find(
-    config: RunConfig, data: datasets.Dataset, model: keras.Model, replicate: int, **callbacks
-) -> TicketResult:
-    return find_ticket(
-        model,
-        data.x_train,
-        data.y_train,
-        rounds=config.rounds,
-        steps=config.steps,
-        batch_size=config.batch_size,
-        strategy=config.strategy,
-        scope=config.scope,
-        rewind_to=parse_steps(config.rewind_to, 1),
-        retraining=config.retraining,
-        kept=config.kept,
-        pruned=config.pruned,
-        controls=config.controls,
-        control_rounds=config.control_rounds or None,
-        augment=networks.augmentation(config.network),
-        validation_data=(data.x_validation, data.y_validation),
-        test_data=(data.x_test, data.y_test),
-        eval_every=config.eval_every,
-        seed=config.seeds[replicate],
-        replicate=replicate,
-        deterministic=config.deterministic,
-        **config.amount,
-        **callbacks,
-    )
 
 
 class _Logs:

@@ -2,9 +2,7 @@
 
 import collections
 import dataclasses
-import hashlib
 import itertools
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +18,7 @@ from rich.console import Console
 import masked_layers as ml
 from lottery_ticket_pruner import criteria, training
 from lottery_ticket_pruner.experiments import datasets, networks, progress, results
-from lottery_ticket_pruner.experiments.config import RunConfig, choices
+from lottery_ticket_pruner.experiments.config import Experiment, RunConfig, training_plan
 from lottery_ticket_pruner.experiments.options import (
     NO_HINT,
     OptionalFloat,
@@ -30,9 +28,10 @@ from lottery_ticket_pruner.experiments.options import (
 from lottery_ticket_pruner.experiments.reports import figures, statistics, tables
 from lottery_ticket_pruner.experiments.run_folder import RunFolder
 from lottery_ticket_pruner.experiments.workbench import compiled_network, make_deterministic, save
-from lottery_ticket_pruner.learned import learn_supermask
+from lottery_ticket_pruner.learned import LearningPlan, learn_by_plan
 from lottery_ticket_pruner.pruner import LotteryTicketPruner
 from lottery_ticket_pruner.supermasks import WEIGHTS, evaluate_grid
+from lottery_ticket_pruner.training import Examples, Listeners
 from masked_layers.files import replacing
 
 # Those that rank recorded weights alone: all of Zhou et al.'s and the earlier library's.
@@ -48,7 +47,7 @@ _SAMPLES = 10
 
 
 @dataclasses.dataclass(frozen=True)
-class SupermaskConfig:
+class SupermaskConfig(Experiment):
     """Evaluate masks over untrained weights, or learn them.
 
     Without --learn a network is trained, each criterion makes masks of many sparsities from its
@@ -147,29 +146,14 @@ are."""
         )
 
     @property
-    def name(self) -> str:
-        """The name of a resolved configuration: readable, and different for different runs."""
-        content = json.dumps(choices(self.to_dict()), sort_keys=True)
-        digest = hashlib.sha256(content.encode()).hexdigest()
-        kind = f"{self.learn or 'untrained'}-masks"
-        return f"{datasets.label(self.data)}-{self.network}-{kind}-{digest[:8]}"
-
-    @property
-    def folder(self) -> Path:
-        """The folder that a resolved configuration writes to."""
-        return self.out or Path("runs") / self.name
+    def subject(self) -> str:
+        """The kind of masks."""
+        return f"{self.learn or 'untrained'}-masks"
 
     @property
     def work(self) -> int:
         """Training steps of a resolved configuration for each of its seeds."""
         return self.steps * (len(_cells(self)) if self.learn else 1)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The configuration in JSON's types."""
-        values = dataclasses.asdict(self)
-        del values["overwrite"]  # Of one call, not of the run.
-        texts = {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
-        return json.loads(json.dumps(texts))
 
     def training_config(self) -> RunConfig:
         """The run whose network and training this one shares."""
@@ -299,16 +283,12 @@ def _untrained(
 ) -> list[dict[str, Any]]:
     model = ml.convert_to_masked(compiled_network(config.training_config(), data, seed))
     pruner = LotteryTicketPruner(model)
-    training.train(
+    plan = training_plan(config, seed)
+    training.train_by_plan(
         model,
-        data.x_train,
-        data.y_train,
-        steps=config.steps,
-        batch_size=config.batch_size,
-        seed=seed,
-        on_progress=advance,
-        augment=networks.augmentation(config.network),
-        deterministic=config.deterministic,
+        Examples.of(data.x_train, data.y_train, None, plan.augment),
+        plan,
+        listeners=Listeners(on_progress=advance),
     )
     pruner.set_pretrained_weights()
     dense = training.evaluate(model, data.x_test, data.y_test)["accuracy"]
@@ -353,20 +333,14 @@ def _learned(
             if sparsity is None
             else ml.EdgePopupMask(sparsity=sparsity, rescale=dwr, seed=seed)
         )
-        found = learn_supermask(
+        plan = training_plan(config, seed)
+        found = learn_by_plan(
             compiled_network(config.training_config(), data, seed),
             data.x_train,
             data.y_train,
-            steps=config.steps,
-            batch_size=config.batch_size,
-            mask=mask,
-            weights=weights,
-            samples=config.samples,
+            LearningPlan(training=plan, mask=mask, weights=weights, samples=config.samples),
             test_data=(data.x_test, data.y_test),
-            seed=seed,
-            on_progress=advance,
-            augment=networks.augmentation(config.network),
-            deterministic=config.deterministic,
+            listeners=Listeners(on_progress=advance),
         )
         scaled = "rescaled" if dwr else "plain"
         asked = "" if sparsity is None else f"-{sparsity:g}"

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lottery_ticket_pruner.experiments.results import CONFIG_FILE, RESULTS_FILE, SWEEP_FILE
+from lottery_ticket_pruner.search_plans import CONTROLS
 from lottery_ticket_pruner.supermasks import WEIGHTS
-from lottery_ticket_pruner.tickets import CONTROLS
 
 # Marks a folder that another one is about to replace, or has replaced.
 REPLACED = ".replaced"

@@ -11,7 +11,9 @@ from lottery_ticket_pruner.training.loops import (
     fit,
     held_out,
     train,
+    train_by_plan,
 )
+from lottery_ticket_pruner.training.plans import Listeners, TrainingPlan, check_integer
 
 __all__ = [
     "Arrays",
@@ -19,8 +21,11 @@ __all__ = [
     "CropAndFlip",
     "Examples",
     "History",
+    "Listeners",
+    "TrainingPlan",
     "arrays_of",
     "batch_order",
+    "check_integer",
     "engine_of",
     "evaluate",
     "fit",
@@ -28,4 +33,5 @@ __all__ = [
     "map_arrays",
     "pair_of",
     "train",
+    "train_by_plan",
 ]

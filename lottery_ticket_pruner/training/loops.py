@@ -13,6 +13,13 @@ from lottery_ticket_pruner.targets import explained
 from lottery_ticket_pruner.training.augmentation import Augmentation
 from lottery_ticket_pruner.training.dataset import Arrays, Examples
 from lottery_ticket_pruner.training.engine import engine_of, say_once
+from lottery_ticket_pruner.training.plans import (
+    EpochPlan,
+    Listeners,
+    TrainingPlan,
+    check_validation_batch,
+)
+from masked_layers import randomness
 
 
 @dataclasses.dataclass
@@ -84,37 +91,67 @@ def train(
             length or are empty.
     """
     _check_compiled(model)
-    if steps < 0 or batch_size < 1 or (eval_every is not None and eval_every < 1):
-        raise ValueError(
-            "Expected steps >= 0, batch_size >= 1 and eval_every >= 1 or None. Received: "
-            f"steps={steps}, batch_size={batch_size}, eval_every={eval_every}."
-        )
-    _check_validation_batch(validation_batch_size)
-    history = History()
+    plan = TrainingPlan(
+        steps=steps,
+        batch_size=batch_size,
+        seed=seed,
+        eval_every=eval_every,
+        validation_batch_size=validation_batch_size,
+        augment=augment,
+        deterministic=deterministic,
+    )
     if steps == 0:
-        return history
-    started = time.perf_counter()
+        return History()
     data = Examples.of(x, y, sample_weight, augment)
     validation = held_out(model, data, "validation_data", validation_data)
-    order = batch_order(len(data), steps, batch_size, seed)
+    listeners = Listeners(on_progress=on_progress, on_evaluation=on_evaluation)
+    return train_by_plan(model, data, plan, validation, listeners)
+
+
+def train_by_plan(
+    model: keras.Model,
+    data: Examples,
+    plan: TrainingPlan,
+    validation: Examples | None = None,
+    listeners: Listeners | None = None,
+) -> History:
+    """Does what `train` does, with its arguments as a plan.
+
+    Args:
+        model: Compiled.
+        data: To train on, with the augmentation of the plan.
+        plan: How.
+        validation: To evaluate on, or None.
+        listeners: Who is told of it.
+    """
+    history = History()
+    if plan.steps == 0:
+        return history
+    listeners = listeners or Listeners()
+    started = time.perf_counter()
+    order = batch_order(len(data), plan.steps, plan.batch_size, plan.seed)
     # At once: what is drawn must not depend on how often there is a look in between.
-    rng = np.random.default_rng(np.random.SeedSequence(seed).spawn(1)[0])
-    rows = data.rows(order.ravel(), rng)
-    stretch = eval_every or steps
-    for start in range(0, steps, stretch):
-        done = min(start + stretch, steps)
-        part = rows[start * batch_size : done * batch_size]
-        engine_of(model).train(data, part, batch_size, steps=steps, deterministic=deterministic)
-        if done == steps:
+    rows = data.rows(order.ravel(), randomness.stream("augmentation", plan.seed))
+    stretch = plan.eval_every or plan.steps
+    for start in range(0, plan.steps, stretch):
+        done = min(start + stretch, plan.steps)
+        engine_of(model).train(
+            data,
+            rows[start * plan.batch_size : done * plan.batch_size],
+            plan.batch_size,
+            steps=plan.steps,
+            deterministic=plan.deterministic,
+        )
+        if done == plan.steps:
             _finalize(model)
         if validation is not None:
             history.steps.append(done)
-            results = engine_of(model).evaluate(validation, validation_batch_size)
+            results = engine_of(model).evaluate(validation, plan.validation_batch_size)
             history.validation.append(results)
-            if on_evaluation is not None:
-                on_evaluation(done, results)
-        if on_progress is not None:
-            on_progress(done - start)
+            if listeners.on_evaluation is not None:
+                listeners.on_evaluation(done, results)
+        if listeners.on_progress is not None:
+            listeners.on_progress(done - start)
     history.seconds = time.perf_counter() - started
     return history
 
@@ -167,61 +204,85 @@ def fit(
             length or are empty.
     """
     _check_compiled(model)
-    if epochs < 0 or batch_size < 1:
-        raise ValueError(
-            "Expected epochs >= 0 and batch_size >= 1. Received: "
-            f"epochs={epochs}, batch_size={batch_size}."
-        )
-    _check_validation_batch(validation_batch_size)
+    plan = EpochPlan(
+        batch_size=batch_size,
+        epochs=epochs,
+        validation_batch_size=validation_batch_size,
+        callbacks=list(callbacks),
+        shuffle=shuffle,
+        seed=seed,
+        verbose=verbose,
+        deterministic=deterministic,
+    )
     data = Examples.of(x, y, sample_weight)
     validation = held_out(model, data, "validation_data", validation_data)
-    batches = _Batches(data, batch_size, seed if shuffle else None)
-    callbacks = list(callbacks)
-    slow = [type(callback).__name__ for callback in callbacks if _acts_on_batches(callback)]
+    slow = [type(callback).__name__ for callback in plan.callbacks if _acts_on_batches(callback)]
     if slow:
         say_once(f"Training goes through `fit`: {', '.join(slow)} acts on batches.")
-        start = keras.callbacks.LambdaCallback(on_epoch_begin=batches.start)
-        with explained(model, x, y), _keras.kept_on_error(model):
-            return model.fit(
-                batches,
-                epochs=epochs,
-                validation_data=None if validation is None else validation.host,
-                validation_batch_size=validation_batch_size or batch_size,
-                callbacks=[start, *callbacks],
-                shuffle=False,
-                verbose=verbose,
-            )
+        return _fit_by_keras(model, data, plan, validation)
+    return _fit_in_loops(model, data, plan, validation)
+
+
+def _fit_by_keras(
+    model: keras.Model, data: Examples, plan: EpochPlan, validation: Examples | None
+) -> keras.callbacks.History:
+    """Trains through the model's own `fit`, on the same batches as `_fit_in_loops`."""
+    batches = _Batches(data, plan)
+    start = keras.callbacks.LambdaCallback(on_epoch_begin=batches.start)
+    with explained(model, *(*data.host, None)[:2]), _keras.kept_on_error(model):
+        return model.fit(
+            batches,
+            epochs=plan.epochs,
+            validation_data=None if validation is None else validation.host,
+            validation_batch_size=plan.validation_batch_size or plan.batch_size,
+            callbacks=[start, *plan.callbacks],
+            shuffle=False,
+            verbose=plan.verbose,
+        )
+
+
+def _fit_in_loops(
+    model: keras.Model, data: Examples, plan: EpochPlan, validation: Examples | None
+) -> keras.callbacks.History:
+    """Trains every epoch by the engine, with callbacks around it."""
+    batches = _Batches(data, plan)
+    steps = len(batches)
+    callbacks = list(plan.callbacks)
     histories = [c for c in callbacks if isinstance(c, keras.callbacks.History)]
     history = histories[0] if histories else keras.callbacks.History()
     callbacks += [] if histories else [history]
-    steps = len(batches)
     chain = keras.callbacks.CallbackList(
-        callbacks, add_progbar=verbose != 0, verbose=verbose, epochs=epochs, steps=steps
+        callbacks,
+        add_progbar=plan.verbose != 0,
+        verbose=plan.verbose,
+        epochs=plan.epochs,
+        steps=steps,
     )
     chain.set_model(model)
     model.stop_training = False
     logs = None
     chain.on_train_begin()
-    for epoch in range(epochs):
+    for epoch in range(plan.epochs):
         chain.on_epoch_begin(epoch)
         batches.start(epoch)
         logs = engine_of(model).train(
             data,
             data.indices(batches.order),
-            batch_size,
-            steps=epochs * steps,
+            plan.batch_size,
+            steps=plan.epochs * steps,
             logged=True,
-            deterministic=deterministic,
+            deterministic=plan.deterministic,
         )
         if validation is not None:
             chain.on_test_begin()
-            results = engine_of(model).evaluate(validation, validation_batch_size or batch_size)
+            size = plan.validation_batch_size or plan.batch_size
+            results = engine_of(model).evaluate(validation, size)
             chain.on_test_end(results)
             logs |= {f"val_{name}": value for name, value in results.items()}
         chain.on_epoch_end(epoch, logs)
         if model.stop_training:
             break
-    if epochs:
+    if plan.epochs:
         _finalize(model)
     chain.on_train_end(logs)
     model.history = history
@@ -229,14 +290,14 @@ def fit(
 
 
 def batch_order(
-    examples: int, steps: int, batch_size: int, seed: int | Sequence[int]
+    examples: int, steps: int, batch_size: int, seed: int | Sequence[int] | None
 ) -> np.ndarray:
     """The example indices of every batch, int32 of shape `(steps, batch_size)`.
 
     One shuffled epoch after another, cut into batches: a batch may end one epoch and begin the
     next, and no example is seen more than once more often than another.
     """
-    rng = np.random.default_rng(seed)
+    rng = randomness.stream("order of examples", seed)
     epochs = -(-steps * batch_size // examples)
     stream = np.concatenate([rng.permutation(examples).astype("int32") for _ in range(epochs)])
     return stream[: steps * batch_size].reshape(steps, batch_size)
@@ -265,7 +326,7 @@ def evaluate(
             length or are empty.
     """
     _check_compiled(model)
-    _check_validation_batch(batch_size)
+    check_validation_batch(batch_size)
     return engine_of(model).evaluate(Examples.of(x, y, sample_weight), batch_size)
 
 
@@ -323,15 +384,14 @@ class _Batches(keras.utils.PyDataset):
 
     Args:
         data: The examples.
-        batch_size: Examples per batch; the last one has what is left.
-        seed: Of the order. None: that of the examples.
+        plan: Of the training; the last batch has what is left.
     """
 
-    def __init__(self, data: Examples, batch_size: int, seed: int | None) -> None:
+    def __init__(self, data: Examples, plan: EpochPlan) -> None:
         super().__init__()
         self._data = data
-        self._batch_size = batch_size
-        self._seed = seed
+        self._batch_size = plan.batch_size
+        self._seed = plan.seed if plan.shuffle else None
         self.start(0)
 
     def start(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
@@ -340,7 +400,8 @@ class _Batches(keras.utils.PyDataset):
         if self._seed is None:
             self.order = np.arange(count)
         else:
-            self.order = np.random.default_rng((self._seed, epoch)).permutation(count)
+            rng = randomness.stream("order of examples", self._seed, epoch)
+            self.order = rng.permutation(count)
 
     def __len__(self) -> int:
         return -(-len(self._data) // self._batch_size)
@@ -355,11 +416,6 @@ class _Batches(keras.utils.PyDataset):
 def _check_compiled(model: keras.Model) -> None:
     if not getattr(model, "compiled", False):
         raise ValueError(f"{model.name} is not compiled: call compile() before using it.")
-
-
-def _check_validation_batch(size: int | None) -> None:
-    if size is not None and size < 1:
-        raise ValueError(f"Expected a batch size of at least 1 for evaluation. Received: {size}.")
 
 
 def _finalize(model: keras.Model) -> None:

@@ -29,19 +29,19 @@ def interrupted(*args, **kwargs):
 
 def test_the_message_names_the_folder_and_the_command(tmp_path, capsys, monkeypatch):
     out = tmp_path / "my run"
-    train, left = training.train, iter(range(2))
+    train, left = training.train_by_plan, iter(range(2))
 
     def dense_alone(*args, **kwargs):
         return (train if next(left, None) is not None else interrupted)(*args, **kwargs)
 
-    monkeypatch.setattr(training, "train", dense_alone)
+    monkeypatch.setattr(training, "train_by_plan", dense_alone)
     assert cli.main([*RUN, "--out", str(out)]) == 130
     error = capsys.readouterr().err
     command = f"lottery-ticket {' '.join(RUN)} --out '{out}'"
     assert error == (
         f"Interrupted. What is done so far is in {out}. To resume, repeat: {command}\n"
     )
-    monkeypatch.setattr(training, "train", train)
+    monkeypatch.setattr(training, "train_by_plan", train)
     assert cli.main([*RUN, "--out", str(out)]) == 0
     assert len((out / "results.csv").read_text().splitlines()) == 3
 
@@ -93,7 +93,7 @@ def test_no_moment_of_the_process_ends_in_a_traceback(moment, tmp_path):
 
 
 def test_a_folder_that_is_removed_or_in_use_ends_the_run(tmp_path, capsys, monkeypatch):
-    out, train = tmp_path / "run", training.train
+    out, train = tmp_path / "run", training.train_by_plan
 
     def remove(*args, **kwargs):
         shutil.rmtree(out, ignore_errors=True)
@@ -102,7 +102,7 @@ def test_a_folder_that_is_removed_or_in_use_ends_the_run(tmp_path, capsys, monke
     with FolderLock(out):
         assert cli.main([*RUN, "--out", str(out)]) == 2
     assert f"'{out}' is in use by process {os.getpid()} on " in capsys.readouterr().err
-    monkeypatch.setattr(training, "train", remove)
+    monkeypatch.setattr(training, "train_by_plan", remove)
     assert cli.main([*RUN, "--out", str(out)]) == 2
     captured = capsys.readouterr()
     assert "removed or replaced" in captured.err

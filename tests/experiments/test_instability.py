@@ -26,8 +26,7 @@ def test_what_is_left_open_is_chosen():
     assert (config.network, config.batch_size, config.optimizer) == ("lenet-300-100", 60, "adam")
     asked = InstabilityConfig(epochs=4, rewind_to=("2ep", "0", "7it")).resolve(600)
     assert (asked.steps, asked.rewind_to) == (40, ("0it", "7it", "20it"))
-    # Two steps of pruning are added to the way to each point.
-    assert asked.work == 2 * 40 + (9 + 2 * 33) + (22 + 2 * 20)
+    assert asked.work == 2 * 40 + (7 + 2 * 33) + (20 + 2 * 20)
     assert len({config.name, asked.name, dataclasses.replace(config, points=5).name}) == 3
     own = InstabilityConfig(data="../code/own.py:load").resolve(600)
     assert own.name.startswith("own.py-load-lenet-300-100-instability-")

@@ -149,13 +149,14 @@ def test_an_interrupted_run_is_resumed(finished, monkeypatch):
     config = dataclasses.replace(config, out=elsewhere, quiet=True)
     data = datasets.load("digits")
     trained, seen = [], []
-    train = training.train
+    train = training.train_by_plan
 
-    def interrupted(*args, **kwargs):
+    def interrupted(*args):
         trained.append(args)
+        *others, listeners = args
         if len(trained) == 11:  # in the first round of the second seed
-            kwargs["on_progress"] = interrupt
-        return train(*args, **kwargs)
+            listeners = dataclasses.replace(listeners, on_progress=interrupt)
+        return train(*others, listeners)
 
     def interrupt(_):
         log = load_log(elsewhere / "logs" / "random_reinit-1")
@@ -164,14 +165,14 @@ def test_an_interrupted_run_is_resumed(finished, monkeypatch):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "train", interrupted)
+        patch.setattr(training, "train_by_plan", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run(config, data)
     assert seen == [[4], [4, 8]]  # as the arm trained
     assert len(results.read_rows(elsewhere / "results.csv")) == 8
     trained.clear()
     with monkeypatch.context() as patch:
-        patch.setattr(training, "train", lambda *a, **k: (trained.append(a), train(*a, **k))[1])
+        patch.setattr(training, "train_by_plan", lambda *a: (trained.append(a), train(*a))[1])
         run(config, data)
     assert len(trained) < 8
     both = [results.read_rows(out / "results.csv") for out in (elsewhere, straight)]
@@ -202,7 +203,7 @@ def test_a_run_is_resumed_if_it_was_interrupted_while_loading_data(tmp_path, mon
     other = dataclasses.replace(data, x_train=data.x_train[:, ::-1])
     # A file of another command, which is not the state of a run.
     (tmp_path / "state.json").write_text('{"choices": {}}')
-    train = training.train
+    train = training.train_by_plan
     found = []
     for trainings in (2, 0):  # two for the dense run
         left = iter(range(trainings))
@@ -212,12 +213,12 @@ def test_a_run_is_resumed_if_it_was_interrupted_while_loading_data(tmp_path, mon
                 raise KeyboardInterrupt
             return train(*args, **kwargs)
 
-        monkeypatch.setattr(training, "train", counted)
+        monkeypatch.setattr(training, "train_by_plan", counted)
         with pytest.raises(KeyboardInterrupt):
             run(config, data, Console(quiet=True))
         found.append([row["arm"] for row in results.read_rows(tmp_path / "results.csv")])
     assert found == [["dense"], ["dense"]]
-    monkeypatch.setattr(training, "train", train)
+    monkeypatch.setattr(training, "train_by_plan", train)
     with pytest.raises(ValueError, match=r"interrupted run .* another data_digest .*--out"):
         run(config, other, Console(quiet=True))
     assert [row["arm"] for row in results.read_rows(tmp_path / "results.csv")] == ["dense"]

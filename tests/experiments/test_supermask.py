@@ -89,15 +89,15 @@ def test_untrained_masks(tmp_path, monkeypatch):
     assert f"{100 * means.max():.2f} ± " in printed
 
     # Masks finished before the interruption are not trained again; figures are drawn again.
-    seeds, train, stop_at = [], training.train, 4
+    seeds, train, stop_at = [], training.train_by_plan, 4
 
-    def counted(*args, **kwargs):
-        if kwargs["seed"] == stop_at:
+    def counted(model, examples, plan, *args, **kwargs):
+        if plan.seed == stop_at:
             raise KeyboardInterrupt
-        seeds.append(kwargs["seed"])
-        return train(*args, **kwargs)
+        seeds.append(plan.seed)
+        return train(model, examples, plan, *args, **kwargs)
 
-    monkeypatch.setattr(training, "train", counted)
+    monkeypatch.setattr(training, "train_by_plan", counted)
     config = dataclasses.replace(config, out=tmp_path / "again")
     with pytest.raises(KeyboardInterrupt):
         supermask.run(config, data, Console(quiet=True))
@@ -125,15 +125,15 @@ def test_untrained_masks(tmp_path, monkeypatch):
 @pytest.mark.once
 def test_rows_that_were_cut_are_made_again(tmp_path, monkeypatch):
     config, data = load_and_resolve(dataclasses.replace(UNTRAINED, steps=2, out=tmp_path))
-    train, seeds, fail_at = training.train, [], 4
+    train, seeds, fail_at = training.train_by_plan, [], 4
 
-    def counted(*args, **kwargs):
-        if kwargs["seed"] == fail_at:
+    def counted(model, examples, plan, *args, **kwargs):
+        if plan.seed == fail_at:
             raise InterruptedError
-        seeds.append(kwargs["seed"])
-        return train(*args, **kwargs)
+        seeds.append(plan.seed)
+        return train(model, examples, plan, *args, **kwargs)
 
-    monkeypatch.setattr(training, "train", counted)
+    monkeypatch.setattr(training, "train_by_plan", counted)
     with pytest.raises(InterruptedError):
         supermask.run(config, data, Console(quiet=True))
     file = tmp_path / "results.csv"
@@ -155,16 +155,16 @@ def test_rows_that_were_cut_are_made_again(tmp_path, monkeypatch):
 def test_training_images_are_augmented_as_the_network_has_it(tmp_path, monkeypatch, learn):
     augmentation, seen = CropAndFlip(1), []
 
-    def train(*args, augment, **kwargs):
-        seen.append(augment)
+    def train(model, examples, plan, *args, **kwargs):
+        seen.extend([examples.augment, plan.augment])
         raise InterruptedError
 
     monkeypatch.setattr(networks, "augmentation", {"lenet-300-100": augmentation}.get)
-    monkeypatch.setattr(training, "train", train)
+    monkeypatch.setattr(training, "train_by_plan", train)
     config = SupermaskConfig(learn=learn, steps=1, seeds=(0,), out=tmp_path)
     with pytest.raises(InterruptedError):
         supermask.run(*load_and_resolve(config), Console(quiet=True))
-    assert seen == [augmentation]
+    assert seen == [augmentation] * 2
 
 
 @pytest.mark.once
@@ -181,7 +181,7 @@ def test_help_says_what_resnet_20_takes(command, capsys):
 
 @pytest.mark.once
 def test_the_file_of_the_options_is_replaced_as_a_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "train", lambda *args, **kwargs: 1 / 0)
+    monkeypatch.setattr(training, "train_by_plan", lambda *args, **kwargs: 1 / 0)
     for steps in (1, 2):
         config = SupermaskConfig(steps=steps, seeds=(0,), out=tmp_path / "run")
         with pytest.raises(ZeroDivisionError):

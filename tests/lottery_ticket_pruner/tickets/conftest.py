@@ -32,12 +32,12 @@ def masked(shared):
 def starts(monkeypatch):
     """Records model weights and masks before every stretch of training."""
     seen = []
-    original = training.train
+    original = training.train_by_plan
 
     def recording(model, *args, **kwargs):
         state = (model.get_weights(), ml.get_masks(model), int(model.optimizer.iterations))
         seen.append(state)
         return original(model, *args, **kwargs)
 
-    monkeypatch.setattr(training, "train", recording)
+    monkeypatch.setattr(training, "train_by_plan", recording)
     return seen

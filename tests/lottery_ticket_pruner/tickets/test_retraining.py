@@ -8,6 +8,7 @@ from keras import layers
 import masked_layers as ml
 from lottery_ticket_pruner import LotteryTicketPruner, criteria, tickets, training
 from lottery_ticket_pruner.tickets import find_ticket
+from masked_layers import randomness
 from searches import SHORT, assert_equal, make_model, scheduled_model
 
 
@@ -88,7 +89,8 @@ def test_a_fine_tuned_ticket_starts_from_the_dense_weights(data, starts):
     )
     before_ticket = starts[2][0]  # after the stretches to the rewinding point and of the dense run
     model = ml.convert_to_masked(make_model())
-    training.train(model, *data, steps=3, batch_size=20, seed=tickets._seed(0, "dense", 0, "train"))
+    seed = randomness.words(0, "dense", 0, "train")
+    training.train(model, *data, steps=3, batch_size=20, seed=seed)
     masks = {id(ref.variable): result.masks[1][ref.path] for ref in ml.masked_refs(model)}
     for variable, a, b in zip(model.weights, before_ticket, model.get_weights(), strict=True):
         kept = masks.get(id(variable), ...)
@@ -161,7 +163,7 @@ def test_criteria_for_new_models_rank_the_rewound_one(data):
         untrained.set_weights(found.initial_weights)
         pruner.reset_masks()
         for number, sparsity in ((1, 0.5), (2, 0.75)):
-            seed = tickets._integer(0, "masks", number)
+            seed = randomness.integer("arms of a search", 0, "masks", number)
             pruner.update_masks(strategy, sparsity=sparsity, data=data, seed=seed)
             assert_equal(found.masks[number].values(), ml.get_masks(untrained).values())
             assert sum(mask.sum() for mask in found.masks[number].values()) == 100 / 2**number

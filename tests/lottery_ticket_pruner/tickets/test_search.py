@@ -6,8 +6,9 @@ import pytest
 from keras import layers
 
 import masked_layers as ml
-from lottery_ticket_pruner import tickets, training
+from lottery_ticket_pruner import training
 from lottery_ticket_pruner.tickets import find_ticket
+from masked_layers import randomness
 from searches import SHORT, assert_equal, make_model, scheduled_model
 
 BACKEND = keras.backend.backend()
@@ -93,7 +94,7 @@ def test_masks_are_those_of_large_final(data, masked):
     """An independent run of the dense phase, ranked by sorting."""
     result = find_ticket(masked, *data, rounds=1, rate=0.3, controls=(), seed=4, **SHORT)
     model = make_model()
-    order = training.batch_order(60, 4, 20, tickets._seed(4, "dense", 0, "train"))
+    order = training.batch_order(60, 4, 20, randomness.words(4, "dense", 0, "train"))
     for indices in order:
         model.train_on_batch(data[0][indices], data[1][indices])
     for path, mask in result.masks[1].items():
@@ -118,14 +119,14 @@ def test_rewinding_to_a_later_step(data, masked, starts):
 
 @pytest.mark.once
 def test_the_early_stop_of_the_dense_run_may_be_before_the_rewinding_point(data, monkeypatch):
-    train, losses = training.train, iter([[3.0, 1.0], [2.0, 4.0], [6.0, 5.0]])
+    train, losses = training.train_by_plan, iter([[3.0, 1.0], [2.0, 4.0], [6.0, 5.0]])
 
     def looked_at(*args, **kwargs):
         history = train(*args, **kwargs)
         history.validation = [{"loss": loss} for loss in next(losses)]
         return history
 
-    monkeypatch.setattr(training, "train", looked_at)
+    monkeypatch.setattr(training, "train_by_plan", looked_at)
     result = find_ticket(
         make_model(), *data, rounds=1, steps=8, batch_size=20, rewind_to=4, eval_every=2,
         validation_data=data, controls=(),

@@ -1,0 +1,210 @@
+"""Plans of a search: how it prunes, which controls it trains, and how all of them train."""
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar, cast
+
+import numpy as np
+
+from lottery_ticket_pruner import checks, criteria, training, treatments
+from lottery_ticket_pruner.fingerprints import description, identity
+
+CONTROLS = ("random_reinit", "reinit_same_sign", "random_mask", "reshuffled_mask")
+RETRAINING = ("weight_rewinding", "learning_rate_rewinding", "fine_tuning")
+
+# Fields of a training that change no result of a search.
+_NO_MATTER = ("deterministic", "validation_batch_size")
+
+Share = float | Mapping[str, float]
+Plan = TypeVar("Plan")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PruningPlan:
+    """How a search prunes and what its ticket trains from: arguments of `tickets.find_ticket`.
+
+    Raises:
+        ValueError: If a name is unknown, both a rate and a sparsity are given, or the kind of
+            retraining leaves no place for the treatment of kept weights.
+    """
+
+    rounds: int
+    strategy: Any = "large_final"
+    scope: str | None = None
+    rate: Share | None = None
+    sparsity: Share | None = None
+    rewind_to: int = 0
+    retraining: str = "weight_rewinding"
+    kept: Any = "rewind"
+    pruned: Any = "zero"
+
+    def __post_init__(self) -> None:
+        training.check_integer("rounds", self.rounds)
+        training.check_integer("rewind_to", self.rewind_to, "an integer, in training steps")
+        if self.rate is not None and self.sparsity is not None:
+            raise ValueError(
+                "Give rate or sparsity, not both. Received: "
+                f"rate={self.rate}, sparsity={self.sparsity}."
+            )
+        if self.retraining not in RETRAINING:
+            raise ValueError(
+                f"`retraining` must be one of {RETRAINING}. Received: {self.retraining!r}"
+            )
+        _ = self.criterion, self.kept_treatment, self.pruned_treatment  # An error is at the door.
+
+    @functools.cached_property
+    def criterion(self) -> criteria.Criterion:
+        """The criterion that `strategy` stands for."""
+        return criteria.get(self.strategy)
+
+    @functools.cached_property
+    def kept_treatment(self) -> treatments.Treatment[[treatments.Kernel]]:
+        """The treatment of the ticket's kept weights."""
+        return kept_under(self.retraining, self.kept)
+
+    @functools.cached_property
+    def pruned_treatment(self) -> treatments.Treatment[[treatments.Kernel, np.ndarray]]:
+        """The treatment of the ticket's pruned weights."""
+        return treatments.get_pruned(self.pruned)
+
+    def amount(self, number: int) -> dict[str, Share]:
+        """Returns the rate or the sparsity of a round, as `update_masks` takes it."""
+        sparsity, progress = self.sparsity, number / self.rounds
+        if sparsity is None:
+            return {"rate": 0.2 if self.rate is None else self.rate}
+        if isinstance(sparsity, Mapping):
+            return {"sparsity": {key: _eased(share, progress) for key, share in sparsity.items()}}
+        return {"sparsity": _eased(sparsity, progress)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ControlPlan:
+    """Which controls a search trains, and in which rounds: arguments of `tickets.find_ticket`.
+
+    Raises:
+        ValueError: If a control is unknown or named twice.
+    """
+
+    controls: Sequence[str] = ("random_reinit", "random_mask")
+    control_rounds: Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        controls = self.controls
+        known = not isinstance(controls, str) and set(controls) <= set(CONTROLS)
+        if not known or len(set(controls)) < len(controls):
+            raise ValueError(
+                f"`controls` must be a list of some of {CONTROLS}, each once. Received: "
+                f"{controls!r}"
+            )
+
+    def of_round(self, number: int) -> Sequence[str]:
+        """Returns the controls to train in a round."""
+        here = self.control_rounds is None or number in self.control_rounds
+        return self.controls if here else ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SearchPlan:
+    """All that decides what comes of a search, but for the model and the data.
+
+    Args:
+        training: Of a full run; its seed is that of everything random in the search.
+        pruning: Rounds, criterion, amounts and rewinding.
+        control: The controls.
+        replicate: Goes into the rows as it is.
+
+    Raises:
+        ValueError: If a number is out of its range.
+    """
+
+    training: training.TrainingPlan
+    pruning: PruningPlan
+    control: ControlPlan
+    replicate: int = 0
+
+    def __post_init__(self) -> None:
+        rounds, steps, rewind_to = self.pruning.rounds, self.training.steps, self.pruning.rewind_to
+        if rounds < 1 or not 0 <= rewind_to < steps:
+            raise ValueError(
+                "Expected rounds >= 1 and 0 <= rewind_to < steps. Received: "
+                f"rounds={rounds}, steps={steps}, rewind_to={rewind_to}."
+            )
+        control_rounds, seed = self.control.control_rounds, self.seed
+        if control_rounds is not None and not set(control_rounds) <= set(range(1, rounds + 1)):
+            raise ValueError(
+                f"`control_rounds` must be out of 1 to {rounds}. Received: {control_rounds!r}"
+            )
+        if not checks.is_integer(seed) or seed < 0:
+            raise ValueError(f"`seed` must be an integer and not negative. Received: {seed!r}.")
+
+    @property
+    def seed(self) -> int:
+        """The seed of everything random in the search."""
+        return cast(int, self.training.seed)
+
+    @property
+    def steps_after_rewinding(self) -> int:
+        """Steps of every training from the rewinding point on."""
+        return self.training.steps - self.pruning.rewind_to
+
+    def arguments(self) -> dict[str, Any]:
+        """Returns what decides the results, in JSON's types and by the names of `find_ticket`."""
+        values = _fields(self.training) | _fields(self.pruning) | _fields(self.control)
+        rounds = self.control.control_rounds
+        return {name: value for name, value in values.items() if name not in _NO_MATTER} | {
+            "strategy": identity(self.pruning.criterion),
+            "kept": identity(self.pruning.kept_treatment),
+            "pruned": identity(self.pruning.pruned_treatment),
+            "augment": description(self.training.augment),
+            "controls": list(self.control.controls),
+            "control_rounds": None if rounds is None else list(rounds),
+        }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Listeners:
+    """Who is told of a search while it goes on: arguments of `tickets.find_ticket`."""
+
+    on_result: Callable[[dict[str, Any]], object] | None = None
+    on_evaluation: Callable[[dict[str, Any]], object] | None = None
+    on_progress: Callable[[int], object] | None = None
+
+
+def taken(kind: type[Plan], options: Any, **others: Any) -> Plan:
+    """Makes a plan of the options of a configuration that have the names of its fields.
+
+    Args:
+        kind: The class of the plan, a dataclass.
+        options: Has fields of some of these names.
+        **others: Fields of the plan that are not taken from there.
+    """
+    names = inspect.signature(kind).parameters
+    there = {name: getattr(options, name) for name in names if hasattr(options, name)}
+    return kind(**there | others)
+
+
+def kept_under(retraining: str, kept: Any) -> treatments.Treatment[[treatments.Kernel]]:
+    """Returns the treatment of kept weights that a kind of retraining leads to.
+
+    Raises:
+        ValueError: If there is no such treatment, or the two contradict each other.
+    """
+    treatment = treatments.get_kept(kept)
+    if retraining == "weight_rewinding":
+        return treatment
+    if treatment.name not in ("rewind", "finetune"):
+        raise ValueError(
+            f"With retraining={retraining!r} the kept weights stay as they were trained. "
+            f"Received: kept={treatment.name!r}"
+        )
+    return treatments.get_kept("finetune")
+
+
+def _fields(plan: Any) -> dict[str, Any]:
+    return {field.name: getattr(plan, field.name) for field in dataclasses.fields(plan)}
+
+
+def _eased(final: float, progress: float) -> float:
+    return 1 - (1 - final) ** progress

@@ -1,0 +1,95 @@
+"""Plans of trainings: how long, on which batches, and who is told of it."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+
+from lottery_ticket_pruner import checks
+from lottery_ticket_pruner.training.augmentation import Augmentation
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingPlan:
+    """How to train for a number of steps: arguments of `training.train`.
+
+    Raises:
+        ValueError: If a number is out of its range.
+    """
+
+    steps: int
+    batch_size: int
+    seed: int | Sequence[int] | None = 0
+    eval_every: int | None = None
+    validation_batch_size: int | None = None
+    augment: Augmentation | None = None
+    deterministic: bool = False
+
+    def __post_init__(self) -> None:
+        check_integer("steps", self.steps)
+        check_integer("batch_size", self.batch_size)
+        every = 1 if self.eval_every is None else self.eval_every
+        check_integer("eval_every", every)
+        if self.steps < 0 or self.batch_size < 1 or every < 1:
+            raise ValueError(
+                "Expected steps >= 0, batch_size >= 1 and eval_every >= 1 or None. Received: "
+                f"steps={self.steps}, batch_size={self.batch_size}, eval_every={self.eval_every}."
+            )
+        check_validation_batch(self.validation_batch_size)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EpochPlan:
+    """How to train for a number of epochs: arguments of `training.fit`.
+
+    Raises:
+        ValueError: If a number is out of its range.
+    """
+
+    batch_size: int = 32
+    epochs: int = 1
+    validation_batch_size: int | None = None
+    callbacks: Sequence[keras.callbacks.Callback] = ()
+    shuffle: bool = True
+    seed: int = 0
+    verbose: int = 0
+    deterministic: bool = False
+
+    def __post_init__(self) -> None:
+        check_integer("epochs", self.epochs)
+        check_integer("batch_size", self.batch_size)
+        if self.epochs < 0 or self.batch_size < 1:
+            raise ValueError(
+                "Expected epochs >= 0 and batch_size >= 1. Received: "
+                f"epochs={self.epochs}, batch_size={self.batch_size}."
+            )
+        check_validation_batch(self.validation_batch_size)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Listeners:
+    """Who is told of a training while it goes on: arguments of `training.train`."""
+
+    on_progress: Callable[[int], object] | None = None
+    on_evaluation: Callable[[int, dict[str, Any]], object] | None = None
+
+
+def check_integer(name: str, value: Any, kind: str = "an integer") -> None:
+    """Raises an error for an argument that is not an integer.
+
+    Raises:
+        ValueError: If it is not; the message says that it must be of this kind.
+    """
+    if not checks.is_integer(value):
+        raise ValueError(f"`{name}` must be {kind}. Received: {name}={value!r}.")
+
+
+def check_validation_batch(size: int | None) -> None:
+    """Raises an error for a size of batches that nothing can be evaluated in.
+
+    Raises:
+        ValueError: If it is less than 1.
+    """
+    if size is not None and size < 1:
+        raise ValueError(f"Expected a batch size of at least 1 for evaluation. Received: {size}.")
