@@ -76,9 +76,9 @@ def _no_route_by_the_clock():
 
     Tests of this switch set the patience that they need.
     """
-    from lottery_ticket_pruner.training import engine
+    from lottery_ticket_pruner import training
 
-    engine._PATIENCE = float("inf")
+    training.settings.patience = float("inf")
 
 
 @pytest.fixture(scope="module", autouse=True)

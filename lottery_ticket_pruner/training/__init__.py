@@ -3,6 +3,7 @@
 from lottery_ticket_pruner.training.augmentation import Augmentation, CropAndFlip
 from lottery_ticket_pruner.training.dataset import Arrays, Examples, map_arrays
 from lottery_ticket_pruner.training.engine import engine_of
+from lottery_ticket_pruner.training.engine_settings import EngineSettings, settings
 from lottery_ticket_pruner.training.loading import arrays_of, pair_of
 from lottery_ticket_pruner.training.loops import (
     History,
@@ -19,6 +20,7 @@ __all__ = [
     "Arrays",
     "Augmentation",
     "CropAndFlip",
+    "EngineSettings",
     "Examples",
     "History",
     "Listeners",
@@ -32,6 +34,7 @@ __all__ = [
     "held_out",
     "map_arrays",
     "pair_of",
+    "settings",
     "train",
     "train_by_plan",
 ]

@@ -12,12 +12,11 @@ import numpy as np
 from lottery_ticket_pruner import _keras
 from lottery_ticket_pruner.training.augmentation import Augmentation
 from lottery_ticket_pruner.training.dataset import Arrays, Examples, map_arrays
+from lottery_ticket_pruner.training.engine_settings import settings
 from masked_layers import paths
 
 # Maximum number of steps per call of a loop. One size, so that one program serves all calls.
 BLOCK = 1024
-# On TensorFlow, XLA takes a second or more to compile, and then saves about a millisecond per step.
-_WORTH_XLA = 300
 
 _CONVOLUTIONS = tuple(
     layer
@@ -101,7 +100,7 @@ class _TensorFlowPrograms:
         self._evaluate = evaluate
 
     def kinds(self, steps: int) -> tuple[str, ...]:
-        return ("XLA", "graph") if self._by_xla and steps >= _WORTH_XLA else ("graph",)
+        return ("XLA", "graph") if self._by_xla and steps >= settings.xla_steps else ("graph",)
 
     def train(self, data: Examples, batches: np.ndarray, kind: str) -> None:
         self._train[kind](data.device, *_padded(batches), data.augment)

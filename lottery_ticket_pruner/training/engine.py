@@ -23,20 +23,16 @@ from lottery_ticket_pruner import _keras
 from lottery_ticket_pruner.targets import explained
 from lottery_ticket_pruner.training.compiled_loops import BLOCK, PROGRAMS, Programs
 from lottery_ticket_pruner.training.dataset import Examples
+from lottery_ticket_pruner.training.engine_settings import settings
 from masked_layers.compiled import kept_beside
 
 # Maximum number of examples per step of an evaluation, and of their bytes.
 _EVALUATION_BATCH = 1_000
 _EVALUATION_BYTES = 2**24
-# Each call of `fit` gets a copy, of one pass over the data or of so many bytes if that is less.
-_PART_BYTES = 2**28
 
 # Calls of a compiled loop become longer until each takes so many seconds. The route may change only
 # between calls, and a single step may take a second.
 _BLOCK_SECONDS = 0.5
-# About as many seconds as compiling `fit`, so an earlier comparison would cost more than it saves.
-_PATIENCE = 3.0
-_TRIAL_STEPS = 40
 # `fit` must be faster by more than the error of the timing.
 _MARGIN = 0.95
 
@@ -212,7 +208,7 @@ class Engine:
         self, data: Examples, rows: np.ndarray, batch_size: int, **kwargs: Any
     ) -> dict[str, Any]:
         """Trains through `fit`, and returns its logs."""
-        examples = max(len(data), int(_PART_BYTES / data.bytes_each))
+        examples = max(len(data), int(settings.part_bytes / data.bytes_each))
         part = max(1, examples // batch_size) * batch_size
         history = None
         for start in range(0, len(rows), part):
@@ -236,7 +232,7 @@ class Engine:
         self, data: Examples, rows: np.ndarray, batch_size: int, race: _Race
     ) -> tuple[int, dict[str, Any]]:
         """Trains some steps through `fit` and measures them; returns the rows and the logs."""
-        trial = max(_TRIAL_STEPS, 4 * self._model.steps_per_execution)
+        trial = max(settings.trial_steps, 4 * self._model.steps_per_execution)
         count = min(trial, len(rows) // batch_size)
         first = _FirstStep()
         started = time.perf_counter()
@@ -284,7 +280,7 @@ class _Race:
     @property
     def is_due(self) -> bool:
         """Whether the loop has run long enough for a comparison with `fit`."""
-        return not self.settled and self.loop_seconds > _PATIENCE
+        return not self.settled and self.loop_seconds > settings.patience
 
     @property
     def loop_pace(self) -> float:

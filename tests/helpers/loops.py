@@ -6,7 +6,8 @@ import pytest
 from keras import layers
 
 import masked_layers as ml
-from lottery_ticket_pruner.training import compiled_loops, engine
+from lottery_ticket_pruner import training
+from lottery_ticket_pruner.training import engine
 
 BACKEND = keras.backend.backend()
 COMPILED = BACKEND in ("tensorflow", "jax")
@@ -73,7 +74,7 @@ def assert_close(ours, theirs):
 
 
 def by_xla(monkeypatch):
-    monkeypatch.setattr(compiled_loops, "_WORTH_XLA", 0)
+    monkeypatch.setattr(training.settings, "xla_steps", 0)
 
 
 def through_fit(model):

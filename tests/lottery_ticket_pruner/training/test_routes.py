@@ -21,7 +21,7 @@ from loops import (
     through_fit,
 )
 from lottery_ticket_pruner import training
-from lottery_ticket_pruner.training import CropAndFlip, compiled_loops, engine
+from lottery_ticket_pruner.training import CropAndFlip, engine
 
 BACKEND = keras.backend.backend()
 
@@ -116,7 +116,7 @@ def test_what_xla_cannot_compile_loops_without_it(caplog, monkeypatch):
 @pytest.mark.parametrize(("faster", "seconds"), [("loop", 0.001), ("fit", 0.02)])
 def test_the_faster_route_is_taken_after_a_trial(monkeypatch, caplog, pace, faster, seconds):
     caplog.set_level(logging.INFO)
-    monkeypatch.setattr(engine, "_PATIENCE", 0.0)
+    monkeypatch.setattr(training.settings, "patience", 0.0)
     model = compiled(dense)
     assert not through_fit(model)
     pace(model, fit=0.005, XLA=seconds, graph=seconds)
@@ -130,7 +130,7 @@ def test_the_faster_route_is_taken_after_a_trial(monkeypatch, caplog, pace, fast
 
 @needs_loop
 def test_one_long_call_switches_to_fit_and_its_metrics_cover_all_of_it(monkeypatch, pace):
-    monkeypatch.setattr(engine, "_PATIENCE", 0.1)
+    monkeypatch.setattr(training.settings, "patience", 0.1)
     ours, theirs = compiled(dense), compiled(dense)
     counts = pace(ours, fit=0.005, XLA=0.02, graph=0.02)
     history = training.fit(ours, X, Y, batch_size=1, shuffle=False)
@@ -146,8 +146,8 @@ def test_one_long_call_switches_to_fit_and_its_metrics_cover_all_of_it(monkeypat
 @needs_loop
 @pytest.mark.parametrize("train", ["train", "fit"])
 def test_short_calls_ask_too(monkeypatch, pace, train):
-    monkeypatch.setattr(engine, "_PATIENCE", 0.0)
-    monkeypatch.setattr(engine, "_TRIAL_STEPS", 10)
+    monkeypatch.setattr(training.settings, "patience", 0.0)
+    monkeypatch.setattr(training.settings, "trial_steps", 10)
     model = compiled(dense)
     pace(model, fit=0.1, XLA=0.5, graph=0.5)
     if train == "train":
@@ -160,8 +160,8 @@ def test_short_calls_ask_too(monkeypatch, pace, train):
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="XLA is a choice on TensorFlow alone")
 def test_loops_of_two_kinds_are_timed_apart(monkeypatch, pace):
-    monkeypatch.setattr(engine, "_PATIENCE", 0.0)
-    monkeypatch.setattr(compiled_loops, "_WORTH_XLA", 30)
+    monkeypatch.setattr(training.settings, "patience", 0.0)
+    monkeypatch.setattr(training.settings, "xla_steps", 30)
     model = compiled(dense)
     pace(model, fit=0.005, XLA=0.001, graph=0.02)
     for deterministic in (True, False):
@@ -181,7 +181,7 @@ def test_on_an_equal_pace_the_loop_is_taken():
 
 
 def test_fit_gets_no_more_than_the_data_at_a_time(monkeypatch):
-    monkeypatch.setattr(engine, "_PART_BYTES", 0)
+    monkeypatch.setattr(training.settings, "part_bytes", 0)
     ours, theirs = compiled(dense), compiled(dense)
     engine.engine_of(ours)._why_fit = "it is asked for"
     given, fit = [], ours.fit
