@@ -8,13 +8,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
+
+from masked_layers.archives import read_npz
 
 CONFIG_FILE = "config.json"
 
 RESULTS_FILE = "results.csv"
 
 SWEEP_FILE = "sweep.json"
+
+INITIAL_FILE = "initial.npz"
 
 COLUMNS = (
     "round",
@@ -87,6 +92,25 @@ def is_run(folder: Path) -> bool:
     if (folder / CONFIG_FILE).is_file() and (folder / RESULTS_FILE).is_file():
         return True
     return bool((read_json(folder / CONFIG_FILE) or {}).get("finished"))
+
+
+def file_of_initial_weights(folder: Path, replicate: int) -> Path:
+    """Returns the file in a run folder that holds the initial weights of a seed."""
+    return folder / "rounds" / str(replicate) / INITIAL_FILE
+
+
+def initial_weights(folder: Path, replicate: int) -> dict[str, np.ndarray] | None:
+    """Reads the weights that a seed of a run started with at step 0, by path.
+
+    Returns:
+        None where there is no such file: runs of earlier versions kept none.
+
+    Raises:
+        OSError: If the file cannot be read.
+        ValueError: If it is damaged.
+    """
+    file = file_of_initial_weights(folder, replicate)
+    return read_npz(file) if file.exists() else None
 
 
 def read_json(file: Path) -> dict[str, Any] | None:

@@ -66,6 +66,7 @@ def _carry_out(
         for replicate, seed in enumerate(config.seeds):
             if replicate:
                 model.set_weights(compiled_network(config, data, seed).get_weights())
+            folder.keep_initial_weights(replicate, model)
             with contextlib.closing(_Logs(folder.path / "logs", replicate, model)) as logs:
 
                 def record(row: dict[str, Any], logs: _Logs = logs) -> None:

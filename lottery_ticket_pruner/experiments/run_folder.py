@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any, Protocol, Self, TypeVar
 
 import keras
+import numpy as np
 from rich.console import Console
 
 import lottery_ticket_pruner
+from lottery_ticket_pruner import records
 from lottery_ticket_pruner.experiments import networks
 from lottery_ticket_pruner.experiments.config import choices, code_of
 from lottery_ticket_pruner.experiments.datasets import Dataset
@@ -28,6 +30,7 @@ from lottery_ticket_pruner.experiments.results import (
     SWEEP_FILE,
     check_results,
     complete_lines,
+    file_of_initial_weights,
     read_json,
     read_rows,
     reason,
@@ -382,6 +385,21 @@ class RunFolder(Workplace):
                 self._remove_empty(file.parent)
         self._write(finished=False)
         self._print(f"{heading}\n{self.describe()}")
+
+    def keep_initial_weights(self, replicate: int, model: keras.Model) -> None:
+        """Writes the weights that a seed starts with, unless an interrupted run has done so.
+
+        Args:
+            replicate: The position of the seed.
+            model: Has these weights.
+        """
+        file = file_of_initial_weights(self.path, replicate)
+        if not file.exists():
+            paths = records.Architecture.of(model).paths
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(file) as whole:
+                weights = dict(zip(paths, records.snapshot(model), strict=True))
+                np.savez(whole, allow_pickle=False, **weights)
 
     def finish(self) -> None:
         """Marks the run as finished, and moves it in place.

@@ -24,7 +24,7 @@ _RESULTS = {
         r"accuracy\.png",
         r"ticket(-\d+)?\.keras",
         rf"logs/({_ARMS})-\d+/events\.out\.tfevents\.[^/]*",
-        r"rounds/\d+/(state\.json|(masks|model|pruner)-\d+\.npz)",
+        r"rounds/\d+/(state\.json|initial\.npz|(masks|model|pruner)-\d+\.npz)",
         r"served/1/(saved_model|fingerprint)\.pb",
         r"served/1/variables/variables\.(index|data-[\d-]+of-\d+)",
         r"served/1/(assets/weights\.mlsp|assets\.extra/sparsity\.json)",

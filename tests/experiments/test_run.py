@@ -27,13 +27,15 @@ from lottery_ticket_pruner.experiments import datasets, results
 from lottery_ticket_pruner.experiments.config import RunConfig
 from lottery_ticket_pruner.experiments.run import run
 from lottery_ticket_pruner.experiments.tensorboard import layer_graph
-from lottery_ticket_pruner.experiments.workbench import load_and_resolve
+from lottery_ticket_pruner.experiments.workbench import compiled_network, load_and_resolve
 
 ARMS = ["random_reinit", "random_mask", "ticket"]
 LEFT_BY_AN_EARLIER_RUN = (
     "logs/ticket-0/events.out.tfevents.1.stale",
     "logs/ticket-2/events.out.tfevents.1.stale",
     "ticket-2.keras",
+    "rounds/2/initial.npz",
+    "rounds/0/initial.npz",
     "served/1/variables/variables.data-00000-of-00002",
 )
 
@@ -102,9 +104,22 @@ def test_the_configuration_on_file_repeats_the_run(finished):
     assert again.resolve(1318) == config
 
 
+def test_the_folder_holds_the_initial_weights_of_every_seed(finished):
+    folder, config, _ = finished
+    data = datasets.load("digits")
+    for replicate, seed in enumerate(config.seeds):
+        stored = results.initial_weights(folder, replicate)
+        drawn = compiled_network(config, data, seed)
+        assert len(stored) == len(drawn.weights)
+        for ref in ml.weight_refs(drawn):
+            np.testing.assert_array_equal(stored[ref.path], ref.variable.numpy())
+    assert results.initial_weights(folder, 2) is None
+
+
 def test_what_an_earlier_run_left_is_gone(finished):
     folder, _, _ = finished
-    assert [name for name in LEFT_BY_AN_EARLIER_RUN if (folder / name).exists()] == []
+    there = [name for name in LEFT_BY_AN_EARLIER_RUN if (folder / name).exists()]
+    assert there == ["rounds/0/initial.npz"]  # Of this run, as another test shows.
     assert (folder / "notes.txt").exists()
     if keras.backend.backend() == "tensorflow":
         assert (folder / "served" / "1" / "saved_model.pb").exists()
@@ -185,7 +200,7 @@ def test_an_interrupted_run_is_resumed(finished, monkeypatch):
         for path, array in theirs.items():
             np.testing.assert_array_equal(ours[path], array, err_msg=path)
     files = {file.name for file in (elsewhere / "rounds" / "1").iterdir()}
-    assert files == {"masks-00.npz", "masks-01.npz", "masks-02.npz"}
+    assert files == {"initial.npz", "masks-00.npz", "masks-01.npz", "masks-02.npz"}
     for run_name in ("ticket-0", "random_mask-1"):
         log, other = (load_log(out / "logs" / run_name) for out in (elsewhere, straight))
         tags = log.Tags()["scalars"]

@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("tyro")
 
 import masked_layers as ml
-from lottery_ticket_pruner.experiments import networks
+from lottery_ticket_pruner.experiments import networks, results
 from lottery_ticket_pruner.experiments.reports import run_folders, ticket_masks, web_page
 from made_up_runs import write_run
 
@@ -74,6 +74,59 @@ def test_signs_are_compared_with_the_weights_drawn_from_the_seed(tmp_path):
     model.save(folder / "ticket-1.keras")
     (kept,) = kept_by(tmp_path)
     assert [found.signs is None for found in kept.tickets] == [False, True]
+
+
+def with_initial_weights(folder, replicate=0, **options):
+    """A run whose ticket has nothing of what its seed draws, and in one row a fifth new signs."""
+    write_run(folder, seeds=[7, 8], **options)
+    model = ticket(100 + replicate, slice(0, 2))
+    initial = {}
+    for ref in ml.masked_refs(model):
+        values = np.abs(ref.variable.numpy()) + 1
+        initial[ref.path] = values.copy()
+        values[0, : values.shape[1] // 5] *= -1  # Of two rows that are kept.
+        ref.variable.assign(values * 3)
+    suffix = f"-{replicate}" if replicate else ""
+    model.save(folder / f"ticket{suffix}.keras")
+    file = results.file_of_initial_weights(folder, replicate)
+    file.parent.mkdir(parents=True)
+    np.savez(file, **initial)
+    return file
+
+
+@pytest.mark.parametrize("replicate", [0, 1])
+@pytest.mark.parametrize(
+    "options", [{"rewind_to": "20it"}, {"kept": "finetune"}, {"network": "of my own"}]
+)
+def test_signs_are_compared_with_the_initial_weights_in_the_folder(tmp_path, options, replicate):
+    with_initial_weights(tmp_path / "run", replicate, **options)
+    (kept,) = kept_by(tmp_path)
+    assert [found.seed for found in kept.tickets] == [7 + replicate]
+    # Of 300, 100 and 3 columns: 60, 20 and none in one of the two rows.
+    assert [row.same_sign for row in kept.layers] == pytest.approx([0.9, 0.9, 1, 726 / 806])
+
+
+def test_kept_weights_that_start_from_other_values_have_no_signs_to_keep(tmp_path):
+    with_initial_weights(tmp_path / "run", kept="reinit")
+    (kept,) = kept_by(tmp_path)
+    assert [found.signs for found in kept.tickets] == [None]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda file: file.write_bytes(file.read_bytes()[:1000]), "cut short or damaged"),
+        (lambda file: np.savez(file, **{PATHS[0]: np.ones(3)}), "weights of another network"),
+    ],
+)
+def test_damaged_initial_weights_leave_signs_out_and_are_named(tmp_path, damage, message):
+    file = with_initial_weights(tmp_path / "run")
+    damage(file)
+    with pytest.warns(UserWarning, match=f"Signs are left out.*initial.npz.*{message}"):
+        (kept,) = kept_by(tmp_path)
+    assert [found.signs for found in kept.tickets] == [None]
+    assert kept.layers[-1].kept == (806,)
+    assert "initial.npz" in kept.unreadable[0]
 
 
 def test_overlaps_between_seeds_and_between_configurations(tmp_path):

@@ -16,6 +16,7 @@ from lottery_ticket_pruner import analyses
 from lottery_ticket_pruner.experiments import networks
 from lottery_ticket_pruner.experiments.reports.run_folders import Group, Run
 from lottery_ticket_pruner.experiments.reports.tables import Sheet, filled
+from lottery_ticket_pruner.experiments.results import file_of_initial_weights, initial_weights
 from lottery_ticket_pruner.variables import read
 from masked_layers.keras_files import load_model
 
@@ -130,45 +131,81 @@ def read_tickets(groups: Sequence[Group], console: Console | None = None) -> lis
 def tickets_of(group: Group) -> Kept:
     """Reads the last tickets of a group of runs.
 
-    Run folders do not contain initial weights, which are drawn again from the seed instead. They
-    are compared with the pruned weights of the ticket, which are never trained. They differ if the
-    rewinding point is later than 0 or if the backend is another one; signs are unknown then.
+    Signs are compared with those of the initial weights in the run folder. Folders of earlier
+    versions do not contain them. There, the weights are drawn again from the seed, and compared
+    with the pruned weights of the ticket, which are never trained. They differ if the rewinding
+    point is later than 0 or if the backend is another one; signs are unknown then.
 
     Warns:
-        UserWarning: If a ticket is damaged or cannot be loaded, and is left out.
+        UserWarning: If a ticket or a file of initial weights is damaged or cannot be loaded, and is
+            left out.
     """
     tickets: dict[int, Ticket] = {}
     unreadable = []
     for run in group.runs:
         for path in sorted(run.folder.glob("ticket*.keras")):
             try:
-                seed = _seed(run, path)
+                replicate, seed = _seed(run, path)
                 model = load_model(path)
                 masks = ml.get_masks(model)
             # Keras and its file formats raise errors of any type here, also for unknown layers.
             except Exception as error:
-                text = (str(error).splitlines() or [repr(error)])[0]
-                unreadable.append(text if str(path) in text else f"'{path}': {text}")
+                unreadable.append(_named(error, path))
                 warnings.warn(f"A ticket is left out. {unreadable[-1]}", stacklevel=2)
                 continue
             first = next(iter(tickets.values()), None)
             if masks and (first is None or _shapes(masks) == _shapes(first.masks)):
-                tickets.setdefault(seed, Ticket(seed, masks, _signs(run.config, seed, model)))
+                try:
+                    signs = _signs(run, replicate, seed, model)
+                except (OSError, ValueError) as error:
+                    signs = None
+                    unreadable.append(_named(error, file_of_initial_weights(run.folder, replicate)))
+                    warnings.warn(f"Signs are left out. {unreadable[-1]}", stacklevel=2)
+                tickets.setdefault(seed, Ticket(seed, masks, signs))
     return Kept(group, tuple(tickets[seed] for seed in sorted(tickets)), tuple(unreadable))
 
 
-def _seed(run: Run, ticket: Path) -> int:
+def _named(error: Exception, path: Path) -> str:
+    """Returns the first line of an error, with the file that it is about."""
+    text = (str(error).splitlines() or [repr(error)])[0]
+    return text if str(path) in text else f"'{path}': {text}"
+
+
+def _seed(run: Run, ticket: Path) -> tuple[int, int]:
+    """Returns the replicate and the seed of a ticket."""
     replicate = int(ticket.stem.partition("-")[2] or 0)
     seeds = run.config.get("seeds") or []
-    return seeds[replicate] if replicate < len(seeds) else replicate
+    return replicate, seeds[replicate] if replicate < len(seeds) else replicate
 
 
 def _signs(
+    run: Run, replicate: int, seed: int, ticket: keras.Model
+) -> dict[str, analyses.SignAgreement] | None:
+    """Compares signs before and after the training; None where kept weights began with others.
+
+    Raises:
+        OSError: If the file of initial weights cannot be read.
+        ValueError: If it is damaged, or holds those of another network.
+    """
+    kept = run.config.get("kept", "rewind")
+    if kept not in ("rewind", "finetune") and not kept.endswith("same_sign"):
+        return None
+    initial = initial_weights(run.folder, replicate)
+    if initial is None:
+        return None if kept == "finetune" else _signs_by_seed(run.config, seed, ticket)
+    final = {ref.path: read(ref.variable) for ref in ml.masked_refs(ticket)}
+    shapes = {path: initial[path].shape for path in final if path in initial}
+    if shapes != _shapes(final):
+        file = file_of_initial_weights(run.folder, replicate)
+        raise ValueError(f"'{file}' holds the weights of another network than the ticket's.")
+    return analyses.sign_agreement(initial, final, ml.get_masks(ticket))
+
+
+def _signs_by_seed(
     config: Mapping[str, Any], seed: int, ticket: keras.Model
 ) -> dict[str, analyses.SignAgreement] | None:
-    kept = config.get("kept", "rewind")
-    starts_with_signs = kept == "rewind" or kept.endswith("same_sign")
-    if config.get("network") not in networks.NAMES or not starts_with_signs:
+    """Does so with weights that are drawn again; None where they are not those of the run."""
+    if config.get("network") not in networks.NAMES:
         return None
     keras.utils.set_random_seed(seed)
     plain = networks.build(config["network"], ticket.input_shape[1:], ticket.output_shape[-1])
@@ -223,7 +260,7 @@ def comparisons(kepts: Sequence[Kept]) -> list[Sheet]:
     note = (
         "Overlap: weights kept by both masks divided by weights kept by either, next to the value "
         "for random masks with as many weights in each layer. Same sign: kept weights that ended "
-        "with the sign they started with."
+        "with the sign they had at step 0."
     )
     title = "masks of the last tickets: mean ± standard deviation"
     sheets = [filled(Sheet(title, headings, tuple(lines), names=1, note=note))] if lines else []
