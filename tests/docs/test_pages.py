@@ -16,7 +16,7 @@ import pages
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 # Every block of these pages is run, here or in the tests of the page.
-RUN = {"README.md", "serving.md", "extending.md", "migrating-from-tfmot.md"}
+RUN = {"README.md", "serving.md", "extending.md", "migrating-from-tfmot.md", "shrinking.md"}
 
 
 def python_of(page):
@@ -128,3 +128,21 @@ def test_names_in_dotted_code_exist(page):
                 break
             found = getattr(found, part)
     assert not missing
+
+
+@pytest.mark.once
+def test_the_page_on_shrinking_runs_from_top_to_bottom(capsys):
+    names = {}
+    for code in python_of(ROOT / "docs/shrinking.md"):
+        pages.run("shrinking.md", code, names)
+    assert names["difference"] < 1e-4
+    assert names["dense"] > 0.97
+    assert names["pruned"] > 0.9
+    report = names["report"]
+    assert report.macs_after <= 0.35 * report.macs_before
+    assert {family.layers for family in names["found"].families} == {
+        ("conv2d", "conv2d_2", "conv2d_4"),
+        ("conv2d_1",),
+        ("conv2d_3",),
+    }
+    assert "effective sparsity" in capsys.readouterr().out
