@@ -64,7 +64,7 @@ def _peer(setup: str, name: str, **arguments) -> Contender:
 
 
 def engine(quick: bool) -> Iterator[Group]:
-    """The engine compared with other training loops for the same network."""
+    """Compares the engine with other training loops for the same network."""
     # An epoch of MNIST without the 5,000 images for validation, as in the paper.
     work: dict[str, Any] = {"steps": 60 if quick else 917, "batch_size": 60}
     lenet: dict[str, Any] = {"network": "lenet-300-100", **work}
@@ -189,7 +189,7 @@ def engine(quick: bool) -> Iterator[Group]:
 
 
 def masked(quick: bool) -> Iterator[Group]:
-    """Steps of the masked network compared with those of the plain one, in the same loop."""
+    """Compares steps of the masked network with those of the plain one, in the same loop."""
     for backend, keras, network, name, batch_size, steps, goal in (
         ("tensorflow", "TensorFlow", "conv-6", "Conv-6", 60, 10, 1.03),
         ("tensorflow", "TensorFlow", "transformer", "transformer block (d 256)", 32, 15, 1.03),
@@ -219,7 +219,7 @@ def masked(quick: bool) -> Iterator[Group]:
 
 
 def conversion(quick: bool) -> Iterator[Group]:
-    """`convert_to_masked` compared with `clone_model`."""
+    """Compares `convert_to_masked` with `clone_model`."""
 
     def contender(name):
         setup = "benchmarks.weights:conversion"
@@ -242,7 +242,7 @@ def conversion(quick: bool) -> Iterator[Group]:
 
 
 def ranking(quick: bool) -> Iterator[Group]:
-    """Global `update_masks` compared with `numpy.partition` and others on the same numbers."""
+    """Compares a global `update_masks` with `numpy.partition` and others on the same numbers."""
     size = 100_000 if quick else 25_000_000
     setup = "benchmarks.weights:update"
     names = ("first", "second", "partition", "argsort", "copy", "peak", "weights")
@@ -261,7 +261,7 @@ def ranking(quick: bool) -> Iterator[Group]:
 
 
 def supermasks(quick: bool) -> Iterator[Group]:
-    """A grid of untrained masks compared with only the matrix products of this work."""
+    """Compares a grid of untrained masks with the matrix products alone."""
     examples, criteria, sparsities = (500, 2, 2) if quick else (10_000, 13, 25)
     for backend, keras in (("tensorflow", "TensorFlow"), ("jax", "JAX")):
         work = {"examples": examples, "criteria": criteria, "sparsities": sparsities}
@@ -287,7 +287,7 @@ def supermasks(quick: bool) -> Iterator[Group]:
 
 
 def memory(quick: bool) -> Iterator[Group]:
-    """Memory that masks add to a model."""
+    """Measures the memory that masks add to a model."""
 
     def contender(setup, name, **arguments):
         setup = f"benchmarks.weights:{setup}"
@@ -323,7 +323,7 @@ def memory(quick: bool) -> Iterator[Group]:
 
 
 def gpu(quick: bool) -> Iterator[Group]:
-    """Steps and memory of masked networks in mixed bfloat16 on JAX and torch."""
+    """Compares steps and memory of masked and plain networks in bfloat16 on JAX and torch."""
 
     def contender(name, backend, **arguments):
         # JAX would otherwise reserve three quarters of the memory for the first process.

@@ -63,7 +63,7 @@ class Row:
 
     @property
     def met(self) -> bool | None:
-        """Whether the median of the ratios reaches the goal; None without goal or figures."""
+        """True if the median of the ratios reaches the goal; None without goal or figures."""
         if self.goal is None or self.missing:
             return None
         ratio = statistics.median(self.ratios)

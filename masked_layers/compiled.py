@@ -127,7 +127,7 @@ def remake_functions(model: Layer, *, around: bool = True) -> None:
 
 
 def _around(model: Layer) -> dict[int, Layer]:
-    """Returns, by id, all layers of a model and of the existing models that contain one of them."""
+    """Returns all layers of a model and of the existing models that contain one of them, by id."""
     inside = {id(layer): layer for layer in _keras.flatten(model)}
     return inside | _in_those_with(inside, _alive(keras.Model))
 

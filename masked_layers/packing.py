@@ -62,7 +62,7 @@ class MaskState:
 
     @property
     def is_new(self) -> bool:
-        """Whether the state is that of a new mask: all entries kept, not rescaled, not frozen."""
+        """True for the state of a new mask: all entries kept, not rescaled, not frozen."""
         return bool(self.kept.all()) and not self.rescale and self.frozen is None
 
     def get_config(self) -> dict[str, Any]:
