@@ -100,6 +100,7 @@ def test_every_criterion(pruner, name):
     check_all_that_follows(pruner)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", structures.names())
 def test_every_structure(pruner, name):
     amount = {} if name == "n_of_m" else {"sparsity": 0.5}
@@ -110,12 +111,14 @@ def test_every_structure(pruner, name):
     check_all_that_follows(pruner, kept)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", distributions.names())
 def test_every_distribution(pruner, name):
     pruner.update_masks(sparsity=0.5, distribution=name)
     check_all_that_follows(pruner)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", schedules.names())
 def test_every_schedule(pruner, name):
     pruning = GradualPruning(pruner, {"name": name, "frequency": 2, **SCHEDULES[name]})

@@ -260,6 +260,7 @@ def test_exact_step_training_advances_after_each_stretch():
     assert seen == [(3, 0), (6, int(128 * RAMP(5))), (9, 115), (10, 115)]
 
 
+@pytest.mark.once
 def test_pruners_that_cannot_change_masks_are_refused():
     plain = keras.Sequential([keras.Input((8,)), keras.layers.Dense(2)])
     with pytest.raises(ValueError, match="convert_to_masked"):
@@ -277,6 +278,7 @@ def test_pruners_that_cannot_change_masks_are_refused():
         GradualPruning(pruner, 0.5, "smallest_weights_global", scope="layer")
 
 
+@pytest.mark.once
 def test_older_final_weights_are_known_to_be_older():
     model = make_model()
     pruner = LotteryTicketPruner(model)
@@ -424,6 +426,7 @@ def test_rigl_grows_where_the_dense_gradient_is_largest():
     assert not same_masks(one, again(2))
 
 
+@pytest.mark.once
 def test_the_share_that_moves_falls_by_half_a_cosine():
     _, pruner = sparse_model()
     rewiring = DynamicSparseTraining(pruner, 400, "random", fraction=0.4)
@@ -472,6 +475,7 @@ def test_weights_that_diverged_are_named():
     assert same_masks(before, ml.get_masks(model))
 
 
+@pytest.mark.once
 def test_a_dense_model_gets_a_warning_that_nothing_moves():
     model, pruner = sparse_model()
     ml.set_masks(model, {path: np.ones_like(mask) for path, mask in ml.get_masks(model).items()})
@@ -480,6 +484,7 @@ def test_a_dense_model_gets_a_warning_that_nothing_moves():
     assert all(mask.all() for mask in ml.get_masks(model).values())
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -33,6 +33,7 @@ def masked_net():
 PATHS = ["stem/kernel", "dense/kernel", "dense_1/kernel"]
 
 
+@pytest.mark.once
 def test_paths_do_not_depend_on_what_was_built_before():
     layers.Dense(1), layers.Dense(1)
     first, second = net(), net()
@@ -41,6 +42,7 @@ def test_paths_do_not_depend_on_what_was_built_before():
     assert [ref.path for ref in ml.weight_refs(ml.convert_to_masked(second))] == PATHS
 
 
+@pytest.mark.once
 def test_refs_of_plain_and_masked_models():
     plain = net()
     refs = ml.weight_refs(plain)
@@ -58,6 +60,7 @@ def test_refs_of_plain_and_masked_models():
         ml.masked_refs(plain)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("layer", "shape", "name", "axes"),
     [
@@ -120,6 +123,7 @@ def masked_net_once():
     return _once[0]
 
 
+@pytest.mark.once
 def test_mask_files_are_a_bit_per_weight(tmp_path):
     model = ml.convert_to_masked(keras.Sequential([keras.Input((256,)), layers.Dense(256)]))
     mask = np.random.default_rng(0).random((256, 256)) < 0.5
@@ -128,6 +132,7 @@ def test_mask_files_are_a_bit_per_weight(tmp_path):
     assert (tmp_path / "m.npz").stat().st_size < 256 * 256 / 8 + 2000
 
 
+@pytest.mark.once
 def test_mask_files_are_checked_by_path_and_shape(tmp_path):
     model, path = masked_net(), tmp_path / "masks.npz"
     ml.save_masks(model, path)
@@ -173,6 +178,7 @@ def test_bits_of_a_mask_file_are_counted(tmp_path, bits, received):
         np.testing.assert_array_equal(mask, before[name])
 
 
+@pytest.mark.once
 def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     model, path = masked_net(), tmp_path / "masks.npz"
     ml.save_masks(model, path)
@@ -189,6 +195,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["masks.npz"]
 
 
+@pytest.mark.once
 def test_sparsity_report():
     model = masked_net()
     keep = np.zeros((8, 5), bool)
@@ -219,11 +226,13 @@ def test_sparsity_report():
     assert lines[4].split() == ["total", "73", "48", "34.25%", "73"]
 
 
+@pytest.mark.once
 def test_report_of_a_plain_model_names_the_conversion():
     with pytest.raises(ValueError, match="convert_to_masked"):
         ml.sparsity_report(net())
 
 
+@pytest.mark.once
 def test_the_report_says_why_a_layer_has_no_mask():
     class Experts(layers.Layer):
         """Two raw kernels with three axes, as in a mixture of experts."""

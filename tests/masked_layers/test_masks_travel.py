@@ -158,6 +158,7 @@ def test_masks_are_copied(make, way, tmp_path):
     assert np.abs(expected).max() > 1e-3
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(("make", "way"), MADE_BY_KERAS, ids=names)
 @pytest.mark.usefixtures("nothing_drawn")
 def test_masks_of_layers_created_by_others_are_copied(make, way, tmp_path):
@@ -193,6 +194,7 @@ def test_checkpoints_hold_masks(tmp_path, save_freq):
         np.testing.assert_allclose(other.predict(X, verbose=0), model.predict(X, verbose=0), 1e-5)
 
 
+@pytest.mark.once
 def test_scikit_learn_trains_the_sparse_model():
     base = pytest.importorskip("sklearn.base")
     model = keras.Sequential([keras.Input((6,)), layers.Dense(3)])
@@ -211,6 +213,7 @@ def test_parts_of_a_model_share_its_masks():
     assert not ops.convert_to_numpy(part(X)).any()
 
 
+@pytest.mark.once
 def test_masks_saved_outside_the_config_are_not_repeated_in_it(tmp_path):
     model = dense()
     model.save(tmp_path / "m.keras")
@@ -221,6 +224,7 @@ def test_masks_saved_outside_the_config_are_not_repeated_in_it(tmp_path):
     assert "mask_state" not in new.to_json()
 
 
+@pytest.mark.once
 def test_config_of_one_layer():
     layer = ml.MaskedDense(3, mask_initializer="zeros", name="d")
     layer.build((None, 2))

@@ -125,6 +125,7 @@ def alive_in_each_round(monkeypatch, model, **amount):
     return [*counts, report.alive]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("amount", [{"sparsity": 0.77}, {"rate": 0.77}])
 def test_rounds_follow_what_was_asked_for_and_not_its_rounded_count(amount, monkeypatch):
     # 0.77 of 32 weights are 24: the densities on the way are powers of 0.23, not of 8 / 32.
@@ -132,6 +133,7 @@ def test_rounds_follow_what_was_asked_for_and_not_its_rounded_count(amount, monk
     assert counts == [32 - int((1 - 0.23 ** (k / 100)) * 32 + 1e-6) for k in range(101)]
 
 
+@pytest.mark.once
 def test_rounds_continue_from_the_current_density(monkeypatch):
     model = two_layers()
     LotteryTicketPruner(model).update_masks("random", sparsity=0.25, scope="global")
@@ -198,6 +200,7 @@ class Subclassed(keras.Model):
         return self.dense(x)
 
 
+@pytest.mark.once
 def test_models_without_a_flow_are_refused():
     probable = two_layers(layers.Dense(3), Probable())
     with pytest.raises(ValueError, match="add up to 1"):
@@ -221,6 +224,7 @@ def test_a_recurrent_layer_at_the_end_keeps_its_activation():
     np.testing.assert_array_equal(flow["r/cell/recurrent_kernel"], 0)  # of one step
 
 
+@pytest.mark.once
 def test_a_subclassed_model_has_the_input_that_it_was_built_with():
     model = Subclassed()
     model(np.zeros((2, 5), "float32"))

@@ -401,6 +401,7 @@ def test_the_logits_of_every_cross_entropy_are_divided_however_it_is_given():
     assert np.abs(both - alone).max() > np.abs(alone).max() / 10
 
 
+@pytest.mark.once
 def test_a_plain_model_gives_all_that_can_be_pruned():
     model = keras.Sequential([keras.Input((6, 3)), keras.layers.Flatten(), keras.layers.Dense(4)])
     model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
@@ -409,6 +410,7 @@ def test_a_plain_model_gives_all_that_can_be_pruned():
     np.testing.assert_array_equal(plain["dense/kernel"], masked["dense/kernel"])
 
 
+@pytest.mark.once
 def test_what_cannot_be_differentiated_is_refused():
     model = ml.convert_to_masked(keras.Sequential([keras.Input((3,)), keras.layers.Dense(4)]))
     with pytest.raises(ValueError, match=r"not compiled.*compile\(loss"):

@@ -117,6 +117,7 @@ class Batches(keras.utils.PyDataset):
         return X[rows], Y[rows]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", ["snip", "wanda"])
 def test_a_data_set_of_batches_stands_for_its_arrays(name):
     model, pruner = moved()
@@ -128,6 +129,7 @@ def test_a_data_set_of_batches_stands_for_its_arrays(name):
         np.testing.assert_array_equal(mask, expected[path])
 
 
+@pytest.mark.once
 def test_missing_data_are_asked_for():
     model, pruner = moved()
     before = ml.get_masks(model)

@@ -76,6 +76,7 @@ def test_rescaled_weights_are_known_after_loading(tmp_path):
     assert_same(model.get_weights(), weights)
 
 
+@pytest.mark.once
 def test_loading_checks_before_it_changes_anything(tmp_path):
     model, pruner = moved()
     pruner.update_masks(rate=0.5)
@@ -101,6 +102,7 @@ def test_loading_checks_before_it_changes_anything(tmp_path):
         LotteryTicketPruner.load(tmp_path / "nowhere", model)
 
 
+@pytest.mark.once
 def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
     pruner = LotteryTicketPruner(plain_model())
     file = tmp_path / "pruner"

@@ -97,6 +97,7 @@ def test_masks_of_a_masked_model_act_at_once_and_those_of_a_plain_one_when_appli
     assert losses[masked] == pytest.approx([losses[plain][1]] * 2)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("convert", [lambda model: model, ml.convert_to_masked])
 def test_rates_are_of_what_remains(convert):
     model = convert(classifier())
@@ -112,6 +113,7 @@ def test_rates_are_of_what_remains(convert):
     assert all((second[key] <= first[key]).all() for key in first)
 
 
+@pytest.mark.once
 def test_reset_masks_forgets_the_cumulative_rate():
     model = classifier()
     pruner = LotteryTicketPruner(model)
@@ -123,6 +125,7 @@ def test_reset_masks_forgets_the_cumulative_rate():
         )
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("rate", [0, 1, -0.1, 1.5, float("nan")])
 def test_rates_of_the_earlier_api_are_exclusive(rate):
     model = classifier()
@@ -132,6 +135,7 @@ def test_rates_of_the_earlier_api_are_exclusive(rate):
     assert set(sparsities(pruner, model).values()) == {0.0}
 
 
+@pytest.mark.once
 def test_a_missing_record_and_an_unknown_name_are_errors():
     model = classifier()
     pruner = LotteryTicketPruner(model)
@@ -141,6 +145,7 @@ def test_a_missing_record_and_an_unknown_name_are_errors():
         pruner.calc_prune_mask(model, 0.5, "largest_final")
 
 
+@pytest.mark.once
 def test_an_incompatible_model_is_an_error_with_the_layer_and_both_shapes():
     pruner = LotteryTicketPruner(classifier())
     other = keras.Sequential(
@@ -161,6 +166,7 @@ def test_an_incompatible_model_is_an_error_with_the_layer_and_both_shapes():
             call(shorter)
 
 
+@pytest.mark.once
 def test_another_model_of_the_same_architecture_is_fine():
     model, other = classifier(0), classifier(1)
     pruner = LotteryTicketPruner(model)
@@ -171,6 +177,7 @@ def test_another_model_of_the_same_architecture_is_fine():
     assert largest_pruned(pruner, model) > 0
 
 
+@pytest.mark.once
 def test_methods_for_masked_models_name_the_way_there(data):
     pruner = LotteryTicketPruner(classifier())
     for call in (
@@ -182,6 +189,7 @@ def test_methods_for_masked_models_name_the_way_there(data):
             call()
 
 
+@pytest.mark.once
 def test_iterate_prunables_of_a_nested_model():
     model = nested_model()
     pruner = LotteryTicketPruner(model)
@@ -201,6 +209,7 @@ def test_iterate_prunables_of_a_nested_model():
         assert mask.sum() == mask.size - mask.size // 2
 
 
+@pytest.mark.once
 def test_apply_pruning_of_a_nested_model_zeroes_kernels_alone():
     model = nested_model()
     pruner = LotteryTicketPruner(model)
@@ -241,7 +250,14 @@ def give_momenta(model):
         momentum.assign(np.full(momentum.shape, 0.1))
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "name",
+    # On other backends one optimizer stands for those that are alike.
+    [
+        pytest.param(name, marks=pytest.mark.once if name in ("adamw", "ema_at_the_end") else ())
+        for name in OPTIMIZERS
+    ],
+)
 def test_pruned_weights_are_zero_after_every_batch_and_during_validation(name, data):
     x, y = data
     model = classifier(optimizer=OPTIMIZERS[name]())

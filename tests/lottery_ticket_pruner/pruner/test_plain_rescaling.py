@@ -99,6 +99,7 @@ def test_other_weights_put_in_after_a_training_are_rescaled_from_one():
         model.fit(X, Y, verbose=0, callbacks=[PrunerCallback(pruner)])
 
 
+@pytest.mark.once
 def test_a_loaded_pruner_tells_them_apart_too(tmp_path):
     model = network()
     pruner = LotteryTicketPruner(model)
@@ -118,6 +119,7 @@ def test_a_loaded_pruner_tells_them_apart_too(tmp_path):
             np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("convert", [lambda model: model, ml.convert_to_masked])
 def test_masks_are_found_by_layer_and_by_position_among_its_weights(convert):
     inner = keras.Sequential([layers.Dense(4, name="first"), layers.Dense(3, name="second")])

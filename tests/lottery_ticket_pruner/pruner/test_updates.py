@@ -67,6 +67,7 @@ def spoil(group):
     return group.initial
 
 
+@pytest.mark.once
 def test_a_model_with_nothing_to_prune_or_without_weights_is_an_error():
     nothing = keras.Sequential([keras.Input((6,)), layers.BatchNormalization()])
     with pytest.raises(ValueError, match="no prunable weight"):
@@ -75,6 +76,7 @@ def test_a_model_with_nothing_to_prune_or_without_weights_is_an_error():
         LotteryTicketPruner(keras.Sequential([layers.Dense(2)]))
 
 
+@pytest.mark.once
 def test_a_layer_that_cannot_be_pruned_is_left_as_it_is():
     @keras.saving.register_keras_serializable("test_pruner")
     class Shift(layers.Layer):
@@ -111,6 +113,7 @@ def test_update_masks_keeps_the_exact_count_of_the_largest():
         assert final[mask].min() > final[~mask].max()
 
 
+@pytest.mark.once
 def test_rates_by_pattern_scopes_and_functions():
     model, pruner = moved()
     report = pruner.update_masks(rate={"head": 0.1, "default": 0.2})
@@ -130,6 +133,7 @@ def test_rates_by_pattern_scopes_and_functions():
         assert initial[mask].max() < initial[~mask].min()
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -150,6 +154,7 @@ def test_wrong_arguments_are_errors_and_change_nothing(arguments, message):
     assert ml.sparsity_report(model).sparsity == 0
 
 
+@pytest.mark.once
 def test_a_missing_record_is_an_error():
     model = masked_model()
     with pytest.raises(ValueError, match="set_pretrained_weights"):
@@ -157,6 +162,7 @@ def test_a_missing_record_is_an_error():
     assert ml.sparsity_report(model).sparsity == 0
 
 
+@pytest.mark.once
 def test_a_rate_of_zero_is_a_no_op():
     model, pruner = moved()
     pruner.update_masks(rate=0.5)
@@ -249,6 +255,7 @@ def test_masks_updated_inside_fit_take_effect(data):
 # --- Around ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.once
 def test_records_updates_and_rewinds_are_logged(caplog):
     with caplog.at_level(logging.INFO, "lottery_ticket_pruner"):
         _, pruner = moved()
