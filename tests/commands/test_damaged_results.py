@@ -134,11 +134,11 @@ def test_damage_is_reported_and_nothing_is_done(place, capsys, name, damage, mes
 
 
 def test_overwrite_is_the_remedy_that_the_message_names(place):
-    folder = place("instability")
+    folder = place("supermask")
     (folder / "results.csv").write_text("replicate\n0")
-    assert cli.main([*COMMANDS["instability"], "--quiet", "--overwrite"]) == 0
-    assert len(pd.read_csv(folder / "results.csv")) == 2 * ROWS["instability"]
-    assert cli.main([*COMMANDS["instability"], "--quiet"]) == 0
+    assert cli.main([*COMMANDS["supermask"], "--quiet", "--overwrite"]) == 0
+    assert len(pd.read_csv(folder / "results.csv")) == 2 * ROWS["supermask"]
+    assert cli.main([*COMMANDS["supermask"], "--quiet"]) == 0
 
 
 @pytest.mark.parametrize("name", ["supermask", "instability"])

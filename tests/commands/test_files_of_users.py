@@ -92,7 +92,7 @@ def test_they_survive_the_run_that_replaces_another(here, capsys, name):
 
 
 def test_they_survive_a_repetition_and_a_resumed_run(here):
-    assert cli.main([*COMMANDS["run"], "--out", "out", "--quiet"]) == 0
+    assert cli.main([*COMMANDS["supermask"], "--out", "out", "--quiet"]) == 0
     put(here / "out")
     assert cli.main(["repeat", "out", "--quiet"]) == 0
     again = here / "out-again"
