@@ -16,7 +16,6 @@ spec.loader.exec_module(conversion)
 
 SMALLEST = {
     "convnext": "ConvNeXtTiny",
-    "densenet": "DenseNet121",
     "efficientnet_v2": "EfficientNetV2B0",
     "mobilenet_v3": "MobileNetV3Small",
     "resnet": "ResNet50",
@@ -25,9 +24,10 @@ SMALLEST = {
 }
 # Families of the same kinds of layers as one of these, or with more that have no weights.
 ALIKE = {
+    "densenet": "resnet",
     "efficientnet": "efficientnet_v2",
-    "inception_resnet_v2": "densenet",
-    "inception_v3": "densenet",
+    "inception_resnet_v2": "resnet",
+    "inception_v3": "resnet",
     "mobilenet": "mobilenet_v3",
     "mobilenet_v2": "mobilenet_v3",
     "nasnet": "xception",
