@@ -13,7 +13,7 @@ from masked_layers.maskable import raw_variable
 from masked_layers.paths import plain_class
 from masked_layers.shrinking import _keras_graph, kernel_rules  # noqa: F401 (fills RULES)
 from masked_layers.shrinking.channels import WHOLE, Call, CannotFollow, Channels, Flow
-from masked_layers.shrinking.rules import RULES, WITH_NUMBERS
+from masked_layers.shrinking.rules import MASKED_POSITIONS, RULES, WITH_NUMBERS
 
 OUTPUT = "an output of the model"
 NESTED = "a nested model called more than once: smaller inside, its inputs and outputs are whole"
@@ -96,7 +96,8 @@ def _through(
     """Follows channels through one graph, and returns those of its outputs."""
     flow.tensors.update(zip(map(id, graph.inputs), sources, strict=True))
     for operation, args, kwargs, outputs in _keras_graph.graph_calls(graph):
-        inputs = [x for x in keras.tree.flatten((args, kwargs)) if _is_tensor(x)]
+        arguments = keras.tree.flatten((args, _besides_mask(operation, kwargs)))
+        inputs = [x for x in arguments if _is_tensor(x)]
         inner = flow.graphs.get(id(operation))
         obstacle = obstacles.get(id(operation))
         if obstacle == NESTED and id(operation) not in flow.entered:
@@ -132,10 +133,12 @@ def _obstacles(flow: Flow) -> dict[int, str]:
         cls = plain_class(operation)
         obstacle = None
         if not (all(map(_is_tensor, tensors)) or cls in WITH_NUMBERS) or not all(
-            value is None or value is False for value in kwargs.values()
+            value is None or value is False for value in _besides_mask(operation, kwargs).values()
         ):
             obstacle = "called with arguments other than tensors"
-        elif any(_keras_graph.carries_mask(x) for x in tensors if _is_tensor(x)):
+        elif cls not in MASKED_POSITIONS and any(
+            _keras_graph.carries_mask(x) for x in tensors if _is_tensor(x)
+        ):
             obstacle = "its input carries a Keras mask"
         elif id(operation) in flow.graphs:
             # Another call may have met another obstacle: then it cannot be smaller inside either.
@@ -152,6 +155,12 @@ def _obstacles(flow: Flow) -> dict[int, str]:
         if obstacle:
             obstacles[id(operation)] = obstacle
     return obstacles
+
+
+def _besides_mask(operation: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Returns the arguments of a call without the Keras mask that a layer may be given."""
+    known = plain_class(operation) in MASKED_POSITIONS
+    return {name: value for name, value in kwargs.items() if not (known and name == "mask")}
 
 
 def _is_tensor(value: Any) -> bool:

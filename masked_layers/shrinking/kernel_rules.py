@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import keras
 import numpy as np
@@ -171,46 +172,78 @@ _GATES = {layers.SimpleRNN: 1, layers.GRU: 3, layers.LSTM: 4}
 @rule(*_GATES)
 def _recurrent(flow: Flow, call: Call) -> Channels:
     layer = call.operation
-    gates = _GATES[plain_class(layer)]
-    if len(call.inputs) > 1:
-        raise CannotFollow("it is given states")
-    if layer.stateful:
-        raise CannotFollow("it keeps its state from batch to batch")
-    if layer.return_state:
-        raise CannotFollow("it returns its states")
-    source = flow.channels(call, -1)
-    target = _recurrent_edit(flow, call, source, gates)
+    target = _units(flow, call, {"": layer}, ("units",))
     return target.with_constants(target.constants, 2 if layer.return_sequences else 1)
 
 
-def _recurrent_edit(flow: Flow, call: Call, source: Channels, gates: int) -> Channels:
-    """Opens the units of a recurrent layer: one is its column in each gate and its state."""
-    cell = call.operation.cell
-    units = cell.units
+@rule(layers.Bidirectional)
+def _bidirectional(flow: Flow, call: Call) -> Channels:
+    layer = call.operation
+    if layer.merge_mode not in ("concat", "sum", "ave", "mul"):
+        raise CannotFollow("its directions are two outputs")
+    parts = {"forward_layer.": layer.forward_layer, "backward_layer.": layer.backward_layer}
+    # Both directions have the same units, as one number in the config holds for both.
+    places = [(key, "config", "units") for key in ("layer", "backward_layer")]
+    config = layer.get_config()
+    target = _units(flow, call, parts, *(place for place in places if place[0] in config))
+    axis = 2 if layer.forward_layer.return_sequences else 1
+    repeats = 2 if layer.merge_mode == "concat" else 1
+    return Channels(axis, np.tile(target.slots, repeats), np.tile(target.constants, repeats))
+
+
+def _units(
+    flow: Flow, call: Call, parts: dict[str, Any], *widths: tuple[str | int, ...]
+) -> Channels:
+    """Opens the units of recurrent layers: one is its column in each gate and its state.
+
+    Args:
+        flow: The analysis.
+        call: The call of the layer.
+        parts: The layers that have these units, by the prefix of their attribute.
+        *widths: Places of their number in the config.
+    """
+    layers_inside = list(parts.values())
+    for layer in layers_inside:
+        if (gates := _GATES.get(plain_class(layer))) is None:
+            raise CannotFollow(f"class {plain_class(layer).__name__} inside it is not known")
+        functions = (layer.cell.activation, getattr(layer.cell, "recurrent_activation", None))
+        if any(f is not None and f not in ELEMENTWISE for f in functions):
+            raise CannotFollow(CUSTOM_ACTIVATION)
+        if layer.stateful:
+            raise CannotFollow("it keeps its state from batch to batch")
+        if layer.return_state:
+            raise CannotFollow("it returns its states")
+    if len(call.inputs) > 1:
+        raise CannotFollow("it is given states")
+    units = layers_inside[0].units
+    if any(layer.units != units for layer in layers_inside):
+        raise CannotFollow("its directions have different numbers of units")
+
+    source = flow.channels(call, -1)
     target = Channels(2, flow.new_slots(units), np.full(units, VARIES))
-    columns = Channels(1, np.tile(target.slots, gates), np.full(gates * units, VARIES))
-
-    def reads(kernel: keras.Variable) -> np.ndarray:
-        used = array(kernel) != 0
-        return used.reshape(len(used), gates, units).any(axis=1)
-
-    bias_axis = 0 if cell.bias is None else len(cell.bias.shape) - 1
-    weights = {
-        "cell.kernel": {0: source, 1: columns},
-        "cell.recurrent_kernel": {0: target, 1: columns},
-        "cell.bias": {bias_axis: columns},
-    }
-    # Inputs that are always zero can go; other constants enter every gate and stay.
+    # Inputs that are always zero can be removed; other constants enter every gate and stay.
     fixed = source.constants == 0
-    inputs = reads(cell.kernel) & ~fixed[:, None]
-    nothing = np.zeros(inputs.shape)
-    between = reads(cell.recurrent_kernel)
-    readers = (
-        Reader(source, target, inputs, nothing, fixed),
-        Reader(target, target, between, np.zeros(between.shape), np.zeros(units, bool)),
-    )
-    positions = call.inputs[0].shape[1]
-    flow.edit(call, Edit(weights, target, {("units",): target}, readers, positions))
+    weights: dict[str, dict[int, Channels]] = {}
+    readers = []
+    for prefix, layer in parts.items():
+        cell, gates = layer.cell, _GATES[plain_class(layer)]
+        columns = Channels(1, np.tile(target.slots, gates), np.full(gates * units, VARIES))
+        weights |= {
+            f"{prefix}cell.kernel": {0: source, 1: columns},
+            f"{prefix}cell.recurrent_kernel": {0: target, 1: columns},
+            f"{prefix}cell.bias": {0 if cell.bias is None else len(cell.bias.shape) - 1: columns},
+        }
+        inputs, between = (
+            (array(kernel) != 0).reshape(-1, gates, units).any(axis=1)
+            for kernel in (cell.kernel, cell.recurrent_kernel)
+        )
+        inputs &= ~fixed[:, None]
+        readers += [
+            Reader(source, target, inputs, np.zeros(inputs.shape), fixed),
+            Reader(target, target, between, np.zeros(between.shape), np.zeros(units, bool)),
+        ]
+    steps = call.inputs[0].shape[1]
+    flow.edit(call, Edit(weights, target, dict.fromkeys(widths, target), tuple(readers), steps))
     return target
 
 

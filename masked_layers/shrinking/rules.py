@@ -401,3 +401,18 @@ WITH_NUMBERS = {
     _keras_graph.MULTIPLY,
     _keras_graph.SUBTRACT,
 }
+
+# Layers whose inputs may carry a Keras mask: positions that it leaves out have the same channels.
+MASKED_POSITIONS = {
+    layers.Activation,
+    layers.BatchNormalization,
+    layers.Bidirectional,
+    layers.Dense,
+    layers.Dropout,
+    layers.GRU,
+    layers.GlobalAveragePooling1D,
+    layers.LSTM,
+    layers.ReLU,
+    layers.SimpleRNN,
+    layers.SpatialDropout1D,
+}

@@ -125,14 +125,14 @@ def shrink(
     compiled as the model is, with the optimizer's state of the weights that are left, so that
     training can go on.
 
-    Followed are Dense, convolutions (plain, depthwise, separable, transposed), BatchNormalization,
-    pooling, element-wise activations, dropout and noise, flatten, zero padding, cropping,
-    upsampling, concatenation, and additions and other element-wise merges, the latter both as
-    layers and as operators on symbolic tensors. Nested Sequential and Functional models shrink
-    inside. All other layers, grouped convolutions, layers with weights that are called more than
-    once, calls in training mode and tensors with a Keras mask stay whole on their inputs and
-    outputs: the report names them, and without `return_report` a warning does. A layer that several
-    nested models share becomes one of its own in each.
+    Channels are followed through Dense, convolutions (plain, depthwise, separable, transposed),
+    Embedding, SimpleRNN, GRU, LSTM and Bidirectional, BatchNormalization, pooling, element-wise
+    activations, dropout and noise, flatten, reshape and permute, zero padding, cropping,
+    upsampling, concatenation, additions and other element-wise merges, both as layers and as
+    operators on symbolic tensors, and through nested Sequential and Functional models. All other
+    layers, grouped convolutions, layers with weights that are called more than once, and calls in
+    training mode stay whole on their inputs and outputs: the report names them, and without
+    `return_report` a warning does.
 
     A constant other than zero that enters a zero-padded convolution is not constant at the border;
     such channels stay, and are reported. They are rare where biases are pruned with their filters.
@@ -266,6 +266,8 @@ def _write_widths(flow: Flow, edit: Edit, config: dict[str, Any]) -> None:
             if not isinstance(part[place], dict):
                 part[place] = list(part[place])
             part = part[place]
+            if isinstance(part, dict):
+                part.pop("build_config", None)  # that of the old shapes
         part[last] = int(flow.alive(channels).sum())
     if edit.readers and _shift(flow, edit.readers[0]).any():
         config["use_bias"] = True

@@ -52,6 +52,19 @@ def recurrent():
     return keras.Model(x, layers.Dense(2, name="last")(y))
 
 
+def text():
+    """Words of several lengths, read in both directions."""
+    x = keras.Input((7,), dtype="int32")
+    y = layers.Embedding(11, 6, mask_zero=True, name="words")(x)
+    y = layers.Bidirectional(layers.LSTM(4, return_sequences=True), name="both")(y)
+    y = layers.Dropout(0.5)(layers.Dense(5, "tanh", name="between")(y))
+    backward = layers.GRU(3, go_backwards=True, reset_after=False)
+    y = layers.Bidirectional(
+        layers.SimpleRNN(3), merge_mode="sum", backward_layer=backward, name="sum"
+    )(y)
+    return keras.Model(x, layers.Dense(2, name="last")(y))
+
+
 def nested():
     base = keras.Sequential(
         [
@@ -68,11 +81,12 @@ def nested():
     return keras.Model(x, layers.Dense(2, name="last")(layers.GlobalAveragePooling1D()(y)))
 
 
-MODELS = [squeeze_and_excite, residual, recurrent, nested]
+MODELS = [squeeze_and_excite, residual, recurrent, text, nested]
 FAMILIES = {
     "squeeze_and_excite": {("wide", "expand"): 8, ("reduce",): 2, ("narrow",): 5},
     "residual": {("stem", "out_0", "out_1"): 6, ("in_0",): 4, ("in_1",): 4},
     "recurrent": {("table",): 6, ("first",): 5, ("between",): 3, ("second",): 4, ("third",): 3},
+    "text": {("words",): 6, ("both",): 4, ("between",): 5, ("sum",): 3},
     "nested": {("before",): 4, ("base/one",): 5, ("base/two",): 6},
 }
 
