@@ -1,4 +1,4 @@
-"""Learned supermasks: train the masks over weights that stay as they were drawn."""
+"""Learns supermasks: trains the masks of a model over fixed weights."""
 
 import dataclasses
 import functools
@@ -19,16 +19,16 @@ WEIGHTS = ("initial", "signed_constant")
 
 @dataclasses.dataclass(frozen=True)
 class LearnedSupermask:
-    """A learned supermask and what it knows.
+    """A learned supermask and its results.
 
     Attributes:
-        model: the model with learned masks, as training left it.
-        supermask: the same masks as binary ones (`masked_layers.harden`), not sampled; compiled as
-            the model that was given.
-        samples: test metrics by name, and `sparsity`: an array with a value for each sampled mask;
-            for masks without chance one value. Empty without test data.
-        deterministic: test metrics of `supermask` by name. Empty without test data.
-        history: what the training saw.
+        model: The model with learned masks, as training left it.
+        supermask: The same masks as binary masks (`masked_layers.harden`), not sampled. Compiled
+            like the given model.
+        samples: Test metrics by name, and `sparsity`: arrays with a value for each sampled mask, or
+            a single value for deterministic masks. Empty without test data.
+        deterministic: Test metrics of `supermask` by name. Empty without test data.
+        history: History of the training.
     """
 
     model: keras.Model
@@ -57,39 +57,41 @@ def learn_supermask(
     deterministic: bool = False,
     on_progress: Callable[[int], object] | None = None,
 ) -> LearnedSupermask:
-    """Learns which of a model's weights to keep; all weights stay as they are.
+    """Learns which weights of a model to keep, while all weights stay fixed.
 
-    Those of layers without masks, too, such as the scales and offsets of normalization; their
-    statistics follow the data as in any training.
+    This includes weights of layers without masks, such as scales and offsets of normalization.
+    Their statistics are updated as in any training.
 
-    Under an `EdgePopupMask` of sparsity s the kernels are multiplied by 1 / sqrt(1 - s) first, as
-    Ramanujan et al. scale theirs (arXiv 1911.13299, section 3).
+    For an `EdgePopupMask` of sparsity s, the kernels are first multiplied by 1 / sqrt(1 - s), as in
+    the paper (Ramanujan et al., arXiv 1911.13299, section 3).
 
     Args:
-        model: compiled and plain; left untouched.
-        x: training inputs in memory: an array, or a list or dict of them.
-        y: training targets, likewise.
-        steps: optimiser steps.
-        mask: what `masked_layers.convert_to_masked` takes; a name stands for a mask with this
-            function's seed.
-        weights: `"initial"`, those that the model has; or `"signed_constant"`: sign(w) times the
-            standard deviation of w, per kernel. Ramanujan et al.'s are Kaiming-normal, or signed
-            constants of that deviation: for theirs, initialize with `he_normal`.
-        optimizer: by default the papers': SGD with momentum 0.9, for Bernoulli masks with learning
-            rate 100 (Zhou et al., arXiv 1905.01067, section 5), otherwise 0.1, decayed to 0 by a
-            cosine.
-        batch_size: examples per step.
-        samples: how many masks to sample for the test.
-        test_data: `(x, y)` for the metrics, None: not measured.
-        validation_data: `(x, y)` for `history`, None: not measured.
-        eval_every: steps between evaluations on the validation data; None: at the end only.
-        seed: of the order of the examples and of the samples in the test; of a mask given by name.
-        augment: as for `training.train`.
-        deterministic: as for `training.train`.
-        on_progress: called with the number of new steps done.
+        model: A compiled plain model. It is not changed.
+        x: Training inputs in memory: an array, or a list or dict of arrays.
+        y: Training targets, in one of the same forms.
+        steps: Number of optimizer steps.
+        mask: A mask or its name, as for `masked_layers.convert_to_masked`. A mask given by name
+            gets the seed of this function.
+        weights: `"initial"` for the weights of the model, or `"signed_constant"` for sign(w) times
+            the standard deviation of w, per kernel. Ramanujan et al. use Kaiming-normal weights, or
+            signed constants of the same deviation; to reproduce this, initialize with `he_normal`.
+        optimizer: An optimizer. By default that of the paper: SGD with momentum 0.9, with learning
+            rate 100 for Bernoulli masks (Zhou et al., arXiv 1905.01067, section 5), otherwise 0.1
+            decayed to 0 by a cosine.
+        batch_size: Number of examples per step.
+        samples: Number of masks to sample for the test.
+        test_data: Data `(x, y)` for the test metrics. None to skip them.
+        validation_data: Data `(x, y)` for `history`. None to skip it.
+        eval_every: Number of steps between evaluations on the validation data. None to evaluate
+            only at the end.
+        seed: Seed for the order of the examples, the samples in the test, and a mask given by name.
+        augment: Augmentation of the inputs of each batch, as in `training.train`.
+        deterministic: Whether to choose between the compiled loop and `fit` by the model alone, and
+            never by the clock.
+        on_progress: Function that is called with the number of new steps.
 
     Raises:
-        ValueError: the model is not compiled or is masked already, or an argument is wrong.
+        ValueError: If the model is not compiled or is already masked, or an argument is not valid.
     """
     plan = LearningPlan(
         training=TrainingPlan(
@@ -114,7 +116,7 @@ class LearningPlan:
     """How to learn a supermask: arguments of `learn_supermask`.
 
     Raises:
-        ValueError: If a name is unknown, a number out of its range, or the mask is not learned.
+        ValueError: If a name is unknown, a number is out of range, or the mask is not learned.
     """
 
     training: TrainingPlan
@@ -130,11 +132,11 @@ class LearningPlan:
             )
         _check_samples(self.samples)
         if not self.prototype.learned:
-            raise ValueError(f"`mask` must be a learned one. Received: mask={self.mask!r}")
+            raise ValueError(f"`mask` must be a learned mask. Received: mask={self.mask!r}")
 
     @functools.cached_property
     def prototype(self) -> ml.LearnedMask:
-        """The mask that those of all weights are made after."""
+        """Mask that is copied for each weight."""
         prototype = learned.get(self.mask)
         if isinstance(self.mask, str):
             prototype.seed = self.training.seed
@@ -150,19 +152,19 @@ def learn_by_plan(
     validation_data: tuple[training.Arrays, training.Arrays] | None = None,
     listeners: Listeners | None = None,
 ) -> LearnedSupermask:
-    """Does what `learn_supermask` does, with its arguments as a plan.
+    """Learns a supermask like `learn_supermask`, with the arguments as a plan.
 
     Args:
-        model: As in `learn_supermask`.
-        x: As in `learn_supermask`.
-        y: As in `learn_supermask`.
-        plan: How.
-        test_data: As in `learn_supermask`.
-        validation_data: As in `learn_supermask`.
-        listeners: Who is told of the training.
+        model: A compiled plain model. It is not changed.
+        x: Training inputs.
+        y: Training targets.
+        plan: The plan.
+        test_data: Data `(x, y)` for the test metrics, or None.
+        validation_data: Data `(x, y)` for the history, or None.
+        listeners: Functions to call during the training.
 
     Raises:
-        ValueError: As in `learn_supermask`.
+        ValueError: If the model is not compiled or is already masked, or an argument is not valid.
     """
     if not getattr(model, "compiled", False):
         raise ValueError(f"{model.name} is not compiled: call compile() before learn_supermask().")
@@ -176,7 +178,7 @@ def learn_by_plan(
     copying.compile_with(model, optimizer)
     history = training.train_by_plan(model, examples, plan.training, validation, listeners)
     supermask, sampled, results = ml.harden(model), {}, {}
-    # Only learning froze them, and its rate is for scores.
+    # Weights were frozen only for learning, and the learning rate was for scores.
     paths = {variable.path for variable in others}
     _set_trainable([v for v in supermask.variables if v.path in paths], True)
     copying.compile_with(supermask, own_optimizer)
@@ -192,10 +194,10 @@ def learn_by_plan(
 
 
 def _withhold_weights(model: keras.Model, plan: LearningPlan) -> list[keras.Variable]:
-    """Gives masked weights the values of the plan, and leaves scores alone to be trained.
+    """Sets masked weights to the values of the plan, and freezes everything except scores.
 
     Returns:
-        The variables that were trainable until now.
+        The variables that were trainable before.
     """
     scale = 1.0
     if isinstance(plan.prototype, ml.EdgePopupMask):
@@ -225,24 +227,24 @@ def evaluate_sampled(
     samples: int = 10,
     seed: int = 0,
 ) -> dict[str, np.ndarray]:
-    """Metrics of sampled masks, each over the whole data set: by name, a value for each mask.
+    """Returns metrics of sampled masks over the whole data set: by name, with a value per mask.
 
-    With them, as `sparsity`, the share of weights that each mask prunes. Of weights whose scores
-    never get a gradient the samples keep about a half, while `harden` keeps all.
+    They include `sparsity`, the share of weights that each mask prunes. Of weights whose scores
+    never get a gradient, samples keep about a half, while `harden` keeps all.
 
-    The mean of the accuracies is Zhou et al.'s accuracy of a learned supermask; it is not the
-    accuracy of an averaged prediction, nor that of a new mask for every batch. The model is left as
-    it was.
+    The mean of the accuracies is Zhou et al.'s accuracy of a learned supermask. It is neither the
+    accuracy of an averaged prediction nor that of a new mask for every batch. The model is left
+    unchanged.
 
     Args:
-        model: compiled, with learned masks.
-        x: inputs.
-        y: targets.
-        samples: how many masks, at least 1.
-        seed: of the samples.
+        model: A compiled model with learned masks.
+        x: Inputs.
+        y: Targets.
+        samples: Number of masks, at least 1.
+        seed: Seed of the samples.
 
     Raises:
-        ValueError: the model has no learned mask, or `samples` is less than 1.
+        ValueError: If the model has no learned mask, or `samples` is less than 1.
     """
     _check_samples(samples)
     hardened = ml.harden(model)

@@ -1,4 +1,4 @@
-"""Plans of a search: how it prunes, which controls it trains, and how all of them train."""
+"""Plans of a ticket search: how it prunes, which controls it trains, and how all of them train."""
 
 import dataclasses
 import functools
@@ -14,7 +14,7 @@ from lottery_ticket_pruner.fingerprints import description, identity
 CONTROLS = ("random_reinit", "reinit_same_sign", "random_mask", "reshuffled_mask")
 RETRAINING = ("weight_rewinding", "learning_rate_rewinding", "fine_tuning")
 
-# Fields of a training that change no result of a search.
+# Fields of a training that do not affect the results of a search.
 _NO_MATTER = ("deterministic", "validation_batch_size")
 
 Share = float | Mapping[str, float]
@@ -26,8 +26,8 @@ class PruningPlan:
     """How a search prunes and what its ticket trains from: arguments of `tickets.find_ticket`.
 
     Raises:
-        ValueError: If a name is unknown, both a rate and a sparsity are given, or the kind of
-            retraining leaves no place for the treatment of kept weights.
+        ValueError: If a name is unknown, both a rate and a sparsity are given, or the treatment of
+            kept weights contradicts the kind of retraining.
     """
 
     rounds: int
@@ -52,25 +52,25 @@ class PruningPlan:
             raise ValueError(
                 f"`retraining` must be one of {RETRAINING}. Received: {self.retraining!r}"
             )
-        _ = self.criterion, self.kept_treatment, self.pruned_treatment  # An error is at the door.
+        _ = self.criterion, self.kept_treatment, self.pruned_treatment  # Raises errors early.
 
     @functools.cached_property
     def criterion(self) -> criteria.Criterion:
-        """The criterion that `strategy` stands for."""
+        """Criterion resolved from `strategy`."""
         return criteria.get(self.strategy)
 
     @functools.cached_property
     def kept_treatment(self) -> treatments.Treatment[[treatments.Kernel]]:
-        """The treatment of the ticket's kept weights."""
+        """Treatment of the ticket's kept weights."""
         return kept_under(self.retraining, self.kept)
 
     @functools.cached_property
     def pruned_treatment(self) -> treatments.Treatment[[treatments.Kernel, np.ndarray]]:
-        """The treatment of the ticket's pruned weights."""
+        """Treatment of the ticket's pruned weights."""
         return treatments.get_pruned(self.pruned)
 
     def amount(self, number: int) -> dict[str, Share]:
-        """Returns the rate or the sparsity of a round, as `update_masks` takes it."""
+        """Returns the rate or the sparsity of a round as an argument of `update_masks`."""
         sparsity, progress = self.sparsity, number / self.rounds
         if sparsity is None:
             return {"rate": 0.2 if self.rate is None else self.rate}
@@ -95,7 +95,7 @@ class ControlPlan:
         known = not isinstance(controls, str) and set(controls) <= set(CONTROLS)
         if not known or len(set(controls)) < len(controls):
             raise ValueError(
-                f"`controls` must be a list of some of {CONTROLS}, each once. Received: "
+                f"`controls` must be a list of names from {CONTROLS}, each once. Received: "
                 f"{controls!r}"
             )
 
@@ -107,16 +107,16 @@ class ControlPlan:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SearchPlan:
-    """All that decides what comes of a search, but for the model and the data.
+    """Everything that determines the results of a search, except for the model and the data.
 
     Args:
-        training: Of a full run; its seed is that of everything random in the search.
-        pruning: Rounds, criterion, amounts and rewinding.
-        control: The controls.
-        replicate: Goes into the rows as it is.
+        training: Plan of a full training. Its seed is that of the whole search.
+        pruning: Plan of rounds, criterion, amounts and rewinding.
+        control: Plan of the controls.
+        replicate: Value of the `replicate` column of the rows.
 
     Raises:
-        ValueError: If a number is out of its range.
+        ValueError: If a number is out of range.
     """
 
     training: training.TrainingPlan
@@ -134,10 +134,10 @@ class SearchPlan:
         control_rounds, seed = self.control.control_rounds, self.seed
         if control_rounds is not None and not set(control_rounds) <= set(range(1, rounds + 1)):
             raise ValueError(
-                f"`control_rounds` must be out of 1 to {rounds}. Received: {control_rounds!r}"
+                f"`control_rounds` must be from 1 to {rounds}. Received: {control_rounds!r}"
             )
         if not checks.is_integer(seed) or seed < 0:
-            raise ValueError(f"`seed` must be an integer and not negative. Received: {seed!r}.")
+            raise ValueError(f"`seed` must be a non-negative integer. Received: {seed!r}.")
 
     @property
     def seed(self) -> int:
@@ -146,11 +146,11 @@ class SearchPlan:
 
     @property
     def steps_after_rewinding(self) -> int:
-        """Steps of every training from the rewinding point on."""
+        """Number of steps of every training from the rewinding point on."""
         return self.training.steps - self.pruning.rewind_to
 
     def arguments(self) -> dict[str, Any]:
-        """Returns what decides the results, in JSON's types and by the names of `find_ticket`."""
+        """Returns the arguments of `find_ticket` that determine the results, as JSON data."""
         values = _fields(self.training) | _fields(self.pruning) | _fields(self.control)
         rounds = self.control.control_rounds
         return {name: value for name, value in values.items() if name not in _NO_MATTER} | {
@@ -165,7 +165,7 @@ class SearchPlan:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Listeners:
-    """Who is told of a search while it goes on: arguments of `tickets.find_ticket`."""
+    """Functions that are called during a search: arguments of `tickets.find_ticket`."""
 
     on_result: Callable[[dict[str, Any]], object] | None = None
     on_evaluation: Callable[[dict[str, Any]], object] | None = None
@@ -173,12 +173,12 @@ class Listeners:
 
 
 def taken(kind: type[Plan], options: Any, **others: Any) -> Plan:
-    """Makes a plan of the options of a configuration that have the names of its fields.
+    """Creates a plan from those options of a configuration that have the names of its fields.
 
     Args:
-        kind: The class of the plan, a dataclass.
-        options: Has fields of some of these names.
-        **others: Fields of the plan that are not taken from there.
+        kind: Class of the plan, a dataclass.
+        options: Object with some of these fields as attributes.
+        **others: All other fields of the plan.
     """
     names = inspect.signature(kind).parameters
     there = {name: getattr(options, name) for name in names if hasattr(options, name)}
@@ -186,10 +186,10 @@ def taken(kind: type[Plan], options: Any, **others: Any) -> Plan:
 
 
 def kept_under(retraining: str, kept: Any) -> treatments.Treatment[[treatments.Kernel]]:
-    """Returns the treatment of kept weights that a kind of retraining leads to.
+    """Returns the treatment of kept weights for a kind of retraining.
 
     Raises:
-        ValueError: If there is no such treatment, or the two contradict each other.
+        ValueError: If the treatment is unknown, or contradicts the kind of retraining.
     """
     treatment = treatments.get_kept(kept)
     if retraining == "weight_rewinding":

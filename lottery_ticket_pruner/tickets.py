@@ -1,4 +1,4 @@
-"""Iterative pruning with rewinding: a lottery ticket and the controls it has to beat."""
+"""Iterative pruning with rewinding: finds lottery tickets, and trains controls for comparison."""
 
 import contextlib
 import dataclasses
@@ -49,25 +49,25 @@ __all__ = [
 ]
 
 _logger = logging.getLogger(__name__)
-# Of what is drawn here, see `randomness`.
+# Purpose of random numbers drawn here; see `randomness`.
 _PURPOSE = "arms of a search"
 
 
 @dataclasses.dataclass(frozen=True)
 class TicketResult:
-    """A ticket and how it was found.
+    """A ticket, and how it was found.
 
     Attributes:
-        ticket: the masked model, holding the masks of the last round and the weights trained
-            under them. `ticket.set_weights(initial_weights)` makes it the untrained ticket:
+        ticket: The masked model, with the masks of the last round and the weights trained under
+            them. `ticket.set_weights(initial_weights)` turns it into the untrained ticket, because
             weights do not include masks.
-        initial_weights: what every round was rewound to, as `get_weights` gives it.
-        masks: the masks after each round, by weight path; `masks[0]` are all ones.
-        rows: one dict per round and arm, in the order they were trained: `round`, `arm`
+        initial_weights: Weights that every round was rewound to, in the order of `get_weights`.
+        masks: Masks after each round, by weight path. `masks[0]` are all ones.
+        rows: One dict per round and arm, in the order they were trained: `round`, `arm`
             (`"dense"` in round 0, then `"ticket"` and the controls), `replicate`, `sparsity` (the
             share of pruned weights), `test_<metric>` for each compiled metric and the loss (at
             the end of training), `validation_loss` (its minimum), `early_stop_step` (the step of
-            that minimum, found afterwards), `seconds`. Ready for `pandas.DataFrame(rows)`.
+            this minimum, found afterwards), `seconds`. Ready for `pandas.DataFrame(rows)`.
     """
 
     ticket: keras.Model
@@ -106,86 +106,88 @@ def find_ticket(
     on_evaluation: Callable[[dict[str, Any]], None] | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> TicketResult:
-    """Train, prune and rewind for a number of rounds, next to controls at the same sparsity.
+    """Trains, prunes and rewinds a model for a number of rounds, and trains controls.
 
-    The dense model trains for `steps` steps; its weights after `rewind_to` of them are the
-    rewinding point. Every round then updates the masks from the weights trained last, brings all
-    weights and the optimiser back to the rewinding point, and trains the remaining `steps -
-    rewind_to` steps under the masks (Frankle & Carbin, arXiv 1803.03635; rewinding later than
-    step 0: Frankle et al., arXiv 1912.05671). `retraining` has two alternatives to that (Renda et
-    al., arXiv 2003.02389): with `"learning_rate_rewinding"` the trained weights stay and only the
-    optimiser goes back; with `"fine_tuning"` they stay and train on at the last learning rate.
+    The dense model is trained for `steps` steps. Its weights after `rewind_to` steps are the
+    rewinding point. Every round then updates the masks by the weights trained last, resets all
+    weights and the optimizer to the rewinding point, and trains the remaining `steps - rewind_to`
+    steps under the masks (Frankle & Carbin, arXiv 1803.03635; for rewinding later than step 0:
+    Frankle et al., arXiv 1912.05671). `retraining` offers two alternatives (Renda et al., arXiv
+    2003.02389): with `"learning_rate_rewinding"`, the trained weights are kept and only the
+    optimizer is reset; with `"fine_tuning"`, they are kept and trained at the last learning rate.
 
-    Controls train as long under as many weights from the rewinding point:
+    Controls have the same sparsity and number of steps, and start from the rewinding point:
 
-    - `"random_reinit"` keeps the ticket's masks and draws the weights afresh from each layer's own
-      initialiser (the rest starts from step 0); `"reinit_same_sign"` gives them the signs that
-      they had at step 0;
-    - `"random_mask"` keeps the weights and takes a random mask: as many in each layer, or with
-      global scope as many in all; `"reshuffled_mask"` always keeps the number in each layer.
+    - `"random_reinit"` keeps the ticket's masks and draws new weights from each layer's own
+      initializer (all other weights start from step 0). `"reinit_same_sign"` also gives them the
+      signs of step 0.
+    - `"random_mask"` keeps the weights and draws a random mask, with the same number of weights in
+      each layer, or in the whole model with global scope. `"reshuffled_mask"` always keeps the
+      number in each layer.
 
-    The order of the examples and what dropout draws are functions of `seed`, arm and round alone,
-    so an arm's result does not depend on which other arms run (on torch give dropout layers a
-    seed: without one Keras draws from torch's global generator). All of them share one model,
-    whose values are reassigned: nothing is compiled twice.
+    The order of the examples and the random numbers of dropout depend only on `seed`, arm and
+    round, so the results of an arm do not depend on the other arms. (On torch, give dropout layers
+    a seed: without one, Keras draws from torch's global generator.) All arms share one model, whose
+    values are reassigned, so nothing is compiled twice.
 
     Args:
-        model: compiled. A plain one is left untouched: a masked copy is trained. One that is
-            masked already is trained itself, from dense masks on, so that several calls can
-            share its compiled functions. Either way the optimizer starts afresh, a learning-rate
-            schedule at step 0.
-        x: training inputs in memory: an array, or a list or dict of them. Or inputs and targets
+        model: A compiled model. If it is plain, it is not changed, and a masked copy is trained. If
+            it is masked, it is trained itself, starting with dense masks, so that several calls can
+            share its compiled functions. In both cases the optimizer is reset, and a learning-rate
+            schedule starts at step 0.
+        x: Training inputs in memory: an array, or a list or dict of arrays. Or inputs and targets
             together as a finite `tf.data.Dataset`, a `keras.utils.PyDataset` or a torch
             `DataLoader` of batches, which is read into memory once (see `training.arrays_of`).
-        y: training targets, likewise; None beside such a data set, or for a model that has its
-            loss from elsewhere.
-        rounds: rounds of pruning after the dense run, at least 1.
-        steps: optimiser steps of a full run.
-        batch_size: examples per step.
-        rate: share of alive weights that each round drops, or a mapping of patterns to shares,
-            see `LotteryTicketPruner.update_masks`. Default 0.2, unless `sparsity` is given.
-        sparsity: instead of `rate`: the share of pruned weights after the last round, reached in
-            rounds of equal rates; also as a mapping.
-        strategy: the pruning criterion. One of gradients or activations looks at `x` and `y`, all
-            of them, with the weights trained last. One for models that are yet to be trained
-            (`snip`, `grasp`, `synflow`) ranks those of the rewinding point under the masks of the
-            round before; with one round that is pruning at initialization.
-        scope: who competes, the criterion's own default if None.
-        rewind_to: the step to rewind to, 0 <= rewind_to < steps.
-        retraining: one of `RETRAINING`: what the ticket trains from after pruning.
-        kept: the treatment of the ticket's kept weights, see `treatments`: what stands in for the
-            rewound ones in weight rewinding.
-        pruned: the treatment of its pruned weights.
-        controls: which of `CONTROLS` to train.
-        control_rounds: the rounds to train them in, None: in every one.
-        validation_data: `(x, y)` or a data set for the early-stop step, None: not measured.
-        test_data: `(x, y)` or a data set for the metrics, None: not measured.
-        eval_every: steps between evaluations on the validation data; None: at the end, and at the
-            rewinding point.
-        seed: of everything random here; not of the initial weights, which are the model's.
-        replicate: goes into the rows as it is.
-        augment: What happens to the inputs of each batch, as in `training.train`.
+        y: Training targets as arrays. None for such a data set, or if the model adds its loss
+            itself.
+        rounds: Number of pruning rounds after the dense run, at least 1.
+        steps: Number of optimizer steps of a full run.
+        batch_size: Number of examples per step.
+        rate: Share of the kept weights that each round prunes, or a mapping from patterns to
+            shares, as in `LotteryTicketPruner.update_masks`. Default 0.2, unless `sparsity` is
+            given.
+        sparsity: Share of pruned weights after the last round, reached in rounds of equal rates.
+            Replaces `rate`, and may also be a mapping.
+        strategy: The pruning criterion. Criteria of gradients or activations use all of `x` and
+            `y`, with the weights trained last. Criteria for pruning at initialization (`snip`,
+            `grasp`, `synflow`) rank the weights of the rewinding point under the masks of the
+            previous round; with one round, this is pruning at initialization.
+        scope: Weights that are ranked together. None for the default of the criterion.
+        rewind_to: The step to rewind to, 0 <= rewind_to < steps.
+        retraining: One of `RETRAINING`: what the ticket is trained from after pruning.
+        kept: Treatment of the ticket's kept weights (see `treatments`), which replaces rewinding
+            them.
+        pruned: Treatment of the ticket's pruned weights.
+        controls: Names from `CONTROLS` of the controls to train.
+        control_rounds: Rounds in which controls are trained. None for all rounds.
+        validation_data: Data `(x, y)` or a data set for the early-stop step. None to skip it.
+        test_data: Data `(x, y)` or a data set for the test metrics. None to skip them.
+        eval_every: Number of steps between evaluations on the validation data. None to evaluate
+            only at the end and at the rewinding point.
+        seed: Seed of everything random, except for the initial weights of the model.
+        replicate: Value of the `replicate` column of the rows.
+        augment: Augmentation of the inputs of each batch, as in `training.train`.
         deterministic: Whether to choose between the compiled loop and `fit` by the model alone,
             and never by the clock.
-        checkpoint: folder for the state after every round. Where it holds that of an earlier call
-            with the same arguments, initial weights, data, optimizer and loss, the work goes on
-            from there, with the same results as without the interruption; it replays what it knows
-            to the callbacks. The masks of each round stay there as `masks-<round>.npz` (see
-            `masked_layers.load_masks`). No other process can work in the folder meanwhile.
-        on_result: called with each row as soon as it is known.
-        on_evaluation: called after each look at the validation data, while an arm trains, with a
-            dict: `round`, `arm`, `replicate`, `step` and `validation_<metric>` for the loss and
-            each compiled metric.
-        on_progress: called with the number of new steps done.
+        checkpoint: Folder for the state after every round. If it contains the state of an earlier
+            call with the same arguments, initial weights, data, optimizer and loss, the search is
+            resumed, with the same results as without the interruption. Known results are passed to
+            the callbacks again. The masks of each round stay there as `masks-<round>.npz` (see
+            `masked_layers.load_masks`). Other processes cannot use the folder in the meantime.
+        on_result: Function that is called with each row as soon as it is known.
+        on_evaluation: Function that is called after each evaluation on the validation data during
+            training, with a dict: `round`, `arm`, `replicate`, `step` and `validation_<metric>` for
+            the loss and each compiled metric.
+        on_progress: Function that is called with the number of new steps.
 
     Raises:
-        ValueError: a number out of its range, both of `rate` and `sparsity`, an unknown control,
-            a model that is not compiled, a weight to draw again that has no initialiser, a
-            checkpoint of something else, targets that the loss does not take, data to validate or
-            test on that the model does not take, and whatever `update_masks` or
-            `training.arrays_of` refuses. No step was trained then.
-        OSError: the folder of the checkpoint is in use by another process (a `FolderInUseError`),
-            is removed meanwhile, or cannot be written.
+        ValueError: If the model is not compiled, a number is out of range, both `rate` and
+            `sparsity` are given, a control is unknown, a weight to be reinitialized has no
+            initializer, the checkpoint belongs to another search, the targets do not fit the loss,
+            the validation or test data does not fit the model, or `update_masks` or
+            `training.arrays_of` refuses an argument. In that case no step is trained.
+        OSError: If the folder of the checkpoint is in use by another process (a
+            `FolderInUseError`), is removed in the meantime, or cannot be written.
     """
     return search(
         model,
@@ -220,12 +222,12 @@ def find_ticket(
 
 @dataclasses.dataclass(frozen=True)
 class SearchData:
-    """The data of a search, of any kind that `find_ticket` takes.
+    """The data of a search, in any form that `find_ticket` accepts.
 
     Attributes:
-        train: Inputs and targets to train on.
+        train: Training inputs and targets.
         validation: Inputs and targets for the early-stop step, or None.
-        test: Inputs and targets for the metrics, or None.
+        test: Inputs and targets for the test metrics, or None.
     """
 
     train: tuple[Any, Any]
@@ -236,7 +238,7 @@ class SearchData:
         """Returns the same data as arrays.
 
         Raises:
-            ValueError: If they cannot be read, or the model's loss needs targets.
+            ValueError: If the data cannot be read, or targets that the loss needs are missing.
         """
         x, y = self.train
         data = SearchData(arrays_of(x, y), pair_of(self.validation), pair_of(self.test))
@@ -256,18 +258,18 @@ def search(
     listeners: Listeners | None = None,
     checkpoint: str | os.PathLike | None = None,
 ) -> TicketResult:
-    """Does what `find_ticket` does, with its arguments as plans.
+    """Finds a ticket like `find_ticket`, with the arguments as plans.
 
     Args:
-        model: As in `find_ticket`.
-        data: To train, validate and test on.
-        plan: How.
-        listeners: Who is told of it.
-        checkpoint: As in `find_ticket`.
+        model: A compiled model, plain or masked.
+        data: Data for training, validation and test.
+        plan: The plan.
+        listeners: Functions to call during the search.
+        checkpoint: Folder for the state after every round, or None.
 
     Raises:
-        ValueError: As in `find_ticket`.
-        OSError: As in `find_ticket`.
+        ValueError: If an argument is not valid, as in `find_ticket`.
+        OSError: If the folder of the checkpoint is in use or cannot be written.
     """
     if not getattr(model, "compiled", False):
         raise ValueError(f"{model.name} is not compiled: call compile() before find_ticket().")
@@ -283,7 +285,7 @@ def search(
     saved = None if checkpoint is None else Checkpoint(Path(checkpoint), under_way.arguments())
     if saved is not None and saved.unidentified and not saved.exists():
         warn_outside(
-            f"No search can go on from the checkpoint in {checkpoint}. "
+            f"The search cannot be resumed from the checkpoint in {checkpoint}. "
             + " ".join(saved.unidentified),
             "lottery_ticket_pruner",
         )
@@ -302,11 +304,11 @@ def train_to_rewinding_point(
     """Trains a dense model to the rewinding point of all searches with the plan's seed.
 
     Args:
-        model: Compiled, with the initial weights and a fresh optimizer.
-        examples: To train on.
-        plan: Of the steps up to the rewinding point; its seed is that of the search.
-        validation: To evaluate on, or None.
-        listeners: Who is told of it.
+        model: A compiled model with the initial weights and a fresh optimizer.
+        examples: Examples to train on.
+        plan: Training plan up to the rewinding point, with the seed of the search.
+        validation: Examples to evaluate on, or None.
+        listeners: Functions to call during the training.
     """
     stretch = ("dense", 0, "to the rewinding point")
     return _train_stretch(model, examples, plan, stretch, validation, listeners)
@@ -314,15 +316,15 @@ def train_to_rewinding_point(
 
 @dataclasses.dataclass
 class TicketSearch:
-    """A search under way: what it was asked to do, and what came of it so far.
+    """A running search: its plan and data, and its results so far.
 
     Args:
         model: The masked model that is trained.
-        data: In memory.
-        examples: Those to train on.
-        validation: Those to validate on, or None.
-        plan: How.
-        listeners: Who is told of it.
+        data: The data in memory.
+        examples: Examples to train on.
+        validation: Examples to evaluate on, or None.
+        plan: The plan.
+        listeners: Functions to call during the search.
     """
 
     model: keras.Model
@@ -333,7 +335,7 @@ class TicketSearch:
     listeners: Listeners
 
     def __post_init__(self) -> None:
-        # Of a model that was trained before, the schedule would be at its end.
+        # In a model that was trained before, the schedule would be at its end.
         ml.sync(self.model)
         optimizers.start_over(self.model.optimizer)
         self.pruner = LotteryTicketPruner(self.model)
@@ -344,11 +346,11 @@ class TicketSearch:
 
     @property
     def round(self) -> int:
-        """The round under way, or done last."""
+        """The current round, or the last one that is complete."""
         return len(self.masks) - 1
 
     def rehearse(self) -> None:
-        """Refuses what cannot be pruned or drawn, before anything is trained."""
+        """Raises the errors of pruning and reinitializing before anything is trained."""
         self.pruner.reset_masks()
         self.pruner.set_pretrained_weights()
         with notices.rehearsal():
@@ -359,7 +361,7 @@ class TicketSearch:
         self.pruner.rewind()
 
     def arguments(self) -> dict[str, Any]:
-        """Returns all that decides what comes of the search, in JSON's types."""
+        """Returns everything that determines the results of the search, as JSON data."""
         return self.plan.arguments() | {
             "optimizer": description(self.model.optimizer),
             "loss": description(self.model.loss),
@@ -372,7 +374,7 @@ class TicketSearch:
         }
 
     def resume(self, saved: Checkpoint) -> None:
-        """Takes up the state after the last round that was saved, and shows what is known."""
+        """Restores the state after the last saved round, and reports its results."""
         self.pruner, self.masks, rows, evaluations = saved.load(self.model)
         self._progress(self.plan.pruning.rewind_to)
         for row in rows:
@@ -382,7 +384,7 @@ class TicketSearch:
             ml.set_masks(self.model, self.masks[row["round"]])
             self._show(row)
             self._progress(self.plan.steps_after_rewinding)
-        _logger.info("Going on after round %d.", self.round)
+        _logger.info("Resuming after round %d.", self.round)
 
     def save(self, saved: Checkpoint | None) -> None:
         """Records the trained weights, and writes the state after this round."""
@@ -391,7 +393,7 @@ class TicketSearch:
             saved.save(self.pruner, self.round, self.rows, self.evaluations)
 
     def dense(self) -> None:
-        """Trains the dense model, by way of the rewinding point."""
+        """Trains the dense model, and records the rewinding point on the way."""
         self.masks.append(ml.get_masks(self.model))
         point = self.plan.pruning.rewind_to
         before = train_to_rewinding_point(
@@ -406,7 +408,7 @@ class TicketSearch:
         self._measure("dense", before)
 
     def run(self, saved: Checkpoint | None) -> None:
-        """Does all rounds, or those after the last one that was saved."""
+        """Executes all rounds, or those after the last saved one."""
         if saved is not None and saved.exists():
             self.resume(saved)
         else:
@@ -420,7 +422,7 @@ class TicketSearch:
             self.save(saved)
 
     def prune(self) -> None:
-        """Begins a round: new masks from the weights trained last, or from the initial ones."""
+        """Starts a round: computes new masks from the weights trained last, or initial ones."""
         if self.plan.pruning.criterion.at_initialization:
             self.pruner.rewind(optimizer=False)
         number = self.round + 1
@@ -428,7 +430,7 @@ class TicketSearch:
         self.masks.append(ml.get_masks(self.model))
 
     def control(self, arm: str) -> None:
-        """Trains a control of this round; the model has the round's masks again afterwards."""
+        """Trains a control of this round, and restores the masks of the round afterwards."""
         self.pruner.treat()
         parts = (self.seed, arm, self.round)
         if arm in ("random_reinit", "reinit_same_sign"):
@@ -443,7 +445,7 @@ class TicketSearch:
         ml.set_masks(self.model, self.masks[-1])
 
     def ticket(self) -> None:
-        """Trains the ticket of this round: last, so that the model holds it in the end."""
+        """Trains the ticket of this round, as the last arm, so that the model ends with it."""
         pruning = self.plan.pruning
         seed = randomness.integer(_PURPOSE, self.seed, "treatment", self.round)
         self.pruner.treat(pruning.kept_treatment, pruning.pruned_treatment, seed=seed)
@@ -457,9 +459,9 @@ class TicketSearch:
         return TicketResult(self.model, initial_weights, self.masks, self.rows)
 
     def _measure(self, arm: str, before: training.History | None = None) -> None:
-        """Trains an arm of this round from the rewinding point on, and shows how it did.
+        """Trains an arm of this round from the rewinding point on, and reports its results.
 
-        Its validation begins with what it saw `before`.
+        Its validation history begins with the results in `before`.
         """
         point = self.plan.pruning.rewind_to
         history = _train_stretch(
@@ -488,7 +490,7 @@ class TicketSearch:
 
     @property
     def seed(self) -> int:
-        """The seed of everything random in the search."""
+        """Seed of everything random in the search."""
         return self.plan.seed
 
     def _place(self, arm: str) -> dict[str, Any]:
@@ -505,7 +507,7 @@ class TicketSearch:
         )
 
     def _listeners(self, arm: str, after: int = 0) -> training.Listeners:
-        """Returns who is told of a stretch of training that begins `after` so many steps."""
+        """Returns the listeners of a stretch of training that begins after `after` steps."""
         place = self._place(arm)
         return training.Listeners(
             on_progress=self._progress,
@@ -530,7 +532,7 @@ class TicketSearch:
 
 
 def _named(data: str, results: Mapping[str, Any]) -> dict[str, Any]:
-    """Results on some data as numbers, or lists of numbers, for a row."""
+    """Returns results on some data as numbers or lists of numbers, for a row."""
     return {f"{data}_{name}": np.asarray(value).tolist() for name, value in results.items()}
 
 
@@ -542,9 +544,9 @@ def _train_stretch(
     validation: Examples | None,
     listeners: training.Listeners | None,
 ) -> training.History:
-    """Trains a stretch of a search, told apart by its arm, its round and its stage.
+    """Trains a stretch of a search, which is identified by its arm, its round and its stage.
 
-    What is drawn in it follows from these and the plan's seed alone.
+    All random numbers in it depend only on these and on the plan's seed.
     """
     parts = (plan.seed, *stretch)
     _restart_randomness(model, parts)
@@ -555,7 +557,7 @@ def _train_stretch(
 def _shuffled(
     masks: Mapping[str, np.ndarray], parts: tuple[int | str, ...], *, together: bool
 ) -> dict[str, np.ndarray]:
-    """Masks with the same count per kernel, or in all; every arrangement equally likely."""
+    """Draws masks with the same count per kernel, or in total, uniformly at random."""
     if together:
         joined = np.concatenate([mask.reshape(-1) for mask in masks.values()])
         joined = randomness.stream(_PURPOSE, *parts).permutation(joined)
@@ -576,7 +578,7 @@ def _shuffled(
 def _draw_again(
     model: keras.Model, parts: tuple[int | str, ...], *, keep_signs: bool = False
 ) -> None:
-    """Give every trainable kernel a new value from its layer's own initialiser."""
+    """Draws a new value of every trainable kernel from its layer's own initializer."""
     for ref in ml.weight_refs(model):
         if ref.variable.trainable:
             drawn = treatments.draw_again(ref, randomness.integer(_PURPOSE, *parts, ref.path))
@@ -586,8 +588,8 @@ def _draw_again(
 
 
 def _restart_randomness(model: keras.Model, parts: tuple[int | str, ...]) -> None:
-    """Set what dropout and its like draw from, which goes on from arm to arm otherwise."""
+    """Resets the random state of dropout and similar layers, which arms would otherwise share."""
     states = [v for v in model.variables if v.name == "seed_generator_state"]
     for number, state in enumerate(states):
         seed = randomness.integer(_PURPOSE, *parts, "layers", number)
-        state.assign([seed, 0])  # The seed, draws so far.
+        state.assign([seed, 0])  # The seed, and the number of draws so far.

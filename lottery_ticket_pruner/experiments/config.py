@@ -1,4 +1,4 @@
-"""One experiment as a typed configuration, which is also its command line and its folder's name."""
+"""The configuration of an experiment, which defines its command line and the name of its folder."""
 
 import dataclasses
 import functools
@@ -36,7 +36,7 @@ from lottery_ticket_pruner.training import TrainingPlan
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """The settings of a run for the choices that its configuration leaves open."""
+    """Settings of a run for the options that its configuration leaves open."""
 
     network: str
     learning_rate: float
@@ -49,45 +49,45 @@ class Recipe:
     scope: str | None = None
 
 
-# Frankle & Carbin, arXiv 1803.03635, figure 2. Convolutions lose `conv_share` of `rate`, the
-# output layer half of it.
+# Frankle & Carbin, arXiv 1803.03635, figure 2. Convolutions are pruned by `conv_share` of `rate`,
+# the output layer by half of it.
 _RECIPES = {
     "lenet-300-100": Recipe("lenet-300-100", 1.2e-3, 50_000, 20),
     "conv-2": Recipe("conv-2", 2e-4, 20_000, 20),
     "conv-4": Recipe("conv-4", 3e-4, 25_000, 20),
     "conv-6": Recipe("conv-6", 3e-4, 30_000, 20, conv_share=0.75),
-    # Frankle et al., arXiv 1912.05671, table 2: all layers compete.
+    # Frankle et al., arXiv 1912.05671, table 2: all layers are ranked together.
     "resnet-20": Recipe(
         "resnet-20", 0.1, 72_000, 20, batch_size=128, optimizer="sgd", scope="global"
     ),
 }
-# The recipe of `lottery-ticket run` without arguments: down to 2 % in nine large rounds, and
-# quick enough for three seeds in less than a minute.
+# The recipe of `lottery-ticket run` without arguments: down to 2 % in nine large rounds, with three
+# seeds in less than a minute.
 _DIGITS = Recipe("lenet-300-100", 2e-3, 600, 9, rate=0.36)
 
 _DATA = tyro.conf.arg(
     metavar="NAME",
     help=f"Data set: {', '.join(datasets.NAMES)}; all but digits are read from --data-dir or "
-    "downloaded. Or your own: module:function or path/to/file.py:function, which returns "
+    "downloaded. For custom data: module:function or path/to/file.py:function, which returns "
     "((x_train, y_train), (x_test, y_test)) or two tf.data.Datasets of batches.",
 )
 _STRATEGY = tyro.conf.arg(
     metavar="NAME",
-    help=f"Pruning criterion, which decides what stays: {', '.join(criteria.names())}.",
+    help=f"Pruning criterion, which decides what is kept: {', '.join(criteria.names())}.",
 )
 _KEPT = tyro.conf.arg(
     metavar="NAME",
-    help="What the ticket's kept weights start from in every round: "
+    help="Values that the ticket's kept weights start from in every round: "
     f"{', '.join(treatments.kept_names())}.",
 )
 _PRUNED = tyro.conf.arg(
     metavar="NAME",
-    help=f"What its pruned weights are: {', '.join(treatments.pruned_names())}.",
+    help=f"Values of its pruned weights: {', '.join(treatments.pruned_names())}.",
 )
 
 
 class Experiment:
-    """What the configurations of all experiments have in common, which are dataclasses."""
+    """Base class of the configurations of all experiments, which are dataclasses."""
 
     data: str
     network: str | None
@@ -95,103 +95,104 @@ class Experiment:
 
     @property
     def subject(self) -> str:
-        """What a resolved configuration is about, for its name."""
+        """Part of the name that describes a resolved configuration."""
         raise NotImplementedError
 
     @property
     def name(self) -> str:
-        """The name of a resolved configuration: readable, and different for different runs."""
+        """Name of a resolved configuration: readable, and different for different runs."""
         digest = of_json(choices(self.to_dict()))[:8]
         return f"{datasets.label(self.data)}-{self.network}-{self.subject}-{digest}"
 
     @property
     def folder(self) -> Path:
-        """The folder that a resolved configuration writes to."""
+        """Folder that a resolved configuration writes to."""
         return self.out or Path("runs") / self.name
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the configuration in JSON's types."""
+        """Returns the configuration as JSON data."""
         values = dataclasses.asdict(self)
-        del values["overwrite"]  # Of one call, not of the run.
+        del values["overwrite"]  # Belongs to a single call, not to the run.
         return json.loads(json.dumps(values, default=str))
 
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig(Experiment):
-    """Find lottery tickets: train, prune, rewind, repeat, next to controls at the same sparsity.
+    """Find lottery tickets: train, prune, rewind, repeat, with controls at the same sparsity.
 
-    Without any option: scikit-learn's handwritten digits, a fully connected 300-100 network, nine
-    rounds of pruning down to 2 % of the weights, three seeds; under a minute on two cores. Options
-    left out take the values of Frankle & Carbin's recipe for the network.
+    Without options: handwritten digits of scikit-learn, a fully connected 300-100 network, nine
+    rounds of pruning down to 2 % of the weights, three seeds; under a minute on two cores. Other
+    defaults are the values of Frankle & Carbin's recipe for the network.
     """
 
     data: Annotated[str, _DATA] = "digits"
     data_dir: OptionalPath = None
-    """Folder with the data set's published files or its .npz, or with a subfolder of them."""
+    """Folder with the published files of the data set or its .npz, or with a subfolder of them."""
     network: Annotated[Literal[*networks.NAMES] | None, NO_HINT] = None
-    """Network; by default lenet-300-100, for CIFAR-10 conv-2."""
+    """Network. Default: lenet-300-100, or conv-2 for CIFAR-10."""
     strategy: Annotated[str, _STRATEGY] = "large_final"
     scope: Annotated[Literal["layer", "global"] | None, NO_HINT] = None
-    """Which weights compete: those of a layer or all; by default the strategy's choice, then the \
-recipe's: all for resnet-20, else a layer's."""
+    """Weights that are ranked together: per layer, or global. Default: the scope of the strategy, \
+or else that of the recipe: global for resnet-20, otherwise layer."""
     rounds: OptionalInt = None
-    """Rounds of pruning after the dense run; by default 20, for digits 9."""
+    """Rounds of pruning after the dense run. Default: 20, or 9 for digits."""
     rate: OptionalFloat = None
-    """Share of the remaining weights dropped per round; by default 0.2, for digits 0.36."""
+    """Share of the remaining weights pruned per round. Default: 0.2, or 0.36 for digits."""
     conv_rate: OptionalFloat = None
-    """The same for convolutions, where there are some; by default half of --rate, for conv-6 \
-three quarters."""
+    """The same for convolutions, if there are any. Default: half of --rate, or three quarters \
+for conv-6."""
     output_rate: OptionalFloat = None
-    """The same for the output layer; by default half of --rate."""
+    """The same for the output layer. Default: half of --rate."""
     final_sparsity: OptionalFloat = None
-    """Instead of rates: share of pruned weights after the last round, reached at one rate."""
+    """Share of pruned weights after the last round, reached at one rate. Replaces the rates."""
     rewind_to: str = "0"
     """Training step to rewind to: 0, or as in 500it (steps) or 2ep (epochs)."""
     retraining: Literal[*RETRAINING] = "weight_rewinding"
-    """What the ticket trains from: rewound weights, its trained ones with the learning rates of \
-the rewinding point, or its trained ones at the last learning rate."""
+    """What the ticket is trained from: rewound weights, trained weights with the learning rates \
+of the rewinding point, or trained weights at the last learning rate."""
     kept: Annotated[str, _KEPT] = "rewind"
     pruned: Annotated[str, _PRUNED] = "zero"
     controls: tuple[Literal[*CONTROLS], ...] = ("random_reinit", "random_mask")
-    """Arms next to the ticket, each trained once from the rewinding point, however long the \
-ticket has been under another --retraining; name none to train the ticket alone."""
+    """Controls for the ticket, each trained once from the rewinding point, even if another \
+--retraining trains the ticket for longer. Pass no names to train only the ticket."""
     control_rounds: tuple[int, ...] = ()
-    """Rounds to train the controls in; by default all."""
+    """Rounds in which controls are trained. Default: all."""
     steps: OptionalInt = None
-    """Training steps of each run; by default those of the network's recipe (50,000 for \
-lenet-300-100, whatever the data), for digits 600."""
+    """Training steps of each run. Default: those of the network's recipe (50,000 for \
+lenet-300-100 on any data), or 600 for digits."""
     epochs: OptionalInt = None
-    """Instead of --steps: epochs of each run."""
+    """Epochs of each run, instead of --steps."""
     batch_size: OptionalInt = None
-    """Examples per step; by default 60, for resnet-20 128."""
+    """Examples per step. Default: 60, or 128 for resnet-20."""
     optimizer: Annotated[Literal[*networks.OPTIMIZERS] | None, NO_HINT] = None
-    """Adam, or SGD with momentum and a tenth of the rate after half and three quarters of the \
-steps; by default that of the network's recipe: sgd for resnet-20, else adam."""
+    """Adam, or SGD with momentum and a learning rate divided by ten after half and three quarters \
+of the steps. Default: that of the network's recipe, sgd for resnet-20 and otherwise adam."""
     learning_rate: OptionalFloat = None
-    """Learning rate; by default that of the network's recipe (0.0012 for lenet-300-100)."""
+    """Learning rate. Default: that of the network's recipe (0.0012 for lenet-300-100)."""
     eval_every: OptionalInt = None
-    """Steps between looks at the validation images; by default a tenth of all, at most 500."""
+    """Steps between evaluations on the validation data. Default: a tenth of all, at most 500."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """One replicate for each seed, from the initial weights on."""
+    """Seeds. Each has a separate replicate, including its initial weights."""
     out: OptionalPath = None
-    """Run folder; by default one in ./runs, named after the options. A run of the same options \
-that was interrupted goes on; a finished one, and one of other options, stay as they are."""
+    """Run folder. Default: a folder in ./runs, named after the options. An interrupted run with \
+the same options is resumed; finished runs, and runs with other options, are not changed."""
     overwrite: bool = False
-    """Replace the run that is in the run folder, when this one is finished."""
+    """Replace the run in the run folder once this one is finished."""
     deterministic: bool = False
-    """Repeat bit for bit on as many cores of this machine: deterministic operations, nothing \
-decided by timing."""
+    """Reproduce results bit for bit on this machine with the same number of cores: deterministic \
+operations, and no decisions based on timing."""
     quiet: bool = False
     """Print nothing."""
 
     def resolve(self, training_images: int) -> "RunConfig":
-        """The same configuration with every choice made.
+        """Returns the same configuration with all choices made.
 
         Args:
-            training_images: how many there are, to count epochs in steps.
+            training_images: Number of training images, to convert epochs to steps.
 
         Raises:
-            ValueError: contradicting options, unknown names, numbers out of their range.
+            ValueError: If options contradict each other, a name is unknown, or a number is out of
+                range.
         """
         recipe = self._recipe()
         criterion = _resolved("strategy", criteria.get, self.strategy)
@@ -225,12 +226,12 @@ decided by timing."""
 
     @property
     def subject(self) -> str:
-        """The criterion."""
+        """Name of the criterion."""
         return self.strategy
 
     @property
     def amount(self) -> dict[str, Any]:
-        """A resolved configuration's `rate` or `sparsity`, as `find_ticket` takes it."""
+        """The `rate` or `sparsity` of a resolved configuration, as arguments of `find_ticket`."""
         if self.final_sparsity is not None:
             return {"sparsity": self.final_sparsity}
         if self.scope == "global":
@@ -241,7 +242,7 @@ decided by timing."""
         return {"rate": rates}
 
     def search_plan(self, replicate: int) -> SearchPlan:
-        """Returns how a resolved configuration finds the ticket of a replicate."""
+        """Returns the plan of a resolved configuration for a replicate."""
         rewind_to = parse_steps(self.rewind_to, 1)
         return SearchPlan(
             training=training_plan(self, self.seeds[replicate]),
@@ -277,7 +278,7 @@ decided by timing."""
                 f"Received: {self.control_rounds}."
             )
         if self.control_rounds and not self.controls:
-            raise ValueError("--control-rounds needs --controls, and there are none.")
+            raise ValueError("--control-rounds needs --controls, but there are none.")
         if self.steps is not None and self.epochs is not None:
             raise ValueError("Give --steps or --epochs, not both.")
         if not self.seeds or not all(0 <= seed < 2**32 for seed in self.seeds):
@@ -307,7 +308,7 @@ decided by timing."""
         rate = _chosen(self.rate, recipe.rate)
         if scope == "global":
             if given:
-                raise ValueError(f"{' and '.join(given)}: all layers compete under scope global.")
+                raise ValueError(f"{' and '.join(given)}: scope global ranks all layers together.")
             return {"rate": rate}
         conv_rate = _chosen(self.conv_rate, recipe.conv_share * rate) if convolutions else None
         return {
@@ -318,10 +319,10 @@ decided by timing."""
 
 
 def parse_steps(text: str, steps_per_epoch: int) -> int:
-    """Read a point in training: `0`, `500`, `500it` (steps), `2ep` (epochs).
+    """Parses a point in training: `0`, `500`, `500it` (steps), `2ep` (epochs).
 
     Raises:
-        ValueError: the text is none of these.
+        ValueError: If the text has none of these forms.
     """
     match = re.fullmatch(r"(\d+)(it|ep)?", text)
     if match is None:
@@ -331,7 +332,7 @@ def parse_steps(text: str, steps_per_epoch: int) -> int:
 
 
 def training_plan(config: Any, seed: int) -> TrainingPlan:
-    """Returns how a resolved configuration of any experiment trains its network."""
+    """Returns the plan for training the network of a resolved configuration."""
     return taken(TrainingPlan, config, seed=seed, augment=networks.augmentation(config.network))
 
 
@@ -344,7 +345,7 @@ def code_of(values: Mapping[str, Any]) -> str:
     """Returns the custom criteria and treatments of a configuration, by their code.
 
     Raises:
-        UnidentifiedError: one has no identity.
+        UnidentifiedError: If one of them cannot be identified.
     """
     getters = {
         "strategy": criteria.get,
@@ -356,16 +357,16 @@ def code_of(values: Mapping[str, Any]) -> str:
 
 
 def _chosen(*values: Any) -> Any:
-    """The first value that is given."""
+    """Returns the first value that is not None."""
     return next(value for value in values if value is not None)
 
 
 def _resolved(field: str, get: Callable[[Any], Any], name: Any) -> Any:
-    """Returns what a name stands for; the error for an unknown one names the option."""
+    """Resolves a name. The error for an unknown one contains the name of the option."""
     try:
         return get(name)
     except UnknownNameError as error:
         raise ValueError(
-            f"{option(field)}: {error.without_remedy} One of your own has to be registered by "
-            "then, as in the module that --data names."
+            f"{option(field)}: {error.without_remedy} A custom one must be registered before "
+            "this, for example in the module that --data names."
         ) from error

@@ -1,4 +1,4 @@
-"""Instability as an experiment: from which point on do two trainings end in one valley?"""
+"""The instability experiment: from which step on do two trainings stay linearly connected?"""
 
 import collections
 import dataclasses
@@ -37,11 +37,11 @@ from lottery_ticket_pruner.training import Examples, Listeners
 from masked_layers.files import replacing
 
 _SHARES = (0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
-# What has to be as in the run whose masks are used.
+# Options that must be the same as in the run whose masks are used.
 _COMMON = ("data", "network", "batch_size", "optimizer", "learning_rate")
-# What makes its ticket the rewound weights under these masks.
+# Options with which its ticket consists of the rewound weights under these masks.
 _TICKET = {"retraining": "weight_rewinding", "kept": "rewind", "pruned": "zero"}
-# What else of its configuration is used.
+# Other entries of its configuration that are used.
 _OF_RUN = {"steps": int, "rounds": int, "rewind_to": str, "seeds": list}
 _LINES_FILE = "lines.csv"
 _PICTURE = "instability.png"
@@ -49,58 +49,58 @@ _PICTURE = "instability.png"
 
 @dataclasses.dataclass(frozen=True)
 class InstabilityConfig(Experiment):
-    """Train twice from the same weights, on other orders of the examples, and look in between.
+    """Train two copies from the same weights with different data orders, and compare them.
 
-    A network is trained to each of several points, and from there to the end two times. The largest
-    test error on the straight line between the two ends, minus the mean of theirs, is the
-    instability of that point: below 2 points the network counts as stable there (Frankle et al.,
-    arXiv 1912.05671). With --masks the same is asked of a ticket.
+    A network is trained to each of several points, and from there to the end twice. The largest
+    test error on the straight line between the two ends, minus the mean error of the ends, is the
+    instability of this point. Below 2 points, the network counts as stable (Frankle et al., arXiv
+    1912.05671). With --masks, this is measured for a ticket.
     """
 
     data: Annotated[str, tyro.conf.arg(metavar="NAME")] = "digits"
-    """Data set by name, or your own as module:function: see `lottery-ticket run --help`."""
+    """Data set by name, or custom data as module:function: see `lottery-ticket run --help`."""
     data_dir: OptionalPath = None
-    """Folder with the data set's published files or its .npz, or with a subfolder of them."""
+    """Folder with the published files of the data set or its .npz, or with a subfolder of them."""
     network: Annotated[Literal[*networks.NAMES] | None, NO_HINT] = None
-    """Network; by default lenet-300-100, for CIFAR-10 conv-2."""
+    """Network. Default: lenet-300-100, or conv-2 for CIFAR-10."""
     rewind_to: tuple[str, ...] = ()
-    """Points to train to: 0, or as in 500it (steps) or 2ep (epochs); by default 0, 1, 2, 5, 10, \
-20 and 50 % of the steps, with --masks the rewinding point of that run."""
+    """Points to train to: 0, or as in 500it (steps) or 2ep (epochs). Default: 0, 1, 2, 5, 10, \
+20 and 50 % of the steps, or with --masks the rewinding point of that run."""
     masks: OptionalPath = None
-    """Folder of a finished run: both trainings go under its masks, for each seed under its own."""
+    """Folder of a finished run, whose masks both trainings use, for each seed its own."""
     round: OptionalInt = None
-    """Round of that run whose masks these are; by default the last."""
+    """Round of that run whose masks are used. Default: the last."""
     steps: OptionalInt = None
-    """Training steps of the whole training; by default those of the network's recipe, for digits \
-600, with --masks those of that run."""
+    """Steps of the whole training. Default: those of the network's recipe, 600 for digits, or \
+with --masks those of that run."""
     epochs: OptionalInt = None
-    """Instead of --steps: epochs."""
+    """Epochs of the whole training, instead of --steps."""
     batch_size: OptionalInt = None
-    """Examples per step; by default 60, for resnet-20 128."""
+    """Examples per step. Default: 60, or 128 for resnet-20."""
     optimizer: Annotated[Literal[*networks.OPTIMIZERS] | None, NO_HINT] = None
-    """By default that of the network's recipe."""
+    """Optimizer. Default: that of the network's recipe."""
     learning_rate: OptionalFloat = None
-    """Learning rate; by default that of the network's recipe."""
+    """Learning rate. Default: that of the network's recipe."""
     points: int = 30
-    """Points on the line, its ends included."""
+    """Number of points on the line, including its ends."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """One replicate for each seed, from the initial weights on."""
+    """Seeds. Each has a separate replicate, including its initial weights."""
     out: OptionalPath = None
-    """Run folder; by default one in ./runs, named after the options. What an interrupted run of \
-the same options measured is kept; a finished run, and one of other options, stay as they are."""
+    """Run folder. Default: a folder in ./runs, named after the options. Results of an interrupted \
+run with the same options are kept; finished runs, and runs with other options, are not changed."""
     overwrite: bool = False
-    """Replace the run that is in the run folder, when this one is finished."""
+    """Replace the run in the run folder once this one is finished."""
     deterministic: bool = False
-    """Repeat bit for bit on this machine."""
+    """Reproduce results bit for bit on this machine with the same number of cores."""
     quiet: bool = False
     """Print nothing."""
 
     def resolve(self, training_images: int) -> "InstabilityConfig":
-        """The same configuration with every choice made.
+        """Returns the same configuration with all choices made.
 
         Raises:
-            ValueError: contradicting options, unknown names, numbers out of their range, masks of
-                another kind of run.
+            ValueError: If options contradict each other, a name is unknown, a number is out of
+                range, or the masks belong to another kind of run.
         """
         names = ("data", "network", "steps", "epochs", "batch_size", "optimizer", "learning_rate")
         values = {name: getattr(self, name) for name in names}
@@ -111,18 +111,18 @@ the same options measured is kept; a finished run, and one of other options, sta
         if self.points < 2:
             raise ValueError(f"--points must be at least 2. Received: {self.points}.")
         if self.round is not None and self.masks is None:
-            raise ValueError("--round says which of the masks of --masks: give that, too.")
+            raise ValueError("--round selects from the masks of --masks: pass that option as well.")
         for name in _COMMON if stored else ():
             if stored.get(name) != getattr(run, name):
                 raise ValueError(
                     f"'{self.masks}' has {name} {stored.get(name)!r}, not {getattr(run, name)!r}: "
-                    "its masks say nothing of this training. Give it the same options."
+                    "its masks do not apply to this training. Use the same options."
                 )
         for name, wanted in _TICKET.items():
             if stored.get(name, wanted) != wanted:
                 raise ValueError(
-                    f"'{self.masks}' has {name} {stored[name]!r}, not {wanted!r}: its ticket is "
-                    "something else than the weights of the rewinding point under masks."
+                    f"'{self.masks}' has {name} {stored[name]!r}, not {wanted!r}: its ticket does "
+                    "not consist of the weights of the rewinding point under masks."
                 )
         default = [f"{round(share * run.steps)}it" for share in _SHARES]
         points = self.rewind_to or ([stored["rewind_to"]] if stored else default)
@@ -146,41 +146,41 @@ the same options measured is kept; a finished run, and one of other options, sta
 
     @property
     def subject(self) -> str:
-        """The experiment."""
+        """Name of the experiment."""
         return "instability"
 
     def training_config(self) -> RunConfig:
-        """The run whose network and training this one shares."""
+        """Returns the configuration of a run with the same network and training."""
         names = ("data", "network", "steps", "batch_size", "optimizer", "learning_rate", "seeds")
         values = {name: getattr(self, name) for name in names}
         return RunConfig(**values).resolve(self.batch_size)
 
     def masks_file(self, seed: int, stored: dict[str, Any]) -> Path:
-        """The file that a run of the configuration `stored` wrote this seed's masks to."""
+        """Returns the file of this seed's masks in a run with the configuration `stored`."""
         replicate = stored["seeds"].index(seed)
         return self.masks / "rounds" / str(replicate) / f"masks-{self.round:02}.npz"
 
     @property
     def work(self) -> int:
-        """Training steps of a resolved configuration for each of its seeds."""
+        """Number of training steps of a resolved configuration for each of its seeds."""
         return sum(self.work_of(parse_steps(text, 1)) for text in self.rewind_to)
 
     def work_of(self, point: int) -> int:
-        """Returns the training steps of a point: to it, and from there to the end two times."""
+        """Returns the training steps of a point: up to it once, and from there to the end twice."""
         return point + 2 * (self.steps - point)
 
 
 def run(config: InstabilityConfig, data: datasets.Dataset, console: Console | None = None) -> Path:
-    """Run a prepared experiment (see `workbench.load_and_resolve`) and return its folder.
+    """Runs a resolved experiment (see `workbench.load_and_resolve`) and returns its folder.
 
-    The folder holds `config.json`, `results.csv` (a row per point and replicate), `lines.csv` (the
-    metrics along every line) and `instability.png`. What an interrupted run measured is kept; of a
-    finished one the results are shown.
+    The folder contains `config.json`, `results.csv` (a row per point and replicate), `lines.csv`
+    (the metrics along every line) and `instability.png`. Results of an interrupted run are kept. If
+    the run is finished, its results are shown.
 
     Raises:
-        ValueError: the folder holds another run, see `RunFolder`.
-        FolderInUseError: another process writes in it.
-        OSError: it cannot be written, or is removed meanwhile.
+        ValueError: If the folder holds another run (see `RunFolder`).
+        FolderInUseError: If another process is writing in it.
+        OSError: If it cannot be written, or is removed in the meantime.
     """
     console = console or Console(quiet=config.quiet)
     if config.deterministic:
@@ -218,7 +218,7 @@ def _carry_out(
                 rows.append(place | row)
                 lines += [place | of_share for of_share in line.to_dict("records")]
                 folder.check()
-                # Lines first: a row that is there has its line.
+                # The line is written first, so that every row has its line.
                 for name, table in ((_LINES_FILE, lines), (results.RESULTS_FILE, rows)):
                     with replacing(folder.path / name) as file:
                         pd.DataFrame(table).to_csv(file, index=False)
@@ -237,12 +237,12 @@ def _table(config: InstabilityConfig, rows: list[dict[str, Any]]) -> pd.DataFram
 
 
 def _config_of_run(folder: Path) -> dict[str, Any]:
-    """The configuration of a run that writes masks."""
+    """Returns the configuration of a run with saved masks."""
     stored = run_folders.read_run(folder).config
     if command_of(stored) != "run":
         raise ValueError(
-            f"'{folder}' is a folder of another command: it has no rounds of masks. Give --masks "
-            "one of `lottery-ticket run`."
+            f"'{folder}' is the folder of another command and has no masks of rounds. Pass a "
+            "folder of `lottery-ticket run` to --masks."
         )
     for name, kind in _OF_RUN.items():
         if not isinstance(stored.get(name), kind):
@@ -253,7 +253,7 @@ def _config_of_run(folder: Path) -> dict[str, Any]:
 
 
 def _measured(folder: Path, points: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Rows and lines of an interrupted run, of which both are whole."""
+    """Returns the rows and lines of an interrupted run for which both are complete."""
     files = [folder / name for name in (results.RESULTS_FILE, _LINES_FILE)]
     if not all(file.is_file() for file in files):
         return [], []
@@ -266,11 +266,11 @@ def _measured(folder: Path, points: int) -> tuple[list[dict[str, Any]], list[dic
 
 
 class _Trainer:
-    """One model that is trained over and over again, so that nothing is compiled twice.
+    """A model that is trained repeatedly, so that nothing is compiled twice.
 
     Attributes:
-        masks: Those of every seed, as their files are now: a run that writes others meanwhile
-            does not mix them. None without `--masks`.
+        masks: Masks of every seed, read once at the beginning, so that masks of a concurrent run
+            are not mixed in. None without `--masks`.
     """
 
     def __init__(self, config: InstabilityConfig, data: datasets.Dataset) -> None:
@@ -300,7 +300,7 @@ class _Trainer:
         self._fresh.reset_masks()
         self._restart(start)
         if point:
-            # The weights that `lottery-ticket run` rewinds to there: under its masks, no others do.
+            # The weights that `lottery-ticket run` rewinds to, to which its masks belong.
             train_to_rewinding_point(
                 model,
                 self._examples,

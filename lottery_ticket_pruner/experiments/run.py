@@ -1,4 +1,4 @@
-"""One configuration carried out: tickets over all seeds, and a folder of what came out."""
+"""Runs one configuration for all seeds, and writes a run folder."""
 
 import contextlib
 from pathlib import Path
@@ -20,21 +20,20 @@ from masked_layers.serving import export_sparse_saved_model
 
 
 def run(config: RunConfig, data: datasets.Dataset, console: Console | None = None) -> Path:
-    """Run a prepared experiment (see `workbench.load_and_resolve`) and return its folder.
+    """Runs a resolved experiment (see `workbench.load_and_resolve`) and returns its folder.
 
-    The folder holds `config.json` (every choice made), `results.csv` (a row per round, arm and
-    replicate, written as they come), `accuracy.png`, `ticket.keras` (the last ticket of the first
-    seed; `ticket-1.keras` and so on of the others), that ticket again as a sparse SavedModel in
-    `served/1` where the backend can write one, the masks of every round in `rounds/<replicate>`
-    (for `masked_layers.load_masks`) beside the initial weights of the seed, and TensorBoard's
-    `logs`: the rows, and while an arm trains each look at the validation data. A run that was
-    interrupted goes on after the last round that it finished; of one that is finished the results
-    are shown.
+    The folder contains `config.json` (all options), `results.csv` (a row per round, arm and
+    replicate, written as they are known), `accuracy.png`, `ticket.keras` (the last ticket of the
+    first seed; `ticket-1.keras` and so on for the others), this ticket as a sparse SavedModel in
+    `served/1` if the backend can write one, `rounds/<replicate>` with the masks of every round (for
+    `masked_layers.load_masks`) and the initial weights of the seed, and TensorBoard's `logs` of the
+    rows and of all evaluations on the validation data. An interrupted run is resumed after its last
+    complete round. If the run is finished, its results are shown.
 
     Raises:
-        ValueError: the folder holds another run, see `RunFolder`.
-        FolderInUseError: another process writes in it.
-        OSError: it cannot be written, or is removed meanwhile.
+        ValueError: If the folder holds another run (see `RunFolder`).
+        FolderInUseError: If another process is writing in it.
+        OSError: If it cannot be written, or is removed in the meantime.
     """
     console = console or Console(quiet=config.quiet)
     return RunFolder("run", config, data).carry_out(
@@ -100,17 +99,17 @@ def _carry_out(
 
 
 def _runs(config: RunConfig) -> int:
-    """Returns how often a seed trains: dense, and the ticket and its controls in every round."""
+    """Returns how often each seed trains: dense, and the ticket and its controls per round."""
     return results.rows_per_seed(config.to_dict() | {"command": "run"})
 
 
 def _export(ticket: keras.Model, folder: RunFolder, console: Console) -> None:
-    """Write the ticket as TensorFlow Serving takes it: a folder per version."""
+    """Exports the ticket for TensorFlow Serving, with a folder per version."""
     place = Path("served", "1")
     try:
         stored = export_sparse_saved_model(ticket, folder.path / place)
     except (ArithmeticError, ImportError, OSError, RuntimeError, ValueError) as error:
-        # The results do not depend on it.
+        # Results do not depend on the export.
         console.print(f"No SavedModel: {error}", markup=False, highlight=False)
     else:
         text = f"{folder.final / place}: {stored.disk_nbytes:,} bytes"
@@ -118,7 +117,7 @@ def _export(ticket: keras.Model, folder: RunFolder, console: Console) -> None:
 
 
 class _Logs:
-    """TensorBoard runs of one replicate: one per arm, so that their curves share a chart."""
+    """TensorBoard runs of one replicate. There is one per arm, so their curves share a chart."""
 
     def __init__(self, folder: Path, replicate: int, model: keras.Model) -> None:
         self._folder = folder
@@ -128,7 +127,7 @@ class _Logs:
         self._writer("ticket").graph(model)
 
     def write(self, row: dict[str, Any]) -> None:
-        # The dense run is round 0, where the ticket's curves start.
+        # The dense run is round 0, where the curves of the ticket start.
         arms = [row["arm"]] if row["round"] else ["ticket"]
         for arm in arms:
             writer = self._writer(arm)
@@ -138,7 +137,7 @@ class _Logs:
                 writer.sparsity(self._model, row["round"])
 
     def write_evaluation(self, evaluation: dict[str, Any]) -> None:
-        """Logs a look at the validation data: a chart for each round, its steps along the axis."""
+        """Logs an evaluation on the validation data, in a chart per round over the steps."""
         writer = self._writer(evaluation["arm"] if evaluation["round"] else "ticket")
         for name, value in evaluation.items():
             if name.startswith("validation_"):
@@ -155,7 +154,7 @@ class _Logs:
 
 
 class _Progress:
-    """A bar over all steps of a run, and a line of the table above it after every round."""
+    """A progress bar for all steps of a run, and a growing table of the rounds above it."""
 
     def __init__(self, config: RunConfig, console: Console) -> None:
         self._config = config

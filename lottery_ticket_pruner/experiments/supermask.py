@@ -1,4 +1,4 @@
-"""Supermasks as an experiment: what masks know over weights that nobody trained."""
+"""The supermask experiment: accuracy of masks over untrained weights."""
 
 import collections
 import dataclasses
@@ -34,7 +34,7 @@ from lottery_ticket_pruner.supermasks import WEIGHTS, evaluate_grid
 from lottery_ticket_pruner.training import Examples, Listeners
 from masked_layers.files import replacing
 
-# Those that rank recorded weights alone: all of Zhou et al.'s and the earlier library's.
+# Criteria that rank only recorded weights: all of Zhou et al.'s and the earlier library's.
 CRITERIA = tuple(
     name
     for name in criteria.names()
@@ -50,74 +50,75 @@ _SAMPLES = 10
 class SupermaskConfig(Experiment):
     """Evaluate masks over untrained weights, or learn them.
 
-    Without --learn a network is trained, each criterion makes masks of many sparsities from its
-    initial and trained weights, and the masks are evaluated over the initial weights. With --learn
-    the masks themselves are trained over weights that stay as they were drawn: Glorot-normal ones,
-    for resnet-20 He-normal ones. For edge_popup masks Ramanujan et al. (arXiv 1911.13299) draw
-    He-normal ones (Kaiming-normal) for every network, and take the signed constant from these.
+    Without --learn, a network is trained, each criterion computes masks of many sparsities from its
+    initial and trained weights, and the masks are evaluated over the initial weights. With --learn,
+    the masks themselves are trained over fixed initial weights, which are Glorot-normal, or
+    He-normal for resnet-20. For edge_popup masks, Ramanujan et al. (arXiv 1911.13299) use He-normal
+    weights (Kaiming-normal) for every network, and derive the signed constant from these.
     """
 
     learn: Annotated[Literal["bernoulli", "edge_popup"] | None, NO_HINT] = None
-    """Learn masks instead: sampled from probabilities, or of the weights with the best scores."""
+    """Learn masks: sampled from probabilities, or with the weights of the best scores."""
     data: Annotated[str, tyro.conf.arg(metavar="NAME")] = "digits"
-    """Data set by name, or your own as module:function: see `lottery-ticket run --help`."""
+    """Data set by name, or custom data as module:function: see `lottery-ticket run --help`."""
     data_dir: OptionalPath = None
-    """Folder with the data set's published files or its .npz, or with a subfolder of them."""
+    """Folder with the published files of the data set or its .npz, or with a subfolder of them."""
     network: Annotated[Literal[*networks.NAMES] | None, NO_HINT] = None
-    """Network; by default lenet-300-100, for CIFAR-10 conv-2."""
+    """Network. Default: lenet-300-100, or conv-2 for CIFAR-10."""
     criteria: tuple[Literal[*CRITERIA], ...] = CRITERIA
-    """What makes the masks (without --learn)."""
+    """Criteria that compute the masks (without --learn)."""
     sparsities: tuple[float, ...] = ()
-    """Shares of pruned weights; by default eleven from 0.1 to 0.98, to learn edge_popup masks \
-0.5. A bernoulli mask finds its own."""
+    """Shares of pruned weights. Default: eleven from 0.1 to 0.98, or 0.5 to learn edge_popup \
+masks. A bernoulli mask learns its sparsity."""
     weights: tuple[Literal[*WEIGHTS], ...] = tuple(WEIGHTS)
-    """What the masks are laid over: initial weights, or their signs times their deviation."""
+    """Values under the masks: initial weights, or their signs times their deviation."""
     dwr: tuple[bool, ...] = (False, True)
     """Whether weights are rescaled by size / ones(mask)."""
     scope: Annotated[Literal["layer", "global"] | None, NO_HINT] = None
-    """Which weights compete: those of a layer or all; by default layer, for resnet-20 global."""
+    """Weights that are ranked together. Default: layer, or global for resnet-20."""
     steps: OptionalInt = None
-    """Training steps; by default those of the network's recipe, to learn masks 20 000."""
+    """Training steps. Default: those of the network's recipe, or 20 000 to learn masks."""
     epochs: OptionalInt = None
-    """Instead of --steps: epochs."""
+    """Epochs, instead of --steps."""
     batch_size: OptionalInt = None
-    """Examples per step; by default 60, for resnet-20 128, to learn masks 250."""
+    """Examples per step. Default: 60, 128 for resnet-20, or 250 to learn masks."""
     learning_rate: OptionalFloat = None
-    """Of the trained network; by default that of its recipe. Masks are learned with the \
-optimizers of their papers."""
+    """Learning rate of the trained network. Default: that of its recipe. Masks are learned with \
+the optimizers of their papers."""
     samples: int = _SAMPLES
-    """Masks sampled to evaluate a learned bernoulli mask (with --learn)."""
+    """Number of masks sampled to evaluate a learned bernoulli mask (with --learn)."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """One replicate for each seed, from the initial weights on."""
+    """Seeds. Each has a separate replicate, including its initial weights."""
     out: OptionalPath = None
-    """Run folder; by default one in ./runs, named after the options. Seeds that an interrupted \
-run of the same options finished are kept; a finished run, and one of other options, stay as they \
-are."""
+    """Run folder. Default: a folder in ./runs, named after the options. Complete seeds of an \
+interrupted run with the same options are kept; finished runs, and runs with other options, are \
+not changed."""
     overwrite: bool = False
-    """Replace the run that is in the run folder, when this one is finished."""
+    """Replace the run in the run folder once this one is finished."""
     deterministic: bool = False
-    """Repeat bit for bit on this machine."""
+    """Reproduce results bit for bit on this machine with the same number of cores."""
     quiet: bool = False
     """Print nothing."""
 
     def resolve(self, training_images: int) -> "SupermaskConfig":
-        """The same configuration with every choice made.
+        """Returns the same configuration with all choices made.
 
         Raises:
-            ValueError: contradicting options, unknown names, numbers out of their range.
+            ValueError: If options contradict each other, a name is unknown, or a number is out of
+                range.
         """
         own = {field.name for field in dataclasses.fields(self)}
         shared = own & {field.name for field in dataclasses.fields(RunConfig)}
         values = {name: getattr(self, name) for name in shared}
         if self.learn:
-            # Files of earlier runs hold all criteria here: their default is not a choice.
+            # Files of earlier runs contain all criteria here, which was the default.
             given = self.learning_rate is not None or self.scope is not None
             if given or self.criteria != CRITERIA:
                 raise ValueError(
-                    "--criteria, --learning-rate and --scope have no meaning with --learn."
+                    "--criteria, --learning-rate and --scope have no effect with --learn."
                 )
             if self.sparsities and self.learn == "bernoulli":
-                raise ValueError("A bernoulli mask finds its own sparsity: leave --sparsities out.")
+                raise ValueError("A bernoulli mask learns its sparsity: leave out --sparsities.")
             if self.batch_size is None:
                 values["batch_size"] = _LEARNING_BATCH
             if self.epochs is None and self.steps is None:
@@ -136,7 +137,7 @@ are."""
         if self.samples < 1:
             raise ValueError(f"--samples must be positive. Received: {self.samples}.")
         if not self.learn and self.samples != _SAMPLES:
-            raise ValueError("--samples has no meaning without --learn.")
+            raise ValueError("--samples has no effect without --learn.")
         taken = ["network", "steps", "epochs", "batch_size"]
         taken += [] if self.learn else ["learning_rate", "scope"]
         return dataclasses.replace(
@@ -147,33 +148,33 @@ are."""
 
     @property
     def subject(self) -> str:
-        """The kind of masks."""
+        """Kind of the masks."""
         return f"{self.learn or 'untrained'}-masks"
 
     @property
     def work(self) -> int:
-        """Training steps of a resolved configuration for each of its seeds."""
+        """Number of training steps of a resolved configuration for each of its seeds."""
         return self.steps * (len(_cells(self)) if self.learn else 1)
 
     def training_config(self) -> RunConfig:
-        """The run whose network and training this one shares."""
+        """Returns the configuration of a run with the same network and training."""
         names = ("data", "network", "steps", "batch_size", "learning_rate", "seeds")
         values = {name: getattr(self, name) for name in names}
         return RunConfig(**values).resolve(self.batch_size)
 
 
 def run(config: SupermaskConfig, data: datasets.Dataset, console: Console | None = None) -> Path:
-    """Run a prepared experiment (see `workbench.load_and_resolve`) and return its folder.
+    """Runs a resolved experiment (see `workbench.load_and_resolve`) and returns its folder.
 
-    The folder holds `config.json`, `results.csv` (a row per mask) and `curves-<number>.png`; for
-    untrained masks also `heat-map.png`; for learned ones the masks as binary ones over their
-    weights, `supermask-<weights>-<dwr>-<replicate>.keras`. Seeds that an interrupted run finished
-    are kept; of a finished run the results are shown.
+    The folder contains `config.json`, `results.csv` (a row per mask) and `curves-<number>.png`; for
+    untrained masks also `heat-map.png`; for learned masks, binary masks over their weights,
+    `supermask-<weights>-<dwr>-<replicate>.keras`. Complete seeds of an interrupted run are kept. If
+    the run is finished, its results are shown.
 
     Raises:
-        ValueError: the folder holds another run, see `RunFolder`.
-        FolderInUseError: another process writes in it.
-        OSError: it cannot be written, or is removed meanwhile.
+        ValueError: If the folder holds another run (see `RunFolder`).
+        FolderInUseError: If another process is writing in it.
+        OSError: If it cannot be written, or is removed in the meantime.
     """
     console = console or Console(quiet=config.quiet)
     return RunFolder("supermask", config, data).carry_out(
@@ -220,7 +221,7 @@ def _carry_out(
 
 
 def _whole(config: SupermaskConfig, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of the seeds that have all of theirs."""
+    """Returns the rows of the seeds whose rows are complete."""
     wanted = results.rows_per_seed(config.to_dict() | {"command": "supermask"})
     found = collections.Counter(row["replicate"] for row in rows)
     return [row for row in rows if found[row["replicate"]] == wanted]
@@ -241,10 +242,10 @@ def _show(config: SupermaskConfig, table: pd.DataFrame, console: Console) -> Non
 
 
 def heat_map(rows: pd.DataFrame) -> Figure:
-    """Mean accuracy of untrained masks, criteria against sparsities; a field per weights and dwr.
+    """Plots the mean accuracy of untrained masks by criterion and sparsity, per weights and dwr.
 
     Args:
-        rows: `criterion`, `sparsity`, `weights`, `dwr` and `test_accuracy` of every mask.
+        rows: Columns `criterion`, `sparsity`, `weights`, `dwr` and `test_accuracy` of every mask.
     """
     settings = list(rows.groupby(["weights", "dwr"], sort=False))
     names, sparsities = rows["criterion"].unique(), sorted(rows["sparsity"].unique())
@@ -352,7 +353,7 @@ def _learned(
             {
                 "weights": weights,
                 "dwr": dwr,
-                # Of the masks that the accuracy is of.
+                # That of the sampled masks, like the test accuracy.
                 "sparsity": float(np.mean(found.samples["sparsity"])),
                 "test_accuracy": float(np.mean(found.samples["accuracy"])),
                 "test_loss": float(np.mean(found.samples["loss"])),

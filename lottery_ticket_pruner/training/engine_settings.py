@@ -1,21 +1,21 @@
-"""Settings of the engine for the whole process: when it changes the way in which it trains."""
+"""Settings of the engine for the whole process: when it switches between its ways of training."""
 
 import dataclasses
 
 
 @dataclasses.dataclass
 class EngineSettings:
-    """What the engine decides by; its one instance is `training.settings`, to be assigned to.
+    """Thresholds of the engine. Assign to the attributes of its one instance, `training.settings`.
 
     Attributes:
-        patience: Seconds in a compiled loop after which a few steps go through `fit`, to see which
-            is faster. Compiling `fit` takes about as many: asking earlier costs more than the
-            answer can save. `float("inf")`: never, as with `deterministic=True`.
-        trial_steps: Least number of these steps.
-        xla_steps: Steps of a training from which on TensorFlow compiles its loop by XLA. That takes
-            a second or more, and saves about a millisecond a step.
-        part_bytes: What `fit` is given at a time is a copy: of so many bytes, or of as many
-            examples as there are where these are more.
+        patience: Seconds in a compiled loop after which a few steps go through `fit`, to find out
+            which is faster. Compiling `fit` takes about as long, so a shorter time would cost more
+            than the result can save. `float("inf")` for never, as with `deterministic=True`.
+        trial_steps: Minimum number of these steps.
+        xla_steps: Number of training steps from which TensorFlow compiles the loop by XLA. This
+            takes a second or more, and saves about a millisecond per step.
+        part_bytes: Size of the copy of examples that each call of `fit` gets, unless the whole data
+            set is smaller.
     """
 
     patience: float = 3.0

@@ -1,4 +1,4 @@
-"""Training on data in memory, for an exact number of steps or for epochs, at the engine's speed."""
+"""Training on data in memory, for an exact number of steps or for epochs, in compiled loops."""
 
 import dataclasses
 import time
@@ -26,7 +26,7 @@ from masked_layers import randomness
 class History:
     """The history of one call of `train`: validation results after each stretch, and the time.
 
-    Results are numbers; those of a metric of several values, one for each class, are arrays.
+    Results are numbers, or arrays for metrics with several values, such as one per class.
     """
 
     steps: list[int] = dataclasses.field(default_factory=list)
@@ -35,9 +35,9 @@ class History:
 
     @property
     def early_stop(self) -> int | None:
-        """The index in `steps` of the first least validation loss, found afterwards.
+        """Returns the index in `steps` of the first smallest validation loss.
 
-        NaN is above every number; where there is nothing else, it is the first one.
+        NaN counts as larger than every number. If all losses are NaN, returns the first index.
         """
         losses = [result["loss"] for result in self.validation]
         return min(range(len(losses)), key=lambda i: (np.isnan(losses[i]), losses[i]), default=None)
@@ -60,34 +60,35 @@ def train(
     augment: Augmentation | None = None,
     deterministic: bool = False,
 ) -> History:
-    """Train a compiled model for exactly `steps` optimiser steps.
+    """Trains a compiled model for exactly `steps` optimizer steps.
 
-    The order of the examples is a function of `seed` alone, whatever was trained before: see
-    `batch_order`.
+    The order of the examples depends only on `seed`, not on earlier training; see `batch_order`.
 
-    Class labels must be in range: Keras on TensorFlow refuses others on a processor, while in a
-    loop compiled by XLA, as on JAX, they make the loss NaN.
+    Class labels must be in range. Keras on TensorFlow raises an error for others on a CPU, but in
+    loops compiled by XLA, as on JAX, they make the loss NaN.
 
     Args:
-        model: compiled; its optimiser state continues from where it is.
-        x: inputs, the examples along the first axis; or a list or dict of such arrays.
-        y: targets, likewise; None for a model that has its loss from elsewhere.
-        steps: how many batches to train on, at least 0.
-        batch_size: examples per step.
-        sample_weight: a weight per example, or None.
-        seed: of the order of the examples, anything `numpy.random.default_rng` takes.
-        eval_every: steps between evaluations on `validation_data`; None: only after the last.
-        validation_data: `(x, y)` or `(x, y, sample_weight)` to evaluate on, or None.
-        validation_batch_size: examples per step of that, as `evaluate` has it.
-        on_progress: called with the number of new steps done, after each stretch of them.
-        on_evaluation: called with the steps done so far and the results, after each evaluation.
-        augment: what happens to the inputs of each batch, a single array of images; what it draws
-            is a function of `seed` too.
-        deterministic: choose between the compiled loop and `fit` by what is known of the model,
-            never by the clock, so that a repeated run rounds alike.
+        model: A compiled model. Training continues from its optimizer's state.
+        x: Inputs with examples along the first axis: an array, or a list or dict of arrays.
+        y: Targets, in one of the same forms. None if the model adds its loss itself.
+        steps: Number of batches to train on, at least 0.
+        batch_size: Number of examples per step.
+        sample_weight: One weight per example, or None.
+        seed: Seed for the order of the examples, in any form that `numpy.random.default_rng` takes.
+        eval_every: Number of steps between evaluations on `validation_data`. None to evaluate only
+            after the last step.
+        validation_data: Data `(x, y)` or `(x, y, sample_weight)` to evaluate on, or None.
+        validation_batch_size: Number of examples per step of an evaluation, as in `evaluate`.
+        on_progress: Function that is called with the number of new steps, after each stretch.
+        on_evaluation: Function that is called with the number of steps so far and the results,
+            after each evaluation.
+        augment: Augmentation of the inputs of each batch, which must be a single array of images.
+            Its random numbers depend only on `seed` as well.
+        deterministic: Whether to choose between the compiled loop and `fit` by the model alone, and
+            never by the clock, so that repeated runs round in the same way.
 
     Raises:
-        ValueError: the model is not compiled, a number is out of its range, or arrays differ in
+        ValueError: If the model is not compiled, a number is out of range, or arrays differ in
             length or are empty.
     """
     _check_compiled(model)
@@ -115,14 +116,14 @@ def train_by_plan(
     validation: Examples | None = None,
     listeners: Listeners | None = None,
 ) -> History:
-    """Does what `train` does, with its arguments as a plan.
+    """Trains a model like `train`, with the arguments as a plan.
 
     Args:
-        model: Compiled.
-        data: To train on, with the augmentation of the plan.
-        plan: How.
-        validation: To evaluate on, or None.
-        listeners: Who is told of it.
+        model: A compiled model.
+        data: Examples to train on, with the augmentation of the plan.
+        plan: The training plan.
+        validation: Examples to evaluate on, or None.
+        listeners: Functions to call during the training.
     """
     history = History()
     if plan.steps == 0:
@@ -130,7 +131,7 @@ def train_by_plan(
     listeners = listeners or Listeners()
     started = time.perf_counter()
     order = batch_order(len(data), plan.steps, plan.batch_size, plan.seed)
-    # At once: what is drawn must not depend on how often there is a look in between.
+    # In advance, because random numbers must not depend on the number of evaluations.
     rows = data.rows(order.ravel(), randomness.stream("augmentation", plan.seed))
     stretch = plan.eval_every or plan.steps
     for start in range(0, plan.steps, stretch):
@@ -172,35 +173,37 @@ def fit(
     verbose: int = 0,
     deterministic: bool = False,
 ) -> keras.callbacks.History:
-    """Does what `model.fit` does on arrays, each epoch one compiled program where that is faster.
+    """Trains like `model.fit` on arrays, with each epoch as one compiled program where faster.
 
-    Callbacks see epochs; with one that acts on batches, the training goes through `model.fit`, on
-    the same batches. Of labels out of range see `train`.
+    Callbacks are called for epochs. If a callback acts on batches, `model.fit` is used, on the same
+    batches. Class labels must be in range, as in `train`.
 
-    The logged losses of single outputs, where there are several, are means over examples; Keras on
-    TensorFlow takes the mean over batches. Of the arguments of `model.fit`, `class_weight` and
-    `validation_split` are not here: weigh and split the arrays.
+    If there are several outputs, their logged losses are means over examples; Keras on TensorFlow
+    logs means over batches. The arguments `class_weight` and `validation_split` of `model.fit` are
+    not supported: use sample weights, and split the arrays.
 
     Args:
-        model: compiled; its optimiser state continues from where it is.
-        x: inputs, the examples along the first axis; or a list or dict of such arrays.
-        y: targets, likewise; None for a model that has its loss from elsewhere.
-        batch_size: examples per step; the last batch of an epoch has what is left.
-        epochs: how often to go through the data.
-        sample_weight: a weight per example, or None.
-        validation_data: `(x, y)` or `(x, y, sample_weight)` to evaluate on after every epoch.
-        validation_batch_size: examples per step of that; None: `batch_size`.
-        callbacks: as for `model.fit`.
-        shuffle: whether every epoch has another order, a function of `seed` and its number alone.
-        seed: a non-negative integer.
-        verbose: as for `model.fit`: 0 is silent, 1 a progress bar, 2 a line per epoch.
-        deterministic: as for `train`.
+        model: A compiled model. Training continues from its optimizer's state.
+        x: Inputs with examples along the first axis: an array, or a list or dict of arrays.
+        y: Targets, in one of the same forms. None if the model adds its loss itself.
+        batch_size: Number of examples per step. The last batch of an epoch may be smaller.
+        epochs: Number of epochs.
+        sample_weight: One weight per example, or None.
+        validation_data: Data `(x, y)` or `(x, y, sample_weight)` to evaluate on after every epoch.
+        validation_batch_size: Number of examples per step of an evaluation. None for `batch_size`.
+        callbacks: Callbacks, as for `model.fit`.
+        shuffle: Whether to shuffle every epoch, in an order that depends only on `seed` and the
+            number of the epoch.
+        seed: A non-negative integer.
+        verbose: 0 for no output, 1 for a progress bar, 2 for a line per epoch.
+        deterministic: Whether to choose between the compiled loop and `fit` by the model alone, and
+            never by the clock.
 
     Returns:
-        Keras' `History`, with the logs of every epoch.
+        A Keras `History` with the logs of every epoch.
 
     Raises:
-        ValueError: the model is not compiled, a number is out of its range, or arrays differ in
+        ValueError: If the model is not compiled, a number is out of range, or arrays differ in
             length or are empty.
     """
     _check_compiled(model)
@@ -226,7 +229,7 @@ def fit(
 def _fit_by_keras(
     model: keras.Model, data: Examples, plan: EpochPlan, validation: Examples | None
 ) -> keras.callbacks.History:
-    """Trains through the model's own `fit`, on the same batches as `_fit_in_loops`."""
+    """Trains by the model's own `fit`, on the same batches as `_fit_in_loops`."""
     batches = _Batches(data, plan)
     start = keras.callbacks.LambdaCallback(on_epoch_begin=batches.start)
     with explained(model, *(*data.host, None)[:2]), _keras.kept_on_error(model):
@@ -244,7 +247,7 @@ def _fit_by_keras(
 def _fit_in_loops(
     model: keras.Model, data: Examples, plan: EpochPlan, validation: Examples | None
 ) -> keras.callbacks.History:
-    """Trains every epoch by the engine, with callbacks around it."""
+    """Trains every epoch by the engine, and calls the callbacks."""
     batches = _Batches(data, plan)
     steps = len(batches)
     callbacks = list(plan.callbacks)
@@ -292,10 +295,10 @@ def _fit_in_loops(
 def batch_order(
     examples: int, steps: int, batch_size: int, seed: int | Sequence[int] | None
 ) -> np.ndarray:
-    """The example indices of every batch, int32 of shape `(steps, batch_size)`.
+    """Returns the example indices of every batch, int32 of shape `(steps, batch_size)`.
 
-    One shuffled epoch after another, cut into batches: a batch may end one epoch and begin the
-    next, and no example is seen more than once more often than another.
+    Shuffled epochs are concatenated and cut into batches. A batch may therefore end one epoch and
+    begin the next, and the numbers of uses of any two examples differ by at most one.
     """
     rng = randomness.stream("order of examples", seed)
     epochs = -(-steps * batch_size // examples)
@@ -310,19 +313,20 @@ def evaluate(
     sample_weight: Arrays | None = None,
     batch_size: int | None = None,
 ) -> dict[str, Any]:
-    """The loss and the compiled metrics over a whole data set, by name.
+    """Returns the loss and the compiled metrics over a whole data set, by name.
 
     Args:
-        model: compiled.
-        x: inputs, the examples along the first axis; or a list or dict of such arrays.
-        y: targets, likewise; None for a model that has its loss from elsewhere.
-        sample_weight: a weight per example, or None.
-        batch_size: examples per step. It matters to what is not a mean over examples, as a loss
-            with `reduction="sum"` is not: Keras takes the mean of what it is for each batch. None:
-            what the model's inputs are fixed to, or else 1,000, fewer where examples are large.
+        model: A compiled model.
+        x: Inputs with examples along the first axis: an array, or a list or dict of arrays.
+        y: Targets, in one of the same forms. None if the model adds its loss itself.
+        sample_weight: One weight per example, or None.
+        batch_size: Number of examples per step. It affects results that are not means over
+            examples, such as a loss with `reduction="sum"`, of which Keras takes the mean over
+            batches. None for the fixed batch size of the model's inputs, or else 1,000, or fewer
+            if examples are large.
 
     Raises:
-        ValueError: the model is not compiled, `batch_size` is less than 1, or arrays differ in
+        ValueError: If the model is not compiled, `batch_size` is less than 1, or arrays differ in
             length or are empty.
     """
     _check_compiled(model)
@@ -333,22 +337,22 @@ def evaluate(
 def held_out(
     model: keras.Model, like: Examples, name: str, data: tuple[Arrays, ...] | None
 ) -> Examples | None:
-    """Takes validation or test data, and refuses now what would only fail after a training.
+    """Converts validation or test data, and checks early what would fail after a training.
 
     Args:
-        model: compiled.
-        like: the training data.
-        name: the argument, for messages.
+        model: A compiled model.
+        like: The training data.
+        name: Name of the argument, for messages.
         data: `(x, y)` or `(x, y, sample_weight)`, or None.
 
     Raises:
-        ValueError: arrays differ in length or are empty, or the model or its loss refuses them.
+        ValueError: If arrays differ in length or are empty, or the model or its loss refuses them.
     """
     if data is None:
         return None
     if not isinstance(data, tuple | list) or not 1 <= len(data) <= 3:
         raise ValueError(
-            f"Expected as `{name}` (x, y) or (x, y, sample_weight). Received: "
+            f"Expected `{name}` to be (x, y) or (x, y, sample_weight). Received: "
             + (f"{len(data)} parts" if isinstance(data, tuple | list) else type(data).__name__)
         )
     try:
@@ -359,16 +363,16 @@ def held_out(
         try:
             with explained(model, *(*examples.host, None)[:2]):
                 _run(model, examples)
-        except Exception as error:  # Of as many types as there are layers and losses.
+        except Exception as error:  # Layers and losses raise errors of many types.
             raise ValueError(
-                f"`{name}` does not go with {model.name}: {error} Received (x, y): "
-                f"{examples.kinds}; to train on: {like.kinds}."
+                f"`{name}` does not fit {model.name}: {error} Received (x, y): "
+                f"{examples.kinds}; training data: {like.kinds}."
             ) from error
     return examples
 
 
 def _run(model: keras.Model, examples: Examples) -> None:
-    """The model and its loss on a batch, without a trace in either."""
+    """Runs the model and its loss on a batch, without changing either."""
     inputs = keras.tree.flatten(getattr(model, "inputs", None))
     x, *rest = examples.take(np.arange(inputs[0].shape[0] or 1 if inputs else 1) % len(examples))
     y, sample_weight = (*rest, None, None)[:2]
@@ -380,11 +384,11 @@ def _run(model: keras.Model, examples: Examples) -> None:
 
 
 class _Batches(keras.utils.PyDataset):
-    """The batches of an epoch, in an order that is a function of the seed and its number alone.
+    """The batches of an epoch, in an order that depends only on the seed and the epoch.
 
     Args:
         data: The examples.
-        plan: Of the training; the last batch has what is left.
+        plan: The training plan. The last batch may be smaller.
     """
 
     def __init__(self, data: Examples, plan: EpochPlan) -> None:
@@ -395,7 +399,7 @@ class _Batches(keras.utils.PyDataset):
         self.start(0)
 
     def start(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Takes the order of this epoch: Keras does not count them for a data set."""
+        """Draws the order of this epoch, because Keras does not count epochs for a data set."""
         count = len(self._data)
         if self._seed is None:
             self.order = np.arange(count)
@@ -409,7 +413,7 @@ class _Batches(keras.utils.PyDataset):
     def __getitem__(self, index: int) -> tuple[Arrays, ...]:
         start = index * self._batch_size
         batch = self._data.take(self.order[start : start + self._batch_size])
-        # In a list TensorFlow would take the arrays for one.
+        # Not in a list, which TensorFlow would convert to one array.
         return keras.tree.lists_to_tuples(batch)
 
 
@@ -419,7 +423,7 @@ def _check_compiled(model: keras.Model) -> None:
 
 
 def _finalize(model: keras.Model) -> None:
-    # Others than those of Keras have no such method, and `fit` leaves them alone.
+    # Other optimizers have no such method, and `fit` ignores them.
     if isinstance(model.optimizer, keras.Optimizer):
         model.optimizer.finalize_variable_values(model.trainable_variables)
 

@@ -1,4 +1,4 @@
-"""Plans of trainings: how long, on which batches, and who is told of it."""
+"""Training plans: how long to train, on which batches, and functions to call along the way."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -12,10 +12,10 @@ from lottery_ticket_pruner.training.augmentation import Augmentation
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingPlan:
-    """How to train for a number of steps: arguments of `training.train`.
+    """A training for a number of steps: arguments of `training.train`.
 
     Raises:
-        ValueError: If a number is out of its range.
+        ValueError: If a number is out of range.
     """
 
     steps: int
@@ -41,10 +41,10 @@ class TrainingPlan:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EpochPlan:
-    """How to train for a number of epochs: arguments of `training.fit`.
+    """A training for a number of epochs: arguments of `training.fit`.
 
     Raises:
-        ValueError: If a number is out of its range.
+        ValueError: If a number is out of range.
     """
 
     batch_size: int = 32
@@ -69,24 +69,24 @@ class EpochPlan:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Listeners:
-    """Who is told of a training while it goes on: arguments of `training.train`."""
+    """Functions that are called during a training: arguments of `training.train`."""
 
     on_progress: Callable[[int], object] | None = None
     on_evaluation: Callable[[int, dict[str, Any]], object] | None = None
 
 
 def check_integer(name: str, value: Any, kind: str = "an integer") -> None:
-    """Raises an error for an argument that is not an integer.
+    """Checks that an argument is an integer.
 
     Raises:
-        ValueError: If it is not; the message says that it must be of this kind.
+        ValueError: If it is not. The message says that it must be of this kind.
     """
     if not checks.is_integer(value):
         raise ValueError(f"`{name}` must be {kind}. Received: {name}={value!r}.")
 
 
 def check_validation_batch(size: int | None) -> None:
-    """Raises an error for a size of batches that nothing can be evaluated in.
+    """Checks a batch size for evaluation.
 
     Raises:
         ValueError: If it is less than 1.

@@ -20,7 +20,7 @@ def test_help_explains_every_option(capsys):
     assert caught.value.code == 0
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     for part in (
-        "Without any option",
+        "Without options",
         "--data NAME",
         "digits, mnist, fashion_mnist, cifar10, cifar10_reduced_10x",
         "module:function or path/to/file.py:function",

@@ -39,7 +39,7 @@ def test_what_is_left_open_is_chosen():
         ({"steps": 5, "rewind_to": ("5",)}, "--rewind-to 5 is not before the end"),
         ({"seeds": (2, 2)}, "--seeds each value once"),
         ({"points": 1}, "--points must be at least 2. Received: 1"),
-        ({"round": 2}, "give that, too"),
+        ({"round": 2}, "pass that option"),
         ({"rewind_to": ("soon",)}, "500it"),
         ({"steps": 1, "epochs": 1}, "--steps or --epochs"),
     ],

@@ -47,10 +47,10 @@ def test_what_is_left_open_is_chosen():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"learn": "bernoulli", "sparsities": (0.5,)}, "finds its own sparsity"),
-        ({"learn": "bernoulli", "learning_rate": 0.1}, "no meaning with --learn"),
-        ({"learn": "edge_popup", "criteria": ("random",)}, "no meaning with --learn"),
-        ({"samples": 3}, "--samples has no meaning without --learn"),
+        ({"learn": "bernoulli", "sparsities": (0.5,)}, "learns its sparsity"),
+        ({"learn": "bernoulli", "learning_rate": 0.1}, "no effect with --learn"),
+        ({"learn": "edge_popup", "criteria": ("random",)}, "no effect with --learn"),
+        ({"samples": 3}, "--samples has no effect without --learn"),
         ({"criteria": ("random", "random")}, "--criteria each value once. Received: random random"),
         ({"sparsities": (0.5, 0.50)}, "--sparsities each value once. Received: 0.5 0.5"),
         ({"weights": ("initial", "initial")}, "--weights each value once"),
@@ -174,8 +174,8 @@ def test_help_says_what_resnet_20_takes(command, capsys):
         cli.main([command, "--help"])
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     chosen = SupermaskConfig(network="resnet-20", steps=9).resolve(1000)
-    assert f"by default 60, for resnet-20 {chosen.batch_size}" in text
-    scope = f"by default layer, for resnet-20 {chosen.scope}."
+    assert f"{chosen.batch_size} for resnet-20" in text
+    scope = f"Default: layer, or {chosen.scope} for resnet-20."
     assert (scope in text) == (command == "supermask")
 
 

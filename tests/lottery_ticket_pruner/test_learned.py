@@ -155,7 +155,7 @@ def test_refusals_come_before_training(digits):
     model = network()
     for wrong, message in (
         ({"weights": "final"}, "`weights` must be one of"),
-        ({"mask": "binary"}, "must be a learned one"),
+        ({"mask": "binary"}, "must be a learned mask"),
         ({"mask": "popup"}, "`mask` must be one of"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -114,7 +114,7 @@ def test_searches_that_cannot_be_identified_are_refused_at_the_beginning(tmp_pat
         with lock:
             return np.abs(group.final)
 
-    with pytest.warns(UserWarning, match=r"No search can go on.*`lock`.*a _thread.lock"):
+    with pytest.warns(UserWarning, match=r"The search cannot be resumed.*`lock`.*a _thread.lock"):
         search(tmp_path, strategy=locked)
     with pytest.raises(ValueError, match=r"may be a different one.*`lock`.*get_config"):
         search(tmp_path, strategy=locked)
