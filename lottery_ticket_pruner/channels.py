@@ -72,7 +72,7 @@ def note_limits(
         after: Masks by path afterwards.
     """
     structure, rate = request.structure, request.rate
-    if graph is None or not structure.coupled or not isinstance(rate, float):
+    if graph is None or structure is None or not structure.coupled or not isinstance(rate, float):
         return
     held = []
     for family in graph.families:

@@ -27,8 +27,8 @@ def one_of(rate: _Share | None, sparsity: _Share | None) -> tuple[str, _Share]:
     )
 
 
-def check_share(name: str, share: object) -> None:
-    """Checks that a share is a number in [0, 1).
+def check_share(name: str, share: object) -> float:
+    """Returns a share that is a number in [0, 1).
 
     Raises:
         ValueError: If it is not. The message contains `name`.
@@ -38,6 +38,7 @@ def check_share(name: str, share: object) -> None:
             f"`{name}` must be a number in [0, 1). Received: {name}={share!r} "
             f"of type {type(share).__name__}"
         )
+    return share
 
 
 def shares_of(name: str, share: Share, paths: Collection[str], scope: str) -> dict[str, float]:

@@ -336,8 +336,8 @@ class SparsityReport:
     @property
     def effective(self) -> int | None:
         """Number of kept weights on paths from inputs to outputs; None if not counted."""
-        counts = [row.effective for row in self.rows]
-        return None if None in counts else sum(counts)
+        counts = [row.effective for row in self.rows if row.effective is not None]
+        return sum(counts) if len(counts) == len(self.rows) else None
 
     @property
     def effective_sparsity(self) -> float | None:
@@ -411,10 +411,10 @@ class SparsityReport:
             ).rstrip()
             for line in lines
         ]
-        if self.effective_sparsity is not None:
+        if (effective := self.effective) is not None:
             text.append(
                 f"kept weights not on a path from an input to an output: "
-                f"{self.alive - self.effective:,}; effective sparsity {self.effective_sparsity:.2%}"
+                f"{self.alive - effective:,}; effective sparsity {self.effective_sparsity:.2%}"
             )
         if emptied := [row.path for row in self.rows if row.size and not row.alive]:
             text.append(f"nothing is left of: {', '.join(emptied)}")

@@ -82,7 +82,7 @@ class Pool:
         self._children = todo
         self._shares = shares
         self._console = console
-        self._running: dict[Job, subprocess.Popen] = {}
+        self._running: dict[Job, subprocess.Popen[bytes]] = {}
         self._lock = threading.Lock()
         self._stopped = False
         self._ended = 0
@@ -142,7 +142,9 @@ class Pool:
             status = process.wait()
             self._end(child, status, time.perf_counter() - started, log)
 
-    def _start(self, child: Job, environment: dict[str, str]) -> tuple[subprocess.Popen, Path]:
+    def _start(
+        self, child: Job, environment: dict[str, str]
+    ) -> tuple[subprocess.Popen[bytes], Path]:
         child.folder.mkdir(parents=True, exist_ok=True)
         log = child.folder / LOG_FILE
         with log.open("wb") as output:
@@ -159,7 +161,9 @@ class Pool:
 
     def _end(self, child: Job, status: int, seconds: float, log: Path) -> None:
         with self._lock:
-            self._running.pop(child).stdin.close()
+            pipe = self._running.pop(child).stdin
+            if pipe is not None:
+                pipe.close()
             if self._stopped:
                 return
             self._ended += 1

@@ -72,9 +72,10 @@ def write_report(config: ReportConfig, console: Console | None = None) -> Path:
     with replacing(out / "report.html") as file:
         file.write(web_page.render(kepts).encode())
     charts = [chart for group in groups for chart in contents.charts_of(group)]
-    charts = [*contents.comparisons(groups), *contents.mask_charts(kepts), *charts]
-    for number, chart in enumerate(charts, 1):
-        contents.titled(chart).savefig(out / f"picture-{number}.png", dpi=150)
+    pictures: list[contents.Chart | contents.Drawing]
+    pictures = [*contents.comparisons(groups), *contents.mask_charts(kepts), *charts]
+    for number, picture in enumerate(pictures, 1):
+        contents.titled(picture).savefig(out / f"picture-{number}.png", dpi=150)
     runs = [run for group in groups for run in group.runs]
     with replacing(out / "results.csv") as file:
         run_folders.tidy(runs).to_csv(file, index=False)

@@ -6,7 +6,7 @@ import itertools
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -378,7 +378,7 @@ def _combine(folder: Path, kind: _Kind, options: Sequence[str]) -> None:
             run_folders.tidy(run_folders.find_runs(inside), options).to_csv(file, index=False)
 
 
-def _name(config: SweepConfig | SupermaskSweepConfig, children: Sequence[str]) -> str:
+def _name(config: SweepConfig | SupermaskSweepConfig, children: Iterable[str]) -> str:
     return f"sweep-{datasets.label(config.data)}-{of_json(sorted(children))[:8]}"
 
 

@@ -171,7 +171,8 @@ class _Translation:
         return config
 
     def _entry(self, entry: dict[str, Any], layer: Any) -> dict[str, Any]:
-        graph = {key: entry[key] for key in ("name", "inbound_nodes") if key in entry}
+        names = ("name", "inbound_nodes")
+        graph: dict[str, Any] = {key: entry[key] for key in names if key in entry}
         if entry["class_name"] == _WRAPPER:
             entry, layer = entry["config"]["layer"], _unwrapped(layer)
         if entry["class_name"] in _CONTAINERS and layer is not None:
@@ -210,7 +211,7 @@ class _Translation:
         )
 
     def _arguments(
-        self, cls: type, name: str, config: dict[str, Any], where: str
+        self, cls: type[keras.layers.Layer], name: str, config: dict[str, Any], where: str
     ) -> dict[str, Any]:
         parameters = inspect.signature(cls.__init__).parameters
         known = set(parameters)

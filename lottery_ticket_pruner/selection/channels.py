@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -68,8 +68,7 @@ def select_channels(
     """
     structure = request.structure
     assert isinstance(structure, Channels)
-    families = () if graph is None else graph.families
-    if not families:
+    if graph is None or not graph.families:
         raise ValueError(
             f"{structure} finds no channels that could be removed. It needs a masked Sequential or "
             "Functional model, and `LotteryTicketPruner.update_masks` to follow its channels; "
@@ -80,11 +79,13 @@ def select_channels(
             f"A distribution shares weights out among kernels, and {structure} prunes channels of "
             'several kernels. Leave `distribution` out; scope="global" shares channels out.'
         )
+    families = graph.families
     within = {path for family in families for path in family.weights}
     kernels = {p: prepared(request.criterion, p, k) for p, k in weights.items() if p in within}
     masks = {path: np.asarray(kernel.mask, bool) for path, kernel in weights.items()}
     ranking = _Ranking(
         request=request,
+        structure=structure,
         families=families,
         kept=[kept_channels(family, masks) for family in families],
         scores=_pooled(structure, families, _scores(request, kernels), masks),
@@ -92,7 +93,7 @@ def select_channels(
     )
     if request.budget is not None:
         return _within_budget(request.budget, ranking, graph.positions)
-    return ranking.prune(request, _shares(request, list(weights), families))
+    return ranking.prune(request, _shares(request, structure, list(weights), families))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,6 +101,7 @@ class _Ranking:
     """Channels with their scores, of which more or fewer can be pruned."""
 
     request: Request
+    structure: Channels
     families: Sequence[Family]
     kept: Sequence[np.ndarray]
     scores: Sequence[np.ndarray]
@@ -108,10 +110,10 @@ class _Ranking:
     def prune(self, request: Request, shares: Sequence[float]) -> dict[str, np.ndarray]:
         """Returns the masks for a share of each family, or for the amount of the whole model."""
         if request.scope == "global":
-            chosen = _of_model(request, self.families, self.kept, self.scores)
+            chosen = _of_model(request, self.structure, self.families, self.kept, self.scores)
         else:
             chosen = [
-                _of_family(request, *each)
+                _of_family(request, self.structure, *each)
                 for each in zip(self.families, shares, self.kept, self.scores, strict=True)
             ]
         masks = {path: mask.copy() for path, mask in self.masks.items()}
@@ -133,7 +135,8 @@ def _within_budget(
             "The multiply-adds of these kernels depend on the size of the input, which the model "
             f"leaves open: {unknown}. Give the model a fixed input shape, or a budget of weights."
         )
-    factors = {"macs": positions, "weights": dict.fromkeys(ranking.masks, 1)}
+    known = {path: number for path, number in positions.items() if number is not None}
+    factors = {"macs": known, "weights": dict.fromkeys(ranking.masks, 1)}
     dense = {path: np.ones_like(mask) for path, mask in ranking.masks.items()}
     limits = {name: share * cost(dense, factors[name]) for name, share in budget.items()}
 
@@ -165,14 +168,14 @@ def _within_budget(
 
 def _most(ranking: _Ranking) -> float:
     """Returns the greatest sparsity of channels that is possible."""
-    structure = ranking.request.structure
+    structure = ranking.structure
     if ranking.request.scope != "global":
         return structure.at_most
     sizes = [family.size for family in ranking.families]
     return 1 - sum(fewest(structure, size) for size in sizes) / sum(sizes)
 
 
-def cost(masks: Mapping[str, np.ndarray], factors: Mapping[str, int | None]) -> float:
+def cost(masks: Mapping[str, np.ndarray], factors: Mapping[str, int]) -> float:
     """Returns the sum of the sizes of all kernels without empty rows and columns, times factors."""
     total = 0.0
     for path, factor in factors.items():
@@ -217,20 +220,22 @@ def complete(families: Sequence[Family], masks: Mapping[str, np.ndarray]) -> dic
     return masks
 
 
-def _along(array: np.ndarray, axis: int, reduce: np.ufunc) -> np.ndarray:
+def _along(array: np.ndarray, axis: int, reduce: Callable[..., np.ndarray]) -> np.ndarray:
     return reduce(array, tuple(i for i in range(array.ndim) if i != axis))
 
 
-def _shares(request: Request, paths: Sequence[str], families: Sequence[Family]) -> list[float]:
+def _shares(
+    request: Request, structure: Channels, paths: Sequence[str], families: Sequence[Family]
+) -> list[float]:
     """Returns the share of each family: the smallest of those of the kernels that make it."""
     name, share = one_of(request.rate, request.sparsity)
     found = shares_of(name, share, paths, request.scope)
     shares = [min(found[path] for path in family.made or family.weights) for family in families]
     for value in shares:
         check_share(name, value)
-        if name == "sparsity" and value > request.structure.at_most:
+        if name == "sparsity" and value > structure.at_most:
             raise ValueError(
-                f"A sparsity of {value} is above the share of channels that {request.structure} "
+                f"A sparsity of {value} is above the share of channels that {structure} "
                 "takes from a layer at most. Ask for less, or pass "
                 f"structure=structures.Channels(at_most={value})."
             )
@@ -301,14 +306,25 @@ def _pooled(
 
 
 def _of_family(
-    request: Request, family: Family, share: float, kept: np.ndarray, scores: np.ndarray
+    request: Request,
+    structure: Channels,
+    family: Family,
+    share: float,
+    kept: np.ndarray,
+    scores: np.ndarray,
 ) -> np.ndarray:
     """Returns which channels of a family are kept, when it is ranked alone."""
     where, count = repr(", ".join(family.layers)), int(np.count_nonzero(kept))
-    name, _ = one_of(request.rate, request.sparsity)
-    amount = {name: share, "keep_sparser": request.keep_sparser}
-    drop = drop_count(family.size, count, where=where, unit="channels", **amount)
-    left = rounded(request.structure, family.size, count, count - drop)
+    drop = drop_count(
+        family.size,
+        count,
+        rate=None if request.rate is None else share,
+        sparsity=None if request.sparsity is None else share,
+        keep_sparser=request.keep_sparser,
+        where=where,
+        unit="channels",
+    )
+    left = rounded(structure, family.size, count, count - drop)
     rng = stream("ties", request.seed, family.layers[0])
     return drop_lowest(scores, kept, count - left, rng)
 
@@ -326,6 +342,7 @@ def fewest(structure: Channels, size: int) -> int:
 
 def _of_model(
     request: Request,
+    structure: Channels,
     families: Sequence[Family],
     kept: Sequence[np.ndarray],
     scores: Sequence[np.ndarray],
@@ -334,14 +351,16 @@ def _of_model(
 
     Scores are divided by their mean over the family, so that layers of different size compare.
     """
-    structure, rng = request.structure, stream("ties", request.seed, "")
+    rng = stream("ties", request.seed, "")
+    name, share = one_of(request.rate, request.sparsity)
+    share = check_share(name, share)
     ends = np.cumsum([family.size for family in families])[:-1]
     count = sum(int(np.count_nonzero(flags)) for flags in kept)
     drop = drop_count(
         sum(family.size for family in families),
         count,
-        rate=request.rate,
-        sparsity=request.sparsity,
+        rate=None if request.rate is None else share,
+        sparsity=None if request.sparsity is None else share,
         keep_sparser=request.keep_sparser,
         where="the model as a whole",
         unit="channels",
