@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, TypedDict, TypeVar, cast
 
 import numpy as np
 
@@ -19,6 +19,13 @@ _NO_MATTER = ("deterministic", "validation_batch_size")
 
 Share = float | Mapping[str, float]
 Plan = TypeVar("Plan")
+
+
+class Amount(TypedDict, total=False):
+    """The rate or the sparsity of an update of masks."""
+
+    rate: Share
+    sparsity: Share
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,7 +76,7 @@ class PruningPlan:
         """Treatment of the ticket's pruned weights."""
         return treatments.get_pruned(self.pruned)
 
-    def amount(self, number: int) -> dict[str, Share]:
+    def amount(self, number: int) -> Amount:
         """Returns the rate or the sparsity of a round as an argument of `update_masks`."""
         sparsity, progress = self.sparsity, number / self.rounds
         if sparsity is None:

@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import keras
 import numpy as np
@@ -22,6 +22,7 @@ from lottery_ticket_pruner import (
     treatments,
 )
 from lottery_ticket_pruner.checkpoint import Checkpoint
+from lottery_ticket_pruner.checks import is_integer
 from lottery_ticket_pruner.fingerprints import description, digest, layers
 from lottery_ticket_pruner.pruner import LotteryTicketPruner
 from lottery_ticket_pruner.search_plans import (
@@ -51,6 +52,9 @@ __all__ = [
 _logger = logging.getLogger(__name__)
 # Purpose of random numbers drawn here; see `randomness`.
 _PURPOSE = "arms of a search"
+
+# A seed, and what else tells a random stream apart from others.
+_Parts: TypeAlias = tuple[int, *tuple[int | str, ...]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,10 +105,10 @@ def find_ticket(
     replicate: int = 0,
     augment: Augmentation | None = None,
     deterministic: bool = False,
-    checkpoint: str | os.PathLike | None = None,
-    on_result: Callable[[dict[str, Any]], None] | None = None,
-    on_evaluation: Callable[[dict[str, Any]], None] | None = None,
-    on_progress: Callable[[int], None] | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    on_result: Callable[[dict[str, Any]], object] | None = None,
+    on_evaluation: Callable[[dict[str, Any]], object] | None = None,
+    on_progress: Callable[[int], object] | None = None,
 ) -> TicketResult:
     """Trains, prunes and rewinds a model for a number of rounds, and trains controls.
 
@@ -256,7 +260,7 @@ def search(
     data: SearchData,
     plan: SearchPlan,
     listeners: Listeners | None = None,
-    checkpoint: str | os.PathLike | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> TicketResult:
     """Finds a ticket like `find_ticket`, with the arguments as plans.
 
@@ -548,6 +552,8 @@ def _train_stretch(
 
     All random numbers in it depend only on these and on the plan's seed.
     """
+    if not is_integer(plan.seed):
+        raise ValueError(f"The seed of a search must be an integer. Received: {plan.seed!r}")
     parts = (plan.seed, *stretch)
     _restart_randomness(model, parts)
     plan = dataclasses.replace(plan, seed=randomness.words(*parts))
@@ -555,7 +561,7 @@ def _train_stretch(
 
 
 def _shuffled(
-    masks: Mapping[str, np.ndarray], parts: tuple[int | str, ...], *, together: bool
+    masks: Mapping[str, np.ndarray], parts: _Parts, *, together: bool
 ) -> dict[str, np.ndarray]:
     """Draws masks with the same count per kernel, or in total, uniformly at random."""
     if together:
@@ -575,9 +581,7 @@ def _shuffled(
     }
 
 
-def _draw_again(
-    model: keras.Model, parts: tuple[int | str, ...], *, keep_signs: bool = False
-) -> None:
+def _draw_again(model: keras.Model, parts: _Parts, *, keep_signs: bool = False) -> None:
     """Draws a new value of every trainable kernel from its layer's own initializer."""
     for ref in ml.weight_refs(model):
         if ref.variable.trainable:
@@ -587,7 +591,7 @@ def _draw_again(
             ref.variable.assign(drawn)
 
 
-def _restart_randomness(model: keras.Model, parts: tuple[int | str, ...]) -> None:
+def _restart_randomness(model: keras.Model, parts: _Parts) -> None:
     """Resets the random state of dropout and similar layers, which arms would otherwise share."""
     states = [v for v in model.variables if v.name == "seed_generator_state"]
     for number, state in enumerate(states):
