@@ -1,4 +1,4 @@
-"""Random streams: one rule from a purpose, a seed and what tells draws apart to a generator."""
+"""Random streams, determined by a purpose, a seed and parts such as a path or a step."""
 
 import hashlib
 import zlib
@@ -11,9 +11,9 @@ Seed = int | Sequence[int] | None
 
 
 def words(*parts: Part) -> list[int]:
-    """Returns integers for a seed sequence: numbers as they are, and a checksum of each text.
+    """Returns integers for a seed sequence: numbers unchanged, and a checksum of each text.
 
-    Distinct parts give independent streams. Unlike `hash`, the same ones in every process.
+    Different parts give independent streams. Unlike `hash`, the result is the same in any process.
     """
     return [zlib.crc32(part.encode()) if isinstance(part, str) else int(part) for part in parts]
 
@@ -36,10 +36,10 @@ def _by_purpose(purpose: str, seed: list[int], parts: Sequence[Part]) -> np.rand
     return np.random.SeedSequence([*seed, *words(*parts, purpose)])
 
 
-# What is drawn, and how its entropy is made. New purposes are told apart by their name. Earlier
-# ones are told apart by their parts alone: results on disk were drawn from these very streams.
-# Those with equal parts ("treatments" and "scores of masks"; "order of examples" and "mask
-# updates") draw in different ways, numbers here and the seed of another generator there.
+# The purposes, and the functions that compute their entropy. New purposes differ by their name.
+# Earlier ones differ only by their parts, because results on disk were computed with these streams.
+# Of two purposes with equal parts ("treatments" and "scores of masks"; "order of examples" and
+# "mask updates"), one draws numbers and the other the seed of another generator.
 PURPOSES: dict[str, Callable[[str, list[int], Sequence[Part]], np.random.SeedSequence]] = {
     "arms of a search": _by_parts,  # seed, arm or "masks" or "treatment", round, ...
     "augmentation": _spawned,
@@ -56,12 +56,12 @@ PURPOSES: dict[str, Callable[[str, list[int], Sequence[Part]], np.random.SeedSeq
 
 
 def sequence(purpose: str, seed: Seed, *parts: Part) -> np.random.SeedSequence:
-    """Returns the seed sequence of a purpose: a function of the arguments alone.
+    """Returns the seed sequence of a purpose, which depends only on the arguments.
 
     Args:
         purpose: One of `PURPOSES`. Different purposes have independent streams.
-        seed: Non-negative integer, or several. None: the system gives another one at every call.
-        *parts: What tells the draws of this purpose apart, such as the path of a weight or a step.
+        seed: One or more non-negative integers. None means a different seed at every call.
+        *parts: Parts that distinguish the draws of this purpose, such as a path or a step.
     """
     given = np.random.SeedSequence().generate_state(4) if seed is None else seed
     return PURPOSES[purpose](
@@ -70,17 +70,17 @@ def sequence(purpose: str, seed: Seed, *parts: Part) -> np.random.SeedSequence:
 
 
 def stream(purpose: str, seed: Seed, *parts: Part) -> np.random.Generator:
-    """Returns the random generator of a purpose, see `sequence`."""
+    """Returns the random generator of a purpose, with the arguments of `sequence`."""
     return np.random.default_rng(sequence(purpose, seed, *parts))
 
 
 def integer(purpose: str, seed: Seed, *parts: Part, bits: int = 31) -> int:
-    """Returns a non-negative integer of so many bits, as a seed for other generators.
+    """Returns a non-negative integer with `bits` bits, as a seed for other generators.
 
     Args:
-        purpose: As in `sequence`.
-        seed: As in `sequence`.
-        *parts: As in `sequence`.
-        bits: At most 32.
+        purpose: One of `PURPOSES`.
+        seed: One or more non-negative integers. None means a different seed at every call.
+        *parts: Parts that distinguish the draws of this purpose, such as a path or a step.
+        bits: Number of bits, at most 32.
     """
     return int(sequence(purpose, seed, *parts).generate_state(1)[0] >> (32 - bits))

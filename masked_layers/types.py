@@ -1,14 +1,14 @@
-"""Names for types that Keras lacks."""
+"""Type aliases that Keras does not provide."""
 
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import keras
 
 Tensor: TypeAlias = Any
-"""A tensor of the backend, or a variable in its place."""
+"""A tensor of the backend, or a variable."""
 
 if TYPE_CHECKING:
     LayerMixin: TypeAlias = keras.layers.Layer
 else:
     LayerMixin = object
-"""The base of a class whose subclasses have a Keras layer as another base."""
+"""Base of mixin classes, whose subclasses also derive from a Keras layer."""

@@ -81,7 +81,7 @@ def test_a_run_is_killed_resumed_and_compared(tmp_path, monkeypatch, capsys, wro
     monkeypatch.setattr(resume, "COMMAND", (sys.executable, str(script)))
     status = resume.main(["--out", str(tmp_path / "out"), "--any", "--kill-after", "2"])
     printed = capsys.readouterr().out
-    assert re.search(r"left alone: \d+ s, 4 lines", printed)
+    assert re.search(r"whole run: \d+ s, 4 lines", printed)
     assert "killed after line 2: ticket of round 1, replicate 0" in printed
     differ = 4 if wrong == 0.6 else 0
     assert f"numbers of results.csv: 16 compared, {differ} differ" in printed
