@@ -21,7 +21,7 @@ from lottery_ticket_pruner.registry import Registry
 Rule = Callable[[tuple[int, ...]], float]
 _R = TypeVar("_R", bound=Rule)
 
-# To type checkers the rule is always there: `__post_init__` finds it by the name.
+# Never None for type checkers, because `__post_init__` finds the rule by its name.
 _BY_NAME: Any = None
 
 

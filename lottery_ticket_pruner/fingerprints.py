@@ -79,7 +79,7 @@ def digest(data: Any) -> str:
 
 
 def of_json(values: object) -> str:
-    """Returns a hash of values of JSON's types, in which the order of dicts does not matter."""
+    """Returns a hash of JSON data that does not depend on the order of dicts."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -423,7 +423,7 @@ class _Hasher:
             with contextlib.suppress(AttributeError, ImportError, ValueError):
                 spec = importlib.util.find_spec(name)
                 if spec is not None:
-                    loader: Any = spec.loader  # One without code raises the AttributeError.
+                    loader: Any = spec.loader  # A loader without code raises the AttributeError.
                     self._sources[name] = loader.get_code(name), spec.parent
         source, package = self._sources[name]
         if source is None:

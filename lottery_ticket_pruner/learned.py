@@ -113,7 +113,7 @@ def learn_supermask(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LearningPlan:
-    """How to learn a supermask: arguments of `learn_supermask`.
+    """The training of a supermask: arguments of `learn_supermask`.
 
     Raises:
         ValueError: If a name is unknown, a number is out of range, or the mask is not learned.

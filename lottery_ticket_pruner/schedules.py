@@ -316,7 +316,7 @@ class Constant(Schedule):
 class _Ramp(Schedule):
     """A change from one sparsity to another between two steps."""
 
-    end_step: int  # here it must be given
+    end_step: int  # required here
 
     def __init__(
         self,

@@ -30,7 +30,7 @@ class Amount(TypedDict, total=False):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PruningPlan:
-    """How a search prunes and what its ticket trains from: arguments of `tickets.find_ticket`.
+    """The pruning of a search, and what its ticket trains from: arguments of `find_ticket`.
 
     Raises:
         ValueError: If a name is unknown, both a rate and a sparsity are given, or the treatment of
@@ -88,7 +88,7 @@ class PruningPlan:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ControlPlan:
-    """Which controls a search trains, and in which rounds: arguments of `tickets.find_ticket`.
+    """The controls of a search, and their rounds: arguments of `tickets.find_ticket`.
 
     Raises:
         ValueError: If a control is unknown or named twice.

@@ -31,7 +31,7 @@ from lottery_ticket_pruner.registry import Registry
 from lottery_ticket_pruner.variables import widened
 from masked_layers import randomness
 
-# A treatment that needs the final weights may rely on them: to type checkers they are an array.
+# Typed as an array, because a treatment only reads final weights if it needs them.
 _NOT_RECORDED: Any = None
 
 

@@ -95,7 +95,7 @@ def is_run(folder: Path) -> bool:
 
 
 def file_of_initial_weights(folder: Path, replicate: int) -> Path:
-    """Returns the file in a run folder that holds the initial weights of a seed."""
+    """Returns the file with the initial weights of a seed in a run folder."""
     return folder / "rounds" / str(replicate) / INITIAL_FILE
 
 
@@ -103,7 +103,7 @@ def initial_weights(folder: Path, replicate: int) -> dict[str, np.ndarray] | Non
     """Reads the weights that a seed of a run started with at step 0, by path.
 
     Returns:
-        None where there is no such file: runs of earlier versions kept none.
+        None if there is no such file, as in runs of earlier versions.
 
     Raises:
         OSError: If the file cannot be read.

@@ -387,11 +387,11 @@ class RunFolder(Workplace):
         self._print(f"{heading}\n{self.describe()}")
 
     def keep_initial_weights(self, replicate: int, model: keras.Model) -> None:
-        """Writes the weights that a seed starts with, unless an interrupted run has done so.
+        """Writes the initial weights of a seed, unless an interrupted run has already done so.
 
         Args:
-            replicate: The position of the seed.
-            model: Has these weights.
+            replicate: Position of the seed.
+            model: The model with these weights.
         """
         file = file_of_initial_weights(self.path, replicate)
         if not file.exists():

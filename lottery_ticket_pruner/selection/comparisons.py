@@ -107,7 +107,7 @@ class _Comparison:
         return scores, ordered, self._rng
 
     def _flags(self) -> np.ndarray:
-        """Returns a flag for each weight or tile, True where it is kept so far."""
+        """Returns a flag for each weight or tile, True if it is still kept."""
         return self._joined_masks()
 
     def _scores(self, drop: int | None) -> np.ndarray:
@@ -169,7 +169,7 @@ class _TileComparison(_Comparison):
             yield self._paste(tiles & part[:, None], kernel)
 
     def _parts(self) -> Iterator[tuple[np.ndarray, Weights, np.ndarray]]:
-        """Yields the scores of the weights of each kernel, the kernel, and its mask in tiles."""
+        """Yields each kernel with the scores of its weights and its mask in tiles."""
         scores = self._weight_scores(None, None)
         sizes = [kernel.mask.size for kernel in self._kernels]
         if scores.shape != (sum(sizes),):
@@ -188,7 +188,7 @@ class _TileComparison(_Comparison):
 
 
 class _BestOfEachTile(_TileComparison):
-    """Kernels in each tile of which the same number of weights is kept."""
+    """Kernels that keep the same number of weights in each tile."""
 
     def __init__(
         self,
@@ -203,7 +203,7 @@ class _BestOfEachTile(_TileComparison):
         self._count = count
 
     def prune(self, amount: Mapping[str, Any], *, again: bool = False) -> dict[str, np.ndarray]:
-        """Returns the new mask of each kernel, whatever the amount."""
+        """Returns the new mask of each kernel. The amount is not used."""
         return dict(zip(self.paths, self._masks(), strict=True))
 
     def _masks(self) -> Iterator[np.ndarray]:

@@ -50,7 +50,7 @@ class Weights:
         return structures.Layout(self.mask.shape, self.input_axes, self.output_axes)
 
     def with_records(self, records: Mapping[str, np.ndarray]) -> "Weights":
-        """Returns the kernel with these records and evidence, by name, in place of its own."""
+        """Returns the kernel with its records and evidence replaced by these, by name."""
         kept = {name: records.get(name, getattr(self, name)) for name in _ARRAYS}
         return Weights(
             mask=self.mask, output_axes=self.output_axes, input_axes=self.input_axes, **kept

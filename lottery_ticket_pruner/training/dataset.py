@@ -97,7 +97,7 @@ class Examples:
         return map_arrays(lambda array: array[indices], self.host)
 
     def indices(self, order: np.ndarray) -> np.ndarray:
-        """Returns an int32 row for each index of `order`, of the index alone."""
+        """Returns an int32 row for each index in `order`, which contains only the index."""
         return order.astype("int32")[:, None]
 
     def rows(self, order: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -166,7 +166,7 @@ def tickets_of(group: Group) -> Kept:
 
 
 def _named(error: Exception, path: Path) -> str:
-    """Returns the first line of an error, with the file that it is about."""
+    """Returns the first line of an error, preceded by the file."""
     text = (str(error).splitlines() or [repr(error)])[0]
     return text if str(path) in text else f"'{path}': {text}"
 
@@ -181,7 +181,7 @@ def _seed(run: Run, ticket: Path) -> tuple[int, int]:
 def _signs(
     run: Run, replicate: int, seed: int, ticket: keras.Model
 ) -> dict[str, analyses.SignAgreement] | None:
-    """Compares signs before and after the training; None where kept weights began with others.
+    """Compares signs before and after training. None if kept weights started from other values.
 
     Raises:
         OSError: If the file of initial weights cannot be read.
@@ -204,7 +204,7 @@ def _signs(
 def _signs_by_seed(
     config: Mapping[str, Any], seed: int, ticket: keras.Model
 ) -> dict[str, analyses.SignAgreement] | None:
-    """Does so with weights that are drawn again; None where they are not those of the run."""
+    """Compares signs with weights drawn again. None if they are not those of the run."""
     if config.get("network") not in networks.NAMES:
         return None
     keras.utils.set_random_seed(seed)
