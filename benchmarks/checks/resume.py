@@ -58,7 +58,7 @@ def run(options, folder, kill_after=None):
         if process.poll() is None:
             time.sleep(float(lines[-1]["seconds"]) / 2)
         if process.poll() is not None:
-            errors = process.communicate()[1].decode(errors="replace")
+            errors = process.stderr.read().decode(errors="replace") if process.stderr else ""
             raise RuntimeError(f"The run ended before it was killed; use more --steps. {errors}")
     finally:
         process.kill()
