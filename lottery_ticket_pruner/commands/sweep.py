@@ -24,7 +24,7 @@ from lottery_ticket_pruner.commands.processes import (
 from lottery_ticket_pruner.experiments import datasets, results
 from lottery_ticket_pruner.experiments.arguments import arguments as arguments_of
 from lottery_ticket_pruner.experiments.arguments import given, option, options_of, parse_over
-from lottery_ticket_pruner.experiments.config import RunConfig, choices
+from lottery_ticket_pruner.experiments.config import RunConfig, choices, chosen
 from lottery_ticket_pruner.experiments.options import OptionalInt, OptionalPath
 from lottery_ticket_pruner.experiments.reports import run_folders, tables
 from lottery_ticket_pruner.experiments.run_folder import (
@@ -141,7 +141,7 @@ class Child:
             rounds = [int(row["round"]) for row in table]
         except (ValueError, KeyError):  # Supermasks have no rounds.
             return 0
-        return self.config.steps * (max(rounds) + 1) if rounds else 0
+        return chosen(self.config.steps) * (max(rounds) + 1) if rounds else 0
 
 
 def plan(config: SweepConfig | SupermaskSweepConfig) -> list[Child]:

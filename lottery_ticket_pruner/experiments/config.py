@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, TypeVar
 
 import tyro
 
@@ -32,6 +32,20 @@ from lottery_ticket_pruner.search_plans import (
     taken,
 )
 from lottery_ticket_pruner.training import TrainingPlan
+
+_T = TypeVar("_T")
+
+if TYPE_CHECKING:
+    # The names are known when the program runs, not before.
+    Network: TypeAlias = str
+    Optimizer: TypeAlias = str
+    _Retraining: TypeAlias = str
+    _Control: TypeAlias = str
+else:
+    Network = Literal[*networks.NAMES]
+    Optimizer = Literal[*networks.OPTIMIZERS]
+    _Retraining = Literal[*RETRAINING]
+    _Control = Literal[*CONTROLS]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +125,7 @@ class Experiment:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the configuration as JSON data."""
-        values = dataclasses.asdict(self)
+        values = dataclasses.asdict(self)  # type: ignore[call-overload]  # Subclasses are ones.
         del values["overwrite"]  # Belongs to a single call, not to the run.
         return json.loads(json.dumps(values, default=str))
 
@@ -128,7 +142,7 @@ class RunConfig(Experiment):
     data: Annotated[str, _DATA] = "digits"
     data_dir: OptionalPath = None
     """Folder with the published files of the data set or its .npz, or with a subfolder of them."""
-    network: Annotated[Literal[*networks.NAMES] | None, NO_HINT] = None
+    network: Annotated[Network | None, NO_HINT] = None
     """Network. Default: lenet-300-100, or conv-2 for CIFAR-10."""
     strategy: Annotated[str, _STRATEGY] = "large_final"
     scope: Annotated[Literal["layer", "global"] | None, NO_HINT] = None
@@ -147,12 +161,12 @@ for conv-6."""
     """Share of pruned weights after the last round, reached at one rate. Replaces the rates."""
     rewind_to: str = "0"
     """Training step to rewind to: 0, or as in 500it (steps) or 2ep (epochs)."""
-    retraining: Literal[*RETRAINING] = "weight_rewinding"
+    retraining: _Retraining = "weight_rewinding"
     """What the ticket is trained from: rewound weights, trained weights with the learning rates \
 of the rewinding point, or trained weights at the last learning rate."""
     kept: Annotated[str, _KEPT] = "rewind"
     pruned: Annotated[str, _PRUNED] = "zero"
-    controls: tuple[Literal[*CONTROLS], ...] = ("random_reinit", "random_mask")
+    controls: tuple[_Control, ...] = ("random_reinit", "random_mask")
     """Controls for the ticket, each trained once from the rewinding point, even if another \
 --retraining trains the ticket for longer. Pass no names to train only the ticket."""
     control_rounds: tuple[int, ...] = ()
@@ -164,7 +178,7 @@ lenet-300-100 on any data), or 600 for digits."""
     """Epochs of each run, instead of --steps."""
     batch_size: OptionalInt = None
     """Examples per step. Default: 60, or 128 for resnet-20."""
-    optimizer: Annotated[Literal[*networks.OPTIMIZERS] | None, NO_HINT] = None
+    optimizer: Annotated[Optimizer | None, NO_HINT] = None
     """Adam, or SGD with momentum and a learning rate divided by ten after half and three quarters \
 of the steps. Default: that of the network's recipe, sgd for resnet-20 and otherwise adam."""
     learning_rate: OptionalFloat = None
@@ -198,30 +212,31 @@ operations, and no decisions based on timing."""
         criterion = _resolved("strategy", criteria.get, self.strategy)
         _resolved("kept", functools.partial(kept_under, self.retraining), self.kept)
         _resolved("pruned", treatments.get_pruned, self.pruned)
-        rounds = _chosen(self.rounds, recipe.rounds)
+        rounds = chosen(self.rounds, recipe.rounds)
         self._check_numbers(rounds)
-        batch_size = _chosen(self.batch_size, recipe.batch_size)
+        batch_size = chosen(self.batch_size, recipe.batch_size)
         steps_per_epoch = -(-training_images // batch_size)
         epochs = None if self.epochs is None else self.epochs * steps_per_epoch
-        steps = _chosen(self.steps, epochs, recipe.steps)
+        steps = chosen(self.steps, epochs, recipe.steps)
         default = None if self.final_sparsity is None and self._rates_given() else recipe.scope
         scope = selection.resolve_scope(criterion, self.scope or criterion.scope or default)
         rewind_to = parse_steps(self.rewind_to, steps_per_epoch)
         if rewind_to >= steps:
             raise ValueError(f"--rewind-to {self.rewind_to} is not before the end, step {steps}.")
+        # The scope of a criterion may be one that is not an option.
+        amounts: dict[str, Any] = {"scope": scope} | self._rates(recipe, scope)
         return dataclasses.replace(
             self,
             network=recipe.network,
-            scope=scope,
             rounds=rounds,
             steps=steps,
             epochs=None,
             batch_size=batch_size,
-            optimizer=_chosen(self.optimizer, recipe.optimizer),
-            learning_rate=_chosen(self.learning_rate, recipe.learning_rate),
-            eval_every=_chosen(self.eval_every, min(500, max(1, steps // 10))),
+            optimizer=chosen(self.optimizer, recipe.optimizer),
+            learning_rate=chosen(self.learning_rate, recipe.learning_rate),
+            eval_every=chosen(self.eval_every, min(500, max(1, steps // 10))),
             rewind_to=f"{rewind_to}it",
-            **self._rates(recipe, scope),
+            **amounts,
         )
 
     @property
@@ -237,7 +252,7 @@ operations, and no decisions based on timing."""
         if self.scope == "global":
             return {"rate": self.rate}
         rates = {"^output/": self.output_rate, "default": self.rate}
-        if networks.has_convolutions(self.network):
+        if networks.has_convolutions(chosen(self.network)):
             rates["^conv_"] = self.conv_rate
         return {"rate": rates}
 
@@ -294,7 +309,7 @@ operations, and no decisions based on timing."""
     def _rates_given(self) -> bool:
         return self.conv_rate is not None or self.output_rate is not None
 
-    def _rates(self, recipe: Recipe, scope: str) -> dict[str, float | None]:
+    def _rates(self, recipe: Recipe, scope: str) -> dict[str, Any]:
         per_layer = {"conv_rate": self.conv_rate, "output_rate": self.output_rate}
         given = [option(name) for name, value in per_layer.items() if value is not None]
         convolutions = networks.has_convolutions(recipe.network)
@@ -305,16 +320,16 @@ operations, and no decisions based on timing."""
             if given:
                 raise ValueError(f"Give --final-sparsity or {' and '.join(given)}, not both.")
             return {}
-        rate = _chosen(self.rate, recipe.rate)
+        rate = chosen(self.rate, recipe.rate)
         if scope == "global":
             if given:
                 raise ValueError(f"{' and '.join(given)}: scope global ranks all layers together.")
             return {"rate": rate}
-        conv_rate = _chosen(self.conv_rate, recipe.conv_share * rate) if convolutions else None
+        conv_rate = chosen(self.conv_rate, recipe.conv_share * rate) if convolutions else None
         return {
             "rate": rate,
             "conv_rate": conv_rate,
-            "output_rate": _chosen(self.output_rate, 0.5 * rate),
+            "output_rate": chosen(self.output_rate, 0.5 * rate),
         }
 
 
@@ -347,7 +362,7 @@ def code_of(values: Mapping[str, Any]) -> str:
     Raises:
         UnidentifiedError: If one of them cannot be identified.
     """
-    getters = {
+    getters: dict[str, Callable[[Any], Any]] = {
         "strategy": criteria.get,
         "kept": treatments.get_kept,
         "pruned": treatments.get_pruned,
@@ -356,8 +371,8 @@ def code_of(values: Mapping[str, Any]) -> str:
     return names_with_code(made + [criteria.get(name) for name in values.get("criteria", ())])
 
 
-def _chosen(*values: Any) -> Any:
-    """Returns the first value that is not None."""
+def chosen(*values: _T | None) -> _T:
+    """Returns the first value that is not None, as none of a resolved configuration is."""
     return next(value for value in values if value is not None)
 
 

@@ -3,9 +3,9 @@
 import collections
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import keras
 import numpy as np
@@ -18,7 +18,10 @@ from lottery_ticket_pruner import analyses, optimizers
 from lottery_ticket_pruner.experiments import datasets, networks, progress, results
 from lottery_ticket_pruner.experiments.config import (
     Experiment,
+    Network,
+    Optimizer,
     RunConfig,
+    chosen,
     parse_steps,
     training_plan,
 )
@@ -61,7 +64,7 @@ class InstabilityConfig(Experiment):
     """Data set by name, or custom data as module:function: see `lottery-ticket run --help`."""
     data_dir: OptionalPath = None
     """Folder with the published files of the data set or its .npz, or with a subfolder of them."""
-    network: Annotated[Literal[*networks.NAMES] | None, NO_HINT] = None
+    network: Annotated[Network | None, NO_HINT] = None
     """Network. Default: lenet-300-100, or conv-2 for CIFAR-10."""
     rewind_to: tuple[str, ...] = ()
     """Points to train to: 0, or as in 500it (steps) or 2ep (epochs). Default: 0, 1, 2, 5, 10, \
@@ -77,7 +80,7 @@ with --masks those of that run."""
     """Epochs of the whole training, instead of --steps."""
     batch_size: OptionalInt = None
     """Examples per step. Default: 60, or 128 for resnet-20."""
-    optimizer: Annotated[Literal[*networks.OPTIMIZERS] | None, NO_HINT] = None
+    optimizer: Annotated[Optimizer | None, NO_HINT] = None
     """Optimizer. Default: that of the network's recipe."""
     learning_rate: OptionalFloat = None
     """Learning rate. Default: that of the network's recipe."""
@@ -124,12 +127,13 @@ run with the same options are kept; finished runs, and runs with other options, 
                     f"'{self.masks}' has {name} {stored[name]!r}, not {wanted!r}: its ticket does "
                     "not consist of the weights of the rewinding point under masks."
                 )
-        default = [f"{round(share * run.steps)}it" for share in _SHARES]
+        steps = chosen(run.steps)
+        default = [f"{round(share * steps)}it" for share in _SHARES]
         points = self.rewind_to or ([stored["rewind_to"]] if stored else default)
-        steps_per_epoch = -(-training_images // run.batch_size)
+        steps_per_epoch = -(-training_images // chosen(run.batch_size))
         found = sorted({parse_steps(text, steps_per_epoch) for text in points})
-        if found[-1] >= run.steps:
-            raise ValueError(f"--rewind-to {found[-1]} is not before the end, step {run.steps}.")
+        if found[-1] >= steps:
+            raise ValueError(f"--rewind-to {found[-1]} is not before the end, step {steps}.")
         resolved = dataclasses.replace(
             self,
             **{name: getattr(run, name) for name in names},
@@ -153,12 +157,12 @@ run with the same options are kept; finished runs, and runs with other options, 
         """Returns the configuration of a run with the same network and training."""
         names = ("data", "network", "steps", "batch_size", "optimizer", "learning_rate", "seeds")
         values = {name: getattr(self, name) for name in names}
-        return RunConfig(**values).resolve(self.batch_size)
+        return RunConfig(**values).resolve(chosen(self.batch_size))
 
     def masks_file(self, seed: int, stored: dict[str, Any]) -> Path:
         """Returns the file of this seed's masks in a run with the configuration `stored`."""
         replicate = stored["seeds"].index(seed)
-        return self.masks / "rounds" / str(replicate) / f"masks-{self.round:02}.npz"
+        return chosen(self.masks) / "rounds" / str(replicate) / f"masks-{self.round:02}.npz"
 
     @property
     def work(self) -> int:
@@ -167,7 +171,7 @@ run with the same options are kept; finished runs, and runs with other options, 
 
     def work_of(self, point: int) -> int:
         """Returns the training steps of a point: up to it once, and from there to the end twice."""
-        return point + 2 * (self.steps - point)
+        return point + 2 * (chosen(self.steps) - point)
 
 
 def run(config: InstabilityConfig, data: datasets.Dataset, console: Console | None = None) -> Path:
@@ -222,7 +226,7 @@ def _carry_out(
                 for name, table in ((_LINES_FILE, lines), (results.RESULTS_FILE, rows)):
                     with replacing(folder.path / name) as file:
                         pd.DataFrame(table).to_csv(file, index=False)
-    found: dict[str, list[analyses.Interpolation]] = {}
+    found: dict[int, list[analyses.Interpolation]] = {}
     for (point, _), line in pd.DataFrame(lines).groupby(["rewind_to", "replicate"]):
         metrics = {name: line[name].to_numpy() for name in ("loss", "accuracy")}
         line = analyses.Interpolation(line["share"].to_numpy(), metrics, "accuracy")
@@ -258,7 +262,10 @@ def _measured(folder: Path, points: int) -> tuple[list[dict[str, Any]], list[dic
     if not all(file.is_file() for file in files):
         return [], []
     rows, lines = map(results.read_rows, files)
-    of_row = lambda row: (row["replicate"], row["rewind_to"])  # noqa: E731
+
+    def of_row(row: Mapping[str, Any]) -> tuple[Any, Any]:
+        return row["replicate"], row["rewind_to"]
+
     found = collections.Counter(map(of_row, lines))
     rows = [row for row in rows if found[of_row(row)] == points]
     done = set(map(of_row, rows))
@@ -286,7 +293,7 @@ class _Trainer:
             for seed in config.seeds:
                 ml.load_masks(self._model, config.masks_file(seed, stored))
                 self.masks[seed] = ml.get_masks(self._model)
-        augment = networks.augmentation(config.network)
+        augment = networks.augmentation(chosen(config.network))
         self._examples = Examples.of(data.x_train, data.y_train, None, augment)
 
     def measure(
@@ -316,7 +323,7 @@ class _Trainer:
             model,
             data.x_train,
             data.y_train,
-            steps=config.steps - point,
+            steps=chosen(config.steps) - point,
             batch_size=plan.batch_size,
             test_data=(data.x_test, data.y_test),
             points=config.points,

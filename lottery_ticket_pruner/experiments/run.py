@@ -9,7 +9,7 @@ from rich.console import Console
 
 import masked_layers as ml
 from lottery_ticket_pruner.experiments import datasets, progress, results
-from lottery_ticket_pruner.experiments.config import RunConfig, parse_steps
+from lottery_ticket_pruner.experiments.config import RunConfig, chosen, parse_steps
 from lottery_ticket_pruner.experiments.reports import figures, statistics, tables
 from lottery_ticket_pruner.experiments.run_folder import RunFolder
 from lottery_ticket_pruner.experiments.tensorboard import EventWriter
@@ -100,7 +100,7 @@ def _carry_out(
 
 def _runs(config: RunConfig) -> int:
     """Returns how often each seed trains: dense, and the ticket and its controls per round."""
-    return results.rows_per_seed(config.to_dict() | {"command": "run"})
+    return chosen(results.rows_per_seed(config.to_dict() | {"command": "run"}))
 
 
 def _export(ticket: keras.Model, folder: RunFolder, console: Console) -> None:
@@ -162,8 +162,9 @@ class _Progress:
         self._arms = ("ticket", *config.controls)
         self._round: dict[str, dict[str, Any]] = {}
         self._bar = progress.bar(console)
-        rest = config.steps - parse_steps(config.rewind_to, 1)
-        total = len(config.seeds) * (config.steps + (_runs(config) - 1) * rest)
+        steps = chosen(config.steps)
+        rest = steps - parse_steps(config.rewind_to, 1)
+        total = len(config.seeds) * (steps + (_runs(config) - 1) * rest)
         self._task = self._bar.add_task("dense", total=total)
         arms = [statistics.arm_label(arm) for arm in self._arms]
         headings = ["seed", "round", "weights left", *arms, "early stop"]

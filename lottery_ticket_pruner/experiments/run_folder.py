@@ -49,7 +49,9 @@ from masked_layers.files import replace_folder, replacing
 class Config(Protocol):
     """The interface of a resolved configuration of any command."""
 
-    overwrite: bool
+    @property
+    def overwrite(self) -> bool:
+        """Whether a run in the folder is replaced."""
 
     @property
     def folder(self) -> Path:
@@ -57,6 +59,9 @@ class Config(Protocol):
 
     def to_dict(self) -> dict[str, Any]:
         """Returns all options by name."""
+
+    def resolve(self, training_images: int) -> "Config":
+        """Returns the same configuration with all choices made."""
 
 
 _Kind = TypeVar("_Kind")
@@ -103,7 +108,7 @@ def is_finished(folder: Path, command: str | None = None) -> bool:
         return False
     if "finished" in config:
         return bool(config["finished"])
-    _, last_file = _SIGNS.get(command_of(config) or command, ("", "?"))
+    _, last_file = _SIGNS.get(command_of(config) or command or "", ("", "?"))
     return (folder / RESULTS_FILE).is_file() and (folder / last_file).is_file()
 
 
@@ -117,15 +122,16 @@ def restored(kind: type[_Kind], values: Mapping[str, Any]) -> _Kind:
     """
     facts = {*FACTS, *ORIGIN, CODE, "masks_digest"}
     values = {name: value for name, value in values.items() if name not in facts}
-    names = {field.name for field in dataclasses.fields(kind)}
+    fields = dataclasses.fields(kind)  # type: ignore[arg-type]  # All kinds are dataclasses.
+    names = {field.name for field in fields}
     if unknown := sorted(values.keys() - names):
         raise ValueError(f"unknown options: {', '.join(unknown)}.")
     types = typing.get_type_hints(kind)
     if wrong := [f"{k} {v!r}" for k, v in values.items() if not _is_of(v, types[k])]:
         raise ValueError(f"options of other types: {', '.join(wrong)}.")
-    if values.get("conv_rate") and not networks.has_convolutions(values.get("network")):
+    if values.get("conv_rate") and not networks.has_convolutions(values.get("network", "")):
         values["conv_rate"] = None  # Written before such rates were refused.
-    tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    tuples: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     paths = {k: Path(tuples[k]) for k in ("data_dir", "out", "masks") if tuples.get(k)}
     return kind(**tuples | paths)
 
@@ -176,7 +182,6 @@ class Workplace:
         self.final = self.path = folder.resolve() if folder.is_symlink() else folder
         self.moved: list[Path] = []
         self._locks = contextlib.ExitStack()
-        self._lock: FolderLock | None = None
 
     def __enter__(self) -> Self:
         try:

@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import keras
 import numpy as np
@@ -17,8 +17,14 @@ from rich.console import Console
 
 import masked_layers as ml
 from lottery_ticket_pruner import criteria, training
-from lottery_ticket_pruner.experiments import datasets, networks, progress, results
-from lottery_ticket_pruner.experiments.config import Experiment, RunConfig, training_plan
+from lottery_ticket_pruner.experiments import datasets, progress, results
+from lottery_ticket_pruner.experiments.config import (
+    Experiment,
+    Network,
+    RunConfig,
+    chosen,
+    training_plan,
+)
 from lottery_ticket_pruner.experiments.options import (
     NO_HINT,
     OptionalFloat,
@@ -40,6 +46,14 @@ CRITERIA = tuple(
     for name in criteria.names()
     if criteria.get(name).needs <= {"initial", "final"} and criteria.get(name).scope is None
 )
+if TYPE_CHECKING:
+    # The names are known when the program runs, not before.
+    _Criterion: TypeAlias = str
+    _Weights: TypeAlias = str
+else:
+    _Criterion = Literal[*CRITERIA]
+    _Weights = Literal[*WEIGHTS]
+
 _SPARSITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
 _LEARNING_STEPS = 20_000
 _LEARNING_BATCH = 250
@@ -63,14 +77,14 @@ class SupermaskConfig(Experiment):
     """Data set by name, or custom data as module:function: see `lottery-ticket run --help`."""
     data_dir: OptionalPath = None
     """Folder with the published files of the data set or its .npz, or with a subfolder of them."""
-    network: Annotated[Literal[*networks.NAMES] | None, NO_HINT] = None
+    network: Annotated[Network | None, NO_HINT] = None
     """Network. Default: lenet-300-100, or conv-2 for CIFAR-10."""
-    criteria: tuple[Literal[*CRITERIA], ...] = CRITERIA
+    criteria: tuple[_Criterion, ...] = CRITERIA
     """Criteria that compute the masks (without --learn)."""
     sparsities: tuple[float, ...] = ()
     """Shares of pruned weights. Default: eleven from 0.1 to 0.98, or 0.5 to learn edge_popup \
 masks. A bernoulli mask learns its sparsity."""
-    weights: tuple[Literal[*WEIGHTS], ...] = tuple(WEIGHTS)
+    weights: tuple[_Weights, ...] = tuple(WEIGHTS)
     """Values under the masks: initial weights, or their signs times their deviation."""
     dwr: tuple[bool, ...] = (False, True)
     """Whether weights are rescaled by size / ones(mask)."""
@@ -154,13 +168,13 @@ not changed."""
     @property
     def work(self) -> int:
         """Number of training steps of a resolved configuration for each of its seeds."""
-        return self.steps * (len(_cells(self)) if self.learn else 1)
+        return chosen(self.steps) * (len(_cells(self)) if self.learn else 1)
 
     def training_config(self) -> RunConfig:
         """Returns the configuration of a run with the same network and training."""
         names = ("data", "network", "steps", "batch_size", "learning_rate", "seeds")
         values = {name: getattr(self, name) for name in names}
-        return RunConfig(**values).resolve(self.batch_size)
+        return RunConfig(**values).resolve(chosen(self.batch_size))
 
 
 def run(config: SupermaskConfig, data: datasets.Dataset, console: Console | None = None) -> Path:

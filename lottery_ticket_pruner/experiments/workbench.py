@@ -8,7 +8,7 @@ from typing import Protocol, Self, TypeVar
 import keras
 
 from lottery_ticket_pruner.experiments import datasets, networks
-from lottery_ticket_pruner.experiments.config import RunConfig
+from lottery_ticket_pruner.experiments.config import RunConfig, chosen
 from masked_layers.files import replacing
 
 
@@ -41,14 +41,16 @@ def compiled_network(config: RunConfig, data: datasets.Dataset, seed: int) -> ke
     keras.utils.set_random_seed(seed)
     pixels = data.x_train.reshape(-1, data.input_shape[-1])
     model = networks.build(
-        config.network,
+        chosen(config.network),
         data.input_shape,
         data.classes,
         mean=pixels.mean(0, dtype="float64").tolist(),
         variance=pixels.var(0, dtype="float64").tolist(),
     )
     model.compile(
-        networks.optimizer(config.optimizer, config.learning_rate, config.steps),
+        networks.optimizer(
+            chosen(config.optimizer), chosen(config.learning_rate), chosen(config.steps)
+        ),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
     )
