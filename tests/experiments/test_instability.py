@@ -136,7 +136,7 @@ def test_the_whole_training_is_as_long_as_that_of_the_masks(ticket):
 def test_masks_of_other_commands_are_refused(tmp_path, config):
     (tmp_path / "config.json").write_text(json.dumps(config.resolve(600).to_dict()))
     (tmp_path / "results.csv").write_text("replicate,sparsity,test_accuracy\n0,0.5,0.5\n")
-    with pytest.raises(ValueError, match=r"another command.*one of `lottery-ticket run`"):
+    with pytest.raises(ValueError, match=r"another command.*folder of `lottery-ticket run`"):
         InstabilityConfig(masks=tmp_path, steps=9).resolve(600)
 
 
