@@ -1,6 +1,7 @@
 """Selection of coupled channels: each goes with all weights that make it, pass it on or read it."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
@@ -270,7 +271,12 @@ def _scores(request: Request, kernels: Mapping[str, Weights]) -> dict[str, np.nd
             )
         if np.isnan(part[mask.reshape(-1)]).any():
             raise ValueError(f"Criterion {criterion.name!r} on {path!r}: {NAN}")
-    return {path: part.reshape(kernels[path].mask.shape) for path, part in parts.items()}
+    return {
+        path: part.astype(np.result_type(part, np.float32), copy=False).reshape(
+            kernels[path].mask.shape
+        )
+        for path, part in parts.items()
+    }
 
 
 def _pooled(
@@ -280,26 +286,39 @@ def _pooled(
     masks: Mapping[str, np.ndarray],
 ) -> list[np.ndarray]:
     """Returns one score for each channel of each family, of all kept weights that belong to it."""
+    greatest = structure.pooling == "max"
+
+    @functools.cache  # Many families may read one kernel.
+    def along(path: str, axis: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the pooled scores, and the number, of the kept weights at each index."""
+        mask = masks[path]
+        others = tuple(i for i in range(mask.ndim) if i != axis)
+        kept = np.count_nonzero(mask, others)
+        if greatest:
+            return np.max(scores[path], others, where=mask, initial=-np.inf), kept
+        values = scores[path]
+        if structure.pooling == "norm":
+            if np.min(values, where=mask, initial=0) < 0:
+                raise ValueError(
+                    'pooling="norm" squares scores, and some are negative on '
+                    f'{path!r}. Use "average" with this criterion.'
+                )
+            values = np.square(values, dtype="float64")
+        return np.sum(values, others, where=mask, dtype="float64"), kept
+
     pooled = []
     for family in families:
         values, counts = np.zeros(family.size), np.zeros(family.size)
-        if structure.pooling == "max":
+        if greatest:
             values -= np.inf
         for path, axes in family.weights.items():
-            mask = masks[path]
             for axis, channels in axes.items():
-                others = tuple(i for i in range(mask.ndim) if i != axis)
-                part = scores[path].astype("float64")
-                if structure.pooling == "max":
-                    part = np.max(part, others, where=mask, initial=-np.inf)
-                    np.maximum.at(values, channels[channels >= 0], part[channels >= 0])
-                    continue
-                part = part**2 if structure.pooling == "norm" else part
-                sums = np.sum(part, others, where=mask)
-                np.add.at(values, channels[channels >= 0], sums[channels >= 0])
-                kept = np.count_nonzero(mask, others)
-                np.add.at(counts, channels[channels >= 0], kept[channels >= 0])
-        if structure.pooling != "max":
+                here = channels >= 0
+                parts, kept = along(path, axis)
+                combine = np.maximum if greatest else np.add
+                combine.at(values, channels[here], parts[here])
+                np.add.at(counts, channels[here], kept[here])
+        if not greatest:
             values /= np.maximum(counts, 1)
         pooled.append(np.sqrt(values) if structure.pooling == "norm" else values)
     return pooled

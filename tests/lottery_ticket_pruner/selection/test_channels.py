@@ -259,3 +259,23 @@ def test_a_budget_that_cannot_be_met_or_makes_no_sense_is_an_error():
             request(**arguments)
     with pytest.raises(ValueError, match="prunes in 100 rounds"):
         Request.of("synflow", budget={"macs": 0.5}, structure="channels")
+
+
+@pytest.mark.parametrize("pooling", POOLS)
+def test_scores_may_be_integers_or_minus_infinity(pooling):
+    def whole_numbers(group):
+        return np.arange(group.mask.size)
+
+    def no_numbers(group):
+        return np.full(group.mask.size, -np.inf)
+
+    for function in (whole_numbers, no_numbers)[: 1 if pooling == "norm" else 2]:
+        new = Request.of(function, rate=0.5, structure=Channels(pooling=pooling))
+        masks = select(new, kernels(), graph=GRAPH)
+        assert [int(kept_channels(family, masks).sum()) for family in FAMILIES] == [3, 4]
+
+
+def test_a_norm_of_negative_scores_is_refused():
+    new = Request.of(lambda group: group.current, rate=0.5, structure=Channels(pooling="norm"))
+    with pytest.raises(ValueError, match="squares scores, and some are negative"):
+        select(new, kernels(), graph=GRAPH)
