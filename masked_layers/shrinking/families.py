@@ -77,8 +77,37 @@ def channel_families(model: keras.Model) -> ChannelFamilies:
         (flow.names[id(operation)], edit, _prunable_weights(operation, edit, prunable))
         for operation, edit in flow.edits.values()
     ]
-    stays = _stays(flow, edits)
+    members, whole = _members(flow, edits)
+    families = [
+        ChannelFamily(tuple(edits[i][0] for i in positions), len(roots), weights, made)
+        for (positions, roots), (weights, made) in zip(
+            members.items(), _weights_of(flow, edits, members), strict=True
+        )
+    ]
+    return ChannelFamilies(
+        families=tuple(families),
+        outputs=tuple(name for name, reason in whole.items() if reason == OUTPUT),
+        whole={name: reason for name, reason in whole.items() if reason != OUTPUT},
+        not_followed=flow.not_followed,
+        positions={
+            named[name].path: edit.positions
+            for _, edit, named in edits
+            for name, _ in edit.kernels()
+            if name in named
+        },
+    )
 
+
+# Positions of the layers of a family among all edits -> the roots of its channels.
+_Members = dict[tuple[int, ...], list[int]]
+
+# The name of a layer, its edit, and those of its weights that can be pruned.
+_Named = tuple[str, Edit, dict[str, WeightRef]]
+
+
+def _members(flow: Flow, edits: Sequence[_Named]) -> tuple[_Members, dict[str, str]]:
+    """Returns the families, and for layers that make other channels, why these stay."""
+    stays = _stays(flow, edits)
     makers: dict[int, list[int]] = {}  # root -> positions of the layers that make it
     whole: dict[str, str] = {}
     for position, (name, edit, _) in enumerate(edits):
@@ -87,13 +116,19 @@ def channel_families(model: keras.Model) -> ChannelFamilies:
                 whole.setdefault(name, stays[root])
             else:
                 makers.setdefault(root, []).append(position)
-    members: dict[tuple[int, ...], list[int]] = {}  # positions -> roots that these layers make
+    members: _Members = {}
     for root, positions in makers.items():
         members.setdefault(tuple(dict.fromkeys(positions)), []).append(root)
-    members = dict(sorted(members.items()))
+    return dict(sorted(members.items())), whole
 
-    weights: list[dict[str, dict[int, np.ndarray]]] = [{} for _ in members]
-    made: list[dict[str, int]] = [{} for _ in members]
+
+def _weights_of(
+    flow: Flow, edits: Sequence[_Named], members: _Members
+) -> list[tuple[dict[str, dict[int, np.ndarray]], dict[str, int]]]:
+    """Returns `weights` and `made` of each family."""
+    layers = list(members)
+    found: list[tuple[dict[str, dict[int, np.ndarray]], dict[str, int]]]
+    found = [({}, {}) for _ in layers]
     family_of = {
         root: (number, channel)
         for number, roots in enumerate(members.values())
@@ -107,33 +142,14 @@ def channel_families(model: keras.Model) -> ChannelFamilies:
                 roots = flow.roots(channels.slots).tolist()
                 numbers, along = np.array([family_of.get(root, (-1, -1)) for root in roots]).T
                 for number in set(numbers.tolist()) - {-1}:
-                    indices = np.where(numbers == number, along, -1)
-                    weights[number].setdefault(ref.path, {})[axis % rank] = indices
-                    makes = position in list(members)[number] and not _reads(edit, channels)
+                    weights, made = found[number]
+                    weights.setdefault(ref.path, {})[axis % rank] = np.where(
+                        numbers == number, along, -1
+                    )
+                    makes = position in layers[number] and not _reads(edit, channels)
                     if makes and axis % rank in outputs:
-                        made[number][ref.path] = axis % rank
-    families = [
-        ChannelFamily(tuple(edits[i][0] for i in positions), len(roots), weights[n], made[n])
-        for n, (positions, roots) in enumerate(members.items())
-    ]
-    positions = {
-        named[name].path: edit.positions
-        for _, edit, named in edits
-        for name, _ in edit.kernels()
-        if name in named
-    }
-    outputs = [name for name, reason in whole.items() if reason == OUTPUT]
-    return ChannelFamilies(
-        families=tuple(families),
-        outputs=tuple(outputs),
-        whole={name: reason for name, reason in whole.items() if reason != OUTPUT},
-        not_followed=flow.not_followed,
-        positions=positions,
-    )
-
-
-# The name of a layer, its edit, and those of its weights that can be pruned.
-_Named = tuple[str, Edit, dict[str, WeightRef]]
+                        made[ref.path] = axis % rank
+    return found
 
 
 def _prunable_weights(
