@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import keras
 import numpy as np
 
-from masked_layers import _keras, _keras_trace
+from masked_layers import _keras, _keras_configs, _keras_trace
 from masked_layers.inspection import weight_refs
 from masked_layers.layers import MaskedLayer
 from masked_layers.paths import children, plain_class, walk
@@ -64,7 +64,7 @@ def copy_model(model: keras.Model, *, dtype: str | None = None) -> keras.Model:
             except Exception:
                 # A custom `from_config` may look up a function or class by a name that the custom
                 # `get_config` wrote.
-                with _keras.custom_object_scope(names):
+                with _keras_configs.custom_object_scope(names):
                     copy, compile_config = _made_again(model, dtype)
         except Exception as error:
             if isinstance(error, RecursionError) and (cyclic := _with_cyclic_config(model)):
@@ -95,7 +95,7 @@ def copy_model(model: keras.Model, *, dtype: str | None = None) -> keras.Model:
 
 def _made_again(model: keras.Model, dtype: str | None) -> tuple[keras.Model, Any]:
     """Returns an uncompiled model made from the config of `model`, and its compile config."""
-    config = _keras.serialize(model)
+    config = _keras_configs.serialize(model)
     compile_config = config.pop("compile_config", None)
     optimizer = getattr(model, "optimizer", None)
     if compile_config and optimizer is not None and "optimizer" not in compile_config:
@@ -107,7 +107,7 @@ def _made_again(model: keras.Model, dtype: str | None) -> tuple[keras.Model, Any
     with warnings.catch_warnings():
         # From subclassed models with several arguments, which `_build_as_in` builds.
         warnings.filterwarnings("ignore", "Model .* had a build config", UserWarning)
-        return _keras.deserialize(config), compile_config
+        return _keras_configs.deserialize(config), compile_config
 
 
 def _with_cyclic_config(model: keras.Model) -> str:
@@ -163,7 +163,7 @@ def as_in_use(model: keras.Model) -> Iterator[None]:
     try:
         for function in lambdas:
             function.__name__ = "lambda"
-        with _keras.identity_scope():
+        with _keras_configs.identity_scope():
             yield
     finally:
         for function in lambdas:
@@ -326,7 +326,7 @@ def in_use_by_name(model: keras.Model) -> dict[str, Any]:
     for value in held_by(model, _keras.compile_arguments(model)):
         named = value if isinstance(value, types.FunctionType | type) else plain_class(value)
         if named.__module__.partition(".")[0] not in ("keras", "masked_layers"):
-            name = _keras.get_registered_name(named)
+            name = _keras_configs.get_registered_name(named)
             if found.setdefault(name, named) is not named:
                 twice.add(name)
     return {

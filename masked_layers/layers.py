@@ -20,7 +20,7 @@ import numpy as np
 from keras import layers
 from keras.initializers import Ones
 
-from masked_layers import _keras, learned, sets, states
+from masked_layers import _keras, _keras_configs, learned, sets, states
 from masked_layers.effective import EffectiveWeight
 from masked_layers.maskable import (
     Maskable,
@@ -106,7 +106,7 @@ class MaskedLayer(LayerMixin):
         if masking.mask is not None:
             config["mask"] = keras.saving.serialize_keras_object(masking.mask)
         # Clones, JSON and `.h5` files contain nothing but the config.
-        if not _keras.state_goes_apart():
+        if not _keras_configs.state_goes_apart():
             plain = masking.mask is None and isinstance(masking.initializer, Ones)
             found = {**masking.state, **states.configs(self, _paths(self), as_made=plain)}
             if found:

@@ -22,7 +22,7 @@ from typing import Any, Literal, overload
 import keras
 import numpy as np
 
-from masked_layers import _keras
+from masked_layers import _keras_configs
 from masked_layers.conversion import strip_masks
 from masked_layers.copying import as_in_use, copy_assets, in_use_by_name
 from masked_layers.layers import MaskedLayer
@@ -166,7 +166,7 @@ def shrink(
     if any(isinstance(layer, MaskedLayer) for _, layer in walk(model)):
         model = strip_masks(model)
     names = in_use_by_name(model)
-    with as_in_use(model), _keras.custom_object_scope(names):
+    with as_in_use(model), _keras_configs.custom_object_scope(names):
         smaller, report = _shrink(model)
     if return_report:
         return smaller, report
@@ -241,8 +241,8 @@ def _smaller(flow: Flow, operation: Any) -> Any:
     """Returns a copy of an operation for the new model, without its weights."""
     try:
         if isinstance(operation, keras.Layer) and type(operation) not in RULES:
-            return _keras.deserialize(_keras.serialize(operation))
-        # Not `_keras.deserialize`: it would build the layer for the shapes of the old model.
+            return _keras_configs.deserialize(_keras_configs.serialize(operation))
+        # `_keras_configs.deserialize` would build the layer for the shapes of the old model.
         config = operation.get_config()
         if id(operation) in flow.edits:
             _write_widths(flow, flow.edits[id(operation)][1], config)

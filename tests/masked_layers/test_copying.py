@@ -9,7 +9,7 @@ from keras import layers, ops
 
 import masked_layers as ml
 from common import data, half_masks, numpy
-from masked_layers import _keras
+from masked_layers import _keras_configs
 
 
 def dense_net(*args, **kwargs):
@@ -312,13 +312,13 @@ def test_an_outer_scope_of_custom_objects_still_counts():
 @pytest.mark.once
 def test_nothing_stays_registered():
     registered = dict(keras.saving.get_custom_objects())
-    names = _keras.object_registration.GLOBAL_CUSTOM_NAMES
+    names = _keras_configs.object_registration.GLOBAL_CUSTOM_NAMES
     before = dict(names)
     ml.convert_to_masked(dense_net(leaky(0.1)))
     with pytest.raises(ValueError, match="cannot be copied"):
         ml.convert_to_masked(dense_net(layers.PReLU().call))
     assert keras.saving.get_custom_objects() == registered
-    assert _keras.object_registration.GLOBAL_CUSTOM_NAMES is names
+    assert _keras_configs.object_registration.GLOBAL_CUSTOM_NAMES is names
     assert names == before
 
 

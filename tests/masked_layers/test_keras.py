@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from keras import layers, ops
 
-from masked_layers import _keras
+from masked_layers import _keras, _keras_configs
 
 
 def built_dense():
@@ -123,7 +123,7 @@ def test_shared_objects_stay_shared_through_serialize():
             return cls(**config)
 
     shared = layers.Dense(2)
-    copy = _keras.deserialize(_keras.serialize(Twice(shared, shared)))
+    copy = _keras_configs.deserialize(_keras_configs.serialize(Twice(shared, shared)))
     assert copy.first is copy.second
 
 
@@ -132,7 +132,7 @@ def test_state_is_kept_separate_where_keras_saves_it_outside_the_config(tmp_path
 
     class Watching(layers.Layer):
         def get_config(self):
-            seen.append(_keras.state_goes_apart())
+            seen.append(_keras_configs.state_goes_apart())
             return super().get_config()
 
     model = keras.Sequential([keras.Input((2,)), Watching()])
@@ -144,7 +144,7 @@ def test_state_is_kept_separate_where_keras_saves_it_outside_the_config(tmp_path
     seen.clear()
     model.save(tmp_path / "m.keras")
     pickle.dumps(model)
-    _keras.serialize(model)
+    _keras_configs.serialize(model)
     assert len(seen) >= 3
     assert all(seen)
 
@@ -187,7 +187,7 @@ def test_names():
     assert _keras.to_snake_case("Conv2D") == "conv2d"
     assert _keras.ConvLSTMCell.__name__ == "ConvLSTMCell"
     assert isinstance(layers.ConvLSTM2D(1, 1).cell, _keras.ConvLSTMCell)
-    assert _keras.get_registered_name(layers.Dense) == "Dense"
+    assert _keras_configs.get_registered_name(layers.Dense) == "Dense"
 
 
 def test_a_copy_can_be_exported_where_the_original_can():
@@ -238,7 +238,7 @@ def test_in_an_identity_scope_configs_stand_for_the_objects_themselves():
         return activation
 
     first, second, partial = named(1), named(2), functools.partial(ops.multiply, 2)
-    with _keras.identity_scope():
+    with _keras_configs.identity_scope():
         configs = [keras.activations.serialize(f) for f in (first, second, partial, ops.relu)]
         for config, function in zip(configs[:3], (first, second, partial), strict=True):
             assert keras.activations.get(config) is function
@@ -253,7 +253,7 @@ def test_a_custom_object_scope_takes_precedence_and_keeps_the_outer_one():
         return None
 
     with keras.saving.custom_object_scope({"outer": outer}):
-        with _keras.custom_object_scope({"inner": test_sublayers_are_the_tracked_children}):
+        with _keras_configs.custom_object_scope({"inner": test_sublayers_are_the_tracked_children}):
             assert keras.saving.get_registered_object("outer") is outer
             found = keras.saving.get_registered_object("inner")
             assert found is test_sublayers_are_the_tracked_children
