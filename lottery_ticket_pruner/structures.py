@@ -104,7 +104,8 @@ class Structure:
     def get_config(self) -> dict[str, Any]:
         """The name and the arguments, from which `get` makes the same structure."""
         return {"name": _REGISTRY.checked(_REGISTRY.name_of(type(self)), type(self))} | {
-            field.name: getattr(self, field.name) for field in dataclasses.fields(self)
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)  # type: ignore[arg-type]  # dataclasses all
         }
 
     @classmethod
@@ -116,7 +117,7 @@ class Structure:
         return get(config)
 
 
-Identifier = str | Mapping | Structure | Callable[[Layout], Tile | None]
+Identifier = str | Mapping[str, Any] | Structure | Callable[[Layout], Tile | None]
 
 
 _NAMES = {"filters": "outputs", "units": "outputs"}
@@ -205,7 +206,7 @@ class NOfM(Structure):
             )
 
     @property
-    def kept(self) -> int:
+    def kept(self) -> int:  # type: ignore[override]  # Follows N, and is not set.
         """N."""
         return self.n
 

@@ -206,7 +206,10 @@ class Flow:
         sources = [self.tensors[id(tensor)] for tensor in inputs]
         for source in sources:
             self.pin(source, f"'{self.names[id(operation)]}', which is left whole, reads it")
-        if any(source.axis is not None for source in sources) or getattr(operation, "weights", ()):
+        if (
+            any(source.axis is not None for source in sources)
+            or len(getattr(operation, "weights", ())) > 0
+        ):
             self.not_followed[self.names[id(operation)]] = reason
 
     def edit(self, call: Call, edit: Edit) -> None:
@@ -241,7 +244,7 @@ class Flow:
         for reader in readers:
             needed = reader.demand[:, self.alive(reader.target)].any(axis=1)
             self._live[self.roots(reader.source.slots[needed])] = True
-        return np.count_nonzero(self._live) > before
+        return bool(np.count_nonzero(self._live) > before)
 
     def alive(self, channels: Channels) -> np.ndarray:
         """Returns which channels stay, as bools."""

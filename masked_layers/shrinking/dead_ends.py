@@ -40,7 +40,9 @@ def effective_masks(model: keras.Model) -> dict[str, np.ndarray]:
     for operation, edit in flow.edits.values():
         for name, axes in edit.slices.items():
             path = paths.get(id(variable_of(operation, name)))
-            for axis, channels in axes.items() if path is not None else ():
+            if path is None:
+                continue
+            for axis, channels in axes.items():
                 np.moveaxis(masks[path], axis, 0)[~_connected(flow, edit, channels)] = False
     return masks
 

@@ -100,7 +100,7 @@ def _through(
         inputs = [x for x in arguments if _is_tensor(x)]
         inner = flow.graphs.get(id(operation))
         obstacle = obstacles.get(id(operation))
-        if obstacle == NESTED and id(operation) not in flow.entered:
+        if inner is not None and obstacle == NESTED and id(operation) not in flow.entered:
             flow.entered.add(id(operation))
             for channels in _through(flow, inner, [WHOLE] * len(inner.inputs), obstacles):
                 flow.pin(channels, f"an output of '{flow.names[id(operation)]}'")
@@ -146,7 +146,7 @@ def _obstacles(flow: Flow) -> dict[int, str]:
                 obstacle = obstacles.get(id(operation), NESTED)
         elif cls not in RULES:
             obstacle = f"class {cls.__name__} is not known"
-        elif times[id(operation)] > 1 and getattr(operation, "weights", ()):
+        elif times[id(operation)] > 1 and len(getattr(operation, "weights", ())) > 0:
             obstacle = f"called {times[id(operation)]} times with the same weights"
         elif getattr(operation, "quantization_mode", None):
             obstacle = "quantized"

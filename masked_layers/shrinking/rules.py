@@ -52,7 +52,7 @@ def array(variable: keras.Variable) -> np.ndarray:
     return keras.ops.convert_to_numpy(variable).copy()
 
 
-def _activations(names: str) -> set[Callable]:
+def _activations(names: str) -> set[Callable[..., Any]]:
     found = (getattr(keras.activations, name, None) for name in names.split())
     return {function for function in found if function is not None}
 
@@ -66,7 +66,7 @@ MIXING = _activations("glu log_softmax softmax sparsemax")
 CUSTOM_ACTIVATION = "its activation is not Keras' own and may mix channels"
 
 
-def apply(function: Callable, constants: np.ndarray, dtype: str) -> np.ndarray:
+def apply(function: Callable[..., Any], constants: np.ndarray, dtype: str) -> np.ndarray:
     """Applies an element-wise function of tensors to the constants, in the dtype of the model."""
     result = np.full(len(constants), VARIES)
     known = ~np.isnan(constants)
@@ -271,7 +271,7 @@ def _flattened(
     """
 
     def spread(values: np.ndarray) -> np.ndarray:
-        along = np.expand_dims(values, [i for i in range(len(shape)) if i != source.axis - 1])
+        along = np.expand_dims(values, [i for i in range(len(shape)) if i + 1 != source.axis])
         grid = np.broadcast_to(along, shape)
         return np.moveaxis(grid, 0, -1).ravel() if channels_first else grid.ravel()
 
