@@ -109,7 +109,7 @@ def test_what_xla_cannot_compile_loops_without_it(caplog, monkeypatch):
     theirs.fit(X[order], Y[order], batch_size=10, shuffle=False, verbose=0)
     assert_close(everything(ours), everything(theirs))
     assert not through_fit(ours)
-    assert caplog.text == ""
+    assert not [r for r in caplog.records if r.name.startswith("lottery_ticket_pruner")]
 
 
 @needs_loop
