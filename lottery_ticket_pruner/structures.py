@@ -1,12 +1,13 @@
 """Structures group the weights of a kernel that are pruned together: blocks, filters, N of M.
 
-A structure cuts a kernel into tiles. Of `Blocks` and `Outputs` a tile is kept or dropped as a
-whole, by the pooled score of its weights. Of `NOfM` each tile keeps its N best weights.
+A structure divides a kernel into tiles. With `Blocks` and `Outputs`, each tile is kept or pruned as
+a whole, by the pooled score of its weights. With `NOfM`, each tile keeps its N best weights.
+`Channels` groups weights across kernels.
 
 Kernels have axes that index inputs, axes that index outputs, and others (the positions of a
-convolution's window). A tile is given as (positions, inputs, outputs), and the last tile along an
-axis is smaller where the axis is not a multiple of it. Adding a structure takes a function that
-gives its tile and one registration:
+convolution's window). A tile is given as (positions, inputs, outputs). The last tile along an axis
+is smaller if the size of the axis is not a multiple of the tile's. To add a structure, write a
+function that returns its tile, and register it:
 
 >>> @register("windows")
 ... def windows(layout):
@@ -34,10 +35,10 @@ class Layout:
     """The meaning of a kernel's axes.
 
     Args:
-        shape: the kernel's shape.
-        input_axes: the axes that are summed over besides those of the window, outermost first;
-            none for an embedding (its rows are looked up), a depthwise kernel and a bias.
-        output_axes: the axes that index output units or filters; none for a bias.
+        shape: Shape of the kernel.
+        input_axes: Axes that are summed over, without those of the window, outermost first. Empty
+            for embeddings (whose rows are looked up), depthwise kernels and biases.
+        output_axes: Axes that index output units or filters. Empty for biases.
     """
 
     shape: tuple[int, ...]
@@ -75,14 +76,14 @@ class Layout:
 
 
 class Structure:
-    """Base class of all structures: groups of a kernel's weights that are pruned together.
+    """Base class of structures: groups of a kernel's weights that are pruned together.
 
     Attributes:
-        kept: how many weights each tile keeps, whatever their number; None where tiles compete
-            with each other and are kept or dropped as a whole.
-        coupled: whether it groups weights of several kernels, which takes the graph of the model.
-        whole_outputs: whether its tiles are whole outputs. What reads one that is pruned in all
-            kernels that make it is then pruned, too.
+        kept: Number of weights that each tile keeps. None if tiles are ranked against each other
+            and kept or pruned as a whole.
+        coupled: Whether the groups span several kernels, which requires the graph of the model.
+        whole_outputs: Whether tiles are whole outputs. Weights that read an output are pruned once
+            it is pruned in all kernels that make it.
     """
 
     kept: int | None = None
@@ -94,15 +95,20 @@ class Structure:
         raise NotImplementedError
 
     def tile(self, layout: Layout) -> Tile:
-        """The size of a tile: positions, inputs and outputs."""
+        """Returns the size of a tile: positions, inputs and outputs."""
         raise NotImplementedError
 
     def pool(self, scores: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        """One score per tile, of `scores` and `mask` of shape (tiles, weights in a tile)."""
+        """Returns one score per tile.
+
+        Args:
+            scores: Scores of the weights, of shape (tiles, weights in a tile).
+            mask: Bool array of the same shape, True where a weight is kept.
+        """
         raise NotImplementedError
 
     def get_config(self) -> dict[str, Any]:
-        """The name and the arguments, from which `get` makes the same structure."""
+        """Returns the name and the arguments, from which `get` creates the same structure."""
         return {"name": _REGISTRY.checked(_REGISTRY.name_of(type(self)), type(self))} | {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)  # type: ignore[arg-type]  # dataclasses all
@@ -110,7 +116,7 @@ class Structure:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "Structure":
-        """Resolves a configuration by `get`; one of an unregistered class makes this class."""
+        """Creates a structure from a configuration, as `get` does."""
         name = config.get("name")
         if name == cls.__name__ and name not in _REGISTRY:
             return cls(**{key: value for key, value in config.items() if key != "name"})
@@ -151,19 +157,20 @@ _REGISTRY = Registry(
 
 
 def register(name: str) -> Callable[[Any], Any]:
-    """Makes a structure known by name; decorates it and hands it back.
+    """Registers a structure under a name.
 
     Args:
-        name: the name for `get` and configurations.
+        name: Name for `get` and configurations.
 
     Returns:
-        A decorator of a function `layout -> (positions, inputs, outputs)`, which gives the tile
-        that is kept or dropped as a whole (`Tiles`), or None for kernels without such tiles; or of
-        a subclass of `Structure`, a dataclass of its arguments.
+        A decorator that returns what it decorates. It takes either a function `layout ->
+        (positions, inputs, outputs)` that returns the tile to be kept or pruned as a whole
+        (`Tiles`), or None for kernels without such tiles; or a subclass of `Structure` that is a
+        dataclass of its arguments.
 
     Raises:
-        ValueError: another structure has the name. The same one defined again (a notebook cell run
-            twice) replaces the earlier one.
+        ValueError: If another structure has the name. The same structure defined again (in a
+            notebook cell that is run twice) replaces the earlier one.
     """
 
     def decorate(made: Any) -> Any:
@@ -174,23 +181,23 @@ def register(name: str) -> Callable[[Any], Any]:
 
 
 def names() -> list[str]:
-    """The known names, in the order of registration."""
+    """Returns the registered names, in the order of registration."""
     return list(_REGISTRY)
 
 
 @register("n_of_m")
 @dataclasses.dataclass(frozen=True)
 class NOfM(Structure):
-    """At most N of every M consecutive weights along the inputs are kept: N:M sparsity, as 2:4.
+    """N:M sparsity, such as 2:4: at most N of every M consecutive weights along the inputs are kept.
 
-    Groups are counted within each position of the window and each output, from the first input.
-    That is how hardware wants them: M neighbors along the innermost axis of the reduction, once the
-    kernel lies as (outputs, window, inputs). Padded with zeros to a multiple of M, the last group
-    is one like the others, so of its r weights it keeps min(N, r).
+    Groups are counted from the first input, within each position of the window and each output. In
+    a kernel laid out as (outputs, window, inputs), they are M neighbors along the innermost axis,
+    as hardware requires. The last group counts as padded with zeros to M weights, and keeps
+    min(N, r) of its r weights.
 
     Args:
-        n: how many are kept, at least 1.
-        m: of how many.
+        n: Number of weights that are kept in each group, at least 1.
+        m: Number of weights in a group.
 
     Reference:
         - [Mishra et al., arXiv 2104.08378](https://arxiv.org/abs/2104.08378)
@@ -215,12 +222,12 @@ class NOfM(Structure):
         return bool(layout.inputs)
 
     def tile(self, layout: Layout) -> Tile:
-        """M inputs."""
+        """Returns M inputs."""
         return 1, self.m, 1
 
 
 class _Whole(Structure):
-    """Tiles that are kept or dropped as a whole."""
+    """Tiles that are kept or pruned as a whole."""
 
     pooling: str
 
@@ -229,7 +236,7 @@ class _Whole(Structure):
             raise ValueError(f"`pooling` must be one of {POOLINGS}. Received: {self.pooling!r}")
 
     def pool(self, scores: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        """The average or the greatest score of those alive in each tile."""
+        """Returns the average or the greatest score of the kept weights in each tile."""
         if self.pooling == "max":
             scores = scores.astype(np.result_type(scores, np.float32), copy=False)
             return np.max(scores, axis=1, where=mask, initial=-np.inf)
@@ -240,13 +247,13 @@ class _Whole(Structure):
 @register("blocks")
 @dataclasses.dataclass(frozen=True)
 class Blocks(_Whole):
-    """Blocks of inputs x outputs are kept or dropped as a whole, at each position of the window.
+    """Blocks of inputs x outputs that are kept or pruned as a whole, at each window position.
 
-    Blocks at the edges are as large as what is left there, and count like the others.
+    Blocks at the edges may be smaller, and count like the others.
 
     Args:
         block_size: (inputs, outputs) of a block: rows and columns of a Dense kernel.
-        pooling: what a block scores: `"average"` or `"max"` of its weights that are alive.
+        pooling: Score of a block: the `"average"` or the `"max"` of the scores of its kept weights.
     """
 
     block_size: tuple[int, int]
@@ -264,22 +271,23 @@ class Blocks(_Whole):
         return bool(layout.inputs and layout.outputs)
 
     def tile(self, layout: Layout) -> Tile:
-        """The block, at one position."""
+        """Returns the block, at one position."""
         return 1, *self.block_size
 
 
 @register("outputs")
 @dataclasses.dataclass(frozen=True)
 class Outputs(_Whole):
-    """Whole outputs are kept or dropped: units, filters, columns of an embedding.
+    """Outputs that are kept or pruned as a whole: units, filters, columns of an embedding.
 
     With criteria of magnitude, `"average"` ranks the filters of a layer by their L1 norm (Li et
-    al.). `masked_layers.shrink` then makes the model smaller. Keep the last layer out of it (a rate
-    of 0 for its path), or the model loses classes. In the kernels of LSTM and GRU an output is a
-    column of one gate, not all columns of a unit.
+    al.). Each kernel is pruned on its own; `Channels` prunes layers that are joined together.
+    Exclude the last layer with a rate of 0 for its path, or the model loses classes. In the kernels
+    of LSTM and GRU, an output is a column of one gate, not all columns of a unit.
 
     Args:
-        pooling: what an output scores: `"average"` or `"max"` of its weights that are alive.
+        pooling: Score of an output: the `"average"` or the `"max"` of the scores of its kept
+            weights.
 
     Reference:
         - [Li et al., arXiv 1608.08710](https://arxiv.org/abs/1608.08710)
@@ -293,7 +301,7 @@ class Outputs(_Whole):
         return bool(layout.outputs)
 
     def tile(self, layout: Layout) -> Tile:
-        """All that one output has."""
+        """Returns all weights of one output."""
         positions, inputs, _ = layout.sizes
         return positions, inputs, 1
 
@@ -301,22 +309,23 @@ class Outputs(_Whole):
 @register("channels")
 @dataclasses.dataclass(frozen=True)
 class Channels(Structure):
-    """Channels of the whole model are kept or dropped, with all weights that belong to them.
+    """Channels of the whole model that are kept or pruned with all weights that belong to them.
 
-    A channel is a filter or unit with its rows in the kernels of all layers that read it, and where
-    additions or gates join layers, the filter of each of them. Rates, sparsities and counts are
-    those of channels. `masked_layers.shrink` then removes them altogether, biases and
-    normalization included. Outputs of the model are never pruned, nor is what cannot be followed
-    (`masked_layers.channel_families` says which layers and why).
+    A channel is a filter or unit, together with its rows in the kernels of all layers that read it.
+    If additions or gates join several layers, it includes the filter of each of them. Rates,
+    sparsities and counts are those of channels. `masked_layers.shrink` then removes pruned channels
+    from the model, including their biases and normalization. Channels that are outputs of the
+    model, or that cannot be followed, are never pruned; `masked_layers.channel_families` returns
+    these layers and the reasons.
 
-    With scope `"layer"`, each family of joined layers is ranked alone. With `"global"`, all
-    channels are ranked together by their scores over the mean score of their family.
+    With scope `"layer"`, each family of joined layers is ranked on its own. With `"global"`, all
+    channels are ranked together by their scores divided by the mean score of their family.
 
     Args:
-        pooling: Score of a channel, of the scores of all kept weights that belong to it:
-            `"average"` (with criteria of magnitude, an L1 norm over the group), `"norm"` (the root
-            of the mean square: L2) or `"max"`.
-        at_most: Share of the channels of a family that is pruned at most, in (0, 1).
+        pooling: Score of a channel, from the scores of all kept weights that belong to it: their
+            `"average"` (with criteria of magnitude, the L1 norm of the group), `"norm"` (the root
+            of their mean square, L2) or `"max"`.
+        at_most: Greatest share of the channels of a family that is pruned, in (0, 1).
         round_to: The number of channels kept in a family is rounded up to a multiple of this.
 
     Reference:
@@ -339,18 +348,18 @@ class Channels(Structure):
             raise ValueError(f"`round_to` must be a positive integer. Received: {self.round_to!r}")
 
     def applies(self, layout: Layout) -> bool:
-        """Returns True: which kernels belong to a channel is for the graph of the model to say."""
+        """Returns True, since the graph of the model determines the kernels of a channel."""
         return True
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Tiles(_Whole):
-    """Tiles of the size that a function gives are kept or dropped as a whole.
+    """Tiles of a size given by a function, which are kept or pruned as a whole.
 
     Args:
-        function: `function(layout)` gives a tile as (positions, inputs, outputs), or None for
-            kernels that have none.
-        pooling: what a tile scores: `"average"` or `"max"` of its weights that are alive.
+        function: `function(layout)` returns the tile as (positions, inputs, outputs), or None for
+            kernels without such tiles.
+        pooling: Score of a tile: the `"average"` or the `"max"` of the scores of its kept weights.
     """
 
     function: Callable[[Layout], Tile | None]
@@ -358,7 +367,7 @@ class Tiles(_Whole):
 
     @property
     def name(self) -> str:
-        """The name it was registered under, else that of the function."""
+        """The registered name, or else the name of the function."""
         return _REGISTRY.name_of(self.function)
 
     def __post_init__(self) -> None:
@@ -366,11 +375,11 @@ class Tiles(_Whole):
         _REGISTRY.checked(self.name, self.function)
 
     def applies(self, layout: Layout) -> bool:
-        """Returns True if the function gives a tile."""
+        """Returns True if the function returns a tile."""
         return self.function(layout) is not None
 
     def tile(self, layout: Layout) -> Tile:
-        """Returns what the function gives."""
+        """Returns the tile that the function returns."""
         tile = self.function(layout)
         if not (isinstance(tile, tuple) and len(tile) == 3 and all(map(_is_count, tile))):
             raise ValueError(
@@ -380,7 +389,7 @@ class Tiles(_Whole):
         return tile
 
     def get_config(self) -> dict[str, Any]:
-        """The name and the pooling; `get` finds the function again if it is registered."""
+        """Returns the name and the pooling. `get` finds the function if it is registered."""
         return {"name": _REGISTRY.checked(self.name, self.function), "pooling": self.pooling}
 
     def __repr__(self) -> str:
@@ -388,23 +397,23 @@ class Tiles(_Whole):
 
 
 def get(identifier: Identifier) -> Structure:
-    """Turns whatever names a structure into a `Structure`.
+    """Returns the structure for an identifier.
 
     Args:
         identifier: `"2:4"` or any N:M; `"4x1"` or any inputs x outputs, for blocks; `"filters"` or
             `"units"`, which are the same; the name of a registered structure; a dict from
-            `get_config()` or Keras' `serialize_keras_object`; a `Structure`; a function from a
-            `Layout` to a tile, as `register` takes it.
+            `get_config()` or Keras' `serialize_keras_object`; a `Structure`; or a function from a
+            `Layout` to a tile, as for `register`.
 
     Raises:
-        ValueError: an unknown name, arguments that the structure does not take, or something that
-            is none of these.
+        ValueError: If the name is unknown, the structure does not accept the arguments, or the
+            identifier is of another kind.
     """
     return _REGISTRY.get(identifier)
 
 
 def cut(array: np.ndarray, layout: Layout, tile: Tile) -> np.ndarray:
-    """The tiles of a kernel, shape (tiles, weights in a tile); 0 or False where they stick out."""
+    """Returns the tiles of a kernel, of shape (tiles, weights in a tile), padded with zeros."""
     sizes = layout.sizes
     counts = [-(-size // edge) if edge else 0 for size, edge in zip(sizes, tile, strict=True)]
     array = array.transpose(layout.order).reshape(sizes)
@@ -417,7 +426,7 @@ def cut(array: np.ndarray, layout: Layout, tile: Tile) -> np.ndarray:
 
 
 def paste(tiles: np.ndarray, layout: Layout, tile: Tile) -> np.ndarray:
-    """The kernel that `cut` made these tiles of: a new contiguous array of its shape."""
+    """Returns the kernel from which `cut` made these tiles, as a new contiguous array."""
     sizes, (p, i, o) = layout.sizes, tile
     a, b, c = (-(-size // edge) if edge else 0 for size, edge in zip(sizes, tile, strict=True))
     array = tiles.reshape(a, b, c, p, i, o).transpose(0, 3, 1, 4, 2, 5)
