@@ -188,7 +188,7 @@ def names() -> list[str]:
 @register("n_of_m")
 @dataclasses.dataclass(frozen=True)
 class NOfM(Structure):
-    """N:M sparsity, such as 2:4: at most N of every M consecutive weights along the inputs are kept.
+    """N:M sparsity, such as 2:4: keeps at most N of every M consecutive weights along the inputs.
 
     Groups are counted from the first input, within each position of the window and each output. In
     a kernel laid out as (outputs, window, inputs), they are M neighbors along the innermost axis,
