@@ -252,7 +252,10 @@ def _is_library(module: str) -> bool:
         return False
     if top in _LIBRARIES:
         return True
-    path = _place_of(top)
+    # A module that is imported tells its own place: the package around it may have the name of an
+    # installed one (`tests` is often taken).
+    file = getattr(sys.modules.get(module), "__file__", None)
+    path = _place_of(top) if file is None else Path(file)
     if path is None:  # Built into Python, or created by code.
         return top in sys.stdlib_module_names
     standard = {sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")}

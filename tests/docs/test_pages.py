@@ -140,9 +140,5 @@ def test_the_page_on_shrinking_runs_from_top_to_bottom(capsys):
     assert names["pruned"] > 0.9
     report = names["report"]
     assert report.macs_after <= 0.35 * report.macs_before
-    assert {family.layers for family in names["found"].families} == {
-        ("conv2d", "conv2d_2", "conv2d_4"),
-        ("conv2d_1",),
-        ("conv2d_3",),
-    }
+    assert [len(family.layers) for family in names["found"].families] == [3, 1, 1]
     assert "effective sparsity" in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import importlib.util
 import os
 import re
 import subprocess
@@ -345,6 +346,20 @@ def test_modules_that_import_each_other_come_to_an_end_and_count(monkeypatch, tm
     first, again, other = found(2), found(2), found(30)
     assert first == again
     assert not set(first) & set(other)
+
+
+def test_code_in_a_package_with_the_name_of_an_installed_one_counts(monkeypatch, tmp_path):
+    """Folders like `tests` are often installed by some library, too."""
+    found = []
+    for number in (1, 2):
+        name, file = f"jinja2.of_a_user_{number}", tmp_path / f"own_{number}.py"
+        file.write_text(f"def score(group):\n    return group.current * {number}\n")
+        spec = importlib.util.spec_from_file_location(name, file)
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, name, module)
+        spec.loader.exec_module(module)
+        found.append(fingerprint(module.score))
+    assert found[0] != found[1]
 
 
 def test_a_library_that_is_imported_late_is_identified_by_name(monkeypatch, tmp_path):
