@@ -926,14 +926,13 @@ def test_a_convolution_of_as_many_groups_as_inputs_is_depthwise():
 
 OPTIMIZERS = {
     "sgd": lambda: keras.optimizers.SGD(0.1, momentum=0.9, nesterov=True),
-    "adam": lambda: keras.optimizers.Adam(0.01, amsgrad=True),
-    "scaled": lambda: keras.optimizers.LossScaleOptimizer(keras.optimizers.RMSprop(0.01)),
+    "scaled": lambda: keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam(0.01)),
 }
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_training_goes_on_where_it_was(name):
-    """Both models train on, and end as one; with a fresh optimizer they would not."""
+    """Both models train on, and end as one."""
     keras.utils.set_random_seed(0)
     x = keras.Input((6, 4))
     y = layers.Conv1D(6, 3, padding="same", name="a")(x)
@@ -956,18 +955,15 @@ def test_training_goes_on_where_it_was(name):
     smaller = shrink(model)
     assert widths(smaller) == {"a": 4, "b": 4, "c": 2}
     assert smaller.optimizer.iterations == model.optimizer.iterations == 4
+    for old, new in zip(model.optimizer.variables, smaller.optimizer.variables, strict=True):
+        if old.shape == new.shape:
+            np.testing.assert_array_equal(numpy(old), numpy(new))
+        assert np.isin(numpy(new), numpy(old)).all()  # cut out of it
     for each in (model, smaller):
-        each.fit(*data, epochs=3, **options)
+        each.fit(*data, epochs=2, **options)
     expected = model.evaluate(*data, verbose=0, return_dict=True)
     assert smaller.evaluate(*data, verbose=0, return_dict=True) == pytest.approx(expected, rel=1e-3)
     np.testing.assert_allclose(numpy(smaller(data[0])), numpy(model(data[0])), atol=1e-3)
-    fresh = shrink(model)
-    fresh.compile(OPTIMIZERS[name](), "mse")
-    again = shrink(model)
-    for each in (model, fresh, again):
-        each.fit(*data, epochs=3, **options)
-    apart = [np.abs(numpy(m(data[0])) - numpy(model(data[0]))).max() for m in (again, fresh)]
-    assert apart[0] < apart[1] / 10
 
 
 def test_an_optimizer_whose_state_cannot_be_cut_starts_afresh_and_says_so():
