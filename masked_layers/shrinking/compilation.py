@@ -24,12 +24,21 @@ def compile_like(model: keras.Model, smaller: keras.Model, cuts: Cuts) -> None:
         cuts: What is left of the variables that have become smaller.
 
     Warns:
-        UserWarning: If the optimizer keeps a state that cannot be made smaller; it starts afresh.
+        UserWarning: If the model cannot be compiled again from its config; or the optimizer keeps a
+            state that cannot be made smaller, and starts afresh.
     """
     if not getattr(model, "compiled", False):
         return
-    with as_in_use(model):
-        smaller.compile_from_config(model.get_compile_config())
+    try:
+        with as_in_use(model):
+            smaller.compile_from_config(model.get_compile_config())
+    except Exception as error:
+        warnings.warn(
+            f"The smaller model is not compiled, because Keras cannot compile '{model.name}' again "
+            f"from its config: {error}\nCall `compile` on the smaller model.",
+            stacklevel=4,
+        )
+        return
     old = model.optimizer
     if old is None or not old.built:
         return

@@ -966,6 +966,30 @@ def test_training_goes_on_where_it_was(name):
     np.testing.assert_allclose(numpy(smaller(data[0])), numpy(model(data[0])), atol=1e-3)
 
 
+class Counted(keras.metrics.Metric):
+    def __init__(self, width):
+        super().__init__()
+        self.width = width
+
+    def update_state(self, *args, **kwargs):
+        pass
+
+    def result(self):
+        return self.width
+
+
+def test_what_cannot_be_compiled_again_is_not_compiled_and_says_so():
+    model = dense_net(4, 2)
+    model.compile("adam", lambda y, p: keras.ops.mean((y - p) ** 2))
+    assert shrink(model).compiled
+    model.compile("adam", "mse", metrics=[Counted(3)])
+    with pytest.warns(UserWarning, match="is not compiled, because Keras cannot .* again"):
+        smaller = shrink(model)
+    assert not smaller.compiled
+    smaller.compile("sgd", "mse")
+    smaller.fit(np.ones((4, 5)), np.ones((4, 2)), verbose=0)
+
+
 def test_an_optimizer_whose_state_cannot_be_cut_starts_afresh_and_says_so():
     model = keras.Sequential([keras.Input((4,)), layers.Dense(200, name="a"), layers.Dense(150)])
     randomize(model)
