@@ -233,6 +233,8 @@ class GradualPruning(MaskSchedule):
                 f"{structure} determines how many weights are kept and cannot follow a schedule. "
                 "Prune once: `pruner.update_masks(..., structure=...)`."
             )
+        if isinstance(structure, structures.Channels):
+            _check_limit(structure, self.schedule)
         self._request = selection.Request.of(
             strategy,
             scope=scope,
@@ -322,6 +324,18 @@ class GradualPruning(MaskSchedule):
         except Exception:
             ml.set_masks(pruner.model, before)
             raise
+
+
+def _check_limit(structure: structures.Channels, schedule: schedules.Schedule) -> None:
+    """Refuses a schedule that would ask for more than the structure prunes, in mid-training."""
+    steps = [step for step in (schedule.begin_step, schedule.end_step) if step is not None]
+    final = max(schedule.sparsity(step) for step in steps)
+    if final > structure.at_most:
+        raise ValueError(
+            f"The schedule reaches a sparsity of {final:.4g}, and {structure} prunes at most "
+            f"{structure.at_most} of the channels of a layer. Lower the final sparsity, or pass "
+            f"structure=structures.Channels(at_most={final:.4g})."
+        )
 
 
 class DynamicSparseTraining(MaskSchedule):

@@ -168,11 +168,16 @@ def _stays(flow: Flow, edits: Sequence[_Named]) -> dict[int, str]:
     stays = {flow.root(slot): reason for slot, reason in flow.pinned.items()}
     stays[0] = "joined with channels that are left whole"
     for name, edit, named in edits:
-        read = [c for key in named for c in edit.slices[key].values() if _reads(edit, c)]
-        if edit.readers and not read:
+        reading = [
+            key for key, axes in edit.slices.items() if any(_reads(edit, c) for c in axes.values())
+        ]
+        if edit.readers and not all(key in named for key in reading):
             reason = f"'{name}', whose weights have no mask, reads it"
             for root in flow.roots(edit.readers[0].source.slots).tolist():
                 stays.setdefault(root, reason)
+        if edit.made is not None and not (named and all(key in named for key, _ in edit.kernels())):
+            for root in flow.roots(edit.made.slots).tolist():
+                stays.setdefault(root, f"'{name}', whose weights have no mask, makes it")
     return stays
 
 

@@ -70,6 +70,12 @@ def follow(model: keras.Model) -> Flow:
     whole = [WHOLE] * len(flow.graphs[id(model)].inputs)
     for channels in _through(flow, flow.graphs[id(model)], whole, obstacles):
         flow.pin(channels, OUTPUT)
+    # A softmax at the end has pinned what it reads for a reason of its own.
+    ends = set(map(id, flow.graphs[id(model)].outputs))
+    for operation, *_, outputs in _keras_graph.graph_calls(flow.graphs[id(model)]):
+        if ends & set(map(id, outputs)) and id(operation) in flow.edits:
+            made = flow.edits[id(operation)][1].made
+            flow.pinned.update({} if made is None else dict.fromkeys(made.slots.tolist(), OUTPUT))
     return flow
 
 
@@ -133,7 +139,8 @@ def _obstacles(flow: Flow) -> dict[int, str]:
         cls = plain_class(operation)
         obstacle = None
         if not (all(map(_is_tensor, tensors)) or cls in WITH_NUMBERS) or not all(
-            value is None or value is False for value in _besides_mask(operation, kwargs).values()
+            value is None or value is False
+            for value in keras.tree.flatten(_besides_mask(operation, kwargs))
         ):
             obstacle = "called with arguments other than tensors"
         elif cls not in MASKED_POSITIONS and any(
@@ -146,8 +153,10 @@ def _obstacles(flow: Flow) -> dict[int, str]:
                 obstacle = obstacles.get(id(operation), NESTED)
         elif cls not in RULES:
             obstacle = f"class {cls.__name__} is not known"
-        elif times[id(operation)] > 1 and len(getattr(operation, "weights", ())) > 0:
-            obstacle = f"called {times[id(operation)]} times with the same weights"
+        elif times[id(operation)] > 1 and (
+            len(getattr(operation, "weights", ())) > 0 or cls is keras.layers.Reshape
+        ):
+            obstacle = f"called {times[id(operation)]} times"
         elif getattr(operation, "quantization_mode", None):
             obstacle = "quantized"
         elif getattr(operation, "lora_enabled", False):

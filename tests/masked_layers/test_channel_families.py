@@ -183,13 +183,59 @@ def test_part_of_a_concatenation_is_a_family_of_its_own():
     np.testing.assert_array_equal(rows[1], [-1, -1, -1, -1, 0, 1, 2, 3, 4, 5])
 
 
-def test_a_layer_without_a_mask_keeps_what_it_reads():
+def test_a_layer_without_a_mask_keeps_what_it_reads_and_makes():
     keras.utils.set_random_seed(0)
     x = keras.Input((4,))
     y = layers.Dense(5, name="b")(layers.Dense(3, name="a")(x))
-    model = keras.Model(x, layers.Dense(2, name="c")(y))
-    masked = convert_to_masked(model, exclude="b")
-    found = channel_families(masked)
-    assert [family.layers for family in found.families] == [("b",)]
+    y = layers.add([y, layers.Dense(5, name="joined")(x)])
+    y = layers.Dense(2, name="c", activation="softmax")(layers.Dense(3, name="last")(y))
+    model = keras.Model(x, y)
+    found = channel_families(convert_to_masked(model, exclude="^b$"))
+    assert [family.layers for family in found.families] == [("last",)]
+    assert found.outputs == ("c",)
     assert found.whole["a"] == "'b', whose weights have no mask, reads it"
-    assert [family.layers for family in channel_families(model).families] == [("a",), ("b",)]
+    assert found.whole["joined"] == "'b', whose weights have no mask, makes it"
+    assert {family.layers for family in channel_families(model).families} == {
+        ("a",),
+        ("b", "joined"),
+        ("last",),
+    }
+
+
+def test_a_nested_model_of_several_inputs_and_outputs_is_followed():
+    def make():
+        a, b = keras.Input((4,)), keras.Input((6,))
+        sums = layers.add([layers.Dense(5, name="p")(a), layers.Dense(5, name="q")(b)])
+        inner = keras.Model([a, b], [sums, layers.Dense(3, name="r")(b)], name="inner")
+        x = keras.Input((7,))
+        ends = inner([layers.Dense(4, name="left")(x), layers.Dense(6, name="right")(x)])
+        return keras.Model(x, layers.Dense(2, name="last")(layers.concatenate(ends)))
+
+    model = randomized(make)
+    found = channel_families(model)
+    assert {frozenset(family.layers): family.size for family in found.families} == {
+        frozenset({"left"}): 4,
+        frozenset({"right"}): 6,
+        frozenset({"inner/p", "inner/q"}): 5,
+        frozenset({"inner/r"}): 3,
+    }
+    for family in found.families:
+        set_masks(model, without(model, family, 1))
+    smaller, report = shrink(model, return_report=True)
+    assert sum(row.before - row.after for row in report) == 5
+    expected = outputs(model)
+    np.testing.assert_allclose(
+        outputs(smaller), expected, rtol=0, atol=1e-5 * np.abs(expected).max()
+    )
+
+
+def test_a_reshape_that_is_called_twice_keeps_what_it_reads():
+    def make():
+        x = keras.Input((5,))
+        reshape = layers.Reshape((1, 4), name="reshape")
+        a, b = reshape(layers.Dense(4, name="a")(x)), reshape(layers.Dense(4, name="b")(x))
+        return keras.Model(x, layers.Dense(2, name="last")(layers.Dense(3, name="c")(a + b)))
+
+    found = channel_families(randomized(make))
+    assert [family.layers for family in found.families] == [("c",)]
+    assert found.not_followed == {"reshape": "called 2 times"}

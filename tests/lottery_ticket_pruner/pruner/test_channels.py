@@ -98,6 +98,14 @@ def test_a_schedule_prunes_channels_while_the_model_trains():
     assert widths(report)["in_0"] == widths(report)["in_1"] == 3
 
 
+def test_a_schedule_beyond_the_limit_is_refused_before_the_training():
+    schedule = {"name": "constant", "sparsity": 0.95}
+    pruner = LotteryTicketPruner(network())
+    with pytest.raises(ValueError, match=r"reaches a sparsity of 0.95, .* at most 0.9 of"):
+        GradualPruning(pruner, schedule, structure="channels")
+    GradualPruning(pruner, schedule, structure=Channels(at_most=0.95))
+
+
 def test_layers_that_stay_whole_are_named_before_anything_is_pruned(caplog):
     keras.utils.set_random_seed(0)
     x = keras.Input((4,))
