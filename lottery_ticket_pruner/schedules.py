@@ -66,7 +66,7 @@ class Schedule:
 
     @property
     def falls(self) -> bool:
-        """Whether the sparsity is known to fall, which requires pruned weights to come back."""
+        """True if the sparsity is known to fall, which requires pruned weights to come back."""
         return False
 
     def __call__(self, step: int) -> float:
@@ -333,7 +333,7 @@ class _Ramp(Schedule):
 
     @property
     def falls(self) -> bool:
-        """Whether the sparsity falls."""
+        """True if the sparsity falls."""
         return self.initial_sparsity > self.final_sparsity
 
     def _progress(self, step: int) -> float:

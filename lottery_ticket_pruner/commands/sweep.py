@@ -124,7 +124,7 @@ class Child:
 
     @property
     def is_finished(self) -> bool:
-        """Whether its folder holds all of its results."""
+        """True if the folder contains all results."""
         return is_finished(self.config.folder, _kind(self.config).name)
 
     @property

@@ -51,7 +51,7 @@ class Config(Protocol):
 
     @property
     def overwrite(self) -> bool:
-        """Whether a run in the folder is replaced."""
+        """True if a run in the folder is to be replaced."""
 
     @property
     def folder(self) -> Path:

@@ -279,7 +279,7 @@ class _Race:
 
     @property
     def is_due(self) -> bool:
-        """Whether the loop has run long enough for a comparison with `fit`."""
+        """True if the loop has run long enough for a comparison with `fit`."""
         return not self.settled and self.loop_seconds > settings.patience
 
     @property

@@ -68,17 +68,17 @@ class Group:
 
     @property
     def has_rounds(self) -> bool:
-        """Whether its rows are those of `lottery-ticket run`, by rounds and arms."""
+        """True if the rows are those of `lottery-ticket run`, by rounds and arms."""
         return "arm" in self.rows and "round" in self.rows
 
     @property
     def has_masks(self) -> bool:
-        """Whether its rows are those of `lottery-ticket supermask`, by sparsity or by epoch."""
+        """True if the rows are those of `lottery-ticket supermask`, by sparsity or epoch."""
         return not (self.has_rounds or self.is_instability)
 
     @property
     def is_instability(self) -> bool:
-        """Whether its rows are those of `lottery-ticket instability`."""
+        """True if the rows are those of `lottery-ticket instability`."""
         return "instability" in self.rows
 
     @property
