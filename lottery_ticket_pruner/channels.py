@@ -74,11 +74,16 @@ def note_limits(
     structure, rate = request.structure, request.rate
     if graph is None or structure is None or not structure.coupled or not isinstance(rate, float):
         return
+    if request.scope != "layer":
+        return
     held = []
     for family in graph.families:
-        kept = [int(selection.kept_channels(family, masks).sum()) for masks in (before, after)]
-        if request.scope == "layer" and kept[0] - kept[1] < int(rate * kept[0] + 1e-6):
-            held.append(f"{', '.join(family.layers)}: {kept[1]} of {family.size} stay")
+        then, now = (
+            int(np.count_nonzero(selection.kept_channels(family, masks)))
+            for masks in (before, after)
+        )
+        if then - now < selection.drop_count(family.size, then, rate=rate):
+            held.append(f"{', '.join(family.layers)}: {now} of {family.size} stay")
     if held:
         _logger.warning(
             "%s took fewer channels than a rate of %s: %s", structure, rate, "; ".join(held)

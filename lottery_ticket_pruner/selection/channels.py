@@ -11,7 +11,7 @@ import numpy as np
 from lottery_ticket_pruner.selection.amounts import drop_count
 from lottery_ticket_pruner.selection.lowest import NAN, drop_lowest
 from lottery_ticket_pruner.selection.request import Request
-from lottery_ticket_pruner.selection.scores import score, score_in_chunks
+from lottery_ticket_pruner.selection.scores import parted, weight_scores
 from lottery_ticket_pruner.selection.weights import Weights, prepared
 from lottery_ticket_pruner.shares import check_share, one_of, shares_of
 from lottery_ticket_pruner.structures import Channels
@@ -64,7 +64,7 @@ def select_channels(
         A dict from path to a new bool mask, in the order of `weights`.
 
     Raises:
-        ValueError: If there are no families, an amount or a budget is not legal or cannot be
+        ValueError: If the graph has no families, an amount or a budget is not legal or cannot be
             reached under `at_most`, or a score is not a number.
     """
     structure = request.structure
@@ -246,37 +246,22 @@ def _shares(
 def _scores(request: Request, kernels: Mapping[str, Weights]) -> dict[str, np.ndarray]:
     """Returns the scores of all weights by path."""
     criterion = request.criterion
-    if criterion.scope == "global":
-        ordered = {path: kernels[path] for path in sorted(kernels)}
-        mask = np.concatenate([kernel.mask.reshape(-1) for kernel in ordered.values()])
-        rng = stream("ties", request.seed, "")
-        flat = score(criterion, list(ordered.values()), mask, rng, None, "the model as a whole")
-        ends = np.cumsum([kernel.mask.size for kernel in ordered.values()])[:-1]
-        parts = dict(zip(ordered, np.split(flat, ends), strict=True))
-    else:
-        parts = {}
-        for path, kernel in kernels.items():
-            rng = stream("ties", request.seed, path)
-            if criterion.elementwise:
-                parts[path] = score_in_chunks(criterion, [kernel], rng)
-            else:
-                mask = kernel.mask.reshape(-1)
-                parts[path] = score(criterion, [kernel], mask, rng, None, repr(path))
-    for path, part in parts.items():
-        mask = kernels[path].mask
-        if part.shape != (mask.size,):
-            raise ValueError(
-                f"Criterion {criterion.name!r} on {path!r}: scores of shape {part.shape} for "
-                f"{mask.size} weights."
-            )
-        if np.isnan(part[mask.reshape(-1)]).any():
-            raise ValueError(f"Criterion {criterion.name!r} on {path!r}: {NAN}")
-    return {
-        path: part.astype(np.result_type(part, np.float32), copy=False).reshape(
-            kernels[path].mask.shape
-        )
-        for path, part in parts.items()
-    }
+    together = criterion.scope == "global"
+    found = {}
+    for paths in [sorted(kernels)] if together else [[path] for path in kernels]:
+        where = "the model as a whole" if together else repr(paths[0])
+        members = [kernels[path] for path in paths]
+        rng = stream("ties", request.seed, "" if together else paths[0])
+        scores = weight_scores(criterion, members, rng, None, where)
+        try:
+            parts = parted(scores, members)
+        except ValueError as error:
+            raise ValueError(f"Criterion {criterion.name!r} on {where}: {error}") from error
+        for path, part in zip(paths, parts, strict=True):
+            if np.isnan(part[kernels[path].mask]).any():
+                raise ValueError(f"Criterion {criterion.name!r} on {path!r}: {NAN}")
+            found[path] = part.astype(np.result_type(part, np.float32), copy=False)
+    return found
 
 
 def _pooled(
@@ -333,9 +318,17 @@ def _of_family(
     scores: np.ndarray,
 ) -> np.ndarray:
     """Returns which channels of a family are kept, when it is ranked alone."""
-    where, count = repr(", ".join(family.layers)), int(np.count_nonzero(kept))
-    drop = drop_count(
-        family.size,
+    count = int(np.count_nonzero(kept))
+    drop = _drop(request, share, family.size, count, repr(", ".join(family.layers)))
+    left = rounded(structure, family.size, count, count - drop)
+    rng = stream("ties", request.seed, family.layers[0])
+    return drop_lowest(scores, kept, count - left, rng)
+
+
+def _drop(request: Request, share: float, size: int, count: int, where: str) -> int:
+    """Returns how many of `count` kept channels of `size` a share of the request prunes."""
+    return drop_count(
+        size,
         count,
         rate=None if request.rate is None else share,
         sparsity=None if request.sparsity is None else share,
@@ -343,9 +336,6 @@ def _of_family(
         where=where,
         unit="channels",
     )
-    left = rounded(structure, family.size, count, count - drop)
-    rng = stream("ties", request.seed, family.layers[0])
-    return drop_lowest(scores, kept, count - left, rng)
 
 
 def rounded(structure: Channels, size: int, count: int, left: int) -> int:
@@ -356,7 +346,7 @@ def rounded(structure: Channels, size: int, count: int, left: int) -> int:
 
 def fewest(structure: Channels, size: int) -> int:
     """Returns the number of channels that a layer of `size` keeps at least."""
-    return max(1, size - math.floor(structure.at_most * size + 1e-6))
+    return max(1, size - drop_count(size, size, sparsity=structure.at_most))
 
 
 def _of_model(
@@ -375,15 +365,8 @@ def _of_model(
     share = check_share(name, share)
     ends = np.cumsum([family.size for family in families])[:-1]
     count = sum(int(np.count_nonzero(flags)) for flags in kept)
-    drop = drop_count(
-        sum(family.size for family in families),
-        count,
-        rate=None if request.rate is None else share,
-        sparsity=None if request.sparsity is None else share,
-        keep_sparser=request.keep_sparser,
-        where="the model as a whole",
-        unit="channels",
-    )
+    size = sum(family.size for family in families)
+    drop = _drop(request, share, size, count, "the model as a whole")
     relative, allowed = [], []
     for family, flags, values in zip(families, kept, scores, strict=True):
         finite = values[flags & np.isfinite(values)]

@@ -12,7 +12,7 @@ from lottery_ticket_pruner import criteria, structures
 from lottery_ticket_pruner.selection.amounts import drop_count
 from lottery_ticket_pruner.selection.lowest import NAN, check_drop, drop_lowest, drop_up_to
 from lottery_ticket_pruner.selection.request import Request
-from lottery_ticket_pruner.selection.scores import score, score_in_chunks
+from lottery_ticket_pruner.selection.scores import parted, weight_scores
 from lottery_ticket_pruner.selection.weights import Weights, joined, records_of
 from masked_layers.randomness import stream
 
@@ -108,7 +108,7 @@ class _Comparison:
 
     def _flags(self) -> np.ndarray:
         """Returns a flag for each weight or tile, True if it is still kept."""
-        return self._joined_masks()
+        return joined([kernel.mask for kernel in self._kernels])
 
     def _scores(self, drop: int | None) -> np.ndarray:
         """Returns a score for each weight or tile.
@@ -116,22 +116,16 @@ class _Comparison:
         Args:
             drop: Number of weights to prune, which some criteria use.
         """
-        return self._weight_scores(self._alive, drop)
+        return weight_scores(
+            self._criterion, self._kernels, self._rng, drop, self._where, self._alive
+        )
 
     def _spread(self, kept: np.ndarray) -> Iterator[np.ndarray]:
         """Yields the masks of the kernels, given which weights or tiles are kept."""
-        ends = np.cumsum([kernel.mask.size for kernel in self._kernels])
-        for part, kernel in zip(np.split(kept, ends[:-1]), self._kernels, strict=True):
-            yield part.reshape(kernel.mask.shape)
+        yield from parted(kept, self._kernels)
 
     def _joined_masks(self) -> np.ndarray:
         return joined([kernel.mask for kernel in self._kernels])
-
-    def _weight_scores(self, mask: np.ndarray | None, drop: int | None) -> np.ndarray:
-        if self._criterion.elementwise:
-            return score_in_chunks(self._criterion, self._kernels, self._rng)
-        mask = self._joined_masks() if mask is None else mask
-        return score(self._criterion, self._kernels, mask, self._rng, drop, self._where)
 
 
 class _TileComparison(_Comparison):
@@ -170,13 +164,8 @@ class _TileComparison(_Comparison):
 
     def _parts(self) -> Iterator[tuple[np.ndarray, Weights, np.ndarray]]:
         """Yields each kernel with the scores of its weights and its mask in tiles."""
-        scores = self._weight_scores(None, None)
-        sizes = [kernel.mask.size for kernel in self._kernels]
-        if scores.shape != (sum(sizes),):
-            raise ValueError(f"scores of shape {scores.shape} for {sum(sizes)} weights.")
-        parts = np.split(scores, np.cumsum(sizes)[:-1])
-        for part, kernel, tiles in zip(parts, self._kernels, self._members, strict=True):
-            yield part.reshape(kernel.mask.shape), kernel, tiles
+        scores = weight_scores(self._criterion, self._kernels, self._rng, None, self._where)
+        yield from zip(parted(scores, self._kernels), self._kernels, self._members, strict=True)
 
     def _cut(self, array: np.ndarray, kernel: Weights) -> np.ndarray:
         layout = kernel.layout

@@ -11,7 +11,48 @@ from lottery_ticket_pruner.selection.weights import HOW_TO_RECORD, Weights, join
 _CHUNK = 2**17
 
 
-def score(
+def weight_scores(
+    criterion: criteria.Criterion,
+    kernels: Sequence[Weights],
+    rng: np.random.Generator,
+    drop: int | None,
+    where: str,
+    mask: np.ndarray | None = None,
+) -> np.ndarray:
+    """Returns the scores of all weights of the kernels as a 1-D array.
+
+    Args:
+        criterion: Criterion that scores the weights.
+        kernels: Kernels that are scored together.
+        rng: Generator for random scores.
+        drop: Number of weights to prune, or None if tiles or channels are pruned.
+        where: Name of these weights in error messages.
+        mask: 1-D bool array of all their weights, if it is known already.
+    """
+    if criterion.elementwise:
+        return _score_in_chunks(criterion, kernels, rng)
+    mask = joined([kernel.mask for kernel in kernels]) if mask is None else mask
+    return _score(criterion, kernels, mask, rng, drop, where)
+
+
+def parted(scores: np.ndarray, kernels: Sequence[Weights]) -> list[np.ndarray]:
+    """Returns the part of each kernel, in its shape.
+
+    Args:
+        scores: Scores (or flags) of all weights of the kernels, of shape (weights,).
+        kernels: The kernels, in the same order.
+
+    Raises:
+        ValueError: If there is not one score for each weight.
+    """
+    sizes = [kernel.mask.size for kernel in kernels]
+    if scores.shape != (sum(sizes),):
+        raise ValueError(f"scores of shape {scores.shape} for {sum(sizes)} weights.")
+    parts = np.split(scores, np.cumsum(sizes)[:-1])
+    return [part.reshape(kernel.mask.shape) for part, kernel in zip(parts, kernels, strict=True)]
+
+
+def _score(
     criterion: criteria.Criterion,
     kernels: Sequence[Weights],
     mask: np.ndarray,
@@ -19,16 +60,7 @@ def score(
     drop: int | None,
     where: str,
 ) -> np.ndarray:
-    """Returns the scores of all weights of the kernels as a 1-D array, in one criterion call.
-
-    Args:
-        criterion: Criterion that scores the weights.
-        kernels: Kernels that are scored together.
-        mask: 1-D bool array of all their weights.
-        rng: Generator for random scores.
-        drop: Number of weights to prune, or None if tiles are pruned.
-        where: Name of these weights in error messages.
-    """
+    """Returns the scores from one call of the criterion; arguments as for `weight_scores`."""
     # A separate function, so that joined records are freed before the ranking copies the scores.
     records = {
         name: joined([getattr(kernel, name) for kernel in kernels])
@@ -48,7 +80,7 @@ def score(
         ) from error
 
 
-def score_in_chunks(
+def _score_in_chunks(
     criterion: criteria.Criterion, kernels: Sequence[Weights], rng: np.random.Generator
 ) -> np.ndarray:
     """Returns the scores as a 1-D array, computed in chunks without copying the records."""
