@@ -110,10 +110,11 @@ class Call:
         """The channel axis that the layer's data format names."""
         return 1 if getattr(self.operation, "data_format", None) == "channels_first" else -1
 
-    def positions(self, tensor: keras.KerasTensor, axis: int | None) -> int | None:
-        """Returns the number of places along all but the batch and the channel axis, if known."""
-        sizes = [size for i, size in enumerate(tensor.shape) if i not in (0, axis)]
-        return None if None in sizes else math.prod(sizes)
+
+def positions(tensor: keras.KerasTensor, axis: int | None) -> int | None:
+    """Returns the number of places along all but the batch and the channel axis, if known."""
+    sizes = [size for i, size in enumerate(tensor.shape) if i not in (0, axis)]
+    return None if None in sizes else math.prod(sizes)
 
 
 class CannotFollow(Exception):  # noqa: N818 (no error: the layer stays whole)

@@ -61,9 +61,8 @@ def follow(model: keras.Model) -> Flow:
         ValueError: If it is neither, overrides `call`, or is not built.
     """
     flow = Flow()
-    graphs = {id(part): (part, graph, name) for part, graph, name in _graphs(model, "")}
-    flow.graphs = {key: graph for key, (_, graph, _) in graphs.items()}
-    for _, graph, name in graphs.values():
+    for part, graph, name in _graphs(model, ""):
+        flow.graphs[id(part)] = graph
         for operation, *_ in _keras_graph.graph_calls(graph):
             flow.names.setdefault(id(operation), name + operation.name)
     obstacles = _obstacles(flow)

@@ -20,6 +20,7 @@ from masked_layers.shrinking.channels import (
     Flow,
     Reader,
     constant_shift,
+    positions,
 )
 from masked_layers.shrinking.rules import (
     CUSTOM_ACTIVATION,
@@ -78,8 +79,8 @@ def _mix(
     weights = slices(target) | {"bias": {0: target}}
     # A transposed convolution applies its kernel at the positions of its input.
     tensor = call.inputs[0] if isinstance(layer, _TRANSPOSED) else call.output
-    positions = call.positions(tensor, source.axis)
-    flow.edit(call, Edit(weights, target, {(width,): target}, (reader,), positions))
+    places = positions(tensor, source.axis)
+    flow.edit(call, Edit(weights, target, {(width,): target}, (reader,), places))
     if followed:
         return target
     flow.pin(target, f"the activation of '{layer.name}' reads all channels")

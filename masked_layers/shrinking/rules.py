@@ -25,6 +25,7 @@ from masked_layers.shrinking.channels import (
     Channels,
     Edit,
     Flow,
+    positions,
 )
 
 Rule = Callable[[Flow, Call], Channels]
@@ -128,8 +129,8 @@ def depthwise(
     if grouped:
         widths = {("groups",): source, ("filters",): target}
     weights = {"kernel": {-1: target} if grouped else {-2: source}, "bias": {0: target}}
-    positions = call.positions(call.output, source.axis)
-    flow.edit(call, Edit(weights, widths=widths, positions=positions))
+    places = positions(call.output, source.axis)
+    flow.edit(call, Edit(weights, widths=widths, positions=places))
     return target
 
 
