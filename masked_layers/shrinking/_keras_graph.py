@@ -1,7 +1,7 @@
 """The graph of a Functional model, which `shrinking` needs and Keras' public API lacks.
 
-`_keras` for the rest. `tests/masked_layers/test_shrinking.py` checks each name against the
-installed Keras.
+`_keras` for the rest. `tests/masked_layers/shrinking/test_keras_graph.py` checks each name against
+the installed Keras.
 """
 
 from __future__ import annotations

@@ -1,0 +1,90 @@
+"""The compilation of the smaller model and the state of its optimizer."""
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+
+from masked_layers import convert_to_masked, get_masks, set_masks
+from masked_layers.shrinking import shrink
+from shrunk import dense_net, numpy, randomize, widths, zero
+
+pytestmark = pytest.mark.usefixtures("nothing_drawn")
+
+
+OPTIMIZERS = {
+    "sgd": lambda: keras.optimizers.SGD(0.1, momentum=0.9, nesterov=True),
+    "scaled": lambda: keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam(0.01)),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_training_goes_on_where_it_was(name):
+    """Both models train on, and end as one."""
+    keras.utils.set_random_seed(0)
+    x = keras.Input((6, 4))
+    y = layers.Conv1D(6, 3, padding="same", name="a")(x)
+    y = layers.ReLU()(layers.BatchNormalization()(y))
+    y = layers.Conv1D(5, 3, activation="tanh", name="b")(y)
+    model = randomize(keras.Model(x, layers.Dense(2, name="c")(layers.Flatten()(y))))
+    model = convert_to_masked(model)
+    model.compile(OPTIMIZERS[name](), "mse", metrics=["mae"])
+    rng = np.random.default_rng(0)
+    data = rng.normal(size=(16, 6, 4)).astype("float32"), rng.normal(size=(16, 2))
+    options = {"batch_size": 8, "shuffle": False, "verbose": 0}
+    model.fit(*data, **options)
+    masks = get_masks(model)
+    masks["a/kernel"][..., :2] = False
+    masks["b/kernel"][:, :2] = False
+    masks["b/kernel"][..., 4] = False
+    masks["c/kernel"].reshape(4, 5, 2)[:, 4] = False
+    set_masks(model, masks)
+    model.fit(*data, **options)
+    smaller = shrink(model)
+    assert widths(smaller) == {"a": 4, "b": 4, "c": 2}
+    assert smaller.optimizer.iterations == model.optimizer.iterations == 4
+    for old, new in zip(model.optimizer.variables, smaller.optimizer.variables, strict=True):
+        if old.shape == new.shape:
+            np.testing.assert_array_equal(numpy(old), numpy(new))
+        assert np.isin(numpy(new), numpy(old)).all()  # cut out of it
+    for each in (model, smaller):
+        each.fit(*data, epochs=2, **options)
+    expected = model.evaluate(*data, verbose=0, return_dict=True)
+    assert smaller.evaluate(*data, verbose=0, return_dict=True) == pytest.approx(expected, rel=1e-3)
+    np.testing.assert_allclose(numpy(smaller(data[0])), numpy(model(data[0])), atol=1e-3)
+
+
+class Counted(keras.metrics.Metric):
+    def __init__(self, width):
+        super().__init__()
+        self.width = width
+
+    def update_state(self, *args, **kwargs):
+        pass
+
+    def result(self):
+        return self.width
+
+
+def test_what_cannot_be_compiled_again_is_not_compiled_and_says_so():
+    model = dense_net(4, 2)
+    model.compile("adam", lambda y, p: keras.ops.mean((y - p) ** 2))
+    assert shrink(model).compiled
+    model.compile("adam", "mse", metrics=[Counted(3)])
+    with pytest.warns(UserWarning, match="is not compiled, because Keras cannot .* again"):
+        smaller = shrink(model)
+    assert not smaller.compiled
+    smaller.compile("sgd", "mse")
+    smaller.fit(np.ones((4, 5)), np.ones((4, 2)), verbose=0)
+
+
+def test_an_optimizer_whose_state_cannot_be_cut_starts_afresh_and_says_so():
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(200, name="a"), layers.Dense(150)])
+    randomize(model)
+    model.compile(keras.optimizers.Adafactor(0.01), "mse")
+    model.fit(np.ones((8, 4)), np.ones((8, 150)), verbose=0)
+    zero(model.get_layer("a"), [0])
+    with pytest.warns(UserWarning, match="starts afresh: the state that Adafactor keeps"):
+        smaller = shrink(model)
+    assert smaller.get_layer("a").units == 199
+    smaller.fit(np.ones((8, 4)), np.ones((8, 150)), verbose=0)

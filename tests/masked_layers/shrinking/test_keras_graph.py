@@ -1,0 +1,45 @@
+"""Private parts of Keras' graph of operations, checked on the installed Keras."""
+
+import keras
+import pytest
+from keras import layers
+
+from masked_layers.shrinking import _keras_graph
+from shrunk import checked, randomize, zero
+
+pytestmark = pytest.mark.usefixtures("nothing_drawn")
+
+
+def test_graph_calls_lists_the_calls_in_order():
+    x = keras.Input((4,))
+    first, second = layers.Dense(3), layers.Dense(3)
+    hidden = first(x)
+    total = second(x) + hidden
+    model = keras.Model(x, keras.activations.relu(total))
+    calls = list(_keras_graph.graph_calls(model))
+    operations = [operation for operation, *_ in calls]
+    assert set(operations[:2]) == {first, second}
+    assert type(operations[2]) is _keras_graph.ADD
+    assert type(operations[3]) in _keras_graph.ELEMENTWISE_OPERATIONS
+    _, args, kwargs, outputs = calls[2]
+    assert args[1] is hidden
+    assert kwargs == {}
+    assert outputs[0] is total
+
+
+@pytest.mark.parametrize(
+    "name", ["elu", "gelu", "hard_sigmoid", "leaky_relu", "relu6", "selu", "silu", "tanh"]
+)
+def test_functions_on_symbolic_tensors_are_followed(name):
+    x = keras.Input((4,))
+    y = getattr(keras.ops, name)(layers.Dense(3, name="a")(x))
+    model = randomize(keras.Model(x, layers.Dense(2)(y)))
+    zero(model.get_layer("a"), [0])
+    smaller, report = checked(model)
+    assert (smaller.get_layer("a").units, report.not_followed) == (2, {})
+
+
+def test_carries_mask():
+    x = keras.Input((4, 2))
+    assert not _keras_graph.carries_mask(x)
+    assert _keras_graph.carries_mask(layers.Masking()(x))

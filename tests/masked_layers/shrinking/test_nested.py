@@ -1,0 +1,54 @@
+"""Models inside models."""
+
+import keras
+import pytest
+from keras import layers
+
+from masked_layers.shrinking import shrink
+from shrunk import checked, randomize, row, widths, zero
+
+pytestmark = pytest.mark.usefixtures("nothing_drawn")
+
+
+@pytest.mark.parametrize("calls", [1, 2])
+def test_nested_model_shrinks_inside(calls):
+    inner = keras.Sequential(
+        [keras.Input((4,)), layers.Dense(6, "relu", name="wide"), layers.Dense(4, name="end")],
+        name="inner",
+    )
+    x = keras.Input((5,))
+    y = layers.Dense(4, name="first")(x)
+    for _ in range(calls):
+        y = inner(y)
+    model = randomize(keras.Model(x, layers.Dense(2, name="last")(y)))
+    zero(inner.layers[0], [0, 1])
+    zero(inner.layers[1], [0])
+    zero(model.get_layer("first"), [0])
+    smaller, report = checked(model)
+    assert row(report, "inner/wide").constant == 2
+    if calls == 1:
+        assert widths(smaller) == {"first": 3, "last": 2}
+        assert widths(smaller.get_layer("inner")) == {"wide": 4, "end": 3}
+        assert report.not_followed == {}
+    else:
+        assert widths(smaller) == {"first": 4, "last": 2}
+        assert widths(smaller.get_layer("inner")) == {"wide": 4, "end": 4}
+        assert "smaller inside" in report.not_followed["inner"]
+
+
+def test_nested_model_in_training_mode_stays_as_it_is():
+    inner = keras.Sequential(
+        [
+            keras.Input((4,)),
+            layers.Dense(6, name="wide"),
+            layers.BatchNormalization(),
+            layers.Dense(4, name="end"),
+        ],
+        name="inner",
+    )
+    x = keras.Input((4,))
+    model = randomize(keras.Model(x, layers.Dense(2)(inner(inner(x), training=True))))
+    zero(inner.layers[0], [0, 1])
+    smaller, report = shrink(model, return_report=True)
+    assert widths(smaller.get_layer("inner")) == {"wide": 6, "end": 4}
+    assert report.not_followed == {"inner": "called with arguments other than tensors"}

@@ -1,0 +1,231 @@
+"""Layers that are not followed: they and what they read are left whole, and the report says so."""
+
+import warnings
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+
+from masked_layers.shrinking import shrink
+from shrunk import (
+    assert_same_outputs,
+    checked,
+    conv_net,
+    dense_net,
+    inputs_of,
+    numpy,
+    randomize,
+    row,
+    swap_halves,
+    widths,
+    zero,
+)
+
+pytestmark = pytest.mark.usefixtures("nothing_drawn")
+
+
+@keras.saving.register_keras_serializable("test_not_followed")
+class Doubled(layers.Layer):
+    def call(self, inputs):
+        return inputs * 2.0
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        layers.LayerNormalization(name="odd"),
+        layers.Lambda(swap_halves, output_shape=lambda shape: shape, name="odd"),
+        Doubled(name="odd"),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_unknown_layer_keeps_its_inputs_and_outputs_whole(layer):
+    x = keras.Input((5,))
+    y = layers.Dense(3, "relu", name="far")(x)
+    y = layers.Dense(4, "relu", name="near")(y)
+    y = layers.Flatten()(layer(y))
+    model = randomize(keras.Model(x, layers.Dense(2, name="out")(y)))
+    zero(model.get_layer("far"), [0])
+    zero(model.get_layer("near"), [0, 1])
+    smaller, report = checked(model)
+    assert widths(smaller) == {"far": 2, "near": 4, "out": 2}
+    assert report.not_followed == {"odd": f"class {type(layer).__name__} is not known"}
+    assert row(report, "near").kept == {"'odd', which is left whole, reads it": 2}
+    assert "left whole: odd:" in str(report)
+    with pytest.warns(UserWarning, match="odd: class"):
+        shrink(model)
+
+
+def test_no_warning_where_everything_is_followed():
+    model = conv_net(layers.BatchNormalization(), layers.ReLU())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        shrink(model)
+
+
+def test_attention_is_left_whole_and_gates_read_constants():
+    x = keras.Input((7, 3))
+    y = layers.Conv1D(4, 3, name="c0")(x)
+    y = layers.Bidirectional(layers.LSTM(3, return_sequences=True), name="rnn")(y)
+    y = layers.Dense(6, "relu", name="d0")(y)
+    y = layers.MultiHeadAttention(2, 3, name="attention")(y, y)
+    y = layers.Dense(5, "relu", name="d1")(y)
+    model = randomize(keras.Model(x, layers.Dense(2)(y)))
+    for name in ("c0", "d0", "d1"):
+        zero(model.get_layer(name), [0])
+    smaller, report = checked(model)
+    assert {name: widths(smaller)[name] for name in ("c0", "d0", "d1")} == {
+        "c0": 4,
+        "d0": 6,
+        "d1": 4,
+    }
+    assert set(report.not_followed) == {"attention"}
+
+
+def test_layer_called_twice_is_left_whole():
+    x = keras.Input((5,))
+    shared = layers.Dense(4, "relu", name="shared")
+    a, b = layers.Dense(4, name="a")(x), layers.Dense(4, name="b")(x)
+    y = layers.Concatenate()([shared(a), shared(b)])
+    model = randomize(keras.Model(x, layers.Dense(2, name="out")(y)))
+    for name in ("a", "b", "shared"):
+        zero(model.get_layer(name), [1])
+    smaller, report = checked(model)
+    assert widths(smaller) == {"a": 4, "b": 4, "shared": 4, "out": 2}
+    assert report.not_followed == {"shared": "called 2 times"}
+
+
+def test_layer_without_weights_may_be_called_twice():
+    x = keras.Input((5,))
+    relu = layers.ReLU()
+    y = layers.Dense(3, name="b")(relu(layers.Dense(4, name="a")(x)))
+    model = randomize(keras.Model(x, layers.Dense(2, name="out")(relu(y))))
+    zero(model.get_layer("a"), [1])
+    zero(model.get_layer("b"), [1])
+    smaller, _ = checked(model)
+    assert widths(smaller) == {"a": 3, "b": 2, "out": 2}
+
+
+def test_call_in_training_mode_is_left_whole():
+    x = keras.Input((5,))
+    y = layers.BatchNormalization(name="norm")(layers.Dense(4, name="a")(x), training=True)
+    model = randomize(keras.Model(x, layers.Dense(2)(y)))
+    zero(model.get_layer("a"), [1])
+    smaller, report = shrink(model, return_report=True)
+    assert smaller.get_layer("a").units == 4
+    assert report.not_followed == {"norm": "called with arguments other than tensors"}
+    assert_same_outputs(model, smaller)
+
+
+def test_positions_that_a_keras_mask_leaves_out_have_the_same_channels():
+    x = keras.Input((5, 3))
+    y = layers.Masking()(x)
+    y = layers.Dense(4, name="a")(y)
+    y = layers.GlobalAveragePooling1D(name="mean")(y)
+    model = randomize(keras.Model(x, layers.Dense(2, name="out")(y)))
+    zero(model.get_layer("a"), [1])
+    smaller, report = checked(model)
+    assert widths(smaller) == {"a": 3, "out": 2}
+    assert report.not_followed == {}
+    data = inputs_of(model)
+    data[:, 2:] = 0
+    np.testing.assert_allclose(numpy(smaller(data)), numpy(model(data)), rtol=1e-4, atol=1e-5)
+
+
+def test_a_mask_that_depends_on_channels_keeps_them():
+    x = keras.Input((5, 3))
+    y = layers.Masking(0.0, name="masking")(layers.Dense(4, "relu", name="a")(x))
+    y = layers.Conv1D(3, 1, name="b")(y)
+    model = randomize(keras.Model(x, layers.Dense(2, name="out")(layers.Flatten()(y))))
+    zero(model.get_layer("a"), [1])
+    smaller, report = checked(model)
+    assert widths(smaller) == {"a": 4, "b": 3, "out": 2}
+    assert report.not_followed["masking"] == "class Masking is not known"
+    assert report.not_followed["b"] == "its input carries a Keras mask"
+
+
+@pytest.mark.parametrize("function", ["softmax", swap_halves])
+def test_a_recurrent_layer_whose_activation_mixes_units_is_left_whole(function):
+    x = keras.Input((5, 3))
+    y = layers.SimpleRNN(4, activation=function, name="rnn")(layers.Dense(4, name="a")(x))
+    model = randomize(keras.Model(x, layers.Dense(2, name="out")(y)))
+    zero(model.get_layer("a"), [1], bias=True)
+    smaller, report = checked(model)
+    assert smaller.get_layer("a").units == 4
+    assert "may mix channels" in report.not_followed["rnn"]
+
+
+@pytest.mark.parametrize("as_layer", [False, True])
+@pytest.mark.parametrize("function", ["softmax", swap_halves])
+def test_activation_that_mixes_channels(function, as_layer):
+    x = keras.Input((5,))
+    if as_layer:
+        y = layers.Dense(4, name="a")(x)
+        y = layers.Activation(function, name="mix")(y)
+    else:
+        y = layers.Dense(4, function, name="a")(x)
+    model = randomize(keras.Model(x, layers.Dense(2)(y)))
+    zero(model.get_layer("a"), [1])
+    smaller, report = checked(model)
+    assert smaller.get_layer("a").units == 4
+    assert row(report, "a").kept
+    custom = {"mix" if as_layer else "a": "its activation is not Keras' own and may mix channels"}
+    assert report.not_followed == ({} if function == "softmax" else custom)
+
+
+def test_grouped_convolution_is_left_whole():
+    x = keras.Input((9, 9, 2))
+    y = layers.Conv2D(4, 3, name="a")(x)
+    y = layers.Conv2D(4, 3, groups=2, name="grouped")(y)
+    model = randomize(keras.Model(x, layers.Conv2D(2, 3, name="b")(y)))
+    zero(model.get_layer("a"), [1])
+    zero(model.get_layer("grouped"), [1])
+    smaller, report = checked(model)
+    assert widths(smaller) == {"a": 4, "grouped": 4, "b": 2}
+    assert report.not_followed == {"grouped": "a grouped convolution"}
+
+
+def test_dense_over_another_axis_than_the_channels_is_left_whole():
+    x = keras.Input((6, 6))
+    y = layers.Dense(4, name="a")(x)
+    y = layers.BatchNormalization(axis=1, name="norm")(y)
+    model = randomize(keras.Model(x, layers.Dense(2)(y)))
+    zero(model.get_layer("a"), [1])
+    smaller, report = checked(model)
+    assert smaller.get_layer("a").units == 4
+    assert report.not_followed == {"norm": "works along axis 1, the channels lie along 2"}
+
+
+def test_unknown_number_of_positions():
+    x = keras.Input((None, 3))
+    y = layers.Conv1D(4, 3, name="a")(x)
+    model = randomize(keras.Model(x, layers.Conv1D(2, 3, name="b")(y)))
+    zero(model.get_layer("a"), [1])
+    smaller, _ = shrink(model, return_report=True)
+    assert smaller.get_layer("a").filters == 3
+    data = np.random.default_rng(0).normal(size=(2, 9, 3)).astype("float32")
+    np.testing.assert_allclose(numpy(smaller(data)), numpy(model(data)), atol=1e-5)
+
+
+def test_low_rank_adapted_layer_is_left_whole():
+    model = dense_net(4, 3, 2)
+    model.layers[1].enable_lora(2)
+    randomize(model)
+    zero(model.layers[0], [0])
+    smaller, report = checked(model)
+    assert widths(smaller)["d0"] == 4
+    assert report.not_followed == {"d1": "LoRA is enabled"}
+
+
+def test_preprocessing_layers_keep_what_they_learnt():
+    normalization = layers.Normalization(mean=None)
+    normalization.adapt(np.random.default_rng(0).normal(3, 5, size=(50, 5)))
+    model = keras.Sequential(
+        [keras.Input((5,)), normalization, layers.Dense(4, "relu", name="d0"), layers.Dense(2)]
+    )
+    for layer in model.layers[1:]:
+        layer.kernel.assign(np.random.default_rng(0).normal(size=layer.kernel.shape))
+    zero(model.layers[1], [2])
+    smaller, _ = checked(model)
+    assert widths(smaller)["d0"] == 3
