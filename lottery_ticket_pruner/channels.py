@@ -1,4 +1,4 @@
-"""The channels of a model, for structures that prune across kernels."""
+"""Finds the channels of a model for pruning requests that need them, and logs what stays."""
 
 import logging
 from collections.abc import Mapping
@@ -13,17 +13,16 @@ _logger = logging.getLogger(__name__)
 
 
 def channels_of(model: keras.Model, request: selection.Request) -> ml.ChannelFamilies | None:
-    """Returns the channels of a model if a request needs them to prune or to complete.
+    """Returns the channels of a model if a pruning request needs them, or None.
 
-    What stays whole is logged, before anything is pruned.
+    Logs a warning about layers that stay whole, before anything is pruned.
 
     Args:
         model: A built model.
         request: The pruning request.
 
     Raises:
-        ValueError: If the structure is one of coupled channels, and those of the model cannot be
-            followed.
+        ValueError: If the structure is coupled, and the channels of the model cannot be followed.
     """
     structure = request.structure
     if structure is None or not (structure.coupled or structure.whole_outputs):
@@ -34,8 +33,8 @@ def channels_of(model: keras.Model, request: selection.Request) -> ml.ChannelFam
         if structure.coupled:
             raise
         _logger.warning(
-            "Biases and shifts of pruned outputs stay in %r, and with them what reads these "
-            "outputs: %s",
+            "The channels of %r cannot be followed, so the biases of pruned outputs and the "
+            "weights that read them are kept: %s",
             model.name,
             error,
         )
@@ -47,7 +46,7 @@ def channels_of(model: keras.Model, request: selection.Request) -> ml.ChannelFam
 
 
 def _by_reason(reasons: Mapping[str, str]) -> list[str]:
-    """Returns a text for each reason: the layers that have it, three of them by name."""
+    """Returns a text for each reason, with the names of up to three layers it applies to."""
     layers: dict[str, list[str]] = {}
     for name, reason in reasons.items():
         layers.setdefault(reason, []).append(name)
@@ -63,13 +62,13 @@ def note_limits(
     before: Mapping[str, np.ndarray],
     after: Mapping[str, np.ndarray],
 ) -> None:
-    """Logs the families of which fewer channels were pruned than asked for.
+    """Logs the families in which fewer channels were pruned than requested.
 
     Args:
-        request: What was pruned.
+        request: The pruning request.
         graph: The channels of the model, or None.
-        before: Masks by path before.
-        after: Masks by path afterwards.
+        before: Bool masks by path, before pruning.
+        after: Bool masks by path, after pruning.
     """
     structure, rate = request.structure, request.rate
     if graph is None or structure is None or not structure.coupled or not isinstance(rate, float):
@@ -83,8 +82,11 @@ def note_limits(
             for masks in (before, after)
         )
         if then - now < selection.drop_count(family.size, then, rate=rate):
-            held.append(f"{', '.join(family.layers)}: {now} of {family.size} stay")
+            held.append(f"{', '.join(family.layers)}: {now} of {family.size} are kept")
     if held:
         _logger.warning(
-            "%s took fewer channels than a rate of %s: %s", structure, rate, "; ".join(held)
+            "%s pruned fewer channels than a rate of %s requires: %s",
+            structure,
+            rate,
+            "; ".join(held),
         )

@@ -163,10 +163,10 @@ def register(name: str) -> Callable[[Any], Any]:
         name: Name for `get` and configurations.
 
     Returns:
-        A decorator that returns what it decorates. It takes either a function `layout ->
-        (positions, inputs, outputs)` that returns the tile to be kept or pruned as a whole
-        (`Tiles`), or None for kernels without such tiles; or a subclass of `Structure` that is a
-        dataclass of its arguments.
+        A decorator that returns its argument unchanged. The argument is one of two kinds: a
+        function `layout -> (positions, inputs, outputs)` that returns the size of the tiles to be
+        kept or pruned as a whole (`Tiles`), or None for kernels without such tiles; or a subclass
+        of `Structure` that is a dataclass with its arguments as fields.
 
     Raises:
         ValueError: If another structure has the name. The same structure defined again (in a
@@ -213,8 +213,8 @@ class NOfM(Structure):
             )
 
     @property
-    def kept(self) -> int:  # type: ignore[override]  # Follows N, and is not set.
-        """N."""
+    def kept(self) -> int:  # type: ignore[override]  # Derived from `n`, not set.
+        """N, the number of weights that each group keeps."""
         return self.n
 
     def applies(self, layout: Layout) -> bool:
@@ -222,7 +222,7 @@ class NOfM(Structure):
         return bool(layout.inputs)
 
     def tile(self, layout: Layout) -> Tile:
-        """Returns M inputs."""
+        """Returns a tile of M inputs, at one position and for one output."""
         return 1, self.m, 1
 
 
@@ -271,7 +271,7 @@ class Blocks(_Whole):
         return bool(layout.inputs and layout.outputs)
 
     def tile(self, layout: Layout) -> Tile:
-        """Returns the block, at one position."""
+        """Returns a tile of the block's inputs and outputs, at one position."""
         return 1, *self.block_size
 
 
@@ -280,10 +280,10 @@ class Blocks(_Whole):
 class Outputs(_Whole):
     """Outputs that are kept or pruned as a whole: units, filters, columns of an embedding.
 
-    With criteria of magnitude, `"average"` ranks the filters of a layer by their L1 norm (Li et
-    al.). Each kernel is pruned on its own; `Channels` prunes layers that are joined together.
-    Exclude the last layer with a rate of 0 for its path, or the model loses classes. In the kernels
-    of LSTM and GRU, an output is a column of one gate, not all columns of a unit.
+    With magnitude criteria, `"average"` ranks the filters of a layer by their L1 norm (Li et al.).
+    Each kernel is pruned by itself; `Channels` prunes joined layers together. Exclude the last
+    layer with a rate of 0 for its path, or the model loses classes. In the kernels of LSTM and GRU,
+    an output is a column of one gate, not all columns of a unit.
 
     Args:
         pooling: Score of an output: the `"average"` or the `"max"` of the scores of its kept
@@ -301,7 +301,7 @@ class Outputs(_Whole):
         return bool(layout.outputs)
 
     def tile(self, layout: Layout) -> Tile:
-        """Returns all weights of one output."""
+        """Returns a tile of all weights of one output."""
         positions, inputs, _ = layout.sizes
         return positions, inputs, 1
 
@@ -312,8 +312,8 @@ class Channels(Structure):
     """Channels of the whole model that are kept or pruned with all weights that belong to them.
 
     A channel is a filter or unit, together with its rows in the kernels of all layers that read it.
-    If additions or gates join several layers, it includes the filter of each of them. Rates,
-    sparsities and counts are those of channels. `masked_layers.shrink` then removes pruned channels
+    If additions or gates join several layers, it includes the filter of each of them. Rates and
+    sparsities are shares of channels. `masked_layers.shrink` then removes pruned channels
     from the model, including their biases and normalization. Channels that are outputs of the
     model, or that cannot be followed, are never pruned; `masked_layers.channel_families` returns
     these layers and the reasons.
@@ -323,8 +323,8 @@ class Channels(Structure):
 
     Args:
         pooling: Score of a channel, from the scores of all kept weights that belong to it: their
-            `"average"` (with criteria of magnitude, the L1 norm of the group), `"norm"` (the root
-            of their mean square, L2) or `"max"`.
+            `"average"` (with magnitude criteria, the L1 norm of the group), `"norm"` (the root of
+            their mean square, L2) or `"max"`.
         at_most: Greatest share of the channels of a family that is pruned, in (0, 1).
         round_to: The number of channels kept in a family is rounded up to a multiple of this.
 
@@ -348,7 +348,7 @@ class Channels(Structure):
             raise ValueError(f"`round_to` must be a positive integer. Received: {self.round_to!r}")
 
     def applies(self, layout: Layout) -> bool:
-        """Returns True, since the graph of the model determines the kernels of a channel."""
+        """Returns True: the graph of the model determines which kernels a channel belongs to."""
         return True
 
 
@@ -383,13 +383,13 @@ class Tiles(_Whole):
         tile = self.function(layout)
         if not (isinstance(tile, tuple) and len(tile) == 3 and all(map(_is_count, tile))):
             raise ValueError(
-                f"The structure {self.name!r} must give the size of a tile as (positions, inputs, "
-                f"outputs), three positive integers, or None. Received: {tile!r} for {layout}"
+                f"The structure {self.name!r} must return the size of a tile as three positive "
+                f"integers (positions, inputs, outputs), or None. Received: {tile!r} for {layout}"
             )
         return tile
 
     def get_config(self) -> dict[str, Any]:
-        """Returns the name and the pooling. `get` finds the function if it is registered."""
+        """Returns the name and the pooling, from which `get` finds a registered function."""
         return {"name": _REGISTRY.checked(self.name, self.function), "pooling": self.pooling}
 
     def __repr__(self) -> str:

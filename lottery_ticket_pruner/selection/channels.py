@@ -1,4 +1,4 @@
-"""Selection of coupled channels: each goes with all weights that make it, pass it on or read it."""
+"""Selects channels to prune, each with all weights that make it, pass it on or read it."""
 
 import dataclasses
 import functools
@@ -19,7 +19,7 @@ from masked_layers.randomness import stream
 
 
 class Family(Protocol):
-    """Channels that the same layers make, as `masked_layers.ChannelFamily` describes them."""
+    """Channels made by the same layers. `masked_layers.ChannelFamily` is one."""
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -31,23 +31,23 @@ class Family(Protocol):
 
     @property
     def weights(self) -> Mapping[str, Mapping[int, np.ndarray]]:
-        """Path of a kernel -> {axis: the channel that each index along it belongs to, or -1}."""
+        """Path of a weight -> {axis: int array with the channel of each index along it, or -1}."""
 
     @property
     def made(self) -> Mapping[str, int]:
-        """Path of a kernel that makes the channels -> the axis of its outputs."""
+        """Path of a weight that makes the channels -> its output axis."""
 
 
 class Graph(Protocol):
-    """The channels of a model, as `masked_layers.ChannelFamilies` describes them."""
+    """The channels of a model. `masked_layers.ChannelFamilies` is one."""
 
     @property
     def families(self) -> Sequence[Family]:
-        """Channels that can be removed."""
+        """Families of channels that can be removed."""
 
     @property
     def positions(self) -> Mapping[str, int | None]:
-        """Path of a kernel -> multiply-adds of each of its weights; None where not known."""
+        """Path of a kernel -> multiply-adds of each of its weights, or None if unknown."""
 
 
 def select_channels(
@@ -56,29 +56,30 @@ def select_channels(
     """Returns new masks without the channels that the criterion ranks lowest.
 
     Args:
-        request: What is to be pruned; its structure is `Channels`.
-        weights: Kernels by path. Nothing in them is changed.
-        graph: The channels of the model.
+        request: The pruning request. Its structure is `Channels`.
+        weights: Weights by path. They are not changed.
+        graph: The channels of the model, or None if they were not followed.
 
     Returns:
-        A dict from path to a new bool mask, in the order of `weights`.
+        A dict from path to a new bool mask, True where a weight is kept, in the order of `weights`.
 
     Raises:
-        ValueError: If the graph has no families, an amount or a budget is not legal or cannot be
-            reached under `at_most`, or a score is not a number.
+        ValueError: If the graph has no families, an amount or a budget is out of range or cannot be
+            reached under `at_most`, or a score is NaN.
     """
     structure = request.structure
     assert isinstance(structure, Channels)
     if graph is None or not graph.families:
         raise ValueError(
-            f"{structure} finds no channels that could be removed. It needs a masked Sequential or "
-            "Functional model, and `LotteryTicketPruner.update_masks` to follow its channels; "
-            "`masked_layers.channel_families(model)` says why layers stay whole."
+            f"{structure} finds no channels that can be removed. It requires a masked Sequential "
+            "or Functional model and `LotteryTicketPruner.update_masks`, which follows its "
+            "channels. `masked_layers.channel_families(model)` returns why layers stay whole."
         )
     if request.distribution is not None:
         raise ValueError(
-            f"A distribution shares weights out among kernels, and {structure} prunes channels of "
-            'several kernels. Leave `distribution` out; scope="global" shares channels out.'
+            f"`distribution` sets a sparsity for each kernel, but {structure} prunes channels "
+            'across kernels. Leave `distribution` out. scope="global" ranks the channels of all '
+            "layers together."
         )
     families = graph.families
     within = {path for family in families for path in family.weights}
@@ -99,7 +100,7 @@ def select_channels(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Ranking:
-    """Channels with their scores, of which more or fewer can be pruned."""
+    """The channels of a model with their scores, ready to be pruned to any amount."""
 
     request: Request
     structure: Channels
@@ -109,7 +110,7 @@ class _Ranking:
     masks: Mapping[str, np.ndarray]
 
     def prune(self, request: Request, shares: Sequence[float]) -> dict[str, np.ndarray]:
-        """Returns the masks for a share of each family, or for the amount of the whole model."""
+        """Returns masks with a share of each family pruned, or of the model for scope "global"."""
         if request.scope == "global":
             chosen = _of_model(request, self.structure, self.families, self.kept, self.scores)
         else:
@@ -123,18 +124,19 @@ class _Ranking:
         return masks
 
 
-# Steps of the search for the smallest sparsity within a budget.
+# Number of bisection steps in the search for the smallest sparsity within a budget.
 _STEPS = 20
 
 
 def _within_budget(
     budget: Mapping[str, float], ranking: _Ranking, positions: Mapping[str, int | None]
 ) -> dict[str, np.ndarray]:
-    """Returns the masks of the smallest sparsity of channels that keeps within the budget."""
+    """Returns masks of the smallest sparsity of channels that meets the budget."""
     if "macs" in budget and (unknown := [path for path, n in positions.items() if n is None]):
         raise ValueError(
-            "The multiply-adds of these kernels depend on the size of the input, which the model "
-            f"leaves open: {unknown}. Give the model a fixed input shape, or a budget of weights."
+            "The multiply-adds of these kernels are unknown, because the input shape of the model "
+            f"is not fixed: {unknown}. Give the model a fixed input shape, or pass a budget of "
+            "weights."
         )
     known = {path: number for path, number in positions.items() if number is not None}
     factors = {"macs": known, "weights": dict.fromkeys(ranking.masks, 1)}
@@ -154,8 +156,9 @@ def _within_budget(
         reached = {name: cost(best, factors[name]) / cost(dense, factors[name]) for name in budget}
         raise ValueError(
             f"The budget {dict(budget)} cannot be met: with as many channels pruned as "
-            f"{ranking.request.structure} allows, {reached} are left. Ask for less, pass a higher "
-            "`at_most`, or see `masked_layers.channel_families(model)` for what stays whole."
+            f"{ranking.request.structure} allows, {reached} are left. Pass a larger budget or a "
+            "higher `at_most`. `masked_layers.channel_families(model)` returns the layers that "
+            "stay whole."
         )
     for _ in range(_STEPS):
         middle = (low + high) / 2
@@ -177,7 +180,7 @@ def _most(ranking: _Ranking) -> float:
 
 
 def cost(masks: Mapping[str, np.ndarray], factors: Mapping[str, int]) -> float:
-    """Returns the sum of the sizes of all kernels without empty rows and columns, times factors."""
+    """Returns the sum of kernel sizes, without empty rows and columns, each times its factor."""
     total = 0.0
     for path, factor in factors.items():
         if path in masks:
@@ -188,7 +191,7 @@ def cost(masks: Mapping[str, np.ndarray], factors: Mapping[str, int]) -> float:
 
 
 def kept_channels(family: Family, masks: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Returns which channels of a family have a kept weight left, as bools."""
+    """Returns which channels of a family have a kept weight, as a bool array."""
     kept = np.zeros(family.size, bool)
     for path, axes in family.weights.items():
         for axis, channels in axes.items():
@@ -197,18 +200,18 @@ def kept_channels(family: Family, masks: Mapping[str, np.ndarray]) -> np.ndarray
 
 
 def remove(family: Family, channels: np.ndarray, masks: dict[str, np.ndarray]) -> None:
-    """Takes channels (bool) out of the masks of all weights that belong to them, in place."""
-    flags = np.append(channels, False)  # -1 is the last
+    """Prunes channels (a bool array) in the masks of all weights that belong to them, in place."""
+    flags = np.append(channels, False)  # Index -1 reads the last entry.
     for path, axes in family.weights.items():
         for axis, members in axes.items():
             np.moveaxis(masks[path], axis, 0)[flags[members]] = False
 
 
 def complete(families: Sequence[Family], masks: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Returns masks without what reads or passes on channels whose makers are pruned altogether.
+    """Returns masks without the weights that read or pass on channels that no kept weight makes.
 
-    Such a channel still holds a bias or the shift of a normalization, but nothing that depends on
-    the input of the model.
+    Such a channel may have a bias or the shift of a normalization as its value, but does not depend
+    on the input of the model.
     """
     masks = {path: mask.copy() for path, mask in masks.items()}
     for family in families:
@@ -228,7 +231,7 @@ def _along(array: np.ndarray, axis: int, reduce: Callable[..., np.ndarray]) -> n
 def _shares(
     request: Request, structure: Channels, paths: Sequence[str], families: Sequence[Family]
 ) -> list[float]:
-    """Returns the share of each family: the smallest of those of the kernels that make it."""
+    """Returns the share of each family: the smallest one of the weights that make it."""
     name, share = one_of(request.rate, request.sparsity)
     found = shares_of(name, share, paths, request.scope)
     shares = [min(found[path] for path in family.made or family.weights) for family in families]
@@ -236,9 +239,8 @@ def _shares(
         check_share(name, value)
         if name == "sparsity" and value > structure.at_most:
             raise ValueError(
-                f"A sparsity of {value} is above the share of channels that {structure} "
-                "takes from a layer at most. Ask for less, or pass "
-                f"structure=structures.Channels(at_most={value})."
+                f"A sparsity of {value} exceeds `at_most` of {structure}. Pass a lower sparsity "
+                f"or structure=structures.Channels(at_most={value})."
             )
     return shares
 
@@ -270,12 +272,12 @@ def _pooled(
     scores: Mapping[str, np.ndarray],
     masks: Mapping[str, np.ndarray],
 ) -> list[np.ndarray]:
-    """Returns one score for each channel of each family, of all kept weights that belong to it."""
+    """Returns an array of channel scores per family, pooled over the kept weights of a channel."""
     greatest = structure.pooling == "max"
 
-    @functools.cache  # Many families may read one kernel.
+    @functools.cache  # Several families may belong to one kernel.
     def along(path: str, axis: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the pooled scores, and the number, of the kept weights at each index."""
+        """Returns the pooled scores and the number of the kept weights at each index."""
         mask = masks[path]
         others = tuple(i for i in range(mask.ndim) if i != axis)
         kept = np.count_nonzero(mask, others)
@@ -285,8 +287,8 @@ def _pooled(
         if structure.pooling == "norm":
             if np.min(values, where=mask, initial=0) < 0:
                 raise ValueError(
-                    'pooling="norm" squares scores, and some are negative on '
-                    f'{path!r}. Use "average" with this criterion.'
+                    'pooling="norm" squares scores, and some scores of '
+                    f'{path!r} are negative. Use pooling="average" with this criterion.'
                 )
             values = np.square(values, dtype="float64")
         return np.sum(values, others, where=mask, dtype="float64"), kept
@@ -317,7 +319,7 @@ def _of_family(
     kept: np.ndarray,
     scores: np.ndarray,
 ) -> np.ndarray:
-    """Returns which channels of a family are kept, when it is ranked alone."""
+    """Returns which channels of a family are kept if the family is ranked by itself."""
     count = int(np.count_nonzero(kept))
     drop = _drop(request, share, family.size, count, repr(", ".join(family.layers)))
     left = rounded(structure, family.size, count, count - drop)
@@ -326,7 +328,7 @@ def _of_family(
 
 
 def _drop(request: Request, share: float, size: int, count: int, where: str) -> int:
-    """Returns how many of `count` kept channels of `size` a share of the request prunes."""
+    """Returns how many of the `count` kept channels of `size` are pruned for a share."""
     return drop_count(
         size,
         count,
@@ -339,13 +341,13 @@ def _drop(request: Request, share: float, size: int, count: int, where: str) -> 
 
 
 def rounded(structure: Channels, size: int, count: int, left: int) -> int:
-    """Returns how many of `count` kept channels of `size` stay, where `left` were asked for."""
+    """Returns how many of the `count` kept channels of `size` stay if `left` are requested."""
     left = max(left, fewest(structure, size))
     return min(count, -(-left // structure.round_to) * structure.round_to)
 
 
 def fewest(structure: Channels, size: int) -> int:
-    """Returns the number of channels that a layer of `size` keeps at least."""
+    """Returns the minimum number of channels that a layer of `size` channels keeps."""
     return max(1, size - drop_count(size, size, sparsity=structure.at_most))
 
 
@@ -356,9 +358,10 @@ def _of_model(
     kept: Sequence[np.ndarray],
     scores: Sequence[np.ndarray],
 ) -> list[np.ndarray]:
-    """Returns which channels of each family are kept, when all are ranked together.
+    """Returns which channels of each family are kept if all families are ranked together.
 
-    Scores are divided by their mean over the family, so that layers of different size compare.
+    Scores are divided by the mean score of their family, so that layers of different sizes are
+    comparable.
     """
     rng = stream("ties", request.seed, "")
     name, share = one_of(request.rate, request.sparsity)
@@ -372,7 +375,7 @@ def _of_model(
         finite = values[flags & np.isfinite(values)]
         mean = np.abs(finite).mean() if finite.size else 0.0
         relative.append(values / mean if mean > 0 else values)
-        # The best of a family are out of reach: so many as it keeps in any case.
+        # A family always keeps its best channels, as many as `fewest` requires.
         order = np.lexsort((rng.random(family.size), values, flags))
         reach = np.zeros(family.size, bool)
         reach[order[: family.size - fewest(structure, family.size)]] = True
@@ -380,8 +383,8 @@ def _of_model(
     within = np.concatenate(allowed)
     if drop > np.count_nonzero(within):
         raise ValueError(
-            f"{drop} of {count} channels were to go, and {structure} lets at most "
-            f"{np.count_nonzero(within)} go. Ask for less, or pass a higher `at_most`."
+            f"Requested to prune {drop} of {count} channels, but {structure} allows at most "
+            f"{np.count_nonzero(within)}. Prune less, or pass a higher `at_most`."
         )
     left = drop_lowest(np.concatenate(relative), within, drop, rng) | ~within
     chosen = []

@@ -1,4 +1,4 @@
-"""A smaller plain model with the same outputs: channels that pruning has emptied are removed."""
+"""Removes the channels that pruning has emptied: a smaller plain model with the same outputs."""
 
 from masked_layers.shrinking.dead_ends import effective_masks, effective_sparsity
 from masked_layers.shrinking.families import ChannelFamilies, ChannelFamily, channel_families

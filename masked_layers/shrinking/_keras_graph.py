@@ -1,7 +1,7 @@
-"""The graph of a Functional model, which `shrinking` needs and Keras' public API lacks.
+"""Access to the graph of a Functional model, for which Keras has no public API.
 
-`_keras` for the rest. `tests/masked_layers/shrinking/test_keras_graph.py` checks each name against
-the installed Keras.
+`tests/masked_layers/shrinking/test_keras_graph.py` checks every name used here against the
+installed Keras.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import keras
 from keras.src.ops import nn as nn_operations
 from keras.src.ops import numpy as numpy_operations
 
-# The graph of a Functional model also holds operations that are not layers: `x + y` on symbolic
-# tensors is an `Add` operation. Their classes have no public names.
+# The graph of a Functional model also contains operations that are not layers, whose classes have
+# no public names: `x + y` on symbolic tensors adds an `Add` operation.
 ADD = numpy_operations.Add
 SUBTRACT = numpy_operations.Subtract
 MULTIPLY = numpy_operations.Multiply
@@ -45,8 +45,8 @@ GraphCall = tuple[Any, tuple[Any, ...], dict[str, Any], list[keras.KerasTensor]]
 def graph_calls(model: keras.Model) -> Iterator[GraphCall]:
     """Yields (operation, args, kwargs, outputs) of every call in a Functional model, in order.
 
-    The public way to the graph is `get_config()`, which serializes every layer and fails where one
-    cannot be.
+    `get_config()` returns the graph too, but it serializes every layer and fails if one of them
+    cannot be serialized.
     """
     for depth in sorted(model._nodes_by_depth, reverse=True):
         for node in model._nodes_by_depth[depth]:
@@ -56,5 +56,5 @@ def graph_calls(model: keras.Model) -> Iterator[GraphCall]:
 
 
 def carries_mask(tensor: keras.KerasTensor) -> bool:
-    """True where Keras passes a mask along with a symbolic tensor, as after `Masking`."""
+    """Returns True if a symbolic tensor carries a Keras mask, as the output of `Masking` does."""
     return getattr(tensor, "_keras_mask", None) is not None

@@ -1,12 +1,13 @@
-"""Finds the channels of a model that nothing reads, and those that always hold one value.
+"""Finds the channels of a model that no layer reads, and those whose value is constant.
 
-Every channel of every tensor belongs to a *slot*. Layers that make channels open new slots; layers
-that pass channels on keep those of their input; an addition joins the slots of its branches. So a
-slot is what can only stay or go as a whole: a filter with its normalization, its place in the
-following kernels and in the other branches of a residual addition.
+Every channel of every tensor belongs to a *slot*: the channels that can only be removed together.
+Layers that make channels, such as `Dense`, open new slots. Layers that pass channels on, such as
+`BatchNormalization`, keep the slots of their input. Additions join the slots of their branches. A
+slot therefore covers a filter, its normalization, its rows in the kernels that read it, and the
+matching filters in the other branches of a residual addition.
 
-`Flow` collects, in the order of the graph, what the rules in `rules.py` find: slots, constants
-and readers. Its `settle` then finds the live slots.
+`Flow` collects what the rules in `rules.py` find in the order of the graph: slots, constants and
+readers. `Flow.settle` then determines which slots are needed.
 """
 
 from __future__ import annotations
@@ -19,17 +20,18 @@ from typing import Any
 import keras
 import numpy as np
 
-VARIES = np.nan  # in an array of constants: this channel has no fixed value
+VARIES = np.nan  # In an array of constants: the value of this channel depends on the input.
 
 
 @dataclass(frozen=True)
 class Channels:
-    """The channels of a tensor: channel i belongs to `slots[i]` and holds `constants[i]`.
+    """The channels of a tensor: channel i belongs to `slots[i]` and has the value `constants[i]`.
 
     Attributes:
-        axis: Positive axis that the channels lie along; None for a tensor that is left whole.
-        slots: Int array, one slot per channel. Slot 0 stands for all that is left whole.
-        constants: Float64 array: the value of each channel, whatever the input, or `VARIES`.
+        axis: The channel axis, counted from the first. None for a tensor that is left whole.
+        slots: Int array of shape (channels,). Slot 0 stands for all channels that are left whole.
+        constants: Float64 array of shape (channels,). The value of a channel if it is the same for
+            all inputs, otherwise `VARIES`.
     """
 
     axis: int | None
@@ -37,7 +39,7 @@ class Channels:
     constants: np.ndarray
 
     def with_constants(self, constants: np.ndarray, axis: int | None = None) -> Channels:
-        """Returns the same slots with other constants, and along another axis if one is given."""
+        """Returns these channels with other constants, and along another axis if one is given."""
         return Channels(self.axis if axis is None else axis, self.slots, constants)
 
 
@@ -46,14 +48,16 @@ WHOLE = Channels(None, np.zeros(0, int), np.zeros(0))
 
 @dataclass(frozen=True)
 class Reader:
-    """A layer that mixes channels by a kernel, seen as a matrix (inputs, outputs).
+    """A kernel that mixes channels, viewed as a matrix of shape (inputs, outputs).
 
     Attributes:
         source: Channels of the input.
         target: Channels of the output.
-        demand: Bool (inputs, outputs): the output is lost without the input.
-        gain: (inputs, outputs): response of the output to an input channel of ones.
-        fixed: Bool per input: a constant that can move into the bias exactly.
+        demand: Bool array of shape (inputs, outputs), True where the output needs the input.
+        gain: Array of shape (inputs, outputs): the response of the output to an input channel of
+            ones.
+        fixed: Bool array of shape (inputs,), True where the input is a constant that can be moved
+            into the bias exactly.
     """
 
     source: Channels
@@ -65,17 +69,17 @@ class Reader:
 
 @dataclass(frozen=True)
 class Edit:
-    """The changes to a layer that follow from those of its channels.
+    """The changes to a layer that removing channels requires.
 
     Attributes:
-        slices: Weight -> {axis of the weight: the channels along it}. A weight is named by the
-            attributes that lead to it from the layer, as "kernel" or "cell.kernel".
-        made: Channels that the layer makes, None where it passes on those of its input.
-        widths: Place in the layer's config -> the channels whose number it holds.
-        readers: How the layer mixes channels. Constants of the first one's source move into the
-            layer's bias.
-        positions: Number of multiply-adds of each entry of its kernels for one example; None where
-            the shape does not tell.
+        slices: Weight -> {axis of the weight: the channels along it}. Weights are named by their
+            attribute path from the layer, such as "kernel" or "cell.kernel".
+        made: Channels that the layer makes. None if it passes on the channels of its input.
+        widths: Key path in the layer's config -> the channels whose number is stored there.
+        readers: The kernels with which the layer mixes channels. Constants in the source of the
+            first one are moved into the layer's bias.
+        positions: Number of multiply-adds of each entry of its kernels for one example. None if
+            the shape is not fully known.
     """
 
     slices: dict[str, dict[int, Channels]]
@@ -85,19 +89,19 @@ class Edit:
     positions: int | None = 0
 
     def kernels(self) -> Iterator[tuple[str, dict[int, Channels]]]:
-        """Yields the kernels among the weights: those that take part in multiply-adds."""
+        """Yields (name, axes) of the weights that are kernels: those used in multiply-adds."""
         yield from ((name, axes) for name, axes in self.slices.items() if name.endswith("kernel"))
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call in the graph.
+    """A call in the graph.
 
     Attributes:
         operation: The layer or operation that is called.
         inputs: The tensors among its arguments.
-        output: The first tensor it returned.
-        args: All of its positional arguments.
+        output: The first tensor that it returns.
+        args: All positional arguments.
     """
 
     operation: Any
@@ -107,39 +111,39 @@ class Call:
 
     @property
     def axis(self) -> int:
-        """The channel axis that the layer's data format names."""
+        """The channel axis according to the layer's data format."""
         return 1 if getattr(self.operation, "data_format", None) == "channels_first" else -1
 
 
 def positions(tensor: keras.KerasTensor, axis: int | None) -> int | None:
-    """Returns the number of places along all but the batch and the channel axis, if known."""
+    """Returns the product of all sizes except batch and channels, or None if one is unknown."""
     sizes = [size for i, size in enumerate(tensor.shape) if i not in (0, axis)]
     return None if None in sizes else math.prod(sizes)
 
 
-class CannotFollow(Exception):  # noqa: N818 (no error: the layer stays whole)
-    """Says why a call leaves its inputs and outputs whole."""
+class CannotFollow(Exception):  # noqa: N818 (not an error: the layer stays whole)
+    """Raised by a rule, with the reason, if the channels of a call cannot be followed."""
 
 
 def constant_shift(constants: np.ndarray, gain: np.ndarray, moved: np.ndarray) -> np.ndarray:
-    """Returns what the constants of some input channels (bool) add to each output, in float64."""
+    """Returns what the constant inputs flagged in `moved` add to each output, in float64."""
     return constants[moved] @ gain[moved].astype("float64")
 
 
 @dataclass
 class Flow:
-    """The channels of every tensor of one graph, and what its layers do to them.
+    """The channels of every tensor of a model, and what its layers do with them.
 
     Attributes:
         tensors: id of a symbolic tensor -> its channels.
-        edits: id of an operation -> (operation, how it follows its channels).
+        edits: id of an operation -> (operation, the changes that its channels require).
         names: id of an operation -> its name; "nested/name" inside a nested model.
-        graphs: id of the model, or of one inside it -> its graph.
-        entered: ids of the models inside whose channels were followed.
+        graphs: id of the model or of a nested model -> its graph.
+        entered: ids of the nested models whose channels were followed.
         not_followed: Operation name -> why its inputs and outputs are left whole.
-        pinned: Slot -> why it must stay whatever reads it.
-        lost: Slot -> where its constant stopped being one.
-        forced: Slots that stay only because a layer without units cannot be.
+        pinned: Slot -> why it is kept even if no layer reads it.
+        lost: Slot -> where its value stops being constant.
+        forced: Slots that are kept only because Keras has no layer without units.
     """
 
     tensors: dict[int, Channels] = field(default_factory=dict)
@@ -155,7 +159,14 @@ class Flow:
     _live: np.ndarray = field(default_factory=lambda: np.ones(1, bool))
 
     def channels(self, call: Call, axis: int, index: int = 0) -> Channels:
-        """Returns the channels of an input along `axis`; a whole tensor has them along any.
+        """Returns the channels of an input along `axis`.
+
+        A tensor that is left whole has channels of slot 0 along any axis.
+
+        Args:
+            call: The call.
+            axis: The axis, which may be negative.
+            index: Position of the input among the tensors of the call.
 
         Raises:
             CannotFollow: If the channels lie along another axis, or their number is unknown.
@@ -173,19 +184,19 @@ class Flow:
         return Channels(axis, np.zeros(size, int), np.full(size, VARIES))
 
     def new_slots(self, count: int) -> np.ndarray:
-        """Opens slots for the channels that a layer makes."""
+        """Returns `count` new slots, for the channels that a layer makes."""
         slots = range(len(self._parents), len(self._parents) + count)
         self._parents.extend(slots)
         return np.array(slots)
 
     def join(self, slots: np.ndarray, others: np.ndarray) -> None:
-        """Makes slots stay and go together, pair by pair."""
+        """Joins slots pair by pair, so that both are kept or both are removed."""
         for slot, other in zip(slots, others, strict=True):
             first, second = sorted((self.root(slot), self.root(other)))
-            self._parents[second] = first  # the smaller one: slot 0 stays a root
+            self._parents[second] = first  # The smaller one, so that slot 0 stays a root.
 
     def root(self, slot: int) -> int:
-        """Returns the slot that stands for all that `slot` was joined with."""
+        """Returns the slot that represents all slots joined with `slot`."""
         slot = int(slot)
         while self._parents[slot] != slot:
             self._parents[slot] = self._parents[self._parents[slot]]
@@ -193,17 +204,17 @@ class Flow:
         return slot
 
     def pin(self, channels: Channels, reason: str) -> None:
-        """Keeps channels, whether anything reads them or not."""
+        """Keeps channels even if no layer reads them."""
         for slot in channels.slots[channels.slots != 0]:
             self.pinned.setdefault(int(slot), reason)
 
     def lose(self, slots: np.ndarray, reason: str) -> None:
-        """Notes where the constants of some slots can be followed no further."""
+        """Records why the values of some slots stop being constant."""
         for slot in slots:
             self.lost.setdefault(int(slot), reason)
 
     def leave_whole(self, operation: Any, inputs: list[keras.KerasTensor], reason: str) -> None:
-        """Keeps all channels of the inputs, and notes why where there was something to follow."""
+        """Keeps all channels of the inputs, and records why if the operation has any to follow."""
         sources = [self.tensors[id(tensor)] for tensor in inputs]
         for source in sources:
             self.pin(source, f"'{self.names[id(operation)]}', which is left whole, reads it")
@@ -214,25 +225,26 @@ class Flow:
             self.not_followed[self.names[id(operation)]] = reason
 
     def edit(self, call: Call, edit: Edit) -> None:
-        """Notes how the layer of a call follows its channels."""
+        """Records the changes to the layer of a call."""
         self.edits[id(call.operation)] = (call.operation, edit)
 
     def settle(self) -> None:
-        """Finds the live slots: all that the pinned ones need, and no more.
+        """Determines the slots that are kept: those that the pinned slots depend on.
 
-        Readers are asked from the last to the first, so whatever needs the output of one is known
-        when its turn comes. A slot may turn out to be live only after that, through another tensor
-        that it is joined with, as early in a residual stream: then nothing reads it where this
-        reader writes, and what the reader would need for it can go. Keras has no layer without
-        units, so a tensor left empty gets its first channel back. What that one reads can go too:
-        nothing reads it, or it is constant.
+        Readers are visited from the last to the first, so that the demand on the outputs of a
+        reader is known when it is visited. A slot may become needed after that, through another
+        tensor that it is joined with, for example early in a residual stream. Then no layer reads
+        the outputs that this reader writes to the slot, and their inputs need not be kept.
+
+        Keras has no layer without units, so a tensor without any kept channel gets its first one
+        back. The inputs of that channel need not be kept: no layer reads it, or it is constant.
         """
         self._live = np.zeros(len(self._parents), bool)
         for slot in (0, *self.pinned):
             self._live[self.root(slot)] = True
         for _, edit in reversed(self.edits.values()):
             while self._ask(edit.readers):
-                pass  # once more, as units of a recurrent layer read each other
+                pass  # Repeated, because units of a recurrent layer read each other.
         for channels in self.tensors.values():
             if channels.axis is not None and not self.alive(channels).any():
                 first = self.root(channels.slots[0])
@@ -240,7 +252,7 @@ class Flow:
                 self._live[first] = True
 
     def _ask(self, readers: tuple[Reader, ...]) -> bool:
-        """Makes live what readers need for their live outputs; returns whether that was new."""
+        """Keeps what readers need for their kept outputs, and returns whether any of it was new."""
         before = np.count_nonzero(self._live)
         for reader in readers:
             needed = reader.demand[:, self.alive(reader.target)].any(axis=1)
@@ -248,9 +260,9 @@ class Flow:
         return bool(np.count_nonzero(self._live) > before)
 
     def alive(self, channels: Channels) -> np.ndarray:
-        """Returns which channels stay, as bools."""
+        """Returns which channels are kept, as a bool array."""
         return self._live[self.roots(channels.slots)]
 
     def roots(self, slots: np.ndarray) -> np.ndarray:
-        """Returns `root` of each slot."""
+        """Returns the root of each slot, as an int array."""
         return np.fromiter(map(self.root, slots), int, len(slots))

@@ -1,4 +1,4 @@
-"""Compiles a smaller model as the original is, with what is left of its optimizer's state."""
+"""Compiles a smaller model like the original, with the optimizer state of the weights left."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ import numpy as np
 from masked_layers import _keras
 from masked_layers.copying import as_in_use, renew_optimizer
 
-# id of a variable of the smaller model -> {axis: which entries of the original are left}
+# id of a variable of the smaller model -> {axis: bools, True where the original's entry is kept}
 Cuts = Mapping[int, Mapping[int, np.ndarray]]
 
 
 def compile_like(model: keras.Model, smaller: keras.Model, cuts: Cuts) -> None:
-    """Compiles the smaller model as the original, so that a training goes on where it was.
+    """Compiles a smaller model like the original, so that training can continue.
 
     Args:
-        model: The original, compiled or not.
+        model: The original model. If it is not compiled, nothing happens.
         smaller: The smaller model, not compiled.
-        cuts: What is left of the variables that have become smaller.
+        cuts: The entries that were kept, for each variable that became smaller.
 
     Warns:
-        UserWarning: If the model cannot be compiled again from its config; or the optimizer keeps a
-            state that cannot be made smaller, and starts afresh.
+        UserWarning: If the model cannot be compiled from its compile config, or if the optimizer's
+            state cannot be reduced to the kept weights, so that the optimizer is reset.
     """
     if not getattr(model, "compiled", False):
         return
@@ -34,15 +34,15 @@ def compile_like(model: keras.Model, smaller: keras.Model, cuts: Cuts) -> None:
             smaller.compile_from_config(model.get_compile_config())
     except Exception as error:
         warnings.warn(
-            f"The smaller model is not compiled, because Keras cannot compile '{model.name}' again "
-            f"from its config: {error}\nCall `compile` on the smaller model.",
+            f"The smaller model is not compiled, because '{model.name}' could not be compiled from "
+            f"its compile config: {error}\nCall `compile` on the smaller model.",
             stacklevel=4,
         )
         return
     old = model.optimizer
     if old is None or not old.built:
         return
-    renew_optimizer(smaller)  # Compiling has built the first one.
+    renew_optimizer(smaller)  # Compiling has built the optimizer; a new one is not built yet.
     new = smaller.optimizer
     slots: dict[int, keras.Variable] = {}
     _keras.watch_slots(new, lambda variable, slot: slots.update({id(slot): variable}))
@@ -60,9 +60,8 @@ def compile_like(model: keras.Model, smaller: keras.Model, cuts: Cuts) -> None:
         value.shape != target.shape for value, target in zip(values, new.variables, strict=True)
     ):
         warnings.warn(
-            f"The optimizer of the smaller model starts afresh: the state that "
-            f"{type(old).__name__} keeps for '{model.name}' does not become smaller with the "
-            "weights.",
+            f"The optimizer of the smaller model was reset: the state of {type(old).__name__} in "
+            f"'{model.name}' could not be reduced to the weights that are left.",
             stacklevel=4,
         )
         return

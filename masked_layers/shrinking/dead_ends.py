@@ -1,4 +1,4 @@
-"""Finds kept weights that no output depends on: those on no path from an input to an output."""
+"""Finds kept weights without effect: those that lie on no path from an input to an output."""
 
 from __future__ import annotations
 
@@ -14,22 +14,23 @@ from masked_layers.shrinking.following import follow, variable_of
 
 
 def effective_masks(model: keras.Model) -> dict[str, np.ndarray]:
-    """Returns the masks of a model without the weights that lead nowhere.
+    """Returns the masks of a model without kept weights that have no effect.
 
     A weight is effective if it lies on a path of kept weights from an input of the model to an
-    output. Biases open no path: a unit that reads no input has a constant output. The masks of
-    weights that cannot be followed (see `shrink`) are returned as they are. Where additions join
-    layers, or a constant enters a zero-padded convolution, weights may count as effective that are
-    not.
+    output. Biases do not start a path, because a unit that reads no input has a constant output.
+    The masks of layers whose channels cannot be followed (listed under `shrink`) are returned
+    unchanged. If additions join layers, or a constant enters a zero-padded convolution, some
+    weights without effect may count as effective.
 
     Args:
         model: A built, masked Sequential or Functional model.
 
     Returns:
-        A dict from path to a new bool array, True where a weight is kept and effective.
+        A dict from path to a new bool array of the weight's shape, True where it is kept and
+        effective.
 
     Raises:
-        ValueError: If the model has no masked weight, is neither Sequential nor Functional,
+        ValueError: If the model has no masked weights, is neither Sequential nor Functional,
             overrides `call`, or is not built.
     """
     _keras.sync(model)
@@ -48,7 +49,7 @@ def effective_masks(model: keras.Model) -> dict[str, np.ndarray]:
 
 
 def _connected(flow: Flow, edit: Edit, channels: Channels) -> np.ndarray:
-    """Returns which channels carry something from the inputs to the outputs, as bools."""
+    """Returns which channels lie on a path from an input to an output, as a bool array."""
     connected = flow.alive(channels)
     connected &= [root not in flow.forced for root in flow.roots(channels.slots).tolist()]
     for reader in edit.readers:
@@ -61,14 +62,16 @@ def effective_sparsity(model: keras.Model) -> SparsityReport:
     """Counts the kept and pruned weights of a masked model, and how many kept ones are effective.
 
     Args:
-        model: As for `effective_masks`.
+        model: A built, masked Sequential or Functional model.
 
     Returns:
-        The report of `sparsity_report`, in which each row has a count of effective weights as
-        `effective_masks` defines them.
+        The report of `sparsity_report`, with the number of effective weights in each row. A weight
+        is effective if it lies on a path of kept weights from an input of the model to an output;
+        `effective_masks` returns the masks of these weights.
 
     Raises:
-        ValueError: As for `effective_masks`.
+        ValueError: If the model has no masked weights, is neither Sequential nor Functional,
+            overrides `call`, or is not built.
 
     Example:
     ```python

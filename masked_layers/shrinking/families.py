@@ -1,4 +1,4 @@
-"""Families of channels: channels that one can be removed from, with the weights of each."""
+"""Groups the removable channels of a model into families, with the weights of each channel."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from masked_layers.shrinking.following import OUTPUT, follow, variable_of
 
 @dataclass(frozen=True, eq=False)
 class ChannelFamily:
-    """Channels that the same layers make, any of which can be removed from the whole model.
+    """Channels made by the same layers, each of which can be removed from the whole model.
 
-    Layers joined by an addition or a gate make their channels together. Channel c is removed with
-    its columns in the kernels of the layers that make it, with its place in what passes it on, and
-    with its rows in the kernels of all layers that read it.
+    Layers that are joined by an addition or a gate make their channels together. Removing a channel
+    removes its columns in the kernels of the layers that make it, its entries in the layers that
+    pass it on, and its rows in the kernels of all layers that read it.
 
     Attributes:
         layers: Names of the layers that make the channels, in the order of the graph.
         size: Number of channels.
-        weights: Path of a maskable weight -> {axis: int array with the channel that each index
-            along the axis belongs to, -1 where that is none of this family}.
-        made: Path among them of a weight that makes the channels -> the axis of its outputs.
+        weights: Path of a maskable weight -> {axis: int array with the channel of each index along
+            the axis, or -1 for indices that do not belong to this family}.
+        made: Path of each weight in `weights` that makes the channels -> its output axis.
     """
 
     layers: tuple[str, ...]
@@ -38,15 +38,16 @@ class ChannelFamily:
 
 @dataclass(frozen=True, eq=False)
 class ChannelFamilies:
-    """The families of a model, and what stays whole.
+    """The channel families of a model, and the layers that must stay whole.
 
     Attributes:
         families: All families, in the order of the graph.
-        outputs: Layers whose channels are outputs of the model, which are not removed.
-        whole: Other layers that make channels -> why some or all of them cannot be removed.
-        not_followed: Layer -> why its inputs and outputs are left whole.
+        outputs: Names of the layers whose channels are outputs of the model and cannot be removed.
+        whole: Name of any other layer that makes channels -> why some or all of these channels
+            cannot be removed.
+        not_followed: Name of a layer whose channels cannot be followed -> the reason.
         positions: Path of a kernel -> number of multiply-adds of each of its weights for one
-            example; None where the shape does not tell. Kernels that are not followed are missing.
+            example, or None if a shape is unknown. Only layers that can be followed are included.
     """
 
     families: tuple[ChannelFamily, ...]
@@ -59,15 +60,20 @@ class ChannelFamilies:
 def channel_families(model: keras.Model) -> ChannelFamilies:
     """Finds the channels of a model that can be removed, and all weights that belong to each.
 
-    Channels are followed as `shrink` follows them. Those that an output of the model consists of,
-    or that a layer reads which cannot be followed, cannot be removed.
+    Channels are followed through the layers that `shrink` supports. Channels that are outputs of
+    the model, or that are read by a layer that cannot be followed, cannot be removed.
 
     Args:
-        model: A built Sequential or Functional model. In a masked model, weights without a mask
-            cannot be pruned, so that the channels they read cannot be removed.
+        model: A built Sequential or Functional model, plain or masked. In a masked model, only
+            weights with a mask can be pruned, so channels that other weights read cannot be
+            removed.
+
+    Returns:
+        A `ChannelFamilies` object: the families, and the reasons why other channels must stay.
 
     Raises:
-        ValueError: If the model is neither, overrides `call`, or is not built.
+        ValueError: If the model is neither Sequential nor Functional, overrides `call`, or is not
+            built.
     """
     refs = weight_refs(model)
     masked = any(ref.mask is not None for ref in refs)
@@ -98,17 +104,17 @@ def channel_families(model: keras.Model) -> ChannelFamilies:
     )
 
 
-# Positions of the layers of a family among all edits -> the roots of its channels.
+# Indices of the layers of a family in the list of edits -> the roots of its channels.
 _Members = dict[tuple[int, ...], list[int]]
 
-# The name of a layer, its edit, and those of its weights that can be pruned.
+# The name of a layer, its edit, and its prunable weights by name.
 _Named = tuple[str, Edit, dict[str, WeightRef]]
 
 
 def _members(flow: Flow, edits: Sequence[_Named]) -> tuple[_Members, dict[str, str]]:
-    """Returns the families, and for layers that make other channels, why these stay."""
+    """Returns the families, and why the other channels must stay, by the layer that makes them."""
     stays = _stays(flow, edits)
-    makers: dict[int, list[int]] = {}  # root -> positions of the layers that make it
+    makers: dict[int, list[int]] = {}  # Root -> indices of the layers that make it.
     whole: dict[str, str] = {}
     for position, (name, edit, _) in enumerate(edits):
         for root in () if edit.made is None else flow.roots(edit.made.slots).tolist():
@@ -164,7 +170,7 @@ def _prunable_weights(
 
 
 def _stays(flow: Flow, edits: Sequence[_Named]) -> dict[int, str]:
-    """Returns why channels cannot be removed, by their root."""
+    """Returns why channels cannot be removed, by their roots."""
     stays = {flow.root(slot): reason for slot, reason in flow.pinned.items()}
     stays[0] = "joined with channels that are left whole"
     for name, edit, named in edits:
@@ -182,5 +188,5 @@ def _stays(flow: Flow, edits: Sequence[_Named]) -> dict[int, str]:
 
 
 def _reads(edit: Edit, channels: Channels) -> bool:
-    """Returns whether these are the channels that a layer reads from its input."""
+    """Returns True if these are the channels that a layer reads from its input."""
     return bool(edit.readers) and channels is edit.readers[0].source

@@ -1,4 +1,4 @@
-"""Follows all channels of a model from its inputs to its outputs, and through models inside it."""
+"""Follows the channels of a model from its inputs to its outputs, through nested models too."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from masked_layers.shrinking.channels import WHOLE, Call, CannotFollow, Channels
 from masked_layers.shrinking.rules import MASKED_POSITIONS, RULES, WITH_NUMBERS
 
 OUTPUT = "an output of the model"
-NESTED = "a nested model called more than once: smaller inside, its inputs and outputs are whole"
+NESTED = "nested model called more than once: shrunk inside, but its inputs and outputs stay whole"
 
 
 def graph_of(model: keras.Model) -> keras.Model:
-    """Returns the model's graph as a bare Functional model on the same layers.
+    """Returns the graph of a model as a Functional model with the same layers.
 
     Raises:
         ValueError: If the model is neither Sequential nor Functional, overrides `call`, or is not
@@ -28,25 +28,25 @@ def graph_of(model: keras.Model) -> keras.Model:
     """
     if not isinstance(model, (keras.Sequential, keras.Function)):
         raise ValueError(
-            f"Channels can be followed in the graph of a Sequential or Functional model. Received "
-            f"'{model.name}' of class {type(model).__name__}. Use the Sequential or Functional "
-            "models inside it one by one."
+            f"Expected a Sequential or Functional model, whose channels can be followed through "
+            f"its graph. Received: '{model.name}' of class {type(model).__name__}. Pass the "
+            "Sequential or Functional models inside it one at a time."
         )
     if not (model.built and model.inputs):
         raise ValueError(
-            f"Following channels takes the shapes and weights of the model, and '{model.name}' is "
-            "not built. Start it with keras.Input, or call it on data, first."
+            f"Following channels requires a built model, and '{model.name}' is not built. Start it "
+            "with keras.Input, or call it on data first."
         )
-    # A Sequential model has no `input` once it is called elsewhere; its lists are always there.
+    # A Sequential model that is called in another model has no `input`, but still has these lists.
     ends = (model.inputs, model.outputs)
     if isinstance(model, keras.Function):
         ends = (model.input, model.output)
     graph = keras.Model(*ends, name=model.name)
     if type(model).call not in (keras.Sequential.call, type(graph).call):
         raise ValueError(
-            f"Channels can be followed in a graph of layers, and {type(model).__name__} "
-            f"('{model.name}') has a `call` of its own. Use keras.Model(model.inputs, "
-            "model.outputs) if that computes the same."
+            f"Channels can only be followed through a graph of layers, and {type(model).__name__} "
+            f"('{model.name}') overrides `call`. Pass keras.Model(model.inputs, model.outputs) "
+            "instead if it computes the same."
         )
     return graph
 
@@ -57,8 +57,12 @@ def follow(model: keras.Model) -> Flow:
     Args:
         model: A built Sequential or Functional model, plain or masked.
 
+    Returns:
+        The channels of all tensors, before `Flow.settle` determines which of them are kept.
+
     Raises:
-        ValueError: If it is neither, overrides `call`, or is not built.
+        ValueError: If the model is neither Sequential nor Functional, overrides `call`, or is not
+            built.
     """
     flow = Flow()
     for part, graph, name in _graphs(model, ""):
@@ -69,7 +73,7 @@ def follow(model: keras.Model) -> Flow:
     whole = [WHOLE] * len(flow.graphs[id(model)].inputs)
     for channels in _through(flow, flow.graphs[id(model)], whole, obstacles):
         flow.pin(channels, OUTPUT)
-    # A softmax at the end has pinned what it reads for a reason of its own.
+    # A softmax at the end has pinned its input already, with another reason.
     ends = set(map(id, flow.graphs[id(model)].outputs))
     for operation, *_, outputs in _keras_graph.graph_calls(flow.graphs[id(model)]):
         if ends & set(map(id, outputs)) and id(operation) in flow.edits:
@@ -79,13 +83,13 @@ def follow(model: keras.Model) -> Flow:
 
 
 def variable_of(operation: Any, name: str) -> keras.Variable | None:
-    """Returns the raw variable of a weight that an `Edit` names, None if the layer has none."""
+    """Returns the raw variable of a weight named as in `Edit.slices`, or None if it has none."""
     *owners, last = name.split(".")
     return raw_variable(reduce(getattr, owners, operation), last)
 
 
 def _graphs(model: keras.Model, prefix: str) -> Iterator[tuple[keras.Model, keras.Model, str]]:
-    """Yields (model, its graph, prefix of the names in it) for a model and the models inside."""
+    """Yields (model, its graph, prefix of names in it) for a model and all nested models."""
     graph = graph_of(model)
     yield model, graph, prefix
     seen = set()
@@ -98,7 +102,7 @@ def _graphs(model: keras.Model, prefix: str) -> Iterator[tuple[keras.Model, kera
 def _through(
     flow: Flow, graph: keras.Model, sources: list[Channels], obstacles: dict[int, str]
 ) -> list[Channels]:
-    """Follows channels through one graph, and returns those of its outputs."""
+    """Follows channels through one graph, and returns the channels of its outputs."""
     flow.tensors.update(zip(map(id, graph.inputs), sources, strict=True))
     for operation, args, kwargs, outputs in _keras_graph.graph_calls(graph):
         arguments = keras.tree.flatten((args, _besides_mask(operation, kwargs)))
@@ -129,7 +133,7 @@ def _through(
 
 
 def _obstacles(flow: Flow) -> dict[int, str]:
-    """Returns why operations cannot be followed whatever their rule says, by their id."""
+    """Returns why operations cannot be followed, apart from what their rules check, by id."""
     calls = [call for graph in flow.graphs.values() for call in _keras_graph.graph_calls(graph)]
     times = Counter(id(operation) for operation, *_ in calls)
     obstacles: dict[int, str] = {}
@@ -147,11 +151,11 @@ def _obstacles(flow: Flow) -> dict[int, str]:
         ):
             obstacle = "its input carries a Keras mask"
         elif id(operation) in flow.graphs:
-            # Another call may have met another obstacle: then it cannot be smaller inside either.
+            # If another call has another obstacle, the model cannot be made smaller inside either.
             if times[id(operation)] > 1:
                 obstacle = obstacles.get(id(operation), NESTED)
         elif cls not in RULES:
-            obstacle = f"class {cls.__name__} is not known"
+            obstacle = f"unknown class {cls.__name__}"
         elif times[id(operation)] > 1 and (
             len(getattr(operation, "weights", ())) > 0 or cls is keras.layers.Reshape
         ):
@@ -166,7 +170,7 @@ def _obstacles(flow: Flow) -> dict[int, str]:
 
 
 def _besides_mask(operation: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Returns the arguments of a call without the Keras mask that a layer may be given."""
+    """Returns the keyword arguments of a call, without the Keras mask if the layer accepts one."""
     known = plain_class(operation) in MASKED_POSITIONS
     return {name: value for name, value in kwargs.items() if not (known and name == "mask")}
 

@@ -1,4 +1,4 @@
-"""Rules for layers that mix channels by a kernel, and so make channels of their own."""
+"""Rules for layers that make new channels, most of them by mixing channels with a kernel."""
 
 from __future__ import annotations
 
@@ -47,17 +47,20 @@ def _mix(
     width: str,
     padded: bool = False,
 ) -> Channels:
-    """Follows a layer that computes activation(kernel applied to input + bias).
+    """Follows a layer that computes `activation(input * kernel + bias)`.
 
     Args:
         flow: The analysis.
         call: The call of the layer.
-        source: The layer's input channels.
-        reads: Bool (inputs, outputs): some kernel entry between the two is not zero.
-        gain: (inputs, outputs): response to a constant one, away from the border.
-        slices: From the output channels to the axes of all weights but the bias.
-        width: The config's name for the number of outputs.
-        padded: Whether zeros are added at the border, so that only a constant zero is exact.
+        source: Channels of the layer's input.
+        reads: Bool array of shape (inputs, outputs), True where a kernel entry between the two is
+            not zero.
+        gain: Array of shape (inputs, outputs): the response to a constant input of one, away from
+            the border.
+        slices: Function from the output channels to `Edit.slices` of all weights except the bias.
+        width: Key of the number of outputs in the layer's config.
+        padded: Whether zeros are added at the border, so that only constants of zero can be moved
+            into the bias exactly.
     """
     layer = call.operation
     constant = ~np.isnan(source.constants)
@@ -77,7 +80,7 @@ def _mix(
     target = Channels(source.axis, slots, values)
     reader = Reader(source, target, demand, gain, fixed)
     weights = slices(target) | {"bias": {0: target}}
-    # A transposed convolution applies its kernel at the positions of its input.
+    # A transposed convolution applies its kernel once per position of its input.
     tensor = call.inputs[0] if isinstance(layer, _TRANSPOSED) else call.output
     places = positions(tensor, source.axis)
     flow.edit(call, Edit(weights, target, {(width,): target}, (reader,), places))
@@ -110,7 +113,7 @@ def _convolution(flow: Flow, call: Call) -> Channels:
     if layer.groups == len(source.slots) > 1:
         return depthwise(flow, call, source, kernel, grouped=True)
     if layer.groups != 1:
-        raise CannotFollow("a grouped convolution")
+        raise CannotFollow("grouped convolution")
     taps = tuple(range(kernel.ndim - 2))
     return _mix(
         flow,
@@ -136,7 +139,7 @@ def _transposed_convolution(flow: Flow, call: Call) -> Channels:
         kernel.sum(taps, dtype="float64").T,
         lambda out: {"kernel": {-1: source, -2: out}},
         "filters",
-        padded=True,  # how many taps an output position sums up depends on where it is
+        padded=True,  # The number of taps in the sum of an output depends on its position.
     )
 
 
@@ -181,9 +184,9 @@ def _recurrent(flow: Flow, call: Call) -> Channels:
 def _bidirectional(flow: Flow, call: Call) -> Channels:
     layer = call.operation
     if layer.merge_mode not in ("concat", "sum", "ave", "mul"):
-        raise CannotFollow("its directions are two outputs")
+        raise CannotFollow("its two directions are separate outputs")
     parts = {"forward_layer.": layer.forward_layer, "backward_layer.": layer.backward_layer}
-    # Both directions have the same units, as one number in the config holds for both.
+    # Both directions keep the same units, because one number in the config applies to both.
     places = [(key, "config", "units") for key in ("layer", "backward_layer")]
     config = layer.get_config()
     target = _units(flow, call, parts, *(place for place in places if place[0] in config))
@@ -195,34 +198,36 @@ def _bidirectional(flow: Flow, call: Call) -> Channels:
 def _units(
     flow: Flow, call: Call, parts: dict[str, Any], *widths: tuple[str | int, ...]
 ) -> Channels:
-    """Opens the units of recurrent layers: one is its column in each gate and its state.
+    """Returns new channels for the units of recurrent layers.
+
+    A unit consists of one column in each gate, and one entry of the state.
 
     Args:
         flow: The analysis.
         call: The call of the layer.
-        parts: The layers that have these units, by the prefix of their attribute.
-        *widths: Places of their number in the config.
+        parts: Attribute prefix -> recurrent layer with these units.
+        *widths: Key paths of the number of units in the config.
     """
     layers_inside = list(parts.values())
     for layer in layers_inside:
         if (gates := _GATES.get(plain_class(layer))) is None:
-            raise CannotFollow(f"class {plain_class(layer).__name__} inside it is not known")
+            raise CannotFollow(f"unknown class {plain_class(layer).__name__} inside it")
         functions = (layer.cell.activation, getattr(layer.cell, "recurrent_activation", None))
         if any(f is not None and f not in ELEMENTWISE for f in functions):
             raise CannotFollow(CUSTOM_ACTIVATION)
         if layer.stateful:
-            raise CannotFollow("it keeps its state from batch to batch")
+            raise CannotFollow("it is stateful")
         if layer.return_state:
             raise CannotFollow("it returns its states")
     if len(call.inputs) > 1:
-        raise CannotFollow("it is given states")
+        raise CannotFollow("it is called with initial states")
     units = layers_inside[0].units
     if any(layer.units != units for layer in layers_inside):
         raise CannotFollow("its directions have different numbers of units")
 
     source = flow.channels(call, -1)
     target = Channels(2, flow.new_slots(units), np.full(units, VARIES))
-    # Inputs that are always zero can be removed; other constants enter every gate and stay.
+    # Inputs that are always zero can be removed. Other constants enter every gate and are kept.
     fixed = source.constants == 0
     weights: dict[str, dict[int, Channels]] = {}
     readers = []
@@ -255,7 +260,7 @@ def _units(
 def _embedding(flow: Flow, call: Call) -> Channels:
     layer = call.operation
     if flow.tensors[id(call.inputs[0])].axis is not None:
-        raise CannotFollow("it looks up values that were computed")
+        raise CannotFollow("it looks up values that another layer computes")
     axis, size = len(call.output.shape) - 1, layer.output_dim
     target = Channels(axis, flow.new_slots(size), np.full(size, VARIES))
     flow.edit(call, Edit({"embeddings": {1: target}}, target, {("output_dim",): target}))

@@ -1,8 +1,9 @@
-"""Rules for the channels of layers: one small function per family of layers.
+"""Rules that follow channels through layers: one small function per group of layer classes.
 
-A rule takes the flow and a call, returns the channels of the output, and notes in the flow how the
-layer's weights follow. `@rule` lists it under the classes it holds for. Where a layer does what no
-rule covers, `CannotFollow` says why, and its inputs and outputs stay whole.
+A rule takes the flow and a call, returns the channels of the call's output, and records in the flow
+which weights of the layer belong to which channels. `@rule` registers it for its layer classes. A
+rule that does not support an argument of a layer raises `CannotFollow` with the reason. The inputs
+and outputs of that layer are then left whole.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ RULES: dict[type, Rule] = {}
 
 
 def rule(*classes: type) -> Callable[[Rule], Rule]:
-    """Lists a function as the rule of these classes; not of subclasses, which may differ.
+    """Registers a function as the rule of layer classes, but not of their subclasses.
 
-    A rule raises `CannotFollow` before it changes the flow, or not at all.
+    If a rule raises `CannotFollow`, it must do so before it changes the flow.
     """
 
     def register(function: Rule) -> Rule:
@@ -48,7 +49,7 @@ def rule(*classes: type) -> Callable[[Rule], Rule]:
 def array(variable: keras.Variable) -> np.ndarray:
     """Returns a copy of a variable's value.
 
-    On JAX, assigning a mere view would make two models share, and then donate, one buffer.
+    On JAX, assigning a view would make two models share one buffer, which one of them may donate.
     """
     return keras.ops.convert_to_numpy(variable).copy()
 
@@ -68,23 +69,23 @@ CUSTOM_ACTIVATION = "its activation is not Keras' own and may mix channels"
 
 
 def apply(function: Callable[..., Any], constants: np.ndarray, dtype: str) -> np.ndarray:
-    """Applies an element-wise function of tensors to the constants, in the dtype of the model."""
+    """Applies an element-wise function of tensors to constants, in the given dtype."""
     result = np.full(len(constants), VARIES)
     known = ~np.isnan(constants)
     if known.any():
         values = function(keras.ops.convert_to_tensor(constants[known], dtype=dtype))
         result[known] = keras.ops.convert_to_numpy(values).astype("float64")
-    result[~np.isfinite(result)] = VARIES  # nothing can be computed with an overflow
+    result[~np.isfinite(result)] = VARIES  # An overflow is not a constant.
     return result
 
 
 def border(layer: Any) -> str:
-    """Returns why a constant is lost at the border of a convolution."""
+    """Returns the reason why a value is not constant at the border of a convolution."""
     return f"a non-zero constant enters the zero padding of '{layer.name}'"
 
 
 def pads(layer: Any) -> bool:
-    """Returns whether a convolution adds zeros around its input."""
+    """Returns True if a convolution adds zeros around its input."""
     return layer.padding != "valid" and math.prod(layer.kernel_size) > 1
 
 
@@ -100,15 +101,15 @@ def _depthwise_convolution(flow: Flow, call: Call) -> Channels:
 def depthwise(
     flow: Flow, call: Call, source: Channels, kernel: np.ndarray, *, grouped: bool = False
 ) -> Channels:
-    """Follows a convolution in which each output reads a single input.
+    """Follows a convolution in which each output channel reads a single input channel.
 
     Args:
         flow: The analysis.
         call: The call of the layer.
-        source: The layer's input channels.
-        kernel: Its kernel.
-        grouped: Whether the layer is a convolution of as many groups as inputs, whose outputs lie
-            along the last axis of its kernel; those of a depthwise one lie along two.
+        source: Channels of the layer's input.
+        kernel: The kernel, with the output channels along its last axis if `grouped`, otherwise
+            along its last two axes: (inputs, multiplier).
+        grouped: Whether the layer is a plain convolution with as many groups as inputs.
     """
     layer = call.operation
     if layer.activation is not None and layer.activation not in ELEMENTWISE:
@@ -157,7 +158,7 @@ def _prelu(flow: Flow, call: Call) -> Channels:
     if source.axis is None:
         return source
     alpha = array(call.operation.alpha)
-    axis = source.axis - 1  # alpha has no batch axis
+    axis = source.axis - 1  # `alpha` has no batch axis.
     if alpha.shape[axis] == len(source.slots):
         flow.edit(call, Edit({"alpha": {axis: source}}))
     elsewhere = tuple(i for i in range(alpha.ndim) if i != axis)
@@ -189,7 +190,7 @@ def _nothing_in_inference(flow: Flow, call: Call) -> Channels:
 @rule(layers.ELU, layers.LeakyReLU, layers.ReLU, *_keras_graph.ELEMENTWISE_OPERATIONS)
 def _elementwise(flow: Flow, call: Call) -> Channels:
     source = flow.tensors[id(call.inputs[0])]
-    # `call`, as `__call__` would add activity regularization losses to the user's model.
+    # Not `__call__`, which would add activity regularization losses to the user's model.
     return source.with_constants(apply(call.operation.call, source.constants, call.output.dtype))
 
 
@@ -224,7 +225,7 @@ def _reads_all(flow: Flow, call: Call) -> Channels:
     layers.UpSampling3D,
 )
 def _spatial(flow: Flow, call: Call) -> Channels:
-    # A window of one value has that value as its mean and maximum: padding does not count there.
+    # A window of equal values has that value as its mean and maximum, since padding is not counted.
     return flow.channels(call, call.axis)
 
 
@@ -263,12 +264,13 @@ def _flatten(flow: Flow, call: Call) -> Channels:
 def _flattened(
     source: Channels, shape: tuple[int, ...], *, channels_first: bool = False
 ) -> Channels:
-    """Returns the channels of a flattened tensor: each once for each of its positions.
+    """Returns the channels of a flattened tensor, each repeated for each of its positions.
 
     Args:
         source: Channels of the tensor.
-        shape: Its shape, without the batch axis.
-        channels_first: If True, the axis after the batch axis moves to the end first.
+        shape: Shape of the tensor, without the batch axis.
+        channels_first: If True, the axis after the batch axis is moved to the end before
+            flattening.
     """
 
     def spread(values: np.ndarray) -> np.ndarray:
@@ -296,7 +298,7 @@ def _reshape(flow: Flow, call: Call) -> Channels:
         if size == len(source.slots) and math.prod(after[:axis]) == ahead:
             flow.edit(call, Edit({}, widths={("target_shape", axis): source}))
             return source.with_constants(source.constants, axis + 1)
-    raise CannotFollow("it takes channels apart")
+    raise CannotFollow("it splits channels")
 
 
 @rule(layers.Permute)
@@ -322,9 +324,9 @@ def _rescaling(flow: Flow, call: Call) -> Channels:
 
 @rule(layers.Normalization)
 def _only_whole(flow: Flow, call: Call) -> Channels:
-    """Passes on inputs that are left whole, as those of the model are."""
+    """Follows only inputs that are left whole, such as the inputs of the model."""
     if any(flow.tensors[id(x)].axis is not None for x in call.inputs):
-        raise CannotFollow("it has values of its own for each channel")
+        raise CannotFollow("it has separate values for each channel")
     return WHOLE
 
 
@@ -336,7 +338,7 @@ def _concatenate(flow: Flow, call: Call) -> Channels:
     rank = len(call.output.shape)
     axis = call.operation.axis % rank
     if {flow.tensors[id(x)].axis for x in call.inputs} - {None, axis}:
-        raise CannotFollow("it does not concatenate channels")
+        raise CannotFollow("it concatenates along another axis than the channels")
     parts = [flow.channels(call, axis, index) for index in range(len(call.inputs))]
     slots, constants = ([getattr(part, name) for part in parts] for name in ("slots", "constants"))
     return Channels(axis, np.concatenate(slots), np.concatenate(constants))
@@ -347,7 +349,7 @@ def _product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def _merge(function: Callable[[list[np.ndarray]], np.ndarray]) -> Rule:
-    """Returns the rule of an element-wise merge, from what it does to a list of constants."""
+    """Returns the rule of an element-wise merge, given the function that merges constants."""
 
     def merge(flow: Flow, call: Call) -> Channels:
         axes = [flow.tensors[id(x)].axis for x in call.inputs]
@@ -363,7 +365,7 @@ def _merge(function: Callable[[list[np.ndarray]], np.ndarray]) -> Rule:
         parts = [flow.channels(call, axis, index) for index in range(len(call.inputs))]
         first, *others = (part for part in parts if len(part.slots) == width)
         for single in (part for part in parts if len(part.slots) < width):
-            flow.pin(single, f"'{flow.names[id(call.operation)]}' gives it to all channels")
+            flow.pin(single, f"'{flow.names[id(call.operation)]}' broadcasts it to all channels")
         for other in others:
             flow.join(first.slots, other.slots)
         values = [np.broadcast_to(part.constants, width) for part in parts]
@@ -373,10 +375,10 @@ def _merge(function: Callable[[list[np.ndarray]], np.ndarray]) -> Rule:
 
 
 def _with_number(flow: Flow, call: Call) -> Channels:
-    """Follows an operator between a tensor and numbers, as `x / 6`."""
+    """Follows an operator between a tensor and numbers, such as `x / 6`."""
     tensor = call.inputs[0]
     if any(np.size(value) > 1 for value in call.args if value is not tensor):
-        raise CannotFollow("an array takes part in it")
+        raise CannotFollow("one of its operands is an array")
 
     def compute(constants: Any) -> Any:
         return call.operation.call(*(constants if x is tensor else x for x in call.args))
@@ -393,7 +395,7 @@ rule(layers.Minimum, _keras_graph.MINIMUM)(_merge(lambda values: reduce(np.minim
 rule(layers.Average)(_merge(lambda values: np.mean(values, axis=0)))
 rule(_keras_graph.DIVIDE)(_merge(lambda values: np.full_like(values[0], VARIES)))
 
-# Operators that may be called with a number beside a tensor.
+# Operators that may be called with a tensor and a number.
 WITH_NUMBERS = {
     _keras_graph.ADD,
     _keras_graph.DIVIDE,
@@ -403,7 +405,7 @@ WITH_NUMBERS = {
     _keras_graph.SUBTRACT,
 }
 
-# Layers whose inputs may carry a Keras mask: positions that it leaves out have the same channels.
+# Layers whose inputs may carry a Keras mask: masked positions have the same channels as others.
 MASKED_POSITIONS = {
     layers.Activation,
     layers.BatchNormalization,

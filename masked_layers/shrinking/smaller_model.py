@@ -1,12 +1,13 @@
-"""`shrink` turns zeroed units and filters into speed: a smaller plain model, the same outputs.
+"""Rebuilds a model without the units and filters that its outputs do not need.
 
-Pruning whole filters leaves channels that nothing reads and channels that always hold one value.
-`shrink` follows every channel through the graph by the rules in `rules.py`:
+Pruning whole filters leaves channels that no layer reads and channels whose value is constant.
+`shrink` follows every channel through the graph with the rules in `rules.py`:
 
-1. *Forward*: which channels have a constant value, and which stay or go together?
-2. *Backward*: which of them does an output need? One that reads a constant needs it only where the
-   constant cannot move into a bias exactly.
-3. The model is built again from configs with smaller widths and sliced weights.
+1. *Forward*, it finds the channels with a constant value, and those that can only be removed
+   together.
+2. *Backward*, it finds the channels that the outputs need. A constant is needed only if it cannot
+   be moved into a bias exactly.
+3. It rebuilds the model from configs with smaller widths, and slices the weights.
 """
 
 from __future__ import annotations
@@ -35,16 +36,17 @@ from masked_layers.shrinking.rules import RULES, array
 
 @dataclass(frozen=True)
 class ShrinkRow:
-    """The units or filters that one layer had, and those that it has now.
+    """The numbers of units or filters of one layer, before and after `shrink`.
 
     Attributes:
         layer: Name of the layer; "nested/name" inside a nested model.
-        kind: Its class name.
-        before: Units or filters before.
-        after: Units or filters left.
-        constant: Removed because they always held one value; it moved into the biases that read it.
-        unread: Removed because nothing that matters read them.
-        kept: Reason -> number of constant units or filters that had to stay.
+        kind: Class name of the layer.
+        before: Number of units or filters before.
+        after: Number of units or filters after.
+        constant: Number removed because their value was constant. It was moved into the biases of
+            the layers that read them.
+        unread: Number removed because no output depended on them.
+        kept: Reason -> number of constant units or filters that could not be removed.
     """
 
     layer: str
@@ -58,18 +60,18 @@ class ShrinkRow:
 
 @dataclass(frozen=True)
 class ShrinkReport:
-    """A report of what `shrink` removed and kept, and why: prints as a table, iterates over rows.
+    """A report of what `shrink` removed and kept. It prints as a table and iterates over its rows.
 
     Attributes:
-        rows: One per layer that makes channels, in the order of the graph.
-        not_followed: Layer -> reason, for layers whose inputs and outputs were left whole.
-        unread: Layer that reads inputs of the model, or others left whole -> the positions of those
-            that none of its weights reads.
-        weights_before: Number of weights of the model given.
-        weights_after: Number of weights of the model returned.
-        macs_before: Multiply-adds of the followed layers for one example; None where a shape is
-            not known.
-        macs_after: The same of the model returned.
+        rows: One `ShrinkRow` per layer that makes channels, in the order of the graph.
+        not_followed: Name of a layer whose inputs and outputs were left whole -> the reason.
+        unread: Name of a layer whose input was left whole, such as an input of the model -> the
+            positions of the input channels that all of its weights ignore.
+        weights_before: Number of weights of the original model.
+        weights_after: Number of weights of the smaller model.
+        macs_before: Multiply-adds of the followed layers of the original model for one example, or
+            None if a shape is unknown.
+        macs_after: Multiply-adds of the same layers of the smaller model, or None.
     """
 
     rows: tuple[ShrinkRow, ...]
@@ -95,10 +97,10 @@ class ShrinkReport:
                 f"{row.layer:<{width}}  {row.before:>6}  {row.after:>6}  {row.constant:>8}"
                 f"  {row.unread:>6}"
             )
-            lines += [f"  {count} constant stay: {why}" for why, count in row.kept.items()]
+            lines += [f"  {count} constant kept: {why}" for why, count in row.kept.items()]
         lines += [f"left whole: {name}: {why}" for name, why in self.not_followed.items()]
         for name, positions in self.unread.items():
-            lines.append(f"{name} reads nothing of {len(positions)} of its inputs")
+            lines.append(f"{name} does not read {len(positions)} of its inputs")
         lines.append(f"weights: {self.weights_before:,} -> {self.weights_after:,}")
         if self.macs_before is not None:
             lines.append(f"multiply-adds: {self.macs_before:,} -> {self.macs_after:,}")
@@ -116,38 +118,44 @@ def shrink(
 def shrink(
     model: keras.Model, *, return_report: bool = False
 ) -> keras.Model | tuple[keras.Model, ShrinkReport]:
-    """Returns a smaller plain model with the same outputs: dead and constant channels are gone.
+    """Returns a smaller plain model with the same outputs, without unread and constant channels.
 
-    Outputs agree to float rounding (1e-5 relative in float32) for finite inputs in inference mode.
-    The inputs and outputs of the model keep their shapes. Masked models are stripped first. The
-    model given is not changed. The model returned has the same layers under the same names, each
-    with at least one unit or filter, the same dtype policies and trainable flags; and it is
-    compiled as the model is, with the optimizer's state of the weights that are left, so that
-    training can go on.
+    For finite inputs in inference mode, outputs agree up to float rounding (1e-5 relative in
+    float32). The inputs and outputs of the model keep their shapes. If the model is masked, its
+    masks are stripped first. The original model is not changed.
+
+    The smaller model has the same layers under the same names, with the same dtype policies and
+    trainable flags, and at least one unit or filter in each. If the original model is compiled, the
+    smaller one is compiled the same way and keeps the optimizer's state of the weights that are
+    left, so that training can continue.
 
     Channels are followed through Dense, convolutions (plain, depthwise, separable, transposed),
     Embedding, SimpleRNN, GRU, LSTM and Bidirectional, BatchNormalization, pooling, element-wise
     activations, dropout and noise, flatten, reshape and permute, zero padding, cropping,
     upsampling, concatenation, additions and other element-wise merges, both as layers and as
-    operators on symbolic tensors, and through nested Sequential and Functional models. All other
-    layers, grouped convolutions, layers with weights that are called more than once, and calls in
-    training mode stay whole on their inputs and outputs: the report names them, and without
-    `return_report` a warning does.
+    operators on symbolic tensors, and through nested Sequential and Functional models. The inputs
+    and outputs of all other layers are left whole. This also holds for grouped convolutions, layers
+    with weights that are called more than once, and calls in training mode. The report names these
+    layers; without `return_report`, a warning does.
 
-    A constant other than zero that enters a zero-padded convolution is not constant at the border;
-    such channels stay, and are reported. They are rare where biases are pruned with their filters.
+    A constant other than zero that enters a zero-padded convolution is not constant at the border.
+    Such channels are kept and reported. They are rare if biases are pruned with their filters.
 
     Args:
-        model: A built Sequential or Functional model.
+        model: A built Sequential or Functional model, plain or masked.
         return_report: Whether to return a `ShrinkReport` too.
 
     Returns:
-        The smaller model, or `(model, report)`.
+        The smaller model. If `return_report=True`, a tuple `(model, report)`.
 
     Raises:
         TypeError: If `model` is not a Keras model.
-        ValueError: If it is neither Sequential nor Functional, overrides `call`, is not built, or
-            has a layer that cannot be copied from its config.
+        ValueError: If the model is neither Sequential nor Functional, overrides `call`, is not
+            built, or has a layer that cannot be created from its config.
+
+    Warns:
+        UserWarning: If layers are left whole and `return_report=False`, or if the smaller model
+            could not be compiled like the original.
 
     Example:
     ```python
@@ -155,7 +163,7 @@ def shrink(
         [keras.Input((4,)), keras.layers.Dense(3, "relu"), keras.layers.Dense(1)]
     )
     kernel = model.layers[0].kernel
-    kernel.assign(kernel * [1.0, 0.0, 1.0])  # the second unit is relu(bias), whatever comes in
+    kernel.assign(kernel * [1.0, 0.0, 1.0])  # The second unit is always relu(bias).
     small, report = shrink(model, return_report=True)
     small.layers[0].units  # 2
     print(report)
@@ -172,7 +180,9 @@ def shrink(
         return smaller, report
     if report.not_followed:
         whole = "; ".join(f"{name}: {why}" for name, why in report.not_followed.items())
-        warnings.warn(f"shrink left whole what it cannot follow. {whole}", stacklevel=2)
+        warnings.warn(
+            f"`shrink` left the layers whole that it cannot follow. {whole}", stacklevel=2
+        )
     return smaller
 
 
@@ -194,7 +204,7 @@ def _shrink(model: keras.Model) -> tuple[keras.Model, ShrinkReport]:
 
 
 def _again(flow: Flow, model: keras.Model, clones: dict[int, tuple[Any, Any]]) -> keras.Model:
-    """Returns the model on smaller copies of its layers, which `clones` holds by the old id."""
+    """Returns the model with smaller copies of its layers, added to `clones` by original id."""
     graph = flow.graphs[id(model)]
 
     def clone(operation: Any) -> Any:
@@ -206,7 +216,7 @@ def _again(flow: Flow, model: keras.Model, clones: dict[int, tuple[Any, Any]]) -
             clones[id(operation)] = (operation, copy)
         return clones[id(operation)][1]
 
-    # `clone_model` would name inputs after their tensors, not after their layers.
+    # `clone_model` would name inputs after their tensors instead of their layers.
     entries = {
         id(layer.output): _smaller_input(flow, layer)
         for layer in graph.layers
@@ -215,7 +225,7 @@ def _again(flow: Flow, model: keras.Model, clones: dict[int, tuple[Any, Any]]) -
     if isinstance(model, keras.Sequential):
         smaller = keras.Sequential([*entries.values(), *map(clone, model.layers)], name=model.name)
     else:
-        # Cloning the bare graph and not the model: the clone of a compiled model is compiled.
+        # Clones the graph, not the model, because the clone of a compiled model is compiled.
         smaller = keras.models.clone_model(
             graph,
             clone_function=clone,
@@ -227,7 +237,7 @@ def _again(flow: Flow, model: keras.Model, clones: dict[int, tuple[Any, Any]]) -
 
 
 def _smaller_input(flow: Flow, layer: keras.layers.InputLayer) -> keras.layers.InputLayer:
-    """Returns an input for the channels that a nested model is given."""
+    """Returns an input layer for the kept channels of a nested model's input."""
     config = layer.get_config()
     channels = flow.tensors[id(layer.output)]
     if channels.axis is not None:
@@ -242,11 +252,11 @@ def _smaller(flow: Flow, operation: Any) -> Any:
     try:
         if isinstance(operation, keras.Layer) and type(operation) not in RULES:
             return _keras_configs.deserialize(_keras_configs.serialize(operation))
-        # `_keras_configs.deserialize` would build the layer for the shapes of the old model.
+        # `_keras_configs.deserialize` would build the layer for the original shapes.
         config = operation.get_config()
         if id(operation) in flow.edits:
             _write_widths(flow, flow.edits[id(operation)][1], config)
-            # An initializer that holds an array has the old shape, and is not needed any more.
+            # An initializer that holds an array has the original shape, and is no longer needed.
             for name in config:
                 values = getattr(getattr(operation, name, None), "value", 0.0)
                 if name.endswith("_initializer") and np.ndim(values):
@@ -255,7 +265,7 @@ def _smaller(flow: Flow, operation: Any) -> Any:
     except Exception as error:
         raise ValueError(
             f"'{operation.name}' ({type(operation).__name__}) cannot be copied, because Keras "
-            f"cannot make it again from its config: {error}"
+            f"cannot create it from its config: {error}"
         ) from error
 
 
@@ -267,14 +277,14 @@ def _write_widths(flow: Flow, edit: Edit, config: dict[str, Any]) -> None:
                 part[place] = list(part[place])
             part = part[place]
             if isinstance(part, dict):
-                part.pop("build_config", None)  # that of the old shapes
+                part.pop("build_config", None)  # It describes the original shapes.
         part[last] = int(flow.alive(channels).sum())
     if edit.readers and _shift(flow, edit.readers[0]).any():
         config["use_bias"] = True
 
 
 def _shift(flow: Flow, reader: Reader) -> np.ndarray:
-    """Returns what the constants that go add to the bias of the outputs that stay."""
+    """Returns what the removed constants add to the bias of the kept outputs."""
     moved = reader.fixed & ~flow.alive(reader.source)
     shift = constant_shift(reader.source.constants, reader.gain, moved)
     return shift[flow.alive(reader.target)]
@@ -283,10 +293,10 @@ def _shift(flow: Flow, reader: Reader) -> np.ndarray:
 def _copy_weights(
     flow: Flow, old: keras.Layer, new: keras.Layer
 ) -> dict[int, dict[int, np.ndarray]]:
-    """Gives a layer of the new model the state of the old one, sliced where channels went.
+    """Copies the weights of a layer to its smaller copy, without those of removed channels.
 
     Returns:
-        For the id of each sliced variable, which entries are left along which axis.
+        The id of each sliced variable -> {axis: bool array, True where an entry is kept}.
     """
     if id(old) in flow.edits:
         edit, cuts = flow.edits[id(old)][1], {}
@@ -306,9 +316,8 @@ def _copy_weights(
         return cuts
     if len(old.variables) != len(new.variables):
         raise ValueError(
-            f"'{old.name}' ({type(old).__name__}) has {len(old.variables)} variables, and the copy "
-            f"that its config makes has {len(new.variables)}: its `get_config()` does not describe "
-            "it fully."
+            f"'{old.name}' ({type(old).__name__}) has {len(old.variables)} variables, but the copy "
+            f"created from its config has {len(new.variables)}: its `get_config()` is incomplete."
         )
     for variable, copy in zip(old.variables, new.variables, strict=True):
         copy.assign(array(variable))
@@ -321,7 +330,7 @@ def _copy_weights(
 
 
 def _multiply_adds(flow: Flow) -> tuple[int | None, int | None]:
-    """Returns the multiply-adds of the followed layers before and after."""
+    """Returns the multiply-adds of the followed layers before and after, or (None, None)."""
     before = after = 0
     for operation, edit in flow.edits.values():
         for name, axes in edit.kernels():
@@ -359,7 +368,7 @@ def _rows(flow: Flow) -> list[ShrinkRow]:
         if slot == 0:
             return "joined with channels that are left whole"
         if slot in flow.forced:
-            return "a layer keeps at least one"
+            return "a layer has at least one"
         return pinned.get(slot) or lost.get(slot) or "joined with a channel that varies"
 
     rows = []

@@ -410,7 +410,7 @@ def test_everything_but_a_tile_is_an_error_that_quotes_it(tile):
     def odd(layout):
         return tile
 
-    with pytest.raises(ValueError, match=rf"'odd' must give .* Received: {re.escape(str(tile))}"):
+    with pytest.raises(ValueError, match=rf"'odd' must return .* Received: {re.escape(str(tile))}"):
         update("large_final", {"k": kernel(np.ones((4, 4)))}, rate=0.5, structure=odd)
 
 

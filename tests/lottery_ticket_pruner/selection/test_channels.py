@@ -165,9 +165,9 @@ def test_at_most_holds_for_each_family():
     half = Channels(at_most=0.5)
     masks = select(request(rate=0.9, structure=half), kernels(), graph=GRAPH)
     assert [int(kept_channels(family, masks).sum()) for family in FAMILIES] == [3, 4]
-    with pytest.raises(ValueError, match=r"sparsity of 0.6 is above the share"):
+    with pytest.raises(ValueError, match=r"sparsity of 0.6 exceeds `at_most`"):
         select(request(sparsity=0.6, structure=half), kernels(), graph=GRAPH)
-    with pytest.raises(ValueError, match=r"7 of 13 channels were to go.* at most 6 go"):
+    with pytest.raises(ValueError, match=r"prune 7 of 13 channels, .* at most 6\."):
         select(request(rate=0.6, structure=half, scope="global"), kernels(), graph=GRAPH)
 
 
@@ -206,7 +206,7 @@ def test_what_reads_a_pruned_filter_is_pruned_with_it():
 
 
 def test_what_makes_no_sense_is_an_error():
-    with pytest.raises(ValueError, match="finds no channels that could be removed"):
+    with pytest.raises(ValueError, match="finds no channels that can be removed"):
         select(request(rate=0.5), kernels())
     with pytest.raises(ValueError, match="Leave `distribution` out"):
         select(request(sparsity=0.5, distribution="erk"), kernels(), graph=GRAPH)
@@ -247,7 +247,7 @@ def test_a_budget_that_cannot_be_met_or_makes_no_sense_is_an_error():
     with pytest.raises(ValueError, match=r"cannot be met: .* are left"):
         select(request(budget={"macs": 0.01}), kernels(), graph=GRAPH)
     open_shape = types.SimpleNamespace(families=FAMILIES, positions={**POSITIONS, "b": None})
-    with pytest.raises(ValueError, match="depend on the size of the input"):
+    with pytest.raises(ValueError, match="input shape of the model is not fixed"):
         select(request(budget={"macs": 0.5}), kernels(), graph=open_shape)
     for arguments, message in (
         ({"budget": {"time": 0.5}}, "some of the keys"),
@@ -277,5 +277,5 @@ def test_scores_may_be_integers_or_minus_infinity(pooling):
 
 def test_a_norm_of_negative_scores_is_refused():
     new = Request.of(lambda group: group.current, rate=0.5, structure=Channels(pooling="norm"))
-    with pytest.raises(ValueError, match="squares scores, and some are negative"):
+    with pytest.raises(ValueError, match=r"some scores of .* are negative"):
         select(new, kernels(), graph=GRAPH)

@@ -71,7 +71,7 @@ def test_what_cannot_be_compiled_again_is_not_compiled_and_says_so():
     model.compile("adam", lambda y, p: keras.ops.mean((y - p) ** 2))
     assert shrink(model).compiled
     model.compile("adam", "mse", metrics=[Counted(3)])
-    with pytest.warns(UserWarning, match="is not compiled, because Keras cannot .* again"):
+    with pytest.warns(UserWarning, match="is not compiled, because .* could not be compiled"):
         smaller = shrink(model)
     assert not smaller.compiled
     smaller.compile("sgd", "mse")
@@ -84,7 +84,7 @@ def test_an_optimizer_whose_state_cannot_be_cut_starts_afresh_and_says_so():
     model.compile(keras.optimizers.Adafactor(0.01), "mse")
     model.fit(np.ones((8, 4)), np.ones((8, 150)), verbose=0)
     zero(model.get_layer("a"), [0])
-    with pytest.warns(UserWarning, match="starts afresh: the state that Adafactor keeps"):
+    with pytest.warns(UserWarning, match="was reset: the state of Adafactor"):
         smaller = shrink(model)
     assert smaller.get_layer("a").units == 199
     smaller.fit(np.ones((8, 4)), np.ones((8, 150)), verbose=0)

@@ -94,7 +94,7 @@ def test_a_layer_keeps_at_least_one_unit():
     zero(model.layers[1], range(4))
     smaller, report = checked(model)
     assert widths(smaller) == {"d0": 1, "d1": 1, "out": 2}
-    assert row(report, "d1").kept == {"a layer keeps at least one": 1}
+    assert row(report, "d1").kept == {"a layer has at least one": 1}
 
 
 def test_inputs_and_outputs_keep_their_shapes():

@@ -124,7 +124,7 @@ def test_concatenation_of_positions_is_left_whole():
     zero(model.get_layer("b"), [0])
     smaller, report = checked(model)
     assert smaller.get_layer("a").filters == 3
-    assert report.not_followed == {"joined": "it does not concatenate channels"}
+    assert report.not_followed == {"joined": "it concatenates along another axis than the channels"}
 
 
 def test_a_channel_that_is_added_to_all_others_stays():

@@ -33,7 +33,7 @@ def test_nested_model_shrinks_inside(calls):
     else:
         assert widths(smaller) == {"first": 4, "last": 2}
         assert widths(smaller.get_layer("inner")) == {"wide": 4, "end": 4}
-        assert "smaller inside" in report.not_followed["inner"]
+        assert "shrunk inside" in report.not_followed["inner"]
 
 
 def test_nested_model_in_training_mode_stays_as_it_is():
