@@ -1,4 +1,4 @@
-"""Structures against loops in plain Python and against torch, and what `shrink` can remove."""
+"""Structures compared with loops in plain Python and with torch, and shrinking of whole filters."""
 
 import dataclasses
 import itertools
@@ -31,7 +31,7 @@ def kernel(values, mask=None, **kwargs):
 
 @pytest.mark.once
 def test_two_of_four_keep_the_largest_of_each_group_of_inputs():
-    column = [4, -3, 1, 2, 5, 7, -6, 8, 9, 1, 1]  # groups of 4, 4 and 3
+    column = [4, -3, 1, 2, 5, 7, -6, 8, 9, 1, 1]  # Groups of 4, 4 and 3.
     mask = update("large_final", {"k": kernel(np.array([column]).T)}, structure="2:4")["k"]
     assert mask[:8].ravel().tolist() == [1, 1, 0, 0, 0, 1, 0, 1]
     assert mask[8]
@@ -47,7 +47,7 @@ def test_blocks_of_a_matrix_are_ranked_by_average_or_maximum():
             [3, 3, 5, 0, 8],
         ]
     )
-    #  averages 2.25 4 1.5 | 3 2.5 8; maxima 9 4 2 | 3 5 8
+    # Averages 2.25 4 1.5 | 3 2.5 8, maxima 9 4 2 | 3 5 8.
     average = update("large_final", {"k": kernel(values)}, rate=0.5, structure="2x2")["k"]
     maximum = update(
         "large_final", {"k": kernel(values)}, rate=0.5, structure=structures.Blocks((2, 2), "max")
@@ -60,7 +60,7 @@ def test_blocks_of_a_matrix_are_ranked_by_average_or_maximum():
 def test_pruned_weights_do_not_affect_the_score_of_a_tile_and_stay_pruned():
     values, mask = [[9, 2], [1, 2]], [[0, 1], [1, 1]]
     pruned = update("large_final", {"k": kernel(values, mask)}, rate=0.5, structure="units")["k"]
-    np.testing.assert_array_equal(pruned, [[0, 1], [0, 1]])  # 1 against 2, not 5
+    np.testing.assert_array_equal(pruned, [[0, 1], [0, 1]])  # An average of 1 against 2, not 5.
     kept = update("large_final", {"k": kernel(values, mask)}, rate=0, structure="units")["k"]
     np.testing.assert_array_equal(kept, mask)
 
@@ -139,7 +139,7 @@ def kernels(draw):
     together=st.booleans(),
     seed=st.integers(0, 3),
 )
-def test_structures_are_loops_over_tiles(kernels, structure, percent, together, seed):
+def test_structures_agree_with_loops_over_tiles(kernels, structure, percent, together, seed):
     weights = {f"{i}": kernel for i, kernel in enumerate(kernels)}
     fixed = structure.kept is not None
     amount = {} if fixed else {"rate": percent / 100, "scope": "global" if together else "layer"}
@@ -184,7 +184,7 @@ def test_structures_are_loops_over_tiles(kernels, structure, percent, together, 
 @pytest.mark.once("tensorflow", "torch")  # Where torch is installed.
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("shape", [(7, 5), (3, 3, 4, 6)])
-def test_filters_by_magnitude_are_torchs_ln_structured(seed, shape):
+def test_filters_by_magnitude_agree_with_ln_structured_of_torch(seed, shape):
     torch = pytest.importorskip("torch")
     from torch.nn.utils import prune
 
@@ -245,7 +245,7 @@ def test_ties_are_broken_by_the_seed(structure, amount):
 
 
 @pytest.mark.once
-def test_each_of_a_tied_group_stays_equally_often():
+def test_tied_weights_of_a_group_are_kept_equally_often():
     weights = {"k": kernel(np.ones((4, 3000)))}
     mask = update("large_final", weights, structure="1:4")["k"]
     np.testing.assert_allclose(mask.mean(axis=1), 0.25, atol=0.04)
@@ -271,7 +271,7 @@ def test_rounds_of_rates_and_sparsities_count_tiles():
 @pytest.mark.once
 @pytest.mark.parametrize("name", BY_RECORDS)
 @pytest.mark.parametrize("structure", ["2:4", "filters", structures.Blocks((2, 2), "max")])
-def test_structures_work_with_all_criteria_of_records(name, structure):
+def test_structures_work_with_all_criteria_that_need_only_records(name, structure):
     rng = np.random.default_rng(0)
     weights = {
         path: Weights(
@@ -289,7 +289,7 @@ def test_structures_work_with_all_criteria_of_records(name, structure):
 
 
 @pytest.mark.once
-def test_what_a_structure_settles_itself_is_refused():
+def test_arguments_that_conflict_with_a_structure_are_refused():
     weights = {"k": kernel(np.ones((8, 8)))}
     for amount in ({"rate": 0.5}, {"sparsity": 0.5}, {"scope": "layer"}, {"distribution": "erk"}):
         with pytest.raises(ValueError, match=rf"Leave out: .*{next(iter(amount))}"):
@@ -351,7 +351,7 @@ def test_every_form_round_trips(identifier, expected):
         {"name": "filters", "size": 3},
     ],
 )
-def test_everything_but_a_structure_is_an_error_that_quotes_it(identifier):
+def test_errors_quote_identifiers_that_are_not_structures(identifier):
     with pytest.raises(ValueError, match=r"Received|Unknown structure|cannot be created"):
         structures.get(identifier)
 
@@ -406,7 +406,7 @@ def test_a_registered_class_works_by_name(registry):
 
 @pytest.mark.once
 @pytest.mark.parametrize("tile", [3, (1, 2), (1, 0, 1), (1, 1.5, 1)])
-def test_everything_but_a_tile_is_an_error_that_quotes_it(tile):
+def test_errors_quote_what_is_not_a_tile(tile):
     def odd(layout):
         return tile
 
@@ -417,7 +417,7 @@ def test_everything_but_a_tile_is_an_error_that_quotes_it(tile):
 # --------------------------------------------------------------------------------- on a model
 
 
-def test_input_axes_are_what_layers_sum_over():
+def test_input_axes_are_the_axes_that_layers_sum_over():
     zeros = {"kernel_initializer": "zeros"}
     made = [
         (layers.Dense(4, **zeros), (2, 8), (-2,)),
@@ -455,7 +455,7 @@ def test_shrink_removes_the_filters_that_were_pruned():
     pruner = LotteryTicketPruner(model)
     rates = {"head": 0.0, "default": 0.5}
     report = pruner.update_masks("large_init", rate=rates, structure="filters")
-    # The dense layers lose the inputs that the pruned filters and units were, too.
+    # The dense layers also lose the inputs that they read from pruned filters and units.
     assert [row.sparsity for row in report] == [0.5, 0.75, 0.5]
     small = ml.shrink(model)
     assert small.layers[0].filters == 4
@@ -467,7 +467,7 @@ def test_shrink_removes_the_filters_that_were_pruned():
     )
 
 
-def test_weights_without_such_tiles_are_not_changed_and_are_named(caplog):
+def test_weights_without_tiles_are_not_changed_and_are_logged(caplog):
     model = keras.Sequential(
         [keras.Input((5,)), layers.Embedding(8, 4, name="words"), layers.Dense(6, name="dense")]
     )
@@ -485,6 +485,6 @@ def test_weights_without_such_tiles_are_not_changed_and_are_named(caplog):
         LotteryTicketPruner(
             ml.convert_to_masked(keras.Sequential([keras.Input((5,)), layers.Embedding(8, 4)]))
         ).update_masks("large_init", structure="2:4")
-    # The next round finds as many as it may keep, so nothing changes.
+    # Each group already has as many weights as the next round keeps, so nothing changes.
     pruner.update_masks("small_init", structure="2:4")
     assert all((ml.get_masks(model)[path] == masks[path]).all() for path in masks)

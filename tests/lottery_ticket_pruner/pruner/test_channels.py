@@ -1,4 +1,4 @@
-"""Coupled channels of models: pruned by the pruner and by schedules, then removed by `shrink`."""
+"""Coupled channels, pruned by the pruner and by schedules, and removed by `shrink`."""
 
 import logging
 
@@ -16,7 +16,7 @@ X, Y = RNG.normal(size=(32, 8, 8, 3)).astype("float32"), RNG.integers(0, 4, size
 
 
 def network(shift=0.3):
-    """A small residual network with the shifts of a trained one."""
+    """Returns a small residual model whose normalization layers have random shifts."""
     keras.utils.set_random_seed(0)
     x = keras.Input((8, 8, 3))
     y = stream = layers.Conv2D(8, 3, padding="same", use_bias=False, name="stem")(x)
@@ -33,7 +33,7 @@ def network(shift=0.3):
 
 
 def checked(model):
-    """Shrinks the model and compares outputs, trained or not."""
+    """Shrinks a model and compares the outputs."""
     smaller, report = ml.shrink(model, return_report=True)
     expected = model.predict(X, verbose=0)
     got = smaller.predict(X, verbose=0)
@@ -47,7 +47,7 @@ def widths(report):
 
 @pytest.mark.parametrize("shift", [0.0, 0.3])
 @pytest.mark.parametrize("strategy", ["smallest_weights", "random", "snip"])
-def test_half_of_the_channels_is_removed_from_every_layer_that_is_joined(strategy, shift):
+def test_half_of_the_channels_are_removed_from_all_joined_layers(strategy, shift):
     model = network(shift)
     pruner = LotteryTicketPruner(model)
     pruner.update_masks(strategy, rate=0.5, structure="channels", data=(X, Y))
@@ -56,12 +56,12 @@ def test_half_of_the_channels_is_removed_from_every_layer_that_is_joined(strateg
     assert after["stem"] == after["out_0"] == after["out_1"]
     assert after["head"] == 4
     assert after["stem"] + after["in_0"] + after["in_1"] == 10
-    if strategy != "snip":  # which ranks all layers together
+    if strategy != "snip":  # It ranks all layers together.
         assert after["stem"] == 4
         assert after["in_0"] == after["in_1"] == 3
 
 
-def test_rounds_of_pruning_and_training_keep_what_shrink_gives():
+def test_shrink_removes_exactly_the_pruned_channels_after_rounds_of_training():
     model = network()
     pruner = LotteryTicketPruner(model)
     for _ in range(3):
@@ -71,7 +71,7 @@ def test_rounds_of_pruning_and_training_keep_what_shrink_gives():
         pruner.rewind()
     smaller, report = checked(model)
     total = sum(row.after for row in report if row.layer not in ("out_0", "out_1", "head"))
-    assert total == 7  # of 20: 14, 10, 7
+    assert total == 7  # Of 20 channels: 14, 10, 7.
     assert smaller.count_params() < model.count_params() / 3
 
 
@@ -98,7 +98,7 @@ def test_a_schedule_prunes_channels_while_the_model_trains():
     assert widths(report)["in_0"] == widths(report)["in_1"] == 3
 
 
-def test_a_schedule_beyond_the_limit_is_refused_before_the_training():
+def test_a_schedule_beyond_at_most_is_refused_before_training():
     schedule = {"name": "constant", "sparsity": 0.95}
     pruner = LotteryTicketPruner(network())
     with pytest.raises(ValueError, match=r"reaches a sparsity of 0.95, .* at most 0.9 of"):
@@ -121,7 +121,7 @@ def test_layers_that_stay_whole_are_named_before_anything_is_pruned(caplog):
     np.testing.assert_array_equal(np.sort(masks["b/kernel"].all(axis=0)), [False] * 3 + [True] * 3)
 
 
-def test_a_floor_that_holds_is_said(caplog):
+def test_families_limited_by_at_most_are_logged(caplog):
     model = network()
     pruner = LotteryTicketPruner(model)
     with caplog.at_level(logging.WARNING, "lottery_ticket_pruner"):
@@ -132,7 +132,7 @@ def test_a_floor_that_holds_is_said(caplog):
     )
 
 
-def test_a_subclassed_model_is_refused_and_its_shifts_are_mentioned(caplog):
+def test_a_subclassed_model_is_refused_and_its_kept_biases_are_logged(caplog):
     class Net(keras.Model):
         def __init__(self, **kwargs):
             super().__init__(**kwargs)
@@ -154,7 +154,7 @@ def test_a_subclassed_model_is_refused_and_its_shifts_are_mentioned(caplog):
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
-def test_a_budget_of_multiply_adds_is_what_the_smaller_model_has(scope):
+def test_the_smaller_model_meets_a_budget_of_multiply_adds(scope):
     model = network()
     pruner = LotteryTicketPruner(model)
     pruner.update_masks("smallest_weights", budget={"macs": 0.5}, structure="channels", scope=scope)

@@ -1,4 +1,4 @@
-"""Coupled channels on arrays, against a loop over channels."""
+"""Selection of coupled channels on arrays, compared with a loop over channels."""
 
 import dataclasses
 import types
@@ -21,7 +21,7 @@ class Family:
     made: dict
 
 
-# a and b are added up; c reads them flattened over two positions, and d reads c.
+# The outputs of a and b are added, c reads the sum flattened over two positions, and d reads c.
 JOINED = Family(
     ("a", "b"),
     5,
@@ -56,7 +56,7 @@ def request(**arguments):
 
 
 def members(family, channel):
-    """Yields (path, index) of every weight of a channel, one by one."""
+    """Yields (path, index) of every weight of a channel."""
     for path, axes in family.weights.items():
         for index in np.ndindex(SHAPES[path]):
             for axis, channels in axes.items():
@@ -84,7 +84,7 @@ POOLS = {
 
 
 @pytest.mark.parametrize("pooling", POOLS)
-def test_each_family_loses_its_weakest_channels_to_the_exact_count(pooling):
+def test_the_exact_count_of_lowest_channels_of_each_family_is_pruned(pooling):
     weights = kernels()
     masks = select(request(rate=0.4, structure=Channels(pooling=pooling)), weights, graph=GRAPH)
     expected = {path: np.ones(shape, bool) for path, shape in SHAPES.items()}
@@ -97,7 +97,7 @@ def test_each_family_loses_its_weakest_channels_to_the_exact_count(pooling):
         np.testing.assert_array_equal(mask, expected[path])
 
 
-def test_a_second_round_drops_of_what_is_kept_and_nothing_comes_back():
+def test_a_second_round_prunes_a_share_of_the_kept_channels_and_restores_none():
     first = select(request(rate=0.4), kernels(), graph=GRAPH)
     second = select(request(rate=0.4), kernels(masks=first), graph=GRAPH)
     counts = [[int(kept_channels(f, m).sum()) for f in FAMILIES] for m in (first, second)]
@@ -111,7 +111,7 @@ def test_a_sparsity_is_the_share_of_channels():
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_global_ranking_is_by_scores_over_the_mean_of_the_family(seed):
+def test_global_ranking_divides_scores_by_the_mean_of_the_family(seed):
     weights = kernels(seed)
     masks = select(request(rate=0.5, scope="global"), weights, graph=GRAPH)
     scores = [by_brute_force(weights, family, np.mean) for family in FAMILIES]
@@ -119,7 +119,7 @@ def test_global_ranking_is_by_scores_over_the_mean_of_the_family(seed):
         (value / values.mean(), number, channel)
         for number, values in enumerate(scores)
         for channel, value in enumerate(values)
-        if channel != values.argmax()  # at least one stays
+        if channel != values.argmax()  # At least one is kept.
     )
     gone = {(number, channel) for _, number, channel in ranked[:6]}  # floor(0.5 * 13)
     for number, family in enumerate(FAMILIES):
@@ -127,7 +127,7 @@ def test_global_ranking_is_by_scores_over_the_mean_of_the_family(seed):
         np.testing.assert_array_equal(kept_channels(family, masks), expected)
 
 
-def test_a_kernel_scaled_as_a_whole_changes_no_global_ranking():
+def test_scaling_a_kernel_does_not_change_the_global_ranking():
     weights = kernels()
     scaled = dict(weights)
     for path in ("c", "d"):
@@ -146,7 +146,7 @@ def test_a_kernel_scaled_as_a_whole_changes_no_global_ranking():
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
-def test_counts_are_rounded_up_to_multiples_and_one_channel_stays(scope):
+def test_counts_are_rounded_up_to_multiples_and_one_channel_is_kept(scope):
     masks = select(
         request(rate=0.7, scope=scope, structure=Channels(round_to=4)), kernels(), graph=GRAPH
     )
@@ -171,13 +171,13 @@ def test_at_most_holds_for_each_family():
         select(request(rate=0.6, structure=half, scope="global"), kernels(), graph=GRAPH)
 
 
-def test_a_layer_that_is_to_keep_all_keeps_the_family():
+def test_a_layer_with_a_rate_of_zero_keeps_its_family():
     rate = {"^b$": 0.0, "default": 0.5}
     masks = select(request(rate=rate), kernels(), graph=GRAPH)
     assert [int(kept_channels(family, masks).sum()) for family in FAMILIES] == [5, 4]
 
 
-def test_ties_go_by_the_seed_alone():
+def test_ties_are_broken_by_the_seed_alone():
     weights = {
         path: dataclasses.replace(kernel, current=np.ones_like(kernel.current))
         for path, kernel in kernels().items()
@@ -191,7 +191,7 @@ def test_ties_go_by_the_seed_alone():
     assert {int(flags.sum()) for flags in kept} == {4}
 
 
-def test_what_reads_a_pruned_filter_is_pruned_with_it():
+def test_weights_that_read_a_pruned_filter_are_pruned_with_it():
     weights = kernels()
     masks = {path: np.ones(shape, bool) for path, shape in SHAPES.items()}
     masks["a"][:, [0, 1]] = False  # b still makes both
@@ -205,7 +205,7 @@ def test_what_reads_a_pruned_filter_is_pruned_with_it():
     np.testing.assert_array_equal(new["c"][:, 0], np.arange(10) % 5 != 1)
 
 
-def test_what_makes_no_sense_is_an_error():
+def test_invalid_requests_raise():
     with pytest.raises(ValueError, match="finds no channels that can be removed"):
         select(request(rate=0.5), kernels())
     with pytest.raises(ValueError, match="Leave `distribution` out"):
@@ -218,12 +218,12 @@ def test_what_makes_no_sense_is_an_error():
 
 
 def macs(a, c):
-    """Multiply-adds with so many channels of the families."""
+    """Returns the multiply-adds for given numbers of channels of the families."""
     return 4 * a + 9 * 12 * a + 2 * a * c + 4 * c * 2
 
 
 @pytest.mark.parametrize("share", [0.9, 0.5, 0.25])
-def test_a_budget_of_multiply_adds_takes_the_fewest_channels_that_keep_it(share):
+def test_a_budget_of_multiply_adds_prunes_the_fewest_channels_that_meet_it(share):
     structure = Channels(at_most=0.8)
     masks = select(request(budget={"macs": share}, structure=structure), kernels(), graph=GRAPH)
     counts = [int(kept_channels(family, masks).sum()) for family in FAMILIES]
@@ -234,7 +234,7 @@ def test_a_budget_of_multiply_adds_takes_the_fewest_channels_that_keep_it(share)
     assert counts == max(fitting)
 
 
-def test_budgets_of_several_kinds_hold_together():
+def test_several_budgets_are_met_together():
     budget = {"macs": 0.9, "weights": 0.4}
     masks = select(request(budget=budget, scope="global"), kernels(), graph=GRAPH)
     a, c = (int(kept_channels(family, masks).sum()) for family in FAMILIES)
@@ -243,7 +243,7 @@ def test_budgets_of_several_kinds_hold_together():
     assert weights <= 0.4 * sum(np.prod(shape) for shape in SHAPES.values())
 
 
-def test_a_budget_that_cannot_be_met_or_makes_no_sense_is_an_error():
+def test_a_budget_that_is_invalid_or_cannot_be_met_raises():
     with pytest.raises(ValueError, match=r"cannot be met: .* are left"):
         select(request(budget={"macs": 0.01}), kernels(), graph=GRAPH)
     open_shape = types.SimpleNamespace(families=FAMILIES, positions={**POSITIONS, "b": None})

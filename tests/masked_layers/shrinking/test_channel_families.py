@@ -1,4 +1,4 @@
-"""Families of channels: what belongs to a channel, checked by what the model then reads."""
+"""Families of channels: pruning all weights of a channel must make the channel unread."""
 
 import keras
 import numpy as np
@@ -53,7 +53,7 @@ def recurrent():
 
 
 def text():
-    """Words of several lengths, read in both directions."""
+    """Returns a classifier of token sequences, with recurrent layers of both directions."""
     x = keras.Input((7,), dtype="int32")
     y = layers.Embedding(11, 6, mask_zero=True, name="words")(x)
     y = layers.Bidirectional(layers.LSTM(4, return_sequences=True), name="both")(y)
@@ -130,8 +130,8 @@ def test_families_are_the_layers_whose_channels_are_joined(make):
 
 
 @pytest.mark.parametrize("make", MODELS, ids=lambda make: make.__name__)
-def test_nothing_reads_a_channel_whose_weights_are_pruned(make):
-    """Whatever makes the channel takes other values, and the outputs do not change by a bit."""
+def test_no_layer_reads_a_channel_whose_weights_are_pruned(make):
+    """Changes the weights that make the channel: the outputs must stay bitwise equal."""
     model = randomized(make)
     dense = outputs(model)
     for family in channel_families(model).families:
@@ -139,7 +139,7 @@ def test_nothing_reads_a_channel_whose_weights_are_pruned(make):
         masks = get_masks(model)
         set_masks(model, without(model, family, channel))
         before = outputs(model)
-        assert np.abs(before - dense).max() > 1e-6  # the channel mattered
+        assert np.abs(before - dense).max() > 1e-6  # Pruning the channel changed the outputs.
         old = [keras.ops.convert_to_numpy(v) for v in model.weights]
         for name in family.layers:
             layer = model
@@ -175,7 +175,7 @@ def test_shrink_removes_all_of_a_pruned_channel(make):
         assert type(layer).__module__.startswith("keras.")
 
 
-def test_part_of_a_concatenation_is_a_family_of_its_own():
+def test_each_part_of_a_concatenation_is_a_separate_family():
     found = channel_families(randomized(concatenated))
     assert [family.layers for family in found.families] == [("a",), ("b",)]
     rows = [family.weights["mix/kernel"][2] for family in found.families]

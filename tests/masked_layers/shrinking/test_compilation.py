@@ -1,4 +1,4 @@
-"""The compilation of the smaller model and the state of its optimizer."""
+"""Compilation of the smaller model and the state of its optimizer."""
 
 import keras
 import numpy as np
@@ -19,8 +19,8 @@ OPTIMIZERS = {
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_training_goes_on_where_it_was(name):
-    """Both models train on, and end as one."""
+def test_training_continues_where_it_was(name):
+    """Trains both models further: they must end with equal outputs."""
     keras.utils.set_random_seed(0)
     x = keras.Input((6, 4))
     y = layers.Conv1D(6, 3, padding="same", name="a")(x)
@@ -46,7 +46,7 @@ def test_training_goes_on_where_it_was(name):
     for old, new in zip(model.optimizer.variables, smaller.optimizer.variables, strict=True):
         if old.shape == new.shape:
             np.testing.assert_array_equal(numpy(old), numpy(new))
-        assert np.isin(numpy(new), numpy(old)).all()  # cut out of it
+        assert np.isin(numpy(new), numpy(old)).all()  # A slice of the original.
     for each in (model, smaller):
         each.fit(*data, epochs=2, **options)
     expected = model.evaluate(*data, verbose=0, return_dict=True)
@@ -66,7 +66,7 @@ class Counted(keras.metrics.Metric):
         return self.width
 
 
-def test_what_cannot_be_compiled_again_is_not_compiled_and_says_so():
+def test_warns_and_leaves_the_model_uncompiled_if_it_cannot_be_compiled_again():
     model = dense_net(4, 2)
     model.compile("adam", lambda y, p: keras.ops.mean((y - p) ** 2))
     assert shrink(model).compiled
@@ -78,7 +78,7 @@ def test_what_cannot_be_compiled_again_is_not_compiled_and_says_so():
     smaller.fit(np.ones((4, 5)), np.ones((4, 2)), verbose=0)
 
 
-def test_an_optimizer_whose_state_cannot_be_cut_starts_afresh_and_says_so():
+def test_warns_and_resets_an_optimizer_whose_state_cannot_be_reduced():
     model = keras.Sequential([keras.Input((4,)), layers.Dense(200, name="a"), layers.Dense(150)])
     randomize(model)
     model.compile(keras.optimizers.Adafactor(0.01), "mse")

@@ -1,4 +1,4 @@
-"""Filters of convolutions, and constants that padding and layers without weights pass on."""
+"""Filters of convolutions, and constants that pass through padding and layers without weights."""
 
 import keras
 import numpy as np
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("nothing_drawn")
 
 
 @pytest.mark.parametrize("padding", ["valid", "same"])
-def test_zero_filters_go_whatever_the_padding(padding):
+def test_zero_filters_are_removed_for_every_padding(padding):
     model = conv_net(layers.ReLU(), padding=padding)
     zero(model.layers[0], [1, 2], bias=True)
     smaller, report = checked(model)
@@ -22,12 +22,12 @@ def test_zero_filters_go_whatever_the_padding(padding):
     assert row(report, "c0").constant == 2
 
 
-def test_non_zero_constant_stays_where_a_convolution_pads_zeros():
+def test_non_zero_constant_is_kept_if_a_convolution_pads_zeros():
     model = conv_net(padding="same")
     zero(model.layers[0], [1, 2])
     model.layers[0].bias.assign([1.0, 2.0, 0.0, 1.0])
     smaller, report = checked(model)
-    assert smaller.layers[0].filters == 3  # the constant 0 goes, the constant 2 stays
+    assert smaller.layers[0].filters == 3  # The constant 0 is removed, the constant 2 is kept.
     assert row(report, "c0").kept == {"a non-zero constant enters the zero padding of 'c1'": 1}
     assert "1 constant kept: a non-zero constant enters the zero padding of 'c1'" in str(report)
 
@@ -50,7 +50,7 @@ def test_non_zero_constant_moves_into_a_padded_convolution_of_one_tap():
     assert smaller.get_layer("c0").filters == 3
 
 
-def test_padded_convolution_that_ignores_the_constant_does_not_hold_it():
+def test_padded_convolution_that_does_not_read_a_constant_does_not_keep_it():
     model = conv_net(padding="same")
     zero(model.layers[0], [1])
     zero(model.layers[1], [1], axis=-2)
@@ -61,21 +61,21 @@ def test_padded_convolution_that_ignores_the_constant_does_not_hold_it():
 def test_batch_normalization_makes_the_constant():
     model = conv_net(layers.BatchNormalization(), layers.ReLU(), padding="valid")
     zero(model.layers[0], [1, 2])
-    zero(model.layers[1], [0], name="gamma")  # the output of BatchNormalization is beta
+    zero(model.layers[1], [0], name="gamma")  # The output of BatchNormalization is beta.
     smaller, report = checked(model)
     assert smaller.layers[0].filters == 1
     assert smaller.layers[1].moving_mean.shape == (1,)
     assert row(report, "c0").constant == 3
 
 
-def test_batch_normalization_lifts_a_zero_filter_before_a_padded_convolution():
+def test_batch_normalization_shifts_a_zero_filter_before_a_padded_convolution():
     norm = layers.BatchNormalization()
     model = conv_net(norm, layers.ReLU(), padding="same", bias=False, filters=(3, 3))
     zero(model.layers[0], [0, 1])
     norm.moving_mean.assign(np.zeros(3))
     norm.beta.assign([-1.0, 1.0, 1.0])
     smaller, _ = checked(model)
-    assert smaller.layers[0].filters == 2  # relu(-1) is 0 and goes; relu(1) is 1 and stays
+    assert smaller.layers[0].filters == 2  # relu(-1) = 0 is removed, relu(1) = 1 is kept.
 
 
 @pytest.mark.parametrize("multiplier", [1, 2])
@@ -94,19 +94,19 @@ def test_depthwise_convolution_follows_its_input(padding, multiplier):
     kernel[:, :, 3] = 0
     model.get_layer("dw").kernel.assign(kernel)
     smaller, report = checked(model)
-    # filter 0 is the constant 1 and 1 the constant 0; 3 varies, and the depthwise kernel drops it
+    # Filter 0 is the constant 1, filter 1 the constant 0. The depthwise kernel ignores filter 3.
     assert smaller.get_layer("c0").filters == {"valid": 1, "same": 2}[padding]
     left = {"valid": {}, "same": {"a non-zero constant enters the zero padding of 'dw'": 1}}
     assert row(report, "c0").kept == left[padding]
     assert smaller.get_layer("dw").depth_multiplier == multiplier
 
 
-def test_depthwise_channel_goes_only_if_all_it_makes_goes():
+def test_depthwise_channel_is_removed_only_if_all_of_its_outputs_are():
     x = keras.Input((7, 7, 2))
     y = layers.Conv2D(3, 3, name="c0")(x)
     y = layers.DepthwiseConv2D(3, depth_multiplier=2)(y)
     model = randomize(keras.Model(x, layers.Conv2D(3, 3, name="c1")(y)))
-    zero(model.get_layer("c1"), [0, 1, 2], axis=-2)  # both of channel 0, one of channel 1
+    zero(model.get_layer("c1"), [0, 1, 2], axis=-2)  # Both outputs of channel 0, one of channel 1.
     smaller, _ = checked(model)
     assert smaller.get_layer("c0").filters == 2
 
@@ -119,13 +119,15 @@ def test_separable_convolution(padding):
     model = randomize(keras.Model(x, layers.Conv2D(3, 3, name="c1")(y)))
     zero(model.get_layer("c0"), [0])
     zero(model.get_layer("s"), [1], name="depthwise_kernel", axis=-2)
-    zero(model.get_layer("s"), [4, 5], name="pointwise_kernel", axis=-2)  # what channel 2 makes
+    zero(
+        model.get_layer("s"), [4, 5], name="pointwise_kernel", axis=-2
+    )  # The outputs of channel 2.
     zero(model.get_layer("s"), [3], name="pointwise_kernel")
     smaller, _ = checked(model)
     assert widths(smaller) == {"c0": {"valid": 2, "same": 3}[padding], "s": 3, "c1": 3}
 
 
-def test_transposed_convolution_takes_only_zeros():
+def test_transposed_convolution_absorbs_only_zeros():
     x = keras.Input((5, 5, 2))
     y = layers.Conv2D(4, 3, name="c0")(x)
     y = layers.Conv2DTranspose(5, 3, strides=2, name="t")(y)
@@ -147,7 +149,7 @@ def test_causal_convolution_pads():
     assert smaller.get_layer("c0").filters == 3
 
 
-def test_zero_padding_layer_takes_only_zeros():
+def test_zero_padding_layer_passes_only_zeros():
     model = conv_net(layers.ZeroPadding2D(1, name="pad"))
     zero(model.layers[0], [0, 1])
     model.layers[0].bias.assign([0.0, 2.0, 1.0, 1.0])
@@ -173,14 +175,14 @@ def test_zero_padding_layer_takes_only_zeros():
     ids=lambda layer: type(layer).__name__,
 )
 def test_layer_passes_constants_on(inner):
-    inner = type(inner).from_config(inner.get_config())  # tests must not share layers
+    inner = type(inner).from_config(inner.get_config())  # Tests must not share layers.
     model = conv_net(inner)
     zero(model.layers[0], [0, 2])
     smaller, _ = checked(model)
     assert smaller.layers[0].filters == 2
 
 
-def test_prelu_with_a_slope_per_position_passes_only_what_is_positive():
+def test_prelu_with_a_slope_per_position_passes_only_positive_constants():
     model = conv_net(layers.PReLU())
     zero(model.layers[0], [0, 2])
     model.layers[0].bias.assign([1.0, 1.0, -1.0, 1.0])
@@ -207,7 +209,8 @@ def test_flatten_maps_a_channel_to_its_positions(data_format, flatten_format):
     kernel[np.flatnonzero(channel.ravel() == 3)[1:]] = 0
     model.get_layer("out").kernel.assign(kernel)
     if BACKEND == "tensorflow" and data_format == "channels_first":
-        smaller, _ = shrink(model, return_report=True)  # no such convolution on a CPU
+        # TensorFlow has no such convolution on a CPU, so outputs cannot be compared.
+        smaller, _ = shrink(model, return_report=True)
     else:
         smaller, _ = checked(model)
     assert smaller.get_layer("c0").filters == 2
@@ -236,7 +239,7 @@ def test_a_convolution_of_as_many_groups_as_inputs_is_depthwise():
     model = randomize(keras.Model(x, layers.Dense(2, name="out")(layers.Flatten()(y))))
     zero(model.get_layer("a"), [1], bias=True)
     kernel = numpy(model.get_layer("out").kernel).reshape(4, 4, 8, 2)
-    kernel[:, :, 2:4] = 0  # both outputs of the second group
+    kernel[:, :, 2:4] = 0  # Both outputs of the second group.
     model.get_layer("out").kernel.assign(kernel.reshape(-1, 2))
     smaller, report = checked(model)
     assert (smaller.get_layer("each").groups, smaller.get_layer("each").filters) == (3, 6)

@@ -1,4 +1,4 @@
-"""Kept weights that lead nowhere, against a search for paths in the bare masks."""
+"""Kept weights without effect, compared with a search for paths in the masks."""
 
 import keras
 import numpy as np
@@ -17,7 +17,7 @@ from masked_layers import (
 
 
 def on_a_path(masks):
-    """Returns which weights of a chain of kernels (inputs, outputs) lie on a path, one by one."""
+    """Returns which weights of a chain of kernels (inputs, outputs) lie on a path, by loops."""
     reached = [np.ones(masks[0].shape[0], bool)]
     for mask in masks:
         reached.append(np.array([any(reached[-1][mask[:, j]]) for j in range(mask.shape[1])]))
@@ -65,7 +65,7 @@ def test_dead_ends_of_a_sparse_lenet_are_found_and_removed(seed):
     assert f"effective sparsity {report.effective_sparsity:.2%}" in str(report)
     assert report.to_dict()["total"]["effective"] == total
     for path, mask in get_masks(model).items():
-        np.testing.assert_array_equal(mask, masks[path])  # only looked at
+        np.testing.assert_array_equal(mask, masks[path])  # The masks of the model are not changed.
 
     smaller, shrunk = shrink(model, return_report=True)
     units = [known.any(axis=0).sum() for known in expected[:2]]
@@ -83,7 +83,7 @@ def test_dead_ends_of_a_sparse_lenet_are_found_and_removed(seed):
     np.testing.assert_array_equal(keras.ops.convert_to_numpy(smaller(x)), after)
 
 
-def test_channels_of_convolutions_lead_through_normalization_and_pooling():
+def test_channels_of_convolutions_pass_through_normalization_and_pooling():
     keras.utils.set_random_seed(0)
     x = keras.Input((8, 8, 3))
     y = layers.Conv2D(6, 3, name="a")(x)
@@ -111,7 +111,7 @@ def test_a_dense_model_has_no_dead_ends_and_a_plain_report_does_not_count_them()
     assert "effective" not in plain.to_dict()["total"]
 
 
-def test_nothing_is_effective_where_a_layer_is_pruned_altogether():
+def test_no_weight_is_effective_if_a_layer_is_fully_pruned():
     model = lenet(0.5, 0)
     set_masks(model, {"b/kernel": np.zeros((300, 100), bool)})
     report = effective_sparsity(model)

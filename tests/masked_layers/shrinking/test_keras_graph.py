@@ -1,4 +1,4 @@
-"""Private parts of Keras' graph of operations, checked on the installed Keras."""
+"""Private names of Keras' graph of operations, checked against the installed Keras."""
 
 import keras
 import pytest

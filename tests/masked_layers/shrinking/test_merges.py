@@ -11,7 +11,7 @@ pytestmark = pytest.mark.usefixtures("nothing_drawn")
 
 
 @pytest.mark.parametrize("add", [add_layer, lambda a, b: a + b], ids=["layer", "operator"])
-def test_residual_addition_drops_only_what_all_branches_drop(add):
+def test_residual_addition_removes_only_channels_removed_in_all_branches(add):
     model = residual_net(add)
     zero(model.get_layer("stem"), [0, 1], bias=True)
     zero(model.get_layer("b1"), [1, 2], bias=True)
@@ -20,7 +20,7 @@ def test_residual_addition_drops_only_what_all_branches_drop(add):
     assert row(report, "b1").kept == {"joined with a channel that varies": 1}
 
 
-def test_residual_stream_that_only_feeds_itself_goes():
+def test_residual_stream_that_only_feeds_itself_is_removed():
     model = residual_net(add_layer)
     zero(model.get_layer("top"), [3], axis=-2)  # channel 3 of the stream is read only by b0 ...
     kernel = numpy(model.get_layer("b0").kernel)
@@ -33,7 +33,7 @@ def test_residual_stream_that_only_feeds_itself_goes():
     assert widths(smaller) == {"stem": 3, "b0": 4, "b1": 3, "top": 3}
 
 
-def test_what_is_written_to_a_stream_after_its_last_reader_goes():
+def test_filters_that_write_to_a_stream_after_its_last_reader_are_removed():
     x = keras.Input((6,))
     stream = layers.Dense(4, name="stem")(x)
     for block in "ab":
@@ -82,7 +82,7 @@ def test_other_merges(merge, as_operation):
     model = randomize(keras.Model(x, layers.Dense(2, name="out")(merged)))
     zero(model.get_layer("a"), [0, 1])
     zero(model.get_layer("b"), [0])
-    zero(model.get_layer("a"), [2], bias=True)  # zero times anything is zero
+    zero(model.get_layer("a"), [2], bias=True)  # Zero times anything is zero.
     smaller, report = checked(model)
     assert widths(smaller)["a"] == (2 if name == "multiply" else 3)
     assert report.not_followed == {}
@@ -108,7 +108,7 @@ def test_concatenation(as_operation):
     y = keras.ops.concatenate(parts, axis=-1) if as_operation else layers.Concatenate()(parts)
     model = randomize(keras.Model(x, layers.Conv2D(2, 3, name="c")(y)))
     zero(model.get_layer("a"), [1])
-    zero(model.get_layer("c"), [3, 6], axis=-2)  # the first input channel, and b's second
+    zero(model.get_layer("c"), [3, 6], axis=-2)  # The first input channel, and the second one of b.
     smaller, report = checked(model)
     assert widths(smaller) == {"a": 2, "b": 3, "c": 2}
     assert smaller.get_layer("c").kernel.shape == (3, 3, 2 + 2 + 3, 2)
@@ -127,7 +127,7 @@ def test_concatenation_of_positions_is_left_whole():
     assert report.not_followed == {"joined": "it concatenates along another axis than the channels"}
 
 
-def test_a_channel_that_is_added_to_all_others_stays():
+def test_a_channel_that_is_broadcast_to_all_others_is_kept():
     x = keras.Input((6,))
     a, b = layers.Dense(4, name="a")(x), layers.Dense(1, name="b")(x)
     model = randomize(keras.Model(x, layers.Dense(2, name="out")(layers.Add(name="sum")([a, b]))))

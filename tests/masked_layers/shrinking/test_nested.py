@@ -1,4 +1,4 @@
-"""Models inside models."""
+"""Nested models."""
 
 import keras
 import pytest
@@ -36,7 +36,7 @@ def test_nested_model_shrinks_inside(calls):
         assert "shrunk inside" in report.not_followed["inner"]
 
 
-def test_nested_model_in_training_mode_stays_as_it_is():
+def test_nested_model_in_training_mode_is_left_whole():
     inner = keras.Sequential(
         [
             keras.Input((4,)),

@@ -1,4 +1,4 @@
-"""Layers that are not followed: they and what they read are left whole, and the report says so."""
+"""Layers that are not followed: their inputs and outputs are left whole and reported."""
 
 import warnings
 
@@ -57,7 +57,7 @@ def test_unknown_layer_keeps_its_inputs_and_outputs_whole(layer):
         shrink(model)
 
 
-def test_no_warning_where_everything_is_followed():
+def test_no_warning_if_all_layers_are_followed():
     model = conv_net(layers.BatchNormalization(), layers.ReLU())
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
@@ -118,7 +118,7 @@ def test_call_in_training_mode_is_left_whole():
     assert_same_outputs(model, smaller)
 
 
-def test_positions_that_a_keras_mask_leaves_out_have_the_same_channels():
+def test_masked_positions_have_the_same_channels():
     x = keras.Input((5, 3))
     y = layers.Masking()(x)
     y = layers.Dense(4, name="a")(y)
@@ -218,7 +218,7 @@ def test_low_rank_adapted_layer_is_left_whole():
     assert report.not_followed == {"d1": "LoRA is enabled"}
 
 
-def test_preprocessing_layers_keep_what_they_learnt():
+def test_preprocessing_layers_keep_their_adapted_state():
     normalization = layers.Normalization(mean=None)
     normalization.adapt(np.random.default_rng(0).normal(3, 5, size=(50, 5)))
     model = keras.Sequential(

@@ -1,4 +1,4 @@
-"""Random nets: outputs stay the same, and nothing more can be removed."""
+"""Random models: outputs stay the same, and no further unit or filter can be removed."""
 
 import keras
 import numpy as np
@@ -15,12 +15,12 @@ BACKEND = keras.backend.backend()
 pytestmark = pytest.mark.usefixtures("nothing_drawn")
 
 
-# Nets are drawn inside the tests: Keras draws the seeds of initializers from `random`, which a
-# strategy may not use.
+# Models are created inside the tests, because Keras draws the seeds of initializers from `random`,
+# which Hypothesis strategies must not use.
 
 
 def draw_net(draw):
-    """A convolutional net with zeroed filters, odd statistics and biases that are not zero."""
+    """Returns a convolutional model with zeroed filters, random statistics and non-zero biases."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     padding = st.sampled_from(["same", "same", "valid"])
     activation = st.sampled_from(["linear", "relu", "tanh", "sigmoid"])
@@ -75,7 +75,7 @@ def draw_net(draw):
     for variable in model.weights:
         shape = tuple(variable.shape)
         value = rng.normal(size=shape) / np.sqrt(max(1, np.prod(shape[:-1]) if shape[1:] else 4))
-        for axis in (-1, -2)[: len(shape)]:  # whole outputs, whole inputs, single entries
+        for axis in (-1, -2)[: len(shape)]:  # Whole outputs, whole inputs, single entries.
             dead = rng.random(shape[axis]) < rng.choice([0, 0.3, 0.6])
             np.moveaxis(value, axis, 0)[dead] = 0
         value[rng.random(shape) < rng.choice([0, 0.3])] = 0
@@ -99,7 +99,7 @@ def test_random_nets_keep_their_outputs_and_shrink_no_further(data):
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="computes float64 in float32 here and there")
 @settings(max_examples=12)
 @given(st.data())
-def test_nothing_but_rounding_differs(data):
+def test_outputs_differ_only_by_rounding(data):
     keras.config.set_dtype_policy("float64")
     checked(draw_net(data.draw), tolerance=1e-12)
 
@@ -123,8 +123,8 @@ def draw_dense_net(draw):
 @given(st.data())
 def test_every_dense_unit_left_is_on_a_path_from_input_to_output(data):
     model = draw_dense_net(data.draw)
-    # Brute force: a unit counts if non-zero weights lead from an input to it and from it to an
-    # output. All others are constant or unread.
+    # Brute force: a unit is needed if it lies on a path of non-zero weights from an input to an
+    # output. All other units are constant or unread.
     kernels = [numpy(layer.kernel) != 0 for layer in model.layers]
     reached = [np.ones(3, bool)]
     for kernel in kernels:

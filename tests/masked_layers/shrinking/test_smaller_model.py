@@ -1,4 +1,4 @@
-"""Flags, names and state that a smaller model keeps, its report, and errors."""
+"""Flags, names and state of the smaller model, its report, and errors."""
 
 import keras
 import numpy as np
@@ -77,7 +77,7 @@ def test_smaller_model_saves_and_shrinks_no_further(tmp_path):
     assert widths(again) == widths(smaller)
 
 
-def test_functions_of_the_user_need_no_registration():
+def test_custom_functions_need_not_be_registered():
     x = keras.Input((5,))
     y = layers.Dense(4, swap_halves, name="a")(layers.Dense(3, "relu", name="b")(x))
     model = randomize(keras.Model(x, layers.Lambda(lambda z: z + 1)(y)))
@@ -86,7 +86,7 @@ def test_functions_of_the_user_need_no_registration():
     assert widths(smaller) == {"b": 2, "a": 4}
 
 
-def test_report_is_data():
+def test_report_converts_to_plain_data():
     model = dense_net(4, 3)
     zero(model.layers[0], [0])
     _, report = shrink(model, return_report=True)
