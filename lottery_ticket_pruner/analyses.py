@@ -16,7 +16,7 @@ import numpy as np
 
 import masked_layers as ml
 from lottery_ticket_pruner import optimizers, training
-from lottery_ticket_pruner.training import Augmentation, Examples, Listeners, TrainingPlan
+from lottery_ticket_pruner.training import ArrayDataset, Augmentation, Listeners, TrainingPlan
 from lottery_ticket_pruner.variables import read, variable_scope, widened
 from masked_layers import copying
 
@@ -176,7 +176,7 @@ def instability(
     plan = TrainingPlan(
         steps=steps, batch_size=batch_size, augment=augment, deterministic=deterministic
     )
-    examples = Examples.of(x, y, None, augment)
+    examples = ArrayDataset.of(x, y, None, augment)
     training.held_out(model, examples, "test_data", test_data)
     if metric is not None:
         _check_metric(metric, training.evaluate(model, *test_data))

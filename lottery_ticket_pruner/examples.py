@@ -1,7 +1,7 @@
-"""The earlier place of `Examples`: `lottery_ticket_pruner.training`."""
+"""The earlier place and name of `lottery_ticket_pruner.training.ArrayDataset`."""
 
 from lottery_ticket_pruner._moved import warn_of_earlier_place
-from lottery_ticket_pruner.training import Examples
+from lottery_ticket_pruner.training import ArrayDataset as Examples
 
 __all__ = ["Examples"]
 

@@ -52,6 +52,13 @@ _EARLIER = {
     "lottery_ticket_pruner.training.loops": "lottery_ticket_pruner.training",
     "masked_layers.shrinking.smaller_model": "masked_layers.shrinking",
 }
+# Public names that have changed, after their modules.
+_EARLIER_NAMES = {
+    "lottery_ticket_pruner.data.to_arrays": "lottery_ticket_pruner.data.arrays_of",
+    "lottery_ticket_pruner.training.dataset.ArrayDataset": (
+        "lottery_ticket_pruner.training.dataset.Examples"
+    ),
+}
 
 
 class UnidentifiedError(ValueError):
@@ -317,7 +324,8 @@ class _Hasher:
             yield from self._module(thing.__name__)
         elif callable(thing) and _is_known(thing):
             module = _EARLIER.get(_module_of(thing), _module_of(thing))
-            yield f"{module}.{getattr(thing, '__qualname__', _name(thing))}"
+            name = f"{module}.{getattr(thing, '__qualname__', _name(thing))}"
+            yield _EARLIER_NAMES.get(name, name)
         elif isinstance(thing, staticmethod | classmethod):
             yield type(thing).__name__
             yield self.digest(thing.__func__, where)

@@ -11,7 +11,7 @@ import numpy as np
 
 import masked_layers as ml
 from lottery_ticket_pruner import training, treatments
-from lottery_ticket_pruner.training import Augmentation, Examples, Listeners, TrainingPlan
+from lottery_ticket_pruner.training import ArrayDataset, Augmentation, Listeners, TrainingPlan
 from masked_layers import copying, learned, randomness
 
 WEIGHTS = ("initial", "signed_constant")
@@ -168,7 +168,7 @@ def learn_by_plan(
     """
     if not getattr(model, "compiled", False):
         raise ValueError(f"{model.name} is not compiled: call compile() before learn_supermask().")
-    examples = Examples.of(x, y, None, plan.training.augment)
+    examples = ArrayDataset.of(x, y, None, plan.training.augment)
     validation = training.held_out(model, examples, "validation_data", validation_data)
     training.held_out(model, examples, "test_data", test_data)
     own_optimizer = model.optimizer

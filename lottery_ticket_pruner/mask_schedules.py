@@ -30,7 +30,7 @@ from lottery_ticket_pruner import (
 from lottery_ticket_pruner.checks import is_integer
 from lottery_ticket_pruner.pruner import LotteryTicketPruner
 from lottery_ticket_pruner.records import is_masked
-from lottery_ticket_pruner.training import Examples
+from lottery_ticket_pruner.training import ArrayDataset
 from lottery_ticket_pruner.variables import variable_scope
 from masked_layers import randomness
 
@@ -417,7 +417,7 @@ class DynamicSparseTraining(MaskSchedule):
         _check_seed(seed)
         self.steps = steps
         self.growth = growth
-        self._examples = None if data is None else Examples.of(*data)
+        self._examples = None if data is None else ArrayDataset.of(*data)
         if self._examples is not None:
             self._data = (*self._examples.host, None)[:2]
         if frequency >= until * steps:
@@ -500,7 +500,7 @@ class DynamicSparseTraining(MaskSchedule):
                     variable.assign(zero_hold.zero_pruned(kept, variable))
                 ref.mask.value.assign(ops.reshape(mask, ref.variable.shape))
 
-    def _gradients(self, step: int, examples: Examples) -> dict[str, np.ndarray]:
+    def _gradients(self, step: int, examples: ArrayDataset) -> dict[str, np.ndarray]:
         size = len(examples)
         draw = randomness.stream("gradient batch", self.seed, step)
         chosen = draw.choice(size, min(self.batch_size, size), replace=False)

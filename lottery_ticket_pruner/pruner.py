@@ -185,7 +185,7 @@ class LotteryTicketPruner(plain_models.PlainPruning):
                 `"uniform"`, `"erk"`, or any other identifier for `distributions.get`.
             data: Data for criteria of gradients or activations: arrays `(x, y)` or
                 `(x, y, sample_weight)`, `x` alone if no targets are needed, or a data set of
-                batches, which is read into memory (see `training.arrays_of`). Other criteria
+                batches, which is read into memory (see `training.to_arrays`). Other criteria
                 ignore it.
 
         Returns:

@@ -14,7 +14,7 @@ from lottery_ticket_pruner.checks import is_number
 from lottery_ticket_pruner.overrides import freeze_at_zero, rescaling, state_restored
 from lottery_ticket_pruner.pruner import LotteryTicketPruner
 from lottery_ticket_pruner.records import is_masked
-from lottery_ticket_pruner.training import Arrays, Examples, engine_of
+from lottery_ticket_pruner.training import ArrayDataset, Arrays, engine_of
 
 _logger = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ def evaluate_grid(
     values = {
         name: {ref.path: WEIGHTS[name](initial[ref.path]) for ref in refs} for name in weights
     }
-    data = Examples.of(x, y)
+    data = ArrayDataset.of(x, y)
     rows = []
     emptied: dict[str, list[str]] = {}
     flags = dict.fromkeys([ref.mask for ref in refs], False)

@@ -34,7 +34,7 @@ from lottery_ticket_pruner.search_plans import (
     SearchPlan,
     Share,
 )
-from lottery_ticket_pruner.training import Augmentation, Examples, TrainingPlan, arrays_of, pair_of
+from lottery_ticket_pruner.training import ArrayDataset, Augmentation, TrainingPlan
 from lottery_ticket_pruner.variables import read
 from masked_layers import randomness
 from masked_layers.notices import warn_outside
@@ -141,7 +141,7 @@ def find_ticket(
             schedule starts at step 0.
         x: Training inputs in memory: an array, or a list or dict of arrays. Or inputs and targets
             together as a finite `tf.data.Dataset`, a `keras.utils.PyDataset` or a torch
-            `DataLoader` of batches, which is read into memory once (see `training.arrays_of`).
+            `DataLoader` of batches, which is read into memory once (see `training.to_arrays`).
         y: Training targets as arrays. None for such a data set, or if the model adds its loss
             itself.
         rounds: Number of pruning rounds after the dense run, at least 1.
@@ -189,7 +189,7 @@ def find_ticket(
             `sparsity` are given, a control is unknown, a weight to be reinitialized has no
             initializer, the checkpoint belongs to another search, the targets do not fit the loss,
             the validation or test data does not fit the model, or `update_masks` or
-            `training.arrays_of` refuses an argument. In that case no step is trained.
+            `training.to_arrays` refuses an argument. In that case no step is trained.
         OSError: If the folder of the checkpoint is in use by another process (a
             `FolderInUseError`), is removed in the meantime, or cannot be written.
     """
@@ -245,7 +245,8 @@ class SearchData:
             ValueError: If the data cannot be read, or targets that the loss needs are missing.
         """
         x, y = self.train
-        data = SearchData(arrays_of(x, y), pair_of(self.validation), pair_of(self.test))
+        pairs = map(training.pair_of, (self.validation, self.test))
+        data = SearchData(training.to_arrays(x, y), *pairs)
         if data.train[1] is None and model.loss is not None:
             raise ValueError(
                 f"The loss of {model.name} needs targets: pass `y`, or as `x` a tf.data.Dataset, "
@@ -280,7 +281,7 @@ def search(
     data = data.in_memory(model)
     if all(ref.mask is None for ref in ml.weight_refs(model)):
         model = ml.convert_to_masked(model)
-    examples = Examples.of(*data.train, None, plan.training.augment)
+    examples = ArrayDataset.of(*data.train, None, plan.training.augment)
     targets.check(model, *data.train)
     validation = training.held_out(model, examples, "validation_data", data.validation)
     training.held_out(model, examples, "test_data", data.test)
@@ -300,9 +301,9 @@ def search(
 
 def train_to_rewinding_point(
     model: keras.Model,
-    examples: Examples,
+    examples: ArrayDataset,
     plan: TrainingPlan,
-    validation: Examples | None = None,
+    validation: ArrayDataset | None = None,
     listeners: training.Listeners | None = None,
 ) -> training.History:
     """Trains a dense model to the rewinding point of all searches with the plan's seed.
@@ -333,8 +334,8 @@ class TicketSearch:
 
     model: keras.Model
     data: SearchData
-    examples: Examples
-    validation: Examples | None
+    examples: ArrayDataset
+    validation: ArrayDataset | None
     plan: SearchPlan
     listeners: Listeners
 
@@ -542,10 +543,10 @@ def _named(data: str, results: Mapping[str, Any]) -> dict[str, Any]:
 
 def _train_stretch(
     model: keras.Model,
-    examples: Examples,
+    examples: ArrayDataset,
     plan: TrainingPlan,
     stretch: tuple[str, int, str],
-    validation: Examples | None,
+    validation: ArrayDataset | None,
     listeners: training.Listeners | None,
 ) -> training.History:
     """Trains a stretch of a search, which is identified by its arm, its round and its stage.

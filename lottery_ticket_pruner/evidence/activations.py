@@ -14,7 +14,7 @@ import masked_layers as ml
 from lottery_ticket_pruner import _keras
 from lottery_ticket_pruner.evidence.differentiation import gradient
 from lottery_ticket_pruner.evidence.gradients import prunable_refs
-from lottery_ticket_pruner.training import Arrays, Examples, map_arrays
+from lottery_ticket_pruner.training import ArrayDataset, Arrays, map_arrays
 from masked_layers.maskable import raw_variable, weights_inside
 from masked_layers.masks import raw_view
 from masked_layers.paths import plain_class
@@ -64,7 +64,7 @@ def input_norms(model: keras.Model, x: Arrays, *, batch_size: int = 32) -> dict[
     """
     refs = prunable_refs(model)
     users = _users(model, {id(ref.variable) for ref in refs})
-    data = Examples.of(x)
+    data = ArrayDataset.of(x)
     ml.sync(model)
     sums = {id(ref.variable): np.zeros(ref.variable.shape, "float64") for ref in refs}
     # The scope discards everything that the forward passes would change.

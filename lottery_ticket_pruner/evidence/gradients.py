@@ -25,7 +25,7 @@ from lottery_ticket_pruner.evidence.differentiation import (
     twice_differentiable,
 )
 from lottery_ticket_pruner.overrides import attribute_replaced
-from lottery_ticket_pruner.training import Arrays, Examples, map_arrays
+from lottery_ticket_pruner.training import ArrayDataset, Arrays, map_arrays
 from masked_layers import WeightRef
 from masked_layers.compiled import kept_beside
 from masked_layers.masks import raw_view
@@ -153,11 +153,11 @@ class _Loss:
         self._cool_gradient = compiled(model, functools.partial(self._trace_gradient, _TEMPERATURE))
         self._cool_product = compiled(model, self._trace_product)
 
-    def gradients(self, data: Examples, batch_size: int) -> list[np.ndarray]:
+    def gradients(self, data: ArrayDataset, batch_size: int) -> list[np.ndarray]:
         """Returns the mean gradient over all examples."""
         return self._mean(self._gradient, data, batch_size)
 
-    def hessian_gradients(self, data: Examples, batch_size: int) -> list[np.ndarray]:
+    def hessian_gradients(self, data: ArrayDataset, batch_size: int) -> list[np.ndarray]:
         """Returns the mean Hessian times the mean gradient, both with divided logits."""
         direction = [
             ops.convert_to_tensor(array, dtype=ref.variable.dtype)
@@ -177,7 +177,7 @@ class _Loss:
         }
 
     def _mean(
-        self, function: Callable[..., Any], data: Examples, batch_size: int
+        self, function: Callable[..., Any], data: ArrayDataset, batch_size: int
     ) -> list[np.ndarray]:
         """Returns the mean of `function` over all batches, in float64.
 
@@ -187,7 +187,7 @@ class _Loss:
             return self._summed(function, data, batch_size)
 
     def _summed(
-        self, function: Callable[..., Any], data: Examples, batch_size: int
+        self, function: Callable[..., Any], data: ArrayDataset, batch_size: int
     ) -> list[np.ndarray]:
         weights = [effective_value(ref) for ref in self.refs]
         others = [variable.value for variable in self._others]
@@ -275,13 +275,13 @@ def effective_value(ref: WeightRef) -> Tensor:
 
 def _prepare(
     model: keras.Model, x: Arrays, y: Arrays, sample_weight: Arrays | None
-) -> tuple[_Loss, Examples]:
+) -> tuple[_Loss, ArrayDataset]:
     if not getattr(model, "compiled", False):
         raise ValueError(
             f"The model {model.name!r} is not compiled, so it has no loss to differentiate. Call "
             "`model.compile(loss=...)` first."
         )
-    data = Examples.of(x, y, sample_weight)
+    data = ArrayDataset.of(x, y, sample_weight)
     ml.sync(model)
     _keras.build_loss(model, data.take(slice(0, 1)))
     return _loss_of(model), data

@@ -13,7 +13,7 @@ from lottery_ticket_pruner.evidence.activations import input_norms
 from lottery_ticket_pruner.evidence.flow import SynapticFlow
 from lottery_ticket_pruner.evidence.gradients import hessian_gradients, loss_gradients
 from lottery_ticket_pruner.overrides import masks_replaced
-from lottery_ticket_pruner.training import arrays_of
+from lottery_ticket_pruner.training import to_arrays
 
 Source = Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
 
@@ -98,7 +98,7 @@ def differentiates(criterion: criteria.Criterion) -> bool:
 
 def _unpack(data: object) -> tuple[Any, Any, Any]:
     """Returns `(x, y, sample_weight)`. As in Keras, a list is several inputs, not a pair."""
-    parts = data if isinstance(data, tuple) else arrays_of(data)
+    parts = data if isinstance(data, tuple) else to_arrays(data)
     if not 1 <= len(parts) <= 3:
         raise ValueError(
             "`data` must be x, (x, y) or (x, y, sample_weight). "

@@ -36,7 +36,7 @@ from lottery_ticket_pruner.experiments.run_folder import RunFolder, command_of
 from lottery_ticket_pruner.experiments.workbench import compiled_network, make_deterministic
 from lottery_ticket_pruner.pruner import LotteryTicketPruner
 from lottery_ticket_pruner.tickets import train_to_rewinding_point
-from lottery_ticket_pruner.training import Examples, Listeners
+from lottery_ticket_pruner.training import ArrayDataset, Listeners
 from masked_layers.files import replacing
 
 _SHARES = (0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
@@ -294,7 +294,7 @@ class _Trainer:
                 ml.load_masks(self._model, config.masks_file(seed, stored))
                 self.masks[seed] = ml.get_masks(self._model)
         augment = networks.augmentation(chosen(config.network))
-        self._examples = Examples.of(data.x_train, data.y_train, None, augment)
+        self._examples = ArrayDataset.of(data.x_train, data.y_train, None, augment)
 
     def measure(
         self, seed: int, point: int, on_progress: Callable[[int], None]

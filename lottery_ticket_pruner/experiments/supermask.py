@@ -37,7 +37,7 @@ from lottery_ticket_pruner.experiments.workbench import compiled_network, make_d
 from lottery_ticket_pruner.learned import LearningPlan, learn_by_plan
 from lottery_ticket_pruner.pruner import LotteryTicketPruner
 from lottery_ticket_pruner.supermasks import WEIGHTS, evaluate_grid
-from lottery_ticket_pruner.training import Examples, Listeners
+from lottery_ticket_pruner.training import ArrayDataset, Listeners
 from masked_layers.files import replacing
 
 # Criteria that rank only recorded weights: all of Zhou et al.'s and the earlier library's.
@@ -301,7 +301,7 @@ def _untrained(
     plan = training_plan(config, seed)
     training.train_by_plan(
         model,
-        Examples.of(data.x_train, data.y_train, None, plan.augment),
+        ArrayDataset.of(data.x_train, data.y_train, None, plan.augment),
         plan,
         listeners=Listeners(on_progress=advance),
     )

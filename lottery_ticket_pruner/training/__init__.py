@@ -1,10 +1,13 @@
 """Training on data in memory, in compiled loops around the model's own step."""
 
+from typing import TYPE_CHECKING
+
+from lottery_ticket_pruner._moved import earlier_names
 from lottery_ticket_pruner.training.augmentation import Augmentation, CropAndFlip
-from lottery_ticket_pruner.training.dataset import Arrays, Examples, map_arrays
+from lottery_ticket_pruner.training.dataset import ArrayDataset, Arrays, map_arrays
 from lottery_ticket_pruner.training.engine import engine_of
 from lottery_ticket_pruner.training.engine_settings import EngineSettings, settings
-from lottery_ticket_pruner.training.loading import arrays_of, pair_of
+from lottery_ticket_pruner.training.loading import pair_of, to_arrays
 from lottery_ticket_pruner.training.loops import (
     History,
     batch_order,
@@ -17,15 +20,14 @@ from lottery_ticket_pruner.training.loops import (
 from lottery_ticket_pruner.training.plans import Listeners, TrainingPlan, check_integer
 
 __all__ = [
+    "ArrayDataset",
     "Arrays",
     "Augmentation",
     "CropAndFlip",
     "EngineSettings",
-    "Examples",
     "History",
     "Listeners",
     "TrainingPlan",
-    "arrays_of",
     "batch_order",
     "check_integer",
     "engine_of",
@@ -35,6 +37,10 @@ __all__ = [
     "map_arrays",
     "pair_of",
     "settings",
+    "to_arrays",
     "train",
     "train_by_plan",
 ]
+
+if not TYPE_CHECKING:  # Otherwise type checkers would accept every name.
+    __getattr__ = earlier_names(__name__, {"Examples": ArrayDataset, "arrays_of": to_arrays})

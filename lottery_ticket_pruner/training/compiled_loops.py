@@ -11,7 +11,7 @@ import numpy as np
 
 from lottery_ticket_pruner import _keras
 from lottery_ticket_pruner.training.augmentation import Augmentation
-from lottery_ticket_pruner.training.dataset import Arrays, Examples, map_arrays
+from lottery_ticket_pruner.training.dataset import ArrayDataset, Arrays, map_arrays
 from lottery_ticket_pruner.training.engine_settings import settings
 from masked_layers import paths
 
@@ -33,7 +33,7 @@ class Programs(Protocol):
     def kinds(self, steps: int) -> tuple[str, ...]:
         """Returns the kinds of loops suitable for a training of so many steps, best one first."""
 
-    def train(self, data: Examples, batches: np.ndarray, kind: str) -> None:
+    def train(self, data: ArrayDataset, batches: np.ndarray, kind: str) -> None:
         """Runs a step for each batch, and waits until the last one is done.
 
         Args:
@@ -43,7 +43,7 @@ class Programs(Protocol):
             kind: One of `kinds`.
         """
 
-    def evaluate(self, data: Examples, batch_size: int) -> dict[str, Any]:
+    def evaluate(self, data: ArrayDataset, batch_size: int) -> dict[str, Any]:
         """Returns the loss and the metrics."""
 
 
@@ -102,10 +102,10 @@ class _TensorFlowPrograms:
     def kinds(self, steps: int) -> tuple[str, ...]:
         return ("XLA", "graph") if self._by_xla and steps >= settings.xla_steps else ("graph",)
 
-    def train(self, data: Examples, batches: np.ndarray, kind: str) -> None:
+    def train(self, data: ArrayDataset, batches: np.ndarray, kind: str) -> None:
         self._train[kind](data.device, *_padded(batches), data.augment)
 
-    def evaluate(self, data: Examples, batch_size: int) -> dict[str, Any]:
+    def evaluate(self, data: ArrayDataset, batch_size: int) -> dict[str, Any]:
         sizes = (keras.ops.convert_to_tensor(size, "int32") for size in (len(data), batch_size))
         return self._evaluate(data.device, *sizes)
 
@@ -142,7 +142,7 @@ class _JaxPrograms:
     def kinds(self, steps: int) -> tuple[str, ...]:
         return () if self._slow else ("XLA",)
 
-    def train(self, data: Examples, batches: np.ndarray, kind: str) -> None:
+    def train(self, data: ArrayDataset, batches: np.ndarray, kind: str) -> None:
         import jax
 
         model = self._model
@@ -156,7 +156,7 @@ class _JaxPrograms:
             state = self._train(data.augment, state, data.device, *_padded(batches))
         _assign(groups, jax.block_until_ready(state))
 
-    def evaluate(self, data: Examples, batch_size: int) -> dict[str, Any]:
+    def evaluate(self, data: ArrayDataset, batch_size: int) -> dict[str, Any]:
         model = self._model
         _keras.build_loss(model, data.take(slice(0, 1)))
         model.reset_metrics()

@@ -26,7 +26,7 @@ def map_arrays(function: Callable[[Any], Any], arrays: Arrays) -> Arrays:
 
 
 @dataclasses.dataclass
-class Examples:
+class ArrayDataset:
     """A data set in memory: `(x,)`, `(x, y)` or `(x, y, sample_weight)`."""
 
     host: tuple[Arrays, ...]
@@ -39,7 +39,7 @@ class Examples:
         y: Arrays | None = None,
         sample_weight: Arrays | None = None,
         augment: Augmentation | None = None,
-    ) -> Examples:
+    ) -> ArrayDataset:
         """Creates a data set from the arrays that `fit` takes, with floats as in `floatx()`.
 
         Raises:

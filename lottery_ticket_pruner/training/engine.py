@@ -22,7 +22,7 @@ import numpy as np
 from lottery_ticket_pruner import _keras
 from lottery_ticket_pruner.targets import explained
 from lottery_ticket_pruner.training.compiled_loops import BLOCK, PROGRAMS, Programs
-from lottery_ticket_pruner.training.dataset import Examples
+from lottery_ticket_pruner.training.dataset import ArrayDataset
 from lottery_ticket_pruner.training.engine_settings import settings
 from masked_layers.compiled import kept_beside
 
@@ -69,7 +69,7 @@ class Engine:
 
     def train(
         self,
-        data: Examples,
+        data: ArrayDataset,
         rows: np.ndarray,
         batch_size: int,
         *,
@@ -113,7 +113,7 @@ class Engine:
                 rows = rows[used:]
         return _as_numbers(logs or self._model.get_metrics_result()) if logged else {}
 
-    def evaluate(self, data: Examples, batch_size: int | None = None) -> dict[str, Any]:
+    def evaluate(self, data: ArrayDataset, batch_size: int | None = None) -> dict[str, Any]:
         """Returns the loss and the compiled metrics over all examples, by name.
 
         Args:
@@ -142,12 +142,12 @@ class Engine:
         say_once(f"Evaluation goes through `evaluate`: {reason}.")
         return _as_numbers(results)
 
-    def _evaluation_batch(self, data: Examples) -> int:
+    def _evaluation_batch(self, data: ArrayDataset) -> int:
         inputs = getattr(self._model, "inputs", None)
         fixed = inputs[0].shape[0] if inputs else None
         return fixed or min(_EVALUATION_BATCH, max(1, int(_EVALUATION_BYTES / data.bytes_each)))
 
-    def _kinds(self, data: Examples, steps: int) -> tuple[str, ...]:
+    def _kinds(self, data: ArrayDataset, steps: int) -> tuple[str, ...]:
         """Returns the kinds of loops to try, best one first. Empty if only `fit` is possible."""
         reason = self._why_fit
         if reason is None and not isinstance(data.augment, Hashable):
@@ -160,7 +160,7 @@ class Engine:
     def _loop(
         self,
         programs: Programs,
-        data: Examples,
+        data: ArrayDataset,
         rows: np.ndarray,
         batch_size: int,
         race: _Race,
@@ -182,7 +182,7 @@ class Engine:
         return count * size
 
     def _begin(
-        self, programs: Programs, data: Examples, batch: np.ndarray, kinds: tuple[str, ...]
+        self, programs: Programs, data: ArrayDataset, batch: np.ndarray, kinds: tuple[str, ...]
     ) -> str:
         """Trains on one batch with the first kind of loop that can be compiled, or with `fit`."""
         step = int(self._model.optimizer.iterations)
@@ -205,7 +205,7 @@ class Engine:
         return kind
 
     def _fit(
-        self, data: Examples, rows: np.ndarray, batch_size: int, **kwargs: Any
+        self, data: ArrayDataset, rows: np.ndarray, batch_size: int, **kwargs: Any
     ) -> dict[str, Any]:
         """Trains through `fit`, and returns its logs."""
         examples = max(len(data), int(settings.part_bytes / data.bytes_each))
@@ -229,7 +229,7 @@ class Engine:
         return {name: values[-1] for name, values in logs.items()}
 
     def _try_fit(
-        self, data: Examples, rows: np.ndarray, batch_size: int, race: _Race
+        self, data: ArrayDataset, rows: np.ndarray, batch_size: int, race: _Race
     ) -> tuple[int, dict[str, Any]]:
         """Trains some steps through `fit` and measures them; returns the rows and the logs."""
         trial = max(settings.trial_steps, 4 * self._model.steps_per_execution)

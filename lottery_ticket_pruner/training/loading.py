@@ -12,7 +12,7 @@ import numpy as np
 from lottery_ticket_pruner.training.dataset import Arrays
 
 
-def arrays_of(x: object, y: Arrays | None = None) -> tuple[Arrays, Arrays | None]:
+def to_arrays(x: object, y: Arrays | None = None) -> tuple[Arrays, Arrays | None]:
     """Returns inputs and targets as arrays, either unchanged or read from a data set.
 
     As in `fit`, a data set consists of batches of `(inputs, targets)` or of inputs alone. They are
@@ -46,9 +46,9 @@ def pair_of(data: object) -> Sequence[Arrays] | None:
     """Returns `validation_data` as arrays. Tuples are returned unchanged, data sets are read.
 
     Raises:
-        ValueError: If `arrays_of` does not accept the data set.
+        ValueError: If `to_arrays` does not accept the data set.
     """
-    return data if data is None or isinstance(data, tuple | list) else arrays_of(data)
+    return data if data is None or isinstance(data, tuple | list) else to_arrays(data)
 
 
 def _is_dataset(x: object) -> bool:

@@ -11,7 +11,7 @@ import numpy as np
 from lottery_ticket_pruner import _keras
 from lottery_ticket_pruner.targets import explained
 from lottery_ticket_pruner.training.augmentation import Augmentation
-from lottery_ticket_pruner.training.dataset import Arrays, Examples
+from lottery_ticket_pruner.training.dataset import ArrayDataset, Arrays
 from lottery_ticket_pruner.training.engine import engine_of, say_once
 from lottery_ticket_pruner.training.plans import (
     EpochPlan,
@@ -103,7 +103,7 @@ def train(
     )
     if steps == 0:
         return History()
-    data = Examples.of(x, y, sample_weight, augment)
+    data = ArrayDataset.of(x, y, sample_weight, augment)
     validation = held_out(model, data, "validation_data", validation_data)
     listeners = Listeners(on_progress=on_progress, on_evaluation=on_evaluation)
     return train_by_plan(model, data, plan, validation, listeners)
@@ -111,9 +111,9 @@ def train(
 
 def train_by_plan(
     model: keras.Model,
-    data: Examples,
+    data: ArrayDataset,
     plan: TrainingPlan,
-    validation: Examples | None = None,
+    validation: ArrayDataset | None = None,
     listeners: Listeners | None = None,
 ) -> History:
     """Trains a model like `train`, with the arguments as a plan.
@@ -217,7 +217,7 @@ def fit(
         verbose=verbose,
         deterministic=deterministic,
     )
-    data = Examples.of(x, y, sample_weight)
+    data = ArrayDataset.of(x, y, sample_weight)
     validation = held_out(model, data, "validation_data", validation_data)
     slow = [type(callback).__name__ for callback in plan.callbacks if _acts_on_batches(callback)]
     if slow:
@@ -227,7 +227,7 @@ def fit(
 
 
 def _fit_by_keras(
-    model: keras.Model, data: Examples, plan: EpochPlan, validation: Examples | None
+    model: keras.Model, data: ArrayDataset, plan: EpochPlan, validation: ArrayDataset | None
 ) -> keras.callbacks.History:
     """Trains by the model's own `fit`, on the same batches as `_fit_in_loops`."""
     batches = _Batches(data, plan)
@@ -245,7 +245,7 @@ def _fit_by_keras(
 
 
 def _fit_in_loops(
-    model: keras.Model, data: Examples, plan: EpochPlan, validation: Examples | None
+    model: keras.Model, data: ArrayDataset, plan: EpochPlan, validation: ArrayDataset | None
 ) -> keras.callbacks.History:
     """Trains every epoch by the engine, and calls the callbacks."""
     batches = _Batches(data, plan)
@@ -331,12 +331,12 @@ def evaluate(
     """
     _check_compiled(model)
     check_validation_batch(batch_size)
-    return engine_of(model).evaluate(Examples.of(x, y, sample_weight), batch_size)
+    return engine_of(model).evaluate(ArrayDataset.of(x, y, sample_weight), batch_size)
 
 
 def held_out(
-    model: keras.Model, like: Examples, name: str, data: tuple[Arrays, ...] | None
-) -> Examples | None:
+    model: keras.Model, like: ArrayDataset, name: str, data: tuple[Arrays, ...] | None
+) -> ArrayDataset | None:
     """Converts validation or test data, and checks early what would fail after a training.
 
     Args:
@@ -356,7 +356,7 @@ def held_out(
             + (f"{len(data)} parts" if isinstance(data, tuple | list) else type(data).__name__)
         )
     try:
-        examples = Examples.of(*data)
+        examples = ArrayDataset.of(*data)
     except ValueError as error:
         raise ValueError(f"`{name}`: {error}") from error
     if examples.kinds != like.kinds and model.built:
@@ -371,7 +371,7 @@ def held_out(
     return examples
 
 
-def _run(model: keras.Model, examples: Examples) -> None:
+def _run(model: keras.Model, examples: ArrayDataset) -> None:
     """Runs the model and its loss on a batch, without changing either."""
     inputs = keras.tree.flatten(getattr(model, "inputs", None))
     x, *rest = examples.take(np.arange(inputs[0].shape[0] or 1 if inputs else 1) % len(examples))
@@ -391,7 +391,7 @@ class _Batches(keras.utils.PyDataset):
         plan: The training plan. The last batch may be smaller.
     """
 
-    def __init__(self, data: Examples, plan: EpochPlan) -> None:
+    def __init__(self, data: ArrayDataset, plan: EpochPlan) -> None:
         super().__init__()
         self._data = data
         self._batch_size = plan.batch_size

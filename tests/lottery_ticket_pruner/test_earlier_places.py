@@ -1,4 +1,4 @@
-"""Public names that have moved are still available at their old places, with a warning."""
+"""Public names that have moved or changed are still available as before, with a warning."""
 
 import sys
 
@@ -14,9 +14,8 @@ pytestmark = pytest.mark.once
     [
         ("activations", evidence, ["input_norms"]),
         ("augmentation", training, ["Augmentation", "CropAndFlip"]),
-        ("data", training, ["arrays_of", "pair_of"]),
+        ("data", training, ["pair_of"]),
         ("engine", training, ["engine_of"]),
-        ("examples", training, ["Examples"]),
         ("flow", evidence, ["SynapticFlow"]),
         ("gradients", evidence, ["hessian_gradients", "loss_gradients"]),
     ],
@@ -28,3 +27,27 @@ def test_an_earlier_place_warns_where_it_is_imported(place, new, names, monkeypa
         __import__(place)
     assert [warning.filename for warning in caught] == [__file__]
     assert all(getattr(sys.modules[place], name) is getattr(new, name) for name in names)
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "new"),
+    [
+        ("examples", "Examples", "ArrayDataset"),
+        ("data", "arrays_of", "to_arrays"),
+    ],
+)
+def test_an_earlier_name_warns_where_it_is_used(place, name, new, monkeypatch):
+    renamed = getattr(training, new)
+    message = f"`lottery_ticket_pruner.training.{name}` was renamed to `{new}`"
+    with pytest.warns(DeprecationWarning, match=message) as caught:
+        assert getattr(training, name) is renamed
+    assert [warning.filename for warning in caught] == [__file__]
+    assert name not in training.__all__
+    with pytest.raises(AttributeError, match="has no attribute 'other'"):
+        training.other  # noqa: B018
+
+    place = f"lottery_ticket_pruner.{place}"
+    monkeypatch.delitem(sys.modules, place, raising=False)
+    with pytest.warns(DeprecationWarning, match=f"{place}` will be removed"):
+        __import__(place)
+    assert getattr(sys.modules[place], name) is renamed

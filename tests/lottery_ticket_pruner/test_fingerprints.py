@@ -246,7 +246,8 @@ def test_what_has_moved_inside_the_library_keeps_its_name_in_fingerprints():
         CropAndFlip: "lottery_ticket_pruner.augmentation.CropAndFlip",
         GradualPruning: "lottery_ticket_pruner.callbacks.GradualPruning",
         masked_layers.shrink: "masked_layers.shrinking.shrink",
-        training.arrays_of: "lottery_ticket_pruner.data.arrays_of",
+        training.ArrayDataset: "lottery_ticket_pruner.training.dataset.Examples",
+        training.to_arrays: "lottery_ticket_pruner.data.arrays_of",
         training.train: "lottery_ticket_pruner.training.train",
     }
     for thing, name in names.items():

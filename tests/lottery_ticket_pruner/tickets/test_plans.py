@@ -23,7 +23,7 @@ from lottery_ticket_pruner.tickets import (
     search,
     train_to_rewinding_point,
 )
-from lottery_ticket_pruner.training import Examples, TrainingPlan
+from lottery_ticket_pruner.training import ArrayDataset, TrainingPlan
 from lottery_ticket_pruner.training.plans import EpochPlan
 from searches import SHORT, assert_equal, make_model
 
@@ -74,7 +74,7 @@ def test_a_front_takes_what_its_plans_hold_with_the_same_defaults(front, plans, 
 def test_what_a_checkpoint_is_compared_by_keeps_its_names(data):
     """Those in states on disk: another name, or one more, would refuse all of them."""
     plan = plan_of({"kept": "constant"}, augment=None)
-    examples = Examples.of(*data)
+    examples = ArrayDataset.of(*data)
     under_way = TicketSearch(
         make_model(), SearchData(data), examples, None, plan, Listeners()
     )  # fmt: skip
@@ -102,10 +102,10 @@ def test_the_rewinding_point_is_that_of_every_search_with_the_seed(data, masked)
     found = find_ticket(masked, *data, rounds=1, rewind_to=2, controls=(), seed=5, **SHORT)
     alone = make_model()
     plan = TrainingPlan(**SHORT | {"steps": 2}, seed=5)
-    train_to_rewinding_point(alone, Examples.of(*data), plan)
+    train_to_rewinding_point(alone, ArrayDataset.of(*data), plan)
     assert_equal(alone.get_weights(), found.initial_weights)
     other = make_model()
-    train_to_rewinding_point(other, Examples.of(*data), dataclasses.replace(plan, seed=6))
+    train_to_rewinding_point(other, ArrayDataset.of(*data), dataclasses.replace(plan, seed=6))
     assert (other.get_weights()[0] != found.initial_weights[0]).any()
 
 

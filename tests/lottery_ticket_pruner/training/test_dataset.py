@@ -8,7 +8,7 @@ import masked_layers as ml
 from lottery_ticket_pruner import LotteryTicketPruner, find_ticket, training
 from lottery_ticket_pruner.evidence import input_norms
 from lottery_ticket_pruner.learned import learn_supermask
-from lottery_ticket_pruner.training import Examples
+from lottery_ticket_pruner.training import ArrayDataset
 
 BACKEND = keras.backend.backend()
 X, Y = np.linspace(-1, 1, 30).reshape(10, 3), np.arange(10) % 2
@@ -72,7 +72,7 @@ def test_ragged_rows_are_refused_in_few_words():
             return np.array([[1.0, 2.0], [1.0]])
 
     with pytest.raises(ValueError, match=r"Expected arrays as y: .*inhomogeneous") as caught:
-        Examples.of(X, Ragged())
+        ArrayDataset.of(X, Ragged())
     assert len(str(caught.value)) < 400
 
 
@@ -80,17 +80,17 @@ def test_what_the_caller_made_infinite_is_left_alone():
     """Masking layers and custom losses may rely on such values, as in `fit`."""
     x = X.copy()
     x[0] = np.inf, -np.inf, np.nan
-    (given,) = Examples.of(x).host
+    (given,) = ArrayDataset.of(x).host
     np.testing.assert_array_equal(given, x.astype("float32"))
     x[1, 1] = 1e39
     with pytest.raises(ValueError, match="into float32"):
-        Examples.of(x)
+        ArrayDataset.of(x)
 
 
 @pytest.mark.parametrize("dtype", ["bool", "uint8", "int64", "float16", "float32", "float64"])
 def test_numbers_of_every_type_are_taken(dtype):
     given = np.ones((4, 2)).astype(dtype)
-    (taken,) = Examples.of(given).host
+    (taken,) = ArrayDataset.of(given).host
     assert taken.dtype == ("float32" if dtype.startswith("float") else dtype)
     np.testing.assert_array_equal(taken, given)
 
@@ -98,7 +98,7 @@ def test_numbers_of_every_type_are_taken(dtype):
 @pytest.mark.parametrize("texts", [np.array(["a", "b"]), np.array(["a", b"b"], object)])
 def test_texts_are_for_tensorflow(texts):
     if BACKEND == "tensorflow":
-        assert len(Examples.of(texts)) == 2
+        assert len(ArrayDataset.of(texts)) == 2
     else:
         with pytest.raises(ValueError, match="arrays of numbers"):
-            Examples.of(texts)
+            ArrayDataset.of(texts)

@@ -19,7 +19,7 @@ from loops import (
     with_own_loss,
 )
 from lottery_ticket_pruner import training
-from lottery_ticket_pruner.training import Examples, engine
+from lottery_ticket_pruner.training import ArrayDataset, engine
 
 BACKEND = keras.backend.backend()
 
@@ -193,7 +193,9 @@ def test_a_model_of_one_batch_size_is_evaluated_by_it():
 
 def test_evaluation_takes_fewer_of_large_examples():
     current = engine.engine_of(compiled(dense))
-    small, large = (Examples.of(np.zeros((4, size), "float32"), np.zeros(4)) for size in (6, 2**17))
+    small, large = (
+        ArrayDataset.of(np.zeros((4, size), "float32"), np.zeros(4)) for size in (6, 2**17)
+    )
     assert current._evaluation_batch(small) == 1000
     assert current._evaluation_batch(large) == 31  # targets take some bytes too
 

@@ -6,7 +6,7 @@ import pytest
 from keras import layers
 
 from lottery_ticket_pruner import find_ticket
-from lottery_ticket_pruner.training import arrays_of, pair_of
+from lottery_ticket_pruner.training import pair_of, to_arrays
 
 BACKEND = keras.backend.backend()
 RNG = np.random.default_rng(0)
@@ -55,7 +55,7 @@ def here(make):
 
 @pytest.mark.parametrize("make", [here(m) for m in (Batches, tensorflow_batches, torch_batches)])
 def test_batches_become_the_arrays_they_were_made_of(make):
-    for read in (arrays_of(make(X, Y)), pair_of(make(X, Y))):
+    for read in (to_arrays(make(X, Y)), pair_of(make(X, Y))):
         for array, wanted in zip(read, (X, Y), strict=True):
             np.testing.assert_array_equal(array, wanted)
             assert array.dtype == wanted.dtype
@@ -63,8 +63,8 @@ def test_batches_become_the_arrays_they_were_made_of(make):
 
 def test_arrays_stay_as_they_are():
     x = [X, {"a": X}]
-    assert arrays_of(x, Y) == (x, Y)
-    assert arrays_of(x) == (x, None)
+    assert to_arrays(x, Y) == (x, Y)
+    assert to_arrays(x) == (x, None)
     pair = (X, Y)
     assert pair_of(pair) is pair
     assert pair_of(None) is None
@@ -72,13 +72,13 @@ def test_arrays_stay_as_they_are():
 
 def test_an_epoch_is_read_once_and_structures_are_kept():
     dataset = Batches({"a": X, "b": [X[:, 0], X * 2]}, Y)
-    x, y = arrays_of(dataset)
+    x, y = to_arrays(dataset)
     assert (dataset.begun, dataset.ended) == (1, 1)
     np.testing.assert_array_equal(x["a"], X)
     np.testing.assert_array_equal(x["b"][0], X[:, 0])
     np.testing.assert_array_equal(x["b"][1], X * 2)
     np.testing.assert_array_equal(y, Y)
-    x, y = arrays_of(Batches(X))
+    x, y = to_arrays(Batches(X))
     np.testing.assert_array_equal(x, X)
     assert y is None
 
@@ -95,19 +95,19 @@ def test_an_epoch_is_read_once_and_structures_are_kept():
 )
 def test_data_that_cannot_be_read_is_refused(make, message):
     with pytest.raises(ValueError, match=message):
-        arrays_of(*make())
+        to_arrays(*make())
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="imports TensorFlow")
 def test_tensorflow_data_sets_without_end_batches_examples_or_targets():
     dataset = tensorflow_batches(X, Y)
     with pytest.raises(ValueError, match=r"is infinite.*Leave out `repeat\(\)`"):
-        arrays_of(dataset.repeat())
+        to_arrays(dataset.repeat())
     with pytest.raises(ValueError, match=r"shapes \[\(3,\), \(\)\]: batch the data set"):
-        arrays_of(dataset.unbatch())
+        to_arrays(dataset.unbatch())
     with pytest.raises(ValueError, match="has no batches"):
-        arrays_of(dataset.filter(lambda x, y: False))
-    x, y = arrays_of(dataset.map(lambda x, y: x))
+        to_arrays(dataset.filter(lambda x, y: False))
+    x, y = to_arrays(dataset.map(lambda x, y: x))
     np.testing.assert_array_equal(x, X)
     assert y is None
 
