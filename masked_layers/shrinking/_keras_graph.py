@@ -6,12 +6,15 @@ installed Keras.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
 import keras
 from keras.src.ops import nn as nn_operations
 from keras.src.ops import numpy as numpy_operations
+
+from masked_layers.paths import walk
 
 # The graph of a Functional model also contains operations that are not layers, whose classes have
 # no public names: `x + y` on symbolic tensors adds an `Add` operation.
@@ -22,6 +25,7 @@ DIVIDE = numpy_operations.TrueDivide
 MAXIMUM = numpy_operations.Maximum
 MINIMUM = numpy_operations.Minimum
 CONCATENATE = numpy_operations.Concatenate
+GET_ITEM = numpy_operations.GetItem
 ELEMENTWISE_OPERATIONS = (
     type(keras.activations.relu(keras.Input((1,)))._keras_history.operation),
     nn_operations.Elu,
@@ -58,3 +62,19 @@ def graph_calls(model: keras.Model) -> Iterator[GraphCall]:
 def carries_mask(tensor: keras.KerasTensor) -> bool:
     """Returns True if a symbolic tensor carries a Keras mask, as the output of `Masking` does."""
     return getattr(tensor, "_keras_mask", None) is not None
+
+
+@contextlib.contextmanager
+def calls_forgotten(layer: keras.Layer) -> Iterator[None]:
+    """Makes layers inside `layer` forget the symbolic calls of the scope.
+
+    Keras keeps a record of every symbolic call in the layer, and reads `layer.output` there. Graphs
+    that were made in the scope stay whole, as they have these records too.
+    """
+    parts = [part for _, part in walk(layer)]
+    before = [(len(part._inbound_nodes), len(part._outbound_nodes)) for part in parts]
+    try:
+        yield
+    finally:
+        for part, (inbound, outbound) in zip(parts, before, strict=True):
+            del part._inbound_nodes[inbound:], part._outbound_nodes[outbound:]

@@ -13,7 +13,7 @@ readers. `Flow.settle` then determines which slots are needed.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,6 +58,8 @@ class Reader:
             ones.
         fixed: Bool array of shape (inputs,), True where the input is a constant that can be moved
             into the bias exactly.
+        entry: The channels along the input axis of the kernel if they are not those of `source`,
+            but those of the first group of a grouped convolution.
     """
 
     source: Channels
@@ -65,6 +67,7 @@ class Reader:
     demand: np.ndarray
     gain: np.ndarray
     fixed: np.ndarray
+    entry: Channels | None = None
 
 
 @dataclass(frozen=True)
@@ -75,22 +78,41 @@ class Edit:
         slices: Weight -> {axis of the weight: the channels along it}. Weights are named by their
             attribute path from the layer, such as "kernel" or "cell.kernel".
         made: Channels that the layer makes. None if it passes on the channels of its input.
+        inner: Kind -> channels that the layer makes and reads itself, such as the heads of an
+            attention layer.
         widths: Key path in the layer's config -> the channels whose number is stored there.
         readers: The kernels with which the layer mixes channels. Constants in the source of the
             first one are moved into the layer's bias.
-        positions: Number of multiply-adds of each entry of its kernels for one example. None if
-            the shape is not fully known.
+        positions: Number of multiply-adds of each entry of its kernels for one example, or a dict
+            with this number for each kernel. None if the shape is not fully known.
+        scaled: Weight -> channels. The weight is multiplied by the square root of the share of
+            these channels that is kept.
     """
 
     slices: dict[str, dict[int, Channels]]
     made: Channels | None = None
+    inner: dict[str, Channels] = field(default_factory=dict)
     widths: dict[tuple[str | int, ...], Channels] = field(default_factory=dict)
     readers: tuple[Reader, ...] = ()
-    positions: int | None = 0
+    positions: int | dict[str, int | None] | None = 0
+    scaled: dict[str, Channels] = field(default_factory=dict)
 
-    def kernels(self) -> Iterator[tuple[str, dict[int, Channels]]]:
-        """Yields (name, axes) of the weights that are kernels: those used in multiply-adds."""
-        yield from ((name, axes) for name, axes in self.slices.items() if name.endswith("kernel"))
+    def kernels(self) -> Iterator[tuple[str, dict[int, Channels], int | None]]:
+        """Yields (name, slices, positions) of the weights that take part in multiply-adds."""
+        for name, axes in self.slices.items():
+            if name.endswith("kernel"):
+                places = self.positions
+                yield name, axes, places[name] if isinstance(places, dict) else places
+
+    def makes(self) -> Iterator[tuple[str, Channels]]:
+        """Yields (kind, channels) of all that the layer makes; the kind of its outputs is ""."""
+        if self.made is not None:
+            yield "", self.made
+        yield from self.inner.items()
+
+    def reads(self, channels: Channels) -> bool:
+        """Returns whether these, and not equal ones, are channels that the layer reads."""
+        return any(channels is x for reader in self.readers for x in (reader.source, reader.entry))
 
 
 @dataclass(frozen=True)
@@ -102,12 +124,14 @@ class Call:
         inputs: The tensors among its arguments.
         output: The first tensor that it returns.
         args: All positional arguments.
+        kwargs: All keyword arguments.
     """
 
     operation: Any
     inputs: list[keras.KerasTensor]
     output: keras.KerasTensor
     args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def axis(self) -> int:
@@ -138,8 +162,10 @@ class Flow:
         tensors: id of a symbolic tensor -> its channels.
         edits: id of an operation -> (operation, the changes that its channels require).
         names: id of an operation -> its name; "nested/name" inside a nested model.
-        graphs: id of the model or of a nested model -> its graph.
-        entered: ids of the nested models whose channels were followed.
+        graphs: id of the model, of a nested model or of a composite layer -> its graph.
+        composites: ids of the composite layers in `graphs`.
+        opaque: id of a composite layer without a graph -> the reason.
+        entered: ids of the nested models and composite layers whose channels were followed.
         not_followed: Operation name -> why its inputs and outputs are left whole.
         pinned: Slot -> why it is kept even if no layer reads it.
         lost: Slot -> where its value stops being constant.
@@ -150,6 +176,8 @@ class Flow:
     edits: dict[int, tuple[Any, Edit]] = field(default_factory=dict)
     names: dict[int, str] = field(default_factory=dict)
     graphs: dict[int, keras.Model] = field(default_factory=dict)
+    composites: set[int] = field(default_factory=set)
+    opaque: dict[int, str] = field(default_factory=dict)
     entered: set[int] = field(default_factory=set)
     not_followed: dict[str, str] = field(default_factory=dict)
     pinned: dict[int, str] = field(default_factory=dict)

@@ -10,7 +10,7 @@ import keras
 import numpy as np
 
 from masked_layers.inspection import WeightRef, weight_refs
-from masked_layers.shrinking.channels import Channels, Edit, Flow
+from masked_layers.shrinking.channels import Edit, Flow
 from masked_layers.shrinking.following import OUTPUT, follow, variable_of
 
 
@@ -24,6 +24,8 @@ class ChannelFamily:
 
     Attributes:
         layers: Names of the layers that make the channels, in the order of the graph.
+        kind: "" for outputs of the layers; "heads", "key_dim" or "value_dim" (the width of queries
+            and keys, of values), or "head_dim" (both) for what an attention layer has inside.
         size: Number of channels.
         weights: Path of a maskable weight -> {axis: int array with the channel of each index along
             the axis, or -1 for indices that do not belong to this family}.
@@ -31,6 +33,7 @@ class ChannelFamily:
     """
 
     layers: tuple[str, ...]
+    kind: str
     size: int
     weights: Mapping[str, Mapping[int, np.ndarray]]
     made: Mapping[str, int]
@@ -85,8 +88,8 @@ def channel_families(model: keras.Model) -> ChannelFamilies:
     ]
     members, whole = _members(flow, edits)
     families = [
-        ChannelFamily(tuple(edits[i][0] for i in positions), len(roots), weights, made)
-        for (positions, roots), (weights, made) in zip(
+        ChannelFamily(tuple(edits[i][0] for i, _ in makers), makers[0][1], len(roots), *found)
+        for (makers, roots), found in zip(
             members.items(), _weights_of(flow, edits, members), strict=True
         )
     ]
@@ -96,16 +99,16 @@ def channel_families(model: keras.Model) -> ChannelFamilies:
         whole={name: reason for name, reason in whole.items() if reason != OUTPUT},
         not_followed=flow.not_followed,
         positions={
-            named[name].path: edit.positions
+            named[name].path: positions
             for _, edit, named in edits
-            for name, _ in edit.kernels()
+            for name, _, positions in edit.kernels()
             if name in named
         },
     )
 
 
-# Indices of the layers of a family in the list of edits -> the roots of its channels.
-_Members = dict[tuple[int, ...], list[int]]
+# (index in the list of edits, kind) of all that makes a family -> the roots of its channels.
+_Members = dict[tuple[tuple[int, str], ...], list[int]]
 
 # The name of a layer, its edit, and its prunable weights by name.
 _Named = tuple[str, Edit, dict[str, WeightRef]]
@@ -114,17 +117,18 @@ _Named = tuple[str, Edit, dict[str, WeightRef]]
 def _members(flow: Flow, edits: Sequence[_Named]) -> tuple[_Members, dict[str, str]]:
     """Returns the families, and why the other channels must stay, by the layer that makes them."""
     stays = _stays(flow, edits)
-    makers: dict[int, list[int]] = {}  # Root -> indices of the layers that make it.
+    makers: dict[int, list[tuple[int, str]]] = {}  # by root
     whole: dict[str, str] = {}
     for position, (name, edit, _) in enumerate(edits):
-        for root in () if edit.made is None else flow.roots(edit.made.slots).tolist():
-            if root in stays:
-                whole.setdefault(name, stays[root])
-            else:
-                makers.setdefault(root, []).append(position)
+        for kind, channels in edit.makes():
+            for root in flow.roots(channels.slots).tolist():
+                if root in stays:
+                    whole.setdefault(name, stays[root])
+                else:
+                    makers.setdefault(root, []).append((position, kind))
     members: _Members = {}
-    for root, positions in makers.items():
-        members.setdefault(tuple(dict.fromkeys(positions)), []).append(root)
+    for root, found in makers.items():
+        members.setdefault(tuple(dict.fromkeys(found)), []).append(root)
     return dict(sorted(members.items())), whole
 
 
@@ -152,7 +156,7 @@ def _weights_of(
                     weights.setdefault(ref.path, {})[axis % rank] = np.where(
                         numbers == number, along, -1
                     )
-                    makes = position in layers[number] and not _reads(edit, channels)
+                    makes = position in dict(layers[number]) and not edit.reads(channels)
                     if makes and axis % rank in outputs:
                         made[ref.path] = axis % rank
     return found
@@ -174,19 +178,15 @@ def _stays(flow: Flow, edits: Sequence[_Named]) -> dict[int, str]:
     stays = {flow.root(slot): reason for slot, reason in flow.pinned.items()}
     stays[0] = "joined with channels that are left whole"
     for name, edit, named in edits:
-        reading = [
-            key for key, axes in edit.slices.items() if any(_reads(edit, c) for c in axes.values())
-        ]
-        if edit.readers and not all(key in named for key in reading):
-            reason = f"'{name}', whose weights have no mask, reads it"
-            for root in flow.roots(edit.readers[0].source.slots).tolist():
-                stays.setdefault(root, reason)
-        if edit.made is not None and not (named and all(key in named for key, _ in edit.kernels())):
-            for root in flow.roots(edit.made.slots).tolist():
+        for key, axes in edit.slices.items():
+            for channels in axes.values():
+                if edit.reads(channels) and key not in named:
+                    reason = f"'{name}', whose weights have no mask, reads it"
+                    for root in flow.roots(channels.slots).tolist():
+                        stays.setdefault(root, reason)
+        if named and all(key in named for key, *_ in edit.kernels()):
+            continue
+        for _, channels in edit.makes():
+            for root in flow.roots(channels.slots).tolist():
                 stays.setdefault(root, f"'{name}', whose weights have no mask, makes it")
     return stays
-
-
-def _reads(edit: Edit, channels: Channels) -> bool:
-    """Returns True if these are the channels that a layer reads from its input."""
-    return bool(edit.readers) and channels is edit.readers[0].source

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from functools import reduce
 from typing import Any
 
 import keras
 
 from masked_layers.maskable import raw_variable
-from masked_layers.paths import plain_class
-from masked_layers.shrinking import _keras_graph, kernel_rules  # noqa: F401 (fills RULES)
+from masked_layers.paths import plain_class, walk
+from masked_layers.shrinking import (  # noqa: F401 (they fill RULES)
+    _keras_graph,
+    attention_rules,
+    keras_hub_rules,
+    kernel_rules,
+)
 from masked_layers.shrinking.channels import WHOLE, Call, CannotFollow, Channels, Flow
-from masked_layers.shrinking.rules import MASKED_POSITIONS, RULES, WITH_NUMBERS
+from masked_layers.shrinking.composites import inner_graph, is_composite
+from masked_layers.shrinking.rules import MASKED_POSITIONS, WITH_ARGUMENTS, rule_of
 
 OUTPUT = "an output of the model"
 NESTED = "nested model called more than once: shrunk inside, but its inputs and outputs stay whole"
@@ -65,10 +70,7 @@ def follow(model: keras.Model) -> Flow:
             built.
     """
     flow = Flow()
-    for part, graph, name in _graphs(model, ""):
-        flow.graphs[id(part)] = graph
-        for operation, *_ in _keras_graph.graph_calls(graph):
-            flow.names.setdefault(id(operation), name + operation.name)
+    _add_graphs(flow, model, graph_of(model), "")
     obstacles = _obstacles(flow)
     whole = [WHOLE] * len(flow.graphs[id(model)].inputs)
     for channels in _through(flow, flow.graphs[id(model)], whole, obstacles):
@@ -88,15 +90,26 @@ def variable_of(operation: Any, name: str) -> keras.Variable | None:
     return raw_variable(reduce(getattr, owners, operation), last)
 
 
-def _graphs(model: keras.Model, prefix: str) -> Iterator[tuple[keras.Model, keras.Model, str]]:
-    """Yields (model, its graph, prefix of names in it) for a model and all nested models."""
-    graph = graph_of(model)
-    yield model, graph, prefix
-    seen = set()
-    for operation, *_ in _keras_graph.graph_calls(graph):
-        if type(operation) in (keras.Sequential, type(graph)) and id(operation) not in seen:
-            seen.add(id(operation))
-            yield from _graphs(operation, f"{prefix}{operation.name}/")
+def _add_graphs(flow: Flow, model: keras.Layer, graph: keras.Model, prefix: str) -> None:
+    """Notes the graph of a model, and those of models and other layers of layers inside it."""
+    flow.graphs[id(model)] = graph
+    calls = list(_keras_graph.graph_calls(graph))
+    for operation, args, kwargs, _ in calls:
+        flow.names.setdefault(id(operation), prefix + operation.name)
+        if id(operation) in flow.graphs:
+            continue
+        if type(operation) in (keras.Sequential, type(graph)):
+            inner = graph_of(operation)
+        elif rule_of(operation) is None and is_composite(operation):
+            try:
+                inner = inner_graph(operation, args, kwargs)
+            except CannotFollow as reason:
+                flow.opaque[id(operation)] = str(reason)
+                continue
+            flow.composites.add(id(operation))
+        else:
+            continue
+        _add_graphs(flow, operation, inner, f"{prefix}{operation.name}/")
 
 
 def _through(
@@ -121,9 +134,9 @@ def _through(
                 found = [flow.tensors[id(x)] for x in inputs]
                 results = _through(flow, inner, found, obstacles)
             else:
-                followed = RULES[plain_class(operation)](
-                    flow, Call(operation, inputs, outputs[0], args)
-                )
+                follow_rule = rule_of(operation)
+                assert follow_rule is not None  # Otherwise it has an obstacle.
+                followed = follow_rule(flow, Call(operation, inputs, outputs[0], args, kwargs))
                 results = [followed] * len(outputs)
         except CannotFollow as reason:
             flow.leave_whole(operation, inputs, str(reason))
@@ -140,10 +153,15 @@ def _obstacles(flow: Flow) -> dict[int, str]:
     for operation, args, kwargs, _ in calls:
         tensors = keras.tree.flatten(args)
         cls = plain_class(operation)
-        obstacle = None
-        if not (all(map(_is_tensor, tensors)) or cls in WITH_NUMBERS) or not all(
-            value is None or value is False
-            for value in keras.tree.flatten(_besides_mask(operation, kwargs))
+        obstacle = flow.opaque.get(id(operation))
+        if obstacle:
+            pass
+        elif not (cls in WITH_ARGUMENTS or id(operation) in flow.composites) and not (
+            all(map(_is_tensor, tensors))
+            and all(
+                value is None or value is False
+                for value in keras.tree.flatten(_besides_mask(operation, kwargs))
+            )
         ):
             obstacle = "called with arguments other than tensors"
         elif cls not in MASKED_POSITIONS and any(
@@ -154,19 +172,25 @@ def _obstacles(flow: Flow) -> dict[int, str]:
             # If another call has another obstacle, the model cannot be made smaller inside either.
             if times[id(operation)] > 1:
                 obstacle = obstacles.get(id(operation), NESTED)
-        elif cls not in RULES:
+        elif rule_of(operation) is None:
             obstacle = f"unknown class {cls.__name__}"
         elif times[id(operation)] > 1 and (
             len(getattr(operation, "weights", ())) > 0 or cls is keras.layers.Reshape
         ):
             obstacle = f"called {times[id(operation)]} times"
-        elif getattr(operation, "quantization_mode", None):
+        elif _any_inside(operation, "quantization_mode"):
             obstacle = "quantized"
-        elif getattr(operation, "lora_enabled", False):
+        elif _any_inside(operation, "lora_enabled"):
             obstacle = "LoRA is enabled"
         if obstacle:
             obstacles[id(operation)] = obstacle
     return obstacles
+
+
+def _any_inside(operation: Any, attribute: str) -> bool:
+    """Returns whether the attribute of a layer, or of one inside it, is true."""
+    parts = [part for _, part in walk(operation)] if isinstance(operation, keras.Layer) else []
+    return any(getattr(part, attribute, None) for part in parts)
 
 
 def _besides_mask(operation: Any, kwargs: dict[str, Any]) -> dict[str, Any]:

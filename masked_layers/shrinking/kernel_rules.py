@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -24,12 +25,12 @@ from masked_layers.shrinking.channels import (
 )
 from masked_layers.shrinking.rules import (
     CUSTOM_ACTIVATION,
-    ELEMENTWISE,
     MIXING,
     apply,
     array,
     border,
     depthwise,
+    is_elementwise,
     pads,
     rule,
 )
@@ -44,8 +45,11 @@ def _mix(
     reads: np.ndarray,
     gain: np.ndarray,
     slices: Callable[[Channels], dict[str, dict[int, Channels]]],
-    width: str,
-    padded: bool = False,
+    width: tuple[str | int, ...],
+    lost: str | None = None,
+    *,
+    entry: Channels | None = None,
+    places: int | None = -1,
 ) -> Channels:
     """Follows a layer that computes `activation(input * kernel + bias)`.
 
@@ -58,14 +62,15 @@ def _mix(
         gain: Array of shape (inputs, outputs): the response to a constant input of one, away from
             the border.
         slices: Function from the output channels to `Edit.slices` of all weights except the bias.
-        width: Key of the number of outputs in the layer's config.
-        padded: Whether zeros are added at the border, so that only constants of zero can be moved
-            into the bias exactly.
+        width: Key path of the number of outputs in the layer's config.
+        lost: Why only constants of zero can be moved into the bias exactly. None if all can.
+        entry: As in `Reader`.
+        places: Number of multiply-adds of each kernel entry. -1 for the positions of the output.
     """
     layer = call.operation
     constant = ~np.isnan(source.constants)
-    fixed = constant & (source.constants == 0) if padded else constant
-    flow.lose(source.slots[constant & ~fixed & reads.any(axis=1)], border(layer))
+    fixed = constant & (source.constants == 0) if lost else constant
+    flow.lose(source.slots[constant & ~fixed & reads.any(axis=1)], lost or "")
     demand = reads & ~fixed[:, None]
     values = constant_shift(source.constants, gain, fixed)
     if layer.bias is not None:
@@ -73,22 +78,24 @@ def _mix(
     values[demand.any(axis=0)] = VARIES
 
     slots = flow.new_slots(reads.shape[1])
-    followed = layer.activation is None or layer.activation in ELEMENTWISE
+    followed = layer.activation is None or is_elementwise(layer.activation)
     if followed:
         activation = layer.activation or keras.activations.linear
         values = apply(activation, values, call.output.dtype)
     target = Channels(source.axis, slots, values)
-    reader = Reader(source, target, demand, gain, fixed)
+    reader = Reader(source, target, demand, gain, fixed, entry)
     weights = slices(target) | {"bias": {0: target}}
-    # A transposed convolution applies its kernel once per position of its input.
-    tensor = call.inputs[0] if isinstance(layer, _TRANSPOSED) else call.output
-    places = positions(tensor, source.axis)
-    flow.edit(call, Edit(weights, target, {(width,): target}, (reader,), places))
+    if places == -1:
+        # A transposed convolution applies its kernel once per position of its input.
+        tensor = call.inputs[0] if isinstance(layer, _TRANSPOSED) else call.output
+        places = positions(tensor, source.axis)
+    widths = {width: target}
+    flow.edit(call, Edit(weights, target, widths=widths, readers=(reader,), positions=places))
     if followed:
         return target
     flow.pin(target, f"the activation of '{layer.name}' reads all channels")
     if layer.activation not in MIXING:
-        flow.not_followed[layer.name] = CUSTOM_ACTIVATION
+        flow.not_followed[flow.names[id(layer)]] = CUSTOM_ACTIVATION
     return WHOLE
 
 
@@ -102,8 +109,52 @@ def _dense(flow: Flow, call: Call) -> Channels:
         kernel != 0,
         kernel,
         lambda out: {"kernel": {0: source, 1: out}},
-        "units",
+        ("units",),
     )
+
+
+@rule(layers.EinsumDense)
+def _einsum_dense(flow: Flow, call: Call) -> Channels:
+    layer = call.operation
+    operands, outputs = layer.equation.replace(" ", "").split("->")
+    inputs, kernel = operands.split(",")
+    made = [label for label in outputs.replace(".", "") if label not in inputs]
+    if len(made) != 1 or made[0] not in kernel:
+        raise CannotFollow("its outputs have more or fewer axes of their own than one")
+    axis = _labelled_axis(outputs, made[0], call.output)
+    read = [label for label in kernel if label in inputs and label not in outputs]
+    where = {_labelled_axis(inputs, label, call.inputs[0]): label for label in read}
+    known = flow.tensors[id(call.inputs[0])].axis
+    if not where or known not in (None, *where):
+        raise CannotFollow("it sums over other axes than that of the channels")
+    source = flow.channels(call, max(where) if known is None else known)
+    if layer.bias is not None and layer.bias_axes != made[0]:
+        raise CannotFollow("its bias has other axes than that of its outputs")
+    rows, columns = kernel.index(where[source.axis]), kernel.index(made[0])
+    weights = np.moveaxis(array(layer.kernel), (rows, columns), (-2, -1))
+    others = tuple(range(weights.ndim - 2))
+    between = {_labelled_axis(inputs, label, call.inputs[0]) for label in kernel if label in inputs}
+    places = [size for i, size in enumerate(call.inputs[0].shape) if i not in {0, *between}]
+    target = _mix(
+        flow,
+        call,
+        source,
+        (weights != 0).any(others),
+        weights.sum(others, dtype="float64"),
+        lambda out: {"kernel": {rows: source, columns: out}},
+        ("output_shape", outputs.replace("...", "").index(made[0]) - ("..." not in outputs)),
+        f"'{layer.name}' cannot be given a bias for a constant",
+        places=None if None in places else math.prod(places),
+    )
+    return target if target is WHOLE else target.with_constants(target.constants, axis)
+
+
+def _labelled_axis(labels: str, label: str, tensor: keras.KerasTensor) -> int:
+    """Returns the axis of a tensor that a letter of an einsum equation names."""
+    before, dots, after = labels.partition("...")
+    if label in before or not dots:
+        return before.index(label)
+    return len(tensor.shape) - len(after) + after.index(label)
 
 
 @rule(layers.Conv1D, layers.Conv2D, layers.Conv3D)
@@ -112,19 +163,52 @@ def _convolution(flow: Flow, call: Call) -> Channels:
     source, kernel = flow.channels(call, call.axis), array(layer.kernel)
     if layer.groups == len(source.slots) > 1:
         return depthwise(flow, call, source, kernel, grouped=True)
-    if layer.groups != 1:
-        raise CannotFollow("grouped convolution")
     taps = tuple(range(kernel.ndim - 2))
+    reads, gain = (kernel != 0).any(taps), kernel.sum(taps, dtype="float64")
+    if layer.groups > 1:
+        return _grouped(flow, call, source, reads, gain)
     return _mix(
         flow,
         call,
         source,
-        (kernel != 0).any(taps),
-        kernel.sum(taps, dtype="float64"),
+        reads,
+        gain,
         lambda out: {"kernel": {-2: source, -1: out}},
-        "filters",
-        padded=pads(layer),
+        ("filters",),
+        border(layer) if pads(layer) else None,
     )
+
+
+def _grouped(
+    flow: Flow, call: Call, source: Channels, reads: np.ndarray, gain: np.ndarray
+) -> Channels:
+    """Follows a grouped convolution: all groups keep the same places among their channels.
+
+    Args:
+        flow: The analysis.
+        call: The call of the layer.
+        source: The layer's input channels, those of each group side by side.
+        reads: Bool (inputs of a group, outputs of all groups), as for `_mix`.
+        gain: As for `_mix`, of the same shape.
+    """
+    layer = call.operation
+    groups, (inputs, outputs) = layer.groups, reads.shape
+    of_group = np.repeat(np.arange(groups), outputs // groups)
+    between = np.repeat(np.arange(groups), inputs)[:, None] == of_group
+    reads, gain = (np.where(between, np.tile(part, (groups, 1)), 0) for part in (reads, gain))
+    entry = Channels(source.axis, source.slots[:inputs], source.constants[:inputs])
+    for group in range(1, groups):
+        flow.join(entry.slots, source.slots[group * inputs : (group + 1) * inputs])
+
+    def slices(out: Channels) -> dict[str, dict[int, Channels]]:
+        for group in range(1, groups):
+            part = slice(group * outputs // groups, (group + 1) * outputs // groups)
+            flow.join(out.slots[: outputs // groups], out.slots[part])
+        return {"kernel": {-2: entry, -1: out}}
+
+    reads = reads.astype(bool)
+    reason = border(layer) if pads(layer) else None
+    return _mix(flow, call, source, reads, gain, slices, ("filters",), reason, entry=entry)
 
 
 @rule(*_TRANSPOSED)
@@ -138,8 +222,9 @@ def _transposed_convolution(flow: Flow, call: Call) -> Channels:
         (kernel != 0).any(taps).T,
         kernel.sum(taps, dtype="float64").T,
         lambda out: {"kernel": {-1: source, -2: out}},
-        "filters",
-        padded=True,  # The number of taps in the sum of an output depends on its position.
+        ("filters",),
+        # The number of taps in the sum of an output depends on its position.
+        border(call.operation),
     )
 
 
@@ -162,8 +247,8 @@ def _separable_convolution(flow: Flow, call: Call) -> Channels:
             "depthwise_kernel": {-2: source},
             "pointwise_kernel": {-2: between, -1: out},
         },
-        "filters",
-        padded=pads(layer),
+        ("filters",),
+        border(layer) if pads(layer) else None,
     )
 
 
@@ -213,7 +298,7 @@ def _units(
         if (gates := _GATES.get(plain_class(layer))) is None:
             raise CannotFollow(f"unknown class {plain_class(layer).__name__} inside it")
         functions = (layer.cell.activation, getattr(layer.cell, "recurrent_activation", None))
-        if any(f is not None and f not in ELEMENTWISE for f in functions):
+        if any(f is not None and not is_elementwise(f) for f in functions):
             raise CannotFollow(CUSTOM_ACTIVATION)
         if layer.stateful:
             raise CannotFollow("it is stateful")
@@ -249,19 +334,21 @@ def _units(
             Reader(target, target, between, np.zeros(between.shape), np.zeros(units, bool)),
         ]
     steps = call.inputs[0].shape[1]
-    flow.edit(call, Edit(weights, target, dict.fromkeys(widths, target), tuple(readers), steps))
+    flow.edit(call, Edit(weights, target, {}, dict.fromkeys(widths, target), tuple(readers), steps))
     return target
 
 
 # -- tables
 
 
-@rule(layers.Embedding)
+@rule(layers.Embedding, layers.ReversibleEmbedding)
 def _embedding(flow: Flow, call: Call) -> Channels:
     layer = call.operation
+    if len(layer.weights) > 1:
+        raise CannotFollow("its outputs have a table of their own")
     if flow.tensors[id(call.inputs[0])].axis is not None:
         raise CannotFollow("it looks up values that another layer computes")
     axis, size = len(call.output.shape) - 1, layer.output_dim
     target = Channels(axis, flow.new_slots(size), np.full(size, VARIES))
-    flow.edit(call, Edit({"embeddings": {1: target}}, target, {("output_dim",): target}))
+    flow.edit(call, Edit({"embeddings": {1: target}}, target, widths={("output_dim",): target}))
     return target

@@ -17,6 +17,7 @@ import keras
 import numpy as np
 from keras import layers
 
+from masked_layers.paths import plain_class
 from masked_layers.shrinking import _keras_graph
 from masked_layers.shrinking.channels import (
     VARIES,
@@ -31,6 +32,8 @@ from masked_layers.shrinking.channels import (
 
 Rule = Callable[[Flow, Call], Channels]
 RULES: dict[type, Rule] = {}
+# By "package.class", of packages that this one does not depend on.
+FOREIGN_RULES: dict[str, Rule] = {}
 
 
 def rule(*classes: type) -> Callable[[Rule], Rule]:
@@ -46,6 +49,23 @@ def rule(*classes: type) -> Callable[[Rule], Rule]:
     return register
 
 
+def foreign_rule(*names: str) -> Callable[[Rule], Rule]:
+    """Lists a function as the rule of the classes of another package, as "package.class"."""
+
+    def register(function: Rule) -> Rule:
+        FOREIGN_RULES.update(dict.fromkeys(names, function))
+        return function
+
+    return register
+
+
+def rule_of(operation: Any) -> Rule | None:
+    """Returns the rule of an operation by its class, or None."""
+    cls = plain_class(operation)
+    package = cls.__module__.partition(".")[0]
+    return RULES.get(cls) or FOREIGN_RULES.get(f"{package}.{cls.__name__}")
+
+
 def array(variable: keras.Variable) -> np.ndarray:
     """Returns a copy of a variable's value.
 
@@ -59,13 +79,47 @@ def _activations(names: str) -> set[Callable[..., Any]]:
     return {function for function in found if function is not None}
 
 
+_OPERATORS = (
+    _keras_graph.ADD,
+    _keras_graph.DIVIDE,
+    _keras_graph.MAXIMUM,
+    _keras_graph.MINIMUM,
+    _keras_graph.MULTIPLY,
+    _keras_graph.SUBTRACT,
+)
 ELEMENTWISE = _activations(
     "celu elu exponential gelu hard_shrink hard_sigmoid hard_silu hard_tanh leaky_relu linear"
     " log_sigmoid mish relu relu6 selu sigmoid silu soft_shrink softplus softsign sparse_plus"
     " sparse_sigmoid squareplus tanh tanh_shrink threshold"
 )
 MIXING = _activations("glu log_softmax softmax sparsemax")
-CUSTOM_ACTIVATION = "its activation is not Keras' own and may mix channels"
+CUSTOM_ACTIVATION = "its activation may mix channels"
+
+
+def is_elementwise(activation: Callable[..., Any]) -> bool:
+    """Returns whether a function computes each entry from the same entry of its input.
+
+    Of a function that is not Keras' own, the graph of its operations tells.
+    """
+    if activation in ELEMENTWISE or activation in MIXING:
+        return activation in ELEMENTWISE
+    try:
+        inputs = keras.Input((3,))
+        graph = keras.Model(inputs, activation(inputs))
+    except Exception:
+        return False
+    return all(
+        type(operation) in {*_keras_graph.ELEMENTWISE_OPERATIONS, *_OPERATORS}
+        and all(
+            x.shape == inputs.shape if isinstance(x, keras.KerasTensor) else _is_number(x)
+            for x in keras.tree.flatten((args, kwargs))
+        )
+        for operation, args, kwargs, _ in _keras_graph.graph_calls(graph)
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or isinstance(value, (bool, int, float, np.number))
 
 
 def apply(function: Callable[..., Any], constants: np.ndarray, dtype: str) -> np.ndarray:
@@ -112,7 +166,7 @@ def depthwise(
         grouped: Whether the layer is a plain convolution with as many groups as inputs.
     """
     layer = call.operation
-    if layer.activation is not None and layer.activation not in ELEMENTWISE:
+    if layer.activation is not None and not is_elementwise(layer.activation):
         raise CannotFollow(CUSTOM_ACTIVATION)
     kernel = kernel.reshape(-1, kernel.shape[-2] * kernel.shape[-1])  # (taps, outputs)
     multiplier = kernel.shape[-1] // len(source.slots)
@@ -196,7 +250,7 @@ def _elementwise(flow: Flow, call: Call) -> Channels:
 
 @rule(layers.Activation)
 def _activation(flow: Flow, call: Call) -> Channels:
-    if call.operation.activation in ELEMENTWISE:
+    if is_elementwise(call.operation.activation):
         return _elementwise(flow, call)
     if call.operation.activation in MIXING:
         return _reads_all(flow, call)
@@ -301,6 +355,28 @@ def _reshape(flow: Flow, call: Call) -> Channels:
     raise CannotFollow("it splits channels")
 
 
+@rule(_keras_graph.GET_ITEM)
+def _get_item(flow: Flow, call: Call) -> Channels:
+    source, key = flow.tensors[id(call.inputs[0])], call.args[1]
+    if source.axis is None:
+        return source
+    items = list(key) if isinstance(key, (tuple, list)) else [key]
+    if not all(isinstance(x, (int, slice)) or x in (None, Ellipsis) for x in items):
+        raise CannotFollow("it takes entries by an array")
+    rank, own = len(call.inputs[0].shape), sum(x not in (None, Ellipsis) for x in items)
+    where = items.index(Ellipsis) if Ellipsis in items else len(items)
+    items[where : where + 1] = [slice(None)] * (rank - own)
+    before = axis = 0  # of the input, of the output
+    for item in items:
+        if before == source.axis and item is not None:
+            if item != slice(None):
+                raise CannotFollow("it takes some of the channels")
+            break
+        before += item is not None
+        axis += not isinstance(item, int)
+    return source.with_constants(source.constants, axis)
+
+
 @rule(layers.Permute)
 def _permute(flow: Flow, call: Call) -> Channels:
     source = flow.tensors[id(call.inputs[0])]
@@ -395,14 +471,12 @@ rule(layers.Minimum, _keras_graph.MINIMUM)(_merge(lambda values: reduce(np.minim
 rule(layers.Average)(_merge(lambda values: np.mean(values, axis=0)))
 rule(_keras_graph.DIVIDE)(_merge(lambda values: np.full_like(values[0], VARIES)))
 
-# Operators that may be called with a tensor and a number.
-WITH_NUMBERS = {
-    _keras_graph.ADD,
-    _keras_graph.DIVIDE,
-    _keras_graph.MAXIMUM,
-    _keras_graph.MINIMUM,
-    _keras_graph.MULTIPLY,
-    _keras_graph.SUBTRACT,
+# Operations whose rule checks all arguments of the call, not only its tensors.
+WITH_ARGUMENTS = {
+    layers.GroupQueryAttention,
+    layers.MultiHeadAttention,
+    _keras_graph.GET_ITEM,
+    *_OPERATORS,
 }
 
 # Layers whose inputs may carry a Keras mask: masked positions have the same channels as others.
@@ -412,9 +486,12 @@ MASKED_POSITIONS = {
     layers.Bidirectional,
     layers.Dense,
     layers.Dropout,
+    layers.EinsumDense,
     layers.GRU,
     layers.GlobalAveragePooling1D,
+    layers.GroupQueryAttention,
     layers.LSTM,
+    layers.MultiHeadAttention,
     layers.ReLU,
     layers.SimpleRNN,
     layers.SpatialDropout1D,

@@ -28,10 +28,10 @@ from masked_layers.conversion import strip_masks
 from masked_layers.copying import as_in_use, copy_assets, in_use_by_name
 from masked_layers.layers import MaskedLayer
 from masked_layers.paths import walk
-from masked_layers.shrinking.channels import Edit, Flow, Reader, constant_shift
+from masked_layers.shrinking.channels import Channels, Edit, Flow, Reader, constant_shift
 from masked_layers.shrinking.compilation import compile_like
 from masked_layers.shrinking.following import follow
-from masked_layers.shrinking.rules import RULES, array
+from masked_layers.shrinking.rules import array, rule_of
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ class ShrinkRow:
     """The numbers of units or filters of one layer, before and after `shrink`.
 
     Attributes:
-        layer: Name of the layer; "nested/name" inside a nested model.
+        layer: Name of the layer; "nested/name" inside a nested model. The heads and widths inside
+            an attention layer have rows of their own: "name heads", "name key_dim" and so on.
         kind: Class name of the layer.
         before: Number of units or filters before.
         after: Number of units or filters after.
@@ -203,8 +204,11 @@ def _shrink(model: keras.Model) -> tuple[keras.Model, ShrinkReport]:
 # --- Rebuilding -----------------------------------------------------------------------------------
 
 
-def _again(flow: Flow, model: keras.Model, clones: dict[int, tuple[Any, Any]]) -> keras.Model:
-    """Returns the model with smaller copies of its layers, added to `clones` by original id."""
+def _again(flow: Flow, model: keras.Layer, clones: dict[int, tuple[Any, Any]]) -> keras.Model:
+    """Returns the model with smaller copies of its layers, added to `clones` by original id.
+
+    A composite layer becomes a Functional model of the layers inside it.
+    """
     graph = flow.graphs[id(model)]
 
     def clone(operation: Any) -> Any:
@@ -215,6 +219,14 @@ def _again(flow: Flow, model: keras.Model, clones: dict[int, tuple[Any, Any]]) -
                 copy = _smaller(flow, operation)
             clones[id(operation)] = (operation, copy)
         return clones[id(operation)][1]
+
+    def call(operation: Any, *args: Any, **kwargs: Any) -> Any:
+        models = (copy for key, (_, copy) in clones.items() if key in flow.composites)
+        if any(operation is model for model in models) and isinstance(operation, keras.Function):
+            # The inputs of a model made from a composite layer are a list of all tensors.
+            tensors = keras.tree.flatten((args, kwargs))
+            return operation([x for x in tensors if isinstance(x, keras.KerasTensor)])
+        return operation(*args, **kwargs)
 
     # `clone_model` would name inputs after their tensors instead of their layers.
     entries = {
@@ -229,6 +241,7 @@ def _again(flow: Flow, model: keras.Model, clones: dict[int, tuple[Any, Any]]) -
         smaller = keras.models.clone_model(
             graph,
             clone_function=clone,
+            call_function=call,
             input_tensors=keras.tree.map_structure(lambda x: entries[id(x)].output, graph.input),
         )
     if not model.trainable:
@@ -250,7 +263,7 @@ def _smaller_input(flow: Flow, layer: keras.layers.InputLayer) -> keras.layers.I
 def _smaller(flow: Flow, operation: Any) -> Any:
     """Returns a copy of an operation for the new model, without its weights."""
     try:
-        if isinstance(operation, keras.Layer) and type(operation) not in RULES:
+        if isinstance(operation, keras.Layer) and rule_of(operation) is None:
             return _keras_configs.deserialize(_keras_configs.serialize(operation))
         # `_keras_configs.deserialize` would build the layer for the original shapes.
         config = operation.get_config()
@@ -308,6 +321,8 @@ def _copy_weights(
             left = {axis % value.ndim: flow.alive(channels) for axis, channels in axes.items()}
             for axis, flags in left.items():
                 value = np.compress(flags, value, axis)
+            if name in edit.scaled:
+                value = value * math.sqrt(flow.alive(edit.scaled[name]).mean())
             get(new).assign(value)
             cuts[id(get(new))] = left
         if edit.readers and (shift := _shift(flow, edit.readers[0])).any():
@@ -333,25 +348,28 @@ def _multiply_adds(flow: Flow) -> tuple[int | None, int | None]:
     """Returns the multiply-adds of the followed layers before and after, or (None, None)."""
     before = after = 0
     for operation, edit in flow.edits.values():
-        for name, axes in edit.kernels():
-            if edit.positions is None:
+        for name, axes, positions in edit.kernels():
+            if positions is None:
                 return None, None
             size = left = math.prod(attrgetter(name)(operation).shape)
             for channels in axes.values():
                 left = left * int(flow.alive(channels).sum()) // len(channels.slots)
-            before += edit.positions * size
-            after += edit.positions * left
+            before += positions * size
+            after += positions * left
     return before, after
 
 
 def _unread(flow: Flow) -> dict[str, tuple[int, ...]]:
     found = {}
     for operation, edit in flow.edits.values():
-        for reader in edit.readers[:1]:
-            read = reader.demand[:, flow.alive(reader.target)].any(axis=1)
-            if not read.all() and not reader.source.slots.any():
-                positions = np.flatnonzero(~read).tolist()
-                found[flow.names[id(operation)]] = tuple(positions)
+        sources = {id(reader.source): reader.source for reader in edit.readers}
+        for source in sources.values():
+            read = np.zeros(len(source.slots), bool)
+            for reader in edit.readers:
+                if reader.source is source:
+                    read |= reader.demand[:, flow.alive(reader.target)].any(axis=1)
+            if not read.all() and not source.slots.any():
+                found[flow.names[id(operation)]] = tuple(np.flatnonzero(~read).tolist())
     return found
 
 
@@ -371,11 +389,7 @@ def _rows(flow: Flow) -> list[ShrinkRow]:
             return "a layer has at least one"
         return pinned.get(slot) or lost.get(slot) or "joined with a channel that varies"
 
-    rows = []
-    for operation, edit in flow.edits.values():
-        if edit.made is None:
-            continue
-        target = edit.made
+    def row(name: str, kind: str, target: Channels) -> ShrinkRow:
         channels = list(
             zip(map(flow.root, target.slots), target.constants, flow.alive(target), strict=True)
         )
@@ -386,15 +400,18 @@ def _rows(flow: Flow) -> list[ShrinkRow]:
             for slot, value, alive in channels
             if alive and (not np.isnan(value) or slot in lost)
         ]
-        rows.append(
-            ShrinkRow(
-                layer=flow.names[id(operation)],
-                kind=type(operation).__name__,
-                before=len(channels),
-                after=len(channels) - len(removed),
-                constant=moved,
-                unread=len(removed) - moved,
-                kept=dict(Counter(map(reason, stuck))),
-            )
+        return ShrinkRow(
+            layer=name,
+            kind=kind,
+            before=len(channels),
+            after=len(channels) - len(removed),
+            constant=moved,
+            unread=len(removed) - moved,
+            kept=dict(Counter(map(reason, stuck))),
         )
-    return rows
+
+    return [
+        row(f"{flow.names[id(operation)]} {kind}".rstrip(), type(operation).__name__, channels)
+        for operation, edit in flow.edits.values()
+        for kind, channels in edit.makes()
+    ]

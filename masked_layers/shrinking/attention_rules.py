@@ -1,0 +1,220 @@
+"""Rules for attention layers, which have heads, and a width of queries, keys and values in each."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from keras import layers
+
+from masked_layers.shrinking.channels import (
+    VARIES,
+    Call,
+    CannotFollow,
+    Channels,
+    Edit,
+    Flow,
+    Reader,
+    positions,
+)
+from masked_layers.shrinking.rules import array, rule
+
+
+@dataclasses.dataclass(frozen=True)
+class _Attention:
+    """The channels of an attention layer.
+
+    Attributes:
+        inputs: Those of "query", "key" and "value".
+        heads: Heads of keys and values.
+        query_heads: The heads of keys that the heads of queries belong to.
+        key_dim: Places in the width of queries and keys: each is the same place in all heads, as
+            the config has one number for all heads.
+        value_dim: Places in the width of values.
+        outputs: Outputs of the layer.
+    """
+
+    inputs: Mapping[str, Channels]
+    heads: Channels
+    query_heads: Channels
+    key_dim: Channels
+    value_dim: Channels
+    outputs: Channels
+
+
+@rule(layers.MultiHeadAttention)
+def _multi_head_attention(flow: Flow, call: Call) -> Channels:
+    layer, inputs = call.operation, _inputs(flow, call)
+    if len(layer.output_dense.kernel.shape) != 3:
+        raise CannotFollow("its outputs have several axes")
+    heads = _opened(flow, layer.num_heads)
+    parts = _Attention(
+        inputs=inputs,
+        heads=heads,
+        query_heads=heads,
+        key_dim=_opened(flow, layer.key_dim),
+        value_dim=_opened(flow, layer.value_dim),
+        outputs=_outputs(flow, call, layer.output_dense),
+    )
+    inner = {"heads": heads, "key_dim": parts.key_dim, "value_dim": parts.value_dim}
+    widths = {"num_heads": heads, "key_dim": parts.key_dim, "value_dim": parts.value_dim}
+    return _follow(flow, call, "", parts, inner, widths | {"output_shape": parts.outputs})
+
+
+@rule(layers.GroupQueryAttention)
+def _grouped_query_attention(flow: Flow, call: Call) -> Channels:
+    layer, inputs = call.operation, _inputs(flow, call)
+    heads, width = _opened(flow, layer.num_key_value_heads), _opened(flow, layer.head_dim)
+    repeats = layer.num_query_heads // layer.num_key_value_heads
+    parts = _Attention(
+        inputs=inputs,
+        heads=heads,
+        query_heads=Channels(None, heads.slots.repeat(repeats), heads.constants.repeat(repeats)),
+        key_dim=width,
+        value_dim=width,
+        outputs=_outputs(flow, call, layer._output_dense),
+    )
+    # Its config has no number of outputs: they are as many as inputs.
+    flow.join(inputs["query"].slots, parts.outputs.slots)
+    widths = {"num_key_value_heads": heads, "num_query_heads": parts.query_heads, "head_dim": width}
+    return _follow(flow, call, "_", parts, {"heads": heads, "head_dim": width}, widths)
+
+
+def _inputs(flow: Flow, call: Call) -> dict[str, Channels]:
+    """Returns the channels of query, key and value.
+
+    Raises:
+        CannotFollow: If the layer is called, or made, as no rule covers.
+    """
+    layer = call.operation
+    given = inspect.signature(layer.call).bind(*call.args, **call.kwargs).arguments
+    mask = given.get("attention_mask")
+    if given.get("return_attention_scores"):
+        raise CannotFollow("it returns the scores of its heads")
+    if given.get("training"):
+        raise CannotFollow("called in training mode")
+    if mask is not None and len(mask.shape) > 3 and mask.shape[1] != 1:
+        raise CannotFollow("its attention mask has an axis of heads")
+    if layer.get_config().get("use_gate"):
+        raise CannotFollow("it has a gate")
+    if given.get("key") is None:
+        given["key"] = given["value"]
+    tensors = {name: given[name] for name in ("query", "key", "value")}
+    found = {
+        id(tensor): flow.channels(dataclasses.replace(call, inputs=[tensor]), -1)
+        for tensor in tensors.values()
+    }
+    return {name: found[id(tensor)] for name, tensor in tensors.items()}
+
+
+def _opened(flow: Flow, count: int) -> Channels:
+    return Channels(None, flow.new_slots(count), np.full(count, VARIES))
+
+
+def _outputs(flow: Flow, call: Call, dense: layers.EinsumDense) -> Channels:
+    """Opens the outputs: one that reads nothing holds its bias."""
+    read = (array(dense.kernel) != 0).any(axis=(0, 1))
+    values = np.where(read, VARIES, 0.0 if dense.bias is None else array(dense.bias))
+    return Channels(len(call.output.shape) - 1, flow.new_slots(len(read)), values)
+
+
+def _follow(
+    flow: Flow,
+    call: Call,
+    prefix: str,
+    parts: _Attention,
+    inner: dict[str, Channels],
+    widths: dict[str, Channels],
+) -> Channels:
+    """Notes how an attention layer follows its channels, and returns its outputs.
+
+    Args:
+        flow: The analysis.
+        call: The call of the layer.
+        prefix: What the attributes with its inner layers begin with. Those of
+            `GroupQueryAttention` are private to Keras, which has no other way to them.
+        parts: The channels of the layer.
+        inner: Those that it makes for itself, by kind.
+        widths: Name in the config -> the channels whose number it is.
+    """
+    denses = {
+        name: getattr(call.operation, f"{prefix}{name}_dense")
+        for name in ("query", "key", "value", "output")
+    }
+    # Copies of what the layer both makes and reads: `Edit.reads` tells the two apart.
+    heads, width = (dataclasses.replace(x) for x in (parts.query_heads, parts.value_dim))
+    made = {
+        "query": (parts.query_heads, parts.key_dim),
+        "key": (parts.heads, parts.key_dim),
+        "value": (parts.heads, parts.value_dim),
+    }
+    slices = {"output_dense.kernel": {0: heads, 1: width, 2: parts.outputs}}
+    slices["output_dense.bias"] = {0: parts.outputs}
+    for name, (of_heads, of_width) in made.items():
+        slices[f"{name}_dense.kernel"] = {0: parts.inputs[name], 1: of_heads, 2: of_width}
+        slices[f"{name}_dense.bias"] = {0: of_heads, 1: of_width}
+    given = inspect.signature(call.operation.call).bind(*call.args, **call.kwargs).arguments
+    counts = {
+        name: positions(given.get(name, given["value"]), len(given["query"].shape) - 1)
+        for name in made
+    }
+    counts["output"] = counts["query"]
+    edit = Edit(
+        {f"{prefix}{name}": axes for name, axes in slices.items()},
+        parts.outputs,
+        inner,
+        {(name,): channels for name, channels in widths.items()},
+        _readers(parts, heads, width, denses),
+        {f"{prefix}{name}_dense.kernel": count for name, count in counts.items()},
+        # The layer divides products of queries and keys by the square root of their width.
+        {f"{prefix}query_dense.{name}": parts.key_dim for name in ("kernel", "bias")},
+    )
+    flow.edit(call, edit)
+    return parts.outputs
+
+
+def _readers(
+    parts: _Attention, heads: Channels, width: Channels, denses: Mapping[str, Any]
+) -> tuple[Reader, ...]:
+    """Returns what the layer needs for its outputs: heads, for these their inputs and widths.
+
+    Args:
+        parts: The channels of the layer.
+        heads: Heads as the output's kernel reads them.
+        width: The width of values as it reads them.
+        denses: The inner layers by name.
+    """
+    count = len(parts.heads.slots)
+    kernels = {name: array(dense.kernel) != 0 for name, dense in denses.items()}
+    grouped = kernels["query"].shape[0], count, -1  # (inputs, heads of keys, all in the group)
+    demands = [
+        (parts.inputs["query"], parts.heads, kernels["query"].reshape(grouped).any(axis=2)),
+        (parts.inputs["key"], parts.heads, kernels["key"].any(axis=2)),
+        (parts.inputs["value"], parts.heads, kernels["value"].any(axis=2)),
+        (dataclasses.replace(parts.key_dim), parts.heads, _scores(denses, count)),
+        (heads, parts.outputs, kernels["output"].any(axis=1)),
+        (width, parts.outputs, kernels["output"].any(axis=0)),
+    ]
+    readers = []
+    for source, target, demand in demands:
+        fixed = source.constants == 0
+        demand = demand & ~fixed[:, None]
+        readers.append(Reader(source, target, demand, np.zeros(demand.shape), fixed))
+    return tuple(readers)
+
+
+def _scores(denses: Mapping[str, Any], heads: int) -> np.ndarray:
+    """Returns which places of the width matter to the scores of which heads, as bools.
+
+    A key that does not depend on the input adds the same to all scores of a query, which leaves a
+    softmax as it is.
+    """
+    varies = {name: (array(denses[name].kernel) != 0).any(axis=0) for name in ("query", "key")}
+    query = varies["query"]
+    if denses["query"].bias is not None:
+        query = query | (array(denses["query"].bias) != 0)
+    matters = query.reshape(heads, -1, query.shape[1]).any(axis=1) & varies["key"]
+    return matters.T

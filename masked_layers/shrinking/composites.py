@@ -1,0 +1,105 @@
+"""The graph of the layers inside a layer, as those of a transformer block, from its `call`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+from masked_layers.paths import walk
+from masked_layers.shrinking import _keras_graph
+from masked_layers.shrinking.channels import CannotFollow
+
+_TRACED = "its `call` "
+
+
+def is_composite(operation: Any) -> bool:
+    """Returns whether an operation is a layer with other layers inside it."""
+    return isinstance(operation, keras.Layer) and len(list(walk(operation))) > 1
+
+
+def inner_graph(layer: keras.Layer, args: Sequence[Any], kwargs: Mapping[str, Any]) -> keras.Model:
+    """Returns a Functional model of the layers inside a layer that computes what the layer does.
+
+    Args:
+        layer: A built layer, whose `call` only calls layers inside it and Keras operations.
+        args: Positional arguments of a call, symbolic tensors among them.
+        kwargs: Its keyword arguments.
+
+    Returns:
+        A model on the same inner layers, whose inputs are a list of the tensors among the
+        arguments, in the order of `keras.tree.flatten`.
+
+    Raises:
+        CannotFollow: If the layer computes something else besides, such as with weights of its own.
+    """
+    if getattr(layer, "activity_regularizer", None) is not None:
+        raise CannotFollow("it regularizes its outputs")
+    dtypes = {x.dtype for x in keras.tree.flatten((args, kwargs)) if _is_tensor(x)}
+    if layer.autocast and any("float" in x and x != layer.compute_dtype for x in dtypes):
+        raise CannotFollow("it casts its inputs")
+    graph = _traced(layer, args, dict(kwargs))
+    if "training" in inspect.signature(layer.call).parameters:
+        training = _traced(layer, args, {**kwargs, "training": True})
+        if _shape(graph) != _shape(training):
+            raise CannotFollow(f"{_TRACED}is another one in training")
+    known = {id(v) for operation, *_ in _calls(graph) for v in getattr(operation, "variables", ())}
+    if any(id(variable) not in known for variable in layer.variables):
+        raise CannotFollow("it has weights besides those of the layers that it calls")
+    return graph
+
+
+def _traced(layer: keras.Layer, args: Sequence[Any], kwargs: dict[str, Any]) -> keras.Model:
+    """Returns the graph of one call on new symbolic inputs."""
+    given = keras.tree.flatten((tuple(args), kwargs))
+    new = [keras.Input(batch_shape=x.shape, dtype=x.dtype) if _is_tensor(x) else x for x in given]
+    ordered = [x for x in new if _is_tensor(x)]
+    args, kwargs = keras.tree.pack_sequence_as((tuple(args), kwargs), new)
+    with _keras_graph.calls_forgotten(layer):
+        try:
+            outputs = layer.call(*args, **kwargs)
+            if not all(map(_is_tensor, keras.tree.flatten(outputs))):
+                raise CannotFollow(f"{_TRACED}returns other things than tensors")
+            graph = keras.Model(ordered, outputs, name=layer.name)
+        except CannotFollow:
+            raise
+        except Exception as error:
+            reason = str(error).strip().split("\n")[0][:100]
+            raise CannotFollow(f"{_TRACED}cannot be followed ({reason})") from error
+    for operation, call_args, call_kwargs, outputs in _calls(graph):
+        for value in keras.tree.flatten((call_args, call_kwargs)):
+            if isinstance(value, keras.Variable) or (
+                not _is_tensor(value) and (keras.ops.is_tensor(value) or np.ndim(value))
+            ):
+                raise CannotFollow(f"{_TRACED}reads a weight or an array in '{operation.name}'")
+        if any(map(_keras_graph.carries_mask, outputs)):
+            raise CannotFollow("a layer inside it makes a Keras mask")
+    return graph
+
+
+def _shape(graph: keras.Model) -> list[Any]:
+    """Returns what two graphs of one `call` have in common if they compute the same."""
+    makers = {id(x): -1 - index for index, x in enumerate(graph.inputs)}
+    found: list[Any] = []
+    for operation, args, kwargs, outputs in _calls(graph):
+        own = isinstance(operation, keras.Layer)
+        inputs = [
+            makers[id(x)] if _is_tensor(x) else repr(x)
+            for x in keras.tree.flatten(
+                (args, {k: v for k, v in kwargs.items() if k != "training"})
+            )
+        ]
+        makers |= {id(x): len(found) * 100 + index for index, x in enumerate(outputs)}
+        found.append((id(operation) if own else type(operation), inputs))
+    return [*found, [makers[id(x)] for x in graph.outputs]]
+
+
+def _calls(graph: keras.Model) -> list[_keras_graph.GraphCall]:
+    return list(_keras_graph.graph_calls(graph))
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, keras.KerasTensor)
