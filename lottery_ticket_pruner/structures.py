@@ -327,6 +327,8 @@ class Channels(Structure):
             their mean square, L2) or `"max"`.
         at_most: Greatest share of the channels of a family that is pruned, in (0, 1).
         round_to: The number of channels kept in a family is rounded up to a multiple of this.
+        attention: What is pruned inside attention layers: `"widths"` (the width of queries and
+            keys, and of values, which is the same in all heads), whole `"heads"`, or `"both"`.
 
     Reference:
         - [Fang et al., arXiv 2301.12900](https://arxiv.org/abs/2301.12900) (dependency graphs)
@@ -335,6 +337,7 @@ class Channels(Structure):
     pooling: str = "average"
     at_most: float = 0.9
     round_to: int = 1
+    attention: str = "widths"
     coupled = True
 
     def __post_init__(self) -> None:
@@ -346,6 +349,13 @@ class Channels(Structure):
             raise ValueError(f"`at_most` must be a number in (0, 1). Received: {share!r}")
         if not _is_count(self.round_to):
             raise ValueError(f"`round_to` must be a positive integer. Received: {self.round_to!r}")
+        choices = ("widths", "heads", "both")
+        if self.attention not in choices:
+            raise ValueError(f"`attention` must be one of {choices}. Received: {self.attention!r}")
+
+    def takes(self, kind: str) -> bool:
+        """Returns whether families of a kind (see `masked_layers.ChannelFamily`) are pruned."""
+        return not kind or self.attention in ("both", "heads" if kind == "heads" else "widths")
 
     def applies(self, layout: Layout) -> bool:
         """Returns True: the graph of the model determines which kernels a channel belongs to."""

@@ -26,6 +26,10 @@ class Family(Protocol):
         """Names of the layers that make the channels."""
 
     @property
+    def kind(self) -> str:
+        """What the channels are; "" for outputs of the layers."""
+
+    @property
     def size(self) -> int:
         """Number of channels."""
 
@@ -81,7 +85,7 @@ def select_channels(
             'across kernels. Leave `distribution` out. scope="global" ranks the channels of all '
             "layers together."
         )
-    families = graph.families
+    families = [family for family in graph.families if structure.takes(family.kind)]
     within = {path for family in families for path in family.weights}
     kernels = {p: prepared(request.criterion, p, k) for p, k in weights.items() if p in within}
     masks = {path: np.asarray(kernel.mask, bool) for path, kernel in weights.items()}
@@ -323,7 +327,7 @@ def _of_family(
     count = int(np.count_nonzero(kept))
     drop = _drop(request, share, family.size, count, repr(", ".join(family.layers)))
     left = rounded(structure, family.size, count, count - drop)
-    rng = stream("ties", request.seed, family.layers[0])
+    rng = stream("ties", request.seed, family.layers[0] + family.kind)
     return drop_lowest(scores, kept, count - left, rng)
 
 

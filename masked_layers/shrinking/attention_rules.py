@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import keras
 import numpy as np
 from keras import layers
 
@@ -110,6 +111,12 @@ def _inputs(flow: Flow, call: Call) -> dict[str, Channels]:
     return {name: found[id(tensor)] for name, tensor in tensors.items()}
 
 
+def _equal_widths(parts: _Attention) -> bool:
+    """Returns whether keys and values have to keep the same width, as they have it."""
+    same = len(parts.key_dim.slots) == len(parts.value_dim.slots)
+    return same and keras.backend.backend() == "jax"
+
+
 def _opened(flow: Flow, count: int) -> Channels:
     return Channels(None, flow.new_slots(count), np.full(count, VARIES))
 
@@ -169,8 +176,10 @@ def _follow(
         {(name,): channels for name, channels in widths.items()},
         _readers(parts, heads, width, denses),
         {f"{prefix}{name}_dense.kernel": count for name, count in counts.items()},
+        # JAX' attention does not take values of another width than keys.
+        equal=(parts.key_dim, parts.value_dim) if _equal_widths(parts) else (),
         # The layer divides products of queries and keys by the square root of their width.
-        {f"{prefix}query_dense.{name}": parts.key_dim for name in ("kernel", "bias")},
+        scaled={f"{prefix}query_dense.{name}": parts.key_dim for name in ("kernel", "bias")},
     )
     flow.edit(call, edit)
     return parts.outputs

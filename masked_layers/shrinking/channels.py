@@ -85,6 +85,7 @@ class Edit:
             first one are moved into the layer's bias.
         positions: Number of multiply-adds of each entry of its kernels for one example, or a dict
             with this number for each kernel. None if the shape is not fully known.
+        equal: Two sets of channels of which the same number must be kept.
         scaled: Weight -> channels. The weight is multiplied by the square root of the share of
             these channels that is kept.
     """
@@ -95,6 +96,7 @@ class Edit:
     widths: dict[tuple[str | int, ...], Channels] = field(default_factory=dict)
     readers: tuple[Reader, ...] = ()
     positions: int | dict[str, int | None] | None = 0
+    equal: tuple[Channels, ...] = ()
     scaled: dict[str, Channels] = field(default_factory=dict)
 
     def kernels(self) -> Iterator[tuple[str, dict[int, Channels], int | None]]:
@@ -169,7 +171,7 @@ class Flow:
         not_followed: Operation name -> why its inputs and outputs are left whole.
         pinned: Slot -> why it is kept even if no layer reads it.
         lost: Slot -> where its value stops being constant.
-        forced: Slots that are kept only because Keras has no layer without units.
+        forced: Slot -> why it is kept although no output depends on it.
     """
 
     tensors: dict[int, Channels] = field(default_factory=dict)
@@ -182,7 +184,7 @@ class Flow:
     not_followed: dict[str, str] = field(default_factory=dict)
     pinned: dict[int, str] = field(default_factory=dict)
     lost: dict[int, str] = field(default_factory=dict)
-    forced: set[int] = field(default_factory=set)
+    forced: dict[int, str] = field(default_factory=dict)
     _parents: list[int] = field(default_factory=lambda: [0])  # union-find forest of slots
     _live: np.ndarray = field(default_factory=lambda: np.ones(1, bool))
 
@@ -275,9 +277,22 @@ class Flow:
                 pass  # Repeated, because units of a recurrent layer read each other.
         for channels in self.tensors.values():
             if channels.axis is not None and not self.alive(channels).any():
-                first = self.root(channels.slots[0])
-                self.forced.add(first)
-                self._live[first] = True
+                self._force(channels.slots[:1], "a layer has at least one")
+        for _, edit in self.edits.values():
+            for channels in edit.inner.values():
+                if not self.alive(channels).any():
+                    self._force(channels.slots[:1], "a layer has at least one")
+            left = max([0, *(int(self.alive(channels).sum()) for channels in edit.equal)])
+            for channels in edit.equal:
+                alive = self.alive(channels)
+                spare = channels.slots[~alive][: left - int(alive.sum())]
+                self._force(spare, "the widths of keys and of values have to be equal")
+
+    def _force(self, slots: np.ndarray, reason: str) -> None:
+        """Makes slots live that nothing needs, and notes why."""
+        for root in self.roots(slots).tolist():
+            self.forced[root] = reason
+            self._live[root] = True
 
     def _ask(self, readers: tuple[Reader, ...]) -> bool:
         """Keeps what readers need for their kept outputs, and returns whether any of it was new."""

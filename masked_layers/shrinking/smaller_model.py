@@ -386,7 +386,7 @@ def _rows(flow: Flow) -> list[ShrinkRow]:
         if slot == 0:
             return "joined with channels that are left whole"
         if slot in flow.forced:
-            return "a layer has at least one"
+            return flow.forced[slot]
         return pinned.get(slot) or lost.get(slot) or "joined with a channel that varies"
 
     def row(name: str, kind: str, target: Channels) -> ShrinkRow:

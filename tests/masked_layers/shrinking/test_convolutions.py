@@ -244,3 +244,30 @@ def test_a_convolution_of_as_many_groups_as_inputs_is_depthwise():
     smaller, report = checked(model)
     assert (smaller.get_layer("each").groups, smaller.get_layer("each").filters) == (3, 6)
     assert report.macs_after == 16 * (27 * 3 + 9 * 6 + 6 * 2)
+
+
+@pytest.mark.parametrize("padding", ["valid", "same"])
+def test_grouped_convolution(padding):
+    """All groups lose the same places among their inputs and among their filters."""
+    x = keras.Input((9, 9, 2))
+    y = layers.Conv2D(6, 3, activation="relu", name="a")(x)
+    y = layers.Conv2D(8, 3, groups=2, padding=padding, name="grouped")(y)
+    model = randomize(keras.Model(x, layers.Conv2D(2, 3, name="b")(y)))
+    zero(model.get_layer("a"), [1, 4, 2], bias=True)  # the second of both groups, and another
+    zero(model.get_layer("grouped"), [0, 4, 3], bias=True)
+    smaller, report = checked(model)
+    assert widths(smaller) == {"a": 4, "grouped": 6, "b": 2}
+    assert smaller.get_layer("grouped").groups == 2
+    assert report.not_followed == {}
+
+
+def test_bias_of_a_grouped_convolution_takes_up_the_constants_of_its_own_group():
+    x = keras.Input((9, 9, 2))
+    y = layers.Conv2D(4, 3, activation="relu", name="a")(x)
+    y = layers.Conv2D(4, 3, groups=2, use_bias=False, name="grouped")(y)
+    model = randomize(keras.Model(x, layers.Conv2D(2, 3, name="b")(y)))
+    zero(model.get_layer("a"), [1, 3])
+    model.get_layer("a").bias.assign([0.1, 0.5, 0.2, 0.9])
+    smaller, _ = checked(model)
+    assert widths(smaller) == {"a": 2, "grouped": 4, "b": 2}
+    assert smaller.get_layer("grouped").use_bias

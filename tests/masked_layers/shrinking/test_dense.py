@@ -121,3 +121,71 @@ def test_a_model_without_anything_to_remove_is_copied():
     assert report.weights_before == report.weights_after
     for a, b in zip(model.get_weights(), smaller.get_weights(), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("equation", "shape", "bias_axes"),
+    [
+        ("abc,cd->abd", (5, 6), "d"),
+        ("...x,xy->...y", (5, 6), "y"),
+        ("...x,yx->...y", (5, 6), None),
+        ("abc,bcd->ad", (5, 6), "d"),  # sums over positions, too
+        ("abc,bcd->abd", (5, 6), "d"),  # a kernel for each position
+    ],
+)
+def test_einsum_dense(equation, shape, bias_axes):
+    x = keras.Input(shape)
+    y = layers.Dense(4, "relu", name="a")(x)
+    made = 7 if equation.endswith(("->ad", "...y")) else (5, 7)
+    y = layers.EinsumDense(equation, made, "tanh", bias_axes=bias_axes, name="einsum")(y)
+    model = randomize(keras.Model(x, layers.Dense(2, name="out")(y)))
+    zero(model.get_layer("a"), [1], bias=True)
+    einsum = model.get_layer("einsum")
+    zero(einsum, [2, 3], axis=equation.split(",")[1].index(equation[-1]), bias=bool(bias_axes))
+    smaller, report = checked(model)
+    assert report.not_followed == {}
+    assert smaller.get_layer("a").units == 3
+    assert smaller.get_layer("einsum").output.shape[-1] == 5
+    positions = {"abc,bcd->ad": 1, "abc,bcd->abd": 1}.get(equation, 5)
+    size = int(np.prod(smaller.get_layer("einsum").kernel.shape))
+    outputs = 1 if equation.endswith("->ad") else 5
+    assert report.macs_after == 5 * 6 * 3 + size * positions + outputs * 5 * 2
+
+
+@pytest.mark.parametrize(
+    ("equation", "made", "bias_axes", "why"),
+    [
+        ("abc,cde->abde", (5, 2, 3), None, "its outputs have more or fewer axes of their own"),
+        ("abc,bd->adc", (3, 4), None, "it sums over other axes than that of the channels"),
+        ("abc,cd->abd", (5, 3), "bd", "its bias has other axes than that of its outputs"),
+    ],
+)
+def test_einsum_dense_of_other_axes_is_left_whole(equation, made, bias_axes, why):
+    x = keras.Input((5, 6))
+    y = layers.Dense(4, name="a")(x)
+    y = layers.EinsumDense(equation, made, bias_axes=bias_axes, name="einsum")(y)
+    model = randomize(keras.Model(x, layers.Dense(2)(layers.Flatten()(y))))
+    zero(model.get_layer("a"), [1], bias=True)
+    smaller, report = checked(model)
+    assert smaller.get_layer("a").units == 4
+    assert report.not_followed["einsum"].startswith(why)
+
+
+@pytest.mark.parametrize(
+    ("function", "elementwise"),
+    [
+        (lambda x: keras.ops.gelu(x, approximate=True) * 2.0 + x, True),
+        (lambda x: keras.ops.roll(x, 1, axis=-1), False),
+        (lambda x: x * keras.ops.arange(3.0), False),
+        (lambda x: x[..., :1] + x, False),
+    ],
+)
+def test_activations_of_a_user_are_followed_where_each_entry_is_computed_alone(
+    function, elementwise
+):
+    x = keras.Input((5,))
+    model = keras.Model(x, layers.Dense(2)(layers.Dense(3, function, name="a")(x)))
+    zero(randomize(model).get_layer("a"), [1])
+    smaller, report = checked(model)
+    assert (smaller.get_layer("a").units == 2) is elementwise
+    assert (report.not_followed == {}) is elementwise

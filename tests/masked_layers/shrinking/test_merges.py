@@ -145,3 +145,25 @@ def test_channels_that_are_broadcast_over_another_rank_are_left_whole():
     smaller, report = checked(model)
     assert smaller.get_layer("a").units == 4
     assert report.not_followed == {"sum": "it broadcasts channels"}
+
+
+@pytest.mark.parametrize(
+    ("take", "followed"),
+    [
+        (lambda x: x[:, 0], True),
+        (lambda x: x[:, 1:3, ...], True),
+        (lambda x: x[:, None, -1, :], True),
+        (lambda x: x[..., 1:2, :], True),
+        (lambda x: x[..., 1:], False),
+        (lambda x: x[:, :, 2], False),
+    ],
+)
+def test_entries_of_a_tensor(take, followed):
+    x = keras.Input((4, 5))
+    y = take(layers.Dense(6, name="a")(x))
+    model = randomize(keras.Model(x, layers.Dense(2, name="out")(layers.Flatten()(y))))
+    zero(model.get_layer("a"), [1], bias=True)
+    smaller, report = checked(model)
+    assert smaller.get_layer("a").units == (5 if followed else 6)
+    why = "it takes some of the channels"
+    assert list(report.not_followed.values()) == ([] if followed else [why])

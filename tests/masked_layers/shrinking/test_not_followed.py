@@ -64,12 +64,12 @@ def test_no_warning_if_all_layers_are_followed():
         shrink(model)
 
 
-def test_attention_is_left_whole_and_gates_read_constants():
+def test_attention_without_weights_is_left_whole_and_gates_read_constants():
     x = keras.Input((7, 3))
     y = layers.Conv1D(4, 3, name="c0")(x)
     y = layers.Bidirectional(layers.LSTM(3, return_sequences=True), name="rnn")(y)
     y = layers.Dense(6, "relu", name="d0")(y)
-    y = layers.MultiHeadAttention(2, 3, name="attention")(y, y)
+    y = layers.Attention(name="attention")([y, y])
     y = layers.Dense(5, "relu", name="d1")(y)
     model = randomize(keras.Model(x, layers.Dense(2)(y)))
     for name in ("c0", "d0", "d1"):
@@ -170,20 +170,8 @@ def test_activation_that_mixes_channels(function, as_layer):
     smaller, report = checked(model)
     assert smaller.get_layer("a").units == 4
     assert row(report, "a").kept
-    custom = {"mix" if as_layer else "a": "its activation is not Keras' own and may mix channels"}
+    custom = {"mix" if as_layer else "a": "its activation may mix channels"}
     assert report.not_followed == ({} if function == "softmax" else custom)
-
-
-def test_grouped_convolution_is_left_whole():
-    x = keras.Input((9, 9, 2))
-    y = layers.Conv2D(4, 3, name="a")(x)
-    y = layers.Conv2D(4, 3, groups=2, name="grouped")(y)
-    model = randomize(keras.Model(x, layers.Conv2D(2, 3, name="b")(y)))
-    zero(model.get_layer("a"), [1])
-    zero(model.get_layer("grouped"), [1])
-    smaller, report = checked(model)
-    assert widths(smaller) == {"a": 4, "grouped": 4, "b": 2}
-    assert report.not_followed == {"grouped": "grouped convolution"}
 
 
 def test_dense_over_another_axis_than_the_channels_is_left_whole():
