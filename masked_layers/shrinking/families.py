@@ -24,19 +24,19 @@ class ChannelFamily:
 
     Attributes:
         layers: Names of the layers that make the channels, in the order of the graph.
-        kind: "" for outputs of the layers; "heads", "key_dim" or "value_dim" (the width of queries
-            and keys, of values), or "head_dim" (both) for what an attention layer has inside.
         size: Number of channels.
         weights: Path of a maskable weight -> {axis: int array with the channel of each index along
             the axis, or -1 for indices that do not belong to this family}.
         made: Path of each weight in `weights` that makes the channels -> its output axis.
+        kind: "heads", "key_dim" or "value_dim" (the width of queries and keys, of values), or
+            "head_dim" (both) for channels inside an attention layer; "" for outputs of the layers.
     """
 
     layers: tuple[str, ...]
-    kind: str
     size: int
     weights: Mapping[str, Mapping[int, np.ndarray]]
     made: Mapping[str, int]
+    kind: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +88,7 @@ def channel_families(model: keras.Model) -> ChannelFamilies:
     ]
     members, whole = _members(flow, edits)
     families = [
-        ChannelFamily(tuple(edits[i][0] for i, _ in makers), makers[0][1], len(roots), *found)
+        ChannelFamily(tuple(edits[i][0] for i, _ in makers), len(roots), *found, makers[0][1])
         for (makers, roots), found in zip(
             members.items(), _weights_of(flow, edits, members), strict=True
         )

@@ -29,6 +29,6 @@ def _patches(flow: Flow, call: Call) -> Channels:
     }
     if layer.use_class_token:
         weights["class_token"] = {2: target}
-    widths = {("hidden_dim",): target}
-    flow.edit(call, Edit(weights, target, widths=widths, positions=layer.num_patches))
+    edit = Edit(weights, target, widths={("hidden_dim",): target}, positions=layer.num_patches)
+    flow.edit(call, edit)
     return target

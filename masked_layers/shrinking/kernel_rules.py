@@ -127,10 +127,11 @@ def _einsum_dense(flow: Flow, call: Call) -> Channels:
     known = flow.tensors[id(call.inputs[0])].axis
     if not where or known not in (None, *where):
         raise CannotFollow("it sums over other axes than that of the channels")
-    source = flow.channels(call, max(where) if known is None else known)
+    along = max(where) if known is None else known
+    source = flow.channels(call, along)
     if layer.bias is not None and layer.bias_axes != made[0]:
         raise CannotFollow("its bias has other axes than that of its outputs")
-    rows, columns = kernel.index(where[source.axis]), kernel.index(made[0])
+    rows, columns = kernel.index(where[along]), kernel.index(made[0])
     weights = np.moveaxis(array(layer.kernel), (rows, columns), (-2, -1))
     others = tuple(range(weights.ndim - 2))
     between = {_labelled_axis(inputs, label, call.inputs[0]) for label in kernel if label in inputs}

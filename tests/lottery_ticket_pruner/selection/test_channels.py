@@ -19,6 +19,7 @@ class Family:
     size: int
     weights: dict
     made: dict
+    kind: str = ""
 
 
 # The outputs of a and b are added, c reads the sum flattened over two positions, and d reads c.
