@@ -1,48 +1,111 @@
 """Finds the channels of a model for pruning requests that need them, and logs what stays."""
 
 import logging
-from collections.abc import Mapping
+import weakref
+from collections.abc import Mapping, Sequence
 
 import keras
 import numpy as np
 
 import masked_layers as ml
-from lottery_ticket_pruner import selection
+from lottery_ticket_pruner import selection, structures
 
 _logger = logging.getLogger(__name__)
 
 
-def channels_of(model: keras.Model, request: selection.Request) -> ml.ChannelFamilies | None:
-    """Returns the channels of a model if a pruning request needs them, or None.
-
-    Logs a warning about layers that stay whole, before anything is pruned.
+def follow(model: keras.Model, structure: structures.Structure | None) -> ml.ChannelFamilies | None:
+    """Returns the channels of a model if a structure needs them, or None.
 
     Args:
         model: A built model.
-        request: The pruning request.
+        structure: The structure, or None.
 
     Raises:
         ValueError: If the structure is coupled, and the channels of the model cannot be followed.
     """
-    structure = request.structure
     if structure is None or not (structure.coupled or structure.whole_outputs):
         return None
     try:
-        found = ml.channel_families(model)
-    except ValueError as error:
+        return ml.channel_families(model)
+    except ValueError:
         if structure.coupled:
             raise
+        return None
+
+
+class Followed:
+    """The channels of the model that a pruner prunes, which are followed once.
+
+    What stays whole is logged then, before anything is pruned.
+    """
+
+    def __init__(self) -> None:
+        self._found = weakref.WeakKeyDictionary[keras.Model, ml.ChannelFamilies]()
+        self._told: set[str] = set()
+
+    def of(
+        self, model: keras.Model, structure: structures.Structure | None
+    ) -> ml.ChannelFamilies | None:
+        """Returns the channels as `follow` does."""
+        if structure is None or not (structure.coupled or structure.whole_outputs):
+            return None
+        found = self._found.get(model) or follow(model, structure)
+        if found is not None:
+            self._found[model] = found
+        if repr(structure) not in self._told:
+            self._told.add(repr(structure))
+            _log(model, structure, found)
+        return found
+
+
+def _log(
+    model: keras.Model, structure: structures.Structure, found: ml.ChannelFamilies | None
+) -> None:
+    """Logs which layers stay whole."""
+    if found is None:
         _logger.warning(
             "The channels of %r cannot be followed, so the biases of pruned outputs and the "
-            "weights that read them are kept: %s",
+            "weights that read them are kept: only Sequential and Functional models have a graph.",
             model.name,
-            error,
         )
-        return None
-    if structure.coupled and (found.whole or found.not_followed):
+    elif structure.coupled and (found.whole or found.not_followed):
         whole = "; ".join([*_by_reason(found.not_followed), *_by_reason(found.whole)])
         _logger.warning("%s leaves layers of %r whole: %s", structure, model.name, whole)
-    return found
+
+
+def share_left(
+    model: keras.Model,
+    structure: structures.Structure | None,
+    graph: ml.ChannelFamilies | None,
+) -> float | None:
+    """Returns the share of the channels, or of filters and units, that a structure has left.
+
+    Args:
+        model: The masked model.
+        structure: The structure, or None.
+        graph: The channels of the model, or None.
+
+    Returns:
+        None for a structure that prunes neither.
+    """
+    if structure is None:
+        return None
+    masks = ml.get_masks(model)
+    if structure.coupled and graph is not None:
+        kept = [selection.kept_channels(family, masks) for family in graph.families]
+    elif structure.whole_outputs:
+        kept = [
+            np.any(masks[ref.path], axis=_besides(masks[ref.path].ndim, ref.output_axes))
+            for ref in ml.masked_refs(model)
+            if ref.output_axes
+        ]
+    else:
+        return None
+    return float(np.mean(np.concatenate([flags.reshape(-1) for flags in kept])))
+
+
+def _besides(rank: int, axes: Sequence[int]) -> tuple[int, ...]:
+    return tuple(axis for axis in range(rank) if axis not in {other % rank for other in axes})
 
 
 def _by_reason(reasons: Mapping[str, str]) -> list[str]:
@@ -59,27 +122,27 @@ def _by_reason(reasons: Mapping[str, str]) -> list[str]:
 def note_limits(
     request: selection.Request,
     graph: ml.ChannelFamilies | None,
-    before: Mapping[str, np.ndarray],
-    after: Mapping[str, np.ndarray],
+    kernels: Mapping[str, selection.Weights],
+    masks: Mapping[str, np.ndarray],
 ) -> None:
     """Logs the families in which fewer channels were pruned than requested.
 
     Args:
         request: The pruning request.
         graph: The channels of the model, or None.
-        before: Bool masks by path, before pruning.
-        after: Bool masks by path, after pruning.
+        kernels: The kernels before, by path.
+        masks: The masks afterwards, by path.
     """
     structure, rate = request.structure, request.rate
     if graph is None or structure is None or not structure.coupled or not isinstance(rate, float):
         return
     if request.scope != "layer":
         return
+    before = {path: kernel.mask for path, kernel in kernels.items()}
     held = []
     for family in graph.families:
         then, now = (
-            int(np.count_nonzero(selection.kept_channels(family, masks)))
-            for masks in (before, after)
+            int(np.count_nonzero(selection.kept_channels(family, each))) for each in (before, masks)
         )
         if then - now < selection.drop_count(family.size, then, rate=rate):
             held.append(f"{', '.join(family.layers)}: {now} of {family.size} are kept")

@@ -24,7 +24,7 @@ import json
 import sys
 import sysconfig
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -66,13 +66,10 @@ class UnidentifiedError(ValueError):
 
 
 class _Named(Protocol):
-    """A criterion or a treatment."""
+    """A criterion, a treatment or a structure."""
 
     @property
     def name(self) -> str: ...
-
-    @property
-    def function(self) -> Callable[..., Any]: ...
 
 
 def digest(data: Any) -> str:
@@ -135,16 +132,16 @@ def description(thing: object) -> Any:
 
 
 def identity(made: _Named) -> str | dict[str, str]:
-    """Describes a criterion or a treatment as JSON data.
+    """Describes a criterion, a treatment or a structure as JSON data.
 
     Returns the name if it is built in. A custom one is a dict with the name and either a
     fingerprint as `"code"` or the reason why it has none as `"unidentified"`.
     """
-    return made.name if _is_known(made.function) else {"name": made.name} | _code(made)
+    return made.name if _is_known(_code_behind(made)) else {"name": made.name} | _code(made)
 
 
 def names_with_code(made: Iterable[_Named]) -> str:
-    """Returns the names of the custom criteria or treatments in `made`, each with its fingerprint.
+    """Returns the names of the custom objects in `made`, each with its fingerprint.
 
     The result is empty if all are built in.
 
@@ -152,8 +149,13 @@ def names_with_code(made: Iterable[_Named]) -> str:
         UnidentifiedError: If one of them has no fingerprint.
     """
     return ", ".join(
-        f"{one.name} {fingerprint(one)}" for one in made if not _is_known(one.function)
+        f"{one.name} {fingerprint(one)}" for one in made if not _is_known(_code_behind(one))
     )
+
+
+def _code_behind(made: _Named) -> Any:
+    """Returns the function of an object that has one, or else its class."""
+    return getattr(made, "function", type(made))
 
 
 def layers(model: keras.Model) -> Any:

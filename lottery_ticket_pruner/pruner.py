@@ -89,6 +89,7 @@ class LotteryTicketPruner(plain_models.PlainPruning):
         super().__init__(model)
         self._final: tuple[np.ndarray, ...] | None = None
         self._final_is_new = False
+        self._followed = channels.Followed()
         self.set_initial_weights()
 
     # Records.
@@ -424,7 +425,7 @@ class LotteryTicketPruner(plain_models.PlainPruning):
         ml.sync(model)
         prunables = self._prunables(model)
         kernels = self._kernels(prunables, criterion)
-        graph = channels.channels_of(model, request)
+        graph = self._followed.of(model, request.structure)
         if criterion.evidence and is_masked(model):
             # Criteria of final weights measure their evidence with these weights in the model.
             with weights_replaced(model, self._final if "final" in criterion.needs else None):
@@ -446,8 +447,7 @@ class LotteryTicketPruner(plain_models.PlainPruning):
             100 * alive / size,
         )
         notices.of_update(request, kernels, masks)
-        before = {path: kernel.mask for path, kernel in kernels.items()}
-        channels.note_limits(request, graph, before, masks)
+        channels.note_limits(request, graph, kernels, masks)
 
     def note_changed_masks(self) -> None:
         """Marks the final weights as outdated, because the masks of the model were changed."""

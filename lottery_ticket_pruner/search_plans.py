@@ -8,7 +8,7 @@ from typing import Any, TypedDict, TypeVar, cast
 
 import numpy as np
 
-from lottery_ticket_pruner import checks, criteria, training, treatments
+from lottery_ticket_pruner import checks, criteria, structures, training, treatments
 from lottery_ticket_pruner.fingerprints import description, identity
 
 CONTROLS = ("random_reinit", "reinit_same_sign", "random_mask", "reshuffled_mask")
@@ -40,6 +40,7 @@ class PruningPlan:
     rounds: int
     strategy: Any = "large_final"
     scope: str | None = None
+    structure: Any = None
     rate: Share | None = None
     sparsity: Share | None = None
     rewind_to: int = 0
@@ -60,11 +61,26 @@ class PruningPlan:
                 f"`retraining` must be one of {RETRAINING}. Received: {self.retraining!r}"
             )
         _ = self.criterion, self.kept_treatment, self.pruned_treatment  # Raises errors early.
+        if self._fixed and self.rounds > 1:
+            raise ValueError(
+                f"{self.found_structure} sets the sparsity in the first round, so that later ones "
+                f"would prune nothing: pass rounds=1. Received: rounds={self.rounds}"
+            )
 
     @functools.cached_property
     def criterion(self) -> criteria.Criterion:
         """Criterion resolved from `strategy`."""
         return criteria.get(self.strategy)
+
+    @functools.cached_property
+    def found_structure(self) -> structures.Structure | None:
+        """Structure resolved from `structure`, or None."""
+        return None if self.structure is None else structures.get(self.structure)
+
+    @property
+    def _fixed(self) -> bool:
+        """Whether the structure determines how many weights are kept."""
+        return self.found_structure is not None and self.found_structure.kept is not None
 
     @functools.cached_property
     def kept_treatment(self) -> treatments.Treatment[[treatments.Kernel]]:
@@ -80,6 +96,8 @@ class PruningPlan:
         """Returns the rate or the sparsity of a round as an argument of `update_masks`."""
         sparsity, progress = self.sparsity, number / self.rounds
         if sparsity is None:
+            if self._fixed and self.rate is None:
+                return {}
             return {"rate": 0.2 if self.rate is None else self.rate}
         if isinstance(sparsity, Mapping):
             return {"sparsity": {key: _eased(share, progress) for key, share in sparsity.items()}}
@@ -159,8 +177,14 @@ class SearchPlan:
     def arguments(self) -> dict[str, Any]:
         """Returns the arguments of `find_ticket` that determine the results, as JSON data."""
         values = _fields(self.training) | _fields(self.pruning) | _fields(self.control)
-        rounds = self.control.control_rounds
-        return {name: value for name, value in values.items() if name not in _NO_MATTER} | {
+        rounds, structure = self.control.control_rounds, self.pruning.found_structure
+        values = {name: value for name, value in values.items() if name not in _NO_MATTER}
+        # States of searches without a structure have the form that they have always had.
+        del values["structure"]
+        if structure is not None:
+            known = identity(structure)
+            values["structure"] = structure.get_config() if isinstance(known, str) else known
+        return values | {
             "strategy": identity(self.pruning.criterion),
             "kept": identity(self.pruning.kept_treatment),
             "pruned": identity(self.pruning.pruned_treatment),

@@ -90,6 +90,11 @@ class Structure:
     coupled: bool = False
     whole_outputs: bool = False
 
+    @property
+    def name(self) -> str:
+        """The registered name, or else the name of the class."""
+        return _REGISTRY.name_of(type(self))
+
     def applies(self, layout: Layout) -> bool:
         """Returns True if a kernel of this layout has such tiles."""
         raise NotImplementedError

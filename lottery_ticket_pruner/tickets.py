@@ -2,11 +2,12 @@
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import keras
 import numpy as np
@@ -14,12 +15,13 @@ import numpy as np
 import masked_layers as ml
 from lottery_ticket_pruner import (
     _keras,
+    arms,
+    channels,
     notices,
     optimizers,
     selection,
     targets,
     training,
-    treatments,
 )
 from lottery_ticket_pruner.checkpoint import Checkpoint
 from lottery_ticket_pruner.checks import is_integer
@@ -35,7 +37,6 @@ from lottery_ticket_pruner.search_plans import (
     Share,
 )
 from lottery_ticket_pruner.training import ArrayDataset, Augmentation, TrainingPlan
-from lottery_ticket_pruner.variables import read
 from masked_layers import randomness
 from masked_layers.notices import warn_outside
 
@@ -50,11 +51,6 @@ __all__ = [
 ]
 
 _logger = logging.getLogger(__name__)
-# Purpose of random numbers drawn here; see `randomness`.
-_PURPOSE = "arms of a search"
-
-# A seed, and what else tells a random stream apart from others.
-_Parts: TypeAlias = tuple[int, *tuple[int | str, ...]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +65,8 @@ class TicketResult:
         masks: Masks after each round, by weight path. `masks[0]` are all ones.
         rows: One dict per round and arm, in the order they were trained: `round`, `arm`
             (`"dense"` in round 0, then `"ticket"` and the controls), `replicate`, `sparsity` (the
-            share of pruned weights), `test_<metric>` for each compiled metric and the loss (at
+            share of pruned weights), with a structure of channels or filters `channels` (the share
+            of them that is left), `test_<metric>` for each compiled metric and the loss (at
             the end of training), `validation_loss` (its minimum), `early_stop_step` (the step of
             this minimum, found afterwards), `seconds`. Ready for `pandas.DataFrame(rows)`.
     """
@@ -92,6 +89,7 @@ def find_ticket(
     sparsity: Share | None = None,
     strategy: Any = "large_final",
     scope: str | None = None,
+    structure: Any = None,
     rewind_to: int = 0,
     retraining: str = "weight_rewinding",
     kept: Any = "rewind",
@@ -127,7 +125,8 @@ def find_ticket(
       signs of step 0.
     - `"random_mask"` keeps the weights and draws a random mask, with the same number of weights in
       each layer, or in the whole model with global scope. `"reshuffled_mask"` always keeps the
-      number in each layer.
+      number in each layer. With a structure, both keep the number of tiles of each layer, or of
+      channels of each family of layers.
 
     The order of the examples and the random numbers of dropout depend only on `seed`, arm and
     round, so the results of an arm do not depend on the other arms. (On torch, give dropout layers
@@ -157,6 +156,8 @@ def find_ticket(
             `grasp`, `synflow`) rank the weights of the rewinding point under the masks of the
             previous round; with one round, this is pruning at initialization.
         scope: Weights that are ranked together. None for the default of the criterion.
+        structure: Weights that are pruned together, as in `LotteryTicketPruner.update_masks`, such
+            as `"channels"`. Rates and sparsities are then shares of these. N:M needs one round.
         rewind_to: The step to rewind to, 0 <= rewind_to < steps.
         retraining: One of `RETRAINING`: what the ticket is trained from after pruning.
         kept: Treatment of the ticket's kept weights (see `treatments`), which replaces rewinding
@@ -209,6 +210,7 @@ def find_ticket(
                 rounds=rounds,
                 strategy=strategy,
                 scope=scope,
+                structure=structure,
                 rate=rate,
                 sparsity=sparsity,
                 rewind_to=rewind_to,
@@ -362,7 +364,7 @@ class TicketSearch:
             self._update_masks(1)
         self.pruner.reset_masks()
         if {"random_reinit", "reinit_same_sign"} & set(self.plan.control.controls):
-            _draw_again(self.model, (self.seed,))
+            arms.draw_again(self.model, (self.seed,))
         self.pruner.rewind()
 
     def arguments(self) -> dict[str, Any]:
@@ -431,7 +433,7 @@ class TicketSearch:
         if self.plan.pruning.criterion.at_initialization:
             self.pruner.rewind(optimizer=False)
         number = self.round + 1
-        self._update_masks(number, randomness.integer(_PURPOSE, self.seed, "masks", number))
+        self._update_masks(number, randomness.integer(arms.PURPOSE, self.seed, "masks", number))
         self.masks.append(ml.get_masks(self.model))
 
     def control(self, arm: str) -> None:
@@ -440,19 +442,30 @@ class TicketSearch:
         parts = (self.seed, arm, self.round)
         if arm in ("random_reinit", "reinit_same_sign"):
             self.model.set_weights(self.weights_at_0)
-            _draw_again(self.model, parts, keep_signs=arm == "reinit_same_sign")
+            arms.draw_again(self.model, parts, keep_signs=arm == "reinit_same_sign")
         else:
-            pruning = self.plan.pruning
-            scope = selection.resolve_scope(pruning.criterion, pruning.scope)
-            together = scope == "global" and arm == "random_mask"
-            ml.set_masks(self.model, _shuffled(self.masks[-1], parts, together=together))
+            ml.set_masks(self.model, self._shuffled(arm, parts))
         self._measure(arm)
         ml.set_masks(self.model, self.masks[-1])
+
+    def _shuffled(self, arm: str, parts: arms.Parts) -> dict[str, np.ndarray]:
+        pruning, masks = self.plan.pruning, self.masks[-1]
+        if pruning.found_structure is not None:
+            return arms.shuffled_within(
+                pruning.found_structure, self.model, masks, parts, self._graph
+            )
+        scope = selection.resolve_scope(pruning.criterion, pruning.scope)
+        together = scope == "global" and arm == "random_mask"
+        return arms.shuffled(masks, parts, together=together)
+
+    @functools.cached_property
+    def _graph(self) -> ml.ChannelFamilies | None:
+        return channels.follow(self.model, self.plan.pruning.found_structure)
 
     def ticket(self) -> None:
         """Trains the ticket of this round, as the last arm, so that the model ends with it."""
         pruning = self.plan.pruning
-        seed = randomness.integer(_PURPOSE, self.seed, "treatment", self.round)
+        seed = randomness.integer(arms.PURPOSE, self.seed, "treatment", self.round)
         self.pruner.treat(pruning.kept_treatment, pruning.pruned_treatment, seed=seed)
         if pruning.retraining == "fine_tuning":
             optimizers.advance(self.model.optimizer, self.plan.steps_after_rewinding)
@@ -484,6 +497,9 @@ class TicketSearch:
             history.seconds += before.seconds
         row: dict[str, Any] = self._place(arm)
         row["sparsity"] = ml.sparsity_report(self.model).sparsity
+        share = channels.share_left(self.model, self.plan.pruning.found_structure, self._graph)
+        if share is not None:
+            row["channels"] = share
         if self.data.test is not None:
             results = training.evaluate(self.model, *self.data.test)
             row |= _named("test", results)
@@ -506,6 +522,7 @@ class TicketSearch:
         self.pruner.update_masks(
             pruning.criterion,
             scope=pruning.scope,
+            structure=pruning.structure,
             seed=seed,
             data=self.data.train,
             **pruning.amount(number),
@@ -556,45 +573,6 @@ def _train_stretch(
     if not is_integer(plan.seed):
         raise ValueError(f"The seed of a search must be an integer. Received: {plan.seed!r}")
     parts = (plan.seed, *stretch)
-    _restart_randomness(model, parts)
+    arms.restart_randomness(model, parts)
     plan = dataclasses.replace(plan, seed=randomness.words(*parts))
     return training.train_by_plan(model, examples, plan, validation, listeners)
-
-
-def _shuffled(
-    masks: Mapping[str, np.ndarray], parts: _Parts, *, together: bool
-) -> dict[str, np.ndarray]:
-    """Draws masks with the same count per kernel, or in total, uniformly at random."""
-    if together:
-        joined = np.concatenate([mask.reshape(-1) for mask in masks.values()])
-        joined = randomness.stream(_PURPOSE, *parts).permutation(joined)
-        ends = np.cumsum([mask.size for mask in masks.values()])
-        pieces = np.split(joined, ends[:-1])
-        return {
-            path: piece.reshape(mask.shape)
-            for (path, mask), piece in zip(masks.items(), pieces, strict=True)
-        }
-    return {
-        path: randomness.stream(_PURPOSE, *parts, path)
-        .permutation(mask.reshape(-1))
-        .reshape(mask.shape)
-        for path, mask in masks.items()
-    }
-
-
-def _draw_again(model: keras.Model, parts: _Parts, *, keep_signs: bool = False) -> None:
-    """Draws a new value of every trainable kernel from its layer's own initializer."""
-    for ref in ml.weight_refs(model):
-        if ref.variable.trainable:
-            drawn = treatments.draw_again(ref, randomness.integer(_PURPOSE, *parts, ref.path))
-            if keep_signs:
-                drawn = np.abs(drawn) * np.sign(read(ref.variable))
-            ref.variable.assign(drawn)
-
-
-def _restart_randomness(model: keras.Model, parts: _Parts) -> None:
-    """Resets the random state of dropout and similar layers, which arms would otherwise share."""
-    states = [v for v in model.variables if v.name == "seed_generator_state"]
-    for number, state in enumerate(states):
-        seed = randomness.integer(_PURPOSE, *parts, "layers", number)
-        state.assign([seed, 0])  # The seed, and the number of draws so far.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, TypeVar
 
 import tyro
 
-from lottery_ticket_pruner import criteria, selection, treatments
+from lottery_ticket_pruner import criteria, selection, structures, treatments
 from lottery_ticket_pruner.experiments import datasets, networks
 from lottery_ticket_pruner.experiments.arguments import option
 from lottery_ticket_pruner.experiments.options import (
@@ -89,6 +89,14 @@ _STRATEGY = tyro.conf.arg(
     metavar="NAME",
     help=f"Pruning criterion, which decides what is kept: {', '.join(criteria.names())}.",
 )
+_STRUCTURE = tyro.conf.arg(
+    metavar="NAME",
+    help_behavior_hint="",
+    help="Weights that are pruned together: filters or units (the same), channels (with all "
+    "weights tied to them, so that `masked_layers.shrink` can remove them), blocks such as 4x1, "
+    "N:M such as 2:4, or the name of a registered structure. Rates are shares of these. Default: "
+    "single weights.",
+)
 _KEPT = tyro.conf.arg(
     metavar="NAME",
     help="Values that the ticket's kept weights start from in every round: "
@@ -148,6 +156,7 @@ class RunConfig(Experiment):
     scope: Annotated[Literal["layer", "global"] | None, NO_HINT] = None
     """Weights that are ranked together: per layer, or global. Default: the scope of the strategy, \
 or else that of the recipe: global for resnet-20, otherwise layer."""
+    structure: Annotated[str | None, _STRUCTURE] = None
     rounds: OptionalInt = None
     """Rounds of pruning after the dense run. Default: 20, or 9 for digits."""
     rate: OptionalFloat = None
@@ -212,19 +221,18 @@ operations, and no decisions based on timing."""
         criterion = _resolved("strategy", criteria.get, self.strategy)
         _resolved("kept", functools.partial(kept_under, self.retraining), self.kept)
         _resolved("pruned", treatments.get_pruned, self.pruned)
-        rounds = chosen(self.rounds, recipe.rounds)
+        structure = self._structure()
+        fixed = structure is not None and structure.kept is not None
+        rounds = chosen(self.rounds, 1 if fixed else recipe.rounds)
         self._check_numbers(rounds)
         batch_size = chosen(self.batch_size, recipe.batch_size)
         steps_per_epoch = -(-training_images // batch_size)
         epochs = None if self.epochs is None else self.epochs * steps_per_epoch
         steps = chosen(self.steps, epochs, recipe.steps)
-        default = None if self.final_sparsity is None and self._rates_given() else recipe.scope
-        scope = selection.resolve_scope(criterion, self.scope or criterion.scope or default)
+        amounts = self._amounts(recipe, criterion, structure)
         rewind_to = parse_steps(self.rewind_to, steps_per_epoch)
         if rewind_to >= steps:
             raise ValueError(f"--rewind-to {self.rewind_to} is not before the end, step {steps}.")
-        # The scope of a criterion may be one that is not an option.
-        amounts: dict[str, Any] = {"scope": scope} | self._rates(recipe, scope)
         return dataclasses.replace(
             self,
             network=recipe.network,
@@ -241,20 +249,38 @@ operations, and no decisions based on timing."""
 
     @property
     def subject(self) -> str:
-        """Name of the criterion."""
-        return self.strategy
+        """Name of the criterion, and of the structure."""
+        return "-".join(filter(None, (self.strategy, self.structure))).replace(":", "of")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the configuration as JSON data."""
+        values = super().to_dict()
+        if self.structure is None:  # The form of all runs that were made before this option.
+            del values["structure"]
+        return values
 
     @property
     def amount(self) -> dict[str, Any]:
         """The `rate` or `sparsity` of a resolved configuration, as arguments of `find_ticket`."""
         if self.final_sparsity is not None:
-            return {"sparsity": self.final_sparsity}
+            if self.output_rate is None:
+                return {"sparsity": self.final_sparsity}
+            return {"sparsity": {"^output/": self.output_rate, "default": self.final_sparsity}}
+        if self.rate is None:  # The structure sets the sparsity.
+            return {}
         if self.scope == "global":
             return {"rate": self.rate}
-        rates = {"^output/": self.output_rate, "default": self.rate}
+        rates = {} if self.output_rate is None else {"^output/": self.output_rate}
+        rates["default"] = self.rate
         if networks.has_convolutions(chosen(self.network)):
-            rates["^conv_"] = self.conv_rate
+            rates["^conv_"] = chosen(self.conv_rate)
         return {"rate": rates}
+
+    @property
+    def counts_channels(self) -> bool:
+        """Whether rows of results contain the share of channels, or of filters, that is left."""
+        structure = self._structure()
+        return structure is not None and (structure.coupled or structure.whole_outputs)
 
     def search_plan(self, replicate: int) -> SearchPlan:
         """Returns the plan of a resolved configuration for a replicate."""
@@ -309,8 +335,53 @@ operations, and no decisions based on timing."""
     def _rates_given(self) -> bool:
         return self.conv_rate is not None or self.output_rate is not None
 
-    def _rates(self, recipe: Recipe, scope: str) -> dict[str, Any]:
+    def _structure(self) -> structures.Structure | None:
+        if self.structure is None:
+            return None
+        return _resolved("structure", structures.get, self.structure)
+
+    def _amounts(
+        self,
+        recipe: Recipe,
+        criterion: criteria.Criterion,
+        structure: structures.Structure | None,
+    ) -> dict[str, Any]:
+        """Returns the scope and the rates with all choices made."""
+        if structure is not None and structure.kept is not None:
+            names = ("scope", "rate", "conv_rate", "output_rate", "final_sparsity")
+            given = [option(name) for name in names if getattr(self, name) is not None]
+            if given:
+                raise ValueError(
+                    f"--structure {self.structure} sets the sparsity and what is ranked together. "
+                    f"Leave out {', '.join(given)}."
+                )
+            return {}
+        whole = structure is not None and structure.whole_outputs
+        own = whole or (self.final_sparsity is None and self._rates_given())
+        default = None if own else recipe.scope
+        # The scope of a criterion may be one that is not an option.
+        scope = selection.resolve_scope(criterion, self.scope or criterion.scope or default)
+        if whole and scope == "global":
+            raise ValueError(
+                f"--structure {self.structure} with scope global may prune the outputs of the "
+                "network, its classes. Use --scope layer, or --structure channels."
+            )
+        selection.Request.of(criterion, scope=scope, structure=structure)
+        return {"scope": scope} | self._rates(recipe, scope, structure)
+
+    def _rates(
+        self, recipe: Recipe, scope: str, structure: structures.Structure | None
+    ) -> dict[str, Any]:
         per_layer = {"conv_rate": self.conv_rate, "output_rate": self.output_rate}
+        whole = structure is not None and (structure.coupled or structure.whole_outputs)
+        if whole and self.output_rate:
+            raise ValueError(
+                f"--output-rate: with --structure {self.structure}, the outputs of the network, "
+                "its classes, are never pruned."
+            )
+        if whole:
+            del per_layer["output_rate"]
+        none = {"output_rate": 0.0 if structure is not None and structure.whole_outputs else None}
         given = [option(name) for name, value in per_layer.items() if value is not None]
         convolutions = networks.has_convolutions(recipe.network)
         if self.conv_rate is not None and not convolutions:
@@ -319,7 +390,7 @@ operations, and no decisions based on timing."""
             given += ["--rate"] if self.rate is not None else []
             if given:
                 raise ValueError(f"Give --final-sparsity or {' and '.join(given)}, not both.")
-            return {}
+            return none
         rate = chosen(self.rate, recipe.rate)
         if scope == "global":
             if given:
@@ -330,7 +401,7 @@ operations, and no decisions based on timing."""
             "rate": rate,
             "conv_rate": conv_rate,
             "output_rate": chosen(self.output_rate, 0.5 * rate),
-        }
+        } | (none if whole else {})
 
 
 def parse_steps(text: str, steps_per_epoch: int) -> int:
@@ -357,7 +428,7 @@ def choices(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def code_of(values: Mapping[str, Any]) -> str:
-    """Returns the custom criteria and treatments of a configuration, by their code.
+    """Returns the custom criteria, treatments and structures of a configuration, by their code.
 
     Raises:
         UnidentifiedError: If one of them cannot be identified.
@@ -366,6 +437,7 @@ def code_of(values: Mapping[str, Any]) -> str:
         "strategy": criteria.get,
         "kept": treatments.get_kept,
         "pruned": treatments.get_pruned,
+        "structure": structures.get,
     }
     made = [get(values[name]) for name, get in getters.items() if name in values]
     return names_with_code(made + [criteria.get(name) for name in values.get("criteria", ())])

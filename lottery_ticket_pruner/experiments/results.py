@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,9 @@ COLUMNS = (
     "validation_loss",
 )
 
+# Column of runs with a structure of channels or filters: the share of these that is left.
+CHANNELS = "channels"
+
 # Entries of a run folder's configuration that affect results besides the options.
 ORIGIN = ("backend", "data_digest")
 
@@ -45,7 +48,7 @@ CODE = "code"
 
 # Columns that contain only numbers or nothing, in the results of every command and version.
 _NUMBERS = (
-    *(name for name in COLUMNS if name != "arm"),
+    *(name for name in (*COLUMNS, CHANNELS) if name != "arm"),
     *("epoch", "rewind_to", "instability", "loss_barrier", "lowest_accuracy"),
     *("dense_accuracy", "accuracy_of_samples_deviation"),
     *("deterministic_accuracy", "deterministic_sparsity"),
@@ -54,12 +57,17 @@ _NUMBERS = (
 
 
 class CsvWriter:
-    """Writes rows to a CSV file one by one, and each to disk at once."""
+    """Writes rows to a CSV file one by one, and each to disk at once.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: Path of the file.
+        columns: Names of its columns.
+    """
+
+    def __init__(self, path: Path, columns: Sequence[str] = COLUMNS) -> None:
         self._path = path
         self._file = path.open("w", newline="", encoding="utf-8")
-        self._writer = csv.DictWriter(self._file, COLUMNS)
+        self._writer = csv.DictWriter(self._file, columns)
         self._writer.writeheader()
         self._file.flush()
 

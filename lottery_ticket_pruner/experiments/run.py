@@ -59,7 +59,7 @@ def _carry_out(
     )
     rows: list[dict[str, Any]] = []
     with (
-        contextlib.closing(results.CsvWriter(folder.path / "results.csv")) as written,
+        contextlib.closing(_writer(config, folder)) as written,
         _Progress(config, console) as display,
     ):
         for replicate, seed in enumerate(config.seeds):
@@ -94,8 +94,16 @@ def _carry_out(
             save(found.ticket, folder.path / f"ticket{suffix}.keras")
             if not suffix:
                 _export(found.ticket, folder, console)
-    picture = figures.accuracy_picture(rows, f"{config.data}, {config.network}, {config.strategy}")
+    picture = figures.accuracy_picture(
+        rows,
+        ", ".join(filter(None, (config.data, config.network, config.strategy, config.structure))),
+    )
     picture.savefig(folder.path / "accuracy.png", dpi=150)
+
+
+def _writer(config: RunConfig, folder: RunFolder) -> results.CsvWriter:
+    more = (results.CHANNELS,) if config.counts_channels else ()
+    return results.CsvWriter(folder.path / "results.csv", (*results.COLUMNS, *more))
 
 
 def _runs(config: RunConfig) -> int:
@@ -168,6 +176,8 @@ class _Progress:
         self._task = self._bar.add_task("dense", total=total)
         arms = [statistics.arm_label(arm) for arm in self._arms]
         headings = ["seed", "round", "weights left", *arms, "early stop"]
+        if config.counts_channels:  # Within 80 columns, with two controls.
+            headings = ["seed", "round", "weights", "channels", *arms, "stop"]
         self._widths = [max(len(heading), 6) for heading in headings]
         self._line(*headings)
 
@@ -191,6 +201,7 @@ class _Progress:
             str(seed),
             str(row["round"]) if row["round"] else "dense",
             f"{1 - row['sparsity']:.2%}",
+            *([f"{row['channels']:.2%}"] if "channels" in row else []),
             *(f"{100 * one['test_accuracy']:.2f}" if one else "" for one in shown),
             *[""] * (len(self._arms) - len(shown)),
             str(row["early_stop_step"]),

@@ -14,6 +14,7 @@ from lottery_ticket_pruner.selection.new_masks import (
     update,
     update_many,
 )
+from lottery_ticket_pruner.selection.random_masks import shuffled_within
 from lottery_ticket_pruner.selection.request import Request, resolve_scope
 from lottery_ticket_pruner.selection.weights import Weights
 from lottery_ticket_pruner.shares import Share
@@ -29,6 +30,7 @@ __all__ = [
     "resolve_scope",
     "select",
     "select_many",
+    "shuffled_within",
     "update",
     "update_many",
 ]

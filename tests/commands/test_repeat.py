@@ -22,6 +22,8 @@ pytestmark = pytest.mark.once
             "run",
             RunConfig(network="resnet-20", data="cifar10", final_sparsity=0.9, deterministic=True),
         ),
+        ("run", RunConfig(structure="channels", final_sparsity=0.5)),
+        ("run", RunConfig(structure="2:4")),
         ("supermask", SupermaskConfig(dwr=(True,), criteria=("random",))),
         ("supermask", SupermaskConfig(learn="bernoulli", epochs=3)),
         ("instability", InstabilityConfig(rewind_to=("0", "2ep"), seeds=(4,))),

@@ -100,12 +100,59 @@ def test_a_global_scope_has_one_rate():
         ({"rounds": 2, "control_rounds": (3,)}, "counts from 1 to --rounds"),
         ({"control_rounds": (10,)}, r"counts from 1 to --rounds, 9\. Received: \(10,\)"),
         ({"control_rounds": (1,), "controls": ()}, "--control-rounds needs --controls"),
+        ({"structure": "chanels"}, "--structure: .*channels"),
+        ({"structure": "5:4"}, "1 <= N < M"),
+        ({"structure": "2:4", "rate": 0.2}, "--structure 2:4 sets the sparsity.*Leave out --rate"),
+        ({"structure": "filters", "scope": "global"}, "may prune the outputs of the network"),
+        ({"structure": "channels", "output_rate": 0.1}, "--output-rate: .*are never pruned"),
+        ({"structure": "filters", "strategy": "wanda"}, "contradicts"),
         ({"kept": "reinit", "retraining": "fine_tuning"}, "fine_tuning.*Received: kept='reinit'"),
     ],
 )
 def test_contradictions_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         RunConfig(**options).resolve(100)
+
+
+@pytest.mark.parametrize(
+    ("options", "scope", "amount"),
+    [
+        ({"structure": "channels"}, "layer", {"rate": {"default": 0.36}}),
+        ({"structure": "channels", "scope": "global"}, "global", {"rate": 0.36}),
+        ({"structure": "channels", "final_sparsity": 0.5}, "layer", {"sparsity": 0.5}),
+        ({"structure": "filters"}, "layer", {"rate": {"^output/": 0.0, "default": 0.36}}),
+        (
+            {"structure": "units", "final_sparsity": 0.5},
+            "layer",
+            {"sparsity": {"^output/": 0.0, "default": 0.5}},
+        ),
+        ({"structure": "4x1"}, "layer", {"rate": {"^output/": 0.18, "default": 0.36}}),
+        ({"structure": "2:4"}, None, {}),
+    ],
+)
+def test_amounts_of_structures_never_prune_classes(options, scope, amount):
+    config = RunConfig(**options).resolve(1318)
+    assert (config.scope, config.amount) == (scope, amount)
+    assert config.resolve(1318) == config
+    assert config.search_plan(0).pruning.amount(config.rounds) == amount
+    assert config.rounds == (1 if options["structure"] == "2:4" else 9)
+    resnet = RunConfig(data="cifar10", network="resnet-20", **options).resolve(45_000)
+    wanted = "global" if options["structure"] in ("channels", "4x1") else scope
+    assert resnet.scope == wanted
+
+
+def test_runs_without_a_structure_keep_the_names_and_files_they_had():
+    config = RunConfig().resolve(1318)
+    assert "structure" not in config.to_dict()
+    assert config.name == "digits-lenet-300-100-large_final-6dfe5efd"
+    channels = RunConfig(structure="channels").resolve(1318)
+    assert channels.to_dict()["structure"] == "channels"
+    assert channels.name.startswith("digits-lenet-300-100-large_final-channels-")
+    assert (
+        RunConfig(structure="2:4")
+        .resolve(1318)
+        .name.startswith("digits-lenet-300-100-large_final-2of4-")
+    )
 
 
 def test_a_run_is_named_after_its_choices_not_after_places():

@@ -24,7 +24,7 @@ from lottery_ticket_pruner.experiments.results import (
 # Options for where to run and what to print, which do not affect results.
 _NO_CHOICE = ("data_dir", "out", "quiet", "seeds", "masks_digest", *FACTS)
 
-_NAMING = ("data", "network", "strategy", "criterion")
+_NAMING = ("data", "network", "strategy", "criterion", "structure")
 
 # Options that usually follow from others, or that do not affect tickets.
 _FOLLOWING = (

@@ -99,6 +99,7 @@ def accuracy_sheet(rows: pd.DataFrame) -> Sheet:
             (
                 str(number) if number else "dense",
                 f"{1 - of_round['sparsity'].mean():.2%}",
+                _channels_left(of_round),
                 *cells,
                 *[""] * (len(arms) - len(cells)),
                 "" if np.isnan(early_stop) else f"{early_stop:.0f}",
@@ -108,8 +109,25 @@ def accuracy_sheet(rows: pd.DataFrame) -> Sheet:
     if counts.max() > 1:
         several = f"{counts.max()}" if counts.min() == counts.max() else f"up to {counts.max()}"
         title += f": mean ± standard deviation of {several} replicates"
-    headings = ("round", "weights", *map(arm_label, arms), "early stop")
-    return Sheet(title, headings, tuple(lines))
+    headings = ("round", "weights", "channels", *map(arm_label, arms), "early stop")
+    return _with_channels(Sheet(title, headings, tuple(lines)))
+
+
+def _channels_left(rows: pd.DataFrame) -> str:
+    """Returns the mean share of the channels that are left, empty for runs that prune weights."""
+    shares = rows["channels"].dropna() if "channels" in rows else ()
+    return f"{np.mean(shares):.2%}" if len(shares) else ""
+
+
+def _with_channels(sheet: Sheet) -> Sheet:
+    """Returns the table without its column of channels if that is empty."""
+    place = sheet.headings.index("channels")
+    if any(line[place] for line in sheet.lines):
+        return sheet
+    headings, *lines = (
+        (*line[:place], *line[place + 1 :]) for line in (sheet.headings, *sheet.lines)
+    )
+    return dataclasses.replace(sheet, headings=headings, lines=tuple(lines))
 
 
 def difference_sheet(rows: pd.DataFrame) -> Sheet:
@@ -162,13 +180,23 @@ def overview_sheet(groups: Sequence[Group]) -> Sheet:
                 group.label or group.title,
                 str(seeds) if seeds == everyone else f"{seeds} of {everyone}",
                 f"{1 - last['sparsity'].mean():.2%}",
+                _channels_left(last),
                 accuracy_text(dense_accuracies(same)),
                 accuracy_text(ticket),
                 accuracy_text(max(arms.values(), key=np.mean, default=[])),
                 _holds_down_to(group.rows),
             )
         )
-    headings = ("", "seeds", "weights", "dense", "ticket", "best control", "matches dense to")
+    headings = (
+        "",
+        "seeds",
+        "weights",
+        "channels",
+        "dense",
+        "ticket",
+        "best control",
+        "matches dense to",
+    )
     return filled(
         Sheet(
             "test accuracy of the dense network and at the last round, %",

@@ -6,7 +6,7 @@ import pytest
 from keras import layers
 
 import masked_layers as ml
-from lottery_ticket_pruner import LotteryTicketPruner, criteria, tickets, training
+from lottery_ticket_pruner import LotteryTicketPruner, arms, criteria, training
 from lottery_ticket_pruner.tickets import find_ticket
 from masked_layers import randomness
 from searches import SHORT, assert_equal, make_model, scheduled_model
@@ -23,7 +23,7 @@ def test_recurrent_and_convolutional_weights_are_drawn_again():
     )
     masked = ml.convert_to_masked(model)
     before = {ref.path: keras.ops.convert_to_numpy(ref.variable) for ref in ml.masked_refs(masked)}
-    tickets._draw_again(masked, (0, "random_reinit", 1))
+    arms.draw_again(masked, (0, "random_reinit", 1))
     after = {ref.path: keras.ops.convert_to_numpy(ref.variable) for ref in ml.masked_refs(masked)}
     assert len(before) == 5
     for path, value in before.items():
@@ -36,7 +36,7 @@ def test_frozen_weights_are_not_drawn_again():
     model = ml.convert_to_masked(make_model())
     model.get_layer("hidden").trainable = False
     before = model.get_weights()
-    tickets._draw_again(model, (0,))
+    arms.draw_again(model, (0,))
     assert_equal(before[:1], model.get_weights()[:1])
     assert (before[-2] != model.get_weights()[-2]).all()
 
