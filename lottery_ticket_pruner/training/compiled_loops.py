@@ -25,7 +25,7 @@ _CONVOLUTIONS = tuple(
 )
 
 
-class Programs(Protocol):
+class CompiledLoops(Protocol):
     """The interface between the engine and a backend, for one model."""
 
     def __init__(self, model: keras.Model) -> None: ...
@@ -47,7 +47,7 @@ class Programs(Protocol):
         """Returns the loss and the metrics."""
 
 
-class _TensorFlowPrograms:
+class _TensorFlowLoops:
     """A `tf.function` with a loop that updates the variables in place.
 
     Long trainings are compiled by XLA if `fit` would use it, and also on a CPU, where
@@ -110,7 +110,7 @@ class _TensorFlowPrograms:
         return self._evaluate(data.device, *sizes)
 
 
-class _JaxPrograms:
+class _JaxLoops:
     """A `fori_loop` over the training state, written back to the variables after each call."""
 
     def __init__(self, model: keras.Model) -> None:
@@ -173,7 +173,7 @@ class _JaxPrograms:
         return model.get_metrics_result()
 
 
-PROGRAMS: dict[str, type[Programs]] = {"tensorflow": _TensorFlowPrograms, "jax": _JaxPrograms}
+COMPILED_LOOPS: dict[str, type[CompiledLoops]] = {"tensorflow": _TensorFlowLoops, "jax": _JaxLoops}
 
 
 def _padded(batches: np.ndarray) -> tuple[Any, Any]:

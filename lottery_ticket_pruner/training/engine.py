@@ -21,7 +21,7 @@ import numpy as np
 
 from lottery_ticket_pruner import _keras
 from lottery_ticket_pruner.targets import explained
-from lottery_ticket_pruner.training.compiled_loops import BLOCK, PROGRAMS, Programs
+from lottery_ticket_pruner.training.compiled_loops import BLOCK, COMPILED_LOOPS, CompiledLoops
 from lottery_ticket_pruner.training.dataset import ArrayDataset
 from lottery_ticket_pruner.training.engine_settings import settings
 from masked_layers.compiled import kept_beside
@@ -57,15 +57,17 @@ class Engine:
     def __init__(self, model: keras.Model) -> None:
         self.train_function = model.train_function
         self._model = model
-        self._programs: Programs | None = None
-        reason = _why_no_programs(model)
+        self._loops: CompiledLoops | None = None
+        reason = _why_no_loops(model)
         if reason is None:
-            self._programs = PROGRAMS[keras.backend.backend()](model)
+            self._loops = COMPILED_LOOPS[keras.backend.backend()](model)
         self._why_fit = reason or _why_fit(model)
         self._why_evaluate = reason or _why_evaluate(model)
         self._refused: set[str] = set()
         self._compiled: set[tuple[Any, ...]] = set()
-        self._races: dict[tuple[str, int], _Race] = collections.defaultdict(_Race)
+        self._comparisons: dict[tuple[str, int], _PaceComparison] = collections.defaultdict(
+            _PaceComparison
+        )
 
     def train(
         self,
@@ -96,19 +98,19 @@ class Engine:
         # Only `fit` returns the result of a custom step, so it trains on the last batch.
         own = logged and _own_method(self._model, "train_step", "compute_metrics") is not None
         kept = (len(rows) % batch_size or batch_size) if own else 0
-        logs, programs = None, self._programs
+        logs, loops = None, self._loops
         with explained(self._model, *(*data.host, None)[:2]):
             while len(rows):
                 kinds = self._kinds(data, steps)
-                race = self._races[kinds[0], batch_size] if kinds else None
+                comparison = self._comparisons[kinds[0], batch_size] if kinds else None
                 free = len(rows) - kept
-                if programs is None or race is None or race.lost or not free:
+                if loops is None or comparison is None or comparison.fit_is_faster or not free:
                     logs = self._fit(data, rows, batch_size)
                     break
-                if race.is_due and free >= batch_size and not deterministic:
-                    used, logs = self._try_fit(data, rows[:free], batch_size, race)
+                if comparison.is_due and free >= batch_size and not deterministic:
+                    used, logs = self._try_fit(data, rows[:free], batch_size, comparison)
                 else:
-                    used = self._loop(programs, data, rows[:free], batch_size, race, kinds)
+                    used = self._loop(loops, data, rows[:free], batch_size, comparison, kinds)
                     logs = None
                 rows = rows[used:]
         return _as_numbers(logs or self._model.get_metrics_result()) if logged else {}
@@ -123,9 +125,9 @@ class Engine:
         """
         batch_size = batch_size or self._evaluation_batch(data)
         reason = self._why_evaluate
-        if reason is None and self._programs is not None:
+        if reason is None and self._loops is not None:
             try:
-                return _as_numbers(self._programs.evaluate(data, batch_size))
+                return _as_numbers(self._loops.evaluate(data, batch_size))
             except Exception as error:
                 reason = f"{type(error).__name__}: {error}"
         x, y, sample_weight = (*data.host, None, None)[:3]
@@ -139,7 +141,7 @@ class Engine:
                 return_dict=True,
             )
         self._why_evaluate = reason
-        say_once(f"Evaluation goes through `evaluate`: {reason}.")
+        warn_once(f"Evaluation goes through `evaluate`: {reason}.")
         return _as_numbers(results)
 
     def _evaluation_batch(self, data: ArrayDataset) -> int:
@@ -152,37 +154,37 @@ class Engine:
         reason = self._why_fit
         if reason is None and not isinstance(data.augment, Hashable):
             reason = f"{type(data.augment).__name__} is not hashable"
-        if reason is not None or self._programs is None:
-            say_once(f"Training goes through `fit`: {reason}.")
+        if reason is not None or self._loops is None:
+            warn_once(f"Training goes through `fit`: {reason}.")
             return ()
-        return tuple(kind for kind in self._programs.kinds(steps) if kind not in self._refused)
+        return tuple(kind for kind in self._loops.kinds(steps) if kind not in self._refused)
 
     def _loop(
         self,
-        programs: Programs,
+        loops: CompiledLoops,
         data: ArrayDataset,
         rows: np.ndarray,
         batch_size: int,
-        race: _Race,
+        comparison: _PaceComparison,
         kinds: tuple[str, ...],
     ) -> int:
         """Trains on a block of batches, and returns the number of rows."""
         size = min(batch_size, len(rows))
         compiled_for = (size, data.augment, *data.specification)
         if (kinds[0], *compiled_for) not in self._compiled:
-            kind = self._begin(programs, data, rows[:size], kinds)
+            kind = self._begin(loops, data, rows[:size], kinds)
             self._compiled.add((kind, *compiled_for))
             return size
-        count = min(race.block, len(rows) // size)
+        count = min(comparison.block, len(rows) // size)
         batches = rows[: count * size].reshape(count, size, rows.shape[1])
         started = time.perf_counter()
-        programs.train(data, batches, kinds[0])
+        loops.train(data, batches, kinds[0])
         if size == batch_size:
-            race.note_loop(time.perf_counter() - started, count)
+            comparison.note_loop(time.perf_counter() - started, count)
         return count * size
 
     def _begin(
-        self, programs: Programs, data: ArrayDataset, batch: np.ndarray, kinds: tuple[str, ...]
+        self, loops: CompiledLoops, data: ArrayDataset, batch: np.ndarray, kinds: tuple[str, ...]
     ) -> str:
         """Trains on one batch with the first kind of loop that can be compiled, or with `fit`."""
         step = int(self._model.optimizer.iterations)
@@ -190,7 +192,7 @@ class Engine:
         for kind in kinds:
             try:
                 _keras.symbolic_build(self._model, data.take(batch[:, 0]))
-                programs.train(data, batch[None], kind)
+                loops.train(data, batch[None], kind)
                 break
             except Exception as error:
                 if int(self._model.optimizer.iterations) != step:
@@ -229,7 +231,7 @@ class Engine:
         return {name: values[-1] for name, values in logs.items()}
 
     def _try_fit(
-        self, data: ArrayDataset, rows: np.ndarray, batch_size: int, race: _Race
+        self, data: ArrayDataset, rows: np.ndarray, batch_size: int, comparison: _PaceComparison
     ) -> tuple[int, dict[str, Any]]:
         """Trains some steps through `fit` and measures them; returns the rows and the logs."""
         trial = max(settings.trial_steps, 4 * self._model.steps_per_execution)
@@ -238,23 +240,23 @@ class Engine:
         started = time.perf_counter()
         logs = self._fit(data, rows[: count * batch_size], batch_size, callbacks=[first])
         ended = time.perf_counter()
-        if race.fit_tried:
-            race.note_fit(ended - started, count)
+        if comparison.fit_tried:
+            comparison.note_fit(ended - started, count)
         else:
-            race.note_fit(ended - first.ended, max(0, count - first.steps))
-        if race.fit_steps >= trial // 2:
-            race.settle()
+            comparison.note_fit(ended - first.ended, max(0, count - first.steps))
+        if comparison.fit_steps >= trial // 2:
+            comparison.settle()
             _logger.info(
                 "%s: %.3f ms a step in a compiled loop, %.3f in `fit`.",
                 self._model.name,
-                1e3 * race.loop_pace,
-                1e3 * race.fit_pace,
+                1e3 * comparison.loop_pace,
+                1e3 * comparison.fit_pace,
             )
         return count * batch_size, logs
 
 
 @dataclasses.dataclass
-class _Race:
+class _PaceComparison:
     """A comparison between a compiled loop and `fit`: steps and seconds of each so far."""
 
     block: int = 1
@@ -264,7 +266,7 @@ class _Race:
     fit_steps: int = 0
     fit_tried: bool = False
     settled: bool = False
-    lost: bool = False
+    fit_is_faster: bool = False
 
     def note_loop(self, seconds: float, steps: int) -> None:
         self.loop_seconds += seconds
@@ -294,7 +296,7 @@ class _Race:
 
     def settle(self) -> None:
         self.settled = True
-        self.lost = self.fit_pace < _MARGIN * self.loop_pace
+        self.fit_is_faster = self.fit_pace < _MARGIN * self.loop_pace
 
 
 class _FirstStep(keras.callbacks.Callback):
@@ -329,17 +331,17 @@ def engine_of(model: keras.Model) -> Engine:
     return engine
 
 
-def say_once(text: str) -> None:
+def warn_once(text: str) -> None:
     """Logs a warning, once per process for each text."""
     if text not in _said:
         _said.add(text)
         _logger.warning(text)
 
 
-def _why_no_programs(model: keras.Model) -> str | None:
+def _why_no_loops(model: keras.Model) -> str | None:
     """Returns why the model cannot use compiled loops at all, or None."""
     backend = keras.backend.backend()
-    if backend not in PROGRAMS:
+    if backend not in COMPILED_LOOPS:
         return f"there is no compiled loop for Keras on {backend}"
     if model.run_eagerly:
         return "the model is compiled with run_eagerly=True"

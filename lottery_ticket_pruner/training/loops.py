@@ -12,7 +12,7 @@ from lottery_ticket_pruner import _keras
 from lottery_ticket_pruner.targets import explained
 from lottery_ticket_pruner.training.augmentation import Augmentation
 from lottery_ticket_pruner.training.dataset import ArrayDataset, Arrays
-from lottery_ticket_pruner.training.engine import engine_of, say_once
+from lottery_ticket_pruner.training.engine import engine_of, warn_once
 from lottery_ticket_pruner.training.plans import (
     EpochPlan,
     Listeners,
@@ -221,7 +221,7 @@ def fit(
     validation = held_out(model, data, "validation_data", validation_data)
     slow = [type(callback).__name__ for callback in plan.callbacks if _acts_on_batches(callback)]
     if slow:
-        say_once(f"Training goes through `fit`: {', '.join(slow)} acts on batches.")
+        warn_once(f"Training goes through `fit`: {', '.join(slow)} acts on batches.")
         return _fit_by_keras(model, data, plan, validation)
     return _fit_in_loops(model, data, plan, validation)
 

@@ -80,9 +80,9 @@ def by_xla(monkeypatch):
 def through_fit(model):
     """Returns why a long training goes through `fit` as a text, or True if `fit` is faster."""
     current = engine.engine_of(model)
-    if current._why_fit is not None or not current._programs.kinds(1000):
+    if current._why_fit is not None or not current._loops.kinds(1000):
         return current._why_fit or True
-    return any(race.lost for race in current._races.values())
+    return any(comparison.fit_is_faster for comparison in current._comparisons.values())
 
 
 def with_own_loss():

@@ -29,7 +29,7 @@ def pace(monkeypatch):
 
     def give(model, fit, **loops):
         current = engine.engine_of(model)
-        train, plain_fit = current._programs.train, model.fit
+        train, plain_fit = current._loops.train, model.fit
         step = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: wait(fit))
         counts = []
 
@@ -41,7 +41,7 @@ def pace(monkeypatch):
         def timed_fit(*args, callbacks=(), **kwargs):
             return plain_fit(*args, callbacks=[step, *callbacks], **kwargs)
 
-        monkeypatch.setattr(current._programs, "train", timed)
+        monkeypatch.setattr(current._loops, "train", timed)
         object.__setattr__(model, "fit", timed_fit)
         return counts
 

@@ -59,7 +59,7 @@ def test_an_evaluation_that_cannot_be_compiled_goes_through_evaluate(monkeypatch
     def refuse(*args):
         raise NotImplementedError("no such operation")
 
-    monkeypatch.setattr(engine.engine_of(model)._programs, "evaluate", refuse)
+    monkeypatch.setattr(engine.engine_of(model)._loops, "evaluate", refuse)
     for _ in range(2):
         expected = model.evaluate(X, Y, verbose=0, return_dict=True)
         assert training.evaluate(model, X, Y) == pytest.approx(expected, rel=1e-5)

@@ -47,7 +47,7 @@ def test_a_step_that_cannot_be_compiled_falls_back(caplog, monkeypatch):
     def refuse(*args):
         raise NotImplementedError("no such operation")
 
-    monkeypatch.setattr(current._programs, "train", refuse)
+    monkeypatch.setattr(current._loops, "train", refuse)
     training.train(model, X, Y, steps=3, batch_size=10)
     assert int(model.optimizer.iterations) == 3
     assert through_fit(model)
@@ -70,8 +70,8 @@ def test_convolutions_are_in_no_xla_loop_on_a_cpu():
     assert bool(through_fit(model)) == (BACKEND == "jax")
     training.train(model, X, Y, steps=2, batch_size=10)
     if BACKEND == "tensorflow":
-        assert engine.engine_of(model)._programs.kinds(1000) == ("graph",)
-        assert engine.engine_of(compiled(dense))._programs.kinds(1000) == ("XLA", "graph")
+        assert engine.engine_of(model)._loops.kinds(1000) == ("graph",)
+        assert engine.engine_of(compiled(dense))._loops.kinds(1000) == ("XLA", "graph")
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="XLA is a choice on TensorFlow alone")
@@ -167,17 +167,20 @@ def test_loops_of_two_kinds_are_timed_apart(monkeypatch, pace):
     for deterministic in (True, False):
         for steps in (29, 30):
             training.train(model, X, Y, steps=steps, batch_size=5, deterministic=deterministic)
-    lost = {kind: race.lost for (kind, _), race in engine.engine_of(model)._races.items()}
+    lost = {
+        kind: comparison.fit_is_faster
+        for (kind, _), comparison in engine.engine_of(model)._comparisons.items()
+    }
     assert lost == {"graph": True, "XLA": False}
 
 
 def test_on_an_equal_pace_the_loop_is_taken():
     for fit_seconds, lost in [(1.1, False), (0.98, False), (0.9, True)]:
-        race = engine._Race()
-        race.note_loop(10.0, 1000)
-        race.note_fit(fit_seconds, 100)
-        race.settle()
-        assert race.lost == lost
+        comparison = engine._PaceComparison()
+        comparison.note_loop(10.0, 1000)
+        comparison.note_fit(fit_seconds, 100)
+        comparison.settle()
+        assert comparison.fit_is_faster == lost
 
 
 def test_fit_gets_no_more_than_the_data_at_a_time(monkeypatch):
