@@ -193,7 +193,7 @@ def instability(
     try:
         for number in range(2):
             model.set_weights(start)
-            fresh = optimizers.fresh_optimizer(optimizer)
+            fresh = optimizers.unbuilt_copy(optimizer)
             parameters = model.trainable_variables
             optimizers.reset_optimizer(optimizer, fresh, parameters, steps_done, rates)
             training.train_by_plan(

@@ -23,7 +23,7 @@ def read_clocks(optimizer: keras.Optimizer | None) -> list[tuple[int, float | No
     ]
 
 
-def fresh_optimizer(optimizer: keras.Optimizer) -> keras.Optimizer:
+def unbuilt_copy(optimizer: keras.Optimizer) -> keras.Optimizer:
     """Returns an unbuilt optimizer with the same configuration."""
     return type(optimizer).from_config(optimizer.get_config())
 
@@ -43,7 +43,7 @@ def reset_optimizer(
 
     Args:
         optimizer: The optimizer to reset.
-        fresh: The result of `fresh_optimizer(optimizer)`, which is built here.
+        fresh: The result of `unbuilt_copy(optimizer)`, which is built here.
         variables: Trainable variables of the model, with the values to start from.
         steps: Step counts to restore if a learning-rate schedule reads them. Otherwise a step count
             other than 0 would only make the bias corrections of the new slots wrong.
@@ -73,15 +73,15 @@ def reset_optimizer(
                 rate.assign(old_rate)
 
 
-def advance(optimizer: keras.Optimizer, steps: int) -> None:
-    """Advances the step count, but only if a learning-rate schedule reads it."""
+def advance_schedule(optimizer: keras.Optimizer, steps: int) -> None:
+    """Advances the step count if a learning-rate schedule reads it, and only then."""
     for step, rate in _clock_variables(optimizer):
         if rate is None:
             step.assign(step + steps)
 
 
-def start_over(optimizer: keras.Optimizer) -> None:
-    """Sets the step count to 0, but only if a learning-rate schedule reads it."""
+def rewind_schedule(optimizer: keras.Optimizer) -> None:
+    """Sets the step count to 0 if a learning-rate schedule reads it, and only then."""
     for step, rate in _clock_variables(optimizer):
         if rate is None:
             step.assign(0)
@@ -102,7 +102,7 @@ def optimizer_slots(optimizer: keras.Optimizer) -> dict[int, list[keras.Variable
     if not optimizer.built:
         return {}
     # Optimizers do not say which slot belongs to which variable, so a second one is watched.
-    twin = fresh_optimizer(optimizer)
+    twin = unbuilt_copy(optimizer)
     made: dict[int, list[keras.Variable]] = {}
     _keras.watch_slots(twin, lambda variable, slot: made.setdefault(id(variable), []).append(slot))
     twin.build(_keras.optimized_variables(optimizer))

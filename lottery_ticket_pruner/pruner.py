@@ -532,7 +532,7 @@ class LotteryTicketPruner(plain_models.PlainPruning):
         """Assigns all weights and resets the optimizer to its recorded step."""
         model = self._checked(self.model)
         compiled = getattr(model, "optimizer", None) if optimizer else None
-        fresh = optimizers.fresh_optimizer(compiled) if compiled is not None else None
+        fresh = optimizers.unbuilt_copy(compiled) if compiled is not None else None
         before = [read(variable) for variable in model.weights]
         assign(model.weights, values)
         if compiled is not None:

@@ -344,7 +344,7 @@ class TicketSearch:
     def __post_init__(self) -> None:
         # In a model that was trained before, the schedule would be at its end.
         ml.sync(self.model)
-        optimizers.start_over(self.model.optimizer)
+        optimizers.rewind_schedule(self.model.optimizer)
         self.pruner = LotteryTicketPruner(self.model)
         self.weights_at_0 = self.model.get_weights()
         self.masks: list[dict[str, np.ndarray]] = []
@@ -468,7 +468,7 @@ class TicketSearch:
         seed = randomness.integer(arms.PURPOSE, self.seed, "treatment", self.round)
         self.pruner.treat(pruning.kept_treatment, pruning.pruned_treatment, seed=seed)
         if pruning.retraining == "fine_tuning":
-            optimizers.advance(self.model.optimizer, self.plan.steps_after_rewinding)
+            optimizers.advance_schedule(self.model.optimizer, self.plan.steps_after_rewinding)
         self._measure("ticket")
 
     def result(self) -> TicketResult:

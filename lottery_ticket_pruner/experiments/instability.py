@@ -318,7 +318,7 @@ class _Trainer:
         if self.masks is not None:
             ml.set_masks(model, self.masks[seed])
         self._restart(start)
-        optimizers.advance(model.optimizer, point)
+        optimizers.advance_schedule(model.optimizer, point)
         line = analyses.instability(
             model,
             data.x_train,
