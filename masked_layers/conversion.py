@@ -17,8 +17,8 @@ from masked_layers.copying import copy_model, renew_optimizer
 from masked_layers.exactness import check_copy, check_masks, has_code_of_others
 from masked_layers.inspection import MaskedRef, get_masks, masked_refs, weight_refs
 from masked_layers.layers import (
+    MASKED_CLASSES,
     MaskedLayer,
-    by_hand,
     make_binary,
     mask_weights,
     mask_when_built,
@@ -289,7 +289,7 @@ def _select(
         if not layer.built and layer is not model and maskable(type(layer)) is None:
             chain = [layer for _, layer in resolve(model, f"{path}/", cache)]
             holds_more = not weights_inside(layer) and not isinstance(layer, MaskedLayer)
-            if type(layer) in by_hand and holds_more:
+            if type(layer) in MASKED_CLASSES and holds_more:
                 holders += chain[1:]
                 if chosen(chain[1:]):
                     selected.append((path, True))

@@ -146,7 +146,8 @@ class MaskedByConversion(MaskedLayer):
 
 # --- Classes --------------------------------------------------------------------------------------
 
-by_hand: dict[type[Layer], type[Layer]] = {}
+# Keras layer class -> its masked class, for those that users can construct directly.
+MASKED_CLASSES: dict[type[Layer], type[Layer]] = {}
 
 
 def define(base: type[Layer], module: str) -> type[Layer]:
@@ -210,12 +211,12 @@ def define(base: type[Layer], module: str) -> type[Layer]:
         "get_config": get_config,
     }
     cls = _subclass(MaskedLayer, base, maskable(base), namespace)
-    by_hand[base] = keras.saving.register_keras_serializable(PACKAGE, cls.__qualname__)(cls)
+    MASKED_CLASSES[base] = keras.saving.register_keras_serializable(PACKAGE, cls.__qualname__)(cls)
     return cls
 
 
 @functools.cache
-def _made_for(base: type[Layer], spec: Maskable | None) -> type[Layer]:
+def _masked_class(base: type[Layer], spec: Maskable | None) -> type[Layer]:
     """Creates the masked class of a layer class for which `masked_layers.classes` has none.
 
     Its maskable weights, `spec`, are part of the cache key: a class may be registered later.
@@ -434,7 +435,7 @@ def _change_class(
 ) -> None:
     if not isinstance(layer, MaskedLayer):
         base: type = type(layer)
-        layer.__class__ = by_hand.get(base) or _made_for(base, maskable(base))
+        layer.__class__ = MASKED_CLASSES.get(base) or _masked_class(base, maskable(base))
         _set_masking(layer, masked_weights, mask_bias, initializer, mask)
         _keras.bind_quantize(layer, functools.partial(MaskedLayer.quantize, layer))
 

@@ -13,7 +13,7 @@ from keras import layers
 import masked_layers as ml
 from common import half_masks, numpy
 from masked_layers import classes
-from masked_layers.layers import by_hand
+from masked_layers.layers import MASKED_CLASSES
 
 SEQUENCE = (2, 6, 4)
 IMAGE = (2, 6, 6, 4)
@@ -93,8 +93,8 @@ def multiply_raw_weights(model):
 
 
 def test_every_masked_class_is_covered_here():
-    assert set(by_hand) == set(CASES) | CELLS | WRAPPERS
-    for base, masked in by_hand.items():
+    assert set(MASKED_CLASSES) == set(CASES) | CELLS | WRAPPERS
+    for base, masked in MASKED_CLASSES.items():
         assert masked.__qualname__ == f"Masked{base.__name__}"
         assert getattr(ml, masked.__qualname__) is masked
         assert pickle.loads(pickle.dumps(masked)) is masked
@@ -104,7 +104,7 @@ def test_every_masked_class_is_covered_here():
 @pytest.mark.parametrize("base", CASES, ids=lambda base: base.__name__)
 def test_arguments_are_those_of_the_base_layer_and_the_masking_ones(base):
     plain = inspect.signature(base.__init__).parameters
-    masked = inspect.signature(by_hand[base].__init__).parameters
+    masked = inspect.signature(MASKED_CLASSES[base].__init__).parameters
     assert set(masked) - set(plain) <= {
         "masked_weights",
         "mask_bias",
@@ -115,14 +115,14 @@ def test_arguments_are_those_of_the_base_layer_and_the_masking_ones(base):
     }
     for name, parameter in plain.items():
         assert masked[name].default == parameter.default
-    assert inspect.signature(by_hand[base]).parameters["mask_initializer"].default == "ones"
+    assert inspect.signature(MASKED_CLASSES[base]).parameters["mask_initializer"].default == "ones"
 
 
 @pytest.mark.parametrize("base", CASES, ids=lambda base: base.__name__)
 def test_made_by_hand_equals_the_plain_layer_bit_for_bit(base):
     args, kwargs, shapes, paths = CASES[base]
     inputs = inputs_for(shapes)
-    plain, masked = base(*args, **kwargs), by_hand[base](*args, **kwargs)
+    plain, masked = base(*args, **kwargs), MASKED_CLASSES[base](*args, **kwargs)
     plain(*inputs), masked(*inputs)
     masked.set_weights(plain.get_weights())
     assert [ref.path for ref in ml.masked_refs(masked)] == paths
@@ -147,12 +147,12 @@ def test_saved_and_loaded_without_custom_objects(base, tmp_path):
     args, kwargs, shapes, _ = CASES[base]
     arrays = inputs_for(shapes)
     symbols = [keras.Input(a.shape[1:], dtype=str(a.dtype)) for a in arrays]
-    layer = by_hand[base](*args, **kwargs, mask_bias=True)
+    layer = MASKED_CLASSES[base](*args, **kwargs, mask_bias=True)
     model = keras.Model(symbols, layer(*symbols))
     half_masks(model)
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
-    assert type(loaded.layers[-1]) is by_hand[base]
+    assert type(loaded.layers[-1]) is MASKED_CLASSES[base]
     assert loaded.layers[-1].get_config() == layer.get_config()
     masks, again = ml.get_masks(model), ml.get_masks(loaded)
     assert list(masks) == list(again)
@@ -169,10 +169,10 @@ def test_saved_and_loaded_without_custom_objects(base, tmp_path):
 @pytest.mark.parametrize("base", CASES, ids=lambda base: base.__name__)
 def test_masks_of_chosen_weights_only(base):
     args, kwargs, shapes, paths = CASES[base]
-    masked = by_hand[base](*args, **kwargs, masked_weights=paths[-1:])
+    masked = MASKED_CLASSES[base](*args, **kwargs, masked_weights=paths[-1:])
     masked(*inputs_for(shapes))
     assert list(ml.get_masks(masked)) == paths[-1:]
-    copy = by_hand[base].from_config(masked.get_config())
+    copy = MASKED_CLASSES[base].from_config(masked.get_config())
     copy(*inputs_for(shapes))
     assert list(ml.get_masks(copy)) == paths[-1:]
 
@@ -205,12 +205,12 @@ def test_unknown_masked_weight_is_named_with_the_known_ones():
 
 @pytest.mark.parametrize("cell", sorted(CELLS, key=lambda c: c.__name__), ids=lambda c: c.__name__)
 def test_cells_by_hand_in_a_plain_rnn(cell, tmp_path):
-    plain, masked = layers.RNN(cell(3)), layers.RNN(by_hand[cell](3))
+    plain, masked = layers.RNN(cell(3)), layers.RNN(MASKED_CLASSES[cell](3))
     x = inputs_for(SEQUENCE)[0]
     plain(x), masked(x)
     masked.set_weights(plain.get_weights())
     np.testing.assert_array_equal(numpy(masked(x)), numpy(plain(x)))
-    model = keras.Sequential([keras.Input(SEQUENCE[1:]), layers.RNN(by_hand[cell](3))])
+    model = keras.Sequential([keras.Input(SEQUENCE[1:]), layers.RNN(MASKED_CLASSES[cell](3))])
     half_masks(model)
     model.save(tmp_path / "rnn.keras")
     loaded = keras.models.load_model(tmp_path / "rnn.keras")
@@ -356,9 +356,9 @@ def test_type_checkers_know_every_class():
         for node in stub.body
         if isinstance(node, ast.ClassDef)
     }
-    assert len(bases) == len(by_hand)
+    assert len(bases) == len(MASKED_CLASSES)
     for name, (masked, plain) in bases.items():
         assert masked == "MaskedLayer"
-        cls = by_hand[getattr(layers, plain.removeprefix("layers."))]
+        cls = MASKED_CLASSES[getattr(layers, plain.removeprefix("layers."))]
         assert cls is getattr(ml, name)
         assert pickle.loads(pickle.dumps(cls)) is cls
