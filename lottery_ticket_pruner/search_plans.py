@@ -85,7 +85,7 @@ class PruningPlan:
     @functools.cached_property
     def kept_treatment(self) -> treatments.Treatment[[treatments.Kernel]]:
         """Treatment of the ticket's kept weights."""
-        return kept_under(self.retraining, self.kept)
+        return retraining_treatment(self.retraining, self.kept)
 
     @functools.cached_property
     def pruned_treatment(self) -> treatments.Treatment[[treatments.Kernel, np.ndarray]]:
@@ -216,7 +216,7 @@ def taken(kind: type[Plan], options: Any, **others: Any) -> Plan:
     return kind(**there | others)
 
 
-def kept_under(retraining: str, kept: Any) -> treatments.Treatment[[treatments.Kernel]]:
+def retraining_treatment(retraining: str, kept: Any) -> treatments.Treatment[[treatments.Kernel]]:
     """Returns the treatment of kept weights for a kind of retraining.
 
     Raises:

@@ -387,9 +387,9 @@ class TicketSearch:
         for row in rows:
             for evaluation in evaluations:
                 if (evaluation["round"], evaluation["arm"]) == (row["round"], row["arm"]):
-                    self._tell(evaluation)
+                    self._report_evaluation(evaluation)
             ml.set_masks(self.model, self.masks[row["round"]])
-            self._show(row)
+            self._report_row(row)
             self._progress(self.plan.steps_after_rewinding)
         _logger.info("Resuming after round %d.", self.round)
 
@@ -507,7 +507,7 @@ class TicketSearch:
             row["validation_loss"] = history.validation[history.early_stop]["loss"]
             row["early_stop_step"] = history.steps[history.early_stop]
         row["seconds"] = history.seconds
-        self._show(row)
+        self._report_row(row)
 
     @property
     def seed(self) -> int:
@@ -533,7 +533,7 @@ class TicketSearch:
         place = self._place(arm)
         return training.Listeners(
             on_progress=self._progress,
-            on_evaluation=lambda step, results: self._tell(
+            on_evaluation=lambda step, results: self._report_evaluation(
                 {**place, "step": after + step, **_named("validation", results)}
             ),
         )
@@ -542,12 +542,12 @@ class TicketSearch:
         if self.listeners.on_progress is not None:
             self.listeners.on_progress(done)
 
-    def _tell(self, evaluation: dict[str, Any]) -> None:
+    def _report_evaluation(self, evaluation: dict[str, Any]) -> None:
         self.evaluations.append(evaluation)
         if self.listeners.on_evaluation is not None:
             self.listeners.on_evaluation(evaluation)
 
-    def _show(self, row: dict[str, Any]) -> None:
+    def _report_row(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
         if self.listeners.on_result is not None:
             self.listeners.on_result(row)

@@ -28,7 +28,7 @@ from lottery_ticket_pruner.search_plans import (
     ControlPlan,
     PruningPlan,
     SearchPlan,
-    kept_under,
+    retraining_treatment,
     taken,
 )
 from lottery_ticket_pruner.training import TrainingPlan
@@ -219,7 +219,7 @@ operations, and no decisions based on timing."""
         """
         recipe = self._recipe()
         criterion = _resolved("strategy", criteria.get, self.strategy)
-        _resolved("kept", functools.partial(kept_under, self.retraining), self.kept)
+        _resolved("kept", functools.partial(retraining_treatment, self.retraining), self.kept)
         _resolved("pruned", treatments.get_pruned, self.pruned)
         structure = self._structure()
         fixed = structure is not None and structure.kept is not None
