@@ -53,11 +53,11 @@ def write_report(config: ReportConfig, console: Console | None = None) -> Path:
     if not config.folders:
         raise ValueError("Name at least one run folder, or a folder of run folders.")
     groups = run_folders.groups_of(run_folders.find_runs(config.folders))
-    kepts = ticket_masks.read_tickets(groups, console)
-    overviews = [*tables.overviews(groups), *ticket_masks.comparisons(kepts)]
+    all_tickets = ticket_masks.read_tickets(groups, console)
+    overviews = [*tables.overviews(groups), *ticket_masks.comparisons(all_tickets)]
     sections = [
-        (kept.label, [*contents.sheets_of(kept.group), *ticket_masks.sheets_of(kept)])
-        for kept in kepts
+        (of_group.label, [*contents.sheets_of(of_group.group), *ticket_masks.sheets_of(of_group)])
+        for of_group in all_tickets
     ]
     for sheet in overviews:
         console.print(sheet.table())
@@ -70,10 +70,10 @@ def write_report(config: ReportConfig, console: Console | None = None) -> Path:
     make_folder(out)
     # Written first, because it marks the other files as a report, even after an interruption.
     with replacing(out / "report.html") as file:
-        file.write(web_page.render(kepts).encode())
+        file.write(web_page.render(all_tickets).encode())
     charts = [chart for group in groups for chart in contents.charts_of(group)]
     pictures: list[contents.Chart | contents.Drawing]
-    pictures = [*contents.comparisons(groups), *contents.mask_charts(kepts), *charts]
+    pictures = [*contents.comparisons(groups), *contents.mask_charts(all_tickets), *charts]
     for number, picture in enumerate(pictures, 1):
         contents.titled(picture).savefig(out / f"picture-{number}.png", dpi=150)
     runs = [run for group in groups for run in group.runs]
@@ -84,9 +84,9 @@ def write_report(config: ReportConfig, console: Console | None = None) -> Path:
             f"# Lottery tickets: {contents.title_of(groups)}",
             *(sheet.markdown() for sheet in overviews),
         ]
-        for (title, sheets), kept in zip(sections, kepts, strict=True):
+        for (title, sheets), of_group in zip(sections, all_tickets, strict=True):
             texts += [f"## {title}", *(sheet.markdown() for sheet in sheets)]
-            texts += [f"Not loaded: {text}" for text in kept.unreadable]
+            texts += [f"Not loaded: {text}" for text in of_group.unreadable]
         file.write("\n\n".join([*texts, ""]).encode())
     console.print(
         f"{out / 'report.html'}; tables.md, results.csv and {len(charts)} *.png next to it",

@@ -94,11 +94,11 @@ def _carry_out(
             save(found.ticket, folder.path / f"ticket{suffix}.keras")
             if not suffix:
                 _export(found.ticket, folder, console)
-    picture = figures.accuracy_picture(
+    figure = figures.accuracy_figure(
         rows,
         ", ".join(filter(None, (config.data, config.network, config.strategy, config.structure))),
     )
-    picture.savefig(folder.path / "accuracy.png", dpi=150)
+    figure.savefig(folder.path / "accuracy.png", dpi=150)
 
 
 def _writer(config: RunConfig, folder: RunFolder) -> results.CsvWriter:

@@ -229,9 +229,9 @@ def _carry_out(
     if not config.learn:
         heat_map(shown).savefig(folder.path / "heat-map.png", dpi=150)
     for number, (title, lines, label) in enumerate(figures.charts(shown), 1):
-        picture = figures.picture(lines, x_label=label)
-        picture.suptitle(title, fontsize=10)
-        picture.savefig(folder.path / f"curves-{number}.png", dpi=150)
+        figure = figures.line_figure(lines, x_label=label)
+        figure.suptitle(title, fontsize=10)
+        figure.savefig(folder.path / f"curves-{number}.png", dpi=150)
 
 
 def _whole(config: SupermaskConfig, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -114,7 +114,7 @@ def test_captions_say_what_the_bands_are():
 
 def test_the_picture_draws_every_arm_with_its_band():
     rows = [*ROWS, *[{**r, "round": 2, "sparsity": 0.75} for r in ROWS if r["round"]]]
-    figure = figures.accuracy_picture(rows, "a title")
+    figure = figures.accuracy_figure(rows, "a title")
     axes = figure.axes[0]
     lines = {line.get_label(): line for line in axes.get_lines()}
     assert set(lines) == {"dense, 91.00 %", "ticket", "random mask"}
@@ -131,7 +131,7 @@ def test_the_picture_draws_every_arm_with_its_band():
 def test_bands_of_three_replicates_are_confidence_intervals():
     accuracies = [0.9, 0.92, 0.91]
     rows = [row(n, "ticket", r, a, 0.5 * n) for n in (1, 2) for r, a in enumerate(accuracies)]
-    axes = figures.accuracy_picture(rows, "").axes[0]
+    axes = figures.accuracy_figure(rows, "").axes[0]
     low, high = statistics.interval(accuracies)
     corners = axes.collections[0].get_paths()[0].vertices[:, 1]
     assert corners.min() == pytest.approx(100 * (1 - high))
@@ -141,7 +141,7 @@ def test_bands_of_three_replicates_are_confidence_intervals():
 @pytest.mark.parametrize("levels", [(0.979, 0.9795), (0.1, 0.99), (1.0, 1.0), (0.5, 0.5)])
 def test_axes_always_have_ticks(levels):
     rows = [row(1, "ticket", 0, levels[0], 0.1), row(2, "ticket", 0, levels[1], 0.19)]
-    axes = figures.accuracy_picture(rows, "").axes[0]
+    axes = figures.accuracy_figure(rows, "").axes[0]
     for axis, (one, other) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
         ticks = axis.get_ticklocs()
         assert len(ticks) >= 2
@@ -150,7 +150,7 @@ def test_axes_always_have_ticks(levels):
 
 def test_unknown_arms_and_rows_without_a_dense_run_are_drawn():
     rows = [row(1, arm, 0, 0.5, 0.5) for arm in ("mine", "ticket", "reinit_same_sign")]
-    axes = figures.accuracy_picture(rows, "").axes[0]
+    axes = figures.accuracy_figure(rows, "").axes[0]
     labels = [line.get_label() for line in axes.get_lines()]
     assert labels == ["ticket", "reinit same signs", "mine"]
     assert len({line.get_color() for line in axes.get_lines()}) == 3

@@ -27,7 +27,7 @@ def ticket(seed, keep):
     return model
 
 
-def kept_by(folder):
+def tickets_in(folder):
     return [
         ticket_masks.tickets_of(g) for g in run_folders.groups_of(run_folders.find_runs([folder]))
     ]
@@ -38,17 +38,17 @@ def test_layers_over_several_tickets(tmp_path):
     ticket(0, slice(0, 1)).save(folder / "ticket.keras")
     ticket(0, slice(0, 3)).save(folder / "ticket-1.keras")
     (folder / "ticket-2.keras").write_bytes(b"no model")
-    (kept,) = kept_by(tmp_path)
-    assert [found.seed for found in kept.tickets] == [7, 8]
-    assert len(kept.unreadable) == 1
-    assert "ticket-2.keras" in kept.unreadable[0]
-    assert [(row.path, row.size, row.kept_text) for row in kept.layers] == [
+    (found,) = tickets_in(tmp_path)
+    assert [ticket.seed for ticket in found.tickets] == [7, 8]
+    assert len(found.unreadable) == 1
+    assert "ticket-2.keras" in found.unreadable[0]
+    assert [(row.path, row.size, row.kept_text) for row in found.layers] == [
         ("fc_1/kernel", 1_200, "300 to 900"),
         ("fc_2/kernel", 30_000, "100 to 300"),
         ("output/kernel", 300, "3 to 9"),
         ("total", 31_500, "403 to 1,209"),
     ]
-    assert kept.layers[0].share == pytest.approx(600 / 1_200)
+    assert found.layers[0].share == pytest.approx(600 / 1_200)
 
 
 def test_signs_are_compared_with_the_weights_drawn_from_the_seed(tmp_path):
@@ -62,9 +62,9 @@ def test_signs_are_compared_with_the_weights_drawn_from_the_seed(tmp_path):
         values[1] *= 3
         refs["fc_1/kernel"].variable.assign(values)
         model.save(folder / f"{name}.keras")
-    (kept,) = kept_by(tmp_path)
-    assert [row.same_sign for row in kept.layers] == pytest.approx([0.75, 1, 1, 656 / 806])
-    (sheet,) = ticket_masks.comparisons([kept])
+    (found,) = tickets_in(tmp_path)
+    assert [row.same_sign for row in found.layers] == pytest.approx([0.75, 1, 1, 656 / 806])
+    (sheet,) = ticket_masks.comparisons([found])
     assert sheet.headings[-1] == "same sign"
     assert sheet.lines[0][-1] == "0.814 ± 0.000"
 
@@ -72,8 +72,8 @@ def test_signs_are_compared_with_the_weights_drawn_from_the_seed(tmp_path):
     values[3, 0] += 1
     refs["fc_1/kernel"].variable.assign(values)
     model.save(folder / "ticket-1.keras")
-    (kept,) = kept_by(tmp_path)
-    assert [found.signs is None for found in kept.tickets] == [False, True]
+    (found,) = tickets_in(tmp_path)
+    assert [ticket.signs is None for ticket in found.tickets] == [False, True]
 
 
 def with_initial_weights(folder, replicate=0, **options):
@@ -100,16 +100,16 @@ def with_initial_weights(folder, replicate=0, **options):
 )
 def test_signs_are_compared_with_the_initial_weights_in_the_folder(tmp_path, options, replicate):
     with_initial_weights(tmp_path / "run", replicate, **options)
-    (kept,) = kept_by(tmp_path)
-    assert [found.seed for found in kept.tickets] == [7 + replicate]
+    (found,) = tickets_in(tmp_path)
+    assert [ticket.seed for ticket in found.tickets] == [7 + replicate]
     # Of 300, 100 and 3 columns: 60, 20 and none in one of the two rows.
-    assert [row.same_sign for row in kept.layers] == pytest.approx([0.9, 0.9, 1, 726 / 806])
+    assert [row.same_sign for row in found.layers] == pytest.approx([0.9, 0.9, 1, 726 / 806])
 
 
 def test_kept_weights_that_start_from_other_values_have_no_signs_to_keep(tmp_path):
     with_initial_weights(tmp_path / "run", kept="reinit")
-    (kept,) = kept_by(tmp_path)
-    assert [found.signs for found in kept.tickets] == [None]
+    (found,) = tickets_in(tmp_path)
+    assert [ticket.signs for ticket in found.tickets] == [None]
 
 
 @pytest.mark.parametrize(
@@ -123,10 +123,10 @@ def test_damaged_initial_weights_leave_signs_out_and_are_named(tmp_path, damage,
     file = with_initial_weights(tmp_path / "run")
     damage(file)
     with pytest.warns(UserWarning, match=f"Signs are left out.*initial.npz.*{message}"):
-        (kept,) = kept_by(tmp_path)
-    assert [found.signs for found in kept.tickets] == [None]
-    assert kept.layers[-1].kept == (806,)
-    assert "initial.npz" in kept.unreadable[0]
+        (found,) = tickets_in(tmp_path)
+    assert [ticket.signs for ticket in found.tickets] == [None]
+    assert found.layers[-1].kept == (806,)
+    assert "initial.npz" in found.unreadable[0]
 
 
 def test_overlaps_between_seeds_and_between_configurations(tmp_path):
@@ -137,8 +137,8 @@ def test_overlaps_between_seeds_and_between_configurations(tmp_path):
         ticket(1, kept[1]).save(folder / "ticket-1.keras")
     other = write_run(tmp_path / "runs" / "c", strategy="c")
     ticket(0, slice(0, 1)).save(other / "ticket.keras")
-    kepts = kept_by(tmp_path / "runs")
-    seeds, pairs = ticket_masks.comparisons(kepts)
+    all_tickets = tickets_in(tmp_path / "runs")
+    seeds, pairs = ticket_masks.comparisons(all_tickets)
     # One row of 4, 300 and 100 each, a different one for the other seed; by chance a b / n of them.
     chance = 300 / 4 + 100 / 300 + 3 / 100
     by_chance = f"{chance / (806 - chance):.3f}"
@@ -151,11 +151,11 @@ def test_overlaps_between_seeds_and_between_configurations(tmp_path):
         ("a", "c", "1", "1.000"),
         ("b", "c", "1", "0.500"),
     ]
-    ((overlap, count),) = ticket_masks.between(kepts[:2])
+    ((overlap, count),) = ticket_masks.between(all_tickets[:2])
     assert count == 2
     assert overlap.jaccard == pytest.approx(np.array([[1, 0.5], [0.5, 1]]))
 
-    text = web_page.render(kepts)
+    text = web_page.render(all_tickets)
     for title in ("Pruned weights of each layer", "Kept by both masks over kept by either"):
         assert title in text
     assert "overlap of the last tickets&#39; masks between configurations" in text

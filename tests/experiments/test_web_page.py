@@ -142,7 +142,7 @@ def test_names_cannot_become_markup(text):
 
 def test_pictures_take_the_colors_of_the_page():
     rows = pd.DataFrame(ROWS)
-    figure = figures.picture(figures.arm_lines(rows), dense=[0.9])
+    figure = figures.line_figure(figures.arm_lines(rows), dense=[0.9])
     image = web_page.svg(figure, "p1", 'a "label" <here>')
     root = xml.etree.ElementTree.fromstring(image)
     assert root.get("aria-label") == 'a "label" <here>'
@@ -241,4 +241,4 @@ def test_results_by_epoch_have_epochs_below(tmp_path):
     ((_, (line,), x_label),) = figures.charts(group.rows)
     assert (line.label, line.x, x_label) == ("bernoulli", (1, 2, 3), "epoch")
     assert tables.best_sheet(group.rows).lines == (("bernoulli", "83.00", "3"),)
-    assert figures.picture([line], x_label=x_label).axes[0].get_xscale() == "linear"
+    assert figures.line_figure([line], x_label=x_label).axes[0].get_xscale() == "linear"

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from lottery_ticket_pruner import analyses
 from lottery_ticket_pruner.experiments.reports import figures, statistics, tables, ticket_masks
 from lottery_ticket_pruner.experiments.reports.run_folders import Group
-from lottery_ticket_pruner.experiments.reports.ticket_masks import Kept
+from lottery_ticket_pruner.experiments.reports.ticket_masks import GroupTickets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +24,9 @@ class Chart:
 
     def figure(self, figsize: tuple[float, float] = (4.8, 3.4)) -> Figure:
         """Returns the figure without its title and caption."""
-        return figures.picture(self.lines, dense=self.dense, x_label=self.x_label, figsize=figsize)
+        return figures.line_figure(
+            self.lines, dense=self.dense, x_label=self.x_label, figsize=figsize
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,10 +84,11 @@ def comparisons(groups: Sequence[Group]) -> list[Chart]:
     ]
 
 
-def mask_charts(kepts: Sequence[Kept]) -> list[Drawing]:
+def mask_charts(all_tickets: Sequence[GroupTickets]) -> list[Drawing]:
     """Returns figures of the masks of tickets: sparsity by layer, signs and overlap."""
     charts = []
-    sparsities, signs = ticket_masks.layer_sparsities(kepts), ticket_masks.same_signs(kepts)
+    sparsities = ticket_masks.layer_sparsities(all_tickets)
+    signs = ticket_masks.same_signs(all_tickets)
     if sparsities:
         draw = functools.partial(analyses.plot_layer_sparsity, sparsities)
         charts.append(Drawing("Pruned weights of each layer", "Of the last tickets", draw))
@@ -93,7 +96,7 @@ def mask_charts(kepts: Sequence[Kept]) -> list[Drawing]:
         label = "share with the sign they started with"
         draw = functools.partial(analyses.plot_by_layer, signs, label)
         charts.append(Drawing("Signs of the kept weights", "Of the last tickets", draw))
-    for overlap, seeds in ticket_masks.between(kepts):
+    for overlap, seeds in ticket_masks.between(all_tickets):
         caption = f"Of the last tickets at the same seed, {seeds} seed{'s' if seeds > 1 else ''}"
         draw = functools.partial(analyses.plot_overlap, overlap)
         charts.append(Drawing("Kept by both masks over kept by either", caption, draw))

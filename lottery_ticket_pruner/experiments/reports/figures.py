@@ -115,20 +115,20 @@ def charts(rows: pd.DataFrame) -> list[tuple[str, list[Line], str]]:
     return found
 
 
-def accuracy_picture(rows: Sequence[dict[str, Any]] | pd.DataFrame, title: str) -> Figure:
+def accuracy_figure(rows: Sequence[dict[str, Any]] | pd.DataFrame, title: str) -> Figure:
     """Plots the test accuracy of every arm against weights left, for a file.
 
     Lines connect the means. Bands show their confidence intervals (see `interval`).
     """
     rows = pd.DataFrame(rows)
     lines = arm_lines(rows)
-    figure = picture(lines, dense=dense_accuracies(rows), figsize=(8, 4.6))
+    figure = line_figure(lines, dense=dense_accuracies(rows), figsize=(8, 4.6))
     bands = describe_bands(len(sample) for line in lines for sample in line.samples)
     figure.axes[0].set_title("\n".join(filter(None, (title, bands))), fontsize=10)
     return figure
 
 
-def picture(
+def line_figure(
     lines: Sequence[Line],
     *,
     dense: Sequence[float] = (),

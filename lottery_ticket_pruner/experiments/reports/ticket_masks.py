@@ -74,7 +74,7 @@ class LayerRow:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Kept:
+class GroupTickets:
     """The masks of the tickets of a group of runs.
 
     Attributes:
@@ -119,7 +119,7 @@ class Kept:
         return rows
 
 
-def read_tickets(groups: Sequence[Group], console: Console | None = None) -> list[Kept]:
+def read_tickets(groups: Sequence[Group], console: Console | None = None) -> list[GroupTickets]:
     """Reads the masks of the tickets of each group, and shows a progress bar."""
     console = console or Console(quiet=True)
     tracked: Iterable[Group] = rich.progress.track(
@@ -128,7 +128,7 @@ def read_tickets(groups: Sequence[Group], console: Console | None = None) -> lis
     return [tickets_of(group) for group in tracked]
 
 
-def tickets_of(group: Group) -> Kept:
+def tickets_of(group: Group) -> GroupTickets:
     """Reads the last tickets of a group of runs.
 
     Signs are compared with those of the initial weights in the run folder. Folders of earlier
@@ -162,7 +162,7 @@ def tickets_of(group: Group) -> Kept:
                     unreadable.append(_named(error, file_of_initial_weights(run.folder, replicate)))
                     warnings.warn(f"Signs are left out. {unreadable[-1]}", stacklevel=2)
                 tickets.setdefault(seed, Ticket(seed, masks, signs))
-    return Kept(group, tuple(tickets[seed] for seed in sorted(tickets)), tuple(unreadable))
+    return GroupTickets(group, tuple(tickets[seed] for seed in sorted(tickets)), tuple(unreadable))
 
 
 def _named(error: Exception, path: Path) -> str:
@@ -225,31 +225,31 @@ def _signs_by_seed(
 # --- Tables ---------------------------------------------------------------------------------------
 
 
-def sheets_of(kept: Kept) -> list[Sheet]:
+def sheets_of(of_group: GroupTickets) -> list[Sheet]:
     """Returns tables of the kept weights of one group's tickets."""
-    if not kept.tickets:
+    if not of_group.tickets:
         return []
     lines = [
         (row.path, f"{row.size:,}", row.kept_text, f"{row.share:.2%}", row.same_sign_text)
-        for row in kept.layers
+        for row in of_group.layers
     ]
     headings = ("weight", "of", "kept", "left", "same sign")
-    return [filled(Sheet(_layers_title(len(kept.tickets)), headings, tuple(lines), names=1))]
+    return [filled(Sheet(_layers_title(len(of_group.tickets)), headings, tuple(lines), names=1))]
 
 
-def comparisons(kepts: Sequence[Kept]) -> list[Sheet]:
+def comparisons(all_tickets: Sequence[GroupTickets]) -> list[Sheet]:
     """Returns tables that compare the masks of several seeds and groups."""
     lines: list[tuple[str, ...]] = []
-    for kept in kepts:
-        if kept.tickets:
-            overlap = analyses.mask_overlap({str(t.seed): t.masks for t in kept.tickets})
-            pairs = np.triu_indices(len(kept.tickets), 1)
-            signs = [t.signs["total"].kept for t in kept.tickets if t.signs is not None]
+    for of_group in all_tickets:
+        if of_group.tickets:
+            overlap = analyses.mask_overlap({str(t.seed): t.masks for t in of_group.tickets})
+            pairs = np.triu_indices(len(of_group.tickets), 1)
+            signs = [t.signs["total"].kept for t in of_group.tickets if t.signs is not None]
             lines.append(
                 (
-                    kept.label,
-                    str(len(kept.tickets)),
-                    f"{kept.layers[-1].share:.2%}",
+                    of_group.label,
+                    str(len(of_group.tickets)),
+                    f"{of_group.layers[-1].share:.2%}",
                     _shares(overlap.jaccard[pairs]),
                     _shares(overlap.expected[pairs]),
                     _shares(signs),
@@ -265,7 +265,7 @@ def comparisons(kepts: Sequence[Kept]) -> list[Sheet]:
     title = "masks of the last tickets: mean ± standard deviation"
     sheets = [filled(Sheet(title, headings, tuple(lines), names=1, note=note))] if lines else []
     lines = []
-    for overlap, seeds in between(kepts):
+    for overlap, seeds in between(all_tickets):
         for one, other in zip(*np.triu_indices(len(overlap.names), 1), strict=True):
             shares = (overlap.jaccard[one, other], overlap.expected[one, other])
             names = (overlap.names[one], overlap.names[other])
@@ -277,21 +277,21 @@ def comparisons(kepts: Sequence[Kept]) -> list[Sheet]:
     return sheets
 
 
-def between(kepts: Sequence[Kept]) -> list[tuple[analyses.Overlap, int]]:
+def between(all_tickets: Sequence[GroupTickets]) -> list[tuple[analyses.Overlap, int]]:
     """Returns mean overlaps of the masks of groups at the same seed, and the number of seeds.
 
     There is one for each set of groups with masks of the same weights.
     """
-    together: dict[str, list[Kept]] = {}
-    for kept in kepts:
-        if kept.tickets:
-            together.setdefault(str(kept.shapes), []).append(kept)
+    together: dict[str, list[GroupTickets]] = {}
+    for of_group in all_tickets:
+        if of_group.tickets:
+            together.setdefault(str(of_group.shapes), []).append(of_group)
     found = []
     for same in together.values():
-        masks = [{ticket.seed: ticket.masks for ticket in kept.tickets} for kept in same]
-        seeds = set.intersection(*(set(of_group) for of_group in masks))
+        masks = [{ticket.seed: ticket.masks for ticket in of_group.tickets} for of_group in same]
+        seeds = set.intersection(*(set(by_seed) for by_seed in masks))
         if len(same) > 1 and seeds:
-            names = [kept.label for kept in same]
+            names = [of_group.label for of_group in same]
             overlaps = [
                 analyses.mask_overlap({name: m[seed] for name, m in zip(names, masks, strict=True)})
                 for seed in sorted(seeds)
@@ -304,21 +304,21 @@ def between(kepts: Sequence[Kept]) -> list[tuple[analyses.Overlap, int]]:
     return found
 
 
-def layer_sparsities(kepts: Sequence[Kept]) -> dict[str, dict[str, float]]:
+def layer_sparsities(all_tickets: Sequence[GroupTickets]) -> dict[str, dict[str, float]]:
     """Returns the share of pruned entries of every masked weight, by group label and path."""
     return {
-        kept.label: {row.path: 1 - row.share for row in kept.layers[:-1]}
-        for kept in kepts
-        if kept.tickets
+        of_group.label: {row.path: 1 - row.share for row in of_group.layers[:-1]}
+        for of_group in all_tickets
+        if of_group.tickets
     }
 
 
-def same_signs(kepts: Sequence[Kept]) -> dict[str, dict[str, float]]:
+def same_signs(all_tickets: Sequence[GroupTickets]) -> dict[str, dict[str, float]]:
     """Returns the share of unchanged signs of every masked weight, for groups where it is known."""
     return {
-        kept.label: {row.path: row.same_sign for row in kept.layers}
-        for kept in kepts
-        if kept.tickets and not np.isnan(kept.layers[-1].same_sign)
+        of_group.label: {row.path: row.same_sign for row in of_group.layers}
+        for of_group in all_tickets
+        if of_group.tickets and not np.isnan(of_group.layers[-1].same_sign)
     }
 
 

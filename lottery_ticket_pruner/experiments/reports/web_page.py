@@ -21,14 +21,14 @@ from lottery_ticket_pruner.experiments.reports import (
 )
 from lottery_ticket_pruner.experiments.reports.contents import Chart, Drawing
 from lottery_ticket_pruner.experiments.reports.run_folders import Group
-from lottery_ticket_pruner.experiments.reports.ticket_masks import Kept
+from lottery_ticket_pruner.experiments.reports.ticket_masks import GroupTickets
 
 
-def render(kepts: Sequence[Kept]) -> str:
+def render(all_tickets: Sequence[GroupTickets]) -> str:
     """Renders the page as HTML that needs no other file: styles and figures are included.
 
     Args:
-        kepts: Groups with their tickets, from `ticket_masks.read_tickets`.
+        all_tickets: Groups with their tickets, from `ticket_masks.read_tickets`.
     """
     numbers = iter(range(1, 10**6))
 
@@ -36,22 +36,22 @@ def render(kepts: Sequence[Kept]) -> str:
         image = svg(chart.figure(), f"p{next(numbers)}", f"{chart.title}. {chart.caption}")
         return {"title": chart.title, "caption": chart.caption, "svg": image}
 
-    groups = [kept.group for kept in kepts]
+    groups = [of_group.group for of_group in all_tickets]
     comparisons = [drawn(chart) for chart in contents.comparisons(groups)]
-    mask_charts = [drawn(chart) for chart in contents.mask_charts(kepts)]
+    mask_charts = [drawn(chart) for chart in contents.mask_charts(all_tickets)]
     sections = []
-    for kept in kepts:
-        group = kept.group
+    for of_group in all_tickets:
+        group = of_group.group
         sections.append(
             {
-                "title": kept.label,
+                "title": of_group.label,
                 "runs": [run.folder for run in group.runs],
                 "seeds": sorted({int(seed) for seed in group.rows["seed"]}),
                 "charts": [drawn(chart) for chart in contents.charts_of(group)],
                 "sheets": contents.sheets_of(group),
-                "layers": kept.layers,
-                "tickets": len(kept.tickets),
-                "unreadable": kept.unreadable,
+                "layers": of_group.layers,
+                "tickets": len(of_group.tickets),
+                "unreadable": of_group.unreadable,
                 "images": _images(group),
             }
         )
@@ -69,7 +69,7 @@ def render(kepts: Sequence[Kept]) -> str:
         groups=groups,
         overviews=tables.overviews(groups),
         comparisons=comparisons,
-        mask_sheets=ticket_masks.comparisons(kepts),
+        mask_sheets=ticket_masks.comparisons(all_tickets),
         mask_charts=mask_charts,
         sections=sections,
         varied=varied,
