@@ -85,6 +85,8 @@ class Edit:
             first one are moved into the layer's bias.
         positions: Number of multiply-adds of each entry of its kernels for one example, or a dict
             with this number for each kernel. None if the shape is not fully known.
+        inside: Attributes that lead to the layer with the bias, if it is inside another one. The
+            keys of its config in the config of the outer layer are these and "config".
         equal: Two sets of channels of which the same number must be kept.
         scaled: Weight -> channels. The weight is multiplied by the square root of the share of
             these channels that is kept.
@@ -96,6 +98,7 @@ class Edit:
     widths: dict[tuple[str | int, ...], Channels] = field(default_factory=dict)
     readers: tuple[Reader, ...] = ()
     positions: int | dict[str, int | None] | None = 0
+    inside: tuple[str, ...] = ()
     equal: tuple[Channels, ...] = ()
     scaled: dict[str, Channels] = field(default_factory=dict)
 

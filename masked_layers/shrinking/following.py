@@ -15,6 +15,7 @@ from masked_layers.shrinking import (  # noqa: F401 (they fill RULES)
     attention_rules,
     keras_hub_rules,
     kernel_rules,
+    wrapper_rules,
 )
 from masked_layers.shrinking.channels import WHOLE, Call, CannotFollow, Channels, Flow
 from masked_layers.shrinking.composites import inner_graph, is_composite
@@ -148,7 +149,7 @@ def _through(
 def _obstacles(flow: Flow) -> dict[int, str]:
     """Returns why operations cannot be followed, apart from what their rules check, by id."""
     calls = [call for graph in flow.graphs.values() for call in _keras_graph.graph_calls(graph)]
-    times = Counter(id(operation) for operation, *_ in calls)
+    times = Counter(id(part) for operation, *_ in calls for part in _called(flow, operation))
     obstacles: dict[int, str] = {}
     for operation, args, kwargs, _ in calls:
         tensors = keras.tree.flatten(args)
@@ -174,10 +175,10 @@ def _obstacles(flow: Flow) -> dict[int, str]:
                 obstacle = obstacles.get(id(operation), NESTED)
         elif rule_of(operation) is None:
             obstacle = f"unknown class {cls.__name__}"
-        elif times[id(operation)] > 1 and (
+        elif (count := max(times[id(part)] for part in _called(flow, operation))) > 1 and (
             len(getattr(operation, "weights", ())) > 0 or cls is keras.layers.Reshape
         ):
-            obstacle = f"called {times[id(operation)]} times"
+            obstacle = f"called {count} times"
         elif _any_inside(operation, "quantization_mode"):
             obstacle = "quantized"
         elif _any_inside(operation, "lora_enabled"):
@@ -185,6 +186,13 @@ def _obstacles(flow: Flow) -> dict[int, str]:
         if obstacle:
             obstacles[id(operation)] = obstacle
     return obstacles
+
+
+def _called(flow: Flow, operation: Any) -> list[Any]:
+    """Returns what one call of an operation calls: layers inside it, but those of a graph."""
+    if id(operation) in flow.graphs or not isinstance(operation, keras.Layer):
+        return [operation]
+    return [part for _, part in walk(operation)]
 
 
 def _any_inside(operation: Any, attribute: str) -> bool:

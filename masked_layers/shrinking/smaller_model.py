@@ -17,6 +17,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import reduce
 from operator import attrgetter
 from typing import Any, Literal, overload
 
@@ -283,17 +284,28 @@ def _smaller(flow: Flow, operation: Any) -> Any:
 
 
 def _write_widths(flow: Flow, edit: Edit, config: dict[str, Any]) -> None:
+    for part in list(_dicts(config)):
+        part.pop("build_config", None)  # It describes the original shapes.
     for (*places, last), channels in edit.widths.items():
         part: Any = config
         for place in places:
             if not isinstance(part[place], dict):
                 part[place] = list(part[place])
             part = part[place]
-            if isinstance(part, dict):
-                part.pop("build_config", None)  # It describes the original shapes.
         part[last] = int(flow.alive(channels).sum())
     if edit.readers and _shift(flow, edit.readers[0]).any():
+        for place in edit.inside:
+            config = config[place]["config"]
         config["use_bias"] = True
+
+
+def _dicts(config: Any) -> Iterator[dict[str, Any]]:
+    """Yields a config and all dicts in it."""
+    if isinstance(config, dict):
+        yield config
+    if isinstance(config, (dict, list, tuple)):
+        for value in config.values() if isinstance(config, dict) else config:
+            yield from _dicts(value)
 
 
 def _shift(flow: Flow, reader: Reader) -> np.ndarray:
@@ -326,6 +338,7 @@ def _copy_weights(
             get(new).assign(value)
             cuts[id(get(new))] = left
         if edit.readers and (shift := _shift(flow, edit.readers[0])).any():
+            old, new = (reduce(getattr, edit.inside, layer) for layer in (old, new))
             bias = array(new.bias).astype("float64") if old.use_bias else 0.0
             new.bias.assign(bias + shift)
         return cuts
