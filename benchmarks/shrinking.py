@@ -9,8 +9,8 @@ largest difference of outputs between the smaller model and the masked one, rela
 output, and, where torch-pruning and torchvision are installed and have the same architecture, what
 torch-pruning leaves of it at the same ratio, with the ratio of ours to theirs.
 
-With `--batches`, the plain model (masks stripped, zeros inside) and the smaller one run compiled by
-the backend, in turns, so that other load on the machine meets both alike.
+With `--batches`, the model as it was before pruning and the smaller one run compiled by the
+backend, in turns, so that other load on the machine meets both alike. Transformers need KerasHub.
 """
 
 import argparse
@@ -38,8 +38,11 @@ NETWORKS = {
     "InceptionV3": "inception_v3",
     "Xception": None,
     "ConvNeXtTiny": "convnext_tiny",
+    "ViT-B/16": "vit_b_16",
+    "BERT": None,
     "lstm": None,
 }
+FROM_KERAS_HUB = ("ViT-B/16", "BERT")
 SIZES = {"InceptionV3": 299, "Xception": 299}
 
 
@@ -49,6 +52,10 @@ def network(name):
     if name == "lstm":  # rows of the digits, one after the other
         inside = [layers.LSTM(64, return_sequences=True), layers.LSTM(64), layers.Dense(10)]
         model = keras.Sequential([keras.Input((8, 8)), *inside])
+    elif name == "ViT-B/16":
+        model = vision_transformer()
+    elif name == "BERT":
+        model = bert()
     else:
         size = SIZES.get(name, 224)
         model = getattr(keras.applications, name)(
@@ -66,9 +73,36 @@ def network(name):
     return model
 
 
+def vision_transformer():
+    """Returns a vision transformer of the size of ViT-B/16, which pools over all patches."""
+    from keras_hub.layers import PositionEmbedding, TransformerEncoder
+
+    inputs = keras.Input((224, 224, 3))
+    x = layers.Reshape((196, 768))(layers.Conv2D(768, 16, strides=16)(inputs))
+    x = layers.add([x, PositionEmbedding(196)(x)])
+    for _ in range(12):
+        x = TransformerEncoder(3072, 12, activation="gelu", normalize_first=True)(x)
+    x = layers.GlobalAveragePooling1D()(layers.LayerNormalization()(x))
+    return keras.Model(inputs, layers.Dense(1000)(x))
+
+
+def bert():
+    """Returns a classifier of two classes on the base size of BERT."""
+    from keras_hub.models import BertBackbone
+
+    backbone = BertBackbone(
+        vocabulary_size=30522,
+        num_layers=12,
+        num_heads=12,
+        hidden_dim=768,
+        intermediate_dim=3072,
+    )
+    return keras.Model(backbone.input, layers.Dense(2)(backbone.output["pooled_output"]))
+
+
 def halved(model):
     """Returns a masked model that has lost half of the channels of each family."""
-    masked = ml.convert_to_masked(model)
+    masked = ml.convert_to_masked(model, mask_normalization=True)
     LotteryTicketPruner(masked).update_masks("smallest_weights", rate=0.5, structure="channels")
     return masked
 
@@ -109,15 +143,14 @@ def print_torch_pruning(name, size):
     print(json.dumps([weights_left / weights, macs_left / macs]))
 
 
-def compiled(model, batch):
-    """Returns a function of an array that runs the model and waits for the result."""
+def compiled(model, data):
+    """Returns a function of such data that runs the model and waits for the result."""
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
-        function = tf.function(lambda x: model(x, training=False)).get_concrete_function(
-            tf.TensorSpec((batch, *model.input_shape[1:]), tf.float32)
-        )
-        return lambda x: function(tf.constant(x)).numpy()
+        specs = keras.tree.map_structure(lambda x: tf.TensorSpec(x.shape, x.dtype), data)
+        function = tf.function(lambda x: model(x, training=False)).get_concrete_function(specs)
+        return lambda x: function(keras.tree.map_structure(tf.constant, x)).numpy()
     if keras.backend.backend() == "jax":
         import jax
 
@@ -147,16 +180,23 @@ def times(functions, data, rounds):
     return seconds
 
 
-def images(model, batch):
-    shape = (batch, *model.input_shape[1:])
-    return np.random.default_rng(0).normal(size=shape).astype("float32")
+def examples(model, batch):
+    """Returns random inputs: pictures, or the words of a text of 128."""
+    rng = np.random.default_rng(0)
+
+    def draw(tensor):
+        shape = [batch, *(128 if size is None else size for size in tensor.shape[1:])]
+        if tensor.dtype == "float32":
+            return rng.normal(size=shape).astype("float32")
+        return rng.integers(0, 2, shape).astype("int32")  # segments, words and what is padding
+
+    return keras.tree.map_structure(draw, model.input)
 
 
 def print_row(name, smaller, report, difference):
-    shares = (
-        report.weights_after / report.weights_before,
-        report.macs_after / report.macs_before,
-    )
+    shares = [report.weights_after / report.weights_before, None]
+    if report.macs_before is not None:
+        shares[1] = report.macs_after / report.macs_before
     # The outputs are not pruned: of the last kernel half of the rows are left, not a quarter.
     last = smaller.layers[-1].count_params() / report.weights_before
     theirs = torch_pruning(NETWORKS[name], SIZES.get(name, 224))
@@ -164,7 +204,7 @@ def print_row(name, smaller, report, difference):
         name,
         f"{report.weights_before:,}",
         f"{shares[0]:.3f} ({last:.3f})",
-        f"{shares[1]:.3f}",
+        "" if shares[1] is None else f"{shares[1]:.3f}",
         f"{difference:.1e}",
         *((f"{x:.3f}" for x in theirs) if theirs else ("", "")),
         " / ".join(f"{a / b:.2f}" for a, b in zip(shares, theirs or (), strict=False)),
@@ -174,8 +214,9 @@ def print_row(name, smaller, report, difference):
 
 def print_times(model, smaller, batches, rounds):
     for batch in batches:
-        functions = [compiled(each, batch) for each in (ml.strip_masks(model), smaller)]
-        before, after = times(functions, images(smaller, batch), rounds)
+        data = examples(smaller, batch)
+        functions = [compiled(each, data) for each in (model, smaller)]
+        before, after = times(functions, data, rounds)
         print(
             f"  batch {batch:>3}: {1e3 * np.median(before):8.2f} ms -> "
             f"{1e3 * np.median(after):8.2f} ms, {np.median(before) / np.median(after):.2f}x "
@@ -201,15 +242,19 @@ def main():
     )
     print("|---" * 8 + "|")
     for name in arguments.networks:
-        masked = halved(network(name))
+        if name in FROM_KERAS_HUB and not importlib.util.find_spec("keras_hub"):
+            print(f"  {name}: left out, KerasHub is not installed")
+            continue
+        model = network(name)
+        masked = halved(model)
         smaller, report = ml.shrink(masked, return_report=True)
-        data = images(smaller, 1)
+        data = examples(smaller, 1)
         expected, got = (keras.ops.convert_to_numpy(each(data)) for each in (masked, smaller))
         print_row(name, smaller, report, np.abs(expected - got).max() / np.abs(expected).max())
         for reason in sorted(set(report.not_followed.values())):
             layers_whole = [k for k, value in report.not_followed.items() if value == reason]
             print(f"  left whole: {len(layers_whole)} layers, as {layers_whole[0]}: {reason}")
-        print_times(masked, smaller, arguments.batches, arguments.rounds)
+        print_times(model, smaller, arguments.batches, arguments.rounds)
     return None
 
 
