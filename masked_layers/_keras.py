@@ -11,7 +11,7 @@ import contextlib
 import functools
 import itertools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import keras
@@ -237,6 +237,33 @@ def is_lent(variable: keras.Variable) -> bool:
 def optimized_variables(optimizer: keras.Optimizer) -> list[keras.Variable]:
     """Returns the variables that a built optimizer updates, in its order, from a private list."""
     return list(optimizer._trainable_variables)
+
+
+def exclude_like(
+    old: keras.Optimizer,
+    new: keras.Optimizer,
+    variables: Iterable[tuple[keras.Variable, keras.Variable]],
+) -> None:
+    """Excludes from weight decay in one optimizer what `exclude_from_weight_decay` did in another.
+
+    An optimizer's config does not include this, and no public attribute returns it.
+
+    Args:
+        old: The optimizer that was configured.
+        new: An optimizer of the same class, built or not.
+        variables: Pairs of a variable of `old` and the corresponding one of `new`.
+    """
+    excluded = getattr(old, "_exclude_from_weight_decay", None)
+    if excluded is not None:
+        pairs = list(variables)
+        new._exclude_from_weight_decay = {
+            new._var_key(theirs) for ours, theirs in pairs if old._var_key(ours) in excluded
+        }
+        new._exclude_from_weight_decay_pattern = old._exclude_from_weight_decay_pattern
+        new._exclude_from_weight_decay_cache = {}
+        variables = pairs
+    if getattr(old, "inner_optimizer", None) is not None:
+        exclude_like(old.inner_optimizer, new.inner_optimizer, variables)
 
 
 def watch_slots(

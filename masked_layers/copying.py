@@ -263,7 +263,10 @@ def copy_assets(source: Layer, target: Layer) -> None:
 
 def _copy_optimizer(source: keras.Model, target: keras.Model) -> None:
     old, new = getattr(source, "optimizer", None), getattr(target, "optimizer", None)
-    if old is None or new is None or not old.built:
+    if old is None or new is None:
+        return
+    _keras.exclude_like(old, new, zip(source.variables, target.variables, strict=False))
+    if not old.built:
         return
     if not new.built:
         new.build(target.trainable_variables)
@@ -345,6 +348,7 @@ def renew_optimizer(model: keras.Model) -> None:
     if old is not None:
         with as_in_use(model):
             vars(model)["optimizer"] = type(old).from_config(old.get_config())
+        _keras.exclude_like(old, model.optimizer, ((x, x) for x in model.variables))
 
 
 def compile_with(model: keras.Model, optimizer: keras.Optimizer) -> None:
@@ -353,3 +357,4 @@ def compile_with(model: keras.Model, optimizer: keras.Optimizer) -> None:
         config = model.get_compile_config()
         config["optimizer"] = keras.saving.serialize_keras_object(optimizer)
         model.compile_from_config(config)
+    _keras.exclude_like(optimizer, model.optimizer, ((x, x) for x in model.variables))

@@ -40,7 +40,10 @@ def compile_like(model: keras.Model, smaller: keras.Model, cuts: Cuts) -> None:
         )
         return
     old = model.optimizer
-    if old is None or not old.built:
+    if old is None:
+        return
+    _keras.exclude_like(old, smaller.optimizer, _pairs(model, smaller))
+    if not old.built:
         return
     renew_optimizer(smaller)  # Compiling has built the optimizer; a new one is not built yet.
     new = smaller.optimizer
@@ -67,3 +70,12 @@ def compile_like(model: keras.Model, smaller: keras.Model, cuts: Cuts) -> None:
         return
     for target, value in zip(new.variables, values, strict=True):
         target.assign(value)
+
+
+def _pairs(model: keras.Model, smaller: keras.Model) -> list[tuple[keras.Variable, keras.Variable]]:
+    """Returns the trained variables of two models that correspond to each other."""
+    ours, theirs = model.trainable_variables, smaller.trainable_variables
+    if len(ours) == len(theirs):
+        return list(zip(ours, theirs, strict=True))
+    by_path = {variable.path: variable for variable in theirs}  # Some layers have a new bias.
+    return [(variable, by_path[variable.path]) for variable in ours if variable.path in by_path]

@@ -150,6 +150,7 @@ def _obstacles(flow: Flow) -> dict[int, str]:
     """Returns why operations cannot be followed, apart from what their rules check, by id."""
     calls = [call for graph in flow.graphs.values() for call in _keras_graph.graph_calls(graph)]
     times = Counter(id(part) for operation, *_ in calls for part in _called(flow, operation))
+    shared = _sharing(flow, [operation for operation, *_ in calls])
     obstacles: dict[int, str] = {}
     for operation, args, kwargs, _ in calls:
         tensors = keras.tree.flatten(args)
@@ -179,6 +180,8 @@ def _obstacles(flow: Flow) -> dict[int, str]:
             len(getattr(operation, "weights", ())) > 0 or cls is keras.layers.Reshape
         ):
             obstacle = f"called {count} times"
+        elif id(operation) in shared:
+            obstacle = "it shares a weight with another layer, which the smaller model does not"
         elif _any_inside(operation, "quantization_mode"):
             obstacle = "quantized"
         elif _any_inside(operation, "lora_enabled"):
@@ -193,6 +196,16 @@ def _called(flow: Flow, operation: Any) -> list[Any]:
     if id(operation) in flow.graphs or not isinstance(operation, keras.Layer):
         return [operation]
     return [part for _, part in walk(operation)]
+
+
+def _sharing(flow: Flow, operations: list[Any]) -> set[int]:
+    """Returns the ids of layers that share a variable with another layer."""
+    owners: dict[int, set[int]] = {}
+    for operation in operations:
+        if id(operation) not in flow.graphs:
+            for variable in getattr(operation, "variables", ()):
+                owners.setdefault(id(variable), set()).add(id(operation))
+    return {owner for found in owners.values() if len(found) > 1 for owner in found}
 
 
 def _any_inside(operation: Any, attribute: str) -> bool:

@@ -20,7 +20,7 @@ def _position_embedding(flow: Flow, call: Call) -> Channels:
 def _patches(flow: Flow, call: Call) -> Channels:
     layer = call.operation
     source = flow.channels(call, 1 if layer.data_format == "channels_first" else -1)
-    flow.pin(source, f"'{layer.name}' reads it")
+    flow.pin(source, f"'{flow.names[id(layer)]}' reads it")
     target = Channels(2, flow.new_slots(layer.hidden_dim), np.full(layer.hidden_dim, VARIES))
     weights = {
         "patch_embedding.kernel": {3: target},

@@ -93,7 +93,7 @@ def _mix(
     flow.edit(call, Edit(weights, target, widths=widths, readers=(reader,), positions=places))
     if followed:
         return target
-    flow.pin(target, f"the activation of '{layer.name}' reads all channels")
+    flow.pin(target, f"the activation of '{flow.names[id(layer)]}' reads all channels")
     if layer.activation not in MIXING:
         flow.not_followed[flow.names[id(layer)]] = CUSTOM_ACTIVATION
     return WHOLE
@@ -144,7 +144,7 @@ def _einsum_dense(flow: Flow, call: Call) -> Channels:
         weights.sum(others, dtype="float64"),
         lambda out: {"kernel": {rows: source, columns: out}},
         ("output_shape", outputs.replace("...", "").index(made[0]) - ("..." not in outputs)),
-        f"'{layer.name}' cannot be given a bias for a constant",
+        f"'{flow.names[id(layer)]}' cannot be given a bias for a constant",
         places=None if None in places else math.prod(places),
     )
     return target if target is WHOLE else target.with_constants(target.constants, axis)
@@ -176,7 +176,7 @@ def _convolution(flow: Flow, call: Call) -> Channels:
         gain,
         lambda out: {"kernel": {-2: source, -1: out}},
         ("filters",),
-        border(layer) if pads(layer) else None,
+        border(flow, layer) if pads(layer) else None,
     )
 
 
@@ -208,7 +208,7 @@ def _grouped(
         return {"kernel": {-2: entry, -1: out}}
 
     reads = reads.astype(bool)
-    reason = border(layer) if pads(layer) else None
+    reason = border(flow, layer) if pads(layer) else None
     return _mix(flow, call, source, reads, gain, slices, ("filters",), reason, entry=entry)
 
 
@@ -225,7 +225,7 @@ def _transposed_convolution(flow: Flow, call: Call) -> Channels:
         lambda out: {"kernel": {-1: source, -2: out}},
         ("filters",),
         # The number of taps in the sum of an output depends on its position.
-        border(call.operation),
+        border(flow, call.operation),
     )
 
 
@@ -249,7 +249,7 @@ def _separable_convolution(flow: Flow, call: Call) -> Channels:
             "pointwise_kernel": {-2: between, -1: out},
         },
         ("filters",),
-        border(layer) if pads(layer) else None,
+        border(flow, layer) if pads(layer) else None,
     )
 
 
@@ -350,6 +350,7 @@ def _embedding(flow: Flow, call: Call) -> Channels:
     if flow.tensors[id(call.inputs[0])].axis is not None:
         raise CannotFollow("it looks up values that another layer computes")
     axis, size = len(call.output.shape) - 1, layer.output_dim
-    target = Channels(axis, flow.new_slots(size), np.full(size, VARIES))
+    table = array(layer.embeddings)
+    target = Channels(axis, flow.new_slots(size), np.where(table.any(axis=0), VARIES, 0.0))
     flow.edit(call, Edit({"embeddings": {1: target}}, target, widths={("output_dim",): target}))
     return target

@@ -133,9 +133,9 @@ def apply(function: Callable[..., Any], constants: np.ndarray, dtype: str) -> np
     return result
 
 
-def border(layer: Any) -> str:
+def border(flow: Flow, layer: Any) -> str:
     """Returns the reason why a value is not constant at the border of a convolution."""
-    return f"a non-zero constant enters the zero padding of '{layer.name}'"
+    return f"a non-zero constant enters the zero padding of '{flow.names[id(layer)]}'"
 
 
 def pads(layer: Any) -> bool:
@@ -173,7 +173,7 @@ def depthwise(
     reads, value = (kernel != 0).any(axis=0), source.constants.repeat(multiplier)
     slots = source.slots.repeat(multiplier)
     lost = reads & (value != 0) & ~np.isnan(value) & pads(layer)
-    flow.lose(slots[lost], border(layer))
+    flow.lose(slots[lost], border(flow, layer))
     value[lost] = VARIES
     value = np.where(reads, value * kernel.sum(axis=0, dtype="float64"), 0.0)
     if layer.bias is not None:
@@ -238,7 +238,10 @@ def _prelu(flow: Flow, call: Call) -> Channels:
     layers.SpatialDropout3D,
 )
 def _nothing_in_inference(flow: Flow, call: Call) -> Channels:
-    return flow.tensors[id(call.inputs[0])]
+    source, shape = flow.tensors[id(call.inputs[0])], getattr(call.operation, "noise_shape", None)
+    if source.axis is not None and shape is not None and shape[source.axis] not in (None, 1):
+        raise CannotFollow("its `noise_shape` names the number of channels")
+    return source
 
 
 @rule(layers.ELU, layers.LeakyReLU, layers.ReLU, *_keras_graph.ELEMENTWISE_OPERATIONS)
@@ -260,7 +263,7 @@ def _activation(flow: Flow, call: Call) -> Channels:
 @rule(layers.Softmax)
 def _reads_all(flow: Flow, call: Call) -> Channels:
     source = flow.tensors[id(call.inputs[0])]
-    flow.pin(source, f"'{call.operation.name}' reads all channels")
+    flow.pin(source, f"'{flow.names[id(call.operation)]}' reads all channels")
     return WHOLE
 
 
@@ -301,7 +304,7 @@ def _global_pooling(flow: Flow, call: Call) -> Channels:
 def _zero_padding(flow: Flow, call: Call) -> Channels:
     source = flow.channels(call, call.axis)
     lost = ~np.isnan(source.constants) & (source.constants != 0)
-    flow.lose(source.slots[lost], border(call.operation))
+    flow.lose(source.slots[lost], border(flow, call.operation))
     return source.with_constants(np.where(lost, VARIES, source.constants))
 
 
@@ -413,11 +416,19 @@ def _only_whole(flow: Flow, call: Call) -> Channels:
 def _concatenate(flow: Flow, call: Call) -> Channels:
     rank = len(call.output.shape)
     axis = call.operation.axis % rank
-    if {flow.tensors[id(x)].axis for x in call.inputs} - {None, axis}:
-        raise CannotFollow("it concatenates along another axis than the channels")
-    parts = [flow.channels(call, axis, index) for index in range(len(call.inputs))]
-    slots, constants = ([getattr(part, name) for part in parts] for name in ("slots", "constants"))
-    return Channels(axis, np.concatenate(slots), np.concatenate(constants))
+    axes = {flow.tensors[id(x)].axis for x in call.inputs} - {None}
+    if len(axes) > 1:
+        raise CannotFollow("its inputs have channels along different axes")
+    along = axes.pop() if axes else axis
+    parts = [flow.channels(call, along, index) for index in range(len(call.inputs))]
+    if along == axis:
+        slots, constants = ([part.slots for part in parts], [part.constants for part in parts])
+        return Channels(axis, np.concatenate(slots), np.concatenate(constants))
+    first, *others = parts  # All have the same channels, at other positions.
+    for other in others:
+        flow.join(first.slots, other.slots)
+    same = np.all([other.constants == first.constants for other in others], axis=0)
+    return first.with_constants(np.where(same, first.constants, VARIES))
 
 
 def _product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -435,6 +446,8 @@ def _merge(function: Callable[[list[np.ndarray]], np.ndarray]) -> Rule:
         if len(call.inputs) == 1:
             return _with_number(flow, call)
         sizes = [x.shape[axis] for x in call.inputs if len(x.shape) > axis]
+        if None in sizes:
+            raise CannotFollow("the number of its input channels is unknown")
         if len({len(x.shape) for x in call.inputs}) > 1 or len({*sizes, 1}) > 2:
             raise CannotFollow("it broadcasts channels")
         width = max(sizes)
@@ -453,7 +466,9 @@ def _merge(function: Callable[[list[np.ndarray]], np.ndarray]) -> Rule:
 def _with_number(flow: Flow, call: Call) -> Channels:
     """Follows an operator between a tensor and numbers, such as `x / 6`."""
     tensor = call.inputs[0]
-    if any(np.size(value) > 1 for value in call.args if value is not tensor):
+    # The shape comes first: NumPy does not know the size of a tensor of torch.
+    shapes = [getattr(x, "shape", None) or np.shape(x) for x in call.args if x is not tensor]
+    if any(math.prod(shape) > 1 for shape in shapes):
         raise CannotFollow("one of its operands is an array")
 
     def compute(constants: Any) -> Any:

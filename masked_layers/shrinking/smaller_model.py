@@ -127,18 +127,20 @@ def shrink(
     masks are stripped first. The original model is not changed.
 
     The smaller model has the same layers under the same names, with the same dtype policies and
-    trainable flags, and at least one unit or filter in each. If the original model is compiled, the
-    smaller one is compiled the same way and keeps the optimizer's state of the weights that are
-    left, so that training can continue.
+    trainable flags, and at least one unit or filter in each. A composite layer, such as a
+    transformer block, becomes a Functional model of the layers inside it. If the original model is
+    compiled, the smaller one is compiled the same way and keeps the optimizer's state of the
+    weights that are left, so that training can continue.
 
-    Channels are followed through Dense, convolutions (plain, depthwise, separable, transposed),
-    Embedding, SimpleRNN, GRU, LSTM and Bidirectional, BatchNormalization, pooling, element-wise
+    Channels are followed through Dense, EinsumDense, convolutions (plain, grouped, depthwise,
+    separable, transposed), Embedding, SimpleRNN, GRU, LSTM, Bidirectional and TimeDistributed,
+    MultiHeadAttention and GroupQueryAttention, BatchNormalization, pooling, element-wise
     activations, dropout and noise, flatten, reshape and permute, zero padding, cropping,
     upsampling, concatenation, additions and other element-wise merges, both as layers and as
-    operators on symbolic tensors, and through nested Sequential and Functional models. The inputs
-    and outputs of all other layers are left whole. This also holds for grouped convolutions, layers
-    with weights that are called more than once, and calls in training mode. The report names these
-    layers; without `return_report`, a warning does.
+    operators on symbolic tensors, and through nested Sequential and Functional models and composite
+    layers whose `call` only calls layers and operations. The inputs and outputs of all other layers
+    are left whole. This also holds for layers with weights that are called more than once, and for
+    calls in training mode. The report names these layers; without `return_report`, a warning does.
 
     A constant other than zero that enters a zero-padded convolution is not constant at the border.
     Such channels are kept and reported. They are rare if biases are pruned with their filters.
@@ -156,8 +158,9 @@ def shrink(
             built, or has a layer that cannot be created from its config.
 
     Warns:
-        UserWarning: If layers are left whole and `return_report=False`, or if the smaller model
-            could not be compiled like the original.
+        UserWarning: If the class of the model defines `train_step` or similar methods, which the
+            smaller model does not have; if layers are left whole and `return_report=False`; or if
+            the smaller model could not be compiled like the original.
 
     Example:
     ```python
@@ -178,6 +181,12 @@ def shrink(
     names = in_use_by_name(model)
     with as_in_use(model), _keras_configs.custom_object_scope(names):
         smaller, report = _shrink(model)
+    if own := _own_steps(model):
+        warnings.warn(
+            f"The smaller model is a plain Keras model: {', '.join(own)} of {type(model).__name__} "
+            f"('{model.name}') are not in it.",
+            stacklevel=2,
+        )
     if return_report:
         return smaller, report
     if report.not_followed:
@@ -186,6 +195,12 @@ def shrink(
             f"`shrink` left the layers whole that it cannot follow. {whole}", stacklevel=2
         )
     return smaller
+
+
+def _own_steps(model: keras.Model) -> list[str]:
+    """Returns the methods of training and evaluation that the model's class defines itself."""
+    names = ("train_step", "test_step", "predict_step", "compute_loss", "compute_metrics")
+    return [name for name in names if getattr(type(model), name) is not getattr(keras.Model, name)]
 
 
 def _shrink(model: keras.Model) -> tuple[keras.Model, ShrinkReport]:
@@ -270,11 +285,6 @@ def _smaller(flow: Flow, operation: Any) -> Any:
         config = operation.get_config()
         if id(operation) in flow.edits:
             _write_widths(flow, flow.edits[id(operation)][1], config)
-            # An initializer that holds an array has the original shape, and is no longer needed.
-            for name in config:
-                values = getattr(getattr(operation, name, None), "value", 0.0)
-                if name.endswith("_initializer") and np.ndim(values):
-                    config[name] = "zeros"
         return type(operation).from_config(config)
     except Exception as error:
         raise ValueError(
@@ -284,8 +294,13 @@ def _smaller(flow: Flow, operation: Any) -> Any:
 
 
 def _write_widths(flow: Flow, edit: Edit, config: dict[str, Any]) -> None:
-    for part in list(_dicts(config)):
-        part.pop("build_config", None)  # It describes the original shapes.
+    for inside in list(_dicts(config)):
+        inside.pop("build_config", None)  # It describes the original shapes.
+        for key, value in inside.items():
+            # An initializer that holds an array has the original shape, and is no longer needed.
+            held = value["config"].get("value") if key.endswith("_initializer") and value else 0
+            if isinstance(held, (dict, list, np.ndarray)):
+                inside[key] = "zeros"
     for (*places, last), channels in edit.widths.items():
         part: Any = config
         for place in places:
@@ -294,8 +309,8 @@ def _write_widths(flow: Flow, edit: Edit, config: dict[str, Any]) -> None:
             part = part[place]
         part[last] = int(flow.alive(channels).sum())
     if edit.readers and _shift(flow, edit.readers[0]).any():
-        for place in edit.inside:
-            config = config[place]["config"]
+        for attribute in edit.inside:
+            config = config[attribute]["config"]
         config["use_bias"] = True
 
 

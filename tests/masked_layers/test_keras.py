@@ -288,6 +288,27 @@ def test_optimized_variables_are_those_an_optimizer_was_built_for():
     assert list(map(id, _keras.optimized_variables(optimizer))) == [id(bias), id(kernel)]
 
 
+@pytest.mark.parametrize("scaled", [False, True])
+def test_exclude_like_copies_what_weight_decay_leaves_out(scaled):
+    def sgd():
+        optimizer = keras.optimizers.SGD(0.1, weight_decay=0.5)
+        return keras.optimizers.LossScaleOptimizer(optimizer) if scaled else optimizer
+
+    def inner(optimizer):
+        return optimizer.inner_optimizer if scaled else optimizer
+
+    variables = [keras.Variable(np.ones(2), name=name) for name in ("kernel", "scale", "bias")]
+    others = [keras.Variable(np.ones(2), name=name) for name in ("kernel", "scale", "bias")]
+    old, new, never = sgd(), sgd(), sgd()
+    inner(old).exclude_from_weight_decay(var_list=[variables[1]], var_names=["bias"])
+    _keras.exclude_like(old, new, zip(variables, others, strict=True))
+    _keras.exclude_like(never, new, zip(variables, others, strict=True))  # nothing to copy
+    inner(new).build(others)
+    inner(new).apply([ops.zeros(2)] * 3, others)
+    found = [ops.convert_to_numpy(variable).tolist() for variable in others]
+    np.testing.assert_allclose(found, [[0.95, 0.95], [1, 1], [1, 1]])
+
+
 def test_values_assigned_by_a_callback_outlive_a_sync():
     """`fit` on JAX has its own state, which is written back at the end."""
     model = keras.Sequential([keras.Input((4,)), layers.Dense(2, use_bias=False)])

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from keras import layers
 
-from masked_layers import convert_to_masked, get_masks, set_masks
+from masked_layers import convert_to_masked, get_masks, set_masks, strip_masks
 from masked_layers.shrinking import shrink
 from shrunk import dense_net, numpy, randomize, widths, zero
 
@@ -88,3 +88,42 @@ def test_warns_and_resets_an_optimizer_whose_state_cannot_be_reduced():
         smaller = shrink(model)
     assert smaller.get_layer("a").units == 199
     smaller.fit(np.ones((8, 4)), np.ones((8, 150)), verbose=0)
+
+
+@pytest.mark.parametrize("new_bias", [False, True])
+@pytest.mark.parametrize("built", [False, True])
+def test_what_weight_decay_leaves_out_stays_left_out(built, new_bias):
+    inputs = keras.Input((3,))
+    hidden = layers.Dense(4, "relu", name="hidden")
+    out = layers.Dense(2, use_bias=not new_bias, name="out")
+    model = randomize(keras.Model(inputs, out(hidden(inputs))))
+    zero(hidden, [1])
+    hidden.bias.assign([0.5, 0.5, 0.5, 0.5])  # the second unit is a constant, which `out` takes up
+    optimizer = keras.optimizers.SGD(0.0, weight_decay=0.5)
+    optimizer.exclude_from_weight_decay(var_list=[out.kernel])
+    model.compile(optimizer, "mse")
+    if built:
+        optimizer.build(model.trainable_variables)
+    smaller = shrink(model)
+    before = numpy(smaller.get_layer("out").kernel)
+    smaller.optimizer.learning_rate = 0.1
+    smaller.optimizer.apply(
+        [keras.ops.zeros(v.shape) for v in smaller.trainable_variables],
+        smaller.trainable_variables,
+    )
+    np.testing.assert_array_equal(numpy(smaller.get_layer("out").kernel), before)
+    assert (numpy(smaller.get_layer("hidden").bias) < 0.5).all()
+
+
+@pytest.mark.parametrize("copy", [convert_to_masked, lambda x: strip_masks(convert_to_masked(x))])
+def test_copies_leave_out_of_weight_decay_what_the_original_does(copy):
+    model = keras.Sequential([keras.Input((3,)), layers.Dense(2)])
+    optimizer = keras.optimizers.SGD(0.1, weight_decay=0.5)
+    optimizer.exclude_from_weight_decay(var_names=["kernel"])
+    model.compile(optimizer, "mse")
+    copied = copy(model)
+    copied.layers[0].bias.assign([1.0, 1.0])
+    variables = copied.trainable_variables
+    copied.optimizer.apply([keras.ops.zeros(v.shape) for v in variables], variables)
+    np.testing.assert_array_equal(numpy(copied.layers[0].kernel), numpy(model.layers[0].kernel))
+    np.testing.assert_allclose(numpy(copied.layers[0].bias), [0.95, 0.95])

@@ -1,6 +1,7 @@
 """Private names of Keras' graph of operations, checked against the installed Keras."""
 
 import keras
+import numpy as np
 import pytest
 from keras import layers
 
@@ -43,3 +44,23 @@ def test_carries_mask():
     x = keras.Input((4, 2))
     assert not _keras_graph.carries_mask(x)
     assert _keras_graph.carries_mask(layers.Masking()(x))
+
+
+def test_calls_forgotten():
+    """Keras' record of symbolic calls is private; a graph made in the scope stays whole."""
+    inner = layers.Dense(3)
+    layer = keras.Sequential([keras.Input((4,)), inner])
+    before = inner.output
+    x = keras.Input((4,))
+    with _keras_graph.calls_forgotten(layer):
+        graph = keras.Model(x, inner(x))
+        with pytest.raises(AttributeError, match="multiple inbound nodes"):
+            _ = inner.output
+    assert inner.output is before
+    assert [operation for operation, *_ in _keras_graph.graph_calls(graph)] == [inner]
+    assert graph.predict(np.ones((1, 4)), verbose=0).shape == (1, 3)
+    assert keras.models.clone_model(graph).count_params() == 15
+
+
+def test_get_item():
+    assert type(keras.Input((4, 3))[:, 0]._keras_history.operation) is _keras_graph.GET_ITEM

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from keras import layers
 
+from masked_layers import channel_families
 from shrunk import add_layer, checked, numpy, randomize, residual_net, row, widths, zero
 
 pytestmark = pytest.mark.usefixtures("nothing_drawn")
@@ -115,16 +116,17 @@ def test_concatenation(as_operation):
     assert report.not_followed == {}
 
 
-def test_concatenation_of_positions_is_left_whole():
-    x = keras.Input((6, 2))
-    a, b = layers.Conv1D(3, 3, name="a")(x), layers.Conv1D(3, 3, name="b")(x)
+def test_concatenation_of_channels_along_different_axes_is_left_whole():
+    x = keras.Input((3, 2))
+    a = layers.Dense(3, name="a")(x)
+    b = layers.Permute((2, 1))(layers.Dense(3, name="b")(x))
     y = layers.Concatenate(axis=1, name="joined")([a, b])
-    model = randomize(keras.Model(x, layers.Conv1D(2, 3)(y)))
+    model = randomize(keras.Model(x, layers.Dense(2)(y)))
     zero(model.get_layer("a"), [0])
     zero(model.get_layer("b"), [0])
     smaller, report = checked(model)
-    assert smaller.get_layer("a").filters == 3
-    assert report.not_followed == {"joined": "it concatenates along another axis than the channels"}
+    assert smaller.get_layer("a").units == 3
+    assert report.not_followed == {"joined": "its inputs have channels along different axes"}
 
 
 def test_a_channel_that_is_broadcast_to_all_others_is_kept():
@@ -167,3 +169,41 @@ def test_entries_of_a_tensor(take, followed):
     assert smaller.get_layer("a").units == (5 if followed else 6)
     why = "it takes some of the channels"
     assert list(report.not_followed.values()) == ([] if followed else [why])
+
+
+def test_channels_at_several_positions_are_joined():
+    """As a class token in front of the patches of a picture."""
+    x = keras.Input((4, 5))
+    first = layers.Dense(6, name="first")(layers.GlobalAveragePooling1D(keepdims=True)(x))
+    y = layers.concatenate([first, layers.Dense(6, name="rest")(x)], axis=1)
+    model = randomize(keras.Model(x, layers.Dense(2, name="out")(y)))
+    zero(model.get_layer("first"), [1, 2], bias=True)
+    zero(model.get_layer("rest"), [1, 3], bias=True)
+    smaller, report = checked(model)
+    assert report.not_followed == {}
+    assert widths(smaller) == {"first": 5, "rest": 5, "out": 2}
+    for name in ("first", "rest"):
+        model.get_layer(name).bias.assign([0.0, 0.5, 0.0, 0.0, 0.0, 0.0])
+    smaller, _ = checked(model)  # The same constant at all positions moves into a bias.
+    assert widths(smaller) == {"first": 5, "rest": 5, "out": 2}
+    model.get_layer("first").bias.assign([0.0, 0.6, 0.0, 0.0, 0.0, 0.0])
+    smaller, _ = checked(model)
+    assert widths(smaller) == {"first": 6, "rest": 6, "out": 2}
+
+
+def test_a_tensor_of_unknown_width_does_not_join():
+    x, factor = keras.Input((4, 3)), keras.Input((4, None))
+    y = layers.Multiply(name="product")([layers.Dense(5, name="a")(x), factor])
+    model = keras.Model([x, factor], layers.Dense(2)(layers.Reshape((4, 5))(y)))
+    assert channel_families(model).not_followed == {
+        "product": "the number of its input channels is unknown"
+    }
+
+
+def test_an_array_is_not_a_number():
+    x = keras.Input((4,))
+    y = layers.Dense(3, name="a")(x) * keras.ops.convert_to_tensor([1.0, 2.0, 3.0])
+    model = keras.Model(x, layers.Dense(2)(y))
+    assert list(channel_families(model).not_followed.values()) == [
+        "one of its operands is an array"
+    ]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from keras import layers
 
-from masked_layers.shrinking import shrink
+from masked_layers.shrinking import channel_families, shrink
 from shrunk import (
     assert_same_outputs,
     checked,
@@ -217,3 +217,62 @@ def test_preprocessing_layers_keep_their_adapted_state():
     zero(model.layers[1], [2])
     smaller, _ = checked(model)
     assert widths(smaller)["d0"] == 3
+
+
+@pytest.mark.parametrize(("shape", "followed"), [((None, 1, None), True), ((1, 1, 4), False)])
+def test_dropout_that_names_the_number_of_channels(shape, followed):
+    x = keras.Input((6, 3))
+    y = layers.Dropout(0.5, noise_shape=shape, name="drop")(layers.Dense(4, name="a")(x))
+    model = randomize(keras.Model(x, layers.Dense(2)(y)))
+    zero(model.get_layer("a"), [1])
+    smaller, report = checked(model)
+    why = "its `noise_shape` names the number of channels"
+    assert report.not_followed == ({} if followed else {"drop": why})
+    smaller(np.ones((1, 6, 3)), training=True)
+
+
+def test_layers_that_share_a_weight_are_left_whole():
+    class Transposed(layers.Layer):
+        def __init__(self, dense, **kwargs):
+            super().__init__(**kwargs)
+            self.dense = dense
+
+        def call(self, x):
+            return keras.ops.matmul(x, keras.ops.transpose(self.dense.kernel))
+
+    x = keras.Input((5,))
+    dense = layers.Dense(4, use_bias=False, name="a")
+    y = Transposed(dense, name="back")(layers.ReLU()(dense(x)))
+    found = channel_families(keras.Model(x, layers.Dense(2, name="out")(y)))
+    why = "it shares a weight with another layer, which the smaller model does not"
+    assert found.not_followed["a"] == why
+    assert "back" in found.not_followed
+    assert found.families == ()
+
+
+def test_a_training_step_of_the_model_is_not_carried_over_and_a_warning_says_so():
+    class Own(keras.Model):
+        def train_step(self, data):
+            return {}
+
+    x = keras.Input((4,))
+    model = randomize(Own(x, layers.Dense(2)(layers.Dense(3, name="a")(x))))
+    with pytest.warns(UserWarning, match=r"train_step of Own .* are not in it"):
+        shrink(model)
+
+
+def test_initializers_that_hold_arrays_do_not_hinder():
+    x = keras.Input((5, 3))
+    start = keras.initializers.Constant(np.ones((3, 8)))
+    y = layers.Bidirectional(layers.SimpleRNN(8, kernel_initializer=start), name="rnn")(x)
+    model = randomize(keras.Model(x, layers.Dense(2, name="out")(y)))
+    kernel = numpy(model.get_layer("out").kernel)
+    kernel[[1, 9]] = 0
+    model.get_layer("out").kernel.assign(kernel)
+    for direction in ("forward_layer", "backward_layer"):
+        zero(getattr(model.get_layer("rnn"), direction).cell, [1], bias=True)
+        recurrent = numpy(getattr(model.get_layer("rnn"), direction).cell.recurrent_kernel)
+        recurrent[1] = 0
+        getattr(model.get_layer("rnn"), direction).cell.recurrent_kernel.assign(recurrent)
+    smaller, _ = checked(model)
+    assert smaller.get_layer("rnn").forward_layer.units == 7
