@@ -102,7 +102,7 @@ def bert():
 
 def halved(model):
     """Returns a masked model that has lost half of the channels of each family."""
-    masked = ml.convert_to_masked(model, mask_normalization=True)
+    masked = ml.convert_to_masked(model)
     LotteryTicketPruner(masked).update_masks("smallest_weights", rate=0.5, structure="channels")
     return masked
 

@@ -176,12 +176,12 @@ def _obstacles(flow: Flow) -> dict[int, str]:
                 obstacle = obstacles.get(id(operation), NESTED)
         elif rule_of(operation) is None:
             obstacle = f"unknown class {cls.__name__}"
+        elif id(operation) in shared:
+            obstacle = "it shares a weight with another layer, which the smaller model does not"
         elif (count := max(times[id(part)] for part in _called(flow, operation))) > 1 and (
             len(getattr(operation, "weights", ())) > 0 or cls is keras.layers.Reshape
         ):
             obstacle = f"called {count} times"
-        elif id(operation) in shared:
-            obstacle = "it shares a weight with another layer, which the smaller model does not"
         elif _any_inside(operation, "quantization_mode"):
             obstacle = "quantized"
         elif _any_inside(operation, "lora_enabled"):

@@ -419,7 +419,7 @@ def _concatenate(flow: Flow, call: Call) -> Channels:
     axes = {flow.tensors[id(x)].axis for x in call.inputs} - {None}
     if len(axes) > 1:
         raise CannotFollow("its inputs have channels along different axes")
-    along = axes.pop() if axes else axis
+    along = next((each for each in axes if each is not None), axis)
     parts = [flow.channels(call, along, index) for index in range(len(call.inputs))]
     if along == axis:
         slots, constants = ([part.slots for part in parts], [part.constants for part in parts])
