@@ -426,7 +426,7 @@ def _rows(flow: Flow) -> list[ShrinkRow]:
         stuck = [
             slot
             for slot, value, alive in channels
-            if alive and (not np.isnan(value) or slot in lost)
+            if alive and (not np.isnan(value) or slot in lost or slot in flow.forced)
         ]
         return ShrinkRow(
             layer=name,

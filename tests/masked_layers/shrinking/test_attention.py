@@ -142,6 +142,8 @@ def test_keys_and_values_keep_equal_widths_where_the_backend_demands_it():
     jax = keras.backend.backend() == "jax"
     assert (attention.key_dim, attention.value_dim) == (6, 6 if jax else 3)
     assert row(report, "mha value_dim").unread == (0 if jax else 3)
+    why = "the widths of keys and of values have to be equal"
+    assert row(report, "mha value_dim").kept == ({why: 3} if jax else {})
 
 
 def test_heads_without_a_reader_are_removed_with_their_inputs():

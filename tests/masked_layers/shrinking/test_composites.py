@@ -112,6 +112,17 @@ def test_training_of_a_smaller_transformer_goes_on_with_dropout():
     assert all((old != numpy(new)).any() or new.path.endswith(keys) for old, new in pairs)
 
 
+def test_a_smaller_transformer_is_saved_and_loaded(tmp_path):
+    masked = convert_to_masked(transformer())
+    LotteryTicketPruner(masked).update_masks("random", sparsity=0.5, structure="channels")
+    smaller = shrink(masked)
+    smaller.save(tmp_path / "smaller.keras")
+    custom = {"approximate_gelu": approximate_gelu}  # neither `Block` nor `MLP` is needed
+    loaded = keras.saving.load_model(tmp_path / "smaller.keras", custom_objects=custom)
+    data = inputs_of(smaller)
+    np.testing.assert_array_equal(numpy(loaded(data)), numpy(smaller(data)))
+
+
 def test_a_composite_layer_that_is_called_twice_is_smaller_inside():
     x = keras.Input((6, 8))
     block = Block(2, 12, name="block")
