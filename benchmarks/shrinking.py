@@ -1,16 +1,18 @@
-"""Halves the channels of networks and removes them: what is left, and how fast it is.
+"""Prunes half of the channels of networks, removes them, and measures sizes and speed.
 
     python -m benchmarks.shrinking [--networks VGG16 lstm] [--batches 1 8] [--rounds 10]
 
 Weights are fresh (seed 0); biases, and shifts, scales and statistics of BatchNormalization, are
 drawn as they may be after training. `structure="channels"` prunes half of the channels of each
-family by magnitude, and `shrink` removes them. Prints weights and multiply-adds that are left, the
-largest difference of outputs between the smaller model and the masked one, relative to the largest
-output, and, where torch-pruning and torchvision are installed and have the same architecture, what
-torch-pruning leaves of it at the same ratio, with the ratio of ours to theirs.
+family by magnitude, and `shrink` removes them. Prints the shares of weights and multiply-adds that
+are left, and the largest difference between outputs of the smaller and the masked model, relative
+to the largest output. If torch-pruning and torchvision are installed and have the same
+architecture, also prints the shares that torch-pruning leaves at the same ratio, and ours divided
+by theirs.
 
-With `--batches`, the model as it was before pruning and the smaller one run compiled by the
-backend, in turns, so that other load on the machine meets both alike. Transformers need KerasHub.
+With `--batches`, the model before pruning and the smaller model run compiled by the
+backend, in turns, so that other load on the machine affects both equally. Transformers require
+KerasHub.
 """
 
 import argparse
@@ -110,7 +112,7 @@ def halved(model):
 def torch_pruning(name, size):
     """Returns the shares of weights and multiply-adds that torch-pruning leaves, None without it.
 
-    In a process of its own, in which no other library has brought its own threads and symbols.
+    Runs in a separate process, so that threads and symbols of other libraries do not interfere.
     """
     needed = ("torch_pruning", "torchvision")
     if name is None or not all(map(importlib.util.find_spec, needed)):
@@ -253,7 +255,7 @@ def main():
         print_row(name, smaller, report, np.abs(expected - got).max() / np.abs(expected).max())
         for reason in sorted(set(report.not_followed.values())):
             layers_whole = [k for k, value in report.not_followed.items() if value == reason]
-            print(f"  left whole: {len(layers_whole)} layers, as {layers_whole[0]}: {reason}")
+            print(f"  left whole: {len(layers_whole)} layers, such as {layers_whole[0]}: {reason}")
         print_times(model, smaller, arguments.batches, arguments.rounds)
     return None
 

@@ -160,8 +160,7 @@ def instability(
         metric: The metric that the error is measured by, as in `interpolate`.
         seed: Seed of the two data orders.
         augment: Augmentation of the inputs of each batch, as in `training.train`.
-        deterministic: Whether to choose between the compiled loop and `fit` by the model alone,
-            and never by the clock.
+        deterministic: Whether the choice between compiled loop and `fit` must not depend on timing.
         on_progress: Function that is called with the number of new steps.
 
     Raises:

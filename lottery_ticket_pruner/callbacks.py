@@ -70,7 +70,7 @@ class PrunerCallback(keras.callbacks.Callback):
         before, self._before = self._before, None
         if before is not None:
             self._rescale(before)
-        self._apply()  # first: it checks the model
+        self._apply()  # First, because it checks the model.
         if not is_masked(self.model):
             self._hold = zero_hold.ZeroHold(self.model, self.pruner.held_masks(self.model))
             # A `fit` that fails calls no `on_train_end`.
@@ -91,14 +91,14 @@ class PrunerCallback(keras.callbacks.Callback):
             self.pruner.apply_pruning(self.model)
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
-        """Stops zeroing, after a last time: the optimizer may have just put in averages."""
+        """Zeroes pruned weights once more, since the optimizer may write averages at the end."""
         if self._hold is not None:
             self._hold.release()
             self._hold = None
             self.pruner.apply_pruning(self.model)
 
     def _rescale(self, before: list[np.ndarray]) -> None:
-        """Lets the pruner find out whether weights restored since contain the factor already."""
+        """Rescales weights restored since `before`, unless they contain the factor already."""
         now = self.model.get_weights()
         same_shapes = [a.shape for a in before] == [a.shape for a in now]
         if same_shapes and not all(map(np.array_equal, before, now)):

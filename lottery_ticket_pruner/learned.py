@@ -86,8 +86,7 @@ def learn_supermask(
             only at the end.
         seed: Seed for the order of the examples, the samples in the test, and a mask given by name.
         augment: Augmentation of the inputs of each batch, as in `training.train`.
-        deterministic: Whether to choose between the compiled loop and `fit` by the model alone, and
-            never by the clock.
+        deterministic: Whether the choice between compiled loop and `fit` must not depend on timing.
         on_progress: Function that is called with the number of new steps.
 
     Raises:

@@ -327,7 +327,7 @@ class GradualPruning(MaskSchedule):
 
 
 def _check_limit(structure: structures.Channels, schedule: schedules.Schedule) -> None:
-    """Refuses a schedule that would ask for more than the structure prunes, in mid-training."""
+    """Raises an error early if a schedule would exceed the limit of the structure."""
     steps = [step for step in (schedule.begin_step, schedule.end_step) if step is not None]
     final = max(schedule.sparsity(step) for step in steps)
     if final > structure.at_most:

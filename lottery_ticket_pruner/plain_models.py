@@ -240,7 +240,7 @@ class PlainPruning(abc.ABC):
         """Share of prunable weights that is currently pruned. 0.0 after `reset_masks`.
 
         Computed from the masks: after 0.5 and 0.2 it is 0.6, up to rounding to whole
-        weights makes of it.
+        weights.
         """
         masks = [self._mask(i, ref) for i, ref in self._prunables(self.model).items()]
         pruned = sum(int(np.count_nonzero(~mask)) for mask in masks)

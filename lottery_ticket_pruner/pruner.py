@@ -172,7 +172,7 @@ class LotteryTicketPruner(plain_models.PlainPruning):
             sparsity: Share of all weights that are pruned afterwards, in the same form as `rate`.
                 Exactly one of `rate`, `sparsity` and `budget` must be given.
             budget: With `structure="channels"`, the share of the multiply-adds or of the weights
-                that is left, as `{"macs": 0.5}` or `{"weights": 0.3}`; of both, both hold.
+                that is left: `{"macs": 0.5}`, `{"weights": 0.3}` or both.
             scope: Weights that are ranked together: `"layer"` (the default for most criteria),
                 `"global"` or `"output"`.
             seed: Seed for random scores and ties. The default is the number of updates since the

@@ -66,10 +66,12 @@ def shares_of(name: str, share: Share, paths: Collection[str], scope: str) -> di
         try:
             patterns[key] = re.compile(key)
         except (re.error, TypeError) as error:
-            raise ValueError(f"`{name}` has the key {key!r}, no pattern: {error}") from error
+            raise ValueError(
+                f"`{name}` has the key {key!r}, which is not a valid regular expression: {error}"
+            ) from error
         if not any(patterns[key].search(path) for path in paths):
             raise ValueError(
-                f"The pattern {key!r} of `{name}` is found in no path. The paths: {list(paths)}"
+                f"The pattern {key!r} of `{name}` matches no path. The paths: {list(paths)}"
             )
     shares, used = {}, set()
     for path in paths:
@@ -84,7 +86,7 @@ def shares_of(name: str, share: Share, paths: Collection[str], scope: str) -> di
         shares[path] = share[key]
     if idle := [key for key in patterns if key not in used]:
         raise ValueError(
-            f"{idle} of `{name}` would do nothing: earlier patterns take all the paths that these "
-            f"are found in. Put them first. Received: {name}={share!r}"
+            f"{idle} of `{name}` would have no effect, because earlier patterns match all of their "
+            f"paths. Put them first. Received: {name}={share!r}"
         )
     return shares

@@ -172,8 +172,7 @@ def find_ticket(
         seed: Seed of everything random, except for the initial weights of the model.
         replicate: Value of the `replicate` column of the rows.
         augment: Augmentation of the inputs of each batch, as in `training.train`.
-        deterministic: Whether to choose between the compiled loop and `fit` by the model alone,
-            and never by the clock.
+        deterministic: Whether the choice between compiled loop and `fit` must not depend on timing.
         checkpoint: Folder for the state after every round. If it contains the state of an earlier
             call with the same arguments, initial weights, data, optimizer and loss, the search is
             resumed, with the same results as without the interruption. Known results are passed to

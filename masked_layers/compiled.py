@@ -64,7 +64,7 @@ def forget_functions(model: Layer, *, around: bool = True) -> list[weakref.ref[A
 
 
 def forget_while_loading(layer: Layer) -> None:
-    """Does what `forget_functions` does, but only once for all layers loaded from one file.
+    """Resets compiled functions like `forget_functions`, but once for all layers of a file.
 
     A search through all existing objects for each layer would take longer than the loading.
 

@@ -319,10 +319,11 @@ def held_by(model: keras.Model, *others: Any) -> Iterator[Any]:
 
 
 def in_use_by_name(model: keras.Model) -> dict[str, Any]:
-    """Returns what a model uses by its name, for a `from_config` that looks it up there itself.
+    """Returns the custom functions and classes of a model by name, for custom object scopes.
 
-    Names that two of them have, or Keras has, are left out: one would stand in for the other. So
-    would a function for any string in a config that is its name: not for general use.
+    This is for a custom `from_config` that looks up functions and classes by name itself. A name is
+    left out if two objects share it or if Keras uses it too, because one object would then replace
+    the other. In a general scope, the functions would also replace equal strings in configs.
     """
     found: dict[str, Any] = {}
     twice = set()
@@ -338,7 +339,7 @@ def in_use_by_name(model: keras.Model) -> dict[str, Any]:
 
 
 def _is_of_keras(name: str) -> bool:
-    # Not by `keras.losses.get` and its like: they would make an object of a user's class.
+    # Not with functions such as `keras.losses.get`, which would create an object of a custom class.
     return any(hasattr(module, name) for module in _NAMESPACES)
 
 

@@ -17,7 +17,7 @@ from typing import BinaryIO
 if sys.platform != "win32":  # Windows has no such locks, and refuses to remove open files.
     import fcntl
 
-_SUFFIX = re.compile(r"\.[a-z0-9_]{8}")  # What `tempfile` appends.
+_SUFFIX = re.compile(r"\.[a-z0-9_]{8}")  # The suffix that `tempfile` appends.
 
 
 @contextlib.contextmanager

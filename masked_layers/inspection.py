@@ -341,7 +341,7 @@ class SparsityReport:
 
     @property
     def effective_sparsity(self) -> float | None:
-        """Share of masked weights that are pruned or not on such a path; None if not counted."""
+        """Share of masked weights that are pruned or have no effect; None if not counted."""
         if self.effective is None:
             return None
         return 1.0 - self.effective / self.size if self.size else 0.0

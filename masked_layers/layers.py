@@ -335,7 +335,7 @@ def mask_when_built(
 ) -> None:
     """Masks a layer, and all layers inside it, as soon as it is built.
 
-    For layers that are not built yet and create their inner layers when they are.
+    Used for layers that create their inner layers when they are built.
     """
     _change_class(layer, None, mask_bias, initializer, mask)
     _when_built(layer, _mask_built)

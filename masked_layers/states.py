@@ -20,8 +20,8 @@ def configs(layer: Layer, paths: Collection[str], *, as_made: bool) -> States:
     Args:
         layer: A layer or model.
         paths: Paths of the masked weights to include, relative to `layer`.
-        as_made: Whether a newly made layer has masks that keep everything. The result is then empty
-            if the masks still do.
+        as_made: Whether a newly created layer has masks that keep everything. If so, and the masks
+            still keep everything, the result is empty.
 
     Returns:
         Configs of `MaskState` by path.

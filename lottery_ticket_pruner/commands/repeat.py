@@ -63,7 +63,7 @@ for a run of a sweep, next to the sweep."""
         try:
             config = read((stored := _stored(file)) | options)
         except (AttributeError, TypeError, ValueError) as error:
-            raise ValueError(f"'{file}' holds no configuration of a run: {error}") from error
+            raise ValueError(f"'{file}' is not the configuration of a run: {error}") from error
         there = stored.get(CODE)
         if there is not None and there != (here := code_of(config.to_dict())):
             raise ValueError(

@@ -106,6 +106,6 @@ def _check_replaceable(out: Path) -> None:
     there = [name for name in names if (out / name).exists()]
     if there and not (out / "report.html").exists():
         raise ValueError(
-            f"'{out}' holds no report, but {', '.join(there)}, which a report would replace. "
-            "Choose another folder with --out, or move these files."
+            f"'{out}' is not a report, but contains {', '.join(there)}, which a report would "
+            "replace. Choose another folder with --out, or move these files."
         )

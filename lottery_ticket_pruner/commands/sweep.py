@@ -289,7 +289,7 @@ def _carry_out(
         )
     _check_finished(folder)
     todo = [child for child in children if not child.is_finished]
-    origin = _origin(folder, children, anew=len(todo) == len(children))
+    origin = _origin(folder, children, is_new=len(todo) == len(children))
     kind = _kind(config)
     facts = dict(zip(results.FACTS, (kind.sweep, False, versions()), strict=True))
     write_json(folder / results.SWEEP_FILE, config.to_dict() | origin | facts)
@@ -352,13 +352,13 @@ def _say_where(children: Sequence[Child], folder: Path) -> None:
         write_json(file, json.loads(file.read_text(encoding="utf-8")) | {"out": out})
 
 
-def _origin(folder: Path, children: Sequence[Child], anew: bool) -> dict[str, Any]:
+def _origin(folder: Path, children: Sequence[Child], is_new: bool) -> dict[str, Any]:
     """Returns what affects results besides the options, after comparing it with finished runs."""
     now = {
         "backend": keras.backend.backend(),
         "digests": {child.config.data: child.data for child in children},
     }
-    before = {} if anew else _stored(folder)
+    before = {} if is_new else _stored(folder)
     digests = before.get("digests", {})
     other = [name for name, digest in now["digests"].items() if digests.get(name, digest) != digest]
     if other or before.get("backend", now["backend"]) != now["backend"]:

@@ -138,7 +138,7 @@ def reason(file: Path) -> str:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         return f"is cut short or damaged ({error})"
-    return f"holds no options, but {values!r:.40}"
+    return f"does not contain options, but {values!r:.40}"
 
 
 def complete_lines(file: Path) -> list[bytes]:

@@ -515,7 +515,7 @@ class RunFolder(Workplace):
             was = ", ".join(f"{name} {there}" for name, (there, _) in differing.items())
             what = f"{state} run of the same options with another {' and '.join(differing)} ({was})"
             if self._unidentified:
-                what += f", for all that can be told. {self._unidentified.rstrip('.')}"
+                what += f", as far as can be determined. {self._unidentified.rstrip('.')}"
         else:
             shown = [
                 f"{name.replace('_', ' ')} {there!r} there, {here!r} here"

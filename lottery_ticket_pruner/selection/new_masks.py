@@ -73,7 +73,7 @@ def select_many(
     """
     if request.structure is not None and request.structure.coupled:
         raise ValueError(
-            f"{request.structure} takes the channels of a model: call "
+            f"{request.structure} requires the channels of a model: call "
             "`LotteryTicketPruner.update_masks` for each sparsity, on masks that were reset."
         )
     kernels = _admitted(request, weights)

@@ -84,8 +84,8 @@ def train(
             after each evaluation.
         augment: Augmentation of the inputs of each batch, which must be a single array of images.
             Its random numbers depend only on `seed` as well.
-        deterministic: Whether to choose between the compiled loop and `fit` by the model alone, and
-            never by the clock, so that repeated runs round in the same way.
+        deterministic: Whether the choice between compiled loop and `fit` must not depend on timing,
+            so that repeated runs round in the same way.
 
     Raises:
         ValueError: If the model is not compiled, a number is out of range, or arrays differ in
@@ -196,8 +196,7 @@ def fit(
             number of the epoch.
         seed: A non-negative integer.
         verbose: 0 for no output, 1 for a progress bar, 2 for a line per epoch.
-        deterministic: Whether to choose between the compiled loop and `fit` by the model alone, and
-            never by the clock.
+        deterministic: Whether the choice between compiled loop and `fit` must not depend on timing.
 
     Returns:
         A Keras `History` with the logs of every epoch.

@@ -378,7 +378,7 @@ def _split(flat: np.ndarray, encoding: str) -> tuple[np.ndarray, np.ndarray]:
         return flat, np.empty(0, np.uint8)
     positions = np.flatnonzero(flat)
     skipped = np.diff(positions, prepend=-1) - 1
-    # A run of zeros is stored as as many 255s as fit, then the byte that ends at a value.
+    # A run of zeros is stored as 255s, as many as fit, and a byte for the rest.
     last = np.cumsum(skipped // SKIP + 1) - 1
     behind = len(flat) - 1 - (positions[-1] if len(positions) else -1)
     skips = behind // SKIP if behind > BLOCK_SIZE else 0

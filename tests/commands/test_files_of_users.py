@@ -126,7 +126,10 @@ def test_a_report_does_not_replace_the_results_of_a_run(here, capsys):
     assert (here / "out" / "results.csv").read_bytes() == before
     put(here / "mine", ["results.csv", "tables.md"])
     assert cli.main(["report", "out", "--out", "mine"]) == 2
-    assert "'mine' holds no report, but results.csv, tables.md, which" in capsys.readouterr().err
+    assert (
+        "'mine' is not a report, but contains results.csv, tables.md, which"
+        in capsys.readouterr().err
+    )
     assert kept(here / "mine", ["results.csv", "tables.md"]) == ["results.csv", "tables.md"]
     for _ in range(2):  # An earlier report is replaced.
         assert cli.main(["report", "out", "--quiet"]) == 0

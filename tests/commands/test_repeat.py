@@ -60,8 +60,8 @@ def test_a_resolved_configuration_is_restored_and_makes_the_same_choices(tmp_pat
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[1]", "holds no configuration"),
-        ("{", "holds no configuration"),
+        ("[1]", "is not the configuration of a run"),
+        ("{", "is not the configuration of a run"),
         (json.dumps(RunConfig().to_dict() | {"colour": "red"}), "unknown options: colour."),
         (None, "is not a run folder: it holds no config.json."),
     ],

@@ -92,7 +92,7 @@ def test_options_of_other_types_are_refused_or_shown(run, capsys, option, value)
     [
         (b"", "cannot be read"),
         (b"[" * 100_000, "cannot be read"),
-        (b"[]", "holds no options"),
+        (b"[]", "does not contain options"),
         (b"\xff\xfe", "cannot be read"),
         (b'{"seeds": "34"}', "holds no seeds"),
     ],
@@ -128,7 +128,7 @@ def test_repeat_refuses_options_of_other_types(run, capsys, monkeypatch, option,
     right = {"seeds": ([],), "rewind_to": ("text",), "rate": (0.5, -1, None), "steps": (None, -1)}
     right |= {"rounds": (None, -1), "quiet": WRONG, "out": WRONG}  # The last two are not read.
     fine = any(value == one and type(value) is type(one) for one in right[option])
-    assert fine or "config.json' holds no configuration of a run: options of other types" in shown
+    assert fine or "config.json' is not the configuration of a run: options of other types" in shown
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_repeat_names_what_it_cannot_read(run, capsys, content):
     assert cli.main(["repeat", str(run)]) == 2
     shown = capsys.readouterr().err
     assert "Traceback" not in shown
-    assert "config.json' holds no configuration of a run" in shown
+    assert "config.json' is not the configuration of a run" in shown
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b'"text"', b"[" * 100_000, b"null"])

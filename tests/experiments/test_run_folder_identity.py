@@ -65,7 +65,7 @@ def test_an_interrupted_run_is_resumed_only_with_the_same_code(tmp_path, option)
 def test_runs_that_cannot_be_identified_are_not_resumed(tmp_path):
     register(1, threading.Lock())
     opened(tmp_path, strategy="mine")
-    with pytest.raises(ValueError, match=r"for all that can be told. mine cannot .*`lock`"):
+    with pytest.raises(ValueError, match=r"as far as can be determined. mine cannot .*`lock`"):
         opened(tmp_path, strategy="mine")
 
 

@@ -321,7 +321,7 @@ def foreign(folder, **files):
         ),
         (
             {"config": b"[]", "results": b"replicate,sparsity,test_accuracy\n0,0,1\n"},
-            "holds no options",
+            "does not contain options",
         ),
         ({"config": b"{}", "results": b""}, "was not written by a command"),
         ({"config": b"{}", "results": b"\xff\xfe\x00"}, "no whole line"),

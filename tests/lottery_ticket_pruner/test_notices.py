@@ -197,7 +197,9 @@ def test_filters_that_match_are_taken_without_a_word():
 def test_patterns_that_others_keep_from_any_path_are_refused():
     pruner = LotteryTicketPruner(make_model())
     rates = {"kernel": 0.5, "mid": 0.1}
-    with pytest.raises(ValueError, match=r"\['mid'\] of `rate` would do nothing.* Put them first"):
+    with pytest.raises(
+        ValueError, match=r"\['mid'\] of `rate` would have no effect.* Put them first"
+    ):
         pruner.update_masks("large_init", rate=rates)
     pruner.update_masks("large_init", rate=dict(reversed(rates.items())))
 

@@ -95,13 +95,13 @@ def test_mappings_that_make_no_sense_are_errors():
     weights = {"a/kernel": kernel([1, 2]), "b/kernel": kernel([1, 2])}
     with pytest.raises(ValueError, match="matches 'b/kernel' nor a \"default\""):
         update("large_final", weights, rate={"a": 0.5})
-    with pytest.raises(ValueError, match=r"key '\(', no pattern"):
+    with pytest.raises(ValueError, match=r"key '\(', which is not a valid regular"):
         update("large_final", weights, rate={"(": 0.5, "default": 0.1})
-    with pytest.raises(ValueError, match=r"key 1, no pattern"):
+    with pytest.raises(ValueError, match=r"key 1, which is not a valid regular"):
         update("large_final", weights, rate={1: 0.5, "default": 0.1})
     with pytest.raises(ValueError, match='contradicts scope="global"'):
         update("large_final", weights, rate={"default": 0.5}, scope="global")
-    with pytest.raises(ValueError, match=r"'ouput' of `rate` is found in no path.*b/kernel"):
+    with pytest.raises(ValueError, match=r"'ouput' of `rate` matches no path.*b/kernel"):
         update("large_final", weights, rate={"ouput": 0.1, "default": 0.5})
 
 
