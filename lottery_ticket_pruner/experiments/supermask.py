@@ -40,8 +40,25 @@ from lottery_ticket_pruner.supermasks import WEIGHTS, evaluate_grid
 from lottery_ticket_pruner.training import ArrayDataset, Listeners
 from masked_layers.files import replacing
 
-# Criteria that rank only recorded weights: all of Zhou et al.'s and the earlier library's.
-CRITERIA = tuple(
+# Default of --criteria: all of Zhou et al.'s and the earlier library's. The default is part of a
+# folder's name and of the configurations on disk, so criteria that are added do not change it.
+CRITERIA = (
+    "large_final",
+    "small_final",
+    "large_init",
+    "small_init",
+    "large_init_large_final",
+    "small_init_small_final",
+    "magnitude_increase",
+    "movement",
+    "random",
+    "large_final_same_sign",
+    "large_final_diff_sign",
+    "magnitude_increase_same_sign",
+    "magnitude_increase_diff_sign",
+)
+# Criteria that can be chosen: all that rank only recorded weights.
+_CRITERIA = tuple(
     name
     for name in criteria.names()
     if criteria.get(name).needs <= {"initial", "final"} and criteria.get(name).scope is None
@@ -51,7 +68,7 @@ if TYPE_CHECKING:
     _Criterion: TypeAlias = str
     _Weights: TypeAlias = str
 else:
-    _Criterion = Literal[*CRITERIA]
+    _Criterion = Literal[*_CRITERIA]
     _Weights = Literal[*WEIGHTS]
 
 _SPARSITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
@@ -125,7 +142,7 @@ not changed."""
         shared = own & {field.name for field in dataclasses.fields(RunConfig)}
         values = {name: getattr(self, name) for name in shared}
         if self.learn:
-            # Files of earlier runs contain all criteria here, which was the default.
+            # Files contain the default of --criteria here.
             given = self.learning_rate is not None or self.scope is not None
             if given or self.criteria != CRITERIA:
                 raise ValueError(
