@@ -47,6 +47,9 @@ class Registry(Generic[T]):
         shorthand: Function that splits a text such as "2:4" into a name and arguments. Returns None
             if the text is not a shorthand.
         examples: Examples of such texts, for messages.
+
+    Attributes:
+        made: Class of the objects that `get` returns.
     """
 
     def __init__(
@@ -62,7 +65,7 @@ class Registry(Generic[T]):
         examples: str = "",
     ) -> None:
         self._kind = kind
-        self._made = made
+        self.made = made
         self._register = register
         self._wrap = wrap
         self._make = make
@@ -77,6 +80,10 @@ class Registry(Generic[T]):
 
     def __contains__(self, name: object) -> bool:
         return isinstance(name, str) and name in self._things
+
+    def items(self) -> Iterator[tuple[str, object]]:
+        """Yields each name with the function or class that was registered under it."""
+        yield from self._things.items()
 
     def copy(self) -> "Registry[T]":
         """Returns an independent copy."""
@@ -126,7 +133,7 @@ class Registry(Generic[T]):
             ValueError: If the name is unknown, the arguments do not fit, an unregistered function
                 has a registered name, or the type of `identifier` is not supported.
         """
-        if isinstance(identifier, self._made):
+        if isinstance(identifier, self.made):
             return identifier
         if isinstance(identifier, str):
             return self._from_name(identifier, {})
@@ -135,7 +142,7 @@ class Registry(Generic[T]):
         if callable(identifier) and not isinstance(identifier, type):
             return self._wrap(identifier)
         raise ValueError(
-            f"A {self._kind} must be a name, a configuration dict, a `{self._made.__name__}` "
+            f"A {self._kind} must be a name, a configuration dict, a `{self.made.__name__}` "
             f"or a function of {self._takes}. "
             f"Received: {identifier!r} of type {type(identifier).__name__}"
         )
@@ -201,7 +208,7 @@ class Registry(Generic[T]):
     def _from_keras_function(self, name: str) -> T:
         """Resolves a function as serialized by Keras: its name, with or without its package."""
         package, _, own = name.rpartition(">")
-        if package == self._made.__module__:
+        if package == self.made.__module__:
             return self._from_name(own, {})
         for known, thing in self._things.items():
             of_ours = getattr(thing, "__module__", "").startswith(f"{PACKAGE}.")

@@ -1,36 +1,30 @@
 """Registers everything built in with Keras, so that `serialize_keras_object` round-trips it."""
 
-from types import ModuleType
+from types import FunctionType, ModuleType
 
 import keras
 
 from lottery_ticket_pruner import criteria, distributions, schedules, structures, treatments
-from lottery_ticket_pruner.registry import PACKAGE
+from lottery_ticket_pruner.registry import PACKAGE, Registry
 
-_CLASSES = (
-    criteria.Criterion,
-    distributions.Distribution,
-    schedules.Constant,
-    schedules.Function,
-    schedules.Geometric,
-    schedules.Polynomial,
-    structures.Blocks,
-    structures.NOfM,
-    structures.Outputs,
-    structures.Tiles,
-    treatments.Treatment,
-)
+_MODULES = (criteria, distributions, schedules, structures, treatments)
 
 
-def _register(module: ModuleType, names: list[str]) -> None:
-    for name in names:
-        keras.saving.register_keras_serializable(module.__name__, name)(getattr(module, name))
+def _register(module: ModuleType) -> None:
+    """Registers the public classes that a module's registries return, and their functions."""
+    registries = [thing for thing in vars(module).values() if isinstance(thing, Registry)]
+    made = tuple(registry.made for registry in registries)
+    for name, thing in vars(module).items():
+        own = isinstance(thing, type) and thing.__module__ == module.__name__
+        if own and issubclass(thing, made) and not name.startswith("_"):
+            keras.saving.register_keras_serializable(PACKAGE)(thing)
+    # Functions as well, because Keras serializes an unregistered function only by its name, which
+    # does not distinguish it from a user's function.
+    for registry in registries:
+        for name, thing in registry.items():
+            if isinstance(thing, FunctionType):
+                keras.saving.register_keras_serializable(module.__name__, name)(thing)
 
 
-for _class in _CLASSES:
-    keras.saving.register_keras_serializable(PACKAGE)(_class)
-# Functions as well, because Keras serializes an unregistered function only by its name, which does
-# not distinguish it from a user's function.
-_register(criteria, criteria.names())
-_register(distributions, distributions.names())
-_register(treatments, treatments.kept_names() + treatments.pruned_names())
+for _module in _MODULES:
+    _register(_module)

@@ -18,7 +18,7 @@ KINDS = {
 # Identifiers of each kind, without and with arguments.
 BUILT_IN = {
     "criterion": criteria.names(),
-    "structure": ["2:4", "4x1", "filters", structures.Blocks((2, 3), "max")],
+    "structure": ["2:4", "4x1", "filters", "channels", structures.Blocks((2, 3), "max")],
     "distribution": ["uniform", "erk", distributions.Distribution("erk", dense_first=True)],
     "schedule": [
         0.5,
@@ -34,12 +34,25 @@ kinds = pytest.mark.parametrize("kind", KINDS)
 pytestmark = pytest.mark.once
 
 
+# Where each registry is: the module, and the name in it.
+PLACES = {
+    "criterion": (criteria, "_REGISTRY"),
+    "structure": (structures, "_REGISTRY"),
+    "distribution": (distributions, "_RULES"),
+    "schedule": (schedules, "_REGISTRY"),
+    "kept": (treatments, "_KEPT"),
+    "pruned": (treatments, "_PRUNED"),
+}
+
+
+def registries():
+    """Returns the registry of each kind."""
+    return {kind: getattr(module, name) for kind, (module, name) in PLACES.items()}
+
+
 @pytest.fixture(autouse=True)
 def _own_registries(monkeypatch):
-    for module, name in (
-        *((module, "_REGISTRY") for module in (criteria, structures, schedules)),
-        *((distributions, "_RULES"), (treatments, "_KEPT"), (treatments, "_PRUNED")),
-    ):
+    for module, name in PLACES.values():
         monkeypatch.setattr(module, name, getattr(module, name).copy())
 
 
@@ -70,6 +83,21 @@ def test_what_is_built_in_round_trips_through_its_configuration_and_through_kera
     if kind != "schedule":
         assert get(form) == one
         assert hash(get(form)) == hash(one)
+
+
+def test_all_that_is_registered_by_the_library_is_tested_above():
+    tested = {
+        (kind, KINDS[kind][0](made).get_config()["name"])
+        for kind, all_made in BUILT_IN.items()
+        for made in all_made
+    }
+    registered = {
+        (kind, name)
+        for kind, registry in registries().items()
+        for name, thing in registry.items()
+        if thing.__module__.startswith("lottery_ticket_pruner.")
+    }
+    assert tested == registered
 
 
 @kinds
