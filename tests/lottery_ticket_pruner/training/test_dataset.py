@@ -31,7 +31,7 @@ def model():
     return model
 
 
-def doors(model, x):
+def entry_points(model, x):
     masked = ml.convert_to_masked(model)
     pruner = LotteryTicketPruner(masked)
     fine = X.astype("float32")
@@ -55,9 +55,9 @@ def doors(model, x):
 def test_every_function_checks_its_arrays(model, kind):
     x, message = WRONG[kind]
     before = [w.copy() for w in model.get_weights()]
-    for door in doors(model, x).values():
+    for entry_point in entry_points(model, x).values():
         with pytest.raises(ValueError, match=message):
-            door()
+            entry_point()
     if kind != "fewer":
         with pytest.raises(ValueError, match=message):
             input_norms(model, x)
