@@ -1,5 +1,6 @@
 """Finds the channels of a model for pruning requests that need them, and logs what stays."""
 
+import dataclasses
 import logging
 import weakref
 from collections.abc import Mapping, Sequence
@@ -8,7 +9,8 @@ import keras
 import numpy as np
 
 import masked_layers as ml
-from lottery_ticket_pruner import selection, structures
+from lottery_ticket_pruner import criteria, selection, structures
+from lottery_ticket_pruner.variables import read
 
 _logger = logging.getLogger(__name__)
 
@@ -43,10 +45,9 @@ class Followed:
         self._found = weakref.WeakKeyDictionary[keras.Model, ml.ChannelFamilies]()
         self._told: set[str] = set()
 
-    def of(
-        self, model: keras.Model, structure: structures.Structure | None
-    ) -> ml.ChannelFamilies | None:
-        """Returns the channels as `follow` does."""
+    def of(self, model: keras.Model, request: selection.Request) -> ml.ChannelFamilies | None:
+        """Returns the channels as `follow` does, with the present scales as arrays."""
+        structure = request.structure
         if structure is None or not (structure.coupled or structure.whole_outputs):
             return None
         found = self._found.get(model) or follow(model, structure)
@@ -55,7 +56,21 @@ class Followed:
         if repr(structure) not in self._told:
             self._told.add(repr(structure))
             _log(model, structure, found)
-        return found
+        if found is not None and "macs" in (request.budget or {}) and found.uncounted:
+            _logger.warning(
+                "The multiply-adds of these weights are not known, so the budget leaves them out: "
+                "%s",
+                ", ".join(found.uncounted),
+            )
+        if found is None or not isinstance(request.criterion, criteria.ChannelCriterion):
+            return found
+        families = [
+            dataclasses.replace(
+                family, scales=tuple((read(scale), entries) for scale, entries in family.scales)
+            )
+            for family in found.families
+        ]
+        return dataclasses.replace(found, families=tuple(families))
 
 
 def _log(
@@ -91,8 +106,12 @@ def share_left(
     if structure is None:
         return None
     masks = ml.get_masks(model)
-    if structure.coupled and graph is not None:
-        kept = [selection.kept_channels(family, masks) for family in graph.families]
+    if isinstance(structure, structures.Channels) and graph is not None:
+        kept = [
+            selection.kept_channels(family, masks)
+            for family in graph.families
+            if structure.takes(family.kind)
+        ]
     elif structure.whole_outputs:
         kept = [
             np.any(masks[ref.path], axis=_besides(masks[ref.path].ndim, ref.output_axes))
@@ -133,23 +152,24 @@ def note_limits(
         kernels: The kernels before, by path.
         masks: The masks afterwards, by path.
     """
-    structure, rate = request.structure, request.rate
-    if graph is None or structure is None or not structure.coupled or not isinstance(rate, float):
+    structure = request.structure
+    # Early steps of a schedule may ask for less than one rounded number of channels.
+    if graph is None or structure is None or not structure.coupled or request.keep_sparser:
         return
-    if request.scope != "layer":
+    if request.budget is not None:
         return
     before = {path: kernel.mask for path, kernel in kernels.items()}
-    held = []
-    for family in graph.families:
-        then, now = (
-            int(np.count_nonzero(selection.kept_channels(family, each))) for each in (before, masks)
-        )
-        if then - now < selection.drop_count(family.size, then, rate=rate):
-            held.append(f"{', '.join(family.layers)}: {now} of {family.size} are kept")
-    if held:
+    found = selection.shortfalls(request, graph, before, masks)
+    if found:
         _logger.warning(
-            "%s pruned fewer channels than a rate of %s requires: %s",
+            "%s pruned fewer channels than %s requires: %s",
             structure,
-            rate,
-            "; ".join(held),
+            _amount(request),
+            "; ".join(f"{name}: {numbers}" for name, numbers in found.items()),
         )
+
+
+def _amount(request: selection.Request) -> str:
+    if request.rate is not None:
+        return f"a rate of {request.rate}"
+    return f"a sparsity of {request.sparsity}"

@@ -21,12 +21,14 @@ References:
     - [Wang et al., arXiv 2002.07376](https://arxiv.org/abs/2002.07376) (`grasp`)
     - [Tanaka et al., arXiv 2006.05467](https://arxiv.org/abs/2006.05467) (`synflow`)
     - [Sun et al., arXiv 2306.11695](https://arxiv.org/abs/2306.11695) (`wanda`)
+    - [Liu et al., arXiv 1708.06519](https://arxiv.org/abs/1708.06519) (`scale`, network slimming)
+    - [He et al., arXiv 1811.00250](https://arxiv.org/abs/1811.00250) (`geometric_median`)
 """
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
@@ -76,6 +78,7 @@ class Group:
 
 ScoreFunction = Callable[[Group], np.ndarray]
 _F = TypeVar("_F", bound=ScoreFunction)
+_G = TypeVar("_G", bound="ChannelFunction")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +134,42 @@ class Criterion:
     def from_config(cls, config: Mapping[str, Any]) -> "Criterion":
         """Returns the criterion that `get` resolves a configuration to."""
         return get(config)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class ChannelGroup:
+    """The channels of a family of layers, for criteria that score channels as a whole.
+
+    Args:
+        mask: Bool array of shape (channels,), True where a channel is kept so far. Scores of pruned
+            channels are ignored.
+        rng: Random generator of the family. Depends only on the seed and the family.
+        kernels: For each kernel that makes the channels, an array of shape (channels, weights) with
+            the current weights of each channel, and zeros where they are pruned.
+        scales: For each normalization that the channels pass through, an array of shape (channels,)
+            with the absolute value of its scale, and NaN for channels that it does not have.
+    """
+
+    mask: np.ndarray
+    rng: np.random.Generator
+    kernels: Sequence[np.ndarray]
+    scales: Sequence[np.ndarray]
+
+
+ChannelFunction = Callable[[ChannelGroup], np.ndarray | None]
+
+
+class ChannelCriterion(Criterion):
+    """A criterion that scores channels as a whole, for `structure="channels"`.
+
+    Its function takes a `ChannelGroup` and returns an array of one score per channel, or None for
+    families that it cannot rank, which are then not pruned.
+    """
+
+    def scores(self, group: ChannelGroup) -> np.ndarray | None:
+        """Returns the scores of the channels, or None."""
+        found = cast(ChannelFunction, self.function)(group)
+        return None if found is None else np.asarray(found, np.float64)
 
 
 Identifier = str | Mapping[str, Any] | Criterion | ScoreFunction
@@ -218,9 +257,39 @@ def register(
     return decorate
 
 
+def register_for_channels(name: str) -> Callable[[_G], _G]:
+    """Registers a function that scores channels. Used as a decorator; returns it unchanged.
+
+    Args:
+        name: Name for `get`, configurations and command lines.
+
+    Returns:
+        A decorator for functions that take a `ChannelGroup` and return one score per channel, or
+        None (see `ChannelCriterion`).
+
+    Raises:
+        ValueError: If a different function is registered under this name.
+    """
+
+    def decorate(function: _G) -> _G:
+        score = cast(ScoreFunction, function)
+        _REGISTRY.add(name, function, ChannelCriterion(name, score, frozenset({"current"})))
+        return function
+
+    return decorate
+
+
 def names() -> list[str]:
-    """Returns the registered names in order of registration; `get(name).doc` describes each."""
-    return list(_REGISTRY)
+    """Returns the names of criteria that score weights, in order of registration.
+
+    `get(name).doc` describes each.
+    """
+    return [name for name in _REGISTRY if not isinstance(get(name), ChannelCriterion)]
+
+
+def channel_names() -> list[str]:
+    """Returns the names of criteria that score channels, in order of registration."""
+    return [name for name in _REGISTRY if isinstance(get(name), ChannelCriterion)]
 
 
 def get(identifier: Identifier) -> Criterion:
@@ -411,6 +480,40 @@ def wanda(group: Group) -> np.ndarray:
     one after the other and measures each behind the blocks that are already pruned.
     """
     return np.abs(group.current) * group.input_norm
+
+
+@register_for_channels("scale")
+def scale(group: ChannelGroup) -> np.ndarray | None:
+    """Keeps channels with the largest scale of the normalization layers that they pass through.
+
+    The mean of the scales' absolute values. Families without such layers are not pruned.
+    """
+    if not group.scales:
+        return None
+    scales = np.stack(group.scales)
+    known = ~np.isnan(scales)
+    if not known.any(axis=0)[group.mask].all():
+        return None
+    return np.sum(scales, axis=0, where=known) / np.maximum(np.count_nonzero(known, axis=0), 1)
+
+
+@register_for_channels("geometric_median")
+def geometric_median(group: ChannelGroup) -> np.ndarray | None:
+    """Keeps channels whose filters are far from the other filters of their layer.
+
+    The sum of the Euclidean distances to all kept filters of the layer, averaged over the layers of
+    the family: filters near the geometric median can be replaced by the others.
+    """
+    if not group.kernels:
+        return None
+    scores = np.zeros(len(group.mask))
+    for kernel in group.kernels:
+        filters = kernel.astype(np.float64)
+        kept = filters[group.mask]
+        squares = np.square(filters).sum(axis=1)[:, None] + np.square(kept).sum(axis=1)
+        # Rounding may make the square of a small distance negative.
+        scores += np.sqrt(np.maximum(squares - 2 * filters @ kept.T, 0)).sum(axis=1)
+    return scores / len(group.kernels)
 
 
 def _lower_rank(first: np.ndarray, second: np.ndarray, group: Group) -> np.ndarray:

@@ -90,9 +90,15 @@ def of_update(
     same = all(np.array_equal(kernel.mask, masks[path]) for path, kernel in kernels.items())
     if same and not request.keep_sparser and is_number(amount) and amount > 0:
         unit = "weight" if structure is None else f"tile of {structure}"
+        if structure is not None and structure.coupled:
+            unit = f"channel in each group that is ranked together, or {structure} keeps the rest"
+            remedy = "Prune more, lower `round_to`, raise `at_most`"
+        else:
+            unit += " in each group of weights ranked together"
+            remedy = "Prune more"
         warn(
-            f"Nothing was pruned: a share of {amount} is less than one {unit} in each group of "
-            'weights ranked together. Prune more, or rank all together (`scope="global"`).'
+            f"Nothing was pruned: a share of {amount} is less than one {unit}. {remedy}, or rank "
+            'all together (`scope="global"`).'
         )
     of_emptied(path for path, kernel in kernels.items() if is_emptied(kernel.mask, masks[path]))
 

@@ -174,7 +174,7 @@ class LotteryTicketPruner(plain_models.PlainPruning):
             budget: With `structure="channels"`, the share of the multiply-adds or of the weights
                 that is left: `{"macs": 0.5}`, `{"weights": 0.3}` or both.
             scope: Weights that are ranked together: `"layer"` (the default for most criteria),
-                `"global"` or `"output"`.
+                `"global"`, `"output"`, or for channels `"isomorphic"` (layers of equal shapes).
             seed: Seed for random scores and ties. The default is the number of updates since the
                 masks were last reset, so updates differ but repeated runs agree.
             structure: Weights that are pruned together: `"channels"` (filters and units with all
@@ -425,7 +425,7 @@ class LotteryTicketPruner(plain_models.PlainPruning):
         ml.sync(model)
         prunables = self._prunables(model)
         kernels = self._kernels(prunables, criterion)
-        graph = self._followed.of(model, request.structure)
+        graph = self._followed.of(model, request)
         if criterion.evidence and is_masked(model):
             # Criteria of final weights measure their evidence with these weights in the model.
             with weights_replaced(model, self._final if "final" in criterion.needs else None):

@@ -52,9 +52,9 @@ def shares_of(name: str, share: Share, paths: Collection[str], scope: str) -> di
     if not isinstance(share, Mapping):
         check_share(name, share)
         return dict.fromkeys(paths, share)
-    if scope == "global":
+    if scope in ("global", "isomorphic"):
         raise ValueError(
-            f'`{name}` per layer contradicts scope="global", where all layers share one threshold. '
+            f'`{name}` per layer contradicts scope="{scope}", where layers share one threshold. '
             f"Pass one number, or use another scope. Received: {name}={share!r}"
         )
     for value in share.values():

@@ -324,7 +324,8 @@ class Channels(Structure):
     these layers and the reasons.
 
     With scope `"layer"`, each family of joined layers is ranked on its own. With `"global"`, all
-    channels are ranked together by their scores divided by the mean score of their family.
+    channels are ranked together by their scores divided by the mean score of their family. With
+    `"isomorphic"`, families of the same kinds of layers with equal shapes are ranked together.
 
     Args:
         pooling: Score of a channel, from the scores of all kept weights that belong to it: their
@@ -337,6 +338,7 @@ class Channels(Structure):
 
     Reference:
         - [Fang et al., arXiv 2301.12900](https://arxiv.org/abs/2301.12900) (dependency graphs)
+        - [Fang et al., arXiv 2407.04616](https://arxiv.org/abs/2407.04616) (isomorphic ranking)
     """
 
     pooling: str = "average"

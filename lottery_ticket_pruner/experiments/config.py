@@ -63,6 +63,9 @@ class Recipe:
     scope: str | None = None
 
 
+# Scopes that have a single rate.
+_TOGETHER = ("global", "isomorphic")
+
 # Frankle & Carbin, arXiv 1803.03635, figure 2. Convolutions are pruned by `conv_share` of `rate`,
 # the output layer by half of it.
 _RECIPES = {
@@ -87,7 +90,8 @@ _DATA = tyro.conf.arg(
 )
 _STRATEGY = tyro.conf.arg(
     metavar="NAME",
-    help=f"Pruning criterion, which decides what is kept: {', '.join(criteria.names())}.",
+    help=f"Pruning criterion, which decides what is kept: {', '.join(criteria.names())}; "
+    f"with --structure channels also {', '.join(criteria.channel_names())}.",
 )
 _STRUCTURE = tyro.conf.arg(
     metavar="NAME",
@@ -153,9 +157,10 @@ class RunConfig(Experiment):
     network: Annotated[Network | None, NO_HINT] = None
     """Network. Default: lenet-300-100, or conv-2 for CIFAR-10."""
     strategy: Annotated[str, _STRATEGY] = "large_final"
-    scope: Annotated[Literal["layer", "global"] | None, NO_HINT] = None
-    """Weights that are ranked together: per layer, or global. Default: the scope of the strategy, \
-or else that of the recipe: global for resnet-20, otherwise layer."""
+    scope: Annotated[Literal["layer", "global", "isomorphic"] | None, NO_HINT] = None
+    """Weights that are ranked together: per layer, global, or, with --structure channels, \
+isomorphic (layers of equal shapes). Default: the scope of the strategy, or else that of \
+the recipe: global for resnet-20, otherwise layer."""
     structure: Annotated[str | None, _STRUCTURE] = None
     rounds: OptionalInt = None
     """Rounds of pruning after the dense run. Default: 20, or 9 for digits."""
@@ -268,7 +273,7 @@ operations, and no decisions based on timing."""
             return {"sparsity": {"^output/": self.output_rate, "default": self.final_sparsity}}
         if self.rate is None:  # The structure sets the sparsity.
             return {}
-        if self.scope == "global":
+        if self.scope in _TOGETHER:
             return {"rate": self.rate}
         rates = {} if self.output_rate is None else {"^output/": self.output_rate}
         rates["default"] = self.rate
@@ -392,9 +397,9 @@ operations, and no decisions based on timing."""
                 raise ValueError(f"Give --final-sparsity or {' and '.join(given)}, not both.")
             return none
         rate = chosen(self.rate, recipe.rate)
-        if scope == "global":
+        if scope in _TOGETHER:
             if given:
-                raise ValueError(f"{' and '.join(given)}: scope global ranks all layers together.")
+                raise ValueError(f"{' and '.join(given)}: scope {scope} ranks layers together.")
             return {"rate": rate}
         conv_rate = chosen(self.conv_rate, recipe.conv_share * rate) if convolutions else None
         return {

@@ -5,7 +5,8 @@ seed.
 """
 
 from lottery_ticket_pruner.selection.amounts import drop_count
-from lottery_ticket_pruner.selection.channels import kept_channels
+from lottery_ticket_pruner.selection.channels import shortfalls
+from lottery_ticket_pruner.selection.families import kept_channels
 from lottery_ticket_pruner.selection.lowest import drop_lowest
 from lottery_ticket_pruner.selection.new_masks import (
     Measure,
@@ -30,6 +31,7 @@ __all__ = [
     "resolve_scope",
     "select",
     "select_many",
+    "shortfalls",
     "shuffled_within",
     "update",
     "update_many",

@@ -1,57 +1,20 @@
 """Selects channels to prune, each with all weights that make it, pass it on or read it."""
 
 import dataclasses
-import functools
-import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from lottery_ticket_pruner.selection.amounts import drop_count
-from lottery_ticket_pruner.selection.lowest import NAN, drop_lowest
+from lottery_ticket_pruner.selection.budgets import within_budget
+from lottery_ticket_pruner.selection.channel_scores import channel_scores
+from lottery_ticket_pruner.selection.families import Family, Graph, kept_channels, remove
+from lottery_ticket_pruner.selection.lowest import drop_lowest
 from lottery_ticket_pruner.selection.request import Request
-from lottery_ticket_pruner.selection.scores import parted, weight_scores
 from lottery_ticket_pruner.selection.weights import Weights, prepared
 from lottery_ticket_pruner.shares import check_share, one_of, shares_of
 from lottery_ticket_pruner.structures import Channels
 from masked_layers.randomness import stream
-
-
-class Family(Protocol):
-    """Channels made by the same layers. `masked_layers.ChannelFamily` is one."""
-
-    @property
-    def layers(self) -> tuple[str, ...]:
-        """Names of the layers that make the channels."""
-
-    @property
-    def kind(self) -> str:
-        """What the channels are; "" for outputs of the layers."""
-
-    @property
-    def size(self) -> int:
-        """Number of channels."""
-
-    @property
-    def weights(self) -> Mapping[str, Mapping[int, np.ndarray]]:
-        """Path of a weight -> {axis: int array with the channel of each index along it, or -1}."""
-
-    @property
-    def made(self) -> Mapping[str, int]:
-        """Path of a weight that makes the channels -> its output axis."""
-
-
-class Graph(Protocol):
-    """The channels of a model. `masked_layers.ChannelFamilies` is one."""
-
-    @property
-    def families(self) -> Sequence[Family]:
-        """Families of channels that can be removed."""
-
-    @property
-    def positions(self) -> Mapping[str, int | None]:
-        """Path of a kernel -> multiply-adds of each of its weights, or None if unknown."""
 
 
 def select_channels(
@@ -85,151 +48,110 @@ def select_channels(
             'across kernels. Leave `distribution` out. scope="global" ranks the channels of all '
             "layers together."
         )
-    families = [family for family in graph.families if structure.takes(family.kind)]
-    within = {path for family in families for path in family.weights}
-    kernels = {p: prepared(request.criterion, p, k) for p, k in weights.items() if p in within}
     masks = {path: np.asarray(kernel.mask, bool) for path, kernel in weights.items()}
-    ranking = _Ranking(
-        request=request,
-        structure=structure,
-        families=families,
-        kept=[kept_channels(family, masks) for family in families],
-        scores=_pooled(structure, families, _scores(request, kernels), masks),
-        masks=masks,
-    )
-    if request.budget is not None:
-        return _within_budget(request.budget, ranking, graph.positions)
-    return ranking.prune(request, _shares(request, structure, list(weights), families))
+    kept = [kept_channels(family, masks) for family in graph.families]
+    ranking = _ranking(request, structure, graph.families, kept, weights)
+    if request.budget is None:
+        families = [graph.families[number] for number in ranking.scores]
+        shares = _shares(request, structure, list(weights), families)
+        kept = ranking.prune(request, shares)
+    else:
+
+        def kept_at(sparsity: float) -> list[np.ndarray]:
+            at = dataclasses.replace(request, sparsity=sparsity, keep_sparser=True)
+            return ranking.prune(at, [sparsity] * len(ranking.scores))
+
+        shapes = {path: mask.shape for path, mask in masks.items()}
+        most = ranking.most(request.scope)
+        kept = within_budget(request.budget, structure, graph, shapes, most, kept_at)
+    masks = {path: mask.copy() for path, mask in masks.items()}
+    for number in ranking.scores:
+        remove(graph.families[number], ~kept[number], masks)
+    return masks
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Ranking:
-    """The channels of a model with their scores, ready to be pruned to any amount."""
+    """The channels of a model with their scores, ready to be pruned to any amount.
 
-    request: Request
+    Attributes:
+        structure: Structure of the request.
+        families: All families of the model.
+        kept: For each of them, which channels are kept so far.
+        scores: Position of a family that is ranked -> the scores of its channels.
+    """
+
     structure: Channels
     families: Sequence[Family]
     kept: Sequence[np.ndarray]
-    scores: Sequence[np.ndarray]
-    masks: Mapping[str, np.ndarray]
+    scores: Mapping[int, np.ndarray]
 
-    def prune(self, request: Request, shares: Sequence[float]) -> dict[str, np.ndarray]:
-        """Returns masks with a share of each family pruned, or of the model for scope "global"."""
-        if request.scope == "global":
-            chosen = _of_model(request, self.structure, self.families, self.kept, self.scores)
-        else:
-            chosen = [
-                _of_family(request, self.structure, *each)
-                for each in zip(self.families, shares, self.kept, self.scores, strict=True)
-            ]
-        masks = {path: mask.copy() for path, mask in self.masks.items()}
-        for family, flags in zip(self.families, chosen, strict=True):
-            remove(family, ~flags, masks)
-        return masks
+    def prune(self, request: Request, shares: Sequence[float]) -> list[np.ndarray]:
+        """Returns which channels of each family are kept.
 
+        Args:
+            request: Request with an amount.
+            shares: Share of each ranked family, for scope `"layer"`.
+        """
+        kept = list(self.kept)
+        if request.scope == "layer":
+            for number, share in zip(self.scores, shares, strict=True):
+                kept[number] = _of_family(
+                    request,
+                    self.structure,
+                    self.families[number],
+                    share,
+                    self.kept[number],
+                    self.scores[number],
+                )
+            return kept
+        for numbers in self._together(request.scope):
+            chosen = _of_group(
+                request,
+                self.structure,
+                [self.families[n] for n in numbers],
+                [self.kept[n] for n in numbers],
+                [self.scores[n] for n in numbers],
+            )
+            for number, flags in zip(numbers, chosen, strict=True):
+                kept[number] = flags
+        return kept
 
-# Number of bisection steps in the search for the smallest sparsity within a budget.
-_STEPS = 20
-
-
-def _within_budget(
-    budget: Mapping[str, float], ranking: _Ranking, positions: Mapping[str, int | None]
-) -> dict[str, np.ndarray]:
-    """Returns masks of the smallest sparsity of channels that meets the budget."""
-    if "macs" in budget and (unknown := [path for path, n in positions.items() if n is None]):
-        raise ValueError(
-            "The multiply-adds of these kernels are unknown, because the input shape of the model "
-            f"is not fixed: {unknown}. Give the model a fixed input shape, or pass a budget of "
-            "weights."
+    def most(self, scope: str) -> float:
+        """Returns the greatest sparsity of channels that is possible in all groups."""
+        if scope == "layer":
+            return self.structure.at_most
+        sizes = [[self.families[n].size for n in group] for group in self._together(scope)]
+        return min(
+            1 - sum(fewest(self.structure, size) for size in group) / sum(group) for group in sizes
         )
-    known = {path: number for path, number in positions.items() if number is not None}
-    factors = {"macs": known, "weights": dict.fromkeys(ranking.masks, 1)}
-    dense = {path: np.ones_like(mask) for path, mask in ranking.masks.items()}
-    limits = {name: share * cost(dense, factors[name]) for name, share in budget.items()}
 
-    def masks_of(sparsity: float) -> dict[str, np.ndarray]:
-        request = dataclasses.replace(ranking.request, sparsity=sparsity, keep_sparser=True)
-        return ranking.prune(request, [sparsity] * len(ranking.families))
-
-    def fits(masks: Mapping[str, np.ndarray]) -> bool:
-        return all(cost(masks, factors[name]) <= limit for name, limit in limits.items())
-
-    low, high = 0.0, _most(ranking)
-    best = masks_of(high)
-    if not fits(best):
-        reached = {name: cost(best, factors[name]) / cost(dense, factors[name]) for name in budget}
-        raise ValueError(
-            f"The budget {dict(budget)} cannot be met: with as many channels pruned as "
-            f"{ranking.request.structure} allows, {reached} are left. Pass a larger budget or a "
-            "higher `at_most`. `masked_layers.channel_families(model)` returns the layers that "
-            "stay whole."
-        )
-    for _ in range(_STEPS):
-        middle = (low + high) / 2
-        masks = masks_of(middle)
-        if fits(masks):
-            best, high = masks, middle
-        else:
-            low = middle
-    return best
+    def _together(self, scope: str) -> list[list[int]]:
+        """Returns the positions of the families that are ranked together, group by group."""
+        groups: dict[object, list[int]] = {}
+        for number in self.scores:
+            family = self.families[number]
+            key = (family.kind, family.form) if scope == "isomorphic" else None
+            groups.setdefault(key, []).append(number)
+        return list(groups.values())
 
 
-def _most(ranking: _Ranking) -> float:
-    """Returns the greatest sparsity of channels that is possible."""
-    structure = ranking.structure
-    if ranking.request.scope != "global":
-        return structure.at_most
-    sizes = [family.size for family in ranking.families]
-    return 1 - sum(fewest(structure, size) for size in sizes) / sum(sizes)
-
-
-def cost(masks: Mapping[str, np.ndarray], factors: Mapping[str, int]) -> float:
-    """Returns the sum of kernel sizes, without empty rows and columns, each times its factor."""
-    total = 0.0
-    for path, factor in factors.items():
-        if path in masks:
-            mask = masks[path]
-            left = [int(_along(mask, axis, np.any).sum()) for axis in range(mask.ndim)]
-            total += math.prod(left) * factor
-    return total
-
-
-def kept_channels(family: Family, masks: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Returns which channels of a family have a kept weight, as a bool array."""
-    kept = np.zeros(family.size, bool)
-    for path, axes in family.weights.items():
-        for axis, channels in axes.items():
-            kept[np.unique(channels[(channels >= 0) & _along(masks[path], axis, np.any)])] = True
-    return kept
-
-
-def remove(family: Family, channels: np.ndarray, masks: dict[str, np.ndarray]) -> None:
-    """Prunes channels (a bool array) in the masks of all weights that belong to them, in place."""
-    flags = np.append(channels, False)  # Index -1 reads the last entry.
-    for path, axes in family.weights.items():
-        for axis, members in axes.items():
-            np.moveaxis(masks[path], axis, 0)[flags[members]] = False
-
-
-def complete(families: Sequence[Family], masks: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Returns masks without the weights that read or pass on channels that no kept weight makes.
-
-    Such a channel may have a bias or the shift of a normalization as its value, but does not depend
-    on the input of the model.
-    """
-    masks = {path: mask.copy() for path, mask in masks.items()}
-    for family in families:
-        made = np.zeros(family.size, bool)
-        for path, axis in family.made.items():
-            channels = family.weights[path][axis]
-            made[channels[(channels >= 0) & _along(masks[path], axis, np.any)]] = True
-        if family.made:
-            remove(family, ~made, masks)
-    return masks
-
-
-def _along(array: np.ndarray, axis: int, reduce: Callable[..., np.ndarray]) -> np.ndarray:
-    return reduce(array, tuple(i for i in range(array.ndim) if i != axis))
+def _ranking(
+    request: Request,
+    structure: Channels,
+    families: Sequence[Family],
+    kept: Sequence[np.ndarray],
+    weights: Mapping[str, Weights],
+) -> _Ranking:
+    """Returns the ranking of all families that the structure takes and the criterion can score."""
+    taken = [number for number, family in enumerate(families) if structure.takes(family.kind)]
+    within = {path for number in taken for path in families[number].weights}
+    kernels = {p: prepared(request.criterion, p, k) for p, k in weights.items() if p in within}
+    scores = channel_scores(
+        request, structure, [families[n] for n in taken], kernels, [kept[n] for n in taken]
+    )
+    found = {n: values for n, values in zip(taken, scores, strict=True) if values is not None}
+    return _Ranking(structure=structure, families=families, kept=kept, scores=found)
 
 
 def _shares(
@@ -247,72 +169,6 @@ def _shares(
                 f"or structure=structures.Channels(at_most={value})."
             )
     return shares
-
-
-def _scores(request: Request, kernels: Mapping[str, Weights]) -> dict[str, np.ndarray]:
-    """Returns the scores of all weights by path."""
-    criterion = request.criterion
-    together = criterion.scope == "global"
-    found = {}
-    for paths in [sorted(kernels)] if together else [[path] for path in kernels]:
-        where = "the model as a whole" if together else repr(paths[0])
-        members = [kernels[path] for path in paths]
-        rng = stream("ties", request.seed, "" if together else paths[0])
-        scores = weight_scores(criterion, members, rng, None, where)
-        try:
-            parts = parted(scores, members)
-        except ValueError as error:
-            raise ValueError(f"Criterion {criterion.name!r} on {where}: {error}") from error
-        for path, part in zip(paths, parts, strict=True):
-            if np.isnan(part[kernels[path].mask]).any():
-                raise ValueError(f"Criterion {criterion.name!r} on {path!r}: {NAN}")
-            found[path] = part.astype(np.result_type(part, np.float32), copy=False)
-    return found
-
-
-def _pooled(
-    structure: Channels,
-    families: Sequence[Family],
-    scores: Mapping[str, np.ndarray],
-    masks: Mapping[str, np.ndarray],
-) -> list[np.ndarray]:
-    """Returns an array of channel scores per family, pooled over the kept weights of a channel."""
-    greatest = structure.pooling == "max"
-
-    @functools.cache  # Several families may belong to one kernel.
-    def along(path: str, axis: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the pooled scores and the number of the kept weights at each index."""
-        mask = masks[path]
-        others = tuple(i for i in range(mask.ndim) if i != axis)
-        kept = np.count_nonzero(mask, others)
-        if greatest:
-            return np.max(scores[path], others, where=mask, initial=-np.inf), kept
-        values = scores[path]
-        if structure.pooling == "norm":
-            if np.min(values, where=mask, initial=0) < 0:
-                raise ValueError(
-                    'pooling="norm" squares scores, and some scores of '
-                    f'{path!r} are negative. Use pooling="average" with this criterion.'
-                )
-            values = np.square(values, dtype="float64")
-        return np.sum(values, others, where=mask, dtype="float64"), kept
-
-    pooled = []
-    for family in families:
-        values, counts = np.zeros(family.size), np.zeros(family.size)
-        if greatest:
-            values -= np.inf
-        for path, axes in family.weights.items():
-            for axis, channels in axes.items():
-                here = channels >= 0
-                parts, kept = along(path, axis)
-                combine = np.maximum if greatest else np.add
-                combine.at(values, channels[here], parts[here])
-                np.add.at(counts, channels[here], kept[here])
-        if not greatest:
-            values /= np.maximum(counts, 1)
-        pooled.append(np.sqrt(values) if structure.pooling == "norm" else values)
-    return pooled
 
 
 def _of_family(
@@ -355,30 +211,34 @@ def fewest(structure: Channels, size: int) -> int:
     return max(1, size - drop_count(size, size, sparsity=structure.at_most))
 
 
-def _of_model(
+def _of_group(
     request: Request,
     structure: Channels,
     families: Sequence[Family],
     kept: Sequence[np.ndarray],
     scores: Sequence[np.ndarray],
 ) -> list[np.ndarray]:
-    """Returns which channels of each family are kept if all families are ranked together.
+    """Returns which channels of each family are kept if these families are ranked together.
 
-    Scores are divided by the mean score of their family, so that layers of different sizes are
-    comparable.
+    With scope `"global"`, scores are divided by the mean score of their family, so that layers of
+    different sizes are comparable. Families of equal form are comparable without that.
     """
-    rng = stream("ties", request.seed, "")
+    alike = request.scope == "isomorphic"
+    rng = stream("ties", request.seed, families[0].layers[0] + families[0].kind if alike else "")
+    where = "the model as a whole"
+    if alike:
+        where = f"the group of {', '.join(family.layers[0] for family in families)!r}"
     name, share = one_of(request.rate, request.sparsity)
     share = check_share(name, share)
     ends = np.cumsum([family.size for family in families])[:-1]
     count = sum(int(np.count_nonzero(flags)) for flags in kept)
     size = sum(family.size for family in families)
-    drop = _drop(request, share, size, count, "the model as a whole")
+    drop = _drop(request, share, size, count, where)
     relative, allowed = [], []
     for family, flags, values in zip(families, kept, scores, strict=True):
         finite = values[flags & np.isfinite(values)]
         mean = np.abs(finite).mean() if finite.size else 0.0
-        relative.append(values / mean if mean > 0 else values)
+        relative.append(values / mean if mean > 0 and not alike else values)
         # A family always keeps its best channels, as many as `fewest` requires.
         order = np.lexsort((rng.random(family.size), values, flags))
         reach = np.zeros(family.size, bool)
@@ -387,8 +247,8 @@ def _of_model(
     within = np.concatenate(allowed)
     if drop > np.count_nonzero(within):
         raise ValueError(
-            f"Requested to prune {drop} of {count} channels, but {structure} allows at most "
-            f"{np.count_nonzero(within)}. Prune less, or pass a higher `at_most`."
+            f"Requested to prune {drop} of {count} channels in {where}, but {structure} allows at "
+            f"most {np.count_nonzero(within)}. Prune less, or pass a higher `at_most`."
         )
     left = drop_lowest(np.concatenate(relative), within, drop, rng) | ~within
     chosen = []
@@ -399,3 +259,46 @@ def _of_model(
         stay = rounded(structure, family.size, now, int(np.count_nonzero(part & flags)))
         chosen.append(drop_lowest(values, flags, now - stay, rng))
     return chosen
+
+
+def shortfalls(
+    request: Request,
+    graph: Graph,
+    before: Mapping[str, np.ndarray],
+    after: Mapping[str, np.ndarray],
+) -> dict[str, str]:
+    """Returns where fewer channels were pruned than requested, because of limits and rounding.
+
+    Args:
+        request: The pruning request, with a rate or a sparsity. Its structure is `Channels`.
+        graph: The channels of the model.
+        before: Bool masks by path, before pruning.
+        after: Bool masks by path, after pruning.
+
+    Returns:
+        Names of the layers, or of the whole model -> a text with the numbers.
+    """
+    structure = request.structure
+    assert isinstance(structure, Channels)
+    families = [family for family in graph.families if structure.takes(family.kind)]
+    then, now = (
+        [int(np.count_nonzero(kept_channels(family, masks))) for family in families]
+        for masks in (before, after)
+    )
+    sizes = [family.size for family in families]
+    names = [", ".join(family.layers) for family in families]
+    least = 1
+    if request.scope == "layer":
+        shares = _shares(request, structure, list(before), families)
+    else:
+        name, share = one_of(request.rate, request.sparsity)
+        names, shares = ["the model as a whole"], [check_share(name, share)]
+        sizes, then, now = [sum(sizes)], [sum(then)], [sum(now)]
+        # In isomorphic groups, each count is rounded down by itself.
+        least = len(families) if request.scope == "isomorphic" else 1
+    found = {}
+    for name, share, size, before_it, after_it in zip(names, shares, sizes, then, now, strict=True):
+        wanted = before_it - _drop(request, share, size, before_it, name)
+        if after_it - wanted >= least:
+            found[name] = f"{after_it} of {size} are kept"
+    return found

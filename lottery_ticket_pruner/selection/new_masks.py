@@ -7,8 +7,9 @@ import numpy as np
 
 from lottery_ticket_pruner import criteria, distributions, structures
 from lottery_ticket_pruner.selection.amounts import amounts, rounds
-from lottery_ticket_pruner.selection.channels import Graph, complete, select_channels
+from lottery_ticket_pruner.selection.channels import select_channels
 from lottery_ticket_pruner.selection.comparisons import comparisons
+from lottery_ticket_pruner.selection.families import Graph, complete
 from lottery_ticket_pruner.selection.request import Request, refuse_amounts
 from lottery_ticket_pruner.selection.weights import Weights, prepared
 from lottery_ticket_pruner.shares import Share, shares_of

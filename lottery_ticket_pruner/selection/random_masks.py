@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from lottery_ticket_pruner.selection.channels import Family, complete, kept_channels, remove
+from lottery_ticket_pruner.selection.families import Family, complete, kept_channels, remove
 from lottery_ticket_pruner.structures import Layout, Structure, cut, paste
 
 

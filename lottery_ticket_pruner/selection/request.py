@@ -90,6 +90,17 @@ class Request:
                     else 'Use "layer" or "global".'
                 )
             )
+        coupled = structure is not None and structure.coupled
+        if scope == "isomorphic" and not coupled:
+            raise ValueError(
+                'scope="isomorphic" ranks channels of layers with equal shapes together and needs '
+                f'structure="channels". Received: structure={structure!r}'
+            )
+        if isinstance(criterion, criteria.ChannelCriterion) and not coupled:
+            raise ValueError(
+                f"Criterion {criterion.name!r} scores whole channels and needs "
+                f'structure="channels". Received: structure={structure!r}'
+            )
         if not is_integer(seed) or seed < 0:
             raise ValueError(f"`seed` must be a non-negative integer. Received: seed={seed!r}")
         if distribution is not None:
@@ -168,8 +179,9 @@ def resolve_scope(criterion: criteria.Criterion, scope: str | None) -> str:
     """
     if scope is None:
         return criterion.scope or "layer"
-    if scope not in criteria.SCOPES:
-        raise ValueError(f"`scope` must be one of {criteria.SCOPES}. Received: scope={scope!r}")
+    known = (*criteria.SCOPES, "isomorphic")
+    if scope not in known:
+        raise ValueError(f"`scope` must be one of {known}. Received: scope={scope!r}")
     if criterion.scope not in (None, scope):
         raise ValueError(
             f"Criterion {criterion.name!r} supports only scope={criterion.scope!r}. "

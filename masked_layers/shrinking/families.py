@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,8 @@ import keras
 import numpy as np
 
 from masked_layers.inspection import WeightRef, weight_refs
-from masked_layers.shrinking.channels import Edit, Flow
+from masked_layers.paths import plain_class
+from masked_layers.shrinking.channels import Channels, Edit, Flow
 from masked_layers.shrinking.following import OUTPUT, follow, variable_of
 
 
@@ -30,6 +32,11 @@ class ChannelFamily:
         made: Path of each weight in `weights` that makes the channels -> its output axis.
         kind: "heads", "key_dim" or "value_dim" (the width of queries and keys, of values), or
             "head_dim" (both) for channels inside an attention layer; "" for outputs of the layers.
+        form: For every axis of a weight in `weights`, the class of its layer, the name of the
+            weight, the axis, and the shape that belongs to a channel. Families of equal form
+            consist of the same kinds of layers with equal shapes.
+        scales: For each normalization layer that the channels pass through, its scale (gamma), and
+            an int array with the channel of each entry, or -1.
     """
 
     layers: tuple[str, ...]
@@ -37,6 +44,8 @@ class ChannelFamily:
     weights: Mapping[str, Mapping[int, np.ndarray]]
     made: Mapping[str, int]
     kind: str = ""
+    form: tuple[tuple[Any, ...], ...] = ()
+    scales: tuple[tuple[Any, np.ndarray], ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +60,8 @@ class ChannelFamilies:
         not_followed: Name of a layer whose channels cannot be followed -> the reason.
         positions: Path of a kernel -> number of multiply-adds of each of its weights for one
             example, or None if a shape is unknown. Only layers that can be followed are included.
+        unmasked: Path of a weight without a mask, in a masked model -> its size.
+        uncounted: Paths of weights that belong to no layer that can be followed.
     """
 
     families: tuple[ChannelFamily, ...]
@@ -58,6 +69,8 @@ class ChannelFamilies:
     whole: Mapping[str, str]
     not_followed: Mapping[str, str]
     positions: Mapping[str, int | None]
+    unmasked: Mapping[str, int]
+    uncounted: tuple[str, ...]
 
 
 def channel_families(model: keras.Model) -> ChannelFamilies:
@@ -83,14 +96,33 @@ def channel_families(model: keras.Model) -> ChannelFamilies:
     prunable = {id(ref.variable): ref for ref in refs if ref.mask is not None or not masked}
     flow = follow(model)
     edits = [
-        (flow.names[id(operation)], edit, _prunable_weights(operation, edit, prunable))
+        (flow.names[id(operation)], edit, _named(operation, edit, prunable))
         for operation, edit in flow.edits.values()
     ]
+    everything = {id(ref.variable): ref for ref in refs}
+    named = [(edit, _named(operation, edit, everything)) for operation, edit in flow.edits.values()]
+    counted = {ref.path for _, found in named for ref in found.values()}
     members, whole = _members(flow, edits)
+    places = {
+        root: (number, channel)
+        for number, roots in enumerate(members.values())
+        for channel, root in enumerate(roots)
+    }
     families = [
-        ChannelFamily(tuple(edits[i][0] for i, _ in makers), len(roots), *found, makers[0][1])
-        for (makers, roots), found in zip(
-            members.items(), _weights_of(flow, edits, members), strict=True
+        ChannelFamily(
+            tuple(edits[i][0] for i, _ in makers),
+            len(roots),
+            weights=weights,
+            made=made,
+            kind=makers[0][1],
+            form=tuple(sorted(form, key=repr)),
+            scales=scales,
+        )
+        for (makers, roots), (weights, made, form), scales in zip(
+            members.items(),
+            _weights_of(flow, edits, members, places),
+            _scales_of(flow, members, places),
+            strict=True,
         )
     ]
     return ChannelFamilies(
@@ -99,11 +131,17 @@ def channel_families(model: keras.Model) -> ChannelFamilies:
         whole={name: reason for name, reason in whole.items() if reason != OUTPUT},
         not_followed=flow.not_followed,
         positions={
-            named[name].path: positions
-            for _, edit, named in edits
+            found[name].path: positions
+            for edit, found in named
             for name, _, positions in edit.kernels()
-            if name in named
+            if name in found
         },
+        unmasked={
+            ref.path: math.prod(ref.variable.shape)
+            for ref in refs
+            if id(ref.variable) not in prunable
+        },
+        uncounted=tuple(ref.path for ref in refs if ref.path not in counted),
     )
 
 
@@ -132,44 +170,68 @@ def _members(flow: Flow, edits: Sequence[_Named]) -> tuple[_Members, dict[str, s
     return dict(sorted(members.items())), whole
 
 
+# `weights`, `made` and `form` of a family.
+_Found = tuple[dict[str, dict[int, np.ndarray]], dict[str, int], list[tuple[Any, ...]]]
+
+
+# Root of a channel -> the number of its family and its place in it.
+_Places = Mapping[int, tuple[int, int]]
+
+
+def _inside(flow: Flow, places: _Places, channels: Channels) -> Iterator[tuple[int, np.ndarray]]:
+    """Yields the families among some channels: number, and the place of each entry, or -1."""
+    found = [places.get(root, (-1, -1)) for root in flow.roots(channels.slots).tolist()]
+    numbers, along = np.array(found).T
+    for number in sorted(set(numbers.tolist()) - {-1}):
+        yield number, np.where(numbers == number, along, -1)
+
+
+def _scales_of(
+    flow: Flow, members: _Members, places: _Places
+) -> list[tuple[tuple[Any, np.ndarray], ...]]:
+    """Returns `scales` of each family."""
+    found: list[list[tuple[Any, np.ndarray]]] = [[] for _ in members]
+    for operation, edit in flow.edits.values():
+        for name, axes in edit.slices.items():
+            if name.rpartition(".")[2] != "gamma" or variable_of(operation, name) is None:
+                continue
+            for channels in axes.values():
+                for number, entries in _inside(flow, places, channels):
+                    found[number].append((variable_of(operation, name), entries))
+    return [tuple(scales) for scales in found]
+
+
 def _weights_of(
-    flow: Flow, edits: Sequence[_Named], members: _Members
-) -> list[tuple[dict[str, dict[int, np.ndarray]], dict[str, int]]]:
-    """Returns `weights` and `made` of each family."""
+    flow: Flow, edits: Sequence[_Named], members: _Members, places: _Places
+) -> list[_Found]:
+    """Returns `weights`, `made` and `form` of each family."""
     layers = list(members)
-    found: list[tuple[dict[str, dict[int, np.ndarray]], dict[str, int]]]
-    found = [({}, {}) for _ in layers]
-    family_of = {
-        root: (number, channel)
-        for number, roots in enumerate(members.values())
-        for channel, root in enumerate(roots)
-    }
+    found: list[_Found] = [({}, {}, []) for _ in layers]
     for position, (_, edit, named) in enumerate(edits):
         for name, ref in named.items():
             rank = len(ref.variable.shape)
             outputs = {axis % rank for axis in ref.output_axes}
             for axis, channels in edit.slices[name].items():
-                roots = flow.roots(channels.slots).tolist()
-                numbers, along = np.array([family_of.get(root, (-1, -1)) for root in roots]).T
-                for number in set(numbers.tolist()) - {-1}:
-                    weights, made = found[number]
-                    weights.setdefault(ref.path, {})[axis % rank] = np.where(
-                        numbers == number, along, -1
-                    )
+                for number, entries in _inside(flow, places, channels):
+                    weights, made, form = found[number]
+                    weights.setdefault(ref.path, {})[axis % rank] = entries
+                    shape = list(ref.variable.shape)
+                    own = entries[entries >= 0]
+                    shape[axis] = own.size / np.unique(own).size
+                    form.append((plain_class(ref.layer).__name__, ref.name, axis % rank, *shape))
                     makes = position in dict(layers[number]) and not edit.reads(channels)
                     if makes and axis % rank in outputs:
                         made[ref.path] = axis % rank
     return found
 
 
-def _prunable_weights(
-    operation: Any, edit: Edit, prunable: Mapping[int, WeightRef]
-) -> dict[str, WeightRef]:
+def _named(operation: Any, edit: Edit, refs: Mapping[int, WeightRef]) -> dict[str, WeightRef]:
+    """Returns those of the weights of an edit that are among `refs`, by name."""
     found = {}
     for name in edit.slices:
         variable = variable_of(operation, name)
-        if id(variable) in prunable:
-            found[name] = prunable[id(variable)]
+        if id(variable) in refs:
+            found[name] = refs[id(variable)]
     return found
 
 

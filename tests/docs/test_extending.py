@@ -107,6 +107,12 @@ def test_a_criterion_of_gradients_gets_them(page):
     assert scores[mask].min() >= scores[~mask].max() - 1e-7
 
 
+def test_the_criterion_for_channels_keeps_the_largest_filters(page):
+    score = page("def largest_filter").names["largest_filter"]
+    kernels = [np.diag([3.0, 0, -1]), np.diag([1.0, 2, -4])]
+    np.testing.assert_array_equal(score(types.SimpleNamespace(kernels=kernels)), [3, 2, 4])
+
+
 def test_the_structure_drops_whole_inputs(page):
     after = page("def inputs")
     for mask, score in zip(after.masks, loss_changes(after), strict=True):

@@ -83,7 +83,7 @@ def test_a_global_scope_has_one_rate():
         ({"rounds": 0}, "--rounds must be positive. Received: 0"),
         ({"rate": 1.0}, r"--rate must be in \[0, 1\). Received: 1.0"),
         ({"final_sparsity": 0.9, "output_rate": 0.1}, "--final-sparsity or --output-rate"),
-        ({"scope": "global", "output_rate": 0.1}, "--output-rate: scope global ranks all layers"),
+        ({"scope": "global", "output_rate": 0.1}, "--output-rate: scope global ranks layers"),
         ({"conv_rate": 0.1}, "--conv-rate: lenet-300-100 has no convolutions"),
         ({"strategy": "largest"}, "large_final"),
         ({"seeds": ()}, "at least one seed"),

@@ -17,7 +17,7 @@ KINDS = {
 }
 # Identifiers of each kind, without and with arguments.
 BUILT_IN = {
-    "criterion": criteria.names(),
+    "criterion": criteria.names() + criteria.channel_names(),
     "structure": ["2:4", "4x1", "filters", "channels", structures.Blocks((2, 3), "max")],
     "distribution": ["uniform", "erk", distributions.Distribution("erk", dense_first=True)],
     "schedule": [
