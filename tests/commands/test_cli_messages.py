@@ -206,7 +206,7 @@ def test_missing_files_of_arrays_are_named(tmp_path):
             load(tmp_path)
 
 
-def test_a_folder_is_made_or_what_is_in_its_way_named(tmp_path):
+def test_a_folder_is_created_or_the_file_in_its_place_named(tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     for name, there in (("file", "file"), ("file/a/b", "file"), ("link", "link")):

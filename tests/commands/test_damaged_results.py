@@ -200,5 +200,5 @@ def test_how_many_rows_there_are_follows_from_the_options(command, config, rows)
 
 
 @pytest.mark.parametrize("config", [{}, {"command": "run"}, {"command": "run", "rounds": "x"}])
-def test_of_other_options_nothing_follows(config):
+def test_the_number_of_rows_is_unknown_for_other_options(config):
     assert results.rows_per_seed(config) is None

@@ -214,7 +214,7 @@ def test_behind_a_link_the_folder_is_replaced(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"run", "link"}
 
 
-def test_what_a_living_process_moves_is_not_taken_for_left_behind(tmp_path):
+def test_folders_that_a_running_process_moves_are_not_treated_as_abandoned(tmp_path):
     """Stops between the two steps of a replacement, on systems that need two."""
     folder, beside = tmp_path / "run", tmp_path / ".run.new"
     old = beside.with_name(f"{beside.name}.old")

@@ -104,7 +104,7 @@ def test_every_combination_runs_with_every_seed(tmp_path):
     assert {folder.parent for folder in folders} == {tmp_path}
 
 
-def test_a_child_is_what_run_makes_of_its_arguments(tmp_path, monkeypatch):
+def test_a_child_has_the_configuration_that_run_creates_from_its_arguments(tmp_path, monkeypatch):
     from lottery_ticket_pruner.experiments import run
 
     over = ("controls=none,random_mask+random_reinit", "rewind-to=0,2ep", "epochs=4")
@@ -122,7 +122,9 @@ def test_a_child_is_what_run_makes_of_its_arguments(tmp_path, monkeypatch):
     assert prepared == [child.config for child in children]
 
 
-def test_children_of_supermasks_are_what_supermask_makes_of_their_arguments(tmp_path, monkeypatch):
+def test_children_have_the_configuration_that_supermask_creates_from_their_arguments(
+    tmp_path, monkeypatch
+):
     from lottery_ticket_pruner.experiments import supermask
 
     over = ("learn=bernoulli,edge_popup", "dwr=True,False+True")
@@ -213,7 +215,7 @@ def test_results_come_into_one_table(stand_in):
     assert stored["over"] == ["rate=0.1,0.2"]
 
 
-def test_a_second_call_runs_what_is_missing(stand_in):
+def test_a_second_call_executes_the_missing_runs(stand_in):
     folder, _, _ = stand_in("0.1", seeds=(4,))
     (finished,) = folder.glob("*/accuracy.png")
     before = finished.stat().st_mtime_ns

@@ -75,7 +75,7 @@ def loss_changes(after):
     return [-first * (x.T @ below), -second * (hidden.T @ error)]
 
 
-def test_the_criterion_keeps_what_grew_most_in_proportion(page):
+def test_the_criterion_keeps_weights_with_the_largest_relative_growth(page):
     after = page("supermask = ")
     for mask, w0, wf, share in zip(
         after.masks, after.initial, after.final, (0.5, 0.1), strict=True

@@ -110,7 +110,7 @@ print(between - start, time.process_time() - between)
     assert little(*measured[-1]), f"seconds of `import keras` and on top of it: {measured}"
 
 
-def test_import_brings_neither_another_backend_nor_what_the_command_line_needs(fresh):
+def test_import_loads_neither_other_backends_nor_requirements_of_the_command_line(fresh):
     assert {"lottery_ticket_pruner", "masked_layers"} <= set(fresh["imported"])
     foreign = {"tensorflow", "jax", "torch", "matplotlib", "sklearn", "tyro", "tensorboard"}
     assert not set(fresh["imported"]) & (foreign - {keras.backend.backend()})
@@ -132,7 +132,7 @@ def test_environment_without_tensorflow_has_none():
     assert importlib.util.find_spec("tensorflow") is None
 
 
-def test_command_without_its_extra_says_what_to_install(fresh):
+def test_the_command_without_its_extra_names_the_package_to_install(fresh):
     assert fresh["code"] != 0
     assert 'pip install "lottery-ticket-pruner[cli]"' in fresh["errors"]
     assert "Traceback" not in fresh["errors"]
@@ -197,7 +197,7 @@ def test_readme_lists_every_extra():
 
 
 @pytest.mark.parametrize("document", ["README.md", "docs/architecture.md", "docs/algorithms.md"])
-def test_documents_link_to_what_exists(document):
+def test_links_in_documents_are_valid(document):
     path = ROOT / document
     links = re.findall(r"\]\((?!https?://|#)([^)]+)\)", path.read_text(encoding="utf-8"))
     assert [link for link in links if not (path.parent / link).exists()] == []

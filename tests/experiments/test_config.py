@@ -53,7 +53,7 @@ def test_the_recipe_of_the_residual_network():
     assert layer.amount == {"rate": {"^output/": 0.1, "default": 0.2, "^conv_": 0.1}}
 
 
-def test_what_is_given_wins_over_the_recipe():
+def test_given_options_override_the_recipe():
     given = {"steps": 7, "rounds": 2, "rate": 0.5, "output_rate": 0.4, "batch_size": 10}
     config = RunConfig(learning_rate=0.1, eval_every=3, **given).resolve(100)
     assert {name: getattr(config, name) for name in given} == given

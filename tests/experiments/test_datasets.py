@@ -195,7 +195,7 @@ def test_the_reduced_set_is_the_first_tenth_of_each_class(tmp_path, cifar, no_do
     assert len(loaded.x_test) == 20
 
 
-def test_what_a_pickle_may_hold(tmp_path, cifar, no_download):
+def test_pickles_with_other_objects_are_refused(tmp_path, cifar, no_download):
     folder = tmp_path / "cifar-10-batches-py"
     write_batches(folder, cifar)
     harmful = pickle.dumps({b"data": io.StringIO("x")})
@@ -204,7 +204,7 @@ def test_what_a_pickle_may_hold(tmp_path, cifar, no_download):
         datasets.load("cifar10", tmp_path)
 
 
-def test_missing_data_says_what_to_put_where(tmp_path, no_download):
+def test_missing_data_is_an_error_that_lists_the_files(tmp_path, no_download):
     with pytest.raises(datasets.DatasetNotFoundError) as caught:
         datasets.load("mnist", tmp_path)
     message = str(caught.value)

@@ -94,7 +94,7 @@ def test_the_global_seed_decides_the_weights():
     assert (build(1) != build(2)).any()
 
 
-def test_what_cannot_be_built_is_refused():
+def test_networks_that_cannot_be_built_are_refused():
     with pytest.raises(ValueError, match=r"'vgg'.*lenet-300-100, conv-2, conv-4, conv-6"):
         networks.build("vgg", (32, 32, 3))
     with pytest.raises(ValueError, match=r"conv-6 needs images.*\(784,\)"):

@@ -116,7 +116,7 @@ def test_the_folder_holds_the_initial_weights_of_every_seed(finished):
     assert results.initial_weights(folder, 2) is None
 
 
-def test_what_an_earlier_run_left_is_gone(finished):
+def test_files_of_an_earlier_run_are_removed(finished):
     folder, _, _ = finished
     there = [name for name in LEFT_BY_AN_EARLIER_RUN if (folder / name).exists()]
     assert there == ["rounds/0/initial.npz"]  # Of this run, as another test shows.
@@ -125,7 +125,7 @@ def test_what_an_earlier_run_left_is_gone(finished):
         assert (folder / "served" / "1" / "saved_model.pb").exists()
 
 
-def test_what_a_run_prints(finished):
+def test_output_of_a_run(finished):
     folder, _, printed = finished
     assert "1318 training, 120 validation, 359 test images" in " ".join(printed.split())
     rows = results.read_rows(folder / "results.csv")

@@ -90,7 +90,7 @@ def test_a_run_is_resumed_by_its_options_data_and_masks_until_it_is_finished(con
         work(dataclasses.replace(config, steps=4), masks=MASKS)
 
 
-def test_without_results_there_is_nothing_to_keep(config):
+def test_a_folder_without_results_is_reused(config):
     for rows in ("", HEADING, f"{HEADING}0,de"):
         with RunFolder("run", config, DATA) as folder:
             folder.begin("")

@@ -105,7 +105,7 @@ def test_intervals_are_those_of_the_t_test():
     assert statistics.interval([0.4]) == (0.4, 0.4)
 
 
-def test_captions_say_what_the_bands_are():
+def test_captions_describe_the_bands():
     assert statistics.describe_bands([1, 1]) == ""
     assert statistics.describe_bands([2, 1]) == "Bands: lowest to highest of 2 replicates"
     assert "95 % confidence intervals" in statistics.describe_bands([3])
@@ -210,7 +210,7 @@ def test_runs_that_differ_in_seeds_alone_are_replicates(tmp_path):
     )
 
 
-def test_labels_name_what_differs_and_what_does_not_follow_from_it(tmp_path):
+def test_labels_name_options_that_differ_independently(tmp_path):
     write_run(tmp_path / "a")
     write_run(tmp_path / "b", rate=0.4, output_rate=0.2)
     write_run(tmp_path / "c", strategy="random", controls=[])

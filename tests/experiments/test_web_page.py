@@ -94,7 +94,7 @@ class Reader(html.parser.HTMLParser):
             self.words.append(data.strip())
 
 
-def test_the_page_needs_nothing_else(text):
+def test_the_page_is_self_contained(text):
     reader = Reader(text)
     tags = [tag for tag, _ in reader.found]
     assert not {"script", "link", "iframe"} & set(tags)
@@ -173,7 +173,7 @@ def test_the_command_writes_page_pictures_and_rows(folder, tmp_path, capsys):
     assert len(pd.read_csv(tmp_path / "results.csv")) == len(ROWS)
 
 
-def test_quiet_reports_go_into_the_folder_they_are_of(ticket, tmp_path, capsys):
+def test_quiet_reports_print_nothing_and_are_written_next_to_the_runs(ticket, tmp_path, capsys):
     write_run(tmp_path / "runs" / "one")
     for _ in range(2):  # the folder of the report is not a run
         assert cli.main(["report", str(tmp_path / "runs"), "--quiet"]) == 0

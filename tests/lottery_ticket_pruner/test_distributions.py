@@ -99,7 +99,7 @@ def test_uniform_is_the_same_for_all_and_dense_layers_are_made_up_for():
 
 
 @pytest.mark.once
-def test_update_takes_a_name_or_what_it_gives():
+def test_update_accepts_a_name_or_a_distribution():
     rng = np.random.default_rng(0)
     shapes = {"a/kernel": (20, 10), "b/a/kernel": (10, 5), "b/kernel": (5, 3)}
     weights = {

@@ -241,7 +241,7 @@ def test_objects_are_their_class_and_their_configuration():
     assert fingerprint(Scaled(1.0)) != fingerprint(Scaled(2.0))
 
 
-def test_what_has_moved_inside_the_library_keeps_its_name_in_fingerprints():
+def test_moved_and_renamed_objects_keep_their_earlier_names_in_fingerprints():
     names = {
         CropAndFlip: "lottery_ticket_pruner.augmentation.CropAndFlip",
         GradualPruning: "lottery_ticket_pruner.callbacks.GradualPruning",
@@ -254,7 +254,7 @@ def test_what_has_moved_inside_the_library_keeps_its_name_in_fingerprints():
         assert [*_Hasher("")._parts(thing, "")] == [name]
 
 
-def test_descriptions_of_what_is_built_in_are_those_of_earlier_states():
+def test_descriptions_of_built_in_objects_do_not_change():
     assert description(CropAndFlip(2)) == "CropAndFlip(padding=2)"
     assert description("mse") == "mse"
     assert description(keras.losses.mean_squared_error) == "mean_squared_error"

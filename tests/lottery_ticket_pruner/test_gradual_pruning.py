@@ -73,7 +73,7 @@ def test_only_with_regrowth_do_raw_weights_come_back():
     assert (ml.get_masks(model)[ref.path] == expected).all()
 
 
-def test_no_weight_and_no_mask_goes_through_the_host(monkeypatch):
+def test_weights_and_masks_stay_on_the_device(monkeypatch):
     model = make_model()
     pruning = GradualPruning(LotteryTicketPruner(model), 0.5)
     read = []

@@ -276,7 +276,7 @@ def test_rewiring_that_never_happens_is_refused_or_reported():
         fit(model, [rewiring])
 
 
-def test_a_fit_without_a_batch_says_nothing():
+def test_a_fit_without_a_batch_does_not_warn():
     # Like a training that was restored at its end.
     model = make_model()
     pruner = LotteryTicketPruner(model)

@@ -71,7 +71,7 @@ def same(one, other):
 
 
 @pytest.mark.parametrize(("kind", "made"), EACH, ids=str)
-def test_what_is_built_in_round_trips_through_its_configuration_and_through_keras(kind, made):
+def test_built_in_objects_round_trip_through_their_configuration_and_through_keras(kind, made):
     get = KINDS[kind][0]
     one = get(made)
     assert same(get(one.get_config()), one)
@@ -130,7 +130,7 @@ def test_a_function_that_is_named_like_another_is_refused_in_every_form(kind):
 
 
 @kinds
-def test_what_came_before_another_of_its_name_has_no_configuration(kind):
+def test_a_function_replaced_under_its_name_has_no_configuration(kind):
     get, register, _ = KINDS[kind]
     made = get(named("mine"))
     assert made.get_config()["name"] == "mine"
@@ -143,7 +143,7 @@ def test_what_came_before_another_of_its_name_has_no_configuration(kind):
 
 @kinds
 @pytest.mark.parametrize("identifier", [None, 3j, dict, ["a"], {"config": 3}, {}, {"config": {}}])
-def test_what_stands_for_nothing_is_an_error_that_quotes_it(kind, identifier):
+def test_errors_quote_invalid_identifiers(kind, identifier):
     with pytest.raises(ValueError, match=r"Received"):
         KINDS[kind][0](identifier)
 

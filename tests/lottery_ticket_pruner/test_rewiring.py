@@ -64,7 +64,7 @@ if hasattr(keras.optimizers, "MultiOptimizer"):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_what_grows_starts_from_zero_and_what_stays_stays(name):
+def test_grown_weights_start_from_zero_and_kept_weights_are_unchanged(name):
     model, pruner = sparse_model(OPTIMIZERS[name]())
     model.optimizer.build(model.trainable_variables)
     rng = np.random.default_rng(0)

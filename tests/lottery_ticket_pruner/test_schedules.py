@@ -145,7 +145,7 @@ def test_a_registered_class_is_known_by_its_name(monkeypatch):
     assert schedules.get(config)(50) == 0.5
 
 
-def test_what_was_registered_again_or_hides_its_arguments_can_be_named_and_compared(monkeypatch):
+def test_schedules_without_a_configuration_can_still_be_printed_and_compared(monkeypatch):
     monkeypatch.setattr(schedules, "_REGISTRY", schedules._REGISTRY.copy())
 
     def make():  # Like a notebook cell that is run twice.

@@ -53,7 +53,7 @@ def everything(model):
     return [read(variable) for variable in variables.values()]
 
 
-def test_every_cell_is_what_the_pruner_evaluates(pruner, data):
+def test_every_cell_equals_the_evaluation_by_the_pruner(pruner, data):
     model = pruner.model
     criteria, sparsities = ["large_final", "random"], [0.75, 0.3]
     before = everything(model)

@@ -225,7 +225,7 @@ def test_rounds_do_not_compound_and_what_shrunk_stays_zero():
     assert not np.array_equal(effective(model), second)
 
 
-def test_what_shrunk_stays_zero_where_nothing_else_was_pruned():
+def test_shrunk_weights_stay_zero_if_no_other_weight_was_pruned():
     model = ml.convert_to_masked(keras.Sequential([keras.Input((1,)), layers.Dense(4)]))
     model.set_weights([np.full((1, 4), 2.0), np.zeros(4)])
     pruner = LotteryTicketPruner(model)
@@ -253,7 +253,7 @@ def test_fine_tuning_starts_from_all_final_weights_and_reinit_from_the_initializ
     np.testing.assert_array_equal(effective(model)[mask], drawn)
 
 
-def test_what_cannot_be_treated_changes_nothing():
+def test_invalid_treatments_change_nothing():
     model = ml.convert_to_masked(keras.Sequential([keras.Input((4,)), layers.Dense(3)]))
     pruner = LotteryTicketPruner(model)
     model.set_weights([np.ones((4, 3)), np.ones(3)])

@@ -70,7 +70,7 @@ def test_a_wrong_shape_is_refused_as_by_a_variable():
         layer.kernel.assign(np.ones((2, 2), "float32"))
 
 
-def test_what_it_gives_is_a_tensor_that_nothing_tracks():
+def test_the_effective_weight_is_an_untracked_tensor():
     model = masked(layers.Dense(3))
     layer = model.layers[0]
     assert ops.is_tensor(layer.kernel)
@@ -84,7 +84,7 @@ def test_what_it_gives_is_a_tensor_that_nothing_tracks():
         )
 
 
-def test_inside_a_call_it_is_nothing_but_a_tensor():
+def test_inside_a_call_the_effective_weight_is_a_plain_tensor():
     seen = []
 
     @keras.saving.register_keras_serializable("test_masked_assign")

@@ -161,7 +161,7 @@ def test_frozen_values_and_rescaling_of_a_pruner_reach_every_function():
     check(task, outer, beside)
 
 
-def test_what_the_library_compiled_itself_is_made_again_without_a_word():
+def test_functions_compiled_by_the_library_are_compiled_again_without_a_warning():
     """Fails if there is a warning."""
     model = ml.convert_to_masked(backbone())
     model.compile("sgd", "mse")

@@ -171,7 +171,7 @@ class Huber(keras.losses.Loss):
 
 
 @pytest.mark.once
-def test_objects_whose_config_does_not_describe_them_stay_what_they_are():
+def test_objects_with_incomplete_configs_are_shared():
     """Keras would use the defaults of its constructor for each of them, or fail."""
     model = dense_net(
         kernel_constraint=Cap(0.125),

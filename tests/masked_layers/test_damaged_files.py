@@ -160,7 +160,7 @@ def _twice():
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_what_an_npz_says_of_itself_is_not_believed(tmp_path, kind):
+def test_sizes_announced_by_an_npz_are_not_trusted(tmp_path, kind):
     file = tmp_path / "hostile.npz"
     file.write_bytes(HOSTILE[kind]())
     with little_memory(), pytest.raises(ValueError, match=r"hostile\.npz' is not an \.npz file"):

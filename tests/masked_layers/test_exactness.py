@@ -83,7 +83,7 @@ def state(model):
 @pytest.mark.parametrize(
     "read", [first_weight, private_attribute, trainable_weight, tensor_of_a_weight]
 )
-def test_a_reader_past_the_mask_is_named_and_nothing_changes(read, inplace):
+def test_a_layer_that_reads_past_the_mask_is_named_and_the_model_unchanged(read, inplace):
     model = tied(read)
     before = state(model)
     reason = (

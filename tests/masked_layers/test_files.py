@@ -75,7 +75,7 @@ def test_the_owner_of_a_folder_removes_all_that_was_left_in_it(writer, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["plain", "a[1]*?"])
-def test_an_error_leaves_what_was_there(name, tmp_path):
+def test_an_error_leaves_the_existing_file_unchanged(name, tmp_path):
     (tmp_path / name).write_text("before")
 
     def fail():

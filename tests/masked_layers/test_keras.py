@@ -50,7 +50,7 @@ def test_untrack_variable_takes_it_out_of_the_state():
         layer.extra = layers.Dense(1)
 
 
-def test_the_mode_of_a_call_reaches_what_is_read_in_it():
+def test_attributes_read_in_a_call_know_its_training_mode():
     seen = []
 
     class Watching(layers.Layer):
@@ -166,7 +166,7 @@ def test_generators_give_the_same_seeds_in_a_scope_and_others_outside():
     assert draw(keras.random.SeedGenerator(1)) == draw(first) != draw(second)
 
 
-def test_own_variables_leave_out_those_of_layers_inside():
+def test_own_variables_exclude_those_of_inner_layers():
     model = keras.Sequential([keras.Input((4,)), layers.BatchNormalization()])
     assert _keras.own_variables(model) == []
     assert len(_keras.own_variables(model.layers[0])) == 4

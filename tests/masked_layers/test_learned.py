@@ -108,7 +108,7 @@ def test_edge_popup_keeps_the_exact_count_also_of_equal_scores():
         assert mask.to_numpy().sum() == kept
 
 
-def test_what_names_a_mask():
+def test_identifiers_of_masks():
     assert isinstance(learned.get("bernoulli"), ml.BernoulliMask)
     prototype = ml.EdgePopupMask(sparsity=0.7, seed=5, rescale=True, initializer="glorot_normal")
     config = keras.saving.serialize_keras_object(prototype)
@@ -247,7 +247,7 @@ def test_layers_of_layers_and_written_by_hand():
         ml.MaskedSimpleRNN(3, mask="bernoulli").build((None, 5, 4))
 
 
-def test_what_learned_masks_refuse():
+def test_operations_that_learned_masks_refuse():
     from lottery_ticket_pruner import LotteryTicketPruner
 
     model = ml.convert_to_masked(plain(), mask="bernoulli")

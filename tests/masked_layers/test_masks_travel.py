@@ -166,7 +166,7 @@ def test_masks_of_layers_created_by_others_are_copied(make, way, tmp_path):
     check_masks(WAYS[way](model, tmp_path), model)
 
 
-def test_a_clone_shares_nothing_and_prunes_on():
+def test_a_clone_shares_no_variables_and_can_be_pruned_further():
     model = dense()
     clone = keras.models.clone_model(model)
     before = ml.get_masks(model)

@@ -77,7 +77,7 @@ def test_masks_are_switched_by_path_and_in_functions_compiled_before():
         ("yes", "must be a bool, or a dict.*Received: 'yes'"),
     ],
 )
-def test_what_cannot_be_switched_is_refused_before_anything_is(rescale, message):
+def test_invalid_values_are_refused_before_any_mask_is_switched(rescale, message):
     model = masked()
     with pytest.raises(ValueError, match=message):
         ml.set_rescale(model, rescale)

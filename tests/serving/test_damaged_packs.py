@@ -90,7 +90,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_what_a_header_says_is_not_believed(kind):
+def test_sizes_announced_by_a_header_are_not_trusted(kind):
     assert_refused(HOSTILE[kind]())
 
 

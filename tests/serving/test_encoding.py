@@ -144,7 +144,7 @@ def test_arrays_larger_than_a_block_and_many_blocks(monkeypatch):
         assert_same_bits(got, arrays[name])
 
 
-def test_the_header_says_what_is_inside():
+def test_the_header_describes_the_contents():
     arrays = {"a": np.eye(40, dtype=np.float32), "b": np.arange(1.0, 9.0)}
     sparse, dense = blocks(encode(arrays))
     assert (sparse.encoding, sparse.dtype, sparse.size, sparse.values) == (

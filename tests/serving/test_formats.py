@@ -138,7 +138,7 @@ def test_inspect_counts_what_keras_exports_twice_once(tmp_path):
     assert inspect(tmp_path / "archive").dense_nbytes == 4 * model.count_params()
 
 
-def test_inspect_says_what_it_takes(tmp_path):
+def test_inspect_names_the_formats_it_accepts(tmp_path):
     with pytest.raises(FileNotFoundError, match="There is no"):
         inspect(tmp_path / "missing")
     (tmp_path / "file.txt").write_text("text")

@@ -90,7 +90,7 @@ FITTING = {
 
 @pytest.mark.filterwarnings("ignore:The structure of `inputs`", "ignore:When providing `inputs`")
 @pytest.mark.parametrize("kind", FITTING)
-def test_what_predict_takes_is_taken(kind):
+def test_inputs_accepted_by_predict_are_accepted(kind):
     make, given = FITTING[kind]
     model = make()
     found = samples_of(model, list(_keras.export_signature(model)), given)
@@ -122,7 +122,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("kind", WRONG)
-def test_what_does_not_fit_is_refused(kind):
+def test_inputs_that_do_not_fit_are_refused(kind):
     make, given, message = WRONG[kind]
     model = make()
     expected = rf"(?s)^`sample_inputs` does not fit the model's inputs .*{message}"

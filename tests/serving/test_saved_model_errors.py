@@ -26,7 +26,7 @@ def contents(folder):
     return {file: file.read_bytes() for file in Path(folder).rglob("*") if file.is_file()}
 
 
-def test_wrong_arguments_leave_nothing_behind(tmp_path):
+def test_invalid_arguments_leave_no_files(tmp_path):
     model = dense()
     with pytest.raises(ValueError, match="Received: 'int8'"):
         export_sparse_saved_model(model, tmp_path / "out", values="int8")
@@ -118,7 +118,7 @@ def test_a_link_stays_and_the_folder_behind_it_is_replaced(tmp_path, monkeypatch
     assert (tmp_path / "here" / "saved_model.pb").is_file()
 
 
-def test_what_appears_at_the_path_meanwhile_is_not_replaced(tmp_path, monkeypatch):
+def test_files_that_appear_at_the_path_during_an_export_are_kept(tmp_path, monkeypatch):
     verify = saved_model.verify
 
     def slow(*args, **kwargs):
@@ -134,7 +134,7 @@ def test_what_appears_at_the_path_meanwhile_is_not_replaced(tmp_path, monkeypatc
 
 @pytest.mark.parametrize("old", [False, True])
 @pytest.mark.parametrize("damage", ["weight", "output"])
-def test_a_mismatch_raises_and_leaves_what_was_there(damage, old, tmp_path, monkeypatch):
+def test_a_mismatch_raises_and_keeps_the_existing_folder(damage, old, tmp_path, monkeypatch):
     model = prune(dense())
     if old:
         export_sparse_saved_model(model, tmp_path / "out")
@@ -164,7 +164,7 @@ def test_a_mismatch_raises_and_leaves_what_was_there(damage, old, tmp_path, monk
     assert contents(tmp_path) == before
 
 
-def test_a_crash_while_writing_leaves_what_was_there(tmp_path, monkeypatch):
+def test_a_crash_while_writing_keeps_the_existing_folder(tmp_path, monkeypatch):
     model = prune(dense())
     export_sparse_saved_model(model, tmp_path / "out")
     before = contents(tmp_path)

@@ -125,7 +125,7 @@ def test_a_value_too_small_for_float16_becomes_zero(tmp_path):
     assert not np.signbit(stored[stored == 0]).any()
 
 
-def test_level_changes_bytes_and_nothing_else(tmp_path):
+def test_level_changes_only_the_number_of_bytes(tmp_path):
     model = prune(dense())
     sizes = [
         export_sparse_saved_model(model, tmp_path / "out", level=level).nbytes for level in (0, 9)

@@ -170,7 +170,7 @@ def test_an_operation_without_a_second_derivative_is_named():
 
 
 @pytest.mark.once
-def test_what_tensorflow_differentiates_once_only():
+def test_functions_that_tensorflow_differentiates_only_once():
     tf = pytest.importorskip("tensorflow")
     x = tf.constant([1.0, 2.0, 4.0])
 

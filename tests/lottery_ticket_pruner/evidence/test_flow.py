@@ -127,7 +127,7 @@ def alive_in_each_round(monkeypatch, model, **amount):
 
 @pytest.mark.once
 @pytest.mark.parametrize("amount", [{"sparsity": 0.77}, {"rate": 0.77}])
-def test_rounds_follow_what_was_asked_for_and_not_its_rounded_count(amount, monkeypatch):
+def test_rounds_follow_the_requested_sparsity_and_not_rounded_counts(amount, monkeypatch):
     # 0.77 of 32 weights are 24: the densities on the way are powers of 0.23, not of 8 / 32.
     counts = alive_in_each_round(monkeypatch, two_layers(), **amount)
     assert counts == [32 - int((1 - 0.23 ** (k / 100)) * 32 + 1e-6) for k in range(101)]

@@ -411,7 +411,7 @@ def test_a_plain_model_gives_all_that_can_be_pruned():
 
 
 @pytest.mark.once
-def test_what_cannot_be_differentiated_is_refused():
+def test_models_without_a_loss_and_invalid_data_are_refused():
     model = ml.convert_to_masked(keras.Sequential([keras.Input((3,)), keras.layers.Dense(4)]))
     with pytest.raises(ValueError, match=r"not compiled.*compile\(loss"):
         gradients.loss_gradients(model, X[:, 0], Y)

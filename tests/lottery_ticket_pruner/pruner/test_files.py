@@ -45,7 +45,7 @@ def test_a_loaded_pruner_continues_like_the_saved_one(convert, tmp_path, data):
 
 
 @pytest.mark.parametrize("pruned", ["freeze", "zero"])
-def test_a_loaded_pruner_brings_what_pruned_weights_are_frozen_at(pruned, tmp_path, data):
+def test_a_loaded_pruner_restores_frozen_values_of_pruned_weights(pruned, tmp_path, data):
     model, pruner = moved()
     pruner.update_masks(rate=0.5)
     pruner.treat(pruned=pruned)

@@ -62,7 +62,7 @@ def test_masks_of_a_masked_model_act_at_once_and_those_of_a_plain_one_when_appli
 
 @pytest.mark.once
 @pytest.mark.parametrize("convert", [lambda model: model, ml.convert_to_masked])
-def test_rates_are_of_what_remains(convert):
+def test_rates_are_shares_of_the_kept_weights(convert):
     model = convert(classifier())
     pruner = LotteryTicketPruner(model)
     pruner.calc_prune_mask(model, 0.5, "smallest_weights")

@@ -117,7 +117,7 @@ def test_a_plain_model_with_the_callback_trains_as_a_masked_model(data):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
-def test_an_existing_constraint_acts_on_what_is_kept(data):
+def test_an_existing_constraint_applies_to_kept_weights(data):
     keras.utils.set_random_seed(0)
     inputs = keras.Input((6,))
     hidden = layers.Dense(10, kernel_constraint=keras.constraints.UnitNorm())

@@ -221,7 +221,7 @@ def test_evaluate_supermask_of_a_model_that_was_never_trained(data):
 
 
 @pytest.mark.once
-def test_evaluate_supermask_refuses_what_makes_no_sense(data):
+def test_evaluate_supermask_refuses_invalid_arguments(data):
     model = ml.convert_to_masked(plain_model())
     pruner = LotteryTicketPruner(model)
     with pytest.raises(ValueError, match="not compiled"):

@@ -56,7 +56,7 @@ def test_many_ties_at_the_bottom(share, drop):
         assert kept[int(1000 * share) :].all()
 
 
-def test_drop_lowest_refuses_what_it_cannot_rank():
+def test_drop_lowest_refuses_invalid_arguments():
     rng, mask = np.random.default_rng(0), np.array([True, True, False])
     with pytest.raises(ValueError, match="NaN"):
         drop_lowest(np.array([1.0, np.nan, 0.0]), mask, 1, rng)

@@ -17,7 +17,7 @@ WEIGHTS = {
 pytestmark = pytest.mark.once
 
 
-def test_names_are_resolved_once_and_objects_stay_what_they_are():
+def test_names_are_resolved_once_and_objects_are_not_changed():
     request = Request.of("large_final", structure="4x1", distribution="erk", sparsity=0.5)
     assert request.criterion is criteria.get("large_final")
     assert request.structure == structures.get("4x1")

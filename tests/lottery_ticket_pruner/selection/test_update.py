@@ -232,7 +232,7 @@ def assert_masks(masks, small, large):
     np.testing.assert_array_equal(masks["large/kernel"], large)
 
 
-def test_output_axes_say_what_an_output_is():
+def test_output_axes_define_the_outputs():
     values = np.array([[1, 4, 5], [6, 3, 2]])
     rows = update("large_final", {"k": kernel(values, output_axes=(0,))}, rate=0.4, scope="output")
     np.testing.assert_array_equal(rows["k"], [[0, 1, 1], [1, 1, 0]])

@@ -63,7 +63,7 @@ def test_a_function_of_another_closure_is_another_search(tmp_path, what):
 
 
 @pytest.mark.parametrize("what", ["activation", "loss", "metrics", "optimizer"])
-def test_what_a_model_is_made_and_compiled_with_is_part_of_a_search(tmp_path, what):
+def test_layers_and_compile_arguments_are_part_of_the_identity_of_a_search(tmp_path, what):
     def model(k):
         class Scaled(keras.optimizers.SGD):
             def update_step(self, gradient, variable, learning_rate):

@@ -58,7 +58,7 @@ def plan_of(pruning=None, **options):
         ),
     ],
 )
-def test_a_front_takes_what_its_plans_hold_with_the_same_defaults(front, plans, others):
+def test_flat_signatures_have_the_fields_and_defaults_of_their_plans(front, plans, others):
     taken_there = dict(inspect.signature(front).parameters)
     fields = {field.name: field for plan in plans for field in dataclasses.fields(plan)}
     # Searches and learned masks are evaluated in batches of the engine's choice.
@@ -71,7 +71,7 @@ def test_a_front_takes_what_its_plans_hold_with_the_same_defaults(front, plans, 
 
 
 @pytest.mark.once
-def test_what_a_checkpoint_is_compared_by_keeps_its_names(data):
+def test_names_of_compared_arguments_in_checkpoints_do_not_change(data):
     """Those in states on disk: another name, or one more, would refuse all of them."""
     plan = plan_of({"kept": "constant"}, augment=None)
     examples = ArrayDataset.of(*data)
@@ -132,7 +132,7 @@ def test_numbers_are_checked_where_a_plan_is_made(data, options, message):
 
 
 @pytest.mark.once
-def test_a_plan_takes_from_options_what_has_its_names():
+def test_a_plan_takes_options_by_the_names_of_its_fields():
     @dataclasses.dataclass
     class Options:
         steps: int = 7

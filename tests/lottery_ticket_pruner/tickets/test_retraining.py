@@ -67,7 +67,7 @@ def test_a_weight_without_an_initializer_is_named(data, starts):
         ("fine_tuning", True, 6),
     ],
 )
-def test_what_the_ticket_trains_from(data, starts, retraining, weights_stay, step):
+def test_starting_weights_of_the_ticket(data, starts, retraining, weights_stay, step):
     result = find_ticket(
         scheduled_model(), *data, rounds=1, steps=6, batch_size=20, rate=0.5, rewind_to=2,
         retraining=retraining, controls=("random_mask",),

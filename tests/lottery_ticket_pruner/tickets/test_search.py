@@ -62,7 +62,7 @@ def test_rows_masks_and_ticket(data):
     assert final["loss"] == pytest.approx(result.rows[-1]["test_loss"], rel=1e-5)
 
 
-def test_what_each_arm_starts_from(data, masked, starts):
+def test_starting_weights_of_each_arm(data, masked, starts):
     result = find_ticket(masked, *data, rounds=2, rate=0.5, **SHORT)
     empty, dense, *rounds = starts
     assert_equal(empty[0], dense[0])
@@ -173,7 +173,7 @@ def test_the_result_of_an_arm_does_not_depend_on_the_other_arms(data, masked):
     assert sorted(rows_among, key=str) == sorted(other_order, key=str)
 
 
-def test_what_dropout_draws_depends_on_seed_arm_and_round_alone(data):
+def test_random_numbers_of_dropout_depend_only_on_seed_arm_and_round(data):
     keras.utils.set_random_seed(0)
     # On torch, dropout without a seed draws from torch's global generator.
     dropout = layers.Dropout(0.5, seed=1 if BACKEND == "torch" else None)

@@ -76,7 +76,7 @@ def test_ragged_rows_are_refused_in_few_words():
     assert len(str(caught.value)) < 400
 
 
-def test_what_the_caller_made_infinite_is_left_alone():
+def test_infinities_in_the_given_data_are_kept():
     """Masking layers and custom losses may rely on such values, as in `fit`."""
     x = X.copy()
     x[0] = np.inf, -np.inf, np.nan

@@ -131,7 +131,7 @@ def test_batch_order_uses_every_example_equally_and_only_its_seed():
     assert not np.array_equal(order, training.batch_order(10, 7, 3, (1, 3)))
 
 
-def test_train_refuses_what_it_cannot_do(data):
+def test_train_refuses_invalid_arguments(data):
     model = make_model()
     with pytest.raises(ValueError, match="steps=-1"):
         training.train(model, *data, steps=-1, batch_size=4)

@@ -91,7 +91,7 @@ def test_xla_compiles_once_for_any_number_of_steps(monkeypatch):
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="XLA is a choice on TensorFlow alone")
-def test_what_xla_cannot_compile_loops_without_it(caplog, monkeypatch):
+def test_models_that_xla_cannot_compile_use_a_loop_without_it(caplog, monkeypatch):
     by_xla(monkeypatch)
     import tensorflow as tf
 

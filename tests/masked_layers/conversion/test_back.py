@@ -118,7 +118,7 @@ def test_stripping_folds_lora_in():
         assert not numpy(getattr(layer, name))[~keep].any()
 
 
-def test_what_cannot_be_stripped_is_refused():
+def test_weights_that_cannot_be_stripped_are_refused():
     class Centered(layers.Dense):
         @property
         def kernel(self):

@@ -237,7 +237,7 @@ def test_filters(filters, expected, tmp_path):
 
 
 @pytest.mark.once
-def test_a_filter_on_a_holder_covers_what_it_holds():
+def test_a_filter_that_matches_a_container_includes_its_layers():
     x = keras.Input((6, 4))
     y = layers.MultiHeadAttention(2, 3, name="attention")(x, x)
     model = keras.Model(x, layers.Bidirectional(layers.LSTM(2), name="rnn")(y))
