@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from lottery_ticket_pruner import criteria
 from lottery_ticket_pruner.selection.amounts import drop_count
 from lottery_ticket_pruner.selection.budgets import within_budget
 from lottery_ticket_pruner.selection.channel_scores import channel_scores
@@ -221,9 +222,10 @@ def _of_group(
     """Returns which channels of each family are kept if these families are ranked together.
 
     With scope `"global"`, scores are divided by the mean score of their family, so that layers of
-    different sizes are comparable. Families of equal form are comparable without that.
+    different sizes are comparable. Families of equal form, and random scores, are so without that.
     """
     alike = request.scope == "isomorphic"
+    comparable = alike or request.criterion is criteria.get("random")
     rng = stream("ties", request.seed, families[0].layers[0] + families[0].kind if alike else "")
     where = "the model as a whole"
     if alike:
@@ -238,7 +240,7 @@ def _of_group(
     for family, flags, values in zip(families, kept, scores, strict=True):
         finite = values[flags & np.isfinite(values)]
         mean = np.abs(finite).mean() if finite.size else 0.0
-        relative.append(values / mean if mean > 0 and not alike else values)
+        relative.append(values / mean if mean > 0 and not comparable else values)
         # A family always keeps its best channels, as many as `fewest` requires.
         order = np.lexsort((rng.random(family.size), values, flags))
         reach = np.zeros(family.size, bool)

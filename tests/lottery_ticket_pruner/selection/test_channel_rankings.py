@@ -86,10 +86,12 @@ def test_every_weight_counts_once_for_a_channel(family, shapes, pooling):
             and any(channels[index[axis]] == channel for axis, channels in axes.items())
         ]
         scores.append(POOLS[pooling](values))
-    request = Request.of("smallest_weights", rate=0.5, structure=Channels(pooling=pooling))
-    masks = select(request, kernels, graph=graph(family))
-    expected = ~lowest(scores, family.size // 2)
-    np.testing.assert_array_equal(kept_channels(family, masks), expected)
+    for count in range(1, family.size):
+        structure = Channels(pooling=pooling, at_most=0.99)
+        request = Request.of("smallest_weights", rate=count / family.size, structure=structure)
+        masks = select(request, kernels, graph=graph(family))
+        expected = ~lowest(scores, count)
+        np.testing.assert_array_equal(kept_channels(family, masks), expected)
 
 
 def test_geometric_median_is_the_sum_of_distances_to_the_kept_filters_of_each_layer():
@@ -170,6 +172,27 @@ def test_random_channels_are_uniform_whatever_the_number_of_their_weights():
     assert np.abs(times - 100).max() < 45
     again = [select(request, kernels, graph=graph(family))["a"] for _ in range(2)]
     np.testing.assert_array_equal(*again)
+
+
+def test_random_channels_are_uniform_over_families_ranked_together():
+    # Divided by the mean of their family, scores of a family of two would add up to two.
+    families = [
+        Family((name,), size, {name: {1: np.arange(size)}}, {name: 1})
+        for name, size in (("a", 2), ("b", 2), ("c", 40))
+    ]
+    kernels = {
+        family.layers[0]: Weights(
+            mask=np.ones((3, family.size), bool), current=np.ones((3, family.size))
+        )
+        for family in families
+    }
+    times = np.zeros(3)
+    for seed in range(300):
+        request = Request.of("random", rate=0.5, scope="global", structure="channels", seed=seed)
+        masks = select(request, kernels, graph=graph(*families))
+        times += [family.size - kept_channels(family, masks).sum() for family in families]
+    # Either channel is pruned with a chance of a half, but never both: 0.75 channels on average.
+    assert np.abs(times[:2] / 300 - 0.75).max() < 0.1
 
 
 def alike():
