@@ -79,7 +79,7 @@ class PruningPlan:
 
     @property
     def _fixed(self) -> bool:
-        """Whether the structure determines how many weights are kept."""
+        """True if the structure determines how many weights are kept."""
         return self.found_structure is not None and self.found_structure.kept is not None
 
     @functools.cached_property

@@ -283,7 +283,7 @@ operations, and no decisions based on timing."""
 
     @property
     def counts_channels(self) -> bool:
-        """Whether rows of results contain the share of channels, or of filters, that is left."""
+        """True if rows of results contain the share of channels or filters that is left."""
         structure = self._structure()
         return structure is not None and (structure.coupled or structure.whole_outputs)
 

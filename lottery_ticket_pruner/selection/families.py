@@ -15,7 +15,7 @@ class Family(Protocol):
 
     @property
     def kind(self) -> str:
-        """What the channels are; "" for outputs of the layers."""
+        """Kind of the channels. "" for outputs of the layers."""
 
     @property
     def size(self) -> int:

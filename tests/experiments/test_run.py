@@ -1,4 +1,4 @@
-"""Runs, reports and logs: one short run, looked at from all sides."""
+"""Runs, reports and logs: the results of one short run."""
 
 import csv
 import dataclasses

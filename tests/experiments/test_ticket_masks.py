@@ -77,7 +77,7 @@ def test_signs_are_compared_with_the_weights_drawn_from_the_seed(tmp_path):
 
 
 def with_initial_weights(folder, replicate=0, **options):
-    """A run whose ticket has nothing of what its seed draws, and in one row a fifth new signs."""
+    """A run whose ticket differs from what its seed draws; in one row a fifth of signs change."""
     write_run(folder, seeds=[7, 8], **options)
     model = ticket(100 + replicate, slice(0, 2))
     initial = {}

@@ -1,4 +1,4 @@
-"""What a conversion copies: the exact functions and classes in use, LoRA inside layers."""
+"""Copies of a conversion: the exact functions and classes in use, and LoRA inside layers."""
 
 import functools
 

@@ -321,7 +321,7 @@ def test_a_damaged_cifar_batch_is_named(cifar, data):
 @pytest.mark.parametrize(
     "content",
     [
-        b"\x80\x02]r\xff\xff\xff\xf0.",  # an object of a number for which the table takes 64 GB
+        b"\x80\x02]r\xff\xff\xff\xf0.",  # An object number for which the table would take 64 GB.
         b"\x80\x02cnumpy\nndarray\n(J\xff\xff\xff\x7ftR.",  # an array of 2 GB
         pickle.dumps({b"data": np.zeros((2, 7), "uint8"), b"labels": [1, 2]}, protocol=2),
         pickle.dumps({b"data": np.zeros((2, 3072)), b"labels": [1, 2]}, protocol=2),

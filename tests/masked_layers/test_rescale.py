@@ -1,4 +1,4 @@
-"""Masks that begin or cease to rescale: functions of Keras compute with the factor at once."""
+"""Rescaling turned on and off: functions of Keras use the new factor at once."""
 
 import keras
 import numpy as np

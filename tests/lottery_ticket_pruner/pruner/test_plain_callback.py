@@ -163,7 +163,7 @@ def test_a_training_that_fails_does_not_leave_the_hold_behind(data):
     model = classifier()
     pruner = LotteryTicketPruner(model)
     pruner.calc_prune_mask(model, 0.5, "large_init")
-    for other in (pruner, LotteryTicketPruner(model)):  # the next one may be another pruner's
+    for other in (pruner, LotteryTicketPruner(model)):  # The next one may belong to another pruner.
         assert training_fails(model, data, PrunerCallback(other))
     model.fit(*data, verbose=0, callbacks=[PrunerCallback(pruner)])
     assert largest_pruned(pruner, model) == 0

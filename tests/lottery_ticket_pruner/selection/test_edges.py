@@ -41,7 +41,9 @@ def test_a_function_that_meets_a_missing_record_says_which():
     assert update(lambda group: np.abs(group.initial), weights, rate=0.5)["k"].tolist() == [0, 1]
     with pytest.raises(ValueError, match=r"None: final\. .*set_pretrained_weights\("):
         update(lambda group: np.abs(group.final), weights, rate=0.5)
-    with pytest.raises(TypeError, match="NoneType"):  # nothing is missing: the function's own fault
+    with pytest.raises(
+        TypeError, match="NoneType"
+    ):  # No record is missing: the function itself fails.
         update(lambda group: group.final + None, {"k": kernel([1, 2])}, rate=0.5)
 
 

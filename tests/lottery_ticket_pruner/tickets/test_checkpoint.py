@@ -1,4 +1,4 @@
-"""Which searches a checkpoint resumes, and what it says about damaged files."""
+"""Searches that a checkpoint resumes, and its errors for damaged files."""
 
 import json
 import re

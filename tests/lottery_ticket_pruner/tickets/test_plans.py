@@ -1,4 +1,4 @@
-"""Plans of searches and trainings: the same as the arguments of the fronts, and checked at once."""
+"""Plans of searches and trainings: the arguments of public functions, validated when created."""
 
 import dataclasses
 import inspect
@@ -72,7 +72,7 @@ def test_flat_signatures_have_the_fields_and_defaults_of_their_plans(front, plan
 
 @pytest.mark.once
 def test_names_of_compared_arguments_in_checkpoints_do_not_change(data):
-    """Those in states on disk: another name, or one more, would refuse all of them."""
+    """With a new or changed name, all existing states on disk would be refused."""
     plan = plan_of({"kept": "constant"}, augment=None)
     examples = ArrayDataset.of(*data)
     under_way = TicketSearch(

@@ -1,4 +1,4 @@
-"""Whether a training uses the compiled loop or `fit`: unsupported models, and comparisons."""
+"""The choice between compiled loops and `fit`: unsupported models, and comparisons of pace."""
 
 import logging
 import time
