@@ -11,7 +11,10 @@ from lottery_ticket_pruner.experiments.parent import end_with_parent
 
 if TYPE_CHECKING:
     from lottery_ticket_pruner.commands.processes import Failure
+    from lottery_ticket_pruner.commands.repeat import RepeatConfig
+    from lottery_ticket_pruner.commands.report import ReportConfig
     from lottery_ticket_pruner.commands.saved_models import ExportConfig, InspectConfig
+    from lottery_ticket_pruner.experiments.catalogue import Kind
 
 _EXTRA = ("jinja2", "matplotlib", "pandas", "rich", "scipy", "sklearn", "tensorboard", "tyro")
 
@@ -70,45 +73,7 @@ def _main(arguments: Sequence[str] | None) -> int:
         return 1
     import tyro
 
-    from lottery_ticket_pruner.commands import report
-    from lottery_ticket_pruner.commands.repeat import RepeatConfig
-    from lottery_ticket_pruner.commands.report import ReportConfig
-    from lottery_ticket_pruner.commands.saved_models import ExportConfig, InspectConfig
-    from lottery_ticket_pruner.commands.sweep import SupermaskSweepConfig, SweepConfig
-    from lottery_ticket_pruner.experiments import instability, run, supermask
-    from lottery_ticket_pruner.experiments.config import RunConfig
-    from lottery_ticket_pruner.experiments.instability import InstabilityConfig
-    from lottery_ticket_pruner.experiments.supermask import SupermaskConfig
-    from lottery_ticket_pruner.experiments.workbench import load_and_resolve
-
-    def work_on(experiment: Any) -> Callable[[Any], int]:
-        def work(config: Any) -> int:
-            experiment.run(*load_and_resolve(config))
-            return 0
-
-        return work
-
-    def write_report(config: ReportConfig) -> int:
-        report.write_report(config)
-        return 0
-
-    # Each command with its options and the function that executes it.
-    commands: dict[str, tuple[type, Callable[[Any], int]]] = {
-        "run": (RunConfig, work_on(run)),
-        "supermask": (SupermaskConfig, work_on(supermask)),
-        "instability": (InstabilityConfig, work_on(instability)),
-        "repeat": (RepeatConfig, lambda config: carry_out(config.configuration())),
-        "sweep": (SweepConfig, _sweep),
-        "sweep-supermask": (SupermaskSweepConfig, _sweep),
-        "report": (ReportConfig, write_report),
-        "export": (ExportConfig, _print_report),
-        "inspect": (InspectConfig, _print_report),
-    }
-    work_by_options = dict(commands.values())
-
-    def carry_out(config: Any) -> int:
-        return work_by_options[type(config)](config)
-
+    commands = _commands()
     config = tyro.extras.subcommand_cli_from_dict(
         {name: options for name, (options, _) in commands.items()},
         prog="lottery-ticket",
@@ -116,9 +81,51 @@ def _main(arguments: Sequence[str] | None) -> int:
         args=arguments,
     )
     try:
-        return carry_out(config)
+        return dict(commands.values())[type(config)](config)
     except (OSError, ValueError) as error:
         return _print_error(error)
+
+
+def _commands() -> dict[str, tuple[type, Callable[[Any], int]]]:
+    """Returns each command with its options and the function that executes it."""
+    from lottery_ticket_pruner.commands.repeat import RepeatConfig
+    from lottery_ticket_pruner.commands.report import ReportConfig
+    from lottery_ticket_pruner.commands.saved_models import ExportConfig, InspectConfig
+    from lottery_ticket_pruner.commands.sweep import SupermaskSweepConfig, SweepConfig
+    from lottery_ticket_pruner.experiments import catalogue
+
+    kinds = catalogue.KINDS.items()
+    return {
+        **{command: (kind.config, _work_on(kind)) for command, kind in kinds},
+        "repeat": (RepeatConfig, _repeat),
+        "sweep": (SweepConfig, _sweep),
+        "sweep-supermask": (SupermaskSweepConfig, _sweep),
+        "report": (ReportConfig, _report),
+        "export": (ExportConfig, _print_report),
+        "inspect": (InspectConfig, _print_report),
+    }
+
+
+def _work_on(kind: "Kind") -> Callable[[Any], int]:
+    from lottery_ticket_pruner.experiments.workbench import load_and_resolve
+
+    def work(config: Any) -> int:
+        kind.run(*load_and_resolve(config))
+        return 0
+
+    return work
+
+
+def _repeat(config: "RepeatConfig") -> int:
+    experiment = config.configuration()
+    return dict(_commands().values())[type(experiment)](experiment)
+
+
+def _report(config: "ReportConfig") -> int:
+    from lottery_ticket_pruner.commands import report
+
+    report.write_report(config)
+    return 0
 
 
 def _sweep(config: Any) -> int:

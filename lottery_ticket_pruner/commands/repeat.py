@@ -6,8 +6,8 @@ from typing import Any
 
 import tyro
 
-from lottery_ticket_pruner.experiments.config import RunConfig, code_of
-from lottery_ticket_pruner.experiments.instability import InstabilityConfig
+from lottery_ticket_pruner.experiments import catalogue
+from lottery_ticket_pruner.experiments.config import Experiment, code_of
 from lottery_ticket_pruner.experiments.options import OptionalPath
 from lottery_ticket_pruner.experiments.results import (
     CODE,
@@ -16,10 +16,7 @@ from lottery_ticket_pruner.experiments.results import (
     read_json,
     reason,
 )
-from lottery_ticket_pruner.experiments.run_folder import command_of, restored, versions
-from lottery_ticket_pruner.experiments.supermask import SupermaskConfig
-
-Config = RunConfig | SupermaskConfig | InstabilityConfig
+from lottery_ticket_pruner.experiments.run_folder import restored, versions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,10 +25,10 @@ class RepeatConfig:
 
     Options that were added after the folder was written have their defaults.
 
-    Works on folders of run, supermask and instability, and on single runs inside the folder of a
-    sweep. If the original was run with --deterministic, the repetition gives the same numbers, bit
-    for bit, on the same machine with the same number of cores, backend and data. Note that a sweep
-    gives each of its runs a share of the cores.
+    Works on the folders of all experiments, and on single runs inside the folder of a sweep. If the
+    original was run with --deterministic, the repetition gives the same numbers, bit for bit, on
+    the same machine with the same number of cores, backend and data. Note that a sweep gives each
+    of its runs a share of the cores.
     """
 
     folder: tyro.conf.Positional[Path]
@@ -44,7 +41,7 @@ for a run of a sweep, next to the sweep."""
     quiet: bool = False
     """Print nothing."""
 
-    def configuration(self) -> Config:
+    def configuration(self) -> Experiment:
         """Returns the configuration to run.
 
         Raises:
@@ -92,19 +89,18 @@ def _stored(file: Path) -> dict[str, Any]:
     return values
 
 
-def read(values: dict[str, Any]) -> Config:
+def read(values: dict[str, Any]) -> Experiment:
     """Returns the configuration stored in a run folder.
 
     Raises:
         ValueError: If the values belong to no command, or contain options that the command does not
             have.
     """
-    kinds = {"run": RunConfig, "supermask": SupermaskConfig, "instability": InstabilityConfig}
-    command = command_of(values)
-    if command not in kinds:
-        raise ValueError(f"expected the options of {', '.join(kinds)}.")
+    command = catalogue.command_of(values)
+    if command is None or command not in catalogue.KINDS:
+        raise ValueError(f"expected the options of {', '.join(catalogue.KINDS)}.")
     try:
-        return restored(kinds[command], values)
+        return restored(catalogue.KINDS[command].config, values)
     except ValueError as error:
         wrote = ", ".join(f"{name} {text}" for name, text in values.get("versions", {}).items())
         now = ", ".join(f"{name} {text}" for name, text in versions().items())

@@ -12,7 +12,6 @@ from lottery_ticket_pruner.experiments.options import OptionalPath
 from lottery_ticket_pruner.experiments.reports import (
     contents,
     run_folders,
-    tables,
     ticket_masks,
     web_page,
 )
@@ -54,9 +53,15 @@ def write_report(config: ReportConfig, console: Console | None = None) -> Path:
         raise ValueError("Name at least one run folder, or a folder of run folders.")
     groups = run_folders.groups_of(run_folders.find_runs(config.folders))
     all_tickets = ticket_masks.read_tickets(groups, console)
-    overviews = [*tables.overviews(groups), *ticket_masks.comparisons(all_tickets)]
+    overviews = [*contents.overviews(groups), *ticket_masks.comparisons(all_tickets)]
     sections = [
-        (of_group.label, [*contents.sheets_of(of_group.group), *ticket_masks.sheets_of(of_group)])
+        (
+            of_group.label,
+            [
+                *contents.view_of(of_group.group).sheets(of_group.group),
+                *ticket_masks.sheets_of(of_group),
+            ],
+        )
         for of_group in all_tickets
     ]
     for sheet in overviews:
@@ -71,7 +76,7 @@ def write_report(config: ReportConfig, console: Console | None = None) -> Path:
     # Written first, because it marks the other files as a report, even after an interruption.
     with replacing(out / "report.html") as file:
         file.write(web_page.render(all_tickets).encode())
-    charts = [chart for group in groups for chart in contents.charts_of(group)]
+    charts = [chart for group in groups for chart in contents.view_of(group).charts(group)]
     pictures: list[contents.Chart | contents.Drawing]
     pictures = [*contents.comparisons(groups), *contents.mask_charts(all_tickets), *charts]
     for number, picture in enumerate(pictures, 1):

@@ -26,7 +26,7 @@ from lottery_ticket_pruner.experiments.arguments import arguments as arguments_o
 from lottery_ticket_pruner.experiments.arguments import given, option, options_of, parse_over
 from lottery_ticket_pruner.experiments.config import RunConfig, choices, chosen
 from lottery_ticket_pruner.experiments.options import OptionalInt, OptionalPath
-from lottery_ticket_pruner.experiments.reports import run_folders, tables
+from lottery_ticket_pruner.experiments.reports import contents, run_folders
 from lottery_ticket_pruner.experiments.run_folder import (
     Workplace,
     is_finished,
@@ -308,7 +308,7 @@ def _carry_out(
     finished = [child.config.folder for child in children if child.is_finished]
     if finished:
         groups = run_folders.groups_of(run_folders.find_runs(finished))
-        for sheet in tables.overviews(groups):
+        for sheet in contents.overviews(groups):
             console.print(sheet.table())
     if len(finished) == len(children):
         facts["finished"] = True

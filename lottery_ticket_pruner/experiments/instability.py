@@ -15,7 +15,7 @@ from rich.console import Console
 
 import masked_layers as ml
 from lottery_ticket_pruner import analyses, optimizers
-from lottery_ticket_pruner.experiments import datasets, networks, progress, results
+from lottery_ticket_pruner.experiments import catalogue, datasets, networks, progress, results
 from lottery_ticket_pruner.experiments.config import (
     Experiment,
     Network,
@@ -32,7 +32,7 @@ from lottery_ticket_pruner.experiments.options import (
     OptionalPath,
 )
 from lottery_ticket_pruner.experiments.reports import run_folders, tables
-from lottery_ticket_pruner.experiments.run_folder import RunFolder, command_of
+from lottery_ticket_pruner.experiments.run_folder import RunFolder
 from lottery_ticket_pruner.experiments.workbench import compiled_network, make_deterministic
 from lottery_ticket_pruner.pruner import LotteryTicketPruner
 from lottery_ticket_pruner.tickets import train_to_rewinding_point
@@ -243,7 +243,7 @@ def _table(config: InstabilityConfig, rows: list[dict[str, Any]]) -> pd.DataFram
 def _config_of_run(folder: Path) -> dict[str, Any]:
     """Returns the configuration of a run with saved masks."""
     stored = run_folders.read_run(folder).config
-    if command_of(stored) != "run":
+    if catalogue.command_of(stored) != "run":
         raise ValueError(
             f"'{folder}' is the folder of another command and has no masks of rounds. Pass a "
             "folder of `lottery-ticket run` to --masks."

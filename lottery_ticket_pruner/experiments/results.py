@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from lottery_ticket_pruner.experiments import catalogue
 from masked_layers.archives import read_npz
 
 CONFIG_FILE = "config.json"
@@ -47,13 +48,7 @@ FACTS = ("command", "finished", "versions")
 CODE = "code"
 
 # Columns that contain only numbers or nothing, in the results of every command and version.
-_NUMBERS = (
-    *(name for name in (*COLUMNS, CHANNELS) if name != "arm"),
-    *("epoch", "rewind_to", "instability", "loss_barrier", "lowest_accuracy"),
-    *("dense_accuracy", "accuracy_of_samples_deviation"),
-    *("deterministic_accuracy", "deterministic_sparsity"),
-    *("share", "loss", "accuracy"),
-)
+_NUMBERS = frozenset(name for kind in catalogue.KINDS.values() for name in kind.numbers)
 
 
 class CsvWriter:
@@ -203,28 +198,21 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
 
 
 def rows_per_seed(config: Mapping[str, Any]) -> int | None:
-    """Returns the number of rows per seed of a finished run, or None if unknown.
+    """Returns the number of rows per seed of a finished run, or None if options are unknown.
 
     Args:
         config: The resolved options of the run, and its `command`.
+
+    Raises:
+        ValueError: If the command executes no experiment.
     """
-
-    def count(name: str) -> int:
-        return len(config[name])
-
+    if "command" not in config:
+        return None
+    kind = catalogue.kind_of(config["command"])
     try:
-        if config["command"] == "run":
-            arms = count("controls") * (count("control_rounds") or config["rounds"])
-            return 1 + config["rounds"] + arms
-        if config["command"] == "instability":
-            return count("rewind_to")
-        if config["command"] == "supermask":
-            learned = count("sparsities") or 1  # A mask that learns its sparsity has none.
-            masks = learned if config["learn"] else count("criteria") * count("sparsities")
-            return count("weights") * count("dwr") * masks
+        return kind.rows_per_seed(config)
     except (KeyError, TypeError):
-        pass
-    return None
+        return None
 
 
 def check_results(file: Path, config: Mapping[str, Any]) -> None:

@@ -18,7 +18,7 @@ from rich.console import Console
 
 import lottery_ticket_pruner
 from lottery_ticket_pruner import records
-from lottery_ticket_pruner.experiments import networks
+from lottery_ticket_pruner.experiments import catalogue, networks
 from lottery_ticket_pruner.experiments.config import choices, code_of
 from lottery_ticket_pruner.experiments.datasets import Dataset
 from lottery_ticket_pruner.experiments.results import (
@@ -68,12 +68,6 @@ _Kind = TypeVar("_Kind")
 
 # Maximum number of user files named in a message.
 _SHOWN = 5
-# Entries that identify folders of earlier versions: an option of the command, and its last file.
-_SIGNS = {
-    "run": ("rounds", "accuracy.png"),
-    "supermask": ("learn", "curves-1.png"),
-    "instability": ("points", "instability.png"),
-}
 # Files from which an interrupted run is resumed.
 _STATES = tuple(f"rounds/*/{name}" for name in ("state.json", "pruner-*.npz", "model-*.npz"))
 
@@ -85,15 +79,6 @@ def write_json(file: Path, values: Mapping[str, Any]) -> None:
     """Writes a file that is complete or absent."""
     with replacing(file) as whole:
         whole.write((json.dumps(values, indent=2) + "\n").encode())
-
-
-def command_of(config: Any) -> str | None:
-    """Returns the command that wrote a configuration, or None if unknown."""
-    if not isinstance(config, dict):
-        return None
-    guessed = (name for name, (option, _) in _SIGNS.items() if option in config)
-    command = config.get("command")
-    return command if isinstance(command, str) and command else next(guessed, None)
 
 
 def is_finished(folder: Path, command: str | None = None) -> bool:
@@ -108,7 +93,10 @@ def is_finished(folder: Path, command: str | None = None) -> bool:
         return False
     if "finished" in config:
         return bool(config["finished"])
-    _, last_file = _SIGNS.get(command_of(config) or command or "", ("", "?"))
+    kind = catalogue.KINDS.get(catalogue.command_of(config) or command or "")
+    if kind is None or kind.sign is None:
+        return False
+    _, last_file = kind.sign
     return (folder / RESULTS_FILE).is_file() and (folder / last_file).is_file()
 
 
@@ -271,7 +259,7 @@ class Workplace:
     def _discard(self, left: Path) -> None:
         """Removes a folder that the final one has replaced, except for the user's own files."""
         stored = read_json(left / CONFIG_FILE)
-        command = "sweep" if (left / SWEEP_FILE).is_file() else command_of(stored)
+        command = "sweep" if (left / SWEEP_FILE).is_file() else catalogue.command_of(stored)
         self.moved += move_others(left, self.final, command)
         # The files that identify the folder are removed last. If the process is killed before, the
         # rest must not look like a new run.
@@ -458,7 +446,7 @@ class RunFolder(Workplace):
         stored = read_json(self.path / CONFIG_FILE)
         if (self.path / SWEEP_FILE).is_file():
             raise ValueError(f"'{self.path}' is the folder of a sweep. Choose another with --out.")
-        if (there := command_of(stored)) not in (None, self._command):
+        if (there := catalogue.command_of(stored)) not in (None, self._command):
             raise ValueError(
                 f"'{self.path}' holds the results of `lottery-ticket {there}`. Choose another "
                 "folder with --out, or delete this one."

@@ -6,42 +6,15 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from lottery_ticket_pruner.experiments import catalogue
 from lottery_ticket_pruner.experiments.results import CONFIG_FILE, RESULTS_FILE, SWEEP_FILE
-from lottery_ticket_pruner.search_plans import CONTROLS
-from lottery_ticket_pruner.supermasks import WEIGHTS
 
 # Marks a folder that another one is about to replace, or has replaced.
 REPLACED = ".replaced"
 # Files that runs of earlier versions of two commands wrote next to their results.
 EARLIER_STATE = "state.json"
 
-_ARMS = "|".join(("ticket", *CONTROLS))
-# Regular expressions for paths in the folder. They do not match files that a user may have added,
-# such as a served/2 or masks with other names.
-_RESULTS = {
-    "run": (
-        re.escape(RESULTS_FILE),
-        r"accuracy\.png",
-        r"ticket(-\d+)?\.keras",
-        rf"logs/({_ARMS})-\d+/events\.out\.tfevents\.[^/]*",
-        r"rounds/\d+/(state\.json|initial\.npz|(masks|model|pruner)-\d+\.npz)",
-        r"served/1/(saved_model|fingerprint)\.pb",
-        r"served/1/variables/variables\.(index|data-[\d-]+of-\d+)",
-        r"served/1/(assets/weights\.mlsp|assets\.extra/sparsity\.json)",
-    ),
-    "supermask": (
-        re.escape(RESULTS_FILE),
-        re.escape(EARLIER_STATE),
-        r"(curves-\d+|heat-map)\.png",
-        rf"supermask-({'|'.join(WEIGHTS)})-(plain|rescaled)(-[\d.e+-]+)?-\d+\.keras",
-    ),
-    "instability": (
-        *map(re.escape, (RESULTS_FILE, EARLIER_STATE)),
-        r"lines\.csv",
-        r"instability\.png",
-    ),
-    "sweep": (re.escape(RESULTS_FILE),),
-}
+# Regular expressions for paths in the folder, next to those of `catalogue`.
 _OF_ALL = (
     *map(re.escape, (CONFIG_FILE, SWEEP_FILE, REPLACED)),
     r"output\.log",
@@ -57,9 +30,14 @@ def _fitting(patterns: tuple[str, ...], prefix: str = "") -> re.Pattern[str]:
     return re.compile(f"{prefix}(?:{'|'.join(patterns)})")
 
 
+def _results_of(command: str) -> tuple[str, ...]:
+    files = () if command == "sweep" else catalogue.kind_of(command).files
+    return (re.escape(RESULTS_FILE), *files)
+
+
 def results_in(folder: Path, command: str) -> list[Path]:
     """Returns the files of results in the folder of a command, without configuration and logs."""
-    fits = _fitting(_RESULTS[command])
+    fits = _fitting(_results_of(command))
     return [folder / name for name in _files(folder) if fits.fullmatch(name.as_posix())]
 
 
@@ -68,14 +46,15 @@ def others_in(folder: Path, command: str | None) -> list[Path]:
 
     Args:
         folder: The folder.
-        command: `run`, `supermask`, `instability`, or `sweep` for both kinds of sweeps. None if
+        command: The command, or `sweep` for all kinds of sweeps. None, or another one, if it is
             unknown; results then count as the user's own files.
     """
-    results = () if command is None else _RESULTS.get(command, ())
+    results = _results_of(command) if command in (*catalogue.KINDS, "sweep") else ()
     fits = [_fitting((*results, *_OF_ALL))]
     if command == "sweep":
-        of_runs = (*_RESULTS["run"], *_RESULTS["supermask"], *_OF_ALL)
-        fits.append(_fitting(of_runs, f"{_CHILD}/"))
+        swept = [kind.command for kind in catalogue.KINDS.values() if kind.swept]
+        of_runs = [name for kind in swept for name in _results_of(kind)]
+        fits.append(_fitting((*of_runs, *_OF_ALL), f"{_CHILD}/"))
     return [
         name
         for name in _files(folder)

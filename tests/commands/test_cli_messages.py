@@ -180,7 +180,7 @@ def test_warnings_of_a_command_come_without_lines_of_ours(tmp_path, capsys, monk
 def test_the_folder_of_a_report_must_not_be_a_file(said, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text("{}")
-    (tmp_path / "run" / "results.csv").write_text("replicate,sparsity,test_accuracy\n0,0,1\n")
+    (tmp_path / "run" / "results.csv").write_text("replicate,epoch,test_accuracy\n0,0,1\n")
     assert said("report", "run", "--out", "file", "--quiet").startswith("'file' is a file, but")
 
 

@@ -11,7 +11,7 @@ import own_data
 pytest.importorskip("tyro")
 
 from lottery_ticket_pruner import cli
-from lottery_ticket_pruner.experiments import results
+from lottery_ticket_pruner.experiments import catalogue, results
 from lottery_ticket_pruner.experiments.config import RunConfig
 from lottery_ticket_pruner.experiments.instability import InstabilityConfig
 from lottery_ticket_pruner.experiments.supermask import SupermaskConfig
@@ -41,6 +41,16 @@ def finished(tmp_path_factory):
             assert cli.main([*command, "--quiet"]) == 0
             (place / "out").rename(place / name)
     return place
+
+
+def test_every_experiment_is_tested_and_names_its_columns_of_numbers(finished):
+    assert set(COMMANDS) == set(ROWS) == set(catalogue.KINDS)
+    for command, kind in catalogue.KINDS.items():
+        for file in (finished / command).glob("*.csv"):
+            table = pd.read_csv(file)
+            numbers = table.select_dtypes("number").columns  # Booleans are not among them.
+            assert set(numbers) <= set(kind.numbers), (command, file.name)
+        assert kind.fits(pd.read_csv(finished / command / "results.csv"))
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import own_data
 pytest.importorskip("tyro")
 
 from lottery_ticket_pruner import cli
-from lottery_ticket_pruner.experiments import written
+from lottery_ticket_pruner.experiments import catalogue, written
 from lottery_ticket_pruner.experiments.run_folder import Workplace
 from lottery_ticket_pruner.folders import FolderInUseError, FolderLock
 from masked_layers import files
@@ -46,6 +46,10 @@ OWN = (
     "analysis/deep/results.csv",
     "report/notes.html",
 )
+
+
+def test_every_experiment_is_tested():
+    assert {command for command, *_ in COMMANDS.values()} == set(catalogue.KINDS)
 
 
 @pytest.fixture

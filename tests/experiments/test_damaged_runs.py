@@ -14,7 +14,7 @@ from lottery_ticket_pruner import cli
 from lottery_ticket_pruner.experiments import run_folder, workbench
 from lottery_ticket_pruner.experiments.config import RunConfig
 from lottery_ticket_pruner.experiments.instability import InstabilityConfig
-from lottery_ticket_pruner.experiments.reports import run_folders, tables
+from lottery_ticket_pruner.experiments.reports import contents, run_folders
 
 pytestmark = pytest.mark.once
 
@@ -48,7 +48,7 @@ def read(folder):
     runs = run_folders.find_runs([folder])
     groups = run_folders.groups_of(runs)
     run_folders.tidy(runs)
-    return [sheet.table() for sheet in tables.overviews(groups)]
+    return [sheet.table() for sheet in contents.overviews(groups)]
 
 
 @given(data=st.data(), name=st.sampled_from(["config", "rows"]))

@@ -15,7 +15,13 @@ import scipy.stats
 from rich.console import Console
 
 from lottery_ticket_pruner.experiments import results
-from lottery_ticket_pruner.experiments.reports import figures, run_folders, statistics, tables
+from lottery_ticket_pruner.experiments.reports import (
+    contents,
+    figures,
+    run_folders,
+    statistics,
+    tables,
+)
 from made_up_runs import ROWS, row, write_run
 
 pytestmark = pytest.mark.once
@@ -285,7 +291,7 @@ def test_tickets_are_compared_at_six_rounds_at_most(tmp_path):
             for n in range(1, 12) for r in (0, 1)]  # fmt: skip
     write_run(tmp_path / "a", rows)
     write_run(tmp_path / "b", rows[:6], strategy="random")
-    overview, sheet = tables.overviews(run_folders.groups_of(run_folders.find_runs([tmp_path])))
+    overview, sheet = contents.overviews(run_folders.groups_of(run_folders.find_runs([tmp_path])))
     assert overview.lines[0][0] == "large_final"
     assert sheet.headings == ("", "80.00%", "51.20%", "32.77%", "20.97%", "13.42%", "8.59%")
     assert sheet.lines[0][1:3] == ("90.60 ± 0.71", "90.80 ± 0.71")

@@ -42,38 +42,78 @@ class Drawing:
         return self.draw()
 
 
-def sheets_of(group: Group) -> list[tables.Sheet]:
-    """Returns the tables for the results of one group."""
-    if group.is_instability:
-        return [tables.instability_sheet(group.rows)]
-    if not group.has_rounds:
-        return [tables.best_sheet(group.rows)]
+@dataclasses.dataclass(frozen=True)
+class View:
+    """The parts of a report for the results of one kind of experiment.
+
+    Attributes:
+        sheets: Returns the tables for a group of runs.
+        charts: Returns the figures for a group of runs.
+        overviews: Returns the tables that compare groups of runs.
+        draws_again: Whether the figures replace those that the runs saved.
+    """
+
+    sheets: Callable[[Group], list[tables.Sheet]]
+    charts: Callable[[Group], list[Chart]]
+    overviews: Callable[[Sequence[Group]], list[tables.Sheet]]
+    draws_again: bool = False
+
+
+def view_of(group: Group) -> View:
+    """Returns the parts of a report for a group."""
+    return VIEWS[group.kind.command]
+
+
+def overviews(groups: Sequence[Group]) -> list[tables.Sheet]:
+    """Returns the tables that compare groups."""
+    sheets = []
+    for command, view in VIEWS.items():
+        own = [group for group in groups if group.kind.command == command]
+        sheets += view.overviews(own) if own else []
+    return sheets
+
+
+def _search_sheets(group: Group) -> list[tables.Sheet]:
     sheets = [tables.accuracy_sheet(group.rows)]
     if (group.rows["arm"] == "ticket").any():
         sheets.append(tables.difference_sheet(group.rows))
     return sheets
 
 
-def charts_of(group: Group) -> list[Chart]:
-    """Returns the figures for the results of one group."""
-    title = group.label or group.title
-    if group.is_instability:
-        return []  # The run's own figure shows it.
-    if not group.has_rounds:
-        return [
-            Chart(", ".join(filter(None, (title, name))), _bands(lines), lines, x_label)
-            for name, lines, x_label in figures.charts(group.rows)
-        ]
+def _search_charts(group: Group) -> list[Chart]:
     lines = figures.arm_lines(group.rows)
     dense = statistics.dense_accuracies(group.rows)
+    title = group.label or group.title
     return [Chart(title, _bands(lines), lines, dense=dense)] if lines else []
+
+
+def _mask_charts(group: Group) -> list[Chart]:
+    title = group.label or group.title
+    return [
+        Chart(", ".join(filter(None, (title, name))), _bands(lines), lines, x_label)
+        for name, lines, x_label in figures.charts(group.rows)
+    ]
+
+
+# By command, for every experiment of `catalogue`.
+VIEWS = {
+    "run": View(_search_sheets, _search_charts, tables.overviews_of_searches, draws_again=True),
+    "supermask": View(
+        lambda group: [tables.best_sheet(group.rows)], _mask_charts, tables.overviews_of_masks
+    ),
+    "instability": View(
+        lambda group: [tables.instability_sheet(group.rows)],
+        lambda group: [],  # The run's own figure shows it.
+        lambda groups: [],
+    ),
+}
 
 
 def comparisons(groups: Sequence[Group]) -> list[Chart]:
     """Returns figures with the tickets of all groups, one for each data set and network."""
     together: dict[str, list[figures.Line]] = {}
     for group in groups:
-        if group.has_rounds and (group.rows["arm"] == "ticket").any():
+        if group.kind.command == "run" and (group.rows["arm"] == "ticket").any():
             names = (group.config.get("data"), group.config.get("network"))
             line = dataclasses.replace(figures.line_of_arm(group.rows, "ticket"), label=group.label)
             together.setdefault(", ".join(map(str, names)), []).append(line)

@@ -1,6 +1,7 @@
 """Reads run folders, and finds out which of them are replicates of one configuration."""
 
 import dataclasses
+import functools
 import json
 import warnings
 from collections.abc import Iterable, Sequence
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from lottery_ticket_pruner.experiments.catalogue import KINDS, Kind, kind_of_results
 from lottery_ticket_pruner.experiments.results import (
     CONFIG_FILE,
     FACTS,
@@ -49,6 +51,23 @@ class Run:
     config: dict[str, Any]
     rows: pd.DataFrame
 
+    @functools.cached_property
+    def kind(self) -> Kind:
+        """The experiment that it is a run of.
+
+        Raises:
+            ValueError: If its results have other columns, or none.
+        """
+        kind = kind_of_results(self.config, self.rows)
+        if kind is None:
+            named = self.config.get("command")
+            of = f"`lottery-ticket {named}`" if named else "any experiment"
+            raise ValueError(
+                f"'{self.folder / RESULTS_FILE}' lacks the columns of the results of {of}. It has: "
+                f"{list(self.rows.columns.drop('seed'))}"
+            )
+        return kind
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Group:
@@ -67,29 +86,15 @@ class Group:
     rows: pd.DataFrame
 
     @property
-    def has_rounds(self) -> bool:
-        """True if the rows are those of `lottery-ticket run`, by rounds and arms."""
-        return "arm" in self.rows and "round" in self.rows
-
-    @property
-    def has_masks(self) -> bool:
-        """True if the rows are those of `lottery-ticket supermask`, by sparsity or epoch."""
-        return not (self.has_rounds or self.is_instability)
-
-    @property
-    def is_instability(self) -> bool:
-        """True if the rows are those of `lottery-ticket instability`."""
-        return "instability" in self.rows
+    def kind(self) -> Kind:
+        """The experiment that its runs are runs of."""
+        return self.runs[0].kind
 
     @property
     def title(self) -> str:
         """Data set, network, criterion and treatment of the group."""
         words = [str(self.config[key]) for key in _NAMING if self.config.get(key)]
-        if self.is_instability:
-            words.append("instability")
-        elif "learn" in self.config:
-            words.append(f"{self.config['learn'] or 'untrained'} masks")
-        return ", ".join(words)
+        return ", ".join(filter(None, (*words, self.kind.subject(self.config))))
 
 
 def read_run(folder: Path) -> Run:
@@ -118,6 +123,11 @@ def read_run(folder: Path) -> Run:
     seeds = config.get("seeds") or []
     if not isinstance(seeds, list) or not all(isinstance(seed, int) for seed in seeds):
         raise ValueError(f"'{folder / CONFIG_FILE}' holds no seeds. Received: {seeds!r}")
+    if "command" in config and config["command"] not in KINDS:
+        raise ValueError(
+            f"'{folder}' was written by `lottery-ticket {config['command']}`, which is not an "
+            f"experiment of this version: {', '.join(KINDS)}."
+        )
     if config.get("finished"):
         check_results(folder / RESULTS_FILE, config | {"seeds": seeds})
     try:
@@ -179,14 +189,14 @@ def groups_of(runs: Sequence[Run]) -> list[Group]:
     """Groups runs that differ only in seeds and folders, in the given order."""
     together: dict[str, list[Run]] = {}
     for run in runs:
-        key = json.dumps(_choices(run), sort_keys=True)
+        key = json.dumps([run.kind.command, _choices(run)], sort_keys=True)
         together.setdefault(key, []).append(run)
     groups = [
         Group("", _choices(same[0]), tuple(same), _pooled(same)) for same in together.values()
     ]
     # Each command has its own options, which do not apply to runs of other commands.
-    for kind in ("has_rounds", "has_masks", "is_instability"):
-        places = [place for place, group in enumerate(groups) if getattr(group, kind)]
+    for kind in dict.fromkeys(group.kind.command for group in groups):
+        places = [place for place, group in enumerate(groups) if group.kind.command == kind]
         labels = _labels([groups[place].config for place in places])
         for place, label in zip(places, labels, strict=True):
             groups[place] = dataclasses.replace(groups[place], label=label)

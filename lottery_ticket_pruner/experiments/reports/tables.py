@@ -230,21 +230,19 @@ def tickets_sheet(groups: Sequence[Group]) -> Sheet:
     return Sheet(title, ("", *headings), tuple(lines), names=1)
 
 
-def overviews(groups: Sequence[Group]) -> list[Sheet]:
-    """Returns the tables that compare groups."""
-    sheets = []
-    searches = [group for group in groups if group.has_rounds]
-    if searches:
-        sheets.append(overview_sheet(searches))
+def overviews_of_searches(searches: Sequence[Group]) -> list[Sheet]:
+    """Returns the tables that compare groups of runs of `lottery-ticket run`."""
     found = [group for group in searches if (group.rows["arm"] == "ticket").any()]
-    if len(found) > 1:
-        sheets.append(tickets_sheet(found))
-    others = [group for group in groups if group.has_masks]
-    if len(others) > 1:
-        named = [group.rows.assign(configuration=group.label or group.title) for group in others]
-        rows = pd.concat(named, ignore_index=True)
-        sheets.append(best_sheet(rows[["configuration", *rows.columns.drop("configuration")]]))
-    return sheets
+    return [overview_sheet(searches), *([tickets_sheet(found)] if len(found) > 1 else [])]
+
+
+def overviews_of_masks(groups: Sequence[Group]) -> list[Sheet]:
+    """Returns the tables that compare groups of runs of `lottery-ticket supermask`."""
+    if len(groups) < 2:
+        return []
+    named = [group.rows.assign(configuration=group.label or group.title) for group in groups]
+    rows = pd.concat(named, ignore_index=True)
+    return [best_sheet(rows[["configuration", *rows.columns.drop("configuration")]])]
 
 
 def filled(sheet: Sheet) -> Sheet:

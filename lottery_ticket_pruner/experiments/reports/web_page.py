@@ -16,7 +16,6 @@ from lottery_ticket_pruner.experiments.reports import (
     contents,
     figures,
     run_folders,
-    tables,
     ticket_masks,
 )
 from lottery_ticket_pruner.experiments.reports.contents import Chart, Drawing
@@ -47,8 +46,8 @@ def render(all_tickets: Sequence[GroupTickets]) -> str:
                 "title": of_group.label,
                 "runs": [run.folder for run in group.runs],
                 "seeds": sorted({int(seed) for seed in group.rows["seed"]}),
-                "charts": [drawn(chart) for chart in contents.charts_of(group)],
-                "sheets": contents.sheets_of(group),
+                "charts": [drawn(chart) for chart in contents.view_of(group).charts(group)],
+                "sheets": contents.view_of(group).sheets(group),
                 "layers": of_group.layers,
                 "tickets": len(of_group.tickets),
                 "unreadable": of_group.unreadable,
@@ -67,7 +66,7 @@ def render(all_tickets: Sequence[GroupTickets]) -> str:
     return page.render(
         title=contents.title_of(groups),
         groups=groups,
-        overviews=tables.overviews(groups),
+        overviews=contents.overviews(groups),
         comparisons=comparisons,
         mask_sheets=ticket_masks.comparisons(all_tickets),
         mask_charts=mask_charts,
@@ -122,8 +121,8 @@ def svg(figure: Figure, prefix: str, label: str) -> str:
 
 
 def _images(group: Group) -> list[tuple[str, str]]:
-    """Returns images saved by a run without rounds, as pairs of name and data URL."""
-    if group.has_rounds:  # drawn again, over all replicates
+    """Returns images saved by runs, as pairs of name and data URL."""
+    if contents.view_of(group).draws_again:  # Over all replicates.
         return []
     return [
         (
