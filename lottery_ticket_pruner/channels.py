@@ -159,11 +159,30 @@ def note_limits(
     if request.budget is not None:
         return
     before = {path: kernel.mask for path, kernel in kernels.items()}
-    found = selection.shortfalls(request, graph, before, masks)
+    _log_shortfalls(request, selection.shortfalls(request, graph, before, masks))
+
+
+def note_end(
+    request: selection.Request,
+    graph: ml.ChannelFamilies | None,
+    masks: Mapping[str, np.ndarray],
+) -> None:
+    """Logs the families that did not reach the last sparsity of a schedule.
+
+    Args:
+        request: The last request of the schedule.
+        graph: The channels of the model, or None.
+        masks: The masks at the end of the training, by path.
+    """
+    if graph is not None and request.structure is not None and request.structure.coupled:
+        _log_shortfalls(request, selection.shortfalls(request, graph, masks, masks))
+
+
+def _log_shortfalls(request: selection.Request, found: Mapping[str, str]) -> None:
     if found:
         _logger.warning(
             "%s pruned fewer channels than %s requires: %s",
-            structure,
+            request.structure,
             _amount(request),
             "; ".join(f"{name}: {numbers}" for name, numbers in found.items()),
         )

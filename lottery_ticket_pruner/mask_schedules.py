@@ -15,6 +15,7 @@ from keras import ops
 
 import masked_layers as ml
 from lottery_ticket_pruner import (
+    channels,
     criteria,
     distributions,
     evidence,
@@ -256,16 +257,24 @@ class GradualPruning(MaskSchedule):
         plain = structure is None and distribution is None
         self._on_device = by_magnitude and self.scope != "output" and plain
         self._told_of_end = False
+        self._requested: float | None = None  # the last sparsity that was due
         self._emptied: list[str] = []  # paths whose masks kept nothing at the last change
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
-        """Warns once if training ended before the schedule reached its final sparsity."""
+        """Warns once if training ended before the schedule reached its final sparsity.
+
+        If it did, the log names the layers of which a structure of channels pruned fewer.
+        """
         if not self._begun or self._told_of_end:  # Without a batch, the step is unknown.
             return
         message = notices.of_schedule_left(self.schedule, self.step)
         if message is not None:
             self._told_of_end = True
             notices.warn(message)
+        elif self._requested is not None:
+            model = self.pruner.model
+            request = dataclasses.replace(self._request, sparsity=self._requested)
+            channels.note_end(request, self.pruner.followed.of(model, request), ml.get_masks(model))
 
     def _due(self, step: int) -> bool:
         return self.schedule.due(step)
@@ -274,6 +283,7 @@ class GradualPruning(MaskSchedule):
         sparsity = schedules.check_sparsity(
             f"{self.schedule!r} at step {step}", self.schedule.sparsity(step)
         )
+        self._requested = sparsity
         if self._on_device:
             self._rank(sparsity, step)
         else:

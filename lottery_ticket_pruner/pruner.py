@@ -89,7 +89,7 @@ class LotteryTicketPruner(plain_models.PlainPruning):
         super().__init__(model)
         self._final: tuple[np.ndarray, ...] | None = None
         self._final_is_new = False
-        self._followed = channels.Followed()
+        self.followed = channels.Followed()
         self.set_initial_weights()
 
     # Records.
@@ -425,7 +425,7 @@ class LotteryTicketPruner(plain_models.PlainPruning):
         ml.sync(model)
         prunables = self._prunables(model)
         kernels = self._kernels(prunables, criterion)
-        graph = self._followed.of(model, request)
+        graph = self.followed.of(model, request)
         if criterion.evidence and is_masked(model):
             # Criteria of final weights measure their evidence with these weights in the model.
             with weights_replaced(model, self._final if "final" in criterion.needs else None):

@@ -145,12 +145,16 @@ def test_layers_that_stay_whole_are_followed_and_named_once_per_training(caplog,
         "name": "polynomial", "initial_sparsity": 0.0, "final_sparsity": 0.5,
         "begin_step": 0, "end_step": 4, "frequency": 1,
     }  # fmt: skip
-    pruning = GradualPruning(LotteryTicketPruner(model), schedule, structure="channels")
+    structure = Channels(round_to=4)
+    pruning = GradualPruning(LotteryTicketPruner(model), schedule, structure=structure)
     with caplog.at_level(logging.WARNING, "lottery_ticket_pruner"):
         model.fit(np.zeros((8, 4)), np.zeros((8, 2)), batch_size=2, verbose=0, callbacks=[pruning])
     assert len(times) == 1
     assert caplog.text.count("leaves layers") == 1
-    assert widths(model)["b"] == 3
+    assert widths(model)["b"] == 4
+    # The rounding of earlier steps is not mentioned.
+    assert caplog.text.count("fewer channels") == 1
+    assert "fewer channels than a sparsity of 0.5 requires: b: 4 of 6 are kept" in caplog.text
 
 
 @pytest.mark.once
