@@ -471,7 +471,10 @@ def _check_points(points: int) -> None:
 
 
 def _masks(of: keras.Model | Masks) -> Masks:
-    return ml.get_masks(of) if isinstance(of, keras.Model) else of
+    if not isinstance(of, keras.Model):
+        return of
+    masks = ml.get_masks(of)
+    return {ref.path: masks[ref.path] for ref in ml.masked_refs(of)}
 
 
 def _plain(model: keras.Model) -> keras.Model:

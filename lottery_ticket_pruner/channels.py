@@ -127,6 +127,39 @@ def _besides(rank: int, axes: Sequence[int]) -> tuple[int, ...]:
     return tuple(axis for axis in range(rank) if axis not in {other % rank for other in axes})
 
 
+def left_out(
+    graph: ml.ChannelFamilies | None, masks: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Returns masks of normalizations that leave out the channels without a kept weight.
+
+    Args:
+        graph: The channels of the model, or None.
+        masks: Masks of weights by path.
+    """
+    found: dict[str, np.ndarray] = {}
+    for family in [] if graph is None else graph.families:
+        if family.normalized:
+            kept = np.append(selection.kept_channels(family, masks), True)  # -1 is the last.
+            for path, members in family.normalized.items():
+                found[path] = kept[members] & found.get(path, True)
+    return found
+
+
+def without_pruned(
+    model: keras.Model, graph: ml.ChannelFamilies | None, masks: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Returns `left_out` without the channels that the model leaves out already."""
+    current = {ref.path: ref.mask.to_numpy() for ref in ml.channel_refs(model)}
+    return {path: mask & current[path] for path, mask in left_out(graph, masks).items()}
+
+
+def leaving_out(
+    measure: selection.Measure, model: keras.Model, graph: ml.ChannelFamilies | None
+) -> selection.Measure:
+    """Returns a measure for which normalizations leave out the channels of pruned weights, too."""
+    return lambda masks: measure({**masks, **without_pruned(model, graph, masks)})
+
+
 def _by_reason(reasons: Mapping[str, str]) -> list[str]:
     """Returns a text for each reason, with the names of up to three layers it applies to."""
     layers: dict[str, list[str]] = {}

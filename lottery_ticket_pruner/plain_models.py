@@ -299,6 +299,10 @@ class PlainPruning(abc.ABC):
         refs = records.prunables(model).items()
         return {i: ref for i, ref in refs if ref.mask is not None or i in self._masks}
 
+    def _with_masks(self, model: keras.Model) -> dict[int, WeightRef]:
+        """Returns these weights, then the scales of normalizations with a mask, by position."""
+        return {**self._prunables(model), **records.channel_scales(model)}
+
     def _mask(self, position: int, ref: WeightRef) -> np.ndarray:
         """Returns a copy of the mask of a weight."""
         if ref.mask is None:
@@ -308,7 +312,7 @@ class PlainPruning(abc.ABC):
     def _write_masks(self, model: keras.Model, masks: Mapping[int, np.ndarray]) -> None:
         """Sets masks by position, in the model if it is masked, otherwise in the pruner."""
         if is_masked(model):
-            refs = self._prunables(model)
+            refs = self._with_masks(model)
             ml.set_masks(model, {refs[position].path: mask for position, mask in masks.items()})
         else:
             self._masks = {position: mask.astype(bool) for position, mask in masks.items()}

@@ -430,21 +430,19 @@ class LotteryTicketPruner(plain_models.PlainPruning):
             # Criteria of final weights measure their evidence with these weights in the model.
             with weights_replaced(model, self._final if "final" in criterion.needs else None):
                 measure = evidence.measurement(model, criterion, data)
+                measure = channels.leaving_out(measure, model, graph)
                 masks = selection.select(request, kernels, measure, graph)
         else:
             masks = selection.select(request, kernels, graph=graph)
         self._write_masks(model, {i: masks[self._architecture.paths[i]] for i in prunables})
+        ml.set_masks(model, channels.without_pruned(model, graph, masks))
         self._final_is_new = False
         self._updates += 1
         size = sum(mask.size for mask in masks.values())
         alive = sum(int(mask.sum()) for mask in masks.values())
         _logger.info(
             "Pruned %r by %s: %d of %d weights kept (%.2f %%).",
-            model.name,
-            criterion.name,
-            alive,
-            size,
-            100 * alive / size,
+            *(model.name, criterion.name, alive, size, 100 * alive / size),
         )
         notices.of_update(request, kernels, masks)
         channels.note_limits(request, graph, kernels, masks)
@@ -479,7 +477,7 @@ class LotteryTicketPruner(plain_models.PlainPruning):
             final_is_new=self._final_is_new,
             updates=self._updates,
             clocks=[(step, rate if same else None) for step, rate in self._clocks],
-            masks={position: self._mask(position, ref) for position, ref in prunables.items()},
+            masks={i: self._mask(i, ref) for i, ref in self._with_masks(self.model).items()},
             frozen=frozen,
             factors=self._rescaling.factors,
             unscaled=self._rescaling.unscaled,
@@ -507,12 +505,11 @@ class LotteryTicketPruner(plain_models.PlainPruning):
         pruner._architecture.compare(
             saved.paths, [array.shape for array in saved.initial], f"The file {file}"
         )
-        prunables = pruner._prunables(model)
-        if list(prunables) != list(saved.masks):
-            paths = pruner._architecture.paths
+        masked, paths = pruner._with_masks(model), pruner._architecture.paths
+        if list(masked) != list(saved.masks):
             raise ValueError(
                 f"The file {file} has masks for {[saved.paths[i] for i in saved.masks]}, the model "
-                f"{model.name!r} for {[paths[i] for i in prunables]}. Convert the model the same "
+                f"{model.name!r} for {[paths[i] for i in masked]}. Convert the model the same "
                 "way as when the pruner was saved."
             )
         pruner._initial, pruner._final = saved.initial, saved.final
@@ -522,7 +519,7 @@ class LotteryTicketPruner(plain_models.PlainPruning):
         pruner._rescaling = plain_models.Rescaling(saved.factors, saved.unscaled)
         pruner._write_masks(model, saved.masks)
         if is_masked(model):
-            pruner._freeze({i: saved.frozen.get(i) for i in prunables})
+            pruner._freeze({i: saved.frozen.get(i) for i in pruner._prunables(model)})
         _logger.info("Loaded the pruner of %r from %s.", model.name, file)
         return pruner
 

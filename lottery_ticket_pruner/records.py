@@ -97,6 +97,12 @@ def prunables(model: keras.Model) -> dict[int, WeightRef]:
     return {i: ref for i, ref in refs.items() if ref.mask is not None} or refs
 
 
+def channel_scales(model: keras.Model) -> dict[int, WeightRef]:
+    """Returns the scales whose masks leave channels out of a normalization, by position."""
+    positions = {id(variable): i for i, variable in enumerate(model.weights)}
+    return {positions[id(ref.variable)]: ref for ref in ml.channel_refs(model)}
+
+
 def _weight_paths(model: keras.Model) -> list[str]:
     """Returns a unique path for each weight of the model, in order."""
     names = {

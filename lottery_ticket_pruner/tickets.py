@@ -448,11 +448,13 @@ class TicketSearch:
         ml.set_masks(self.model, self.masks[-1])
 
     def _shuffled(self, arm: str, parts: arms.Parts) -> dict[str, np.ndarray]:
-        pruning, masks = self.plan.pruning, self.masks[-1]
+        pruning = self.plan.pruning
+        masks = {ref.path: self.masks[-1][ref.path] for ref in ml.masked_refs(self.model)}
         if pruning.found_structure is not None:
-            return arms.shuffled_within(
+            masks = arms.shuffled_within(
                 pruning.found_structure, self.model, masks, parts, self._graph
             )
+            return {**masks, **channels.left_out(self._graph, masks)}
         scope = selection.resolve_scope(pruning.criterion, pruning.scope)
         together = scope == "global" and arm == "random_mask"
         return arms.shuffled(masks, parts, together=together)

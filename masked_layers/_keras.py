@@ -234,6 +234,19 @@ def is_lent(variable: keras.Variable) -> bool:
     )
 
 
+def cond(condition: Any, first: Callable[[], Any], second: Callable[[], Any]) -> Any:
+    """Returns `first()` if a bool tensor is true, otherwise `second()`; see `keras.ops.cond`.
+
+    Outside of a traced function, `ops.cond` on JAX would compile both branches at every call.
+    """
+    if keras.backend.backend() == "jax":
+        import jax
+
+        if not isinstance(condition, jax.core.Tracer):
+            return first() if condition else second()
+    return keras.ops.cond(condition, first, second)
+
+
 def optimized_variables(optimizer: keras.Optimizer) -> list[keras.Variable]:
     """Returns the variables that a built optimizer updates, in its order, from a private list."""
     return list(optimizer._trainable_variables)

@@ -5,7 +5,9 @@
 
 from keras import layers
 
+from masked_layers import normalization
 from masked_layers.layers import define
+from masked_layers.maskable import NORMALIZATIONS
 
 MaskedDense = define(layers.Dense, __name__)
 MaskedEinsumDense = define(layers.EinsumDense, __name__)
@@ -34,3 +36,11 @@ MaskedMultiHeadAttention = define(layers.MultiHeadAttention, __name__)
 MaskedGroupedQueryAttention = define(layers.GroupQueryAttention, __name__)
 MaskedTimeDistributed = define(layers.TimeDistributed, __name__)
 MaskedBidirectional = define(layers.Bidirectional, __name__)
+
+_NORMALIZATION = {
+    cls: define(cls, __name__, normalization.ABOUT, call=normalization.masked_call(cls))
+    for cls in NORMALIZATIONS
+}
+MaskedLayerNormalization = _NORMALIZATION[layers.LayerNormalization]
+MaskedRMSNormalization = _NORMALIZATION[layers.RMSNormalization]
+MaskedGroupNormalization = _NORMALIZATION[layers.GroupNormalization]

@@ -15,7 +15,15 @@ import numpy as np
 from masked_layers import _keras, compiled, learned, randomness
 from masked_layers.copying import copy_model, renew_optimizer
 from masked_layers.exactness import check_copy, check_masks, has_code_of_others
-from masked_layers.inspection import MaskedRef, get_masks, masked_refs, weight_refs
+from masked_layers.inspection import (
+    MaskedRef,
+    channel_refs,
+    check_no_channel_left_out,
+    get_masks,
+    masked_refs,
+    refs_with_masks,
+    weight_refs,
+)
 from masked_layers.layers import (
     MASKED_CLASSES,
     MaskedLayer,
@@ -26,7 +34,7 @@ from masked_layers.layers import (
     unmask,
 )
 from masked_layers.learned import LearnedMask
-from masked_layers.maskable import maskable, weights_inside
+from masked_layers.maskable import NORMALIZATIONS, maskable, raw_variable, weights_inside
 from masked_layers.masks import raw_view
 from masked_layers.paths import check_walk, plain_class, resolve, walk
 
@@ -45,6 +53,7 @@ def convert_to_masked(
     include: Filter | None = None,
     exclude: Filter | None = None,
     mask_bias: bool = False,
+    mask_normalization: bool = False,
     mask: learned.Identifier = "binary",
     inplace: bool = False,
 ) -> keras.Model:
@@ -66,6 +75,11 @@ def convert_to_masked(
             layer that contains other layers stands for all of them. Default: all layers.
         exclude: Layers not to mask, in the same forms. It takes precedence over `include`.
         mask_bias: Whether biases are masked too.
+        mask_normalization: Whether normalization over channels gets masks that leave channels out:
+            `LayerNormalization` and `RMSNormalization` of one axis, and `GroupNormalization` of one
+            group. `structure="channels"` can then prune the channels that they normalize. Mean and
+            variance are those of the kept channels. These masks are not counted as weights, but
+            `get_masks`, `set_masks` and files include them.
         mask: Kind of the masks. `"binary"`, or `"bernoulli"` or `"edge_popup"` for learned masks;
             a mask that is not built, as a prototype, such as `EdgePopupMask(sparsity=0.7, seed=1)`;
             the config of a mask; or a function that returns one. With learned masks, scores are
@@ -82,8 +96,9 @@ def convert_to_masked(
         ValueError: If the model has nothing to mask, cannot be copied, has layers that no path
             leads to, or is not built and has a layer that may create maskable layers when it is
             built. If `mask` is not a mask, cannot be used for a weight, or is learned and the model
-            is already masked. If code of the model reads a weight without its mask, or a copy has
-            other outputs. `model` is unchanged after an error.
+            is already masked, or its normalization is to be masked. If code of the model reads a
+            weight without its mask, or a copy has other outputs. `model` is unchanged after an
+            error.
 
     Warns:
         UserWarning: If a pattern or function of `include` or `exclude` matches no layer.
@@ -98,7 +113,9 @@ def convert_to_masked(
             f"'{model.name}' already has masks, which would be kept. Call `strip_masks(model)` "
             f"first and convert the model that it returns. Received: mask={mask!r}"
         )
-    selected = _select(model, include, exclude, mask_bias)
+    if mask_normalization:
+        _check_binary(model, prototype)
+    selected = _select(model, include, exclude, mask_bias, mask_normalization)
     source, model = model, model if inplace else copy_model(model)
     weights = [path for path, unbuilt in selected if not unbuilt]
     with undone_on_error(model):
@@ -122,6 +139,16 @@ def convert_to_masked(
     return model
 
 
+def _check_binary(model: keras.Model, prototype: Any) -> None:
+    refs = weight_refs(model)
+    found = [prototype, *(ref.mask for ref in refs)]
+    if known := [mask for mask in found if mask is not None and mask.learned]:
+        raise ValueError(
+            "`mask_normalization=True` needs binary masks, as channels are pruned. Call "
+            f"`masked_layers.harden(model)` first. Received: {known[0]!r}"
+        )
+
+
 def strip_masks(model: keras.Model, *, inplace: bool = False) -> keras.Model:
     """Returns a plain copy of a masked model: no masks, pruned weights exactly 0, same outputs.
 
@@ -137,21 +164,39 @@ def strip_masks(model: keras.Model, *, inplace: bool = False) -> keras.Model:
     Raises:
         TypeError: If `model` is not a Keras model.
         ValueError: If the model has no masked weight, has learned masks, or cannot be copied. If a
-            masked layer has no plain class or computes its weight from the variable. If custom code
-            reads a weight without its mask. `model` is unchanged after an error.
+            masked layer has no plain class or computes its weight from the variable. If a
+            normalization leaves channels out, which the plain layer cannot: `shrink` removes them.
+            If custom code reads a weight without its mask. `model` is unchanged after an error.
     """
     if not isinstance(model, keras.Model):
         raise TypeError(f"Expected a `keras.Model`. Received: {model!r}")
+    _keras.sync(model)
+    check_no_channel_left_out(model)
+    return _stripped(model, inplace)
+
+
+def strip_weight_masks(model: keras.Model) -> keras.Model:
+    """Returns what `strip_masks` does, on which normalizations still leave channels out.
+
+    Their scale and shift are 0 for these channels.
+    """
+    return _stripped(model, inplace=False)
+
+
+def _stripped(model: keras.Model, inplace: bool) -> keras.Model:
     _check_strippable(model)
     _keras.sync(model)
     others = has_code_of_others(model)
     if others:
         check_masks(model)
     source, model = model, model if inplace else copy_model(model)
-    refs = masked_refs(model)
+    refs = [ref for ref in weight_refs(model) if isinstance(ref, MaskedRef)]
     for ref in refs:
         _fold(ref)
-    unmask(model)
+    leaving = [ref for ref in channel_refs(model) if not ref.mask.to_numpy().all()]
+    for ref in leaving:
+        _zero_left_out(ref)
+    unmask(model, besides=[ref.layer for ref in leaving])
     traces = compiled.forget_functions(model, around=inplace)
     if inplace:
         compiled.warn_of_traces(model, [ref.variable for ref in refs], traces)
@@ -223,7 +268,7 @@ def sample_masks(model: keras.Model, seed: int) -> dict[str, np.ndarray]:
 
 
 def _check_strippable(model: keras.Model) -> None:
-    for ref in masked_refs(model):
+    for ref in refs_with_masks(model):
         if ref.mask.learned:
             raise ValueError(
                 f"'{ref.path}' cannot be stripped: its mask is learned. Call "
@@ -255,6 +300,14 @@ def _fold(ref: MaskedRef) -> None:
         factor.assign(np.zeros(factor.shape))
 
 
+def _zero_left_out(ref: MaskedRef) -> None:
+    """Gives the channels that a normalization leaves out a scale and a shift of 0."""
+    for variable in (ref.variable, raw_variable(ref.layer, "beta")):
+        if variable is not None:
+            value = keras.ops.convert_to_numpy(variable)
+            variable.assign(np.where(ref.mask.to_numpy(), value, np.zeros((), value.dtype)))
+
+
 def _lora_factor(ref: MaskedRef) -> keras.Variable | None:
     """Returns the second factor of the product that LoRA adds to the weight, or None."""
     return getattr(ref.layer, f"lora_{ref.name}_b", None)
@@ -264,7 +317,11 @@ def _lora_factor(ref: MaskedRef) -> keras.Variable | None:
 
 
 def _select(
-    model: keras.Model, include: Filter | None, exclude: Filter | None, mask_bias: bool
+    model: keras.Model,
+    include: Filter | None,
+    exclude: Filter | None,
+    mask_bias: bool,
+    mask_normalization: bool,
 ) -> list[tuple[str, bool]]:
     """Returns (path, False) of each weight to mask and (path, True) of layers masked when built."""
     include, exclude = (
@@ -280,7 +337,7 @@ def _select(
     cache: dict[int, Any] = {}
     selected = []
     holders: list[Layer] = []  # Layers that are maskable or contain something maskable.
-    for path, *_ in weights_inside(model, biases=mask_bias):
+    for path, *_ in weights_inside(model, biases=mask_bias, channels=mask_normalization):
         chain = [layer for _, layer in resolve(model, path, cache)]
         holders += chain[1:] or chain
         if chosen(chain[1:] or chain):
@@ -289,7 +346,7 @@ def _select(
         if not layer.built and layer is not model and maskable(type(layer)) is None:
             chain = [layer for _, layer in resolve(model, f"{path}/", cache)]
             holds_more = not weights_inside(layer) and not isinstance(layer, MaskedLayer)
-            if type(layer) in MASKED_CLASSES and holds_more:
+            if type(layer) in MASKED_CLASSES and holds_more and type(layer) not in NORMALIZATIONS:
                 holders += chain[1:]
                 if chosen(chain[1:]):
                     selected.append((path, True))

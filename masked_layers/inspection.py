@@ -17,6 +17,7 @@ from masked_layers.archives import read_npz
 from masked_layers.compiled import remake_functions
 from masked_layers.files import replacing
 from masked_layers.maskable import (
+    channel_weights,
     mask_of,
     output_axes,
     overwritten,
@@ -102,8 +103,52 @@ def masked_refs(model: Layer) -> list[MaskedRef]:
     return refs
 
 
+def channel_refs(model: Layer) -> list[MaskedRef]:
+    """Returns the scales of normalization layers whose masks leave channels out.
+
+    They exist after `convert_to_masked(model, mask_normalization=True)`. `masked_refs` does not
+    list them, since they are not weights that are pruned one by one or counted.
+
+    Args:
+        model: A model or layer.
+    """
+    refs: dict[int, MaskedRef] = {}
+    for path, layer, name in weights_inside(model, channels=True):
+        variable, mask = raw_variable(layer, name), mask_of(layer, name)
+        if name in channel_weights(layer) and variable is not None and mask is not None:
+            refs.setdefault(id(variable), MaskedRef(path, layer, name, variable, mask, ()))
+    return list(refs.values())
+
+
+def check_no_channel_left_out(model: Layer) -> None:
+    """Checks that the plain normalization layers would compute what those of a model do.
+
+    Raises:
+        ValueError: If one leaves channels out. The message names `shrink`.
+    """
+    for ref in channel_refs(model):
+        if left_out := int(np.count_nonzero(~ref.mask.to_numpy())):
+            raise ValueError(
+                f"'{ref.path.rpartition('/')[0] or model.name}' leaves out {left_out} of "
+                f"{ref.variable.shape[0]} channels, which a plain "
+                f"{plain_class(ref.layer).__name__} cannot. Call `masked_layers.shrink(model)`, "
+                "which removes them, and use the model that it returns."
+            )
+
+
+def refs_with_masks(model: Layer) -> list[MaskedRef]:
+    """Returns all weights that have a mask: `masked_refs`, then `channel_refs`.
+
+    Raises:
+        ValueError: If the model has none.
+    """
+    channels = channel_refs(model)
+    weights = [ref for ref in weight_refs(model) if isinstance(ref, MaskedRef)]
+    return [*(weights if channels else masked_refs(model)), *channels]
+
+
 def get_masks(model: Layer) -> dict[str, np.ndarray]:
-    """Returns copies of all masks of a masked model.
+    """Returns copies of all masks of a masked model, those of normalization layers included.
 
     Learned masks are returned as the binary masks that `harden` would make of them.
 
@@ -117,7 +162,7 @@ def get_masks(model: Layer) -> dict[str, np.ndarray]:
         ValueError: If the model has no masked weight.
     """
     _keras.sync(model)
-    return {ref.path: ref.mask.to_numpy() for ref in masked_refs(model)}
+    return {ref.path: ref.mask.to_numpy() for ref in refs_with_masks(model)}
 
 
 def set_masks(model: Layer, masks: Mapping[str, Any]) -> None:
@@ -132,7 +177,7 @@ def set_masks(model: Layer, masks: Mapping[str, Any]) -> None:
         ValueError: If a path does not name a masked weight, or its mask is learned, or an array has
             another shape or other values than 0 and 1. No mask is changed then.
     """
-    refs = {ref.path: ref for ref in masked_refs(model)}
+    refs = {ref.path: ref for ref in refs_with_masks(model)}
     for path in masks:
         if path in refs and refs[path].mask.learned:
             raise ValueError(
@@ -237,7 +282,7 @@ def load_masks(model: Layer, path: str | os.PathLike[str]) -> None:
             changed then.
     """
     masks = {}
-    refs = masked_refs(model)
+    refs = refs_with_masks(model)
     # Leaves room for the masks of a larger model, which the error below names, but not for a file
     # of malicious size.
     limit = _OTHER_MASKS + sum(math.prod(ref.variable.shape) for ref in refs)

@@ -24,6 +24,9 @@ from masked_layers import _keras, _keras_configs, learned, sets, states
 from masked_layers.effective import EffectiveWeight
 from masked_layers.maskable import (
     Maskable,
+    channel_weights,
+    every_own_weight,
+    every_weight_inside,
     mask_of,
     maskable,
     own_weights,
@@ -150,7 +153,10 @@ class MaskedByConversion(MaskedLayer):
 MASKED_CLASSES: dict[type[Layer], type[Layer]] = {}
 
 
-def define(base: type[Layer], module: str) -> type[Layer]:
+_ABOUT = "a mask over each of its kernels.\n\n    Every forward pass reads `mask(raw weight)`."
+
+
+def define(base: type[Layer], module: str, about: str = _ABOUT, **methods: Any) -> type[Layer]:
     """Creates the masked class of a Keras layer, which users can construct directly."""
 
     @functools.wraps(base.__init__)
@@ -186,14 +192,14 @@ def define(base: type[Layer], module: str) -> type[Layer]:
         return {**base.get_config(self), **self._masking_config()}
 
     namespace = {
-        "__doc__": f"""`keras.layers.{base.__name__}` with a mask over each of its kernels.
-
-    Every forward pass reads `mask(raw weight)` in place of the weight. In addition to the
-    arguments below, all arguments of `keras.layers.{base.__name__}` are accepted.
+        "__doc__": f"""`keras.layers.{base.__name__}` with {about}
+    In addition to the arguments below, all arguments of `keras.layers.{base.__name__}` are
+    accepted.
 
     Args:
         masked_weights: Weights to mask, by path relative to the layer: `"kernel"`, or
-            `"cell/recurrent_kernel"` for a weight of an inner layer. Default: every kernel.
+            `"cell/recurrent_kernel"` for a weight of an inner layer. Default: every kernel, or the
+            scale of a normalization.
         mask_bias: Whether biases are masked too. Ignored if `masked_weights` is given.
         mask_initializer: Initializer of binary masks; entries other than 0 are kept. Default: ones.
         mask: Kind of the masks, as for `convert_to_masked`. Default: binary.
@@ -209,6 +215,7 @@ def define(base: type[Layer], module: str) -> type[Layer]:
         "__init__": init,
         "build": build,
         "get_config": get_config,
+        **methods,
     }
     cls = _subclass(MaskedLayer, base, maskable(base), namespace)
     MASKED_CLASSES[base] = keras.saving.register_keras_serializable(PACKAGE, cls.__qualname__)(cls)
@@ -302,10 +309,10 @@ def mask_weights(
             chain = resolve(root, path, cache)
         except KeyError:
             chain = []
-        if not chain or chain[-1][0] not in own_weights(chain[-1][1], biases=True):
+        if not chain or chain[-1][0] not in every_own_weight(chain[-1][1]):
             raise ValueError(
                 f"'{root.name}' has no weight '{path}' that can be masked. Maskable weights: "
-                f"{[path for path, *_ in weights_inside(root, biases=True)]}"
+                f"{[path for path, *_ in every_weight_inside(root)]}"
             )
         _check_mask(chain[-1][1], mask)
         chains.append(chain)
@@ -368,7 +375,7 @@ def undone_on_error(root: Layer) -> Iterator[None]:
     before = {}
     for _, layer in walk(root):
         masking = vars(layer).get("_masking")
-        kept = [name for name in own_weights(layer, biases=True) if mask_of(layer, name)]
+        kept = [name for name in every_own_weight(layer) if mask_of(layer, name)]
         copy = masking and dataclasses.replace(masking, frozen=list(masking.frozen))
         before[id(layer)] = (copy, kept)
     try:
@@ -377,7 +384,7 @@ def undone_on_error(root: Layer) -> Iterator[None]:
         for _, layer in list(walk(root)):
             masking, kept = before.get(id(layer), (None, []))
             if isinstance(layer, MaskedLayer):
-                for name in own_weights(layer, biases=True):
+                for name in every_own_weight(layer):
                     if name not in kept:
                         _detach(layer, name)
                 if masking is None:
@@ -388,14 +395,14 @@ def undone_on_error(root: Layer) -> Iterator[None]:
         raise
 
 
-def unmask(root: Layer) -> None:
+def unmask(root: Layer, *, besides: Sequence[Layer] = ()) -> None:
     """Removes all masks inside `root` in place without changing raw weights.
 
-    Each masked layer becomes an instance of its plain class again.
+    Each masked layer becomes an instance of its plain class again, besides those named.
     """
     for _, layer in list(walk(root)):
-        if isinstance(layer, MaskedLayer):
-            for name in own_weights(layer, biases=True):
+        if isinstance(layer, MaskedLayer) and not any(layer is other for other in besides):
+            for name in every_own_weight(layer):
                 _detach(layer, name)
             _restore_class(layer)
     _keras.refresh_parameters(root)
@@ -456,7 +463,7 @@ def _name_masks(layer: Layer, mask_bias: bool, initializer: Any, mask: Mask | No
     if not isinstance(layer, MaskedLayer):
         masked = [
             path
-            for path, owner, name in weights_inside(layer, biases=True)
+            for path, owner, name in every_weight_inside(layer)
             if isinstance(owner, MaskedLayer) and name in _paths(owner)
         ]
         _change_class(layer, masked, mask_bias, initializer, mask)
@@ -471,7 +478,12 @@ def _add_path(layer: Layer, path: str) -> None:
 def _paths(layer: Layer) -> list[str]:
     if layer._masking.weights is not None:
         return list(layer._masking.weights)
-    return [path for path, *_ in weights_inside(layer, biases=layer._masking.bias)]
+    # A normalization has a mask only where its own class is masked.
+    return [
+        path
+        for path, owner, name in weights_inside(layer, biases=layer._masking.bias, channels=True)
+        if isinstance(owner, MaskedLayer) or name not in channel_weights(owner)
+    ]
 
 
 def _when_built(layer: Layer, then: Callable[[Layer], None]) -> None:
@@ -484,7 +496,7 @@ def _when_built(layer: Layer, then: Callable[[Layer], None]) -> None:
             then(layer)
 
     def restored() -> None:
-        if isinstance(layer, MaskedLayer) and weights_inside(layer, biases=True):
+        if isinstance(layer, MaskedLayer) and every_weight_inside(layer):
             then(layer)
 
     _keras.call_when_built(layer, built, restored)
@@ -513,7 +525,7 @@ def _mask_built(layer: Layer) -> None:
         )
     # An inner layer made from the config of a masked one, as the second direction of
     # `Bidirectional` is, may have more masks than this layer names.
-    for path, owner, name in weights_inside(layer, biases=True):
+    for path, owner, name in every_weight_inside(layer):
         if path not in paths and mask_of(owner, name) is not None:
             _detach(owner, name)
             owner._masking.weights = tuple(own for own in _paths(owner) if own != name)
@@ -522,7 +534,7 @@ def _mask_built(layer: Layer) -> None:
 
 def _masks_by_variable(root: Layer) -> dict[int, Mask]:
     found = {}
-    for _, layer, name in weights_inside(root, biases=True):
+    for _, layer, name in every_weight_inside(root):
         if (mask := mask_of(layer, name)) is not None:
             found[id(raw_variable(layer, name))] = mask
     return found
@@ -542,15 +554,15 @@ def _attach(layer: Layer, name: str, shared: dict[int, Mask], path: str) -> Mask
     if (mask := mask_of(layer, name)) is not None:
         return mask
     variable, masking = raw_variable(layer, name), layer._masking
-    if variable is None or name not in own_weights(layer, biases=True):
+    if variable is None or name not in every_own_weight(layer):
         raise ValueError(
             f"{type(layer).__qualname__} '{layer.name}' has no weight '{name}' that can be masked. "
-            f"Maskable weights: {own_weights(layer, biases=True)}"
+            f"Maskable weights: {every_own_weight(layer)}"
         )
     mask = shared.get(id(variable))
     with _keras.unlocked(layer):
         if mask is None:
-            if masking.mask is None:
+            if masking.mask is None or name in channel_weights(layer):
                 mask = Mask(initializer=masking.initializer, dtype="float32", name=f"{name}_mask")
             else:
                 mask = learned.for_weight(masking.mask, f"{name}_mask", path)

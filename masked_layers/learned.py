@@ -112,7 +112,8 @@ class LearnedMask(Mask):
 
     call = apply
 
-    def _keep(self) -> Tensor:
+    def keep(self) -> Tensor:
+        """Returns the deterministic mask as a bool tensor."""
         return self.decide(ops.convert_to_tensor(self.scores))
 
     def freeze(self, values: Any) -> bool:

@@ -90,6 +90,9 @@ _registry[layers.ReversibleEmbedding] = Maskable(
 for _cls in (layers.SimpleRNNCell, layers.LSTMCell, layers.GRUCell, ConvLSTMCell):
     _registry[_cls] = Maskable(("kernel", "recurrent_kernel"), ("bias",))
 
+# Layers whose scale can have a mask that leaves channels out: see `channel_weights`.
+NORMALIZATIONS = (layers.LayerNormalization, layers.RMSNormalization, layers.GroupNormalization)
+
 # Layers that overwrite the weights of their inner layer, where a mask would have no effect.
 _OPAQUE = (layers.SpectralNormalization,)
 
@@ -132,25 +135,53 @@ def maskable(cls: type[Layer]) -> Maskable | None:
     return next((_registry[base] for base in cls.__mro__ if base in _registry), None)
 
 
-def own_weights(layer: Layer, *, biases: bool = False) -> list[str]:
+def own_weights(layer: Layer, *, biases: bool = False, channels: bool = False) -> list[str]:
     """Returns the names of the layer's own maskable weights, without those of inner layers.
 
     For a layer that is not built yet, these are the weights that its class may create. A weight is
     left out if the layer already has another attribute with the name of its mask.
 
+    Args:
+        layer: A layer.
+        biases: Whether to include biases.
+        channels: Whether to include `channel_weights`.
+
     Raises:
         TypeError: If a registered attribute is not a variable.
     """
-    spec = maskable(type(layer))
-    if spec is None or getattr(layer, "quantization_mode", None) is not None:
+    if getattr(layer, "quantization_mode", None) is not None:
         return []
-    names = spec.weights + (spec.biases if biases else ())
+    spec, names = maskable(type(layer)), channel_weights(layer) if channels else ()
+    if spec is not None:
+        names += spec.weights + (spec.biases if biases else ())
     return [
         name
         for name in names
         if (not layer.built or raw_variable(layer, name) is not None)
         and isinstance(getattr(layer, f"{name}_mask", None), Mask | None)
     ]
+
+
+def every_own_weight(layer: Layer) -> list[str]:
+    """Returns the names of all weights of the layer itself that can have a mask."""
+    return own_weights(layer, biases=True, channels=True)
+
+
+def channel_weights(layer: Layer) -> tuple[str, ...]:
+    """Returns the name of the scale of a normalization that can leave channels out.
+
+    It has one entry for each channel. A mask over it leaves channels out of the whole layer, the
+    statistics included; its entries are not counted as weights. The layer must be one of Keras'
+    own, since a subclass may compute something else; normalize all channels of one axis together;
+    and have a scale.
+    """
+    cls = plain_class(layer)
+    if cls not in NORMALIZATIONS or (isinstance(layer.axis, (list, tuple)) and len(layer.axis) > 1):
+        return ()
+    if cls is layers.RMSNormalization:
+        return ("scale",)
+    whole = layer.groups == 1 if cls is layers.GroupNormalization else not layer.rms_scaling
+    return ("gamma",) if layer.scale and whole else ()
 
 
 def raw_variable(layer: Layer, name: str) -> keras.Variable | None:
@@ -173,8 +204,10 @@ def raw_variable(layer: Layer, name: str) -> keras.Variable | None:
     return value
 
 
-def weights_inside(root: Layer, *, biases: bool = False) -> list[tuple[str, Layer, str]]:
-    """Returns (path, layer, name) for every maskable weight inside `root`.
+def weights_inside(
+    root: Layer, *, biases: bool = False, channels: bool = False
+) -> list[tuple[str, Layer, str]]:
+    """Returns (path, layer, name) for every maskable weight inside `root`, as `own_weights` does.
 
     A weight that several layers share is listed once for each of them. Weights that a layer such
     as `SpectralNormalization` overwrites are left out.
@@ -184,8 +217,13 @@ def weights_inside(root: Layer, *, biases: bool = False) -> list[tuple[str, Laye
         (join(path, name), layer, name)
         for path, layer in walk(root)
         if id(layer) not in hidden
-        for name in own_weights(layer, biases=biases)
+        for name in own_weights(layer, biases=biases, channels=channels)
     ]
+
+
+def every_weight_inside(root: Layer) -> list[tuple[str, Layer, str]]:
+    """Returns (path, layer, name) for every weight inside `root` that can have a mask."""
+    return weights_inside(root, biases=True, channels=True)
 
 
 def overwritten(root: Layer) -> set[int]:
@@ -225,6 +263,8 @@ def why_unmasked(layer: Layer, hidden: bool) -> str:
     if kernels := unknown_kernels(layer):
         names = [next((n for n, v in vars(layer).items() if v is w), w.name) for w in kernels]
         return f"to mask its weights: masked_layers.register({cls}, {names})"
+    if any(mask_of(layer, name) for name in channel_weights(layer)):
+        return "masked by channel, which counts no weights"
     if maskable(type(layer)) is None:
         return "no trainable weight of two or more dimensions"
     if not own_weights(layer):

@@ -125,7 +125,7 @@ class Mask(keras.layers.Layer):
 
     def select(self, kept: Tensor, pruned: Tensor) -> Tensor:
         """Returns `kept` where the mask keeps an entry and `pruned` elsewhere."""
-        return ops.where(self._keep(), kept, pruned)
+        return ops.where(self.keep(), kept, pruned)
 
     def pruned(self, dtype: str) -> Tensor:
         """Returns the values of pruned entries: 0, or the frozen values in the weight's shape."""
@@ -203,9 +203,10 @@ class Mask(keras.layers.Layer):
 
     def to_numpy(self) -> np.ndarray:
         """Returns a copy of the mask as a bool array, True where an entry is kept."""
-        return np.array(ops.convert_to_numpy(self._keep()), dtype=bool)
+        return np.array(ops.convert_to_numpy(self.keep()), dtype=bool)
 
-    def _keep(self) -> Tensor:
+    def keep(self) -> Tensor:
+        """Returns a bool tensor of the weight's shape, True where an entry is kept."""
         return self._read("value")
 
     def _read(self, name: str) -> Tensor:
@@ -219,7 +220,7 @@ class Mask(keras.layers.Layer):
         return value
 
     def _factor(self) -> Tensor:
-        ones = ops.cast(ops.count_nonzero(self._keep()), "float32")
+        ones = ops.cast(ops.count_nonzero(self.keep()), "float32")
         size = math.prod(self.value.shape)
         return ops.where(ones > 0, size / ops.maximum(ones, 1.0), 0.0)
 

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import keras
 
 from masked_layers import _keras
-from masked_layers.maskable import mask_of, own_weights
+from masked_layers.maskable import every_own_weight, mask_of
 from masked_layers.masks import Mask
 from masked_layers.paths import join, left_out_of_files, walk
 
@@ -53,7 +53,7 @@ def _left_out(layer: Layer) -> list[tuple[str, Layer]]:
     found = []
     for name, child in left_out_of_files(layer):
         for path, inner in walk(child):
-            masks = {weight: mask_of(inner, weight) for weight in own_weights(inner, biases=True)}
+            masks = {weight: mask_of(inner, weight) for weight in every_own_weight(inner)}
             parts = {
                 "": inner,
                 **{f"{weight}_mask": mask for weight, mask in masks.items() if mask},

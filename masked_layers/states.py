@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 
 import keras
 
-from masked_layers.maskable import mask_of, weights_inside
+from masked_layers.maskable import every_weight_inside, mask_of
 from masked_layers.packing import MaskState
 
 Layer: TypeAlias = keras.layers.Layer
@@ -27,7 +27,7 @@ def configs(layer: Layer, paths: Collection[str], *, as_made: bool) -> States:
         Configs of `MaskState` by path.
     """
     found = {}
-    for path, owner, name in weights_inside(layer, biases=True):
+    for path, owner, name in every_weight_inside(layer):
         mask = mask_of(owner, name)
         if path in paths and mask is not None and not mask.learned:
             found[path] = mask.state
@@ -44,7 +44,7 @@ def restore(layer: Layer, states: States) -> None:
     the other one until this function is called.
     """
     if states:
-        for path, owner, name in weights_inside(layer, biases=True):
+        for path, owner, name in every_weight_inside(layer):
             if path in states and (mask := mask_of(owner, name)) is not None:
                 mask.restore(decoded(layer, path, states, mask.value.shape))
 
@@ -70,7 +70,7 @@ def check_paths(layer: Layer, states: States) -> None:
     Raises:
         ValueError: If it lacks one of them.
     """
-    known = [path for path, *_ in weights_inside(layer, biases=True)]
+    known = [path for path, *_ in every_weight_inside(layer)]
     if unknown := [path for path in states if path not in known]:
         raise ValueError(
             f"`mask_state` of '{layer.name}' names weights that the layer does not have: "

@@ -97,7 +97,8 @@ def export_sparse_saved_model(
         OverflowError: If a value is outside the range of `values`.
         RuntimeError: If the outputs of the written folder differ from those of the model.
         TypeError: If `model` is not a Keras model, or `include` has another type than listed above.
-        ValueError: If an argument is invalid or the model is not built.
+        ValueError: If an argument is invalid or the model is not built. If a normalization leaves
+            channels out: `shrink` removes them.
 
     Warns:
         UserWarning: If outputs on the sample inputs are not finite, so comparing them is of little

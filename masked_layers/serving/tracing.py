@@ -11,8 +11,9 @@ import keras
 import numpy as np
 
 from masked_layers import _keras
-from masked_layers.inspection import weight_refs
+from masked_layers.inspection import channel_refs, check_no_channel_left_out, weight_refs
 from masked_layers.masks import raw_view
+from masked_layers.normalization import without_masks
 from masked_layers.paths import join, walk
 
 if TYPE_CHECKING:
@@ -43,9 +44,10 @@ def effective_values(model: keras.Model) -> dict[str, np.ndarray]:
     """Returns the effective values of all variables by path, without the masks themselves.
 
     Raises:
-        ValueError: If a mask is learned.
+        ValueError: If a mask is learned, or leaves channels out of a normalization.
     """
     _keras.sync(model)
+    check_no_channel_left_out(model)
     for ref in weight_refs(model):
         if ref.mask is not None and ref.mask.learned:
             raise ValueError(
@@ -189,7 +191,7 @@ def _call(
 ) -> tuple[Any, dict[str, Any]]:
     """Returns the outputs of `model(*args)` over `values` and the variables that it updated."""
     mapping = [(source, values[path]) for path, source in sources.items()]
-    with raw_view(), keras.StatelessScope(mapping) as scope:
+    with raw_view(), without_masks(), keras.StatelessScope(mapping) as scope:
         before = {path: scope.get_current_value(source) for path, source in sources.items()}
         outputs = model(*args)
         after = {path: scope.get_current_value(source) for path, source in sources.items()}
@@ -207,6 +209,7 @@ def _sources(model: keras.Model) -> dict[str, tuple[keras.Variable, Any]]:
     """Returns (variable, mask or None) by path for all state of a model except its masks."""
     found = {id(ref.variable): (ref.path, ref.mask) for ref in weight_refs(model, mask_bias=True)}
     masks = [mask for _, mask in found.values() if mask is not None]
+    masks += [ref.mask for ref in channel_refs(model)]
     skip = {id(variable) for mask in masks for variable in mask.variables}
     states = []  # Of stateful recurrent layers, which Keras does not list in layer variables.
     for path, layer in walk(model):

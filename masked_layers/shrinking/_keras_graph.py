@@ -11,6 +11,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import keras
+
+# The layers of `keras.applications.convnext`, which have no public names.
+from keras.src.applications.convnext import LayerScale as LayerScale
+from keras.src.applications.convnext import StochasticDepth as StochasticDepth
 from keras.src.ops import nn as nn_operations
 from keras.src.ops import numpy as numpy_operations
 

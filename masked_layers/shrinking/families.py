@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import keras
 import numpy as np
 
-from masked_layers.inspection import WeightRef, weight_refs
+from masked_layers.inspection import WeightRef, channel_refs, weight_refs
+from masked_layers.maskable import channel_weights
 from masked_layers.paths import plain_class
 from masked_layers.shrinking.channels import Channels, Edit, Flow
 from masked_layers.shrinking.following import OUTPUT, follow, variable_of
@@ -37,6 +38,8 @@ class ChannelFamily:
             consist of the same kinds of layers with equal shapes.
         scales: For each normalization layer that the channels pass through, its scale (gamma), and
             an int array with the channel of each entry, or -1.
+        normalized: Path of the scale of a masked normalization (see `channel_refs`) -> int array
+            with the channel of each entry, or -1. Its mask can leave these channels out.
     """
 
     layers: tuple[str, ...]
@@ -46,6 +49,7 @@ class ChannelFamily:
     kind: str = ""
     form: tuple[tuple[Any, ...], ...] = ()
     scales: tuple[tuple[Any, np.ndarray], ...] = ()
+    normalized: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,6 +98,7 @@ def channel_families(model: keras.Model) -> ChannelFamilies:
     refs = weight_refs(model)
     masked = any(ref.mask is not None for ref in refs)
     prunable = {id(ref.variable): ref for ref in refs if ref.mask is not None or not masked}
+    prunable |= {id(ref.variable): ref for ref in channel_refs(model)}
     flow = follow(model)
     edits = [
         (flow.names[id(operation)], edit, _named(operation, edit, prunable))
@@ -117,8 +122,9 @@ def channel_families(model: keras.Model) -> ChannelFamilies:
             kind=makers[0][1],
             form=tuple(sorted(form, key=repr)),
             scales=scales,
+            normalized=normalized,
         )
-        for (makers, roots), (weights, made, form), scales in zip(
+        for (makers, roots), (weights, made, form, normalized), scales in zip(
             members.items(),
             _weights_of(flow, edits, members, places),
             _scales_of(flow, members, places),
@@ -170,8 +176,13 @@ def _members(flow: Flow, edits: Sequence[_Named]) -> tuple[_Members, dict[str, s
     return dict(sorted(members.items())), whole
 
 
-# `weights`, `made` and `form` of a family.
-_Found = tuple[dict[str, dict[int, np.ndarray]], dict[str, int], list[tuple[Any, ...]]]
+# `weights`, `made`, `form` and `normalized` of a family.
+_Found = tuple[
+    dict[str, dict[int, np.ndarray]],
+    dict[str, int],
+    list[tuple[Any, ...]],
+    dict[str, np.ndarray],
+]
 
 
 # Root of a channel -> the number of its family and its place in it.
@@ -204,16 +215,19 @@ def _scales_of(
 def _weights_of(
     flow: Flow, edits: Sequence[_Named], members: _Members, places: _Places
 ) -> list[_Found]:
-    """Returns `weights`, `made` and `form` of each family."""
+    """Returns `weights`, `made`, `form` and `normalized` of each family."""
     layers = list(members)
-    found: list[_Found] = [({}, {}, []) for _ in layers]
+    found: list[_Found] = [({}, {}, [], {}) for _ in layers]
     for position, (_, edit, named) in enumerate(edits):
         for name, ref in named.items():
             rank = len(ref.variable.shape)
             outputs = {axis % rank for axis in ref.output_axes}
             for axis, channels in edit.slices[name].items():
                 for number, entries in _inside(flow, places, channels):
-                    weights, made, form = found[number]
+                    weights, made, form, normalized = found[number]
+                    if ref.name in channel_weights(ref.layer):
+                        normalized[ref.path] = entries
+                        continue
                     weights.setdefault(ref.path, {})[axis % rank] = entries
                     shape = list(ref.variable.shape)
                     own = entries[entries >= 0]

@@ -15,6 +15,7 @@ from masked_layers.shrinking import (  # noqa: F401 (they fill RULES)
     attention_rules,
     keras_hub_rules,
     kernel_rules,
+    normalization_rules,
     wrapper_rules,
 )
 from masked_layers.shrinking.channels import WHOLE, Call, CannotFollow, Channels, Flow

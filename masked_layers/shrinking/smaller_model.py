@@ -25,13 +25,14 @@ import keras
 import numpy as np
 
 from masked_layers import _keras_configs
-from masked_layers.conversion import strip_masks
+from masked_layers.conversion import strip_weight_masks
 from masked_layers.copying import as_in_use, copy_assets, in_use_by_name
+from masked_layers.inspection import channel_refs
 from masked_layers.layers import MaskedLayer
-from masked_layers.paths import walk
+from masked_layers.paths import plain_class, walk
 from masked_layers.shrinking.channels import Channels, Edit, Flow, Reader, constant_shift
 from masked_layers.shrinking.compilation import compile_like
-from masked_layers.shrinking.following import follow
+from masked_layers.shrinking.following import follow, variable_of
 from masked_layers.shrinking.rules import array, rule_of
 
 
@@ -177,7 +178,7 @@ def shrink(
     if not isinstance(model, keras.Model):
         raise TypeError(f"Expected a `keras.Model`. Received: {model!r}")
     if any(isinstance(layer, MaskedLayer) for _, layer in walk(model)):
-        model = strip_masks(model)
+        model = strip_weight_masks(model)
     names = in_use_by_name(model)
     with as_in_use(model), _keras_configs.custom_object_scope(names):
         smaller, report = _shrink(model)
@@ -206,6 +207,7 @@ def _own_steps(model: keras.Model) -> list[str]:
 def _shrink(model: keras.Model) -> tuple[keras.Model, ShrinkReport]:
     flow = follow(model)
     flow.settle()
+    _check_left_out(flow, model)
     clones: dict[int, tuple[Any, Any]] = {}
     smaller = _again(flow, model, clones)
     cuts: dict[int, dict[int, np.ndarray]] = {}
@@ -215,6 +217,34 @@ def _shrink(model: keras.Model) -> tuple[keras.Model, ShrinkReport]:
     compile_like(model, smaller, cuts)
     counts = (model.count_params(), smaller.count_params(), *_multiply_adds(flow))
     return smaller, ShrinkReport(tuple(_rows(flow)), flow.not_followed, _unread(flow), *counts)
+
+
+def _check_left_out(flow: Flow, model: keras.Model) -> None:
+    """Checks that all channels go that normalizations leave out.
+
+    Raises:
+        ValueError: If one stays, since a plain layer would take it into its mean and variance.
+    """
+    left = {id(ref.variable): ref for ref in channel_refs(model)}
+    left = {key: ref for key, ref in left.items() if not ref.mask.to_numpy().all()}
+    reasons = dict.fromkeys(left, "cannot be followed")
+    for operation, edit in flow.edits.values():
+        for name, axes in edit.slices.items():
+            key = id(variable_of(operation, name))
+            if key not in left:
+                continue
+            reasons.pop(key, None)
+            (reader,) = (reader for reader in edit.readers if reader.source is axes[0])
+            stays = flow.alive(reader.source) & ~left[key].mask.to_numpy()
+            if stays.any() and reader.demand[:, flow.alive(reader.target)].any():
+                reasons[key] = "other layers use"
+    for key, reason in reasons.items():
+        name = left[key].path.rpartition("/")[0]
+        raise ValueError(
+            f"'{name}' leaves out channels that {reason}, so that no plain layer can replace it. "
+            'Prune channels together with all that reads them (`structure="channels"`), or use '
+            f"the masked model itself. {flow.not_followed.get(name, '')}".rstrip()
+        )
 
 
 # --- Rebuilding -----------------------------------------------------------------------------------
@@ -282,10 +312,11 @@ def _smaller(flow: Flow, operation: Any) -> Any:
         if isinstance(operation, keras.Layer) and rule_of(operation) is None:
             return _keras_configs.deserialize(_keras_configs.serialize(operation))
         # `_keras_configs.deserialize` would build the layer for the original shapes.
-        config = operation.get_config()
+        cls = plain_class(operation)
+        config = cls.get_config(operation)
         if id(operation) in flow.edits:
             _write_widths(flow, flow.edits[id(operation)][1], config)
-        return type(operation).from_config(config)
+        return cls.from_config(config)
     except Exception as error:
         raise ValueError(
             f"'{operation.name}' ({type(operation).__name__}) cannot be copied, because Keras "

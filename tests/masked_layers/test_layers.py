@@ -14,6 +14,7 @@ import masked_layers as ml
 from common import half_masks, numpy
 from masked_layers import classes
 from masked_layers.layers import MASKED_CLASSES
+from masked_layers.maskable import NORMALIZATIONS
 
 SEQUENCE = (2, 6, 4)
 IMAGE = (2, 6, 6, 4)
@@ -93,7 +94,8 @@ def multiply_raw_weights(model):
 
 
 def test_every_masked_class_is_covered_here():
-    assert set(MASKED_CLASSES) == set(CASES) | CELLS | WRAPPERS
+    # `test_normalization.py` covers those that mask channels and not weights.
+    assert set(MASKED_CLASSES) == set(CASES) | CELLS | WRAPPERS | set(NORMALIZATIONS)
     for base, masked in MASKED_CLASSES.items():
         assert masked.__qualname__ == f"Masked{base.__name__}"
         assert getattr(ml, masked.__qualname__) is masked

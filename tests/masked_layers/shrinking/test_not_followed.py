@@ -34,7 +34,7 @@ class Doubled(layers.Layer):
 @pytest.mark.parametrize(
     "layer",
     [
-        layers.LayerNormalization(name="odd"),
+        layers.UnitNormalization(name="odd"),
         layers.Lambda(swap_halves, output_shape=lambda shape: shape, name="odd"),
         Doubled(name="odd"),
     ],

@@ -1,0 +1,102 @@
+"""Rules for layers that normalize over channels, or scale each of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from masked_layers.maskable import NORMALIZATIONS, channel_weights, mask_of, raw_variable
+from masked_layers.shrinking import _keras_graph
+from masked_layers.shrinking.channels import (
+    VARIES,
+    Call,
+    CannotFollow,
+    Channels,
+    Edit,
+    Flow,
+    Reader,
+)
+from masked_layers.shrinking.rules import MASKED_POSITIONS, array, rule
+
+MASKED_POSITIONS.update(NORMALIZATIONS)
+
+
+@rule(*NORMALIZATIONS)
+def _normalization(flow: Flow, call: Call) -> Channels:
+    layer = call.operation
+    axes = layer.axis if isinstance(layer.axis, (list, tuple)) else [layer.axis]
+    if len(axes) > 1:
+        raise CannotFollow("it normalizes several axes together")
+    source = flow.channels(call, axes[0])
+    if getattr(layer, "groups", 1) > 1:
+        if layer.groups < len(source.slots):
+            raise CannotFollow("it normalizes groups of channels")
+        return _each_alone(flow, call, source)
+    target, slices, reader = normalized(layer, source)
+    flow.edit(call, Edit(slices, readers=(reader,)))
+    return target
+
+
+def normalized(
+    layer: Any, source: Channels, prefix: str = ""
+) -> tuple[Channels, dict[str, dict[int, Channels]], Reader]:
+    """Follows channels through a normalization whose mask can leave some of them out.
+
+    Channels that are left out are 0. All others are needed, for mean and variance, wherever any
+    output is.
+
+    Args:
+        layer: A normalization layer over a single axis, or one inside another layer.
+        source: Channels of its input along this axis.
+        prefix: Prefix of the names of its weights, as `"norm."`.
+
+    Returns:
+        The channels of the output, the slices of the weights, and how the layer reads its input.
+
+    Raises:
+        CannotFollow: If the layer has no mask.
+    """
+    names = channel_weights(layer)
+    if not names:
+        raise CannotFollow("it normalizes all channels together, and has no scale to be masked")
+    mask, beta = mask_of(layer, names[0]), raw_variable(layer, "beta")
+    if mask is None:
+        raise CannotFollow(
+            "it normalizes all channels together; pruning can leave some out after "
+            "convert_to_masked(model, mask_normalization=True)"
+        )
+    keep, scale = mask.to_numpy(), array(raw_variable(layer, names[0]))
+    shift = np.zeros(len(keep)) if beta is None else array(beta).astype("float64")
+    varies = keep & (scale != 0)
+    target = source.with_constants(np.where(varies, VARIES, np.where(keep, shift, 0.0)))
+    slices = {f"{prefix}{names[0]}": {0: source}}
+    if beta is not None:
+        slices[f"{prefix}beta"] = {0: target}
+    demand = np.outer(keep, varies)
+    gain = np.broadcast_to(np.zeros(()), demand.shape)  # No constant moves past a normalization.
+    return target, slices, Reader(source, target, demand, gain, np.zeros(len(keep), bool))
+
+
+def _each_alone(flow: Flow, call: Call, source: Channels) -> Channels:
+    """Follows a normalization of each channel alone: a group for each of them."""
+    layer = call.operation
+    shift = 0.0 if layer.beta is None else array(layer.beta).astype("float64")
+    constant = ~np.isnan(source.constants)
+    if layer.gamma is not None:
+        constant |= array(layer.gamma) == 0
+    weights = {name: {0: source} for name in ("gamma", "beta")}
+    flow.edit(call, Edit(weights, widths={("groups",): source}))
+    return source.with_constants(np.where(constant, shift, VARIES))
+
+
+@rule(_keras_graph.LayerScale)
+def _layer_scale(flow: Flow, call: Call) -> Channels:
+    source, scale = flow.channels(call, -1), array(call.operation.gamma)
+    flow.edit(call, Edit({"gamma": {0: source}}, widths={("projection_dim",): source}))
+    return source.with_constants(np.where(scale == 0, 0.0, source.constants * scale))
+
+
+@rule(_keras_graph.StochasticDepth)
+def _stochastic_depth(flow: Flow, call: Call) -> Channels:
+    return flow.tensors[id(call.inputs[0])]
