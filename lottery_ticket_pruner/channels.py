@@ -153,6 +153,14 @@ def without_pruned(
     return {path: mask & current[path] for path, mask in left_out(graph, masks).items()}
 
 
+def leave_out(
+    model: keras.Model, graph: ml.ChannelFamilies | None, masks: Mapping[str, np.ndarray]
+) -> None:
+    """Makes normalizations of a model leave out the channels that have no kept weight."""
+    if found := without_pruned(model, graph, masks):
+        ml.set_masks(model, found)
+
+
 def leaving_out(
     measure: selection.Measure, model: keras.Model, graph: ml.ChannelFamilies | None
 ) -> selection.Measure:

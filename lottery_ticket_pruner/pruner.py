@@ -435,7 +435,7 @@ class LotteryTicketPruner(plain_models.PlainPruning):
         else:
             masks = selection.select(request, kernels, graph=graph)
         self._write_masks(model, {i: masks[self._architecture.paths[i]] for i in prunables})
-        ml.set_masks(model, channels.without_pruned(model, graph, masks))
+        channels.leave_out(model, graph, masks)
         self._final_is_new = False
         self._updates += 1
         size = sum(mask.size for mask in masks.values())

@@ -12,6 +12,7 @@ Pruning whole filters leaves channels that no layer reads and channels whose val
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
 from collections import Counter
@@ -312,8 +313,8 @@ def _smaller(flow: Flow, operation: Any) -> Any:
         if isinstance(operation, keras.Layer) and rule_of(operation) is None:
             return _keras_configs.deserialize(_keras_configs.serialize(operation))
         # `_keras_configs.deserialize` would build the layer for the original shapes.
-        cls = plain_class(operation)
-        config = cls.get_config(operation)
+        with _of_plain_classes(operation):
+            cls, config = type(operation), operation.get_config()
         if id(operation) in flow.edits:
             _write_widths(flow, flow.edits[id(operation)][1], config)
         return cls.from_config(config)
@@ -322,6 +323,20 @@ def _smaller(flow: Flow, operation: Any) -> Any:
             f"'{operation.name}' ({type(operation).__name__}) cannot be copied, because Keras "
             f"cannot create it from its config: {error}"
         ) from error
+
+
+@contextlib.contextmanager
+def _of_plain_classes(operation: Any) -> Iterator[None]:
+    """Gives masked layers their plain classes in the scope, so that their configs are plain."""
+    inside = [x for _, x in walk(operation)] if isinstance(operation, keras.Layer) else []
+    masked = [(layer, type(layer)) for layer in inside if isinstance(layer, MaskedLayer)]
+    try:
+        for layer, _ in masked:
+            layer.__class__ = plain_class(layer)
+        yield
+    finally:
+        for layer, cls in masked:
+            layer.__class__ = cls
 
 
 def _write_widths(flow: Flow, edit: Edit, config: dict[str, Any]) -> None:

@@ -84,6 +84,18 @@ def checked_masked(masked):
 
 
 @pytest.mark.once
+def test_normalization_of_each_step():
+    x = keras.Input((5, 6))
+    norm = layers.TimeDistributed(layers.LayerNormalization(), name="norm")
+    y = norm(layers.Dense(8, name="a")(x))
+    masked = halved(randomize(keras.Model(x, layers.Dense(3, name="out")(y))))
+    smaller, report = checked_masked(masked)
+    assert report.not_followed == {}
+    assert widths(smaller) == {"a": 4, "out": 3}
+    assert type(smaller.get_layer("norm").layer) is layers.LayerNormalization
+
+
+@pytest.mark.once
 def test_families_name_the_scales_of_normalizations():
     masked = ml.convert_to_masked(pre_norm_net(layers.LayerNormalization), mask_normalization=True)
     found = ml.channel_families(masked)
