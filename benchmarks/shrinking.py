@@ -104,7 +104,7 @@ def bert():
 
 def halved(model):
     """Returns a masked model that has lost half of the channels of each family."""
-    masked = ml.convert_to_masked(model)
+    masked = ml.convert_to_masked(model, mask_normalization=True)
     LotteryTicketPruner(masked).update_masks("smallest_weights", rate=0.5, structure="channels")
     return masked
 
@@ -141,6 +141,8 @@ def print_torch_pruning(name, size):
         ignored_layers=[last],
     )
     pruner.step()
+    if hasattr(model, "hidden_dim"):  # a number that the forward pass of a transformer reads
+        model.hidden_dim = model.conv_proj.out_channels
     macs_left, weights_left = torch_pruning.utils.count_ops_and_params(model, example)
     print(json.dumps([weights_left / weights, macs_left / macs]))
 

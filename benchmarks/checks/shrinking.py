@@ -152,7 +152,7 @@ def trained(model, rng):
 
 def compared(model, rng):
     """Prunes and shrinks a model, and returns (share left, difference, pruned channels left)."""
-    masked = ml.convert_to_masked(model)
+    masked = ml.convert_to_masked(model, mask_normalization=True)
     LotteryTicketPruner(masked).update_masks(
         "random",
         sparsity=float(rng.choice([0.3, 0.5, 0.7])),

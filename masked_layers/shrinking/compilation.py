@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import keras
 import numpy as np
@@ -15,13 +16,26 @@ from masked_layers.copying import as_in_use, renew_optimizer
 Cuts = Mapping[int, Mapping[int, np.ndarray]]
 
 
-def compile_like(model: keras.Model, smaller: keras.Model, cuts: Cuts) -> None:
+@dataclass(frozen=True)
+class Copied:
+    """The variables of a model that were copied to the smaller one.
+
+    Attributes:
+        variables: id of a variable of the original model -> the variable of the smaller one.
+        cuts: The entries that were kept, for each variable that became smaller (see `Cuts`).
+    """
+
+    variables: dict[int, keras.Variable] = field(default_factory=dict)
+    cuts: dict[int, dict[int, np.ndarray]] = field(default_factory=dict)
+
+
+def compile_like(model: keras.Model, smaller: keras.Model, copied: Copied) -> None:
     """Compiles a smaller model like the original, so that training can continue.
 
     Args:
         model: The original model. If it is not compiled, nothing happens.
         smaller: The smaller model, not compiled.
-        cuts: The entries that were kept, for each variable that became smaller.
+        copied: The variables that were copied.
 
     Warns:
         UserWarning: If the model cannot be compiled from its compile config, or if the optimizer's
@@ -42,7 +56,9 @@ def compile_like(model: keras.Model, smaller: keras.Model, cuts: Cuts) -> None:
     old = model.optimizer
     if old is None:
         return
-    _keras.exclude_like(old, smaller.optimizer, _pairs(model, smaller))
+    variables = copied.variables
+    pairs = [(v, variables[id(v)]) for v in model.trainable_variables if id(v) in variables]
+    _keras.exclude_like(old, smaller.optimizer, pairs)
     if not old.built:
         return
     renew_optimizer(smaller)  # Compiling has built the optimizer; a new one is not built yet.
@@ -54,7 +70,7 @@ def compile_like(model: keras.Model, smaller: keras.Model, cuts: Cuts) -> None:
     for source, target in zip(old.variables, new.variables, strict=False):
         value = keras.ops.convert_to_numpy(source)
         if id(target) in slots:
-            for axis, left in cuts.get(id(slots[id(target)]), {}).items():
+            for axis, left in copied.cuts.get(id(slots[id(target)]), {}).items():
                 if value.ndim > axis and value.shape[axis] == len(left):
                     value = np.compress(left, value, axis)
         values.append(np.array(value))
@@ -70,12 +86,3 @@ def compile_like(model: keras.Model, smaller: keras.Model, cuts: Cuts) -> None:
         return
     for target, value in zip(new.variables, values, strict=True):
         target.assign(value)
-
-
-def _pairs(model: keras.Model, smaller: keras.Model) -> list[tuple[keras.Variable, keras.Variable]]:
-    """Returns the trained variables of two models that correspond to each other."""
-    ours, theirs = model.trainable_variables, smaller.trainable_variables
-    if len(ours) == len(theirs):
-        return list(zip(ours, theirs, strict=True))
-    by_path = {variable.path: variable for variable in theirs}  # Some layers have a new bias.
-    return [(variable, by_path[variable.path]) for variable in ours if variable.path in by_path]

@@ -32,8 +32,9 @@ from masked_layers.inspection import channel_refs
 from masked_layers.layers import MaskedLayer
 from masked_layers.paths import plain_class, walk
 from masked_layers.shrinking.channels import Channels, Edit, Flow, Reader, constant_shift
-from masked_layers.shrinking.compilation import compile_like
+from masked_layers.shrinking.compilation import Copied, compile_like
 from masked_layers.shrinking.following import follow, variable_of
+from masked_layers.shrinking.kept_masks import carry_masks, check_masks
 from masked_layers.shrinking.rules import array, rule_of
 
 
@@ -51,6 +52,11 @@ class ShrinkRow:
             the layers that read them.
         unread: Number removed because no output depended on them.
         kept: Reason -> number of constant units or filters that could not be removed.
+        weights_before: Number of weights of the layer before, biases included.
+        weights_after: Number of weights of the layer after.
+        macs_before: Multiply-adds of its kernels for one example; None if a shape is not known.
+        macs_after: The same number after. In the rows of what is inside an attention layer, these
+            four are 0, since the row of its outputs counts all of its weights.
     """
 
     layer: str
@@ -60,6 +66,10 @@ class ShrinkRow:
     constant: int
     unread: int
     kept: Mapping[str, int]
+    weights_before: int = 0
+    weights_after: int = 0
+    macs_before: int | None = 0
+    macs_after: int | None = 0
 
 
 @dataclass(frozen=True)
@@ -95,13 +105,13 @@ class ShrinkReport:
 
     def __str__(self) -> str:
         width = max([5, *(len(row.layer) for row in self.rows)])
-        lines = [f"{'layer':<{width}}  before   after  constant  unread"]
+        lines = [f"{'layer':<{width}}  before   after  constant  unread      weights        left"]
         for row in self.rows:
             lines.append(
                 f"{row.layer:<{width}}  {row.before:>6}  {row.after:>6}  {row.constant:>8}"
-                f"  {row.unread:>6}"
+                f"  {row.unread:>6}  {row.weights_before:>11,} {row.weights_after:>11,}"
             )
-            lines += [f"  {count} constant kept: {why}" for why, count in row.kept.items()]
+            lines += [f"  {count} kept: {why}" for why, count in row.kept.items()]
         lines += [f"left whole: {name}: {why}" for name, why in self.not_followed.items()]
         for name, positions in self.unread.items():
             lines.append(f"{name} does not read {len(positions)} of its inputs")
@@ -112,15 +122,17 @@ class ShrinkReport:
 
 
 @overload
-def shrink(model: keras.Model, *, return_report: Literal[False] = False) -> keras.Model: ...
+def shrink(
+    model: keras.Model, *, return_report: Literal[False] = False, keep_masks: bool = False
+) -> keras.Model: ...
 @overload
 def shrink(
-    model: keras.Model, *, return_report: Literal[True]
+    model: keras.Model, *, return_report: Literal[True], keep_masks: bool = False
 ) -> tuple[keras.Model, ShrinkReport]: ...
 
 
 def shrink(
-    model: keras.Model, *, return_report: bool = False
+    model: keras.Model, *, return_report: bool = False, keep_masks: bool = False
 ) -> keras.Model | tuple[keras.Model, ShrinkReport]:
     """Returns a smaller plain model with the same outputs, without unread and constant channels.
 
@@ -150,6 +162,8 @@ def shrink(
     Args:
         model: A built Sequential or Functional model, plain or masked.
         return_report: Whether to return a `ShrinkReport` too.
+        keep_masks: Whether the smaller model of a masked one is masked too, so that weights pruned
+            singly, inside the channels that are left, stay pruned in further training.
 
     Returns:
         The smaller model. If `return_report=True`, a tuple `(model, report)`.
@@ -157,7 +171,8 @@ def shrink(
     Raises:
         TypeError: If `model` is not a Keras model.
         ValueError: If the model is neither Sequential nor Functional, overrides `call`, is not
-            built, or has a layer that cannot be created from its config.
+            built, or has a layer that cannot be created from its config. If `keep_masks=True` and
+            it has no masks, rescaled weights, or pruned weights frozen at other values than 0.
 
     Warns:
         UserWarning: If the class of the model defines `train_step` or similar methods, which the
@@ -178,11 +193,16 @@ def shrink(
     """
     if not isinstance(model, keras.Model):
         raise TypeError(f"Expected a `keras.Model`. Received: {model!r}")
+    masked = model
+    if keep_masks:
+        check_masks(masked)
     if any(isinstance(layer, MaskedLayer) for _, layer in walk(model)):
         model = strip_weight_masks(model)
     names = in_use_by_name(model)
     with as_in_use(model), _keras_configs.custom_object_scope(names):
-        smaller, report = _shrink(model)
+        smaller, report, copied = _shrink(model)
+    if keep_masks:
+        carry_masks(masked, model, smaller, copied)
     if own := _own_steps(model):
         warnings.warn(
             f"The smaller model is a plain Keras model: {', '.join(own)} of {type(model).__name__} "
@@ -205,19 +225,20 @@ def _own_steps(model: keras.Model) -> list[str]:
     return [name for name in names if getattr(type(model), name) is not getattr(keras.Model, name)]
 
 
-def _shrink(model: keras.Model) -> tuple[keras.Model, ShrinkReport]:
+def _shrink(model: keras.Model) -> tuple[keras.Model, ShrinkReport, Copied]:
     flow = follow(model)
     flow.settle()
     _check_left_out(flow, model)
     clones: dict[int, tuple[Any, Any]] = {}
     smaller = _again(flow, model, clones)
-    cuts: dict[int, dict[int, np.ndarray]] = {}
+    copied = Copied()
     for old, new in clones.values():
         if isinstance(old, keras.Layer) and id(old) not in flow.entered:
-            cuts |= _copy_weights(flow, old, new)
-    compile_like(model, smaller, cuts)
+            _copy_weights(flow, old, new, copied)
+    compile_like(model, smaller, copied)
     counts = (model.count_params(), smaller.count_params(), *_multiply_adds(flow))
-    return smaller, ShrinkReport(tuple(_rows(flow)), flow.not_followed, _unread(flow), *counts)
+    report = ShrinkReport(tuple(_rows(flow)), flow.not_followed, _unread(flow), *counts)
+    return smaller, report, copied
 
 
 def _check_left_out(flow: Flow, model: keras.Model) -> None:
@@ -376,16 +397,17 @@ def _shift(flow: Flow, reader: Reader) -> np.ndarray:
     return shift[flow.alive(reader.target)]
 
 
-def _copy_weights(
-    flow: Flow, old: keras.Layer, new: keras.Layer
-) -> dict[int, dict[int, np.ndarray]]:
+def _copy_weights(flow: Flow, old: keras.Layer, new: keras.Layer, copied: Copied) -> None:
     """Copies the weights of a layer to its smaller copy, without those of removed channels.
 
-    Returns:
-        The id of each sliced variable -> {axis: bool array, True where an entry is kept}.
+    Args:
+        flow: The channels.
+        old: The layer.
+        new: Its smaller copy.
+        copied: To which the variables are added.
     """
     if id(old) in flow.edits:
-        edit, cuts = flow.edits[id(old)][1], {}
+        edit = flow.edits[id(old)][1]
         for name, axes in edit.slices.items():
             get = attrgetter(name)
             if get(old) is None:
@@ -397,12 +419,13 @@ def _copy_weights(
             if name in edit.scaled:
                 value = value * math.sqrt(flow.alive(edit.scaled[name]).mean())
             get(new).assign(value)
-            cuts[id(get(new))] = left
+            copied.cuts[id(get(new))] = left
+            copied.variables[id(variable_of(old, name))] = get(new)
         if edit.readers and (shift := _shift(flow, edit.readers[0])).any():
             old, new = (reduce(getattr, edit.inside, layer) for layer in (old, new))
             bias = array(new.bias).astype("float64") if old.use_bias else 0.0
             new.bias.assign(bias + shift)
-        return cuts
+        return
     if len(old.variables) != len(new.variables):
         raise ValueError(
             f"'{old.name}' ({type(old).__name__}) has {len(old.variables)} variables, but the copy "
@@ -410,27 +433,44 @@ def _copy_weights(
         )
     for variable, copy in zip(old.variables, new.variables, strict=True):
         copy.assign(array(variable))
+        copied.variables[id(variable)] = copy
     for (_, part), (_, copy) in zip(walk(old), walk(new), strict=False):
         copy_assets(part, copy)
-    return {}
 
 
 # --- Reporting ------------------------------------------------------------------------------------
 
 
 def _multiply_adds(flow: Flow) -> tuple[int | None, int | None]:
-    """Returns the multiply-adds of the followed layers before and after, or (None, None)."""
-    before = after = 0
-    for operation, edit in flow.edits.values():
-        for name, axes, positions in edit.kernels():
-            if positions is None:
-                return None, None
-            size = left = math.prod(attrgetter(name)(operation).shape)
-            for channels in axes.values():
-                left = left * int(flow.alive(channels).sum()) // len(channels.slots)
-            before += positions * size
-            after += positions * left
-    return before, after
+    """Returns the multiply-adds of the followed layers, before and after."""
+    sizes = [_sizes(flow, operation, edit) for operation, edit in flow.edits.values()]
+    if any(size["macs_before"] is None for size in sizes):
+        return None, None
+    return sum(size["macs_before"] for size in sizes), sum(size["macs_after"] for size in sizes)
+
+
+def _sizes(flow: Flow, operation: Any, edit: Edit) -> dict[str, Any]:
+    """Returns the numbers of weights and multiply-adds of a layer, as `ShrinkRow` has them."""
+    positions = {name: count for name, _, count in edit.kernels()}
+    known = None not in positions.values()
+    total = dict.fromkeys(("weights_before", "weights_after", "macs_before", "macs_after"), 0)
+    for name, axes in edit.slices.items():
+        variable = attrgetter(name)(operation)
+        if variable is None:
+            continue
+        before = after = math.prod(variable.shape)
+        for channels in axes.values():
+            after = after * int(flow.alive(channels).sum()) // len(channels.slots)
+        total["weights_before"] += before
+        total["weights_after"] += after
+        if known and name in positions:
+            total["macs_before"] += before * positions[name]
+            total["macs_after"] += after * positions[name]
+    if edit.readers and not edit.inner and _shift(flow, edit.readers[0]).any():
+        layer = reduce(getattr, edit.inside, operation)
+        if layer.bias is None:  # It gets one.
+            total["weights_after"] += int(flow.alive(edit.readers[0].target).sum())
+    return total if known else {**total, "macs_before": None, "macs_after": None}
 
 
 def _unread(flow: Flow) -> dict[str, tuple[int, ...]]:
@@ -463,7 +503,7 @@ def _rows(flow: Flow) -> list[ShrinkRow]:
             return flow.forced[slot]
         return pinned.get(slot) or lost.get(slot) or "joined with a channel that varies"
 
-    def row(name: str, kind: str, target: Channels) -> ShrinkRow:
+    def row(name: str, kind: str, target: Channels, sizes: dict[str, Any]) -> ShrinkRow:
         channels = list(
             zip(map(flow.root, target.slots), target.constants, flow.alive(target), strict=True)
         )
@@ -482,10 +522,16 @@ def _rows(flow: Flow) -> list[ShrinkRow]:
             constant=moved,
             unread=len(removed) - moved,
             kept=dict(Counter(map(reason, stuck))),
+            **sizes,
         )
 
     return [
-        row(f"{flow.names[id(operation)]} {kind}".rstrip(), type(operation).__name__, channels)
+        row(
+            f"{flow.names[id(operation)]} {kind}".rstrip(),
+            type(operation).__name__,
+            channels,
+            {} if kind else _sizes(flow, operation, edit),
+        )
         for operation, edit in flow.edits.values()
         for kind, channels in edit.makes()
     ]
