@@ -429,7 +429,7 @@ class LotteryTicketPruner(plain_models.PlainPruning):
         if criterion.evidence and is_masked(model):
             # Criteria of final weights measure their evidence with these weights in the model.
             with weights_replaced(model, self._final if "final" in criterion.needs else None):
-                measure = evidence.measurement(model, criterion, data)
+                measure: selection.Measure = evidence.measurement(model, criterion, data)
                 measure = channels.leaving_out(measure, model, graph)
                 masks = selection.select(request, kernels, measure, graph)
         else:

@@ -288,6 +288,19 @@ def test_optimized_variables_are_those_an_optimizer_was_built_for():
     assert list(map(id, _keras.optimized_variables(optimizer))) == [id(bias), id(kernel)]
 
 
+@pytest.mark.parametrize("condition", [False, True])
+def test_cond_calls_one_function_outside_of_a_traced_one(condition):
+    called = []
+
+    def branch(number):
+        return lambda: called.append(number) or ops.convert_to_tensor(number)
+
+    value = _keras.cond(ops.convert_to_tensor(condition), branch(1), branch(2))
+    assert int(value) == (1 if condition else 2)
+    if keras.backend.backend() == "jax":  # where `ops.cond` would compile both
+        assert called == [int(value)]
+
+
 @pytest.mark.parametrize("scaled", [False, True])
 def test_exclude_like_copies_what_weight_decay_leaves_out(scaled):
     def sgd():
