@@ -66,7 +66,7 @@ def run_once(data, strategy, dwr, epochs):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--which_set", default="mnist", choices=datasets.NAMES)
+    parser.add_argument("--which_set", default="mnist", choices=datasets.IMAGES)
     parser.add_argument("--data-dir", help="folder with the data set's published files")
     parser.add_argument("--prune_strategy", default="large_final", choices=criteria.names())
     parser.add_argument("--dwr", action="store_true", help="scale layers by all / kept weights")

@@ -125,7 +125,7 @@ def table(found):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--which_set", default="cifar10_reduced_10x", choices=datasets.NAMES)
+    parser.add_argument("--which_set", default="cifar10_reduced_10x", choices=datasets.IMAGES)
     parser.add_argument("--data-dir", help="folder with the data set's published files")
     parser.add_argument("--base", default="own", choices=["own", "mobilenet_v2"])
     parser.add_argument("--epochs", type=int, default=20, help="maximum epochs per training")

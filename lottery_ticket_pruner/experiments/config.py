@@ -78,15 +78,16 @@ _RECIPES = {
         "resnet-20", 0.1, 72_000, 20, batch_size=128, optimizer="sgd", scope="global"
     ),
 }
-# The recipe of `lottery-ticket run` without arguments: down to 2 % in nine large rounds, with three
-# seeds in less than a minute.
-_DIGITS = Recipe("lenet-300-100", 2e-3, 600, 9, rate=0.36)
+# The recipe of small data sets, as of `lottery-ticket run` without arguments: down to 2 % in nine
+# large rounds, with three seeds in less than a minute.
+_SMALL = Recipe("lenet-300-100", 2e-3, 600, 9, rate=0.36)
 
+_DOWNLOADED = [name for name, named in datasets.NAMED.items() if named.is_downloaded]
 _DATA = tyro.conf.arg(
     metavar="NAME",
-    help=f"Data set: {', '.join(datasets.NAMES)}; all but digits are read from --data-dir or "
-    "downloaded. For custom data: module:function or path/to/file.py:function, which returns "
-    "((x_train, y_train), (x_test, y_test)) or two tf.data.Datasets of batches.",
+    help=f"Data set: {', '.join(datasets.NAMES)}. Of these, {', '.join(_DOWNLOADED)} are read from "
+    "--data-dir or downloaded. For custom data: module:function or path/to/file.py:function, "
+    "which returns ((x_train, y_train), (x_test, y_test)) or two tf.data.Datasets of batches.",
 )
 _STRATEGY = tyro.conf.arg(
     metavar="NAME",
@@ -163,9 +164,10 @@ isomorphic (layers of equal shapes). Default: the scope of the strategy, or else
 the recipe: global for resnet-20, otherwise layer."""
     structure: Annotated[str | None, _STRUCTURE] = None
     rounds: OptionalInt = None
-    """Rounds of pruning after the dense run. Default: 20, or 9 for digits."""
+    """Rounds of pruning after the dense run. Default: 20, or 9 for small data sets (digits)."""
     rate: OptionalFloat = None
-    """Share of the remaining weights pruned per round. Default: 0.2, or 0.36 for digits."""
+    """Share of the remaining weights pruned per round. Default: 0.2, or 0.36 for small \
+data sets."""
     conv_rate: OptionalFloat = None
     """The same for convolutions, if there are any. Default: half of --rate, or three quarters \
 for conv-6."""
@@ -187,7 +189,7 @@ of the rewinding point, or trained weights at the last learning rate."""
     """Rounds in which controls are trained. Default: all."""
     steps: OptionalInt = None
     """Training steps of each run. Default: those of the network's recipe (50,000 for \
-lenet-300-100 on any data), or 600 for digits."""
+lenet-300-100 on other data), or 600 for small data sets."""
     epochs: OptionalInt = None
     """Epochs of each run, instead of --steps."""
     batch_size: OptionalInt = None
@@ -299,14 +301,16 @@ operations, and no decisions based on timing."""
 
     def _recipe(self) -> Recipe:
         own = datasets.is_own(self.data)
-        if self.data not in datasets.NAMES and not own:
+        if self.data not in datasets.NAMED and not own:
             raise UnknownNameError("data set", self.data, datasets.NAMES)
-        if self.data == "digits" and self.network in (None, _DIGITS.network):
-            return _DIGITS
-        cifar = "cifar10" in self.data and not own
-        network = self.network or ("conv-2" if cifar else "lenet-300-100")
+        network = self.network or ("lenet-300-100" if own else datasets.NAMED[self.data].network)
         if network not in _RECIPES:
             raise UnknownNameError("network", network, networks.NAMES)
+        named = None if own else datasets.NAMED[self.data]
+        if named and not named.is_image and networks.has_convolutions(network):
+            raise ValueError(f"--network {network} needs images, and {self.data} has none.")
+        if named and named.is_small and network == _SMALL.network:
+            return _SMALL
         return _RECIPES[network]
 
     def _check_numbers(self, rounds: int) -> None:

@@ -3,26 +3,34 @@
 import dataclasses
 import functools
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from lottery_ticket_pruner.experiments import own, published
+from lottery_ticket_pruner.experiments import downloads, own
 from lottery_ticket_pruner.experiments.labelled import Arrays, checked
 from lottery_ticket_pruner.experiments.own import DatasetNotFoundError, UserCodeError
 from lottery_ticket_pruner.fingerprints import digest
 from lottery_ticket_pruner.registry import UnknownNameError
 
-__all__ = ["NAMES", "Dataset", "DatasetNotFoundError", "UserCodeError", "is_own", "label", "load"]
-
-NAMES = ("digits", "mnist", "fashion_mnist", "cifar10", "cifar10_reduced_10x")
+__all__ = [
+    "IMAGES",
+    "NAMED",
+    "NAMES",
+    "Dataset",
+    "DatasetNotFoundError",
+    "Named",
+    "UserCodeError",
+    "is_own",
+    "label",
+    "load",
+]
 
 # Splits do not depend on the seed of a run: the same images are held out in every run.
 _SPLIT_SEED = 20190423
 _VALIDATION_SHARE = 5_000 / 60_000
 _DIGITS_TEST_SHARE = 1 / 5
-
-_CLASSES = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,11 +68,11 @@ class Dataset:
 def load(name: str, data_dir: str | Path | None = None) -> Dataset:
     """Loads a data set with its fixed split.
 
-    For `mnist`, `fashion_mnist` and `cifar10`, 5 000 training images are held out for validation,
-    chosen by a fixed permutation. For `digits` (1 797 images of 8 x 8 from scikit-learn), a fifth
-    is held out for testing, and about a twelfth of the rest for validation. `cifar10_reduced_10x`
-    consists of the first tenth of CIFAR-10's training images of each class, a tenth of which is
-    held out for validation, and the complete test set.
+    A part of the training examples is held out for validation, chosen by a fixed permutation: 5 000
+    of `mnist`, `fashion_mnist` and `cifar10`, a tenth of `cifar10_reduced_10x`, and a twelfth of
+    other data. `digits` are 1 797 images of 8 x 8 from scikit-learn, a fifth of which is held out
+    for testing. `cifar10_reduced_10x` consists of the first tenth of CIFAR-10's training images of
+    each class and the complete test set.
 
     Custom data is loaded by a function without arguments, given as `module:function` or
     `path/to/file.py:function`. Modules are also searched in the working directory. The function
@@ -88,7 +96,7 @@ def load(name: str, data_dir: str | Path | None = None) -> Dataset:
     if is_own(name):
         arrays = checked(name, own.arrays_of(name))
         return _split(name, name, arrays, _held_out(arrays))
-    if name not in NAMES:
+    if name not in NAMED:
         hint = " Name its function, too: " + f"{name}:FUNCTION." if name.endswith(".py") else ""
         raise UnknownNameError(
             "data set",
@@ -97,16 +105,12 @@ def load(name: str, data_dir: str | Path | None = None) -> Dataset:
             "Or name a function that loads custom data: module:function or "
             f"path/to/file.py:function.{hint}",
         )
-    if name == "digits":
-        arrays = checked(name, _digits(), classes=_CLASSES)
-        return _split(name, name, arrays, _held_out(arrays))
-    source, places, arrays = published.load(name.removesuffix("_reduced_10x"), data_dir)
-    _check_images(source, arrays[0], arrays[2])
-    arrays = checked(source, arrays, places=places, classes=_CLASSES)
-    if name == "cifar10_reduced_10x":
-        arrays = _first_tenth_per_class(arrays)
-        return _split(name, source, arrays, len(arrays[0]) // 10)
-    return _split(name, source, arrays, _held_out(arrays) if "mnist" in name else 5_000)
+    named = NAMED[name]
+    source, places, arrays = named.read(data_dir)
+    if named.is_image:
+        _check_images(source, arrays[0], arrays[2])
+    arrays = named.part(checked(source, arrays, places=places, classes=named.classes))
+    return _split(name, source, arrays, named.held_out(arrays))
 
 
 def is_own(name: str) -> bool:
@@ -133,14 +137,15 @@ def _check_images(source: str, x_train: np.ndarray, x_test: np.ndarray) -> None:
         )
 
 
-def _digits() -> Arrays:
+def _digits(data_dir: str | Path | None) -> downloads.Found:
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
     images = (bunch.images * (255 / 16)).astype("uint8")
     order = np.random.default_rng(_SPLIT_SEED).permutation(len(images))
     test, train = np.split(order, [round(len(order) * _DIGITS_TEST_SHARE)])
-    return images[train], bunch.target[train], images[test], bunch.target[test]
+    arrays = images[train], bunch.target[train], images[test], bunch.target[test]
+    return downloads.Found("digits", None, arrays)
 
 
 def _first_tenth_per_class(arrays: Arrays) -> Arrays:
@@ -179,3 +184,51 @@ def _scaled(images: np.ndarray, scale: float) -> np.ndarray:
 
 def _labels(labels: np.ndarray) -> np.ndarray:
     return labels.astype("int32").reshape(-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Named:
+    """A data set with a name, for `load`, the command line and the examples.
+
+    Attributes:
+        read: Returns its arrays, not checked, given the folder to search first (or None).
+        classes: Number of classes.
+        network: Network of an experiment that names none.
+        held_out: Returns how many of the training examples in these arrays validate.
+        part: Returns the part of the checked arrays that is used.
+        is_image: Whether it consists of images of pixels from 0 to 255, for which all networks and
+            the examples are made. Other inputs need a network without convolutions.
+        is_small: Whether an experiment trains for hundreds of steps by default instead of the tens
+            of thousands of the network's recipe.
+        is_downloaded: Whether it is read from a folder or downloaded, instead of being installed.
+    """
+
+    read: Callable[[str | Path | None], downloads.Found]
+    classes: int
+    network: str
+    held_out: Callable[[Arrays], int] = _held_out
+    part: Callable[[Arrays], Arrays] = lambda arrays: arrays
+    is_image: bool = True
+    is_small: bool = False
+    is_downloaded: bool = True
+
+
+# The order is that of lists for users.
+NAMED = {
+    "digits": Named(_digits, 10, "lenet-300-100", is_small=True, is_downloaded=False),
+    "mnist": Named(functools.partial(downloads.load, "mnist"), 10, "lenet-300-100"),
+    "fashion_mnist": Named(functools.partial(downloads.load, "fashion_mnist"), 10, "lenet-300-100"),
+    "cifar10": Named(
+        functools.partial(downloads.load, "cifar10"), 10, "conv-2", held_out=lambda arrays: 5_000
+    ),
+    "cifar10_reduced_10x": Named(
+        functools.partial(downloads.load, "cifar10"),
+        10,
+        "conv-2",
+        held_out=lambda arrays: len(arrays[0]) // 10,
+        part=_first_tenth_per_class,
+    ),
+}
+NAMES = tuple(NAMED)
+# Names of the data sets of images.
+IMAGES = tuple(name for name, named in NAMED.items() if named.is_image)

@@ -74,8 +74,8 @@ class InstabilityConfig(Experiment):
     round: OptionalInt = None
     """Round of that run whose masks are used. Default: the last."""
     steps: OptionalInt = None
-    """Steps of the whole training. Default: those of the network's recipe, 600 for digits, or \
-with --masks those of that run."""
+    """Steps of the whole training. Default: those of the network's recipe, 600 for small \
+data sets, or with --masks those of that run."""
     epochs: OptionalInt = None
     """Epochs of the whole training, instead of --steps."""
     batch_size: OptionalInt = None

@@ -1,4 +1,4 @@
-"""The published files of MNIST, Fashion-MNIST and CIFAR-10, from a folder or by download."""
+"""Data sets that are read from their published files in a folder, or downloaded."""
 
 import gzip
 import importlib
@@ -47,7 +47,7 @@ _LARGEST_BATCH = 1 << 28
 
 
 class Found(NamedTuple):
-    """Arrays of a published data set, and where they were found.
+    """Arrays of a data set, and where they were found.
 
     Attributes:
         source: The file, the folder of the files, or the function that downloaded them.
