@@ -36,9 +36,9 @@ def follow(model: keras.Model, structure: structures.Structure | None) -> ml.Cha
 
 
 class Followed:
-    """The channels of the model that a pruner prunes, which are followed once.
+    """The channels of the model of a pruner, which are followed only once.
 
-    What stays whole is logged then, before anything is pruned.
+    Layers that stay whole are logged then, before anything is pruned.
     """
 
     def __init__(self) -> None:
@@ -46,7 +46,7 @@ class Followed:
         self._told: set[str] = set()
 
     def of(self, model: keras.Model, request: selection.Request) -> ml.ChannelFamilies | None:
-        """Returns the channels as `follow` does, with the present scales as arrays."""
+        """Returns the channels as `follow` does, with the current scales as arrays."""
         structure = request.structure
         if structure is None or not (structure.coupled or structure.whole_outputs):
             return None
@@ -194,7 +194,7 @@ def note_limits(
         masks: The masks afterwards, by path.
     """
     structure = request.structure
-    # Early steps of a schedule may ask for less than one rounded number of channels.
+    # Early steps of a schedule may request less than one multiple of `round_to`.
     if graph is None or structure is None or not structure.coupled or request.keep_sparser:
         return
     if request.budget is not None:

@@ -70,7 +70,7 @@ def carries_mask(tensor: keras.KerasTensor) -> bool:
 
 @contextlib.contextmanager
 def calls_forgotten(layer: keras.Layer) -> Iterator[None]:
-    """Makes layers inside `layer` forget the symbolic calls of the scope.
+    """Discards Keras' records of symbolic calls in the scope, for layers inside `layer`.
 
     Keras keeps a record of every symbolic call in the layer, and reads `layer.output` there. Graphs
     that were made in the scope stay whole, as they have these records too.

@@ -1,4 +1,4 @@
-"""Rules for attention layers, which have heads, and a width of queries, keys and values in each."""
+"""Rules for attention layers, whose channels include heads and the widths of each head."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ class _Attention:
     """The channels of an attention layer.
 
     Attributes:
-        inputs: Those of "query", "key" and "value".
+        inputs: Channels of "query", "key" and "value".
         heads: Heads of keys and values.
-        query_heads: The heads of keys that the heads of queries belong to.
-        key_dim: Places in the width of queries and keys: each is the same place in all heads, as
-            the config has one number for all heads.
-        value_dim: Places in the width of values.
-        outputs: Outputs of the layer.
+        query_heads: For each head of the queries, the head of keys that it uses.
+        key_dim: Entries of queries and keys within a head. All heads share them, because the config
+            has one width for all heads.
+        value_dim: Entries of values within a head, shared in the same way.
+        outputs: Channels of the layer's output.
     """
 
     inputs: Mapping[str, Channels]
@@ -78,7 +78,7 @@ def _grouped_query_attention(flow: Flow, call: Call) -> Channels:
         value_dim=width,
         outputs=_outputs(flow, call, layer._output_dense),
     )
-    # Its config has no number of outputs: they are as many as inputs.
+    # Its config has no number of outputs, because there are as many as inputs.
     flow.join(inputs["query"].slots, parts.outputs.slots)
     widths = {"num_key_value_heads": heads, "num_query_heads": parts.query_heads, "head_dim": width}
     return _follow(flow, call, "_", parts, {"heads": heads, "head_dim": width}, widths)
@@ -88,7 +88,7 @@ def _inputs(flow: Flow, call: Call) -> dict[str, Channels]:
     """Returns the channels of query, key and value.
 
     Raises:
-        CannotFollow: If the layer is called, or made, as no rule covers.
+        CannotFollow: If the layer is called or configured in a way that is not supported.
     """
     layer = call.operation
     given = inspect.signature(layer.call).bind(*call.args, **call.kwargs).arguments
@@ -112,7 +112,7 @@ def _inputs(flow: Flow, call: Call) -> dict[str, Channels]:
 
 
 def _equal_widths(parts: _Attention) -> bool:
-    """Returns whether keys and values have to keep the same width, as they have it."""
+    """Returns True if keys and values have equal widths that must stay equal."""
     same = len(parts.key_dim.slots) == len(parts.value_dim.slots)
     return same and keras.backend.backend() == "jax"
 
@@ -122,7 +122,7 @@ def _opened(flow: Flow, count: int) -> Channels:
 
 
 def _outputs(flow: Flow, call: Call, dense: layers.EinsumDense) -> Channels:
-    """Opens the outputs: one that reads nothing holds its bias."""
+    """Returns new channels for the outputs. An output that reads no head is constant: its bias."""
     read = (array(dense.kernel) != 0).any(axis=(0, 1))
     values = np.where(read, VARIES, 0.0 if dense.bias is None else array(dense.bias))
     return Channels(len(call.output.shape) - 1, flow.new_slots(len(read)), values)
@@ -136,22 +136,22 @@ def _follow(
     inner: dict[str, Channels],
     widths: dict[str, Channels],
 ) -> Channels:
-    """Notes how an attention layer follows its channels, and returns its outputs.
+    """Records the changes to an attention layer, and returns the channels of its output.
 
     Args:
         flow: The analysis.
         call: The call of the layer.
-        prefix: What the attributes with its inner layers begin with. Those of
-            `GroupQueryAttention` are private to Keras, which has no other way to them.
+        prefix: Prefix of the attributes that contain the inner layers. For `GroupQueryAttention` it
+            is "_": its inner layers are private in Keras, and there is no public way to them.
         parts: The channels of the layer.
-        inner: Those that it makes for itself, by kind.
-        widths: Name in the config -> the channels whose number it is.
+        inner: Kind -> channels that the layer uses only inside.
+        widths: Key in the config -> the channels whose number is stored there.
     """
     denses = {
         name: getattr(call.operation, f"{prefix}{name}_dense")
         for name in ("query", "key", "value", "output")
     }
-    # Copies of what the layer both makes and reads: `Edit.reads` tells the two apart.
+    # The layer makes these channels and reads them. `Edit.reads` distinguishes the two by identity.
     heads, width = (dataclasses.replace(x) for x in (parts.query_heads, parts.value_dim))
     made = {
         "query": (parts.query_heads, parts.key_dim),
@@ -176,7 +176,7 @@ def _follow(
         {(name,): channels for name, channels in widths.items()},
         _readers(parts, heads, width, denses),
         {f"{prefix}{name}_dense.kernel": count for name, count in counts.items()},
-        # JAX' attention does not take values of another width than keys.
+        # On JAX, attention requires values of the same width as keys.
         equal=(parts.key_dim, parts.value_dim) if _equal_widths(parts) else (),
         # The layer divides products of queries and keys by the square root of their width.
         scaled={f"{prefix}query_dense.{name}": parts.key_dim for name in ("kernel", "bias")},
@@ -188,12 +188,12 @@ def _follow(
 def _readers(
     parts: _Attention, heads: Channels, width: Channels, denses: Mapping[str, Any]
 ) -> tuple[Reader, ...]:
-    """Returns what the layer needs for its outputs: heads, for these their inputs and widths.
+    """Returns the readers of the layer: outputs need heads, and heads need inputs and widths.
 
     Args:
         parts: The channels of the layer.
-        heads: Heads as the output's kernel reads them.
-        width: The width of values as it reads them.
+        heads: Heads, as the kernel of the output reads them.
+        width: Entries of values, as the kernel of the output reads them.
         denses: The inner layers by name.
     """
     count = len(parts.heads.slots)
@@ -216,10 +216,10 @@ def _readers(
 
 
 def _scores(denses: Mapping[str, Any], heads: int) -> np.ndarray:
-    """Returns which places of the width matter to the scores of which heads, as bools.
+    """Returns which entries of queries and keys affect the scores of which heads, as bools.
 
-    A key that does not depend on the input adds the same to all scores of a query, which leaves a
-    softmax as it is.
+    A key that does not depend on the input adds the same number to all scores of a query, which
+    does not change their softmax.
     """
     varies = {name: (array(denses[name].kernel) != 0).any(axis=0) for name in ("query", "key")}
     query = varies["query"]

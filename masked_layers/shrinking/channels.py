@@ -292,7 +292,7 @@ class Flow:
                 self._force(spare, "the widths of keys and of values have to be equal")
 
     def _force(self, slots: np.ndarray, reason: str) -> None:
-        """Makes slots live that nothing needs, and notes why."""
+        """Keeps slots that no output needs, and records why."""
         for root in self.roots(slots).tolist():
             self.forced[root] = reason
             self._live[root] = True

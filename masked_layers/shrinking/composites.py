@@ -1,4 +1,4 @@
-"""The graph of the layers inside a layer, as those of a transformer block, from its `call`."""
+"""Traces the `call` of a composite layer, such as a transformer block, into a graph of layers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _TRACED = "its `call` "
 
 
 def is_composite(operation: Any) -> bool:
-    """Returns whether an operation is a layer with other layers inside it."""
+    """Returns True if an operation is a layer that contains other layers."""
     return isinstance(operation, keras.Layer) and len(list(walk(operation))) > 1
 
 
@@ -34,7 +34,7 @@ def inner_graph(layer: keras.Layer, args: Sequence[Any], kwargs: Mapping[str, An
         arguments, in the order of `keras.tree.flatten`.
 
     Raises:
-        CannotFollow: If the layer computes something else besides, such as with weights of its own.
+        CannotFollow: If the layer also computes something else, for example with its own weights.
     """
     if getattr(layer, "activity_regularizer", None) is not None:
         raise CannotFollow("it regularizes its outputs")
@@ -45,7 +45,7 @@ def inner_graph(layer: keras.Layer, args: Sequence[Any], kwargs: Mapping[str, An
     if "training" in inspect.signature(layer.call).parameters:
         training = _traced(layer, args, {**kwargs, "training": True})
         if _shape(graph) != _shape(training):
-            raise CannotFollow(f"{_TRACED}is another one in training")
+            raise CannotFollow(f"{_TRACED}computes something else in training")
     known = {id(v) for operation, *_ in _calls(graph) for v in getattr(operation, "variables", ())}
     if any(id(variable) not in known for variable in layer.variables):
         raise CannotFollow("it has weights besides those of the layers that it calls")
@@ -62,7 +62,7 @@ def _traced(layer: keras.Layer, args: Sequence[Any], kwargs: dict[str, Any]) -> 
         try:
             outputs = layer.call(*args, **kwargs)
             if not all(map(_is_tensor, keras.tree.flatten(outputs))):
-                raise CannotFollow(f"{_TRACED}returns other things than tensors")
+                raise CannotFollow(f"{_TRACED}returns values other than tensors")
             graph = keras.Model(ordered, outputs, name=layer.name)
         except CannotFollow:
             raise
@@ -81,7 +81,7 @@ def _traced(layer: keras.Layer, args: Sequence[Any], kwargs: dict[str, Any]) -> 
 
 
 def _shape(graph: keras.Model) -> list[Any]:
-    """Returns what two graphs of one `call` have in common if they compute the same."""
+    """Returns a description of a graph, which is equal for two graphs that compute the same."""
     makers = {id(x): -1 - index for index, x in enumerate(graph.inputs)}
     found: list[Any] = []
     for operation, args, kwargs, outputs in _calls(graph):

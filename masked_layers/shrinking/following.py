@@ -93,7 +93,7 @@ def variable_of(operation: Any, name: str) -> keras.Variable | None:
 
 
 def _add_graphs(flow: Flow, model: keras.Layer, graph: keras.Model, prefix: str) -> None:
-    """Notes the graph of a model, and those of models and other layers of layers inside it."""
+    """Records the graphs of a model and of all nested models and composite layers."""
     flow.graphs[id(model)] = graph
     calls = list(_keras_graph.graph_calls(graph))
     for operation, args, kwargs, _ in calls:
@@ -178,7 +178,7 @@ def _obstacles(flow: Flow) -> dict[int, str]:
         elif rule_of(operation) is None:
             obstacle = f"unknown class {cls.__name__}"
         elif id(operation) in shared:
-            obstacle = "it shares a weight with another layer, which the smaller model does not"
+            obstacle = "it shares a weight with another layer, which a smaller copy would not"
         elif (count := max(times[id(part)] for part in _called(flow, operation))) > 1 and (
             len(getattr(operation, "weights", ())) > 0 or cls is keras.layers.Reshape
         ):
@@ -193,7 +193,7 @@ def _obstacles(flow: Flow) -> dict[int, str]:
 
 
 def _called(flow: Flow, operation: Any) -> list[Any]:
-    """Returns what one call of an operation calls: layers inside it, but those of a graph."""
+    """Returns the layers inside an operation that a call of it calls, except those of a graph."""
     if id(operation) in flow.graphs or not isinstance(operation, keras.Layer):
         return [operation]
     return [part for _, part in walk(operation)]
@@ -210,7 +210,7 @@ def _sharing(flow: Flow, operations: list[Any]) -> set[int]:
 
 
 def _any_inside(operation: Any, attribute: str) -> bool:
-    """Returns whether the attribute of a layer, or of one inside it, is true."""
+    """Returns True if an attribute of a layer or of a layer inside it is true."""
     parts = [part for _, part in walk(operation)] if isinstance(operation, keras.Layer) else []
     return any(getattr(part, attribute, None) for part in parts)
 

@@ -1,4 +1,4 @@
-"""Rules for layers of KerasHub, which are known by name: it need not be installed."""
+"""Rules for layers of KerasHub. They are registered by name, so it need not be installed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from masked_layers.shrinking.rules import foreign_rule
 
 @foreign_rule("keras_hub.PositionEmbedding")
 def _position_embedding(flow: Flow, call: Call) -> Channels:
-    # It reads the shape of its input alone: there are as many channels as come in.
+    # It reads only the shape of its input, and makes as many channels as the input has.
     source = flow.channels(call, -1)
     flow.edit(call, Edit({"position_embeddings": {1: source}}))
     return source.with_constants(np.full(len(source.slots), VARIES))

@@ -120,13 +120,13 @@ def _einsum_dense(flow: Flow, call: Call) -> Channels:
     inputs, kernel = operands.split(",")
     made = [label for label in outputs.replace(".", "") if label not in inputs]
     if len(made) != 1 or made[0] not in kernel:
-        raise CannotFollow("its outputs have more or fewer axes of their own than one")
+        raise CannotFollow("it does not make exactly one axis of outputs")
     axis = _labelled_axis(outputs, made[0], call.output)
     read = [label for label in kernel if label in inputs and label not in outputs]
     where = {_labelled_axis(inputs, label, call.inputs[0]): label for label in read}
     known = flow.tensors[id(call.inputs[0])].axis
     if not where or known not in (None, *where):
-        raise CannotFollow("it sums over other axes than that of the channels")
+        raise CannotFollow("it sums over axes other than the channels")
     along = max(where) if known is None else known
     source = flow.channels(call, along)
     if layer.bias is not None and layer.bias_axes != made[0]:
@@ -183,7 +183,7 @@ def _convolution(flow: Flow, call: Call) -> Channels:
 def _grouped(
     flow: Flow, call: Call, source: Channels, reads: np.ndarray, gain: np.ndarray
 ) -> Channels:
-    """Follows a grouped convolution: all groups keep the same places among their channels.
+    """Follows a grouped convolution, in which all groups keep the same positions of their channels.
 
     Args:
         flow: The analysis.
@@ -346,7 +346,7 @@ def _units(
 def _embedding(flow: Flow, call: Call) -> Channels:
     layer = call.operation
     if len(layer.weights) > 1:
-        raise CannotFollow("its outputs have a table of their own")
+        raise CannotFollow("it has a separate table for outputs")
     if flow.tensors[id(call.inputs[0])].axis is not None:
         raise CannotFollow("it looks up values that another layer computes")
     axis, size = len(call.output.shape) - 1, layer.output_dim

@@ -50,7 +50,7 @@ def rule(*classes: type) -> Callable[[Rule], Rule]:
 
 
 def foreign_rule(*names: str) -> Callable[[Rule], Rule]:
-    """Lists a function as the rule of the classes of another package, as "package.class"."""
+    """Registers a function as the rule of classes of another package, given as "package.class"."""
 
     def register(function: Rule) -> Rule:
         FOREIGN_RULES.update(dict.fromkeys(names, function))
@@ -99,7 +99,7 @@ CUSTOM_ACTIVATION = "its activation may mix channels"
 def is_elementwise(activation: Callable[..., Any]) -> bool:
     """Returns whether a function computes each entry from the same entry of its input.
 
-    Of a function that is not Keras' own, the graph of its operations tells.
+    Custom functions are judged by the graph of their operations.
     """
     if activation in ELEMENTWISE or activation in MIXING:
         return activation in ELEMENTWISE
@@ -365,7 +365,7 @@ def _get_item(flow: Flow, call: Call) -> Channels:
         return source
     items = list(key) if isinstance(key, (tuple, list)) else [key]
     if not all(isinstance(x, (int, slice)) or x in (None, Ellipsis) for x in items):
-        raise CannotFollow("it takes entries by an array")
+        raise CannotFollow("it selects entries by an array")
     rank, own = len(call.inputs[0].shape), sum(x not in (None, Ellipsis) for x in items)
     where = items.index(Ellipsis) if Ellipsis in items else len(items)
     items[where : where + 1] = [slice(None)] * (rank - own)
@@ -373,7 +373,7 @@ def _get_item(flow: Flow, call: Call) -> Channels:
     for item in items:
         if before == source.axis and item is not None:
             if item != slice(None):
-                raise CannotFollow("it takes some of the channels")
+                raise CannotFollow("it selects some of the channels")
             break
         before += item is not None
         axis += not isinstance(item, int)

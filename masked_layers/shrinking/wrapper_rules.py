@@ -1,4 +1,4 @@
-"""Rules for layers that call another layer, which has a rule of its own."""
+"""Rules for wrappers: layers that apply another layer, which has its own rule."""
 
 from __future__ import annotations
 

@@ -172,7 +172,7 @@ class Refused(layers.Layer):
         ("weight", "its `call` reads a weight or an array in"),
         ("array", "its `call` reads a weight or an array in"),
         ("unused", "it has weights besides those of the layers that it calls"),
-        ("training", "its `call` is another one in training"),
+        ("training", "its `call` computes something else in training"),
         ("values", "its `call` cannot be followed"),
         ("regularized", "it regularizes its outputs"),
         ("float16", "it casts its inputs"),

@@ -155,8 +155,8 @@ def test_einsum_dense(equation, shape, bias_axes):
 @pytest.mark.parametrize(
     ("equation", "made", "bias_axes", "why"),
     [
-        ("abc,cde->abde", (5, 2, 3), None, "its outputs have more or fewer axes of their own"),
-        ("abc,bd->adc", (3, 4), None, "it sums over other axes than that of the channels"),
+        ("abc,cde->abde", (5, 2, 3), None, "it does not make exactly one axis of outputs"),
+        ("abc,bd->adc", (3, 4), None, "it sums over axes other than the channels"),
         ("abc,cd->abd", (5, 3), "bd", "its bias has other axes than that of its outputs"),
     ],
 )

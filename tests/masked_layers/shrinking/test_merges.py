@@ -167,7 +167,7 @@ def test_entries_of_a_tensor(take, followed):
     zero(model.get_layer("a"), [1], bias=True)
     smaller, report = checked(model)
     assert smaller.get_layer("a").units == (5 if followed else 6)
-    why = "it takes some of the channels"
+    why = "it selects some of the channels"
     assert list(report.not_followed.values()) == ([] if followed else [why])
 
 

@@ -244,7 +244,7 @@ def test_layers_that_share_a_weight_are_left_whole():
     dense = layers.Dense(4, use_bias=False, name="a")
     y = Transposed(dense, name="back")(layers.ReLU()(dense(x)))
     found = channel_families(keras.Model(x, layers.Dense(2, name="out")(y)))
-    why = "it shares a weight with another layer, which the smaller model does not"
+    why = "it shares a weight with another layer, which a smaller copy would not"
     assert found.not_followed["a"] == why
     assert "back" in found.not_followed
     assert found.families == ()

@@ -57,7 +57,7 @@ def test_a_layer_that_is_called_elsewhere_too_is_left_whole():
     model = randomize(keras.Model(x, layers.Dense(2)(layers.Flatten()(y))))
     zero(shared, [1], bias=True)
     smaller, report = checked(model)
-    why = "it shares a weight with another layer, which the smaller model does not"
+    why = "it shares a weight with another layer, which a smaller copy would not"
     assert report.not_followed == {"steps": why, "shared": why}
     assert smaller.get_layer("steps").layer.units == 5
 
