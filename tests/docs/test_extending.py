@@ -114,7 +114,7 @@ def test_the_criterion_for_channels_keeps_the_largest_filters(page):
 
 
 def test_the_structure_drops_whole_inputs(page):
-    after = page("def inputs")
+    after = page("def my_rows")
     for mask, score in zip(after.masks, loss_changes(after), strict=True):
         kept = mask.any(axis=1)
         assert (mask == kept[:, None]).all()

@@ -24,6 +24,7 @@ from masked_layers.serving.tracing import effective_values
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(24, 8)).astype("float32")
 Y = RNG.integers(0, 4, size=24)
+ROOT = Path(__file__).resolve().parents[2]
 STRUCTURES = {"n_of_m": "2:4", "blocks": "4x1", "outputs": "units", "channels": "channels"}
 SCHEDULES = {
     "constant": {"sparsity": 0.5},
@@ -127,10 +128,19 @@ def test_every_schedule(pruner, name):
 
 
 def test_the_readme_has_a_line_for_each():
-    text = (Path(__file__).resolve().parents[2] / "README.md").read_text("utf-8")
+    text = (ROOT / "README.md").read_text("utf-8")
     for kind, module in (
         ("structure", structures),
         ("distribution", distributions),
         ("schedule", schedules),
     ):
         assert re.findall(rf"^\| {kind} \| `(\w+)`", text, re.M) == module.names()
+
+
+@pytest.mark.once
+def test_the_tables_of_criteria_in_the_documents_are_complete():
+    for page in ("README.md", "docs/algorithms.md"):
+        text = (ROOT / page).read_text("utf-8")
+        table = text[re.search(r"^\| (strategy|name) \| score \|", text, re.M).start() :]
+        named = re.findall(r"^\| `(\w+)` \|", table.split("\n\n")[0], re.M)
+        assert sorted(named) == sorted(criteria.names()), page
