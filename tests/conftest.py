@@ -20,6 +20,9 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("suite")
 
+# The option of XLA for what generates the code of fused operations on a CPU.
+FUSION_EMITTERS = "xla_cpu_use_fusion_emitters"
+
 
 def pytest_configure(config):
     config.addinivalue_line(
@@ -31,6 +34,10 @@ def pytest_configure(config):
     # runs only briefly in tests, so optimizing it does not pay. `optimized` is for tests of its
     # exact bits. Child processes inherit these settings.
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    if os.environ.get("KERAS_BACKEND") == "jax":
+        # These emitters take more than half of the time of compiling.
+        flags = f"--{FUSION_EMITTERS}=false {os.environ.get('XLA_FLAGS', '')}"
+        os.environ["XLA_FLAGS"] = flags
     if hasattr(config, "cache"):
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(config.cache.mkdir("jax")))
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
@@ -112,7 +119,7 @@ def _same_policy():
 
 
 @pytest.fixture
-def optimized():
+def optimized(monkeypatch):
     """Lets JAX compile as it does outside the suite."""
     import keras
 
@@ -120,7 +127,15 @@ def optimized():
         yield
         return
     import jax
+    from jax._src import compiler  # The public way is an argument of each `jax.jit`.
 
+    options = compiler.get_compile_options
+
+    def with_emitters(*args, env_options_overrides=None, **kwargs):
+        overrides = {FUSION_EMITTERS: True, **(env_options_overrides or {})}
+        return options(*args, env_options_overrides=overrides, **kwargs)
+
+    monkeypatch.setattr(compiler, "get_compile_options", with_emitters)
     flag = "jax_disable_most_optimizations"
     before = jax.config.values[flag]
     jax.config.update(flag, False)

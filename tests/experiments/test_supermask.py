@@ -214,7 +214,7 @@ def test_the_file_of_the_options_is_replaced_as_a_whole(tmp_path, monkeypatch):
     assert stored == [1, 2]
 
 
-@pytest.mark.parametrize("kind", ["bernoulli", "edge_popup"])
+@pytest.mark.parametrize("kind", ["bernoulli", pytest.param("edge_popup", marks=pytest.mark.once)])
 def test_learned_masks(tmp_path, kind, monkeypatch):
     evaluate, sparsities = training.evaluate, []
 

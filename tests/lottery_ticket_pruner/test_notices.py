@@ -78,6 +78,7 @@ def test_the_earlier_interface_warns_too():
         pruner.calc_prune_mask(model, 0.5, "smallest_weights_global")
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("strategy", ["smallest_weights", "large_init"])
 def test_gradual_pruning_warns_once_with_the_step(strategy):
     model = make_model()
@@ -104,6 +105,7 @@ def test_masks_of_many_sparsities_say_it_once_and_a_grid_logs_it(caplog):
     assert "'mid/kernel' in the masks of large_init at 0.5, large_init at 0.6" in text
 
 
+@pytest.mark.once
 def test_a_search_says_it_once():
     model = make_model(masked=False)
     (message,) = said(
@@ -238,6 +240,7 @@ def test_a_training_that_ends_before_its_schedule_warns_with_its_step(schedule, 
         assert not said(lambda: fit(model, [pruning], epochs=0))
 
 
+@pytest.mark.once
 def test_the_remedies_of_an_unfinished_schedule_lead_to_its_final_sparsity():
     for schedule in (
         schedules.Polynomial(0, 0.5, 0, 4, 1, 2),  # `end_step=4`
@@ -249,6 +252,7 @@ def test_the_remedies_of_an_unfinished_schedule_lead_to_its_final_sparsity():
         assert not said(lambda model=model, pruning=pruning: fit(model, [pruning]))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("cls", [schedules.Polynomial, schedules.Geometric])
 def test_a_falling_sparsity_needs_regrowth(cls):
     falling = cls(0.7, 0.5, 0, 4, frequency=2)

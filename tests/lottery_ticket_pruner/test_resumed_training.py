@@ -92,7 +92,7 @@ CALLBACKS = {
     "SET": lambda pruner: DynamicSparseTraining(pruner, 16, "random", frequency=2, until=1),
     "RigL": lambda pruner: DynamicSparseTraining(pruner, 16, data=(X, Y), frequency=2, until=1),
 }
-ONCE = ("regrowth", "movement")  # differences between backends are covered by the others
+ONCE = ("SET", "regrowth", "movement")  # differences between backends are covered by the others
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,7 @@ def ways(loss, y):
     }
 
 
+@pytest.mark.once
 @EVERY
 def test_targets_that_the_loss_does_not_take_are_named_with_a_remedy(given, said):
     calls = ways(*given)

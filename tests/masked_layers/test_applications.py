@@ -34,11 +34,12 @@ ALIKE = {
     "resnet_v2": "resnet",
     "vgg19": "vgg16",
 }
-# All of them take half a minute, so only on the main backend. The benchmark checks them on any.
-EVERYWHERE = {"mobilenet_v3"}
+
+# They take half a minute, so only on the main backend. The benchmark checks them on any, and
+# `test_layers` each of their layers.
+pytestmark = pytest.mark.once
 
 
-@pytest.mark.once
 def test_every_family_has_its_member_here():
     families = conversion.families()
     assert set(families) == set(SMALLEST) | set(ALIKE)
@@ -47,13 +48,7 @@ def test_every_family_has_its_member_here():
 
 
 @pytest.mark.usefixtures("nothing_drawn")
-@pytest.mark.parametrize(
-    "family",
-    [
-        pytest.param(family, marks=[] if family in EVERYWHERE else pytest.mark.once)
-        for family in sorted(SMALLEST)
-    ],
-)
+@pytest.mark.parametrize("family", sorted(SMALLEST))
 def test_outputs_are_the_same_bits(family, monkeypatch):
     monkeypatch.setattr(conversion, "SIDE", 75)  # The smallest size that all of them accept.
     plain = conversion.randomized(SMALLEST[family])

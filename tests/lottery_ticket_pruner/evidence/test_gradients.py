@@ -377,6 +377,7 @@ def test_mixed_precision_loses_no_small_gradients(policy):
     assert all(layer.dtype_policy.name == policy for layer in mixed.layers)
 
 
+@pytest.mark.once
 def test_the_logits_of_every_cross_entropy_are_divided_however_it_is_given():
     inputs = keras.Input((3,))
     hidden = keras.layers.Dense(4, activation="tanh", name="hidden")(inputs)

@@ -45,6 +45,7 @@ def widths(report):
     return {row.layer: row.after for row in report}
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("shift", [0.0, 0.3])
 @pytest.mark.parametrize("strategy", ["smallest_weights", "random", "snip"])
 def test_half_of_the_channels_are_removed_from_all_joined_layers(strategy, shift):
@@ -75,6 +76,7 @@ def test_shrink_removes_exactly_the_pruned_channels_after_rounds_of_training():
     assert smaller.count_params() < model.count_params() / 3
 
 
+@pytest.mark.once
 def test_a_schedule_prunes_channels_while_the_model_trains():
     model = network()
     pruner = LotteryTicketPruner(model)
@@ -98,6 +100,7 @@ def test_a_schedule_prunes_channels_while_the_model_trains():
     assert widths(report)["in_0"] == widths(report)["in_1"] == 3
 
 
+@pytest.mark.once
 def test_a_schedule_beyond_at_most_is_refused_before_training():
     schedule = {"name": "constant", "sparsity": 0.95}
     pruner = LotteryTicketPruner(network())
@@ -106,6 +109,7 @@ def test_a_schedule_beyond_at_most_is_refused_before_training():
     GradualPruning(pruner, schedule, structure=Channels(at_most=0.95))
 
 
+@pytest.mark.once
 def test_layers_that_stay_whole_are_named_before_anything_is_pruned(caplog):
     keras.utils.set_random_seed(0)
     x = keras.Input((4,))
@@ -121,6 +125,7 @@ def test_layers_that_stay_whole_are_named_before_anything_is_pruned(caplog):
     np.testing.assert_array_equal(np.sort(masks["b/kernel"].all(axis=0)), [False] * 3 + [True] * 3)
 
 
+@pytest.mark.once
 def test_families_limited_by_at_most_are_logged(caplog):
     model = network()
     pruner = LotteryTicketPruner(model)
@@ -132,6 +137,7 @@ def test_families_limited_by_at_most_are_logged(caplog):
     )
 
 
+@pytest.mark.once
 def test_a_subclassed_model_is_refused_and_its_kept_biases_are_logged(caplog):
     class Net(keras.Model):
         def __init__(self, **kwargs):
@@ -153,6 +159,7 @@ def test_a_subclassed_model_is_refused_and_its_kept_biases_are_logged(caplog):
     assert "so the biases of pruned outputs" in caplog.text
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("scope", ["layer", "global"])
 def test_the_smaller_model_meets_a_budget_of_multiply_adds(scope):
     model = network()

@@ -26,7 +26,9 @@ def everything(model):
     ("retraining", "pruned", "controls", "rows_before", "known"),
     [
         ("weight_rewinding", "freeze", (), 3, 2),
-        ("weight_rewinding", "zero", ("random_reinit",), 2, 1),
+        pytest.param(
+            *("weight_rewinding", "zero", ("random_reinit",), 2, 1), marks=pytest.mark.once
+        ),
         ("learning_rate_rewinding", "zero", ("random_reinit",), 4, 3),
     ],
 )
@@ -77,6 +79,7 @@ def test_a_search_is_resumed_where_it_was_interrupted(
         find_ticket(make_model(), *data, checkpoint=tmp_path, **search)
 
 
+@pytest.mark.once
 def test_numbers_and_ranges_of_other_types_go_into_a_checkpoint(data, tmp_path):
     numbers = {"rounds": np.int64(2), "steps": np.int64(1), "seed": np.int64(3)}
     arguments = {"control_rounds": range(1, 3), "replicate": np.int64(1), "checkpoint": tmp_path}
@@ -88,7 +91,7 @@ def test_numbers_and_ranges_of_other_types_go_into_a_checkpoint(data, tmp_path):
         find_ticket(make_model(), *data, **plain, **arguments | {"control_rounds": range(1, 2)})
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.once)])
 def test_half_precision_weights_are_resumed_from_a_checkpoint(data, tmp_path, dtype):
     def model():
         keras.utils.set_random_seed(0)
@@ -115,6 +118,7 @@ def test_half_precision_weights_are_resumed_from_a_checkpoint(data, tmp_path, dt
     assert untimed[0] == untimed[1]
 
 
+@pytest.mark.once
 def test_a_search_of_another_model_or_of_other_data_is_not_resumed(data, tmp_path):
     x, y = data
     arguments = {"rounds": 1, "steps": 1, "controls": (), "checkpoint": tmp_path}

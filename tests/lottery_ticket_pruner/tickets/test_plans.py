@@ -87,6 +87,7 @@ def test_names_of_compared_arguments_in_checkpoints_do_not_change(data):
     assert under_way.arguments()["controls"] == ["random_mask"]
 
 
+@pytest.mark.once
 def test_a_search_by_plans_is_that_of_the_front(data):
     by_plan = search(make_model(), SearchData(data, data, data), plan_of({"rewind_to": 2}, seed=3))
     by_front = find_ticket(
@@ -98,6 +99,7 @@ def test_a_search_by_plans_is_that_of_the_front(data):
     assert rows[0] == rows[1]
 
 
+@pytest.mark.once
 def test_the_rewinding_point_is_that_of_every_search_with_the_seed(data, masked):
     found = find_ticket(masked, *data, rounds=1, rewind_to=2, controls=(), seed=5, **SHORT)
     alone = make_model()
@@ -143,6 +145,7 @@ def test_a_plan_takes_options_by_the_names_of_its_fields():
     assert plan == TrainingPlan(steps=7, batch_size=6, seed=3)
 
 
+@pytest.mark.once
 def test_data_are_put_on_the_device_once_for_all_arms(data, monkeypatch):
     made = []
     original = keras.ops.convert_to_tensor

@@ -41,6 +41,7 @@ def test_frozen_weights_are_not_drawn_again():
     assert (before[-2] != model.get_weights()[-2]).all()
 
 
+@pytest.mark.once
 def test_a_weight_without_an_initializer_is_named(data, starts):
     class Odd(layers.Layer):
         def build(self, shape):
@@ -59,6 +60,7 @@ def test_a_weight_without_an_initializer_is_named(data, starts):
     assert len(starts) == 4
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("retraining", "weights_stay", "step"),
     [
@@ -98,6 +100,7 @@ def test_a_fine_tuned_ticket_starts_from_the_dense_weights(data, starts):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.once
 def test_controls_keep_signs_or_counts(data, starts):
     model = make_model()
     initial = ml.convert_to_masked(model).get_weights()
@@ -142,6 +145,7 @@ def test_a_criterion_of_gradients_ranks_the_trained_weights(data, masked):
     assert [sum(m.sum() for m in masks.values()) for masks in result.masks] == [100, 50]
 
 
+@pytest.mark.once
 def test_controls_in_some_rounds(data):
     result = find_ticket(
         make_model(), *data, rounds=3, control_rounds=(2,), controls=("random_mask",), **SHORT
@@ -150,6 +154,7 @@ def test_controls_in_some_rounds(data):
     assert arms == [(0, "dense"), (1, "ticket"), (2, "random_mask"), (2, "ticket"), (3, "ticket")]
 
 
+@pytest.mark.once
 def test_criteria_for_new_models_rank_the_rewound_one(data):
     model = ml.convert_to_masked(make_model(optimizer=keras.optimizers.SGD(0.5)))
     untrained = ml.convert_to_masked(make_model())
@@ -169,6 +174,7 @@ def test_criteria_for_new_models_rank_the_rewound_one(data):
             assert sum(mask.sum() for mask in found.masks[number].values()) == 100 / 2**number
 
 
+@pytest.mark.once
 def test_criteria_that_look_at_the_model_get_its_data(masked, data):
     result = find_ticket(
         masked, *data, rounds=2, sparsity=0.75, strategy="wanda", controls=(), **SHORT

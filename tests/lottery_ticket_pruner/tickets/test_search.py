@@ -62,6 +62,7 @@ def test_rows_masks_and_ticket(data):
     assert final["loss"] == pytest.approx(result.rows[-1]["test_loss"], rel=1e-5)
 
 
+@pytest.mark.once
 def test_starting_weights_of_each_arm(data, masked, starts):
     result = find_ticket(masked, *data, rounds=2, rate=0.5, **SHORT)
     empty, dense, *rounds = starts
@@ -104,6 +105,7 @@ def test_masks_are_those_of_large_final(data, masked):
         assert (~mask).sum() == int(0.3 * mask.size + 1e-6)
 
 
+@pytest.mark.once
 def test_rewinding_to_a_later_step(data, masked, starts):
     arguments = SHORT | {"steps": 6, "rewind_to": 2}
     result = find_ticket(masked, *data, rounds=1, validation_data=data, **arguments)
@@ -154,6 +156,7 @@ def test_a_learning_rate_schedule_restarts_in_every_search(data, starts):
     assert_equal(*found)
 
 
+@pytest.mark.once
 def test_the_result_of_an_arm_does_not_depend_on_the_other_arms(data, masked):
     start = masked.get_weights()
 
@@ -220,6 +223,7 @@ def test_seeds_make_a_difference(data, masked):
     assert (first[0] != second[0]).any()
 
 
+@pytest.mark.once
 def test_a_masked_model_is_trained_itself_from_dense_masks_on(data, masked):
     start = masked.get_weights()
     first = find_ticket(masked, *data, rounds=1, rate=0.5, controls=(), **SHORT)

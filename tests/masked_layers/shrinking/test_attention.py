@@ -48,6 +48,7 @@ MODELS = {
 }
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("attention", ["widths", "heads", "both"])
 @pytest.mark.parametrize("name", MODELS)
 def test_half_of_the_channels_is_removed(name, attention):
@@ -77,6 +78,7 @@ def test_sizes_of_the_smaller_layers():
     assert attention.output_dense.kernel.shape == (2, 1, 4)
 
 
+@pytest.mark.once
 def test_families_of_a_grouped_query_attention():
     families = channel_families(grouped_query()).families
     found = {(family.kind, family.size): family for family in families}
@@ -95,6 +97,7 @@ def test_families_of_a_grouped_query_attention():
     }
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", MODELS)
 def test_outputs_do_not_depend_on_what_a_removed_channel_has_left(name):
     """Whatever the biases of pruned channels are trained to, nothing reads them."""
@@ -114,6 +117,7 @@ def test_outputs_do_not_depend_on_what_a_removed_channel_has_left(name):
     assert_same_outputs(masked, smaller)
 
 
+@pytest.mark.once
 def test_a_key_that_is_a_constant_is_removed_and_a_query_that_is_one_stays():
     """What a softmax notices: a constant query weighs a key that varies."""
     model = randomize(self_attention())
@@ -146,6 +150,7 @@ def test_keys_and_values_keep_equal_widths_where_the_backend_demands_it():
     assert row(report, "mha value_dim").kept == ({why: 3} if jax else {})
 
 
+@pytest.mark.once
 def test_heads_without_a_reader_are_removed_with_their_inputs():
     model = randomize(self_attention())
     attention = model.get_layer("mha")
@@ -157,6 +162,7 @@ def test_heads_without_a_reader_are_removed_with_their_inputs():
     assert row(report, "mha heads").unread == 2
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("why", "make", "call"),
     [
@@ -185,6 +191,7 @@ def test_a_mask_for_each_head_leaves_attention_whole():
     }
 
 
+@pytest.mark.once
 def test_multiply_adds_of_the_kernels():
     masked = convert_to_masked(randomize(cross_attention()))
     _, report = shrink(masked, return_report=True)
@@ -192,6 +199,7 @@ def test_multiply_adds_of_the_kernels():
     assert report.macs_before == 4 * 5 * 8 + 7 * 3 * (6 + 10) + projections + 40 * 3
 
 
+@pytest.mark.once
 def test_an_attention_of_another_choice_is_refused():
     with pytest.raises(ValueError, match=r"`attention` must be one of .*Received: 'all'"):
         Channels(attention="all")

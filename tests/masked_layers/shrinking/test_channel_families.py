@@ -7,7 +7,7 @@ from keras import layers
 
 from masked_layers import channel_families, convert_to_masked, get_masks, set_masks, shrink
 
-pytestmark = pytest.mark.usefixtures("nothing_drawn")
+pytestmark = [pytest.mark.once, pytest.mark.usefixtures("nothing_drawn")]
 
 
 def squeeze_and_excite():

@@ -66,6 +66,7 @@ class Counted(keras.metrics.Metric):
         return self.width
 
 
+@pytest.mark.once
 def test_warns_and_leaves_the_model_uncompiled_if_it_cannot_be_compiled_again():
     model = dense_net(4, 2)
     model.compile("adam", lambda y, p: keras.ops.mean((y - p) ** 2))
@@ -78,6 +79,7 @@ def test_warns_and_leaves_the_model_uncompiled_if_it_cannot_be_compiled_again():
     smaller.fit(np.ones((4, 5)), np.ones((4, 2)), verbose=0)
 
 
+@pytest.mark.once
 def test_warns_and_resets_an_optimizer_whose_state_cannot_be_reduced():
     model = keras.Sequential([keras.Input((4,)), layers.Dense(200, name="a"), layers.Dense(150)])
     randomize(model)

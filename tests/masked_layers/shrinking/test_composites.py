@@ -85,6 +85,7 @@ def test_half_of_a_transformer_is_removed():
     assert kinds == [layers.MultiHeadAttention, type(smaller)]
 
 
+@pytest.mark.once
 def test_following_leaves_no_trace_in_the_model():
     model = transformer()
     block = model.get_layer("block_0")
@@ -123,6 +124,7 @@ def test_a_smaller_transformer_is_saved_and_loaded(tmp_path):
     np.testing.assert_array_equal(numpy(loaded(data)), numpy(smaller(data)))
 
 
+@pytest.mark.once
 def test_a_composite_layer_that_is_called_twice_is_smaller_inside():
     x = keras.Input((6, 8))
     block = Block(2, 12, name="block")
@@ -166,6 +168,7 @@ class Refused(layers.Layer):
         return {**super().get_config(), "what": self.what}
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("what", "why"),
     [
@@ -192,6 +195,7 @@ def test_a_layer_that_a_graph_would_not_describe_is_left_whole(what, why):
     assert "before" in found.whole
 
 
+@pytest.mark.once
 def test_a_transformer_of_keras_hub_is_known_by_name():
     """KerasHub need not be installed; its position embedding reads the shape of its input."""
 

@@ -22,6 +22,7 @@ def test_zero_filters_are_removed_for_every_padding(padding):
     assert row(report, "c0").constant == 2
 
 
+@pytest.mark.once
 def test_non_zero_constant_is_kept_if_a_convolution_pads_zeros():
     model = conv_net(padding="same")
     zero(model.layers[0], [1, 2])
@@ -32,6 +33,7 @@ def test_non_zero_constant_is_kept_if_a_convolution_pads_zeros():
     assert "1 kept: a non-zero constant enters the zero padding of 'c1'" in str(report)
 
 
+@pytest.mark.once
 def test_non_zero_constant_moves_through_a_valid_convolution():
     model = conv_net(padding="valid")
     zero(model.layers[0], [1, 2])
@@ -40,6 +42,7 @@ def test_non_zero_constant_moves_through_a_valid_convolution():
     assert row(report, "c0").kept == {}
 
 
+@pytest.mark.once
 def test_non_zero_constant_moves_into_a_padded_convolution_of_one_tap():
     x = keras.Input((6, 6, 2))
     y = layers.Conv2D(4, 3, name="c0")(x)
@@ -50,6 +53,7 @@ def test_non_zero_constant_moves_into_a_padded_convolution_of_one_tap():
     assert smaller.get_layer("c0").filters == 3
 
 
+@pytest.mark.once
 def test_padded_convolution_that_does_not_read_a_constant_does_not_keep_it():
     model = conv_net(padding="same")
     zero(model.layers[0], [1])
@@ -58,6 +62,7 @@ def test_padded_convolution_that_does_not_read_a_constant_does_not_keep_it():
     assert smaller.layers[0].filters == 3
 
 
+@pytest.mark.once
 def test_batch_normalization_makes_the_constant():
     model = conv_net(layers.BatchNormalization(), layers.ReLU(), padding="valid")
     zero(model.layers[0], [1, 2])
@@ -68,6 +73,7 @@ def test_batch_normalization_makes_the_constant():
     assert row(report, "c0").constant == 3
 
 
+@pytest.mark.once
 def test_batch_normalization_shifts_a_zero_filter_before_a_padded_convolution():
     norm = layers.BatchNormalization()
     model = conv_net(norm, layers.ReLU(), padding="same", bias=False, filters=(3, 3))
@@ -101,6 +107,7 @@ def test_depthwise_convolution_follows_its_input(padding, multiplier):
     assert smaller.get_layer("dw").depth_multiplier == multiplier
 
 
+@pytest.mark.once
 def test_depthwise_channel_is_removed_only_if_all_of_its_outputs_are():
     x = keras.Input((7, 7, 2))
     y = layers.Conv2D(3, 3, name="c0")(x)
@@ -111,6 +118,7 @@ def test_depthwise_channel_is_removed_only_if_all_of_its_outputs_are():
     assert smaller.get_layer("c0").filters == 2
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("padding", ["valid", "same"])
 def test_separable_convolution(padding):
     x = keras.Input((7, 7, 2))
@@ -149,6 +157,7 @@ def test_causal_convolution_pads():
     assert smaller.get_layer("c0").filters == 3
 
 
+@pytest.mark.once
 def test_zero_padding_layer_passes_only_zeros():
     model = conv_net(layers.ZeroPadding2D(1, name="pad"))
     zero(model.layers[0], [0, 1])
@@ -158,6 +167,7 @@ def test_zero_padding_layer_passes_only_zeros():
     assert row(report, "c0").kept == {"a non-zero constant enters the zero padding of 'pad'": 1}
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "inner",
     [
@@ -182,6 +192,7 @@ def test_layer_passes_constants_on(inner):
     assert smaller.layers[0].filters == 2
 
 
+@pytest.mark.once
 def test_prelu_with_a_slope_per_position_passes_only_positive_constants():
     model = conv_net(layers.PReLU())
     zero(model.layers[0], [0, 2])
@@ -232,6 +243,7 @@ def test_channels_first():
     assert widths(smaller) == {"c0": 2, "c1": 2, "out": 2}
 
 
+@pytest.mark.once
 def test_a_convolution_of_as_many_groups_as_inputs_is_depthwise():
     x = keras.Input((6, 6, 3))
     y = layers.Conv2D(4, 3, activation="relu", name="a")(x)
@@ -261,6 +273,7 @@ def test_grouped_convolution(padding):
     assert report.not_followed == {}
 
 
+@pytest.mark.once
 def test_bias_of_a_grouped_convolution_takes_up_the_constants_of_its_own_group():
     x = keras.Input((9, 9, 2))
     y = layers.Conv2D(4, 3, activation="relu", name="a")(x)

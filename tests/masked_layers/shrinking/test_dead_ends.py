@@ -47,6 +47,7 @@ def lenet(share, seed):
     return model
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("seed", range(3))
 def test_dead_ends_of_a_sparse_lenet_are_found_and_removed(seed):
     model = lenet(0.012, seed)
@@ -83,6 +84,7 @@ def test_dead_ends_of_a_sparse_lenet_are_found_and_removed(seed):
     np.testing.assert_array_equal(keras.ops.convert_to_numpy(smaller(x)), after)
 
 
+@pytest.mark.once
 def test_channels_of_convolutions_pass_through_normalization_and_pooling():
     keras.utils.set_random_seed(0)
     x = keras.Input((8, 8, 3))
@@ -101,6 +103,7 @@ def test_channels_of_convolutions_pass_through_normalization_and_pooling():
         np.testing.assert_array_equal(mask, known)
 
 
+@pytest.mark.once
 def test_a_dense_model_has_no_dead_ends_and_a_plain_report_does_not_count_them():
     model = lenet(1.0, 0)
     report = effective_sparsity(model)
@@ -111,6 +114,7 @@ def test_a_dense_model_has_no_dead_ends_and_a_plain_report_does_not_count_them()
     assert "effective" not in plain.to_dict()["total"]
 
 
+@pytest.mark.once
 def test_no_weight_is_effective_if_a_layer_is_fully_pruned():
     model = lenet(0.5, 0)
     set_masks(model, {"b/kernel": np.zeros((300, 100), bool)})

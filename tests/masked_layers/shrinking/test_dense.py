@@ -7,7 +7,7 @@ from keras import layers
 
 from shrunk import checked, dense_net, numpy, randomize, row, widths, zero
 
-pytestmark = pytest.mark.usefixtures("nothing_drawn")
+pytestmark = [pytest.mark.once, pytest.mark.usefixtures("nothing_drawn")]
 
 
 def test_constant_unit_moves_into_the_next_bias():

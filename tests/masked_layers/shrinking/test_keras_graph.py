@@ -28,6 +28,7 @@ def test_graph_calls_lists_the_calls_in_order():
     assert outputs[0] is total
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "name", ["elu", "gelu", "hard_sigmoid", "leaky_relu", "relu6", "selu", "silu", "tanh"]
 )

@@ -8,7 +8,7 @@ from keras import layers
 from masked_layers import channel_families
 from shrunk import add_layer, checked, numpy, randomize, residual_net, row, widths, zero
 
-pytestmark = pytest.mark.usefixtures("nothing_drawn")
+pytestmark = [pytest.mark.once, pytest.mark.usefixtures("nothing_drawn")]
 
 
 @pytest.mark.parametrize("add", [add_layer, lambda a, b: a + b], ids=["layer", "operator"])

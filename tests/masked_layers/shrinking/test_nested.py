@@ -7,7 +7,7 @@ from keras import layers
 from masked_layers.shrinking import shrink
 from shrunk import checked, randomize, row, widths, zero
 
-pytestmark = pytest.mark.usefixtures("nothing_drawn")
+pytestmark = [pytest.mark.once, pytest.mark.usefixtures("nothing_drawn")]
 
 
 @pytest.mark.parametrize("calls", [1, 2])

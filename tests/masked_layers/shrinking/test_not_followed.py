@@ -22,7 +22,7 @@ from shrunk import (
     zero,
 )
 
-pytestmark = pytest.mark.usefixtures("nothing_drawn")
+pytestmark = [pytest.mark.once, pytest.mark.usefixtures("nothing_drawn")]
 
 
 @keras.saving.register_keras_serializable("test_not_followed")
