@@ -6,12 +6,10 @@ import pytest
 from keras import layers
 
 import masked_layers as ml
-from lottery_ticket_pruner import GradualPruning, LotteryTicketPruner, schedules
+from lottery_ticket_pruner import GradualPruning, LotteryTicketPruner, find_ticket, schedules
 from shrunk import inputs_of, numpy, randomize
 
 pytestmark = pytest.mark.usefixtures("nothing_drawn")
-
-NORMS = ("first", "last")
 
 
 def network():
@@ -123,3 +121,34 @@ def test_criteria_of_gradients_measure_with_pruned_channels_left_out():
     assert not stream.all()
     for mask in left_out(masked).values():
         np.testing.assert_array_equal(mask, stream)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("structure", ["channels", None])
+def test_random_masks_of_a_search_leave_out_the_channels_that_they_prune(structure, monkeypatch):
+    masked = masked_network()
+    x = inputs_of(masked, batch=20)
+    seen = []
+    set_masks = ml.set_masks
+
+    def noting(model, masks):
+        set_masks(model, masks)
+        seen.append(ml.get_masks(model))
+
+    monkeypatch.setattr(ml, "set_masks", noting)
+    find_ticket(
+        masked,
+        x,
+        x[:, :3],
+        rounds=1,
+        steps=2,
+        batch_size=10,
+        rate=0.5,
+        structure=structure,
+        controls=["random_mask"],
+    )
+    assert len({masks["stem/kernel"].tobytes() for masks in seen}) > 2  # Also shuffled ones.
+    for masks in seen[-2:]:
+        for name in ("first/gamma", "last/scale"):
+            kept = masks["stem/kernel"].any(axis=0) if structure else np.ones(8, bool)
+            np.testing.assert_array_equal(masks[name], kept)
