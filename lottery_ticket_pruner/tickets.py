@@ -158,6 +158,7 @@ def find_ticket(
         scope: Weights that are ranked together. None for the default of the criterion.
         structure: Weights that are pruned together, as in `LotteryTicketPruner.update_masks`, such
             as `"channels"`. Rates and sparsities are then shares of these. N:M needs one round.
+            For channels, a plain model is masked with `mask_normalization=True`.
         rewind_to: The step to rewind to, 0 <= rewind_to < steps.
         retraining: One of `RETRAINING`: what the ticket is trained from after pruning.
         kept: Treatment of the ticket's kept weights (see `treatments`), which replaces rewinding
@@ -281,7 +282,9 @@ def search(
         raise ValueError(f"{model.name} is not compiled: call compile() before find_ticket().")
     data = data.in_memory(model)
     if all(ref.mask is None for ref in ml.weight_refs(model)):
-        model = ml.convert_to_masked(model)
+        structure = plan.pruning.found_structure
+        coupled = structure is not None and structure.coupled
+        model = ml.convert_to_masked(model, mask_normalization=coupled)
     examples = ArrayDataset.of(*data.train, None, plan.training.augment)
     targets.check(model, *data.train)
     validation = training.held_out(model, examples, "validation_data", data.validation)

@@ -164,3 +164,23 @@ def test_what_a_structure_contradicts_is_refused_before_anything_is_trained(mode
     ):
         with pytest.raises(ValueError, match=message):
             find_ticket(model, X, Y, controls=(), **SEARCH | changed)
+
+
+@pytest.mark.once
+def test_normalization_leaves_the_channels_of_a_plain_model_out():
+    keras.utils.set_random_seed(0)
+    x = keras.Input((6,))
+    y = layers.LayerNormalization(name="norm")(layers.Dense(8, name="before")(x))
+    model = keras.Model(x, layers.Dense(2, name="output")(y))
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile("adam", loss, metrics=["accuracy"], jit_compile=False)
+    inputs = X.reshape(40, -1)[:, :6]
+    search = SEARCH | {"controls": ("random_mask",), "test_data": (inputs, Y)}
+    result = find_ticket(model, inputs, Y, **search)
+    assert [row["channels"] for row in result.rows] == [1, 0.5, 0.5, 0.25, 0.25]
+    smaller = ml.shrink(result.ticket)
+    assert [w.shape for w in smaller.get_layer("norm").weights] == [(2,), (2,)]
+    expected = result.ticket.predict(inputs, verbose=0)
+    np.testing.assert_allclose(
+        smaller.predict(inputs, verbose=0), expected, rtol=0, atol=1e-5 * np.abs(expected).max()
+    )
