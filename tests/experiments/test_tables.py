@@ -385,3 +385,12 @@ def test_the_overview_says_how_far_tickets_hold_up(tmp_path):
     alone = tables.overview_sheet(run_folders.groups_of(run_folders.find_runs([tmp_path / "b"])))
     assert "best control" not in alone.headings
     assert alone.lines[0][0] == "digits, lenet-300-100, large_final"
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [([], ""), ([np.nan], ""), ([0.5, np.nan], "0.50"), ([0.5, np.nan, 1.5], "1.00 ± 0.71")],
+)
+def test_missing_values_do_not_count(values, text):
+    assert statistics.spread(values, "{:.2f}") == text
+    assert statistics.spread(pd.Series(values, dtype=float), "{:.2f}") == text

@@ -55,7 +55,12 @@ def accuracy_text(accuracies: Sequence[float]) -> str:
 
 
 def spread(values: Sequence[float] | np.ndarray, style: str) -> str:
-    """Returns the mean as text in this style and, for several values, the standard deviation."""
+    """Returns the mean as text in this style and, for several values, the standard deviation.
+
+    Values that are missing (NaN), as from runs of earlier versions, do not count.
+    """
+    values = np.asarray(values, float)
+    values = values[~np.isnan(values)]
     if not len(values):
         return ""
     mean = style.format(np.mean(values))

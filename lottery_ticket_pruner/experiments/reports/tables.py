@@ -83,7 +83,8 @@ def summary_table(rows: Sequence[dict[str, Any]] | pd.DataFrame) -> Table:
 def accuracy_sheet(rows: pd.DataFrame) -> Sheet:
     """Returns the accuracy of every arm per round: mean and standard deviation over replicates.
 
-    The column of early stops contains steps of the ticket, or of the dense run in the first line.
+    `lottery-ticket run` prints this table, which must fit 80 columns. The column of early stops
+    contains steps of the ticket, or of the dense run in the first line.
     """
     arms = arms_of(rows) or ["ticket"]
     counts = rows.groupby(["round", "arm"]).size()
