@@ -6,7 +6,7 @@ from typing import Any
 
 import tyro
 
-from lottery_ticket_pruner.experiments import catalogue
+from lottery_ticket_pruner.experiments import catalogue, datasets, own
 from lottery_ticket_pruner.experiments.config import Experiment, code_of
 from lottery_ticket_pruner.experiments.options import OptionalPath
 from lottery_ticket_pruner.experiments.results import (
@@ -62,6 +62,8 @@ for a run of a sweep, next to the sweep."""
         except (AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"'{file}' is not the configuration of a run: {error}") from error
         there = stored.get(CODE)
+        if there is not None and datasets.is_own(config.data):
+            own.import_module_of(config.data)  # It may register them.
         if there is not None and there != (here := code_of(config.to_dict())):
             raise ValueError(
                 f"'{file}' uses functions with other code: {there} there, {here or 'none'} here."

@@ -39,12 +39,7 @@ def arrays_of(name: str) -> tuple[Any, Any, Any, Any]:
         UserCodeError: If the function or its module raises an exception.
         ValueError: If the function does not exist, or does not return two pairs.
     """
-    source, _, function = name.rpartition(":")
-    if not source or not function:
-        raise ValueError(
-            f"Expected module:function or path/to/file.py:function. Received: {name!r}."
-        )
-    folder = (Path(source).parent if source.endswith(".py") else Path.cwd()).resolve()
+    folder = _folder_of(name)
     with _importing_from(folder):
         make = _function(name, folder)
         _check_callable(name, make)
@@ -54,6 +49,28 @@ def arrays_of(name: str) -> tuple[Any, Any, Any, Any]:
         parts = _two_parts(name, returned)
         train, test = (_pair(name, folder, part, returned) for part in parts)
     return *train, *test
+
+
+def import_module_of(name: str) -> None:
+    """Imports the module of a function, which may register criteria, structures and treatments.
+
+    Raises:
+        UserCodeError: If it raises an exception.
+        DatasetNotFoundError: If it does not exist.
+        ValueError: If the function does not exist.
+    """
+    folder = _folder_of(name)
+    with _importing_from(folder):
+        _function(name, folder)
+
+
+def _folder_of(name: str) -> Path:
+    source, _, function = name.rpartition(":")
+    if not source or not function:
+        raise ValueError(
+            f"Expected module:function or path/to/file.py:function. Received: {name!r}."
+        )
+    return (Path(source).parent if source.endswith(".py") else Path.cwd()).resolve()
 
 
 def _pair(name: str, folder: Path, part: object, returned: object) -> tuple[Any, Any]:

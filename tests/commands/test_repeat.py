@@ -5,9 +5,11 @@ import json
 
 import pytest
 
-from lottery_ticket_pruner import cli
+import own_data
+from lottery_ticket_pruner import cli, criteria
 from lottery_ticket_pruner.commands.repeat import RepeatConfig
-from lottery_ticket_pruner.experiments.config import RunConfig
+from lottery_ticket_pruner.experiments import own
+from lottery_ticket_pruner.experiments.config import RunConfig, code_of
 from lottery_ticket_pruner.experiments.instability import InstabilityConfig
 from lottery_ticket_pruner.experiments.supermask import SupermaskConfig
 
@@ -73,3 +75,25 @@ def test_other_files_are_refused_without_a_traceback(tmp_path, text, message, ca
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
+
+
+def test_criteria_that_the_module_of_the_data_registers_are_found(tmp_path, monkeypatch):
+    source = (
+        "from lottery_ticket_pruner import criteria\n\n"
+        '@criteria.register("of_my_data", needs="final")\n'
+        "def of_my_data(group):\n    return {}group.final\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(criteria, "_REGISTRY", criteria._REGISTRY.copy())
+    (tmp_path / "own.py").write_text(own_data.SOURCE + source.format(""))
+    with monkeypatch.context() as patch:  # Another process.
+        patch.setattr(criteria, "_REGISTRY", criteria._REGISTRY.copy())
+        own.import_module_of("own.py:load")
+        config = RunConfig(data="own.py:load", strategy="of_my_data").resolve(60)
+        stored = config.to_dict() | {"code": code_of(config.to_dict())}
+        assert stored["code"]
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    assert RepeatConfig(tmp_path).configuration().strategy == "of_my_data"
+    (tmp_path / "own.py").write_text(own_data.SOURCE + source.format("-"))
+    with pytest.raises(ValueError, match="uses functions with other code"):
+        RepeatConfig(tmp_path).configuration()
