@@ -56,7 +56,12 @@ def test_scales_are_those_of_the_normalization_that_follows():
     assert masks["hidden/kernel"].any(0).all()  # Without a scale, it is not pruned.
 
 
-@pytest.mark.parametrize("strategy", ["geometric_median", "scale", "saliency", "random"])
+@pytest.mark.parametrize(
+    "strategy",
+    # Only gradients depend on the backend.
+    ["saliency"]
+    + [pytest.param(n, marks=pytest.mark.once) for n in ("geometric_median", "scale", "random")],
+)
 @pytest.mark.parametrize("scope", ["layer", "global", "isomorphic"])
 def test_every_ranking_gives_channels_that_shrink_removes(strategy, scope):
     if keras.backend.backend() != "tensorflow" and scope != "isomorphic":

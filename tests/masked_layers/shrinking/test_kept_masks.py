@@ -61,6 +61,7 @@ def test_a_smaller_model_with_masks_can_be_pruned_further():
     assert sparsity_report(smaller).alive < before.alive
 
 
+@pytest.mark.once
 def test_only_weights_that_were_masked_are_masked():
     x = keras.Input((4,))
     y = layers.Dense(5, "relu", name="a")(x)
@@ -78,6 +79,7 @@ def test_only_weights_that_were_masked_are_masked():
     assert report.weights_after == smaller.count_params()
 
 
+@pytest.mark.once
 def test_rescaled_and_plain_models_are_refused():
     model = pruned()
     set_rescale(model, True)

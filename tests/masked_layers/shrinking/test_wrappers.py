@@ -40,6 +40,7 @@ def test_half_of_the_channels_of_each_step_is_removed():
     assert report.macs_after == 4 * 16 * 9 * 2 * 4 + 4 * 4 * 3 + 4 * 4 * 2 * (3 + 2) + 2 * 2
 
 
+@pytest.mark.once
 def test_a_constant_moves_into_a_bias_inside():
     model = frames()
     zero(model.get_layer("conv").layer, [1, 2])
@@ -49,6 +50,7 @@ def test_a_constant_moves_into_a_bias_inside():
     assert numpy(smaller.get_layer("dense").layer.bias).any()
 
 
+@pytest.mark.once
 def test_a_layer_that_is_called_elsewhere_too_is_left_whole():
     x = keras.Input((4, 3))
     shared = layers.Dense(5, name="shared")
@@ -62,6 +64,7 @@ def test_a_layer_that_is_called_elsewhere_too_is_left_whole():
     assert smaller.get_layer("steps").layer.units == 5
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("as_layer", [True, False])
 def test_an_unknown_layer_inside_is_named(as_layer):
     x = keras.Input((4, 3))
