@@ -11,6 +11,7 @@ import keras
 import numpy as np
 from keras import layers
 
+from masked_layers.paths import plain_class
 from masked_layers.shrinking.channels import (
     VARIES,
     Call,
@@ -90,8 +91,7 @@ def _inputs(flow: Flow, call: Call) -> dict[str, Channels]:
     Raises:
         CannotFollow: If the layer is called or configured in a way that is not supported.
     """
-    layer = call.operation
-    given = inspect.signature(layer.call).bind(*call.args, **call.kwargs).arguments
+    layer, given = call.operation, _arguments(call)
     mask = given.get("attention_mask")
     if given.get("return_attention_scores"):
         raise CannotFollow("it returns the scores of its heads")
@@ -101,14 +101,32 @@ def _inputs(flow: Flow, call: Call) -> dict[str, Channels]:
         raise CannotFollow("its attention mask has an axis of heads")
     if layer.get_config().get("use_gate"):
         raise CannotFollow("it has a gate")
-    if given.get("key") is None:
-        given["key"] = given["value"]
-    tensors = {name: given[name] for name in ("query", "key", "value")}
     found = {
         id(tensor): flow.channels(dataclasses.replace(call, inputs=[tensor]), -1)
-        for tensor in tensors.values()
+        for tensor in _operands(call).values()
     }
-    return {name: found[id(tensor)] for name, tensor in tensors.items()}
+    return {name: found[id(tensor)] for name, tensor in _operands(call).items()}
+
+
+def operands(call: Call) -> list[keras.KerasTensor]:
+    """Returns the tensors among the arguments of a call whose channels its rule follows.
+
+    The others are masks.
+    """
+    if plain_class(call.operation) in (layers.MultiHeadAttention, layers.GroupQueryAttention):
+        return list(_operands(call).values())
+    return call.inputs
+
+
+def _operands(call: Call) -> dict[str, keras.KerasTensor]:
+    given = _arguments(call)
+    if given.get("key") is None:
+        given["key"] = given["value"]
+    return {name: given[name] for name in ("query", "key", "value")}
+
+
+def _arguments(call: Call) -> dict[str, Any]:
+    return inspect.signature(call.operation.call).bind(*call.args, **call.kwargs).arguments
 
 
 def _equal_widths(parts: _Attention) -> bool:
@@ -163,11 +181,8 @@ def _follow(
     for name, (of_heads, of_width) in made.items():
         slices[f"{name}_dense.kernel"] = {0: parts.inputs[name], 1: of_heads, 2: of_width}
         slices[f"{name}_dense.bias"] = {0: of_heads, 1: of_width}
-    given = inspect.signature(call.operation.call).bind(*call.args, **call.kwargs).arguments
-    counts = {
-        name: positions(given.get(name, given["value"]), len(given["query"].shape) - 1)
-        for name in made
-    }
+    given = _operands(call)
+    counts = {name: positions(given[name], len(given[name].shape) - 1) for name in made}
     counts["output"] = counts["query"]
     edit = Edit(
         {f"{prefix}{name}": axes for name, axes in slices.items()},

@@ -62,20 +62,9 @@ def compile_like(model: keras.Model, smaller: keras.Model, copied: Copied) -> No
     if not old.built:
         return
     renew_optimizer(smaller)  # Compiling has built the optimizer; a new one is not built yet.
+    values = _kept_state(old, smaller, copied)
     new = smaller.optimizer
-    slots: dict[int, keras.Variable] = {}
-    _keras.watch_slots(new, lambda variable, slot: slots.update({id(slot): variable}))
-    new.build(smaller.trainable_variables)
-    values = []
-    for source, target in zip(old.variables, new.variables, strict=False):
-        value = keras.ops.convert_to_numpy(source)
-        if id(target) in slots:
-            for axis, left in copied.cuts.get(id(slots[id(target)]), {}).items():
-                if value.ndim > axis and value.shape[axis] == len(left):
-                    value = np.compress(left, value, axis)
-        values.append(np.array(value))
-    same = len(old.variables) == len(new.variables)
-    if not same or any(
+    if values is None or any(
         value.shape != target.shape for value, target in zip(values, new.variables, strict=True)
     ):
         warnings.warn(
@@ -86,3 +75,53 @@ def compile_like(model: keras.Model, smaller: keras.Model, copied: Copied) -> No
         return
     for target, value in zip(new.variables, values, strict=True):
         target.assign(value)
+
+
+def _kept_state(
+    old: keras.Optimizer, smaller: keras.Model, copied: Copied
+) -> list[np.ndarray] | None:
+    """Builds the optimizer of the smaller model, and returns the state that is left for it.
+
+    The order of trained variables may differ, as the layers inside a composite layer are in the
+    order of their attributes, and in that of the graph in the smaller model.
+
+    Returns:
+        None if the two optimizers do not have the same variables.
+    """
+    trained = [copied.variables.get(id(x)) for x in _keras.optimized_variables(old)]
+    new = smaller.optimizer
+    there = _layout(new, smaller.trainable_variables)
+    if set(map(id, trained)) != set(map(id, smaller.trainable_variables)):
+        return None
+    # The same optimizer in the order of the original tells which variable has which slot there.
+    with as_in_use(smaller):
+        same = type(new).from_config(new.get_config())
+    here = _layout(same, trained)
+    if sorted(here) != sorted(there) or len(here) != len(old.variables):
+        return None
+    sources = dict(zip(here, old.variables, strict=True))
+    values = []
+    for owner, number in there:
+        value = keras.ops.convert_to_numpy(sources[owner, number])
+        for axis, left in copied.cuts.get(owner, {}).items():
+            if value.ndim > axis and value.shape[axis] == len(left):
+                value = np.compress(left, value, axis)
+        values.append(np.array(value))
+    return values
+
+
+def _layout(optimizer: keras.Optimizer, variables: list[keras.Variable]) -> list[tuple[int, int]]:
+    """Builds an optimizer, and returns (id of the trained variable or 0, number) of its variables.
+
+    The number counts the variables of the optimizer that belong to the same trained variable.
+    """
+    owners: dict[int, int] = {}
+    _keras.watch_slots(optimizer, lambda variable, slot: owners.update({id(slot): id(variable)}))
+    optimizer.build(variables)
+    counts: dict[int, int] = {}
+    layout = []
+    for variable in optimizer.variables:
+        owner = owners.get(id(variable), 0)
+        counts[owner] = counts.get(owner, -1) + 1
+        layout.append((owner, counts[owner]))
+    return layout

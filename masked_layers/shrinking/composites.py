@@ -42,14 +42,27 @@ def inner_graph(layer: keras.Layer, args: Sequence[Any], kwargs: Mapping[str, An
     if layer.autocast and any("float" in x and x != layer.compute_dtype for x in dtypes):
         raise CannotFollow("it casts its inputs")
     graph = _traced(layer, args, dict(kwargs))
+    training = graph
     if "training" in inspect.signature(layer.call).parameters:
         training = _traced(layer, args, {**kwargs, "training": True})
         if _shape(graph) != _shape(training):
             raise CannotFollow(f"{_TRACED}computes something else in training")
+    for (*_, inference, _), (*_, trained, _) in zip(_calls(graph), _calls(training), strict=True):
+        modes = inference.get("training"), trained.get("training")
+        if modes not in ((None, None), (None, True), (False, True)):
+            raise CannotFollow("a layer inside it has a mode of its own, in training or not")
     known = {id(v) for operation, *_ in _calls(graph) for v in getattr(operation, "variables", ())}
     if any(id(variable) not in known for variable in layer.variables):
         raise CannotFollow("it has weights besides those of the layers that it calls")
     return graph
+
+
+def signature(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+    """Returns a description of arguments, which is equal for calls with equal graphs."""
+    kinds = keras.tree.map_structure(
+        lambda x: (x.shape, x.dtype) if _is_tensor(x) else repr(x), (tuple(args), dict(kwargs))
+    )
+    return repr(kinds)
 
 
 def _traced(layer: keras.Layer, args: Sequence[Any], kwargs: dict[str, Any]) -> keras.Model:

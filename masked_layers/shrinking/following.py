@@ -19,7 +19,7 @@ from masked_layers.shrinking import (  # noqa: F401 (they fill RULES)
     wrapper_rules,
 )
 from masked_layers.shrinking.channels import WHOLE, Call, CannotFollow, Channels, Flow
-from masked_layers.shrinking.composites import inner_graph, is_composite
+from masked_layers.shrinking.composites import inner_graph, is_composite, signature
 from masked_layers.shrinking.rules import MASKED_POSITIONS, WITH_ARGUMENTS, rule_of
 
 OUTPUT = "an output of the model"
@@ -98,7 +98,13 @@ def _add_graphs(flow: Flow, model: keras.Layer, graph: keras.Model, prefix: str)
     calls = list(_keras_graph.graph_calls(graph))
     for operation, args, kwargs, _ in calls:
         flow.names.setdefault(id(operation), prefix + operation.name)
-        if id(operation) in flow.graphs:
+        if id(operation) in flow.composites and flow.signatures[id(operation)] != signature(
+            args, kwargs
+        ):
+            flow.composites.remove(id(operation))
+            del flow.graphs[id(operation)]
+            flow.opaque[id(operation)] = "called with different arguments"
+        if id(operation) in flow.graphs or id(operation) in flow.opaque:
             continue
         if type(operation) in (keras.Sequential, type(graph)):
             inner = graph_of(operation)
@@ -109,6 +115,7 @@ def _add_graphs(flow: Flow, model: keras.Layer, graph: keras.Model, prefix: str)
                 flow.opaque[id(operation)] = str(reason)
                 continue
             flow.composites.add(id(operation))
+            flow.signatures[id(operation)] = signature(args, kwargs)
         else:
             continue
         _add_graphs(flow, operation, inner, f"{prefix}{operation.name}/")
@@ -138,13 +145,23 @@ def _through(
             else:
                 follow_rule = rule_of(operation)
                 assert follow_rule is not None  # Otherwise it has an obstacle.
-                followed = follow_rule(flow, Call(operation, inputs, outputs[0], args, kwargs))
-                results = [followed] * len(outputs)
+                call = Call(operation, inputs, outputs[0], args, kwargs)
+                results = [follow_rule(flow, call)] * len(outputs)
+                _pin_masks(flow, call)
         except CannotFollow as reason:
             flow.leave_whole(operation, inputs, str(reason))
             results = [WHOLE] * len(outputs)
         flow.tensors.update(zip(map(id, outputs), results, strict=True))
     return [flow.tensors[id(tensor)] for tensor in graph.outputs]
+
+
+def _pin_masks(flow: Flow, call: Call) -> None:
+    """Keeps all channels of tensors that a layer is given besides what its rule follows."""
+    followed = attention_rules.operands(call)
+    for tensor in keras.tree.flatten((call.args, call.kwargs)):
+        if _is_tensor(tensor) and not any(tensor is x for x in followed):
+            name = flow.names[id(call.operation)]
+            flow.pin(flow.tensors[id(tensor)], f"'{name}' takes it as a mask")
 
 
 def _obstacles(flow: Flow) -> dict[int, str]:
@@ -168,9 +185,13 @@ def _obstacles(flow: Flow) -> dict[int, str]:
         ):
             obstacle = "called with arguments other than tensors"
         elif cls not in MASKED_POSITIONS and any(
-            _keras_graph.carries_mask(x) for x in tensors if _is_tensor(x)
+            _keras_graph.carries_mask(x)
+            for x in keras.tree.flatten((args, kwargs))
+            if _is_tensor(x)
         ):
             obstacle = "its input carries a Keras mask"
+        elif id(operation) in flow.graphs and _renamed(flow, operation, args):
+            obstacle = "called with a dict for inputs that are no such dict"
         elif id(operation) in flow.graphs:
             # If another call has another obstacle, the model cannot be made smaller inside either.
             if times[id(operation)] > 1:
@@ -190,6 +211,14 @@ def _obstacles(flow: Flow) -> dict[int, str]:
         if obstacle:
             obstacles[id(operation)] = obstacle
     return obstacles
+
+
+def _renamed(flow: Flow, operation: Any, args: tuple[Any, ...]) -> bool:
+    """Returns True if a nested model is given a dict whose names Keras has to match."""
+    if id(operation) in flow.composites or not (args and isinstance(args[0], dict)):
+        return False
+    inputs = flow.graphs[id(operation)].input
+    return not isinstance(inputs, dict) or set(inputs) != set(args[0])
 
 
 def _called(flow: Flow, operation: Any) -> list[Any]:

@@ -68,6 +68,9 @@ def _mix(
         places: Number of multiply-adds of each kernel entry. -1 for the positions of the output.
     """
     layer = call.operation
+    followed = layer.activation is None or is_elementwise(layer.activation)
+    if not followed and isinstance(layer.activation, keras.Layer):
+        raise CannotFollow(CUSTOM_ACTIVATION)  # It may have weights.
     constant = ~np.isnan(source.constants)
     fixed = constant & (source.constants == 0) if lost else constant
     flow.lose(source.slots[constant & ~fixed & reads.any(axis=1)], lost or "")
@@ -78,7 +81,6 @@ def _mix(
     values[demand.any(axis=0)] = VARIES
 
     slots = flow.new_slots(reads.shape[1])
-    followed = layer.activation is None or is_elementwise(layer.activation)
     if followed:
         activation = layer.activation or keras.activations.linear
         values = apply(activation, values, call.output.dtype)
@@ -136,6 +138,8 @@ def _einsum_dense(flow: Flow, call: Call) -> Channels:
     others = tuple(range(weights.ndim - 2))
     between = {_labelled_axis(inputs, label, call.inputs[0]) for label in kernel if label in inputs}
     places = [size for i, size in enumerate(call.inputs[0].shape) if i not in {0, *between}]
+    # The config leaves out the batch axis and those of an ellipsis.
+    place = outputs.replace("...", "").index(made[0]) - (not outputs.startswith("..."))
     target = _mix(
         flow,
         call,
@@ -143,7 +147,7 @@ def _einsum_dense(flow: Flow, call: Call) -> Channels:
         (weights != 0).any(others),
         weights.sum(others, dtype="float64"),
         lambda out: {"kernel": {rows: source, columns: out}},
-        ("output_shape", outputs.replace("...", "").index(made[0]) - ("..." not in outputs)),
+        ("output_shape", place),
         f"'{flow.names[id(layer)]}' cannot be given a bias for a constant",
         places=None if None in places else math.prod(places),
     )

@@ -103,6 +103,8 @@ def is_elementwise(activation: Callable[..., Any]) -> bool:
     """
     if activation in ELEMENTWISE or activation in MIXING:
         return activation in ELEMENTWISE
+    if isinstance(activation, keras.Layer):  # Calling it would build it, for another shape.
+        return type(activation) in (layers.ELU, layers.LeakyReLU, layers.ReLU)
     try:
         inputs = keras.Input((3,))
         graph = keras.Model(inputs, activation(inputs))
@@ -124,6 +126,8 @@ def _is_number(value: Any) -> bool:
 
 def apply(function: Callable[..., Any], constants: np.ndarray, dtype: str) -> np.ndarray:
     """Applies an element-wise function of tensors to constants, in the given dtype."""
+    if isinstance(function, keras.Layer):
+        function = function.call  # `__call__` would leave a record of it.
     result = np.full(len(constants), VARIES)
     known = ~np.isnan(constants)
     if known.any():

@@ -144,7 +144,8 @@ def shrink(
     trainable flags, and at least one unit or filter in each. A composite layer, such as a
     transformer block, becomes a Functional model of the layers inside it. If the original model is
     compiled, the smaller one is compiled the same way and keeps the optimizer's state of the
-    weights that are left, so that training can continue.
+    weights that are left, so that training can continue. Where the width of queries and keys of an
+    attention layer is smaller, its query weights are scaled, since Keras divides by that width.
 
     Channels are followed through Dense, EinsumDense, convolutions (plain, grouped, depthwise,
     separable, transposed), Embedding, SimpleRNN, GRU, LSTM, Bidirectional and TimeDistributed,
@@ -420,12 +421,23 @@ def _copy_weights(flow: Flow, old: keras.Layer, new: keras.Layer, copied: Copied
                 value = value * math.sqrt(flow.alive(edit.scaled[name]).mean())
             get(new).assign(value)
             copied.cuts[id(get(new))] = left
-            copied.variables[id(variable_of(old, name))] = get(new)
+            _pair(variable_of(old, name), get(new), copied)
+        # Seeds, and weights of an activation that is a layer. A new bias has no counterpart.
+        done = set(map(id, copied.variables.values()))
+        others = {(x.name, x.shape): x for x in new.variables if id(x) not in done}
+        for variable in old.variables:
+            copy = others.get((variable.name, variable.shape))
+            if id(variable) not in copied.variables and copy is not None:
+                copy.assign(array(variable))
+                _pair(variable, copy, copied)
         if edit.readers and (shift := _shift(flow, edit.readers[0])).any():
             old, new = (reduce(getattr, edit.inside, layer) for layer in (old, new))
             bias = array(new.bias).astype("float64") if old.use_bias else 0.0
             new.bias.assign(bias + shift)
         return
+    for (_, part), (_, copy) in zip(walk(old), walk(new), strict=False):
+        if part.built and not copy.built:  # As an activation, which is built when it is called.
+            copy.build_from_config(part.get_build_config())
     if len(old.variables) != len(new.variables):
         raise ValueError(
             f"'{old.name}' ({type(old).__name__}) has {len(old.variables)} variables, but the copy "
@@ -433,9 +445,16 @@ def _copy_weights(flow: Flow, old: keras.Layer, new: keras.Layer, copied: Copied
         )
     for variable, copy in zip(old.variables, new.variables, strict=True):
         copy.assign(array(variable))
-        copied.variables[id(variable)] = copy
+        _pair(variable, copy, copied)
     for (_, part), (_, copy) in zip(walk(old), walk(new), strict=False):
         copy_assets(part, copy)
+
+
+def _pair(variable: keras.Variable, copy: keras.Variable, copied: Copied) -> None:
+    """Records the copy of a variable, which is trained as the variable is."""
+    if copy.trainable != variable.trainable:
+        copy.trainable = variable.trainable
+    copied.variables[id(variable)] = copy
 
 
 # --- Reporting ------------------------------------------------------------------------------------

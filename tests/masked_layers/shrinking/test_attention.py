@@ -203,3 +203,32 @@ def test_multiply_adds_of_the_kernels():
 def test_an_attention_of_another_choice_is_refused():
     with pytest.raises(ValueError, match=r"`attention` must be one of .*Received: 'all'"):
         Channels(attention="all")
+
+
+@pytest.mark.parametrize("mask", ["attention_mask", "query_mask", "value_mask"])
+@pytest.mark.parametrize("layer", ["mha", "gqa"])
+def test_the_layer_that_makes_a_mask_is_kept(layer, mask):
+    """A mask that a layer computes is no operand: its entries are positions, not channels."""
+    x = keras.Input((6, 8))
+    y = layers.Dense(8, name="stream")(x)
+    made = layers.Dense(6, "relu", name="mask")(x if mask == "attention_mask" else x[:, 0])
+    attention = layers.MultiHeadAttention(2, 4) if layer == "mha" else None
+    attention = attention or layers.GroupQueryAttention(4, 2, 1)
+    y = attention(y, y, **{mask: made})
+    masked = convert_to_masked(randomize(keras.Model(x, layers.Dense(3, name="out")(y))))
+    LotteryTicketPruner(masked).update_masks("random", sparsity=0.5, structure="channels")
+    smaller, _ = shrink(masked, return_report=True)
+    assert_same_outputs(masked, smaller)
+    assert smaller.get_layer("mask").units == 6
+    assert smaller.get_layer("stream").units == 4
+
+
+def test_frozen_inner_layers_stay_frozen():
+    model = randomize(self_attention())
+    model.get_layer("mha").query_dense.trainable = False
+    model.get_layer("stream").bias.trainable = False
+    masked = convert_to_masked(model)
+    LotteryTicketPruner(masked).update_masks("random", sparsity=0.5, structure="channels")
+    frozen = [w.path for w in masked.weights if not w.trainable]
+    assert len(frozen) == 3
+    assert [w.path for w in shrink(masked).weights if not w.trainable] == frozen

@@ -227,3 +227,101 @@ def test_a_transformer_of_keras_hub_is_known_by_name():
     words = np.arange(18).reshape(3, 6) % 9
     expected, got = numpy(masked(words)), numpy(smaller(words))
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+class Scaled(layers.Layer):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.dense = layers.Dense(8, name="dense")
+
+    def build(self, shape):
+        self.dense.build(shape)
+
+    def call(self, x, scale=1.0, other=None):
+        y = self.dense(x) * scale
+        return y if other is None else y + other
+
+
+@pytest.mark.parametrize(
+    "second",
+    [
+        lambda block, x: block(x, scale=3.0),
+        lambda block, x: block(x, other=x),
+        lambda block, x: block(x[:, :3]),
+    ],
+)
+def test_a_composite_layer_that_is_called_in_two_ways_is_left_whole(second):
+    x = keras.Input((6, 8))
+    block = Scaled(name="block")
+    y = second(block, block(layers.Dense(8, name="before")(x)))
+    model = randomize(keras.Model(x, layers.Dense(3)(y)))
+    masked = convert_to_masked(model)
+    smaller, report = shrink(masked, return_report=True)
+    assert report.not_followed == {"block": "called with different arguments"}
+    assert_same_outputs(masked, smaller)
+
+
+def test_a_composite_layer_that_is_given_a_masked_tensor_by_keyword_is_left_whole():
+    x, words = keras.Input((6, 8)), keras.Input((6,), dtype="int32")
+    other = layers.Embedding(5, 8, mask_zero=True)(words)
+    y = Scaled(name="block")(layers.Dense(8, name="before")(x), other=other)
+    found = channel_families(keras.Model([x, words], layers.Dense(3)(y)))
+    assert found.not_followed["block"] == "its input carries a Keras mask"
+
+
+class Frozen(layers.Layer):
+    """A layer whose normalization is never in training mode."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.dense, self.norm = layers.Dense(4), layers.BatchNormalization()
+
+    def build(self, shape):
+        self.dense.build(shape)
+        self.norm.build((*shape[:-1], 4))
+
+    def call(self, x):
+        return self.norm(self.dense(x), training=False)
+
+
+def test_a_composite_layer_with_a_mode_of_its_own_is_left_whole():
+    x = keras.Input((8,))
+    model = keras.Model(x, layers.Dense(3)(Frozen(name="block")(layers.Dense(8)(x))))
+    why = "a layer inside it has a mode of its own, in training or not"
+    assert channel_families(model).not_followed["block"] == why
+
+
+class Reversed(layers.Layer):
+    """A layer whose inner layers are called in another order than they are created in."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.second = layers.Dense(8, use_bias=False, name="second")
+        self.first = layers.Dense(8, use_bias=False, name="first")
+
+    def build(self, shape):
+        self.second.build(shape)
+        self.first.build(shape)
+
+    def call(self, x):
+        return self.second(keras.ops.tanh(self.first(x)))
+
+
+def test_the_state_of_the_optimizer_follows_its_weights():
+    """In the smaller model, the layers inside are in the order of their calls."""
+    x = keras.Input((8,))
+    block = Reversed(name="block")
+    model = randomize(keras.Model(x, layers.Dense(3, name="out")(block(x))))
+    optimizer = keras.optimizers.Adam(0.01, weight_decay=0.5)
+    optimizer.exclude_from_weight_decay(var_list=[block.second.kernel])
+    model.compile(optimizer, "mse")
+    rng = np.random.default_rng(0)
+    data = rng.normal(size=(16, 8)).astype("float32"), rng.normal(size=(16, 3)).astype("float32")
+    fit = {"batch_size": 4, "epochs": 2, "shuffle": False, "verbose": 0}
+    model.fit(*data, **fit)
+    smaller = shrink(model)
+    assert [w.name for w in smaller.weights] == [w.name for w in model.weights]
+    assert smaller.get_layer("block").layers[1].name == "first"
+    for each in (model, smaller):
+        each.fit(*data, **fit)
+    np.testing.assert_allclose(numpy(smaller(data[0])), numpy(model(data[0])), atol=1e-5)

@@ -189,3 +189,20 @@ def test_activations_of_a_user_are_followed_where_each_entry_is_computed_alone(
     smaller, report = checked(model)
     assert (smaller.get_layer("a").units == 2) is elementwise
     assert (report.not_followed == {}) is elementwise
+
+
+def test_activations_that_are_layers_are_not_called():
+    """Calling one would build it for a shape of its own, or leave a record of the call in it."""
+    x = keras.Input((6, 5))
+    stateless, own = layers.LeakyReLU(), layers.PReLU()
+    y = layers.Dense(4, activation=stateless, name="a")(x)
+    y = layers.Dense(6, activation=own, name="b")(layers.Dense(3, name="between")(y))
+    model = keras.Model(x, layers.Dense(2, name="out")(y))
+    model(np.ones((2, 6, 5)))
+    randomize(model)
+    zero(model.get_layer("a"), [1])
+    smaller, report = checked(model)
+    assert own.alpha.shape == (6, 6)
+    assert stateless._inbound_nodes == []
+    assert smaller.get_layer("a").units == 3
+    assert report.not_followed == {"b": "its activation may mix channels"}

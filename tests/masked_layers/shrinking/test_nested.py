@@ -52,3 +52,17 @@ def test_nested_model_in_training_mode_is_left_whole():
     smaller, report = shrink(model, return_report=True)
     assert widths(smaller.get_layer("inner")) == {"wide": 6, "end": 4}
     assert report.not_followed == {"inner": "called with arguments other than tensors"}
+
+
+def test_a_nested_model_that_is_given_a_dict_for_a_list_is_left_whole():
+    """Keras matches the names of the dict, whose order is another one than that of the inputs."""
+    a, b = keras.Input((8,), name="zz"), keras.Input((8,), name="aa")
+    inner = layers.concatenate([layers.Dense(5)(a), layers.Dense(5)(b)])
+    nested = keras.Model([a, b], inner, name="nested")
+    x = keras.Input((8,))
+    given = {"zz": layers.Dense(8, name="one")(x), "aa": layers.Dense(8, name="two")(x)}
+    model = randomize(keras.Model(x, layers.Dense(3)(nested(given))))
+    zero(model.get_layer("one"), [1, 2], bias=True)
+    smaller, report = checked(model)
+    assert set(report.not_followed) == {"nested"}
+    assert smaller.get_layer("one").units == 8
