@@ -52,7 +52,7 @@ def _carry_out(
     model = ml.convert_to_masked(model)
     folder.begin(
         f"{config.data}: {len(data.x_train)} training, {len(data.x_validation)} validation, "
-        f"{len(data.x_test)} test images\n"
+        f"{len(data.x_test)} test examples\n"
         f"{config.network}: {ml.sparsity_report(model).size} weights; {config.steps} steps of "
         f"{config.batch_size} per run, {_runs(config)} runs per seed; {keras.backend.backend()}",
         keep=["rounds/*/*"],

@@ -120,8 +120,13 @@ def restored(kind: type[_Kind], values: Mapping[str, Any]) -> _Kind:
     if values.get("conv_rate") and not networks.has_convolutions(values.get("network", "")):
         values["conv_rate"] = None  # Written before such rates were refused.
     tuples: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    paths = {k: Path(tuples[k]) for k in ("data_dir", "out", "masks") if tuples.get(k)}
+    paths = {k: Path(v) for k, v in tuples.items() if v and Path in _alternatives(types[k])}
     return kind(**tuples | paths)
+
+
+def _alternatives(kind: Any) -> tuple[Any, ...]:
+    """Returns the types that an annotation allows."""
+    return typing.get_args(kind) or (kind,)
 
 
 def _is_of(value: Any, kind: Any) -> bool:

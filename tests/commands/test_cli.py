@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("tyro")
 
 from lottery_ticket_pruner import cli
+from lottery_ticket_pruner.experiments import datasets
 from lottery_ticket_pruner.experiments import run as run_module
 
 pytestmark = pytest.mark.once
@@ -22,7 +23,7 @@ def test_help_explains_every_option(capsys):
     for part in (
         "Without options",
         "--data NAME",
-        "digits, mnist, fashion_mnist, cifar10, cifar10_reduced_10x",
+        ", ".join(datasets.NAMES),
         "module:function or path/to/file.py:function",
         "--data-dir PATH",
         "large_final, small_final",

@@ -127,7 +127,7 @@ def test_files_of_an_earlier_run_are_removed(finished):
 
 def test_output_of_a_run(finished):
     folder, _, printed = finished
-    assert "1318 training, 120 validation, 359 test images" in " ".join(printed.split())
+    assert "1318 training, 120 validation, 359 test examples" in " ".join(printed.split())
     rows = results.read_rows(folder / "results.csv")
     lines = [line.split() for line in printed.splitlines()]
     ticket, mask, reinit = rows[6], rows[5], rows[4]

@@ -1,5 +1,6 @@
 """Rows, groups of runs, tables and figures, on made-up results."""
 
+import dataclasses
 import io
 import json
 import math
@@ -62,6 +63,34 @@ def test_the_table_of_all_controls_fits_a_terminal():
     assert "…" not in str(lines)
     assert statistics.arms_of(pd.DataFrame(rows))[-1] == "something_else"
     assert ["something"] in [line[-2:-1] for line in rendered(tables.summary_table(rows), 120)]
+
+
+def test_names_of_groups_stay_readable_in_a_full_overview(tmp_path):
+    """With channels, deviations and long controls, numbers may be cut, but never the names."""
+    strategies = ("large_final", "magnitude_increase")
+    for strategy in strategies:
+        rows = [
+            {**row(n, arm, seed, 0.9 + n / 50 + seed / 100, n / 2), "channels": 1 - n / 3}
+            for n in (0, 1)
+            for seed in (0, 1)
+            for arm in (("dense",) if n == 0 else ("ticket", "random_mask"))
+        ]
+        write_run(tmp_path / strategy, rows, strategy=strategy)
+    groups = run_folders.groups_of(run_folders.find_runs([tmp_path]))
+    sheet = tables.overview_sheet(groups)
+    lines = rendered(sheet.table(), 80)
+    assert max(len(" ".join(line)) for line in lines) <= 80
+    text = "".join(line[0] for line in lines if line)
+    for strategy in strategies:
+        assert strategy[:12] in text
+    wider = dataclasses.replace(
+        sheet,
+        headings=(*sheet.headings, "loss"),
+        lines=tuple((*line, "0.1000 ± 0.0000") for line in sheet.lines),
+    )
+    text = "".join(line[0] for line in rendered(wider.table(), 80) if line)
+    for strategy in strategies:
+        assert strategy[:8] in text
 
 
 def test_the_table_of_masks_fits_a_terminal():

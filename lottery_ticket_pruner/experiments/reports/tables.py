@@ -28,6 +28,9 @@ from lottery_ticket_pruner.experiments.reports.statistics import (
 _TERMINAL = 80
 
 
+_NAME = 12  # Characters of a name that fit on a line at least.
+
+
 @dataclasses.dataclass(frozen=True)
 class Sheet:
     """A table as text, which is the same in the terminal, the web page and the Markdown file."""
@@ -54,16 +57,29 @@ class Sheet:
             table.add_column(
                 heading.replace(" ", "\n") if close and not is_name else heading,
                 justify="left" if is_name else "right",
+                width=self._name_width(number) if close and is_name else None,
                 no_wrap=not is_name,
                 overflow="fold" if is_name else "ellipsis",
             )
         for line in self.lines:
             # Names are kept, because they may have any value.
-            numbers = list(line[self.names :])
-            if close:
-                numbers = [n.replace(" ± ", "±").replace(" at ", "\nat ") for n in numbers]
+            numbers = list(map(_narrow, line[self.names :])) if close else line[self.names :]
             table.add_row(*line[: self.names], *numbers)
         return table
+
+    def _name_width(self, number: int) -> int:
+        """Returns the width of a column of names in a wide table: what the numbers leave.
+
+        Names get a least width all the same. Numbers that do not fit then end in an ellipsis.
+        """
+        columns = list(zip(self.headings, *self.lines, strict=True))
+        words = [
+            [*heading.split(" "), *"\n".join(map(_narrow, cells)).split("\n")]
+            for heading, *cells in columns[self.names :]
+        ]
+        taken = sum(1 + max(map(len, each)) for each in words)
+        free = (_TERMINAL - 2 - taken) // self.names
+        return min(max(map(len, columns[number])), max(_NAME, free))
 
     def markdown(self) -> str:
         """Returns the table in Markdown, with its title above and its note below."""
@@ -73,6 +89,11 @@ class Sheet:
         ]
         table = "\n".join(f"| {' | '.join(line)} |" for line in (lines[0], rule, *lines[1:]))
         return "\n\n".join(filter(None, (self.title, table, self.note)))
+
+
+def _narrow(number: str) -> str:
+    """Returns a cell of numbers as it is in wide tables."""
+    return number.replace(" ± ", "±").replace(" at ", "\nat ")
 
 
 def summary_table(rows: Sequence[dict[str, Any]] | pd.DataFrame) -> Table:
