@@ -86,9 +86,11 @@ def _kept_state(
     order of their attributes, and in that of the graph in the smaller model.
 
     Returns:
-        None if the two optimizers do not have the same variables.
+        None if the two optimizers do not have the same variables, or one has a state of another
+        shape than that of a weight that has become smaller.
     """
-    trained = [copied.variables.get(id(x)) for x in _keras.optimized_variables(old)]
+    originals = _keras.optimized_variables(old)
+    trained = [copied.variables.get(id(x)) for x in originals]
     new = smaller.optimizer
     there = _layout(new, smaller.trainable_variables)
     if set(map(id, trained)) != set(map(id, smaller.trainable_variables)):
@@ -100,12 +102,16 @@ def _kept_state(
     if sorted(here) != sorted(there) or len(here) != len(old.variables):
         return None
     sources = dict(zip(here, old.variables, strict=True))
+    shapes = {id(copy): tuple(x.shape) for x, copy in zip(originals, trained, strict=True)}
     values = []
     for owner, number in there:
         value = keras.ops.convert_to_numpy(sources[owner, number])
-        for axis, left in copied.cuts.get(owner, {}).items():
-            if value.ndim > axis and value.shape[axis] == len(left):
+        cuts = copied.cuts.get(owner, {})
+        if value.shape == shapes.get(owner):
+            for axis, left in cuts.items():
                 value = np.compress(left, value, axis)
+        elif value.ndim and not all(left.all() for left in cuts.values()):
+            return None  # It is of rows or columns, as Adafactor's: which is which is not known.
         values.append(np.array(value))
     return values
 
