@@ -93,10 +93,11 @@ def test_channels_along_another_axis(make):
     assert not got[:, ~KEPT].any()
 
 
-@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
-@pytest.mark.parametrize("dtype", ["float32", "mixed_float16"])
-def test_bits_of_the_plain_model_while_all_channels_are_kept(make, dtype):
-    plain = net(make, dtype=dtype)
+@pytest.mark.parametrize(
+    ("name", "dtype"), [*((name, "float32") for name in MAKERS), ("layer", "mixed_float16")]
+)
+def test_bits_of_the_plain_model_while_all_channels_are_kept(name, dtype):
+    plain = net(MAKERS[name], dtype=dtype)
     plain.compile("sgd", "mse", jit_compile=False)
     masked = ml.convert_to_masked(plain, mask_normalization=True)
     x = inputs_of(plain)
