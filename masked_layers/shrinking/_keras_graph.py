@@ -63,6 +63,16 @@ def graph_calls(model: keras.Model) -> Iterator[GraphCall]:
                 yield node.operation, arguments.args, arguments.kwargs, node.outputs
 
 
+def is_tensor(value: Any) -> bool:
+    """Returns True for a symbolic tensor."""
+    return isinstance(value, keras.KerasTensor)
+
+
+def tensors_in(arguments: Any) -> list[keras.KerasTensor]:
+    """Returns the symbolic tensors in nested arguments, in the order of `keras.tree.flatten`."""
+    return [x for x in keras.tree.flatten(arguments) if is_tensor(x)]
+
+
 def carries_mask(tensor: keras.KerasTensor) -> bool:
     """Returns True if a symbolic tensor carries a Keras mask, as the output of `Masking` does."""
     return getattr(tensor, "_keras_mask", None) is not None

@@ -168,8 +168,7 @@ class Flow:
         edits: id of an operation -> (operation, the changes that its channels require).
         names: id of an operation -> its name; "nested/name" inside a nested model.
         graphs: id of the model, of a nested model or of a composite layer -> its graph.
-        composites: ids of the composite layers in `graphs`.
-        signatures: id of a composite layer -> the kinds of arguments it is called with.
+        composites: id of a composite layer in `graphs` -> the kinds of arguments of its calls.
         opaque: id of a composite layer without a graph -> the reason.
         entered: ids of the nested models and composite layers whose channels were followed.
         not_followed: Operation name -> why its inputs and outputs are left whole.
@@ -182,8 +181,7 @@ class Flow:
     edits: dict[int, tuple[Any, Edit]] = field(default_factory=dict)
     names: dict[int, str] = field(default_factory=dict)
     graphs: dict[int, keras.Model] = field(default_factory=dict)
-    composites: set[int] = field(default_factory=set)
-    signatures: dict[int, str] = field(default_factory=dict)
+    composites: dict[int, str] = field(default_factory=dict)
     opaque: dict[int, str] = field(default_factory=dict)
     entered: set[int] = field(default_factory=set)
     not_followed: dict[str, str] = field(default_factory=dict)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import keras
@@ -12,9 +11,6 @@ import numpy as np
 from masked_layers import _keras
 from masked_layers.copying import as_in_use, renew_optimizer
 
-# id of a variable of the smaller model -> {axis: bools, True where the original's entry is kept}
-Cuts = Mapping[int, Mapping[int, np.ndarray]]
-
 
 @dataclass(frozen=True)
 class Copied:
@@ -22,7 +18,8 @@ class Copied:
 
     Attributes:
         variables: id of a variable of the original model -> the variable of the smaller one.
-        cuts: The entries that were kept, for each variable that became smaller (see `Cuts`).
+        cuts: id of a variable of the smaller model -> {axis: bool array, True where an entry of the
+            original one is kept}.
     """
 
     variables: dict[int, keras.Variable] = field(default_factory=dict)

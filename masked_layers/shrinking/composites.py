@@ -13,8 +13,6 @@ from masked_layers.paths import walk
 from masked_layers.shrinking import _keras_graph
 from masked_layers.shrinking.channels import CannotFollow
 
-_TRACED = "its `call` "
-
 
 def is_composite(operation: Any) -> bool:
     """Returns True if an operation is a layer that contains other layers."""
@@ -38,7 +36,7 @@ def inner_graph(layer: keras.Layer, args: Sequence[Any], kwargs: Mapping[str, An
     """
     if getattr(layer, "activity_regularizer", None) is not None:
         raise CannotFollow("it regularizes its outputs")
-    dtypes = {x.dtype for x in keras.tree.flatten((args, kwargs)) if _is_tensor(x)}
+    dtypes = {x.dtype for x in _keras_graph.tensors_in((args, kwargs))}
     if layer.autocast and any("float" in x and x != layer.compute_dtype for x in dtypes):
         raise CannotFollow("it casts its inputs")
     graph = _traced(layer, args, dict(kwargs))
@@ -46,7 +44,7 @@ def inner_graph(layer: keras.Layer, args: Sequence[Any], kwargs: Mapping[str, An
     if "training" in inspect.signature(layer.call).parameters:
         training = _traced(layer, args, {**kwargs, "training": True})
         if _shape(graph) != _shape(training):
-            raise CannotFollow(f"{_TRACED}computes something else in training")
+            raise CannotFollow("its `call` computes something else in training")
     for (*_, inference, _), (*_, trained, _) in zip(_calls(graph), _calls(training), strict=True):
         modes = inference.get("training"), trained.get("training")
         if modes not in ((None, None), (None, True), (False, True)):
@@ -60,7 +58,8 @@ def inner_graph(layer: keras.Layer, args: Sequence[Any], kwargs: Mapping[str, An
 def signature(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
     """Returns a description of arguments, which is equal for calls with equal graphs."""
     kinds = keras.tree.map_structure(
-        lambda x: (x.shape, x.dtype) if _is_tensor(x) else repr(x), (tuple(args), dict(kwargs))
+        lambda x: (x.shape, x.dtype) if _keras_graph.is_tensor(x) else repr(x),
+        (tuple(args), dict(kwargs)),
     )
     return repr(kinds)
 
@@ -68,26 +67,29 @@ def signature(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
 def _traced(layer: keras.Layer, args: Sequence[Any], kwargs: dict[str, Any]) -> keras.Model:
     """Returns the graph of one call on new symbolic inputs."""
     given = keras.tree.flatten((tuple(args), kwargs))
-    new = [keras.Input(batch_shape=x.shape, dtype=x.dtype) if _is_tensor(x) else x for x in given]
-    ordered = [x for x in new if _is_tensor(x)]
+    new = [
+        keras.Input(batch_shape=x.shape, dtype=x.dtype) if _keras_graph.is_tensor(x) else x
+        for x in given
+    ]
+    ordered = _keras_graph.tensors_in(new)
     args, kwargs = keras.tree.pack_sequence_as((tuple(args), kwargs), new)
     with _keras_graph.calls_forgotten(layer):
         try:
             outputs = layer.call(*args, **kwargs)
-            if not all(map(_is_tensor, keras.tree.flatten(outputs))):
-                raise CannotFollow(f"{_TRACED}returns values other than tensors")
+            if not all(map(_keras_graph.is_tensor, keras.tree.flatten(outputs))):
+                raise CannotFollow("its `call` returns values other than tensors")
             graph = keras.Model(ordered, outputs, name=layer.name)
         except CannotFollow:
             raise
         except Exception as error:
             reason = str(error).strip().split("\n")[0][:100]
-            raise CannotFollow(f"{_TRACED}cannot be followed ({reason})") from error
+            raise CannotFollow(f"its `call` cannot be followed ({reason})") from error
     for operation, call_args, call_kwargs, outputs in _calls(graph):
         for value in keras.tree.flatten((call_args, call_kwargs)):
             if isinstance(value, keras.Variable) or (
-                not _is_tensor(value) and (keras.ops.is_tensor(value) or np.ndim(value))
+                not _keras_graph.is_tensor(value) and (keras.ops.is_tensor(value) or np.ndim(value))
             ):
-                raise CannotFollow(f"{_TRACED}reads a weight or an array in '{operation.name}'")
+                raise CannotFollow(f"its `call` reads a weight or an array in '{operation.name}'")
         if any(map(_keras_graph.carries_mask, outputs)):
             raise CannotFollow("a layer inside it makes a Keras mask")
     return graph
@@ -100,7 +102,7 @@ def _shape(graph: keras.Model) -> list[Any]:
     for operation, args, kwargs, outputs in _calls(graph):
         own = isinstance(operation, keras.Layer)
         inputs = [
-            makers[id(x)] if _is_tensor(x) else repr(x)
+            makers[id(x)] if _keras_graph.is_tensor(x) else repr(x)
             for x in keras.tree.flatten(
                 (args, {k: v for k, v in kwargs.items() if k != "training"})
             )
@@ -112,7 +114,3 @@ def _shape(graph: keras.Model) -> list[Any]:
 
 def _calls(graph: keras.Model) -> list[_keras_graph.GraphCall]:
     return list(_keras_graph.graph_calls(graph))
-
-
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, keras.KerasTensor)

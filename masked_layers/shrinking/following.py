@@ -98,11 +98,9 @@ def _add_graphs(flow: Flow, model: keras.Layer, graph: keras.Model, prefix: str)
     calls = list(_keras_graph.graph_calls(graph))
     for operation, args, kwargs, _ in calls:
         flow.names.setdefault(id(operation), prefix + operation.name)
-        if id(operation) in flow.composites and flow.signatures[id(operation)] != signature(
-            args, kwargs
-        ):
-            flow.composites.remove(id(operation))
-            del flow.graphs[id(operation)]
+        known = flow.composites.get(id(operation))
+        if known is not None and known != signature(args, kwargs):
+            del flow.composites[id(operation)], flow.graphs[id(operation)]
             flow.opaque[id(operation)] = "called with different arguments"
         if id(operation) in flow.graphs or id(operation) in flow.opaque:
             continue
@@ -114,8 +112,7 @@ def _add_graphs(flow: Flow, model: keras.Layer, graph: keras.Model, prefix: str)
             except CannotFollow as reason:
                 flow.opaque[id(operation)] = str(reason)
                 continue
-            flow.composites.add(id(operation))
-            flow.signatures[id(operation)] = signature(args, kwargs)
+            flow.composites[id(operation)] = signature(args, kwargs)
         else:
             continue
         _add_graphs(flow, operation, inner, f"{prefix}{operation.name}/")
@@ -127,8 +124,7 @@ def _through(
     """Follows channels through one graph, and returns the channels of its outputs."""
     flow.tensors.update(zip(map(id, graph.inputs), sources, strict=True))
     for operation, args, kwargs, outputs in _keras_graph.graph_calls(graph):
-        arguments = keras.tree.flatten((args, _besides_mask(operation, kwargs)))
-        inputs = [x for x in arguments if _is_tensor(x)]
+        inputs = _keras_graph.tensors_in((args, _besides_mask(operation, kwargs)))
         inner = flow.graphs.get(id(operation))
         obstacle = obstacles.get(id(operation))
         if inner is not None and obstacle == NESTED and id(operation) not in flow.entered:
@@ -158,8 +154,8 @@ def _through(
 def _pin_masks(flow: Flow, call: Call) -> None:
     """Keeps all channels of tensors that a layer is given besides what its rule follows."""
     followed = attention_rules.operands(call)
-    for tensor in keras.tree.flatten((call.args, call.kwargs)):
-        if _is_tensor(tensor) and not any(tensor is x for x in followed):
+    for tensor in _keras_graph.tensors_in((call.args, call.kwargs)):
+        if not any(tensor is x for x in followed):
             name = flow.names[id(call.operation)]
             flow.pin(flow.tensors[id(tensor)], f"'{name}' takes it as a mask")
 
@@ -171,13 +167,12 @@ def _obstacles(flow: Flow) -> dict[int, str]:
     shared = _sharing(flow, [operation for operation, *_ in calls])
     obstacles: dict[int, str] = {}
     for operation, args, kwargs, _ in calls:
-        tensors = keras.tree.flatten(args)
         cls = plain_class(operation)
         obstacle = flow.opaque.get(id(operation))
         if obstacle:
             pass
         elif not (cls in WITH_ARGUMENTS or id(operation) in flow.composites) and not (
-            all(map(_is_tensor, tensors))
+            all(map(_keras_graph.is_tensor, keras.tree.flatten(args)))
             and all(
                 value is None or value is False
                 for value in keras.tree.flatten(_besides_mask(operation, kwargs))
@@ -185,9 +180,7 @@ def _obstacles(flow: Flow) -> dict[int, str]:
         ):
             obstacle = "called with arguments other than tensors"
         elif cls not in MASKED_POSITIONS and any(
-            _keras_graph.carries_mask(x)
-            for x in keras.tree.flatten((args, kwargs))
-            if _is_tensor(x)
+            map(_keras_graph.carries_mask, _keras_graph.tensors_in((args, kwargs)))
         ):
             obstacle = "its input carries a Keras mask"
         elif id(operation) in flow.graphs and _renamed(flow, operation, args):
@@ -248,7 +241,3 @@ def _besides_mask(operation: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Returns the keyword arguments of a call, without the Keras mask if the layer accepts one."""
     known = plain_class(operation) in MASKED_POSITIONS
     return {name: value for name, value in kwargs.items() if not (known and name == "mask")}
-
-
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, keras.KerasTensor)

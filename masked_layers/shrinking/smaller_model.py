@@ -31,6 +31,7 @@ from masked_layers.copying import as_in_use, copy_assets, in_use_by_name
 from masked_layers.inspection import channel_refs
 from masked_layers.layers import MaskedLayer
 from masked_layers.paths import plain_class, walk
+from masked_layers.shrinking import _keras_graph
 from masked_layers.shrinking.channels import Channels, Edit, Flow, Reader, constant_shift
 from masked_layers.shrinking.compilation import Copied, compile_like
 from masked_layers.shrinking.following import follow, variable_of
@@ -293,8 +294,7 @@ def _again(flow: Flow, model: keras.Layer, clones: dict[int, tuple[Any, Any]]) -
         models = (copy for key, (_, copy) in clones.items() if key in flow.composites)
         if any(operation is model for model in models) and isinstance(operation, keras.Function):
             # The inputs of a model made from a composite layer are a list of all tensors.
-            tensors = keras.tree.flatten((args, kwargs))
-            return operation([x for x in tensors if isinstance(x, keras.KerasTensor)])
+            return operation(_keras_graph.tensors_in((args, kwargs)))
         return operation(*args, **kwargs)
 
     # `clone_model` would name inputs after their tensors instead of their layers.
