@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from lottery_ticket_pruner import criteria
-from lottery_ticket_pruner.selection.families import Family, along
+from lottery_ticket_pruner.selection.families import Family, along, stream_name
 from lottery_ticket_pruner.selection.lowest import NAN
 from lottery_ticket_pruner.selection.request import Request
 from lottery_ticket_pruner.selection.scores import parted, weight_scores
@@ -62,7 +62,7 @@ def channel_scores(
 
 
 def _rng(request: Request, family: Family) -> np.random.Generator:
-    return stream("ties", request.seed, "channels", family.layers[0] + family.kind)
+    return stream("ties", request.seed, "channels", stream_name(family))
 
 
 def _group(

@@ -9,7 +9,13 @@ from lottery_ticket_pruner import criteria
 from lottery_ticket_pruner.selection.amounts import drop_count
 from lottery_ticket_pruner.selection.budgets import within_budget
 from lottery_ticket_pruner.selection.channel_scores import channel_scores
-from lottery_ticket_pruner.selection.families import Family, Graph, kept_channels, remove
+from lottery_ticket_pruner.selection.families import (
+    Family,
+    Graph,
+    kept_channels,
+    remove,
+    stream_name,
+)
 from lottery_ticket_pruner.selection.lowest import drop_lowest
 from lottery_ticket_pruner.selection.request import Request
 from lottery_ticket_pruner.selection.weights import Weights, prepared
@@ -184,7 +190,7 @@ def _of_family(
     count = int(np.count_nonzero(kept))
     drop = _drop(request, share, family.size, count, repr(", ".join(family.layers)))
     left = rounded(structure, family.size, count, count - drop)
-    rng = stream("ties", request.seed, family.layers[0] + family.kind)
+    rng = stream("ties", request.seed, stream_name(family))
     return drop_lowest(scores, kept, count - left, rng)
 
 
@@ -226,7 +232,7 @@ def _of_group(
     """
     alike = request.scope == "isomorphic"
     comparable = alike or request.criterion is criteria.get("random")
-    rng = stream("ties", request.seed, families[0].layers[0] + families[0].kind if alike else "")
+    rng = stream("ties", request.seed, stream_name(families[0]) if alike else "")
     where = "the model as a whole"
     if alike:
         where = f"the group of {', '.join(family.layers[0] for family in families)!r}"

@@ -54,6 +54,11 @@ class Graph(Protocol):
         """Path of a weight without a mask -> its size."""
 
 
+def stream_name(family: Family) -> str:
+    """Returns the part of random streams that distinguishes a family from all others."""
+    return family.layers[0] + family.kind
+
+
 def kept_channels(family: Family, masks: Mapping[str, np.ndarray]) -> np.ndarray:
     """Returns which channels of a family have a kept weight, as a bool array."""
     kept = np.zeros(family.size, bool)

@@ -4,7 +4,13 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from lottery_ticket_pruner.selection.families import Family, complete, kept_channels, remove
+from lottery_ticket_pruner.selection.families import (
+    Family,
+    complete,
+    kept_channels,
+    remove,
+    stream_name,
+)
 from lottery_ticket_pruner.structures import Layout, Structure, cut, paste
 
 
@@ -26,8 +32,8 @@ def shuffled_within(
         masks: Bool masks by path.
         layouts: Layouts of the kernels by path.
         families: Channels of the model. Empty for structures within a kernel.
-        stream: Function that returns the random generator for a path, or for the first layer of a
-            family.
+        stream: Function that returns the random generator for a path, or for the name of a
+            family (see `stream_name`).
 
     Returns:
         A dict from path to a new mask, in the order of `masks`.
@@ -36,7 +42,7 @@ def shuffled_within(
         drawn = {path: np.ones_like(mask) for path, mask in masks.items()}
         for family in families:
             kept = kept_channels(family, masks)
-            remove(family, ~stream(family.layers[0]).permutation(kept), drawn)
+            remove(family, ~stream(stream_name(family)).permutation(kept), drawn)
         return drawn
     drawn = {
         path: _drawn(structure, mask, layouts[path], stream(path))

@@ -6,22 +6,12 @@ import types
 import numpy as np
 import pytest
 
+from channel_graphs import Family
 from lottery_ticket_pruner import criteria
 from lottery_ticket_pruner.selection import Request, Weights, kept_channels, select
 from lottery_ticket_pruner.structures import Channels
 
 pytestmark = pytest.mark.once
-
-
-@dataclasses.dataclass(frozen=True)
-class Family:
-    layers: tuple
-    size: int
-    weights: dict
-    made: dict
-    kind: str = ""
-    form: tuple = ()
-    scales: tuple = ()
 
 
 def graph(*families, positions=None, unmasked=None):

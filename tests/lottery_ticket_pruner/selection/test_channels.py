@@ -6,20 +6,12 @@ import types
 import numpy as np
 import pytest
 
+from channel_graphs import Family
 from lottery_ticket_pruner import selection
 from lottery_ticket_pruner.selection import Request, Weights, kept_channels, select
 from lottery_ticket_pruner.structures import Channels
 
 pytestmark = pytest.mark.once
-
-
-@dataclasses.dataclass(frozen=True)
-class Family:
-    layers: tuple
-    size: int
-    weights: dict
-    made: dict
-    kind: str = ""
 
 
 # The outputs of a and b are added, c reads the sum flattened over two positions, and d reads c.

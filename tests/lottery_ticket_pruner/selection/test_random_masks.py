@@ -1,22 +1,13 @@
 """Random masks of a structure: the counts of the given masks, tile by tile, and nothing else."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 
+from channel_graphs import Family
 from lottery_ticket_pruner import selection, structures
 from lottery_ticket_pruner.structures import Layout
 
 pytestmark = pytest.mark.once
-
-
-@dataclasses.dataclass(frozen=True)
-class Family:
-    layers: tuple
-    size: int
-    weights: dict
-    made: dict
 
 
 # a makes channels that b reads flattened over two positions.
@@ -59,6 +50,19 @@ def test_channels_are_as_many_and_drawn_uniformly():
         np.testing.assert_array_equal(new["b"], np.broadcast_to(np.tile(kept, 2)[:, None], (12, 7)))
     # 200 expected of a binomial distribution with a deviation of 8.
     assert np.abs(times - 200).max() < 40
+
+
+def test_families_of_one_layer_are_drawn_apart():
+    """The widths of queries and of values in one attention layer are as many, but not the same."""
+    families = [
+        Family(("a",), 64, {path: {1: np.arange(64)}}, {path: 1}, kind=kind)
+        for path, kind in (("q", "key_dim"), ("v", "value_dim"))
+    ]
+    masks = {path: np.arange(64) < 32 for path in "qv"}
+    masks = {path: np.broadcast_to(mask, (3, 64)) for path, mask in masks.items()}
+    new = drawn("channels", masks, families=families)
+    assert new["q"].sum() == new["v"].sum() == 96
+    assert (new["q"] != new["v"]).any()
 
 
 @pytest.mark.parametrize("structure", ["4x2", "2x5", "filters"])
