@@ -14,21 +14,3 @@ def _position_embedding(flow: Flow, call: Call) -> Channels:
     source = flow.channels(call, -1)
     flow.edit(call, Edit({"position_embeddings": {1: source}}))
     return source.with_constants(np.full(len(source.slots), VARIES))
-
-
-@foreign_rule("keras_hub.ViTPatchingAndEmbedding")
-def _patches(flow: Flow, call: Call) -> Channels:
-    layer = call.operation
-    source = flow.channels(call, 1 if layer.data_format == "channels_first" else -1)
-    flow.pin(source, f"'{flow.names[id(layer)]}' reads it")
-    target = Channels(2, flow.new_slots(layer.hidden_dim), np.full(layer.hidden_dim, VARIES))
-    weights = {
-        "patch_embedding.kernel": {3: target},
-        "patch_embedding.bias": {0: target},
-        "position_embedding.embeddings": {1: target},
-    }
-    if layer.use_class_token:
-        weights["class_token"] = {2: target}
-    edit = Edit(weights, target, widths={("hidden_dim",): target}, positions=layer.num_patches)
-    flow.edit(call, edit)
-    return target
