@@ -7,24 +7,8 @@ from keras import layers, ops
 import masked_layers as ml
 from benchmarks.timing import seconds
 from lottery_ticket_pruner import LotteryTicketPruner
+from lottery_ticket_pruner.experiments.supermask import CRITERIA
 from lottery_ticket_pruner.supermasks import evaluate_grid
-
-# The criteria of Zhou et al.: all that rank by records, without equivalent ones.
-CRITERIA = (
-    "large_final",
-    "small_final",
-    "large_init",
-    "small_init",
-    "large_init_large_final",
-    "small_init_small_final",
-    "magnitude_increase",
-    "movement",
-    "large_final_same_sign",
-    "large_final_diff_sign",
-    "magnitude_increase_same_sign",
-    "magnitude_increase_diff_sign",
-    "random",
-)
 
 
 def grid(examples, criteria, sparsities):
