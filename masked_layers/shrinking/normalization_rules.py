@@ -30,9 +30,7 @@ def _normalization(flow: Flow, call: Call) -> Channels:
         raise CannotFollow("it normalizes several axes together")
     source = flow.channels(call, axes[0])
     if getattr(layer, "groups", 1) > 1:
-        if layer.groups < len(source.slots):
-            raise CannotFollow("it normalizes groups of channels")
-        return _each_alone(flow, call, source)
+        return _in_groups(flow, call, source)
     target, slices, reader = normalized(layer, source)
     flow.edit(call, Edit(slices, readers=(reader,)))
     return target
@@ -78,16 +76,30 @@ def normalized(
     return target, slices, Reader(source, target, demand, gain, np.zeros(len(keep), bool))
 
 
-def _each_alone(flow: Flow, call: Call, source: Channels) -> Channels:
-    """Follows a normalization of each channel alone: a group for each of them."""
+def _in_groups(flow: Flow, call: Call, source: Channels) -> Channels:
+    """Follows a normalization of several groups, which is removed or kept by whole groups.
+
+    Groups do not depend on each other, so statistics of the others stay as they are. Without some
+    channels of a group, its mean and variance would be others.
+    """
     layer = call.operation
-    shift = 0.0 if layer.beta is None else array(layer.beta).astype("float64")
-    constant = ~np.isnan(source.constants)
+    size = len(source.slots) // layer.groups
+    for place in range(1, size):
+        flow.join(source.slots[::size], source.slots[place::size])
+    values = source.constants.reshape(-1, size)  # NaN for a group with a channel that varies.
+    values = values - values.mean(axis=1, keepdims=True)
+    variance = np.square(values).mean(axis=1, keepdims=True)
+    with np.errstate(divide="ignore", invalid="ignore"):  # Without variance or epsilon: NaN.
+        constants = (values / np.sqrt(variance + layer.epsilon)).reshape(-1)
     if layer.gamma is not None:
-        constant |= array(layer.gamma) == 0
+        gamma = array(layer.gamma)
+        constants = np.where(gamma == 0, 0.0, constants * gamma)
+    if layer.beta is not None:
+        constants = constants + array(layer.beta)
     weights = {name: {0: source} for name in ("gamma", "beta")}
-    flow.edit(call, Edit(weights, widths={("groups",): source}))
-    return source.with_constants(np.where(constant, shift, VARIES))
+    groups = Channels(source.axis, source.slots[::size], source.constants[::size])
+    flow.edit(call, Edit(weights, widths={("groups",): groups}))
+    return source.with_constants(constants)
 
 
 @rule(_keras_graph.LayerScale)

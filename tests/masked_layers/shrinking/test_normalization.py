@@ -8,7 +8,7 @@ from keras import layers
 import masked_layers as ml
 from lottery_ticket_pruner import LotteryTicketPruner
 from masked_layers.shrinking import _keras_graph
-from shrunk import checked, inputs_of, numpy, randomize, widths, zero
+from shrunk import checked, inputs_of, numpy, randomize, row, widths, zero
 
 pytestmark = pytest.mark.usefixtures("nothing_drawn")
 
@@ -17,6 +17,7 @@ NORMS = {
     "rms": layers.RMSNormalization,
     "group": lambda **kwargs: layers.GroupNormalization(1, **kwargs),
     "instance": lambda **kwargs: layers.GroupNormalization(-1, **kwargs),
+    "groups": lambda **kwargs: layers.GroupNormalization(4, **kwargs),
 }
 
 
@@ -60,7 +61,9 @@ def test_residual_stream_of_a_pre_norm_net(make):
 
 
 @pytest.mark.parametrize(
-    "make", [NORMS["layer"], NORMS["instance"], NORMS["rms"]], ids=["layer", "instance", "rms"]
+    "make",
+    [NORMS["layer"], NORMS["instance"], NORMS["groups"], NORMS["rms"]],
+    ids=["layer", "instance", "groups", "rms"],
 )
 def test_block_with_depthwise_convolution_scale_and_dropped_paths(make):
     model = convolutional_net(make)
@@ -126,9 +129,8 @@ def test_without_a_mask_all_channels_stay(convert):
     [
         (layers.LayerNormalization(axis=(1, 2), name="odd"), "several axes"),
         (layers.LayerNormalization(scale=False, name="odd"), "no scale"),
-        (layers.GroupNormalization(2, name="odd"), "groups of channels"),
     ],
-    ids=["axes", "scale", "groups"],
+    ids=["axes", "scale"],
 )
 def test_normalization_that_cannot_be_followed(norm, reason):
     x = keras.Input((5, 4))
@@ -211,6 +213,67 @@ def test_instance_normalization_makes_a_constant_of_a_constant():
     smaller, _ = checked(model)
     assert widths(smaller) == {"a": 4, "b": 4, "out": 3}
     assert smaller.get_layer("norm").groups == 4
+
+
+def grouped_net(groups=3, **kwargs):
+    x = keras.Input((8, 8, 2))
+    y = layers.Conv2D(6, 3, name="a")(x)
+    y = layers.GroupNormalization(groups, name="norm", **kwargs)(y)
+    y = layers.GlobalMaxPooling2D()(layers.Conv2D(4, 3, name="b")(layers.ReLU()(y)))
+    return randomize(keras.Model(x, layers.Dense(3, name="out")(y)))
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("groups", [2, 3])
+@pytest.mark.parametrize("scale", [True, False])
+@pytest.mark.parametrize("center", [True, False])
+def test_a_channel_of_a_group_goes_only_with_all_of_the_group(groups, scale, center):
+    model = grouped_net(groups, scale=scale, center=center)
+    size = 6 // groups
+    unread = [0, *range(size, 2 * size)]  # One channel of the first group, all of the second.
+    zero(model.get_layer("b"), unread, axis=-2)
+    (first, second) = ml.channel_families(model).families
+    assert (first.layers, first.size) == (("a",), groups)
+    np.testing.assert_array_equal(first.weights["a/kernel"][3], np.arange(6) // size)
+    np.testing.assert_array_equal(first.weights["b/kernel"][2], np.arange(6) // size)
+    assert (second.layers, second.size) == (("b",), 4)
+    smaller, report = checked(model)
+    assert report.not_followed == {}
+    assert widths(smaller) == {"a": 6 - size, "b": 4, "out": 3}
+    assert smaller.get_layer("norm").groups == groups - 1
+    np.testing.assert_array_equal(
+        numpy(smaller.get_layer("a").bias), np.delete(numpy(model.get_layer("a").bias), unread[1:])
+    )
+
+
+@pytest.mark.once
+def test_a_group_of_constants_is_a_group_of_constants():
+    model = grouped_net()
+    zero(model.get_layer("a"), [2, 3, 4])  # Their biases differ: the second group is constant.
+    smaller, report = checked(model)
+    assert widths(smaller) == {"a": 4, "b": 4, "out": 3}
+    assert row(report, "a").constant == 2
+    assert smaller.get_layer("norm").groups == 2
+    model = grouped_net()
+    gamma = model.get_layer("norm").gamma
+    gamma.assign([1, 2, 0, 0, 0, 1])  # The scale of the second group is zero.
+    smaller, _ = checked(model)
+    assert widths(smaller)["a"] == 4
+
+
+@pytest.mark.once
+def test_groups_in_the_first_axis_and_of_an_input_that_is_left_whole():
+    x = keras.Input((6, 5))
+    y = layers.GroupNormalization(3, axis=1, name="first")(x)
+    y = layers.Permute((2, 1))(layers.Dense(8, name="a")(layers.Permute((2, 1))(y)))
+    y = layers.GroupNormalization(4, axis=1, name="second")(y)
+    y = layers.Dense(4, name="out")(layers.Permute((2, 1))(y))
+    masked = halved(randomize(keras.Model(x, y)))
+    smaller, report = checked_masked(masked)
+    assert report.not_followed == {}
+    assert widths(smaller) == {"a": 4, "out": 4}
+    groups = {name: smaller.get_layer(name).groups for name in ("first", "second")}
+    assert groups == {"first": 3, "second": 2}
 
 
 def test_optimizer_and_training_go_on():

@@ -63,8 +63,12 @@ def draw_net(draw):
                 use_bias=draw(st.booleans()),
                 activation=draw(activation),
             )(y)
-        if draw(st.booleans()):
+        norm = draw(st.sampled_from(["", "", "batch", "batch", "groups"]))
+        if norm == "batch":
             y = layers.BatchNormalization()(y)
+        elif norm == "groups" and y.shape[-1] > 1:  # One group would need all of its channels.
+            sizes = [n for n in range(2, y.shape[-1] + 1) if y.shape[-1] % n == 0]
+            y = layers.GroupNormalization(draw(st.sampled_from(sizes)))(y)
         if draw(st.booleans()):
             y = layers.ReLU()(y)
         if min(y.shape[1:3]) < 3:
