@@ -30,6 +30,7 @@ MAXIMUM = numpy_operations.Maximum
 MINIMUM = numpy_operations.Minimum
 CONCATENATE = numpy_operations.Concatenate
 GET_ITEM = numpy_operations.GetItem
+ONES_LIKE = numpy_operations.OnesLike
 ELEMENTWISE_OPERATIONS = (
     type(keras.activations.relu(keras.Input((1,)))._keras_history.operation),
     nn_operations.Elu,

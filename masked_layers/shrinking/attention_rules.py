@@ -11,7 +11,6 @@ import keras
 import numpy as np
 from keras import layers
 
-from masked_layers.paths import plain_class
 from masked_layers.shrinking.channels import (
     VARIES,
     Call,
@@ -22,7 +21,7 @@ from masked_layers.shrinking.channels import (
     Reader,
     positions,
 )
-from masked_layers.shrinking.rules import array, rule
+from masked_layers.shrinking.rules import array, foreign_rule, rule, rule_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +46,7 @@ class _Attention:
     outputs: Channels
 
 
+@foreign_rule("keras_hub.CachedMultiHeadAttention")
 @rule(layers.MultiHeadAttention)
 def _multi_head_attention(flow: Flow, call: Call) -> Channels:
     layer, inputs = call.operation, _inputs(flow, call)
@@ -97,6 +97,8 @@ def _inputs(flow: Flow, call: Call) -> dict[str, Channels]:
         raise CannotFollow("it returns the scores of its heads")
     if given.get("training"):
         raise CannotFollow("called in training mode")
+    if given.get("cache") is not None:
+        raise CannotFollow("called with a cache")
     if mask is not None and len(mask.shape) > 3 and mask.shape[1] != 1:
         raise CannotFollow("its attention mask has an axis of heads")
     if layer.get_config().get("use_gate"):
@@ -113,7 +115,7 @@ def operands(call: Call) -> list[keras.KerasTensor]:
 
     The others are masks.
     """
-    if plain_class(call.operation) in (layers.MultiHeadAttention, layers.GroupQueryAttention):
+    if rule_of(call.operation) in (_multi_head_attention, _grouped_query_attention):
         return list(_operands(call).values())
     return call.inputs
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -12,6 +14,11 @@ import numpy as np
 from masked_layers.paths import walk
 from masked_layers.shrinking import _keras_graph
 from masked_layers.shrinking.channels import CannotFollow
+from masked_layers.shrinking.rules import foreign_name, rule_of
+
+# By "package.class": name of a method or an inner layer -> a function of it and its arguments,
+# which takes its place in a symbolic call, where sizes are not known.
+STAND_INS: dict[str, dict[str, Callable[..., Any]]] = {}
 
 
 def is_composite(operation: Any) -> bool:
@@ -52,6 +59,12 @@ def inner_graph(layer: keras.Layer, args: Sequence[Any], kwargs: Mapping[str, An
     known = {id(v) for operation, *_ in _calls(graph) for v in getattr(operation, "variables", ())}
     if any(id(variable) not in known for variable in layer.variables):
         raise CannotFollow("it has weights besides those of the layers that it calls")
+    for operation, *_ in _calls(graph):
+        if isinstance(operation, keras.Layer) and rule_of(operation) is None:
+            try:
+                operation.get_config()
+            except Exception as error:
+                raise CannotFollow(f"'{operation.name}' inside it has no config") from error
     return graph
 
 
@@ -73,7 +86,7 @@ def _traced(layer: keras.Layer, args: Sequence[Any], kwargs: dict[str, Any]) -> 
     ]
     ordered = _keras_graph.tensors_in(new)
     args, kwargs = keras.tree.pack_sequence_as((tuple(args), kwargs), new)
-    with _keras_graph.calls_forgotten(layer):
+    with _keras_graph.calls_forgotten(layer), _stand_ins(layer):
         try:
             outputs = layer.call(*args, **kwargs)
             if not all(map(_keras_graph.is_tensor, keras.tree.flatten(outputs))):
@@ -83,7 +96,9 @@ def _traced(layer: keras.Layer, args: Sequence[Any], kwargs: dict[str, Any]) -> 
             raise
         except Exception as error:
             reason = str(error).strip().split("\n")[0][:100]
-            raise CannotFollow(f"its `call` cannot be followed ({reason})") from error
+            raise CannotFollow(
+                f"its `call` cannot be followed on symbolic inputs without sizes ({reason})"
+            ) from error
     for operation, call_args, call_kwargs, outputs in _calls(graph):
         for value in keras.tree.flatten((call_args, call_kwargs)):
             if isinstance(value, keras.Variable) or (
@@ -93,6 +108,20 @@ def _traced(layer: keras.Layer, args: Sequence[Any], kwargs: dict[str, Any]) -> 
         if any(map(_keras_graph.carries_mask, outputs)):
             raise CannotFollow("a layer inside it makes a Keras mask")
     return graph
+
+
+@contextlib.contextmanager
+def _stand_ins(layer: keras.Layer) -> Iterator[None]:
+    """Replaces methods and inner layers in the scope, as `STAND_INS` says for the layer's class."""
+    before = vars(layer).copy()
+    for name, stand_in in STAND_INS.get(foreign_name(layer), {}).items():
+        if getattr(layer, name, None) is not None:
+            vars(layer)[name] = functools.partial(stand_in, getattr(layer, name))
+    try:
+        yield
+    finally:
+        vars(layer).clear()
+        vars(layer).update(before)
 
 
 def _shape(graph: keras.Model) -> list[Any]:

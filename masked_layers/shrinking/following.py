@@ -20,7 +20,12 @@ from masked_layers.shrinking import (  # noqa: F401 (they fill RULES)
 )
 from masked_layers.shrinking.channels import WHOLE, Call, CannotFollow, Channels, Flow
 from masked_layers.shrinking.composites import inner_graph, is_composite, signature
-from masked_layers.shrinking.rules import MASKED_POSITIONS, WITH_ARGUMENTS, rule_of
+from masked_layers.shrinking.rules import (
+    MASKED_POSITIONS,
+    WITH_ARGUMENTS,
+    foreign_name,
+    rule_of,
+)
 
 OUTPUT = "an output of the model"
 NESTED = "nested model called more than once: shrunk inside, but its inputs and outputs stay whole"
@@ -171,7 +176,9 @@ def _obstacles(flow: Flow) -> dict[int, str]:
         obstacle = flow.opaque.get(id(operation))
         if obstacle:
             pass
-        elif not (cls in WITH_ARGUMENTS or id(operation) in flow.composites) and not (
+        elif not (
+            {cls, foreign_name(operation)} & WITH_ARGUMENTS or id(operation) in flow.composites
+        ) and not (
             all(map(_keras_graph.is_tensor, keras.tree.flatten(args)))
             and all(
                 value is None or value is False

@@ -61,9 +61,13 @@ def foreign_rule(*names: str) -> Callable[[Rule], Rule]:
 
 def rule_of(operation: Any) -> Rule | None:
     """Returns the rule of an operation by its class, or None."""
+    return RULES.get(plain_class(operation)) or FOREIGN_RULES.get(foreign_name(operation))
+
+
+def foreign_name(operation: Any) -> str:
+    """Returns the class of an operation as "package.class"."""
     cls = plain_class(operation)
-    package = cls.__module__.partition(".")[0]
-    return RULES.get(cls) or FOREIGN_RULES.get(f"{package}.{cls.__name__}")
+    return f"{cls.__module__.partition('.')[0]}.{cls.__name__}"
 
 
 def array(variable: keras.Variable) -> np.ndarray:
@@ -376,12 +380,20 @@ def _get_item(flow: Flow, call: Call) -> Channels:
     before = axis = 0  # of the input, of the output
     for item in items:
         if before == source.axis and item is not None:
+            if item in (0, -1) and len(set(source.constants.tolist())) == 1:
+                return WHOLE  # Any channel would do: all are the same constant.
             if item != slice(None):
                 raise CannotFollow("it selects some of the channels")
             break
         before += item is not None
         axis += not isinstance(item, int)
     return source.with_constants(source.constants, axis)
+
+
+@rule(_keras_graph.ONES_LIKE)
+def _ones_like(flow: Flow, call: Call) -> Channels:
+    source = flow.tensors[id(call.inputs[0])]
+    return source.with_constants(np.ones(len(source.slots)))
 
 
 @rule(layers.Permute)
@@ -491,7 +503,7 @@ rule(layers.Average)(_merge(lambda values: np.mean(values, axis=0)))
 rule(_keras_graph.DIVIDE)(_merge(lambda values: np.full_like(values[0], VARIES)))
 
 # Operations whose rule checks all arguments of the call, not only its tensors.
-WITH_ARGUMENTS = {
+WITH_ARGUMENTS: set[type | str] = {
     layers.GroupQueryAttention,
     layers.MultiHeadAttention,
     _keras_graph.GET_ITEM,

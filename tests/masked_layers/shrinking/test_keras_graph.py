@@ -41,6 +41,11 @@ def test_functions_on_symbolic_tensors_are_followed(name):
     assert (smaller.get_layer("a").units, report.not_followed) == (2, {})
 
 
+def test_ones_like():
+    ones = keras.ops.ones_like(keras.Input((4,)), dtype="int32")
+    assert type(ones._keras_history.operation) is _keras_graph.ONES_LIKE
+
+
 def test_symbolic_tensors_are_found_in_nested_arguments():
     a, b = keras.Input((4,), name="a"), keras.Input((2,), name="b")
     assert _keras_graph.is_tensor(a)
@@ -67,7 +72,7 @@ def test_calls_forgotten():
         graph = keras.Model(x, inner(x))
         assert inner.output is graph.output
     # On torch, the error is torch's.
-    with pytest.raises(AttributeError, match="has never been called|no attribute .output"):
+    with pytest.raises(AttributeError, match=r"has never been called|no attribute .output"):
         _ = inner.output
     assert [operation for operation, *_ in _keras_graph.graph_calls(graph)] == [inner]
     assert graph.predict(np.ones((1, 4)), verbose=0).shape == (1, 3)
