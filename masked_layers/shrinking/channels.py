@@ -84,7 +84,7 @@ class Edit:
         readers: The kernels with which the layer mixes channels. Constants in the source of the
             first one are moved into the layer's bias.
         positions: Number of multiply-adds of each entry of its kernels for one example, or a dict
-            with this number for each kernel. None if the shape is not fully known.
+            with this number for each weight that takes part. None if the shape is not fully known.
         inside: Attributes that lead to the layer with the bias, if it is inside another one. The
             keys of its config in the config of the outer layer are these and "config".
         equal: Two sets of channels of which the same number must be kept.
@@ -105,8 +105,8 @@ class Edit:
     def kernels(self) -> Iterator[tuple[str, dict[int, Channels], int | None]]:
         """Yields (name, slices, positions) of the weights that take part in multiply-adds."""
         for name, axes in self.slices.items():
-            if name.endswith("kernel"):
-                places = self.positions
+            places = self.positions
+            if name in places if isinstance(places, dict) else name.endswith("kernel"):
                 yield name, axes, places[name] if isinstance(places, dict) else places
 
     def makes(self) -> Iterator[tuple[str, Channels]]:
@@ -251,6 +251,9 @@ class Flow:
         sources = [self.tensors[id(tensor)] for tensor in inputs]
         for source in sources:
             self.pin(source, f"'{self.names[id(operation)]}', which is left whole, reads it")
+        if id(operation) in self.edits:  # Another call was followed.
+            for _, channels in self.edits[id(operation)][1].makes():
+                self.pin(channels, reason)
         if (
             any(source.axis is not None for source in sources)
             or len(getattr(operation, "weights", ())) > 0

@@ -21,6 +21,7 @@ from masked_layers.shrinking import (  # noqa: F401 (they fill RULES)
 from masked_layers.shrinking.channels import WHOLE, Call, CannotFollow, Channels, Flow
 from masked_layers.shrinking.composites import inner_graph, is_composite, signature
 from masked_layers.shrinking.rules import (
+    CALLED_AGAIN,
     MASKED_POSITIONS,
     WITH_ARGUMENTS,
     foreign_name,
@@ -87,7 +88,8 @@ def follow(model: keras.Model) -> Flow:
     for operation, *_, outputs in _keras_graph.graph_calls(flow.graphs[id(model)]):
         if ends & set(map(id, outputs)) and id(operation) in flow.edits:
             made = flow.edits[id(operation)][1].made
-            flow.pinned.update({} if made is None else dict.fromkeys(made.slots.tolist(), OUTPUT))
+            slots = [] if made is None else made.slots.tolist()
+            flow.pinned.update({slot: OUTPUT for slot in slots if slot in flow.pinned})
     return flow
 
 
@@ -173,12 +175,11 @@ def _obstacles(flow: Flow) -> dict[int, str]:
     obstacles: dict[int, str] = {}
     for operation, args, kwargs, _ in calls:
         cls = plain_class(operation)
+        known_as = {cls, foreign_name(operation)}
         obstacle = flow.opaque.get(id(operation))
         if obstacle:
             pass
-        elif not (
-            {cls, foreign_name(operation)} & WITH_ARGUMENTS or id(operation) in flow.composites
-        ) and not (
+        elif not (known_as & WITH_ARGUMENTS or id(operation) in flow.composites) and not (
             all(map(_keras_graph.is_tensor, keras.tree.flatten(args)))
             and all(
                 value is None or value is False
@@ -200,8 +201,10 @@ def _obstacles(flow: Flow) -> dict[int, str]:
             obstacle = f"unknown class {cls.__name__}"
         elif id(operation) in shared:
             obstacle = "it shares a weight with another layer, which a smaller copy would not"
-        elif (count := max(times[id(part)] for part in _called(flow, operation))) > 1 and (
-            len(getattr(operation, "weights", ())) > 0 or cls is keras.layers.Reshape
+        elif (
+            (count := max(times[id(part)] for part in _called(flow, operation))) > 1
+            and (len(getattr(operation, "weights", ())) > 0 or cls is keras.layers.Reshape)
+            and not known_as & CALLED_AGAIN
         ):
             obstacle = f"called {count} times"
         elif _any_inside(operation, "quantization_mode"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -30,6 +31,7 @@ from masked_layers.shrinking.rules import (
     array,
     border,
     depthwise,
+    foreign_rule,
     is_elementwise,
     pads,
     rule,
@@ -346,15 +348,56 @@ def _units(
 # -- tables
 
 
+@foreign_rule("keras_hub.ReversibleEmbedding")
 @rule(layers.Embedding, layers.ReversibleEmbedding)
 def _embedding(flow: Flow, call: Call) -> Channels:
-    layer = call.operation
-    if len(layer.weights) > 1:
-        raise CannotFollow("it has a separate table for outputs")
-    if flow.tensors[id(call.inputs[0])].axis is not None:
+    """Follows one of the calls of a table of words, which all have the same channels."""
+    layer, source = call.operation, flow.tensors[id(call.inputs[0])]
+    if whole := flow.not_followed.get(flow.names[id(layer)]):
+        raise CannotFollow(whole)  # Another call was left whole.
+    reverse = call.kwargs.get("reverse", call.args[1] if len(call.args) > 1 else False)
+    if reverse:
+        source = flow.channels(call, -1)
+    elif source.axis is not None:
         raise CannotFollow("it looks up values that another layer computes")
-    axis, size = len(call.output.shape) - 1, layer.output_dim
-    table = array(layer.embeddings)
-    target = Channels(axis, flow.new_slots(size), np.where(table.any(axis=0), VARIES, 0.0))
-    flow.edit(call, Edit({"embeddings": {1: target}}, target, widths={("output_dim",): target}))
-    return target
+    _, known = flow.edits.get(id(layer), (layer, None))
+    edit = known or _table(flow, layer)
+    made = edit.made
+    assert made is not None
+    if reverse:
+        flow.join(source.slots, made.slots)
+        flow.edits.pop(id(layer), None)  # Moved to the end, where the outputs need what it reads.
+        edit = _with_reader(edit, call, source)
+    flow.edit(call, edit)
+    if reverse:
+        return WHOLE
+    return made.with_constants(made.constants, len(call.output.shape) - 1)
+
+
+def _table(flow: Flow, layer: Any) -> Edit:
+    """Returns the changes to a table of words, with new channels."""
+    made = array(layer.embeddings).any(axis=0)
+    target = Channels(None, flow.new_slots(layer.output_dim), np.where(made, VARIES, 0.0))
+    weights = {"embeddings": {1: target}}
+    if getattr(layer, "reverse_embeddings", None) is not None:
+        weights["reverse_embeddings"] = {0: target}
+    return Edit(weights, target, widths={("output_dim",): target})
+
+
+def _with_reader(edit: Edit, call: Call, source: Channels) -> Edit:
+    """Adds a call that scores all words by their products with the input."""
+    name = "embeddings"
+    table = array(call.operation.embeddings).T
+    slices = edit.slices
+    if "reverse_embeddings" in slices:
+        name, table = "reverse_embeddings", array(call.operation.reverse_embeddings)
+        slices = slices | {name: {0: source}}
+    fixed = source.constants == 0
+    words = Channels(None, np.zeros(1, int), np.full(1, VARIES))  # All words stay.
+    demand = (table.any(axis=1) & ~fixed)[:, None]
+    reader = Reader(source, words, demand, np.zeros(demand.shape), fixed)
+    before = edit.positions[name] if isinstance(edit.positions, dict) else 0
+    places = positions(call.inputs[0], source.axis)
+    total = None if places is None or before is None else before + places
+    readers = (*edit.readers, reader)
+    return dataclasses.replace(edit, slices=slices, readers=readers, positions={name: total})

@@ -380,8 +380,8 @@ def _get_item(flow: Flow, call: Call) -> Channels:
     before = axis = 0  # of the input, of the output
     for item in items:
         if before == source.axis and item is not None:
-            if item in (0, -1) and len(set(source.constants.tolist())) == 1:
-                return WHOLE  # Any channel would do: all are the same constant.
+            if item in (0, -1) and (source.constants == source.constants[0]).all():
+                return WHOLE  # Any channel would do: all are the same constant, and not NaN.
             if item != slice(None):
                 raise CannotFollow("it selects some of the channels")
             break
@@ -506,8 +506,17 @@ rule(_keras_graph.DIVIDE)(_merge(lambda values: np.full_like(values[0], VARIES))
 WITH_ARGUMENTS: set[type | str] = {
     layers.GroupQueryAttention,
     layers.MultiHeadAttention,
+    layers.ReversibleEmbedding,
+    "keras_hub.ReversibleEmbedding",
     _keras_graph.GET_ITEM,
     *_OPERATORS,
+}
+
+# Layers whose rule follows each of several calls.
+CALLED_AGAIN: set[type | str] = {
+    layers.Embedding,
+    layers.ReversibleEmbedding,
+    "keras_hub.ReversibleEmbedding",
 }
 
 # Layers whose inputs may carry a Keras mask: masked positions have the same channels as others.
@@ -524,6 +533,7 @@ MASKED_POSITIONS = {
     layers.LSTM,
     layers.MultiHeadAttention,
     layers.ReLU,
+    layers.ReversibleEmbedding,
     layers.SimpleRNN,
     layers.SpatialDropout1D,
 }

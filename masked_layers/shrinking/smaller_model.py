@@ -155,8 +155,9 @@ def shrink(
     upsampling, concatenation, additions and other element-wise merges, both as layers and as
     operators on symbolic tensors, and through nested Sequential and Functional models and composite
     layers whose `call` only calls layers and operations. The inputs and outputs of all other layers
-    are left whole. This also holds for layers with weights that are called more than once, and for
-    calls in training mode. The report names these layers; without `return_report`, a warning does.
+    are left whole. This also holds for layers with weights that are called more than once, except
+    tables of words, and for calls in training mode. The report names these layers; without
+    `return_report`, a warning does.
 
     A constant other than zero that enters a zero-padded convolution is not constant at the border.
     Such channels are kept and reported. They are rare if biases are pruned with their filters.

@@ -251,12 +251,15 @@ def test_one_of_equal_constants_is_as_good_as_another(index):
 
 
 @pytest.mark.once
-def test_one_of_different_channels_is_not():
+@pytest.mark.parametrize("units", [1, 6])
+def test_one_of_channels_that_vary_is_not(units):
     x = keras.Input((5, 4))
-    y = layers.Dense(6, name="a")(x)
-    z = layers.Dense(3, name="out")(y) * ops.expand_dims(y[:, :, 0], 2)
-    found = ml.channel_families(randomize(keras.Model(x, z)))
-    assert list(found.whole) == ["a"]
+    y = layers.Dense(units, name="a")(layers.Dense(6, name="before")(x))
+    z = layers.Dense(3, name="out")(x) * ops.expand_dims(y[:, :, 0], 2)
+    model = randomize(keras.Model(x, z))
+    assert list(ml.channel_families(model).whole) == ["a"]
+    smaller, _ = ml.shrink(model, return_report=True)
+    assert widths(smaller) == {"before": 6, "a": units, "out": 3}
 
 
 class Wordless(layers.Dense):
