@@ -64,12 +64,14 @@ from masked_layers.shrinking import (
     effective_sparsity,
     shrink,
 )
+from masked_layers.torchscript import KernelRow, TorchReport, export_sparse_torch
 
 __all__ = [
     "BernoulliMask",
     "ChannelFamilies",
     "ChannelFamily",
     "EdgePopupMask",
+    "KernelRow",
     "LearnedMask",
     "Mask",
     "MaskedBidirectional",
@@ -108,6 +110,7 @@ __all__ = [
     "ShrinkRow",
     "SparsityReport",
     "SparsityRow",
+    "TorchReport",
     "WeightRef",
     "channel_families",
     "channel_refs",
@@ -115,6 +118,7 @@ __all__ = [
     "effective_masks",
     "effective_sparsity",
     "export_sparse_saved_model",
+    "export_sparse_torch",
     "get_masks",
     "harden",
     "load_masks",

@@ -344,20 +344,30 @@ def check_strategy(model: keras.Model) -> None:
 def export_signature(model: keras.Model, input_signature: Any = None) -> Any:
     """Returns the `tf.TensorSpec`s that `Model.export` uses for its serving function.
 
-    The structure of a model's inputs and the conversion of the four kinds of specs that Keras
-    accepts have no public name. TensorFlow must be installed.
+    The conversion of the four kinds of specs that Keras accepts has no public name. TensorFlow must
+    be installed.
     """
     from keras.src.export import export_utils
 
     if input_signature is None:
-        # Being built is enough: a copy of a subclassed model knows its shapes before a call.
-        called = model._called
-        model._called = True
-        try:
-            input_signature = export_utils.get_input_signature(model)
-        finally:
-            model._called = called
+        input_signature = export_specs(model)
     return keras.tree.map_structure(export_utils.make_tf_tensor_spec, input_signature)
+
+
+def export_specs(model: keras.Model) -> Any:
+    """Returns a `keras.InputSpec` for every input, in the structure of the arguments of `call`.
+
+    The structure of a model's inputs has no public name.
+    """
+    from keras.src.export import export_utils
+
+    # Being built is enough: a copy of a subclassed model knows its shapes before a call.
+    called = model._called
+    model._called = True
+    try:
+        return export_utils.get_input_signature(model)
+    finally:
+        model._called = called
 
 
 def copy_called(source: keras.Model, target: keras.Model) -> None:

@@ -6,30 +6,44 @@ from typing import Annotated, Literal
 
 import tyro
 
+import masked_layers
 from masked_layers import serving
 from masked_layers.keras_files import how_to_save, load_model
 
 
 @dataclasses.dataclass(frozen=True)
 class ExportConfig:
-    """Write a saved model as a sparse SavedModel folder, which any TensorFlow runtime serves."""
+    """Write a saved model as a sparse SavedModel folder or TorchScript file for serving."""
 
     model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
     """A `.keras` file: masked, or plain with zeros in its kernels."""
     out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
-    """Folder to write, such as served/1. An existing SavedModel is not replaced."""
+    """Folder, such as served/1, or file, such as model.pt, to write. None is replaced."""
     overwrite: bool = False
-    """Replace an existing SavedModel once the new one is complete."""
+    """Replace an existing SavedModel or file once the new one is complete."""
     values: Literal["float32", "float16", "bfloat16"] = "float32"
     """float32 keeps every value exactly. The others take 2 bytes; the error is printed."""
     level: int = 6
     """Compression level, 0 to 9."""
     include: tuple[str, ...] = ()
     """Regular expressions for the paths of weights that may be stored sparsely. Default: all."""
+    format: Literal["saved_model", "torch"] = "saved_model"
+    """torch writes a TorchScript file with the fastest kernel for every weight, and its report."""
+    batch_size: int = 1
+    """With --format torch: number of rows for which kernels are measured."""
+    threads: int | None = None
+    """With --format torch: number of threads for which they are measured. Default: PyTorch's."""
+    timings: Path | None = None
+    """With --format torch: report of an earlier export, by whose times kernels are chosen."""
+    shrink: bool = False
+    """With --format torch: remove channels without effect first."""
 
-    def execute(self) -> serving.StorageReport:
-        """Loads the model, writes the folder and returns a report of the stored sizes."""
+    def execute(self) -> serving.StorageReport | masked_layers.TorchReport:
+        """Loads the model, writes the folder or file and returns a report."""
         _check_model(self.model)
+        self._check_options()
+        if self.format == "torch":
+            return self._write_torch()
         if (self.out / "saved_model.pb").is_file() and not self.overwrite:
             raise FileExistsError(
                 f"'{self.out}' holds a SavedModel. Choose another folder, or pass --overwrite to "
@@ -42,6 +56,35 @@ class ExportConfig:
             level=self.level,
             include=self.include or None,
         )
+
+    def _check_options(self) -> None:
+        others = _TORCH_OPTIONS if self.format == "saved_model" else _SAVED_MODEL_OPTIONS
+        given = [
+            f"--{field.name.replace('_', '-')}"
+            for field in dataclasses.fields(self)
+            if field.name in others and getattr(self, field.name) != field.default
+        ]
+        if given:
+            raise ValueError(f"{', '.join(given)} cannot be used with --format {self.format}.")
+
+    def _write_torch(self) -> masked_layers.TorchReport:
+        if self.out.is_file() and not self.overwrite:
+            raise FileExistsError(
+                f"'{self.out}' exists. Choose another file, or pass --overwrite to replace it once "
+                "the new one is complete."
+            )
+        return masked_layers.export_sparse_torch(
+            load_model(self.model),
+            self.out,
+            batch_size=self.batch_size,
+            threads=self.threads,
+            timings=self.timings,
+            shrink=self.shrink,
+        )
+
+
+_SAVED_MODEL_OPTIONS = ("values", "level", "include")
+_TORCH_OPTIONS = ("batch_size", "threads", "timings", "shrink")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,23 +1,21 @@
-"""Sample inputs, given or random, for comparing a model with its SavedModel."""
+"""Sample inputs, given or random, for comparing a model with what was exported from it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import keras
+import ml_dtypes  # Makes NumPy know the names of more dtypes.  # noqa: F401
 import numpy as np
-
-if TYPE_CHECKING:
-    import tensorflow as tf
 
 
 def samples_of(model: keras.Model, signature: Sequence[Any], given: object = None) -> list[Any]:
-    """Returns the positional arguments for a call of a model, tensors of the signature's dtypes.
+    """Returns the positional arguments for a call of a model, arrays of the signature's dtypes.
 
     Args:
         model: A Keras model.
-        signature: Arguments of the model, as structures of `tf.TensorSpec`.
+        signature: Arguments of the model, as structures of `tf.TensorSpec` or `keras.InputSpec`.
         given: Inputs in the forms that `predict` accepts: in the structure of the model's inputs,
             where lists and tuples are equivalent; one array for a list of one input; a dict by
             input name; or a list in the order of an alphabetical dict. For a model with several
@@ -34,36 +32,38 @@ def samples_of(model: keras.Model, signature: Sequence[Any], given: object = Non
         names = [tensor.name for tensor in getattr(model, "inputs", None) or ()]
         leaves = _leaves(structure, _by_position(structure, given, names))
         specs = keras.tree.flatten(structure)
-        tensors = [_tensor(*pair) for pair in zip(specs, leaves, strict=True)]
+        arrays = [_array(*pair) for pair in zip(specs, leaves, strict=True)]
     except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(
             f"`sample_inputs` does not fit the model's inputs {list(signature)}: {error}"
         ) from error
-    return keras.tree.pack_sequence_as(list(signature), tensors)
+    return keras.tree.pack_sequence_as(list(signature), arrays)
 
 
 def _drawn(model: keras.Model, signature: Sequence[Any]) -> list[Any]:
-    import tensorflow as tf
-
     rng = np.random.default_rng(0)
     # Keras' signatures have a free batch size even if the model does not, as with stateful layers.
     shapes = [x.shape for x in getattr(model, "inputs", None) or ()]
     batch = next((shape[0] for shape in shapes if shape and shape[0]), 2)
 
-    def random(spec: tf.TensorSpec) -> tf.Tensor:
+    def random(spec: Any) -> np.ndarray:
         # Long enough for windows that slide over images or time.
         free = 96 if len(spec.shape) == 4 else 8
         shape = [
             size if size is not None else batch if axis == 0 else free
             for axis, size in enumerate(spec.shape)
         ]
-        if spec.dtype == tf.string:
-            return tf.fill(shape, "")
-        if spec.dtype.is_floating or spec.dtype.is_complex:
-            return tf.cast(rng.standard_normal(shape), spec.dtype)
-        return tf.cast(rng.integers(0, 2, shape), spec.dtype)
+        if _dtype(spec) == "string":
+            return np.full(shape, "", object)
+        dtype = np.dtype(_dtype(spec))
+        drawn = rng.integers(0, 2, shape) if dtype.kind in "biu" else rng.standard_normal(shape)
+        return drawn.astype(dtype)
 
     return keras.tree.map_structure(random, list(signature))
+
+
+def _dtype(spec: Any) -> str:
+    return getattr(spec.dtype, "name", spec.dtype)
 
 
 def _by_position(structure: object, given: object, names: Sequence[str]) -> Any:
@@ -96,27 +96,33 @@ def _leaves(structure: object, given: object) -> list[Any]:
     return [given]
 
 
-def _tensor(spec: tf.TensorSpec, value: Any) -> tf.Tensor:
-    import tensorflow as tf
-
-    def convert(value: object) -> tf.Tensor:
+def _array(spec: Any, value: Any) -> np.ndarray:
+    def convert(value: object) -> np.ndarray:
         try:
-            return tf.cast(tf.convert_to_tensor(value), spec.dtype)
-        except (TypeError, ValueError, tf.errors.OpError) as error:
+            array = np.asarray(value)
+            if _dtype(spec) == "string":
+                return array.astype(object)
+            if array.dtype.kind in "OSU":
+                raise TypeError("not numbers")
+            return array.astype(_dtype(spec))
+        except (TypeError, ValueError) as error:
             raise ValueError(f"{_described(value)} for {spec}: {error}") from error
 
     single = isinstance(value, list | tuple) and len(value) == 1
-    if single and np.ndim(value[0]) == spec.shape.rank:
+    if single and np.ndim(value[0]) == len(spec.shape):
         value = value[0]  # A list with the only input of a model.
-    tensor = convert(value)
+    array = convert(value)
     # Keras does this for functional models.
-    if tensor.shape.rank == len(spec.shape) - 1 and spec.shape[-1] == 1:
-        tensor = tensor[..., None]
-    elif tensor.shape.rank == len(spec.shape) + 1 and tensor.shape[-1] == 1:
-        tensor = tensor[..., 0]
-    if not spec.shape.is_compatible_with(tensor.shape) or tensor.shape[:1] == [0]:
-        raise ValueError(f"shape {tensor.shape} for {spec}, with at least one row")
-    return tensor
+    if array.ndim == len(spec.shape) - 1 and spec.shape[-1] == 1:
+        array = array[..., None]
+    elif array.ndim == len(spec.shape) + 1 and array.shape[-1] == 1:
+        array = array[..., 0]
+    fits = array.ndim == len(spec.shape) and all(
+        size in (None, found) for size, found in zip(spec.shape, array.shape, strict=True)
+    )
+    if not fits or array.shape[:1] == (0,):
+        raise ValueError(f"shape {array.shape} for {spec}, with at least one row")
+    return array
 
 
 def _described(value: object) -> str:

@@ -116,6 +116,8 @@ def export_sparse_saved_model(
     allowed = _included(include, arrays)
     # The salt covers the arguments that change the decoded values.
     traced = trace(model, arrays, input_signature, salt=f"{values}{sorted(allowed)}")
+    import tensorflow as tf  # `trace` explains an error if it is missing.
+
     arrays = {name: _canonical(name, arrays[name]) for name in traced.variables}
     encodings = {name: _encoding(array, name in allowed) for name, array in arrays.items()}
     stored = {
@@ -134,8 +136,8 @@ def export_sparse_saved_model(
         name: stored[name].astype(array.dtype) if name in stored else array
         for name, array in arrays.items()
     }
-    samples = samples_of(model, traced.signature, sample_inputs)
-
+    arguments = samples_of(model, traced.signature, sample_inputs)
+    samples = keras.tree.map_structure(tf.convert_to_tensor, arguments)
     given = sample_inputs is not None
     with files.scratch_folder(path, CONTENTS) as scratch, _literal(scratch) as folder:
         os.chmod(folder, 0o777 & ~_umask())

@@ -58,7 +58,7 @@ def effective_values(model: keras.Model) -> dict[str, np.ndarray]:
         path: np.array(
             keras.ops.convert_to_numpy(variable if mask is None else mask.apply(variable))
         )
-        for path, (variable, mask) in _sources(model).items()
+        for path, (variable, mask) in state_variables(model).items()
     }
 
 
@@ -100,7 +100,7 @@ def trace(
             f"addition to {backend}: `pip install tensorflow`."
         ) from error
     signature = _keras.export_signature(model, input_signature)
-    sources = {path: variable for path, (variable, _) in _sources(model).items()}
+    sources = {path: variable for path, (variable, _) in state_variables(model).items()}
 
     # A prefix that no other model in the process has: variables with the same name are the same
     # variable in a session, and two models may be loaded into one session.
@@ -195,7 +195,7 @@ def _call(
         before = {path: scope.get_current_value(source) for path, source in sources.items()}
         outputs = model(*args)
         after = {path: scope.get_current_value(source) for path, source in sources.items()}
-    known = {id(variable) for variable, _ in _sources(model).values()}
+    known = {id(variable) for variable, _ in state_variables(model).values()}
     if scope.state_mapping.keys() - known:
         raise NotImplementedError(
             f"A call of '{model.name}' changes a variable that the model does not track, as "
@@ -205,7 +205,7 @@ def _call(
     return outputs, {path: after[path] for path in after if after[path] is not before[path]}
 
 
-def _sources(model: keras.Model) -> dict[str, tuple[keras.Variable, Any]]:
+def state_variables(model: keras.Model) -> dict[str, tuple[keras.Variable, Any]]:
     """Returns (variable, mask or None) by path for all state of a model except its masks."""
     found = {id(ref.variable): (ref.path, ref.mask) for ref in weight_refs(model, mask_bias=True)}
     masks = [mask for _, mask in found.values() if mask is not None]

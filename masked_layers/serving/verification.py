@@ -78,7 +78,7 @@ def verify(
     floats = [tf.as_dtype(name) for name in dtypes if tf.as_dtype(name).is_floating]
     tolerance = max((float(ml_dtypes.finfo(d.as_numpy_dtype).eps) for d in floats), default=0.0)
     for kind, got, wanted in (("Traced", dense, truth), ("Exported", sparse, dense)):
-        difference = max(map(_difference, got, wanted), default=0.0)
+        difference = max(map(relative_difference, got, wanted), default=0.0)
         if difference > tolerance**0.5 and (exact or kind == "Traced"):
             raise RuntimeError(
                 f"{kind} outputs differ from the model's by {difference:.2g} of the largest one, "
@@ -98,7 +98,7 @@ def verify(
     return difference if finite or not total else None
 
 
-def _difference(got: np.ndarray, wanted: np.ndarray) -> float:
+def relative_difference(got: np.ndarray, wanted: np.ndarray) -> float:
     """Returns max abs(got - wanted) / max abs(wanted); equal NaNs and infinities differ by 0."""
     if got.shape != wanted.shape:
         return float("inf")

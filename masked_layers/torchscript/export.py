@@ -1,0 +1,165 @@
+"""Exports a model as a TorchScript file, from every backend."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+
+from masked_layers import _keras, files
+from masked_layers.conversion import strip_masks
+from masked_layers.inspection import channel_refs, weight_refs
+from masked_layers.serving import samples_of
+from masked_layers.shrinking import shrink as smaller
+from masked_layers.torchscript import process
+from masked_layers.torchscript.job import Job
+from masked_layers.torchscript.report import TorchReport
+
+
+def export_sparse_torch(
+    model: keras.Model,
+    path: str | os.PathLike[str],
+    *,
+    batch_size: int = 1,
+    threads: int | None = None,
+    timings: TorchReport | str | os.PathLike[str] | None = None,
+    shrink: bool = False,
+    sample_inputs: Any = None,
+) -> TorchReport:
+    """Exports a model as a TorchScript file that runs its pruned weights with sparse kernels.
+
+    PyTorch alone loads the file with `torch.jit.load`, in Python or C++, and runs it on the CPU;
+    neither Keras nor this library is needed. It is called like the model, with tensors, and accepts
+    every batch size.
+
+    Each product with a pruned weight (in Dense, EinsumDense, attention, convolutions, recurrent
+    cells and custom layers) uses PyTorch's CSR product or stays dense, whichever is faster. Both
+    are measured where the model calls them, and the whole program with sparse kernels is compared
+    with the dense one, so that the file is not slower than a dense file. Weights that stay dense
+    are stored without their zeros and decoded at loading.
+
+    The new file is loaded and compared with the model before it replaces an existing one. If
+    anything fails, the existing file is unchanged.
+
+    Args:
+        model: A built model, either masked, or plain with zeros in its kernels.
+        path: File to write, such as `"model.pt"`. The report is written next to it, as
+            `"model.pt.json"`.
+        batch_size: Number of rows for which kernels are chosen.
+        threads: Number of threads for which kernels are chosen. Default: PyTorch's default.
+        timings: The report of an earlier export of the same model, or the path of its JSON file.
+            Kernels are then chosen by its times, without measuring, so that exports can be
+            repeated.
+        shrink: Whether to remove channels without effect first, as `masked_layers.shrink` does.
+        sample_inputs: Inputs for comparing outputs and for measuring, with at least one row, in the
+            forms that `predict` accepts. For a model whose `call` takes several arguments, a list
+            of these. Default: seeded random numbers, zeros and ones for integers. Axes without a
+            fixed length should have the length that will be served.
+
+    Returns:
+        The report.
+
+    Raises:
+        ImportError: If PyTorch is missing.
+        IsADirectoryError: If `path` is a folder.
+        NotImplementedError: If a call of the model changes its variables, or PyTorch cannot trace
+            it.
+        RuntimeError: If the outputs of the written file differ from those of the model.
+        TypeError: If `model` is not a Keras model, or an argument has another type than listed
+            above.
+        ValueError: If an argument is invalid, the model is not built, or `timings` belongs to
+            another model.
+
+    Warns:
+        UserWarning: If the file accepts only the lengths of the sample inputs along axes for which
+            the model has no fixed length.
+    """
+    if not isinstance(model, keras.Model):
+        raise TypeError(f"Expected a `keras.Model`. Received: {model!r}")
+    for name, count in (("batch_size", batch_size), ("threads", 1 if threads is None else threads)):
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            raise ValueError(f"`{name}` must be a positive integer. Received: {count!r}")
+    if importlib.util.find_spec("torch") is None:
+        raise ImportError(
+            "Writing a TorchScript file requires PyTorch, which is not installed: "
+            "`pip install torch`, or `pip install lottery-ticket-pruner[torch]`."
+        )
+    path = Path(path).resolve()
+    if path.is_dir():
+        raise IsADirectoryError(f"'{path}' is a folder. Expected the path of a file.")
+    earlier = _earlier(timings)
+    specs = _keras.export_specs(model)
+    arguments = samples_of(model, specs, sample_inputs)
+    if any(array.dtype == object for array in keras.tree.flatten(arguments)):
+        raise NotImplementedError("The model has text as input, which TorchScript cannot hold.")
+    expected = _outputs(model, arguments, given=sample_inputs is not None)
+    plain = smaller(model) if shrink else _plain(model)
+    lengths = [spec.shape for spec in keras.tree.flatten(specs)]
+    fixed = [x.shape[0] for x in getattr(model, "inputs", None) or () if x.shape]
+    job = Job(
+        arguments=arguments,
+        expected=expected,
+        batch_size=batch_size,
+        threads=threads,
+        timings=earlier,
+        free_batch=all(size is None for size in fixed),
+        free_axes=any(None in shape[1:] for shape in lengths),
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        report = process.run(plain, job, Path(folder))
+        with (
+            open(Path(folder) / process.FILE, "rb") as source,
+            files.replacing(path) as target,
+        ):
+            while chunk := source.read(1 << 22):
+                target.write(chunk)
+    with files.replacing(path.with_name(f"{path.name}.json")) as target:
+        target.write(report.to_json())
+    for note in report.notes:
+        warnings.warn(note, stacklevel=2)
+    return report
+
+
+def _earlier(timings: Any) -> TorchReport | None:
+    if timings is None or isinstance(timings, TorchReport):
+        return timings
+    if not isinstance(timings, str | os.PathLike):
+        raise TypeError(
+            "`timings` must be a report of `export_sparse_torch` or the path of its JSON file. "
+            f"Received: {timings!r}"
+        )
+    try:
+        return TorchReport.from_json(Path(timings).read_bytes())
+    except ValueError as error:
+        raise ValueError(f"'{timings}': {error}") from error
+
+
+def _plain(model: keras.Model) -> keras.Model:
+    # A plain model with zeros has nothing to strip.
+    masked = any(ref.mask is not None for ref in weight_refs(model)) or channel_refs(model)
+    return strip_masks(model) if masked else model
+
+
+def _outputs(model: keras.Model, arguments: list[Any], given: bool) -> list[np.ndarray]:
+    """Returns the outputs of a model for some arguments, flat.
+
+    Raises:
+        ValueError: If the model cannot be called on them.
+    """
+    try:
+        with keras.StatelessScope():
+            outputs = keras.tree.flatten(model(*arguments))
+    except Exception as error:  # Layers may raise any error.
+        kind = "the given" if given else "random"
+        raise ValueError(
+            f"The model cannot be called on {kind} `sample_inputs`. Pass those that it accepts. "
+            f"{error}"
+        ) from error
+    return [np.asarray(keras.ops.convert_to_numpy(output)) for output in outputs]
