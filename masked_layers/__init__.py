@@ -64,6 +64,7 @@ from masked_layers.shrinking import (
     effective_sparsity,
     shrink,
 )
+from masked_layers.ticket_files import load_ticket, save_ticket
 from masked_layers.torchscript import KernelRow, TorchReport, export_sparse_torch
 
 __all__ = [
@@ -122,10 +123,12 @@ __all__ = [
     "get_masks",
     "harden",
     "load_masks",
+    "load_ticket",
     "masked_refs",
     "register",
     "sample_masks",
     "save_masks",
+    "save_ticket",
     "set_masks",
     "set_rescale",
     "shrink",

@@ -39,13 +39,39 @@ def serialize(layer: keras.layers.Layer) -> dict[str, Any]:
         return keras.saving.serialize_keras_object(layer)
 
 
-def deserialize(config: dict[str, Any]) -> Any:
+def deserialize(config: dict[str, Any], *, safe_mode: bool = False) -> Any:
     """Recreates an object from the config that `serialize` returned.
 
-    `Lambda` layers are allowed, because the config never left the process.
+    Args:
+        config: The config.
+        safe_mode: Whether to refuse `Lambda` layers, which contain code. They are allowed in a
+            config that never left the process.
     """
     with ObjectSharingScope():
-        return keras.saving.deserialize_keras_object(config, safe_mode=False)
+        return keras.saving.deserialize_keras_object(config, safe_mode=safe_mode)
+
+
+@contextlib.contextmanager
+def variables_made_last(*, keep: bool = True) -> Iterator[None]:
+    """Creates variables without values in the scope, which get them at its end.
+
+    If the scope ends with an error, no memory is allocated for them. Keras creates such variables
+    in a `StatelessScope`; the list of them has no public name.
+
+    Args:
+        keep: Whether the variables are used after the scope. Otherwise they never get values.
+    """
+    waiting = "uninitialized_variables"
+    earlier = global_state.get_global_attribute(waiting, [])
+    global_state.set_global_attribute(waiting, [])
+    try:
+        with keras.StatelessScope(initialize_variables=False):
+            yield
+        if keep:
+            with keras.StatelessScope():  # Its end initializes them.
+                pass
+    finally:
+        global_state.set_global_attribute(waiting, earlier)
 
 
 @contextlib.contextmanager

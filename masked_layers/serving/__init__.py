@@ -7,7 +7,6 @@ from masked_layers.serving.inspection import inspect
 from masked_layers.serving.report import StorageReport, StorageRow
 from masked_layers.serving.samples import samples_of
 from masked_layers.serving.saved_model import export_sparse_saved_model
-from masked_layers.serving.tracing import state_variables
 from masked_layers.serving.verification import relative_difference
 
 __all__ = [
@@ -17,5 +16,4 @@ __all__ = [
     "inspect",
     "relative_difference",
     "samples_of",
-    "state_variables",
 ]

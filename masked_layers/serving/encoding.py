@@ -1,7 +1,7 @@
 """A compact, lossless file format for sparse arrays: converts NumPy arrays to bytes and back.
 
-The module depends only on NumPy and the standard library, so the format can also be used for
-tickets outside a SavedModel. Every stream is plain zlib, the only entropy coder among TensorFlow's
+Neither this module nor `masked_layers.streams` depends on a model, so the format can also be used
+outside a SavedModel. Every stream is plain zlib, the only entropy coder among TensorFlow's
 own ops, so `saved_model.py` can decode the format inside a graph.
 
 Layout, version 1, all integers little-endian:
@@ -38,6 +38,17 @@ from typing import Any, Literal
 
 import numpy as np
 
+from masked_layers.streams import (
+    DTYPES,
+    SKIP,
+    dtype_of,
+    extent,
+    gaps_between,
+    planes_of,
+    positions_of,
+    values_of,
+)
+
 __all__ = [
     "BLOCK_SIZE",
     "DTYPES",
@@ -61,19 +72,8 @@ _MOST_PER_BYTE = 1032  # A zlib stream never expands to more bytes per byte.
 # of a block.
 _UNWRITTEN = 1 << 24
 
-SKIP = 255
-"""The gap that means 255 zeros and no value."""
-
 BLOCK_SIZE = 1 << 22
 """Number of elements at which a block is full, which limits the additional memory of decoding."""
-
-DTYPES = frozenset(
-    (
-        *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
-        *("float16", "float32", "float64", "bfloat16", "float8_e4m3fn", "float8_e5m2"),
-    )
-)
-"""Names of the dtypes that can be stored."""
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ def encode(
         for block in _fill(members):
             flat = np.concatenate([array.ravel() for _, array in block])
             values, gaps = _split(flat, encoding)
-            raw = [*([gaps] if encoding == "sparse" else []), *_planes(values)]
+            raw = [*([gaps] if encoding == "sparse" else []), *planes_of(values)]
             packed = [_compress(stream.tobytes(), level) for stream in raw]
             streams += packed
             header.append(
@@ -284,7 +284,7 @@ def blocks(data: bytes) -> list[Block]:
 
 def _decode_block(data: bytes, block: Block) -> np.ndarray:
     """Returns all values of a block, including zeros, as one flat array."""
-    dtype = _dtype(block.dtype)
+    dtype = dtype_of(block.dtype)
     parts = [
         (data[offset : offset + length], count)
         for (offset, length), count in zip(block.streams, block.counts, strict=True)
@@ -293,8 +293,7 @@ def _decode_block(data: bytes, block: Block) -> np.ndarray:
         for part in parts:
             _check_length(*part)
     streams = [np.frombuffer(_decompress(*part), np.uint8) for part in parts]
-    planes = np.stack(streams[-dtype.itemsize :], axis=-1)
-    values = planes.view(dtype.newbyteorder("<")).ravel().astype(dtype, copy=False)
+    values = values_of(streams[-dtype.itemsize :], dtype)
     return values if block.encoding == "dense" else _join(values, streams[0], block.size)
 
 
@@ -315,10 +314,10 @@ def choose(array: np.ndarray) -> Encoding:
         # Level 1 ranks the two encodings like the best level and takes a tenth of the time.
         return sum(len(_compress(stream.tobytes(), 1)) for stream in streams)
 
-    sparse = cost(gaps, *_planes(values))
+    sparse = cost(gaps, *planes_of(values))
     # Planes of the dense encoding are compressed only until it takes more bytes.
     dense = 0
-    for plane in _planes(array.ravel()):
+    for plane in planes_of(array.ravel()):
         dense += cost(plane)
         if dense > sparse:
             return "sparse"
@@ -350,16 +349,6 @@ def canonical(name: str, array: np.ndarray) -> np.ndarray:
     return array
 
 
-def _dtype(name: str) -> np.dtype:
-    if name not in DTYPES:
-        raise ValueError(f"unknown dtype {name!r}")
-    if name.startswith(("bfloat", "float8")):
-        import ml_dtypes
-
-        return np.dtype(getattr(ml_dtypes, name))
-    return np.dtype(name)
-
-
 def _fill(members: list[tuple[str, np.ndarray]]) -> list[list[tuple[str, np.ndarray]]]:
     filled: list[list[tuple[str, np.ndarray]]] = []
     room = -1
@@ -377,41 +366,25 @@ def _split(flat: np.ndarray, encoding: str) -> tuple[np.ndarray, np.ndarray]:
     if encoding == "dense":
         return flat, np.empty(0, np.uint8)
     positions = np.flatnonzero(flat)
-    skipped = np.diff(positions, prepend=-1) - 1
-    # A run of zeros is stored as 255s, as many as fit, and a byte for the rest.
-    last = np.cumsum(skipped // SKIP + 1) - 1
     behind = len(flat) - 1 - (positions[-1] if len(positions) else -1)
-    skips = behind // SKIP if behind > BLOCK_SIZE else 0
-    gaps = np.full((last[-1] + 1 if len(last) else 0) + skips, SKIP, np.uint8)
-    gaps[last] = skipped % SKIP
+    gaps = gaps_between(positions, behind if behind > BLOCK_SIZE else 0)
     return flat[positions], gaps
 
 
 def _join(values: np.ndarray, gaps: np.ndarray, size: int) -> np.ndarray:
     """Restores a sparse block of `size` elements; the inverse of `_split`."""
-    # A gap of g < 255 means g zeros and one value, and 255 means 255 zeros.
-    count = int(np.count_nonzero(gaps != SKIP))
-    end = int(gaps.sum(dtype=np.int64)) + count
+    count, end = extent(gaps)
     if count != len(values) or end > size:
         raise ValueError(
             f"The packed file is malformed: {count} gaps for {len(values)} values, which end at "
             f"element {end} of {size}."
         )
     flat = np.zeros(size, values.dtype)
-    position, taken = -1, 0
-    for start in range(0, len(gaps), BLOCK_SIZE):  # Positions need 8 times the memory of gaps.
-        part = gaps[start : start + BLOCK_SIZE]
-        ends = position + np.cumsum(np.minimum(part.astype(np.int64) + 1, SKIP))
-        positions = ends[part != SKIP]
+    taken = 0
+    for positions in positions_of(gaps):
         flat[positions] = values[taken : taken + len(positions)]
-        position, taken = ends[-1], taken + len(positions)
+        taken += len(positions)
     return flat
-
-
-def _planes(values: np.ndarray) -> np.ndarray:
-    """Returns uint8 of shape (bytes per value, values), least significant byte first."""
-    little = np.ascontiguousarray(values).astype(values.dtype.newbyteorder("<"), copy=False)
-    return little.view(np.uint8).reshape(len(values), -1 if len(values) else values.itemsize).T
 
 
 def _compress(data: bytes, level: int) -> bytes:
@@ -479,7 +452,7 @@ def _check(block: Block) -> None:
     sparse = block.encoding == "sparse"
     if block.encoding not in ("sparse", "dense"):
         raise ValueError(f"unknown encoding {block.encoding!r}")
-    if len(block.streams) != _dtype(block.dtype).itemsize + sparse:
+    if len(block.streams) != dtype_of(block.dtype).itemsize + sparse:
         raise ValueError(f"{len(block.streams)} streams for {block.encoding} {block.dtype}")
     for entry in block.entries:
         numbers: tuple[Any, ...] = (*entry.shape, entry.values, block.gaps)

@@ -13,6 +13,7 @@ import numpy as np
 from masked_layers._tensorflow import keep_out_of_checkpoint
 from masked_layers.serving import encoding
 from masked_layers.serving.tracing import Traced
+from masked_layers.streams import SKIP
 
 if TYPE_CHECKING:
     import tensorflow as tf
@@ -124,8 +125,8 @@ def _decode_block(data: tf.Tensor, block: encoding.Block) -> tf.Tensor:
         positions = tf.cumsum(steps) - 1
     else:
         # A gap of g < 255 means g zeros and one value, and 255 means 255 zeros.
-        ends = tf.cumsum(tf.minimum(steps, encoding.SKIP)) - 1
-        taken = tf.where(tf.not_equal(gaps, encoding.SKIP))
+        ends = tf.cumsum(tf.minimum(steps, SKIP)) - 1
+        taken = tf.where(tf.not_equal(gaps, SKIP))
         positions = tf.reshape(tf.gather(ends, taken), [-1])
     # Five times faster than `scatter_nd`, which treats every value as a slice.
     return tf.raw_ops.SparseToDense(

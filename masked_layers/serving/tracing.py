@@ -11,10 +11,10 @@ import keras
 import numpy as np
 
 from masked_layers import _keras
-from masked_layers.inspection import channel_refs, check_no_channel_left_out, weight_refs
+from masked_layers.inspection import check_no_channel_left_out, weight_refs
 from masked_layers.masks import raw_view
+from masked_layers.model_state import state_variables
 from masked_layers.normalization import without_masks
-from masked_layers.paths import join, walk
 
 if TYPE_CHECKING:
     import tensorflow as tf
@@ -203,32 +203,6 @@ def _call(
             "Give the layer a `keras.random.SeedGenerator`, or track the variable in it."
         )
     return outputs, {path: after[path] for path in after if after[path] is not before[path]}
-
-
-def state_variables(model: keras.Model) -> dict[str, tuple[keras.Variable, Any]]:
-    """Returns (variable, mask or None) by path for all state of a model except its masks."""
-    found = {id(ref.variable): (ref.path, ref.mask) for ref in weight_refs(model, mask_bias=True)}
-    masks = [mask for _, mask in found.values() if mask is not None]
-    masks += [ref.mask for ref in channel_refs(model)]
-    skip = {id(variable) for mask in masks for variable in mask.variables}
-    states = []  # Of stateful recurrent layers, which Keras does not list in layer variables.
-    for path, layer in walk(model):
-        for variable in _keras.own_variables(layer):
-            found.setdefault(id(variable), (join(path, variable.name), None))
-        if isinstance(layer, keras.layers.RNN) and layer.stateful and layer.built:
-            for state in keras.tree.flatten(layer.states):
-                states.append(state)
-                found.setdefault(id(state), (join(path, "states"), None))
-    sources: dict[str, tuple[keras.Variable, Any]] = {}
-    for variable in [*model.variables, *states]:
-        if id(variable) not in skip:
-            path, mask = found.get(id(variable), (variable.path, None))
-            unique, count = path, 0
-            while unique in sources:
-                count += 1
-                unique = f"{path}_{count}"
-            sources[unique] = (variable, mask)
-    return sources
 
 
 def _other_resources(

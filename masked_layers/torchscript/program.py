@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from masked_layers import _keras
-from masked_layers.serving import relative_difference, state_variables
+from masked_layers.model_state import state_variables
+from masked_layers.serving import relative_difference
 from masked_layers.torchscript import timing
 from masked_layers.torchscript.calls import Calls, Constant, Site
 from masked_layers.torchscript.job import Job

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from masked_layers import streams
 from masked_layers.serving import encoding
 from masked_layers.serving.encoding import DTYPES, blocks, choose, decode, encode
 
@@ -279,16 +280,20 @@ def test_malformed_headers_are_noticed(header):
         decode(forged(header))
 
 
-def test_the_module_stands_alone():
-    """Imports with only numpy, without Keras, TensorFlow or this package."""
+def test_the_format_stands_alone():
+    """Its two modules import with only numpy, without Keras, TensorFlow or the rest of this."""
     code = f"""
-import importlib.util, sys
-for name in ("keras", "tensorflow", "jax", "torch", "masked_layers"):
+import importlib.util, sys, types
+for name in ("keras", "tensorflow", "jax", "torch"):
     sys.modules[name] = None
-spec = importlib.util.spec_from_file_location("encoding", {encoding.__file__!r})
-module = importlib.util.module_from_spec(spec)
-sys.modules["encoding"] = module
-spec.loader.exec_module(module)
+sys.modules["masked_layers"] = types.ModuleType("masked_layers")
+for name, file in (
+    ("masked_layers.streams", {streams.__file__!r}), ("encoding", {encoding.__file__!r})
+):
+    spec = importlib.util.spec_from_file_location(name, file)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
 import numpy as np
 array = np.eye(9, dtype="float32")
 assert (module.decode(module.encode({{"w": array}}))["w"] == array).all()

@@ -1,0 +1,233 @@
+"""Saves masked models as tickets: one file with a config, masks and kept weights or signs."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+
+from masked_layers import _keras, _keras_configs, ticket_format
+from masked_layers.files import replacing
+from masked_layers.inspection import channel_refs, refs_with_masks
+from masked_layers.masks import Mask
+from masked_layers.model_state import State, state_variables
+from masked_layers.packing import MaskState
+from masked_layers.streams import dtype_of
+from masked_layers.ticket_format import Entry, Ticket
+
+
+def save_ticket(
+    model: keras.Model,
+    path: str | os.PathLike[str],
+    *,
+    signs_only: bool = False,
+    weights: Mapping[str, np.ndarray] | None = None,
+) -> None:
+    """Saves a masked model as a ticket: its config, its masks and the weights that they keep.
+
+    The file has the safetensors format and contains no code. It is about as large as the weights in
+    a sparse SavedModel or, with `signs_only`, as the masks and one bit per kept weight. The raw
+    values of pruned weights and the state of the optimizer are not saved. An existing file is
+    replaced only when the new one is complete.
+
+    Args:
+        model: A masked model.
+        path: Path of the file.
+        signs_only: Whether to save only the masks and the signs of the weights that they keep, and
+            nothing of other weights.
+        weights: Values to save in place of the current ones, by path, such as the
+            `initial_weights` of a `LotteryTicketPruner`. Default: the values of the model.
+
+    Raises:
+        TypeError: If `model` is not a Keras model.
+        ValueError: If the model has no masked weight, a mask is learned, `weights` names an unknown
+            weight or has another shape, Keras cannot make the model from its config, or pruned
+            weights are frozen at values that `signs_only` leaves out.
+    """
+    if not isinstance(model, keras.Model):
+        raise TypeError(f"Expected a `keras.Model`. Received: {model!r}")
+    entries = _entries(model, weights or {}, signs_only)
+    config = _keras_configs.serialize(model)
+    config.pop("compile_config", None)
+    try:
+        _make(config, entries, every=not signs_only, keep=False)
+    except Exception as error:  # Layers may raise any error.
+        raise ValueError(
+            f"'{model.name}' cannot be saved as a ticket, because Keras cannot make the same model "
+            f"from its config: {_first_line(error)} Save it with `model.save('NAME.keras')`."
+        ) from error
+    data = ticket_format.pack(Ticket(config, entries, signs_only))
+    with replacing(path) as file:
+        file.write(data)
+
+
+def load_ticket(path: str | os.PathLike[str]) -> keras.Model:
+    """Makes the masked model of a ticket file. It is not compiled.
+
+    The outputs are those of the saved model, and raw values of pruned weights are 0. If the file
+    contains only signs, weights are newly drawn by the initializers of their layers, and kept ones
+    get the signs of the ticket. `keras.utils.set_random_seed` makes them repeatable.
+
+    Custom layers must be imported, or registered with `keras.saving.register_keras_serializable`,
+    as for `keras.models.load_model`. `Lambda` layers, which contain code, are refused as there.
+
+    Args:
+        path: Path of the file.
+
+    Returns:
+        The model.
+
+    Raises:
+        OSError: If the file is missing or cannot be read.
+        ValueError: If it is not a ticket, is cut short or damaged, or Keras cannot make its model.
+            No more memory is allocated than the length of the file can justify.
+    """
+    data = Path(path).read_bytes()
+    try:
+        ticket = ticket_format.unpack(data)
+    # JSON, NumPy and safetensors raise many kinds of errors for wrong bytes.
+    except Exception as error:
+        reason = str(error).rstrip(".") or type(error).__name__
+        raise ValueError(
+            f"'{path}' is not a ticket file, or is cut short or damaged: {reason}. Restore it from "
+            "a copy, or save the ticket again."
+        ) from error
+    try:
+        model, state = _make(ticket.config, ticket.entries, every=not ticket.signs_only)
+    except Exception as error:  # Layers may raise any error.
+        raise ValueError(
+            f"The model in '{path}' cannot be made from its config: {_first_line(error)} Custom "
+            "layers must be imported first."
+        ) from error
+    for entry in ticket.entries:
+        _fill(*state[entry.path], entry, ticket.signs_only)
+    return model
+
+
+def _first_line(error: Exception) -> str:
+    """Returns the first line of what may be a long message of Keras."""
+    return f"{(str(error).splitlines() or [repr(error)])[0].rstrip('.')}."
+
+
+def _state(model: keras.Model) -> State:
+    """Returns (variable, mask or None) by path for all state of a model, without its masks."""
+    leaving = {id(ref.variable): ref.mask for ref in channel_refs(model)}
+    return {
+        path: (variable, leaving.get(id(variable), mask))
+        for path, (variable, mask) in state_variables(model).items()
+    }
+
+
+def _entries(
+    model: keras.Model, weights: Mapping[str, np.ndarray], signs_only: bool
+) -> list[Entry]:
+    """Returns the weights to save, beginning with masked ones."""
+    _keras.sync(model)
+    for ref in refs_with_masks(model):
+        if ref.mask.learned:
+            raise ValueError(
+                f"The mask of '{ref.path}' is learned. Call `masked_layers.harden(model)` first "
+                "and save the model that it returns."
+            )
+        if signs_only and ref.mask.frozen is not None:
+            raise ValueError(
+                f"Pruned weights of '{ref.path}' are frozen at values, which a ticket of signs "
+                "does not contain. Save it without `signs_only`."
+            )
+    state = _state(model)
+    if unknown := sorted(weights.keys() - state.keys()):
+        raise ValueError(
+            f"`weights` names weights that the model does not have: {unknown}. Its weights: "
+            f"{list(state)}"
+        )
+    entries = []
+    for path, (variable, mask) in state.items():
+        array = np.array(keras.ops.convert_to_numpy(variable))
+        if path in weights:
+            given = np.asarray(weights[path])
+            if given.shape != array.shape:
+                raise ValueError(
+                    f"`weights` of '{path}' must have the shape {array.shape}. Received: "
+                    f"{given.shape}"
+                )
+            array = given.astype(array.dtype)
+        if mask is not None or not signs_only:
+            entries.append(_entry(path, array, mask, signs_only))
+    return sorted(entries, key=lambda entry: entry.kept is None)
+
+
+def _entry(path: str, array: np.ndarray, mask: Mask | None, signs_only: bool) -> Entry:
+    dtype_of(array.dtype.name)
+    state = None if mask is None else mask.state
+    values = array.ravel() if state is None else array[state.kept]
+    return Entry(
+        path=path,
+        shape=array.shape,
+        dtype=array.dtype.name,
+        kept=None if state is None else state.kept,
+        values=np.signbit(values) if signs_only else values,
+        rescale=state is not None and state.rescale,
+        frozen=None if state is None or state.frozen is None else state.frozen[~state.kept],
+    )
+
+
+def _make(
+    config: dict[str, Any], entries: Sequence[Entry], *, every: bool, keep: bool = True
+) -> tuple[keras.Model, State]:
+    """Makes a model from its config, after checking that it has the weights of a ticket.
+
+    Args:
+        config: Config of the model.
+        entries: Weights that it should have.
+        every: Whether it should have no others.
+        keep: Whether the model is used. If not, no memory is allocated for its weights.
+    """
+    with _keras_configs.variables_made_last(keep=keep):
+        # A copy, as Keras empties configs, and through JSON, as in the file.
+        copy = json.loads(json.dumps(config))
+        model = _keras_configs.deserialize(copy, safe_mode=True)
+        if not isinstance(model, keras.Model):
+            raise ValueError(f"it describes a {type(model).__name__}.")
+        state = _state(model)
+        for entry in entries:
+            if entry.path not in state:
+                raise ValueError(f"it has no weight '{entry.path}'.")
+            variable, mask = state[entry.path]
+            if tuple(variable.shape) != entry.shape:
+                raise ValueError(
+                    f"its weight '{entry.path}' has the shape {tuple(variable.shape)}, not "
+                    f"{entry.shape}."
+                )
+            if (mask is None) != (entry.kept is None):
+                raise ValueError(f"its weight '{entry.path}' should be masked, or should not.")
+            dtype = keras.backend.standardize_dtype(variable.dtype)
+            # States of random numbers have another integer type on torch.
+            both_int = "int" in dtype and "int" in entry.dtype
+            if not both_int and not np.can_cast(dtype_of(entry.dtype), dtype_of(dtype)):
+                raise ValueError(f"its weight '{entry.path}' is {dtype}, not {entry.dtype}.")
+        if every and (more := sorted(state.keys() - {entry.path for entry in entries})):
+            raise ValueError(f"it has further weights: {more}.")
+    return model, state
+
+
+def _fill(variable: keras.Variable, mask: Mask | None, entry: Entry, signs_only: bool) -> None:
+    """Sets a weight of a new model, and its mask, to those of a ticket."""
+    kept = np.ones(entry.shape, bool) if entry.kept is None else entry.kept
+    values = entry.values
+    if signs_only:
+        drawn = np.abs(keras.ops.convert_to_numpy(variable)[kept])
+        values = np.where(values, -drawn, drawn)
+    array = np.zeros(entry.shape, variable.dtype if signs_only else entry.values.dtype)
+    array[kept] = values
+    variable.assign(array)
+    if mask is not None and entry.kept is not None:
+        frozen = None
+        if entry.frozen is not None:
+            frozen = np.zeros(entry.shape, entry.frozen.dtype)
+            frozen[~kept] = entry.frozen
+        mask.restore(MaskState(entry.kept, entry.rescale, frozen))
