@@ -87,9 +87,29 @@ def load_ticket(path: str | os.PathLike[str]) -> keras.Model:
         ValueError: If it is not a ticket, is cut short or damaged, or Keras cannot make its model.
             No more memory is allocated than the length of the file can justify.
     """
+    return _model_of(_read(path), path)
+
+
+def load_with_values(path: str | os.PathLike[str]) -> keras.Model:
+    """Makes the masked model of a ticket file that contains its weights, as `load_ticket` does.
+
+    Raises:
+        OSError: If the file is missing or cannot be read.
+        ValueError: If `load_ticket` raises it, or the file contains only signs.
+    """
+    ticket = _read(path)
+    if ticket.signs_only:
+        raise ValueError(
+            f"'{path}' contains only the signs of weights. Load it with "
+            "`masked_layers.load_ticket`, train the model and save that."
+        )
+    return _model_of(ticket, path)
+
+
+def _read(path: str | os.PathLike[str]) -> Ticket:
     data = Path(path).read_bytes()
     try:
-        ticket = ticket_format.unpack(data)
+        return ticket_format.unpack(data)
     # JSON, NumPy and safetensors raise many kinds of errors for wrong bytes.
     except Exception as error:
         reason = str(error).rstrip(".") or type(error).__name__
@@ -97,6 +117,9 @@ def load_ticket(path: str | os.PathLike[str]) -> keras.Model:
             f"'{path}' is not a ticket file, or is cut short or damaged: {reason}. Restore it from "
             "a copy, or save the ticket again."
         ) from error
+
+
+def _model_of(ticket: Ticket, path: str | os.PathLike[str]) -> keras.Model:
     try:
         model, state = _make(ticket.config, ticket.entries, every=not ticket.signs_only)
     except Exception as error:  # Layers may raise any error.

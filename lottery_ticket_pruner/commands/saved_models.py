@@ -4,11 +4,13 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated, Literal
 
+import keras
 import tyro
 
 import masked_layers
 from masked_layers import serving
 from masked_layers.keras_files import how_to_save, load_model
+from masked_layers.ticket_files import load_with_values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,7 +18,7 @@ class ExportConfig:
     """Write a saved model as a sparse SavedModel folder or TorchScript file for serving."""
 
     model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
-    """A `.keras` file: masked, or plain with zeros in its kernels."""
+    """A `.keras` file, masked or plain with zeros in its kernels, or a ticket (`.safetensors`)."""
     out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
     """Folder, such as served/1, or file, such as model.pt, to write. None is replaced."""
     overwrite: bool = False
@@ -50,7 +52,7 @@ class ExportConfig:
                 "replace it once the new one is complete."
             )
         return serving.export_sparse_saved_model(
-            load_model(self.model),
+            _load(self.model),
             self.out,
             values=self.values,
             level=self.level,
@@ -74,7 +76,7 @@ class ExportConfig:
                 "the new one is complete."
             )
         return masked_layers.export_sparse_torch(
-            load_model(self.model),
+            _load(self.model),
             self.out,
             batch_size=self.batch_size,
             threads=self.threads,
@@ -92,7 +94,7 @@ class InspectConfig:
     """Print sparsity, encoding and bytes of every weight of a saved model."""
 
     path: tyro.conf.Positional[Path]
-    """A `.keras` file or a SavedModel folder."""
+    """A `.keras` file, a ticket (`.safetensors`) or a SavedModel folder."""
 
     def execute(self) -> serving.StorageReport:
         """Returns a report of the stored sizes."""
@@ -103,5 +105,9 @@ def _check_model(path: Path) -> None:
     if not path.is_file():
         received = f" Received: the folder '{path}'." if path.is_dir() else ""
         raise FileNotFoundError(f"There is no file '{path}'.{received}")
-    if path.suffix != ".keras":
+    if path.suffix not in (".keras", ".safetensors"):
         raise ValueError(f"Expected a '.keras' file. Received: '{path}'. {how_to_save(path)}")
+
+
+def _load(path: Path) -> keras.Model:
+    return load_with_values(path) if path.suffix == ".safetensors" else load_model(path)

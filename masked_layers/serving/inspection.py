@@ -16,13 +16,15 @@ from masked_layers.serving import encoding
 from masked_layers.serving.graph import PACK
 from masked_layers.serving.report import FILE, StorageReport, StorageRow, file_sizes
 from masked_layers.serving.tracing import effective_values
+from masked_layers.ticket_files import load_with_values
 
 
 def inspect(path: str | os.PathLike[str]) -> StorageReport:
     """Reports the sparsity, encoding and size in bytes of every weight of a saved model.
 
     Args:
-        path: A `.keras` file, whose pruned weights count as zeros, or a SavedModel folder. For a
+        path: A `.keras` file or a ticket file (`.safetensors`), whose pruned weights count as
+            zeros and whose weights are listed as in memory, or a SavedModel folder. For a
             folder that was not written by `export_sparse_saved_model`, every tensor of the
             checkpoint is listed. `Model.export` on TensorFlow writes weights twice; they are listed
             once, but the sizes of files include both copies.
@@ -41,6 +43,8 @@ def inspect(path: str | os.PathLike[str]) -> StorageReport:
     files = file_sizes(path)
     if path.suffix == ".keras" and path.is_file():
         arrays = effective_values(load_model(path))
+    elif path.suffix == ".safetensors" and path.is_file():
+        arrays = effective_values(load_with_values(path))
     elif "saved_model.pb" in files and (FILE in files or f"assets/{PACK}" in files):
         return _written_report(path, files)
     elif "saved_model.pb" in files:

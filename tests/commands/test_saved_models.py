@@ -160,3 +160,23 @@ def test_a_path_that_tensorflow_takes_for_a_pattern(saved, tmp_path, recwarn):
     x = np.random.default_rng(0).random((3, 50), "float32")
     expected = keras.models.load_model(saved)(x)
     np.testing.assert_allclose(served.serve(x), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.once
+def test_ticket_files_are_exported_and_inspected(saved, tmp_path, capsys):
+    model = keras.models.load_model(saved)
+    ticket, signs = tmp_path / "ticket.safetensors", tmp_path / "signs.safetensors"
+    ml.save_ticket(model, ticket)
+    ml.save_ticket(model, signs, signs_only=True)
+    assert cli.main(["export", str(saved), str(tmp_path / "one")]) == 0
+    assert cli.main(["export", str(ticket), str(tmp_path / "two")]) == 0
+    packed = [tmp_path / name / "assets" / "weights.mlsp" for name in ("one", "two")]
+    assert packed[0].read_bytes() == packed[1].read_bytes()
+    assert cli.main(["inspect", str(ticket)]) == 0
+    assert f"on disk: {ticket.stat().st_size:,} bytes" in capsys.readouterr().out
+    for command in (["export", str(signs), str(tmp_path / "three")], ["inspect", str(signs)]):
+        assert cli.main(command) == 2
+        assert "signs.safetensors' contains only the signs" in capsys.readouterr().err
+    ticket.write_bytes(ticket.read_bytes()[:-9])
+    assert cli.main(["inspect", str(ticket)]) == 2
+    assert "is not a ticket file, or is cut short" in capsys.readouterr().err
