@@ -58,9 +58,8 @@ def export_sparse_torch(
             repeated.
         shrink: Whether to remove channels without effect first, as `masked_layers.shrink` does.
         sample_inputs: Inputs for comparing outputs and for measuring, with at least one row, in the
-            forms that `predict` accepts. For a model whose `call` takes several arguments, a list
-            of these. Default: seeded random numbers, zeros and ones for integers. Axes without a
-            fixed length should have the length that will be served.
+            forms that `predict` accepts. Default: seeded random numbers, zeros and ones for
+            integers. Axes without a fixed length should have the length that will be served.
 
     Returns:
         The report.
@@ -69,7 +68,7 @@ def export_sparse_torch(
         ImportError: If PyTorch is missing.
         IsADirectoryError: If `path` is a folder.
         NotImplementedError: If a call of the model changes its variables, or PyTorch cannot trace
-            it.
+            it, such as one with outputs in lists inside a dict.
         RuntimeError: If the outputs of the written file differ from those of the model.
         TypeError: If `model` is not a Keras model, or an argument has another type than listed
             above.

@@ -225,8 +225,15 @@ def _programs(
 
 
 def _traced(program: Program, batch: tuple[Any, ...]) -> torch.jit.ScriptModule:
-    # Outputs may be dicts and lists, which `strict` refuses.
-    return torch.jit.trace(program.eval(), batch, strict=False, check_trace=False)
+    try:
+        # Outputs may be dicts and lists, which `strict` refuses.
+        return torch.jit.trace(program.eval(), batch, strict=False, check_trace=False)
+    except NotImplementedError:
+        raise
+    except RuntimeError as error:
+        raise NotImplementedError(
+            f"PyTorch cannot record a call of the model as TorchScript: {str(error)[:1000]}"
+        ) from error
 
 
 def _program_seconds(

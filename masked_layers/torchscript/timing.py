@@ -56,9 +56,9 @@ def site_seconds(calls: Calls, run: Callable[[], Any]) -> dict[Site, dict[str, f
         spent: dict[Site, float] = defaultdict(float)
 
         def compute(site: Site, x: torch.Tensor, dense: Callable[[], Any]) -> Any:
-            start = time.perf_counter()
+            start = _clock()
             result = dense() if name == DENSE else modules[name][site](x)
-            spent[site] += time.perf_counter() - start
+            spent[site] += _clock() - start
             return result
 
         calls.compute = compute
@@ -80,10 +80,10 @@ def program_seconds(programs: Mapping[str, Callable[[], Any]]) -> dict[str, floa
 
     def timed(program: Callable[[], Any]) -> Callable[[], float]:
         def call() -> float:
-            start = time.perf_counter()
+            start = _clock()
             for _ in range(count):
                 program()
-            return (time.perf_counter() - start) / count
+            return (_clock() - start) / count
 
         return call
 
@@ -93,6 +93,11 @@ def program_seconds(programs: Mapping[str, Callable[[], Any]]) -> dict[str, floa
     count = max(1, int(0.005 / longest))
     rounds = alternate({name: timed(program) for name, program in programs.items()})
     return {name: statistics.median(seconds) for name, seconds in rounds.items()}
+
+
+def _clock() -> float:
+    # The time of one thread does not contain that of other processes on a busy machine.
+    return time.thread_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
 def alternate(functions: Mapping[str, Callable[[], Any]]) -> dict[str, list[Any]]:

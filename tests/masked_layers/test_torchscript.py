@@ -289,6 +289,27 @@ def test_models_that_change_their_variables_are_refused(tmp_path):
         ml.export_sparse_torch(model, tmp_path / "model.pt")
 
 
+def test_outputs_that_torchscript_cannot_hold_are_refused(tmp_path):
+    x = keras.Input((3,))
+    model = keras.Model(x, {"a": [layers.Dense(2)(x), layers.Dense(2)(x)], "b": layers.Dense(1)(x)})
+    with pytest.raises(NotImplementedError, match="PyTorch cannot record"):
+        ml.export_sparse_torch(model, tmp_path / "model.pt")
+
+
+def test_a_weight_that_is_repeated_for_each_row_keeps_the_batch_free(tmp_path):
+    class Token(layers.Layer):
+        def build(self, shape):
+            self.token = self.add_weight(shape=(1, 1, shape[-1]), initializer="ones")
+
+        def call(self, x):
+            token = keras.ops.broadcast_to(self.token, (keras.ops.shape(x)[0], 1, x.shape[-1]))
+            return keras.ops.concatenate([token, x], 1)
+
+    model = keras.Sequential([keras.Input((3, 4)), Token(), layers.Dense(2)])
+    ml.export_sparse_torch(model, tmp_path / "model.pt")
+    assert_equal_outputs(torch.jit.load(tmp_path / "model.pt"), model, 5)
+
+
 def test_fixed_lengths_are_said(tmp_path):
     model = keras.Sequential([keras.Input((None, 4)), layers.LSTM(3)])
     with pytest.warns(UserWarning, match=r"only inputs of the shapes \[\(7, 4\)\]"):

@@ -10,7 +10,7 @@ from keras import layers
 
 import masked_layers as ml
 
-pytestmark = pytest.mark.once("tensorflow", "jax")
+pytestmark = pytest.mark.once
 RNG = np.random.default_rng(0)
 INSTALLED = importlib.util.find_spec("torch") is not None
 
