@@ -53,6 +53,7 @@ from masked_layers.layers import MaskedLayer
 from masked_layers.learned import BernoulliMask, EdgePopupMask, LearnedMask
 from masked_layers.maskable import register
 from masked_layers.masks import Mask
+from masked_layers.onnx_files import export_sparse_onnx
 from masked_layers.serving import export_sparse_saved_model
 from masked_layers.shrinking import (
     ChannelFamilies,
@@ -118,6 +119,7 @@ __all__ = [
     "convert_to_masked",
     "effective_masks",
     "effective_sparsity",
+    "export_sparse_onnx",
     "export_sparse_saved_model",
     "export_sparse_torch",
     "get_masks",

@@ -15,7 +15,7 @@ from masked_layers.ticket_files import load_with_values
 
 @dataclasses.dataclass(frozen=True)
 class ExportConfig:
-    """Write a saved model as a sparse SavedModel folder or TorchScript file for serving."""
+    """Write a saved model as a sparse SavedModel folder, TorchScript or ONNX file for serving."""
 
     model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
     """A `.keras` file, masked or plain with zeros in its kernels, or a ticket (`.safetensors`)."""
@@ -29,8 +29,9 @@ class ExportConfig:
     """Compression level, 0 to 9."""
     include: tuple[str, ...] = ()
     """Regular expressions for the paths of weights that may be stored sparsely. Default: all."""
-    format: Literal["saved_model", "torch"] = "saved_model"
-    """torch writes a TorchScript file with the fastest kernel for every weight, and its report."""
+    format: Literal["saved_model", "torch", "onnx"] = "saved_model"
+    """torch writes a TorchScript file with the fastest kernel for every weight, and its report.
+    onnx writes an ONNX file of the size of the non-zero weights."""
     batch_size: int = 1
     """With --format torch: number of rows for which kernels are measured."""
     threads: int | None = None
@@ -46,6 +47,9 @@ class ExportConfig:
         self._check_options()
         if self.format == "torch":
             return self._write_torch()
+        if self.format == "onnx":
+            self._check_out()
+            return masked_layers.export_sparse_onnx(_load(self.model), self.out)
         if (self.out / "saved_model.pb").is_file() and not self.overwrite:
             raise FileExistsError(
                 f"'{self.out}' holds a SavedModel. Choose another folder, or pass --overwrite to "
@@ -60,7 +64,7 @@ class ExportConfig:
         )
 
     def _check_options(self) -> None:
-        others = _TORCH_OPTIONS if self.format == "saved_model" else _SAVED_MODEL_OPTIONS
+        others = [name for kind, names in _OPTIONS.items() if kind != self.format for name in names]
         given = [
             f"--{field.name.replace('_', '-')}"
             for field in dataclasses.fields(self)
@@ -69,12 +73,15 @@ class ExportConfig:
         if given:
             raise ValueError(f"{', '.join(given)} cannot be used with --format {self.format}.")
 
-    def _write_torch(self) -> masked_layers.TorchReport:
+    def _check_out(self) -> None:
         if self.out.is_file() and not self.overwrite:
             raise FileExistsError(
                 f"'{self.out}' exists. Choose another file, or pass --overwrite to replace it once "
                 "the new one is complete."
             )
+
+    def _write_torch(self) -> masked_layers.TorchReport:
+        self._check_out()
         return masked_layers.export_sparse_torch(
             _load(self.model),
             self.out,
@@ -85,8 +92,11 @@ class ExportConfig:
         )
 
 
-_SAVED_MODEL_OPTIONS = ("values", "level", "include")
-_TORCH_OPTIONS = ("batch_size", "threads", "timings", "shrink")
+# The options that only one format has.
+_OPTIONS = {
+    "saved_model": ("values", "level", "include"),
+    "torch": ("batch_size", "threads", "timings", "shrink"),
+}
 
 
 @dataclasses.dataclass(frozen=True)

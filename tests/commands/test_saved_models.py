@@ -180,3 +180,17 @@ def test_ticket_files_are_exported_and_inspected(saved, tmp_path, capsys):
     ticket.write_bytes(ticket.read_bytes()[:-9])
     assert cli.main(["inspect", str(ticket)]) == 2
     assert "is not a ticket file, or is cut short" in capsys.readouterr().err
+
+
+@pytest.mark.once
+def test_onnx_files_are_written_and_not_replaced_without_being_asked(saved, tmp_path, capsys):
+    pytest.importorskip("tf2onnx")
+    out = tmp_path / "model.onnx"
+    command = ["export", str(saved), str(out), "--format", "onnx"]
+    assert cli.main(command) == 0
+    assert f"on disk: {out.stat().st_size:,} bytes" in capsys.readouterr().out
+    assert cli.main(command) == 2
+    assert "pass --overwrite to replace it" in capsys.readouterr().err
+    assert cli.main([*command, "--overwrite"]) == 0
+    assert cli.main([*command, "--overwrite", "--values", "float16"]) == 2
+    assert "--values cannot be used with --format onnx" in capsys.readouterr().err
