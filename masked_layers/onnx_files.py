@@ -41,8 +41,8 @@ def export_sparse_onnx(
         The sizes of the stored weights. Weights have their names in the ONNX file.
 
     Raises:
-        ImportError: If `onnx`, `onnxruntime` or what Keras needs to export is missing: `tf2onnx` on
-            TensorFlow and JAX, `onnxscript` on torch.
+        ImportError: If `onnx`, `onnxruntime` or what Keras needs to export is missing, such as
+            `tf2onnx` on TensorFlow or `jax2onnx` on JAX.
         RuntimeError: If outputs differ from those of Keras' file.
         TypeError: If `model` is not a Keras model.
         ValueError: If the model cannot be stripped of its masks (`strip_masks`), or is too large
@@ -56,7 +56,7 @@ def export_sparse_onnx(
     except ImportError as error:
         raise ImportError(
             f"'{error.name}' is missing. Install what ONNX needs: `pip install onnx onnxruntime`, "
-            "and `tf2onnx` to export from TensorFlow or JAX."
+            "and `tf2onnx` to export from TensorFlow or `jax2onnx` from JAX."
         ) from error
     masked = any(ref.mask is not None for ref in weight_refs(model))
     plain = strip_masks(model) if masked else model
