@@ -91,7 +91,7 @@ def _inputs(flow: Flow, call: Call) -> dict[str, Channels]:
     Raises:
         CannotFollow: If the layer is called or configured in a way that is not supported.
     """
-    layer, given = call.operation, _arguments(call)
+    given = _arguments(call)
     mask = given.get("attention_mask")
     if given.get("return_attention_scores"):
         raise CannotFollow("it returns the scores of its heads")
@@ -101,8 +101,9 @@ def _inputs(flow: Flow, call: Call) -> dict[str, Channels]:
         raise CannotFollow("called with a cache")
     if mask is not None and len(mask.shape) > 3 and mask.shape[1] != 1:
         raise CannotFollow("its attention mask has an axis of heads")
-    if layer.get_config().get("use_gate"):
-        raise CannotFollow("it has a gate")
+    gated = call.operation.get_config().get("use_gate", False)
+    if gated != hasattr(call.operation, "_gate_dense"):
+        raise CannotFollow("it has a gate of another kind")
     found = {
         id(tensor): flow.channels(dataclasses.replace(call, inputs=[tensor]), -1)
         for tensor in _operands(call).values()
@@ -167,10 +168,7 @@ def _follow(
         inner: Kind -> channels that the layer uses only inside.
         widths: Key in the config -> the channels whose number is stored there.
     """
-    denses = {
-        name: getattr(call.operation, f"{prefix}{name}_dense")
-        for name in ("query", "key", "value", "output")
-    }
+    names = {name: f"{prefix}{name}_dense" for name in ("query", "key", "value", "output")}
     # The layer makes these channels and reads them. `Edit.reads` distinguishes the two by identity.
     heads, width = (dataclasses.replace(x) for x in (parts.query_heads, parts.value_dim))
     made = {
@@ -178,25 +176,33 @@ def _follow(
         "key": (parts.heads, parts.key_dim),
         "value": (parts.heads, parts.value_dim),
     }
-    slices = {"output_dense.kernel": {0: heads, 1: width, 2: parts.outputs}}
-    slices["output_dense.bias"] = {0: parts.outputs}
-    for name, (of_heads, of_width) in made.items():
-        slices[f"{name}_dense.kernel"] = {0: parts.inputs[name], 1: of_heads, 2: of_width}
-        slices[f"{name}_dense.bias"] = {0: of_heads, 1: of_width}
     given = _operands(call)
+    if hasattr(call.operation, "_gate_dense"):
+        # It multiplies what the output reads. There is no public way to it either.
+        names["gate"], given["gate"] = "_gate_dense", given["query"]
+        made["gate"] = (parts.query_heads, parts.value_dim)
+    denses = {name: getattr(call.operation, attribute) for name, attribute in names.items()}
+    slices = {
+        f"{names['output']}.kernel": {0: heads, 1: width, 2: parts.outputs},
+        f"{names['output']}.bias": {0: parts.outputs},
+    }
+    for name, (of_heads, of_width) in made.items():
+        source = parts.inputs["query" if name == "gate" else name]
+        slices[f"{names[name]}.kernel"] = {0: source, 1: of_heads, 2: of_width}
+        slices[f"{names[name]}.bias"] = {0: of_heads, 1: of_width}
     counts = {name: positions(given[name], len(given[name].shape) - 1) for name in made}
     counts["output"] = counts["query"]
     edit = Edit(
-        {f"{prefix}{name}": axes for name, axes in slices.items()},
+        slices,
         parts.outputs,
         inner,
         {(name,): channels for name, channels in widths.items()},
         _readers(parts, heads, width, denses),
-        {f"{prefix}{name}_dense.kernel": count for name, count in counts.items()},
+        {f"{names[name]}.kernel": count for name, count in counts.items()},
         # On JAX, attention requires values of the same width as keys.
         equal=(parts.key_dim, parts.value_dim) if _equal_widths(parts) else (),
         # The layer divides products of queries and keys by the square root of their width.
-        scaled={f"{prefix}query_dense.{name}": parts.key_dim for name in ("kernel", "bias")},
+        scaled={f"{names['query']}.{name}": parts.key_dim for name in ("kernel", "bias")},
     )
     flow.edit(call, edit)
     return parts.outputs
@@ -224,6 +230,10 @@ def _readers(
         (heads, parts.outputs, kernels["output"].any(axis=1)),
         (width, parts.outputs, kernels["output"].any(axis=0)),
     ]
+    if "gate" in kernels:
+        demands.append(
+            (parts.inputs["query"], parts.heads, kernels["gate"].reshape(grouped).any(axis=2))
+        )
     readers = []
     for source, target, demand in demands:
         fixed = source.constants == 0

@@ -431,10 +431,13 @@ def _copy_weights(flow: Flow, old: keras.Layer, new: keras.Layer, copied: Copied
             if id(variable) not in copied.variables and copy is not None:
                 copy.assign(array(variable))
                 _pair(variable, copy, copied)
+        known = list(copied.variables.values())
         if edit.readers and (shift := _shift(flow, edit.readers[0])).any():
-            old, new = (reduce(getattr, edit.inside, layer) for layer in (old, new))
-            bias = array(new.bias).astype("float64") if old.use_bias else 0.0
-            new.bias.assign(bias + shift)
+            before, after = (reduce(getattr, edit.inside, layer) for layer in (old, new))
+            bias = array(after.bias).astype("float64") if before.use_bias else 0.0
+            after.bias.assign(bias + shift)
+            known += [] if before.use_bias else [after.bias]
+        _check_copied(old, new, known)
         return
     for (_, part), (_, copy) in zip(walk(old), walk(new), strict=False):
         if part.built and not copy.built:  # As an activation, which is built when it is called.
@@ -449,6 +452,21 @@ def _copy_weights(flow: Flow, old: keras.Layer, new: keras.Layer, copied: Copied
         _pair(variable, copy, copied)
     for (_, part), (_, copy) in zip(walk(old), walk(new), strict=False):
         copy_assets(part, copy)
+
+
+def _check_copied(old: keras.Layer, new: keras.Layer, known: list[keras.Variable]) -> None:
+    """Raises an error if a smaller copy has weights that its layer's rule does not know.
+
+    They would keep their initial values.
+    """
+    found = set(map(id, known))
+    unknown = [variable.path for variable in new.weights if id(variable) not in found]
+    if unknown:
+        raise ValueError(
+            f"'{old.name}' ({type(old).__name__}) has weights that are not known here: {unknown}. "
+            f"Keras {keras.__version__} may be newer than this version of masked_layers. Install "
+            "other versions, or leave the layer out of the model that is made smaller."
+        )
 
 
 def _pair(variable: keras.Variable, copy: keras.Variable, copied: Copied) -> None:

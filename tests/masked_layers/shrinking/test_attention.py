@@ -13,11 +13,13 @@ from shrunk import assert_same_outputs, checked, numpy, randomize, row
 pytestmark = pytest.mark.usefixtures("nothing_drawn")
 
 
-def self_attention(value_dim=2, dropout=0.5, **kwargs):
+def self_attention(value_dim=2, dropout=0.5, use_gate=False, **kwargs):
     # With dropout, Keras computes attention in steps. JAX has no other way for these two widths.
     x = keras.Input((6, 5))
     y = layers.Dense(8, name="stream")(x)
-    attention = layers.MultiHeadAttention(4, 6, value_dim, dropout=dropout, name="mha")
+    attention = layers.MultiHeadAttention(
+        4, 6, value_dim, dropout=dropout, use_gate=use_gate, name="mha"
+    )
     y = layers.add([y, attention(y, y, **kwargs)])
     return keras.Model(x, layers.Dense(3, name="out")(y[:, 0]))
 
@@ -33,10 +35,11 @@ def cross_attention():
     return keras.Model([queries, values], layers.Dense(3, name="out")(layers.Flatten()(y)))
 
 
-def grouped_query():
+def grouped_query(use_gate=False):
     x = keras.Input((6, 5))
     y = layers.Dense(8, name="stream")(x)
-    y += layers.GroupQueryAttention(4, 6, 2, name="gqa")(y, y, use_causal_mask=True)
+    attention = layers.GroupQueryAttention(4, 6, 2, use_gate=use_gate, name="gqa")
+    y += attention(y, y, use_causal_mask=True)
     return keras.Model(x, layers.Dense(3, name="out")(layers.GlobalAveragePooling1D()(y)))
 
 
@@ -45,6 +48,8 @@ MODELS = {
     "causal": lambda: self_attention(6, 0.0, use_causal_mask=True),
     "cross": cross_attention,
     "grouped query": grouped_query,
+    "gated": lambda: self_attention(use_gate=True),
+    "gated query": lambda: grouped_query(use_gate=True),
 }
 
 
@@ -134,6 +139,24 @@ def test_a_key_that_is_a_constant_is_removed_and_a_query_that_is_one_stays():
     smaller, report = checked(model)
     assert smaller.get_layer("mha").key_dim == 4
     assert row(report, "mha key_dim").unread == 2
+
+
+@pytest.mark.once
+def test_a_gate_reads_the_inputs_of_queries():
+    x = keras.Input((6, 5))
+    y = layers.Dense(8, name="stream")(x)
+    y = layers.MultiHeadAttention(4, 6, 2, output_shape=7, use_gate=True, name="mha")(y, x)
+    model = randomize(keras.Model(x, layers.Dense(3, name="out")(y)))
+    attention = model.get_layer("mha")
+    kernel = numpy(attention.query_dense.kernel)
+    kernel[2:] = 0
+    attention.query_dense.kernel.assign(kernel)
+    kernel = numpy(attention._gate_dense.kernel)
+    kernel[:3] = 0
+    kernel[:, 0] = 0  # The gate of the first head is a constant that differs from zero.
+    attention._gate_dense.kernel.assign(kernel)
+    smaller, _ = checked(model)
+    assert smaller.get_layer("stream").units == 7  # One is read by neither.
 
 
 def test_keys_and_values_keep_equal_widths_where_the_backend_demands_it():

@@ -6,7 +6,7 @@ import pytest
 from keras import layers
 
 from masked_layers import convert_to_masked, get_masks, set_masks
-from masked_layers.shrinking import ShrinkReport, shrink
+from masked_layers.shrinking import ShrinkReport, rules, shrink
 from shrunk import (
     add_layer,
     assert_same_outputs,
@@ -167,3 +167,18 @@ def test_layer_that_cannot_be_copied_is_named():
     x = keras.Input((2,))
     with pytest.raises(ValueError, match=r"(?s)'secret' \(Secret\) cannot be copied.*nothing"):
         shrink(keras.Model(x, layers.Dense(2)(Secret(2)(x))))
+
+
+def test_a_weight_that_no_rule_knows_is_an_error(monkeypatch):
+    """As one that a later version of Keras adds to a layer: its copy would be untrained."""
+
+    class Later(layers.Dense):
+        def build(self, input_shape):
+            super().build(input_shape)
+            self.temperature = self.add_weight(name="temperature", shape=(self.units,))
+
+    monkeypatch.setitem(rules.RULES, Later, rules.RULES[layers.Dense])
+    model = randomize(keras.Sequential([keras.Input((3,)), Later(4), layers.Dense(2)]))
+    zero(model.layers[0], [1])
+    with pytest.raises(ValueError, match=r"weights that are not known here: .*temperature"):
+        shrink(model)
