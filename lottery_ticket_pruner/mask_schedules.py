@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import functools
+import itertools
 import math
 import numbers
 import warnings
@@ -31,12 +34,13 @@ from lottery_ticket_pruner import (
 from lottery_ticket_pruner.checks import is_integer
 from lottery_ticket_pruner.pruner import LotteryTicketPruner
 from lottery_ticket_pruner.records import is_masked
-from lottery_ticket_pruner.training import ArrayDataset
+from lottery_ticket_pruner.training import ArrayDataset, LoopChanges, StepCallback
 from lottery_ticket_pruner.variables import variable_scope
 from masked_layers import randomness
+from masked_layers.types import Tensor
 
 
-class MaskSchedule(keras.callbacks.Callback):
+class MaskSchedule(StepCallback):
     """Changes the masks of a masked model at certain steps of its training.
 
     Base class of `GradualPruning` and `DynamicSparseTraining`. Use such an object as a callback of
@@ -68,20 +72,7 @@ class MaskSchedule(keras.callbacks.Callback):
                 "the pruner for `masked_layers.convert_to_masked(model)` and train that model."
             )
         self.pruner = pruner
-        self._step = 0
-        self._unseen = 0  # the first step that has not been checked yet
-        self._begun = False
         self._data: tuple[Any, Any] | None = None  # inputs and targets that changes need
-
-    @property
-    def step(self) -> int:
-        """Number of training steps so far. Assign to it after rewinding a custom loop."""
-        return self._step
-
-    @step.setter
-    def step(self, step: int) -> None:
-        if step != self._step:
-            self._step = self._unseen = step
 
     def advance(self, steps: int = 1) -> bool:
         """Records that steps were trained since the last call, and changes masks if due.
@@ -97,16 +88,7 @@ class MaskSchedule(keras.callbacks.Callback):
         Raises:
             ValueError: If the weights contain NaN or infinity. In that case no mask is changed.
         """
-        if not _is_count(steps, 0):
-            raise ValueError(f"`steps` must be a non-negative integer. Received: steps={steps!r}")
-        self._step += steps
-        due = [step for step in range(self._unseen, self._step + 1) if self._due(step)]
-        self._unseen = self._step + 1
-        if due:
-            ml.sync(self.pruner.model)
-            self._change(due[-1])
-            self.pruner.note_changed_masks()
-        return bool(due)
+        return super().advance(steps)
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Checks that the model is the pruner's, and that its loss accepts the given targets."""
@@ -117,27 +99,7 @@ class MaskSchedule(keras.callbacks.Callback):
             )
         if self._data is not None:
             targets.check(self.model, *self._data)
-        self._begun = False
-
-    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Records the step at which the epoch starts."""
-        self._epoch_start = self.step
-
-    def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        """Reads the count from the optimizer before the first batch, and changes masks if due."""
-        # Not in `on_train_begin`, where a later callback may still restore model and optimizer.
-        if not self._begun:
-            # Not `iterations`, which counts every k-th batch if k gradients are accumulated.
-            self.step = max(step for step, _ in optimizers.read_clocks(self.model.optimizer))
-            self._epoch_start = self.step - batch
-            self._begin()
-            self._begun = True
-
-    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        """Advances to the end of this batch."""
-        # The last execution of an epoch may have fewer batches than Keras says.
-        done = min(batch + 1, self.params.get("steps") or batch + 1)
-        self.advance(self._epoch_start + done - self.step)
+        super().on_train_begin(logs)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Adds the sparsity to the logs."""
@@ -146,11 +108,10 @@ class MaskSchedule(keras.callbacks.Callback):
             size = sum(math.prod(ref.variable.shape) for ref in refs)
             logs["sparsity"] = 1 - sum(ranking.count_alive(refs)) / size
 
-    def _begin(self) -> None:
-        self.advance(0)
-
-    def _due(self, step: int) -> bool:
-        raise NotImplementedError
+    def _act(self, step: int) -> None:
+        ml.sync(self.pruner.model)
+        self._change(step)
+        self.pruner.note_changed_masks()
 
     def _change(self, step: int) -> None:
         raise NotImplementedError
@@ -276,45 +237,54 @@ class GradualPruning(MaskSchedule):
             request = dataclasses.replace(self._request, sparsity=self._requested)
             channels.note_end(request, self.pruner.followed.of(model, request), ml.get_masks(model))
 
+    def changes_in_loop(self) -> LoopChanges | None:
+        """Returns the rankings for compiled loops, if masks follow from magnitudes."""
+        return _RankingsInLoop(self) if self._on_device else None
+
     def _due(self, step: int) -> bool:
         return self.schedule.due(step)
 
-    def _change(self, step: int) -> None:
-        sparsity = schedules.check_sparsity(
+    def _sparsity(self, step: int) -> float:
+        return schedules.check_sparsity(
             f"{self.schedule!r} at step {step}", self.schedule.sparsity(step)
         )
-        self._requested = sparsity
+
+    def _change(self, step: int) -> None:
+        self._requested = sparsity = self._sparsity(step)
         if self._on_device:
             self._rank(sparsity, step)
         else:
             self._update(sparsity, step)
 
     def _rank(self, sparsity: float, step: int) -> None:
-        refs = ml.masked_refs(self.pruner.model)
-        groups = [refs] if self.scope == "global" else [[ref] for ref in refs]
-        masks, finite = [], []
+        groups = self._groups()
         with variable_scope(self.pruner.model):
-            for group in groups:
-                weights = ranking.joined([ref.variable for ref in group])
-                alive = ranking.joined([ref.mask.value for ref in group])
-                size = sum(math.prod(ref.variable.shape) for ref in group)
-                mask, fine = ranking.keep_largest(
-                    weights,
-                    ops.ones_like(alive) if self.regrowth else alive,
-                    ranking.integer(size - selection.drop_count(size, size, sparsity=sparsity)),
-                    ranking.seed_of(self.seed, step, group[0].path),
-                )
-                masks.append(mask)
-                finite.append(fine)
-            parts = [ranking.parted(mask, group) for mask, group in zip(masks, groups, strict=True)]
+            masks, finite = ranking.keep_largest_of(
+                groups,
+                {ref.path: ref.variable for group in groups for ref in group},
+                {ref.path: ref.mask.value for group in groups for ref in group},
+                [ranking.integer(count) for count in _kept_counts(groups, sparsity)],
+                [ranking.integer(seed) for seed in self._seeds(groups, step)],
+                regrowth=self.regrowth,
+            )
+            parts = [[masks[ref.path] for ref in group] for group in groups]
             emptied = ranking.check_finite(groups, finite, parts)
-            for group, masks_of_group in zip(groups, parts, strict=True):
-                for ref, part in zip(group, masks_of_group, strict=True):
-                    ref.mask.value.assign(part)
-        notices.of_emptied(
-            [path for path in emptied if path not in self._emptied], f" at step {step}"
-        )
-        self._emptied = emptied
+            for group in groups:
+                for ref in group:
+                    ref.mask.value.assign(masks[ref.path])
+        self._note_emptied(emptied, step)
+
+    def _groups(self) -> list[list[ml.MaskedRef]]:
+        """Returns the weights that are ranked together."""
+        refs = ml.masked_refs(self.pruner.model)
+        return [refs] if self.scope == "global" else [[ref] for ref in refs]
+
+    def _seeds(self, groups: Sequence[Sequence[ml.MaskedRef]], step: int) -> list[int]:
+        return [ranking.seed_of(self.seed, step, group[0].path) for group in groups]
+
+    def _note_emptied(self, paths: list[str], step: int) -> None:
+        notices.of_emptied([path for path in paths if path not in self._emptied], f" at step {step}")
+        self._emptied = paths
 
     def _update(self, sparsity: float, step: int) -> None:
         pruner = self.pruner
@@ -334,6 +304,92 @@ class GradualPruning(MaskSchedule):
         except Exception:
             ml.set_masks(pruner.model, before)
             raise
+
+
+class _RankingsInLoop:
+    """Changes of masks by `GradualPruning` inside a compiled loop.
+
+    A row has a flag, which is 1 if a change is due, and for each group its count and its seed. The
+    events are: the weights of a group are not finite; a mask keeps nothing.
+    """
+
+    def __init__(self, pruning: GradualPruning) -> None:
+        self._pruning = pruning
+        self._groups = pruning._groups()
+        self._refs = [ref for group in self._groups for ref in group]
+        self.read = [ref.variable for ref in self._refs]
+        self.written = [ref.mask.value for ref in self._refs]
+        self.events = len(self._groups) + len(self._refs)
+        self._key = (pruning.scope, pruning.regrowth, *map(id, (*self.read, *self.written)))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _RankingsInLoop) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def rows(self, steps: int) -> np.ndarray:
+        pruning, groups = self._pruning, self._groups
+        table = np.zeros((steps, 1 + 2 * len(groups)), "int32")
+        for row, step in zip(table, itertools.count(pruning.step + 1)):
+            if pruning._due(step):
+                counts = _kept_counts(groups, pruning._sparsity(step))
+                row[:] = 1, *counts, *pruning._seeds(groups, step)
+        return table
+
+    def compute(
+        self, row: Tensor, read: Sequence[Tensor], written: Sequence[Tensor]
+    ) -> tuple[list[Tensor], Tensor]:
+        paths = [ref.path for ref in self._refs]
+        number = len(self._groups)
+
+        def ranked() -> tuple[list[Tensor], Tensor]:
+            masks, finite = ranking.keep_largest_of(
+                self._groups,
+                dict(zip(paths, read, strict=True)),
+                dict(zip(paths, written, strict=True)),
+                [row[1 + i] for i in range(number)],
+                [row[1 + number + i] for i in range(number)],
+                regrowth=self._pruning.regrowth,
+            )
+            every = functools.reduce(ops.logical_and, finite)
+            new = [
+                ops.where(every, masks[path], mask)
+                for path, mask in zip(paths, written, strict=True)
+            ]
+            kept = [ops.any(mask) for mask in new]
+            return new, ops.logical_not(ops.stack([*finite, *kept]))
+
+        def unchanged() -> tuple[list[Tensor], Tensor]:
+            return list(written), ops.zeros((self.events,), "bool")
+
+        return ops.cond(row[0] > 0, ranked, unchanged)
+
+    def note(self, steps: int, first: np.ndarray) -> None:
+        pruning = self._pruning
+        start = pruning.step + 1
+        pruning.step = start + steps - 1
+        pruning._unseen = pruning.step + 1
+        due = [step for step in range(start, pruning.step + 1) if pruning._due(step)]
+        if not due:
+            return
+        pruning._requested = pruning._sparsity(due[-1])
+        pruning.pruner.note_changed_masks()
+        for group, number in zip(self._groups, first, strict=False):
+            if number < steps:
+                raise ranking.not_finite(group)
+        emptied: dict[int, list[str]] = collections.defaultdict(list)
+        for ref, number in zip(self._refs, first[len(self._groups) :].tolist(), strict=True):
+            if number < steps:
+                emptied[start + number].append(ref.path)
+        for step in sorted(emptied):
+            pruning._note_emptied([*pruning._emptied, *emptied[step]], step)
+
+
+def _kept_counts(groups: Sequence[Sequence[ml.MaskedRef]], sparsity: float) -> list[int]:
+    """Returns the number of weights to keep in each group."""
+    sizes = [sum(math.prod(ref.variable.shape) for ref in group) for group in groups]
+    return [size - selection.drop_count(size, size, sparsity=sparsity) for size in sizes]
 
 
 def _check_limit(structure: structures.Channels, schedule: schedules.Schedule) -> None:
@@ -493,7 +549,7 @@ class DynamicSparseTraining(MaskSchedule):
             for ref, count in zip(refs, alive, strict=True):
                 state = [ranking.joined([ref.variable]), ranking.joined([ref.mask.value])]
                 number = ranking.integer(selection.drop_count(count, count, rate=share))
-                seed = ranking.seed_of(self.seed, step, ref.path)
+                seed = ranking.integer(ranking.seed_of(self.seed, step, ref.path))
                 if self.growth == "gradient":
                     wanted = ranking.joined([growth[ref.path]])
                     results.append(ranking.rewire_by_growth(*state, wanted, number, seed))

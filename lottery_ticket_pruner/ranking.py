@@ -1,16 +1,17 @@
 """Ranking on the device, for masks that change during training.
 
 Weights never leave the device. Counts are exact, and ties are broken in an order that depends on a
-seed and is the same on every backend. The threshold is found by bisection over the bits of the
-keys, in 31 passes over memory. Sorting a million weights takes ten times as long.
+seed and is the same on every backend. The threshold is found in about ten passes over memory: the
+search starts at a quantile of a sample, and then interpolates between counts. Sorting a million
+weights takes thirty times as long.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import keras
 import numpy as np
@@ -26,6 +27,11 @@ if TYPE_CHECKING:
 _RANDOM_BITS = 30
 MAX_SIZE = 2**_RANDOM_BITS
 _INFINITY = 0x7F800000  # the bits of a float32; NaN is above it
+_HIGHEST = 0x7FFFFFFF
+# Number of keys in a sample, and the length of the first step away from its quantile, in bits: the
+# quantile of so many normal numbers is wrong by 2 %.
+_SAMPLE = 2048
+_STRIDE = 16
 
 
 def magnitude(weight: Tensor) -> Tensor:
@@ -84,14 +90,54 @@ def keep_highest(keys: Tensor, candidates: Tensor, count: Tensor, seed: Tensor) 
 
 
 def _threshold(keys: Tensor, count: Tensor) -> Tensor:
-    """Returns the largest integer that at least `count` keys reach."""
+    """Returns an integer from 0 on that at least `count` keys reach, and as few more as possible.
 
-    def set_next_bit(number: Tensor, found: Tensor) -> Tensor:
-        bit = ops.left_shift(ops.ones((), "int32"), 30 - ops.cast(number, "int32"))
-        higher = found + bit
-        return ops.where(_count(keys >= higher) >= count, higher, found)
+    Exactly `count` keys reach it, unless several keys are equal to it.
+    """
+    guess = _sample_quantile(keys, count)
+    reaching = _count(keys >= 0)
 
-    return ops.fori_loop(0, 31, set_next_bit, ops.zeros((), "int32"))
+    def unfinished(low: Tensor, high: Tensor, at_low: Tensor, at_high: Tensor, _: Tensor) -> Tensor:
+        return ops.logical_and(at_low != count, high - low > 1)
+
+    def narrow(low: Tensor, high: Tensor, at_low: Tensor, at_high: Tensor, number: Tensor) -> Any:
+        bounded = ops.logical_and(low > 0, high < _HIGHEST)
+        share = _float(at_low - count) / _float(at_low - at_high)
+        between = low + ops.cast(_float(high - low) * share, "int32")
+        # Keys may be distributed in any way, so every eighth step halves the interval.
+        between = ops.where(number % 8 == 7, low + (high - low) // 2, between)
+        # In steps of four times the length away from the guess, until it lies between two counts.
+        stride = ops.left_shift(ops.ones((), "int32"), ops.minimum(_STRIDE + 2 * number, 29))
+        beside = ops.where(low > 0, low + ops.minimum(stride, high - low - 1), high - stride)
+        tried = ops.where(bounded, between, ops.where(number == 0, guess, beside))
+        tried = ops.clip(tried, low + 1, high - 1)
+        found = _count(keys >= tried)
+        enough = found >= count
+        return (
+            ops.where(enough, tried, low),
+            ops.where(enough, high, tried),
+            ops.where(enough, found, at_low),
+            ops.where(enough, at_high, found),
+            number + 1,
+        )
+
+    zero = ops.zeros((), "int32")
+    start = (zero, zero + _HIGHEST, reaching, zero, zero)
+    return ops.while_loop(unfinished, narrow, start)[0]
+
+
+def _sample_quantile(keys: Tensor, count: Tensor) -> Tensor:
+    """Returns a key that about `count` keys reach, from a sample of them."""
+    size = ops.shape(keys)[0]  # A tensor in a program for all lengths.
+    apart = max(size // _SAMPLE, 1) if isinstance(size, int) else ops.maximum(size // _SAMPLE, 1)
+    sample = ops.sort(ops.append(keys[::apart], 0))  # One more, because there may be none.
+    drawn = ops.shape(sample)[0]
+    place = _float(drawn) * (1 - _float(count) / (_float(size) + 1))
+    return ops.take(sample, ops.clip(ops.cast(place, "int32"), 0, drawn - 1))
+
+
+def _float(value: Tensor) -> Tensor:
+    return ops.cast(value, "float32")
 
 
 def _count(flags: Tensor) -> Tensor:
@@ -214,7 +260,8 @@ def joined(tensors: Sequence[Tensor]) -> Tensor:
 
 def parted(mask: Tensor, group: Sequence[MaskedRef]) -> list[Tensor]:
     """Splits a joined mask into masks with the shapes of the weights."""
-    ends = np.cumsum([math.prod(ref.variable.shape) for ref in group])[:-1].tolist()
+    *ends, size = np.cumsum([math.prod(ref.variable.shape) for ref in group]).tolist()
+    mask = ops.reshape(mask, (size,))  # The length may be unknown when traced.
     parts = ops.split(mask, ends) if ends else [mask]
     return [ops.reshape(part, ref.variable.shape) for part, ref in zip(parts, group, strict=True)]
 
@@ -224,9 +271,42 @@ def integer(value: int) -> Tensor:
     return ops.convert_to_tensor(value, "int32")
 
 
-def seed_of(seed: int, step: int, path: str) -> Tensor:
-    """Returns the seed of a weight at a step, as an int32 scalar."""
-    return integer(randomness.integer("rewiring", seed, step, path, bits=30))
+def seed_of(seed: int, step: int, path: str) -> int:
+    """Returns the seed of a weight at a step, of 30 bits."""
+    return randomness.integer("rewiring", seed, step, path, bits=30)
+
+
+def keep_largest_of(
+    groups: Sequence[Sequence[MaskedRef]],
+    weights: Mapping[str, Tensor],
+    alive: Mapping[str, Tensor],
+    counts: Sequence[Tensor],
+    seeds: Sequence[Tensor],
+    *,
+    regrowth: bool,
+) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """Returns masks of the largest weights of each group, by path.
+
+    Args:
+        groups: Weights that are ranked together.
+        weights: The weights by path.
+        alive: Their masks by path.
+        counts: Number of weights to keep in each group.
+        seeds: A seed for each group, for breaking ties.
+        regrowth: Whether pruned weights may come back.
+
+    Returns:
+        The masks, and whether all ranked weights of each group are finite.
+    """
+    masks, finite = {}, []
+    for group, count, seed in zip(groups, counts, seeds, strict=True):
+        candidates = joined([alive[ref.path] for ref in group])
+        candidates = ops.ones_like(candidates) if regrowth else candidates
+        joint = joined([weights[ref.path] for ref in group])
+        mask, fine = keep_largest(joint, candidates, count, seed)
+        masks |= {ref.path: part for ref, part in zip(group, parted(mask, group), strict=True)}
+        finite.append(fine)
+    return masks, finite
 
 
 def check_finite(
@@ -258,10 +338,15 @@ def check_finite(
         for ref in group:
             code = next(codes)
             if not code & 1:
-                raise ValueError(
-                    f"The weights of {[ref.path for ref in group]} or their gradients contain NaN "
-                    "or infinity and cannot be ranked. Did the training diverge?"
-                )
+                raise not_finite(group)
             if not code & 2:
                 emptied.append(ref.path)
     return emptied
+
+
+def not_finite(group: Sequence[MaskedRef]) -> ValueError:
+    """Returns the error for weights that cannot be ranked."""
+    return ValueError(
+        f"The weights of {[ref.path for ref in group]} or their gradients contain NaN or infinity "
+        "and cannot be ranked. Did the training diverge?"
+    )

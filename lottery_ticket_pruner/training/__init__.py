@@ -18,6 +18,7 @@ from lottery_ticket_pruner.training.loops import (
     train_by_plan,
 )
 from lottery_ticket_pruner.training.plans import Listeners, TrainingPlan, check_integer
+from lottery_ticket_pruner.training.step_callback import LoopChanges, StepCallback
 
 __all__ = [
     "ArrayDataset",
@@ -27,6 +28,8 @@ __all__ = [
     "EngineSettings",
     "History",
     "Listeners",
+    "LoopChanges",
+    "StepCallback",
     "TrainingPlan",
     "batch_order",
     "check_integer",

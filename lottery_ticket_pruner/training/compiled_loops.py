@@ -13,6 +13,7 @@ from lottery_ticket_pruner import _keras
 from lottery_ticket_pruner.training.augmentation import Augmentation
 from lottery_ticket_pruner.training.dataset import ArrayDataset, Arrays, map_arrays
 from lottery_ticket_pruner.training.engine_settings import settings
+from lottery_ticket_pruner.training.step_callback import LoopChanges
 from masked_layers import paths
 
 # Maximum number of steps per call of a loop. One size, so that one program serves all calls.
@@ -33,7 +34,13 @@ class CompiledLoops(Protocol):
     def kinds(self, steps: int) -> tuple[str, ...]:
         """Returns the kinds of loops suitable for a training of so many steps, best one first."""
 
-    def train(self, data: ArrayDataset, batches: np.ndarray, kind: str) -> None:
+    def train(
+        self,
+        data: ArrayDataset,
+        batches: np.ndarray,
+        kind: str,
+        changes: LoopChanges | None = None,
+    ) -> None:
         """Runs a step for each batch, and waits until the last one is done.
 
         Args:
@@ -41,6 +48,7 @@ class CompiledLoops(Protocol):
             batches: Rows of the examples, of shape `(steps, batch size, row)`, at most `BLOCK`
                 steps.
             kind: One of `kinds`.
+            changes: Changes of variables after the steps. They are told of the steps at the end.
         """
 
     def evaluate(self, data: ArrayDataset, batch_size: int) -> dict[str, Any]:
@@ -69,7 +77,10 @@ class _TensorFlowLoops:
             batches: tf.Tensor,
             count: tf.Tensor,
             augment: Augmentation | None,
-        ) -> None:
+            changes: LoopChanges | None,
+            table: tf.Tensor,
+            first: tf.Tensor,
+        ) -> tf.Tensor:
             # With `tf.range(count)`, XLA would compile a loop for every count.
             step = tf.constant(0)
             while step < count:
@@ -80,7 +91,15 @@ class _TensorFlowLoops:
                 if augment is not None:
                     x = augment.apply(x, rows[:, 1:])
                 model.train_step((x, *rest))
+                if changes is not None:
+                    values = [[v.value for v in group] for group in (changes.read, changes.written)]
+                    compute = tf.autograph.experimental.do_not_convert(changes.compute)
+                    new, events = compute(tf.gather(table, step), *values)
+                    for variable, value in zip(changes.written, new, strict=True):
+                        variable.assign(value)
+                    first = tf.minimum(first, tf.where(events, step, BLOCK))
                 step += 1
+            return first
 
         @tf.function
         def evaluate(
@@ -102,8 +121,18 @@ class _TensorFlowLoops:
     def kinds(self, steps: int) -> tuple[str, ...]:
         return ("XLA", "graph") if self._by_xla and steps >= settings.xla_steps else ("graph",)
 
-    def train(self, data: ArrayDataset, batches: np.ndarray, kind: str) -> None:
-        self._train[kind](data.device, *_padded(batches), data.augment)
+    def train(
+        self,
+        data: ArrayDataset,
+        batches: np.ndarray,
+        kind: str,
+        changes: LoopChanges | None = None,
+    ) -> None:
+        first = self._train[kind](
+            data.device, *_padded(batches), data.augment, changes, *_tables(changes, len(batches))
+        )
+        if changes is not None:
+            changes.note(len(batches), keras.ops.convert_to_numpy(first))
 
     def evaluate(self, data: ArrayDataset, batch_size: int) -> dict[str, Any]:
         sizes = (keras.ops.convert_to_tensor(size, "int32") for size in (len(data), batch_size))
@@ -118,43 +147,65 @@ class _JaxLoops:
 
         def train(
             augment: Augmentation | None,
+            changes: LoopChanges | None,
             state: Any,
             data: tuple[Arrays, ...],
             batches: jax.Array,
             count: int,
+            table: jax.Array,
+            first: jax.Array,
         ) -> Any:
-            def step(number: int, state: Any) -> Any:
+            def step(number: int, carried: Any) -> Any:
+                state, first = carried
                 x, *rest = map_arrays(operator.itemgetter(batches[number, :, 0]), data)
                 if augment is not None:
                     x = augment.apply(x, batches[number, :, 1:])
-                return model.train_step(state, (x, *rest))[1]
+                state = model.train_step(state, (x, *rest))[1]
+                if changes is not None:
+                    state, events = _changed(changes, table[number], self._groups(), state)
+                    first = jax.numpy.minimum(first, jax.numpy.where(events, number, BLOCK))
+                return state, first
 
-            return jax.lax.fori_loop(0, count, step, state)
+            return jax.lax.fori_loop(0, count, step, (state, first))
 
         def evaluate(state: Any, batch: tuple[Arrays, ...]) -> Any:
             return model.test_step(state, batch)[1]
 
         self._model = model
-        self._train = jax.jit(train, static_argnums=0)
+        self._train = jax.jit(train, static_argnums=(0, 1))
         self._evaluate = jax.jit(evaluate)
         self._slow = jax.default_backend() == "cpu" and _has_convolutions(model)
 
     def kinds(self, steps: int) -> tuple[str, ...]:
         return () if self._slow else ("XLA",)
 
-    def train(self, data: ArrayDataset, batches: np.ndarray, kind: str) -> None:
-        import jax
-
+    def _groups(self) -> tuple[list[keras.Variable], ...]:
         model = self._model
-        groups = (
+        return (
             model.trainable_variables,
             model.non_trainable_variables,
             model.optimizer.variables,
             model.metrics_variables,
         )
+
+    def train(
+        self,
+        data: ArrayDataset,
+        batches: np.ndarray,
+        kind: str,
+        changes: LoopChanges | None = None,
+    ) -> None:
+        import jax
+
+        groups = self._groups()
+        tables = _tables(changes, len(batches))
         with _keras.withdrawn(*groups) as state:
-            state = self._train(data.augment, state, data.device, *_padded(batches))
+            state, first = self._train(
+                data.augment, changes, state, data.device, *_padded(batches), *tables
+            )
         _assign(groups, jax.block_until_ready(state))
+        if changes is not None:
+            changes.note(len(batches), keras.ops.convert_to_numpy(first))
 
     def evaluate(self, data: ArrayDataset, batch_size: int) -> dict[str, Any]:
         model = self._model
@@ -181,6 +232,28 @@ def _padded(batches: np.ndarray) -> tuple[Any, Any]:
     table = np.zeros((BLOCK, *batches.shape[1:]), "int32")
     table[: len(batches)] = batches
     return keras.ops.convert_to_tensor(table), keras.ops.convert_to_tensor(len(batches), "int32")
+
+
+def _tables(changes: LoopChanges | None, steps: int) -> tuple[Any, Any]:
+    """Returns the rows of changes, padded to `BLOCK`, and a number above all steps per event."""
+    rows = np.zeros((steps, 1), "int32") if changes is None else changes.rows(steps)
+    table = np.zeros((BLOCK, rows.shape[1]), "int32")
+    table[:steps] = rows
+    first = np.full(0 if changes is None else changes.events, BLOCK, "int32")
+    return keras.ops.convert_to_tensor(table), keras.ops.convert_to_tensor(first)
+
+
+def _changed(changes: LoopChanges, row: Any, groups: Any, state: Any) -> tuple[Any, Any]:
+    """Returns the state after the changes, and the events."""
+    values = {
+        id(variable): value
+        for variables, group in zip(groups, state, strict=True)
+        for variable, value in zip(variables, group, strict=True)
+    }
+    read, written = ([values[id(v)] for v in group] for group in (changes.read, changes.written))
+    new, events = changes.compute(row, read, written)
+    values |= {id(v): value for v, value in zip(changes.written, new, strict=True)}
+    return tuple([values[id(v)] for v in variables] for variables in groups), events
 
 
 def _assign(groups: Any, values: Any) -> None:

@@ -13,7 +13,7 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -24,6 +24,7 @@ from lottery_ticket_pruner.targets import explained
 from lottery_ticket_pruner.training.compiled_loops import BLOCK, COMPILED_LOOPS, CompiledLoops
 from lottery_ticket_pruner.training.dataset import ArrayDataset
 from lottery_ticket_pruner.training.engine_settings import settings
+from lottery_ticket_pruner.training.step_callback import LoopChanges
 from masked_layers.compiled import kept_beside
 
 # Maximum number of examples per step of an evaluation, and of their bytes.
@@ -64,6 +65,7 @@ class Engine:
         self._why_fit = reason or _why_fit(model)
         self._why_evaluate = reason or _why_evaluate(model)
         self._refused: set[str] = set()
+        self._refused_changes: set[tuple[str, LoopChanges]] = set()
         self._compiled: set[tuple[Any, ...]] = set()
         self._comparisons: dict[tuple[str, int], _PaceComparison] = collections.defaultdict(
             _PaceComparison
@@ -78,6 +80,7 @@ class Engine:
         steps: int,
         logged: bool = False,
         deterministic: bool = False,
+        continued: bool = False,
     ) -> dict[str, Any]:
         """Trains on the examples of these rows in batches, of which the last may be smaller.
 
@@ -88,12 +91,14 @@ class Engine:
             steps: Number of steps of the whole training, which decides whether compiling pays.
             logged: Whether to return what `fit` would log.
             deterministic: Whether the route must not depend on timings.
+            continued: Whether metrics include those of the previous call.
 
         Returns:
             If `logged`, the metrics of this call by name, or the last result of a custom training
             step. Otherwise an empty dict.
         """
-        self._model.reset_metrics()
+        if not continued:
+            self._model.reset_metrics()
         batch_size = min(batch_size, len(rows))
         # Only `fit` returns the result of a custom step, so it trains on the last batch.
         own = logged and _own_method(self._model, "train_step", "compute_metrics") is not None
@@ -114,6 +119,63 @@ class Engine:
                     logs = None
                 rows = rows[used:]
         return _as_numbers(logs or self._model.get_metrics_result()) if logged else {}
+
+    def has_loops(self, data: ArrayDataset, steps: int) -> bool:
+        """Returns True if compiled loops may train on these examples, for so many steps."""
+        return bool(self._kinds(data, steps))
+
+    def train_with_changes(
+        self,
+        data: ArrayDataset,
+        rows: np.ndarray,
+        batch_size: int,
+        changes: LoopChanges,
+        *,
+        steps: int,
+    ) -> tuple[int, dict[str, Any]]:
+        """Trains like `train`, in compiled loops that also make these changes.
+
+        Args:
+            data: The examples.
+            rows: Rows returned by `data.rows`, or a part of them.
+            batch_size: Number of examples per step.
+            changes: The changes, which are told of the steps.
+            steps: Number of steps of the whole training, which decides whether compiling pays.
+
+        Returns:
+            The number of trained steps, and the metrics by name after all of them. There may be
+            fewer steps if a loop cannot be compiled with the changes, or if only `fit` returns the
+            result of a custom step. Then the caller has to train the others, and make their
+            changes.
+        """
+        self._model.reset_metrics()
+        done = 0
+        own = _own_method(self._model, "train_step", "compute_metrics") is not None
+        rows = rows[: -(len(rows) % batch_size or batch_size)] if own else rows
+        while self._loops is not None and len(rows):
+            size = min(batch_size, len(rows))
+            compiled_for = (size, changes, data.augment, *data.specification)
+            kinds = [
+                kind
+                for kind in self._kinds(data, steps)
+                if (kind, changes) not in self._refused_changes
+            ]
+            if not kinds:
+                break
+            count = min(len(rows) // size, BLOCK)
+            count = count if (kinds[0], *compiled_for) in self._compiled else 1
+            batches = rows[: count * size].reshape(count, size, rows.shape[1])
+            with explained(self._model, *(*data.host, None)[:2]):
+                kind, errors = self._first_possible(self._loops, data, batches, kinds, changes)
+            self._refused_changes.update((kind, changes) for kind in kinds[: len(errors)])
+            if kind is None:
+                warn_once(f"The compiled loop cannot change masks: {errors[-1]}.")
+                break
+            self._compiled.add((kind, *compiled_for))
+            done += count
+            rows = rows[count * size :]
+        finished = not own and not len(rows)
+        return done, _as_numbers(self._model.get_metrics_result()) if finished else {}
 
     def evaluate(self, data: ArrayDataset, batch_size: int | None = None) -> dict[str, Any]:
         """Returns the loss and the compiled metrics over all examples, by name.
@@ -187,24 +249,41 @@ class Engine:
         self, loops: CompiledLoops, data: ArrayDataset, batch: np.ndarray, kinds: tuple[str, ...]
     ) -> str:
         """Trains on one batch with the first kind of loop that can be compiled, or with `fit`."""
-        step = int(self._model.optimizer.iterations)
-        errors = []
-        for kind in kinds:
-            try:
-                _keras.symbolic_build(self._model, data.take(batch[:, 0]))
-                loops.train(data, batch[None], kind)
-                break
-            except Exception as error:
-                if int(self._model.optimizer.iterations) != step:
-                    raise
-                errors.append(f"{type(error).__name__}: {error}")
-        else:
+        kind, errors = self._first_possible(loops, data, batch[None], kinds)
+        if kind is None:
             kind = "fit"
             # If the call is wrong and not the model, this fails as well, and nothing has changed.
             self._fit(data, batch, len(batch))
             self._why_fit = errors[-1]
         self._refused.update(kinds[: len(errors)])
         return kind
+
+    def _first_possible(
+        self,
+        loops: CompiledLoops,
+        data: ArrayDataset,
+        batches: np.ndarray,
+        kinds: Sequence[str],
+        changes: LoopChanges | None = None,
+    ) -> tuple[str | None, list[str]]:
+        """Trains with the first kind of loop that can be compiled.
+
+        Returns:
+            The kind, or None if there is none, and the errors of the kinds before it.
+        """
+        step = int(self._model.optimizer.iterations)
+        errors: list[str] = []
+        for kind in kinds:
+            try:
+                _keras.symbolic_build(self._model, data.take(batches[0, :, 0]))
+                loops.train(data, batches, kind, changes)
+            except Exception as error:
+                if int(self._model.optimizer.iterations) != step:
+                    raise
+                errors.append(f"{type(error).__name__}: {error}")
+            else:
+                return kind, errors
+        return None, errors
 
     def _fit(
         self, data: ArrayDataset, rows: np.ndarray, batch_size: int, **kwargs: Any

@@ -19,6 +19,7 @@ from lottery_ticket_pruner.training.plans import (
     TrainingPlan,
     check_validation_batch,
 )
+from lottery_ticket_pruner.training.step_callback import StepCallback
 from masked_layers import randomness
 
 
@@ -175,8 +176,10 @@ def fit(
 ) -> keras.callbacks.History:
     """Trains like `model.fit` on arrays, with each epoch as one compiled program where faster.
 
-    Callbacks are called for epochs. If a callback acts on batches, `model.fit` is used, on the same
-    batches. Class labels must be in range, as in `train`.
+    Callbacks are called for epochs. `GradualPruning` and `DynamicSparseTraining` change masks during
+    epochs: rankings by magnitude are part of the compiled program, and for other changes it is left
+    at the steps where they are due. If another callback acts on batches, `model.fit` is used, on
+    the same batches. Class labels must be in range, as in `train`.
 
     If there are several outputs, their logged losses are means over examples; Keras on TensorFlow
     logs means over batches. The arguments `class_weight` and `validation_split` of `model.fit` are
@@ -221,6 +224,9 @@ def fit(
     slow = [type(callback).__name__ for callback in plan.callbacks if _acts_on_batches(callback)]
     if slow:
         warn_once(f"Training goes through `fit`: {', '.join(slow)} acts on batches.")
+        return _fit_by_keras(model, data, plan, validation)
+    steps = plan.epochs * len(_Batches(data, plan))
+    if any(_step_callbacks(plan)) and not engine_of(model).has_loops(data, steps):
         return _fit_by_keras(model, data, plan, validation)
     return _fit_in_loops(model, data, plan, validation)
 
@@ -267,14 +273,7 @@ def _fit_in_loops(
     for epoch in range(plan.epochs):
         chain.on_epoch_begin(epoch)
         batches.start(epoch)
-        logs = engine_of(model).train(
-            data,
-            data.indices(batches.order),
-            plan.batch_size,
-            steps=plan.epochs * steps,
-            logged=True,
-            deterministic=plan.deterministic,
-        )
+        logs = _train_epoch(model, data, data.indices(batches.order), plan)
         if validation is not None:
             chain.on_test_begin()
             size = plan.validation_batch_size or plan.batch_size
@@ -289,6 +288,38 @@ def _fit_in_loops(
     chain.on_train_end(logs)
     model.history = history
     return history
+
+
+def _train_epoch(
+    model: keras.Model, data: ArrayDataset, rows: np.ndarray, plan: EpochPlan
+) -> dict[str, Any]:
+    """Trains an epoch on these rows, and returns its logs."""
+    size = plan.batch_size
+    steps = -(-len(rows) // size)
+    callbacks = _step_callbacks(plan)
+    for callback in callbacks:
+        callback.on_train_batch_begin(0)
+    done = 0
+    logs: dict[str, Any] = {}
+    if len(callbacks) == 1 and (changes := callbacks[0].changes_in_loop()) is not None:
+        done, logs = engine_of(model).train_with_changes(
+            data, rows, size, changes, steps=plan.epochs * steps
+        )
+    while done < steps:
+        number = min((c.steps_until_due(steps - done) for c in callbacks), default=steps - done)
+        logs = engine_of(model).train(
+            data,
+            rows[done * size : (done + number) * size],
+            size,
+            steps=plan.epochs * steps,
+            logged=done + number == steps,
+            deterministic=plan.deterministic,
+            continued=done > 0,
+        )
+        done += number
+        for callback in callbacks:
+            callback.on_train_batch_end(done - 1)
+    return logs
 
 
 def batch_order(
@@ -427,8 +458,15 @@ def _finalize(model: keras.Model) -> None:
         model.optimizer.finalize_variable_values(model.trainable_variables)
 
 
+def _step_callbacks(plan: EpochPlan) -> list[StepCallback]:
+    return [callback for callback in plan.callbacks if isinstance(callback, StepCallback)]
+
+
 def _acts_on_batches(callback: keras.callbacks.Callback) -> bool:
-    base = keras.callbacks.Callback
+    """Returns True for callbacks that must be called for every batch."""
+    base: type[keras.callbacks.Callback] = keras.callbacks.Callback
+    if isinstance(callback, StepCallback):
+        base = StepCallback
     if isinstance(callback, keras.callbacks.ModelCheckpoint) and callback.save_freq == "epoch":
         base = keras.callbacks.ModelCheckpoint
     kinds = ("batch", "train_batch", "test_batch")

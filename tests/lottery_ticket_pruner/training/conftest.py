@@ -33,8 +33,8 @@ def pace(monkeypatch):
         step = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: wait(fit))
         counts = []
 
-        def timed(data, batches, kind):
-            train(data, batches, kind)
+        def timed(data, batches, kind, changes=None):
+            train(data, batches, kind, changes)
             counts.append(len(batches))
             wait(len(batches) * loops[kind])
 
