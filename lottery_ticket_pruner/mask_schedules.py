@@ -283,7 +283,9 @@ class GradualPruning(MaskSchedule):
         return [ranking.seed_of(self.seed, step, group[0].path) for group in groups]
 
     def _note_emptied(self, paths: list[str], step: int) -> None:
-        notices.of_emptied([path for path in paths if path not in self._emptied], f" at step {step}")
+        notices.of_emptied(
+            [path for path in paths if path not in self._emptied], f" at step {step}"
+        )
         self._emptied = paths
 
     def _update(self, sparsity: float, step: int) -> None:

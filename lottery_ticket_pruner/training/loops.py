@@ -176,10 +176,10 @@ def fit(
 ) -> keras.callbacks.History:
     """Trains like `model.fit` on arrays, with each epoch as one compiled program where faster.
 
-    Callbacks are called for epochs. `GradualPruning` and `DynamicSparseTraining` change masks during
-    epochs: rankings by magnitude are part of the compiled program, and for other changes it is left
-    at the steps where they are due. If another callback acts on batches, `model.fit` is used, on
-    the same batches. Class labels must be in range, as in `train`.
+    Callbacks are called for epochs. `GradualPruning` and `DynamicSparseTraining` change masks
+    during epochs: rankings by magnitude are part of the compiled program, and for other changes it
+    is left at the steps where they are due. If another callback acts on batches, `model.fit` is
+    used, on the same batches. Class labels must be in range, as in `train`.
 
     If there are several outputs, their logged losses are means over examples; Keras on TensorFlow
     logs means over batches. The arguments `class_weight` and `validation_split` of `model.fit` are

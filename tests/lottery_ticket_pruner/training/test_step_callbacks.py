@@ -1,10 +1,10 @@
-"""Masks that change during `training.fit`: the same in compiled loops, between them and in `fit`."""
+"""Masks that change during `training.fit`: the same in compiled loops as in `fit`."""
 
 import keras
 import pytest
 
-import masked_layers as ml
 import changing_masks
+import masked_layers as ml
 from changing_masks import make_data, same_masks, zeros
 from loops import assert_close, by_xla, everything, needs_loop
 from lottery_ticket_pruner import (
