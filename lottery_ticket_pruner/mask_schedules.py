@@ -319,8 +319,8 @@ class _RankingsInLoop:
         self._pruning = pruning
         self._groups = pruning._groups()
         self._refs = [ref for group in self._groups for ref in group]
-        self.read = [ref.variable for ref in self._refs]
-        self.written = [ref.mask.value for ref in self._refs]
+        self.read: Sequence[keras.Variable] = [ref.variable for ref in self._refs]
+        self.written: Sequence[keras.Variable] = [ref.mask.value for ref in self._refs]
         self.events = len(self._groups) + len(self._refs)
         self._key = (pruning.scope, pruning.regrowth, *map(id, (*self.read, *self.written)))
 

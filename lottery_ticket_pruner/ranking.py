@@ -298,7 +298,8 @@ def keep_largest_of(
     Returns:
         The masks, and whether all ranked weights of each group are finite.
     """
-    masks, finite = {}, []
+    masks: dict[str, Tensor] = {}
+    finite = []
     for group, count, seed in zip(groups, counts, seeds, strict=True):
         candidates = joined([alive[ref.path] for ref in group])
         candidates = ops.ones_like(candidates) if regrowth else candidates
