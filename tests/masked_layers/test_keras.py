@@ -467,6 +467,19 @@ def test_inputs_are_named_in_the_structure_that_the_model_takes():
     }
 
 
+def test_inputs_for_exports_have_the_structure_of_the_arguments():
+    a, b = keras.Input((4,), name="a"), keras.Input((2, 3), dtype="int32", name="b")
+    model = keras.Model({"b": b, "a": a}, layers.Dense(1)(a))
+    model._called = False  # As in a copy, for which being built is enough.
+    specs = _keras.export_specs(model)
+    assert not model._called
+    (arguments,) = specs
+    assert {name: (tuple(spec.shape), spec.dtype) for name, spec in arguments.items()} == {
+        "a": ((None, 4), "float32"),
+        "b": ((None, 2, 3), "int32"),
+    }
+
+
 @pytest.mark.once
 def test_all_that_is_private_to_keras_has_a_test():
     """Each function of a module `_keras*.py` is named in a test, as `_keras.NAME`."""
