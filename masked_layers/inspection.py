@@ -30,6 +30,7 @@ from masked_layers.maskable import (
 from masked_layers.masks import Mask
 from masked_layers.packing import pack, unpack
 from masked_layers.paths import plain_class, walk
+from masked_layers.text_tables import aligned
 
 Layer: TypeAlias = keras.layers.Layer
 
@@ -448,14 +449,7 @@ class SparsityReport:
             numbers = (f"{row.size:,}", f"{row.alive:,}", f"{row.sparsity:.2%}")
             line = [row.path, shape, *numbers, f"{row.mask_bytes:,}"]
             lines.append(line if self.effective is None else [*line, f"{row.effective:,}"])
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        text = [
-            "  ".join(
-                cell.ljust(width) if i < 2 else cell.rjust(width)
-                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in lines
-        ]
+        text = aligned(lines, left=range(2))
         if (effective := self.effective) is not None:
             text.append(
                 f"kept weights not on a path from an input to an output: "

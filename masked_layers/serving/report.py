@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from masked_layers.text_tables import aligned
+
 COLUMNS = ("path", "shape", "dtype", "encoding", "alive", "nbytes")
 FILE = "assets.extra/sparsity.json"
 """Path of the report in a SavedModel folder; the format reserves `assets.extra` for such files."""
@@ -174,14 +176,7 @@ class StorageReport:
             dtypes = "/".join(sorted({row.dtype for row in rest}))
             lines.append((f"{len(rest)} others", "", dtypes, encodings, *_numbers(others)))
         lines.append(("total", "", "", "", *_numbers(self)))
-        widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-        text = [
-            "  ".join(
-                cell.ljust(width) if i < 4 else cell.rjust(width)
-                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in lines
-        ]
+        text = aligned(lines, left=range(4))
         matrices = [row for row in shown if len(row.shape) > 1]  # Zero biases are common.
         if zero := [row.path for row in matrices if row.size and not row.alive]:
             text.append(f"nothing but zeros: {', '.join(zero)}")

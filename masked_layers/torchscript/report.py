@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from masked_layers.text_tables import aligned
+
 
 @dataclass(frozen=True)
 class KernelRow:
@@ -128,14 +130,7 @@ class TorchReport:
         if rest:
             nbytes = f"{sum(row.nbytes for row in rest):,}"
             lines.append((f"{len(rest)} others", "", "", "dense", "", "", nbytes))
-        widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-        text = [
-            "  ".join(
-                cell.ljust(width) if i in (0, 1, 3) else cell.rjust(width)
-                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in lines
-        ]
+        text = aligned(lines, left=(0, 1, 3))
         for name, seconds in self.programs.items():
             mark = " (in the file)" if name == self.program else ""
             text.append(f"whole model, {name}: {1e6 * seconds:,.0f} us{mark}")
