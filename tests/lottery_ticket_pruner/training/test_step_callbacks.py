@@ -92,6 +92,16 @@ def test_the_engine_changes_masks_as_fit_does(case, loop_calls, monkeypatch):
         assert changed_in_loop == (case not in ("another criterion", "SET", "RigL"))
 
 
+@pytest.mark.skipif(BACKEND != "jax", reason="JAX may have 64 bits by default")
+def test_masks_change_in_the_loop_where_jax_has_64_bits(loop_calls):
+    import jax
+
+    with jax.enable_x64(True):
+        model, _, _ = trained("each layer")
+    assert all(changes for _, changes in loop_calls)
+    assert zeros(model) == [int(0.9 * size + 1e-6) for size in (128, 32)]
+
+
 @needs_loop
 def test_masks_change_in_one_call_of_the_loop_for_each_epoch(loop_calls):
     model, _, _ = trained("each layer")
