@@ -44,7 +44,9 @@ class MaskSchedule(StepCallback):
     """Changes the masks of a masked model at certain steps of its training.
 
     Base class of `GradualPruning` and `DynamicSparseTraining`. Use such an object as a callback of
-    `fit`, or, in a custom training loop, call `advance` as training proceeds.
+    `fit`, or, in a custom training loop, call `advance` as training proceeds. It returns True if
+    the masks were changed, and raises a `ValueError` if the weights contain NaN or infinity. In
+    that case no mask is changed.
 
     A step is a trained batch. In `fit` the count starts from that of the optimizer, so a training
     that is continued or restored from a file resumes at its step. Elsewhere it starts at 0. The
@@ -73,22 +75,6 @@ class MaskSchedule(StepCallback):
             )
         self.pruner = pruner
         self._data: tuple[Any, Any] | None = None  # inputs and targets that changes need
-
-    def advance(self, steps: int = 1) -> bool:
-        """Records that steps were trained since the last call, and changes masks if due.
-
-        If several changes were due in these steps, only the last one is made.
-
-        Args:
-            steps: Number of steps. 0 checks the present step.
-
-        Returns:
-            True if the masks were changed.
-
-        Raises:
-            ValueError: If the weights contain NaN or infinity. In that case no mask is changed.
-        """
-        return super().advance(steps)
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Checks that the model is the pruner's, and that its loss accepts the given targets."""
@@ -370,12 +356,10 @@ class _RankingsInLoop:
     def note(self, steps: int, first: np.ndarray) -> None:
         pruning = self._pruning
         start = pruning.step + 1
-        pruning.step = start + steps - 1
-        pruning._unseen = pruning.step + 1
-        due = [step for step in range(start, pruning.step + 1) if pruning._due(step)]
-        if not due:
+        due = pruning.pass_steps(steps)
+        if due is None:
             return
-        pruning._requested = pruning._sparsity(due[-1])
+        pruning._requested = pruning._sparsity(due)
         pruning.pruner.note_changed_masks()
         for group, number in zip(self._groups, first, strict=False):
             if number < steps:

@@ -162,16 +162,19 @@ class Engine:
             ]
             if not kinds:
                 break
-            count = min(len(rows) // size, BLOCK)
-            count = count if (kinds[0], *compiled_for) in self._compiled else 1
+            compiled = (kinds[0], *compiled_for) in self._compiled
+            count = min(len(rows) // size, BLOCK) if compiled else 1
             batches = rows[: count * size].reshape(count, size, rows.shape[1])
             with explained(self._model, *(*data.host, None)[:2]):
-                kind, errors = self._first_possible(self._loops, data, batches, kinds, changes)
-            self._refused_changes.update((kind, changes) for kind in kinds[: len(errors)])
-            if kind is None:
-                warn_once(f"The compiled loop cannot change masks: {errors[-1]}.")
-                break
-            self._compiled.add((kind, *compiled_for))
+                if compiled:
+                    self._loops.train(data, batches, kinds[0], changes)
+                else:
+                    kind, errors = self._first_possible(self._loops, data, batches, kinds, changes)
+                    self._refused_changes.update((kind, changes) for kind in kinds[: len(errors)])
+                    if kind is None:
+                        warn_once(f"The compiled loop cannot change masks: {errors[-1]}.")
+                        break
+                    self._compiled.add((kind, *compiled_for))
             done += count
             rows = rows[count * size :]
         finished = not own and not len(rows)

@@ -225,8 +225,8 @@ def fit(
     if slow:
         warn_once(f"Training goes through `fit`: {', '.join(slow)} acts on batches.")
         return _fit_by_keras(model, data, plan, validation)
-    steps = plan.epochs * len(_Batches(data, plan))
-    if any(_step_callbacks(plan)) and not engine_of(model).has_loops(data, steps):
+    steps = plan.epochs * plan.steps_per_epoch(len(data))
+    if _step_callbacks(plan) and not engine_of(model).has_loops(data, steps):
         return _fit_by_keras(model, data, plan, validation)
     return _fit_in_loops(model, data, plan, validation)
 
@@ -295,7 +295,7 @@ def _train_epoch(
 ) -> dict[str, Any]:
     """Trains an epoch on these rows, and returns its logs."""
     size = plan.batch_size
-    steps = -(-len(rows) // size)
+    steps = plan.steps_per_epoch(len(rows))
     callbacks = _step_callbacks(plan)
     for callback in callbacks:
         callback.on_train_batch_begin(0)
@@ -425,6 +425,7 @@ class _Batches(keras.utils.PyDataset):
         super().__init__()
         self._data = data
         self._batch_size = plan.batch_size
+        self._steps = plan.steps_per_epoch(len(data))
         self._seed = plan.seed if plan.shuffle else None
         self.start(0)
 
@@ -438,7 +439,7 @@ class _Batches(keras.utils.PyDataset):
             self.order = rng.permutation(count)
 
     def __len__(self) -> int:
-        return -(-len(self._data) // self._batch_size)
+        return self._steps
 
     def __getitem__(self, index: int) -> tuple[Arrays, ...]:
         start = index * self._batch_size

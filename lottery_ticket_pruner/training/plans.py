@@ -66,6 +66,10 @@ class EpochPlan:
             )
         check_validation_batch(self.validation_batch_size)
 
+    def steps_per_epoch(self, examples: int) -> int:
+        """Returns the number of batches of so many examples; the last one may be smaller."""
+        return -(-examples // self.batch_size)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Listeners:

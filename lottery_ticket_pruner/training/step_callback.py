@@ -83,15 +83,23 @@ class StepCallback(keras.callbacks.Callback):
 
         Returns:
             True if the callback has acted.
+
+        Raises:
+            ValueError: If `steps` is not such an integer.
         """
         if not is_integer(steps) or steps < 0:
             raise ValueError(f"`steps` must be a non-negative integer. Received: steps={steps!r}")
+        due = self.pass_steps(steps)
+        if due is not None:
+            self._act(due)
+        return due is not None
+
+    def pass_steps(self, steps: int) -> int | None:
+        """Counts steps without acting, and returns the last one that was due, or None."""
         self._step += steps
         due = [step for step in range(self._unseen, self._step + 1) if self._due(step)]
         self._unseen = self._step + 1
-        if due:
-            self._act(due[-1])
-        return bool(due)
+        return due[-1] if due else None
 
     def steps_until_due(self, most: int) -> int:
         """Returns the number of steps until the callback has to act next, or else `most`."""
