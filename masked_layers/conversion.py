@@ -175,6 +175,12 @@ def strip_masks(model: keras.Model, *, inplace: bool = False) -> keras.Model:
     return _stripped(model, inplace)
 
 
+def without_masks(model: keras.Model) -> keras.Model:
+    """Returns what `strip_masks` does, or the model itself if it is plain."""
+    masked = any(ref.mask is not None for ref in weight_refs(model)) or channel_refs(model)
+    return strip_masks(model) if masked else model
+
+
 def strip_weight_masks(model: keras.Model) -> keras.Model:
     """Returns what `strip_masks` does, on which normalizations still leave channels out.
 

@@ -12,9 +12,8 @@ import keras
 import numpy as np
 
 from masked_layers import _keras
-from masked_layers.conversion import strip_masks
+from masked_layers.conversion import without_masks
 from masked_layers.files import replacing
-from masked_layers.inspection import weight_refs
 from masked_layers.serving import StorageReport, StorageRow, samples_of
 
 _SKIP = 255
@@ -58,8 +57,7 @@ def export_sparse_onnx(
             f"'{error.name}' is missing. Install what ONNX needs: `pip install onnx onnxruntime`, "
             "and `tf2onnx` to export from TensorFlow or `jax2onnx` from JAX."
         ) from error
-    masked = any(ref.mask is not None for ref in weight_refs(model))
-    plain = strip_masks(model) if masked else model
+    plain = without_masks(model)
     samples = samples_of(model, _keras.export_signature(model), sample_inputs)
     with keras.StatelessScope():
         plain(*samples)  # Keras exports only models that were called.

@@ -45,10 +45,11 @@ class ExportConfig:
         """Loads the model, writes the folder or file and returns a report."""
         _check_model(self.model)
         self._check_options()
+        if self.format != "saved_model":
+            self._check_out()
         if self.format == "torch":
             return self._write_torch()
         if self.format == "onnx":
-            self._check_out()
             return masked_layers.export_sparse_onnx(_load(self.model), self.out)
         if (self.out / "saved_model.pb").is_file() and not self.overwrite:
             raise FileExistsError(
@@ -81,7 +82,6 @@ class ExportConfig:
             )
 
     def _write_torch(self) -> masked_layers.TorchReport:
-        self._check_out()
         return masked_layers.export_sparse_torch(
             _load(self.model),
             self.out,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import tempfile
 import warnings
 from pathlib import Path
@@ -13,8 +14,7 @@ import keras
 import numpy as np
 
 from masked_layers import _keras, files
-from masked_layers.conversion import strip_masks
-from masked_layers.inspection import channel_refs, weight_refs
+from masked_layers.conversion import without_masks
 from masked_layers.serving import samples_of
 from masked_layers.shrinking import shrink as smaller
 from masked_layers.torchscript import process
@@ -98,7 +98,7 @@ def export_sparse_torch(
     if any(array.dtype == object for array in keras.tree.flatten(arguments)):
         raise NotImplementedError("The model has text as input, which TorchScript cannot hold.")
     expected = _outputs(model, arguments, given=sample_inputs is not None)
-    plain = smaller(model) if shrink else _plain(model)
+    plain = smaller(model) if shrink else without_masks(model)
     lengths = [spec.shape for spec in keras.tree.flatten(specs)]
     fixed = [x.shape[0] for x in getattr(model, "inputs", None) or () if x.shape]
     job = Job(
@@ -117,8 +117,7 @@ def export_sparse_torch(
             open(Path(folder) / process.FILE, "rb") as source,
             files.replacing(path) as target,
         ):
-            while chunk := source.read(1 << 22):
-                target.write(chunk)
+            shutil.copyfileobj(source, target)
     with files.replacing(path.with_name(f"{path.name}.json")) as target:
         target.write(report.to_json())
     for note in report.notes:
@@ -138,12 +137,6 @@ def _earlier(timings: Any) -> TorchReport | None:
         return TorchReport.from_json(Path(timings).read_bytes())
     except ValueError as error:
         raise ValueError(f"'{timings}': {error}") from error
-
-
-def _plain(model: keras.Model) -> keras.Model:
-    # A plain model with zeros has nothing to strip.
-    masked = any(ref.mask is not None for ref in weight_refs(model)) or channel_refs(model)
-    return strip_masks(model) if masked else model
 
 
 def _outputs(model: keras.Model, arguments: list[Any], given: bool) -> list[np.ndarray]:
