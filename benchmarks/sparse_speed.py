@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 import masked_layers as ml
+from lottery_ticket_pruner import LotteryTicketPruner
 
 ROUNDS = 25
 
@@ -59,17 +60,8 @@ def pruned(name, sparsity):
     make, _, _, everywhere = CASES[name]
     model = make() if make else getattr(keras.applications, name)(weights=None)
     model = ml.convert_to_masked(model)
-    refs = ml.masked_refs(model)
-    magnitudes = {
-        ref.path: np.abs(keras.ops.convert_to_numpy(ref.variable).astype("float32")) for ref in refs
-    }
-    whole = np.concatenate([x.ravel() for x in magnitudes.values()])
-    cut = np.quantile(whole, sparsity)
-    masks = {
-        path: x >= (cut if everywhere else np.quantile(x, sparsity))
-        for path, x in magnitudes.items()
-    }
-    ml.set_masks(model, masks)
+    scope = "global" if everywhere else "layer"
+    LotteryTicketPruner(model).update_masks("smallest_weights", sparsity=sparsity, scope=scope)
     return model
 
 
