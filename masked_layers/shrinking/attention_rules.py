@@ -178,7 +178,7 @@ def _follow(
     }
     given = _operands(call)
     if hasattr(call.operation, "_gate_dense"):
-        # It multiplies what the output reads. There is no public way to it either.
+        # It multiplies what the output reads. Keras has no public name for it either.
         names["gate"], given["gate"] = "_gate_dense", given["query"]
         made["gate"] = (parts.query_heads, parts.value_dim)
     denses = {name: getattr(call.operation, attribute) for name, attribute in names.items()}

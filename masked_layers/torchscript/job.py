@@ -1,4 +1,4 @@
-"""What is exported, and how."""
+"""Export jobs, which can be handed to another process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from masked_layers.torchscript.report import TorchReport
 
 @dataclass(frozen=True)
 class Job:
-    """What is exported, and how.
+    """Inputs, expected outputs and settings of one export.
 
     Attributes:
         arguments: Arguments of a call of the model.
