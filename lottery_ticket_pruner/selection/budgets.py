@@ -44,7 +44,7 @@ def within_budget(
     everything = [np.ones(family.size, bool) for family in graph.families]
 
     def left(name: str, kept: Sequence[np.ndarray]) -> float:
-        sizes = {**_sizes(graph.families, kept, shapes), **graph.unmasked}
+        sizes = {**_sizes(graph.families, kept, {**shapes, **graph.products}), **graph.unmasked}
         return sum(sizes[path] * factor for path, factor in factors[name].items())
 
     dense = {name: left(name, everything) for name in budget}
@@ -76,11 +76,11 @@ def _sizes(
     kept: Sequence[np.ndarray],
     shapes: Mapping[str, tuple[int, ...]],
 ) -> dict[str, int]:
-    """Returns the sizes of the weights that `shrink` leaves where only these channels are kept."""
+    """Returns the sizes of weights and products that `shrink` leaves of these channels."""
     alive: dict[tuple[str, int], np.ndarray] = {}
     for family, flags in zip(families, kept, strict=True):
         of_index = np.append(flags, True)  # Index -1 reads the last entry.
-        for path, axes in family.weights.items():
+        for path, axes in (*family.weights.items(), *family.products.items()):
             for axis, channels in axes.items():
                 before = alive.get((path, axis), True)
                 alive[path, axis] = before & of_index[channels]

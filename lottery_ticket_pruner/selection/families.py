@@ -26,6 +26,10 @@ class Family(Protocol):
         """Path of a weight -> {axis: int array with the channel of each index along it, or -1}."""
 
     @property
+    def products(self) -> Mapping[str, Mapping[int, np.ndarray]]:
+        """The same as `weights`, for the products of `Graph.products`."""
+
+    @property
     def form(self) -> Hashable:
         """Layers and shapes of the weights of a channel: equal for families that are alike."""
 
@@ -47,7 +51,11 @@ class Graph(Protocol):
 
     @property
     def positions(self) -> Mapping[str, int | None]:
-        """Path of a kernel -> multiply-adds of each of its weights, or None if unknown."""
+        """Path of a kernel or product -> multiply-adds of each entry, or None if unknown."""
+
+    @property
+    def products(self) -> Mapping[str, tuple[int, ...]]:
+        """Name of a product of two tensors that depend on the input -> the shape of its entries."""
 
     @property
     def unmasked(self) -> Mapping[str, int]:

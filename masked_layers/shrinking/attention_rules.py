@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -192,13 +193,19 @@ def _follow(
         slices[f"{names[name]}.bias"] = {0: of_heads, 1: of_width}
     counts = {name: positions(given[name], len(given[name].shape) - 1) for name in made}
     counts["output"] = counts["query"]
+    places = {f"{names[name]}.kernel": count for name, count in counts.items()}
+    pairs = _pairs(call, given["query"], given["key"])
     edit = Edit(
         slices,
         parts.outputs,
         inner,
         {(name,): channels for name, channels in widths.items()},
         _readers(parts, heads, width, denses),
-        {f"{names[name]}.kernel": count for name, count in counts.items()},
+        places | {"scores": pairs, "mixture": pairs},
+        products={
+            "scores": {0: parts.query_heads, 1: parts.key_dim},
+            "mixture": {0: parts.query_heads, 1: parts.value_dim},
+        },
         # On JAX, attention requires values of the same width as keys.
         equal=(parts.key_dim, parts.value_dim) if _equal_widths(parts) else (),
         # The layer divides products of queries and keys by the square root of their width.
@@ -206,6 +213,14 @@ def _follow(
     )
     flow.edit(call, edit)
     return parts.outputs
+
+
+def _pairs(call: Call, query: keras.KerasTensor, key: keras.KerasTensor) -> int | None:
+    """Returns the number of pairs of a query and a key for one example, or None if unknown."""
+    queries, rank = positions(query, len(query.shape) - 1), len(key.shape)
+    axes = call.operation.get_config().get("attention_axes") or range(1, rank - 1)
+    sizes = [key.shape[axis] for axis in {axis % rank for axis in axes}]
+    return None if queries is None or None in sizes else queries * math.prod(sizes)
 
 
 def _readers(

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import keras
@@ -83,8 +83,11 @@ class Edit:
         widths: Key path in the layer's config -> the channels whose number is stored there.
         readers: The kernels with which the layer mixes channels. Constants in the source of the
             first one are moved into the layer's bias.
+        products: Name -> {axis: channels}, like `slices`, for products of two tensors that both
+            depend on the input. Every entry of such a shape stands for `positions` multiply-adds.
         positions: Number of multiply-adds of each entry of its kernels for one example, or a dict
-            with this number for each weight that takes part. None if the shape is not fully known.
+            with this number for each weight and product that takes part. None if the shape is not
+            fully known.
         inside: Attributes that lead to the layer with the bias, if it is inside another one. The
             keys of its config in the config of the outer layer are these and "config".
         equal: Two sets of channels of which the same number must be kept.
@@ -98,6 +101,7 @@ class Edit:
     widths: dict[tuple[str | int, ...], Channels] = field(default_factory=dict)
     readers: tuple[Reader, ...] = ()
     positions: int | dict[str, int | None] | None = 0
+    products: dict[str, dict[int, Channels]] = field(default_factory=dict)
     inside: tuple[str, ...] = ()
     equal: tuple[Channels, ...] = ()
     scaled: dict[str, Channels] = field(default_factory=dict)
@@ -109,11 +113,28 @@ class Edit:
             if name in places if isinstance(places, dict) else name.endswith("kernel"):
                 yield name, axes, places[name] if isinstance(places, dict) else places
 
+    def counts(self) -> dict[str, int | None]:
+        """Returns the multiply-adds of each entry of a kernel or product, by name."""
+        found = {name: count for name, _, count in self.kernels()}
+        if isinstance(self.positions, dict):
+            found |= {name: self.positions[name] for name in self.products}
+        return found
+
     def makes(self) -> Iterator[tuple[str, Channels]]:
         """Yields (kind, channels) of all that the layer makes; the kind of its outputs is ""."""
         if self.made is not None:
             yield "", self.made
         yield from self.inner.items()
+
+    def followed(self) -> Iterator[tuple[tuple[Any, ...], Channels]]:
+        """Yields (place, channels) of all that the layer has channels of."""
+        for name, axes in self.slices.items():
+            for axis, channels in axes.items():
+                yield ("weight", name, axis), channels
+        for place, channels in self.widths.items():
+            yield ("width", *place), channels
+        for kind, channels in self.makes():
+            yield ("made", kind), channels
 
     def reads(self, channels: Channels) -> bool:
         """Returns whether these, and not equal ones, are channels that the layer reads."""
@@ -150,6 +171,22 @@ def positions(tensor: keras.KerasTensor, axis: int | None) -> int | None:
     return None if None in sizes else math.prod(sizes)
 
 
+_Positions = int | dict[str, int | None] | None
+
+
+def _total(first: _Positions, second: _Positions) -> _Positions:
+    """Returns the multiply-adds of two calls of a layer, as `Edit.positions` has them."""
+
+    def add(one: int | None, other: int | None) -> int | None:
+        return None if one is None or other is None else one + other
+
+    if isinstance(first, dict) and isinstance(second, dict):
+        return {name: add(count, second[name]) for name, count in first.items()}
+    assert not isinstance(first, dict)  # Calls of one layer have the same form.
+    assert not isinstance(second, dict)
+    return add(first, second)
+
+
 class CannotFollow(Exception):  # noqa: N818 (not an error: the layer stays whole)
     """Raised by a rule, with the reason, if the channels of a call cannot be followed."""
 
@@ -166,10 +203,12 @@ class Flow:
     Attributes:
         tensors: id of a symbolic tensor -> its channels.
         edits: id of an operation -> (operation, the changes that its channels require).
+        readings: The readers of every call, in the order of the graph.
         names: id of an operation -> its name; "nested/name" inside a nested model.
         graphs: id of the model, of a nested model or of a composite layer -> its graph.
         composites: id of a composite layer in `graphs` -> the kinds of arguments of its calls.
         opaque: id of a composite layer without a graph -> the reason.
+        called: ids of the operations that a rule has followed.
         entered: ids of the nested models and composite layers whose channels were followed.
         not_followed: Operation name -> why its inputs and outputs are left whole.
         pinned: Slot -> why it is kept even if no layer reads it.
@@ -179,10 +218,12 @@ class Flow:
 
     tensors: dict[int, Channels] = field(default_factory=dict)
     edits: dict[int, tuple[Any, Edit]] = field(default_factory=dict)
+    readings: list[tuple[Reader, ...]] = field(default_factory=list)
     names: dict[int, str] = field(default_factory=dict)
     graphs: dict[int, keras.Model] = field(default_factory=dict)
     composites: dict[int, str] = field(default_factory=dict)
     opaque: dict[int, str] = field(default_factory=dict)
+    called: set[int] = field(default_factory=set)
     entered: set[int] = field(default_factory=set)
     not_followed: dict[str, str] = field(default_factory=dict)
     pinned: dict[int, str] = field(default_factory=dict)
@@ -252,17 +293,48 @@ class Flow:
         for source in sources:
             self.pin(source, f"'{self.names[id(operation)]}', which is left whole, reads it")
         if id(operation) in self.edits:  # Another call was followed.
-            for _, channels in self.edits[id(operation)][1].makes():
-                self.pin(channels, reason)
+            self.keep(self.edits[id(operation)][1], reason)
         if (
             any(source.axis is not None for source in sources)
             or len(getattr(operation, "weights", ())) > 0
         ):
             self.not_followed[self.names[id(operation)]] = reason
 
+    def keep(self, edit: Edit, reason: str) -> None:
+        """Keeps all channels of a layer."""
+        for _, channels in edit.followed():
+            self.pin(channels, reason)
+
     def edit(self, call: Call, edit: Edit) -> None:
         """Records the changes to the layer of a call."""
         self.edits[id(call.operation)] = (call.operation, edit)
+        self.readings.append(edit.readers)
+
+    def edit_again(self, operation: Any, first: Edit, edit: Edit) -> None:
+        """Joins the channels of another call of a layer with those of the calls before.
+
+        Args:
+            operation: The layer.
+            first: The changes that the calls before require.
+            edit: The changes that this call alone requires.
+        """
+        again = f"'{self.names[id(operation)]}' is called again with other channels"
+        known, found = dict(first.followed()), dict(edit.followed())
+        for place in known.keys() & found.keys():
+            self.join(known[place].slots, found[place].slots)
+        for place in known.keys() ^ found.keys():
+            self.pin((known | found)[place], again)
+        readers = []
+        for before, now in zip(first.readers, edit.readers, strict=True):
+            fixed = before.fixed & now.fixed
+            # One bias cannot contain two constants.
+            other = fixed & (before.source.constants != now.source.constants)
+            other &= now.gain.any(axis=1)
+            self.pin(replace(now.source, slots=now.source.slots[other]), again)
+            readers.append(replace(before, fixed=fixed))
+        total = _total(first.positions, edit.positions)
+        merged = replace(first, readers=tuple(readers), positions=total)
+        self.edits[id(operation)] = (operation, merged)
 
     def settle(self) -> None:
         """Determines the slots that are kept: those that the pinned slots depend on.
@@ -278,8 +350,8 @@ class Flow:
         self._live = np.zeros(len(self._parents), bool)
         for slot in (0, *self.pinned):
             self._live[self.root(slot)] = True
-        for _, edit in reversed(self.edits.values()):
-            while self._ask(edit.readers):
+        for readers in reversed(self.readings):
+            while self._ask(readers):
                 pass  # Repeated, because units of a recurrent layer read each other.
         for channels in self.tensors.values():
             if channels.axis is not None and not self.alive(channels).any():

@@ -30,6 +30,7 @@ class ChannelFamily:
         size: Number of channels.
         weights: Path of a maskable weight -> {axis: int array with the channel of each index along
             the axis, or -1 for indices that do not belong to this family}.
+        products: The same as `weights`, for the products listed in `ChannelFamilies.products`.
         made: Path of each weight in `weights` that makes the channels -> its output axis.
         kind: "heads", "key_dim" or "value_dim" (the width of queries and keys, of values), or
             "head_dim" (both) for channels inside an attention layer; "" for outputs of the layers.
@@ -50,6 +51,7 @@ class ChannelFamily:
     form: tuple[tuple[Any, ...], ...] = ()
     scales: tuple[tuple[Any, np.ndarray], ...] = ()
     normalized: Mapping[str, np.ndarray] = field(default_factory=dict)
+    products: Mapping[str, Mapping[int, np.ndarray]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,8 +64,11 @@ class ChannelFamilies:
         whole: Name of any other layer that makes channels -> why some or all of these channels
             cannot be removed.
         not_followed: Name of a layer whose channels cannot be followed -> the reason.
-        positions: Path of a kernel -> number of multiply-adds of each of its weights for one
-            example, or None if a shape is unknown. Only layers that can be followed are included.
+        positions: Path of a kernel or product -> number of multiply-adds of each of its entries for
+            one example, or None if a shape is unknown. Only layers that can be followed are
+            included.
+        products: Name of a product of two tensors that both depend on the input, as of queries and
+            keys in attention -> the shape of its entries.
         unmasked: Path of a weight without a mask, in a masked model -> its size.
         uncounted: Paths of weights that belong to no layer that can be followed.
     """
@@ -73,6 +78,7 @@ class ChannelFamilies:
     whole: Mapping[str, str]
     not_followed: Mapping[str, str]
     positions: Mapping[str, int | None]
+    products: Mapping[str, tuple[int, ...]]
     unmasked: Mapping[str, int]
     uncounted: tuple[str, ...]
 
@@ -108,31 +114,8 @@ def channel_families(model: keras.Model) -> ChannelFamilies:
     named = [(edit, _named(operation, edit, everything)) for operation, edit in flow.edits.values()]
     counted = {ref.path for _, found in named for ref in found.values()}
     members, whole = _members(flow, edits)
-    places = {
-        root: (number, channel)
-        for number, roots in enumerate(members.values())
-        for channel, root in enumerate(roots)
-    }
-    families = [
-        ChannelFamily(
-            tuple(edits[i][0] for i, _ in makers),
-            len(roots),
-            weights=weights,
-            made=made,
-            kind=makers[0][1],
-            form=tuple(sorted(form, key=repr)),
-            scales=scales,
-            normalized=normalized,
-        )
-        for (makers, roots), (weights, made, form, normalized), scales in zip(
-            members.items(),
-            _weights_of(flow, edits, members, places),
-            _scales_of(flow, members, places),
-            strict=True,
-        )
-    ]
     return ChannelFamilies(
-        families=tuple(families),
+        families=_families(flow, edits, members),
         outputs=tuple(name for name, reason in whole.items() if reason == OUTPUT),
         whole={name: reason for name, reason in whole.items() if reason != OUTPUT},
         not_followed=flow.not_followed,
@@ -141,6 +124,11 @@ def channel_families(model: keras.Model) -> ChannelFamilies:
             for edit, found in named
             for name, _, positions in edit.kernels()
             if name in found
+        }
+        | {path: positions for path, _, positions in _products(flow)},
+        products={
+            path: tuple(len(axes[axis].slots) for axis in sorted(axes))
+            for path, axes, _ in _products(flow)
         },
         unmasked={
             ref.path: math.prod(ref.variable.shape)
@@ -156,6 +144,35 @@ _Members = dict[tuple[tuple[int, str], ...], list[int]]
 
 # The name of a layer, its edit, and its prunable weights by name.
 _Named = tuple[str, Edit, dict[str, WeightRef]]
+
+
+def _families(flow: Flow, edits: Sequence[_Named], members: _Members) -> tuple[ChannelFamily, ...]:
+    """Returns the families with all that belongs to them."""
+    places = {
+        root: (number, channel)
+        for number, roots in enumerate(members.values())
+        for channel, root in enumerate(roots)
+    }
+    return tuple(
+        ChannelFamily(
+            tuple(edits[i][0] for i, _ in makers),
+            len(roots),
+            weights=weights,
+            made=made,
+            kind=makers[0][1],
+            form=tuple(sorted(form, key=repr)),
+            scales=scales,
+            normalized=normalized,
+            products=products,
+        )
+        for (makers, roots), (weights, made, form, normalized), scales, products in zip(
+            members.items(),
+            _weights_of(flow, edits, members, places),
+            _scales_of(flow, members, places),
+            _products_of(flow, members, places),
+            strict=True,
+        )
+    )
 
 
 def _members(flow: Flow, edits: Sequence[_Named]) -> tuple[_Members, dict[str, str]]:
@@ -210,6 +227,25 @@ def _scales_of(
                 for number, entries in _inside(flow, places, channels):
                     found[number].append((variable_of(operation, name), entries))
     return [tuple(scales) for scales in found]
+
+
+def _products(flow: Flow) -> Iterator[tuple[str, dict[int, Channels], int | None]]:
+    """Yields (name, channels along each axis, positions) of all products, as `Edit` has them."""
+    for operation, edit in flow.edits.values():
+        for name, axes in edit.products.items():
+            yield f"{flow.names[id(operation)]}/{name}", axes, edit.counts()[name]
+
+
+def _products_of(
+    flow: Flow, members: _Members, places: _Places
+) -> list[dict[str, dict[int, np.ndarray]]]:
+    """Returns `products` of each family."""
+    found: list[dict[str, dict[int, np.ndarray]]] = [{} for _ in members]
+    for path, axes, _ in _products(flow):
+        for axis, channels in axes.items():
+            for number, entries in _inside(flow, places, channels):
+                found[number].setdefault(path, {})[axis] = entries
+    return found
 
 
 def _weights_of(

@@ -29,7 +29,6 @@ from masked_layers.shrinking.rules import (
 )
 
 OUTPUT = "an output of the model"
-NESTED = "nested model called more than once: shrunk inside, but its inputs and outputs stay whole"
 
 
 def graph_of(model: keras.Model) -> keras.Model:
@@ -133,29 +132,75 @@ def _through(
     for operation, args, kwargs, outputs in _keras_graph.graph_calls(graph):
         inputs = _keras_graph.tensors_in((args, _besides_mask(operation, kwargs)))
         inner = flow.graphs.get(id(operation))
-        obstacle = obstacles.get(id(operation))
-        if inner is not None and obstacle == NESTED and id(operation) not in flow.entered:
-            flow.entered.add(id(operation))
-            for channels in _through(flow, inner, [WHOLE] * len(inner.inputs), obstacles):
-                flow.pin(channels, f"an output of '{flow.names[id(operation)]}'")
+        name = flow.names[id(operation)]
+        # What was left whole in one call is left whole in all of them.
+        obstacle = obstacles.get(id(operation)) or flow.not_followed.get(name)
         try:
             if obstacle:
                 raise CannotFollow(obstacle)
             if inner is not None:
-                flow.entered.add(id(operation))
                 found = [flow.tensors[id(x)] for x in inputs]
+                if id(operation) in flow.entered:
+                    found = _enter_again(flow, inner, found)
+                flow.entered.add(id(operation))
                 results = _through(flow, inner, found, obstacles)
             else:
-                follow_rule = rule_of(operation)
-                assert follow_rule is not None  # Otherwise it has an obstacle.
                 call = Call(operation, inputs, outputs[0], args, kwargs)
-                results = [follow_rule(flow, call)] * len(outputs)
+                results = [_followed(flow, call)] * len(outputs)
                 _pin_masks(flow, call)
         except CannotFollow as reason:
             flow.leave_whole(operation, inputs, str(reason))
             results = [WHOLE] * len(outputs)
         flow.tensors.update(zip(map(id, outputs), results, strict=True))
     return [flow.tensors[id(tensor)] for tensor in graph.outputs]
+
+
+def _enter_again(flow: Flow, inner: keras.Model, sources: list[Channels]) -> list[Channels]:
+    """Joins the inputs of another call of a nested model with those of the calls before.
+
+    Returns:
+        The channels of the inputs. Inputs that are left whole in one call are so in all of them.
+
+    Raises:
+        CannotFollow: If their channels lie along other axes. The earlier inputs and outputs are
+            then kept whole, too.
+    """
+    reason = f"'{inner.name}' is called again with other channels"
+    before = [flow.tensors[id(tensor)] for tensor in inner.inputs]
+    for first, source in zip(before, sources, strict=True):
+        if None not in (first.axis, source.axis) and first.axis != source.axis:
+            for tensor in (*inner.inputs, *inner.outputs):
+                flow.pin(flow.tensors[id(tensor)], reason)
+            raise CannotFollow("called with channels along different axes")
+    entered = []
+    for first, source in zip(before, sources, strict=True):
+        if first.axis == source.axis:
+            flow.join(first.slots, source.slots)
+        else:
+            flow.pin(first, reason)
+            flow.pin(source, reason)
+        entered.append(source if first.axis == source.axis else WHOLE)
+    return entered
+
+
+def _followed(flow: Flow, call: Call) -> Channels:
+    """Follows a call by the rule of its operation, which may have been called before."""
+    operation = call.operation
+    follow_rule = rule_of(operation)
+    assert follow_rule is not None  # Otherwise it has an obstacle.
+    _, before = flow.edits.get(id(operation), (operation, None))
+    called = id(operation) in flow.called
+    flow.called.add(id(operation))
+    result = follow_rule(flow, call)
+    _, edit = flow.edits.get(id(operation), (operation, None))
+    if not called or {plain_class(operation), foreign_name(operation)} & CALLED_AGAIN:
+        return result
+    if before is not None and edit is not None and edit is not before:
+        flow.edit_again(operation, before, edit)
+    elif edit is not None and (edit is before or before is None):
+        # One of the calls has channels, and another one has none.
+        flow.keep(edit, f"'{flow.names[id(operation)]}' is called again with other channels")
+    return result
 
 
 def _pin_masks(flow: Flow, call: Call) -> None:
@@ -171,6 +216,7 @@ def _obstacles(flow: Flow) -> dict[int, str]:
     """Returns why operations cannot be followed, apart from what their rules check, by id."""
     calls = [call for graph in flow.graphs.values() for call in _keras_graph.graph_calls(graph)]
     times = Counter(id(part) for operation, *_ in calls for part in _called(flow, operation))
+    direct = Counter(id(operation) for operation, *_ in calls)
     shared = _sharing(flow, [operation for operation, *_ in calls])
     obstacles: dict[int, str] = {}
     for operation, args, kwargs, _ in calls:
@@ -194,19 +240,13 @@ def _obstacles(flow: Flow) -> dict[int, str]:
         elif id(operation) in flow.graphs and _renamed(flow, operation, args):
             obstacle = "called with a dict for inputs that are no such dict"
         elif id(operation) in flow.graphs:
-            # If another call has another obstacle, the model cannot be made smaller inside either.
-            if times[id(operation)] > 1:
-                obstacle = obstacles.get(id(operation), NESTED)
+            pass
         elif rule_of(operation) is None:
             obstacle = f"unknown class {cls.__name__}"
         elif id(operation) in shared:
             obstacle = "it shares a weight with another layer, which a smaller copy would not"
-        elif (
-            (count := max(times[id(part)] for part in _called(flow, operation))) > 1
-            and (len(getattr(operation, "weights", ())) > 0 or cls is keras.layers.Reshape)
-            and not known_as & CALLED_AGAIN
-        ):
-            obstacle = f"called {count} times"
+        elif cls is keras.layers.Reshape and times[id(operation)] > direct[id(operation)]:
+            obstacle = "called inside another layer, too"
         elif _any_inside(operation, "quantization_mode"):
             obstacle = "quantized"
         elif _any_inside(operation, "lora_enabled"):

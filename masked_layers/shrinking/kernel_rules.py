@@ -353,8 +353,6 @@ def _units(
 def _embedding(flow: Flow, call: Call) -> Channels:
     """Follows one of the calls of a table of words, which all have the same channels."""
     layer, source = call.operation, flow.tensors[id(call.inputs[0])]
-    if whole := flow.not_followed.get(flow.names[id(layer)]):
-        raise CannotFollow(whole)  # Another call was left whole.
     reverse = call.kwargs.get("reverse", call.args[1] if len(call.args) > 1 else False)
     if reverse:
         source = flow.channels(call, -1)
@@ -366,7 +364,6 @@ def _embedding(flow: Flow, call: Call) -> Channels:
     assert made is not None
     if reverse:
         flow.join(source.slots, made.slots)
-        flow.edits.pop(id(layer), None)  # Moved to the end, where the outputs need what it reads.
         edit = _with_reader(edit, call, source)
     flow.edit(call, edit)
     if reverse:

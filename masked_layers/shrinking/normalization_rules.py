@@ -61,8 +61,8 @@ def normalized(
     mask, beta = mask_of(layer, names[0]), raw_variable(layer, "beta")
     if mask is None:
         raise CannotFollow(
-            "it normalizes all channels together; pruning can leave some out after "
-            "convert_to_masked(model, mask_normalization=True)"
+            "it normalizes all channels together, and leaves none of them out, as it may when "
+            "pruned after convert_to_masked(model, mask_normalization=True)"
         )
     keep, scale = mask.to_numpy(), array(raw_variable(layer, names[0]))
     shift = np.zeros(len(keep)) if beta is None else array(beta).astype("float64")

@@ -55,7 +55,8 @@ class ShrinkRow:
         kept: Reason -> number of constant units or filters that could not be removed.
         weights_before: Number of weights of the layer before, biases included.
         weights_after: Number of weights of the layer after.
-        macs_before: Multiply-adds of its kernels for one example; None if a shape is not known.
+        macs_before: Multiply-adds of its kernels for one example, and of the products of queries,
+            keys and values in attention; None if a shape is not known.
         macs_after: The same number after. In the rows of what is inside an attention layer, these
             four are 0, since the row of its outputs counts all of its weights.
     """
@@ -154,10 +155,10 @@ def shrink(
     activations, dropout and noise, flatten, reshape and permute, zero padding, cropping,
     upsampling, concatenation, additions and other element-wise merges, both as layers and as
     operators on symbolic tensors, and through nested Sequential and Functional models and composite
-    layers whose `call` only calls layers and operations. The inputs and outputs of all other layers
-    are left whole. This also holds for layers with weights that are called more than once, except
-    tables of words, and for calls in training mode. The report names these layers; without
-    `return_report`, a warning does.
+    layers whose `call` only calls layers and operations. All calls of a layer or nested model keep
+    the same channels. The inputs and outputs of all other layers are left whole, and those of
+    different layers that share a weight, and of calls in training mode. The report names these
+    layers; without `return_report`, a warning does.
 
     A constant other than zero that enters a zero-padded convolution is not constant at the border.
     Such channels are kept and reported. They are rare if biases are pruned with their filters.
@@ -489,21 +490,24 @@ def _multiply_adds(flow: Flow) -> tuple[int | None, int | None]:
 
 def _sizes(flow: Flow, operation: Any, edit: Edit) -> dict[str, Any]:
     """Returns the numbers of weights and multiply-adds of a layer, as `ShrinkRow` has them."""
-    positions = {name: count for name, _, count in edit.kernels()}
+    positions = edit.counts()
     known = None not in positions.values()
     total = dict.fromkeys(("weights_before", "weights_after", "macs_before", "macs_after"), 0)
-    for name, axes in edit.slices.items():
-        variable = attrgetter(name)(operation)
-        if variable is None:
+    for name, axes in (edit.slices | edit.products).items():
+        if name in edit.products:
+            before = math.prod(len(channels.slots) for channels in axes.values())
+        elif (variable := attrgetter(name)(operation)) is not None:
+            before = math.prod(variable.shape)
+        else:
             continue
-        before = after = math.prod(variable.shape)
+        after = before
         for channels in axes.values():
             after = after * int(flow.alive(channels).sum()) // len(channels.slots)
-        total["weights_before"] += before
-        total["weights_after"] += after
-        if known and name in positions:
-            total["macs_before"] += before * positions[name]
-            total["macs_after"] += after * positions[name]
+        if name in edit.slices:
+            total["weights_before"] += before
+            total["weights_after"] += after
+        total["macs_before"] += before * (positions.get(name) or 0)
+        total["macs_after"] += after * (positions.get(name) or 0)
     if edit.readers and not edit.inner and _shift(flow, edit.readers[0]).any():
         layer = reduce(getattr, edit.inside, operation)
         if layer.bias is None:  # It gets one.

@@ -12,3 +12,4 @@ class Family:
     kind: str = ""
     form: tuple = ()
     scales: tuple = ()
+    products: dict = dataclasses.field(default_factory=dict)

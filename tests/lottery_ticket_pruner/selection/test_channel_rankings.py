@@ -16,7 +16,7 @@ pytestmark = pytest.mark.once
 
 def graph(*families, positions=None, unmasked=None):
     return types.SimpleNamespace(
-        families=families, positions=positions or {}, unmasked=unmasked or {}
+        families=families, positions=positions or {}, products={}, unmasked=unmasked or {}
     )
 
 

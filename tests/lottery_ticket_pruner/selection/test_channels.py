@@ -28,7 +28,7 @@ JOINED = Family(
 ALONE = Family(("c",), 8, {"c": {1: np.arange(8)}, "d": {0: np.arange(8)}}, {"c": 1})
 FAMILIES = (JOINED, ALONE)
 POSITIONS = {"a": 1, "b": 9, "c": 1, "d": 4}
-GRAPH = types.SimpleNamespace(families=FAMILIES, positions=POSITIONS, unmasked={})
+GRAPH = types.SimpleNamespace(families=FAMILIES, positions=POSITIONS, products={}, unmasked={})
 SHAPES = {"a": (4, 5), "b": (2, 2, 3, 5), "c": (10, 8), "d": (8, 2)}
 
 
@@ -130,7 +130,7 @@ def test_scaling_a_kernel_does_not_change_the_global_ranking():
         select(
             request(rate=0.5, scope="global"),
             kernel,
-            graph=types.SimpleNamespace(families=lone, positions={}),
+            graph=types.SimpleNamespace(families=lone, positions={}, products={}),
         )
         for kernel in (weights, scaled)
     ]
@@ -242,7 +242,7 @@ def test_a_budget_that_is_invalid_or_cannot_be_met_raises():
     with pytest.raises(ValueError, match=r"cannot be met: .* are left"):
         select(request(budget={"macs": 0.01}), kernels(), graph=GRAPH)
     open_shape = types.SimpleNamespace(
-        families=FAMILIES, positions={**POSITIONS, "b": None}, unmasked={}
+        families=FAMILIES, positions={**POSITIONS, "b": None}, products={}, unmasked={}
     )
     with pytest.raises(ValueError, match="input shape of the model is not fixed"):
         select(request(budget={"macs": 0.5}), kernels(), graph=open_shape)

@@ -215,11 +215,22 @@ def test_a_mask_for_each_head_leaves_attention_whole():
 
 
 @pytest.mark.once
-def test_multiply_adds_of_the_kernels():
+def test_multiply_adds_of_kernels_and_of_attention():
     masked = convert_to_masked(randomize(cross_attention()))
     _, report = shrink(masked, return_report=True)
     projections = 4 * 8 * 2 * 4 + 7 * 10 * 2 * 4 + 7 * 6 * 2 * 4 + 4 * 2 * 4 * 10
-    assert report.macs_before == 4 * 5 * 8 + 7 * 3 * (6 + 10) + projections + 40 * 3
+    products = 2 * (4 * 7) * 2 * 4  # Queries with keys, and their scores with values.
+    assert report.macs_before == 4 * 5 * 8 + 7 * 3 * (6 + 10) + projections + products + 40 * 3
+
+
+def test_a_budget_counts_the_products_of_attention():
+    masked = convert_to_masked(randomize(cross_attention()))
+    pruner = LotteryTicketPruner(masked)
+    pruner.update_masks("random", structure="channels", budget={"macs": 0.5})
+    _, report = shrink(masked, return_report=True)
+    assert 0.35 * report.macs_before < report.macs_after <= 0.5 * report.macs_before
+    found = channel_families(masked)
+    assert found.products == {"mha/scores": (2, 4), "mha/mixture": (2, 4)}
 
 
 @pytest.mark.once

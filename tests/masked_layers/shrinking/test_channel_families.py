@@ -227,15 +227,3 @@ def test_a_nested_model_of_several_inputs_and_outputs_is_followed():
     np.testing.assert_allclose(
         outputs(smaller), expected, rtol=0, atol=1e-5 * np.abs(expected).max()
     )
-
-
-def test_a_reshape_that_is_called_twice_keeps_what_it_reads():
-    def make():
-        x = keras.Input((5,))
-        reshape = layers.Reshape((1, 4), name="reshape")
-        a, b = reshape(layers.Dense(4, name="a")(x)), reshape(layers.Dense(4, name="b")(x))
-        return keras.Model(x, layers.Dense(2, name="last")(layers.Dense(3, name="c")(a + b)))
-
-    found = channel_families(randomized(make))
-    assert [family.layers for family in found.families] == [("c",)]
-    assert found.not_followed == {"reshape": "called 2 times"}

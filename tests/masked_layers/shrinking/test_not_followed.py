@@ -83,19 +83,6 @@ def test_attention_without_weights_is_left_whole_and_gates_read_constants():
     assert set(report.not_followed) == {"attention"}
 
 
-def test_layer_called_twice_is_left_whole():
-    x = keras.Input((5,))
-    shared = layers.Dense(4, "relu", name="shared")
-    a, b = layers.Dense(4, name="a")(x), layers.Dense(4, name="b")(x)
-    y = layers.Concatenate()([shared(a), shared(b)])
-    model = randomize(keras.Model(x, layers.Dense(2, name="out")(y)))
-    for name in ("a", "b", "shared"):
-        zero(model.get_layer(name), [1])
-    smaller, report = checked(model)
-    assert widths(smaller) == {"a": 4, "b": 4, "shared": 4, "out": 2}
-    assert report.not_followed == {"shared": "called 2 times"}
-
-
 def test_layer_without_weights_may_be_called_twice():
     x = keras.Input((5,))
     relu = layers.ReLU()

@@ -28,7 +28,18 @@ def draw_net(draw):
     for _ in range(draw(st.integers(1, 4))):
         kind = draw(
             st.sampled_from(
-                ["conv", "conv", "residual", "branches", "depthwise", "separable", "gate", "pool"]
+                [
+                    "conv",
+                    "conv",
+                    "residual",
+                    "branches",
+                    "depthwise",
+                    "separable",
+                    "gate",
+                    "pool",
+                    "again",
+                    "nested",
+                ]
             )
         )
         channels = y.shape[-1]
@@ -48,6 +59,14 @@ def draw_net(draw):
             y = layers.DepthwiseConv2D(2, padding=draw(padding), depth_multiplier=multiplier)(y)
         elif kind == "separable":
             y = layers.SeparableConv2D(draw(st.integers(1, 5)), 2, padding=draw(padding))(y)
+        elif kind == "again":
+            again = layers.Conv2D(channels, 3, padding="same", activation=draw(activation))
+            y = layers.Add()([y, again(again(y))]) if draw(st.booleans()) else again(again(y))
+        elif kind == "nested":
+            parts = [keras.Input(y.shape[1:]), layers.Conv2D(3, 1), layers.Conv2D(channels, 1)]
+            nested = keras.Sequential(parts)
+            other = layers.Conv2D(channels, 1, activation=draw(activation))(y)
+            y = layers.Concatenate()([nested(y), nested(other)])
         elif kind == "pool":
             pool = draw(st.sampled_from([layers.MaxPooling2D, layers.AveragePooling2D]))
             y = pool(2, strides=1, padding=draw(padding))(y)
