@@ -2,6 +2,7 @@
 
 from lottery_ticket_pruner import serialization as _serialization  # noqa: F401 (registers)
 from lottery_ticket_pruner.callbacks import PrunerCallback
+from lottery_ticket_pruner.compression import PruneResult, prune
 from lottery_ticket_pruner.mask_schedules import DynamicSparseTraining, GradualPruning
 from lottery_ticket_pruner.pruner import LotteryTicketPruner
 from lottery_ticket_pruner.tickets import TicketResult, find_ticket
@@ -12,7 +13,9 @@ __all__ = [
     "DynamicSparseTraining",
     "GradualPruning",
     "LotteryTicketPruner",
+    "PruneResult",
     "PrunerCallback",
     "TicketResult",
     "find_ticket",
+    "prune",
 ]

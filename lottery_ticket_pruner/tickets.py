@@ -47,6 +47,7 @@ __all__ = [
     "TicketSearch",
     "find_ticket",
     "search",
+    "train_stretch",
     "train_to_rewinding_point",
 ]
 
@@ -320,7 +321,7 @@ def train_to_rewinding_point(
         listeners: Functions to call during the training.
     """
     stretch = ("dense", 0, "to the rewinding point")
-    return _train_stretch(model, examples, plan, stretch, validation, listeners)
+    return train_stretch(model, examples, plan, stretch, validation, listeners)
 
 
 @dataclasses.dataclass
@@ -486,7 +487,7 @@ class TicketSearch:
         Its validation history begins with the results in `before`.
         """
         point = self.plan.pruning.rewind_to
-        history = _train_stretch(
+        history = train_stretch(
             self.model,
             self.examples,
             dataclasses.replace(self.plan.training, steps=self.plan.steps_after_rewinding),
@@ -562,7 +563,7 @@ def _named(data: str, results: Mapping[str, Any]) -> dict[str, Any]:
     return {f"{data}_{name}": np.asarray(value).tolist() for name, value in results.items()}
 
 
-def _train_stretch(
+def train_stretch(
     model: keras.Model,
     examples: ArrayDataset,
     plan: TrainingPlan,
@@ -573,6 +574,17 @@ def _train_stretch(
     """Trains a stretch of a search, which is identified by its arm, its round and its stage.
 
     All random numbers in it depend only on these and on the plan's seed.
+
+    Args:
+        model: A compiled model.
+        examples: Examples to train on.
+        plan: The training plan. Its seed is an integer.
+        stretch: Arm, round and stage.
+        validation: Examples to evaluate on, or None.
+        listeners: Functions to call during the training, or None.
+
+    Raises:
+        ValueError: If the seed is not an integer.
     """
     if not is_integer(plan.seed):
         raise ValueError(f"The seed of a search must be an integer. Received: {plan.seed!r}")

@@ -44,11 +44,13 @@ PURPOSES: dict[str, Callable[[str, list[int], Sequence[Part]], np.random.SeedSeq
     "arms of a search": _by_parts,  # seed, arm or "masks" or "treatment", round, ...
     "augmentation": _spawned,
     "gradient batch": _by_purpose,  # seed, step
+    "groups of test examples": _by_purpose,  # seed
     "mask updates": _by_parts,  # seed, step
     "order of examples": _by_parts,  # seed, ... or seed, epoch
     "rewiring": _by_parts,  # seed, step, path
     "sampled masks": _by_purpose,  # seed, path
     "scores of masks": _by_parts,  # seed, path
+    "shuffled targets": _by_purpose,  # seed
     "test samples": _by_purpose,  # seed, number
     "ties": _by_digest,  # seed, path
     "treatments": _by_parts,  # seed, path

@@ -18,7 +18,7 @@ PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 # Every block of these pages is run, here or in the tests of the page.
 RUN = {
     *("README.md", "serving.md", "extending.md", "migrating-from-tfmot.md", "shrinking.md"),
-    "ticket-files.md",
+    *("ticket-files.md", "pruning-to-a-tolerance.md"),
 }
 
 
@@ -55,7 +55,12 @@ def test_every_page_with_python_is_run():
 
 
 def test_readme_runs_from_top_to_bottom(names):
-    prune, criteria, serve, _earlier = python_of(ROOT / "README.md")  # The last: test_packaging.
+    # The last: test_packaging.
+    to_tolerance, prune, criteria, serve, _earlier = python_of(ROOT / "README.md")
+    if keras.backend.backend() == "tensorflow":
+        names["data"] = names["x_train"], names["y_train"]
+        pages.run("README.md", to_tolerance, names)
+        assert sorted(path.name for path in Path("pruned").iterdir()) == ["model.keras", "served"]
     pages.run("README.md", prune, names)
     assert ml.sparsity_report(names["masked"]).sparsity > 0.8
     pages.run("README.md", criteria, names)
@@ -65,6 +70,13 @@ def test_readme_runs_from_top_to_bottom(names):
         pages.run("README.md", serve, names)
         expected = names["masked"](names["inputs"])
         np.testing.assert_allclose(names["outputs"], expected, rtol=1e-5)
+
+
+@pytest.mark.once
+def test_the_page_on_pruning_to_a_tolerance_runs_from_top_to_bottom(names):
+    for code in python_of(ROOT / "docs" / "pruning-to-a-tolerance.md"):
+        pages.run("pruning-to-a-tolerance.md", code, names)
+    assert names["result"].sparsity > 0.5
 
 
 @pytest.mark.once

@@ -52,9 +52,11 @@ def test_no_two_purposes_share_a_stream():
         ("arms of a search", "ticket", 1, "train"),
         ("augmentation",),
         ("gradient batch", 100),
+        ("groups of test examples",),
         ("order of examples",),
         ("order of examples", 100),
         ("sampled masks", PATH),
+        ("shuffled targets",),
         ("ties", PATH),
         ("treatments", PATH),
     ]

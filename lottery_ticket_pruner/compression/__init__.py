@@ -1,0 +1,8 @@
+"""From a trained model to the smallest one that is good enough."""
+
+from lottery_ticket_pruner.compression.parts import Parts, parts_of
+from lottery_ticket_pruner.compression.plan import Goals, Options, Plan
+from lottery_ticket_pruner.compression.result import PruneResult
+from lottery_ticket_pruner.compression.search import prune, search
+
+__all__ = ["Goals", "Options", "Parts", "Plan", "PruneResult", "parts_of", "prune", "search"]

@@ -1,0 +1,100 @@
+"""The search for the lowest density that is good enough: geometric steps, then bisection."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+
+# Exports that a search for the density of a given size makes at most, and the share of the size
+# that is close enough to it.
+_MEASUREMENTS = 8
+_CLOSE = 0.95
+
+
+@dataclasses.dataclass(frozen=True)
+class Attempt:
+    """A density that was tried.
+
+    Attributes:
+        density: Share of what is pruned that was kept, in (0, 1].
+        accepted: Whether the result was good enough.
+    """
+
+    density: float
+    accepted: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Ladder:
+    """The densities of a search, each determined by the results of the earlier ones.
+
+    From the lowest accepted density on, each step keeps the share `1 - rate` of it. After the
+    first density that was not accepted, the steps are the geometric means of the lowest accepted
+    one and the highest one that was not accepted below it, until their ratio is at most
+    `precision`.
+
+    Attributes:
+        rate: Share of the kept weights that a geometric step prunes, in (0, 1).
+        precision: Ratio of two densities at which the search ends, above 1.
+        target: Density that is low enough, where the search ends. None if the lowest is wanted.
+        lowest: Density below which nothing is tried.
+        start: Density that needs no attempt.
+    """
+
+    rate: float = 0.5
+    precision: float = 1.2
+    target: float | None = None
+    lowest: float = 0.0
+    start: float = 1.0
+
+    def best(self, tried: Sequence[Attempt]) -> float:
+        """Returns the lowest accepted density, or `start`."""
+        return min([self.start, *(attempt.density for attempt in tried if attempt.accepted)])
+
+    def following(self, tried: Sequence[Attempt]) -> float | None:
+        """Returns the next density to try, below `best(tried)`. None if the search is complete."""
+        best = self.best(tried)
+        low = max(self.lowest, self.target or 0.0)
+        if best <= low:
+            return None
+        failed = [attempt.density for attempt in tried if not attempt.accepted]
+        below = [density for density in failed if density < best]
+        if below:
+            highest = max(below)
+            if best <= highest * self.precision:
+                return None
+            return math.sqrt(best * highest)
+        return max(best * (1 - self.rate), low)
+
+
+def density_of_size(
+    size_at: Callable[[float], int], goal: int, lowest: float
+) -> tuple[float, int] | None:
+    """Returns a density whose size is at most `goal` and close to it, and this size.
+
+    Sizes are about linear in the density, so each new density is on the line through the two
+    measured ones around the goal, or in the middle between them if that converges slowly.
+
+    Args:
+        size_at: Returns the size in bytes of a density in (0, 1].
+        goal: Size in bytes.
+        lowest: Lowest density to consider.
+
+    Returns:
+        None if the size of the lowest density is above `goal`.
+    """
+    low, high = (lowest, size_at(lowest)), (1.0, size_at(1.0))
+    if low[1] > goal:
+        return None
+    if high[1] <= goal:
+        return high
+    for number in range(_MEASUREMENTS):
+        if low[1] >= _CLOSE * goal:
+            break
+        share = (0.98 * goal - low[1]) / (high[1] - low[1]) if number % 3 < 2 else 0.5
+        middle = low[0] + min(max(share, 0.02), 0.98) * (high[0] - low[0])
+        size = size_at(middle)
+        if size <= goal:
+            low = middle, size
+        else:
+            high = middle, size
+    return low

@@ -1,0 +1,220 @@
+"""The metric that decides what is good enough, its direction, and the final comparison."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import keras
+import numpy as np
+
+from lottery_ticket_pruner import training
+from lottery_ticket_pruner.training import Arrays, map_arrays
+from masked_layers import randomness
+
+# Examples and shuffled copies of the targets by which a trained model is recognized, and how many
+# standard deviations its loss is then below those for shuffled targets.
+_EXAMPLES, _SHUFFLES, _DEVIATIONS = 1_000, 19, 5.0
+# Groups of examples whose results are compared if a metric has no result for each example.
+_GROUPS = 200
+_ACCURACIES = ("accuracy", "acc", "categorical_accuracy", "sparse_categorical_accuracy")
+_BINARY = (*_ACCURACIES[:2], "binary_accuracy")
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """A metric of a compiled model.
+
+    Attributes:
+        name: Its name among the results of `evaluate`.
+        higher_is_better: Its direction.
+    """
+
+    name: str
+    higher_is_better: bool
+
+    def of(self, model: keras.Model, pair: tuple[Arrays, Arrays]) -> float:
+        """Returns its value over a whole data set."""
+        return float(training.evaluate(model, *pair)[self.name])
+
+    def drop(self, dense: float, pruned: float) -> float:
+        """Returns how much worse the pruned model is; negative if it is better."""
+        return dense - pruned if self.higher_is_better else pruned - dense
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """The metric of the dense and of the pruned model on the test data.
+
+    Attributes:
+        metric: Name of the metric.
+        dense: Its value for the dense model.
+        pruned: Its value for the pruned model.
+        drop: How much worse the pruned model is; negative if it is better.
+        interval: The 95 % confidence interval of the drop over samples of test examples, or None.
+        method: How the interval was computed, or why there is none.
+        examples: Number of test examples.
+    """
+
+    metric: str
+    dense: float
+    pruned: float
+    drop: float
+    interval: tuple[float, float] | None
+    method: str
+    examples: int
+
+    def __str__(self) -> str:
+        text = f"{self.metric} {self.dense:.4f} -> {self.pruned:.4f}, drop {self.drop:+.4f}"
+        if self.interval is None:
+            return f"{text} ({self.method})"
+        low, high = self.interval
+        return f"{text} (95 % interval {low:+.4f} to {high:+.4f}, {self.examples} examples)"
+
+
+def metric_of(
+    results: Mapping[str, Any], model: keras.Model, name: str | None, mode: str
+) -> Metric:
+    """Returns a metric by name, or by default the first accuracy, or else the loss.
+
+    Args:
+        results: Results of an evaluation of the model.
+        model: The compiled model.
+        name: Name of the metric, or None.
+        mode: `"max"`, `"min"`, or `"auto"` for the direction that Keras' callbacks would choose.
+
+    Raises:
+        ValueError: If there is no such metric, its value is not one number, or its direction is
+            unknown.
+    """
+    if name is None:
+        accuracies = [key for key in results if key.rpartition("_")[2] in ("accuracy", "acc")]
+        name = next(iter(accuracies), "loss")
+    if name not in results:
+        raise ValueError(
+            f"`metric` must be one of {list(results)}, as `{model.name}` is compiled. "
+            f"Received: {name!r}"
+        )
+    if np.ndim(results[name]):
+        raise ValueError(f"`metric` must be one number, but {name!r} has several: {results[name]}.")
+    return Metric(name, _is_maximized(model, name, mode))
+
+
+def _is_maximized(model: keras.Model, name: str, mode: str) -> bool:
+    """Asks Keras' own callback, which knows the directions of metrics, for the better of two."""
+    if mode not in ("auto", "max", "min"):
+        raise ValueError(f'`mode` must be "auto", "max" or "min". Received: {mode!r}')
+    monitor = f"val_{name}"
+    callback = keras.callbacks.EarlyStopping(monitor, mode=mode)
+    callback.set_model(model)
+    callback.on_train_begin()
+    try:
+        for epoch, value in enumerate((1.0, 2.0)):
+            callback.on_epoch_end(epoch, {monitor: value})
+    except ValueError as error:
+        raise ValueError(
+            f"It is not known whether a higher {name!r} is better or worse: pass "
+            f'mode="max" or mode="min".'
+        ) from error
+    return bool(callback.best == 2.0)
+
+
+def is_trained(model: keras.Model, pair: tuple[Arrays, Arrays]) -> bool:
+    """Returns whether the outputs of a model depend on the targets of its inputs.
+
+    They do if its loss is far below the losses for the same targets in other orders.
+    """
+    first = np.arange(min(_length(pair), _EXAMPLES))
+    x, y = _taken(pair, first)
+    loss = training.evaluate(model, x, y)["loss"]
+    rng = randomness.stream("shuffled targets", 0)
+    losses = []
+    for _ in range(_SHUFFLES):
+        shuffled = _taken(y, rng.permutation(len(first)))
+        losses.append(training.evaluate(model, x, shuffled)["loss"])
+    return bool(np.mean(losses) - loss > _DEVIATIONS * np.std(losses, ddof=1) + 1e-6)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """The results of a model on test data.
+
+    Attributes:
+        value: The metric over all examples.
+        correct: Whether each example is correct, if the metric is the share of these, or None.
+        groups: The metric of each group of examples. Empty unless `correct` is None.
+    """
+
+    value: float
+    correct: np.ndarray | None
+    groups: np.ndarray
+
+    @classmethod
+    def of(cls, metric: Metric, model: keras.Model, pair: tuple[Arrays, Arrays]) -> "Outcome":
+        """Measures a model on data."""
+        value = metric.of(model, pair)
+        correct = is_correct(metric, model, pair)
+        # Custom metrics may have the name of another one.
+        if correct is not None and abs(float(correct.mean()) - value) < 1e-5:
+            return cls(value, correct, np.zeros(0))
+        groups = _groups(_length(pair))
+        return cls(value, None, np.array([metric.of(model, _taken(pair, g)) for g in groups]))
+
+
+def compare(metric: Metric, dense: Outcome, pruned: Outcome, examples: int) -> Comparison:
+    """Compares the outcomes of two models, with a confidence interval of the difference.
+
+    An accuracy is compared example by example, another mean over examples by a bootstrap over at
+    most 200 groups of examples. For metrics that are no means, such as AUC, there is no interval.
+    """
+    from lottery_ticket_pruner.compression import intervals  # Needs SciPy.
+
+    drop = metric.drop(dense.value, pruned.value)
+    interval: tuple[float, float] | None = None
+    if dense.correct is not None and pruned.correct is not None:
+        interval = intervals.of_paired_shares(dense.correct, pruned.correct)
+        method = "Newcombe's interval of paired shares"
+    elif _is_mean(dense) and _is_mean(pruned):
+        pairs = zip(dense.groups, pruned.groups, strict=True)
+        differences = np.array([metric.drop(*pair) for pair in pairs])
+        interval = intervals.of_mean(differences)
+        method = f"bootstrap over {len(differences)} groups of examples"
+    else:
+        method = f"no interval: {metric.name} is not a mean over examples"
+    return Comparison(metric.name, dense.value, pruned.value, drop, interval, method, examples)
+
+
+def _is_mean(outcome: Outcome) -> bool:
+    groups = outcome.groups
+    return len(groups) > 0 and bool(np.isclose(groups.mean(), outcome.value, rtol=0.02, atol=1e-6))
+
+
+def is_correct(
+    metric: Metric, model: keras.Model, pair: tuple[Arrays, Arrays]
+) -> np.ndarray | None:
+    """Returns which examples a classifier gets right, or None if the metric does not say so."""
+    if not metric.higher_is_better or not isinstance(pair[1], np.ndarray):
+        return None
+    outputs = np.asarray(model.predict(pair[0], verbose=0, batch_size=256))
+    labels = pair[1].reshape(-1) if pair[1].size == len(pair[1]) else pair[1]
+    if outputs.ndim == 2 and outputs.shape[1] > 1 and metric.name in _ACCURACIES:
+        if labels.ndim == 1:
+            return outputs.argmax(-1) == labels
+        return outputs.argmax(-1) == labels.argmax(-1) if labels.ndim == 2 else None
+    if outputs.size == len(labels) == labels.size and metric.name in _BINARY:
+        return (outputs.reshape(-1) > 0.5) == (labels > 0.5)
+    return None
+
+
+def _groups(examples: int) -> list[np.ndarray]:
+    """Returns the examples of groups of equal size, leaving out fewer than one group."""
+    size = -(-examples // _GROUPS)
+    order = randomness.stream("groups of test examples", 0).permutation(examples)
+    return np.split(order[: examples // size * size], examples // size)
+
+
+def _taken(arrays: Any, indices: np.ndarray) -> Any:
+    return map_arrays(lambda array: array[indices], arrays)
+
+
+def _length(pair: tuple[Arrays, Arrays]) -> int:
+    return len(keras.tree.flatten(pair[0])[0])

@@ -1,0 +1,117 @@
+"""The result of a search: the model that is good and small enough, and how it was found."""
+
+import dataclasses
+import functools
+import os
+from pathlib import Path
+from typing import Any
+
+import keras
+
+import masked_layers as ml
+from lottery_ticket_pruner.compression.metrics import Comparison
+from lottery_ticket_pruner.compression.steps import served_size
+from masked_layers.files import replacing
+from masked_layers.serving import StorageReport
+from masked_layers.text_tables import aligned
+
+_HEADINGS = ("step", "method", "sparsity", "macs", "validation", "drop", "seconds", "")
+
+
+@dataclasses.dataclass(frozen=True)
+class PruneResult:
+    """A pruned model, and how it was found. It prints as a table and a conclusion.
+
+    Attributes:
+        model: The smallest model that was good enough: masked, or with `method="channels"` a plain
+            model without the pruned channels. If none was, the dense model with masks of ones.
+        rows: One dict per model that was tried: `step`, `method` (`"dense"` for the first),
+            `sparsity`, `macs` (the share of the multiply-adds that a step of channels leaves, or
+            None), `validation` (the metric), `drop` (from the dense model), `accepted`, `seconds`
+            and `note`. Ready for `pandas.DataFrame(rows)`.
+        test: The metric of the dense model and of `model` on the test data, which nothing else has
+            used.
+        sparsity: Share of the weights of all masked kernels that were pruned or removed.
+        meets_goals: Whether every goal is met. `max_drop` is judged on the validation data.
+        conclusion: Sentences that say what was found, and if the goals are not met, what came
+            nearest and why.
+        notes: Further sentences about what was decided: parts of the data that were split off,
+            whether the model was found to be trained, how long each step trained.
+    """
+
+    model: keras.Model
+    rows: list[dict[str, Any]]
+    test: Comparison
+    sparsity: float
+    meets_goals: bool
+    conclusion: str
+    notes: tuple[str, ...]
+
+    @functools.cached_property
+    def size(self) -> int:
+        """Bytes of the model as a sparse SavedModel, which is written to find out.
+
+        Raises:
+            ImportError: If TensorFlow is missing.
+        """
+        return served_size(self.model)
+
+    @property
+    def table(self) -> str:
+        """The rows as text."""
+        lines = [_HEADINGS, *map(_cells, self.rows)]
+        columns = [i for i in range(len(_HEADINGS)) if any(line[i] for line in lines[1:])]
+        return "\n".join(aligned([[line[i] for i in columns] for line in lines], left={1}))
+
+    def __str__(self) -> str:
+        return "\n".join([self.table, f"test: {self.test}", self.conclusion, *self.notes])
+
+    def export(self, path: str | os.PathLike[str], **options: Any) -> StorageReport:
+        """Writes the model as a sparse SavedModel folder.
+
+        Args:
+            path: The folder, such as `served/1`.
+            **options: Further arguments of `masked_layers.export_sparse_saved_model`.
+        """
+        return ml.export_sparse_saved_model(self.model, path, **options)
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Writes `model.keras` and, in `served/1`, a sparse SavedModel into a folder.
+
+        Args:
+            folder: The folder. Created if it does not exist; these two are replaced in it.
+
+        Raises:
+            ImportError: If TensorFlow is missing. `model.keras` is written in any case.
+            OSError: If the folder cannot be written.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_model(self.model, folder / "model.keras")
+        self.export(folder / "served" / "1")
+
+
+def save_model(model: keras.Model, path: Path) -> None:
+    """Writes a model to a `.keras` file that is complete or absent."""
+    import shutil
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, path.name)  # Keras requires this suffix.
+        model.save(file)
+        with file.open("rb") as stored, replacing(path) as whole:
+            shutil.copyfileobj(stored, whole)
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    verdict = "" if row["method"] == "dense" else "accepted" if row["accepted"] else "too much"
+    return (
+        str(row["step"]),
+        row["method"].replace("_", " "),
+        f"{row['sparsity']:.2%}",
+        "" if row["macs"] is None else f"{row['macs']:.2%}",
+        "" if row["validation"] is None else f"{row['validation']:.4f}",
+        "" if row["drop"] is None else f"{row['drop']:+.4f}",
+        f"{row['seconds']:.1f}",
+        row["note"] or verdict,
+    )

@@ -1,0 +1,165 @@
+"""The states of a search: masks and weights after an attempt, in memory or in a folder."""
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import keras
+import numpy as np
+
+import masked_layers as ml
+from lottery_ticket_pruner.fingerprints import description, of_json, reasons
+from lottery_ticket_pruner.folders import FolderLock
+from lottery_ticket_pruner.overrides import assign
+from lottery_ticket_pruner.variables import read
+from masked_layers.archives import read_npz
+from masked_layers.files import replacing
+
+
+@dataclasses.dataclass(frozen=True)
+class State:
+    """The masks and the weights of a model, which belong together."""
+
+    masks: Mapping[str, np.ndarray]
+    weights: list[np.ndarray]
+
+    @classmethod
+    def of(cls, model: keras.Model) -> Self:
+        """Copies the state of a masked model."""
+        ml.sync(model)
+        return cls(ml.get_masks(model), [read(variable) for variable in model.weights])
+
+    def restore(self, model: keras.Model) -> None:
+        """Sets the masks and weights of the model, not its optimizer."""
+        ml.set_masks(model, self.masks)
+        assign(model.weights, self.weights)
+
+
+class Progress:
+    """What a search has found so far, which a folder keeps between processes.
+
+    The dense state and the best one are kept. Within a `with` block, no other process can use the
+    folder. Files are replaced as a whole, so that after a crash the state is that of one attempt
+    or of the next.
+
+    Args:
+        folder: The folder, created if it does not exist. None to keep everything in memory.
+        arguments: Everything that determines the results, as JSON data.
+
+    Attributes:
+        rows: A row for each attempt.
+        facts: What was decided at the beginning.
+
+    Raises:
+        ValueError: If the folder holds another search, or its state is damaged.
+    """
+
+    def __init__(self, folder: Path | None, arguments: Mapping[str, Any]) -> None:
+        self._folder = folder
+        self._arguments = json.loads(json.dumps(arguments, default=description))
+        self._lock = None if folder is None else FolderLock(folder)
+        self._states: dict[str, State] = {}
+        self.rows: list[dict[str, Any]] = []
+        self.facts: dict[str, Any] = {}
+
+    def __enter__(self) -> Self:
+        if self._lock is not None:
+            self._lock.__enter__()
+            try:
+                self._read()
+            except BaseException:
+                self._lock.__exit__()
+                raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._lock is not None:
+            self._lock.__exit__(*error)
+
+    def keep(self, name: str, state: State) -> None:
+        """Keeps a state under a name. `write` makes it that of the latest row."""
+        if self._folder is None:
+            self._states[name] = state
+            return
+        arrays = {f"mask/{path}": mask for path, mask in state.masks.items()}
+        arrays |= {f"weight/{number}": value for number, value in enumerate(state.weights)}
+        with replacing(self._file(name)) as file:
+            np.savez(file, allow_pickle=False, **arrays)
+
+    def state(self, name: str) -> State:
+        """Returns a state that was kept.
+
+        Raises:
+            OSError: If its file is missing.
+            ValueError: If its file is damaged.
+        """
+        if self._folder is None:
+            return self._states[name]
+        arrays = read_npz(self._file(name))
+        kinds: dict[str, dict[str, np.ndarray]] = {"mask": {}, "weight": {}}
+        for key, array in arrays.items():
+            kind, _, rest = key.partition("/")
+            kinds[kind][rest] = array
+        return State(kinds["mask"], [kinds["weight"][str(i)] for i in range(len(kinds["weight"]))])
+
+    def write(self) -> None:
+        """Writes the rows and facts, and removes states that they do not name.
+
+        Raises:
+            FileNotFoundError: If the folder was removed in the meantime.
+        """
+        used = {self.facts.get("dense"), self.facts.get("best")}
+        if self._folder is None or self._lock is None:
+            self._states = {name: state for name, state in self._states.items() if name in used}
+            return
+        self._lock.check()
+        content = {"arguments": self._arguments, "facts": self.facts, "rows": self.rows}
+        content = json.loads(json.dumps(content))
+        with replacing(self._folder / "state.json") as file:
+            file.write(json.dumps(content | {"checksum": of_json(content)}, indent=1).encode())
+        for file_of_state in self._folder.glob("state-*.npz"):
+            if file_of_state.name not in {f"state-{name}.npz" for name in used}:
+                with contextlib.suppress(OSError):
+                    file_of_state.unlink()
+
+    def _file(self, name: str) -> Path:
+        assert self._folder is not None
+        return self._folder / f"state-{name}.npz"
+
+    def _read(self) -> None:
+        assert self._folder is not None
+        file = self._folder / "state.json"
+        if not file.is_file():
+            return
+        try:
+            content = json.loads(file.read_text())
+            checksum = content.pop("checksum")
+            if checksum != of_json(content):
+                raise ValueError("its checksum does not match")
+            arguments, rows, facts = (content[key] for key in ("arguments", "rows", "facts"))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"'{file}' is not the state of a search, or is damaged: {error}. Choose another "
+                "folder, or delete this one to start over."
+            ) from error
+        changed = [
+            key
+            for key in self._arguments | arguments
+            if self._arguments.get(key) != arguments.get(key)
+        ]
+        if changed:
+            there = {key: arguments.get(key) for key in changed}
+            here = {key: self._arguments.get(key) for key in changed}
+            raise ValueError(
+                f"'{self._folder}' holds another search. There: {there}. Here: {here}. Choose "
+                "another folder, or delete this one to start over."
+            )
+        if unidentified := reasons(self._arguments):
+            raise ValueError(
+                f"'{self._folder}' holds a search that may be a different one. "
+                f"{' '.join(unidentified)} Choose another folder, or delete this one to start over."
+            )
+        self.rows, self.facts = rows, facts

@@ -1,0 +1,183 @@
+"""The steps of a search: prunes a model to a density, trains it and measures it."""
+
+import dataclasses
+import math
+import tempfile
+from pathlib import Path
+
+import keras
+
+import masked_layers as ml
+from lottery_ticket_pruner import channels, optimizers, structures, tickets, training
+from lottery_ticket_pruner.compression import allocation
+from lottery_ticket_pruner.compression.metrics import Metric
+from lottery_ticket_pruner.compression.parts import Parts
+from lottery_ticket_pruner.compression.plan import Plan
+from lottery_ticket_pruner.compression.states import State
+from lottery_ticket_pruner.pruner import LotteryTicketPruner
+from lottery_ticket_pruner.search_plans import retraining_treatment
+from lottery_ticket_pruner.training import ArrayDataset, TrainingPlan
+from lottery_ticket_pruner.variables import read
+from masked_layers.copying import copy_model
+
+# Epochs after each step, if they are not given: so many, or more for so many steps of training.
+_EPOCHS, _STEPS = 3, 400
+# An untrained model is first trained for so many times the epochs of a step.
+_DENSE = 3
+
+
+def masked_copy(model: keras.Model, coupled: bool) -> keras.Model:
+    """Returns a masked copy of a compiled model, plain or masked.
+
+    Args:
+        model: The model.
+        coupled: Whether channels are to be pruned.
+
+    Raises:
+        ValueError: If the model is not compiled or cannot be masked.
+    """
+    if not getattr(model, "compiled", False):
+        raise ValueError(f"{model.name} is not compiled: call compile() before prune().")
+    if any(ref.mask is not None for ref in ml.weight_refs(model)):
+        return copy_model(model)
+    return ml.convert_to_masked(model, mask_normalization=coupled)
+
+
+@dataclasses.dataclass
+class Workbench:
+    """A masked model in the hands of a search.
+
+    Args:
+        model: The masked model, compiled, which is changed.
+        parts: The data.
+        plan: The plan.
+        metric: The metric of the tolerance.
+    """
+
+    model: keras.Model
+    parts: Parts
+    plan: Plan
+    metric: Metric
+
+    def __post_init__(self) -> None:
+        ml.sync(self.model)
+        iterations = getattr(self.model.optimizer, "iterations", None)
+        self.has_steps = iterations is not None and int(iterations) > 0
+        # In a model that was trained before, the schedule would be at its end.
+        optimizers.rewind_schedule(self.model.optimizer)
+        self.pruner = LotteryTicketPruner(self.model)
+        self.examples = ArrayDataset.of(*self.parts.train)
+        self.size = ml.sparsity_report(self.model).size
+
+    @property
+    def epochs(self) -> int:
+        """Epochs of training after each step."""
+        if self.plan.epochs is not None:
+            return self.plan.epochs
+        steps = -(-len(self.examples) // self.plan.options.batch_size)
+        return max(_EPOCHS, math.ceil(_STEPS / steps))
+
+    @property
+    def density(self) -> float:
+        """Density of the model as it is now. That of channels is 1 at first."""
+        return 1.0 if self.prunes_channels else 1 - ml.sparsity_report(self.model).sparsity
+
+    @property
+    def lowest(self) -> float:
+        """Density with one weight in each masked kernel."""
+        return len(ml.masked_refs(self.model)) / self.size
+
+    @property
+    def prunes_channels(self) -> bool:
+        """Whether channels are pruned."""
+        return self.plan.stages == ("channels",)
+
+    def cost(self) -> str:
+        """Returns what the density of channels is a share of: `"macs"` or `"weights"`."""
+        if self.plan.cost == "macs" and self.plan.goals.macs is None:
+            graph = channels.follow(self.model, structures.get("channels"))
+            if graph is not None and None in graph.positions.values():
+                return "weights"  # The input shape is not fixed.
+        return self.plan.cost
+
+    def train_dense(self) -> None:
+        """Trains the model with all its weights, from the start of its learning rate."""
+        self.pruner.rewind()
+        self._train("dense", 0, dense_epochs(self.epochs))
+
+    def prune(self, density: float) -> None:
+        """Prunes the model to a density, by the magnitude of its current weights.
+
+        Raises:
+            ValueError: If so many channels cannot be pruned.
+        """
+        seed = self.plan.options.seed
+        if self.prunes_channels:
+            budget = {self.cost(): density}
+            self.pruner.update_masks(
+                "smallest_weights",
+                budget=budget,
+                structure="channels",
+                scope=self.plan.options.scope,
+                seed=seed,
+            )
+            return
+        share: float | dict[str, float] = 1 - density
+        if self.plan.options.scope != "layer":
+            refs = ml.masked_refs(self.model)
+            weights = {ref.path: read(ref.variable) for ref in refs}
+            masks = {ref.path: ref.mask.to_numpy() for ref in refs}
+            share = allocation.sparsities(weights, masks, density)
+        self.pruner.update_masks("smallest_weights", sparsity=share, scope="layer", seed=seed)
+
+    def retrain(self, number: int) -> None:
+        """Trains the model under its masks, as the plan says, for step `number`."""
+        retraining = self.plan.options.retraining
+        self.pruner.set_pretrained_weights()
+        self.pruner.treat(retraining_treatment(retraining, "rewind"))
+        self._train("pruned", number, self.epochs)
+
+    def _train(self, arm: str, number: int, epochs: int) -> None:
+        options = self.plan.options
+        steps = epochs * -(-len(self.examples) // options.batch_size)
+        plan = TrainingPlan(steps=steps, batch_size=options.batch_size, seed=options.seed)
+        listeners = training.Listeners(on_progress=options.on_progress)
+        tickets.train_stretch(
+            self.model, self.examples, plan, (arm, number, "prune"), None, listeners
+        )
+
+    def validate(self) -> float:
+        """Returns the metric on the validation data."""
+        return self.metric.of(self.model, self.parts.validation)
+
+    def finished(self) -> keras.Model:
+        """Returns the model as it is now for its user: masked, or without its pruned channels."""
+        if not self.prunes_channels:
+            return self.model
+        smaller, _ = ml.shrink(self.model, return_report=True)
+        return smaller
+
+    def served_size(self) -> int:
+        """Returns the bytes of the model as it is now as a sparse SavedModel."""
+        return served_size(self.finished())
+
+    def size_at(self, density: float, dense: State) -> int:
+        """Returns the bytes of the dense model pruned to a density, as a sparse SavedModel."""
+        dense.restore(self.model)
+        self.prune(density)
+        return self.served_size()
+
+
+def dense_epochs(epochs: int) -> int:
+    """Returns the epochs of a model that is not trained, given those of a step."""
+    return _DENSE * epochs
+
+
+def served_size(model: keras.Model) -> int:
+    """Returns the bytes of the folder that `export_sparse_saved_model` writes.
+
+    Raises:
+        ImportError: If TensorFlow is missing.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        return ml.export_sparse_saved_model(model, Path(folder, "served")).disk_nbytes

@@ -1,0 +1,79 @@
+"""The search for the lowest density, against made-up results and brute force."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lottery_ticket_pruner.compression.ladder import Attempt, Ladder, density_of_size
+
+pytestmark = pytest.mark.once
+
+
+def climb(ladder, is_good):
+    tried = []
+    while (density := ladder.following(tried)) is not None:
+        assert ladder.lowest <= density < ladder.best(tried)
+        tried.append(Attempt(density, is_good(density)))
+        assert len(tried) < 100
+    return tried
+
+
+@given(
+    st.floats(0.002, 1.0),
+    st.floats(0.1, 0.9),
+    st.floats(1.02, 1.5),
+    st.floats(0.001, 0.2),
+)
+def test_the_lowest_good_density_is_found_to_the_precision(edge, rate, precision, lowest):
+    ladder = Ladder(rate=rate, precision=precision, lowest=lowest)
+    tried = climb(ladder, lambda density: density >= edge)
+    best = ladder.best(tried)
+    # By brute force over a fine grid, the lowest good density is the edge.
+    grid = np.geomspace(lowest, 1, 2_000)
+    truth = min([*grid[grid >= edge], 1.0])
+    assert best >= min(edge, 1.0)
+    assert best <= max(truth, lowest) * precision * (1 + 1e-9)
+    steps = math.ceil(math.log(best) / math.log(1 - rate)) + 1
+    halvings = math.ceil(math.log2(max(-math.log(1 - rate) / math.log(precision), 1))) + 1
+    assert len(tried) <= steps + halvings + 1
+
+
+@given(st.lists(st.booleans(), min_size=60, max_size=60), st.floats(0.01, 0.5))
+def test_any_results_end_the_search_and_only_good_ones_are_best(results, target):
+    outcomes = iter(results)
+    ladder = Ladder(target=target, lowest=0.001)
+    tried = climb(ladder, lambda density: next(outcomes))
+    good = [attempt.density for attempt in tried if attempt.accepted]
+    assert ladder.best(tried) == min([1.0, *good])
+    assert min([1.0, *(attempt.density for attempt in tried)]) >= target
+
+
+def test_a_target_is_reached_exactly_in_geometric_steps():
+    tried = climb(Ladder(target=0.1), lambda density: True)
+    assert [attempt.density for attempt in tried] == [0.5, 0.25, 0.125, 0.1]
+
+
+def test_the_search_goes_on_from_where_an_earlier_method_ended():
+    tried = climb(Ladder(start=0.4), lambda density: density > 0.15)
+    assert [round(attempt.density, 3) for attempt in tried[:3]] == [0.2, 0.1, 0.141]
+
+
+@given(st.floats(0.2, 1.3), st.floats(0.0, 0.3), st.integers(10_000, 300_000))
+def test_a_density_of_a_size_is_close_below_it(power, share_of_graph, goal):
+    measured = []
+
+    def size_at(density):
+        measured.append(density)
+        return round(200_000 * (share_of_graph + density**power))
+
+    found = density_of_size(size_at, goal, 0.01)
+    if size_at(0.01) > goal:
+        assert found is None
+        return
+    density, size = found
+    assert size == size_at(density) <= goal
+    assert size >= 0.9 * goal or density == 1.0 or density == 0.01
+    assert len(measured) <= 12

@@ -1,0 +1,240 @@
+"""`prune`: what it returns, goals and methods, and resuming, on a small classifier."""
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+
+import lottery_ticket_pruner
+import masked_layers as ml
+from lottery_ticket_pruner import prune
+
+SHORT = {"epochs": 2, "batch_size": 100}
+
+
+def classes(size, seed):
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(size, 8)).astype("float32")
+    return x, (x[:, 0] + 2 * x[:, 1] > 0).astype("int32")
+
+
+DATA = (classes(600, 0), classes(300, 1), classes(300, 2))
+
+
+def make_model(loss="sparse_categorical_crossentropy", metrics=("accuracy",), units=2):
+    keras.utils.set_random_seed(0)
+    activation = "softmax" if units > 1 else None
+    model = keras.Sequential(
+        [
+            keras.Input((8,)),
+            layers.Dense(24, activation="relu", name="hidden"),
+            layers.Dense(units, activation=activation, name="output"),
+        ]
+    )
+    model.compile(keras.optimizers.Adam(0.02), loss, metrics=list(metrics), jit_compile=False)
+    return model
+
+
+@pytest.fixture(scope="module")
+def trained():
+    model = make_model()
+    model.fit(*DATA[0], epochs=10, batch_size=100, verbose=0)
+    return model
+
+
+@pytest.fixture(scope="module")
+def result(trained):
+    return prune(trained, DATA, 0.02, **SHORT)
+
+
+def test_the_sparsest_model_within_the_tolerance_is_returned(trained, result):
+    dense, *rows = result.rows
+    assert dense["method"] == "dense"
+    assert [row["accepted"] for row in rows] == [row["drop"] <= 0.02 for row in rows]
+    best = max((row for row in rows if row["accepted"]), key=lambda row: row["sparsity"])
+    assert result.sparsity == best["sparsity"] == ml.sparsity_report(result.model).sparsity > 0.5
+    evaluated = result.model.evaluate(*DATA[1], verbose=0, return_dict=True)["accuracy"]
+    assert evaluated == pytest.approx(best["validation"])
+    assert dense["validation"] - evaluated == pytest.approx(best["drop"])
+    # One-shot pruning comes first, and training goes on from its best model.
+    methods = [row["method"] for row in result.rows]
+    assert methods == sorted(methods, key=["dense", "one_shot", "iterative"].index)
+    assert {"one_shot", "iterative"} <= set(methods)
+    assert result.meets_goals
+
+
+def test_the_test_data_compares_it_with_the_dense_model(trained, result):
+    test = result.test
+    accuracies = [
+        model.evaluate(*DATA[2], verbose=0, return_dict=True)["accuracy"]
+        for model in (trained, result.model)
+    ]
+    assert [test.dense, test.pruned] == pytest.approx(accuracies, abs=1e-6)
+    assert test.drop == pytest.approx(accuracies[0] - accuracies[1], abs=1e-6)
+    assert test.interval[0] <= test.drop <= test.interval[1]
+    assert test.examples == 300
+
+
+def test_the_model_that_was_passed_is_not_changed(trained, result):
+    assert result.model is not trained
+    assert all(ref.mask is None for ref in ml.weight_refs(trained))
+
+
+def test_the_result_prints_as_a_table_and_sentences(result):
+    text = str(result)
+    headings = ["step", "method", "sparsity", "validation", "drop", "seconds"]
+    assert text.splitlines()[0].split() == headings
+    assert "The model was trained already" in text
+    assert f"{result.sparsity:.2%} of the weights are pruned" in text
+    assert "test: accuracy" in text
+
+
+class StoppedError(Exception):
+    pass
+
+
+def test_an_interrupted_search_goes_on_with_the_same_results(trained, result, tmp_path):
+    known = []
+
+    def stop(row):
+        known.append(row)
+        if len(known) == len(result.rows) - 2:
+            raise StoppedError
+
+    with pytest.raises(StoppedError):
+        prune(trained, DATA, 0.02, folder=tmp_path, on_row=stop, **SHORT)
+    told = []
+    resumed = prune(trained, DATA, 0.02, folder=tmp_path, on_row=told.append, **SHORT)
+    assert [row["step"] for row in told] == list(range(len(result.rows)))
+
+    def untimed(rows):
+        return [{k: v for k, v in row.items() if k not in ("seconds", "density")} for row in rows]
+
+    assert untimed(told) == untimed(resumed.rows) == untimed(result.rows)
+    for left, right in zip(resumed.model.get_weights(), result.model.get_weights(), strict=True):
+        np.testing.assert_array_equal(left, right)
+    assert {path.name for path in tmp_path.iterdir()} <= {
+        "state.json",
+        *(f"state-{row['step']}.npz" for row in result.rows if row["accepted"]),
+    }
+    with pytest.raises(ValueError, match=r"holds another search.*max_drop"):
+        prune(trained, DATA, 0.05, folder=tmp_path, **SHORT)
+    text = (tmp_path / "state.json").read_text()
+    (tmp_path / "state.json").write_text(text.replace('"iterative"', '"one_shot"', 1))
+    with pytest.raises(ValueError, match="is damaged: its checksum"):
+        prune(trained, DATA, 0.02, folder=tmp_path, **SHORT)
+
+
+@pytest.mark.once
+def test_a_sparsity_is_reached_without_a_condition_on_the_drop(trained):
+    result = prune(trained, DATA, sparsity=0.8, **SHORT)
+    assert [row["method"] for row in result.rows] == ["dense", *["iterative"] * 3]
+    alive = ml.sparsity_report(result.model).alive
+    assert alive == 240 - 192
+    assert result.meets_goals
+    assert all(row["accepted"] for row in result.rows)
+
+
+@pytest.mark.once
+def test_goals_that_cannot_be_met_are_answered_by_what_came_nearest(trained):
+    result = prune(trained, DATA, -1.0, method="one_shot")
+    assert not result.meets_goals
+    assert result.sparsity == 0
+    assert result.conclusion.startswith("No model meets the goals. Within max_drop=-1.0: 0.00%")
+    assert "The nearest beyond: " in result.conclusion
+    for left, right in zip(result.model.get_weights(), trained.get_weights(), strict=True):
+        np.testing.assert_array_equal(left, right)
+
+
+def test_channels_are_removed_from_the_model(trained):
+    result = prune(trained, DATA, macs=0.4, **SHORT)
+    assert [row["method"] for row in result.rows] == ["dense", "channels", "channels"]
+    assert all(ref.mask is None for ref in ml.weight_refs(result.model))
+    units = result.model.get_layer("hidden").units
+    assert 0 < units <= 0.4 * 24
+    assert result.sparsity == pytest.approx(1 - units / 24, abs=0.05)
+    assert result.test.pruned == pytest.approx(
+        result.model.evaluate(*DATA[2], verbose=0, return_dict=True)["accuracy"], abs=1e-6
+    )
+
+
+@pytest.mark.once
+def test_an_untrained_model_is_trained_first_and_can_be_rewound():
+    result = prune(make_model(), DATA, sparsity=0.5, retraining="weight_rewinding", **SHORT)
+    assert "It was trained for 6 epochs first." in " ".join(result.notes)
+    assert result.rows[0]["validation"] > 0.8
+
+
+@pytest.mark.once
+def test_time_ends_a_search_before_the_next_step(trained):
+    result = prune(trained, DATA, 0.5, minutes=1e-9, **SHORT)
+    assert [row["method"] for row in result.rows] == ["dense"]
+    assert "because of minutes" in result.conclusion
+
+
+def test_a_loss_may_rise_by_the_tolerance():
+    x, _ = classes(500, 3)
+    y = x @ np.arange(8, dtype="float32")[:, None]
+    model = make_model("mse", (), units=1)
+    model.fit(x, y, epochs=20, batch_size=50, verbose=0)
+    dense = model.evaluate(x, y, verbose=0)
+    result = prune(model, (x, y), 2 * dense, epochs=2, trained=True)
+    assert result.test.metric == "loss"
+    assert all(
+        row["drop"] == pytest.approx(row["validation"] - result.rows[0]["validation"])
+        for row in result.rows
+    )
+    low, high = result.test.interval
+    assert low < result.test.drop < high
+    assert "groups of examples" in result.test.method
+
+
+@pytest.mark.once
+def test_a_size_is_that_of_the_served_folder(trained):
+    dense = prune(trained, DATA, sparsity=0.05, epochs=1, batch_size=600).size
+    goal = dense - 300
+    result = prune(trained, DATA, size=goal, epochs=1, batch_size=600)
+    assert 0.94 * goal < result.size <= goal
+    with pytest.raises(ValueError, match=r"No sparsity makes .* as small as"):
+        prune(trained, DATA, size=1_000, epochs=1)
+
+
+@pytest.mark.once
+def test_a_result_is_saved_as_a_model_and_a_served_folder(result, tmp_path):
+    result.save(tmp_path / "out")
+    loaded = keras.models.load_model(tmp_path / "out" / "model.keras")
+    x = DATA[2][0]
+    np.testing.assert_array_equal(loaded.predict(x, verbose=0), result.model.predict(x, verbose=0))
+    assert (tmp_path / "out" / "served" / "1" / "saved_model.pb").is_file()
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"macs": 0.5, "method": "iterative"}, ValueError, 'needs method="channels"'),
+        ({"macs": 0.5, "sparsity": 0.5}, ValueError, "`macs` or `sparsity`"),
+        ({"sparsity": 1.5}, ValueError, r"`sparsity` must be a number in \(0, 1\)"),
+        ({"size": 0.5}, ValueError, "`size` must be a number of bytes"),
+        ({"method": "best"}, ValueError, "`method` must be one of"),
+        ({"metric": "auc"}, ValueError, r"`metric` must be one of \['loss', 'accuracy'\]"),
+        ({"epochs": 0}, ValueError, "`epochs` must be an integer from 1"),
+        ({"minutes": 0}, ValueError, "`minutes` must be a positive number"),
+        ({"batch": 5}, TypeError, "no option 'batch'.*batch_size"),
+        ({"retraining": "weight_rewinding"}, ValueError, "cannot be rewound"),
+    ],
+)
+def test_wrong_arguments_are_refused(trained, arguments, error, message):
+    with pytest.raises(error, match=message):
+        prune(trained, DATA, **{**SHORT, **arguments})
+
+
+@pytest.mark.once
+def test_models_that_cannot_be_searched_are_refused():
+    with pytest.raises(ValueError, match="is not compiled"):
+        prune(keras.Sequential([keras.Input((8,)), layers.Dense(2)]), DATA)
+
+
+@pytest.mark.once
+def test_the_function_is_public():
+    assert lottery_ticket_pruner.prune is prune
