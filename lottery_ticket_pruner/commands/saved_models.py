@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import keras
+import numpy as np
 import tyro
 
 import masked_layers
@@ -23,8 +24,28 @@ class ExportConfig:
     """Folder, such as served/1, or file, such as model.pt, to write. None is replaced."""
     overwrite: bool = False
     """Replace an existing SavedModel or file once the new one is complete."""
-    values: Literal["float32", "float16", "bfloat16"] = "float32"
-    """float32 keeps every value exactly. The others take 2 bytes; the error is printed."""
+    values: Literal[
+        "float32",
+        "float16",
+        "bfloat16",
+        "int8",
+        "codebook",
+        "codebook-2",
+        "codebook-3",
+        "codebook-4",
+        "codebook-5",
+        "codebook-6",
+        "codebook-7",
+        "codebook-8",
+    ] = "float32"
+    """float32 keeps every value exactly. float16 and bfloat16 take 2 bytes; int8 and codebooks of
+    2 to 8 bits take a byte or less. The resulting error of the outputs is printed. codebook chooses
+    the bits of each weight by --tolerance, and is codebook-5 without it."""
+    tolerance: float | None = None
+    """Largest error of an output, relative to the largest output. If it is exceeded, nothing is
+    written."""
+    sample_inputs: Path | None = None
+    """An array of inputs (`.npy`), with which the error is measured. Default: random numbers."""
     level: int = 6
     """Compression level, 0 to 9."""
     include: tuple[str, ...] = ()
@@ -60,6 +81,8 @@ class ExportConfig:
             _load(self.model),
             self.out,
             values=self.values,
+            tolerance=self.tolerance,
+            sample_inputs=None if self.sample_inputs is None else _array(self.sample_inputs),
             level=self.level,
             include=self.include or None,
         )
@@ -94,7 +117,7 @@ class ExportConfig:
 
 # The options that only one format has.
 _OPTIONS = {
-    "saved_model": ("values", "level", "include"),
+    "saved_model": ("values", "tolerance", "sample_inputs", "level", "include"),
     "torch": ("batch_size", "threads", "timings", "shrink"),
 }
 
@@ -117,6 +140,18 @@ def _check_model(path: Path) -> None:
         raise FileNotFoundError(f"There is no file '{path}'.{received}")
     if path.suffix not in (".keras", ".safetensors"):
         raise ValueError(f"Expected a '.keras' file. Received: '{path}'. {how_to_save(path)}")
+
+
+def _array(path: Path) -> np.ndarray:
+    try:
+        array = np.load(path, allow_pickle=False)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # NumPy raises many kinds of errors for damaged files.
+        raise ValueError(f"'{path}' is not a '.npy' file: {error}") from error
+    if not isinstance(array, np.ndarray):
+        raise ValueError(f"'{path}' contains several arrays. Expected a '.npy' file with one.")
+    return array
 
 
 def _load(path: Path) -> keras.Model:

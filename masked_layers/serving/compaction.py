@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 
 
-def compact(file: Path, prefix: str, *, keep_saver: bool) -> None:
+def compact(file: Path, prefix: str, content: bytes, *, keep_saver: bool) -> None:
     """Removes the parts of a SavedModel's graph that no loader needs.
 
     In a small model these are about half of the folder.
@@ -18,6 +19,9 @@ def compact(file: Path, prefix: str, *, keep_saver: bool) -> None:
     Args:
         file: Path of the `saved_model.pb`.
         prefix: Prefix of the names of the model's variables.
+        content: The packed weights. The new prefix is a hash of the earlier one and of them, since
+            variables with the same name are the same variable in a session, and the same model may
+            be exported with other values.
         keep_saver: Whether the checkpoint contains values. If not, the graph that saves and
             restores them is removed too.
     """
@@ -72,11 +76,20 @@ def compact(file: Path, prefix: str, *, keep_saver: bool) -> None:
         for i, argument in enumerate(function.signature.input_arg):
             if argument.type == types_pb2.DT_RESOURCE:
                 del function.arg_attr[i]  # It states only that a handle is a scalar.
-    # TensorFlow names the variable with an asset's path "Variable" in every model.
-    for node in graph.node:
-        if node.op == "VarHandleOp" and node.attr["shared_name"].s == b"Variable":
-            node.attr["shared_name"].s = f"{prefix}/path".encode()
+    _rename_variables(meta, prefix, hashlib.sha256(prefix.encode() + content).hexdigest()[:10])
     file.write_bytes(model.SerializeToString(deterministic=True))
+
+
+def _rename_variables(meta: Any, old: str, new: str) -> None:
+    for node in meta.graph_def.node:
+        if node.op == "VarHandleOp":
+            shared = node.attr["shared_name"].s.decode()
+            # TensorFlow names the variable with an asset's path "Variable" in every model.
+            kept = "path" if shared == "Variable" else shared.removeprefix(f"{old}/")
+            node.attr["shared_name"].s = f"{new}/{kept}".encode()
+    for item in meta.object_graph_def.nodes:
+        if item.variable.name.startswith(f"{old}/"):
+            item.variable.name = f"{new}/{item.variable.name.removeprefix(f'{old}/')}"
 
 
 def _shorten_names(function: Any) -> None:

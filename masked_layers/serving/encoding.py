@@ -1,10 +1,10 @@
-"""A compact, lossless file format for sparse arrays: converts NumPy arrays to bytes and back.
+"""A compact file format for sparse arrays: converts NumPy arrays to bytes and back, without loss.
 
-Neither this module nor `masked_layers.streams` depends on a model, so the format can also be used
+Neither this module nor those that it imports depend on a model, so the format can also be used
 outside a SavedModel. Every stream is plain zlib, the only entropy coder among TensorFlow's
-own ops, so `saved_model.py` can decode the format inside a graph.
+own ops, so `graph.py` can decode the format inside a graph.
 
-Layout, version 1, all integers little-endian:
+Layout, all integers little-endian:
 
     4 s  magic "MLSP"          B  version          3 x  zero
     I    bytes of the header   I  CRC-32 of everything that follows
@@ -24,23 +24,39 @@ array into the next. Zeros after the last value of the block are written only if
 
 Values are stored as byte planes: a stream with the first byte of every value, one with the second
 byte, and so on. Sign and exponent compress well, and most bytes of the mantissa do not.
+
+Version 2 adds codes (`codes.py`), which stand for float32 values. Their blocks have two additions:
+
+    {..., "coding": "scales", "arrays": [[name, shape, values, levels], ...], ...}
+
+With `"scales"` the dtype is int8, and a value is its code times the scale at its index on the last
+axis. With `"codebook"` the dtype is uint8, and a code is a position in the codebook, whose first
+value is 0. The last stream of the block contains the scales or codebooks (`levels` is their length)
+of all its arrays, one after the other, as float32 byte planes in a single zlib stream.
 """
 
 from __future__ import annotations
 
-import json
-import math
-import struct
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
+from masked_layers.serving.codes import Coded
+from masked_layers.serving.layout import (
+    Block,
+    Coding,
+    Encoding,
+    Entry,
+    assemble,
+    blocks,
+    check_sizes,
+)
 from masked_layers.streams import (
     DTYPES,
-    SKIP,
+    deflated,
     dtype_of,
     extent,
     gaps_between,
@@ -53,6 +69,7 @@ __all__ = [
     "BLOCK_SIZE",
     "DTYPES",
     "Block",
+    "Encoding",
     "Entry",
     "blocks",
     "canonical",
@@ -61,90 +78,23 @@ __all__ = [
     "encode",
 ]
 
-Encoding = Literal["sparse", "dense"]
-
-MAGIC = b"MLSP"
-VERSION = 1
-_PRELUDE = struct.Struct("<4sB3xII")
-_LARGEST_HEADER = 1 << 24  # Bytes before compression, enough for about 200,000 arrays.
-_MOST_PER_BYTE = 1032  # A zlib stream never expands to more bytes per byte.
-# Maximum number of zeros that are not written. Files of earlier versions omit all zeros at the end
-# of a block.
-_UNWRITTEN = 1 << 24
-
 BLOCK_SIZE = 1 << 22
 """Number of elements at which a block is full, which limits the additional memory of decoding."""
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One array of a block; `values` is the number of its stored values."""
-
-    name: str
-    shape: tuple[int, ...]
-    values: int
-
-    @property
-    def size(self) -> int:
-        """Number of elements, including zeros."""
-        return math.prod(self.shape)
-
-
-@dataclass(frozen=True)
-class Block:
-    """Arrays with the same dtype and encoding that share streams.
-
-    Attributes:
-        encoding: `"sparse"` or `"dense"`.
-        dtype: Name of the dtype of the values, one of `DTYPES`.
-        gaps: Length of the stream of gaps; 0 in a dense block.
-        entries: The arrays, in the order in which they are concatenated.
-        streams: (offset in the file, bytes) for each zlib stream: the gaps (sparse blocks only),
-            then the planes from the least to the most significant byte.
-    """
-
-    encoding: Encoding
-    dtype: str
-    gaps: int
-    entries: tuple[Entry, ...]
-    streams: tuple[tuple[int, int], ...]
-
-    @property
-    def size(self) -> int:
-        """Number of elements of all arrays, including zeros."""
-        return sum(entry.size for entry in self.entries)
-
-    @property
-    def values(self) -> int:
-        """Number of stored values."""
-        return sum(entry.values for entry in self.entries)
-
-    @property
-    def counts(self) -> list[int]:
-        """Length of each stream after decompression, in bytes."""
-        sparse = self.encoding == "sparse"
-        return [self.gaps] * sparse + [self.values] * (len(self.streams) - sparse)
-
-    @property
-    def nbytes(self) -> list[int]:
-        """Bytes of the streams, divided among the entries by their number of stored values."""
-        total = sum(length for _, length in self.streams)
-        edges = np.cumsum([0, *(entry.values for entry in self.entries)]) / max(self.values, 1)
-        return np.diff(np.rint(edges * total).astype(np.int64)).tolist()
-
-
 def encode(
-    arrays: Mapping[str, np.ndarray],
+    arrays: Mapping[str, np.ndarray | Coded],
     *,
     encodings: Mapping[str, Encoding] | None = None,
     level: int = 6,
 ) -> bytes:
     """Packs named arrays into bytes, from which `decode` restores the same arrays.
 
-    All values are preserved bit for bit, except that negative zero becomes zero.
+    All values are preserved bit for bit, except that negative zero becomes zero. Codes are restored
+    as the float32 values that they stand for.
 
     Args:
-        arrays: Arrays by name, with any shape and any dtype in `DTYPES`.
+        arrays: Arrays by name, with any shape and any dtype in `DTYPES`, or codes.
         encodings: Encodings by array name. Default for arrays without an entry: the result of
             `choose`.
         level: Compression level of zlib, 0 to 9.
@@ -161,51 +111,64 @@ def encode(
         raise ValueError(f"`level` must be an integer from 0 to 9. Received: {level!r}")
     if unknown := set(encodings or {}) - set(arrays):
         raise ValueError(f"`encodings` names arrays that do not exist: {sorted(unknown)}")
-    groups: dict[tuple[Encoding, str], list[tuple[str, np.ndarray]]] = {}
-    for name, array in arrays.items():
-        array = canonical(name, array)
-        encoding = (encodings or {}).get(name) or choose(array)
+    groups: dict[tuple[Encoding, str, Coding], list[_Member]] = {}
+    for name, given in arrays.items():
+        member = _Member.of(name, given)
+        encoding = (encodings or {}).get(name) or choose(member.array)
         if encoding not in ("sparse", "dense"):
             raise ValueError(
                 f"The encoding of '{name}' must be 'sparse' or 'dense'. Received: {encoding!r}"
             )
-        groups.setdefault((encoding, array.dtype.name), []).append((name, array))
+        groups.setdefault((encoding, member.array.dtype.name, member.coding), []).append(member)
 
     header, streams = [], []
-    for (encoding, dtype), members in groups.items():
+    for (encoding, dtype, coding), members in groups.items():
         # Arrays of equal shape are adjacent, so that a reader can reshape them together.
-        members.sort(key=lambda member: member[1].shape)
+        members.sort(key=lambda member: (member.array.shape, len(member.table)))
         for block in _fill(members):
-            flat = np.concatenate([array.ravel() for _, array in block])
-            values, gaps = _split(flat, encoding)
+            values, gaps = _split(
+                np.concatenate([member.array.ravel() for member in block]), encoding
+            )
             raw = [*([gaps] if encoding == "sparse" else []), *planes_of(values)]
             packed = [_compress(stream.tobytes(), level) for stream in raw]
+            if coding != "exact":
+                tables = planes_of(np.concatenate([member.table for member in block]))
+                packed.append(deflated([plane.tobytes() for plane in tables], level))
             streams += packed
             header.append(
                 {
                     "encoding": encoding,
                     "dtype": dtype,
+                    **({} if coding == "exact" else {"coding": coding}),
                     "gaps": len(gaps),
-                    "arrays": [
-                        [
-                            name,
-                            array.shape,
-                            int(np.count_nonzero(array)) if encoding == "sparse" else array.size,
-                        ]
-                        for name, array in block
-                    ],
+                    "arrays": [member.described(encoding) for member in block],
                     "streams": [len(stream) for stream in packed],
                 }
             )
-    plain = json.dumps({"blocks": header}, separators=(",", ":")).encode()
-    if len(plain) > _LARGEST_HEADER:
-        raise ValueError(
-            f"The header for {len(arrays)} arrays has {len(plain)} bytes; at most "
-            f"{_LARGEST_HEADER} are allowed. Use several files."
-        )
-    text = zlib.compress(plain, 9)
-    body = b"".join([text, *streams])
-    return _PRELUDE.pack(MAGIC, VERSION, len(text), zlib.crc32(body)) + body
+    return assemble(header, streams)
+
+
+@dataclass(frozen=True, eq=False)
+class _Member:
+    """An array of a block: its values or codes, and the table of the codes."""
+
+    name: str
+    array: np.ndarray
+    table: np.ndarray
+    coding: Coding
+
+    @classmethod
+    def of(cls, name: str, given: np.ndarray | Coded) -> _Member:
+        if isinstance(given, Coded):
+            codes = np.asarray(given.codes, order="C")
+            return cls(name, codes, given.table.astype(np.float32), given.coding)
+        return cls(name, canonical(name, given), np.empty(0, np.float32), "exact")
+
+    def described(self, encoding: Encoding) -> list[Any]:
+        """Returns the entry of the array in the header."""
+        values = int(np.count_nonzero(self.array)) if encoding == "sparse" else self.array.size
+        levels = [] if self.coding == "exact" else [len(self.table)]
+        return [self.name, self.array.shape, values, *levels]
 
 
 def decode(data: bytes) -> dict[str, np.ndarray]:
@@ -218,72 +181,32 @@ def decode(data: bytes) -> dict[str, np.ndarray]:
         ValueError: If the bytes have another format or version, or are cut short or damaged.
     """
     found = blocks(data)
-    _check_sizes(found)
+    check_sizes(found)
     arrays = {}
     for block in found:
         try:
-            flat = _decode_block(data, block)
+            flat, table = _decode_block(data, block)
+            parts = _parts(flat, [entry.size for entry in block.entries])
+            tables = _parts(table, [entry.levels for entry in block.entries])
+            for entry, part, levels in zip(block.entries, parts, tables, strict=True):
+                array = part.reshape(entry.shape)
+                if block.coding != "exact":
+                    array = Coded(block.coding, array, levels).values()
+                arrays[entry.name] = array
         except MemoryError as error:
             raise ValueError(
                 f"The packed file announces a block of {block.size} values of {block.dtype}, "
                 "which does not fit into memory."
             ) from error
-        edges = np.cumsum([entry.size for entry in block.entries])[:-1]
-        for entry, array in zip(block.entries, np.split(flat, edges), strict=True):
-            arrays[entry.name] = array.reshape(entry.shape)
     return arrays
 
 
-def blocks(data: bytes) -> list[Block]:
-    """Reads the header, which lists the arrays and their positions, without decoding values.
-
-    Raises:
-        ValueError: If the bytes have another format or version, or are cut short or damaged.
-    """
-    if len(data) < _PRELUDE.size or data[:4] != MAGIC:
-        raise ValueError(
-            f"Not a packed file of sparse arrays: expected bytes that begin with {MAGIC!r}. "
-            f"Received: {len(data)} bytes that begin with {bytes(data[:4])!r}."
-        )
-    _, version, length, checksum = _PRELUDE.unpack_from(data)
-    if version != VERSION:
-        raise ValueError(
-            f"The packed file has format version {version}, but this library reads version "
-            f"{VERSION}. Read it with the version of the library that wrote it."
-        )
-    if zlib.crc32(memoryview(data)[_PRELUDE.size :]) != checksum:
-        raise ValueError(
-            f"The packed file is damaged or cut short: the checksum of its {len(data)} bytes does "
-            "not match. Restore it from where it was copied."
-        )
-    try:
-        start = _PRELUDE.size + length
-        header = json.loads(_header(data[_PRELUDE.size : start]))
-        found = []
-        for block in header["blocks"]:
-            streams = []
-            for nbytes in block["streams"]:
-                if type(nbytes) is not int or nbytes < 0:
-                    raise ValueError(f"a stream of {nbytes!r} bytes")
-                streams.append((start, nbytes))
-                start += nbytes
-            entries = tuple(Entry(name, tuple(s), n) for name, s, n in block["arrays"])
-            found.append(
-                Block(block["encoding"], block["dtype"], block["gaps"], entries, tuple(streams))
-            )
-            _check(found[-1])
-        if start != len(data):
-            raise ValueError(f"its streams end at byte {start} of {len(data)}")
-        names = [entry.name for block in found for entry in block.entries]
-        if len(set(names)) < len(names):
-            raise ValueError("two arrays have the same name")
-    except (zlib.error, LookupError, TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"The header of the packed file is malformed: {error}.") from error
-    return found
+def _parts(flat: np.ndarray, sizes: list[int]) -> list[np.ndarray]:
+    return np.split(flat, np.cumsum(sizes)[:-1])
 
 
-def _decode_block(data: bytes, block: Block) -> np.ndarray:
-    """Returns all values of a block, including zeros, as one flat array."""
+def _decode_block(data: bytes, block: Block) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the values or codes of a block, zeros included, and its tables, as flat arrays."""
     dtype = dtype_of(block.dtype)
     parts = [
         (data[offset : offset + length], count)
@@ -293,8 +216,13 @@ def _decode_block(data: bytes, block: Block) -> np.ndarray:
         for part in parts:
             _check_length(*part)
     streams = [np.frombuffer(_decompress(*part), np.uint8) for part in parts]
+    table = np.empty(0, np.float32)
+    if block.coding != "exact":
+        table = values_of(list(streams.pop().reshape(4, -1)), np.dtype(np.float32))
     values = values_of(streams[-dtype.itemsize :], dtype)
-    return values if block.encoding == "dense" else _join(values, streams[0], block.size)
+    if block.encoding == "sparse":
+        values = _join(values, streams[0], block.size)
+    return values, table
 
 
 def choose(array: np.ndarray) -> Encoding:
@@ -349,15 +277,15 @@ def canonical(name: str, array: np.ndarray) -> np.ndarray:
     return array
 
 
-def _fill(members: list[tuple[str, np.ndarray]]) -> list[list[tuple[str, np.ndarray]]]:
-    filled: list[list[tuple[str, np.ndarray]]] = []
+def _fill(members: list[_Member]) -> list[list[_Member]]:
+    filled: list[list[_Member]] = []
     room = -1
     for member in members:
-        if member[1].size > room:
+        if member.array.size > room:
             filled.append([])
             room = BLOCK_SIZE
         filled[-1].append(member)
-        room -= member[1].size
+        room -= member.array.size
     return filled
 
 
@@ -432,60 +360,4 @@ def _check_length(data: bytes, size: int) -> None:
         raise ValueError(
             f"A stream of the packed file is malformed: expected {size} bytes, received "
             f"{'more' if found > size else found}."
-        )
-
-
-def _header(data: bytes) -> bytes:
-    unpacker = zlib.decompressobj()
-    text = unpacker.decompress(data, _LARGEST_HEADER + 1)
-    if len(text) > _LARGEST_HEADER or not unpacker.eof or unpacker.unused_data:
-        raise ValueError(f"its length is wrong or exceeds {_LARGEST_HEADER} bytes")
-    return text
-
-
-def _check(block: Block) -> None:
-    """Checks that the header of a block is consistent.
-
-    Raises:
-        ValueError: If it contradicts itself.
-    """
-    sparse = block.encoding == "sparse"
-    if block.encoding not in ("sparse", "dense"):
-        raise ValueError(f"unknown encoding {block.encoding!r}")
-    if len(block.streams) != dtype_of(block.dtype).itemsize + sparse:
-        raise ValueError(f"{len(block.streams)} streams for {block.encoding} {block.dtype}")
-    for entry in block.entries:
-        numbers: tuple[Any, ...] = (*entry.shape, entry.values, block.gaps)
-        if not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
-            raise ValueError(f"counts of '{entry.name}' are {numbers}")
-        if not isinstance(entry.name, str):
-            raise ValueError(f"an array is named {entry.name!r}")
-        if entry.values > entry.size or (not sparse and entry.values < entry.size):
-            raise ValueError(f"{entry.values} values for '{entry.name}' of shape {entry.shape}")
-    if sparse and not block.values <= block.gaps <= block.values + block.size // SKIP:
-        raise ValueError(f"{block.gaps} gaps for {block.values} values of {block.size} elements")
-    for count, (_, nbytes) in zip(block.counts, block.streams, strict=True):
-        if count > _MOST_PER_BYTE * nbytes:
-            raise ValueError(f"{nbytes} bytes cannot contain the {count} bytes of a stream")
-
-
-def _check_sizes(found: list[Block]) -> None:
-    """Checks that arrays do not have more elements than the bytes can justify.
-
-    Raises:
-        ValueError: If they do.
-    """
-    for block in found:
-        for entry in block.entries:
-            # NumPy supports neither; even in an empty array it limits the other lengths.
-            lengths = math.prod(length for length in entry.shape if length)
-            if len(entry.shape) > 64 or lengths >= 2**60:
-                raise ValueError(f"The packed file is malformed: a shape of {entry.shape}.")
-    unwritten = sum(
-        max(0, block.size - SKIP * block.gaps) for block in found if block.encoding == "sparse"
-    )
-    if unwritten > _UNWRITTEN:
-        raise ValueError(
-            f"The packed file is malformed: it contains nothing for {unwritten} of the zeros that "
-            f"its header announces; at most {_UNWRITTEN} are allowed."
         )

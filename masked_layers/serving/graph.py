@@ -74,16 +74,20 @@ def decode(
 
     data = tf.io.read_file(file)
     for block in blocks:
-        flat = _decode_block(data, block)
+        flat, table = _decode_block(data, block)
         # Arrays of equal shape are adjacent, so many variables need few ops.
         shapes = [
-            (shape, list(members))
-            for shape, members in itertools.groupby(block.entries, lambda entry: entry.shape)
+            (*kind, list(members))
+            for kind, members in itertools.groupby(
+                block.entries, lambda entry: (entry.shape, entry.levels)
+            )
         ]
-        sizes = [sum(entry.size for entry in members) for _, members in shapes]
-        parts = tf.split(flat, sizes) if len(sizes) > 1 else [flat]
+        parts = _parts(flat, [sum(entry.size for entry in members) for *_, members in shapes])
+        tables = _parts(table, [levels * len(members) for _, levels, members in shapes])
         assigned = []
-        for (shape, members), part in zip(shapes, parts, strict=True):
+        for (shape, levels, members), part, values in zip(shapes, parts, tables, strict=True):
+            if block.coding != "exact":
+                part = _decoded(part, values, len(members), levels, block.coding)
             if len(members) == 1:
                 arrays = [part if len(shape) == 1 else tf.reshape(part, shape)]
             else:
@@ -99,8 +103,30 @@ def decode(
                 data = tf.identity(data)
 
 
-def _decode_block(data: tf.Tensor, block: encoding.Block) -> tf.Tensor:
-    """Returns the values of a block, zeros included, as one flat tensor."""
+def _parts(flat: tf.Tensor, sizes: list[int]) -> list[tf.Tensor]:
+    import tensorflow as tf
+
+    return tf.split(flat, sizes) if len(sizes) > 1 else [flat]
+
+
+def _decoded(codes: tf.Tensor, table: tf.Tensor, count: int, levels: int, coding: str) -> tf.Tensor:
+    """Returns the values of `count` arrays with the same number of levels, as a flat tensor."""
+    import tensorflow as tf
+
+    if coding == "scales":
+        scales = tf.reshape(table, [count, 1, levels])
+        codes = tf.reshape(codes, [count, -1, levels])
+        return tf.reshape(tf.cast(codes, tf.float32) * scales, [-1])
+    codes = tf.cast(codes, tf.int32)
+    if count == 1:
+        return tf.gather(table, codes)
+    tables = tf.reshape(table, [count, levels])
+    codes = tf.reshape(codes, [count, -1])
+    return tf.reshape(tf.raw_ops.GatherV2(params=tables, indices=codes, axis=1, batch_dims=1), [-1])
+
+
+def _decode_block(data: tf.Tensor, block: encoding.Block) -> tuple[tf.Tensor, tf.Tensor]:
+    """Returns the values or codes of a block, zeros included, and its tables, as flat tensors."""
     import tensorflow as tf
 
     def stream(place: Any) -> tf.Tensor:
@@ -109,15 +135,19 @@ def _decode_block(data: tf.Tensor, block: encoding.Block) -> tf.Tensor:
         packed = tf.strings.substr(data, offset.astype(index), length.astype(index))
         return tf.io.decode_raw(tf.io.decode_compressed(packed, "ZLIB"), tf.uint8)
 
-    sparse = block.encoding == "sparse"
+    sparse, coded = block.encoding == "sparse", block.coding != "exact"
     dtype = tf.as_dtype(block.dtype)
-    planes = stream(block.streams[sparse:])
+    table = tf.zeros([0])
+    if coded:
+        planes = tf.reshape(stream(block.streams[-1]), [4, -1])
+        table = tf.bitcast(tf.transpose(planes), tf.float32)
+    planes = stream(block.streams[sparse : len(block.streams) - coded])
     if dtype.size == 1:
         values = tf.bitcast(tf.reshape(planes, [-1]), dtype)
     else:
         values = tf.bitcast(tf.transpose(planes), dtype)
     if not sparse:
-        return values
+        return values, table
     gaps = stream(block.streams[0])
     index = tf.int32 if block.size < 2**31 else tf.int64
     steps = tf.cast(gaps, index) + 1
@@ -129,10 +159,11 @@ def _decode_block(data: tf.Tensor, block: encoding.Block) -> tf.Tensor:
         taken = tf.where(tf.not_equal(gaps, SKIP))
         positions = tf.reshape(tf.gather(ends, taken), [-1])
     # Five times faster than `scatter_nd`, which treats every value as a slice.
-    return tf.raw_ops.SparseToDense(
+    flat = tf.raw_ops.SparseToDense(
         sparse_indices=positions,
         output_shape=tf.constant([block.size], index),
         sparse_values=values,
         default_value=tf.zeros([], dtype),
         validate_indices=False,
     )
+    return flat, table

@@ -24,7 +24,7 @@ class StorageRow:
     Attributes:
         path: Path of the weight in the model.
         shape: Shape of the weight.
-        dtype: Dtype of the stored values.
+        dtype: Dtype of the stored values, or kind of their codes, such as `"codebook-5"`.
         encoding: `"sparse"` (only the non-zero values and the gaps between them), `"packed"` (all
             values, compressed), or `"dense"` (all values, uncompressed).
         alive: Number of entries that are not zero.
@@ -64,7 +64,7 @@ class StorageReport:
         rows: One row per weight.
         files: Size of each file in bytes.
         dense_nbytes: Size of all weights in bytes, uncompressed and with the model's dtypes.
-        values: Dtype requested for the values; `"float32"` means that all values are exact.
+        values: Kind of values requested; `"float32"` means that all values are exact.
         output_error: Largest absolute difference between the outputs of the SavedModel and the
             model on the sample inputs, relative to the largest absolute output; None if not
             measured.
@@ -192,6 +192,8 @@ class StorageReport:
             f"mask entropy + 4 bytes per value: {round(self.reference_nbytes):,} bytes",
             on_disk,
         ]
+        if self.values != "float32":
+            text.append(f"values are not exact: rounded with values='{self.values}'")
         if self.output_error is not None:
             text.append(
                 f"largest difference of an output: {self.output_error:.2g} of the largest output"

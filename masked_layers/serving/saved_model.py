@@ -9,7 +9,9 @@ TensorFlow's own ops are used.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
+import numbers
 import os
 import re
 import shutil
@@ -24,11 +26,13 @@ import numpy as np
 
 from masked_layers import files
 from masked_layers.serving import compaction, encoding, graph
+from masked_layers.serving.codes import Coded
 from masked_layers.serving.folder import CONTENTS, check_replaceable
 from masked_layers.serving.report import FILE, StorageReport, StorageRow, file_sizes
 from masked_layers.serving.samples import samples_of
+from masked_layers.serving.stored_values import CHOICES, Stored, fewest_bits, stored, too_large
 from masked_layers.serving.tracing import effective_values, trace
-from masked_layers.serving.verification import verify
+from masked_layers.serving.verification import error_with, verify
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +60,7 @@ def export_sparse_saved_model(
     path: str | os.PathLike[str],
     *,
     values: str = "float32",
+    tolerance: float | None = None,
     include: str | Iterable[str] | Callable[[str], bool] | None = None,
     level: int = 6,
     input_signature: Any = None,
@@ -74,11 +79,20 @@ def export_sparse_saved_model(
         model: A built model, either masked, or plain with zeros in its kernels.
         path: Folder to write. An existing SavedModel or empty folder is replaced.
         values: `"float32"` keeps every value exactly, for any dtype. `"float16"` and `"bfloat16"`
-            round the values of sparse weights to 2 bytes on disk; the model still computes in its
-            own dtype. The report contains the resulting error of the outputs.
-        include: Weights that may be stored sparsely: a regular expression that is searched for in
-            their paths, a list of regular expressions (at least one must match), or a function of a
-            path. Default: all weights. A weight that would not become smaller stays dense.
+            round the values of sparse weights to 2 bytes on disk. Codes of one byte, which are
+            entropy coded, stand for all floating-point weights with two or more axes, sparse or
+            not: `"int8"` for multiples of a scale per output channel (last axis), to which values
+            are rounded, and `"codebook-2"` to `"codebook-8"` for one of 4 to 256 values per weight,
+            found by k-means. `"codebook"` chooses the bits of each weight to meet `tolerance`, and
+            is `"codebook-5"` without one. Zeros stay exact zeros. With int8, kept weights smaller
+            than half a step become zeros, too. The model still computes in its own dtype. The
+            report contains the resulting error of the outputs.
+        tolerance: Largest difference of an output on the sample inputs, relative to the largest
+            output. If it is exceeded, the export fails. Default: no limit for rounded values.
+        include: Weights that may be stored sparsely or as codes: a regular expression that is
+            searched for in their paths, a list of regular expressions (at least one must match), or
+            a function of a path. Default: all weights. A weight that would not become smaller stays
+            dense.
         level: Compression level of zlib, 0 to 9.
         input_signature: Same as in `keras.Model.export`.
         sample_inputs: Inputs for comparing outputs, with at least one row, in the forms that
@@ -95,7 +109,8 @@ def export_sparse_saved_model(
         NotImplementedError: If Keras cannot trace a model into TensorFlow on this backend, or a
             call of the model changes a variable that the model does not track.
         OverflowError: If a value is outside the range of `values`.
-        RuntimeError: If the outputs of the written folder differ from those of the model.
+        RuntimeError: If the outputs of the written folder differ from those of the model, by more
+            than `tolerance` if values are rounded.
         TypeError: If `model` is not a Keras model, or `include` has another type than listed above.
         ValueError: If an argument is invalid or the model is not built. If a normalization leaves
             channels out: `shrink` removes them.
@@ -106,50 +121,49 @@ def export_sparse_saved_model(
     """
     if not isinstance(model, keras.Model):
         raise TypeError(f"Expected a `keras.Model`. Received: {model!r}")
-    if values not in ("float32", "float16", "bfloat16"):
+    if values not in CHOICES:
         raise ValueError(
-            f"`values` must be 'float32' (exact), 'float16' or 'bfloat16'. Received: {values!r}"
+            "`values` must be 'float32' (exact), 'float16', 'bfloat16', 'int8', 'codebook' or "
+            f"'codebook-2' to 'codebook-8'. Received: {values!r}"
         )
+    if tolerance is not None and not (_is_number(tolerance) and tolerance > 0):
+        raise ValueError(f"`tolerance` must be a number above 0. Received: {tolerance!r}")
     path = Path(path).resolve()  # Behind a link, the folder is replaced and not the link.
     check_replaceable(path)
     arrays = effective_values(model)
     allowed = _included(include, arrays)
-    # The salt covers the arguments that change the decoded values.
-    traced = trace(model, arrays, input_signature, salt=f"{values}{sorted(allowed)}")
+    traced = trace(model, arrays, input_signature)
     import tensorflow as tf  # `trace` explains an error if it is missing.
 
-    arrays = {name: _canonical(name, arrays[name]) for name in traced.variables}
-    encodings = {name: _encoding(array, name in allowed) for name, array in arrays.items()}
-    stored = {
-        name: _rounded(name, array, values if encodings[name] == "sparse" else "float32")
-        for name, array in arrays.items()
-        if encodings[name] != "dense"
-    }
-    # Decoding one more block would take more bytes in the graph than the gaps of so few values.
-    odds = sum(arrays[name].size for name in arrays if encodings[name] == "packed")
-    names: dict[str, encoding.Encoding]
-    names = {"sparse": "sparse", "packed": "sparse" if odds < _JOINED_BELOW else "dense"}
-    pack = encoding.encode(
-        stored, encodings={name: names[encodings[name]] for name in stored}, level=level
-    )
-    expected = {
-        name: stored[name].astype(array.dtype) if name in stored else array
-        for name, array in arrays.items()
-    }
     arguments = samples_of(model, traced.signature, sample_inputs)
     samples = keras.tree.map_structure(tf.convert_to_tensor, arguments)
+    arrays = {name: _canonical(name, arrays[name]) for name in traced.variables}
+    exact = {name: _exact(array, name in allowed) for name, array in arrays.items()}
+    if values == "codebook" and tolerance is not None:
+        measure = functools.partial(error_with, traced, samples)
+        weights = fewest_bits(exact, allowed, measure, tolerance)
+    else:
+        weights = {
+            name: stored(name, weight, values) if name in allowed else weight
+            for name, weight in exact.items()
+        }
+    pack = _packed(weights, level)
+    expected = {name: weight.values for name, weight in weights.items()}
     given = sample_inputs is not None
     with files.scratch_folder(path, CONTENTS) as scratch, _literal(scratch) as folder:
         os.chmod(folder, 0o777 & ~_umask())
         graph.write(folder, traced, pack)
-        keep_saver = "dense" in encodings.values() or bool(traced.resources)
-        compaction.compact(folder / "saved_model.pb", traced.prefix, keep_saver=keep_saver)
+        keep_saver = bool(traced.resources) or any(w.content is None for w in weights.values())
+        compaction.compact(folder / "saved_model.pb", traced.prefix, pack, keep_saver=keep_saver)
         # A hash of the graph before compaction, which loaders do not require.
         (folder / "fingerprint.pb").unlink(missing_ok=True)
-        exact = values == "float32"
-        error = verify(folder, model, traced, expected, samples, given=given, exact=exact)
+        error = verify(
+            folder, model, traced, expected, samples, given=given, exact=values == "float32"
+        )
+        if tolerance is not None and not (error is not None and error <= tolerance):
+            raise RuntimeError(too_large(error, tolerance, values))
         report = StorageReport(
-            rows=_rows(arrays, stored, pack, encodings),
+            rows=_rows(weights, pack),
             dense_nbytes=sum(array.nbytes for array in arrays.values()),
             files=file_sizes(folder),
             values=values,
@@ -163,6 +177,10 @@ def export_sparse_saved_model(
         files.replace_folder(scratch, path)
     logger.info("Wrote '%s': %d bytes, sparsity %.4f.", path, report.disk_nbytes, report.sparsity)
     return report
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def _included(include: Any, paths: Iterable[str]) -> set[str]:
@@ -202,54 +220,44 @@ def _canonical(name: str, array: np.ndarray) -> np.ndarray:
     return encoding.canonical(name, array) if array.dtype.name in _BITCAST else array
 
 
-def _encoding(array: np.ndarray, allowed: bool) -> str:
+def _exact(array: np.ndarray, allowed: bool) -> Stored:
     if array.dtype.name not in _BITCAST:
-        return "dense"
+        return Stored(array, "dense", None)
     if allowed and encoding.choose(array) == "sparse":
-        return "sparse"
-    return "packed" if array.size < _PACKED_BELOW else "dense"
+        return Stored(array, "sparse", array)
+    if array.size < _PACKED_BELOW:
+        return Stored(array, "packed", array)
+    return Stored(array, "dense", None)
 
 
-def _rounded(name: str, array: np.ndarray, dtype: str) -> np.ndarray:
-    if dtype == "float32" or array.dtype.kind in "iu" or array.dtype.itemsize <= 2:
-        return array
-    import ml_dtypes
+def _packed(weights: Mapping[str, Stored], level: int) -> bytes:
+    contents = {name: w.content for name, w in weights.items() if w.content is not None}
+    # Decoding one more block would take more bytes in the graph than the gaps of so few values.
+    odds = sum(
+        weight.array.size
+        for weight in weights.values()
+        if weight.encoding == "packed" and not isinstance(weight.content, Coded)
+    )
+    encodings: dict[str, encoding.Encoding] = {}
+    for name, content in contents.items():
+        joined = not isinstance(content, Coded) and odds < _JOINED_BELOW
+        sparse = joined or weights[name].encoding == "sparse"
+        encodings[name] = "sparse" if sparse else "dense"
+    return encoding.encode(contents, encodings=encodings, level=level)
 
-    with np.errstate(over="ignore"):
-        rounded = array.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
-    if (np.isfinite(array) & ~np.isfinite(rounded)).any():
-        raise OverflowError(
-            f"'{name}' has values up to {np.nanmax(np.abs(array))}, beyond the range of {dtype}. "
-            "Use values='bfloat16' or 'float32', or leave the weight out with `include`."
-        )
-    return encoding.canonical(name, rounded)  # Tiny values may have been rounded to -0.0.
 
-
-def _rows(
-    arrays: Mapping[str, np.ndarray],
-    stored: Mapping[str, np.ndarray],
-    pack: bytes,
-    encodings: Mapping[str, str],
-) -> tuple[StorageRow, ...]:
+def _rows(weights: Mapping[str, Stored], pack: bytes) -> tuple[StorageRow, ...]:
     nbytes = {
         entry.name: count
         for block in encoding.blocks(pack)
         for entry, count in zip(block.entries, block.nbytes, strict=True)
     }
     rows = []
-    for name, array in arrays.items():
-        array = stored.get(name, array)
+    for name, weight in weights.items():
+        array = weight.values
         alive = array.size - int(np.count_nonzero(array == np.zeros((), array.dtype)))
-        rows.append(
-            StorageRow(
-                name,
-                array.shape,
-                array.dtype.name,
-                encodings[name],
-                alive,
-                nbytes.get(name, array.nbytes),
-            )
-        )
+        size = nbytes.get(name, array.nbytes)
+        rows.append(StorageRow(name, array.shape, weight.dtype, weight.encoding, alive, size))
     return tuple(rows)
 
 

@@ -66,7 +66,6 @@ def trace(
     model: keras.Model,
     values: Mapping[str, np.ndarray],
     input_signature: Any = None,
-    salt: str = "",
 ) -> Traced:
     """Traces the inference pass of a model with TensorFlow variables that have the given values.
 
@@ -76,8 +75,6 @@ def trace(
         model: A built model, plain or masked.
         values: The values that `effective_values(model)` returned.
         input_signature: Same as in `keras.Model.export`.
-        salt: Text that is part of the hash in the variable names. It must differ if the variables
-            will get other values, such as rounded ones.
 
     Raises:
         ImportError: If TensorFlow, or a package for tracing into it from another backend, is
@@ -104,7 +101,7 @@ def trace(
 
     # A prefix that no other model in the process has: variables with the same name are the same
     # variable in a session, and two models may be loaded into one session.
-    digest = hashlib.sha256(f"{model.name}{salt}".encode())
+    digest = hashlib.sha256(model.name.encode())
     for path, value in values.items():
         digest.update(f"{path}{value.dtype}{value.shape}".encode())
         digest.update(value.tobytes())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,9 +85,7 @@ def verify(
                 f"which the rounding of {sorted(dtypes)} does not explain. Nothing was changed at "
                 "the target path. A model with random outputs cannot be compared."
             )
-    numbers = [x for x in truth if x.dtype.kind not in "OSUbiu"]
-    total = sum(x.size for x in numbers)
-    finite = sum(int(np.isfinite(x).sum()) for x in numbers)
+    finite, total = _finite(truth)
     if finite < total:
         warnings.warn(
             f"{total - finite} of {total} outputs of the model are NaN or infinite on the sample "
@@ -96,6 +94,39 @@ def verify(
             stacklevel=3,
         )
     return difference if finite or not total else None
+
+
+def _finite(outputs: Sequence[np.ndarray]) -> tuple[int, int]:
+    """Returns how many numbers among the outputs are finite, and how many there are."""
+    numbers = [x for x in outputs if x.dtype.kind not in "OSUbiu"]
+    return sum(int(np.isfinite(x).sum()) for x in numbers), sum(x.size for x in numbers)
+
+
+def error_with(
+    traced: Traced, samples: Sequence[Any], values: Mapping[str, np.ndarray]
+) -> float | None:
+    """Returns the error that other values of some weights cause, as `verify` measures it.
+
+    Args:
+        traced: Function whose variables have the exact values, which they get back.
+        samples: Positional arguments for the calls.
+        values: Other values, by path.
+    """
+
+    def outputs() -> list[np.ndarray]:
+        return [x.numpy() for x in keras.tree.flatten(traced.function(*samples))]
+
+    exact = {name: traced.variables[name].numpy() for name in values}
+    wanted = outputs()
+    try:
+        for name, value in values.items():
+            traced.variables[name].assign(value)
+        finite, total = _finite(wanted)
+        found = max(map(relative_difference, outputs(), wanted), default=0.0)
+        return found if finite or not total else None
+    finally:
+        for name, value in exact.items():
+            traced.variables[name].assign(value)
 
 
 def relative_difference(got: np.ndarray, wanted: np.ndarray) -> float:

@@ -44,6 +44,27 @@ def test_export_and_inspect(saved, tmp_path, capsys):
 
 
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="needs the TensorFlow backend")
+def test_export_of_codes_within_a_tolerance_on_samples(saved, tmp_path, capsys):
+    samples = tmp_path / "samples.npy"
+    np.save(samples, np.random.default_rng(0).random((9, 50), "float32"))
+    out = tmp_path / "served" / "1"
+    command = ["export", str(saved), str(out), "--sample-inputs", str(samples), "--tolerance"]
+    assert cli.main([*command, "1e-6", "--values", "int8"]) == 2
+    assert "but `tolerance` is 1e-06" in capsys.readouterr().err
+    assert not out.exists()
+    assert cli.main([*command, "0.1", "--values", "codebook"]) == 0
+    printed = capsys.readouterr().out
+    assert "codebook-" in printed
+    assert "values are not exact" in printed
+    for damaged, content in (("text.npy", b"text"), ("missing.npy", None)):
+        if content is not None:
+            (tmp_path / damaged).write_bytes(content)
+        wrong = [str(tmp_path / damaged) if part == str(samples) else part for part in command]
+        assert cli.main([*wrong, "0.1", "--overwrite"]) == 2
+        assert damaged in capsys.readouterr().err
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="needs the TensorFlow backend")
 def test_files_next_to_a_saved_model_are_not_lost(saved, tmp_path, capsys):
     command = ["export", str(saved), str(tmp_path / "out")]
     assert cli.main(command) == 0
@@ -119,8 +140,8 @@ def test_errors_are_explained_without_a_traceback(arguments, message, capsys):
 @pytest.mark.once
 def test_wrong_values_are_refused(capsys):
     with pytest.raises(SystemExit):
-        cli.main(["export", "a.keras", "out", "--values", "int8"])
-    assert "int8" in capsys.readouterr().err
+        cli.main(["export", "a.keras", "out", "--values", "int4"])
+    assert "int4" in capsys.readouterr().err
 
 
 @pytest.mark.once

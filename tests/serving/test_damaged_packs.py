@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from masked_layers.serving import encoding
+from masked_layers.serving import encoding, layout
 from masked_layers.serving.encoding import blocks, decode, encode
 from masked_layers.serving.report import StorageReport, StorageRow
 
@@ -154,7 +154,7 @@ def test_arrays_of_many_blocks_of_gaps(monkeypatch):
 
 
 def test_a_header_for_too_many_arrays_is_refused(monkeypatch):
-    monkeypatch.setattr(encoding, "_LARGEST_HEADER", 1000)
+    monkeypatch.setattr(layout, "_LARGEST_HEADER", 1000)
     decode(encode({str(i): np.zeros(2) for i in range(20)}))
     with pytest.raises(ValueError, match=r"header for 200 arrays has \d+ bytes; at most 1000"):
         encode({str(i): np.zeros(2) for i in range(200)})

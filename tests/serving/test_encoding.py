@@ -14,7 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from masked_layers import streams
-from masked_layers.serving import encoding
+from masked_layers.serving import codes, encoding, layout
 from masked_layers.serving.encoding import DTYPES, blocks, choose, decode, encode
 
 pytestmark = pytest.mark.once
@@ -238,7 +238,9 @@ def test_other_bytes_are_noticed(data):
 def test_another_version_is_reported():
     data = bytearray(DATA)
     data[4] = 9
-    with pytest.raises(ValueError, match="format version 9, but this library reads version 1"):
+    with pytest.raises(
+        ValueError, match="format version 9, but this library reads versions 1 and 2"
+    ):
         decode(bytes(data))
 
 
@@ -287,8 +289,12 @@ import importlib.util, sys, types
 for name in ("keras", "tensorflow", "jax", "torch"):
     sys.modules[name] = None
 sys.modules["masked_layers"] = types.ModuleType("masked_layers")
+sys.modules["masked_layers.serving"] = types.ModuleType("masked_layers.serving")
 for name, file in (
-    ("masked_layers.streams", {streams.__file__!r}), ("encoding", {encoding.__file__!r})
+    ("masked_layers.streams", {streams.__file__!r}),
+    ("masked_layers.serving.codes", {codes.__file__!r}),
+    ("masked_layers.serving.layout", {layout.__file__!r}),
+    ("encoding", {encoding.__file__!r}),
 ):
     spec = importlib.util.spec_from_file_location(name, file)
     module = importlib.util.module_from_spec(spec)

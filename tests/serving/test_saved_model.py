@@ -235,29 +235,6 @@ def test_images_of_any_size_are_compared_at_a_size_that_leaves_something(tmp_pat
     assert export_sparse_saved_model(prune(model, 0.5), tmp_path / "out").output_error == 0.0
 
 
-def test_an_exact_and_a_rounded_export_share_nothing_in_one_session(tmp_path):
-    model = prune(dense())
-    x = np.random.default_rng(0).standard_normal((2, 20)).astype("float32")
-    wanted, got = {}, {}
-    for values in ("float32", "bfloat16"):
-        export_sparse_saved_model(model, tmp_path / values, values=values)
-        loaded = tf.saved_model.load(str(tmp_path / values))
-        wanted[values] = loaded.serve(x).numpy()
-    assert np.abs(wanted["float32"] - wanted["bfloat16"]).max() > 1e-3
-    load = tf.compat.v1.saved_model.loader.load
-    with tf.Graph().as_default(), tf.compat.v1.Session() as session:
-        ends = {
-            values: load(session, ["serve"], str(tmp_path / values), import_scope=values)
-            for values in wanted
-        }
-        for values, meta in ends.items():
-            signature = meta.signature_def["serve"]
-            feed = {f"{values}/{signature.inputs['x'].name}": x}
-            got[values] = session.run(f"{values}/{signature.outputs['output_0'].name}", feed)
-    for values, outputs in wanted.items():
-        np.testing.assert_allclose(got[values], outputs, rtol=1e-5, atol=1e-6)
-
-
 @keras.saving.register_keras_serializable(package="test_serving")
 class Noise(keras.layers.Layer):
     def __init__(self, seeded, **kwargs):

@@ -28,8 +28,8 @@ def contents(folder):
 
 def test_invalid_arguments_leave_no_files(tmp_path):
     model = dense()
-    with pytest.raises(ValueError, match="Received: 'int8'"):
-        export_sparse_saved_model(model, tmp_path / "out", values="int8")
+    with pytest.raises(ValueError, match="Received: 'int4'"):
+        export_sparse_saved_model(model, tmp_path / "out", values="int4")
     with pytest.raises(ValueError, match="Received: 11"):
         export_sparse_saved_model(model, tmp_path / "out", level=11)
     with pytest.raises(TypeError, match="`include` must be a regular expression"):
