@@ -33,6 +33,9 @@ rng = np.random.default_rng(0)
 ml.set_masks(model, {path: rng.random(m.shape) < 0.1 for path, m in ml.get_masks(model).items()})
 report = export_sparse_saved_model(model, "out")
 assert report.sparsity > 0.8 and report.output_error == 0.0, report
+for values, tolerance in (("int8", None), ("codebook", 0.1)):
+    coded = export_sparse_saved_model(model, values, values=values, tolerance=tolerance)
+    assert 0 < coded.output_error < 0.1 and coded.nbytes < report.nbytes, coded
 wanted = {}
 for batch in (1, 4):
     inputs = {
