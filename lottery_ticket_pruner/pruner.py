@@ -18,8 +18,8 @@ from lottery_ticket_pruner import (
     channels,
     criteria,
     distributions,
-    evidence,
     notices,
+    one_shot,
     optimizers,
     plain_models,
     records,
@@ -33,7 +33,6 @@ from lottery_ticket_pruner.overrides import (
     freeze_at_zero,
     rescaling,
     state_restored,
-    weights_replaced,
 )
 from lottery_ticket_pruner.records import is_masked
 from lottery_ticket_pruner.variables import read, variable_scope
@@ -160,10 +159,13 @@ class LotteryTicketPruner(plain_models.PlainPruning):
         structure: structures.Identifier | None = None,
         distribution: distributions.Identifier | None = None,
         data: Any = None,
+        reconstruct: bool = False,
+        sequential: bool = True,
     ) -> SparsityReport:
         """Prunes the masked model further, by removing the lowest-ranked weights from its masks.
 
-        Raw weights are not changed. Pruned weights never come back; `reset_masks` starts over.
+        Pruned weights never come back; `reset_masks` starts over. Raw weights are only changed by
+        `reconstruct`.
 
         Args:
             strategy: A criterion: name, configuration, `criteria.Criterion` or function.
@@ -187,7 +189,14 @@ class LotteryTicketPruner(plain_models.PlainPruning):
             data: Data for criteria of gradients or activations: arrays `(x, y)` or
                 `(x, y, sample_weight)`, `x` alone if no targets are needed, or a data set of
                 batches, which is read into memory (see `training.to_arrays`). Other criteria
-                ignore it.
+                ignore it, but `reconstruct` needs `x`: a few hundred examples.
+            reconstruct: Whether to fit the kept weights and biases of each masked layer to the
+                outputs that it had before the update, by least squares on `data`, and to estimate
+                the statistics of batch normalization again, in place of training. It changes the
+                current weights of the model, and no recorded ones.
+            sequential: Whether `reconstruct`, and criteria of activations that rank each layer
+                separately (`"wanda"`), measure the inputs of a layer after the layers before it
+                have been pruned and reconstructed. Otherwise all are measured before the update.
 
         Returns:
             A report of the model's sparsity.
@@ -197,10 +206,11 @@ class LotteryTicketPruner(plain_models.PlainPruning):
                 wrong. In that case nothing is changed.
 
         Warns:
-            UserWarning: If the criterion ranks final weights recorded before the last update, if a
-                mask no longer keeps any weight, or if nothing was pruned.
+            UserWarning: If the criterion ranks final weights recorded before the last update, a
+                mask keeps no weight, nothing was pruned, or layers could not be reconstructed.
         """
         self._require_masked("update_masks")
+        manner = one_shot.Manner(reconstruct=reconstruct, sequential=sequential)
         request = selection.Request.of(
             strategy,
             rate=rate,
@@ -212,7 +222,7 @@ class LotteryTicketPruner(plain_models.PlainPruning):
             distribution=distribution,
         )
         stale = "final" in request.criterion.needs and not self._final_is_new
-        self.prune(request, data=data)
+        self.prune(request, data=data, manner=manner)
         if stale:
             warnings.warn(
                 "The final weights were recorded before the last mask update, so the same weights "
@@ -407,7 +417,12 @@ class LotteryTicketPruner(plain_models.PlainPruning):
                 return model.evaluate(x, y, **evaluate_kwargs, return_dict=True)
 
     def prune(
-        self, request: selection.Request, *, data: Any = None, model: keras.Model | None = None
+        self,
+        request: selection.Request,
+        *,
+        data: Any = None,
+        model: keras.Model | None = None,
+        manner: one_shot.Manner = one_shot.ALL_AT_ONCE,
     ) -> None:
         """Computes and sets new masks of a model, for `update_masks` and schedules.
 
@@ -415,6 +430,7 @@ class LotteryTicketPruner(plain_models.PlainPruning):
             request: The pruning request.
             data: Data for criteria of gradients or activations, as in `update_masks`.
             model: A model of the pruner's architecture to prune. By default the pruner's model.
+            manner: Whether to prune layer by layer, and to reconstruct.
 
         Raises:
             ValueError: If a record or data are missing, or the amount is wrong. In that case
@@ -426,16 +442,13 @@ class LotteryTicketPruner(plain_models.PlainPruning):
         prunables = self._prunables(model)
         kernels = self._kernels(prunables, criterion)
         graph = self.followed.of(model, request)
-        if criterion.evidence and is_masked(model):
-            # Criteria of final weights measure their evidence with these weights in the model.
-            with weights_replaced(model, self._final if "final" in criterion.needs else None):
-                measure: selection.Measure = evidence.measurement(model, criterion, data)
-                measure = channels.leaving_out(measure, model, graph)
-                masks = selection.select(request, kernels, measure, graph)
-        else:
-            masks = selection.select(request, kernels, graph=graph)
+        masks, values = one_shot.masks_and_values(
+            model, request, kernels, graph, data, manner, self._final
+        )
         self._write_masks(model, {i: masks[self._architecture.paths[i]] for i in prunables})
         channels.leave_out(model, graph, masks)
+        for variable, value in values:
+            variable.assign(value)
         self._final_is_new = False
         self._updates += 1
         size = sum(mask.size for mask in masks.values())
@@ -584,14 +597,4 @@ class LotteryTicketPruner(plain_models.PlainPruning):
         }
 
     def _require_masked(self, method: str) -> None:
-        if not is_masked(self.model):
-            raise ValueError(
-                f"`{method}` needs a masked model, but {self.model.name!r} is plain. Create the "
-                "pruner for `masked_layers.convert_to_masked(model)` instead, or use "
-                "`calc_prune_mask`, `apply_pruning` and `PrunerCallback` with the plain model."
-            )
-        if any(ref.mask.learned for ref in ml.masked_refs(self.model)):
-            raise ValueError(
-                f"`{method}` needs binary masks, but those of {self.model.name!r} are learned. "
-                "Create the pruner for `masked_layers.harden(model)` instead."
-            )
+        records.check_binary_masks(self.model, method)

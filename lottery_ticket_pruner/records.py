@@ -90,6 +90,26 @@ def is_masked(model: keras.Model) -> bool:
     return any(ref.mask is not None for ref in ml.weight_refs(model))
 
 
+def check_binary_masks(model: keras.Model, method: str) -> None:
+    """Raises a ValueError if a model has no masks, or learned ones.
+
+    Args:
+        model: The model of a pruner.
+        method: Name of the pruner's method that needs binary masks.
+    """
+    if not is_masked(model):
+        raise ValueError(
+            f"`{method}` needs a masked model, but {model.name!r} is plain. Create the "
+            "pruner for `masked_layers.convert_to_masked(model)` instead, or use "
+            "`calc_prune_mask`, `apply_pruning` and `PrunerCallback` with the plain model."
+        )
+    if any(ref.mask.learned for ref in ml.masked_refs(model)):
+        raise ValueError(
+            f"`{method}` needs binary masks, but those of {model.name!r} are learned. "
+            "Create the pruner for `masked_layers.harden(model)` instead."
+        )
+
+
 def prunables(model: keras.Model) -> dict[int, WeightRef]:
     """Returns the masked weights of a model, or all maskable weights if none is, by position."""
     positions = {id(variable): i for i, variable in enumerate(model.weights)}

@@ -1,8 +1,7 @@
-"""Loads and checks `.keras` files, and says why Keras cannot make a model."""
+"""Loads and checks `.keras` files."""
 
 from __future__ import annotations
 
-import textwrap
 import zipfile
 import zlib
 from pathlib import Path
@@ -57,16 +56,3 @@ def load_model(path: Path) -> keras.Model:
     # Keras can raise any error for other files, and for layers that are not imported.
     except Exception as error:
         raise ValueError(f"'{path}' cannot be loaded: {type(error).__name__}: {error}") from error
-
-
-def reason_of(error: Exception) -> str:
-    """Returns a sentence that says why Keras cannot make a model from a config.
-
-    Args:
-        error: Error of Keras, whose message contains the config of every layer around the one that
-            cannot be made.
-    """
-    text = str(error).rpartition("Exception encountered: ")[2].strip() or repr(error)
-    # Further lines, and what follows these words, are configs.
-    line = text.splitlines()[0].partition(" Full object config:")[0]
-    return f"{textwrap.shorten(line, 300, placeholder=' ...').rstrip('.')}."

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Collection
 
 import keras
 import numpy as np
 from keras import layers, ops
 
 import masked_layers as ml
-from lottery_ticket_pruner import _keras
 from lottery_ticket_pruner.evidence.differentiation import gradient
 from lottery_ticket_pruner.evidence.gradients import prunable_refs
-from lottery_ticket_pruner.training import ArrayDataset, Arrays, map_arrays
+from lottery_ticket_pruner.evidence.inputs import State, batches, layer_inputs
+from lottery_ticket_pruner.training import ArrayDataset, Arrays
 from masked_layers.maskable import raw_variable, weights_inside
 from masked_layers.masks import raw_view
 from masked_layers.paths import plain_class
@@ -35,7 +33,15 @@ _LINEAR = (
 )
 
 
-def input_norms(model: keras.Model, x: Arrays, *, batch_size: int = 32) -> dict[str, np.ndarray]:
+def input_norms(
+    model: keras.Model,
+    x: Arrays,
+    *,
+    batch_size: int = 32,
+    paths: Collection[str] | None = None,
+    state: State = (),
+    calls: int | None = None,
+) -> dict[str, np.ndarray]:
     """Returns the 2-norm, over a calibration set, of the inputs that each masked weight multiplies.
 
     For a dense layer this is the norm of an input feature over all examples and positions. For a
@@ -49,9 +55,12 @@ def input_norms(model: keras.Model, x: Arrays, *, batch_size: int = 32) -> dict[
         x: Inputs with examples along the first axis: an array, or a list or dict of arrays.
         batch_size: Number of examples per forward pass. The inputs of all layers are held in memory
             for one batch.
+        paths: Paths of the weights to measure. Default: all masked weights.
+        state: Variables that have other values during the measurement.
+        calls: Number of calls of the measured layers after which a forward pass may end.
 
     Returns:
-        A dict from the path of each masked weight (in a plain model, each maskable weight) to a
+        A dict from the path of each measured weight (in a plain model, each maskable weight) to a
         float32 array of the shape of the weight.
 
     Raises:
@@ -62,23 +71,16 @@ def input_norms(model: keras.Model, x: Arrays, *, batch_size: int = 32) -> dict[
     Reference:
         - [Sun et al., arXiv 2306.11695](https://arxiv.org/abs/2306.11695), section 3
     """
-    refs = prunable_refs(model)
+    refs = [ref for ref in prunable_refs(model) if paths is None or ref.path in paths]
     users = _users(model, {id(ref.variable) for ref in refs})
     data = ArrayDataset.of(x)
     ml.sync(model)
     sums = {id(ref.variable): np.zeros(ref.variable.shape, "float64") for ref in refs}
-    # The scope discards everything that the forward passes would change.
-    with keras.StatelessScope(), _recording(users) as seen:
-        for start in range(0, len(data), batch_size):
-            (batch,) = data.take(slice(start, start + batch_size))
-            model(map_arrays(ops.convert_to_tensor, batch), training=False)
-            for layer, inputs in seen:
-                variables = [raw_variable(layer, name) for name in users[layer]]
-                for variable, array in zip(
-                    variables, _squares(layer, variables, inputs), strict=True
-                ):
-                    sums[id(variable)] += ops.convert_to_numpy(array)
-            seen.clear()
+    for batch in batches(data, batch_size):
+        for layer, inputs in layer_inputs(model, batch, users, state=state, calls=calls):
+            variables = [raw_variable(layer, name) for name in users[layer]]
+            for variable, array in zip(variables, _squares(layer, variables, inputs), strict=True):
+                sums[id(variable)] += ops.convert_to_numpy(array)
     return {ref.path: np.sqrt(sums[id(ref.variable)]).astype("float32") for ref in refs}
 
 
@@ -100,25 +102,6 @@ def _users(model: keras.Model, variables: set[int]) -> dict[layers.Layer, list[s
             "`include` the others."
         )
     return users
-
-
-@contextlib.contextmanager
-def _recording(users: dict[layers.Layer, list[str]]) -> Iterator[list[tuple[layers.Layer, Tensor]]]:
-    """Records the inputs of each call of these layers while the context is open."""
-    seen: list[tuple[layers.Layer, Tensor]] = []
-
-    def noting(layer: layers.Layer, call: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def noting_call(inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            seen.append((layer, inputs))
-            return call(inputs, *args, **kwargs)
-
-        return noting_call
-
-    with contextlib.ExitStack() as stack:
-        for layer in users:
-            # A functional model uses the `call` of its layers, and no hook runs around it.
-            stack.enter_context(_keras.replaced(layer, "call", noting(layer, layer.call)))
-        yield seen
 
 
 def _squares(layer: layers.Layer, variables: list[keras.Variable], inputs: Tensor) -> list[Tensor]:

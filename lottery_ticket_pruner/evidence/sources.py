@@ -47,7 +47,7 @@ def _of_loss(function: Callable[..., dict[str, np.ndarray]]) -> Callable[..., So
     """Returns a source of evidence from a function of model, inputs and targets."""
 
     def source(criterion: criteria.Criterion, model: keras.Model, data: object) -> Source:
-        x, y, sample_weight = _unpack(data)
+        x, y, sample_weight = unpacked(data)
         if x is None or y is None:
             raise ValueError(
                 f"Criterion {criterion.name!r} differentiates the loss of the model and needs "
@@ -65,7 +65,7 @@ def _of_loss(function: Callable[..., dict[str, np.ndarray]]) -> Callable[..., So
 
 
 def _of_inputs(criterion: criteria.Criterion, model: keras.Model, data: object) -> Source:
-    x = _unpack(data)[0]
+    x = unpacked(data)[0]
     if x is None:
         raise ValueError(
             f"Criterion {criterion.name!r} measures the inputs of each layer and needs "
@@ -80,7 +80,7 @@ def _of_inputs(criterion: criteria.Criterion, model: keras.Model, data: object) 
 
 
 def _of_flow(criterion: criteria.Criterion, model: keras.Model, data: object) -> Source:
-    return SynapticFlow(model, _unpack(data)[0])
+    return SynapticFlow(model, unpacked(data)[0])
 
 
 _SOURCES: dict[str, Callable[..., Source]] = {
@@ -96,8 +96,14 @@ def differentiates(criterion: criteria.Criterion) -> bool:
     return bool({"gradient", "hessian_gradient"} & set(criterion.evidence))
 
 
-def _unpack(data: object) -> tuple[Any, Any, Any]:
-    """Returns `(x, y, sample_weight)`. As in Keras, a list is several inputs, not a pair."""
+def unpacked(data: object) -> tuple[Any, Any, Any]:
+    """Returns `(x, y, sample_weight)`, with None for what `data` lacks.
+
+    As in Keras, a list is several inputs, not a pair. A data set is read.
+
+    Raises:
+        ValueError: If `data` is a tuple of another length, or `to_arrays` refuses it.
+    """
     parts = data if isinstance(data, tuple) else to_arrays(data)
     if not 1 <= len(parts) <= 3:
         raise ValueError(

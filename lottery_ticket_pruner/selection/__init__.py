@@ -10,6 +10,7 @@ from lottery_ticket_pruner.selection.families import kept_channels
 from lottery_ticket_pruner.selection.lowest import drop_lowest
 from lottery_ticket_pruner.selection.new_masks import (
     Measure,
+    apart,
     select,
     select_many,
     update,
@@ -25,6 +26,7 @@ __all__ = [
     "Request",
     "Share",
     "Weights",
+    "apart",
     "drop_count",
     "drop_lowest",
     "kept_channels",

@@ -56,6 +56,36 @@ def select(
     return masks
 
 
+def apart(request: Request, weights: Mapping[str, Weights]) -> dict[str, Request] | None:
+    """Returns a request for each kernel alone, which together prune what the request prunes.
+
+    Args:
+        request: The pruning request.
+        weights: Kernels by path.
+
+    Returns:
+        A dict from paths to requests, without the kernels that a structure does not apply to; or
+        None if weights of several kernels are ranked or pruned together, or in several rounds.
+
+    Raises:
+        ValueError: If an amount does not fit the kernels, as described for `update`.
+    """
+    structure = request.structure
+    together = structure is not None and (structure.coupled or structure.whole_outputs)
+    if together or request.scope == "global" or request.criterion.rounds > 1:
+        return None
+    kernels = {
+        path: kernel
+        for path, kernel in weights.items()
+        if structure is None or structure.applies(kernel.layout)
+    }
+    bare = dataclasses.replace(request, rate=None, sparsity=None, distribution=None)
+    return {
+        path: dataclasses.replace(bare, **amount)
+        for path, amount in amounts(request, kernels).items()
+    }
+
+
 def select_many(
     request: Request, weights: Mapping[str, Weights], sparsities: Sequence[Share]
 ) -> Iterator[dict[str, np.ndarray]]:

@@ -1,0 +1,274 @@
+"""Prunes a trained model without training: layer by layer, and with reconstruction."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+from keras import layers, ops
+
+import masked_layers as ml
+from lottery_ticket_pruner import channels, evidence, notices, reconstruction, selection
+from lottery_ticket_pruner.overrides import weights_replaced
+from lottery_ticket_pruner.records import is_masked
+from lottery_ticket_pruner.training import ArrayDataset, Arrays
+from masked_layers import MaskedRef
+from masked_layers.maskable import raw_variable, weights_inside
+from masked_layers.paths import plain_class, walk
+
+_logger = logging.getLogger(__name__)
+
+# Examples in a forward pass, and numbers in the inputs of one, as far as one example allows.
+_BATCH, _NUMBERS = 128, 2**20
+Masks = dict[str, np.ndarray]
+Values = list[tuple[keras.Variable, np.ndarray]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Manner:
+    """How masks are chosen and what happens to kept weights.
+
+    Attributes:
+        reconstruct: Whether kept weights are fitted to the former outputs of their layers.
+        sequential: Whether the inputs of each layer are measured after the layers before it have
+            been pruned (and reconstructed).
+    """
+
+    reconstruct: bool = False
+    sequential: bool = False
+
+
+ALL_AT_ONCE = Manner()
+
+
+def masks_and_values(
+    model: keras.Model,
+    request: selection.Request,
+    kernels: Mapping[str, selection.Weights],
+    graph: ml.ChannelFamilies | None,
+    data: Any,
+    manner: Manner,
+    final: Sequence[np.ndarray] | None,
+) -> tuple[Masks, Values]:
+    """Computes new masks of a model, and new values of its weights and statistics.
+
+    The model is left unchanged.
+
+    Args:
+        model: A model. A plain one is pruned without data.
+        request: The pruning request.
+        kernels: Its kernels by path.
+        graph: Its channels, if the request needs them.
+        data: Data as for `update_masks`.
+        manner: How to prune.
+        final: The recorded final weights, or None.
+
+    Returns:
+        The masks by path, and pairs of a variable and its new value.
+
+    Raises:
+        ValueError: If data is missing or the request does not fit the model.
+    """
+    criterion = request.criterion
+    if not is_masked(model) or not (criterion.evidence or manner.reconstruct):
+        return selection.select(request, kernels, graph=graph), []
+    parts = evidence.unpacked(data) if manner.reconstruct or criterion.evidence else (None,)
+    if manner.reconstruct and parts[0] is None:
+        raise ValueError(
+            "`reconstruct=True` fits the kept weights on examples and needs inputs: "
+            "`update_masks(..., reconstruct=True, data=x)`. Received: data=None"
+        )
+    alone = _alone(request, kernels) if manner.sequential and parts[0] is not None else None
+    masks = {}
+    if alone is None:
+        # Criteria of final weights measure their evidence with these weights in the model.
+        with weights_replaced(model, final if "final" in criterion.needs else None):
+            measure: selection.Measure = evidence.measurement(model, criterion, parts)
+            measure = channels.leaving_out(measure, model, graph)
+            masks = selection.select(
+                request, kernels, measure if criterion.evidence else None, graph
+            )
+        if not manner.reconstruct:
+            return masks, []
+    network = _PrunedNetwork(model, parts[0])
+    if alone is None:
+        network.set_masks({**masks, **channels.without_pruned(model, graph, masks)})
+    left = network.not_fitted() if manner.reconstruct else {}
+    _in_order(network, kernels, alone, manner)
+    if left:
+        notices.warn(
+            "These layers were pruned but not reconstructed: "
+            + "; ".join(f"{path}: {reason}" for path, reason in left.items())
+        )
+    return {path: network.masks.get(path, kernels[path].mask) for path in kernels}, network.values
+
+
+def _alone(
+    request: selection.Request, kernels: Mapping[str, selection.Weights]
+) -> dict[str, selection.Request] | None:
+    """Returns a request for each kernel if its weights are ranked by the inputs of its layer."""
+    criterion = request.criterion
+    if criterion.evidence != {"input_norm"} or "final" in criterion.needs:
+        return None
+    alone = selection.apart(request, kernels)
+    if alone is None:
+        _logger.warning(
+            "%s was measured on the model before the update, and not layer by layer, because %s "
+            "ranks weights of several layers together.",
+            criterion.name,
+            request.structure or f"the scope {request.scope!r}",
+        )
+    return alone
+
+
+class _PrunedNetwork:
+    """A masked model with other masks and values, which exist only in its forward passes."""
+
+    def __init__(self, model: keras.Model, x: Arrays) -> None:
+        ml.sync(model)
+        self.model, self.x, self.data = model, x, ArrayDataset.of(x)
+        self.masks: Masks = {}
+        self._refs = {ref.path: ref for ref in (*ml.masked_refs(model), *ml.channel_refs(model))}
+        self._state: dict[int, tuple[keras.Variable, Any]] = {}
+        self._values: dict[int, tuple[keras.Variable, np.ndarray]] = {}
+        masked = {id(ref.variable): ref.path for ref in ml.masked_refs(model)}
+        self._weights: dict[layers.Layer, list[str]] = {}
+        for _, layer, name in weights_inside(model, biases=True):
+            if path := masked.get(id(raw_variable(layer, name))):
+                self._weights.setdefault(layer, []).append(path)
+        normalizations = [layer for _, layer in walk(model) if reconstruction.has_statistics(layer)]
+        size = int(self.data.bytes_each) // 4
+        self.batch_size = max(1, min(_BATCH, _NUMBERS // max(1, size)))
+        batch = next(evidence.batches(self.data, self.batch_size))
+        seen = evidence.layer_inputs(model, batch, [*self._weights, *normalizations])
+        self.calls: dict[layers.Layer, int] = {}
+        for layer, _ in seen:
+            self.calls[layer] = self.calls.get(layer, 0) + 1
+
+    @property
+    def state(self) -> list[tuple[keras.Variable, Any]]:
+        """Variables with other values than in the model, as tensors."""
+        return list(self._state.values())
+
+    @property
+    def values(self) -> Values:
+        """New values of weights and statistics."""
+        return list(self._values.values())
+
+    def set_masks(self, masks: Mapping[str, np.ndarray]) -> None:
+        """Sets masks of weights and normalizations by path."""
+        self.masks |= masks
+        for path, mask in masks.items():
+            variable = self._refs[path].mask.value
+            self._state[id(variable)] = variable, ops.convert_to_tensor(mask, dtype="bool")
+
+    def assign(self, values: Values) -> None:
+        """Sets weights and statistics."""
+        for variable, value in values:
+            tensor = ops.convert_to_tensor(value, dtype=variable.dtype)
+            self._values[id(variable)] = variable, value
+            self._state[id(variable)] = variable, tensor
+
+    def weights_of(self, layer: layers.Layer) -> list[str]:
+        """Returns the masked weights of a layer for which no layer before it has decided."""
+        earlier = [*self.calls, *self._weights]
+        earlier = earlier[: earlier.index(layer)]
+        taken = {path for other in earlier for path in self._weights.get(other, ())}
+        return [path for path in self._weights.get(layer, ()) if path not in taken]
+
+    def order(self) -> Iterator[layers.Layer]:
+        """Yields the layers with masks or statistics, in the order of their first calls."""
+        yield from self.calls
+        yield from (layer for layer in self._weights if layer not in self.calls)
+
+    def input_norms(self, paths: Sequence[str]) -> dict[str, np.ndarray]:
+        """Returns the norms of the inputs of weights in the pruned network."""
+        holders = [layer for layer, own in self._weights.items() if {*own} & {*paths}]
+        calls = sum(self.calls.get(layer, 0) for layer in holders)
+        return evidence.input_norms(
+            self.model,
+            self.x,
+            batch_size=self.batch_size,
+            paths=paths,
+            state=self.state,
+            calls=calls or None,
+        )
+
+    @functools.cached_property
+    def targets(self) -> dict[layers.Layer, reconstruction.Target]:
+        """The layers that can be reconstructed."""
+        found = {}
+        for ref in self._kernels():
+            product = reconstruction.product_of(ref.layer)
+            if product is not None and not self._why_not(ref):
+                calls = self.calls[ref.layer]
+                found[ref.layer] = reconstruction.Target(ref.path, ref.layer, ref, product, calls)
+        return found
+
+    def not_fitted(self) -> dict[str, str]:
+        """Returns the reasons why masked kernels cannot be reconstructed, by path."""
+        reasons = {ref.path: self._why_not(ref) for ref in self._kernels()}
+        return {path: reason for path, reason in reasons.items() if reason}
+
+    def _kernels(self) -> list[MaskedRef]:
+        return [ref for ref in ml.masked_refs(self.model) if ref.output_axes]
+
+    def _why_not(self, ref: MaskedRef) -> str:
+        if sum(ref.path in own for own in self._weights.values()) > 1:
+            return "several layers share it"
+        if ref.layer not in self.calls:
+            return "its layer was not called"
+        if reconstruction.product_of(ref.layer) is None:
+            return f"{plain_class(ref.layer).__name__} is not a product of inputs and kernel"
+        return ""
+
+
+def _in_order(
+    network: _PrunedNetwork,
+    kernels: Mapping[str, selection.Weights],
+    alone: Mapping[str, selection.Request] | None,
+    manner: Manner,
+) -> None:
+    """Prunes the layers of a network and fits their weights, in the order of their calls."""
+    model, data, batch_size = network.model, network.data, network.batch_size
+    if manner.reconstruct and not manner.sequential:
+        targets = list(network.targets.values())
+        for fit in reconstruction.fit_apart(model, data, targets, network.state, batch_size):
+            _note(fit)
+            network.assign(fit.values)
+    changed = False
+    for layer in network.order():
+        paths = network.weights_of(layer)
+        if alone is not None and paths:
+            norms = network.input_norms(paths)
+            for path in paths:
+                if path in alone:
+                    weights = {path: kernels[path].with_records({"input_norm": norms[path]})}
+                    network.set_masks(selection.select(alone[path], weights))
+        if not manner.reconstruct:
+            continue
+        if layer in network.targets and manner.sequential:
+            fit = reconstruction.fit_after(
+                model, data, network.targets[layer], network.state, batch_size
+            )
+            _note(fit)
+            network.assign(fit.values)
+        elif layer in network.calls and reconstruction.has_statistics(layer) and changed:
+            calls = network.calls[layer]
+            network.assign(
+                reconstruction.statistics(model, data, layer, calls, network.state, batch_size)
+            )
+        changed |= bool(network.weights_of(layer))
+
+
+def _note(fit: reconstruction.Fit) -> None:
+    _logger.info(
+        "Reconstructed %s: the squared error of its outputs is %.3g of their squares, %.3g with "
+        "the mask alone.",
+        *(fit.path, fit.after, fit.before),
+    )

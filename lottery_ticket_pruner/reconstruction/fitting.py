@@ -1,0 +1,243 @@
+"""Fits the kept weights of masked layers to the outputs that the layers had before."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import keras
+import numpy as np
+from keras import layers, ops
+
+from lottery_ticket_pruner.evidence import State, batches, layer_inputs
+from lottery_ticket_pruner.reconstruction.least_squares import solve
+from lottery_ticket_pruner.reconstruction.products import Product
+from lottery_ticket_pruner.training import ArrayDataset
+from lottery_ticket_pruner.variables import read, widened
+from masked_layers import WeightRef
+from masked_layers.maskable import mask_of, raw_variable
+
+# Share of the mean of the Gram matrix's diagonal that is added to the diagonal.
+DAMPING = 0.01
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Target:
+    """A layer to fit.
+
+    Attributes:
+        path: Path of its kernel.
+        layer: The layer.
+        kernel: Its masked kernel.
+        product: The layer as a product of matrices.
+        calls: Number of calls of the layer in one forward pass.
+    """
+
+    path: str
+    layer: layers.Layer
+    kernel: WeightRef
+    product: Product
+    calls: int
+
+    @property
+    def bytes(self) -> int:
+        """Size of the statistics that are needed to fit the layer."""
+        groups, inputs, outputs = self.product.matrix(np.empty(self.kernel.variable.shape)).shape
+        return 8 * groups * (inputs + 1) * (inputs + 1 + outputs)
+
+    @property
+    def fits_bias(self) -> bool:
+        """Whether the bias is fitted too."""
+        return self.product.biased and self.layer.bias is not None
+
+    def weights(self, state: State) -> np.ndarray:
+        """Returns the effective weights, with the bias as last row: (groups, inputs, outputs)."""
+        with keras.StatelessScope(list(state)):
+            matrix = self.product.matrix(_array(getattr(self.layer, self.kernel.name)))
+            if not self.fits_bias:
+                return matrix
+            bias = self.product.bias_matrix(_array(self.layer.bias))
+        return np.concatenate([matrix, bias], axis=1)
+
+    def kept(self, state: State) -> np.ndarray:
+        """Returns the mask of these weights."""
+        with keras.StatelessScope(list(state)):
+            matrix = self.product.matrix(self._mask(self.kernel.name))
+            if not self.fits_bias:
+                return matrix
+            bias = self.product.bias_matrix(self._mask("bias"))
+        return np.concatenate([matrix, bias], axis=1)
+
+    def rows(self, inputs: np.ndarray) -> Iterator[np.ndarray]:
+        """Yields the matrix of the inputs in parts, with ones for the bias as last column."""
+        for part in self.product.rows(inputs):
+            ones = np.ones((*part.shape[:2], 1))
+            yield np.concatenate([part, ones], axis=2) if self.fits_bias else part
+
+    def values(self, change: np.ndarray, state: State) -> list[tuple[keras.Variable, np.ndarray]]:
+        """Returns the raw weights after a change of the effective ones."""
+        inputs = change.shape[1] - self.fits_bias
+        parts = {self.kernel.name: self.product.kernel(change[:, :inputs])}
+        if self.fits_bias:
+            parts["bias"] = self.product.bias(change[:, inputs:])
+        return [(self._variable(n), self._raw(n, c, state)) for n, c in parts.items()]
+
+    def _variable(self, name: str) -> keras.Variable:
+        variable = raw_variable(self.layer, name)
+        assert variable is not None, name  # The layer is built.
+        return variable
+
+    def _mask(self, name: str) -> np.ndarray:
+        mask = mask_of(self.layer, name)
+        return np.ones(self._variable(name).shape, bool) if mask is None else mask.to_numpy()
+
+    def _raw(self, name: str, change: np.ndarray, state: State) -> np.ndarray:
+        variable, mask = self._variable(name), mask_of(self.layer, name)
+        with keras.StatelessScope(list(state)):
+            kept = self._mask(name)
+        if mask is not None and mask.rescale:
+            change = change * (kept.sum() / kept.size)
+        before = read(variable)
+        after = before + change.reshape(before.shape)
+        return np.where(kept, after, before).astype(before.dtype)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Fit:
+    """New raw weights of a layer.
+
+    Attributes:
+        path: Path of its kernel.
+        values: New values of the kernel and the bias.
+        before: Squared error of the layer's outputs with the mask alone, relative to their squares.
+        after: The same with the new values.
+    """
+
+    path: str
+    values: list[tuple[keras.Variable, np.ndarray]]
+    before: float
+    after: float
+
+
+class _Sums:
+    """Sums over examples for one layer: X'X, X'R, R'R and Y'Y.
+
+    X are the inputs of the layer, Y its outputs in the network before the update, and R what the
+    masked layer lacks of them.
+    """
+
+    def __init__(self, target: Target, state: State) -> None:
+        self.target, self.state = target, state
+        self.dense, self.masked = target.weights(()), target.weights(state)
+        groups, inputs, outputs = self.dense.shape
+        self.gram = np.zeros((groups, inputs, inputs))
+        self.moments = np.zeros((groups, inputs, outputs))
+        self.error = self.size = 0.0
+
+    def add(self, before: np.ndarray, now: np.ndarray) -> None:
+        """Adds the inputs of one call in the network before the update and in the pruned one."""
+        rows = zip(self.target.rows(before), self.target.rows(now), strict=True)
+        for old, new in rows:
+            outputs = old @ self.dense
+            lacking = outputs - new @ self.masked
+            turned = new.transpose(0, 2, 1)
+            self.gram += turned @ new
+            self.moments += turned @ lacking
+            self.error += float(np.square(lacking).sum())
+            self.size += float(np.square(outputs).sum())
+
+    def add_equal(self, inputs: np.ndarray) -> None:
+        """Adds the inputs of one call that are the same in both networks."""
+        for rows in self.target.rows(inputs):
+            self.gram += rows.transpose(0, 2, 1) @ rows
+
+    def finish_equal(self) -> None:
+        """Computes the other sums from X'X, if all inputs were the same in both networks."""
+        lacking = self.dense - self.masked
+        self.moments = self.gram @ lacking
+        self.error = float((lacking * self.moments).sum())
+        self.size = float((self.dense * (self.gram @ self.dense)).sum())
+
+    def fit(self) -> Fit:
+        """Returns the weights that minimize the error, with a penalty on their changes."""
+        target = self.target
+        change = np.zeros_like(self.moments)
+        error = self.error
+        kept = target.kept(self.state)
+        for gram, moments, mask, out in zip(self.gram, self.moments, kept, change, strict=True):
+            damped = gram + np.diag(self._penalties(np.diagonal(gram)))
+            out[...] = solve(damped, moments, mask)
+            error += float((out * (gram @ out - 2 * moments)).sum())
+        size = self.size or 1.0
+        values = target.values(change, self.state)
+        return Fit(target.path, values, self.error / size, max(error, 0.0) / size)
+
+    def _penalties(self, diagonal: np.ndarray) -> np.ndarray:
+        """Returns the penalty on the change of each weight of a column; none on the bias."""
+        inputs = len(diagonal) - self.target.fits_bias
+        penalty = DAMPING * diagonal[:inputs].mean() or 1.0
+        return np.append(np.full(inputs, penalty), np.zeros(len(diagonal) - inputs))
+
+
+def fit_after(
+    model: keras.Model, data: ArrayDataset, target: Target, state: State, batch_size: int
+) -> Fit:
+    """Fits a layer to its former outputs, on the inputs that it gets from the pruned network.
+
+    Args:
+        model: The network before the update.
+        data: Examples.
+        target: The layer.
+        state: The masks and weights of the pruned network that differ from those of the model.
+        batch_size: Number of examples in a forward pass.
+    """
+    sums, wanted = _Sums(target, state), [target.layer]
+    for batch in batches(data, batch_size):
+        before = layer_inputs(model, batch, wanted, calls=target.calls)
+        now = layer_inputs(model, batch, wanted, state=state, calls=target.calls)
+        for (_, one), (_, other) in zip(before, now, strict=True):
+            sums.add(_inputs(target, one), _inputs(target, other))
+    return sums.fit()
+
+
+def fit_apart(
+    model: keras.Model,
+    data: ArrayDataset,
+    targets: Sequence[Target],
+    state: State,
+    batch_size: int,
+) -> Iterator[Fit]:
+    """Fits layers to their former outputs, on the inputs that they had before the update.
+
+    All arguments are those of `fit_after`. The statistics of as many layers are collected in one
+    pass over the examples as take no more memory than those of two of the largest.
+    """
+    limit = 2 * max((target.bytes for target in targets), default=0)
+    waiting = list(targets)
+    while waiting:
+        size, group = 0, []
+        while waiting and size + waiting[0].bytes <= limit:
+            size += waiting[0].bytes
+            group.append(waiting.pop(0))
+        sums = {target.layer: _Sums(target, state) for target in group}
+        for batch in batches(data, batch_size):
+            calls = sum(target.calls for target in group)
+            for layer, inputs in layer_inputs(model, batch, sums, calls=calls):
+                sums[layer].add_equal(_inputs(sums[layer].target, inputs))
+        for each in sums.values():
+            each.finish_equal()
+            yield each.fit()
+
+
+def _inputs(target: Target, tensor: object) -> np.ndarray:
+    inputs = widened(ops.convert_to_numpy(tensor))
+    if not np.isfinite(inputs).all():
+        raise ValueError(
+            f"'{target.path}' cannot be reconstructed: the inputs that its layer gets from the "
+            "given examples are not finite."
+        )
+    return inputs
+
+
+def _array(tensor: object) -> np.ndarray:
+    return widened(ops.convert_to_numpy(tensor)).astype("float64")
