@@ -3,7 +3,8 @@
     python -m benchmarks.checks.shrinking [--nets 46] [--applications MobileNetV2 ...]
 
 Two kinds of models: small ones of `keras.applications`, and nets of random blocks (convolutions of
-all kinds, gates, recurrent layers, attention, transformer blocks, nested models). Weights are
+all kinds, gates, recurrent layers, attention, transformer blocks, nested models, layers and models
+that are called twice). Weights are
 random, with biases, shifts, scales and statistics as they may be after training. Each model loses a
 random share of its channels, within layers or globally, of widths or heads. For each it prints the
 share of weights that is left and the largest difference of outputs between the smaller and the
@@ -77,7 +78,17 @@ def picture_net(rng):
     for _ in range(rng.integers(2, 6)):
         channels = y.shape[-1]
         kind = rng.choice(
-            ["plain", "residual", "branches", "gate", "groups", "depthwise", "nested"]
+            [
+                "plain",
+                "residual",
+                "branches",
+                "gate",
+                "groups",
+                "depthwise",
+                "nested",
+                "again",
+                "twice",
+            ]
         )
         activation = str(rng.choice(["relu", "swish", "tanh"]))
         if kind == "residual":
@@ -97,6 +108,14 @@ def picture_net(rng):
         elif kind == "nested":
             inside = [keras.Input(y.shape[1:]), layers.SeparableConv2D(6, 3, padding="same")]
             y = keras.Sequential([*inside, layers.PReLU(shared_axes=(1, 2))])(y)
+        elif kind == "again":
+            again = layers.Conv2D(channels, 3, padding="same", activation=activation)
+            y = y + again(again(y))
+        elif kind == "twice":
+            inside = [keras.Input(y.shape[1:]), layers.Conv2D(6, 1), layers.Conv2D(5, 3)]
+            nested = keras.Sequential(inside)
+            y = layers.Concatenate()([nested(y), nested(layers.Conv2D(channels, 1)(y))])
+            y = layers.ZeroPadding2D(1)(y)
         else:
             y = layers.Conv2D(8, 3, padding="same")(y)
         y = layers.Activation(activation)(layers.BatchNormalization()(y))

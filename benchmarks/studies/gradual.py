@@ -3,8 +3,9 @@
     python -m benchmarks.studies.gradual --data-dir DIR
 
 The same network, LeNet-300-100, is pruned with the same polynomial schedule up to 90 %, once as a
-Keras 3 model with `GradualPruning(regrowth=True)` and once as a `tf_keras` model with
-`prune_low_magnitude`. Masks change after every step or after every 100 steps.
+Keras 3 model with `GradualPruning(regrowth=True)` in `training.fit` and once as a `tf_keras` model
+with `prune_low_magnitude` in `fit`. Masks change after every step or after every 100 steps. "none"
+is the masked model in `training.fit` without pruning.
 
 A second training from the same seed counts the zeros of each layer's `kernel` at the end of every
 batch at which the schedule is above 0. "exact" is the share of these batches at which every kernel
@@ -26,9 +27,15 @@ import numpy as np
 
 from benchmarks.timing import Contender, MissingError, Worker
 
-BATCH = 128
+BATCH = 60  # as in the paper on lottery tickets
 SPARSITY = 0.9
-LIBRARIES = (("ours", "tensorflow"), ("ours", "jax"), ("tfmot", "tensorflow"))
+LIBRARIES = (
+    ("none", "tensorflow"),
+    ("ours", "tensorflow"),
+    ("none", "jax"),
+    ("ours", "jax"),
+    ("tfmot", "tensorflow"),
+)
 FREQUENCIES = (1, 100)
 
 
@@ -64,18 +71,22 @@ def main():
                     seconds.setdefault(key, []).append(workers[key].measure("epoch"))
             for (library, backend), worker in workers.items():
                 accuracy, sparsity = worker.measure("result")
-                exact, zeros = worker.measure("zeros")
+                counted = f"{'':16}"
+                if library != "none":
+                    exact, zeros = worker.measure("zeros")
+                    counted = f"{exact:8.1%}{zeros:8.1%}"
                 print(
                     f"{frequency:5}  {library:9}{backend:12}{accuracy:8.4f}{sparsity:10.4f}"
-                    f"{exact:8.1%}{zeros:8.1%}  {_spread(seconds[library, backend][1:])}",
+                    f"{counted}  {_spread(seconds[library, backend][1:])}",
                     flush=True,
                 )
-        theirs = seconds.get(("tfmot", "tensorflow"), [])
-        for library, backend in workers if theirs else ():
-            if library == "ours":
-                ours = seconds[library, backend]
-                ratios = [b / a for a, b in zip(ours[1:], theirs[1:], strict=True)]
-                print(f"{frequency:5}  tfmot's seconds over ours on {backend}: {_spread(ratios)}")
+        for backend in [backend for library, backend in workers if library == "ours"]:
+            ours = seconds["ours", backend][1:]
+            for other, found in (("none", backend), ("tfmot", "tensorflow")):
+                theirs = seconds.get((other, found), [])[1:]
+                ratios = [a / b for a, b in zip(ours, theirs, strict=False)]
+                if ratios:
+                    print(f"{frequency:5}  ours on {backend} / {other}: {_spread(ratios)}")
 
 
 def _spread(values):
@@ -98,13 +109,20 @@ def contest(library, frequency, data, data_dir, epochs, examples):
         "end_step": max(steps // 100 * 100, 1),  # updates in every epoch that is timed
         "frequency": frequency,
     }
-    keras, make = (_ours if library == "ours" else _tfmot)(x.shape[1], arguments)
+    keras, make = (_tfmot if library == "tfmot" else _ours)(x.shape[1], arguments)
     schedule = schedules.Polynomial(**arguments)
     model, pruning, _, masks = make()
 
+    callbacks = [] if library == "none" else [pruning]
+
     def epoch():
         started = time.perf_counter()
-        model.fit(x, y, batch_size=BATCH, verbose=0, callbacks=[pruning])
+        if library == "tfmot":
+            model.fit(x, y, batch_size=BATCH, verbose=0, callbacks=callbacks)
+        else:
+            from lottery_ticket_pruner import training
+
+            training.fit(model, x, y, batch_size=BATCH, callbacks=callbacks, deterministic=True)
         return time.perf_counter() - started
 
     def result():
