@@ -11,6 +11,7 @@ from lottery_ticket_pruner.experiments.parent import end_with_parent
 
 if TYPE_CHECKING:
     from lottery_ticket_pruner.commands.processes import Failure
+    from lottery_ticket_pruner.commands.prune import PruneConfig
     from lottery_ticket_pruner.commands.repeat import RepeatConfig
     from lottery_ticket_pruner.commands.report import ReportConfig
     from lottery_ticket_pruner.commands.saved_models import ExportConfig, InspectConfig
@@ -88,6 +89,7 @@ def _main(arguments: Sequence[str] | None) -> int:
 
 def _commands() -> dict[str, tuple[type, Callable[[Any], int]]]:
     """Returns each command with its options and the function that executes it."""
+    from lottery_ticket_pruner.commands.prune import PruneConfig
     from lottery_ticket_pruner.commands.repeat import RepeatConfig
     from lottery_ticket_pruner.commands.report import ReportConfig
     from lottery_ticket_pruner.commands.saved_models import ExportConfig, InspectConfig
@@ -96,6 +98,7 @@ def _commands() -> dict[str, tuple[type, Callable[[Any], int]]]:
 
     kinds = catalogue.KINDS.items()
     return {
+        "prune": (PruneConfig, _prune),
         **{command: (kind.config, _work_on(kind)) for command, kind in kinds},
         "repeat": (RepeatConfig, _repeat),
         "sweep": (SweepConfig, _sweep),
@@ -114,6 +117,13 @@ def _work_on(kind: "Kind") -> Callable[[Any], int]:
         return 0
 
     return work
+
+
+def _prune(config: "PruneConfig") -> int:
+    from lottery_ticket_pruner.commands import prune
+
+    prune.prune(config)
+    return 0
 
 
 def _repeat(config: "RepeatConfig") -> int:

@@ -24,13 +24,30 @@ def how_to_save(path: Path) -> str:
     return "To create a '.keras' file, call `model.save('NAME.keras')`."
 
 
-def load_model(path: Path) -> keras.Model:
-    """Loads a `.keras` file without compiling the model, after checking that it is complete.
+def load_model(path: Path, *, compiled: bool = False) -> keras.Model:
+    """Loads a `.keras` file, after checking that it is complete, or a legacy `.h5` file.
+
+    Args:
+        path: Path of the file.
+        compiled: Whether the model is compiled as it was saved.
 
     Raises:
         ValueError: If the file is cut short, damaged or not written by Keras, or contains a layer
             of a class that is not imported.
     """
+    if path.suffix not in (".h5", ".hdf5"):
+        _check_archive(path)
+    try:
+        return keras.models.load_model(path, compile=compiled)
+    except KeyError as error:
+        raise ValueError(f"'{path}' was not written by Keras: {error}.") from error
+    # Keras can raise any error for other files, and for layers that are not imported.
+    except Exception as error:
+        raise ValueError(f"'{path}' cannot be loaded: {type(error).__name__}: {error}") from error
+
+
+def _check_archive(path: Path) -> None:
+    """Raises ValueError if a `.keras` file is cut short or damaged."""
     with path.open("rb") as file:
         complete = zipfile.is_zipfile(file)
     if not complete:  # Keras says "File not found".
@@ -49,10 +66,3 @@ def load_model(path: Path) -> keras.Model:
             f"'{path}' is damaged ({damaged}). Restore it from where it was copied, or save the "
             "model again."
         )
-    try:
-        return keras.models.load_model(path, compile=False)
-    except KeyError as error:
-        raise ValueError(f"'{path}' was not written by Keras: {error}.") from error
-    # Keras can raise any error for other files, and for layers that are not imported.
-    except Exception as error:
-        raise ValueError(f"'{path}' cannot be loaded: {type(error).__name__}: {error}") from error

@@ -50,7 +50,6 @@ PURPOSES: dict[str, Callable[[str, list[int], Sequence[Part]], np.random.SeedSeq
     "rewiring": _by_parts,  # seed, step, path
     "sampled masks": _by_purpose,  # seed, path
     "scores of masks": _by_parts,  # seed, path
-    "shuffled targets": _by_purpose,  # seed
     "test samples": _by_purpose,  # seed, number
     "ties": _by_digest,  # seed, path
     "treatments": _by_parts,  # seed, path

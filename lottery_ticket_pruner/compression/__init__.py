@@ -2,7 +2,18 @@
 
 from lottery_ticket_pruner.compression.parts import Parts, parts_of
 from lottery_ticket_pruner.compression.plan import Goals, Options, Plan
+from lottery_ticket_pruner.compression.pruning import prune, search
 from lottery_ticket_pruner.compression.result import PruneResult
-from lottery_ticket_pruner.compression.search import prune, search
+from lottery_ticket_pruner.compression.steps import served_size
 
-__all__ = ["Goals", "Options", "Parts", "Plan", "PruneResult", "parts_of", "prune", "search"]
+__all__ = [
+    "Goals",
+    "Options",
+    "Parts",
+    "Plan",
+    "PruneResult",
+    "parts_of",
+    "prune",
+    "search",
+    "served_size",
+]

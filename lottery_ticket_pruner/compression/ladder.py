@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 # that is close enough to it.
 _MEASUREMENTS = 8
 _CLOSE = 0.95
+# 0.1 * 70 is 7.000000000000001 in floating point, but means 7.
+_ROUNDING = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +40,8 @@ class Ladder:
         target: Density that is low enough, where the search ends. None if the lowest is wanted.
         lowest: Density below which nothing is tried.
         start: Density that needs no attempt.
+        size: Number of things that are pruned, so that no two attempts keep the same number of
+            them. None if it is not known.
     """
 
     rate: float = 0.5
@@ -45,6 +49,7 @@ class Ladder:
     target: float | None = None
     lowest: float = 0.0
     start: float = 1.0
+    size: int | None = None
 
     def best(self, tried: Sequence[Attempt]) -> float:
         """Returns the lowest accepted density, or `start`."""
@@ -53,17 +58,27 @@ class Ladder:
     def following(self, tried: Sequence[Attempt]) -> float | None:
         """Returns the next density to try, below `best(tried)`. None if the search is complete."""
         best = self.best(tried)
-        low = max(self.lowest, self.target or 0.0)
+        low = self.rounded(max(self.lowest, self.target or 0.0))
         if best <= low:
             return None
         failed = [attempt.density for attempt in tried if not attempt.accepted]
         below = [density for density in failed if density < best]
         if below:
             highest = max(below)
-            if best <= highest * self.precision:
+            if best <= highest * self.precision or best - highest < 1.5 * self._unit:
                 return None
-            return math.sqrt(best * highest)
-        return max(best * (1 - self.rate), low)
+            return self.rounded(math.sqrt(best * highest))
+        return max(min(self.rounded(best * (1 - self.rate)), best - self._unit), low)
+
+    def rounded(self, density: float) -> float:
+        """Returns the density of a whole number of things, not below the given one."""
+        if self.size is None:
+            return density
+        return math.ceil(density * self.size - _ROUNDING) / self.size
+
+    @property
+    def _unit(self) -> float:
+        return 0.0 if self.size is None else 1 / self.size
 
 
 def density_of_size(

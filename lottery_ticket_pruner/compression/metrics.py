@@ -11,9 +11,6 @@ from lottery_ticket_pruner import training
 from lottery_ticket_pruner.training import Arrays, map_arrays
 from masked_layers import randomness
 
-# Examples and shuffled copies of the targets by which a trained model is recognized, and how many
-# standard deviations its loss is then below those for shuffled targets.
-_EXAMPLES, _SHUFFLES, _DEVIATIONS = 1_000, 19, 5.0
 # Groups of examples whose results are compared if a metric has no result for each example.
 _GROUPS = 200
 _ACCURACIES = ("accuracy", "acc", "categorical_accuracy", "sparse_categorical_accuracy")
@@ -53,6 +50,9 @@ class Comparison:
         interval: The 95 % confidence interval of the drop over samples of test examples, or None.
         method: How the interval was computed, or why there is none.
         examples: Number of test examples.
+        worse: Indices of the test examples that only the dense model gets right. Empty if the
+            metric does not count examples.
+        better: Indices of those that only the pruned model gets right.
     """
 
     metric: str
@@ -62,6 +62,8 @@ class Comparison:
     interval: tuple[float, float] | None
     method: str
     examples: int
+    worse: tuple[int, ...] = ()
+    better: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         text = f"{self.metric} {self.dense:.4f} -> {self.pruned:.4f}, drop {self.drop:+.4f}"
@@ -118,22 +120,6 @@ def _is_maximized(model: keras.Model, name: str, mode: str) -> bool:
     return bool(callback.best == 2.0)
 
 
-def is_trained(model: keras.Model, pair: tuple[Arrays, Arrays]) -> bool:
-    """Returns whether the outputs of a model depend on the targets of its inputs.
-
-    They do if its loss is far below the losses for the same targets in other orders.
-    """
-    first = np.arange(min(_length(pair), _EXAMPLES))
-    x, y = _taken(pair, first)
-    loss = training.evaluate(model, x, y)["loss"]
-    rng = randomness.stream("shuffled targets", 0)
-    losses = []
-    for _ in range(_SHUFFLES):
-        shuffled = _taken(y, rng.permutation(len(first)))
-        losses.append(training.evaluate(model, x, shuffled)["loss"])
-    return bool(np.mean(losses) - loss > _DEVIATIONS * np.std(losses, ddof=1) + 1e-6)
-
-
 @dataclasses.dataclass(frozen=True)
 class Outcome:
     """The results of a model on test data.
@@ -170,9 +156,13 @@ def compare(metric: Metric, dense: Outcome, pruned: Outcome, examples: int) -> C
 
     drop = metric.drop(dense.value, pruned.value)
     interval: tuple[float, float] | None = None
+    worse: tuple[int, ...] = ()
+    better: tuple[int, ...] = ()
     if dense.correct is not None and pruned.correct is not None:
         interval = intervals.of_paired_shares(dense.correct, pruned.correct)
         method = "Newcombe's interval of paired shares"
+        worse = tuple(np.flatnonzero(dense.correct & ~pruned.correct).tolist())
+        better = tuple(np.flatnonzero(~dense.correct & pruned.correct).tolist())
     elif _is_mean(dense) and _is_mean(pruned):
         pairs = zip(dense.groups, pruned.groups, strict=True)
         differences = np.array([metric.drop(*pair) for pair in pairs])
@@ -180,7 +170,8 @@ def compare(metric: Metric, dense: Outcome, pruned: Outcome, examples: int) -> C
         method = f"bootstrap over {len(differences)} groups of examples"
     else:
         method = f"no interval: {metric.name} is not a mean over examples"
-    return Comparison(metric.name, dense.value, pruned.value, drop, interval, method, examples)
+    values = dense.value, pruned.value
+    return Comparison(metric.name, *values, drop, interval, method, examples, worse, better)
 
 
 def _is_mean(outcome: Outcome) -> bool:

@@ -66,8 +66,10 @@ class Options:
         batch_size: Number of examples per step of training.
         seed: Seed of the order of the examples.
         trained: Whether the model is trained. None to find out: its optimizer has done steps, or
-            its loss is far below that for shuffled targets.
+            its biases have changed and its loss is below that of newly drawn models.
         on_row: Function that is called with each row as soon as it is known.
+        on_training: Function that is called before each training with the row of its model as far
+            as it is known, and the number of steps.
         on_progress: Function that is called with the number of new steps of training.
 
     Raises:
@@ -82,6 +84,7 @@ class Options:
     seed: int = 0
     trained: bool | None = None
     on_row: Any = None
+    on_training: Any = None
     on_progress: Any = None
 
     def __post_init__(self) -> None:
@@ -115,8 +118,8 @@ class Options:
 
     def arguments(self) -> dict[str, Any]:
         """Returns what determines the results, as JSON data."""
-        values = dataclasses.asdict(self)
-        return {name: value for name, value in values.items() if not name.startswith("on_")}
+        names = [field.name for field in dataclasses.fields(self)]
+        return {name: getattr(self, name) for name in names if not name.startswith("on_")}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -32,6 +32,8 @@ class PruneResult:
         test: The metric of the dense model and of `model` on the test data, which nothing else has
             used.
         sparsity: Share of the weights of all masked kernels that were pruned or removed.
+        higher_is_better: Direction of the metric.
+        tolerance: The drop that was acceptable, or None.
         meets_goals: Whether every goal is met. `max_drop` is judged on the validation data.
         conclusion: Sentences that say what was found, and if the goals are not met, what came
             nearest and why.
@@ -43,6 +45,8 @@ class PruneResult:
     rows: list[dict[str, Any]]
     test: Comparison
     sparsity: float
+    higher_is_better: bool
+    tolerance: float | None
     meets_goals: bool
     conclusion: str
     notes: tuple[str, ...]
@@ -59,9 +63,13 @@ class PruneResult:
     @property
     def table(self) -> str:
         """The rows as text."""
+        return "\n".join(aligned(self.cells(), left={1}))
+
+    def cells(self) -> list[tuple[str, ...]]:
+        """Returns the headings and the rows as texts, without columns that are empty."""
         lines = [_HEADINGS, *map(_cells, self.rows)]
         columns = [i for i in range(len(_HEADINGS)) if any(line[i] for line in lines[1:])]
-        return "\n".join(aligned([[line[i] for i in columns] for line in lines], left={1}))
+        return [tuple(line[i] for i in columns) for line in lines]
 
     def __str__(self) -> str:
         return "\n".join([self.table, f"test: {self.test}", self.conclusion, *self.notes])

@@ -24,6 +24,8 @@ from masked_layers.copying import copy_model
 _EPOCHS, _STEPS = 3, 400
 # An untrained model is first trained for so many times the epochs of a step.
 _DENSE = 3
+# Reports of progress during a training.
+_REPORTS = 20
 
 
 def masked_copy(model: keras.Model, coupled: bool) -> keras.Model:
@@ -140,7 +142,15 @@ class Workbench:
     def _train(self, arm: str, number: int, epochs: int) -> None:
         options = self.plan.options
         steps = epochs * -(-len(self.examples) // options.batch_size)
-        plan = TrainingPlan(steps=steps, batch_size=options.batch_size, seed=options.seed)
+        plan = TrainingPlan(
+            steps=steps,
+            batch_size=options.batch_size,
+            seed=options.seed,
+            eval_every=max(1, steps // _REPORTS),  # Without data to evaluate on, only reports.
+        )
+        if options.on_training is not None:
+            row = {"step": number, "sparsity": ml.sparsity_report(self.model).sparsity}
+            options.on_training(row, steps)
         listeners = training.Listeners(on_progress=options.on_progress)
         tickets.train_stretch(
             self.model, self.examples, plan, (arm, number, "prune"), None, listeners

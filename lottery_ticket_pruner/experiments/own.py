@@ -1,4 +1,4 @@
-"""Custom data from functions, given as `module:function` or `file.py:function`."""
+"""Custom data and models from functions, given as `module:function` or `file.py:function`."""
 
 import contextlib
 import importlib
@@ -8,12 +8,15 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import lottery_ticket_pruner
 from lottery_ticket_pruner.training import pair_of
 
+_Value = TypeVar("_Value")
+
 _SHOWN = 4
+_DATA = "load data with"
 _HERE = Path(lottery_ticket_pruner.__file__).resolve().parent
 
 
@@ -41,7 +44,7 @@ def arrays_of(name: str) -> tuple[Any, Any, Any, Any]:
     """
     folder = _folder_of(name)
     with _importing_from(folder):
-        make = _function(name, folder)
+        make = _function(name, folder, _DATA)
         _check_callable(name, make)
         with _named_errors(name, folder):
             returned = make()
@@ -49,6 +52,30 @@ def arrays_of(name: str) -> tuple[Any, Any, Any, Any]:
         parts = _two_parts(name, returned)
         train, test = (_pair(name, folder, part, returned) for part in parts)
     return *train, *test
+
+
+def value_of(name: str, purpose: str, read: Callable[[Any], _Value]) -> _Value:
+    """Calls a function without arguments, and returns what `read` makes of its result.
+
+    Args:
+        name: `module:function` or `path/to/file.py:function`.
+        purpose: What the function is for, for messages, such as `"load data with"`.
+        read: Function that checks or converts the result. Modules of the user can still be
+            imported while it runs. Its ValueErrors say what is wrong with the result.
+
+    Raises:
+        DatasetNotFoundError: If the file or module does not exist.
+        UserCodeError: If the function, its module or code that `read` calls raises an exception.
+        ValueError: If the function does not exist, takes arguments, or `read` refuses its result.
+    """
+    folder = _folder_of(name)
+    with _importing_from(folder):
+        make = _function(name, folder, purpose)
+        _check_callable(name, make)
+        with _named_errors(name, folder):
+            returned = make()
+        with _named_results(name, folder):
+            return read(returned)
 
 
 def import_module_of(name: str) -> None:
@@ -61,7 +88,7 @@ def import_module_of(name: str) -> None:
     """
     folder = _folder_of(name)
     with _importing_from(folder):
-        _function(name, folder)
+        _function(name, folder, _DATA)
 
 
 def _folder_of(name: str) -> Path:
@@ -75,12 +102,8 @@ def _folder_of(name: str) -> Path:
 
 def _pair(name: str, folder: Path, part: object, returned: object) -> tuple[Any, Any]:
     """Returns one part of the returned data as inputs and labels."""
-    try:
+    with _named_results(name, folder):
         pair = pair_of(part)
-    except Exception as error:
-        if isinstance(error, ValueError) and not _frames_in(folder, error):
-            raise ValueError(f"{name}: {error}") from error  # The returned data is wrong.
-        raise UserCodeError(_described(name, folder, error)) from error
     # An array, or a data set of inputs alone, has no labels.
     if pair is None or len(pair) != 2 or pair[1] is None:
         raise _unexpected(name, returned)
@@ -105,6 +128,17 @@ def _named_errors(name: str, folder: Path) -> Iterator[None]:
         yield
     # If the user's module ended the process, the command would end with its status, silently.
     except (Exception, SystemExit) as error:
+        raise UserCodeError(_described(name, folder, error)) from error
+
+
+@contextlib.contextmanager
+def _named_results(name: str, folder: Path) -> Iterator[None]:
+    """Names the function in errors about what it returned, which may run the user's code."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, ValueError) and not _frames_in(folder, error):
+            raise ValueError(f"{name}: {error}") from error  # What it returned is wrong.
         raise UserCodeError(_described(name, folder, error)) from error
 
 
@@ -148,22 +182,22 @@ def _is_ours(file: str) -> bool:
     return Path(file).is_relative_to(_HERE)
 
 
-def _function(name: str, folder: Path) -> Callable[[], Any]:
+def _function(name: str, folder: Path, purpose: str) -> Callable[[], Any]:
     source, _, attribute = name.rpartition(":")
     with _named_errors(name, folder):
         module = _module(source)
     if module is None:
         raise DatasetNotFoundError(
-            f"There is no file '{source}' to load data with."
+            f"There is no file '{source}' to {purpose}."
             if source.endswith(".py")
-            else f"There is no module {source!r} to load data with, neither here nor among what is "
+            else f"There is no module {source!r} to {purpose}, neither here nor among what is "
             "installed. A file is named by its path, as in path/to/file.py:function."
         )
     function = getattr(module, attribute, None)
     if not callable(function):
         there = [key for key, value in vars(module).items() if _is_own_function(value, module)]
         raise ValueError(
-            f"{source} has no function {attribute!r} to load data with. It has: "
+            f"{source} has no function {attribute!r} to {purpose}. It has: "
             f"{', '.join(there) or 'none'}."
         )
     return function

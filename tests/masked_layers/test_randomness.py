@@ -56,7 +56,6 @@ def test_no_two_purposes_share_a_stream():
         ("order of examples",),
         ("order of examples", 100),
         ("sampled masks", PATH),
-        ("shuffled targets",),
         ("ties", PATH),
         ("treatments", PATH),
     ]

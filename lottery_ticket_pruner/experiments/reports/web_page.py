@@ -56,14 +56,8 @@ def render(all_tickets: Sequence[GroupTickets]) -> str:
         )
     options = list(dict.fromkeys(option for group in groups for option in group.config))
     varied = run_folders.varied_options([group.config for group in groups])
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    environment.filters["value"] = run_folders.as_text
-    environment.filters["words"] = lambda name: str(name).replace("_", " ")
-    template = importlib.resources.files(__package__).joinpath("page.html")
-    page = environment.from_string(template.read_text(encoding="utf-8"))
-    return page.render(
+    return filled(
+        "page.html",
         title=contents.title_of(groups),
         groups=groups,
         overviews=contents.overviews(groups),
@@ -73,9 +67,34 @@ def render(all_tickets: Sequence[GroupTickets]) -> str:
         sections=sections,
         varied=varied,
         common=[option for option in options if option not in varied],
+    )
+
+
+def filled(template: str, **values: Any) -> str:
+    """Returns a page from a template next to this module, with the styles of all pages.
+
+    Args:
+        template: Name of the file.
+        **values: Values of its variables.
+    """
+    environment = jinja2.Environment(
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+        loader=jinja2.FunctionLoader(_template),
+    )
+    environment.filters["value"] = run_folders.as_text
+    environment.filters["words"] = lambda name: str(name).replace("_", " ")
+    return environment.get_template(template).render(
         palette=list(zip(figures.PALETTE, _DARK_PALETTE, strict=True)),
         version=lottery_ticket_pruner.__version__,
+        **values,
     )
+
+
+def _template(name: str) -> str:
+    return importlib.resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
 
 
 # The colors for a dark page.

@@ -51,6 +51,20 @@ def test_any_results_end_the_search_and_only_good_ones_are_best(results, target)
     assert min([1.0, *(attempt.density for attempt in tried)]) >= target
 
 
+@given(st.integers(1, 60), st.integers(1, 80), st.floats(0.05, 0.9), st.floats(1.001, 1.3))
+def test_no_two_attempts_keep_the_same_number(edge, size, rate, precision):
+    ladder = Ladder(rate=rate, precision=precision, lowest=1 / size, size=size)
+    tried = climb(ladder, lambda density: density * size > edge - 0.5)
+    counts = [round(attempt.density * size) for attempt in tried]
+    np.testing.assert_allclose([attempt.density * size for attempt in tried], counts)
+    assert len(set(counts)) == len(counts)
+    best = round(ladder.best(tried) * size)
+    # By brute force: the least good number, unless the precision allows to stop before.
+    least = min([*(count for count in range(1, size + 1) if count >= edge), size])
+    assert least <= best
+    assert best <= least * precision + 1
+
+
 def test_a_target_is_reached_exactly_in_geometric_steps():
     tried = climb(Ladder(target=0.1), lambda density: True)
     assert [attempt.density for attempt in tried] == [0.5, 0.25, 0.125, 0.1]

@@ -8,7 +8,6 @@ from lottery_ticket_pruner.compression.metrics import (
     Metric,
     Outcome,
     compare,
-    is_trained,
     metric_of,
 )
 from lottery_ticket_pruner.training import evaluate
@@ -48,13 +47,6 @@ def test_a_direction_that_is_not_known_must_be_given(model):
         metric_of({"loss": 1.0, "own": 1.0}, model, "own", "auto")
     with pytest.raises(ValueError, match="must be one number"):
         metric_of({"per_class": np.ones(3)}, model, "per_class", "max")
-
-
-def test_trained_models_are_told_from_untrained_ones():
-    untrained = make_model()
-    assert not is_trained(untrained, (X, Y))
-    untrained.layers[0].kernel.assign(np.eye(5, 1) * 3)
-    assert is_trained(untrained, (X, Y))
 
 
 def test_accuracies_are_compared_example_by_example(model):

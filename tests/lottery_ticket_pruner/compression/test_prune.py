@@ -93,12 +93,42 @@ class StoppedError(Exception):
     pass
 
 
-def test_an_interrupted_search_goes_on_with_the_same_results(trained, result, tmp_path):
+class Listener:
+    """A listener that cannot be copied, like those with a lock."""
+
+    def __init__(self):
+        self.rows, self.trainings, self.steps = [], [], 0
+
+    def __deepcopy__(self, memo):
+        raise AssertionError
+
+    def show(self, row):
+        self.rows.append(row)
+
+    def begin(self, row, steps):
+        self.trainings.append((row, steps))
+
+    def advance(self, steps):
+        self.steps += steps
+
+
+@pytest.mark.once
+def test_listeners_are_told_of_rows_and_steps_of_training(trained):
+    listener = Listener()
+    told = {"on_row": listener.show, "on_training": listener.begin}
+    prune(trained, DATA, sparsity=0.7, on_progress=listener.advance, **told, **SHORT)
+    assert [row["step"] for row in listener.rows] == [0, 1, 2]
+    assert [(row["step"], steps) for row, steps in listener.trainings] == [(1, 12), (2, 12)]
+    assert listener.steps == 24
+
+
+@pytest.mark.parametrize("left", [2, 7])
+def test_an_interrupted_search_goes_on_with_the_same_results(trained, result, left, tmp_path):
     known = []
 
     def stop(row):
         known.append(row)
-        if len(known) == len(result.rows) - 2:
+        if len(known) == len(result.rows) - left:
             raise StoppedError
 
     with pytest.raises(StoppedError):
@@ -117,6 +147,8 @@ def test_an_interrupted_search_goes_on_with_the_same_results(trained, result, tm
         "state.json",
         *(f"state-{row['step']}.npz" for row in result.rows if row["accepted"]),
     }
+    again = prune(trained, DATA, 0.02, folder=tmp_path, **SHORT)
+    assert again.rows == resumed.rows
     with pytest.raises(ValueError, match=r"holds another search.*max_drop"):
         prune(trained, DATA, 0.05, folder=tmp_path, **SHORT)
     text = (tmp_path / "state.json").read_text()

@@ -19,6 +19,7 @@ from lottery_ticket_pruner.compression.plan import Goals, Options, Plan
 from lottery_ticket_pruner.compression.result import PruneResult
 from lottery_ticket_pruner.compression.states import Progress, State
 from lottery_ticket_pruner.compression.steps import Workbench
+from lottery_ticket_pruner.compression.training_state import is_trained
 from lottery_ticket_pruner.fingerprints import description, digest, layers
 
 _logger = logging.getLogger(__name__)
@@ -195,7 +196,7 @@ class Search:
         bench, options = self.bench, self._plan.options
         trained = options.trained
         if trained is None:
-            trained = bench.has_steps or metrics.is_trained(bench.model, bench.parts.train)
+            trained = bench.has_steps or is_trained(bench.model, bench.parts.train)
         if options.retraining == "weight_rewinding" and trained:
             raise ValueError(
                 "Weights of a trained model cannot be rewound to their initial values, which are "
@@ -236,16 +237,8 @@ class Search:
 
     def _climb(self, stage: str) -> None:
         """Executes the attempts of a method."""
-        earlier = [row for row in self._rows if row["method"] != stage]
-        start = min(row["density"] for row in earlier if row["accepted"])
         for _ in range(_TIGHTENED):
-            ladder = Ladder(
-                rate=self._plan.options.rate,
-                precision=_PRECISION.get(stage, _PRECISION_OF_TRAINING),
-                target=self.progress.facts["target"],
-                lowest=self.bench.lowest,
-                start=start,
-            )
+            ladder = self._ladder(stage)
             while (density := ladder.following(self._tried(stage))) is not None:
                 if self._is_late(stage):
                     self._out_of_time = True
@@ -253,6 +246,19 @@ class Search:
                 self._attempt(stage, density)
             if not self._tighten(ladder.best(self._tried(stage))):
                 return
+
+    def _ladder(self, stage: str) -> Ladder:
+        stages = self._plan.stages
+        earlier = ("dense", *stages[: stages.index(stage)])
+        rows = [row for row in self._rows if row["method"] in earlier and row["accepted"]]
+        return Ladder(
+            rate=self._plan.options.rate,
+            precision=_PRECISION.get(stage, _PRECISION_OF_TRAINING),
+            target=self.progress.facts["target"],
+            lowest=self.bench.lowest,
+            start=min(row["density"] for row in rows),
+            size=None if self.bench.prunes_channels else self.bench.size,
+        )
 
     def _tried(self, stage: str) -> list[Attempt]:
         return [
@@ -350,6 +356,8 @@ class Search:
             rows=[{k: v for k, v in row.items() if k != "density"} for row in rows],
             test=comparison,
             sparsity=best["sparsity"],
+            higher_is_better=bench.metric.higher_is_better,
+            tolerance=self._plan.goals.tolerance,
             meets_goals=meets,
             conclusion=f"{self._conclusion(best, meets)} {self._verdict(comparison)}".strip(),
             notes=self._notes(),
@@ -359,7 +367,7 @@ class Search:
         target = self.progress.facts["target"]
         if target is None:
             return best["method"] != "dense"
-        return bool(best["density"] <= target * (1 + 1e-9))
+        return bool(best["density"] <= self._ladder(self._plan.stages[-1]).rounded(target))
 
     def _conclusion(self, best: dict[str, Any], meets: bool) -> str:
         goals, metric = self._plan.goals, self.bench.metric.name

@@ -1,0 +1,394 @@
+"""The command `lottery-ticket prune`: the smallest model that is good enough, in a folder."""
+
+import csv
+import dataclasses
+import io
+import json
+import re
+import time
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import keras
+import numpy as np
+import rich.progress
+import tyro
+from rich.console import Console
+
+from lottery_ticket_pruner.compression import (
+    Goals,
+    Options,
+    Parts,
+    Plan,
+    PruneResult,
+    parts_of,
+    search,
+    served_size,
+)
+from lottery_ticket_pruner.experiments import datasets, networks, own, progress
+from lottery_ticket_pruner.experiments.arguments import option
+from lottery_ticket_pruner.experiments.config import RunConfig
+from lottery_ticket_pruner.experiments.options import (
+    NO_HINT,
+    OptionalFloat,
+    OptionalInt,
+    OptionalPath,
+)
+from lottery_ticket_pruner.experiments.reports import pruning
+from lottery_ticket_pruner.experiments.run_folder import versions, write_json
+from lottery_ticket_pruner.experiments.workbench import compiled_network, save
+from lottery_ticket_pruner.fingerprints import of_json
+from masked_layers.files import replacing
+from masked_layers.keras_files import load_model
+
+_UNITS = {
+    "": 1,
+    "b": 1,
+    "kb": 1_000,
+    "mb": 1_000_000,
+    "gb": 1_000_000_000,
+    "kib": 2**10,
+    "mib": 2**20,
+}
+_MODEL = tyro.conf.arg(
+    metavar="MODEL",
+    help="A .keras or .h5 file of a compiled model, module:function or path/to/file.py:function, "
+    f"which returns one, or a network to train first: {', '.join(networks.NAMES)}. Default: the "
+    "network of the data set.",
+)
+_DATA = tyro.conf.arg(
+    metavar="NAME",
+    help=f"Data set: {', '.join(datasets.NAMES)}. Or module:function or path/to/file.py:function, "
+    "which returns (x, y), two pairs for training and test, three for training, validation and "
+    "test, or data sets of batches. They are used as they are, so scale them like the inputs of "
+    "the model.",
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PruneConfig:
+    """Find the smallest version of a model that is good enough, and export it for serving.
+
+    Without arguments: handwritten digits of scikit-learn and a fully connected 300-100 network, to
+    at most one point of accuracy less; under a minute on two cores.
+
+    The folder contains model.keras, served/1 (a sparse SavedModel), results.csv, report.html,
+    model_card.md and config.json. An interrupted search is resumed by the same command.
+    """
+
+    model: Annotated[str | None, tyro.conf.Positional, _MODEL] = None
+    data: Annotated[str, _DATA] = "digits"
+    data_dir: OptionalPath = None
+    """Folder with the published files of the data set, or with a subfolder of them."""
+    max_drop: OptionalFloat = None
+    """How much worse the metric may become on validation data: 0.01 is one point of accuracy. \
+Default: 0.01, or no condition if another goal is given."""
+    sparsity: OptionalFloat = None
+    """Share of weights to prune."""
+    size: Annotated[str | None, tyro.conf.arg(metavar="BYTES", help_behavior_hint="")] = None
+    """Size of the folder for serving, such as 500kB or 2MB."""
+    macs: OptionalFloat = None
+    """Share of the multiply-adds that may be left. Prunes channels."""
+    method: Literal["auto", "iterative", "one_shot", "channels"] = "auto"
+    """one_shot does not train, iterative trains after each step, channels removes whole filters \
+and units. auto continues iteratively where one_shot ends, or prunes channels for --macs."""
+    metric: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="")] = None
+    """Metric of --max-drop, as in the results of evaluate. Default: accuracy, or the loss."""
+    mode: Literal["auto", "max", "min"] = "auto"
+    """Direction of the metric. auto: the one that Keras' callbacks choose."""
+    epochs: OptionalInt = None
+    """Epochs of training after each step. Default: 3, or as many as 400 steps take."""
+    batch_size: int = 64
+    """Examples per step of training."""
+    rate: float = 0.5
+    """Share of the kept weights that a step prunes, until the first that is not good enough."""
+    scope: Annotated[Literal["global", "layer"] | None, NO_HINT] = None
+    """global divides the sparsity among layers by magnitude relative to each layer, layer gives \
+all the same. Default: global, or layer for channels."""
+    retraining: Literal["learning_rate_rewinding", "weight_rewinding"] = "learning_rate_rewinding"
+    """What is trained after a step: the weights as they are, or, of an untrained model, the \
+initial ones."""
+    minutes: OptionalFloat = None
+    """Time to spend. The search ends before the step that would probably exceed it."""
+    seed: int = 0
+    """Seed of the order of the examples, and of the weights of a network to train first."""
+    out: OptionalPath = None
+    """Folder to write. Default: a folder in ./runs, named after the options."""
+    overwrite: bool = False
+    """Discard the state of an earlier search in the folder."""
+    quiet: bool = False
+    """Print nothing."""
+
+    @property
+    def folder(self) -> Path:
+        """Folder that is written."""
+        if self.out is not None:
+            return self.out
+        names = [datasets.label(name) for name in (self.model or "", self.data) if name]
+        return Path("runs", "-".join(["prune", *names, of_json(self._choices())[:8]]))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the options as JSON data."""
+        values = dataclasses.asdict(self)
+        del values["overwrite"]
+        return json.loads(json.dumps(values, default=str))
+
+    def plan(self, **listeners: Any) -> Plan:
+        """Returns the plan of the search.
+
+        Raises:
+            ValueError: If an option is out of range or contradicts another one.
+        """
+        try:
+            return Plan(
+                goals=Goals(
+                    max_drop=self.max_drop,
+                    sparsity=self.sparsity,
+                    size=None if self.size is None else bytes_of(self.size),
+                    macs=self.macs,
+                ),
+                options=Options(
+                    mode=self.mode,
+                    rate=self.rate,
+                    scope=self.scope,
+                    retraining=self.retraining,
+                    batch_size=self.batch_size,
+                    seed=self.seed,
+                    **listeners,
+                ),
+                method=self.method,
+                metric=self.metric,
+                epochs=self.epochs,
+                minutes=self.minutes,
+            )
+        except ValueError as error:
+            text = re.sub(r"`(\w+)`", lambda found: option(found[1]), str(error))
+            raise ValueError(text) from error
+
+    def _choices(self) -> dict[str, Any]:
+        others = ("out", "quiet", "minutes", "data_dir")
+        return {name: value for name, value in self.to_dict().items() if name not in others}
+
+
+def bytes_of(text: str) -> int:
+    """Parses a size such as 500kB or 2MB.
+
+    Raises:
+        ValueError: If the text is not one.
+    """
+    match = re.fullmatch(r"\s*([\d_.,]+)\s*([a-zA-Z]*)\s*", text)
+    unit = _UNITS.get(match[2].lower()) if match else None
+    if match is None or unit is None:
+        raise ValueError(f"--size expects bytes, such as 500kB or 2MB. Received: {text!r}.")
+    try:
+        return int(float(match[1].replace(",", "").replace("_", "")) * unit)
+    except ValueError as error:
+        raise ValueError(
+            f"--size expects bytes, such as 500kB or 2MB. Received: {text!r}."
+        ) from error
+
+
+def prune(config: PruneConfig, console: Console | None = None) -> PruneResult:
+    """Executes the search, writes the folder and prints the result.
+
+    Raises:
+        ValueError: If an option, the model or the data cannot be used, or the folder holds another
+            search.
+        OSError: If a file is missing, or the folder is in use or cannot be written.
+    """
+    console = console or Console(quiet=config.quiet)
+    started = time.perf_counter()
+    config.plan()  # Raises errors of options before anything is loaded.
+    parts = load_data(config)
+    model = load(config)
+    folder = config.folder
+    if config.overwrite:
+        _discard(folder / "search")
+    _print(console, f"Results go to {folder}")
+    with _Display(console) as display:
+        plan = config.plan(
+            on_row=display.show, on_training=display.begin, on_progress=display.advance
+        )
+        try:
+            result = search(model, parts, plan, folder / "search")
+        except KeyboardInterrupt as error:
+            error.add_note(f"What is done so far is in {folder}.")
+            raise
+    facts = pruning.Facts(
+        name=model.name,
+        data=config.data,
+        counts=parts.counts(),
+        dense_sizes=pruning.kernel_sizes(model),
+        served=_export(result, model, folder, console),
+        labels=_labels(parts),
+        options={k: v for k, v in config.to_dict().items() if v is not None and k != "quiet"},
+    )
+    _write(result, facts, folder)
+    _print(console, f"test: {result.test}\n{result.conclusion}\n" + "\n".join(result.notes))
+    if facts.served is not None:
+        pruned, dense = facts.served
+        _print(
+            console,
+            f"Served: {pruned:,} bytes; dense {dense:,}, {dense / pruned:.1f} times as much.",
+        )
+    _print(console, f"{time.perf_counter() - started:.0f} s. Report: {folder / 'report.html'}")
+    return result
+
+
+def load_data(config: PruneConfig) -> Parts:
+    """Loads the data of a configuration.
+
+    Raises:
+        ValueError: If the name is unknown, or the data has another form.
+        UserCodeError: If the user's function raises an exception.
+    """
+    if datasets.is_own(config.data):
+        return own.value_of(config.data, "load data with", parts_of)
+    return parts_of(datasets.load(config.data, config.data_dir))
+
+
+def load(config: PruneConfig) -> keras.Model:
+    """Returns the compiled model of a configuration.
+
+    Raises:
+        FileNotFoundError: If there is no such file or module.
+        ValueError: If the name is unknown, or the model is not compiled.
+        UserCodeError: If the user's function raises an exception.
+    """
+    name = config.model
+    if name is None or name in networks.NAMES:
+        return _network(config)
+    if datasets.is_own(name) and not Path(name).is_file():
+        return own.value_of(name, "make a model with", lambda made: _compiled(name, made))
+    path = Path(name)
+    if path.suffix not in (".keras", ".h5", ".hdf5"):
+        raise ValueError(
+            "Expected as MODEL a .keras or .h5 file, module:function or file.py:function, or one "
+            f"of {', '.join(networks.NAMES)}. Received: {name!r}."
+        )
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file '{path}'.")
+    return _compiled(name, load_model(path, compiled=True))
+
+
+def _network(config: PruneConfig) -> keras.Model:
+    """Returns a network of the papers, compiled by its recipe."""
+    if datasets.is_own(config.data) and config.model is None:
+        raise ValueError("Name a MODEL for your own data: a file, module:function, or a network.")
+    data = datasets.load(config.data, config.data_dir)
+    run = RunConfig(data=config.data, network=config.model).resolve(len(data.x_train))
+    return compiled_network(run, data, config.seed)
+
+
+def _compiled(name: str, model: object) -> keras.Model:
+    if not isinstance(model, keras.Model):
+        raise ValueError(f"Expected a Keras model. Received: {type(model).__name__}.")
+    if not getattr(model, "compiled", False):
+        raise ValueError(
+            f"The model of {name} is not compiled, so its loss and metrics are not known. Save it "
+            "after compile(), or name a function that returns it compiled: file.py:function."
+        )
+    return model
+
+
+def _labels(parts: Parts) -> np.ndarray | None:
+    """Returns the classes of the test examples, or None for other targets."""
+    y = parts.test[1]
+    if not isinstance(y, np.ndarray):
+        return None
+    if y.ndim == 2 and y.shape[1] > 1:
+        return y.argmax(-1)
+    y = y.reshape(len(y), -1)
+    whole = y.shape[1] == 1 and np.array_equal(y, np.round(y))
+    return y[:, 0].astype(int) if whole else None
+
+
+def _export(
+    result: PruneResult, model: keras.Model, folder: Path, console: Console
+) -> tuple[int, int] | None:
+    """Writes the folder for serving, and returns its bytes and those of the dense model."""
+    try:
+        stored = result.export(folder / "served" / "1")
+        return stored.disk_nbytes, served_size(model)
+    except (
+        ArithmeticError,
+        ImportError,
+        NotImplementedError,
+        OSError,
+        RuntimeError,
+        ValueError,
+    ) as error:
+        _print(console, f"No SavedModel: {error}")
+        return None
+
+
+def _write(result: PruneResult, facts: pruning.Facts, folder: Path) -> None:
+    save(result.model, folder / "model.keras")
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(result.rows[0]))
+    writer.writeheader()
+    writer.writerows(result.rows)
+    texts = {
+        "results.csv": text.getvalue(),
+        "report.html": pruning.page(result, facts),
+        "model_card.md": pruning.card(result, facts),
+    }
+    for name, content in texts.items():
+        with replacing(folder / name) as file:
+            file.write(content.encode())
+    stored = {"command": "prune", **facts.options, "versions": versions()}
+    write_json(folder / "config.json", stored)
+
+
+def _discard(folder: Path) -> None:
+    for file in [folder / "state.json", *folder.glob("state-*.npz")]:
+        file.unlink(missing_ok=True)
+
+
+def _print(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+class _Display:
+    """A growing table of the models that were tried, and a bar for the current training."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bar = progress.bar(console)
+        self._task: rich.progress.TaskID | None = None
+
+    def __enter__(self) -> "_Display":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def begin(self, row: dict[str, Any], steps: int) -> None:
+        what = f"step {row['step']}, {row['sparsity']:.2%}"
+        self._task = self._bar.add_task(what if row["step"] else "dense", total=steps)
+
+    def advance(self, steps: int) -> None:
+        if self._task is not None:
+            self._bar.advance(self._task, steps)
+
+    def show(self, row: dict[str, Any]) -> None:
+        if self._task is not None:
+            self._bar.remove_task(self._task)
+            self._task = None
+        if not row["step"]:
+            self._line("step", "method", "pruned", "validation", "drop", "")
+        verdict = "accepted" if row["accepted"] else "too much"
+        numbers = [row["validation"], row["drop"]]
+        self._line(
+            str(row["step"]),
+            row["method"].replace("_", " "),
+            f"{row['sparsity']:.2%}",
+            *("" if value is None else f"{value:.4f}" for value in numbers),
+            verdict if row["step"] else "",
+        )
+
+    def _line(self, *texts: str) -> None:
+        widths = (4, 9, 7, 10, 8, 8)
+        cells = [text.rjust(width) for text, width in zip(texts, widths, strict=True)]
+        self._console.print("  ".join(cells).rstrip(), highlight=False)

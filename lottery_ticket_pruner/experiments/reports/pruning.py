@@ -1,0 +1,201 @@
+"""The page and the model card of a model that was pruned to a tolerance."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+import masked_layers as ml
+from lottery_ticket_pruner.compression import PruneResult
+from lottery_ticket_pruner.experiments.reports import web_page
+from lottery_ticket_pruner.experiments.reports.figures import PALETTE
+from lottery_ticket_pruner.experiments.reports.tables import Sheet
+
+_SHOWN = 10  # Indices of examples in a line.
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What a report shows besides the result.
+
+    Attributes:
+        name: Name of the model.
+        data: Name of the data.
+        counts: Number of examples of each part.
+        dense_sizes: Number of entries of each kernel of the dense model by path.
+        served: Bytes of the pruned and of the dense model as served, or None if there is no folder.
+        labels: Class of each test example, or None.
+        options: All options of the command.
+    """
+
+    name: str
+    data: str
+    counts: Mapping[str, int]
+    dense_sizes: Mapping[str, int]
+    served: tuple[int, int] | None
+    labels: np.ndarray | None
+    options: Mapping[str, Any]
+
+
+def kernel_sizes(model: keras.Model) -> dict[str, int]:
+    """Returns the number of entries that each kernel of a model has or, with a mask, keeps."""
+    return {
+        ref.path: int(np.prod(ref.variable.shape))
+        if ref.mask is None
+        else int(ref.mask.to_numpy().sum())
+        for ref in ml.weight_refs(model)
+    }
+
+
+def sheets(result: PruneResult, facts: Facts) -> list[Sheet]:
+    """Returns the tables of a report: attempts, test, layers, and classes if there are any."""
+    return [
+        _summary(result, facts),
+        _attempts(result),
+        _layers(result, facts),
+        *([] if facts.labels is None else _classes(result, facts.labels)),
+    ]
+
+
+def page(result: PruneResult, facts: Facts) -> str:
+    """Returns the report as a web page in a single file."""
+    figure = curve(result)
+    caption = "Each point is a model that was tried. The dashed line is the least that is accepted."
+    image = web_page.svg(figure, "p1", f"Validation {result.test.metric} against sparsity")
+    title = f"{facts.name}, {facts.data}"
+    return web_page.filled(
+        "pruning.html",
+        title=title,
+        conclusion=result.conclusion,
+        notes=result.notes,
+        sheets=sheets(result, facts),
+        chart={
+            "title": f"Validation {result.test.metric} against sparsity",
+            "caption": caption,
+            "svg": image,
+        },
+        options=facts.options,
+    )
+
+
+def curve(result: PruneResult) -> Figure:
+    """Plots the validation metric of all models that were tried against their sparsity."""
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axes = figure.subplots()
+    rows = [row for row in result.rows if row["validation"] is not None]
+    dense = rows[0]
+    methods = list(dict.fromkeys(row["method"] for row in rows[1:]))
+    for number, method in enumerate(methods):
+        own = sorted(
+            (row for row in rows if row["method"] in (method, "dense")),
+            key=lambda row: row["sparsity"],
+        )
+        x, y = ([row[name] for row in own] for name in ("sparsity", "validation"))
+        color = PALETTE[number]
+        axes.plot(x, y, color=color, linewidth=1.4, label=method.replace("_", " "))
+        for accepted, face in ((True, color), (False, "none")):
+            points = [row for row in own if row["accepted"] == accepted and row is not dense]
+            axes.scatter(
+                [row["sparsity"] for row in points],
+                [row["validation"] for row in points],
+                edgecolors=color,
+                facecolors=face,
+                zorder=3,
+            )
+    if result.tolerance is not None:
+        sign = 1 if result.higher_is_better else -1
+        least = dense["validation"] - sign * result.tolerance
+        axes.axhline(least, color="0.45", linestyle=(0, (5, 3)), linewidth=1.2)
+    axes.set_xlabel("weights pruned (open: not accepted)")
+    axes.set_ylabel(f"validation {result.test.metric}")
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    if methods:
+        axes.legend(frameon=False)
+    return figure
+
+
+def card(result: PruneResult, facts: Facts) -> str:
+    """Returns a model card in Markdown."""
+    parts = ", ".join(f"{count:,} for {name}" for name, count in facts.counts.items())
+    options = "\n".join(f"- `{name}`: {value}" for name, value in facts.options.items())
+    texts = [
+        f"# {facts.name}, pruned",
+        result.conclusion,
+        "Files: `model.keras` (Keras, after `import masked_layers`, as large as the dense model) "
+        "and `served/1` (a SavedModel for TensorFlow Serving, which needs neither).",
+        "## Results",
+        *(sheet.markdown() for sheet in sheets(result, facts)),
+        "## Data",
+        f"{facts.data}: {parts} examples. The validation data chose the model, the test data was "
+        "used once, for the comparison above.",
+        "## How it was made",
+        *(f"- {note}" for note in result.notes),
+        options,
+    ]
+    return "\n\n".join([*texts, ""])
+
+
+def _summary(result: PruneResult, facts: Facts) -> Sheet:
+    test = result.test
+    weights = sum(facts.dense_sizes.values())
+    kept = sum(kernel_sizes(result.model).values())
+    lines = [
+        (f"test {test.metric}", f"{test.dense:.4f}", f"{test.pruned:.4f}"),
+        ("weights of kernels", f"{weights:,}", f"{kept:,}"),
+    ]
+    if facts.served is not None:
+        pruned, dense = facts.served
+        lines.append(("bytes as served", f"{dense:,}", f"{pruned:,}"))
+    note = f"Drop {test.drop:+.4f}"
+    if test.interval is not None:
+        low, high = test.interval
+        note += f", 95 % interval {low:+.4f} to {high:+.4f}"
+    note += f", {test.examples} test examples ({test.method})."
+    return Sheet("Dense and pruned", ("", "dense", "pruned"), tuple(lines), 1, note)
+
+
+def _attempts(result: PruneResult) -> Sheet:
+    headings, *lines = result.cells()
+    return Sheet("Models that were tried", headings, tuple(lines), 2)
+
+
+def _layers(result: PruneResult, facts: Facts) -> Sheet:
+    kept = kernel_sizes(result.model)
+    lines = tuple(
+        (path, f"{size:,}", f"{kept.get(path, 0):,}", f"{kept.get(path, 0) / size:.2%}")
+        for path, size in facts.dense_sizes.items()
+        if size
+    )
+    return Sheet("Kernels", ("weight", "dense", "kept", "left"), lines, 1)
+
+
+def _classes(result: PruneResult, labels: np.ndarray) -> list[Sheet]:
+    worse, better = (np.array(found, int) for found in (result.test.worse, result.test.better))
+    if not len(worse) + len(better):
+        return []
+    lines = []
+    for label in np.unique(labels):
+        counts = [int(np.sum(labels[found] == label)) for found in (worse, better)]
+        lines.append(
+            (
+                str(label),
+                str(int(np.sum(labels == label))),
+                *map(str, counts),
+                _places(worse, labels, label),
+            )
+        )
+    headings = ("class", "examples", "became wrong", "became right", "which became wrong")
+    note = "Test examples that only one of the two models gets right, by their index."
+    return [Sheet("Changes by class", headings, tuple(lines), 1, note)]
+
+
+def _places(indices: np.ndarray, labels: np.ndarray, label: Any) -> str:
+    found: Sequence[int] = indices[labels[indices] == label].tolist()
+    more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+    return ", ".join(map(str, found[:_SHOWN])) + more
