@@ -104,7 +104,7 @@ def test_commands_are_such_as_there_are(words, monkeypatch, tmp_path):
         return
     pytest.importorskip("tyro")
     from lottery_ticket_pruner import cli
-    from lottery_ticket_pruner.commands import repeat, report, sweep
+    from lottery_ticket_pruner.commands import prune, repeat, report, sweep
     from lottery_ticket_pruner.commands.saved_models import ExportConfig, InspectConfig
 
     class ParsedError(Exception):
@@ -117,7 +117,7 @@ def test_commands_are_such_as_there_are(words, monkeypatch, tmp_path):
     from lottery_ticket_pruner.experiments import workbench
 
     for owner, name in (
-        (workbench, "load_and_resolve"), (sweep, "sweep"), (report, "write_report"),
+        (workbench, "load_and_resolve"), (prune, "prune"), (sweep, "sweep"), (report, "write_report"),
         (repeat.RepeatConfig, "configuration"), (ExportConfig, "execute"),
         (InspectConfig, "execute"),
     ):  # fmt: skip
