@@ -50,3 +50,14 @@ def keep_out_of_checkpoint(variable: tf.Variable) -> None:
 
     variable._serialize_to_tensors = dict
     variable._export_to_saved_model_graph = export_without_value
+
+
+def is_stateful(op: str) -> bool:
+    """Returns whether an operation has effects or reads state; unknown ones count as stateful.
+
+    Publicly, only the operations of an existing graph can be asked.
+    """
+    from tensorflow.python.framework import op_def_registry
+
+    definition = op_def_registry.get(op)
+    return definition is None or definition.is_stateful

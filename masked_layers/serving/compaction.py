@@ -4,80 +4,139 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from masked_layers.serving import function_defs, object_graphs
+from masked_layers.serving.function_defs import closure, node_of, references, retain
+
 
 def compact(file: Path, prefix: str, content: bytes, *, keep_saver: bool) -> None:
     """Removes the parts of a SavedModel's graph that no loader needs.
 
-    In a small model these are about half of the folder.
+    In a small model these are most of the folder. Nodes and functions are numbered. The names of
+    inputs and outputs stay, and so do those of signatures and objects.
 
     Args:
         file: Path of the `saved_model.pb`.
         prefix: Prefix of the names of the model's variables.
-        content: The packed weights. The new prefix is a hash of the earlier one and of them, since
-            variables with the same name are the same variable in a session, and the same model may
-            be exported with other values.
+        content: The packed weights. The new prefix of variables and functions is a hash of the
+            earlier one and of them, since variables with the same name are the same variable in a
+            session, and the same model may be exported with other values.
         keep_saver: Whether the checkpoint contains values. If not, the graph that saves and
             restores them is removed too.
     """
-    from tensorflow.core.framework import types_pb2
     from tensorflow.core.protobuf import saved_model_pb2
 
     model = saved_model_pb2.SavedModel.FromString(file.read_bytes())
     (meta,) = model.meta_graphs
-    graph = meta.graph_def
-    # Only older runtimes use it; default values that these do not know are already stripped.
+    # Only older runtimes use the list of ops; default values that these do not know are already
+    # stripped. The operation that initializes has a signature, which all loaders prefer.
     meta.meta_info_def.ClearField("stripped_op_list")
+    meta.meta_info_def.ClearField("tensorflow_git_version")
+    meta.collection_def.pop("saved_model_main_op", None)
     if not keep_saver:
         meta.ClearField("saver_def")
+    object_graphs.share_signatures(meta)
 
-    roots = {
-        tensor.name.partition(":")[0]
-        for signature in meta.signature_def.values()
-        for tensor in (*signature.inputs.values(), *signature.outputs.values())
-    }
-    roots |= {asset.tensor_info.name.partition(":")[0] for asset in meta.asset_file_def}
-    if keep_saver:
+    _feed_assets(meta)
+    library = meta.graph_def.library
+    functions = {function.signature.name: function for function in library.function}
+    for node in itertools.chain(meta.graph_def.node, *(f.node_def for f in library.function)):
+        function_defs.strip(node)
+    pure = function_defs.reading(functions)
+    object_graphs.simplify(meta.object_graph_def, pure)
+    for name, function in functions.items():
+        function_defs.simplify(function, only_reads=name in pure)
+        _strip_function(function)
+    _remove_unused(meta, functions, _ends(meta))
+    digest = hashlib.sha256(prefix.encode() + content).digest()
+    hashed = np.base_repr(int.from_bytes(digest[:5], "big"), 36).lower()
+    _rename_variables(meta, prefix, hashed)
+    _shorten(meta, f"f{hashed}")
+    file.write_bytes(model.SerializeToString(deterministic=True))
+
+
+def _ends(meta: Any) -> set[str]:
+    """Returns the names of the nodes by which loaders use the graph."""
+    tensors = [asset.tensor_info for asset in meta.asset_file_def]
+    for signature in meta.signature_def.values():
+        tensors += [*signature.inputs.values(), *signature.outputs.values()]
+    names = {node_of(tensor.name) for tensor in tensors}
+    objects = meta.object_graph_def.nodes
+    names |= {item.constant.operation for item in objects if item.HasField("constant")}
+    if meta.HasField("saver_def"):
         saver = meta.saver_def
-        names = (saver.filename_tensor_name, saver.save_tensor_name, saver.restore_op_name)
-        roots |= {name.partition(":")[0] for name in names}
-    nodes = {node.name: node for node in graph.node}
-    kept = _closure(
-        roots, lambda name: (i.lstrip("^").partition(":")[0] for i in nodes[name].input)
-    )
-    _retain(graph.node, lambda node: node.name in kept)
+        for name in (saver.filename_tensor_name, saver.save_tensor_name, saver.restore_op_name):
+            names.add(node_of(name))
+    return names
 
-    functions = {function.signature.name: function for function in graph.library.function}
-    called = {name for node in graph.node for name in _functions_of(node)}
-    called |= set(meta.object_graph_def.concrete_functions)
-    called = _closure(
+
+def _feed_assets(meta: Any) -> None:
+    """Passes the paths of assets on directly, which TensorFlow writes to variables first."""
+    nodes = {node.name: node for node in meta.graph_def.node}
+    assets = {node_of(asset.tensor_info.name) for asset in meta.asset_file_def}
+    paths = {
+        node_of(node.input[0]): node_of(node.input[1])
+        for node in nodes.values()
+        if node.op == "AssignVariableOp" and node_of(node.input[1]) in assets
+    }
+    reads = {
+        node.name: paths[node_of(node.input[0])]
+        for node in nodes.values()
+        if node.op == "ReadVariableOp" and node_of(node.input[0]) in paths
+    }
+    written = {
+        f"^{node.name}"
+        for node in nodes.values()
+        if node.op == "AssignVariableOp" and node_of(node.input[0]) in paths
+    }
+    for node in nodes.values():
+        retain(node.input, lambda reference: reference not in written)
+        node.input[:] = [function_defs.renamed(reference, reads) for reference in node.input]
+
+
+def _remove_unused(meta: Any, functions: Mapping[str, Any], ends: set[str]) -> None:
+    graph = meta.graph_def
+    nodes = {node.name: node for node in graph.node}
+    kept = closure(ends, lambda name: map(node_of, nodes[name].input))
+    retain(graph.node, lambda node: node.name in kept)
+    called = {name for node in graph.node for name in references(node)}
+    called |= set(object_graphs.concrete_functions(meta.object_graph_def))
+    called = closure(
         called & functions.keys(),
         lambda name: (
             inner
             for node in functions[name].node_def
-            for inner in _functions_of(node)
+            for inner in references(node)
             if inner in functions
         ),
     )
-    _retain(graph.library.function, lambda function: function.signature.name in called)
-    _retain(graph.library.gradient, lambda gradient: gradient.function_name in called)
-    for node in itertools.chain(graph.node, *(f.node_def for f in graph.library.function)):
-        # Every loader infers the shapes inside the graph, and debug names are only for messages.
-        node.attr.pop("_output_shapes", None)
-        node.attr.pop("debug_name", None)
-    for function in graph.library.function:
-        if function.signature.name.startswith("__inference__initializer_"):
-            _shorten_names(function)  # The serving function keeps the names of the layers.
-        for i, argument in enumerate(function.signature.input_arg):
-            if argument.type == types_pb2.DT_RESOURCE:
-                del function.arg_attr[i]  # It states only that a handle is a scalar.
-    _rename_variables(meta, prefix, hashlib.sha256(prefix.encode() + content).hexdigest()[:10])
-    file.write_bytes(model.SerializeToString(deterministic=True))
+    retain(graph.library.function, lambda function: function.signature.name in called)
+    retain(graph.library.gradient, lambda gradient: gradient.function_name in called)
+
+
+def _strip_function(function: Any) -> None:
+    from tensorflow.core.framework import types_pb2
+
+    # The shapes of the arguments are in their attributes, too.
+    function.attr.pop("_input_shapes", None)
+    function.attr.pop("_construction_context", None)
+    # Where a variable is read, its shape is needed. Calls and assignments do without it.
+    used = {
+        node_of(reference)
+        for node in function.node_def
+        if node.op not in ("AssignVariableOp", "PartitionedCall", "StatefulPartitionedCall")
+        for reference in node.input
+    }
+    for i, argument in enumerate(function.signature.input_arg):
+        if argument.type == types_pb2.DT_RESOURCE:
+            del function.arg_attr[i]  # It states only that a handle is a scalar.
+            if argument.name not in used:
+                argument.ClearField("handle_data")
 
 
 def _rename_variables(meta: Any, old: str, new: str) -> None:
@@ -92,48 +151,49 @@ def _rename_variables(meta: Any, old: str, new: str) -> None:
             item.variable.name = f"{new}/{item.variable.name.removeprefix(f'{old}/')}"
 
 
-def _shorten_names(function: Any) -> None:
-    """Numbers the nodes of a function, since names are a tenth of a small model's graph."""
-    short = {node.name: np.base_repr(i, 36) for i, node in enumerate(function.node_def)}
+def _shorten(meta: Any, prefix: str) -> None:
+    """Numbers functions, and nodes that nothing outside the graph refers to.
 
-    def renamed(reference: str) -> str:
-        # "^node" for a control input, "node:output:0" for a value, or the name of an argument.
-        caret = "^" * reference.startswith("^")
-        name, colon, output = reference[len(caret) :].partition(":")
-        return f"{caret}{short.get(name, name)}{colon}{output}"
+    Names are a third of a graph. Functions of two models in one session must have different names.
+    """
+    graph, objects = meta.graph_def, meta.object_graph_def
+    names = (function.signature.name for function in graph.library.function)
+    called = dict(zip(names, function_defs.numbered(prefix), strict=False))
+    inside = {
+        function.signature.name: function_defs.shorten(function, called)
+        for function in graph.library.function
+    }
+    for gradient in graph.library.gradient:
+        gradient.function_name = called[gradient.function_name]
+        gradient.gradient_func = called.get(gradient.gradient_func, gradient.gradient_func)
+    for gradient in graph.library.registered_gradients:
+        gradient.gradient_func = called.get(gradient.gradient_func, gradient.gradient_func)
+    for alias in list(meta.meta_info_def.function_aliases):
+        value = meta.meta_info_def.function_aliases.pop(alias)
+        meta.meta_info_def.function_aliases[called.get(alias, alias)] = value
 
-    for node in function.node_def:
+    kept = _ends(meta)
+    free = (name for name in function_defs.numbered("") if name not in kept)
+    short = {node.name: node.name if node.name in kept else next(free) for node in graph.node}
+    for node in graph.node:
         node.name = short[node.name]
-        node.input[:] = [renamed(reference) for reference in node.input]
-    for name, reference in function.ret.items():
-        function.ret[name] = renamed(reference)
-    controls = {name: short[node] for name, node in function.control_ret.items()}
-    function.signature.control_output[:] = [
-        controls[name] for name in function.signature.control_output
-    ]
-    function.control_ret.clear()
-    function.control_ret.update({node: node for node in controls.values()})
+        node.input[:] = [function_defs.renamed(reference, short) for reference in node.input]
+        function_defs.rename_calls(node, called)
 
-
-def _closure(start: Iterable[str], following: Callable[[str], Iterable[str]]) -> set[str]:
-    found: set[str] = set()
-    waiting = list(start)
-    while waiting:
-        name = waiting.pop()
-        if name not in found:
-            found.add(name)
-            waiting.extend(following(name))
-    return found
-
-
-def _functions_of(node: Any) -> Iterator[str]:
-    yield node.op
-    for value in node.attr.values():
-        yield value.func.name
-        yield from (function.name for function in value.list.func)
-
-
-def _retain(messages: Any, keep: Callable[[Any], bool]) -> None:
-    kept = [message for message in messages if keep(message)]
-    del messages[:]
-    messages.extend(kept)
+    for node in objects.nodes:
+        if node.HasField("function"):
+            listed = node.function.concrete_functions
+            listed[:] = [called[name] for name in listed]
+        if node.HasField("bare_concrete_function"):
+            bare = node.bare_concrete_function
+            bare.concrete_function_name = called[bare.concrete_function_name]
+        if node.HasField("captured_tensor"):
+            tensor = node.captured_tensor
+            tensor.concrete_function = called[tensor.concrete_function]
+            tensor.name = function_defs.renamed(tensor.name, inside[tensor.concrete_function])
+    for name in list(objects.concrete_functions):
+        function = objects.concrete_functions[name]
+        copy = type(function)()
+        copy.CopyFrom(function)
+        del objects.concrete_functions[name]
+        objects.concrete_functions[called[name]].CopyFrom(copy)

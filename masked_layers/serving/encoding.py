@@ -31,8 +31,8 @@ Version 2 adds codes (`codes.py`), which stand for float32 values. Their blocks 
 
 With `"scales"` the dtype is int8, and a value is its code times the scale at its index on the last
 axis. With `"codebook"` the dtype is uint8, and a code is a position in the codebook, whose first
-value is 0. The last stream of the block contains the scales or codebooks (`levels` is their length)
-of all its arrays, one after the other, as float32 byte planes in a single zlib stream.
+value is 0. A block of codes has a single stream: the gaps, the codes, and the scales or codebooks
+of all its arrays, one after the other (`levels` is the length of each), as float32 byte planes.
 """
 
 from __future__ import annotations
@@ -130,10 +130,11 @@ def encode(
                 np.concatenate([member.array.ravel() for member in block]), encoding
             )
             raw = [*([gaps] if encoding == "sparse" else []), *planes_of(values)]
-            packed = [_compress(stream.tobytes(), level) for stream in raw]
-            if coding != "exact":
+            if coding == "exact":
+                packed = [_compress(stream.tobytes(), level) for stream in raw]
+            else:
                 tables = planes_of(np.concatenate([member.table for member in block]))
-                packed.append(deflated([plane.tobytes() for plane in tables], level))
+                packed = [deflated([part.tobytes() for part in (*raw, *tables)], level)]
             streams += packed
             header.append(
                 {
@@ -218,7 +219,9 @@ def _decode_block(data: bytes, block: Block) -> tuple[np.ndarray, np.ndarray]:
     streams = [np.frombuffer(_decompress(*part), np.uint8) for part in parts]
     table = np.empty(0, np.float32)
     if block.coding != "exact":
-        table = values_of(list(streams.pop().reshape(4, -1)), np.dtype(np.float32))
+        gaps, values, planes = _parts(streams[0], block.parts)
+        table = values_of(list(planes.reshape(4, -1)), np.dtype(np.float32))
+        streams = [gaps, values]
     values = values_of(streams[-dtype.itemsize :], dtype)
     if block.encoding == "sparse":
         values = _join(values, streams[0], block.size)

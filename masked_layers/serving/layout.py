@@ -66,8 +66,8 @@ class Block:
         gaps: Length of the stream of gaps; 0 in a dense block.
         entries: The arrays, in the order in which they are concatenated.
         streams: (offset in the file, bytes) for each zlib stream: the gaps (sparse blocks only),
-            then the planes from the least to the most significant byte, then the tables (codes
-            only).
+            then the planes from the least to the most significant byte. Blocks of codes have one
+            stream, of `parts`.
     """
 
     encoding: Encoding
@@ -91,10 +91,14 @@ class Block:
     def counts(self) -> list[int]:
         """Length of each stream after decompression, in bytes."""
         sparse = self.encoding == "sparse"
-        coded = self.coding != "exact"
-        planes = [self.values] * (len(self.streams) - sparse - coded)
-        tables = 4 * sum(entry.levels for entry in self.entries)
-        return [self.gaps] * sparse + planes + [tables] * coded
+        if self.coding != "exact":
+            return [sum(self.parts)]
+        return [self.gaps] * sparse + [self.values] * (len(self.streams) - sparse)
+
+    @property
+    def parts(self) -> list[int]:
+        """Lengths of the gaps, codes and tables in the stream of a block of codes, in bytes."""
+        return [self.gaps, self.values, 4 * sum(entry.levels for entry in self.entries)]
 
     @property
     def nbytes(self) -> list[int]:
@@ -201,7 +205,7 @@ def _check(block: Block) -> None:
         raise ValueError(f"unknown encoding {block.encoding!r}")
     if coded and _CODES.get(block.coding) != block.dtype:
         raise ValueError(f"codes of kind {block.coding!r} with dtype {block.dtype!r}")
-    if len(block.streams) != dtype_of(block.dtype).itemsize + sparse + coded:
+    if len(block.streams) != (1 if coded else dtype_of(block.dtype).itemsize + sparse):
         raise ValueError(f"{len(block.streams)} streams for {block.encoding} {block.dtype}")
     for entry in block.entries:
         numbers: tuple[Any, ...] = (*entry.shape, entry.values, entry.levels, block.gaps)

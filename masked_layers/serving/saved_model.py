@@ -232,17 +232,19 @@ def _exact(array: np.ndarray, allowed: bool) -> Stored:
 
 def _packed(weights: Mapping[str, Stored], level: int) -> bytes:
     contents = {name: w.content for name, w in weights.items() if w.content is not None}
+    plain = [name for name, content in contents.items() if not isinstance(content, Coded)]
     # Decoding one more block would take more bytes in the graph than the gaps of so few values.
-    odds = sum(
-        weight.array.size
-        for weight in weights.values()
-        if weight.encoding == "packed" and not isinstance(weight.content, Coded)
-    )
+    sizes = {"sparse": 0, "packed": 0}
+    for name in plain:
+        sizes[weights[name].encoding] += weights[name].array.size
+    few = {kind for kind, size in sizes.items() if size < _JOINED_BELOW}
     encodings: dict[str, encoding.Encoding] = {}
-    for name, content in contents.items():
-        joined = not isinstance(content, Coded) and odds < _JOINED_BELOW
-        sparse = joined or weights[name].encoding == "sparse"
-        encodings[name] = "sparse" if sparse else "dense"
+    for name in contents:
+        kind = weights[name].encoding
+        if name in plain and kind in few:
+            # A dense block takes fewer operations.
+            kind = "packed" if len(few) == 2 else "sparse"
+        encodings[name] = "sparse" if kind == "sparse" else "dense"
     return encoding.encode(contents, encodings=encodings, level=level)
 
 

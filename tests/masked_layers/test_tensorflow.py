@@ -38,3 +38,8 @@ def test_a_variable_can_be_kept_out_of_the_checkpoint_of_a_saved_model(tmp_path)
     ]
     loaded = tf.saved_model.load(str(tmp_path))
     assert loaded.left_out.shape == (2,)
+
+
+def test_operations_with_effects_are_known():
+    stateful = ["AssignVariableOp", "ReadVariableOp", "StatefulPartitionedCall", "no such op"]
+    assert [op for op in [*stateful, "MatMul", "Const"] if _tensorflow.is_stateful(op)] == stateful

@@ -1,0 +1,163 @@
+"""Compares sizes and accuracy of sparse SavedModels with exact, rounded and coded values.
+
+    python -m benchmarks.coded_values lenet --data-dir DIR [--seeds 0 1] [--models DIR]
+    python -m benchmarks.coded_values resnet
+
+`lenet` trains a LeNet-300-100 on MNIST, prunes copies of it gradually while they train on, and
+exports each. The accuracy on the test images is that of the loaded folder, and its difference is
+from the dense network of the same seed. Sizes are those of the whole folder. With `--models`,
+trained models are kept in a folder and used again.
+
+`resnet` exports a ResNet-50 with the weights of `benchmarks.serving`. Ratios are to the dense
+folder of `benchmarks.serving`. Nothing is trained.
+"""
+
+import argparse
+import os
+import tempfile
+from pathlib import Path
+
+os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import keras
+import numpy as np
+
+import masked_layers as ml
+from benchmarks.serving import pruned, verdict, write_dense
+from lottery_ticket_pruner import LotteryTicketPruner, schedules, training
+from lottery_ticket_pruner.experiments import datasets, networks
+from lottery_ticket_pruner.mask_schedules import GradualPruning
+from masked_layers.serving import export_sparse_saved_model
+from masked_layers.serving.report import file_sizes
+
+LENET_VALUES = ("float32", "int8", "codebook-5", "codebook-4", "codebook-3")
+LENET_SPARSITIES = (0.95, 0.97, 0.98, 0.985)
+RESNET_GOALS = {
+    "int8": {0.8: 12.0, 0.9: 20.0, 0.95: 32.0},
+    "codebook-5": {0.8: 16.0, 0.9: 25.0, 0.95: 38.0},
+}
+BATCH = 128
+
+
+def fit(model, data, epochs, seed, callbacks=()):
+    steps = epochs * -(-len(data.x_train) // BATCH)
+    rate = keras.optimizers.schedules.CosineDecay(1.2e-3, steps)
+    model.compile(
+        optimizer=keras.optimizers.Adam(rate),
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    )
+    training.fit(
+        model, data.x_train, data.y_train,
+        batch_size=BATCH, epochs=epochs, seed=seed, callbacks=callbacks,
+    )  # fmt: skip
+
+
+def dense_lenet(data, seed, epochs):
+    keras.utils.set_random_seed(seed)
+    model = networks.build("lenet-300-100", data.x_train.shape[1:])
+    fit(model, data, epochs, seed)
+    return model
+
+
+def sparse_lenet(dense, data, sparsity, seed, epochs):
+    model = ml.convert_to_masked(dense)
+    steps = epochs * -(-len(data.x_train) // BATCH)
+    schedule = schedules.Polynomial(0.5, sparsity, begin_step=0, end_step=steps * 2 // 3)
+    pruning = GradualPruning(LotteryTicketPruner(model), schedule, scope="global")
+    fit(model, data, epochs, seed, [pruning])
+    return model
+
+
+def kept(path, make):
+    if path is not None and path.exists():
+        return keras.models.load_model(path, compile=False)
+    model = make()
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        model.save(path)
+    return model
+
+
+def accuracy_of(folder, data):
+    import tensorflow as tf
+
+    served = tf.saved_model.load(str(folder))
+    outputs = served.serve(tf.constant(data.x_test, tf.float32)).numpy()
+    return 100 * np.mean(outputs.argmax(axis=-1) == data.y_test)
+
+
+def lenet(arguments):
+    data = datasets.load("mnist", arguments.data_dir)
+    print("seed  sparsity  values      folder B  graph B  accuracy  points lost  output error")
+    for seed in arguments.seeds:
+        root = arguments.models and arguments.models / str(seed)
+        dense = kept(
+            root and root / "dense.keras", lambda s=seed: dense_lenet(data, s, arguments.epochs)
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            write_dense(dense, Path(folder) / "dense")
+            size = sum(file_sizes(Path(folder) / "dense").values())
+            reference = accuracy_of(Path(folder) / "dense", data)
+        print(f"{seed:4}  {0:8.3f}  dense       {size:8}  {'':7}  {reference:8.2f}", flush=True)
+        for sparsity in LENET_SPARSITIES:
+            model = kept(
+                root and root / f"{sparsity}.keras",
+                lambda s=seed, p=sparsity, d=dense: sparse_lenet(
+                    d, data, p, s, 2 * arguments.epochs
+                ),
+            )
+            for values in LENET_VALUES:
+                with tempfile.TemporaryDirectory() as folder:
+                    report = export_sparse_saved_model(
+                        model, Path(folder) / "out", values=values, level=9,
+                        sample_inputs=data.x_train[:256],
+                    )  # fmt: skip
+                    accuracy = accuracy_of(Path(folder) / "out", data)
+                print(
+                    f"{seed:4}  {sparsity:8.3f}  {values:10}  {report.disk_nbytes:8}  "
+                    f"{report.files['saved_model.pb']:7}  {accuracy:8.2f}  "
+                    f"{reference - accuracy:11.2f}  {report.output_error:12.3g}",
+                    flush=True,
+                )
+
+
+def resnet(arguments):
+    print("weights  sparsity  values      dense kB  folder kB  graph kB   ratio  output error")
+    for weights in arguments.weights:
+        for sparsity in (0.8, 0.9, 0.95):
+            model = pruned("ResNet50", weights, sparsity)
+            with tempfile.TemporaryDirectory() as folder:
+                write_dense(model, Path(folder) / "dense")
+                dense = sum(file_sizes(Path(folder) / "dense").values())
+                for values, goals in RESNET_GOALS.items():
+                    report = export_sparse_saved_model(model, Path(folder) / values, values=values)
+                    ratio = dense / report.disk_nbytes
+                    goal = verdict(ratio, goals[sparsity], below=False)
+                    print(
+                        f"{weights:7}  {sparsity:8.2f}  {values:10}  {dense / 1e3:8.0f}  "
+                        f"{report.disk_nbytes / 1e3:9.1f}  "
+                        f"{report.files['saved_model.pb'] / 1e3:8.1f}  {ratio:6.2f}  "
+                        f"{report.output_error:12.3g}   {goal}",
+                        flush=True,
+                    )
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("parts", nargs="+", choices=["lenet", "resnet"])
+    parser.add_argument("--data-dir", type=Path)
+    parser.add_argument("--models", type=Path)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--weights", nargs="+", default=["fresh", "normal"])
+    arguments = parser.parse_args()
+    for part in arguments.parts:
+        print()
+        {"lenet": lenet, "resnet": resnet}[part](arguments)
+
+
+if __name__ == "__main__":
+    main()

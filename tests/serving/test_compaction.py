@@ -1,0 +1,168 @@
+"""The smaller graph of a SavedModel: what it computes, and what stays in it."""
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+
+from masked_layers.serving import export_sparse_saved_model
+from served import prune
+
+tf = pytest.importorskip("tensorflow")
+
+pytestmark = [
+    pytest.mark.skipif(
+        keras.backend.backend() != "tensorflow", reason="needs the TensorFlow backend"
+    ),
+    # Keras 3.15 with NumPy 2.4, wherever a variable becomes an array.
+    pytest.mark.filterwarnings("ignore:__array__ implementation"),
+]
+
+
+def lenet():
+    model = keras.Sequential(
+        [
+            keras.Input((28, 28, 1), name="x"),
+            layers.Flatten(),
+            layers.Dense(300, activation="relu"),
+            layers.Dense(100, activation="relu"),
+            layers.Dense(10),
+        ]
+    )
+    for layer in model.layers[1:]:
+        layer.bias.assign(np.random.default_rng(0).standard_normal(layer.bias.shape) / 10)
+    return prune(model, 0.95)
+
+
+def graph_of(folder):
+    from tensorflow.core.protobuf import saved_model_pb2
+
+    content = (folder / "saved_model.pb").read_bytes()
+    (meta,) = saved_model_pb2.SavedModel.FromString(content).meta_graphs
+    return meta
+
+
+@pytest.mark.parametrize(("values", "most"), [("float32", 6500), ("codebook", 7500)])
+def test_the_graph_of_a_small_model_is_small(values, most, tmp_path):
+    report = export_sparse_saved_model(lenet(), tmp_path / "out", values=values)
+    assert report.files["saved_model.pb"] <= most
+
+
+def test_gradients_and_shapes_are_those_of_the_model(tmp_path):
+    """A loaded model can be trained on, and called in functions of unknown batch size."""
+    model = lenet()
+    x = np.random.default_rng(1).standard_normal((5, 28, 28, 1)).astype("float32")
+    export_sparse_saved_model(model, tmp_path / "out")
+    loaded = tf.saved_model.load(str(tmp_path / "out"))
+    signature = loaded.signatures["serving_default"]
+
+    def gradients(call, variables):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean(tf.square(call(tf.constant(x))))
+        return tape.gradient(loss, variables)
+
+    wanted = gradients(model, [variable.value for variable in model.trainable_variables])
+    for call in (loaded.serve, lambda x: signature(x=x)["output_0"]):
+        for got, want in zip(gradients(call, list(loaded.variables)), wanted, strict=True):
+            np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
+
+        @tf.function(input_signature=[tf.TensorSpec([None, 28, 28, 1])])
+        def inside(x, call=call):
+            y = call(x)
+            assert y.shape.as_list() == [None, 10]
+            return y
+
+        np.testing.assert_allclose(inside(tf.constant(x)), model(x), rtol=1e-5, atol=1e-6)
+        assert call(tf.constant(x[:0])).shape == (0, 10)
+
+
+def test_names_of_signatures_stay_and_functions_differ_between_models(tmp_path):
+    functions = []
+    for seed in (0, 1):
+        model = prune(lenet(), 0.5, seed)
+        export_sparse_saved_model(model, tmp_path / str(seed))
+        meta = graph_of(tmp_path / str(seed))
+        for name in ("serve", "serving_default"):
+            signature = meta.signature_def[name]
+            assert list(signature.inputs) == ["x"]
+            assert signature.inputs["x"].name == "serving_default_x:0"
+            assert list(signature.outputs) == ["output_0"]
+        functions.append({f.signature.name for f in meta.graph_def.library.function})
+        assert len(functions[-1]) == 4
+    assert not functions[0] & functions[1]
+
+
+def test_shapes_with_several_unknown_lengths_are_computed(tmp_path):
+    @keras.saving.register_keras_serializable(package="test_compaction")
+    class Halves(layers.Layer):
+        def call(self, x):
+            return tf.reshape(x, [tf.shape(x)[0], tf.shape(x)[1] * 2, 4])
+
+        def compute_output_shape(self, shape):
+            return (shape[0], None, 4)
+
+    last = layers.Dense(3)
+    model = keras.Sequential([keras.Input((None, 6)), layers.Dense(8), Halves(), last])
+    prune(model, 0.3)
+    export_sparse_saved_model(model, tmp_path / "out")
+    loaded = tf.saved_model.load(str(tmp_path / "out"))
+    for shape in ((2, 5, 6), (3, 1, 6), (1, 0, 6)):
+        data = np.random.default_rng(0).standard_normal(shape).astype("float32")
+        got = loaded.serve(data)
+        assert got.shape == (shape[0], 2 * shape[1], 3)
+        np.testing.assert_allclose(got, model(data), rtol=1e-5, atol=1e-6)
+
+
+def test_a_shape_that_is_an_output_is_computed(tmp_path):
+    @keras.saving.register_keras_serializable(package="test_compaction")
+    class Flat(layers.Layer):
+        def call(self, x):
+            shape = tf.stack([tf.shape(x)[0], 12])
+            return tf.reshape(x, shape), shape
+
+        def compute_output_shape(self, shape):
+            return (shape[0], 12), (2,)
+
+    x = keras.Input((4, 3))
+    y, shape = Flat()(layers.Dense(3)(x))
+    model = prune(keras.Model(x, {"y": layers.Dense(5)(y), "shape": shape}), 0.3)
+    export_sparse_saved_model(model, tmp_path / "out")
+    loaded = tf.saved_model.load(str(tmp_path / "out"))
+    assert loaded.serve(np.zeros((7, 4, 3), "float32"))["shape"].numpy().tolist() == [7, 12]
+
+
+def test_checks_and_loops_are_kept(tmp_path):
+    """Operations without outputs that are used, and functions inside functions."""
+
+    @keras.saving.register_keras_serializable(package="test_compaction")
+    class Checked(layers.Layer):
+        def call(self, x):
+            check = tf.debugging.Assert(tf.reduce_all(x < 100), ["too large"])
+            with tf.control_dependencies([check]):
+                return tf.identity(x)
+
+    model = keras.Sequential(
+        [
+            keras.Input((None, 4)),
+            Checked(),
+            layers.LSTM(8, return_sequences=True),
+            layers.Bidirectional(layers.GRU(6)),
+            layers.Dense(3),
+        ]
+    )
+    prune(model, 0.5)
+    export_sparse_saved_model(model, tmp_path / "out")
+    loaded = tf.saved_model.load(str(tmp_path / "out"))
+    x = np.random.default_rng(0).standard_normal((3, 7, 4)).astype("float32")
+    wanted = np.array(model(x))
+    np.testing.assert_allclose(loaded.serve(x), wanted, rtol=1e-5, atol=1e-6)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="too large"):
+        loaded.serve(x + 100)
+    with tf.Graph().as_default(), tf.compat.v1.Session() as session:
+        load = tf.compat.v1.saved_model.loader.load
+        ends = load(session, ["serve"], str(tmp_path / "out")).signature_def["serve"]
+        (source,), (target,) = ends.inputs.values(), ends.outputs.values()
+        got = session.run(target.name, {source.name: x})
+        np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
+        with pytest.raises(tf.errors.InvalidArgumentError, match="too large"):
+            session.run(target.name, {source.name: x + 100})
