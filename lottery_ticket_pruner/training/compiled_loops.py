@@ -40,7 +40,7 @@ class CompiledLoops(Protocol):
         batches: np.ndarray,
         kind: str,
         changes: LoopChanges | None = None,
-    ) -> None:
+    ) -> np.ndarray:
         """Runs a step for each batch, and waits until the last one is done.
 
         Args:
@@ -48,7 +48,11 @@ class CompiledLoops(Protocol):
             batches: Rows of the examples, of shape `(steps, batch size, row)`, at most `BLOCK`
                 steps.
             kind: One of `kinds`.
-            changes: Changes of variables after the steps. They are told of the steps at the end.
+            changes: Changes of variables after the steps.
+
+        Returns:
+            For each event of the changes, the number of the step at which it happened first, or
+            `BLOCK`.
         """
 
     def evaluate(self, data: ArrayDataset, batch_size: int) -> dict[str, Any]:
@@ -127,12 +131,11 @@ class _TensorFlowLoops:
         batches: np.ndarray,
         kind: str,
         changes: LoopChanges | None = None,
-    ) -> None:
+    ) -> np.ndarray:
         first = self._train[kind](
             data.device, *_padded(batches), data.augment, changes, *_tables(changes, len(batches))
         )
-        if changes is not None:
-            changes.note(len(batches), keras.ops.convert_to_numpy(first))
+        return np.asarray(first)
 
     def evaluate(self, data: ArrayDataset, batch_size: int) -> dict[str, Any]:
         sizes = (keras.ops.convert_to_tensor(size, "int32") for size in (len(data), batch_size))
@@ -194,7 +197,7 @@ class _JaxLoops:
         batches: np.ndarray,
         kind: str,
         changes: LoopChanges | None = None,
-    ) -> None:
+    ) -> np.ndarray:
         import jax
 
         groups = self._groups()
@@ -204,8 +207,7 @@ class _JaxLoops:
                 data.augment, changes, state, data.device, *_padded(batches), *tables
             )
         _assign(groups, jax.block_until_ready(state))
-        if changes is not None:
-            changes.note(len(batches), keras.ops.convert_to_numpy(first))
+        return np.asarray(first)
 
     def evaluate(self, data: ArrayDataset, batch_size: int) -> dict[str, Any]:
         model = self._model

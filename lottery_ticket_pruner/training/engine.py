@@ -20,6 +20,7 @@ import keras
 import numpy as np
 
 from lottery_ticket_pruner import _keras
+from lottery_ticket_pruner.optimizers import read_clocks
 from lottery_ticket_pruner.targets import explained
 from lottery_ticket_pruner.training.compiled_loops import BLOCK, COMPILED_LOOPS, CompiledLoops
 from lottery_ticket_pruner.training.dataset import ArrayDataset
@@ -167,14 +168,17 @@ class Engine:
             batches = rows[: count * size].reshape(count, size, rows.shape[1])
             with explained(self._model, *(*data.host, None)[:2]):
                 if compiled:
-                    self._loops.train(data, batches, kinds[0], changes)
+                    first = self._loops.train(data, batches, kinds[0], changes)
                 else:
-                    kind, errors = self._first_possible(self._loops, data, batches, kinds, changes)
+                    kind, errors, first = self._first_possible(
+                        self._loops, data, batches, kinds, changes
+                    )
                     self._refused_changes.update((kind, changes) for kind in kinds[: len(errors)])
                     if kind is None:
                         warn_once(f"The compiled loop cannot change masks: {errors[-1]}.")
                         break
                     self._compiled.add((kind, *compiled_for))
+            changes.note(count, first)
             done += count
             rows = rows[count * size :]
         finished = not own and not len(rows)
@@ -252,7 +256,7 @@ class Engine:
         self, loops: CompiledLoops, data: ArrayDataset, batch: np.ndarray, kinds: tuple[str, ...]
     ) -> str:
         """Trains on one batch with the first kind of loop that can be compiled, or with `fit`."""
-        kind, errors = self._first_possible(loops, data, batch[None], kinds)
+        kind, errors, _ = self._first_possible(loops, data, batch[None], kinds)
         if kind is None:
             kind = "fit"
             # If the call is wrong and not the model, this fails as well, and nothing has changed.
@@ -268,25 +272,27 @@ class Engine:
         batches: np.ndarray,
         kinds: Sequence[str],
         changes: LoopChanges | None = None,
-    ) -> tuple[str | None, list[str]]:
+    ) -> tuple[str | None, list[str], np.ndarray]:
         """Trains with the first kind of loop that can be compiled.
 
         Returns:
-            The kind, or None if there is none, and the errors of the kinds before it.
+            The kind, or None if there is none, the errors of the kinds before it, and the steps of
+            events.
         """
-        step = int(self._model.optimizer.iterations)
+        # Not `iterations`, which counts every k-th batch if k gradients are accumulated.
+        before = read_clocks(self._model.optimizer)
         errors: list[str] = []
         for kind in kinds:
             try:
                 _keras.symbolic_build(self._model, data.take(batches[0, :, 0]))
-                loops.train(data, batches, kind, changes)
+                first = loops.train(data, batches, kind, changes)
             except Exception as error:
-                if int(self._model.optimizer.iterations) != step:
+                if read_clocks(self._model.optimizer) != before:
                     raise
                 errors.append(f"{type(error).__name__}: {error}")
             else:
-                return kind, errors
-        return None, errors
+                return kind, errors, first
+        return None, errors, np.zeros(0, "int32")
 
     def _fit(
         self, data: ArrayDataset, rows: np.ndarray, batch_size: int, **kwargs: Any

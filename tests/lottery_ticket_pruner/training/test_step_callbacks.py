@@ -56,8 +56,9 @@ def loop_calls(monkeypatch):
         real = loops.train
 
         def train(self, data, batches, kind, changes=None):
-            real(self, data, batches, kind, changes)
+            first = real(self, data, batches, kind, changes)
             calls.append((len(batches), changes is not None))
+            return first
 
         return train
 
@@ -138,7 +139,7 @@ def test_a_loop_that_cannot_change_masks_is_left_for_the_changes(monkeypatch, ca
     def refuse(self, data, batches, kind, changes=None):
         if changes is not None:
             raise NotImplementedError("no such operation")
-        real(self, data, batches, kind)
+        return real(self, data, batches, kind)
 
     monkeypatch.setattr(engine.COMPILED_LOOPS[BACKEND], "train", refuse)
     del loop_calls[:]
@@ -154,6 +155,18 @@ def test_weights_that_diverge_in_the_loop_are_named():
     pruning = gradual(LotteryTicketPruner(model), schedule=schedules.Constant(0.5, 1, None, 1))
     with pytest.raises(ValueError, match=r"weights of \['dense/kernel'\].*NaN or infinity"):
         training.fit(model, *DATA, batch_size=12, epochs=3, callbacks=[pruning])
+
+
+def test_weights_that_are_not_finite_at_first_are_not_trained_on_twice(caplog):
+    # The optimizer counts only every fourth batch as an iteration.
+    model = make_model(keras.optimizers.SGD(0.1, gradient_accumulation_steps=4))
+    ref = ml.masked_refs(model)[0]
+    ref.variable.assign(float("nan") * keras.ops.convert_to_tensor(ref.variable.value))
+    pruning = gradual(LotteryTicketPruner(model), schedule=schedules.Constant(0.5, 1, None, 1))
+    with pytest.raises(ValueError, match=r"weights of \['dense/kernel'\].*NaN or infinity"):
+        training.fit(model, *DATA, batch_size=12, callbacks=[pruning])
+    assert pruning.step == 1
+    assert "cannot change masks" not in caplog.text
 
 
 def test_masks_emptied_in_the_loop_are_named_with_the_step():
