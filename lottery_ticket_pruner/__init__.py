@@ -1,6 +1,7 @@
 """Lottery tickets in Keras 3: find the sparse nets that train as well as the dense one."""
 
 from lottery_ticket_pruner import serialization as _serialization  # noqa: F401 (registers)
+from lottery_ticket_pruner.budgets import Latency
 from lottery_ticket_pruner.callbacks import PrunerCallback
 from lottery_ticket_pruner.compression import PruneResult, prune
 from lottery_ticket_pruner.mask_schedules import DynamicSparseTraining, GradualPruning
@@ -12,6 +13,7 @@ __version__ = "1.0.0.dev0"
 __all__ = [
     "DynamicSparseTraining",
     "GradualPruning",
+    "Latency",
     "LotteryTicketPruner",
     "PruneResult",
     "PrunerCallback",

@@ -54,6 +54,7 @@ def masks_and_values(
     data: Any,
     manner: Manner,
     final: Sequence[np.ndarray] | None,
+    probe: selection.Probe | None = None,
 ) -> tuple[Masks, Values]:
     """Computes new masks of a model, and new values of its weights and statistics.
 
@@ -67,6 +68,7 @@ def masks_and_values(
         data: Data as for `update_masks`.
         manner: How to prune.
         final: The recorded final weights, or None.
+        probe: Measurements for a budget of latency, or None.
 
     Returns:
         The masks by path, and pairs of a variable and its new value.
@@ -76,7 +78,7 @@ def masks_and_values(
     """
     criterion = request.criterion
     if not is_masked(model) or not (criterion.evidence or manner.reconstruct):
-        return selection.select(request, kernels, graph=graph), []
+        return selection.select(request, kernels, graph=graph, probe=probe), []
     parts = evidence.unpacked(data) if manner.reconstruct or criterion.evidence else (None,)
     if manner.reconstruct and parts[0] is None:
         raise ValueError(
@@ -91,7 +93,7 @@ def masks_and_values(
             measure: selection.Measure = evidence.measurement(model, criterion, parts)
             measure = channels.leaving_out(measure, model, graph)
             masks = selection.select(
-                request, kernels, measure if criterion.evidence else None, graph
+                request, kernels, measure if criterion.evidence else None, graph, probe
             )
         if not manner.reconstruct:
             return masks, []

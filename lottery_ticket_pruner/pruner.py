@@ -18,6 +18,7 @@ from lottery_ticket_pruner import (
     channels,
     criteria,
     distributions,
+    latencies,
     notices,
     one_shot,
     optimizers,
@@ -28,6 +29,7 @@ from lottery_ticket_pruner import (
     targets,
     treatments,
 )
+from lottery_ticket_pruner.budgets import Latency
 from lottery_ticket_pruner.overrides import (
     assign,
     freeze_at_zero,
@@ -64,6 +66,9 @@ class LotteryTicketPruner(plain_models.PlainPruning):
         model: A built Keras model with at least one kernel-like weight, either plain or created by
             `masked_layers.convert_to_masked`.
 
+    Attributes:
+        measured_latency: What the last `update_masks` measured for a budget of latency, or None.
+
     Raises:
         ValueError: If the model is not built or has nothing to prune.
 
@@ -89,6 +94,7 @@ class LotteryTicketPruner(plain_models.PlainPruning):
         self._final: tuple[np.ndarray, ...] | None = None
         self._final_is_new = False
         self.followed = channels.Followed()
+        self.measured_latency: latencies.MeasuredLatency | None = None
         self.set_initial_weights()
 
     # Records.
@@ -138,9 +144,8 @@ class LotteryTicketPruner(plain_models.PlainPruning):
             if ref.mask is not None and ref.mask.frozen is not None:
                 # Criteria that compare a frozen weight with w0 need its frozen value, because its
                 # raw value is meaningless.
-                held = read(ref.mask.frozen)
-                held = np.where(self._mask(position, ref), final[position], held)
-                final[position] = held
+                kept = self._mask(position, ref)
+                final[position] = np.where(kept, final[position], read(ref.mask.frozen))
         self._final = records.read_only(final)
         self._final_is_new = True
         _logger.info("Recorded %d final weights of %r.", len(self._final), model.name)
@@ -153,7 +158,7 @@ class LotteryTicketPruner(plain_models.PlainPruning):
         *,
         rate: selection.Share | None = None,
         sparsity: selection.Share | None = None,
-        budget: Mapping[str, float] | None = None,
+        budget: Mapping[str, float | Latency] | None = None,
         scope: str | None = None,
         seed: int | None = None,
         structure: structures.Identifier | None = None,
@@ -173,8 +178,9 @@ class LotteryTicketPruner(plain_models.PlainPruning):
                 paths to shares, with a `"default"`, gives each layer its own.
             sparsity: Share of all weights that are pruned afterwards, in the same form as `rate`.
                 Exactly one of `rate`, `sparsity` and `budget` must be given.
-            budget: With `structure="channels"`, the share of the multiply-adds or of the weights
-                that is left: `{"macs": 0.5}`, `{"weights": 0.3}` or both.
+            budget: With `structure="channels"`, the shares of multiply-adds, weights and latency on
+                this machine that are left, of one or several: `{"macs": 0.5, "latency": 0.6}`. See
+                `Latency` for batch sizes and milliseconds.
             scope: Weights that are ranked together: `"layer"` (the default for most criteria),
                 `"global"`, `"output"`, or for channels `"isomorphic"` (layers of equal shapes).
             seed: Seed for random scores and ties. The default is the number of updates since the
@@ -262,11 +268,8 @@ class LotteryTicketPruner(plain_models.PlainPruning):
         request = selection.Request.of(strategy, scope=scope, seed=seed)
         ml.sync(self.model)
         kernels = self._kernels(self._prunables(self.model), request.criterion)
-        kernels = {
-            path: dataclasses.replace(kernel, mask=np.ones_like(kernel.mask))
-            for path, kernel in kernels.items()
-        }
-        masks = selection.select_many(request, kernels, sparsities)
+        whole = {p: dataclasses.replace(k, mask=np.ones_like(k.mask)) for p, k in kernels.items()}
+        masks = selection.select_many(request, whole, sparsities)
         return notices.watched(masks, sparsities)
 
     def rewind(self, optimizer: bool = True) -> None:
@@ -343,12 +346,8 @@ class LotteryTicketPruner(plain_models.PlainPruning):
             frozen[position] = np.where(kernel.mask, kernel.initial, effective) if used else None
         self._restart(values, optimizer)
         self._freeze(frozen)
-        _logger.info(
-            "Treated kept weights of %r by %s, pruned ones by %s.",
-            self.model.name,
-            kept.name,
-            pruned.name,
-        )
+        names = self.model.name, kept.name, pruned.name
+        _logger.info("Treated kept weights of %r by %s, pruned ones by %s.", *names)
 
     def reset_masks(self) -> None:
         """Sets all masks to ones and the count of updates to 0. Raw weights are not changed.
@@ -442,8 +441,9 @@ class LotteryTicketPruner(plain_models.PlainPruning):
         prunables = self._prunables(model)
         kernels = self._kernels(prunables, criterion)
         graph = self.followed.of(model, request)
+        probe = latencies.probes(model, graph, request)
         masks, values = one_shot.masks_and_values(
-            model, request, kernels, graph, data, manner, self._final
+            model, request, kernels, graph, data, manner, self._final, probe
         )
         self._write_masks(model, {i: masks[self._architecture.paths[i]] for i in prunables})
         channels.leave_out(model, graph, masks)
@@ -459,6 +459,7 @@ class LotteryTicketPruner(plain_models.PlainPruning):
         )
         notices.of_update(request, kernels, masks)
         channels.note_limits(request, graph, kernels, masks)
+        self.measured_latency = latencies.note(probe)
 
     def note_changed_masks(self) -> None:
         """Marks the final weights as outdated, because the masks of the model were changed."""
@@ -526,8 +527,7 @@ class LotteryTicketPruner(plain_models.PlainPruning):
                 "way as when the pruner was saved."
             )
         pruner._initial, pruner._final = saved.initial, saved.final
-        pruner._final_is_new = saved.final_is_new
-        pruner._updates = saved.updates
+        pruner._final_is_new, pruner._updates = saved.final_is_new, saved.updates
         pruner._clocks = list(saved.clocks)
         pruner._rescaling = plain_models.Rescaling(saved.factors, saved.unscaled)
         pruner._write_masks(model, saved.masks)

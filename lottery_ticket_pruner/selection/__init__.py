@@ -7,6 +7,7 @@ seed.
 from lottery_ticket_pruner.selection.amounts import drop_count
 from lottery_ticket_pruner.selection.channels import shortfalls
 from lottery_ticket_pruner.selection.families import kept_channels
+from lottery_ticket_pruner.selection.latency_search import Probe
 from lottery_ticket_pruner.selection.lowest import drop_lowest
 from lottery_ticket_pruner.selection.new_masks import (
     Measure,
@@ -23,6 +24,7 @@ from lottery_ticket_pruner.shares import Share
 
 __all__ = [
     "Measure",
+    "Probe",
     "Request",
     "Share",
     "Weights",

@@ -12,50 +12,67 @@ from lottery_ticket_pruner.structures import Channels
 _STEPS = 20
 
 
+class Costs:
+    """Multiply-adds and weights that are left when only some channels are kept.
+
+    Args:
+        graph: The channels of the model.
+        shapes: Shapes of the masked weights by path.
+    """
+
+    def __init__(self, graph: Graph, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self._graph, self._shapes = graph, shapes
+        known = {path: number for path, number in graph.positions.items() if number is not None}
+        self._factors = {"macs": known, "weights": dict.fromkeys([*shapes, *graph.unmasked], 1)}
+        self.unknown = [path for path, number in graph.positions.items() if number is None]
+        self._dense: dict[str, int] = {}
+
+    def left(self, name: str, kept: Sequence[np.ndarray]) -> float:
+        """Returns the share of a cost that is left with the kept channels of all families."""
+        if name not in self._dense:
+            everything = [np.ones(family.size, bool) for family in self._graph.families]
+            self._dense[name] = self._of(name, everything)
+        return self._of(name, kept) / self._dense[name]
+
+    def _of(self, name: str, kept: Sequence[np.ndarray]) -> int:
+        graph, shapes = self._graph, {**self._shapes, **self._graph.products}
+        sizes = {**_sizes(graph.families, kept, shapes), **graph.unmasked}
+        return sum(sizes[path] * factor for path, factor in self._factors[name].items())
+
+
 def within_budget(
     budget: Mapping[str, float],
     structure: Channels,
-    graph: Graph,
-    shapes: Mapping[str, tuple[int, ...]],
+    costs: Costs,
     most: float,
     kept_at: Callable[[float], list[np.ndarray]],
-) -> list[np.ndarray]:
-    """Returns the kept channels of the smallest sparsity that meets a budget.
+) -> float:
+    """Returns the smallest sparsity of channels that meets budgets of multiply-adds and weights.
 
     Args:
         budget: Share that may remain of each cost.
         structure: Structure of the request, for messages.
-        graph: The channels of the model.
-        shapes: Shapes of the masked weights by path.
+        costs: The costs of the model.
         most: Greatest sparsity that is possible.
         kept_at: Function from a sparsity to the kept channels of all families.
 
     Raises:
         ValueError: If the multiply-adds of a kernel are unknown, or the budget cannot be met.
     """
-    if "macs" in budget and (unknown := [path for path, n in graph.positions.items() if n is None]):
+    if "macs" in budget and costs.unknown:
         raise ValueError(
             "The multiply-adds of these kernels are unknown, because the input shape of the model "
-            f"is not fixed: {unknown}. Give the model a fixed input shape, or pass a budget of "
-            "weights."
+            f"is not fixed: {costs.unknown}. Give the model a fixed input shape, or pass a budget "
+            "of weights."
         )
-    known = {path: number for path, number in graph.positions.items() if number is not None}
-    factors = {"macs": known, "weights": dict.fromkeys([*shapes, *graph.unmasked], 1)}
-    everything = [np.ones(family.size, bool) for family in graph.families]
-
-    def left(name: str, kept: Sequence[np.ndarray]) -> float:
-        sizes = {**_sizes(graph.families, kept, {**shapes, **graph.products}), **graph.unmasked}
-        return sum(sizes[path] * factor for path, factor in factors[name].items())
-
-    dense = {name: left(name, everything) for name in budget}
 
     def fits(kept: Sequence[np.ndarray]) -> bool:
-        return all(left(name, kept) <= share * dense[name] for name, share in budget.items())
+        return all(costs.left(name, kept) <= share for name, share in budget.items())
 
     low, high = 0.0, most
     best = kept_at(high)
     if not fits(best):
-        reached = ", ".join(f"{name} {left(name, best) / dense[name]:.3g}" for name in budget)
+        reached = ", ".join(f"{name} {costs.left(name, best):.3g}" for name in budget)
         raise ValueError(
             f"The budget {dict(budget)} cannot be met: with as many channels pruned as {structure} "
             f"allows, these shares are left: {reached}. Pass larger shares or a higher `at_most`. "
@@ -63,12 +80,11 @@ def within_budget(
         )
     for _ in range(_STEPS):
         middle = (low + high) / 2
-        kept = kept_at(middle)
-        if fits(kept):
-            best, high = kept, middle
+        if fits(kept_at(middle)):
+            high = middle
         else:
             low = middle
-    return best
+    return high
 
 
 def _sizes(

@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from lottery_ticket_pruner import criteria
+from lottery_ticket_pruner.budgets import Latency
+from lottery_ticket_pruner.checks import is_number
 from lottery_ticket_pruner.selection.amounts import drop_count
-from lottery_ticket_pruner.selection.budgets import within_budget
+from lottery_ticket_pruner.selection.budgets import Costs, within_budget
 from lottery_ticket_pruner.selection.channel_scores import channel_scores
 from lottery_ticket_pruner.selection.families import (
     Family,
@@ -16,6 +18,7 @@ from lottery_ticket_pruner.selection.families import (
     remove,
     stream_name,
 )
+from lottery_ticket_pruner.selection.latency_search import Probe, within_latency
 from lottery_ticket_pruner.selection.lowest import drop_lowest
 from lottery_ticket_pruner.selection.request import Request
 from lottery_ticket_pruner.selection.weights import Weights, prepared
@@ -25,7 +28,10 @@ from masked_layers.randomness import stream
 
 
 def select_channels(
-    request: Request, weights: Mapping[str, Weights], graph: Graph | None
+    request: Request,
+    weights: Mapping[str, Weights],
+    graph: Graph | None,
+    probe: Probe | None = None,
 ) -> dict[str, np.ndarray]:
     """Returns new masks without the channels that the criterion ranks lowest.
 
@@ -33,6 +39,7 @@ def select_channels(
         request: The pruning request. Its structure is `Channels`.
         weights: Weights by path. They are not changed.
         graph: The channels of the model, or None if they were not followed.
+        probe: Function that measures latencies, for a budget of latency.
 
     Returns:
         A dict from path to a new bool mask, True where a weight is kept, in the order of `weights`.
@@ -63,14 +70,56 @@ def select_channels(
         shares = _shares(request, structure, list(weights), families)
         kept = ranking.prune(request, shares)
     else:
+        kept = _within_budgets(request, structure, graph, ranking, masks, probe)
+    return _masks(graph, ranking, masks, kept)
 
-        def kept_at(sparsity: float) -> list[np.ndarray]:
-            at = dataclasses.replace(request, sparsity=sparsity, keep_sparser=True)
-            return ranking.prune(at, [sparsity] * len(ranking.scores))
 
-        shapes = {path: mask.shape for path, mask in masks.items()}
-        most = ranking.most(request.scope)
-        kept = within_budget(request.budget, structure, graph, shapes, most, kept_at)
+def _within_budgets(
+    request: Request,
+    structure: Channels,
+    graph: Graph,
+    ranking: "_Ranking",
+    masks: Mapping[str, np.ndarray],
+    probe: Probe | None,
+) -> list[np.ndarray]:
+    """Returns which channels of each family are kept under the budgets of a request."""
+    assert request.budget is not None
+
+    def kept_at(sparsity: float) -> list[np.ndarray]:
+        at = dataclasses.replace(request, sparsity=sparsity, budget=None, keep_sparser=True)
+        return ranking.prune(at, [sparsity] * len(ranking.scores))
+
+    costs = Costs(graph, {path: mask.shape for path, mask in masks.items()})
+    most = ranking.most(request.scope)
+    shares = {name: share for name, share in request.budget.items() if is_number(share)}
+    least = within_budget(shares, structure, costs, most, kept_at) if shares else 0.0
+    latency = request.budget.get("latency")
+    if not isinstance(latency, Latency):
+        return kept_at(least)
+    if probe is None:
+        raise ValueError(
+            "A budget of latency is met by measuring smaller models: call "
+            "`LotteryTicketPruner.update_masks`."
+        )
+    cost = "macs" if graph.positions and not costs.unknown else "weights"
+    found = within_latency(
+        latency,
+        structure,
+        probe,
+        (least, most),
+        lambda sparsity: _masks(graph, ranking, masks, kept_at(sparsity)),
+        lambda sparsity: costs.left(cost, kept_at(sparsity)),
+    )
+    return kept_at(found)
+
+
+def _masks(
+    graph: Graph,
+    ranking: "_Ranking",
+    masks: Mapping[str, np.ndarray],
+    kept: Sequence[np.ndarray],
+) -> dict[str, np.ndarray]:
+    """Returns the masks without the channels that ranked families do not keep."""
     masks = {path: mask.copy() for path, mask in masks.items()}
     for number in ranking.scores:
         remove(graph.families[number], ~kept[number], masks)

@@ -10,6 +10,7 @@ from lottery_ticket_pruner.selection.amounts import amounts, rounds
 from lottery_ticket_pruner.selection.channels import select_channels
 from lottery_ticket_pruner.selection.comparisons import comparisons
 from lottery_ticket_pruner.selection.families import Graph, complete
+from lottery_ticket_pruner.selection.latency_search import Probe
 from lottery_ticket_pruner.selection.request import Request, refuse_amounts
 from lottery_ticket_pruner.selection.weights import Weights, prepared
 from lottery_ticket_pruner.shares import Share, shares_of
@@ -23,6 +24,7 @@ def select(
     weights: Mapping[str, Weights],
     measure: Measure | None = None,
     graph: Graph | None = None,
+    probe: Probe | None = None,
 ) -> dict[str, np.ndarray]:
     """Returns new masks without the lowest-ranked weights, with exact counts.
 
@@ -34,6 +36,7 @@ def select(
             before each round of the criterion. If None, there is one round, with the evidence in
             `weights`.
         graph: Channels of the model, for structures that need them.
+        probe: Function that measures latencies, for a budget of latency.
 
     Returns:
         A dict from path to a new bool mask, in the order of `weights`.
@@ -42,7 +45,7 @@ def select(
         ValueError: If the request does not fit the weights, as described for `update`.
     """
     if measure is None:
-        return _select_once(request, weights, graph)
+        return _select_once(request, weights, graph, probe)
     masks = {path: kernel.mask for path, kernel in weights.items()}
     for part in rounds(request, weights):
         found = measure(masks)
@@ -52,7 +55,7 @@ def select(
             )
             for path, kernel in weights.items()
         }
-        masks = _select_once(part, weights, graph)
+        masks = _select_once(part, weights, graph, probe)
     return masks
 
 
@@ -222,11 +225,14 @@ def update_many(
 
 
 def _select_once(
-    request: Request, weights: Mapping[str, Weights], graph: Graph | None = None
+    request: Request,
+    weights: Mapping[str, Weights],
+    graph: Graph | None = None,
+    probe: Probe | None = None,
 ) -> dict[str, np.ndarray]:
     structure = request.structure
     if structure is not None and structure.coupled:
-        return select_channels(request, weights, graph)
+        return select_channels(request, weights, graph, probe)
     kernels = _admitted(request, weights)
     amount_of = amounts(request, kernels)
     pruned: dict[str, np.ndarray] = {}

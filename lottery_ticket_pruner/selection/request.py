@@ -5,10 +5,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from lottery_ticket_pruner import criteria, distributions, structures
+from lottery_ticket_pruner.budgets import Latency
 from lottery_ticket_pruner.checks import is_integer, is_number
 from lottery_ticket_pruner.shares import Share
 
-BUDGETS = ("macs", "weights")
+BUDGETS = ("macs", "weights", "latency")
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -29,7 +30,8 @@ class Request:
         structure: Structure whose tiles are ranked instead of weights, or None.
         distribution: Rule that divides a single sparsity among the kernels, or None.
         budget: Share of the multiply-adds (`"macs"`) or of the weights of all kernels
-            (`"weights"`) that is left afterwards, by name, instead of rate and sparsity; or None.
+            (`"weights"`) that is left afterwards, or a `Latency` (`"latency"`), by name, instead of
+            rate and sparsity; or None.
         keep_sparser: Whether a sparsity below the current one prunes nothing, instead of raising an
             error.
     """
@@ -41,7 +43,7 @@ class Request:
     seed: int = 0
     structure: structures.Structure | None = None
     distribution: distributions.Distribution | None = None
-    budget: Mapping[str, float] | None = None
+    budget: Mapping[str, float | Latency] | None = None
     keep_sparser: bool = False
 
     @classmethod
@@ -106,7 +108,7 @@ class Request:
         if distribution is not None:
             distribution = distributions.get(distribution)
         if amount.get("budget") is not None:
-            _check_budget(criterion, structure, distribution, **amount)
+            amount["budget"] = _checked_budget(criterion, structure, distribution, **amount)
         return cls(
             criterion=criterion,
             scope=scope,
@@ -123,18 +125,24 @@ class Request:
         return None if structure is None or structure.kept is None else structure
 
 
-def _check_budget(
+def _checked_budget(
     criterion: criteria.Criterion,
     structure: structures.Structure | None,
     distribution: distributions.Distribution | None,
     budget: Any,
     **others: Any,
-) -> None:
+) -> dict[str, float | Latency]:
+    """Returns a budget of the user after checking it, with a share of latency as `Latency`."""
     if not isinstance(budget, Mapping) or not budget or set(budget) - set(BUDGETS):
         raise ValueError(
             f"`budget` must be a dict with some of the keys {BUDGETS}. Received: budget={budget!r}"
         )
+    budget = dict(budget)
+    if "latency" in budget:
+        budget["latency"] = Latency.of(budget["latency"])
     for name, share in budget.items():
+        if name == "latency":
+            continue
         if not is_number(share) or not 0 < share <= 1:
             raise ValueError(
                 f"`budget` holds the share that is left, a number in (0, 1]. Received: "
@@ -148,7 +156,8 @@ def _check_budget(
         )
     if structure is None or not structure.coupled:
         raise ValueError(
-            'A budget needs structure="channels", as zeros inside a kernel save no multiply-adds. '
+            'A budget needs structure="channels", as zeros inside a kernel save no multiply-adds '
+            "and no time. "
             f"Received: structure={structure!r}"
         )
     if criterion.rounds > 1:
@@ -156,6 +165,7 @@ def _check_budget(
             f"Criterion {criterion.name!r} prunes in {criterion.rounds} rounds, and each needs a "
             "sparsity. Give a `sparsity` in place of the budget, or take another criterion."
         )
+    return budget
 
 
 def refuse_amounts(structure: structures.Structure, **arguments: object) -> None:

@@ -13,6 +13,7 @@ import torch
 
 from masked_layers.torchscript.calls import Calls, Site
 from masked_layers.torchscript.storage import csr_of_dense
+from masked_layers.turns import alternate, seconds_per_call
 
 KERNELS = {"csr": 0, "csr/32": 32}
 """Sparse kernels and the number of columns that each multiplies at a time; 0 for all."""
@@ -22,7 +23,7 @@ DENSE = "dense"
 _GAIN = 0.95
 """A sparse kernel must take less than this share of the dense time."""
 
-_SECONDS, _ROUNDS, _WARM = 20.0, (5, 25), 2
+_LIMITS: dict[str, Any] = {"seconds": 20.0, "rounds": (5, 25), "warm": 2}
 """Time for measuring, bounds for the number of rounds, and rounds that are not counted: TorchScript
 optimizes a module in its first two calls."""
 
@@ -65,7 +66,8 @@ def site_seconds(calls: Calls, run: Callable[[], Any]) -> dict[Site, dict[str, f
         run()
         return spent
 
-    rounds = alternate({name: functools.partial(passed, name) for name in (DENSE, *KERNELS)})
+    passes = {name: functools.partial(passed, name) for name in (DENSE, *KERNELS)}
+    rounds = alternate(passes, **_LIMITS)
     return {
         site: {
             name: statistics.median(spent[site] for spent in passes)
@@ -77,39 +79,10 @@ def site_seconds(calls: Calls, run: Callable[[], Any]) -> dict[Site, dict[str, f
 
 def program_seconds(programs: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
     """Returns the median time of each program, called in turns."""
-
-    def timed(program: Callable[[], Any]) -> Callable[[], float]:
-        def call() -> float:
-            start = _clock()
-            for _ in range(count):
-                program()
-            return (_clock() - start) / count
-
-        return call
-
-    count = 1
-    # Calls of a few microseconds are timed together.
-    longest = max(timed(program)() for program in programs.values())
-    count = max(1, int(0.005 / longest))
-    rounds = alternate({name: timed(program) for name, program in programs.items()})
+    rounds = seconds_per_call(programs, clock=_clock, **_LIMITS)
     return {name: statistics.median(seconds) for name, seconds in rounds.items()}
 
 
 def _clock() -> float:
     # The time of one thread does not contain that of other processes on a busy machine.
     return time.thread_time() if torch.get_num_threads() == 1 else time.perf_counter()
-
-
-def alternate(functions: Mapping[str, Callable[[], Any]]) -> dict[str, list[Any]]:
-    """Calls functions in turns, in changing order, and returns the results of counted rounds."""
-    results: dict[str, list[Any]] = {name: [] for name in functions}
-    start = time.perf_counter()
-    least, most = _ROUNDS
-    for number in range(_WARM + most):
-        if number >= _WARM + least and time.perf_counter() - start > _SECONDS:
-            break
-        for name in sorted(functions, reverse=bool(number % 2)):
-            result = functions[name]()
-            if number >= _WARM:
-                results[name].append(result)
-    return results

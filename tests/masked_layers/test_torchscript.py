@@ -175,7 +175,7 @@ def test_every_layer_with_a_sparse_form_has_a_row(monkeypatch, tmp_path):
     from masked_layers.torchscript import timing
 
     monkeypatch.setattr(timing, "fastest", lambda seconds, gain=1.0: "dense")
-    monkeypatch.setattr(timing, "_ROUNDS", (1, 1))
+    monkeypatch.setitem(timing._LIMITS, "rounds", (1, 1))
     sites = {}
     for make in (attention, strided, lines, recurrent, words):
         report = ml.export_sparse_torch(pruned(make()), tmp_path / "model.pt")
