@@ -7,6 +7,7 @@ import ctypes
 import glob
 import os
 import re
+import secrets
 import shutil
 import sys
 import tempfile
@@ -28,17 +29,51 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     killed processes left for the same path are removed.
     """
     path = Path(path)
+    check_target(path)
     remove_abandoned(path.parent, path.name)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    file = _create_locked(path)
+    temporary = Path(file.name)
     try:
-        with open(temporary, "wb") as file:
-            if sys.platform != "win32":
-                _lock(file.fileno())
+        with file:
             yield file
-        os.replace(temporary, path)
+            if sys.platform != "win32":  # While it is locked. Windows cannot move an open file.
+                file.flush()
+                os.replace(temporary, path)
+        if sys.platform == "win32":
+            os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _create_locked(path: Path) -> BinaryIO:
+    """Creates a temporary file for a path that no other process takes for an abandoned one."""
+    while True:
+        # Random, because threads, and processes in two containers, may have the same number.
+        file = open(path.with_name(f".{path.name}.{secrets.randbits(48)}.part"), "xb")  # noqa: SIM115
+        # Another process may have removed it before it was locked.
+        if sys.platform == "win32" or not _lock(file.fileno(), wait=True):
+            return file
+        if os.fstat(file.fileno()).st_nlink:
+            return file
+        file.close()
+
+
+def check_target(path: str | os.PathLike[str]) -> None:
+    """Checks that a file can be written at a path, as far as this is known in advance.
+
+    Raises:
+        IsADirectoryError: If it is a folder.
+        FileNotFoundError: If its folder does not exist.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"'{path}' is a folder. Expected the path of a file.")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(
+            f"'{path}' cannot be written, because there is no folder '{path.parent}'. Create it "
+            "first."
+        )
 
 
 def remove_abandoned(folder: Path, name: str | None = None) -> None:
@@ -76,16 +111,32 @@ def scratch_folder(path: Path, contents: frozenset[str]) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned_folders(path, contents)
-        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-        try:
-            with contextlib.nullcontext() if sys.platform == "win32" else _locked(folder):
+        with _locked_scratch(path) as folder:
+            try:
                 yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
     finally:
         for parent in made:
             with contextlib.suppress(OSError):  # It is not empty after a success.
                 parent.rmdir()
+
+
+@contextlib.contextmanager
+def _locked_scratch(path: Path) -> Iterator[Path]:
+    """Creates a temporary folder that no other process takes for an abandoned one."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        if sys.platform == "win32":
+            yield folder
+            return
+        with contextlib.ExitStack() as stack:
+            # Another process may have removed it before it was locked.
+            with contextlib.suppress(FileNotFoundError):
+                stack.enter_context(_locked(folder, wait=True))
+            if folder.exists():
+                yield folder
+                return
 
 
 def _remove_abandoned_folders(path: Path, contents: frozenset[str]) -> None:
@@ -139,23 +190,28 @@ def _exchange(a: Path, b: Path) -> bool:
 # ones.
 
 
-def _lock(descriptor: int) -> bool:
+def _lock(descriptor: int, *, wait: bool = False) -> bool:
     """Locks an open file or folder until it is closed.
+
+    Args:
+        descriptor: Descriptor of the file or folder.
+        wait: Whether to wait until another process has unlocked it. Where only processes that
+            look for abandoned files lock it, this takes a moment.
 
     Returns:
         False if another process has locked it, or the file system has no locks.
     """
     with contextlib.suppress(OSError):
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         return True
     return False
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[bool]:
+def _locked(path: Path, *, wait: bool = False) -> Iterator[bool]:
     """Locks a file or folder; yields whether the lock was free."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        yield _lock(descriptor)
+        yield _lock(descriptor, wait=wait)
     finally:
         os.close(descriptor)

@@ -1,7 +1,8 @@
-"""Loads and checks `.keras` files."""
+"""Loads and checks `.keras` files, and says why Keras cannot make a model."""
 
 from __future__ import annotations
 
+import textwrap
 import zipfile
 import zlib
 from pathlib import Path
@@ -66,3 +67,16 @@ def _check_archive(path: Path) -> None:
             f"'{path}' is damaged ({damaged}). Restore it from where it was copied, or save the "
             "model again."
         )
+
+
+def reason_of(error: Exception) -> str:
+    """Returns a sentence that says why Keras cannot make a model from a config.
+
+    Args:
+        error: Error of Keras, whose message contains the config of every layer around the one that
+            cannot be made.
+    """
+    text = str(error).rpartition("Exception encountered: ")[2].strip() or repr(error)
+    # Further lines, and what follows these words, are configs.
+    line = text.splitlines()[0].partition(" Full object config:")[0]
+    return f"{textwrap.shorten(line, 300, placeholder=' ...').rstrip('.')}."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TypeAlias
 
 import keras
@@ -10,6 +11,9 @@ from masked_layers import _keras
 from masked_layers.inspection import channel_refs, weight_refs
 from masked_layers.masks import Mask
 from masked_layers.paths import join, walk
+
+# The name of a variable without one, and the number of such names that the process made before.
+_AUTOMATIC = re.compile(r"variable(_\d+)?")
 
 State: TypeAlias = dict[str, tuple[keras.Variable, Mask | None]]
 
@@ -26,7 +30,8 @@ def state_variables(model: keras.Model) -> State:
     states = []  # Of stateful recurrent layers, which Keras does not list in layer variables.
     for path, layer in walk(model):
         for variable in _keras.own_variables(layer):
-            found.setdefault(id(variable), (join(path, variable.name), None))
+            name = "variable" if _AUTOMATIC.fullmatch(variable.name) else variable.name
+            found.setdefault(id(variable), (join(path, name), None))
         if isinstance(layer, keras.layers.RNN) and layer.stateful and layer.built:
             for state in keras.tree.flatten(layer.states):
                 states.append(state)

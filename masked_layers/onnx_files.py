@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 import os
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
 import keras
+import ml_dtypes
 import numpy as np
 
 from masked_layers import _keras
 from masked_layers.conversion import without_masks
-from masked_layers.files import replacing
-from masked_layers.serving import StorageReport, StorageRow, samples_of
+from masked_layers.files import check_target, replacing
+from masked_layers.serving import StorageReport, StorageRow, relative_difference, samples_of
 
 _SKIP = 255
 
@@ -28,13 +30,16 @@ def export_sparse_onnx(
     Standard operators (`CumSum`, `ScatterElements`) put the values in place. Runtimes with constant
     folding, such as ONNX Runtime, do so once, when they load the file. The arithmetic stays dense.
 
-    The file of Keras' own exporter is the starting point. The new file must have the same outputs
-    in ONNX Runtime, bit for bit, and replaces an existing one only then.
+    The file of Keras' own exporter is the starting point, and both are run in ONNX Runtime. The
+    outputs of Keras' file must be those of the model up to rounding, for several batch sizes if
+    that is free, and those of the new file the same, bit for bit. Only then it replaces an existing
+    one.
 
     Args:
         model: A built model, either masked, or plain with zeros in its kernels.
         path: Path of the file.
-        sample_inputs: Inputs for comparing outputs, as in `export_sparse_saved_model`.
+        sample_inputs: Inputs for comparing outputs, as in `export_sparse_saved_model`. Axes without
+            a fixed length should have one that will be served.
 
     Returns:
         The sizes of the stored weights. Weights have their names in the ONNX file.
@@ -42,10 +47,13 @@ def export_sparse_onnx(
     Raises:
         ImportError: If `onnx`, `onnxruntime` or what Keras needs to export is missing, such as
             `tf2onnx` on TensorFlow or `jax2onnx` on JAX.
-        RuntimeError: If outputs differ from those of Keras' file.
+        NotImplementedError: If a call of the model changes its variables, or Keras cannot export
+            the model to a file that ONNX Runtime runs.
+        OSError: If the file cannot be written, because its folder is missing, for example.
+        RuntimeError: If outputs differ.
         TypeError: If `model` is not a Keras model.
-        ValueError: If the model cannot be stripped of its masks (`strip_masks`), or is too large
-            for one ONNX file (2 GB).
+        ValueError: If the model cannot be stripped of its masks (`strip_masks`) or called on the
+            sample inputs, or is too large for one ONNX file (2 GB).
     """
     if not isinstance(model, keras.Model):
         raise TypeError(f"Expected a `keras.Model`. Received: {model!r}")
@@ -53,27 +61,18 @@ def export_sparse_onnx(
         import onnx
         import onnxruntime  # noqa: F401
     except ImportError as error:
-        raise ImportError(
-            f"'{error.name}' is missing. Install what ONNX needs: `pip install onnx onnxruntime`, "
-            "and `tf2onnx` to export from TensorFlow or `jax2onnx` from JAX."
-        ) from error
+        raise _missing(error) from error
+    check_target(path)
     plain = without_masks(model)
-    samples = samples_of(model, _keras.export_signature(model), sample_inputs)
-    with keras.StatelessScope():
-        plain(*samples)  # Keras exports only models that were called.
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "model.onnx"
-        plain.export(file, format="onnx", verbose=False)
-        dense = file.read_bytes()
+    samples = samples_of(model, _keras.export_specs(model), sample_inputs)
+    batches = _batches(model, samples)
+    expected = [_outputs_of(plain, batch, given=sample_inputs is not None) for batch in batches]
+    dense = _dense_file(plain)
     exported = onnx.load_from_string(dense)
     rows = _store_sparsely(exported.graph)
     data = exported.SerializeToString()
-    inputs = [np.asarray(sample) for sample in keras.tree.flatten(samples)]
-    if _outputs(data, inputs) != _outputs(dense, inputs):
-        raise RuntimeError(
-            f"Outputs of the sparse file differ from those of the dense one. '{path}' was not "
-            "changed; please report this."
-        )
+    for batch, outputs in zip(batches, expected, strict=True):
+        _compare(data, dense, [np.asarray(x) for x in keras.tree.flatten(batch)], outputs)
     with replacing(path) as whole:
         whole.write(data)
     return StorageReport(
@@ -83,17 +82,120 @@ def export_sparse_onnx(
     )
 
 
-def _outputs(data: bytes, inputs: list[np.ndarray]) -> list[bytes]:
-    """Returns the bytes of all outputs of an ONNX model in ONNX Runtime."""
+def _missing(error: ImportError) -> ImportError:
+    # Keras' errors do not have the name, but name it in the text.
+    what = f"'{error.name}' is missing." if error.name else str(error)
+    return ImportError(
+        f"{what} Install what ONNX needs: `pip install onnx onnxruntime`, and `tf2onnx` to export "
+        "from TensorFlow or `jax2onnx` from JAX."
+    )
+
+
+def _batches(model: keras.Model, samples: list[Any]) -> list[list[Any]]:
+    """Returns the sample inputs, and if the batch size is free, also a row and a row more."""
+    shapes = [x.shape for x in getattr(model, "inputs", None) or ()]
+    if not all(shape and shape[0] is None for shape in shapes):
+        return [samples]
+    size = len(keras.tree.flatten(samples)[0])
+
+    def resized(rows: int) -> list[Any]:
+        return keras.tree.map_structure(lambda x: x[np.arange(rows) % len(x)], samples)
+
+    return [samples, *(resized(rows) for rows in {1, size + 1} - {size})]
+
+
+def _outputs_of(model: keras.Model, inputs: list[Any], given: bool) -> list[np.ndarray]:
+    """Returns the outputs of a model, flat.
+
+    Raises:
+        NotImplementedError: If the call changes variables.
+        ValueError: If the model cannot be called.
+    """
+    try:
+        with keras.StatelessScope() as scope:
+            outputs = keras.tree.flatten(model(*inputs))
+    except Exception as error:  # Layers may raise any error.
+        kind = "the given" if given else "random"
+        raise ValueError(
+            f"The model cannot be called on {kind} `sample_inputs`. Pass those that it accepts. "
+            f"{error}"
+        ) from error
+    if scope.state_mapping:
+        raise NotImplementedError(
+            f"A call of the model changes {len(scope.state_mapping)} of its variables, as stateful "
+            "layers do. An ONNX file cannot do this; `export_sparse_saved_model` can."
+        )
+    return [np.asarray(keras.ops.convert_to_numpy(output)) for output in outputs]
+
+
+def _dense_file(model: keras.Model) -> bytes:
+    """Returns the file of Keras' own exporter."""
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        file = Path(folder) / "model.onnx"
+        if keras.backend.backend() == "torch":
+            # About the lengths of axes; whether the file accepts others is found by running it.
+            warnings.filterwarnings("ignore", "Converting a tensor to a Python")
+        try:
+            model.export(file, format="onnx", verbose=False)
+        except ImportError as error:
+            raise _missing(error) from error
+        except Exception as error:  # The exporters raise any error.
+            raise _refused(f"export the model to ONNX: {type(error).__name__}", error) from error
+        return file.read_bytes()
+
+
+def _refused(what: str, error: Exception) -> NotImplementedError:
+    reason = " ".join(str(error).split())
+    return NotImplementedError(
+        f"Keras on {keras.backend.backend()} cannot {what}: {reason[:500]}. Another backend may: "
+        "save the model as a `.keras` file and export that with another KERAS_BACKEND. Or write "
+        "another format (`export_sparse_saved_model`, `export_sparse_torch`)."
+    )
+
+
+def _compare(
+    data: bytes, dense: bytes, inputs: list[np.ndarray], expected: list[np.ndarray]
+) -> None:
+    """Compares the outputs of both files with each other, and with those of the model.
+
+    Raises:
+        NotImplementedError: If ONNX Runtime does not run Keras' file.
+        RuntimeError: If outputs differ.
+    """
+    try:
+        wanted = _run(dense, inputs)
+    except Exception as error:  # It has an error of its own for each cause.
+        raise _refused("export the model to a file that ONNX Runtime runs", error) from error
+    dtypes = {x.dtype.name for x in expected if x.dtype.kind not in "OSUbiu"}
+    precision = max((float(ml_dtypes.finfo(name).eps) for name in dtypes), default=0.0) ** 0.5
+    same = len(wanted) == len(expected)
+    found = max(map(relative_difference, wanted, expected), default=0.0) if same else math.inf
+    if found > precision:
+        raise RuntimeError(
+            f"Outputs of the file that Keras on {keras.backend.backend()} exports differ from the "
+            f"model's by {found:.2g} of the largest one, for inputs of the shapes "
+            f"{[x.shape for x in inputs]}. Nothing was written. Keras may have rounded values, or "
+            "fixed a length that the model leaves free: give its inputs fixed shapes, or export "
+            "with another backend. A model with random outputs cannot be exported."
+        )
+    if [x.tobytes() for x in _run(data, inputs)] != [x.tobytes() for x in wanted]:
+        raise RuntimeError(
+            "Outputs of the sparse file differ from those of the dense one. Nothing was written; "
+            "please report this."
+        )
+
+
+def _run(data: bytes, inputs: list[np.ndarray]) -> list[np.ndarray]:
+    """Returns all outputs of an ONNX model in ONNX Runtime."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     names = [source.name for source in session.get_inputs()]
-    return [
-        np.asarray(x).tobytes() for x in session.run(None, dict(zip(names, inputs, strict=True)))
-    ]
+    if len(names) != len(inputs):
+        raise ValueError(f"it has the inputs {names}, and the model has {len(inputs)} inputs.")
+    return [np.asarray(x) for x in session.run(None, dict(zip(names, inputs, strict=True)))]
 
 
 def _store_sparsely(graph: Any) -> list[StorageRow]:

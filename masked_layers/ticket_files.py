@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,13 @@ import keras
 import numpy as np
 
 from masked_layers import _keras, _keras_configs, ticket_format
-from masked_layers.files import replacing
+from masked_layers.files import check_target, replacing
 from masked_layers.inspection import channel_refs, refs_with_masks
-from masked_layers.masks import Mask
+from masked_layers.keras_files import reason_of
+from masked_layers.masks import Mask, raw_view
 from masked_layers.model_state import State, state_variables
 from masked_layers.packing import MaskState
+from masked_layers.paths import plain_class, walk
 from masked_layers.streams import dtype_of
 from masked_layers.ticket_format import Entry, Ticket
 
@@ -44,13 +47,22 @@ def save_ticket(
             `initial_weights` of a `LotteryTicketPruner`. Default: the values of the model.
 
     Raises:
-        TypeError: If `model` is not a Keras model.
+        OSError: If the file cannot be written, because its folder is missing, for example.
+        TypeError: If `model` is not a Keras model, or `weights` is not a mapping.
         ValueError: If the model has no masked weight, a mask is learned, `weights` names an unknown
-            weight or has another shape, Keras cannot make the model from its config, or pruned
-            weights are frozen at values that `signs_only` leaves out.
+            weight or has another shape, Keras cannot make the model from its config, pruned weights
+            are frozen at values that `signs_only` leaves out, or a layer has other state than
+            variables, such as an adapted vocabulary.
     """
     if not isinstance(model, keras.Model):
         raise TypeError(f"Expected a `keras.Model`. Received: {model!r}")
+    if not isinstance(weights or {}, Mapping):
+        raise TypeError(
+            "`weights` must be a dict from paths to arrays, such as the `initial_weights` of a "
+            f"`LotteryTicketPruner`. Received: {type(weights).__name__}"
+        )
+    check_target(path)
+    _check_state(model)
     entries = _entries(model, weights or {}, signs_only)
     config = _keras_configs.serialize(model)
     config.pop("compile_config", None)
@@ -59,7 +71,7 @@ def save_ticket(
     except Exception as error:  # Layers may raise any error.
         raise ValueError(
             f"'{model.name}' cannot be saved as a ticket, because Keras cannot make the same model "
-            f"from its config: {_first_line(error)} Save it with `model.save('NAME.keras')`."
+            f"from its config: {_reason(error)} Save it with `model.save('NAME.keras')`."
         ) from error
     data = ticket_format.pack(Ticket(config, entries, signs_only))
     with replacing(path) as file:
@@ -124,17 +136,71 @@ def _model_of(ticket: Ticket, path: str | os.PathLike[str]) -> keras.Model:
         model, state = _make(ticket.config, ticket.entries, every=not ticket.signs_only)
     except Exception as error:  # Layers may raise any error.
         raise ValueError(
-            f"The model in '{path}' cannot be made from its config: {_first_line(error)} Custom "
+            f"The model in '{path}' cannot be made from its config: {_reason(error)} Custom "
             "layers must be imported first."
         ) from error
     for entry in ticket.entries:
         _fill(*state[entry.path], entry, ticket.signs_only)
+    _derive_state(model)
     return model
 
 
-def _first_line(error: Exception) -> str:
-    """Returns the first line of what may be a long message of Keras."""
-    return f"{(str(error).splitlines() or [repr(error)])[0].rstrip('.')}."
+def _reason(error: Exception) -> str:
+    if "in a stateless scope" in str(error):
+        return "a layer makes a variable from a value, and not by `add_weight`."
+    return reason_of(error)
+
+
+def _check_state(model: keras.Model) -> None:
+    """Checks that the variables of a model are all its state besides its config.
+
+    Raises:
+        ValueError: If a layer has more.
+    """
+    for path, layer in walk(model):
+        kind = plain_class(layer).__name__
+        if isinstance(layer, keras.layers.RNN) and layer.stateful:
+            reason = "is stateful, and Keras makes the variables of its states from values"
+        elif _saves_more(layer):
+            reason = "saves more than its variables, such as an adapted vocabulary"
+        else:
+            continue
+        raise ValueError(
+            f"'{path}' ({kind}) cannot be saved in a ticket: it {reason}. Save the model with "
+            "`model.save('NAME.keras')`; a vocabulary can be passed to the layer's constructor too."
+        )
+
+
+def _saves_more(layer: keras.layers.Layer) -> bool:
+    """Returns whether Keras saves anything of a layer besides its variables and its config."""
+    save = plain_class(layer).save_own_variables
+    if save is not keras.layers.Layer.save_own_variables:
+        store: dict[str, Any] = {}
+        with raw_view():
+            save(layer, store)
+        if len(store) > len(_keras.own_variables(layer)):
+            return True
+    if not hasattr(layer, "save_assets"):
+        return False
+    with tempfile.TemporaryDirectory() as folder:
+        layer.save_assets(folder)
+        return any(file.is_file() for file in Path(folder).rglob("*"))
+
+
+def _derive_state(model: keras.Model) -> None:
+    """Lets layers compute what they derive from their variables when these are loaded.
+
+    `Normalization` does, for example.
+    """
+    for _, layer in walk(model):
+        loads = next(c for c in plain_class(layer).__mro__ if "load_own_variables" in vars(c))
+        # Keras' layers with kernels derive nothing, and would merge LoRA's factors into them.
+        if loads is not keras.layers.Layer and "enable_lora" not in vars(loads):
+            store: dict[str, Any] = {}
+            layer.save_own_variables(store)
+            layer.load_own_variables(
+                {name: np.array(keras.ops.convert_to_numpy(value)) for name, value in store.items()}
+            )
 
 
 def _state(model: keras.Model) -> State:

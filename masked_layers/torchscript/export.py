@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import numbers
 import os
 import shutil
 import tempfile
@@ -81,8 +82,12 @@ def export_sparse_torch(
     """
     if not isinstance(model, keras.Model):
         raise TypeError(f"Expected a `keras.Model`. Received: {model!r}")
-    for name, count in (("batch_size", batch_size), ("threads", 1 if threads is None else threads)):
-        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+    counts: dict[str, object] = {
+        "batch_size": batch_size,
+        "threads": 1 if threads is None else threads,
+    }
+    for name, count in counts.items():
+        if isinstance(count, bool) or not isinstance(count, numbers.Integral) or count < 1:
             raise ValueError(f"`{name}` must be a positive integer. Received: {count!r}")
     if importlib.util.find_spec("torch") is None:
         raise ImportError(
@@ -104,8 +109,8 @@ def export_sparse_torch(
     job = Job(
         arguments=arguments,
         expected=expected,
-        batch_size=batch_size,
-        threads=threads,
+        batch_size=int(batch_size),
+        threads=None if threads is None else int(threads),
         timings=earlier,
         free_batch=all(size is None for size in fixed),
         free_axes=any(None in shape[1:] for shape in lengths),

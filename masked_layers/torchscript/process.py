@@ -11,9 +11,11 @@ import traceback
 from pathlib import Path
 
 import keras
+import ml_dtypes  # Makes NumPy know the names of more dtypes.  # noqa: F401
 import numpy as np
 
 from masked_layers import _keras
+from masked_layers.keras_files import reason_of
 from masked_layers.torchscript.job import Job
 from masked_layers.torchscript.report import TorchReport
 
@@ -41,10 +43,14 @@ def run(model: keras.Model, job: Job, folder: Path) -> TorchReport:
     model.save(folder / _MODEL)
     arrays = {f"argument{i}": x for i, x in enumerate(keras.tree.flatten(job.arguments))}
     arrays |= {f"output{i}": x for i, x in enumerate(job.expected)}
-    np.savez(folder / _ARRAYS, **arrays)
+    dtypes = {name: array.dtype.name for name, array in arrays.items()}
+    # NumPy writes bfloat16 as bytes of no type.
+    bits = {name: x.view(f"u{x.itemsize}") for name, x in arrays.items() if x.dtype.kind == "V"}
+    np.savez(folder / _ARRAYS, **(arrays | bits))
     timings = None if job.timings is None else job.timings.to_json().decode()
     fields = {name: getattr(job, name) for name in _FIELDS}
-    (folder / _JOB).write_text(json.dumps({**fields, "timings": timings}), "utf-8")
+    text = json.dumps({**fields, "timings": timings, "dtypes": dtypes})
+    (folder / _JOB).write_text(text, "utf-8")
     environment = {
         "KERAS_BACKEND": "torch",
         "KERAS_TORCH_DEVICE": "cpu",
@@ -78,9 +84,10 @@ def main(folder: str) -> None:
         fields = json.loads((place / _JOB).read_text("utf-8"))
         text = fields.pop("timings")
         timings = None if text is None else TorchReport.from_json(text.encode())
+        dtypes = fields.pop("dtypes")
         with np.load(place / _ARRAYS) as arrays:
             leaves, expected = (
-                [arrays[name] for name in arrays if name.startswith(kind)]
+                [arrays[name].view(dtypes[name]) for name in arrays if name.startswith(kind)]
                 for kind in ("argument", "output")
             )
         arguments = keras.tree.pack_sequence_as(list(_keras.export_specs(model)), leaves)
@@ -101,7 +108,7 @@ def _loaded(path: Path) -> keras.Model:
         raise ValueError(
             "A new process, with Keras on PyTorch, cannot load the model. Its custom layers and "
             "functions must be in modules that can be imported (not in `__main__`) and use "
-            f"`keras.ops`. {error}"
+            f"`keras.ops`. {reason_of(error)}"
         ) from error
 
 

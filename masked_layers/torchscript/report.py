@@ -112,7 +112,9 @@ class TorchReport:
             for seconds in times:
                 _check_times(seconds)
         except (LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
-            raise ValueError(f"Not a report of `export_sparse_torch`: {error!r}") from error
+            # Not the representation of the error, which may contain all bytes of a wrong file.
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(f"Not a report of `export_sparse_torch`: {reason}") from error
         return report
 
     def __str__(self) -> str:

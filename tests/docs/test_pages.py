@@ -117,7 +117,8 @@ def test_commands_are_such_as_there_are(words, monkeypatch, tmp_path):
     from lottery_ticket_pruner.experiments import workbench
 
     for owner, name in (
-        (workbench, "load_and_resolve"), (prune, "prune"), (sweep, "sweep"), (report, "write_report"),
+        (workbench, "load_and_resolve"), (prune, "prune"), (sweep, "sweep"),
+        (report, "write_report"),
         (repeat.RepeatConfig, "configuration"), (ExportConfig, "execute"),
         (InspectConfig, "execute"),
     ):  # fmt: skip

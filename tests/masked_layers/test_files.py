@@ -1,5 +1,6 @@
 """Files and folders that are complete or absent, and the remains of killed processes."""
 
+import os
 import shutil
 import signal
 import subprocess
@@ -87,6 +88,50 @@ def test_an_error_leaves_the_existing_file_unchanged(name, tmp_path):
         fail()
     assert [path.name for path in tmp_path.iterdir()] == [name]
     assert (tmp_path / name).read_text() == "before"
+
+
+@posix
+def test_writers_of_the_same_path_leave_each_others_files_alone(monkeypatch, tmp_path):
+    lock, replace = files._lock, os.replace
+    late = []  # Whether another process looks before the next lock.
+
+    def look():
+        files.remove_abandoned(tmp_path)
+        files._remove_abandoned_folders(tmp_path / "1", frozenset())
+
+    def lock_late(descriptor, **kwargs):
+        if late and late.pop():
+            look()
+        return lock(descriptor, **kwargs)
+
+    def replace_late(*args):
+        look()
+        replace(*args)
+
+    monkeypatch.setattr(files, "_lock", lock_late)
+    monkeypatch.setattr(os, "replace", replace_late)
+    late.append(True)
+    with files.replacing(tmp_path / "a") as one:
+        one.write(b"one")
+        with files.replacing(tmp_path / "a") as other:
+            other.write(b"other")
+    assert (tmp_path / "a").read_bytes() == b"one"
+    late.append(True)
+    with files.scratch_folder(tmp_path / "1", frozenset()) as folder:
+        look()
+        assert folder.is_dir()
+    assert not late
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_paths_that_cannot_be_files_are_named(tmp_path):
+    with pytest.raises(IsADirectoryError, match=r"is a folder\. Expected the path of a file"):
+        files.check_target(tmp_path)
+    with (
+        pytest.raises(FileNotFoundError, match=r"no folder '.*missing'. Create it first"),
+        files.replacing(tmp_path / "missing" / "a"),
+    ):
+        pass
 
 
 @pytest.mark.parametrize("exchange", [True, False])

@@ -1,5 +1,7 @@
 """ONNX files with sparse kernels."""
 
+import sys
+
 import keras
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from keras import layers
 import masked_layers as ml
 from masked_layers.onnx_files import _steps
 
+pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 pytestmark = pytest.mark.once
 
@@ -74,7 +77,82 @@ def test_errors_leave_the_file_as_it_is(tmp_path):
     )
     with pytest.raises(ValueError, match="learned"):
         ml.export_sparse_onnx(model, tmp_path / "m.onnx")
+    model = ml.harden(model)
+    for path, error in (
+        (tmp_path, IsADirectoryError),
+        (tmp_path / "missing" / "m.onnx", FileNotFoundError),
+    ):
+        with pytest.raises(error, match=r"Expected the path of a file|Create it first"):
+            ml.export_sparse_onnx(model, path)
     assert (tmp_path / "m.onnx").read_bytes() == b"earlier"
+
+
+def test_what_onnx_cannot_do_is_refused(tmp_path):
+    pytest.importorskip("tf2onnx")
+    inputs = keras.Input((5, 6), batch_size=2)
+    stateful = keras.Model(inputs, layers.LSTM(4, stateful=True)(inputs))
+    words = layers.TextVectorization(5, output_sequence_length=3, vocabulary=["red", "green"])
+    texts = keras.Sequential(
+        [keras.Input((), dtype="string"), words, layers.Embedding(5, 4), layers.Flatten()]
+    )
+    for model, message in (
+        (stateful, "changes 2 of its variables.*export_sparse_saved_model"),
+        (texts, "Keras on tensorflow cannot export.*RegexReplace.*Another backend may"),
+    ):
+        with pytest.raises(NotImplementedError, match=message):
+            ml.export_sparse_onnx(model, tmp_path / "m.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_wrong_file_of_keras_is_refused(monkeypatch, tmp_path):
+    pytest.importorskip("tf2onnx")
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(3)])
+    model(np.zeros((1, 4)))  # Keras exports only models that were called.
+    model.export(tmp_path / "other.onnx", format="onnx", verbose=False)
+    other = (tmp_path / "other.onnx").read_bytes()
+    model.layers[0].kernel.assign(2 * model.layers[0].kernel)
+    monkeypatch.setattr(keras.Model, "export", lambda self, file, **kwargs: file.write_bytes(other))
+    with pytest.raises(RuntimeError, match=r"Keras on tensorflow exports differ .* by 0\.5 of"):
+        ml.export_sparse_onnx(model, tmp_path / "m.onnx")
+    assert not (tmp_path / "m.onnx").exists()
+
+
+@pytest.mark.once("torch")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_lengths_that_keras_on_torch_fixes_are_noticed(tmp_path):
+    x = np.random.default_rng(1).normal(size=(3, 5, 6)).astype("float32")
+    for length, fixed in ((5, True), (None, False)):
+        model = pruned(keras.Sequential([keras.Input((length, 6)), layers.GRU(16)]), 0.8)
+        if fixed:
+            ml.export_sparse_onnx(model, tmp_path / "m.onnx")
+            expected = keras.ops.convert_to_numpy(model(x))
+            np.testing.assert_allclose(run(tmp_path / "m.onnx", x), expected, atol=1e-5)
+            continue
+        with pytest.raises(RuntimeError, match="fixed a length that the model leaves free"):
+            ml.export_sparse_onnx(model, tmp_path / "m.onnx", sample_inputs=x)
+
+
+@pytest.mark.once("jax")
+def test_models_on_jax(tmp_path):
+    pytest.importorskip("jax2onnx")
+    image, vector = keras.Input((8, 8, 3), name="image"), keras.Input((40,), name="vector")
+    x = layers.GlobalAveragePooling2D()(layers.Conv2D(32, 3, activation="relu")(image))
+    x = layers.Concatenate()([x, layers.Dense(40)(vector)])
+    model = pruned(keras.Model({"image": image, "vector": vector}, layers.Dense(5)(x)), 0.9)
+    report = ml.export_sparse_onnx(model, tmp_path / "m.onnx")
+    assert {len(row.shape) for row in report if row.encoding == "sparse"} == {2, 4}
+    rng = np.random.default_rng(1)
+    inputs = [rng.normal(size=(3, *x.shape[1:])).astype("float32") for x in (image, vector)]
+    expected = model.predict(dict(zip(("image", "vector"), inputs, strict=True)), verbose=0)
+    np.testing.assert_allclose(run(tmp_path / "m.onnx", *inputs), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.once("jax")
+def test_without_the_exporter_the_error_says_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "jax2onnx", None)
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(3)])
+    with pytest.raises(ImportError, match=r"jax2onnx.*pip install"):
+        ml.export_sparse_onnx(model, tmp_path / "m.onnx")
 
 
 @pytest.mark.parametrize("gaps", [[0], [254, 255, 256, 0], [509, 510, 511, 1020], []])

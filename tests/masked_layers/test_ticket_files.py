@@ -164,6 +164,38 @@ def test_goals_of_sizes(tmp_path):
     assert (tmp_path / "signs").stat().st_size < 0.02 * size
 
 
+def test_what_layers_derive_from_their_variables(tmp_path):
+    class Doubling(layers.Layer):
+        """Doubles its weight when it is built or loaded."""
+
+        def build(self, shape):
+            self.factor = self.add_weight(shape=shape[1:], initializer="ones")
+            self.double = None
+
+        def load_own_variables(self, store):
+            super().load_own_variables(store)
+            self.double = 2 * keras.ops.convert_to_numpy(self.factor)
+
+        def call(self, x):
+            return x if self.double is None else x * keras.ops.convert_to_tensor(self.double)
+
+    normalization, doubling = layers.Normalization(), Doubling()
+    normalization.adapt(RNG.normal(size=(20, 8)) * 3 + 1)
+    dense = layers.Dense(3)
+    model = keras.Sequential([keras.Input((8,)), normalization, doubling, dense])
+    dense.enable_lora(2)
+    dense.lora_kernel_b.assign(RNG.normal(size=(2, 3)))
+    doubling.load_own_variables({"0": RNG.normal(size=8)})
+    model = pruned(model, inplace=True)
+    x = RNG.normal(size=(4, 8)).astype("float32")
+    with keras.saving.custom_object_scope({"Doubling": Doubling}):
+        ml.save_ticket(model, tmp_path / "ticket")
+        loaded = ml.load_ticket(tmp_path / "ticket")
+    same(model, loaded)
+    expected, outputs = (keras.ops.convert_to_numpy(each(x)) for each in (model, loaded))
+    assert outputs.tobytes() == expected.tobytes()
+
+
 # --- What is refused ------------------------------------------------------------------------------
 
 
@@ -179,6 +211,7 @@ def test_what_cannot_be_saved_is_refused_and_leaves_files_as_they_are(tmp_path):
         (ml.convert_to_masked(code), ValueError, "cannot be saved as a ticket.*[Ll]ambda", {}),
         (model, ValueError, "does not have: .'nowhere'", {"weights": {"nowhere": np.ones(3)}}),
         (model, ValueError, r"shape \(3,\)", {"weights": {"dense_1/bias": np.ones(4)}}),
+        (model, TypeError, "must be a dict from paths.*list", {"weights": model.get_weights()}),
     ):
         with pytest.raises(error, match=message):
             ml.save_ticket(wrong, tmp_path / "ticket", **kwargs)
@@ -186,6 +219,69 @@ def test_what_cannot_be_saved_is_refused_and_leaves_files_as_they_are(tmp_path):
     assert (tmp_path / "ticket").read_bytes() == b"earlier"
     with pytest.raises(FileNotFoundError):
         ml.load_ticket(tmp_path / "nowhere")
+
+
+class Counting(layers.Layer):
+    """Saves a number that is not a variable."""
+
+    def save_own_variables(self, store):
+        store["count"] = np.ones(())
+
+    def call(self, x):
+        return x
+
+
+class FromValue(layers.Layer):
+    def build(self, shape):
+        self.factor = keras.Variable(np.ones(shape[-1]), dtype="float32")
+
+    def call(self, x):
+        return x * self.factor
+
+
+def test_state_that_a_ticket_does_not_contain_is_refused(tmp_path):
+    stateful = keras.Sequential([keras.Input((5, 8), batch_size=2), layers.GRU(4, stateful=True)])
+    cases = [(stateful, r"'gru' \(GRU\) cannot be saved in a ticket: it is stateful")]
+    for layer, message in (
+        (Counting(), r"'counting' \(Counting\) .* it saves more than its variables"),
+        (FromValue(), "a layer makes a variable from a value, and not by `add_weight`"),
+    ):
+        cases.append((keras.Sequential([keras.Input((8,)), layer, layers.Dense(3)]), message))
+    with keras.saving.custom_object_scope({"Counting": Counting, "FromValue": FromValue}):
+        for model, message in cases:
+            with pytest.raises(ValueError, match=message):
+                ml.save_ticket(ml.convert_to_masked(model), tmp_path / "ticket")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.once
+def test_only_vocabularies_in_the_config_are_saved(tmp_path):
+    def made(**kwargs):
+        return layers.TextVectorization(10, output_sequence_length=4, **kwargs)
+
+    def model(words):
+        table = layers.Embedding(10, 4)
+        stack = [keras.Input((), dtype="string"), words, table, layers.Flatten(), layers.Dense(3)]
+        return pruned(keras.Sequential(stack))
+
+    adapted = made()
+    adapted.adapt(["red", "green green"])
+    with pytest.raises(ValueError, match=r"'text_vectorization'.*such as an adapted vocabulary"):
+        ml.save_ticket(model(adapted), tmp_path / "ticket")
+    given = model(made(vocabulary=adapted.get_vocabulary(include_special_tokens=False)))
+    ml.save_ticket(given, tmp_path / "ticket")
+    x = keras.ops.convert_to_tensor(["green red blue"])
+    outputs, expected = (m(x) for m in (ml.load_ticket(tmp_path / "ticket"), given))
+    np.testing.assert_array_equal(outputs, expected)
+
+
+def test_the_missing_class_is_named(tmp_path):
+    with keras.saving.custom_object_scope({"FromNowhere": type("FromNowhere", (layers.ReLU,), {})}):
+        layer = keras.saving.get_registered_object("FromNowhere")()
+        model = pruned(keras.Sequential([keras.Input((8,)), layer, layers.Dense(3)]))
+        ml.save_ticket(model, tmp_path / "ticket")
+    with pytest.raises(ValueError, match=r"Could not locate class 'FromNowhere'.*imported first"):
+        ml.load_ticket(tmp_path / "ticket")
 
 
 @pytest.mark.once

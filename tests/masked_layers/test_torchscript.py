@@ -194,7 +194,7 @@ def test_a_dense_file_is_stored_without_zeros(monkeypatch, tmp_path):
     monkeypatch.setattr(timing, "fastest", lambda seconds, gain=1.0: "dense")
     model = keras.Sequential([keras.Input((64,)), layers.Dense(256), layers.Dense(256)])
     model = pruned(model, 0.95)
-    report = ml.export_sparse_torch(model, tmp_path / "model.pt", batch_size=2)
+    report = ml.export_sparse_torch(model, tmp_path / "model.pt", batch_size=np.int64(2))
     assert {row.kernel for row in report} == {"dense"}
     assert report.dense_nbytes > 9 * sum(row.nbytes for row in report if row.site)
     assert_equal_outputs(torch.jit.load(tmp_path / "model.pt"), model, 3)
@@ -288,6 +288,10 @@ def test_what_fails_leaves_the_file_unchanged(monkeypatch, tmp_path):
     other.write_text(json.dumps({"rows": 3}))
     with pytest.raises(ValueError, match=r"other.json.*Not a report"):
         ml.export_sparse_torch(model, path, timings=other)
+    other.write_bytes(b"PK" + bytes(range(256)) * 1000)
+    with pytest.raises(ValueError, match=r"Not a report.*UnicodeDecodeError") as caught:
+        ml.export_sparse_torch(model, path, timings=other)
+    assert len(str(caught.value)) < 1000
     with pytest.raises(ValueError, match=r"`batch_size` must be a positive integer.*0"):
         ml.export_sparse_torch(model, path, batch_size=0)
     with pytest.raises(ValueError, match="does not fit"):

@@ -15,11 +15,13 @@ RNG = np.random.default_rng(0)
 INSTALLED = importlib.util.find_spec("torch") is not None
 
 
-def model():
+def model(dtype=None):
     a, b = keras.Input((4,), name="a"), keras.Input((6, 6, 2), name="b")
     x = layers.Conv2D(5, 3, activation="relu")(b)
-    y = layers.concatenate([layers.Dense(8)(a), layers.GlobalAveragePooling2D()(x)])
-    found = ml.convert_to_masked(keras.Model({"a": a, "b": b}, {"y": layers.Dense(3)(y)}))
+    y = layers.concatenate([layers.Dense(8, dtype=dtype)(a), layers.GlobalAveragePooling2D()(x)])
+    found = ml.convert_to_masked(
+        keras.Model({"a": a, "b": b}, {"y": layers.Dense(3, dtype=dtype)(y)})
+    )
     masks = {path: RNG.random(mask.shape) < 0.3 for path, mask in ml.get_masks(found).items()}
     ml.set_masks(found, masks)
     return found
@@ -27,6 +29,9 @@ def model():
 
 @pytest.mark.skipif(not INSTALLED, reason="requires PyTorch")
 def test_a_model_is_moved_to_torch(tmp_path):
+    # Also outputs of a dtype that NumPy lacks.
+    report = ml.export_sparse_torch(model("mixed_bfloat16"), tmp_path / "model.pt")
+    assert report.output_error < 0.02
     report = ml.export_sparse_torch(model(), tmp_path / "model.pt", threads=1)
     assert report.output_error < 1e-5
     assert {row.site for row in report} >= {"dense/kernel:matmul", "conv2d/kernel:conv2d"}
