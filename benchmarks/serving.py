@@ -1,6 +1,6 @@
 """Compares sizes, latency, load time and memory of sparse SavedModels with dense ones.
 
-    python -m benchmarks.serving [sizes] [latency] [load] [--rounds 9]
+    python -m benchmarks.serving [sizes] [latency] [load] [--rounds 9] [--values codebook-5]
 
 The weights (seed 0) are Keras' initial weights (`fresh`), or drawn from a normal distribution with
 He's standard deviation (`normal`), whose exponents compress less well. Trained weights and non-zero
@@ -104,10 +104,10 @@ def write_dense(model, path):
     tf.saved_model.save(root, str(path), signatures=signatures)
 
 
-def both(name, weights, sparsity, folder):
+def both(name, weights, sparsity, folder, values="float32"):
     """Writes the sparse and the dense folder; returns the report and the dense size in bytes."""
     model = pruned(name, weights, sparsity)
-    report = export_sparse_saved_model(model, folder / "sparse")
+    report = export_sparse_saved_model(model, folder / "sparse", values=values)
     write_dense(model, folder / "dense")
     return report, sum(file_sizes(folder / "dense").values())
 
@@ -146,13 +146,13 @@ def input_shape(name):
     return (32, 32, 3) if name in networks.NAMES else (224, 224, 3)
 
 
-def latency(rounds):
+def latency(rounds, values):
     import tensorflow as tf
 
     print("network        batch  dense ms  sparse ms   ratio  largest difference of outputs")
     for name, sparsity in SPARSITIES.items():
         with tempfile.TemporaryDirectory() as folder:
-            both(name, "fresh", sparsity, Path(folder))
+            both(name, "fresh", sparsity, Path(folder), values)
             models = {kind: tf.saved_model.load(f"{folder}/{kind}") for kind in ("dense", "sparse")}
             for batch in (1, 32):
                 rng = np.random.default_rng(0)
@@ -179,11 +179,11 @@ def latency(rounds):
                 )
 
 
-def load(rounds):
+def load(rounds, values):
     print("network        measure                  dense   sparse   ratio")
     for name, sparsity in SPARSITIES.items():
         with tempfile.TemporaryDirectory() as folder:
-            both(name, "fresh", sparsity, Path(folder))
+            both(name, "fresh", sparsity, Path(folder), values)
             found: dict[str, list[Any]] = {"dense": [], "sparse": []}
             for number in range(rounds):
                 for kind in sorted(found, reverse=bool(number % 2)):
@@ -215,6 +215,7 @@ def main():
     )
     parser.add_argument("parts", nargs="*", default=["sizes", "latency", "load"])
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--values", default="float32", help="of `latency` and `load`")
     arguments = parser.parse_args()
     print(
         f"Keras {keras.__version__}, {os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f}"
@@ -223,8 +224,8 @@ def main():
         print()
         {
             "sizes": sizes,
-            "latency": lambda: latency(arguments.rounds),
-            "load": lambda: load(arguments.rounds),
+            "latency": lambda: latency(arguments.rounds, arguments.values),
+            "load": lambda: load(arguments.rounds, arguments.values),
         }[part]()
 
 
