@@ -10,8 +10,9 @@ from typing import Any
 import keras
 import numpy as np
 
-from masked_layers.conversion import strip_weight_masks
-from masked_layers.inspection import channel_refs
+from masked_layers.conversion import strip_masks
+from masked_layers.copying import copy_model
+from masked_layers.inspection import refs_with_masks
 from masked_layers.layers import MaskedLayer
 from masked_layers.paths import walk
 from masked_layers.turns import seconds_per_call
@@ -159,13 +160,15 @@ def _clocks() -> np.ndarray:
 def unpruned(model: keras.Model) -> keras.Model:
     """Returns a plain model of the full size of a masked one, or the model itself if it is plain.
 
-    Its weights are those of the masked model, with zeros for pruned ones.
+    Pruned weights have their raw values, which take the same time as zeros.
     """
-    while any(isinstance(layer, MaskedLayer) for _, layer in walk(model)):
-        model = strip_weight_masks(model)
-        for ref in channel_refs(model):  # These normalizations are still masked.
+    if not any(isinstance(layer, MaskedLayer) for _, layer in walk(model)):
+        return model
+    copy = copy_model(model)
+    for ref in refs_with_masks(copy):
+        if not ref.mask.learned:  # Otherwise it cannot be stripped, and an error says so.
             ref.mask.value.assign(np.ones(ref.variable.shape, bool))
-    return model
+    return strip_masks(copy, inplace=True)
 
 
 def made_up(tensor: keras.KerasTensor, batch_size: int) -> Any:

@@ -115,9 +115,22 @@ def test_composite_layers_and_models_called_twice_are_timed_as_wholes():
     assert rows["block"].weights == (2 * 8 * 16 + 16 + 8, 2 * 8 * 8 + 8 + 8)
 
 
+class NormalizedBlock(Block):
+    """A block whose normalization is made first, and leaves channels out inside a composite."""
+
+    def build(self, shape):
+        self.norm = layers.LayerNormalization(name="norm")
+        self.norm.build(shape)
+        super().build(shape)
+
+    def call(self, x):
+        return super().call(self.norm(x))
+
+
 def test_masked_models_are_timed_in_their_full_size():
-    x = keras.Input((6,))
-    y = layers.LayerNormalization()(layers.Dense(8, name="first")(x))
+    x = keras.Input((4, 6))
+    y = NormalizedBlock(name="block")(layers.Dense(8, name="first")(x))
+    y = layers.LayerNormalization()(y)
     model = keras.Model(x, layers.Dense(3)(y))
     masked = halved(model, mask_normalization=True)
     before = ml.get_masks(masked)
