@@ -1,5 +1,6 @@
 """From a trained model to the smallest one that is good enough."""
 
+from lottery_ticket_pruner.compression.metrics import compare_models
 from lottery_ticket_pruner.compression.parts import Parts, parts_of
 from lottery_ticket_pruner.compression.plan import Goals, Options, Plan
 from lottery_ticket_pruner.compression.pruning import prune, search
@@ -12,6 +13,7 @@ __all__ = [
     "Parts",
     "Plan",
     "PruneResult",
+    "compare_models",
     "parts_of",
     "prune",
     "search",

@@ -174,6 +174,21 @@ def compare(metric: Metric, dense: Outcome, pruned: Outcome, examples: int) -> C
     return Comparison(metric.name, *values, drop, interval, method, examples, worse, better)
 
 
+def compare_models(
+    dense: keras.Model, pruned: keras.Model, pair: tuple[Arrays, Arrays]
+) -> Comparison:
+    """Compares two compiled models by the default metric of the first one.
+
+    Args:
+        dense: A compiled model.
+        pruned: Another one, compiled alike.
+        pair: Inputs and targets that neither has seen.
+    """
+    metric = metric_of(training.evaluate(dense, *pair), dense, None, "auto")
+    first, second = (Outcome.of(metric, model, pair) for model in (dense, pruned))
+    return compare(metric, first, second, _length(pair))
+
+
 def _is_mean(outcome: Outcome) -> bool:
     groups = outcome.groups
     return len(groups) > 0 and bool(np.isclose(groups.mean(), outcome.value, rtol=0.02, atol=1e-6))

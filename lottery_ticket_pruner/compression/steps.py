@@ -24,6 +24,8 @@ from masked_layers.copying import copy_model
 _EPOCHS, _STEPS = 3, 400
 # An untrained model is first trained for so many times the epochs of a step.
 _DENSE = 3
+# Examples that outputs of layers are reconstructed from.
+_SAMPLE = 512
 # Reports of progress during a training.
 _REPORTS = 20
 
@@ -107,30 +109,45 @@ class Workbench:
         self.pruner.rewind()
         self._train("dense", 0, dense_epochs(self.epochs))
 
-    def prune(self, density: float) -> None:
+    def prune(self, density: float, *, reconstruct: bool = False) -> None:
         """Prunes the model to a density, by the magnitude of its current weights.
+
+        Args:
+            density: Share of the weights to keep or, of channels, of `cost`.
+            reconstruct: Whether the kept weights are fitted to the former outputs of their layers.
 
         Raises:
             ValueError: If so many channels cannot be pruned.
         """
-        seed = self.plan.options.seed
+        options = self.plan.options
+        share: float | dict[str, float] = 1 - density
         if self.prunes_channels:
-            budget = {self.cost(): density}
             self.pruner.update_masks(
                 "smallest_weights",
-                budget=budget,
+                budget={self.cost(): density},
                 structure="channels",
-                scope=self.plan.options.scope,
-                seed=seed,
+                scope=options.scope,
+                seed=options.seed,
             )
             return
-        share: float | dict[str, float] = 1 - density
-        if self.plan.options.scope != "layer":
+        if options.scope != "layer":
             refs = ml.masked_refs(self.model)
             weights = {ref.path: read(ref.variable) for ref in refs}
             masks = {ref.path: ref.mask.to_numpy() for ref in refs}
             share = allocation.sparsities(weights, masks, density)
-        self.pruner.update_masks("smallest_weights", sparsity=share, scope="layer", seed=seed)
+        self.pruner.update_masks(
+            "smallest_weights",
+            sparsity=share,
+            scope="layer",
+            seed=options.seed,
+            data=self._sample() if reconstruct else None,
+            reconstruct=reconstruct,
+            sequential=reconstruct,
+        )
+
+    def _sample(self) -> tuple[training.Arrays, ...]:
+        """Returns examples to reconstruct outputs of layers from."""
+        return self.examples.take(slice(_SAMPLE))
 
     def retrain(self, number: int) -> None:
         """Trains the model under its masks, as the plan says, for step `number`."""

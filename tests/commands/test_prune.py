@@ -4,7 +4,6 @@ import csv
 import json
 
 import keras
-import numpy as np
 import pytest
 
 pytest.importorskip("tyro")
@@ -108,10 +107,9 @@ def test_a_file_of_a_model_is_pruned(here, suffix):
     (folder,) = (here / "runs").iterdir()
     assert folder.name.startswith(f"prune-mine.{suffix}-own.py-load-")
     model = keras.models.load_model(folder / "model.keras")
-    dense, pruned = (trained.get_weights(), model.get_weights())
-    for left, right in zip(dense, pruned, strict=True):
-        np.testing.assert_array_equal(left, right)  # Raw weights, not trained.
     assert ml.sparsity_report(model).sparsity == 0.5
+    dense, pruned = (one.predict(x, verbose=0).argmax(-1) for one in (trained, model))
+    assert (dense == pruned).mean() > 0.9
 
 
 def test_an_interrupted_command_says_how_to_go_on(here, capsys, monkeypatch):

@@ -8,6 +8,7 @@ from keras import layers
 import lottery_ticket_pruner
 import masked_layers as ml
 from lottery_ticket_pruner import prune
+from lottery_ticket_pruner.compression import compare_models
 
 SHORT = {"epochs": 2, "batch_size": 100}
 
@@ -165,6 +166,17 @@ def test_a_sparsity_is_reached_without_a_condition_on_the_drop(trained):
     assert alive == 240 - 192
     assert result.meets_goals
     assert all(row["accepted"] for row in result.rows)
+
+
+@pytest.mark.once
+def test_one_shot_pruning_fits_what_is_kept(trained):
+    result = prune(trained, DATA, sparsity=0.6, method="one_shot")
+    plain = ml.convert_to_masked(trained)
+    ml.set_masks(plain, ml.get_masks(result.model))
+    losses = [model.evaluate(*DATA[1], verbose=0)[0] for model in (result.model, plain)]
+    assert losses[0] < losses[1]
+    test = compare_models(trained, result.model, DATA[2])
+    assert test == result.test
 
 
 @pytest.mark.once
