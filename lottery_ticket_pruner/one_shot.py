@@ -148,9 +148,10 @@ class _PrunedNetwork:
         self.batch_size = max(1, min(_BATCH, _NUMBERS // max(1, size)))
         batch = next(evidence.batches(self.data, self.batch_size))
         seen = evidence.layer_inputs(model, batch, [*self._weights, *normalizations])
-        self.calls: dict[layers.Layer, int] = {}
-        for layer, _ in seen:
-            self.calls[layer] = self.calls.get(layer, 0) + 1
+        self._shapes: dict[layers.Layer, list[tuple[int, ...]]] = {}
+        for layer, inputs in seen:
+            self._shapes.setdefault(layer, []).append(tuple(inputs.shape))
+        self.calls = {layer: len(shapes) for layer, shapes in self._shapes.items()}
 
     @property
     def state(self) -> list[tuple[keras.Variable, Any]]:
@@ -203,13 +204,19 @@ class _PrunedNetwork:
 
     @functools.cached_property
     def targets(self) -> dict[layers.Layer, reconstruction.Target]:
-        """The layers that can be reconstructed."""
+        """The layers that can be reconstructed, in the order of their first calls."""
+        kernels = {ref.layer: ref for ref in self._kernels() if not self._why_not(ref)}
         found = {}
-        for ref in self._kernels():
-            product = reconstruction.product_of(ref.layer)
-            if product is not None and not self._why_not(ref):
-                calls = self.calls[ref.layer]
-                found[ref.layer] = reconstruction.Target(ref.path, ref.layer, ref, product, calls)
+        for layer in self.calls:
+            product = reconstruction.product_of(layer) if layer in kernels else None
+            if product is not None:
+                found[layer] = reconstruction.Target(
+                    path=kernels[layer].path,
+                    layer=layer,
+                    kernel=kernels[layer],
+                    product=product,
+                    shapes=self._shapes[layer],
+                )
         return found
 
     def not_fitted(self) -> dict[str, str]:
@@ -237,13 +244,7 @@ def _in_order(
     manner: Manner,
 ) -> None:
     """Prunes the layers of a network and fits their weights, in the order of their calls."""
-    model, data, batch_size = network.model, network.data, network.batch_size
-    if manner.reconstruct and not manner.sequential:
-        targets = list(network.targets.values())
-        for fit in reconstruction.fit_apart(model, data, targets, network.state, batch_size):
-            _note(fit)
-            network.assign(fit.values)
-    changed = False
+    fitted = _Fitted(network, manner) if manner.reconstruct else None
     for layer in network.order():
         paths = network.weights_of(layer)
         if alone is not None and paths:
@@ -252,20 +253,52 @@ def _in_order(
                 if path in alone:
                     weights = {path: kernels[path].with_records({"input_norm": norms[path]})}
                     network.set_masks(selection.select(alone[path], weights))
-        if not manner.reconstruct:
-            continue
-        if layer in network.targets and manner.sequential:
-            fit = reconstruction.fit_after(
-                model, data, network.targets[layer], network.state, batch_size
-            )
-            _note(fit)
-            network.assign(fit.values)
-        elif layer in network.calls and reconstruction.has_statistics(layer) and changed:
-            calls = network.calls[layer]
-            network.assign(
-                reconstruction.statistics(model, data, layer, calls, network.state, batch_size)
-            )
-        changed |= bool(network.weights_of(layer))
+        if fitted is not None:
+            fitted.reach(layer)
+
+
+class _Fitted:
+    """The fits of a network, layer by layer.
+
+    Args:
+        network: The network, whose values are set.
+        manner: Whether to fit each layer after those before it, or all at once.
+    """
+
+    def __init__(self, network: _PrunedNetwork, manner: Manner) -> None:
+        self._network, self._sequential = network, manner.sequential
+        targets = list(network.targets.values())
+        model, data, batch_size = network.model, network.data, network.batch_size
+        self._former = reconstruction.FormerOutputs(model, data, targets, batch_size)
+        self._last: tuple[reconstruction.Target, reconstruction.Fit] | None = None
+        self._changed = False
+        if not self._sequential:
+            state = network.state
+            for fit in reconstruction.fit_apart(model, data, targets, state, batch_size):
+                self._take(fit)
+
+    def reach(self, layer: layers.Layer) -> None:
+        """Fits a layer, or estimates its statistics, after all layers before it."""
+        network, model, data = self._network, self._network.model, self._network.data
+        state, batch_size = network.state, network.batch_size
+        target = network.targets.get(layer)
+        if target is not None and self._sequential:
+            fit = reconstruction.fit_after(model, data, target, self._former, state, batch_size)
+            self._take(fit)
+            self._last = target, fit
+        elif layer in network.calls and reconstruction.has_statistics(layer) and self._changed:
+            if self._last is not None and reconstruction.reads_only(layer, self._last[0]):
+                fit = self._last[1]
+                values = [(layer.moving_mean, fit.mean), (layer.moving_variance, fit.variance)]
+            else:
+                calls = network.calls[layer]
+                values = reconstruction.statistics(model, data, layer, calls, state, batch_size)
+            network.assign(values)
+        self._changed |= bool(network.weights_of(layer))
+
+    def _take(self, fit: reconstruction.Fit) -> None:
+        _note(fit)
+        self._network.assign(fit.values)
 
 
 def _note(fit: reconstruction.Fit) -> None:

@@ -66,9 +66,7 @@ class ExportConfig:
         """Loads the model, writes the folder or file and returns a report."""
         _check_model(self.model)
         self._check_options()
-        if self.format == "saved_model":
-            self._check_folder()
-        else:
+        if self.format != "saved_model":
             self._check_out()
         if self.format == "torch":
             return self._write_torch()
@@ -98,14 +96,6 @@ class ExportConfig:
         ]
         if given:
             raise ValueError(f"{', '.join(given)} cannot be used with --format {self.format}.")
-
-    def _check_folder(self) -> None:
-        formats = {".onnx": "onnx", ".pt": "torch", ".pth": "torch"}
-        if (wanted := formats.get(self.out.suffix)) and not self.out.is_dir():
-            raise ValueError(
-                f"'{self.out}' would be the folder of a SavedModel. Pass --format {wanted} to "
-                "write such a file, or choose another name."
-            )
 
     def _check_out(self) -> None:
         if self.out.is_file() and not self.overwrite:

@@ -30,20 +30,36 @@ class Target:
         layer: The layer.
         kernel: Its masked kernel.
         product: The layer as a product of matrices.
-        calls: Number of calls of the layer in one forward pass.
+        shapes: Shapes of its inputs in each call of a forward pass.
     """
 
     path: str
     layer: layers.Layer
     kernel: WeightRef
     product: Product
-    calls: int
+    shapes: Sequence[tuple[int, ...]]
+
+    @property
+    def calls(self) -> int:
+        """Number of calls of the layer in one forward pass."""
+        return len(self.shapes)
 
     @property
     def bytes(self) -> int:
         """Size of the statistics that are needed to fit the layer."""
-        groups, inputs, outputs = self.product.matrix(np.empty(self.kernel.variable.shape)).shape
+        groups, inputs, outputs = self._matrix_shape
         return 8 * groups * (inputs + 1) * (inputs + 1 + outputs)
+
+    @property
+    def outputs(self) -> int:
+        """Number of outputs for one example, in all calls."""
+        examples = [np.zeros((1, *shape[1:]), "float32") for shape in self.shapes]
+        rows = [part.shape[1] for example in examples for part in self.product.rows(example)]
+        return sum(rows) * self._matrix_shape[0] * self._matrix_shape[2]
+
+    @property
+    def _matrix_shape(self) -> tuple[int, ...]:
+        return self.product.matrix(np.empty(self.kernel.variable.shape)).shape
 
     @property
     def fits_bias(self) -> bool:
@@ -111,16 +127,20 @@ class Fit:
         values: New values of the kernel and the bias.
         before: Squared error of the layer's outputs with the mask alone, relative to their squares.
         after: The same with the new values.
+        mean: Mean of each output, before the activation, with the new values.
+        variance: Variance of each output.
     """
 
     path: str
     values: list[tuple[keras.Variable, np.ndarray]]
     before: float
     after: float
+    mean: np.ndarray
+    variance: np.ndarray
 
 
 class _Sums:
-    """Sums over examples for one layer: X'X, X'R, R'R and Y'Y.
+    """Sums over examples for one layer: of X, X'X, X'R, R'R and Y'Y.
 
     X are the inputs of the layer, Y its outputs in the network before the update, and R what the
     masked layer lacks of them.
@@ -131,28 +151,34 @@ class _Sums:
         self.dense, self.masked = target.weights(()), target.weights(state)
         groups, inputs, outputs = self.dense.shape
         self.gram = np.zeros((groups, inputs, inputs))
+        self.total = np.zeros((groups, 1, inputs))
         self.moments = np.zeros((groups, inputs, outputs))
+        self.count = 0
         self.error = self.size = 0.0
 
-    def add(self, before: np.ndarray, now: np.ndarray) -> None:
-        """Adds the inputs of one call in the network before the update and in the pruned one."""
-        rows = zip(self.target.rows(before), self.target.rows(now), strict=True)
-        for old, new in rows:
-            outputs = old @ self.dense
-            lacking = outputs - new @ self.masked
-            turned = new.transpose(0, 2, 1)
-            self.gram += turned @ new
-            self.moments += turned @ lacking
-            self.error += float(np.square(lacking).sum())
-            self.size += float(np.square(outputs).sum())
+    def add(self, inputs: np.ndarray, outputs: np.ndarray | None = None) -> None:
+        """Adds one call.
 
-    def add_equal(self, inputs: np.ndarray) -> None:
-        """Adds the inputs of one call that are the same in both networks."""
+        Args:
+            inputs: Inputs of the layer.
+            outputs: Its outputs before the update, or None if `finish` computes the other sums.
+        """
+        start = 0
         for rows in self.target.rows(inputs):
-            self.gram += rows.transpose(0, 2, 1) @ rows
+            turned = rows.transpose(0, 2, 1)
+            self.gram += turned @ rows
+            self.total += rows.sum(axis=1, keepdims=True)
+            self.count += rows.shape[1]
+            if outputs is not None:
+                part = outputs[:, start : start + rows.shape[1]]
+                lacking = part - rows @ self.masked
+                self.moments += turned @ lacking
+                self.error += float(np.square(lacking).sum())
+                self.size += float(np.square(part, dtype="float64").sum())
+                start += rows.shape[1]
 
-    def finish_equal(self) -> None:
-        """Computes the other sums from X'X, if all inputs were the same in both networks."""
+    def finish(self) -> None:
+        """Computes the other sums from X'X, if the inputs are those before the update."""
         lacking = self.dense - self.masked
         self.moments = self.gram @ lacking
         self.error = float((lacking * self.moments).sum())
@@ -165,12 +191,25 @@ class _Sums:
         error = self.error
         kept = target.kept(self.state)
         for gram, moments, mask, out in zip(self.gram, self.moments, kept, change, strict=True):
-            damped = gram + np.diag(self._penalties(np.diagonal(gram)))
-            out[...] = solve(damped, moments, mask)
+            # In place, because a copy may be as large as everything else together.
+            diagonal = np.einsum("ii->i", gram)
+            penalties = self._penalties(diagonal)
+            diagonal += penalties
+            out[...] = solve(gram, moments, mask)
+            diagonal -= penalties
             error += float((out * (gram @ out - 2 * moments)).sum())
         size = self.size or 1.0
-        values = target.values(change, self.state)
-        return Fit(target.path, values, self.error / size, max(error, 0.0) / size)
+        weights = self.masked + change
+        mean = self.total @ weights / self.count
+        square = (weights * (self.gram @ weights)).sum(axis=1, keepdims=True) / self.count
+        return Fit(
+            path=target.path,
+            values=target.values(change, self.state),
+            before=self.error / size,
+            after=max(error, 0.0) / size,
+            mean=mean.ravel(),
+            variance=np.maximum(square - mean**2, 0.0).ravel(),
+        )
 
     def _penalties(self, diagonal: np.ndarray) -> np.ndarray:
         """Returns the penalty on the change of each weight of a column; none on the bias."""
@@ -179,8 +218,60 @@ class _Sums:
         return np.append(np.full(inputs, penalty), np.zeros(len(diagonal) - inputs))
 
 
+class FormerOutputs:
+    """Outputs of layers in the network before the update, before their activations.
+
+    They are computed for several layers in one pass over the examples: for as many as take no more
+    memory than the statistics of the largest layer.
+
+    Args:
+        model: The network before the update.
+        data: Examples.
+        targets: The layers, in the order of their calls, in which they are also asked for.
+        batch_size: Number of examples in a forward pass.
+    """
+
+    def __init__(
+        self, model: keras.Model, data: ArrayDataset, targets: Sequence[Target], batch_size: int
+    ) -> None:
+        self._model, self._data, self._batch_size = model, data, batch_size
+        self._waiting = list(targets)
+        self._limit = max((target.bytes for target in targets), default=0)
+        self._held: dict[layers.Layer, list[np.ndarray]] = {}
+
+    def of(self, target: Target) -> list[np.ndarray]:
+        """Returns and forgets the outputs of a layer: (groups, rows, outputs) for each call."""
+        if target.layer not in self._held:
+            self._collect()
+        return self._held.pop(target.layer)
+
+    def _collect(self) -> None:
+        size = 0
+        group: dict[layers.Layer, tuple[Target, np.ndarray]] = {}
+        while self._waiting:
+            target = self._waiting[0]
+            size += 4 * len(self._data) * target.outputs
+            if group and size > self._limit:
+                break
+            group[target.layer] = target, target.weights(())
+            self._waiting.pop(0)
+        self._held |= {layer: [] for layer in group}
+        calls = sum(target.calls for target, _ in group.values())
+        for batch in batches(self._data, self._batch_size):
+            for layer, inputs in layer_inputs(self._model, batch, group, calls=calls):
+                target, dense = group[layer]
+                rows = target.rows(_inputs(target, inputs))
+                parts = [(part @ dense).astype("float32") for part in rows]
+                self._held[layer].append(np.concatenate(parts, axis=1))
+
+
 def fit_after(
-    model: keras.Model, data: ArrayDataset, target: Target, state: State, batch_size: int
+    model: keras.Model,
+    data: ArrayDataset,
+    target: Target,
+    former: FormerOutputs,
+    state: State,
+    batch_size: int,
 ) -> Fit:
     """Fits a layer to its former outputs, on the inputs that it gets from the pruned network.
 
@@ -188,15 +279,15 @@ def fit_after(
         model: The network before the update.
         data: Examples.
         target: The layer.
+        former: The outputs before the update.
         state: The masks and weights of the pruned network that differ from those of the model.
         batch_size: Number of examples in a forward pass.
     """
-    sums, wanted = _Sums(target, state), [target.layer]
+    sums, outputs = _Sums(target, state), iter(former.of(target))
     for batch in batches(data, batch_size):
-        before = layer_inputs(model, batch, wanted, calls=target.calls)
-        now = layer_inputs(model, batch, wanted, state=state, calls=target.calls)
-        for (_, one), (_, other) in zip(before, now, strict=True):
-            sums.add(_inputs(target, one), _inputs(target, other))
+        seen = layer_inputs(model, batch, [target.layer], state=state, calls=target.calls)
+        for _, inputs in seen:
+            sums.add(_inputs(target, inputs), next(outputs))
     return sums.fit()
 
 
@@ -223,9 +314,9 @@ def fit_apart(
         for batch in batches(data, batch_size):
             calls = sum(target.calls for target in group)
             for layer, inputs in layer_inputs(model, batch, sums, calls=calls):
-                sums[layer].add_equal(_inputs(sums[layer].target, inputs))
+                sums[layer].add(_inputs(sums[layer].target, inputs))
         for each in sums.values():
-            each.finish_equal()
+            each.finish()
             yield each.fit()
 
 

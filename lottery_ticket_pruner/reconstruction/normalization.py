@@ -7,6 +7,7 @@ import numpy as np
 from keras import layers, ops
 
 from lottery_ticket_pruner.evidence import State, batches, layer_inputs
+from lottery_ticket_pruner.reconstruction.fitting import Target
 from lottery_ticket_pruner.training import ArrayDataset
 from lottery_ticket_pruner.variables import widened
 from masked_layers.paths import plain_class
@@ -15,6 +16,22 @@ from masked_layers.paths import plain_class
 def has_statistics(layer: layers.Layer) -> bool:
     """Returns whether a layer is a built `BatchNormalization`."""
     return plain_class(layer).call is layers.BatchNormalization.call and layer.built
+
+
+def reads_only(layer: layers.BatchNormalization, target: Target) -> bool:
+    """Returns whether a layer normalizes the outputs of another one, channel by channel.
+
+    This can be told in the graph of a Functional or Sequential model, for layers that are called
+    once.
+    """
+    axis = target.product.channel_axis
+    if axis is None or target.layer.activation is not keras.activations.linear:
+        return False
+    try:
+        outputs = target.layer.output
+        return layer.input is outputs and layer.axis in (axis, axis % len(outputs.shape))
+    except (AttributeError, ValueError):  # It was called several times, or not in a graph.
+        return False
 
 
 def statistics(

@@ -32,6 +32,11 @@ class Product:
         """Whether each column of the product has a bias of its own."""
         raise NotImplementedError
 
+    @property
+    def channel_axis(self) -> int | None:
+        """The axis of the outputs that indexes the columns, or None if there is not exactly one."""
+        raise NotImplementedError
+
     def rows(self, inputs: np.ndarray) -> Iterator[np.ndarray]:
         """Yields the matrix of the inputs in parts, of shape (groups, rows, inputs)."""
         raise NotImplementedError
@@ -94,6 +99,10 @@ class _Einsum(Product):
     @property
     def biased(self) -> bool:
         return {*self.bias_axes} == {*self._groups, *self._outputs}
+
+    @property
+    def channel_axis(self) -> int | None:
+        return -1 if self._groups + self._outputs == self.after[-1] else None
 
     @property
     def _groups(self) -> str:
@@ -187,6 +196,10 @@ class _Convolution(Product):
     @property
     def biased(self) -> bool:
         return self.use_bias
+
+    @property
+    def channel_axis(self) -> int | None:
+        return 1 if self.channels_first else -1
 
     def rows(self, inputs: np.ndarray) -> Iterator[np.ndarray]:
         if self.channels_first:

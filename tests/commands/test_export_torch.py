@@ -47,12 +47,3 @@ def test_options_of_the_other_format_are_refused(options, message, saved, tmp_pa
     assert cli.main(["export", str(saved), str(tmp_path / "out"), *options]) == 2
     assert message in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(("name", "kind"), [("model.onnx", "onnx"), ("model.pt", "torch")])
-def test_a_saved_model_is_not_written_under_the_name_of_another_file(
-    name, kind, saved, tmp_path, capsys
-):
-    assert cli.main(["export", str(saved), str(tmp_path / name)]) == 2
-    assert f"Pass --format {kind} to write such a file" in " ".join(capsys.readouterr().err.split())
-    assert not (tmp_path / name).exists()

@@ -56,14 +56,15 @@ def test_every_page_with_python_is_run():
 
 def test_readme_runs_from_top_to_bottom(names):
     # The last: test_packaging.
-    to_tolerance, prune, criteria, serve, _earlier = python_of(ROOT / "README.md")
+    to_tolerance, prune, untrained, criteria, serve, _earlier = python_of(ROOT / "README.md")
     if keras.backend.backend() == "tensorflow":
         names["data"] = names["x_train"], names["y_train"]
         pages.run("README.md", to_tolerance, names)
         assert sorted(path.name for path in Path("pruned").iterdir()) == ["model.keras", "served"]
     pages.run("README.md", prune, names)
     assert ml.sparsity_report(names["masked"]).sparsity > 0.8
-    pages.run("README.md", criteria, names)
+    for code in (untrained, criteria):
+        pages.run("README.md", code, names)
     assert ml.sparsity_report(names["masked"]).sparsity == pytest.approx(0.5, abs=0.01)
     if keras.backend.backend() == "tensorflow":
         ml.export_sparse_saved_model(names["masked"], "served/1")
