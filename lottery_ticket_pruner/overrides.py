@@ -62,8 +62,8 @@ def masks_replaced(model: keras.Model, masks: Mapping[str, np.ndarray]) -> Itera
     """Temporarily replaces the masks of a model."""
     before = ml.get_masks(model)
     changed = {path for path, mask in masks.items() if not np.array_equal(mask, before[path])}
-    ml.set_masks(model, {path: masks[path] for path in changed})
     try:
+        ml.set_masks(model, {path: masks[path] for path in changed})
         yield
     finally:
         ml.set_masks(model, {path: before[path] for path in changed})

@@ -92,10 +92,11 @@ def within_latency(
             if load <= 1:
                 fast, misses = point, 0
             else:
-                # A measured load replaces the guess for the same model.
-                slow = [*(x for x in slow if x.sparsity != sparsity), point]
+                slow = _with(slow, point)
                 misses += 1
-            close = fast is not None and (fast.load >= aim - _CLOSE / 2 or fast.sparsity == least)
+            close = fast is not None and (
+                fast.load >= aim - _CLOSE / 2 or fast.cost >= slow[-1].cost  # None is in between.
+            )
             if fast is None or not (close or trial == _TRIALS - 1):
                 continue
         result = fast.sparsity
@@ -105,7 +106,7 @@ def within_latency(
         if result >= most:
             result = None
             break
-        slow, fast = [*slow, dataclasses.replace(fast, load=load)], None
+        slow, fast = _with(slow, dataclasses.replace(fast, load=load)), None
         aim -= _CLOSE / 2
     if result is None:
         raise ValueError(
@@ -116,6 +117,11 @@ def within_latency(
             "`masked_layers.latency_table` the time of each layer."
         )
     return result
+
+
+def _with(slow: Sequence[_Point], point: _Point) -> list[_Point]:
+    """Adds a model that is too slow. It replaces what is known of models of the same cost."""
+    return [*(other for other in slow if other.cost > point.cost), point]
 
 
 def _next(

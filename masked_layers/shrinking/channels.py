@@ -327,9 +327,11 @@ class Flow:
         readers = []
         for before, now in zip(first.readers, edit.readers, strict=True):
             fixed = before.fixed & now.fixed
-            # One bias cannot contain two constants.
-            other = fixed & (before.source.constants != now.source.constants)
-            other &= now.gain.any(axis=1)
+            # One bias cannot contain two constants, nor one that only some of the calls have.
+            first_value, value = (
+                np.where(each.fixed, each.source.constants, 0.0) for each in (before, now)
+            )
+            other = (first_value != value) & now.gain.any(axis=1)
             self.pin(replace(now.source, slots=now.source.slots[other]), again)
             readers.append(replace(before, fixed=fixed))
         total = _total(first.positions, edit.positions)

@@ -162,15 +162,16 @@ def _enter_again(flow: Flow, inner: keras.Model, sources: list[Channels]) -> lis
         The channels of the inputs. Inputs that are left whole in one call are so in all of them.
 
     Raises:
-        CannotFollow: If their channels lie along other axes. The earlier inputs and outputs are
-            then kept whole, too.
+        CannotFollow: If their channels lie along other axes. The model inside and the earlier
+            inputs are then kept whole, too.
     """
     reason = f"'{inner.name}' is called again with other channels"
     before = [flow.tensors[id(tensor)] for tensor in inner.inputs]
     for first, source in zip(before, sources, strict=True):
         if None not in (first.axis, source.axis) and first.axis != source.axis:
-            for tensor in (*inner.inputs, *inner.outputs):
+            for tensor in inner.inputs:
                 flow.pin(flow.tensors[id(tensor)], reason)
+            _keep_inside(flow, inner, reason)
             raise CannotFollow("called with channels along different axes")
     entered = []
     for first, source in zip(before, sources, strict=True):
@@ -181,6 +182,15 @@ def _enter_again(flow: Flow, inner: keras.Model, sources: list[Channels]) -> lis
             flow.pin(source, reason)
         entered.append(source if first.axis == source.axis else WHOLE)
     return entered
+
+
+def _keep_inside(flow: Flow, graph: keras.Model, reason: str) -> None:
+    """Keeps all channels that the layers of a graph make."""
+    for operation, *_ in _keras_graph.graph_calls(graph):
+        if id(operation) in flow.edits:
+            flow.keep(flow.edits[id(operation)][1], reason)
+        if id(operation) in flow.entered:
+            _keep_inside(flow, flow.graphs[id(operation)], reason)
 
 
 def _followed(flow: Flow, call: Call) -> Channels:

@@ -148,7 +148,12 @@ def test_trying_smaller_models_changes_nothing_but_the_masks(clock):
 
 
 @pytest.mark.parametrize(
-    "fault", ["interrupted", pytest.param("unreachable", marks=pytest.mark.once)]
+    "fault",
+    [
+        "interrupted",
+        pytest.param("interrupted between masks", marks=pytest.mark.once),
+        pytest.param("unreachable", marks=pytest.mark.once),
+    ],
 )
 def test_nothing_changes_after_an_error(clock, monkeypatch, fault):
     model = network()
@@ -162,6 +167,17 @@ def test_nothing_changes_after_an_error(clock, monkeypatch, fault):
             raise KeyboardInterrupt
 
         monkeypatch.setattr(ml, "shrink", interrupt)
+        expected, message = KeyboardInterrupt, None
+    elif fault == "interrupted between masks":
+        set_masks = ml.set_masks
+
+        def set_one(model, masks):
+            monkeypatch.setattr(ml, "set_masks", set_masks)
+            set_masks(model, dict(list(masks.items())[:1]))
+            assert not all(map(np.array_equal, before, state_of(model)))
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(ml, "set_masks", set_one)
         expected, message = KeyboardInterrupt, None
     with pytest.raises(expected, match=message):
         pruner.update_masks(

@@ -127,6 +127,29 @@ def test_endless_noise_ends_with_the_model_measured_last():
     assert len(probe.calls) <= 24
 
 
+@pytest.mark.parametrize(
+    ("least", "cost", "loads"),
+    [
+        # What other budgets require is fast enough, but not in the long measurement.
+        (0.55, lambda sparsity: 1 - sparsity, [0.97, 1.02, 0.95, 0.96]),
+        (0.55, lambda sparsity: 1 - sparsity, [0.97, 1.02, 1.01, 0.95, 0.96]),
+        # The same channels are measured twice.
+        (0.0, lambda sparsity: 1 - int(4 * sparsity) / 4, [1.1, 0.8, 0.96]),
+    ],
+)
+def test_noise_for_models_of_equal_cost(least, cost, loads):
+    class Recorded:
+        unpruned = 2.0
+
+        def __call__(self, masks, *, predicted, final=False):
+            return loads.pop(0)
+
+    bounds = least, 0.7
+    found = within_latency(Latency(0.5), Channels(), Recorded(), bounds, lambda s: s, cost)
+    assert least < found <= 0.7
+    assert loads == []
+
+
 def test_a_budget_that_only_short_measurements_meet_cannot_be_reached():
     probe = Probe(LATENCIES["in proportion to the cost"], 1.01 * cost_at(0.9), final=1.1)
     with pytest.raises(ValueError, match="cannot be reached"):

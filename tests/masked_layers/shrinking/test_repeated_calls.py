@@ -43,6 +43,15 @@ def test_constants_move_into_the_bias_if_they_are_equal_in_all_calls(other, left
         assert kept == {"'shared' is called again with other channels": 1}
 
 
+def test_constants_of_one_call_are_kept_if_the_other_call_varies():
+    """One bias cannot contain them, even if nothing reads the outputs of the other call."""
+    model = two_branches(layers.Dense(4, name="shared"))
+    model.get_layer("a").kernel.assign(np.zeros((5, 4)))
+    zero(model.get_layer("out"), [4, 5, 6, 7], axis=0)
+    smaller, _ = checked(model)
+    assert widths(smaller)["a"] == 4
+
+
 def test_a_layer_that_reads_its_own_outputs():
     x = keras.Input((5,))
     shared = layers.Dense(6, "tanh", name="shared")
@@ -157,11 +166,15 @@ def test_calls_along_different_axes_are_left_whole(nested):
     columns = layers.Permute((2, 1))(layers.RepeatVector(4)(layers.Dense(4, name="b")(x)))
     shared = layers.Dense(4, name="shared")
     if nested:
-        shared = keras.Sequential([keras.Input((4, 4)), shared], name="nested")
+        shared = keras.Sequential([keras.Input((4, 4)), layers.Dense(5), shared], name="nested")
     y = layers.Flatten()(layers.add([shared(rows), shared(columns)]))
     model = randomize(keras.Model(x, layers.Dense(2, name="out")(y)))
     for name in ("a", "b"):
-        zero(model.get_layer(name), [1], bias=True)
+        zero(model.get_layer(name), [1])
+    if nested:  # Inside, a unit is constant in the first call only.
+        kernel = np.zeros((4, 5))
+        kernel[1, 3] = 1
+        shared.layers[0].kernel.assign(kernel)
     smaller, report = checked(model)
     assert widths(smaller)["a"] == widths(smaller)["b"] == 4
     assert len(report.not_followed) == 1
