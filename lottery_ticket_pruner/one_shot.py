@@ -79,13 +79,14 @@ def masks_and_values(
     criterion = request.criterion
     if not is_masked(model) or not (criterion.evidence or manner.reconstruct):
         return selection.select(request, kernels, graph=graph, probe=probe), []
-    parts = evidence.unpacked(data) if manner.reconstruct or criterion.evidence else (None,)
+    parts = evidence.unpacked(data)
     if manner.reconstruct and parts[0] is None:
         raise ValueError(
             "`reconstruct=True` fits the kept weights on examples and needs inputs: "
             "`update_masks(..., reconstruct=True, data=x)`. Received: data=None"
         )
-    alone = _alone(request, kernels) if manner.sequential and parts[0] is not None else None
+    in_order = manner.sequential and parts[0] is not None
+    alone = _alone(model, request, kernels) if in_order else None
     masks = {}
     if alone is None:
         # Criteria of final weights measure their evidence with these weights in the model.
@@ -104,16 +105,20 @@ def masks_and_values(
     _in_order(network, kernels, alone, manner)
     if left:
         notices.warn(
-            "These layers were pruned but not reconstructed: "
+            "These kernels were not reconstructed: "
             + "; ".join(f"{path}: {reason}" for path, reason in left.items())
         )
     return {path: network.masks.get(path, kernels[path].mask) for path in kernels}, network.values
 
 
 def _alone(
-    request: selection.Request, kernels: Mapping[str, selection.Weights]
+    model: keras.Model, request: selection.Request, kernels: Mapping[str, selection.Weights]
 ) -> dict[str, selection.Request] | None:
-    """Returns a request for each kernel if its weights are ranked by the inputs of its layer."""
+    """Returns a request for each kernel if its weights are ranked by the inputs of its layer.
+
+    Raises:
+        ValueError: If these inputs are not known for a masked weight.
+    """
     criterion = request.criterion
     if criterion.evidence != {"input_norm"} or "final" in criterion.needs:
         return None
@@ -125,6 +130,10 @@ def _alone(
             criterion.name,
             request.structure or f"the scope {request.scope!r}",
         )
+    else:
+        evidence.require_known_inputs(
+            model
+        )  # Now, to name all weights before anything is measured.
     return alone
 
 
@@ -230,11 +239,17 @@ class _PrunedNetwork:
     def _why_not(self, ref: MaskedRef) -> str:
         if sum(ref.path in own for own in self._weights.values()) > 1:
             return "several layers share it"
-        if ref.layer not in self.calls:
-            return "its layer was not called"
         if reconstruction.product_of(ref.layer) is None:
             return f"{plain_class(ref.layer).__name__} is not a product of inputs and kernel"
-        return ""
+        return "" if ref.layer in self.calls else "its layer was not called"
+
+    @property
+    def unplaced(self) -> bool:
+        """Whether a masked weight is in a layer without calls, whose place in the order is unknown.
+
+        Such as a recurrent cell, which a backend may compute without calling it.
+        """
+        return not self._weights.keys() <= self.calls.keys()
 
 
 def _in_order(
@@ -271,7 +286,7 @@ class _Fitted:
         model, data, batch_size = network.model, network.data, network.batch_size
         self._former = reconstruction.FormerOutputs(model, data, targets, batch_size)
         self._last: tuple[reconstruction.Target, reconstruction.Fit] | None = None
-        self._changed = False
+        self._changed = network.unplaced
         if not self._sequential:
             state = network.state
             for fit in reconstruction.fit_apart(model, data, targets, state, batch_size):

@@ -1,6 +1,6 @@
 """Measurements that criteria need besides recorded weights: gradients, activations, flow."""
 
-from lottery_ticket_pruner.evidence.activations import input_norms
+from lottery_ticket_pruner.evidence.activations import input_norms, require_known_inputs
 from lottery_ticket_pruner.evidence.flow import SynapticFlow
 from lottery_ticket_pruner.evidence.gradients import hessian_gradients, loss_gradients
 from lottery_ticket_pruner.evidence.inputs import State, batches, layer_inputs
@@ -16,5 +16,6 @@ __all__ = [
     "layer_inputs",
     "loss_gradients",
     "measurement",
+    "require_known_inputs",
     "unpacked",
 ]

@@ -84,6 +84,18 @@ def input_norms(
     return {ref.path: np.sqrt(sums[id(ref.variable)]).astype("float32") for ref in refs}
 
 
+def require_known_inputs(model: keras.Model) -> None:
+    """Raises the error of `input_norms` if the inputs of some weights of a model are not known.
+
+    Args:
+        model: A masked or plain model.
+
+    Raises:
+        ValueError: If there are such weights. The message names them all.
+    """
+    _users(model, {id(ref.variable) for ref in prunable_refs(model)})
+
+
 def _users(model: keras.Model, variables: set[int]) -> dict[layers.Layer, list[str]]:
     """Returns the layers that hold these variables, each with the names of its variables."""
     users: dict[layers.Layer, list[str]] = {}

@@ -260,7 +260,7 @@ class FormerOutputs:
         for batch in batches(self._data, self._batch_size):
             for layer, inputs in layer_inputs(self._model, batch, group, calls=calls):
                 target, dense = group[layer]
-                rows = target.rows(_inputs(target, inputs))
+                rows = target.rows(finite(target.path, inputs))
                 parts = [(part @ dense).astype("float32") for part in rows]
                 self._held[layer].append(np.concatenate(parts, axis=1))
 
@@ -287,7 +287,7 @@ def fit_after(
     for batch in batches(data, batch_size):
         seen = layer_inputs(model, batch, [target.layer], state=state, calls=target.calls)
         for _, inputs in seen:
-            sums.add(_inputs(target, inputs), next(outputs))
+            sums.add(finite(target.path, inputs), next(outputs))
     return sums.fit()
 
 
@@ -314,20 +314,25 @@ def fit_apart(
         for batch in batches(data, batch_size):
             calls = sum(target.calls for target in group)
             for layer, inputs in layer_inputs(model, batch, sums, calls=calls):
-                sums[layer].add(_inputs(sums[layer].target, inputs))
+                sums[layer].add(finite(sums[layer].target.path, inputs))
         for each in sums.values():
             each.finish()
             yield each.fit()
 
 
-def _inputs(target: Target, tensor: object) -> np.ndarray:
-    inputs = widened(ops.convert_to_numpy(tensor))
-    if not np.isfinite(inputs).all():
+def finite(name: str, inputs: object) -> np.ndarray:
+    """Returns the inputs of a layer as an array.
+
+    Raises:
+        ValueError: If they are not finite. The message has the given name.
+    """
+    array = widened(ops.convert_to_numpy(inputs))
+    if not np.isfinite(array).all():
         raise ValueError(
-            f"'{target.path}' cannot be reconstructed: the inputs that its layer gets from the "
-            "given examples are not finite."
+            f"'{name}' cannot be reconstructed: the inputs that its layer gets from the given "
+            "examples are not finite."
         )
-    return inputs
+    return array
 
 
 def _array(tensor: object) -> np.ndarray:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import keras
 import numpy as np
-from keras import layers, ops
+from keras import layers
 
 from lottery_ticket_pruner.evidence import State, batches, layer_inputs
-from lottery_ticket_pruner.reconstruction.fitting import Target
+from lottery_ticket_pruner.reconstruction.fitting import Target, finite
 from lottery_ticket_pruner.training import ArrayDataset
-from lottery_ticket_pruner.variables import widened
 from masked_layers.paths import plain_class
 
 
@@ -51,12 +50,15 @@ def statistics(
         calls: Number of calls of the layer in one forward pass.
         state: The masks and weights of the pruned network that differ from those of the model.
         batch_size: Number of examples in a forward pass.
+
+    Raises:
+        ValueError: If the inputs of the layer are not finite.
     """
     size = layer.moving_mean.shape[0]
     count, sums, squares = 0, np.zeros(size), np.zeros(size)
     for batch in batches(data, batch_size):
         for _, inputs in layer_inputs(model, batch, [layer], state=state, calls=calls):
-            array = widened(ops.convert_to_numpy(inputs)).astype("float64")
+            array = finite(layer.moving_mean.path, inputs).astype("float64")
             rows = np.moveaxis(array, layer.axis, -1).reshape(-1, size)
             count += len(rows)
             sums += rows.sum(axis=0)

@@ -206,6 +206,30 @@ def test_statistics_are_those_of_the_pruned_network():
         np.testing.assert_array_equal(array(variable), value)  # Nothing before it was pruned.
 
 
+def test_statistics_after_a_recurrent_layer_whose_cell_a_backend_may_not_call():
+    inputs = keras.Input((6, 5))
+    x = layers.LSTM(4, name="lstm")(inputs)
+    model = masked(inputs, layers.BatchNormalization(name="n")(x))
+    x = RNG.normal(size=(50, 6, 5)).astype("float32")
+    with pytest.warns(UserWarning, match="not reconstructed: lstm/cell/kernel: LSTMCell is not a"):
+        LotteryTicketPruner(model).update_masks(
+            "smallest_weights", sparsity=0.5, reconstruct=True, data=x
+        )
+    layer, found = model.get_layer("n"), output(model, "lstm", x)
+    np.testing.assert_allclose(array(layer.moving_mean), found.mean(0), atol=1e-5)
+    np.testing.assert_allclose(array(layer.moving_variance), found.var(0), rtol=1e-4)
+
+
+@pytest.mark.once
+def test_wanda_names_all_weights_whose_inputs_are_not_known():
+    inputs = keras.Input((6, 5))
+    x = layers.GRU(3)(layers.LSTM(4, return_sequences=True)(layers.Dense(4)(inputs)))
+    pruner = LotteryTicketPruner(masked(inputs, x))
+    x = RNG.normal(size=(5, 6, 5)).astype("float32")
+    with pytest.raises(ValueError, match=r"lstm/cell/kernel .*, gru/cell/recurrent_kernel "):
+        pruner.update_masks("wanda", sparsity=0.5, data=x)
+
+
 @pytest.mark.parametrize("reconstruct", [True, False])
 def test_wanda_measures_inputs_after_the_layers_before_have_been_pruned(reconstruct):
     x = RNG.normal(size=(70, 8)).astype("float32")
@@ -297,3 +321,16 @@ def test_errors_leave_the_model_as_it_is():
     assert ml.sparsity_report(model).sparsity == 0
     for one, other in zip(before, model.get_weights(), strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.once
+def test_statistics_of_inputs_that_are_not_finite_are_an_error():
+    inputs = keras.Input((6, 5))
+    x = layers.Conv1DTranspose(4, 2, name="t")(inputs)
+    model = masked(inputs, layers.BatchNormalization(name="n")(x))
+    x = np.full((5, 6, 5), np.nan, "float32")
+    with pytest.raises(ValueError, match=r"'n/moving_mean' cannot be reconstructed.*not finite"):
+        LotteryTicketPruner(model).update_masks(
+            "smallest_weights", sparsity=0.5, reconstruct=True, data=x
+        )
+    assert np.isfinite(array(model.get_layer("n").moving_mean)).all()
