@@ -91,6 +91,7 @@ def clustered(array: np.ndarray, bits: int) -> Coded:
         array: Finite floating-point numbers of any shape.
         bits: Bits of a code, 1 to 8.
     """
+    array = array.astype(np.float32)
     kept = array != 0
     ordered = np.sort(array[kept].astype(np.float64))
     count = 2**bits - 1
@@ -109,6 +110,7 @@ def _grouped(ordered: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
     Pruning leaves a gap around 0, which no group spans. The density of groups is about the cube
     root of that of the values, as for the best clusters if they are many (Panter and Dite, 1951).
+    Where a few values are so large that this leaves few groups, others of equal size are added.
 
     Returns:
         Size and mean of each group.
@@ -118,6 +120,9 @@ def _grouped(ordered: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     borders = np.interp(np.arange(1, _GROUPS) / _GROUPS * share[-1], share, edges)
     starts = np.unique([0, *np.searchsorted(ordered, [*borders, 0.0])])
     starts = starts[starts < len(ordered)]
+    if len(starts) < _GROUPS // 2:
+        equal = np.arange(_GROUPS // 2) * len(ordered) // (_GROUPS // 2)
+        starts = np.union1d(starts, equal)
     sizes = np.diff(starts, append=len(ordered))
     return sizes, np.add.reduceat(ordered, starts) / sizes
 

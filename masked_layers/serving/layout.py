@@ -205,6 +205,10 @@ def _check(block: Block) -> None:
         raise ValueError(f"unknown encoding {block.encoding!r}")
     if coded and _CODES.get(block.coding) != block.dtype:
         raise ValueError(f"codes of kind {block.coding!r} with dtype {block.dtype!r}")
+    if not block.entries:
+        raise ValueError("a block without arrays")
+    if not sparse and block.gaps != 0:
+        raise ValueError(f"gaps in a dense block: {block.gaps!r}")
     if len(block.streams) != (1 if coded else dtype_of(block.dtype).itemsize + sparse):
         raise ValueError(f"{len(block.streams)} streams for {block.encoding} {block.dtype}")
     for entry in block.entries:

@@ -140,6 +140,24 @@ def test_codebooks_are_about_as_good_as_those_of_scikit_learn(bits):
     assert ours < 1.02 * best
 
 
+@pytest.mark.parametrize("outlier", [1e3, -1e6, 1e9])
+def test_a_huge_weight_leaves_values_for_the_others(outlier):
+    array = kernel((100, 100), 0.3)
+    usual = np.sqrt(np.mean((clustered(array, 5).values() - array) ** 2))
+    array[0, 0] = outlier
+    rest = (clustered(array, 5).values() - array).ravel()[1:]
+    assert np.sqrt(np.mean(rest**2)) < 1.2 * usual
+
+
+@pytest.mark.parametrize("step", [5e-324, 1e-45, 1e-40, 1e35])
+def test_codebooks_of_the_smallest_and_largest_numbers(step):
+    array = step * np.arange(-300.0, 300).reshape(60, 10)
+    exact = array.astype("float32")
+    values = clustered(array, 5).values()
+    error = np.abs(values.astype("float64") - exact).max()
+    assert error <= max(20 * step, 1.5e-45)
+
+
 def test_labels_name_the_bits():
     assert scaled(kernel()).label == "int8"
     assert [clustered(kernel(), bits).label for bits in (2, 5, 8)] == [
@@ -178,9 +196,10 @@ def test_every_flipped_byte_is_noticed(position, change):
         decode(bytes(data))
 
 
-def packed(coding, array, streams, dtype):
+def packed(coding, array, streams, dtype, gaps=0):
     block = {
-        "encoding": "dense", "dtype": dtype, "coding": coding, "gaps": 0, "arrays": [array],
+        "encoding": "dense", "dtype": dtype, "coding": coding, "gaps": gaps,
+        "arrays": [array] if array else [],
         "streams": [len(stream) for stream in streams],
     }  # fmt: skip
     header = zlib.compress(json.dumps({"blocks": [block]}).encode())
@@ -216,6 +235,20 @@ PLANES = TABLE.view("uint8").reshape(2, 4).T.tobytes()
 def test_headers_that_lie_about_codes_are_noticed(coding, array, streams, dtype):
     with pytest.raises(ValueError, match="packed file"):
         decode(packed(coding, array, streams, dtype))
+
+
+@pytest.mark.parametrize(
+    ("array", "stream", "gaps"),
+    [
+        ([], b"", 0), ([], b"", 0.5), ([], b"", -1),
+        (["w", [2], 2, 2], b"\1\1" + PLANES, 0.5),
+        (["w", [2], 2, 2], b"\1\1" + PLANES, "0"),
+        (["w", [2], 2, 2], b"abc\1\1" + PLANES, 3),
+    ],
+)  # fmt: skip
+def test_gaps_and_arrays_that_no_block_has_are_noticed(array, stream, gaps):
+    with pytest.raises(ValueError, match="header of the packed file is malformed"):
+        decode(packed("codebook", array, [Z(stream)], "uint8", gaps))
 
 
 def test_forged_files_are_read_where_they_are_right():
