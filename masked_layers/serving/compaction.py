@@ -24,8 +24,8 @@ def compact(file: Path, prefix: str, content: bytes, *, keep_saver: bool) -> Non
         file: Path of the `saved_model.pb`.
         prefix: Prefix of the names of the model's variables.
         content: The packed weights. The new prefix of variables and functions is a hash of the
-            earlier one and of them, since variables with the same name are the same variable in a
-            session, and the same model may be exported with other values.
+            earlier one, of them and of the graph: in a session, those with the same name are the
+            same, and a model may be exported with other values, or other models have its weights.
         keep_saver: Whether the checkpoint contains values. If not, the graph that saves and
             restores them is removed too.
     """
@@ -48,12 +48,16 @@ def compact(file: Path, prefix: str, content: bytes, *, keep_saver: bool) -> Non
     for node in itertools.chain(meta.graph_def.node, *(f.node_def for f in library.function)):
         function_defs.strip(node)
     pure = function_defs.reading(functions)
-    object_graphs.simplify(meta.object_graph_def, pure)
+    gradients = {gradient.gradient_func for gradient in library.registered_gradients}
+    object_graphs.simplify(meta.object_graph_def, pure, gradients)
+    captured = object_graphs.captured_nodes(meta.object_graph_def)
     for name, function in functions.items():
-        function_defs.simplify(function, only_reads=name in pure)
+        function_defs.simplify(function, captured.get(name, ()), only_reads=name in pure)
         _strip_function(function)
-    _remove_unused(meta, functions, _ends(meta))
-    digest = hashlib.sha256(prefix.encode() + content).digest()
+    _remove_unused(meta, functions, _ends(meta), gradients)
+    _shorten(meta, "f")
+    graph = meta.graph_def.SerializeToString(deterministic=True)
+    digest = hashlib.sha256(prefix.encode() + content + graph).digest()
     hashed = np.base_repr(int.from_bytes(digest[:5], "big"), 36).lower()
     _rename_variables(meta, prefix, hashed)
     _shorten(meta, f"f{hashed}")
@@ -99,13 +103,15 @@ def _feed_assets(meta: Any) -> None:
         node.input[:] = [function_defs.renamed(reference, reads) for reference in node.input]
 
 
-def _remove_unused(meta: Any, functions: Mapping[str, Any], ends: set[str]) -> None:
+def _remove_unused(
+    meta: Any, functions: Mapping[str, Any], ends: set[str], gradients: set[str]
+) -> None:
     graph = meta.graph_def
     nodes = {node.name: node for node in graph.node}
     kept = closure(ends, lambda name: map(node_of, nodes[name].input))
     retain(graph.node, lambda node: node.name in kept)
     called = {name for node in graph.node for name in references(node)}
-    called |= set(object_graphs.concrete_functions(meta.object_graph_def))
+    called |= {*object_graphs.concrete_functions(meta.object_graph_def), *gradients}
     called = closure(
         called & functions.keys(),
         lambda name: (
@@ -134,7 +140,7 @@ def _strip_function(function: Any) -> None:
     }
     for i, argument in enumerate(function.signature.input_arg):
         if argument.type == types_pb2.DT_RESOURCE:
-            del function.arg_attr[i]  # It states only that a handle is a scalar.
+            function.arg_attr.pop(i, None)  # It states only that a handle is a scalar.
             if argument.name not in used:
                 argument.ClearField("handle_data")
 
@@ -142,10 +148,8 @@ def _strip_function(function: Any) -> None:
 def _rename_variables(meta: Any, old: str, new: str) -> None:
     for node in meta.graph_def.node:
         if node.op == "VarHandleOp":
-            shared = node.attr["shared_name"].s.decode()
-            # TensorFlow names the variable with an asset's path "Variable" in every model.
-            kept = "path" if shared == "Variable" else shared.removeprefix(f"{old}/")
-            node.attr["shared_name"].s = f"{new}/{kept}".encode()
+            shared = node.attr["shared_name"].s.decode().removeprefix(f"{old}/")
+            node.attr["shared_name"].s = f"{new}/{shared}".encode()
     for item in meta.object_graph_def.nodes:
         if item.variable.name.startswith(f"{old}/"):
             item.variable.name = f"{new}/{item.variable.name.removeprefix(f'{old}/')}"
@@ -189,8 +193,8 @@ def _shorten(meta: Any, prefix: str) -> None:
             bare.concrete_function_name = called[bare.concrete_function_name]
         if node.HasField("captured_tensor"):
             tensor = node.captured_tensor
-            tensor.concrete_function = called[tensor.concrete_function]
             tensor.name = function_defs.renamed(tensor.name, inside[tensor.concrete_function])
+            tensor.concrete_function = called[tensor.concrete_function]
     for name in list(objects.concrete_functions):
         function = objects.concrete_functions[name]
         copy = type(function)()

@@ -85,21 +85,23 @@ def _only_reads(node: Any, functions: Mapping[str, Any], found: set[str]) -> boo
     return calls or node.op in ("ReadVariableOp", "VarHandleOp") or not is_stateful(node.op)
 
 
-def simplify(function: Any, *, only_reads: bool) -> None:
+def simplify(function: Any, captured: Iterable[str], *, only_reads: bool) -> None:
     """Removes repeated constants, and nodes without a use.
 
     Args:
         function: The function.
+        captured: Names of nodes whose outputs other functions use; they stay as they are.
         only_reads: Whether it has no side effects. Then its nodes need no order, and identities are
             left out, too.
     """
     nodes = {node.name: node for node in function.node_def}
+    captured = set(captured)
     renamed: dict[str, str] = {}  # References to nodes that are left out.
     constants: dict[bytes, str] = {}
     if only_reads:
         for node in function.node_def:
             retain(node.input, lambda reference: not reference.startswith("^"))
-        _infer_batch(nodes, set(map(node_of, function.ret.values())))
+        _infer_batch(nodes, {*map(node_of, function.ret.values()), *captured})
     for node in function.node_def:
         if node.op == "Const" and not node.input:
             same = constants.setdefault(_content(node), node.name)
@@ -120,7 +122,7 @@ def simplify(function: Any, *, only_reads: bool) -> None:
         function.control_ret.clear()
         del function.signature.control_output[:]
     needed = closure(
-        map(node_of, (*function.ret.values(), *function.control_ret.values())),
+        map(node_of, (*function.ret.values(), *function.control_ret.values(), *captured)),
         lambda name: map(node_of, nodes[name].input) if name in nodes else (),
     )
     retain(function.node_def, lambda node: node.name in needed)
@@ -133,7 +135,7 @@ def _infer_batch(nodes: Mapping[str, Any], returned: set[str]) -> None:
 
     Args:
         nodes: Nodes of a function, by name.
-        returned: Names of the nodes whose outputs it returns.
+        returned: Names of the nodes whose outputs are used outside of it.
     """
     from tensorflow import as_dtype, make_ndarray, make_tensor_proto
 

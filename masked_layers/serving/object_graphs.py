@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from masked_layers.serving.function_defs import closure, retain
+from masked_layers.serving.function_defs import closure, node_of, retain
 
 _CALLS = ("_create_resource", "_initialize", "_destroy_resource")
 """The functions of a resource, which are called without arguments."""
@@ -24,13 +24,15 @@ def share_signatures(meta: Any) -> None:
                 child.node_id = ids["serving_default"]
 
 
-def simplify(graph: Any, without_effect: set[str]) -> None:
+def simplify(graph: Any, without_effect: set[str], gradients: set[str]) -> None:
     """Removes objects that are not needed for loading.
 
     Args:
         graph: The `SavedObjectGraph`.
         without_effect: Names of functions without effect.
+        gradients: Names of the functions that compute custom gradients. No object refers to them.
     """
+    gradients = gradients & set(graph.concrete_functions)
     for node in graph.nodes:
         if node.HasField("function"):
             # The traces of a function are listed in it, too.
@@ -43,7 +45,8 @@ def simplify(graph: Any, without_effect: set[str]) -> None:
         if node.HasField("resource"):
             _call_directly(graph, node, without_effect)
     following = {str(i): [str(j) for j in _following(graph, i)] for i in range(len(graph.nodes))}
-    kept = sorted(map(int, closure(["0"], following.__getitem__)))
+    ends = [str(i) for name in gradients for i in graph.concrete_functions[name].bound_inputs]
+    kept = sorted(map(int, closure(["0", *ends], following.__getitem__)))
     new = {old: i for i, old in enumerate(kept)}
     nodes = [graph.nodes[old] for old in kept]
     for node in nodes:
@@ -57,7 +60,7 @@ def simplify(graph: Any, without_effect: set[str]) -> None:
             saveable.restore_function = new[saveable.restore_function]
     del graph.nodes[:]
     graph.nodes.extend(nodes)
-    used = set(concrete_functions(graph))
+    used = {*concrete_functions(graph), *gradients}
     for name in set(graph.concrete_functions) - used:
         del graph.concrete_functions[name]
     for function in graph.concrete_functions.values():
@@ -74,6 +77,16 @@ def concrete_functions(graph: Any) -> Iterator[str]:
         ):
             if name:
                 yield name
+
+
+def captured_nodes(graph: Any) -> dict[str, set[str]]:
+    """Returns the names of the nodes inside functions whose outputs custom gradients use."""
+    found: dict[str, set[str]] = {}
+    for node in graph.nodes:
+        if node.HasField("captured_tensor"):
+            tensor = node.captured_tensor
+            found.setdefault(tensor.concrete_function, set()).add(node_of(tensor.name))
+    return found
 
 
 def _call_directly(graph: Any, resource: Any, without_effect: set[str]) -> None:

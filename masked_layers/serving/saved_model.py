@@ -130,14 +130,14 @@ def export_sparse_saved_model(
         raise ValueError(f"`tolerance` must be a number above 0. Received: {tolerance!r}")
     path = Path(path).resolve()  # Behind a link, the folder is replaced and not the link.
     check_replaceable(path)
-    arrays = effective_values(model)
+    arrays = {name: _canonical(name, x) for name, x in effective_values(model).items()}
     allowed = _included(include, arrays)
     traced = trace(model, arrays, input_signature)
     import tensorflow as tf  # `trace` explains an error if it is missing.
 
     arguments = samples_of(model, traced.signature, sample_inputs)
     samples = keras.tree.map_structure(tf.convert_to_tensor, arguments)
-    arrays = {name: _canonical(name, arrays[name]) for name in traced.variables}
+    arrays = {name: arrays[name] for name in traced.variables}
     exact = {name: _exact(array, name in allowed) for name, array in arrays.items()}
     if values == "codebook" and tolerance is not None:
         measure = functools.partial(error_with, traced, samples)

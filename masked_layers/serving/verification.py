@@ -108,25 +108,26 @@ def error_with(
     """Returns the error that other values of some weights cause, as `verify` measures it.
 
     Args:
-        traced: Function whose variables have the exact values, which they get back.
+        traced: Function whose variables have the exact values, which they get back, as do states
+            that it changes.
         samples: Positional arguments for the calls.
         values: Other values, by path.
     """
+    exact = {name: variable.numpy() for name, variable in traced.variables.items()}
 
-    def outputs() -> list[np.ndarray]:
-        return [x.numpy() for x in keras.tree.flatten(traced.function(*samples))]
+    def outputs(given: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        try:
+            for name, value in given.items():
+                traced.variables[name].assign(value)
+            return [x.numpy() for x in keras.tree.flatten(traced.function(*samples))]
+        finally:
+            for name, value in exact.items():
+                traced.variables[name].assign(value)
 
-    exact = {name: traced.variables[name].numpy() for name in values}
-    wanted = outputs()
-    try:
-        for name, value in values.items():
-            traced.variables[name].assign(value)
-        finite, total = _finite(wanted)
-        found = max(map(relative_difference, outputs(), wanted), default=0.0)
-        return found if finite or not total else None
-    finally:
-        for name, value in exact.items():
-            traced.variables[name].assign(value)
+    wanted = outputs({})
+    finite, total = _finite(wanted)
+    found = max(map(relative_difference, outputs(values), wanted), default=0.0)
+    return found if finite or not total else None
 
 
 def relative_difference(got: np.ndarray, wanted: np.ndarray) -> float:

@@ -166,3 +166,97 @@ def test_checks_and_loops_are_kept(tmp_path):
         np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
         with pytest.raises(tf.errors.InvalidArgumentError, match="too large"):
             session.run(target.name, {source.name: x + 100})
+
+
+@tf.custom_gradient
+def bent(x):
+    y = tf.exp(x)
+
+    def gradient(upstream):
+        return upstream * (2 * y + 3)  # `y` is a value inside the function.
+
+    return y, gradient
+
+
+def test_custom_gradients_stay(tmp_path):
+    """Those of users, of TensorFlow (`silu`), and of values that shapes are computed from."""
+
+    @keras.saving.register_keras_serializable(package="test_compaction")
+    class Bent(layers.Layer):
+        def call(self, x):
+            return bent(tf.reshape(x, [tf.shape(x)[0], 4, 6]))
+
+        def compute_output_shape(self, shape):
+            return (shape[0], 4, 6)
+
+    model = keras.Sequential(
+        [
+            keras.Input((5,), name="x"),
+            layers.Dense(24, activation="silu"),
+            Bent(),
+            layers.LSTM(6),
+            layers.Dense(3),
+        ]
+    )
+    prune(model, 0.3)
+    x = tf.constant(np.random.default_rng(0).standard_normal((2, 5)), tf.float32)
+    export_sparse_saved_model(model, tmp_path / "out")
+    registered = graph_of(tmp_path / "out").graph_def.library.registered_gradients
+    assert len(registered) == 2
+    loaded = tf.saved_model.load(str(tmp_path / "out"))
+    found = []
+    for call, variables in (
+        (model, [variable.value for variable in model.trainable_variables]),
+        (loaded.serve, list(loaded.variables)),
+        (lambda x: loaded.signatures["serve"](x=x)["output_0"], list(loaded.variables)),
+    ):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean(tf.square(call(x)))
+        found.append(tape.gradient(loss, variables))
+    for gradients in found[1:]:
+        for got, want in zip(gradients, found[0], strict=True):
+            np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
+
+
+def test_models_with_the_same_weights_share_no_functions_in_one_session(tmp_path):
+    x = np.random.default_rng(0).standard_normal((2, 20)).astype("float32")
+    ends, wanted, got = {}, {}, {}
+    for activation in ("relu", "tanh"):
+        keras.utils.set_random_seed(0)
+        model = keras.Sequential(
+            [keras.Input((20,), name="x"), layers.Dense(8, activation, name="layer")], name="model"
+        )
+        export_sparse_saved_model(prune(model, 0.5), tmp_path / activation)
+        wanted[activation] = model(x)
+    with tf.Graph().as_default(), tf.compat.v1.Session() as session:
+        load = tf.compat.v1.saved_model.loader.load
+        for name in wanted:
+            meta = load(session, ["serve"], str(tmp_path / name), import_scope=name)
+            ends[name] = meta.signature_def["serve"]
+        for name, end in ends.items():
+            feed = {f"{name}/{end.inputs['x'].name}": x}
+            got[name] = session.run(f"{name}/{end.outputs['output_0'].name}", feed)
+    for name, outputs in wanted.items():
+        np.testing.assert_allclose(got[name], outputs, rtol=1e-5, atol=1e-6)
+
+
+def test_a_loaded_folder_can_be_part_of_other_models(tmp_path):
+    """Users add preprocessing to a loaded model, and export layers that call one."""
+    model = lenet()
+    export_sparse_saved_model(model, tmp_path / "out")
+    loaded = tf.saved_model.load(str(tmp_path / "out"))
+    x = np.random.default_rng(0).standard_normal((2, 28, 28, 1)).astype("float32")
+    outer = tf.Module()
+    outer.inner = loaded
+    outer.call = tf.function(
+        lambda x: loaded.serve(2 * x), input_signature=[tf.TensorSpec([None, 28, 28, 1])]
+    )
+    tf.saved_model.save(outer, str(tmp_path / "again"))
+    again = tf.saved_model.load(str(tmp_path / "again"))
+    np.testing.assert_allclose(again.call(x), model(2 * x), rtol=1e-5, atol=1e-6)
+
+    layer = layers.TFSMLayer(str(tmp_path / "out"), call_endpoint="serve")
+    wrapping = keras.Sequential([keras.Input((28, 28, 1)), layer, layers.Dense(4)])
+    export_sparse_saved_model(wrapping, tmp_path / "wrapping")
+    again = tf.saved_model.load(str(tmp_path / "wrapping"))
+    np.testing.assert_allclose(again.serve(x), wrapping(x), rtol=1e-5, atol=1e-6)

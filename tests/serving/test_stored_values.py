@@ -150,6 +150,29 @@ def test_bits_are_chosen_for_each_weight_to_meet_the_tolerance(tmp_path):
     assert export_sparse_saved_model(model, tmp_path / "exact", sample_inputs=x).output_error == 0
 
 
+def test_states_are_the_same_in_every_measurement(tmp_path):
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential(
+        [keras.Input(batch_shape=(2, 3, 4)), layers.LSTM(24, stateful=True), layers.Dense(16)]
+    )
+    report = export_sparse_saved_model(
+        prune(model, 0.3), tmp_path / "out", values="codebook", tolerance=0.2, include="kernel"
+    )
+    assert 0 < report.output_error <= 0.2
+
+
+def test_negative_zeros_of_dense_weights_become_zeros(tmp_path):
+    model = keras.Sequential([keras.Input((150,)), layers.Dense(150)])
+    kernel = np.random.default_rng(0).standard_normal((150, 150)).astype("float32")
+    kernel[3, 4] = -0.0
+    model.layers[0].kernel.assign(kernel)
+    report = export_sparse_saved_model(model, tmp_path / "out")
+    assert report.rows[0].encoding == "dense"
+    loaded = tf.saved_model.load(str(tmp_path / "out"))
+    assert not np.signbit(loaded.variables[0].numpy()[3, 4])
+    np.testing.assert_array_equal(loaded.variables[0], kernel)
+
+
 def test_include_leaves_weights_exact(tmp_path):
     model = prune(mixed(), 0.5)
     report = export_sparse_saved_model(model, tmp_path / "out", values="int8", include="^[ab]/")
