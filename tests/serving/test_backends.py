@@ -25,7 +25,7 @@ from masked_layers.serving import export_sparse_saved_model
 
 assert keras.backend.backend() == "jax"
 a, b = keras.Input((None, 12), name="a"), keras.Input((8,), name="b")
-x = keras.layers.LSTM(24)(a)
+x = keras.layers.LSTM(48)(a)
 x = keras.layers.Dropout(0.5)(keras.layers.concatenate([x, keras.layers.Dense(24)(b)]))
 model = keras.Model({"a": a, "b": b}, {"y": keras.layers.Dense(5)(x)})
 model = ml.convert_to_masked(model)
