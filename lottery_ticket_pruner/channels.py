@@ -123,6 +123,18 @@ def share_left(
     return float(np.mean(np.concatenate([flags.reshape(-1) for flags in kept])))
 
 
+def macs_left(model: keras.Model, graph: ml.ChannelFamilies) -> float | None:
+    """Returns the share of the multiply-adds that is left in a masked model without its channels.
+
+    None if the multiply-adds of a kernel are unknown, because the input shape is not fixed.
+    """
+    masks = ml.get_masks(model)
+    costs = selection.Costs(graph, {path: mask.shape for path, mask in masks.items()})
+    if costs.unknown or not graph.positions:
+        return None
+    return costs.left("macs", [selection.kept_channels(family, masks) for family in graph.families])
+
+
 def _besides(rank: int, axes: Sequence[int]) -> tuple[int, ...]:
     return tuple(axis for axis in range(rank) if axis not in {other % rank for other in axes})
 

@@ -1,11 +1,13 @@
 """The command `lottery-ticket prune`: the smallest model that is good enough, in a folder."""
 
+import contextlib
 import csv
 import dataclasses
 import io
 import json
 import re
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,6 +24,7 @@ from lottery_ticket_pruner.compression import (
     Plan,
     PruneResult,
     parts_of,
+    save_model,
     search,
     served_size,
 )
@@ -36,7 +39,7 @@ from lottery_ticket_pruner.experiments.options import (
 )
 from lottery_ticket_pruner.experiments.reports import pruning
 from lottery_ticket_pruner.experiments.run_folder import versions, write_json
-from lottery_ticket_pruner.experiments.workbench import compiled_network, save
+from lottery_ticket_pruner.experiments.workbench import compiled_network
 from lottery_ticket_pruner.fingerprints import of_json
 from masked_layers.files import replacing
 from masked_layers.keras_files import load_model
@@ -82,7 +85,7 @@ class PruneConfig:
     """Folder with the published files of the data set, or with a subfolder of them."""
     max_drop: OptionalFloat = None
     """How much worse the metric may become on validation data: 0.01 is one point of accuracy. \
-Default: 0.01, or no condition if another goal is given."""
+Default: 0.01 of a metric that should be high, or no condition if another goal is given."""
     sparsity: OptionalFloat = None
     """Share of weights to prune."""
     size: Annotated[str | None, tyro.conf.arg(metavar="BYTES", help_behavior_hint="")] = None
@@ -115,7 +118,7 @@ initial ones."""
     out: OptionalPath = None
     """Folder to write. Default: a folder in ./runs, named after the options."""
     overwrite: bool = False
-    """Discard the state of an earlier search in the folder."""
+    """Discard the state of an earlier search in the folder, and replace its results."""
     quiet: bool = False
     """Print nothing."""
 
@@ -139,7 +142,7 @@ initial ones."""
         Raises:
             ValueError: If an option is out of range or contradicts another one.
         """
-        try:
+        with _naming_options():
             return Plan(
                 goals=Goals(
                     max_drop=self.max_drop,
@@ -161,13 +164,24 @@ initial ones."""
                 epochs=self.epochs,
                 minutes=self.minutes,
             )
-        except ValueError as error:
-            text = re.sub(r"`(\w+)`", lambda found: option(found[1]), str(error))
-            raise ValueError(text) from error
 
     def _choices(self) -> dict[str, Any]:
         others = ("out", "quiet", "minutes", "data_dir")
         return {name: value for name, value in self.to_dict().items() if name not in others}
+
+
+@contextlib.contextmanager
+def _naming_options() -> Iterator[None]:
+    """Names options of the command in errors, instead of arguments."""
+    names = {field.name for field in dataclasses.fields(PruneConfig)} - {"model"}
+
+    def named(found: re.Match[str]) -> str:
+        return option(found[1]) if found[1] in names else found[0]
+
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(re.sub(r"`(\w+)`", named, str(error))) from error
 
 
 def bytes_of(text: str) -> int:
@@ -176,13 +190,15 @@ def bytes_of(text: str) -> int:
     Raises:
         ValueError: If the text is not one.
     """
-    match = re.fullmatch(r"\s*([\d_.,]+)\s*([a-zA-Z]*)\s*", text)
+    # Commas separate thousands. In other places, they may be meant as decimal points.
+    number = r"\d{1,3}(?:,\d{3})+(?:\.\d*)?|[\d_.]+"
+    match = re.fullmatch(rf"\s*({number})\s*([a-zA-Z]*)\s*", text)
     unit = _UNITS.get(match[2].lower()) if match else None
     if match is None or unit is None:
         raise ValueError(f"--size expects bytes, such as 500kB or 2MB. Received: {text!r}.")
     try:
         return int(float(match[1].replace(",", "").replace("_", "")) * unit)
-    except ValueError as error:
+    except (OverflowError, ValueError) as error:
         raise ValueError(
             f"--size expects bytes, such as 500kB or 2MB. Received: {text!r}."
         ) from error
@@ -202,18 +218,18 @@ def prune(config: PruneConfig, console: Console | None = None) -> PruneResult:
     parts = load_data(config)
     model = load(config)
     folder = config.folder
-    if config.overwrite:
-        _discard(folder / "search")
     _print(console, f"Results go to {folder}")
     with _Display(console) as display:
         plan = config.plan(
             on_row=display.show, on_training=display.begin, on_progress=display.advance
         )
         try:
-            result = search(model, parts, plan, folder / "search")
+            with _naming_options():
+                result = search(model, parts, plan, folder / "search", overwrite=config.overwrite)
         except KeyboardInterrupt as error:
             error.add_note(f"What is done so far is in {folder}.")
             raise
+    save_model(result.model, folder / "model.keras")  # Before exports, which may fail.
     facts = pruning.Facts(
         name=model.name,
         data=config.data,
@@ -268,7 +284,16 @@ def load(config: PruneConfig) -> keras.Model:
         )
     if not path.is_file():
         raise FileNotFoundError(f"There is no file '{path}'.")
-    return _compiled(name, load_model(path, compiled=True))
+    try:
+        model = load_model(path, compiled=True)
+    except ValueError as error:
+        if error.__cause__ is None:  # The file is damaged.
+            raise
+        raise ValueError(
+            f"{error}\nIf the model has classes of your own, name a function as MODEL that loads "
+            "it: file.py:function."
+        ) from error
+    return _compiled(name, model)
 
 
 def _network(config: PruneConfig) -> keras.Model:
@@ -307,23 +332,21 @@ def _export(
     result: PruneResult, model: keras.Model, folder: Path, console: Console
 ) -> tuple[int, int] | None:
     """Writes the folder for serving, and returns its bytes and those of the dense model."""
+    served = folder / "served" / "1"
     try:
-        stored = result.export(folder / "served" / "1")
-        return stored.disk_nbytes, served_size(model)
+        dense = served_size(model)
+        return result.export(served).disk_nbytes, dense
     except (
-        ArithmeticError,
-        ImportError,
-        NotImplementedError,
-        OSError,
-        RuntimeError,
-        ValueError,
-    ) as error:
-        _print(console, f"No SavedModel: {error}")
+        Exception
+    ) as error:  # TensorFlow has errors of its own. The rest of the folder is written.
+        text = f"No SavedModel: {type(error).__name__}: {error}"
+        if served.exists():
+            text += f"\nWhat is in {served} is not this model, but from an earlier search."
+        _print(console, text)
         return None
 
 
 def _write(result: PruneResult, facts: pruning.Facts, folder: Path) -> None:
-    save(result.model, folder / "model.keras")
     text = io.StringIO()
     writer = csv.DictWriter(text, list(result.rows[0]))
     writer.writeheader()
@@ -338,11 +361,6 @@ def _write(result: PruneResult, facts: pruning.Facts, folder: Path) -> None:
             file.write(content.encode())
     stored = {"command": "prune", **facts.options, "versions": versions()}
     write_json(folder / "config.json", stored)
-
-
-def _discard(folder: Path) -> None:
-    for file in [folder / "state.json", *folder.glob("state-*.npz")]:
-        file.unlink(missing_ok=True)
 
 
 def _print(console: Console, text: str) -> None:
@@ -385,7 +403,7 @@ class _Display:
             row["method"].replace("_", " "),
             f"{row['sparsity']:.2%}",
             *("" if value is None else f"{value:.4f}" for value in numbers),
-            verdict if row["step"] else "",
+            (row["note"] or verdict) if row["step"] else "",
         )
 
     def _line(self, *texts: str) -> None:

@@ -4,7 +4,7 @@ from lottery_ticket_pruner.compression.metrics import compare_models
 from lottery_ticket_pruner.compression.parts import Parts, parts_of
 from lottery_ticket_pruner.compression.plan import Goals, Options, Plan
 from lottery_ticket_pruner.compression.pruning import prune, search
-from lottery_ticket_pruner.compression.result import PruneResult
+from lottery_ticket_pruner.compression.result import PruneResult, save_model
 from lottery_ticket_pruner.compression.steps import served_size
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "compare_models",
     "parts_of",
     "prune",
+    "save_model",
     "search",
     "served_size",
 ]

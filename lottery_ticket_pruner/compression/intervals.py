@@ -47,10 +47,8 @@ def of_paired_shares(first: np.ndarray, second: np.ndarray) -> tuple[float, floa
 
 
 def of_mean(differences: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """Returns the 95 % bootstrap interval (BCa) of the mean of differences between pairs."""
+    """Returns the 95 % bootstrap interval (BCa) of the mean of differences, which must vary."""
     differences = np.asarray(differences, "float64")
-    if np.ptp(differences) == 0:
-        return float(differences[0]), float(differences[0])
     found = scipy.stats.bootstrap(
         (differences,),
         np.mean,

@@ -1,6 +1,8 @@
 """The metric that decides what is good enough, its direction, and the final comparison."""
 
+import contextlib
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +15,8 @@ from masked_layers import randomness
 
 # Groups of examples whose results are compared if a metric has no result for each example.
 _GROUPS = 200
+# Fewer groups are too few for a bootstrap.
+_FEWEST_GROUPS = 20
 _ACCURACIES = ("accuracy", "acc", "categorical_accuracy", "sparse_categorical_accuracy")
 _BINARY = (*_ACCURACIES[:2], "binary_accuracy")
 
@@ -89,8 +93,7 @@ def metric_of(
             unknown.
     """
     if name is None:
-        accuracies = [key for key in results if key.rpartition("_")[2] in ("accuracy", "acc")]
-        name = next(iter(accuracies), "loss")
+        name = next(iter(accuracies_of(results)), "loss")
     if name not in results:
         raise ValueError(
             f"`metric` must be one of {list(results)}, as `{model.name}` is compiled. "
@@ -101,23 +104,66 @@ def metric_of(
     return Metric(name, _is_maximized(model, name, mode))
 
 
+def accuracies_of(results: Mapping[str, Any]) -> list[str]:
+    """Returns the names of accuracies among the results of an evaluation."""
+    return [key for key in results if key.rpartition("_")[2] in ("accuracy", "acc")]
+
+
 def _is_maximized(model: keras.Model, name: str, mode: str) -> bool:
-    """Asks Keras' own callback, which knows the directions of metrics, for the better of two."""
+    """Returns whether a higher value of a metric is better, as Keras' callbacks know it."""
     if mode not in ("auto", "max", "min"):
         raise ValueError(f'`mode` must be "auto", "max" or "min". Received: {mode!r}')
+    # Of several outputs, results have the name of the output in front, which callbacks do not know.
+    outputs = [f"{output}_" for output in getattr(model, "output_names", None) or ()]
+    names = [name, *(name.removeprefix(output) for output in outputs if name.startswith(output))]
+    for known in names:
+        with contextlib.suppress(ValueError):
+            return _is_higher_better(model, known, mode)
+    raise ValueError(
+        f"It is not known whether a higher {name!r} is better or worse: pass "
+        f'mode="max" or mode="min".'
+    )
+
+
+def _is_higher_better(model: keras.Model, name: str, mode: str) -> bool:
+    """Asks Keras' own callback for the better of two values."""
     monitor = f"val_{name}"
     callback = keras.callbacks.EarlyStopping(monitor, mode=mode)
     callback.set_model(model)
     callback.on_train_begin()
-    try:
-        for epoch, value in enumerate((1.0, 2.0)):
-            callback.on_epoch_end(epoch, {monitor: value})
-    except ValueError as error:
-        raise ValueError(
-            f"It is not known whether a higher {name!r} is better or worse: pass "
-            f'mode="max" or mode="min".'
-        ) from error
+    for epoch, value in enumerate((1.0, 2.0)):
+        callback.on_epoch_end(epoch, {monitor: value})
     return bool(callback.best == 2.0)
+
+
+def warning_of_few(
+    metric: Metric, model: keras.Model, pair: tuple[Arrays, Arrays], tolerance: float | None
+) -> str | None:
+    """Returns a warning if chance alone can hide a drop of an accuracy above the tolerance.
+
+    If the accuracy drops by d, at least a share d of the examples becomes wrong. The standard error
+    of the measured drop of n examples is thus at least `sqrt(d * (1 - d) / n)`. There is a warning
+    if a tolerance is below two of these.
+
+    Args:
+        metric: The metric of the tolerance.
+        model: A model that it is measured of.
+        pair: The inputs and targets that decide.
+        tolerance: The acceptable drop, or None.
+    """
+    examples = _length(pair)
+    if tolerance is None or not 0 < tolerance < 1 or is_correct(metric, model, pair) is None:
+        return None
+    least = math.ceil(4 * (1 - tolerance) / tolerance)
+    if examples >= least:
+        return None
+    error = math.sqrt(tolerance * (1 - tolerance) / examples)
+    return (
+        f"One of the {examples:,} validation examples is worth {1 / examples:.2g} of "
+        f"{metric.name}. A drop of {tolerance:g} that is measured on them has a standard error of "
+        f"{error:.2g} or more, so the model that is accepted may really be worse. Hold out at "
+        f"least {least:,} examples for this tolerance, and judge by the test data."
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +196,8 @@ def compare(metric: Metric, dense: Outcome, pruned: Outcome, examples: int) -> C
     """Compares the outcomes of two models, with a confidence interval of the difference.
 
     An accuracy is compared example by example, another mean over examples by a bootstrap over at
-    most 200 groups of examples. For metrics that are no means, such as AUC, there is no interval.
+    most 200 groups of examples. For metrics that are no means, such as AUC, there is no interval,
+    nor for fewer than 20 groups, or if all differ alike.
     """
     from lottery_ticket_pruner.compression import intervals  # Needs SciPy.
 
@@ -166,8 +213,13 @@ def compare(metric: Metric, dense: Outcome, pruned: Outcome, examples: int) -> C
     elif _is_mean(dense) and _is_mean(pruned):
         pairs = zip(dense.groups, pruned.groups, strict=True)
         differences = np.array([metric.drop(*pair) for pair in pairs])
-        interval = intervals.of_mean(differences)
-        method = f"bootstrap over {len(differences)} groups of examples"
+        if len(differences) < _FEWEST_GROUPS:
+            method = f"no interval: {len(differences)} groups of examples are too few"
+        elif np.ptp(differences) == 0:  # A bootstrap would claim to know it exactly.
+            method = f"no interval: the drop is the same in all {len(differences)} groups"
+        else:
+            interval = intervals.of_mean(differences)
+            method = f"bootstrap over {len(differences)} groups of examples"
     else:
         method = f"no interval: {metric.name} is not a mean over examples"
     values = dense.value, pruned.value

@@ -76,7 +76,8 @@ def parts_of(data: Any) -> Parts:
         others.insert(0, validation)
         notes.append(
             f"{_length(validation)} of the training examples were held out by a fixed permutation "
-            "to decide what is good enough."
+            "to decide what is good enough. If the model was trained on them, it looks better "
+            "there than it is: pass three pairs, for training, validation and test, instead."
         )
     validation, test = others
     return Parts(train, validation, test, tuple(notes))

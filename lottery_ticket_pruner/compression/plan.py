@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import math
 from typing import Any
 
 from lottery_ticket_pruner.checks import is_integer, is_number
@@ -26,7 +27,9 @@ class Goals:
     macs: float | None = None
 
     def __post_init__(self) -> None:
-        if self.max_drop is not None and not is_number(self.max_drop):
+        if self.max_drop is not None and not (
+            is_number(self.max_drop) and not math.isnan(self.max_drop)
+        ):
             raise ValueError(f"`max_drop` must be a number or None. Received: {self.max_drop!r}")
         if self.sparsity is not None and not (is_number(self.sparsity) and 0 < self.sparsity < 1):
             raise ValueError(f"`sparsity` must be a number in (0, 1). Received: {self.sparsity!r}")

@@ -5,17 +5,18 @@ import importlib.util
 import logging
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import keras
 
 import masked_layers as ml
-from lottery_ticket_pruner import _keras, targets, training
+from lottery_ticket_pruner import _keras, notices, targets, training
 from lottery_ticket_pruner.compression import metrics, steps
 from lottery_ticket_pruner.compression.ladder import Attempt, Ladder, density_of_size
 from lottery_ticket_pruner.compression.parts import Parts, parts_of
-from lottery_ticket_pruner.compression.plan import Goals, Options, Plan
+from lottery_ticket_pruner.compression.plan import DEFAULT_DROP, Goals, Options, Plan
 from lottery_ticket_pruner.compression.result import PruneResult
 from lottery_ticket_pruner.compression.states import Progress, State
 from lottery_ticket_pruner.compression.steps import Workbench
@@ -77,8 +78,9 @@ def prune(
             validation and test; or one to three data sets of batches instead of pairs. Parts that
             are missing are split off, always in the same way, and the result says so. Several
             inputs are a list or dict of arrays.
-        max_drop: How much worse the metric may become, in its own unit: 0.01 is one point of
-            accuracy, which is also the default if no goal is given.
+        max_drop: How much worse the metric may become on the validation data, in its own unit:
+            0.01 is one point of accuracy. This is also the default if no goal is given, except for
+            losses and errors, which need a number.
         sparsity: Share of the weights of all masked kernels to prune.
         size: Bytes that a sparse SavedModel of the model may take. Needs TensorFlow.
         macs: Share of the multiply-adds that may be left.
@@ -90,17 +92,20 @@ def prune(
         folder: Folder for the state after each step. A search with the same arguments that was
             interrupted is resumed there, with the same result.
         **options: Further options, see `compression.plan.Options`: `mode`, `rate`, `scope`,
-            `retraining`, `batch_size`, `seed`, `trained`, `on_row`, `on_progress`.
+            `retraining`, `batch_size`, `seed`, `trained`, `on_row`, `on_training`, `on_progress`.
 
     Returns:
         The result. If no model meets the goals, its `conclusion` says what came nearest.
+
+    Warns:
+        UserWarning: If the validation data has too few examples for `max_drop` of an accuracy.
 
     Raises:
         ImportError: If SciPy is missing, or TensorFlow for a goal of `size`.
         TypeError: If an option has another name.
         ValueError: If the model is not compiled or has nothing to prune, an argument is out of
-            range, goals contradict each other, the data has another form or does not fit the
-            model, or the folder holds another search.
+            range or missing, goals contradict each other, the data has another form or does not
+            fit the model, or the folder holds another search.
         OSError: If the folder is in use or cannot be written.
 
     Example:
@@ -131,6 +136,8 @@ def search(
     parts: Parts,
     plan: Plan,
     folder: str | os.PathLike[str] | None = None,
+    *,
+    overwrite: bool = False,
 ) -> PruneResult:
     """Finds a model like `prune`, with the arguments as a plan.
 
@@ -139,22 +146,44 @@ def search(
         parts: The data.
         plan: The plan.
         folder: Folder for the state after each step, or None.
+        overwrite: Whether to remove the state of an earlier search in the folder.
     """
     masked = steps.masked_copy(model, coupled=plan.stages == ("channels",))
     targets.check(masked, *parts.train)
     results = training.evaluate(masked, *parts.validation)
     metric = metrics.metric_of(results, masked, plan.metric, plan.options.mode)
+    if plan.goals == Goals() and not metric.higher_is_better:
+        raise ValueError(
+            f"`max_drop` is missing: its default of {DEFAULT_DROP} is one point of accuracy, but "
+            f"the metric is {metric.name!r}, whose value is now {results[metric.name]:.4g}. Pass "
+            "by how much it may rise, or another goal."
+        )
     arguments = plan.arguments() | {
         "optimizer": description(masked.optimizer),
         "loss": description(masked.loss),
         "metrics": description(_keras.compile_arguments(masked)[2:5]),
         "layers": layers(masked),
         "weights": digest(list(masked.get_weights())),
+        "masks": digest(ml.get_masks(masked)),
         "data": digest([parts.train, parts.validation, parts.test]),
     }
     bench = Workbench(masked, parts, plan, metric)
-    with Progress(None if folder is None else Path(folder), arguments) as progress:
-        return Search(bench, progress).run()
+    path = None if folder is None else Path(folder)
+    with Progress(path, arguments, overwrite=overwrite) as progress:
+        notes = _notes_of_metric(plan, metric, results)
+        few = metrics.warning_of_few(metric, masked, parts.validation, plan.goals.tolerance)
+        if few is not None:
+            notices.warn(few)
+            notes.append(few)
+        return Search(bench, progress, notes).run()
+
+
+def _notes_of_metric(plan: Plan, metric: metrics.Metric, results: Mapping[str, Any]) -> list[str]:
+    """Returns a note if the metric was chosen among several."""
+    several = metrics.accuracies_of(results)
+    if plan.metric is not None or len(several) < 2:
+        return []
+    return [f"The metric is {metric.name!r}, the first of {', '.join(map(repr, several))}."]
 
 
 @dataclasses.dataclass
@@ -164,10 +193,12 @@ class Search:
     Args:
         bench: The model, the data and the plan.
         progress: What was found so far.
+        notes: Sentences for the result.
     """
 
     bench: Workbench
     progress: Progress
+    notes: list[str]
 
     def __post_init__(self) -> None:
         self._started = time.perf_counter()
@@ -189,7 +220,8 @@ class Search:
         if not self._rows:
             self._begin()
         for stage in self._plan.stages:
-            self._climb(stage)
+            if not self._out_of_time:
+                self._climb(stage)
         return self._conclude()
 
     def _begin(self) -> None:
@@ -223,16 +255,17 @@ class Search:
         found = [] if goals.sparsity is None else [1 - goals.sparsity]
         found += [] if goals.macs is None else [goals.macs]
         if goals.size is not None:
-            lowest = 0.02 if self.bench.prunes_channels else self.bench.lowest
+            bench = self.bench
+            lowest = bench.lowest_of_channels(dense) if bench.prunes_channels else bench.lowest
             of_size = density_of_size(
-                lambda density: self.bench.size_at(density, dense), goals.size, lowest
+                lambda density: bench.size_at(density, dense), goals.size, lowest
             )
-            dense.restore(self.bench.model)
+            dense.restore(bench.model)
             if of_size is None:
                 raise ValueError(
-                    f"No sparsity makes the served folder of {self.bench.model.name} as small as "
+                    f"No sparsity makes the served folder of {bench.model.name} as small as "
                     f"{goals.size:,} bytes: with a density of {lowest:.2g} it takes "
-                    f"{self.bench.size_at(lowest, dense):,}, most of them for the graph."
+                    f"{bench.size_at(lowest, dense):,}, most of them for the graph."
                 )
             found.append(of_size[0])
         return min(found, default=None)
@@ -311,7 +344,7 @@ class Search:
             "method": method,
             "density": density,
             "sparsity": ml.sparsity_report(self.bench.model).sparsity,
-            "macs": density if self._by_macs() else None,
+            "macs": self.bench.macs_left(),
             "validation": value,
             "drop": drop,
             "accepted": drop is not None and (not self._rows or self._plan.goals.accepts(drop)),
@@ -324,9 +357,6 @@ class Search:
 
     def _drop(self, value: float) -> float:
         return self.bench.metric.drop(self._rows[0]["validation"], value)
-
-    def _by_macs(self) -> bool:
-        return self.bench.prunes_channels and self.bench.cost() == "macs"
 
     def _tell(self, row: dict[str, Any]) -> None:
         _logger.info("%s", row)
@@ -353,6 +383,9 @@ class Search:
         comparison = metrics.compare(bench.metric, dense, pruned, bench.parts.counts()["test"])
         best = rows[int(facts["best"])]
         meets = self._meets(best)
+        sentences = [self._conclusion(best, meets)]
+        if facts["best"] != facts["dense"]:
+            sentences.append(verdict(self._plan.goals, comparison))
         return PruneResult(
             model=model,
             rows=[{k: v for k, v in row.items() if k != "density"} for row in rows],
@@ -361,7 +394,7 @@ class Search:
             higher_is_better=bench.metric.higher_is_better,
             tolerance=self._plan.goals.tolerance,
             meets_goals=meets,
-            conclusion=f"{self._conclusion(best, meets)} {self._verdict(comparison)}".strip(),
+            conclusion=" ".join(filter(None, sentences)),
             notes=self._notes(),
         )
 
@@ -374,12 +407,16 @@ class Search:
     def _conclusion(self, best: dict[str, Any], meets: bool) -> str:
         goals, metric = self._plan.goals, self.bench.metric.name
         found = f"{best['sparsity']:.2%} of the weights are pruned"
-        found += f", {best['macs']:.2%} of the multiply-adds are left" if best["macs"] else ""
+        if best["macs"] is not None:
+            found += f", {best['macs']:.2%} of the multiply-adds are left"
         drop = f"a drop of {best['drop']:+.4f} in validation {metric}"
         text = f"{found}, with {drop}."
         if not meets:
             rest = [row for row in self._rows if not row["accepted"] and row["drop"] is not None]
-            text = f"No model meets the goals. Within max_drop={goals.tolerance}: {text}"
+            what = (
+                "The nearest" if goals.tolerance is None else f"Within max_drop={goals.tolerance}"
+            )
+            text = f"No model meets the goals. {what}: {text}"
             if rest:
                 near = min(rest, key=lambda row: row["drop"])
                 text += (
@@ -390,24 +427,9 @@ class Search:
             text += f" The search ended early, because of minutes={self._plan.minutes}."
         return text
 
-    def _verdict(self, test: metrics.Comparison) -> str:
-        """Returns what the test says about the tolerance."""
-        tolerance = self._plan.goals.tolerance
-        if tolerance is None or test.interval is None:
-            return ""
-        low, high = test.interval
-        if low > tolerance:
-            return f"On the test data the drop is above {tolerance}, and not by chance."
-        if high <= tolerance:
-            return f"The test data confirms a drop of at most {tolerance}."
-        return (
-            f"On {test.examples} test examples, a drop of {tolerance} cannot be told from one of "
-            f"{high:.2g}."
-        )
-
     def _notes(self) -> tuple[str, ...]:
         bench, plan = self.bench, self._plan
-        notes = list(bench.parts.notes)
+        notes = [*bench.parts.notes, *self.notes]
         if self.progress.facts["trained"]:
             notes.append("The model was trained already, and is compared as it was.")
         else:
@@ -421,7 +443,25 @@ class Search:
         gain = -min((row["drop"] for row in self._rows if row["drop"] is not None), default=0.0)
         if gain > (plan.goals.tolerance or 0.0) and gain > 0:
             notes.append(
-                f"A pruned model is better than the dense one by {gain:.4f}: the dense model was "
-                "not trained to the end, so part of what pruning costs is hidden by training on."
+                f"A pruned model was better than the dense one by {gain:.4f} on the validation "
+                "data. Unless this is chance, the dense model was not trained to the end, so part "
+                "of what pruning costs is hidden by training on."
             )
         return tuple(notes)
+
+
+def verdict(goals: Goals, test: metrics.Comparison) -> str:
+    """Returns what the comparison on the test data says about the tolerance, if there is one."""
+    if goals.tolerance is None:
+        return ""
+    where = "within" if goals.accepts(test.drop) else "above"
+    found = f"On the test data the drop is {test.drop:+.4f}, {where} {goals.tolerance}"
+    if test.interval is None:
+        return f"{found} ({test.method})."
+    low, high = test.interval
+    if goals.accepts(high) or not goals.accepts(low):
+        return f"{found}, and so is its whole 95 % interval."
+    return (
+        f"{found}, but {test.examples:,} examples leave open whether it really is: the 95 % "
+        f"interval is {low:+.4f} to {high:+.4f}."
+    )

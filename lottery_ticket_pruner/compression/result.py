@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import os
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +28,9 @@ class PruneResult:
         model: The smallest model that was good enough: masked, or with `method="channels"` a plain
             model without the pruned channels. If none was, the dense model with masks of ones.
         rows: One dict per model that was tried: `step`, `method` (`"dense"` for the first),
-            `sparsity`, `macs` (the share of the multiply-adds that a step of channels leaves, or
-            None), `validation` (the metric), `drop` (from the dense model), `accepted`, `seconds`
-            and `note`. Ready for `pandas.DataFrame(rows)`.
+            `sparsity`, `macs` (of pruned channels, the share of the multiply-adds that is left, or
+            None if it is not known), `validation` (the metric), `drop` (from the dense model),
+            `accepted`, `seconds` and `note`. Ready for `pandas.DataFrame(rows)`.
         test: The metric of the dense model and of `model` on the test data, which nothing else has
             used.
         sparsity: Share of the weights of all masked kernels that were pruned or removed.
@@ -101,9 +103,6 @@ class PruneResult:
 
 def save_model(model: keras.Model, path: Path) -> None:
     """Writes a model to a `.keras` file that is complete or absent."""
-    import shutil
-    import tempfile
-
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, path.name)  # Keras requires this suffix.
         model.save(file)

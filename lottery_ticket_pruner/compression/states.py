@@ -48,6 +48,7 @@ class Progress:
     Args:
         folder: The folder, created if it does not exist. None to keep everything in memory.
         arguments: Everything that determines the results, as JSON data.
+        overwrite: Whether to remove the state of an earlier search, once the folder is locked.
 
     Attributes:
         rows: A row for each attempt.
@@ -57,8 +58,10 @@ class Progress:
         ValueError: If the folder holds another search, or its state is damaged.
     """
 
-    def __init__(self, folder: Path | None, arguments: Mapping[str, Any]) -> None:
-        self._folder = folder
+    def __init__(
+        self, folder: Path | None, arguments: Mapping[str, Any], *, overwrite: bool = False
+    ) -> None:
+        self._folder, self._overwrite = folder, overwrite
         self._arguments = json.loads(json.dumps(arguments, default=description))
         self._lock = None if folder is None else FolderLock(folder)
         self._states: dict[str, State] = {}
@@ -69,6 +72,8 @@ class Progress:
         if self._lock is not None:
             self._lock.__enter__()
             try:
+                if self._overwrite:
+                    self._discard()
                 self._read()
             except BaseException:
                 self._lock.__exit__()
@@ -128,6 +133,11 @@ class Progress:
     def _file(self, name: str) -> Path:
         assert self._folder is not None
         return self._folder / f"state-{name}.npz"
+
+    def _discard(self) -> None:
+        assert self._folder is not None
+        for file in [self._folder / "state.json", *self._folder.glob("state-*.npz")]:
+            file.unlink(missing_ok=True)
 
     def _read(self) -> None:
         assert self._folder is not None

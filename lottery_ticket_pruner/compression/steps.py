@@ -28,6 +28,8 @@ _DENSE = 3
 _SAMPLE = 512
 # Reports of progress during a training.
 _REPORTS = 20
+# Density of channels from which the lowest possible one is sought.
+_LOWEST_OF_CHANNELS = 0.02
 
 
 def masked_copy(model: keras.Model, coupled: bool) -> keras.Model:
@@ -69,6 +71,9 @@ class Workbench:
         self.has_steps = iterations is not None and int(iterations) > 0
         # In a model that was trained before, the schedule would be at its end.
         optimizers.rewind_schedule(self.model.optimizer)
+        # Before any training, because not all models have channels that can be followed.
+        structure = structures.get("channels") if self.prunes_channels else None
+        self._graph = channels.follow(self.model, structure)
         self.pruner = LotteryTicketPruner(self.model)
         self.examples = ArrayDataset.of(*self.parts.train)
         self.size = ml.sparsity_report(self.model).size
@@ -96,12 +101,14 @@ class Workbench:
         """Whether channels are pruned."""
         return self.plan.stages == ("channels",)
 
+    def macs_left(self) -> float | None:
+        """Returns the share of the multiply-adds that the kept channels need, if it is known."""
+        return None if self._graph is None else channels.macs_left(self.model, self._graph)
+
     def cost(self) -> str:
         """Returns what the density of channels is a share of: `"macs"` or `"weights"`."""
-        if self.plan.cost == "macs" and self.plan.goals.macs is None:
-            graph = channels.follow(self.model, structures.get("channels"))
-            if graph is not None and None in graph.positions.values():
-                return "weights"  # The input shape is not fixed.
+        if self.plan.goals.macs is None and self.macs_left() is None:
+            return "weights"  # The input shape is not fixed.
         return self.plan.cost
 
     def train_dense(self) -> None:
@@ -187,6 +194,24 @@ class Workbench:
     def served_size(self) -> int:
         """Returns the bytes of the model as it is now as a sparse SavedModel."""
         return served_size(self.finished())
+
+    def lowest_of_channels(self, dense: State) -> float:
+        """Returns a density near the lowest one that the channels of the model allow.
+
+        Raises:
+            ValueError: If no channels can be pruned.
+        """
+        density = _LOWEST_OF_CHANNELS
+        while True:
+            dense.restore(self.model)
+            try:
+                self.prune(density)
+            except ValueError:  # Every family keeps some channels.
+                if density * 1.2 >= 1:
+                    raise
+                density *= 1.2
+            else:
+                return density
 
     def size_at(self, density: float, dense: State) -> int:
         """Returns the bytes of the dense model pruned to a density, as a sparse SavedModel."""

@@ -8,12 +8,13 @@ import keras
 from rich.console import Console
 
 import masked_layers as ml
+from lottery_ticket_pruner.compression import save_model
 from lottery_ticket_pruner.experiments import datasets, progress, results
 from lottery_ticket_pruner.experiments.config import RunConfig, chosen, parse_steps
 from lottery_ticket_pruner.experiments.reports import figures, statistics, tables
 from lottery_ticket_pruner.experiments.run_folder import RunFolder
 from lottery_ticket_pruner.experiments.tensorboard import EventWriter
-from lottery_ticket_pruner.experiments.workbench import compiled_network, make_deterministic, save
+from lottery_ticket_pruner.experiments.workbench import compiled_network, make_deterministic
 from lottery_ticket_pruner.search_plans import Listeners
 from lottery_ticket_pruner.tickets import SearchData, search
 from masked_layers.serving import export_sparse_saved_model
@@ -91,7 +92,7 @@ def _carry_out(
                     folder.path / "rounds" / str(replicate),
                 )
             suffix = f"-{replicate}" if replicate else ""
-            save(found.ticket, folder.path / f"ticket{suffix}.keras")
+            save_model(found.ticket, folder.path / f"ticket{suffix}.keras")
             if not suffix:
                 _export(found.ticket, folder, console)
     figure = figures.accuracy_figure(

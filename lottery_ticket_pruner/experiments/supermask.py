@@ -17,6 +17,7 @@ from rich.console import Console
 
 import masked_layers as ml
 from lottery_ticket_pruner import criteria, training
+from lottery_ticket_pruner.compression import save_model
 from lottery_ticket_pruner.experiments import datasets, progress, results
 from lottery_ticket_pruner.experiments.config import (
     Experiment,
@@ -33,7 +34,7 @@ from lottery_ticket_pruner.experiments.options import (
 )
 from lottery_ticket_pruner.experiments.reports import figures, statistics, tables
 from lottery_ticket_pruner.experiments.run_folder import RunFolder
-from lottery_ticket_pruner.experiments.workbench import compiled_network, make_deterministic, save
+from lottery_ticket_pruner.experiments.workbench import compiled_network, make_deterministic
 from lottery_ticket_pruner.learned import LearningPlan, learn_by_plan
 from lottery_ticket_pruner.pruner import LotteryTicketPruner
 from lottery_ticket_pruner.supermasks import WEIGHTS, evaluate_grid
@@ -376,7 +377,7 @@ def _learned(
         )
         scaled = "rescaled" if dwr else "plain"
         asked = "" if sparsity is None else f"-{sparsity:g}"
-        save(
+        save_model(
             found.supermask,
             folder / f"supermask-{weights}-{scaled}{asked}-{replicate}.keras",
         )

@@ -1,7 +1,5 @@
-"""Data, networks and files that the experiments share, and how they are made reproducible."""
+"""Data and networks that the experiments share, and how they are made reproducible."""
 
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Protocol, Self, TypeVar
 
@@ -9,7 +7,6 @@ import keras
 
 from lottery_ticket_pruner.experiments import datasets, networks
 from lottery_ticket_pruner.experiments.config import RunConfig, chosen
-from masked_layers.files import replacing
 
 
 class Unresolved(Protocol):
@@ -68,12 +65,3 @@ def make_deterministic() -> None:
         import torch
 
         torch.use_deterministic_algorithms(True)
-
-
-def save(model: keras.Model, path: Path) -> None:
-    """Writes a model to a `.keras` file that is complete or absent."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, path.name)  # Keras requires this suffix.
-        model.save(file)
-        with file.open("rb") as stored, replacing(path) as whole:
-            shutil.copyfileobj(stored, whole)

@@ -5,6 +5,7 @@ seed.
 """
 
 from lottery_ticket_pruner.selection.amounts import drop_count
+from lottery_ticket_pruner.selection.budgets import Costs
 from lottery_ticket_pruner.selection.channels import shortfalls
 from lottery_ticket_pruner.selection.families import kept_channels
 from lottery_ticket_pruner.selection.latency_search import Probe
@@ -23,6 +24,7 @@ from lottery_ticket_pruner.selection.weights import Weights
 from lottery_ticket_pruner.shares import Share
 
 __all__ = [
+    "Costs",
     "Measure",
     "Probe",
     "Request",

@@ -8,9 +8,12 @@ import pytest
 
 pytest.importorskip("tyro")
 
+from rich.console import Console
+
 import masked_layers as ml
 from lottery_ticket_pruner import cli
 from lottery_ticket_pruner.commands import prune
+from lottery_ticket_pruner.compression import PruneResult
 from lottery_ticket_pruner.experiments import own
 
 pytestmark = pytest.mark.once
@@ -59,7 +62,7 @@ def rows_of(folder):
         return list(csv.DictReader(file))
 
 
-def test_a_model_and_data_of_a_user_become_a_folder(here, capsys):
+def test_a_model_and_data_of_a_user_become_a_folder(here, capsys, monkeypatch):
     assert run("own.py:make", "--max-drop", "0.03", "--out", "out") == 0
     printed = capsys.readouterr().out
     assert "The model was not trained. It was trained for 6 epochs first." in printed
@@ -90,11 +93,29 @@ def test_a_model_and_data_of_a_user_become_a_folder(here, capsys):
     before = (here / "out" / "results.csv").read_text()
     assert run("own.py:make", "--max-drop", "0.03", "--out", "out") == 0
     assert (here / "out" / "results.csv").read_text() == before
+    # A mistake beside --overwrite costs nothing.
+    state = (here / "out" / "search" / "state.json").read_text()
+    assert run("own.py:make", "--metric", "auc", "--out", "out", "--overwrite") == 2
+    assert (here / "out" / "search" / "state.json").read_text() == state
+    # If TensorFlow cannot write the model, everything else is there, and nothing else is claimed.
+    (here / "out" / "model.keras").unlink()
+    with monkeypatch.context() as patched:
+        patched.setattr(PruneResult, "export", _fail)
+        assert run("own.py:make", "--max-drop", "0.03", "--out", "out") == 0
+    printed = capsys.readouterr().out
+    assert "No SavedModel: KeyError: 'no kernel'" in printed
+    assert "is not this model, but from an earlier search" in printed
+    assert "served/1" not in (here / "out" / "model_card.md").read_text()
+    assert (here / "out" / "model.keras").is_file()
     # Other options are refused, unless the earlier search is discarded.
     assert run("own.py:make", "--sparsity", "0.5", "--out", "out") == 2
     assert "holds another search" in capsys.readouterr().err
     assert run("own.py:make", "--sparsity", "0.5", "--out", "out", "--overwrite") == 0
     assert float(rows_of(here / "out")[-1]["sparsity"]) == 0.5
+
+
+def _fail(self, path):
+    raise KeyError("no kernel")
 
 
 @pytest.mark.parametrize("suffix", ["keras", "h5"])
@@ -110,6 +131,28 @@ def test_a_file_of_a_model_is_pruned(here, suffix):
     assert ml.sparsity_report(model).sparsity == 0.5
     dense, pruned = (one.predict(x, verbose=0).argmax(-1) for one in (trained, model))
     assert (dense == pruned).mean() > 0.9
+
+
+def test_a_file_with_a_class_that_is_not_known_asks_for_a_function(here, capsys):
+    class Own(keras.layers.Dense):
+        pass
+
+    model = keras.Sequential([keras.Input((4,)), Own(2)])
+    model.compile("sgd", "mse")
+    model.save(here / "mine.keras")
+    assert run("mine.keras") == 2
+    message = capsys.readouterr().err
+    assert "Could not locate class 'Own'" in message
+    assert "name a function as MODEL that loads it: file.py:function" in message
+
+
+def test_a_step_that_was_not_possible_says_why(capsys):
+    row = {"step": 3, "method": "channels", "sparsity": 0.5, "validation": None, "drop": None}
+    with prune._Display(Console(width=200)) as display:
+        display.show(row | {"accepted": False, "note": "The budget cannot be met."})
+    printed = capsys.readouterr().out
+    assert "The budget cannot be met." in printed
+    assert "too much" not in printed
 
 
 def test_an_interrupted_command_says_how_to_go_on(here, capsys, monkeypatch):
@@ -141,7 +184,8 @@ def _interrupt(self, row):
         ([], "Name a MODEL for your own data"),
         (["own.py:make", "--size", "big"], "--size expects bytes"),
         (["own.py:make", "--macs", "0.5", "--method", "iterative"], "A goal of --macs needs"),
-        (["own.py:make", "--metric", "auc"], "must be one of ['loss', 'accuracy']"),
+        (["own.py:make", "--metric", "auc"], "--metric must be one of ['loss', 'accuracy']"),
+        (["own.py:make", "--metric", "loss"], "--max-drop is missing"),
     ],
 )
 def test_mistakes_get_one_line_and_leave_no_folder(here, capsys, arguments, message):
@@ -158,7 +202,7 @@ def test_sizes(text, size):
     assert prune.bytes_of(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "MB", "5 apples", "1.2.3MB", "-5"])
+@pytest.mark.parametrize("text", ["", "MB", "5 apples", "1.2.3MB", "-5", "1,5MB", "9" * 400])
 def test_other_texts_are_not_sizes(text):
     with pytest.raises(ValueError, match="--size expects bytes"):
         prune.bytes_of(text)

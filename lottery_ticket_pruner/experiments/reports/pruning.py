@@ -124,11 +124,13 @@ def card(result: PruneResult, facts: Facts) -> str:
     """Returns a model card in Markdown."""
     parts = ", ".join(f"{count:,} for {name}" for name, count in facts.counts.items())
     options = "\n".join(f"- `{name}`: {value}" for name, value in facts.options.items())
+    files = "Files: `model.keras` (Keras, after `import masked_layers`)"
+    if facts.served is not None:
+        files += " and `served/1` (a SavedModel for TensorFlow Serving, which needs neither)"
     texts = [
         f"# {facts.name}, pruned",
         result.conclusion,
-        "Files: `model.keras` (Keras, after `import masked_layers`, as large as the dense model) "
-        "and `served/1` (a SavedModel for TensorFlow Serving, which needs neither).",
+        f"{files}.",
         "## Results",
         *(sheet.markdown() for sheet in sheets(result, facts)),
         "## Data",

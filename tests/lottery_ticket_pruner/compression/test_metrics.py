@@ -1,5 +1,7 @@
 """The metric of a search: by name, its direction, trained models, and comparisons."""
 
+import re
+
 import keras
 import numpy as np
 import pytest
@@ -7,8 +9,10 @@ import pytest
 from lottery_ticket_pruner.compression.metrics import (
     Metric,
     Outcome,
+    accuracies_of,
     compare,
     metric_of,
+    warning_of_few,
 )
 from lottery_ticket_pruner.training import evaluate
 
@@ -49,6 +53,34 @@ def test_a_direction_that_is_not_known_must_be_given(model):
         metric_of({"per_class": np.ones(3)}, model, "per_class", "max")
 
 
+def test_directions_of_several_outputs_are_known():
+    inputs = keras.Input((5,))
+    outputs = [keras.layers.Dense(1, "sigmoid", name=name)(inputs) for name in ("a", "b_c")]
+    model = keras.Model(inputs, outputs)
+    metrics = [["accuracy"], ["accuracy", "mae"]]
+    model.compile("sgd", ["binary_crossentropy"] * 2, metrics=metrics, jit_compile=False)
+    results = evaluate(model, X, [Y, Y])
+    assert metric_of(results, model, None, "auto") == Metric("a_accuracy", True)
+    assert accuracies_of(results) == ["a_accuracy", "b_c_accuracy"]
+    for name, higher in (("b_c_accuracy", True), ("b_c_mae", False), ("b_c_loss", False)):
+        assert metric_of(results, model, name, "auto") == Metric(name, higher)
+
+
+@pytest.mark.parametrize(("tolerance", "least"), [(0.05, 76), (0.02, 196), (0.5, 4)])
+def test_too_few_examples_for_a_tolerance_get_a_warning(model, tolerance, least):
+    # The smallest standard error of a drop: only the dense model is right where they differ.
+    error = [np.sqrt(tolerance * (1 - tolerance) / size) for size in (least - 1, least)]
+    assert 2 * error[1] <= tolerance < 2 * error[0]
+    x, y = np.resize(X, (least, 5)), np.resize(Y, least)
+    metric = Metric("accuracy", True)
+    assert warning_of_few(metric, model, (x, y), tolerance) is None
+    text = warning_of_few(metric, model, (x[1:], y[1:]), tolerance)
+    assert f"One of the {least - 1} validation examples is worth" in text
+    assert f"at least {least} examples" in text
+    for other, drop in ((Metric("mae", False), tolerance), (metric, None), (metric, -1.0)):
+        assert warning_of_few(other, model, (x[1:], y[1:]), drop) is None
+
+
 def test_accuracies_are_compared_example_by_example(model):
     metric = Metric("accuracy", True)
     outcome = Outcome.of(metric, model, (X, Y))
@@ -60,12 +92,25 @@ def test_accuracies_are_compared_example_by_example(model):
     assert low < 0 < high
 
 
+@pytest.mark.parametrize(
+    ("examples", "why"), [(150, "the same in all 150 groups"), (19, "19 groups .* too few")]
+)
+def test_an_interval_is_not_claimed_without_grounds(examples, why):
+    groups = np.linspace(0, 1, examples)
+    outcome = Outcome(0.5, None, groups)
+    comparison = compare(Metric("mae", False), outcome, outcome, examples)
+    assert comparison.interval is None
+    assert re.search(why, str(comparison))
+
+
 def test_other_means_are_compared_by_groups_and_the_rest_has_no_interval(model):
     metric = Metric("mae", False)
     outcome = Outcome.of(metric, model, (X, Y))
     assert outcome.groups.mean() == pytest.approx(outcome.value, rel=1e-5)
     assert len(outcome.groups) == 150
-    assert compare(metric, outcome, outcome, len(X)).interval == (0, 0)
+    other = Outcome(outcome.value + X[:, 0].mean(), None, outcome.groups + X[:, 0])
+    low, high = compare(metric, outcome, other, len(X)).interval
+    assert low < X[:, 0].mean() < high
     metric = Metric("auc", True)
     outcome = Outcome.of(metric, model, (X, Y))
     comparison = compare(metric, outcome, outcome, len(X))

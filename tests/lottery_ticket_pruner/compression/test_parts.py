@@ -25,6 +25,7 @@ def test_what_is_missing_is_split_off_and_said():
     assert parts.counts() == {"train": 68, "validation": 12, "test": 20}
     assert "A fifth of the examples (20)" in parts.notes[0]
     assert "12 of the training examples" in parts.notes[1]
+    assert all("If the model was trained on them" in note for note in parts.notes)
     for pair in (parts.train, parts.validation, parts.test):
         np.testing.assert_array_equal(pair[0][:, 0], pair[1])
     assert rows_of(parts_of((X, Y))) == [train, validation, test]

@@ -1,5 +1,7 @@
 """`prune`: what it returns, goals and methods, and resuming, on a small classifier."""
 
+import math
+
 import keras
 import numpy as np
 import pytest
@@ -8,7 +10,11 @@ from keras import layers
 import lottery_ticket_pruner
 import masked_layers as ml
 from lottery_ticket_pruner import prune
-from lottery_ticket_pruner.compression import compare_models
+from lottery_ticket_pruner.compression import Goals, compare_models, served_size
+from lottery_ticket_pruner.compression.metrics import Comparison
+from lottery_ticket_pruner.compression.pruning import Search, verdict
+from lottery_ticket_pruner.compression.states import Progress, State
+from lottery_ticket_pruner.folders import FolderInUseError
 
 SHORT = {"epochs": 2, "batch_size": 100}
 
@@ -159,6 +165,29 @@ def test_an_interrupted_search_goes_on_with_the_same_results(trained, result, le
 
 
 @pytest.mark.once
+def test_a_process_killed_between_two_files_of_a_step_repeats_it(trained, tmp_path, monkeypatch):
+    expected = prune(trained, DATA, sparsity=0.7, **SHORT)
+    write = Progress.write
+
+    def killed(progress):
+        if len(progress.rows) == 2:
+            raise StoppedError
+        write(progress)
+
+    monkeypatch.setattr(Progress, "write", killed)
+    with pytest.raises(StoppedError):
+        prune(trained, DATA, sparsity=0.7, folder=tmp_path, **SHORT)
+    monkeypatch.undo()
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("state.json", "state-0.npz", "state-1.npz")
+    }
+    resumed = prune(trained, DATA, sparsity=0.7, folder=tmp_path, **SHORT)
+    for left, right in zip(resumed.model.get_weights(), expected.model.get_weights(), strict=True):
+        np.testing.assert_array_equal(left, right)
+    assert [row["drop"] for row in resumed.rows] == [row["drop"] for row in expected.rows]
+
+
+@pytest.mark.once
 def test_a_sparsity_is_reached_without_a_condition_on_the_drop(trained):
     result = prune(trained, DATA, sparsity=0.8, **SHORT)
     assert [row["method"] for row in result.rows] == ["dense", *["iterative"] * 3]
@@ -196,6 +225,9 @@ def test_channels_are_removed_from_the_model(trained):
     assert all(ref.mask is None for ref in ml.weight_refs(result.model))
     units = result.model.get_layer("hidden").units
     assert 0 < units <= 0.4 * 24
+    # What is left, not what was asked for.
+    assert result.rows[-1]["macs"] == pytest.approx(units / 24)
+    assert f"{units / 24:.2%} of the multiply-adds are left" in result.conclusion
     assert result.sparsity == pytest.approx(1 - units / 24, abs=0.05)
     assert result.test.pruned == pytest.approx(
         result.model.evaluate(*DATA[2], verbose=0, return_dict=True)["accuracy"], abs=1e-6
@@ -214,6 +246,93 @@ def test_time_ends_a_search_before_the_next_step(trained):
     result = prune(trained, DATA, 0.5, minutes=1e-9, **SHORT)
     assert [row["method"] for row in result.rows] == ["dense"]
     assert "because of minutes" in result.conclusion
+    result = prune(trained, DATA, sparsity=0.5, minutes=1e-9, **SHORT)
+    assert result.conclusion.startswith("No model meets the goals. The nearest: 0.00% of the")
+
+
+@pytest.mark.once
+def test_no_later_method_begins_when_the_time_is_over(trained, monkeypatch):
+    monkeypatch.setattr(Search, "_is_late", lambda self, stage: stage == "one_shot")
+    result = prune(trained, DATA, 0.5, minutes=1, **SHORT)
+    assert [row["method"] for row in result.rows] == ["dense"]
+
+
+@pytest.mark.once
+def test_a_tolerance_that_the_validation_data_cannot_show_is_said(trained):
+    few = (DATA[0], (DATA[1][0][:50], DATA[1][1][:50]), DATA[2])
+    with pytest.warns(UserWarning, match="One of the 50 validation examples is worth 0.02") as told:
+        result = prune(trained, few, 0.05, method="one_shot", minutes=1e-9)
+    assert {str(warning.message) for warning in told} & set(result.notes)
+
+
+@pytest.mark.parametrize(
+    ("drop", "interval", "text"),
+    [
+        (0.0195, (0.004, 0.04), "above 0.01, but 359 examples leave open whether it really is: "),
+        (0.005, (-0.01, 0.02), "within 0.01, but 359 examples leave open whether it really is: "),
+        (0.0195, (0.011, 0.03), "above 0.01, and so is its whole 95 % interval."),
+        (0.005, (-0.01, 0.01), "within 0.01, and so is its whole 95 % interval."),
+        (0.0195, None, "above 0.01 (no interval: auc is no mean)."),
+    ],
+)
+@pytest.mark.once
+def test_the_verdict_claims_no_more_than_the_interval(drop, interval, text):
+    method = "no interval: auc is no mean"
+    test = Comparison("accuracy", 0.9, 0.9 - drop, drop, interval, method, 359)
+    assert text in verdict(Goals(max_drop=0.01), test)
+    assert verdict(Goals(sparsity=0.5), test) == ""
+
+
+@pytest.mark.once
+def test_the_first_accuracy_of_several_outputs_is_named():
+    inputs = keras.Input((8,))
+    outputs = [layers.Dense(2, "softmax", name=name)(inputs) for name in ("left", "right")]
+    model = keras.Model(inputs, outputs)
+    loss = ["sparse_categorical_crossentropy"] * 2
+    model.compile("sgd", loss, metrics=[["accuracy"]] * 2, jit_compile=False)
+    data = tuple((x, [y, y]) for x, y in DATA)
+    result = prune(model, data, sparsity=0.5, trained=True, minutes=1e-9)
+    assert result.test.metric == "left_accuracy"
+    note = "The metric is 'left_accuracy', the first of 'left_accuracy', 'right_accuracy'."
+    assert note in result.notes
+
+
+class Subclassed(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.dense = layers.Dense(2)
+
+    def call(self, x):
+        return self.dense(x)
+
+    def get_config(self):
+        return {}
+
+
+@pytest.mark.once
+def test_a_model_without_channels_is_refused_before_it_is_trained():
+    model = Subclassed()
+    model(DATA[0][0][:1])
+    model.compile("sgd", "mse", jit_compile=False)
+    listener = Listener()
+    with pytest.raises(ValueError, match="Expected a Sequential or Functional model"):
+        prune(model, (DATA[0][0], DATA[0][0][:, :2]), macs=0.5, on_training=listener.begin)
+    assert not listener.trainings
+
+
+@pytest.mark.once
+def test_a_search_in_use_is_not_overwritten(tmp_path):
+    state = State({}, [np.ones(3)])
+    with Progress(tmp_path, {}) as progress:
+        progress.keep("0", state)
+        progress.facts |= {"dense": "0", "best": "0"}
+        progress.write()
+        with pytest.raises(FolderInUseError), Progress(tmp_path, {}, overwrite=True):
+            pass
+        np.testing.assert_array_equal(progress.state("0").weights[0], state.weights[0])
+    with Progress(tmp_path, {"other": 1}, overwrite=True) as progress:
+        assert not progress.facts
+        assert not list(tmp_path.glob("state*"))
 
 
 def test_a_loss_may_rise_by_the_tolerance():
@@ -244,6 +363,15 @@ def test_a_size_is_that_of_the_served_folder(trained):
 
 
 @pytest.mark.once
+def test_channels_are_pruned_to_a_size(trained):
+    goal = served_size(trained) - 400
+    result = prune(trained, DATA, size=goal, method="channels", epochs=1, batch_size=600)
+    assert 0 < result.model.get_layer("hidden").units < 24
+    assert result.size <= goal
+    assert result.meets_goals
+
+
+@pytest.mark.once
 def test_a_result_is_saved_as_a_model_and_a_served_folder(result, tmp_path):
     result.save(tmp_path / "out")
     loaded = keras.models.load_model(tmp_path / "out" / "model.keras")
@@ -258,6 +386,8 @@ def test_a_result_is_saved_as_a_model_and_a_served_folder(result, tmp_path):
     [
         ({"macs": 0.5, "method": "iterative"}, ValueError, 'needs method="channels"'),
         ({"macs": 0.5, "sparsity": 0.5}, ValueError, "`macs` or `sparsity`"),
+        ({"max_drop": math.nan}, ValueError, "`max_drop` must be a number"),
+        ({"metric": "loss"}, ValueError, "`max_drop` is missing: .* the metric is 'loss'"),
         ({"sparsity": 1.5}, ValueError, r"`sparsity` must be a number in \(0, 1\)"),
         ({"size": 0.5}, ValueError, "`size` must be a number of bytes"),
         ({"method": "best"}, ValueError, "`method` must be one of"),
