@@ -125,7 +125,7 @@ def test_a_smaller_transformer_is_saved_and_loaded(tmp_path):
 
 
 @pytest.mark.once
-def test_a_composite_layer_that_is_called_twice_is_smaller_inside():
+def test_a_composite_layer_that_is_called_twice_has_the_channels_of_both_calls():
     x = keras.Input((6, 8))
     block = Block(2, 12, name="block")
     y = block(block(layers.Dense(8, name="stream")(x)))
@@ -135,7 +135,8 @@ def test_a_composite_layer_that_is_called_twice_is_smaller_inside():
     assert_same_outputs(masked, smaller)
     left = {line.layer.partition("/")[2]: (line.before, line.after) for line in report}
     assert left["mlp/wide"] == (12, 6)
-    assert left["mlp/narrow"] == (8, 8)
+    # The second call adds its outputs to those of the first, which it has read.
+    assert left["mlp/narrow"] == (8, smaller.get_layer("stream").units) == (8, 4)
 
 
 class Refused(layers.Layer):
