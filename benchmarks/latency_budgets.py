@@ -17,10 +17,9 @@ import os
 import time
 
 import keras
-from keras import layers
 
 import masked_layers as ml
-from benchmarks.shrinking import network
+from benchmarks.shrinking import network, vision_transformer
 from lottery_ticket_pruner import Latency, LotteryTicketPruner
 from lottery_ticket_pruner.experiments import networks
 from lottery_ticket_pruner.structures import Channels
@@ -47,20 +46,7 @@ def made(name):
     keras.utils.set_random_seed(0)
     if name == "ResNet-20":
         return networks.build("resnet-20", (32, 32, 3), 10)
-    return vision_transformer()
-
-
-def vision_transformer():
-    """Returns a vision transformer of six blocks of width 192, for pictures of 32 x 32."""
-    from keras_hub.layers import PositionEmbedding, TransformerEncoder
-
-    inputs = keras.Input((32, 32, 3))
-    x = layers.Reshape((64, 192))(layers.Conv2D(192, 4, strides=4)(inputs))
-    x = layers.add([x, PositionEmbedding(64)(x)])
-    for _ in range(6):
-        x = TransformerEncoder(768, 3, activation="gelu", normalize_first=True)(x)
-    x = layers.GlobalAveragePooling1D()(layers.LayerNormalization()(x))
-    return keras.Model(inputs, layers.Dense(10)(x))
+    return vision_transformer(size=32, patch=4, width=192, blocks=6, heads=3, classes=10)
 
 
 def row(name, pruner, budget, structure):

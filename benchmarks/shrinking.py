@@ -75,17 +75,18 @@ def network(name):
     return model
 
 
-def vision_transformer():
-    """Returns a vision transformer of the size of ViT-B/16, which pools over all patches."""
+def vision_transformer(size=224, patch=16, width=768, blocks=12, heads=12, classes=1000):
+    """Returns a vision transformer that pools over all patches. By default: of size ViT-B/16."""
     from keras_hub.layers import PositionEmbedding, TransformerEncoder
 
-    inputs = keras.Input((224, 224, 3))
-    x = layers.Reshape((196, 768))(layers.Conv2D(768, 16, strides=16)(inputs))
-    x = layers.add([x, PositionEmbedding(196)(x)])
-    for _ in range(12):
-        x = TransformerEncoder(3072, 12, activation="gelu", normalize_first=True)(x)
+    inputs, patches = keras.Input((size, size, 3)), (size // patch) ** 2
+    x = layers.Conv2D(width, patch, strides=patch)(inputs)
+    x = layers.Reshape((patches, width))(x)
+    x = layers.add([x, PositionEmbedding(patches)(x)])
+    for _ in range(blocks):
+        x = TransformerEncoder(4 * width, heads, activation="gelu", normalize_first=True)(x)
     x = layers.GlobalAveragePooling1D()(layers.LayerNormalization()(x))
-    return keras.Model(inputs, layers.Dense(1000)(x))
+    return keras.Model(inputs, layers.Dense(classes)(x))
 
 
 def bert():

@@ -43,7 +43,7 @@ class MeasuredLatency:
 
     @property
     def met(self) -> bool:
-        """Whether the latency measured at the end is within the budget."""
+        """True if the latency measured at the end is within the budget."""
         return self.measured <= self.budget.limit
 
     def __str__(self) -> str:

@@ -31,7 +31,7 @@ Values = list[tuple[keras.Variable, np.ndarray]]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Manner:
-    """How masks are chosen and what happens to kept weights.
+    """The manner in which masks are chosen and kept weights are changed.
 
     Attributes:
         reconstruct: Whether kept weights are fitted to the former outputs of their layers.
@@ -245,7 +245,7 @@ class _PrunedNetwork:
 
     @property
     def unplaced(self) -> bool:
-        """Whether a masked weight is in a layer without calls, whose place in the order is unknown.
+        """True if a masked weight is in a layer without calls, whose place in the order is unknown.
 
         Such as a recurrent cell, which a backend may compute without calling it.
         """

@@ -1,4 +1,4 @@
-"""What a search looks for, and how: goals, methods and options."""
+"""The plan of a search: its goals, methods and options."""
 
 import dataclasses
 import inspect
@@ -15,7 +15,7 @@ DEFAULT_DROP = 0.01
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Goals:
-    """What is good and small enough: arguments of `prune`.
+    """The goals of a search, as arguments of `prune`.
 
     Raises:
         ValueError: If a number is out of range.
@@ -179,7 +179,7 @@ class Plan:
 
     @property
     def cost(self) -> str:
-        """What the density of a step is a share of: `"weights"` or `"macs"`."""
+        """Unit of the density of a step: `"weights"` or `"macs"`."""
         by_weights = self.stages != ("channels",) or self.goals.sparsity is not None
         return "weights" if by_weights else "macs"
 

@@ -39,7 +39,7 @@ class State:
 
 
 class Progress:
-    """What a search has found so far, which a folder keeps between processes.
+    """The results of a search so far, which a folder keeps between processes.
 
     The dense state and the best one are kept. Within a `with` block, no other process can use the
     folder. Files are replaced as a whole, so that after a crash the state is that of one attempt

@@ -98,7 +98,7 @@ class Workbench:
 
     @property
     def prunes_channels(self) -> bool:
-        """Whether channels are pruned."""
+        """True if channels are pruned."""
         return self.plan.stages == ("channels",)
 
     def macs_left(self) -> float | None:

@@ -42,13 +42,7 @@ def arrays_of(name: str) -> tuple[Any, Any, Any, Any]:
         UserCodeError: If the function or its module raises an exception.
         ValueError: If the function does not exist, or does not return two pairs.
     """
-    folder = _folder_of(name)
-    with _importing_from(folder):
-        make = _function(name, folder, _DATA)
-        _check_callable(name, make)
-        with _named_errors(name, folder):
-            returned = make()
-        # Read here, while modules that it may still import can be found.
+    with _returned(name, _DATA) as (folder, returned):
         parts = _two_parts(name, returned)
         train, test = (_pair(name, folder, part, returned) for part in parts)
     return *train, *test
@@ -68,14 +62,23 @@ def value_of(name: str, purpose: str, read: Callable[[Any], _Value]) -> _Value:
         UserCodeError: If the function, its module or code that `read` calls raises an exception.
         ValueError: If the function does not exist, takes arguments, or `read` refuses its result.
     """
+    with _returned(name, purpose) as (folder, returned), _named_results(name, folder):
+        return read(returned)
+
+
+@contextlib.contextmanager
+def _returned(name: str, purpose: str) -> Iterator[tuple[Path, Any]]:
+    """Yields the folder of a function and what it returns.
+
+    In the scope, modules that the result may still import can be found.
+    """
     folder = _folder_of(name)
     with _importing_from(folder):
         make = _function(name, folder, purpose)
         _check_callable(name, make)
         with _named_errors(name, folder):
             returned = make()
-        with _named_results(name, folder):
-            return read(returned)
+        yield folder, returned
 
 
 def import_module_of(name: str) -> None:

@@ -63,7 +63,7 @@ class Target:
 
     @property
     def fits_bias(self) -> bool:
-        """Whether the bias is fitted too."""
+        """True if the bias is fitted too."""
         return self.product.biased and self.layer.bias is not None
 
     def weights(self, state: State) -> np.ndarray:

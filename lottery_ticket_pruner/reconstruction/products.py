@@ -29,7 +29,7 @@ class Product:
 
     @property
     def biased(self) -> bool:
-        """Whether each column of the product has a bias of its own."""
+        """True if each column of the product has a bias of its own."""
         raise NotImplementedError
 
     @property

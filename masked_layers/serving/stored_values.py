@@ -31,7 +31,7 @@ Encoding = Literal["sparse", "packed", "dense"]
 
 @dataclass(frozen=True, eq=False)
 class Stored:
-    """What is stored for a weight.
+    """The values stored for a weight.
 
     Attributes:
         array: The exact values.

@@ -65,7 +65,7 @@ class Timing:
 
     @property
     def noisy(self) -> bool:
-        """Whether elapsed times vary so much that the machine must have had other load."""
+        """True if elapsed times vary so much that the machine must have had other load."""
         return self.spread[1] - self.spread[0] > _NOISY * self.elapsed
 
     @property

@@ -1,5 +1,7 @@
 """Small models for export, with pruned weights."""
 
+from pathlib import Path
+
 import keras
 import numpy as np
 import pytest
@@ -60,3 +62,8 @@ def subclassed():
     model = Subclassed()
     model(np.zeros((1, 10), "float32"))
     return model
+
+
+def contents(folder):
+    """Returns the bytes of all files in a folder by path."""
+    return {file: file.read_bytes() for file in Path(folder).rglob("*") if file.is_file()}

@@ -1,7 +1,6 @@
 """Exports that are refused or fail: messages, and that nothing is left behind."""
 
 import os
-from pathlib import Path
 
 import keras
 import numpy as np
@@ -9,7 +8,7 @@ import pytest
 from keras import layers
 
 from masked_layers.serving import compaction, export_sparse_saved_model, saved_model
-from served import dense, prune
+from served import contents, dense, prune
 
 tf = pytest.importorskip("tensorflow")
 
@@ -20,10 +19,6 @@ pytestmark = [
     # Keras 3.15 with NumPy 2.4, wherever a variable becomes an array.
     pytest.mark.filterwarnings("ignore:__array__ implementation"),
 ]
-
-
-def contents(folder):
-    return {file: file.read_bytes() for file in Path(folder).rglob("*") if file.is_file()}
 
 
 def test_invalid_arguments_leave_no_files(tmp_path):

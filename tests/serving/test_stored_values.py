@@ -1,7 +1,5 @@
 """Rounded values and codes in a sparse SavedModel: what is restored, measured and refused."""
 
-from pathlib import Path
-
 import keras
 import numpy as np
 import pytest
@@ -11,7 +9,7 @@ import masked_layers as ml
 from masked_layers.serving import StorageReport, export_sparse_saved_model, inspect
 from masked_layers.serving.encoding import decode
 from masked_layers.serving.stored_values import CHOICES
-from served import convolutional, dense, prune
+from served import contents, convolutional, dense, prune
 
 tf = pytest.importorskip("tensorflow")
 
@@ -22,10 +20,6 @@ pytestmark = [
     # Keras 3.15 with NumPy 2.4, wherever a variable becomes an array.
     pytest.mark.filterwarnings("ignore:__array__ implementation"),
 ]
-
-
-def contents(folder):
-    return {file: file.read_bytes() for file in Path(folder).rglob("*") if file.is_file()}
 
 
 def served(folder, x):

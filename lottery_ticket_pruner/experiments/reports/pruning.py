@@ -20,7 +20,7 @@ _SHOWN = 10  # Indices of examples in a line.
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """What a report shows besides the result.
+    """Facts that a report shows besides the result.
 
     Attributes:
         name: Name of the model.
