@@ -14,7 +14,7 @@ from lottery_ticket_pruner.folders import FolderLock
 from lottery_ticket_pruner.pruner import LotteryTicketPruner
 from lottery_ticket_pruner.variables import read, variable_scope
 from masked_layers.archives import read_npz
-from masked_layers.files import replacing
+from masked_layers.files import FileContentError, replacing
 
 __all__ = ["Checkpoint", "description", "digest"]
 
@@ -100,9 +100,9 @@ class Checkpoint:
         All variables of the model are restored, including its optimizer and masks.
 
         Raises:
-            ValueError: If the state belongs to other arguments or another model, cannot be
-                identified, or is damaged or incomplete. In that case masks and weights are not
-                changed.
+            FileContentError: If the state is damaged or incomplete, or belongs to another model. In
+                that case masks and weights are not changed.
+            ValueError: If the state belongs to other arguments, or cannot be identified.
         """
         number, rows, evaluations = self._read_state()
         if not model.optimizer.built:
@@ -121,7 +121,7 @@ class Checkpoint:
         except (OSError, ValueError) as error:
             LotteryTicketPruner(model).reset_masks()
             ml.set_masks(model, before)
-            raise ValueError(
+            raise FileContentError(
                 f"The state after round {number} in '{self._folder}' cannot be read: "
                 f"{str(error).rstrip('.')}. If it is lost, choose another folder, or delete this "
                 "one to start over."
@@ -145,7 +145,7 @@ class Checkpoint:
             arguments = dict(arguments)
         except (OSError, ValueError, KeyError, TypeError) as error:
             reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error).rstrip(".")
-            raise ValueError(
+            raise FileContentError(
                 f"'{self._state}' is not the state of a search, or is cut short or damaged: "
                 f"{reason}. Restore it from a copy, choose another folder, or delete this one "
                 "to start over."

@@ -74,6 +74,8 @@ def _main(arguments: Sequence[str] | None) -> int:
         return 1
     import tyro
 
+    from lottery_ticket_pruner.divergence import DivergenceError
+
     commands = _commands()
     config = tyro.extras.subcommand_cli_from_dict(
         {name: options for name, (options, _) in commands.items()},
@@ -83,7 +85,7 @@ def _main(arguments: Sequence[str] | None) -> int:
     )
     try:
         return dict(commands.values())[type(config)](config)
-    except (OSError, ValueError) as error:
+    except (DivergenceError, OSError, ValueError) as error:
         return _print_error(error)
 
 

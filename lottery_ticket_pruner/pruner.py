@@ -510,18 +510,17 @@ class LotteryTicketPruner(plain_models.PlainPruning):
             model: The model that the pruner is used with.
 
         Raises:
-            ValueError: If the file was not written by `save`, or the model has different weights
-                (the message names the layer and both shapes) or different masks. In that case the
-                model is not changed.
+            masked_layers.FileContentError: If the file was not written by `save`, or the model has
+                different weights (the message names the layer and both shapes) or different masks.
+                In that case the model is not changed.
         """
         saved = records.Saved.read(file)
         pruner = cls(model)
-        pruner._architecture.compare(
-            saved.paths, [array.shape for array in saved.initial], f"The file {file}"
-        )
+        shapes = [array.shape for array in saved.initial]
+        pruner._architecture.compare(saved.paths, shapes, f"The file {file}", ml.FileContentError)
         masked, paths = pruner._with_masks(model), pruner._architecture.paths
         if list(masked) != list(saved.masks):
-            raise ValueError(
+            raise ml.FileContentError(
                 f"The file {file} has masks for {[saved.paths[i] for i in saved.masks]}, the model "
                 f"{model.name!r} for {[paths[i] for i in masked]}. Convert the model the same "
                 "way as when the pruner was saved."

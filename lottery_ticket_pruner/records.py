@@ -16,7 +16,7 @@ from lottery_ticket_pruner import _keras
 from lottery_ticket_pruner.variables import read
 from masked_layers import paths
 from masked_layers.archives import read_npz
-from masked_layers.files import replacing
+from masked_layers.files import FileContentError, replacing
 
 if TYPE_CHECKING:
     from masked_layers import WeightRef
@@ -56,22 +56,29 @@ class Architecture:
         if shapes != list(self.shapes):
             self.compare(_weight_paths(model), shapes, f"The model {model.name!r}")
 
-    def compare(self, keys: Sequence[str], shapes: Sequence[tuple[int, ...]], what: str) -> None:
+    def compare(
+        self,
+        keys: Sequence[str],
+        shapes: Sequence[tuple[int, ...]],
+        what: str,
+        error: type[ValueError] = ValueError,
+    ) -> None:
         """Raises an error that names the first difference, if any.
 
         Args:
             keys: Paths of the other weights.
             shapes: Shapes of the other weights.
             what: Description of their owner, for the message.
+            error: Type of the error.
 
         Raises:
-            ValueError: If the paths or shapes differ.
+            ValueError: Or `error`, if the paths or shapes differ.
         """
         for i in range(max(len(keys), len(self.paths))):
             found = (keys[i], tuple(shapes[i])) if i < len(keys) else None
             expected = (self.paths[i], self.shapes[i]) if i < len(self.paths) else None
             if found is None or expected is None or found[1] != expected[1]:
-                raise ValueError(
+                raise error(
                     f"{what} does not fit this pruner: it has {_describe(found)} where the pruner "
                     f"has {_describe(expected)}. Both must be of the same architecture."
                 )
@@ -211,7 +218,7 @@ class Saved:
         """Reads a file written by `write`.
 
         Raises:
-            ValueError: If the file was not written by `write`.
+            FileContentError: If the file was not written by `write`.
         """
         try:
             arrays = read_npz(file)
@@ -221,7 +228,7 @@ class Saved:
             _check_state(state, arrays)
             return cls._of(state, arrays)
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            raise ValueError(
+            raise FileContentError(
                 f"{file} was not written by `LotteryTicketPruner.save` of this version: {error}"
             ) from error
 

@@ -24,7 +24,6 @@ from lottery_ticket_pruner import (
     training,
 )
 from lottery_ticket_pruner.checkpoint import Checkpoint
-from lottery_ticket_pruner.checks import is_integer
 from lottery_ticket_pruner.fingerprints import description, digest, layers
 from lottery_ticket_pruner.pruner import LotteryTicketPruner
 from lottery_ticket_pruner.search_plans import (
@@ -36,6 +35,7 @@ from lottery_ticket_pruner.search_plans import (
     SearchPlan,
     Share,
 )
+from lottery_ticket_pruner.stretches import train_stretch
 from lottery_ticket_pruner.training import ArrayDataset, Augmentation, TrainingPlan
 from masked_layers import randomness
 from masked_layers.notices import warn_outside
@@ -561,34 +561,3 @@ class TicketSearch:
 def _named(data: str, results: Mapping[str, Any]) -> dict[str, Any]:
     """Returns results on some data as numbers or lists of numbers, for a row."""
     return {f"{data}_{name}": np.asarray(value).tolist() for name, value in results.items()}
-
-
-def train_stretch(
-    model: keras.Model,
-    examples: ArrayDataset,
-    plan: TrainingPlan,
-    stretch: tuple[str, int, str],
-    validation: ArrayDataset | None,
-    listeners: training.Listeners | None,
-) -> training.History:
-    """Trains a stretch of a search, which is identified by its arm, its round and its stage.
-
-    All random numbers in it depend only on these and on the plan's seed.
-
-    Args:
-        model: A compiled model.
-        examples: Examples to train on.
-        plan: The training plan. Its seed is an integer.
-        stretch: Arm, round and stage.
-        validation: Examples to evaluate on, or None.
-        listeners: Functions to call during the training, or None.
-
-    Raises:
-        ValueError: If the seed is not an integer.
-    """
-    if not is_integer(plan.seed):
-        raise ValueError(f"The seed of a search must be an integer. Received: {plan.seed!r}")
-    parts = (plan.seed, *stretch)
-    arms.restart_randomness(model, parts)
-    plan = dataclasses.replace(plan, seed=randomness.words(*parts))
-    return training.train_by_plan(model, examples, plan, validation, listeners)

@@ -34,6 +34,7 @@ from masked_layers.classes import (
     MaskedTimeDistributed,
 )
 from masked_layers.conversion import convert_to_masked, harden, sample_masks, strip_masks
+from masked_layers.files import FileContentError
 from masked_layers.inspection import (
     MaskedRef,
     SparsityReport,
@@ -77,6 +78,7 @@ __all__ = [
     "ChannelFamilies",
     "ChannelFamily",
     "EdgePopupMask",
+    "FileContentError",
     "KernelRow",
     "LatencyRow",
     "LatencyTable",

@@ -13,6 +13,8 @@ from typing import BinaryIO
 
 import numpy as np
 
+from masked_layers.files import FileContentError
+
 # A zlib or gzip stream never expands to more than this many bytes per byte.
 MOST_PER_BYTE = 1032
 _CHUNK = 1 << 20
@@ -31,7 +33,8 @@ def read_npz(path: str | os.PathLike[str], *, limit: int | None = None) -> dict[
 
     Raises:
         OSError: If the file is missing or cannot be read.
-        ValueError: If it is not an `.npz` file, or is cut short or damaged. The message names it.
+        FileContentError: If it is not an `.npz` file, or is cut short or damaged. The message names
+            it.
     """
     try:
         file = open(path, "rb")  # noqa: SIM115
@@ -45,7 +48,7 @@ def read_npz(path: str | os.PathLike[str], *, limit: int | None = None) -> dict[
         # For wrong bytes, `zipfile`, its decompressors and NumPy raise a dozen kinds of exceptions.
         except Exception as error:
             reason = str(error).rstrip(".") or type(error).__name__
-            raise ValueError(
+            raise FileContentError(
                 f"'{path}' is not an .npz file, or is cut short or damaged: {reason}. Restore "
                 "it from a copy."
             ) from error

@@ -18,6 +18,16 @@ from typing import BinaryIO
 if sys.platform != "win32":  # Windows has no such locks, and refuses to remove open files.
     import fcntl
 
+
+class FileContentError(ValueError):
+    """An error for a file whose content cannot be used.
+
+    It is cut short, damaged, or not of the expected format, announces more than its length can
+    justify, or does not fit the model that it is read for. Nothing is changed, and no code from the
+    file is executed. A file that cannot be opened raises an `OSError` instead.
+    """
+
+
 _SUFFIX = re.compile(r"\.[a-z0-9_]{8}")  # The suffix that `tempfile` appends.
 
 
@@ -25,8 +35,9 @@ _SUFFIX = re.compile(r"\.[a-z0-9_]{8}")  # The suffix that `tempfile` appends.
 def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """Opens a new file that replaces the one at `path` when the block ends without an error.
 
-    Until then, and after an error, an existing file at `path` is unchanged. Temporary files that
-    killed processes left for the same path are removed.
+    Until then, and after an error, an existing file at `path` is unchanged. The new content is on
+    disk before it replaces the old one, so that this holds for a loss of power, too. Temporary
+    files that killed processes left for the same path are removed.
     """
     path = Path(path)
     check_target(path)
@@ -36,14 +47,46 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     try:
         with file:
             yield file
+            file.flush()
+            os.fsync(file.fileno())
             if sys.platform != "win32":  # While it is locked. Windows cannot move an open file.
-                file.flush()
                 os.replace(temporary, path)
         if sys.platform == "win32":
             os.replace(temporary, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # The folder may be gone, too.
+            temporary.unlink()
         raise
+    _sync_folder(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or everything in a folder, is on disk.
+
+    Raises:
+        OSError: If it cannot be written, because the disk is full, for example.
+    """
+    if path.is_dir():
+        for inside in path.iterdir():
+            if not inside.is_symlink():
+                sync(inside)
+        _sync_folder(path)
+    elif path.is_file():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    """Waits until the names in a folder are on disk, where the system can tell."""
+    if sys.platform == "win32":  # Folders cannot be opened there.
+        return
+    # Some file systems refuse this. The content of the files is on disk in any case.
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _create_locked(path: Path) -> BinaryIO:
@@ -154,7 +197,12 @@ def _remove_abandoned_folders(path: Path, contents: frozenset[str]) -> None:
 
 
 def replace_folder(new: Path, path: Path) -> None:
-    """Moves folder `new` to `path` in one step; an existing folder is then at `new`."""
+    """Moves folder `new` to `path` in one step; an existing folder is then at `new`.
+
+    Everything in `new` is on disk before.
+    """
+    if new.is_dir():
+        sync(new)
     if not path.exists():
         new.rename(path)
     elif not _exchange(new, path):
@@ -168,6 +216,7 @@ def replace_folder(new: Path, path: Path) -> None:
             old.rename(path)
             raise
         old.rename(new)
+    _sync_folder(path.parent)
 
 
 def _exchange(a: Path, b: Path) -> bool:

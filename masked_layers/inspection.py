@@ -15,7 +15,7 @@ import numpy as np
 from masked_layers import _keras
 from masked_layers.archives import read_npz
 from masked_layers.compiled import remake_functions
-from masked_layers.files import replacing
+from masked_layers.files import FileContentError, replacing
 from masked_layers.maskable import (
     channel_weights,
     mask_of,
@@ -278,9 +278,9 @@ def load_masks(model: Layer, path: str | os.PathLike[str]) -> None:
 
     Raises:
         OSError: If the file is missing or cannot be read.
-        ValueError: If the file was not written by `save_masks`, a mask in it has the wrong number
-            of bits, or its paths and shapes do not match the model's masked weights. No mask is
-            changed then.
+        FileContentError: If the file was not written by `save_masks`, a mask in it has the wrong
+            number of bits, or its paths and shapes do not match the model's masked weights. No mask
+            is changed then.
     """
     masks = {}
     refs = refs_with_masks(model)
@@ -300,16 +300,19 @@ def load_masks(model: Layer, path: str | os.PathLike[str]) -> None:
     except OSError:
         raise
     except Exception as error:
-        raise ValueError(f"'{path}' was not written by `save_masks`: {error}") from error
+        raise FileContentError(f"'{path}' was not written by `save_masks`: {error}") from error
     if not masks:
-        raise ValueError(f"'{path}' was not written by `save_masks`: it contains no mask.")
+        raise FileContentError(f"'{path}' was not written by `save_masks`: it contains no mask.")
     missing = [ref.path for ref in refs if ref.path not in masks]
     if missing:
-        raise ValueError(
+        raise FileContentError(
             f"'{path}' has no mask for these weights of the model: {missing}. It contains masks "
             f"for: {list(masks)}"
         )
-    set_masks(model, masks)
+    try:
+        set_masks(model, masks)
+    except ValueError as error:
+        raise FileContentError(f"'{path}' does not fit the model: {error}") from error
 
 
 # --- Report ---------------------------------------------------------------------------------------

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import keras
 
+from masked_layers.files import FileContentError
+
 
 def how_to_save(path: Path) -> str:
     """Returns advice on creating a `.keras` file from a model file in another format."""
@@ -33,26 +35,28 @@ def load_model(path: Path, *, compiled: bool = False) -> keras.Model:
         compiled: Whether the model is compiled as it was saved.
 
     Raises:
-        ValueError: If the file is cut short, damaged or not written by Keras, or contains a layer
-            of a class that is not imported.
+        FileContentError: If the file is cut short, damaged or not written by Keras, or contains a
+            layer of a class that is not imported.
     """
     if path.suffix not in (".h5", ".hdf5"):
         _check_archive(path)
     try:
         return keras.models.load_model(path, compile=compiled)
     except KeyError as error:
-        raise ValueError(f"'{path}' was not written by Keras: {error}.") from error
+        raise FileContentError(f"'{path}' was not written by Keras: {error}.") from error
     # Keras can raise any error for other files, and for layers that are not imported.
     except Exception as error:
-        raise ValueError(f"'{path}' cannot be loaded: {type(error).__name__}: {error}") from error
+        raise FileContentError(
+            f"'{path}' cannot be loaded: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _check_archive(path: Path) -> None:
-    """Raises ValueError if a `.keras` file is cut short or damaged."""
+    """Raises FileContentError if a `.keras` file is cut short or damaged."""
     with path.open("rb") as file:
         complete = zipfile.is_zipfile(file)
     if not complete:  # Keras says "File not found".
-        raise ValueError(
+        raise FileContentError(
             f"'{path}' exists, but it is not a '.keras' file or was cut short: it does not end "
             "like a zip archive. Restore it from where it was copied, or save the model again."
         )
@@ -63,7 +67,7 @@ def _check_archive(path: Path) -> None:
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, ValueError) as error:
         damaged = repr(error)
     if damaged is not None:
-        raise ValueError(
+        raise FileContentError(
             f"'{path}' is damaged ({damaged}). Restore it from where it was copied, or save the "
             "model again."
         )

@@ -13,7 +13,7 @@ import keras
 import numpy as np
 
 from masked_layers import _keras, _keras_configs, ticket_format
-from masked_layers.files import check_target, replacing
+from masked_layers.files import FileContentError, check_target, replacing
 from masked_layers.inspection import channel_refs, refs_with_masks
 from masked_layers.keras_files import reason_of
 from masked_layers.masks import Mask, raw_view
@@ -96,8 +96,8 @@ def load_ticket(path: str | os.PathLike[str]) -> keras.Model:
 
     Raises:
         OSError: If the file is missing or cannot be read.
-        ValueError: If it is not a ticket, is cut short or damaged, or Keras cannot make its model.
-            No more memory is allocated than the length of the file can justify.
+        FileContentError: If it is not a ticket, is cut short or damaged, or Keras cannot make its
+            model. No more memory is allocated than the length of the file can justify.
     """
     return _model_of(_read(path), path)
 
@@ -107,11 +107,11 @@ def load_with_values(path: str | os.PathLike[str]) -> keras.Model:
 
     Raises:
         OSError: If the file is missing or cannot be read.
-        ValueError: If `load_ticket` raises it, or the file contains only signs.
+        FileContentError: If `load_ticket` raises it, or the file contains only signs.
     """
     ticket = _read(path)
     if ticket.signs_only:
-        raise ValueError(
+        raise FileContentError(
             f"'{path}' contains only the signs of weights. Load it with "
             "`masked_layers.load_ticket`, train the model and save that."
         )
@@ -125,7 +125,7 @@ def _read(path: str | os.PathLike[str]) -> Ticket:
     # JSON, NumPy and safetensors raise many kinds of errors for wrong bytes.
     except Exception as error:
         reason = str(error).rstrip(".") or type(error).__name__
-        raise ValueError(
+        raise FileContentError(
             f"'{path}' is not a ticket file, or is cut short or damaged: {reason}. Restore it from "
             "a copy, or save the ticket again."
         ) from error
@@ -135,7 +135,7 @@ def _model_of(ticket: Ticket, path: str | os.PathLike[str]) -> keras.Model:
     try:
         model, state = _make(ticket.config, ticket.entries, every=not ticket.signs_only)
     except Exception as error:  # Layers may raise any error.
-        raise ValueError(
+        raise FileContentError(
             f"The model in '{path}' cannot be made from its config: {_reason(error)} Custom "
             "layers must be imported first."
         ) from error

@@ -17,6 +17,7 @@ from lottery_ticket_pruner.experiments.results import (
     reason,
 )
 from lottery_ticket_pruner.experiments.run_folder import restored, versions
+from masked_layers.files import FileContentError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +47,8 @@ for a run of a sweep, next to the sweep."""
 
         Raises:
             OSError: If the file does not exist.
-            ValueError: If the file was not written by one of the commands.
+            FileContentError: If the file was not written by one of the commands.
+            ValueError: If its functions have other code now.
         """
         file = self._file()
         folder = file.parent.resolve()
@@ -60,7 +62,9 @@ for a run of a sweep, next to the sweep."""
         try:
             config = read((stored := _stored(file)) | options)
         except (AttributeError, TypeError, ValueError) as error:
-            raise ValueError(f"'{file}' is not the configuration of a run: {error}") from error
+            raise FileContentError(
+                f"'{file}' is not the configuration of a run: {error}"
+            ) from error
         there = stored.get(CODE)
         if there is not None and datasets.is_own(config.data):
             own.import_module_of(config.data)  # It may register them.

@@ -80,7 +80,7 @@ def write_report(config: ReportConfig, console: Console | None = None) -> Path:
     pictures: list[contents.Chart | contents.Drawing]
     pictures = [*contents.comparisons(groups), *contents.mask_charts(all_tickets), *charts]
     for number, picture in enumerate(pictures, 1):
-        contents.titled(picture).savefig(out / f"picture-{number}.png", dpi=150)
+        results.write_figure(out / f"picture-{number}.png", contents.titled(picture))
     runs = [run for group in groups for run in group.runs]
     with replacing(out / "results.csv") as file:
         run_folders.tidy(runs).to_csv(file, index=False)

@@ -16,7 +16,7 @@ from lottery_ticket_pruner.folders import FolderLock
 from lottery_ticket_pruner.overrides import assign
 from lottery_ticket_pruner.variables import read
 from masked_layers.archives import read_npz
-from masked_layers.files import replacing
+from masked_layers.files import FileContentError, replacing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +55,8 @@ class Progress:
         facts: What was decided at the beginning.
 
     Raises:
-        ValueError: If the folder holds another search, or its state is damaged.
+        FileContentError: If its state is damaged.
+        ValueError: If the folder holds another search.
     """
 
     def __init__(
@@ -99,16 +100,23 @@ class Progress:
 
         Raises:
             OSError: If its file is missing.
-            ValueError: If its file is damaged.
+            FileContentError: If its file is damaged.
         """
         if self._folder is None:
             return self._states[name]
         arrays = read_npz(self._file(name))
         kinds: dict[str, dict[str, np.ndarray]] = {"mask": {}, "weight": {}}
-        for key, array in arrays.items():
-            kind, _, rest = key.partition("/")
-            kinds[kind][rest] = array
-        return State(kinds["mask"], [kinds["weight"][str(i)] for i in range(len(kinds["weight"]))])
+        try:
+            for key, array in arrays.items():
+                kind, _, rest = key.partition("/")
+                kinds[kind][rest] = array
+            weights = [kinds["weight"][str(i)] for i in range(len(kinds["weight"]))]
+        except KeyError as error:
+            raise FileContentError(
+                f"'{self._file(name)}' is not a state of a search: it has {error}. Choose another "
+                "folder, or delete this one to start over."
+            ) from error
+        return State(kinds["mask"], weights)
 
     def write(self) -> None:
         """Writes the rows and facts, and removes states that they do not name.
@@ -151,7 +159,7 @@ class Progress:
                 raise ValueError("its checksum does not match")
             arguments, rows, facts = (content[key] for key in ("arguments", "rows", "facts"))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
+            raise FileContentError(
                 f"'{file}' is not the state of a search, or is damaged: {error}. Choose another "
                 "folder, or delete this one to start over."
             ) from error

@@ -8,7 +8,7 @@ from pathlib import Path
 import keras
 
 import masked_layers as ml
-from lottery_ticket_pruner import channels, optimizers, structures, tickets, training
+from lottery_ticket_pruner import channels, optimizers, structures, training
 from lottery_ticket_pruner.compression import allocation
 from lottery_ticket_pruner.compression.metrics import Metric
 from lottery_ticket_pruner.compression.parts import Parts
@@ -16,6 +16,7 @@ from lottery_ticket_pruner.compression.plan import Plan
 from lottery_ticket_pruner.compression.states import State
 from lottery_ticket_pruner.pruner import LotteryTicketPruner
 from lottery_ticket_pruner.search_plans import retraining_treatment
+from lottery_ticket_pruner.stretches import train_stretch
 from lottery_ticket_pruner.training import ArrayDataset, TrainingPlan
 from lottery_ticket_pruner.variables import read
 from masked_layers.copying import copy_model
@@ -176,9 +177,7 @@ class Workbench:
             row = {"step": number, "sparsity": ml.sparsity_report(self.model).sparsity}
             options.on_training(row, steps)
         listeners = training.Listeners(on_progress=options.on_progress)
-        tickets.train_stretch(
-            self.model, self.examples, plan, (arm, number, "prune"), None, listeners
-        )
+        train_stretch(self.model, self.examples, plan, (arm, number, "prune"), None, listeners)
 
     def validate(self) -> float:
         """Returns the metric on the validation data."""

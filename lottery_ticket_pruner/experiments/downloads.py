@@ -17,6 +17,7 @@ import numpy as np
 
 from lottery_ticket_pruner.experiments.own import DatasetNotFoundError
 from masked_layers.archives import MOST_PER_BYTE, read_npz
+from masked_layers.files import FileContentError
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ def load(name: str, data_dir: str | Path | None) -> Found:
     """Reads a data set from the folder, or downloads it with Keras.
 
     Raises:
-        ValueError: If a file has unexpected content or is damaged.
+        FileContentError: If a file has unexpected content or is damaged.
         DatasetNotFoundError: If the data is neither in the folder nor could be downloaded.
     """
     if data_dir is not None:
@@ -97,7 +98,7 @@ def _read_folder(name: str, folder: Path) -> Found | None:
         stored = read_npz(npz)
         missing = [key for key in _NPZ_KEYS if key not in stored]
         if missing:
-            raise ValueError(f"{npz} lacks {', '.join(missing)}; it holds {list(stored)}.")
+            raise FileContentError(f"{npz} lacks {', '.join(missing)}; it holds {list(stored)}.")
         x_train, y_train, x_test, y_test = (stored[key] for key in _NPZ_KEYS)
         return Found(f"'{npz}'", None, (x_train, y_train, x_test, y_test))
     if name == "cifar10":
@@ -115,10 +116,10 @@ def _existing(*paths: Path) -> Path | None:
     return next((path for path in paths if path.is_file()), None)
 
 
-def _damaged(file: str | Path, error: Exception) -> ValueError:
+def _damaged(file: str | Path, error: Exception) -> FileContentError:
     """Converts errors of libraries about damaged bytes to one error that names the file."""
     reason = str(error).rstrip(".") or type(error).__name__
-    return ValueError(
+    return FileContentError(
         f"'{file}' is cut short or damaged: {reason}. Download it "
         "again, or restore it from where it was copied."
     )
@@ -140,15 +141,15 @@ def _read_idx(file: Path) -> np.ndarray:
         rank = head[3] if len(head) == 4 else 0
         sizes = read(4 * rank)
         if head[:3] != b"\x00\x00\x08" or len(sizes) < 4 * rank:
-            raise ValueError(f"{file} is not an IDX file of unsigned bytes: starts {head!r}.")
+            raise FileContentError(f"{file} is not an IDX file of unsigned bytes: starts {head!r}.")
         shape = tuple(int(n) for n in np.frombuffer(sizes, ">u4"))
         size = math.prod(shape)
         if size > most:
-            raise ValueError(f"{file} should hold {shape} values and is too short for them.")
+            raise FileContentError(f"{file} should hold {shape} values and is too short for them.")
         values = np.frombuffer(read(size), np.uint8)
         if values.size != size or read(1):
             held = values.size if values.size < size else "more"
-            raise ValueError(f"{file} should hold {shape} values and holds {held}.")
+            raise FileContentError(f"{file} should hold {shape} values and holds {held}.")
     return values.reshape(shape)
 
 

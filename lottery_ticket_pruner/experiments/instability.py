@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,7 +15,7 @@ import tyro
 from rich.console import Console
 
 import masked_layers as ml
-from lottery_ticket_pruner import analyses, optimizers
+from lottery_ticket_pruner import analyses, divergence, optimizers
 from lottery_ticket_pruner.experiments import catalogue, datasets, networks, progress, results
 from lottery_ticket_pruner.experiments.config import (
     Experiment,
@@ -181,7 +182,10 @@ def run(config: InstabilityConfig, data: datasets.Dataset, console: Console | No
     (the metrics along every line) and `instability.png`. Results of an interrupted run are kept. If
     the run is finished, its results are shown.
 
+    If the training of a seed diverges, the other seeds go on.
+
     Raises:
+        DivergenceError: If it happened, at the end. The run is then not finished.
         ValueError: If the folder holds another run (see `RunFolder`).
         FolderInUseError: If another process is writing in it.
         OSError: If it cannot be written, or is removed in the meantime.
@@ -207,16 +211,17 @@ def _carry_out(
         keep=[results.RESULTS_FILE, _LINES_FILE],
     )
     done = {(row["replicate"], row["rewind_to"]) for row in rows}
+    failures = divergence.SeedFailures()
     bar = progress.bar(console)
     points = [parse_steps(text, 1) for text in config.rewind_to]
     with bar:
         task = bar.add_task("", total=config.work * len(config.seeds))
         bar.advance(task, sum(config.work_of(point) for _, point in done))
-        for replicate, seed in enumerate(config.seeds):
-            for point in points:
-                if (replicate, point) in done:
-                    continue
-                bar.update(task, description=f"seed {seed}, {point} steps before")
+        for (replicate, seed), point in itertools.product(enumerate(config.seeds), points):
+            if (replicate, point) in done:
+                continue
+            bar.update(task, description=f"seed {seed}, {point} steps before")
+            with failures.seed(seed):
                 row, line = trainer.measure(seed, point, lambda n: bar.advance(task, n))
                 place = {"replicate": replicate, "rewind_to": point}
                 rows.append(place | row)
@@ -226,12 +231,13 @@ def _carry_out(
                 for name, table in ((_LINES_FILE, lines), (results.RESULTS_FILE, rows)):
                     with replacing(folder.path / name) as file:
                         pd.DataFrame(table).to_csv(file, index=False)
+    failures.check()
     found: dict[int, list[analyses.Interpolation]] = {}
     for (point, _), line in pd.DataFrame(lines).groupby(["rewind_to", "replicate"]):
         metrics = {name: line[name].to_numpy() for name in ("loss", "accuracy")}
         line = analyses.Interpolation(line["share"].to_numpy(), metrics, "accuracy")
         found.setdefault(point, []).append(line)
-    analyses.plot_instability(found).savefig(folder.path / _PICTURE, dpi=150)
+    results.write_figure(folder.path / _PICTURE, analyses.plot_instability(found))
 
 
 def _table(config: InstabilityConfig, rows: list[dict[str, Any]]) -> pd.DataFrame:
@@ -332,6 +338,7 @@ class _Trainer:
             deterministic=plan.deterministic,
             on_progress=on_progress,
         )
+        divergence.check_weights(model, f"{point} steps after the start, with seed {seed}")
         accuracy = line.metrics["accuracy"]
         row = {
             "sparsity": ml.sparsity_report(model).sparsity,

@@ -6,13 +6,17 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
-from lottery_ticket_pruner.experiments import catalogue
+from lottery_ticket_pruner.experiments import catalogue, checksums
 from masked_layers.archives import read_npz
+from masked_layers.files import FileContentError, replacing
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 CONFIG_FILE = "config.json"
 
@@ -84,10 +88,17 @@ class CsvWriter:
         rounded = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
         self._writer.writerow(rounded)
         self._file.flush()
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
+
+
+def write_figure(file: Path, figure: "Figure") -> None:
+    """Writes a picture that is complete or absent."""
+    with replacing(file) as whole:
+        figure.savefig(whole, dpi=150, format="png")
 
 
 def is_run(folder: Path) -> bool:
@@ -110,7 +121,7 @@ def initial_weights(folder: Path, replicate: int) -> dict[str, np.ndarray] | Non
 
     Raises:
         OSError: If the file cannot be read.
-        ValueError: If it is damaged.
+        FileContentError: If it is damaged.
     """
     file = file_of_initial_weights(folder, replicate)
     return read_npz(file) if file.exists() else None
@@ -151,24 +162,24 @@ def read_table(file: Path) -> pd.DataFrame:
     A last line without its end is left out, because it may be cut off inside a number.
 
     Raises:
-        ValueError: If the file is not such a table. The message names the file, and the line if
-            there is one.
+        FileContentError: If the file is not such a table. The message names the file, and the line
+            if there is one.
     """
     content = b"".join(complete_lines(file))
     try:
         heading, *rows = csv.reader(io.StringIO(content.decode("utf-8"), newline=""), strict=True)
     except (ValueError, csv.Error) as error:  # Also a ValueError if the heading is missing.
         what = "no whole line" if not content else str(error)
-        raise ValueError(f"'{file}' was not written by a command: {what}.") from error
+        raise FileContentError(f"'{file}' was not written by a command: {what}.") from error
     for line, row in enumerate(rows, 2):
         if row and len(row) != len(heading):
-            raise ValueError(
+            raise FileContentError(
                 f"'{file}', line {line}: expected {len(heading)} values, one for each column. "
                 f"Received {len(row)}."
             )
         for name, cell in zip(heading, row, strict=False):
             if name in _NUMBERS and not _is_number(cell):
-                raise ValueError(
+                raise FileContentError(
                     f"'{file}', line {line}: expected a number in column '{name}'. "
                     f"Received: {cell!r}."
                 )
@@ -187,12 +198,12 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
     """Reads back the rows written by a run, in order to resume it.
 
     Raises:
-        ValueError: If the file is not a complete table.
+        FileContentError: If the file is not a complete table.
     """
     try:
         return read_table(file).to_dict("records")
     except ValueError as error:
-        raise ValueError(
+        raise FileContentError(
             f"{error} Restore it from a copy, or delete it: its run starts over then."
         ) from error
 
@@ -223,7 +234,8 @@ def check_results(file: Path, config: Mapping[str, Any]) -> None:
         config: The resolved options of the run, and its `command`.
 
     Raises:
-        ValueError: If the table is missing, damaged or lacks rows. The message says what to do.
+        FileContentError: If the table is missing, damaged or lacks rows, or a checksum does not
+            match. The message says what to do.
     """
     try:
         if not file.is_file():
@@ -245,8 +257,9 @@ def check_results(file: Path, config: Mapping[str, Any]) -> None:
                 )
         if len(rows) != wanted * len(config["seeds"]):
             raise ValueError(f"'{file}' has rows of seeds other than its {len(config['seeds'])}.")
+        checksums.check(file.parent, [RESULTS_FILE, CONFIG_FILE])
     except ValueError as error:
-        raise ValueError(
+        raise FileContentError(
             f"{error} Restore it from a copy, or repeat the run: the command that "
             f"made '{file.parent}' replaces it with --overwrite; `lottery-ticket repeat` does the "
             "same in another folder."

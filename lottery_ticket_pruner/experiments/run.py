@@ -1,6 +1,7 @@
 """Runs one configuration for all seeds, and writes a run folder."""
 
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from rich.console import Console
 
 import masked_layers as ml
 from lottery_ticket_pruner.compression import save_model
+from lottery_ticket_pruner.divergence import SeedFailures
 from lottery_ticket_pruner.experiments import datasets, progress, results
 from lottery_ticket_pruner.experiments.config import RunConfig, chosen, parse_steps
 from lottery_ticket_pruner.experiments.reports import figures, statistics, tables
@@ -31,7 +33,10 @@ def run(config: RunConfig, data: datasets.Dataset, console: Console | None = Non
     rows and of all evaluations on the validation data. An interrupted run is resumed after its last
     complete round. If the run is finished, its results are shown.
 
+    If the training of a seed diverges, the other seeds go on.
+
     Raises:
+        DivergenceError: If it happened, at the end. The run is then not finished.
         ValueError: If the folder holds another run (see `RunFolder`).
         FolderInUseError: If another process is writing in it.
         OSError: If it cannot be written, or is removed in the meantime.
@@ -59,47 +64,68 @@ def _carry_out(
         keep=["rounds/*/*"],
     )
     rows: list[dict[str, Any]] = []
+    failures = SeedFailures()
     with (
         contextlib.closing(_writer(config, folder)) as written,
         _Progress(config, console) as display,
     ):
+
+        def record(row: dict[str, Any]) -> None:
+            folder.check()
+            rows.append(row)
+            written.write(row)
+
         for replicate, seed in enumerate(config.seeds):
             if replicate:
                 model.set_weights(compiled_network(config, data, seed).get_weights())
-            folder.keep_initial_weights(replicate, model)
-            with contextlib.closing(_Logs(folder.path / "logs", replicate, model)) as logs:
-
-                def record(row: dict[str, Any], logs: _Logs = logs) -> None:
-                    folder.check()
-                    rows.append(row)
-                    written.write(row)
-                    logs.write(row)
-                    display.show(row)
-
-                found = search(
-                    model,
-                    SearchData(
-                        (data.x_train, data.y_train),
-                        (data.x_validation, data.y_validation),
-                        (data.x_test, data.y_test),
-                    ),
-                    config.search_plan(replicate),
-                    Listeners(
-                        on_result=record,
-                        on_evaluation=logs.write_evaluation,
-                        on_progress=display.advance,
-                    ),
-                    folder.path / "rounds" / str(replicate),
-                )
-            suffix = f"-{replicate}" if replicate else ""
-            save_model(found.ticket, folder.path / f"ticket{suffix}.keras")
-            if not suffix:
-                _export(found.ticket, folder, console)
+            with failures.seed(seed):
+                _carry_out_seed(config, data, folder, console, model, replicate, record, display)
+    failures.check()
     figure = figures.accuracy_figure(
         rows,
         ", ".join(filter(None, (config.data, config.network, config.strategy, config.structure))),
     )
-    figure.savefig(folder.path / "accuracy.png", dpi=150)
+    results.write_figure(folder.path / "accuracy.png", figure)
+
+
+def _carry_out_seed(
+    config: RunConfig,
+    data: datasets.Dataset,
+    folder: RunFolder,
+    console: Console,
+    model: keras.Model,
+    replicate: int,
+    record: Callable[[dict[str, Any]], None],
+    display: "_Progress",
+) -> None:
+    """Executes the search of a seed, and writes its ticket."""
+    folder.keep_initial_weights(replicate, model)
+    with contextlib.closing(_Logs(folder.path / "logs", replicate, model)) as logs:
+
+        def on_result(row: dict[str, Any]) -> None:
+            record(row)
+            logs.write(row)
+            display.show(row)
+
+        found = search(
+            model,
+            SearchData(
+                (data.x_train, data.y_train),
+                (data.x_validation, data.y_validation),
+                (data.x_test, data.y_test),
+            ),
+            config.search_plan(replicate),
+            Listeners(
+                on_result=on_result,
+                on_evaluation=logs.write_evaluation,
+                on_progress=display.advance,
+            ),
+            folder.path / "rounds" / str(replicate),
+        )
+    suffix = f"-{replicate}" if replicate else ""
+    save_model(found.ticket, folder.path / f"ticket{suffix}.keras")
+    if not suffix:
+        _export(found.ticket, folder, console)
 
 
 def _writer(config: RunConfig, folder: RunFolder) -> results.CsvWriter:

@@ -18,7 +18,7 @@ from rich.console import Console
 
 import lottery_ticket_pruner
 from lottery_ticket_pruner import records
-from lottery_ticket_pruner.experiments import catalogue, networks
+from lottery_ticket_pruner.experiments import catalogue, checksums, networks
 from lottery_ticket_pruner.experiments.config import choices, code_of
 from lottery_ticket_pruner.experiments.datasets import Dataset
 from lottery_ticket_pruner.experiments.results import (
@@ -43,7 +43,7 @@ from lottery_ticket_pruner.experiments.written import (
 )
 from lottery_ticket_pruner.fingerprints import UnidentifiedError, digest
 from lottery_ticket_pruner.folders import FolderLock
-from masked_layers.files import replace_folder, replacing
+from masked_layers.files import replace_folder, replacing, sync
 
 
 class Config(Protocol):
@@ -78,7 +78,11 @@ _STATES = tuple(f"rounds/*/{name}" for name in ("state.json", "pruner-*.npz", "m
 def write_json(file: Path, values: Mapping[str, Any]) -> None:
     """Writes a file that is complete or absent."""
     with replacing(file) as whole:
-        whole.write((json.dumps(values, indent=2) + "\n").encode())
+        whole.write(_as_bytes(values))
+
+
+def _as_bytes(values: Mapping[str, Any]) -> bytes:
+    return (json.dumps(values, indent=2) + "\n").encode()
 
 
 def is_finished(folder: Path, command: str | None = None) -> bool:
@@ -381,7 +385,7 @@ class RunFolder(Workplace):
             if not (self.is_interrupted and file in kept):
                 file.unlink()
                 self._remove_empty(file.parent)
-        self._write(finished=False)
+        write_json(self.path / CONFIG_FILE, self._content(finished=False))
         self._print(f"{heading}\n{self.describe()}")
 
     def keep_initial_weights(self, replicate: int, model: keras.Model) -> None:
@@ -402,14 +406,22 @@ class RunFolder(Workplace):
     def finish(self) -> None:
         """Marks the run as finished, and moves it in place.
 
+        Everything else, and its checksums, are on disk before the mark.
+
         Raises:
             FileNotFoundError: If its folder was removed in the meantime.
         """
         self.check()
-        self._write(finished=True)
-        for pattern in _STATES:
-            for file in self.path.glob(pattern):
-                file.unlink()
+        states = {file for pattern in _STATES for file in self.path.glob(pattern)}
+        kept = [file for file in results_in(self.path, self._command) if file not in states]
+        for file in kept:
+            sync(file)
+        content = _as_bytes(self._content(finished=True))
+        checksums.write(self.path, kept, {CONFIG_FILE: content})
+        with replacing(self.path / CONFIG_FILE) as whole:
+            whole.write(content)
+        for file in states:
+            file.unlink()
         self.complete()
 
     def _print(self, text: str) -> None:
@@ -421,9 +433,9 @@ class RunFolder(Workplace):
             folder.rmdir()
             folder = folder.parent
 
-    def _write(self, *, finished: bool) -> None:
-        facts = dict(zip(FACTS, (self._command, finished, versions()), strict=True))
-        write_json(self.path / CONFIG_FILE, self._values | facts)
+    def _content(self, *, finished: bool) -> dict[str, Any]:
+        """Returns what the configuration file contains."""
+        return self._values | dict(zip(FACTS, (self._command, finished, versions()), strict=True))
 
     def _open(self) -> None:
         differing = self._look()

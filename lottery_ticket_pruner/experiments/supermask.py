@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 import masked_layers as ml
-from lottery_ticket_pruner import criteria, training
+from lottery_ticket_pruner import criteria, divergence, training
 from lottery_ticket_pruner.compression import save_model
 from lottery_ticket_pruner.experiments import datasets, progress, results
 from lottery_ticket_pruner.experiments.config import (
@@ -203,7 +203,10 @@ def run(config: SupermaskConfig, data: datasets.Dataset, console: Console | None
     `supermask-<weights>-<dwr>-<replicate>.keras`. Complete seeds of an interrupted run are kept. If
     the run is finished, its results are shown.
 
+    If the training of a seed diverges, the other seeds go on.
+
     Raises:
+        DivergenceError: If it happened, at the end. The run is then not finished.
         ValueError: If the folder holds another run (see `RunFolder`).
         FolderInUseError: If another process is writing in it.
         OSError: If it cannot be written, or is removed in the meantime.
@@ -230,6 +233,7 @@ def _carry_out(
     )
     done = {row["replicate"] for row in rows}
     one_seed = _learned if config.learn else _untrained
+    failures = divergence.SeedFailures()
     bar = progress.bar(console)
     with bar:
         task = bar.add_task("", total=config.work * (len(config.seeds) - len(done)))
@@ -237,19 +241,21 @@ def _carry_out(
             if replicate not in done:
                 bar.update(task, description=f"seed {seed}")
                 advance = lambda steps: bar.advance(task, steps)  # noqa: E731
-                for row in one_seed(config, data, seed, replicate, advance, folder.path):
-                    rows.append({"replicate": replicate, **row})
-                folder.check()
-                with replacing(file) as whole:
-                    pd.DataFrame(rows).to_csv(whole, index=False)
+                with failures.seed(seed):
+                    found = one_seed(config, data, seed, replicate, advance, folder.path)
+                    rows += [{"replicate": replicate, **row} for row in found]
+                    folder.check()
+                    with replacing(file) as whole:
+                        pd.DataFrame(rows).to_csv(whole, index=False)
+    failures.check()
     table = _table(config, rows)
     shown = table.drop(columns=["dense_accuracy"], errors="ignore")
     if not config.learn:
-        heat_map(shown).savefig(folder.path / "heat-map.png", dpi=150)
+        results.write_figure(folder.path / "heat-map.png", heat_map(shown))
     for number, (title, lines, label) in enumerate(figures.charts(shown), 1):
         figure = figures.line_figure(lines, x_label=label)
         figure.suptitle(title, fontsize=10)
-        figure.savefig(folder.path / f"curves-{number}.png", dpi=150)
+        results.write_figure(folder.path / f"curves-{number}.png", figure)
 
 
 def _whole(config: SupermaskConfig, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -323,6 +329,7 @@ def _untrained(
         plan,
         listeners=Listeners(on_progress=advance),
     )
+    divergence.check_weights(model, f"after {plan.steps} steps")
     pruner.set_pretrained_weights()
     dense = training.evaluate(model, data.x_test, data.y_test)["accuracy"]
     grid = evaluate_grid(
@@ -374,6 +381,9 @@ def _learned(
             LearningPlan(training=plan, mask=mask, weights=weights, samples=config.samples),
             test_data=(data.x_test, data.y_test),
             listeners=Listeners(on_progress=advance),
+        )
+        divergence.check_weights(
+            found.supermask, f"with {weights} weights, after {plan.steps} steps"
         )
         scaled = "rescaled" if dwr else "plain"
         asked = "" if sparsity is None else f"-{sparsity:g}"

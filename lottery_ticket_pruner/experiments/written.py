@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lottery_ticket_pruner.experiments import catalogue
+from lottery_ticket_pruner.experiments.checksums import SUMS_FILE
 from lottery_ticket_pruner.experiments.results import CONFIG_FILE, RESULTS_FILE, SWEEP_FILE
 
 # Marks a folder that another one is about to replace, or has replaced.
@@ -32,7 +33,7 @@ def _fitting(patterns: tuple[str, ...], prefix: str = "") -> re.Pattern[str]:
 
 def _results_of(command: str) -> tuple[str, ...]:
     files = () if command == "sweep" else catalogue.kind_of(command).files
-    return (re.escape(RESULTS_FILE), *files)
+    return (re.escape(RESULTS_FILE), SUMS_FILE, *files)
 
 
 def results_in(folder: Path, command: str) -> list[Path]:

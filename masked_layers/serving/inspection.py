@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from masked_layers.files import FileContentError
 from masked_layers.keras_files import how_to_save, load_model
 from masked_layers.serving import encoding
 from masked_layers.serving.graph import PACK
@@ -34,8 +35,8 @@ def inspect(path: str | os.PathLike[str]) -> StorageReport:
 
     Raises:
         FileNotFoundError: If `path` does not exist.
-        ValueError: If `path` is neither of the two, is damaged, or is a model that Keras cannot
-            load.
+        FileContentError: If `path` is neither of the two, is damaged, or is a model that Keras
+            cannot load.
     """
     path = Path(path)
     if not path.exists():
@@ -50,7 +51,7 @@ def inspect(path: str | os.PathLike[str]) -> StorageReport:
     elif "saved_model.pb" in files:
         arrays = _without_second_copies(_checkpoint(path))
     else:
-        raise ValueError(
+        raise FileContentError(
             f"'{path}' is neither a '.keras' file nor a SavedModel folder (a folder with a file "
             f"'saved_model.pb'). {how_to_save(path) if path.is_file() else ''}".rstrip()
         )
@@ -69,21 +70,21 @@ def _written_report(path: Path, files: Mapping[str, int]) -> StorageReport:
     Every byte of the packed weights is checked, and the length of all other files.
 
     Raises:
-        ValueError: If the report or another file is missing or was changed.
+        FileContentError: If the report or another file is missing or was changed.
     """
     if FILE not in files:
-        raise ValueError(
+        raise FileContentError(
             f"The report '{path / FILE}' is missing: copy `assets.extra` together with the rest "
             "of the folder, or export the model again."
         )
     try:
         report = StorageReport.from_json((path / FILE).read_bytes())
     except ValueError as error:
-        raise ValueError(f"'{path / FILE}' is damaged: {error}") from error
+        raise FileContentError(f"'{path / FILE}' is damaged: {error}") from error
     for name, nbytes in report.files.items():
         if name != FILE and files.get(name) != nbytes:
             found = f"has {files[name]} bytes" if name in files else "is missing"
-            raise ValueError(
+            raise FileContentError(
                 f"'{path / name}' {found}; {nbytes} bytes were written. Restore it from where the "
                 "folder was copied, or export the model again."
             )
@@ -92,7 +93,7 @@ def _written_report(path: Path, files: Mapping[str, int]) -> StorageReport:
         try:
             encoding.blocks(file.read_bytes())
         except ValueError as error:
-            raise ValueError(f"'{file}' is damaged: {error}") from error
+            raise FileContentError(f"'{file}' is damaged: {error}") from error
     return dataclasses.replace(report, files=files)
 
 
@@ -112,7 +113,7 @@ def _checkpoint(path: Path) -> dict[str, np.ndarray]:
         }
     # TensorFlow raises many kinds of errors for missing shards, wrong checksums and bad indices.
     except Exception as error:
-        raise ValueError(f"The variables in '{path}' are damaged: {error}.") from error
+        raise FileContentError(f"The variables in '{path}' are damaged: {error}.") from error
 
 
 def _without_second_copies(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

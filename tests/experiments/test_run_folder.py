@@ -128,7 +128,7 @@ def test_a_finished_run_is_replaced_when_the_new_one_is_complete(config, tmp_pat
     assert (config.out / "results.csv").read_text() == rows
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     assert sorted(path.name for path in config.out.iterdir()) == [
-        "config.json", "notes.txt", "results.csv", "rounds",
+        "SHA256SUMS", "config.json", "notes.txt", "results.csv", "rounds",
     ]  # fmt: skip
 
 

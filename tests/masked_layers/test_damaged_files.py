@@ -1,4 +1,4 @@
-"""Damaged or hostile files of masks and data: a ValueError that names them."""
+"""Damaged or hostile files of masks and data: an error that names them."""
 
 import contextlib
 import gzip
@@ -95,7 +95,7 @@ def test_a_damaged_npz_is_refused_or_says_the_same(tmp_path_factory, compressed,
     with little_memory():
         try:
             got = read_npz(file)
-        except ValueError as error:
+        except ml.FileContentError as error:
             assert str(file) in str(error)  # noqa: PT017
         else:  # Names have no checksum; what is under them has.
             assert same(dict(enumerate(got.values())), dict(enumerate(KINDS.values())))
@@ -163,7 +163,10 @@ def _twice():
 def test_sizes_announced_by_an_npz_are_not_trusted(tmp_path, kind):
     file = tmp_path / "hostile.npz"
     file.write_bytes(HOSTILE[kind]())
-    with little_memory(), pytest.raises(ValueError, match=r"hostile\.npz' is not an \.npz file"):
+    with (
+        little_memory(),
+        pytest.raises(ml.FileContentError, match=r"hostile\.npz' is not an \.npz file"),
+    ):
         read_npz(file)
 
 
@@ -202,7 +205,7 @@ def test_damaged_masks_are_refused_or_the_same(tmp_path_factory, data):
     else:
         content[data.draw(st.integers(0, len(content) - 1))] ^= data.draw(st.integers(1, 255))
     file.write_bytes(content)
-    with little_memory(), contextlib.suppress(ValueError):
+    with little_memory(), contextlib.suppress(ml.FileContentError):
         ml.load_masks(model, file)
     assert same(ml.get_masks(model), masks)
 
@@ -217,7 +220,7 @@ def test_hostile_masks_are_refused(tmp_path):
     np.savez_compressed(
         file, **{f"shape/{path}": np.array([8 * 10**8]), f"bits/{path}": np.zeros(10**8, "uint8")}
     )
-    with little_memory(), pytest.raises(ValueError, match=r"masks\.npz.*at most"):
+    with little_memory(), pytest.raises(ml.FileContentError, match=r"masks\.npz.*at most"):
         ml.load_masks(model, file)
 
 
@@ -257,7 +260,7 @@ def test_damaged_mnist_is_named(tmp_path_factory, data, name):
     with little_memory():
         try:
             datasets.load("mnist", folder)
-        except ValueError as error:
+        except ml.FileContentError as error:
             assert name.partition("-idx")[0] in str(error)  # noqa: PT017
 
 
@@ -314,7 +317,7 @@ def test_a_damaged_cifar_batch_is_named(cifar, data):
     with little_memory():
         try:
             datasets.load("cifar10_reduced_10x", cifar)
-        except ValueError as error:
+        except ml.FileContentError as error:
             assert "data_batch_2" in str(error) or "cifar-10" in str(error)  # noqa: PT017
 
 
@@ -331,7 +334,10 @@ def test_a_damaged_cifar_batch_is_named(cifar, data):
 )
 def test_pickles_of_other_things_are_refused(cifar, content):
     (cifar / "data_batch_2").write_bytes(content)
-    with little_memory(), pytest.raises(ValueError, match="data_batch_2' is cut short or damaged"):
+    with (
+        little_memory(),
+        pytest.raises(ml.FileContentError, match="data_batch_2' is cut short or damaged"),
+    ):
         datasets.load("cifar10", cifar)
 
 

@@ -1,5 +1,6 @@
 """Files and folders that are complete or absent, and the remains of killed processes."""
 
+import errno
 import os
 import shutil
 import signal
@@ -88,6 +89,64 @@ def test_an_error_leaves_the_existing_file_unchanged(name, tmp_path):
         fail()
     assert [path.name for path in tmp_path.iterdir()] == [name]
     assert (tmp_path / name).read_text() == "before"
+
+
+@posix
+def test_new_content_is_on_disk_before_it_replaces_the_old_one(tmp_path, monkeypatch):
+    happened = []
+
+    def note(name, function):
+        def noted(*args):
+            happened.append(name)
+            return function(*args)
+
+        monkeypatch.setattr(os, name, noted)
+
+    note("fsync", os.fsync)
+    note("replace", os.replace)
+    with files.replacing(tmp_path / "a") as file:
+        file.write(b"content")
+    assert happened == ["fsync", "replace", "fsync"]  # The last one is for the name.
+    happened.clear()
+    (tmp_path / "new" / "inside").mkdir(parents=True)
+    (tmp_path / "new" / "inside" / "b").touch()
+    files.replace_folder(tmp_path / "new", tmp_path / "old")
+    assert happened == ["fsync"] * 4  # The file, both folders, and the folder around them.
+
+
+@pytest.mark.parametrize("fails", ["write", "fsync"])
+def test_a_full_disk_leaves_the_existing_file_unchanged(fails, tmp_path, monkeypatch):
+    (tmp_path / "a").write_text("before")
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def write():
+        with files.replacing(tmp_path / "a") as file:
+            file.write(b"after")
+            if fails == "write":
+                full()
+
+    if fails == "fsync":
+        monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write()
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert (tmp_path / "a").read_text() == "before"
+
+
+def test_a_folder_that_vanishes_ends_in_an_error_of_the_system(tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+
+    def write():
+        with files.replacing(folder / "a") as file:
+            file.write(b"content")
+            shutil.rmtree(folder)
+
+    with pytest.raises(FileNotFoundError):
+        write()
+    assert not folder.exists()
 
 
 @posix

@@ -301,7 +301,9 @@ def test_every_damage_is_found(signs_only, tmp_path):
             ticket_format.unpack(content)
     for content in damaged[::97]:
         path.write_bytes(content)
-        with pytest.raises(ValueError, match="ticket' is not a ticket file, or is cut short or"):
+        with pytest.raises(
+            ml.FileContentError, match="ticket' is not a ticket file, or is cut short or"
+        ):
             ml.load_ticket(path)
 
 
@@ -367,7 +369,7 @@ def test_crafted_files_are_refused_before_memory_is_allocated(content, message, 
     model = keras.Sequential([keras.Input((8,)), layers.Dense(16), layers.Dense(3)])
     ml.save_ticket(pruned(model), path)
     crafted(path, **content)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ml.FileContentError, match=message):
         ml.load_ticket(path)
 
 

@@ -22,6 +22,7 @@ from lottery_ticket_pruner.experiments.results import (
     read_table,
     reason,
 )
+from masked_layers.files import FileContentError
 
 # Options for where to run and what to print, which do not affect results.
 _NO_CHOICE = ("data_dir", "out", "quiet", "seeds", "masks_digest", *FACTS)
@@ -102,8 +103,8 @@ def read_run(folder: Path) -> Run:
 
     Raises:
         FileNotFoundError: If the folder does not exist.
-        ValueError: If it is not a run folder, one of its files was not written by a run, or results
-            of a finished run are missing.
+        FileContentError: If it is not a run folder, one of its files was not written by a run, or
+            results of a finished run are missing.
 
     Warns:
         UserWarning: If the results end in the middle of a line, which is left out.
@@ -111,20 +112,20 @@ def read_run(folder: Path) -> Run:
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder '{folder}'.")
     if not is_run(folder):
-        raise ValueError(
+        raise FileContentError(
             f"'{folder}' is not a run folder: it lacks {CONFIG_FILE} or {RESULTS_FILE}."
         )
     config = read_json(folder / CONFIG_FILE)
     if config is None:
-        raise ValueError(
+        raise FileContentError(
             f"'{folder}' cannot be read as a run: its {CONFIG_FILE} "
             f"{reason(folder / CONFIG_FILE)}. Restore it from a copy."
         )
     seeds = config.get("seeds") or []
     if not isinstance(seeds, list) or not all(isinstance(seed, int) for seed in seeds):
-        raise ValueError(f"'{folder / CONFIG_FILE}' holds no seeds. Received: {seeds!r}")
+        raise FileContentError(f"'{folder / CONFIG_FILE}' holds no seeds. Received: {seeds!r}")
     if "command" in config and config["command"] not in KINDS:
-        raise ValueError(
+        raise FileContentError(
             f"'{folder}' was written by `lottery-ticket {config['command']}`, which is not an "
             f"experiment of this version: {', '.join(KINDS)}."
         )
@@ -133,13 +134,13 @@ def read_run(folder: Path) -> Run:
     try:
         rows = read_table(folder / RESULTS_FILE)
     except ValueError as error:
-        raise ValueError(
+        raise FileContentError(
             f"{error} Restore it from a copy, or resume the run that has to write it."
         ) from error
     place = "epoch" if "epoch" in rows else "sparsity"
     missing = [name for name in ("replicate", place, "test_accuracy") if name not in rows]
     if missing:
-        raise ValueError(
+        raise FileContentError(
             f"'{folder / RESULTS_FILE}' lacks the columns {missing}. It has: {list(rows)}"
         )
     if not (folder / RESULTS_FILE).read_bytes().endswith(b"\n"):
@@ -149,7 +150,7 @@ def read_run(folder: Path) -> Run:
             stacklevel=2,
         )
     if not np.isfinite(rows["replicate"].astype(float)).all():
-        raise ValueError(f"'{folder / RESULTS_FILE}' lacks numbers in column 'replicate'.")
+        raise FileContentError(f"'{folder / RESULTS_FILE}' lacks numbers in column 'replicate'.")
     numbers = rows["replicate"].astype(int)
     rows["seed"] = [seeds[n] if 0 <= n < len(seeds) else n for n in numbers]
     return Run(folder, config, rows)

@@ -185,7 +185,7 @@ def _signs(
 
     Raises:
         OSError: If the file of initial weights cannot be read.
-        ValueError: If it is damaged, or holds those of another network.
+        FileContentError: If it is damaged, or holds those of another network.
     """
     kept = run.config.get("kept", "rewind")
     if kept not in ("rewind", "finetune") and not kept.endswith("same_sign"):
@@ -197,7 +197,9 @@ def _signs(
     shapes = {path: initial[path].shape for path in final if path in initial}
     if shapes != _shapes(final):
         file = file_of_initial_weights(run.folder, replicate)
-        raise ValueError(f"'{file}' holds the weights of another network than the ticket's.")
+        raise ml.FileContentError(
+            f"'{file}' holds the weights of another network than the ticket's."
+        )
     return analyses.sign_agreement(initial, final, ml.get_masks(ticket))
 
 

@@ -180,7 +180,7 @@ def test_damaged_states_end_in_the_documented_error_and_change_nothing(tmp_path,
         (tmp_path / name).write_bytes(damage(content, number))
         try:
             Checkpoint(tmp_path, arguments).load(model)
-        except ValueError as error:
+        except ml.FileContentError as error:
             assert str(tmp_path) in str(error)  # noqa: PT017
             after = [keras.ops.convert_to_numpy(v) for v in model.variables]
             for one, other in zip(before, after, strict=True):
@@ -205,7 +205,7 @@ def test_damaged_files_of_a_pruner_end_in_the_documented_error(tmp_path):
         file.write_bytes(damage(content, number))
         try:
             LotteryTicketPruner.load(file, model)
-        except ValueError as error:
+        except ml.FileContentError as error:
             assert "not written by `LotteryTicketPruner.save`" in str(error)  # noqa: PT017
     with pytest.raises(FileNotFoundError):
         LotteryTicketPruner.load(tmp_path / "none.npz", model)
