@@ -30,6 +30,11 @@ def pytest_configure(config):
         "once(*backends): depends on no backend, or only through what other tests check on each;"
         " runs under these alone, none named: TensorFlow",
     )
+    config.addinivalue_line(
+        "markers",
+        "slow(*backends): takes long under these, none named: under all, where quicker tests check"
+        " most of it; runs there with --slow alone (`tox -e slow-tf,slow-jax`)",
+    )
     # With JAX, most of the time is spent compiling each operation for each shape. Compiled code
     # runs only briefly in tests, so optimizing it does not pay. `optimized` is for tests of its
     # exact bits. Child processes inherit these settings.
@@ -43,13 +48,27 @@ def pytest_configure(config):
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run the tests marked `slow`, alone")
+
+
+def pytest_collection_modifyitems(config, items):
     import keras  # Not at the top, because it reads the environment.
 
+    backend, only_slow = keras.backend.backend(), config.getoption("slow")
+    chosen, others = [], []
     for item in items:
         once = item.get_closest_marker("once")
-        if once and keras.backend.backend() not in (backends := once.args or ("tensorflow",)):
+        if once and backend not in (backends := once.args or ("tensorflow",)):
             item.add_marker(pytest.mark.skip(reason=f"tested on {', '.join(backends)}"))
+        marks = list(item.iter_markers("slow"))
+        slow = any(not mark.args or backend in mark.args for mark in marks)
+        (chosen if slow or not only_slow else others).append(item)
+        if slow and not only_slow:  # Not deselected: pytest-xdist would not say how many.
+            item.add_marker(pytest.mark.skip(reason="slow: runs with --slow"))
+    if others:
+        config.hook.pytest_deselected(items=others)
+        items[:] = chosen
 
 
 def pytest_collection_finish():

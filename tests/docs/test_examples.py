@@ -72,6 +72,7 @@ def test_lenet_mnist(capsys):
     assert list(Path("logs").glob("events.out.tfevents.*"))
 
 
+@pytest.mark.slow
 def test_transfer_learning_example(capsys, monkeypatch):
     example = load("transfer_learning_example")
     monkeypatch.setattr(example, "SPARSITIES", (0.5, 0.95))
@@ -125,6 +126,7 @@ def test_example_sh_runs_the_matrix(tmp_path):
     assert {name for name, _ in pairs} <= set(datasets.NAMES)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("sh") is None, reason="needs a POSIX shell")
 def test_example_sh_quick(tmp_path):
     path = os.pathsep.join([str(EXAMPLES.parent), os.environ.get("PYTHONPATH", "")])

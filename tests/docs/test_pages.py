@@ -54,6 +54,7 @@ def test_every_page_with_python_is_run():
     assert {page.name for page in PAGES if python_of(page)} == RUN
 
 
+@pytest.mark.slow("jax")
 def test_readme_runs_from_top_to_bottom(names):
     # The last: test_packaging.
     to_tolerance, prune, untrained, criteria, serve, _earlier = python_of(ROOT / "README.md")
@@ -73,6 +74,7 @@ def test_readme_runs_from_top_to_bottom(names):
         np.testing.assert_allclose(names["outputs"], expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.once
 def test_the_page_on_pruning_to_a_tolerance_runs_from_top_to_bottom(names):
     for code in python_of(ROOT / "docs" / "pruning-to-a-tolerance.md"):
@@ -147,6 +149,7 @@ def test_names_in_dotted_code_exist(page):
     assert not missing
 
 
+@pytest.mark.slow
 @pytest.mark.once
 def test_the_page_on_shrinking_runs_from_top_to_bottom(capsys):
     names = {}

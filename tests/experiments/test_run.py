@@ -157,6 +157,7 @@ def stored_arrays(file):
     return arrays
 
 
+@pytest.mark.slow
 @pytest.mark.once
 def test_an_interrupted_run_is_resumed(finished, monkeypatch):
     straight, config, _ = finished

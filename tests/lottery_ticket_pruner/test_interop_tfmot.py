@@ -44,6 +44,7 @@ print("as before")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.once
 def test_the_import_leaves_environment_and_tf_keras_as_they_were():
     environment = {k: v for k, v in os.environ.items() if k != "TF_USE_LEGACY_KERAS"}

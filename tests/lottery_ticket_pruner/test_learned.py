@@ -122,6 +122,7 @@ def test_weights_of_layers_without_masks_stay_too(digits):
     assert not ml.get_masks(found.model)["hidden/kernel"].all()
 
 
+@pytest.mark.slow("jax")
 @pytest.mark.filterwarnings("error:Skipping variable loading")
 def test_a_supermask_is_trained_on_with_the_optimizer_of_the_model(digits, tmp_path):
     found = learned.learn_supermask(network(), *digits[0], steps=20)

@@ -56,8 +56,12 @@ def fit(model, epochs, callbacks):
     model.fit(X, Y, batch_size=12, epochs=epochs, shuffle=False, verbose=0, callbacks=callbacks)
 
 
-def assert_resumed_as_uninterrupted(make, tmp_path):
-    """`make()` returns a new model and the callback that is or was restored."""
+def assert_resumed_as_uninterrupted(make, places, tmp_path):
+    """`make()` returns a new model and the callback that is or was restored.
+
+    `places` are those of the backups in the list of callbacks: of the one at every epoch, and of
+    the one at every third batch. Each resumed training is compiled again, so that a test has two.
+    """
     model, ours = make()
     whole = Watch()
     fit(model, 4, [ours, whole])
@@ -73,18 +77,18 @@ def assert_resumed_as_uninterrupted(make, tmp_path):
     with pytest.raises(InterruptedError):
         fit(model, 3, [*ahead, ours, *behind, Watch(stop_at=7)])
 
-    for kind in kinds:
-        for place in ("ahead", "behind"):
-            model, ours = make()
-            restore, watch = backup(place, kind), Watch()
-            order = [restore, ours] if place == "ahead" else [ours, restore]
-            fit(model, 3, [*order, watch])
-            assert min(watch.states) > (4 if kind == "epoch" else 1), "not resumed"
-            for count, state in watch.states.items():
-                for mine, expected in zip(state, whole.states[count], strict=True):
-                    np.testing.assert_array_equal(mine, expected, f"{place} {kind} {count}")
+    for kind, place in zip(kinds, places, strict=True):
+        model, ours = make()
+        restore, watch = backup(place, kind), Watch()
+        order = [restore, ours] if place == "ahead" else [ours, restore]
+        fit(model, 3, [*order, watch])
+        assert min(watch.states) > (4 if kind == "epoch" else 1), "not resumed"
+        for count, state in watch.states.items():
+            for mine, expected in zip(state, whole.states[count], strict=True):
+                np.testing.assert_array_equal(mine, expected, f"{place} {kind} {count}")
 
 
+ORDERS = [("behind", "ahead"), ("ahead", "behind")]
 RAMP = schedules.Polynomial(0.0, 0.8, begin_step=0, end_step=16, frequency=1)
 CALLBACKS = {
     "regrowth": lambda pruner: GradualPruning(pruner, RAMP, regrowth=True),
@@ -92,6 +96,8 @@ CALLBACKS = {
     "SET": lambda pruner: DynamicSparseTraining(pruner, 16, "random", frequency=2, until=1),
     "RigL": lambda pruner: DynamicSparseTraining(pruner, 16, data=(X, Y), frequency=2, until=1),
 }
+# Every order with every kind of backup, by two callbacks each.
+PLACES = {"regrowth": ORDERS[0], "movement": ORDERS[1], "SET": ORDERS[1], "RigL": ORDERS[0]}
 ONCE = ("SET", "regrowth", "movement")  # differences between backends are covered by the others
 
 
@@ -107,7 +113,7 @@ def test_masks_continue_in_any_order_of_the_callbacks(name, tmp_path):
             pruner.update_masks("random", sparsity=0.5)
         return model, CALLBACKS[name](pruner)
 
-    assert_resumed_as_uninterrupted(make, tmp_path)
+    assert_resumed_as_uninterrupted(make, PLACES[name], tmp_path)
 
 
 @pytest.mark.parametrize("use_dwr", [False, pytest.param(True, id="rescaled")])
@@ -120,7 +126,7 @@ def test_a_plain_model_continues_under_its_masks(use_dwr, tmp_path):
         pruner.calc_prune_mask(model, 0.3, "large_init")
         return model, PrunerCallback(pruner, use_dwr=use_dwr)
 
-    assert_resumed_as_uninterrupted(make, tmp_path)
+    assert_resumed_as_uninterrupted(make, ORDERS[use_dwr], tmp_path)
 
 
 class Load(keras.callbacks.Callback):

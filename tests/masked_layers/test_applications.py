@@ -22,6 +22,8 @@ SMALLEST = {
     "vgg16": "VGG16",
     "xception": "Xception",
 }
+# These take a few seconds each, and the others half a minute.
+QUICK = ("mobilenet_v3", "vgg16")
 # Families of the same kinds of layers as one of these, or with more that have no weights.
 ALIKE = {
     "densenet": "resnet",
@@ -35,7 +37,7 @@ ALIKE = {
     "vgg19": "vgg16",
 }
 
-# They take half a minute, so only on the main backend. The benchmark checks them on any, and
+# Only on the main backend. The benchmark checks them on any, and
 # `test_layers` each of their layers.
 pytestmark = pytest.mark.once
 
@@ -48,7 +50,10 @@ def test_every_family_has_its_member_here():
 
 
 @pytest.mark.usefixtures("nothing_drawn")
-@pytest.mark.parametrize("family", sorted(SMALLEST))
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(f, marks=[pytest.mark.slow] * (f not in QUICK)) for f in sorted(SMALLEST)],
+)
 def test_outputs_are_the_same_bits(family, monkeypatch):
     monkeypatch.setattr(conversion, "SIDE", 75)  # The smallest size that all of them accept.
     plain = conversion.randomized(SMALLEST[family])

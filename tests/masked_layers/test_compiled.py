@@ -135,6 +135,7 @@ def test_converting_a_model_inside_reaches_the_models_around():
     check(task, outer, beside)
 
 
+@pytest.mark.slow("jax")
 def test_hardening_in_place_reaches_every_function():
     task, outer, beside, _ = used_task()
     ml.convert_to_masked(task, mask=ml.EdgePopupMask(sparsity=0.5, seed=1), inplace=True)

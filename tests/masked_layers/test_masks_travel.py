@@ -131,7 +131,8 @@ CASES = [
     *[(learned, way) for way in ("h5", "clone")],
 ]
 MADE_BY_KERAS = [
-    *[(composite, way) for way in ("h5", "keras", "clone")],
+    pytest.param(composite, "h5", marks=pytest.mark.slow),
+    *[(composite, way) for way in ("keras", "clone")],
     *[(deferred, way) for way in ("config", "clone")],
     *[(subclassed, way) for way in ("json", "clone", "pickle")],
 ]

@@ -133,6 +133,7 @@ def test_signs_fit_weights_of_any_seed(tmp_path):
     assert found[0]["dense/kernel"].tobytes() != found[2]["dense/kernel"].tobytes()
 
 
+@pytest.mark.slow("jax")
 def test_recorded_weights_are_saved_in_place_of_current_ones(tmp_path):
     model = pruned(mixed())
     pruner = LotteryTicketPruner(model)

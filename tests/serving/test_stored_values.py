@@ -122,7 +122,7 @@ def test_bits_are_chosen_for_each_weight_to_meet_the_tolerance(tmp_path):
     )
     x = np.random.default_rng(0).standard_normal((16, 64)).astype("float32")
     sizes, chosen = [], []
-    for tolerance in (0.3, 0.03, 0.006):
+    for tolerance in (0.3, 0.006):
         path = tmp_path / str(tolerance)
         report = export_sparse_saved_model(
             model, path, values="codebook", tolerance=tolerance, sample_inputs=x
@@ -139,7 +139,7 @@ def test_bits_are_chosen_for_each_weight_to_meet_the_tolerance(tmp_path):
                     model, path, values=fewer, tolerance=tolerance, sample_inputs=x
                 )
     assert sizes == sorted(sizes)
-    assert sum(chosen[0]) < sum(chosen[2])
+    assert sum(chosen[0]) < sum(chosen[1])
     # The variables of the traced function got their exact values back.
     assert export_sparse_saved_model(model, tmp_path / "exact", sample_inputs=x).output_error == 0
 

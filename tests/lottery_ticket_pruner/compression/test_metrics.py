@@ -38,6 +38,7 @@ def test_the_first_accuracy_is_the_default_and_the_loss_without_one(model):
     assert metric_of({"loss": 1.0}, model, None, "auto") == Metric("loss", False)
 
 
+@pytest.mark.slow("jax")
 @pytest.mark.parametrize(
     ("name", "mode", "higher"),
     [("auc", "auto", True), ("mae", "auto", False), ("mae", "max", True), ("loss", "auto", False)],
@@ -103,6 +104,7 @@ def test_an_interval_is_not_claimed_without_grounds(examples, why):
     assert re.search(why, str(comparison))
 
 
+@pytest.mark.slow("jax")
 def test_other_means_are_compared_by_groups_and_the_rest_has_no_interval(model):
     metric = Metric("mae", False)
     outcome = Outcome.of(metric, model, (X, Y))

@@ -129,6 +129,7 @@ def test_listeners_are_told_of_rows_and_steps_of_training(trained):
     assert listener.steps == 24
 
 
+@pytest.mark.slow("jax")
 @pytest.mark.parametrize("left", [2, 7])
 def test_an_interrupted_search_goes_on_with_the_same_results(trained, result, left, tmp_path):
     known = []
@@ -219,6 +220,7 @@ def test_goals_that_cannot_be_met_are_answered_by_what_came_nearest(trained):
         np.testing.assert_array_equal(left, right)
 
 
+@pytest.mark.slow("jax")
 def test_channels_are_removed_from_the_model(trained):
     result = prune(trained, DATA, macs=0.4, **SHORT)
     assert [row["method"] for row in result.rows] == ["dense", "channels", "channels"]
@@ -335,6 +337,7 @@ def test_a_search_in_use_is_not_overwritten(tmp_path):
         assert not list(tmp_path.glob("state*"))
 
 
+@pytest.mark.slow("jax")
 def test_a_loss_may_rise_by_the_tolerance():
     x, _ = classes(500, 3)
     y = x @ np.arange(8, dtype="float32")[:, None]

@@ -73,6 +73,7 @@ def test_depthwise_and_transposed_convolutions():
     np.testing.assert_allclose(found["t/kernel"], np.broadcast_to(expected, (2, 4, 3)), rtol=1e-5)
 
 
+@pytest.mark.slow("jax")
 def test_input_norms_of_attention_projections_in_a_nested_model():
     inner_inputs = keras.Input((4, 6))
     attention = layers.MultiHeadAttention(2, 3, name="attention")

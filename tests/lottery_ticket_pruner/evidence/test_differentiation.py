@@ -39,10 +39,8 @@ GROUPS = {
         layers.SpatialDropout1D(0.3),
         layers.GaussianNoise(0.3),
     ],
-    "recurrent": lambda: [
-        layers.LSTM(4, return_sequences=True, dropout=0.2),
-        layers.GRU(4, return_sequences=True, go_backwards=True),
-    ],
+    "recurrent": lambda: [layers.LSTM(4, return_sequences=True, dropout=0.2)],
+    "backwards": lambda: [layers.GRU(4, return_sequences=True, go_backwards=True)],
     "attention": lambda: [
         layers.MultiHeadAttention(2, 3, dropout=0.2),
         layers.GroupQueryAttention(3, 4, 2),
@@ -67,6 +65,11 @@ GROUPS = {
 }
 
 
+# The groups that take longest, and the backends where they do: () are all. On JAX, derivatives need
+# no code of each layer.
+SLOW = {"backwards": ()} | dict.fromkeys(
+    ("attention", "convolutions", "normalizations", "recurrent"), ("jax",)
+)
 # Functions that these backends compute in float32 in any case.
 IN_FLOAT32 = {("jax", "attention"), ("tensorflow", "resizing")}
 
@@ -100,7 +103,10 @@ def assign(model, weights, step, direction):
         kernel.assign(weights[path] + step * direction[path])
 
 
-@pytest.mark.parametrize("name", GROUPS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow(*SLOW[n])] if n in SLOW else []) for n in GROUPS],
+)
 def test_first_and_second_derivatives_agree_with_differences(name):
     with _keras.double_precision():
         model = small_model(GROUPS[name]())

@@ -169,6 +169,7 @@ def test_products_beyond_single_precision_are_kept_apart():
     assert min(array.min() for array in flow.values()) > np.finfo("float32").max
 
 
+@pytest.mark.slow("jax")
 def test_only_synflow_keeps_weights_in_every_layer():
     hidden = [layers.Dense(32, activation="relu") for _ in range(8)]
     model = sequential(*hidden, layers.Dense(10), shape=(64,))

@@ -212,6 +212,7 @@ def test_sizes_of_inputs_have_to_be_fixed():
         )
 
 
+@pytest.mark.slow("jax")
 def test_a_real_measurement():
     """Any latency meets this budget, so that noise cannot change the result."""
     model = network()

@@ -95,6 +95,7 @@ def test_reset_save_and_load(tmp_path):
         LotteryTicketPruner.load(tmp_path / "pruner.npz", ml.convert_to_masked(network()))
 
 
+@pytest.mark.slow("jax")
 def test_gradual_pruning_changes_normalization_while_it_trains():
     masked = masked_network()
     schedule = schedules.Polynomial(0.0, 0.5, begin_step=0, end_step=6, frequency=2)

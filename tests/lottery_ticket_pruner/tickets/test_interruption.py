@@ -27,9 +27,13 @@ def everything(model):
     [
         ("weight_rewinding", "freeze", (), 3, 2),
         pytest.param(
-            *("weight_rewinding", "zero", ("random_reinit",), 2, 1), marks=pytest.mark.once
+            *("weight_rewinding", "zero", ("random_reinit",), 2, 1),
+            marks=[pytest.mark.once, pytest.mark.slow],
         ),
-        ("learning_rate_rewinding", "zero", ("random_reinit",), 4, 3),
+        pytest.param(
+            *("learning_rate_rewinding", "zero", ("random_reinit",), 4, 3),
+            marks=pytest.mark.slow("jax"),
+        ),
     ],
 )
 def test_a_search_is_resumed_where_it_was_interrupted(
@@ -91,7 +95,8 @@ def test_numbers_and_ranges_of_other_types_go_into_a_checkpoint(data, tmp_path):
         find_ticket(make_model(), *data, **plain, **arguments | {"control_rounds": range(1, 2)})
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.once)])
+@pytest.mark.once
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
 def test_half_precision_weights_are_resumed_from_a_checkpoint(data, tmp_path, dtype):
     def model():
         keras.utils.set_random_seed(0)

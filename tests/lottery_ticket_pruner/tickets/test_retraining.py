@@ -122,6 +122,7 @@ def test_controls_keep_signs_or_counts(data, starts):
     assert [m.sum() for m in random[1].values()] != [m.sum() for m in ticket.values()]
 
 
+@pytest.mark.slow("jax")
 def test_treatments_are_of_the_ticket_alone(data, starts):
     result = find_ticket(
         make_model(), *data, rounds=1, steps=2, batch_size=20, rate=0.5,
@@ -139,6 +140,7 @@ def test_treatments_are_of_the_ticket_alone(data, starts):
         np.testing.assert_array_equal(effective[~mask], w0[~mask])
 
 
+@pytest.mark.slow("jax")
 def test_a_criterion_of_gradients_ranks_the_trained_weights(data, masked):
     arguments = SHORT | {"rounds": 1, "rate": 0.5, "controls": ()}
     result = find_ticket(masked, *data, strategy="saliency", **arguments)

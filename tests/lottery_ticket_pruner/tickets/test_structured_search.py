@@ -54,6 +54,7 @@ def counts(masks):
     return [int(flags.sum()) for flags in kept]
 
 
+@pytest.mark.slow("jax")
 def test_a_search_by_channels_has_exact_counts_and_its_ticket_becomes_smaller(starts):
     result = find_ticket(net(), X, Y, test_data=(X, Y), controls=ALL, **SEARCH)
     assert [counts(masks) for masks in result.masks] == [[8, 6], [4, 3], [2, 2]]

@@ -89,7 +89,7 @@ print("done")
 
 
 @pytest.mark.once("jax")
-@pytest.mark.parametrize("parallel", ["data", "model"])
+@pytest.mark.parametrize("parallel", ["data", pytest.param("model", marks=pytest.mark.slow)])
 def test_trainings_evaluations_updates_and_searches(parallel, tmp_path):
     (tmp_path / "program.py").write_text(PROGRAM)
     run = subprocess.run(

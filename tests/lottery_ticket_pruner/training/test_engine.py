@@ -67,7 +67,8 @@ CASES = {
 
 
 @pytest.mark.parametrize(
-    ("case", "weighted"), [*((case, False) for case in CASES), ("state", True), ("inputs", True)]
+    ("case", "weighted"),
+    [*((case, case == "state") for case in CASES), ("inputs", True)],
 )
 def test_same_as_fit_on_the_same_batches(case, weighted, monkeypatch):
     if case == "state":

@@ -100,6 +100,7 @@ def test_nested_models_to_any_depth(tmp_path):
     ]
 
 
+@pytest.mark.slow("jax")
 def test_bidirectional_time_distributed_and_attention_inside(tmp_path):
     x = keras.Input((6, 4))
     y = layers.TimeDistributed(layers.Dense(4))(x)

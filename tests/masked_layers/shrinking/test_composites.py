@@ -97,6 +97,7 @@ def test_following_leaves_no_trace_in_the_model():
     assert block.output.shape == (None, 6, 8)
 
 
+@pytest.mark.slow("jax")
 def test_training_of_a_smaller_transformer_goes_on_with_dropout():
     masked = convert_to_masked(transformer())
     LotteryTicketPruner(masked).update_masks("random", sparsity=0.5, structure="channels")
@@ -113,6 +114,7 @@ def test_training_of_a_smaller_transformer_goes_on_with_dropout():
     assert all((old != numpy(new)).any() or new.path.endswith(keys) for old, new in pairs)
 
 
+@pytest.mark.slow("jax")
 def test_a_smaller_transformer_is_saved_and_loaded(tmp_path):
     masked = convert_to_masked(transformer())
     LotteryTicketPruner(masked).update_masks("random", sparsity=0.5, structure="channels")

@@ -154,8 +154,10 @@ def shrunk(masked, lengths=(5, 1, 8)):
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"padding": True, "blocks": 2}, {"cross": True}],
-    ids=["padding", "cross"],
+    [
+        pytest.param({"padding": True, "blocks": 2}, id="padding"),
+        pytest.param({"cross": True}, id="cross", marks=pytest.mark.slow("jax")),
+    ],
 )
 def test_half_of_the_channels_of_decoders_is_removed(arguments):
     model = decoders(**arguments)
@@ -172,12 +174,11 @@ def test_half_of_the_channels_of_decoders_is_removed(arguments):
 @pytest.mark.parametrize(
     "arguments",
     [
-        {"steps": 5},
-        {"attention": True, "padding": True},
-        {"use_causal_mask": False},
-        {"use_causal_mask": False, "padding": True},
+        pytest.param({"steps": 5}, id="fixed", marks=pytest.mark.slow),
+        pytest.param({"attention": True, "padding": True}, id="attention"),
+        pytest.param({"use_causal_mask": False}, id="all", marks=pytest.mark.slow),
+        pytest.param({"use_causal_mask": False, "padding": True}, id="all-padding"),
     ],
-    ids=["fixed", "attention", "all", "all-padding"],
 )
 def test_masks_of_decoders(arguments):
     steps = arguments.get("steps")
@@ -185,6 +186,7 @@ def test_masks_of_decoders(arguments):
     assert report.not_followed == {}
 
 
+@pytest.mark.slow("jax")
 def test_a_smaller_decoder_does_not_read_later_steps():
     smaller = ml.shrink(halved(decoders()))
     words = np.arange(12).reshape(2, 6) % 9

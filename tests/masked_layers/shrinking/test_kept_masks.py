@@ -33,6 +33,7 @@ def pruned():
     return model
 
 
+@pytest.mark.slow("jax")
 def test_pruned_weights_stay_pruned_while_the_smaller_model_trains():
     model = pruned()
     model.compile("adam", "mse")
@@ -53,6 +54,7 @@ def test_pruned_weights_stay_pruned_while_the_smaller_model_trains():
     assert zeros == report.size - report.alive
 
 
+@pytest.mark.slow("jax")
 def test_a_smaller_model_with_masks_can_be_pruned_further():
     smaller = shrink(pruned(), keep_masks=True)
     before = sparsity_report(smaller)

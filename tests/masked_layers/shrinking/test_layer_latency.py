@@ -32,6 +32,7 @@ def network():
     return model
 
 
+@pytest.mark.slow("jax")
 @pytest.mark.parametrize("masked_too", [True, False])
 def test_rows_have_the_sizes_of_layers_and_both_times(masked_too):
     model = network()

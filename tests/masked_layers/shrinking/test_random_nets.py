@@ -110,6 +110,7 @@ def draw_net(draw):
     return model
 
 
+@pytest.mark.slow("jax")
 @settings(max_examples=12)
 @given(st.data())
 def test_random_nets_keep_their_outputs_and_shrink_no_further(data):
@@ -142,6 +143,7 @@ def draw_dense_net(draw):
     return model
 
 
+@pytest.mark.slow("jax")
 @settings(max_examples=12)
 @given(st.data())
 def test_every_dense_unit_left_is_on_a_path_from_input_to_output(data):

@@ -23,6 +23,7 @@ def frames():
     return randomize(keras.Model(x, layers.Dense(2, name="out")(y)))
 
 
+@pytest.mark.slow("jax")
 def test_half_of_the_channels_of_each_step_is_removed():
     masked = convert_to_masked(frames())
     LotteryTicketPruner(masked).update_masks("random", sparsity=0.5, structure="channels")
