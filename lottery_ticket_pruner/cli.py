@@ -112,10 +112,12 @@ def _commands() -> dict[str, tuple[type, Callable[[Any], int]]]:
 
 
 def _work_on(kind: "Kind") -> Callable[[Any], int]:
+    from lottery_ticket_pruner.experiments import identifiers, own
     from lottery_ticket_pruner.experiments.workbench import load_and_resolve
 
     def work(config: Any) -> int:
-        kind.run(*load_and_resolve(config))
+        with own.named_errors_of(identifiers.locations(config.to_dict())):
+            kind.run(*load_and_resolve(config))
         return 0
 
     return work

@@ -28,7 +28,7 @@ from lottery_ticket_pruner.compression import (
     search,
     served_size,
 )
-from lottery_ticket_pruner.experiments import datasets, networks, own, progress
+from lottery_ticket_pruner.experiments import datasets, networks, own, own_networks, progress
 from lottery_ticket_pruner.experiments.arguments import option
 from lottery_ticket_pruner.experiments.config import RunConfig
 from lottery_ticket_pruner.experiments.options import (
@@ -42,7 +42,6 @@ from lottery_ticket_pruner.experiments.run_folder import versions, write_json
 from lottery_ticket_pruner.experiments.workbench import compiled_network
 from lottery_ticket_pruner.fingerprints import of_json
 from masked_layers.files import replacing
-from masked_layers.keras_files import load_model
 
 _UNITS = {
     "": 1,
@@ -277,23 +276,12 @@ def load(config: PruneConfig) -> keras.Model:
     if datasets.is_own(name) and not Path(name).is_file():
         return own.value_of(name, "make a model with", lambda made: _compiled(name, made))
     path = Path(name)
-    if path.suffix not in (".keras", ".h5", ".hdf5"):
+    if path.suffix not in networks.FILES:
         raise ValueError(
             "Expected as MODEL a .keras or .h5 file, module:function or file.py:function, or one "
             f"of {', '.join(networks.NAMES)}. Received: {name!r}."
         )
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no file '{path}'.")
-    try:
-        model = load_model(path, compiled=True)
-    except ValueError as error:
-        if error.__cause__ is None:  # The file is damaged.
-            raise
-        raise ValueError(
-            f"{error}\nIf the model has classes of your own, name a function as MODEL that loads "
-            "it: file.py:function."
-        ) from error
-    return _compiled(name, model)
+    return _compiled(name, own_networks.load_file(path, compiled=True))
 
 
 def _network(config: PruneConfig) -> keras.Model:

@@ -7,7 +7,8 @@ from typing import Any
 import tyro
 
 from lottery_ticket_pruner.experiments import catalogue, datasets, own
-from lottery_ticket_pruner.experiments.config import Experiment, code_of
+from lottery_ticket_pruner.experiments.config import Experiment
+from lottery_ticket_pruner.experiments.identifiers import code_of
 from lottery_ticket_pruner.experiments.options import OptionalPath
 from lottery_ticket_pruner.experiments.results import (
     CODE,

@@ -25,6 +25,7 @@ from lottery_ticket_pruner.experiments import datasets, results
 from lottery_ticket_pruner.experiments.arguments import arguments as arguments_of
 from lottery_ticket_pruner.experiments.arguments import given, option, options_of, parse_over
 from lottery_ticket_pruner.experiments.config import RunConfig, choices, chosen
+from lottery_ticket_pruner.experiments.identifiers import code_of
 from lottery_ticket_pruner.experiments.options import OptionalInt, OptionalPath
 from lottery_ticket_pruner.experiments.reports import contents, run_folders
 from lottery_ticket_pruner.experiments.run_folder import (
@@ -34,6 +35,7 @@ from lottery_ticket_pruner.experiments.run_folder import (
     write_json,
 )
 from lottery_ticket_pruner.experiments.supermask import SupermaskConfig
+from lottery_ticket_pruner.experiments.workbench import fitted
 from lottery_ticket_pruner.fingerprints import of_json
 from masked_layers.files import replacing
 
@@ -167,7 +169,8 @@ def plan(config: SweepConfig | SupermaskSweepConfig) -> list[Child]:
     common = [text for name, value in fixed.items() for text in arguments_of(name, value)]
     if not config.seeds:
         raise ValueError("Give at least one seed.")
-    read: dict[tuple[str, Path | None], tuple[int, str]] = {}
+    read: dict[tuple[str, Path | None], datasets.Dataset] = {}
+    tried: set[tuple[str | None, str, str, str]] = set()
     found: dict[str, tuple[str, RunConfig | SupermaskConfig, list[str]]] = {}
     for values in itertools.product(*(values for _, values in over)):
         pairs = list(zip(names, values, strict=True))
@@ -178,9 +181,13 @@ def plan(config: SweepConfig | SupermaskSweepConfig) -> list[Child]:
         for seed in config.seeds:
             try:
                 if source not in read:
-                    data = datasets.load(*source)
-                    read[source] = (len(data.x_train), data.digest)
-                child = dataclasses.replace(parsed, seeds=(seed,)).resolve(read[source][0])
+                    read[source] = datasets.load(*source)
+                data = read[source]
+                child = dataclasses.replace(parsed, seeds=(seed,)).resolve(len(data.x_train))
+                what = (child.network, child.data, str(getattr(child, "rate", None)), child.scope)
+                if what not in tried:
+                    tried.add(what)
+                    fitted(child, data, config.seeds)
             except ValueError as error:
                 raise ValueError(f"{label}: {error}" if label else str(error)) from error
             text = ", ".join(filter(None, (label, f"seed {seed}")))
@@ -191,7 +198,7 @@ def plan(config: SweepConfig | SupermaskSweepConfig) -> list[Child]:
             label,
             dataclasses.replace(child, out=folder / name),
             (kind.name, *arguments, "--out", str(folder / name)),
-            read[child.data, child.data_dir][1],
+            read[child.data, child.data_dir].digest,
         )
         for name, (label, child, arguments) in found.items()
     ]
@@ -288,6 +295,7 @@ def _carry_out(
             "which a sweep would replace. Choose another folder with --out, or move the file."
         )
     _check_finished(folder)
+    _check_code(children)
     todo = [child for child in children if not child.is_finished]
     origin = _origin(folder, children, is_new=len(todo) == len(children))
     kind = _kind(config)
@@ -333,6 +341,18 @@ def _check_finished(folder: Path) -> None:
                 raise ValueError(
                     f"{error} If you delete '{inside}' here, the sweep repeats this run."
                 ) from error
+
+
+def _check_code(children: Sequence[Child]) -> None:
+    """Compares the code of custom objects with that of finished runs."""
+    for child in (child for child in children if child.is_finished):
+        stored = results.read_json(child.config.folder / results.CONFIG_FILE) or {}
+        there, here = stored.get(results.CODE, ""), code_of(child.config.to_dict())
+        if there != here:
+            raise ValueError(
+                f"The finished run in '{child.config.folder}' used other code: {there or 'none'} "
+                f"there, {here or 'none'} here. Delete it, or choose another folder with --out."
+            )
 
 
 def _where(place: Workplace) -> str:

@@ -1,7 +1,9 @@
 """Options of a command as text, in the form of its command line."""
 
 import dataclasses
+import math
 import typing
+from collections.abc import Sequence
 from typing import Any
 
 from lottery_ticket_pruner.registry import UnknownNameError
@@ -58,6 +60,38 @@ def arguments(name: str, value: object) -> list[str]:
     if isinstance(value, tuple):
         return [option(name), *map(str, value)]
     return [option(name), str(value)]
+
+
+def rates_of(texts: Sequence[str], default: float) -> dict[str, float]:
+    """Parses rates such as `0.2 conv=0.1`: one for all layers, and others for patterns of paths.
+
+    Args:
+        texts: The rates as text. A pattern is a regular expression that is searched in paths, such
+            as `conv_1/kernel`. The first one that matches counts.
+        default: Rate of all other layers, if the texts contain none.
+
+    Raises:
+        ValueError: If a text is malformed, or a rate is given twice or not in [0, 1).
+    """
+    rates: dict[str, float] = {}
+    for text in texts:
+        pattern, equals, number = text.rpartition("=")
+        key = pattern if equals else "default"
+        try:
+            rate = float(number)
+        except ValueError:
+            rate = math.nan
+        if not key or not 0 <= rate < 1:
+            raise ValueError(
+                "--rate expects a share in [0, 1) for all layers and PATTERN=SHARE for some of "
+                f"them, as in --rate 0.2 conv=0.1. Received: {' '.join(texts)!r}."
+            )
+        if key in rates:
+            raise ValueError(f"--rate has two values for {key}. Received: {' '.join(texts)!r}.")
+        rates[key] = rate
+    if not rates:
+        raise ValueError("--rate expects at least one value, as in --rate 0.2 conv=0.1.")
+    return {"default": rates.pop("default", default), **rates}
 
 
 def option(name: str) -> str:

@@ -5,22 +5,22 @@ import functools
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, TypeVar
 
 import tyro
 
 from lottery_ticket_pruner import criteria, selection, structures, treatments
-from lottery_ticket_pruner.experiments import datasets, networks
-from lottery_ticket_pruner.experiments.arguments import option
+from lottery_ticket_pruner.experiments import datasets, networks, own
+from lottery_ticket_pruner.experiments.arguments import option, rates_of
+from lottery_ticket_pruner.experiments.identifiers import identifier_of, resolved
 from lottery_ticket_pruner.experiments.options import (
     NO_HINT,
     OptionalFloat,
     OptionalInt,
     OptionalPath,
 )
-from lottery_ticket_pruner.fingerprints import names_with_code, of_json
+from lottery_ticket_pruner.fingerprints import of_json
 from lottery_ticket_pruner.registry import UnknownNameError
 from lottery_ticket_pruner.search_plans import (
     CONTROLS,
@@ -37,12 +37,10 @@ _T = TypeVar("_T")
 
 if TYPE_CHECKING:
     # The names are known when the program runs, not before.
-    Network: TypeAlias = str
     Optimizer: TypeAlias = str
     _Retraining: TypeAlias = str
     _Control: TypeAlias = str
 else:
-    Network = Literal[*networks.NAMES]
     Optimizer = Literal[*networks.OPTIMIZERS]
     _Retraining = Literal[*RETRAINING]
     _Control = Literal[*CONTROLS]
@@ -83,33 +81,48 @@ _RECIPES = {
 _SMALL = Recipe("lenet-300-100", 2e-3, 600, 9, rate=0.36)
 
 _DOWNLOADED = [name for name, named in datasets.NAMED.items() if named.is_downloaded]
+_CUSTOM = "For a custom one: module:name or path/to/file.py:name"
 _DATA = tyro.conf.arg(
     metavar="NAME",
     help=f"Data set: {', '.join(datasets.NAMES)}. Of these, {', '.join(_DOWNLOADED)} are read from "
     "--data-dir or downloaded. For custom data: module:function or path/to/file.py:function, "
     "which returns ((x_train, y_train), (x_test, y_test)) or two tf.data.Datasets of batches.",
 )
+NETWORK = tyro.conf.arg(
+    metavar="NAME",
+    help_behavior_hint="",
+    help=f"Network: {', '.join(networks.NAMES)}. Default: lenet-300-100, or conv-2 for CIFAR-10. "
+    f"{_CUSTOM}, a function that returns a Keras model; or a .keras file, whose architecture gets "
+    "new initial weights for each seed. A compiled model keeps its loss and optimizer, others are "
+    "trained with --optimizer (adam) and cross-entropy. All layers have the same rate.",
+)
 _STRATEGY = tyro.conf.arg(
     metavar="NAME",
     help=f"Pruning criterion, which decides what is kept: {', '.join(criteria.names())}; "
-    f"with --structure channels also {', '.join(criteria.channel_names())}.",
+    f"with --structure channels also {', '.join(criteria.channel_names())}. {_CUSTOM}.",
 )
 _STRUCTURE = tyro.conf.arg(
     metavar="NAME",
     help_behavior_hint="",
     help="Weights that are pruned together: filters or units (the same), channels (with all "
     "weights tied to them, so that `masked_layers.shrink` can remove them), blocks such as 4x1, "
-    "N:M such as 2:4, or the name of a registered structure. Rates are shares of these. Default: "
-    "single weights.",
+    f"N:M such as 2:4. Rates are shares of these. Default: single weights. {_CUSTOM}.",
+)
+_RATE = tyro.conf.arg(
+    metavar="FLOAT [PATTERN=FLOAT ...]",
+    help_behavior_hint="",
+    help="Share of the remaining weights pruned per round. Default: 0.2, or 0.36 for small data "
+    "sets. Layers can have their own: --rate 0.2 conv=0.1 output=0.05 gives 0.1 to all whose path, "
+    "such as conv_1/kernel, matches the regular expression conv.",
 )
 _KEPT = tyro.conf.arg(
     metavar="NAME",
     help="Values that the ticket's kept weights start from in every round: "
-    f"{', '.join(treatments.kept_names())}.",
+    f"{', '.join(treatments.kept_names())}. {_CUSTOM}.",
 )
 _PRUNED = tyro.conf.arg(
     metavar="NAME",
-    help=f"Values of its pruned weights: {', '.join(treatments.pruned_names())}.",
+    help=f"Values of its pruned weights: {', '.join(treatments.pruned_names())}. {_CUSTOM}.",
 )
 
 
@@ -129,7 +142,8 @@ class Experiment:
     def name(self) -> str:
         """Name of a resolved configuration: readable, and different for different runs."""
         digest = of_json(choices(self.to_dict()))[:8]
-        return f"{datasets.label(self.data)}-{self.network}-{self.subject}-{digest}"
+        network = datasets.label(chosen(self.network))
+        return f"{datasets.label(self.data)}-{network}-{self.subject}-{digest}"
 
     @property
     def folder(self) -> Path:
@@ -155,8 +169,7 @@ class RunConfig(Experiment):
     data: Annotated[str, _DATA] = "digits"
     data_dir: OptionalPath = None
     """Folder with the published files of the data set or its .npz, or with a subfolder of them."""
-    network: Annotated[Network | None, NO_HINT] = None
-    """Network. Default: lenet-300-100, or conv-2 for CIFAR-10."""
+    network: Annotated[str | None, NETWORK] = None
     strategy: Annotated[str, _STRATEGY] = "large_final"
     scope: Annotated[Literal["layer", "global", "isomorphic"] | None, NO_HINT] = None
     """Weights that are ranked together: per layer, global, or, with --structure channels, \
@@ -165,9 +178,7 @@ the recipe: global for resnet-20, otherwise layer."""
     structure: Annotated[str | None, _STRUCTURE] = None
     rounds: OptionalInt = None
     """Rounds of pruning after the dense run. Default: 20, or 9 for small data sets (digits)."""
-    rate: OptionalFloat = None
-    """Share of the remaining weights pruned per round. Default: 0.2, or 0.36 for small \
-data sets."""
+    rate: Annotated[float | tuple[str, ...] | None, _RATE] = None
     conv_rate: OptionalFloat = None
     """The same for convolutions, if there are any. Default: half of --rate, or three quarters \
 for conv-6."""
@@ -225,9 +236,9 @@ operations, and no decisions based on timing."""
                 range.
         """
         recipe = self._recipe()
-        criterion = _resolved("strategy", criteria.get, self.strategy)
-        _resolved("kept", functools.partial(retraining_treatment, self.retraining), self.kept)
-        _resolved("pruned", treatments.get_pruned, self.pruned)
+        criterion = resolved("strategy", self.strategy)
+        resolved("kept", self.kept, functools.partial(retraining_treatment, self.retraining))
+        resolved("pruned", self.pruned)
         structure = self._structure()
         fixed = structure is not None and structure.kept is not None
         rounds = chosen(self.rounds, 1 if fixed else recipe.rounds)
@@ -240,6 +251,8 @@ operations, and no decisions based on timing."""
         rewind_to = parse_steps(self.rewind_to, steps_per_epoch)
         if rewind_to >= steps:
             raise ValueError(f"--rewind-to {self.rewind_to} is not before the end, step {steps}.")
+        # None stands for what the network is compiled with, which is not known here.
+        is_own = networks.is_own(recipe.network)
         return dataclasses.replace(
             self,
             network=recipe.network,
@@ -247,8 +260,10 @@ operations, and no decisions based on timing."""
             steps=steps,
             epochs=None,
             batch_size=batch_size,
-            optimizer=chosen(self.optimizer, recipe.optimizer),
-            learning_rate=chosen(self.learning_rate, recipe.learning_rate),
+            optimizer=self.optimizer if is_own else chosen(self.optimizer, recipe.optimizer),
+            learning_rate=(
+                self.learning_rate if is_own else chosen(self.learning_rate, recipe.learning_rate)
+            ),
             eval_every=chosen(self.eval_every, min(500, max(1, steps // 10))),
             rewind_to=f"{rewind_to}it",
             **amounts,
@@ -257,7 +272,11 @@ operations, and no decisions based on timing."""
     @property
     def subject(self) -> str:
         """Name of the criterion, and of the structure."""
-        return "-".join(filter(None, (self.strategy, self.structure))).replace(":", "of")
+        names = filter(None, (self.strategy, self.structure))
+        return "-".join(
+            datasets.label(name) if own.is_location(name) else name.replace(":", "of")
+            for name in names
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the configuration as JSON data."""
@@ -275,9 +294,11 @@ operations, and no decisions based on timing."""
             return {"sparsity": {"^output/": self.output_rate, "default": self.final_sparsity}}
         if self.rate is None:  # The structure sets the sparsity.
             return {}
-        if self.scope in _TOGETHER:
-            return {"rate": self.rate}
         rates = {} if self.output_rate is None else {"^output/": self.output_rate}
+        if isinstance(self.rate, tuple):
+            return {"rate": rates | rates_of(self.rate, 0)}
+        if self.scope in _TOGETHER or networks.is_own(chosen(self.network)):
+            return {"rate": self.rate}
         rates["default"] = self.rate
         if networks.has_convolutions(chosen(self.network)):
             rates["^conv_"] = chosen(self.conv_rate)
@@ -292,21 +313,31 @@ operations, and no decisions based on timing."""
     def search_plan(self, replicate: int) -> SearchPlan:
         """Returns the plan of a resolved configuration for a replicate."""
         rewind_to = parse_steps(self.rewind_to, 1)
+        fields = ("strategy", "structure", "kept", "pruned")
+        named = {name: identifier_of(name, getattr(self, name)) for name in fields}
         return SearchPlan(
             training=training_plan(self, self.seeds[replicate]),
-            pruning=taken(PruningPlan, self, rewind_to=rewind_to, **self.amount),
+            pruning=taken(PruningPlan, self, rewind_to=rewind_to, **named, **self.amount),
             control=taken(ControlPlan, self, control_rounds=self.control_rounds or None),
             replicate=replicate,
         )
 
     def _recipe(self) -> Recipe:
-        own = datasets.is_own(self.data)
-        if self.data not in datasets.NAMED and not own:
+        named = datasets.NAMED.get(self.data)
+        if named is None and not datasets.is_own(self.data):
             raise UnknownNameError("data set", self.data, datasets.NAMES)
-        network = self.network or ("lenet-300-100" if own else datasets.NAMED[self.data].network)
+        network = self.network or (named.network if named else "lenet-300-100")
+        if networks.is_own(network):
+            recipe = _SMALL if named and named.is_small else _RECIPES["lenet-300-100"]
+            return dataclasses.replace(recipe, network=network)
         if network not in _RECIPES:
-            raise UnknownNameError("network", network, networks.NAMES)
-        named = None if own else datasets.NAMED[self.data]
+            raise UnknownNameError(
+                "network",
+                network,
+                networks.NAMES,
+                "For a network of your own, give module:function, path/to/file.py:function or a "
+                ".keras file.",
+            )
         if named and not named.is_image and networks.has_convolutions(network):
             raise ValueError(f"--network {network} needs images, and {self.data} has none.")
         if named and named.is_small and network == _SMALL.network:
@@ -318,9 +349,11 @@ operations, and no decisions based on timing."""
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{option(name)} must be positive. Received: {value}.")
+        if isinstance(self.rate, tuple):
+            rates_of(self.rate, 0)
         for name in ("rate", "conv_rate", "output_rate", "final_sparsity"):
             value = getattr(self, name)
-            if value is not None and not 0 <= value < 1:
+            if value is not None and not isinstance(value, tuple) and not 0 <= value < 1:
                 raise ValueError(f"{option(name)} must be in [0, 1). Received: {value}.")
         if not all(1 <= number <= rounds for number in self.control_rounds):
             raise ValueError(
@@ -342,12 +375,13 @@ operations, and no decisions based on timing."""
                 raise ValueError(f"Give {option(name)} each value once. Received: {received}")
 
     def _rates_given(self) -> bool:
-        return self.conv_rate is not None or self.output_rate is not None
+        single = self.rate is None or isinstance(self.rate, float)
+        return self.conv_rate is not None or self.output_rate is not None or not single
 
     def _structure(self) -> structures.Structure | None:
         if self.structure is None:
             return None
-        return _resolved("structure", structures.get, self.structure)
+        return resolved("structure", self.structure)
 
     def _amounts(
         self,
@@ -366,8 +400,8 @@ operations, and no decisions based on timing."""
                 )
             return {}
         whole = structure is not None and structure.whole_outputs
-        own = whole or (self.final_sparsity is None and self._rates_given())
-        default = None if own else recipe.scope
+        per_layer = whole or (self.final_sparsity is None and self._rates_given())
+        default = None if per_layer else recipe.scope
         # The scope of a criterion may be one that is not an option.
         scope = selection.resolve_scope(criterion, self.scope or criterion.scope or default)
         if whole and scope == "global":
@@ -400,10 +434,30 @@ operations, and no decisions based on timing."""
             if given:
                 raise ValueError(f"Give --final-sparsity or {' and '.join(given)}, not both.")
             return none
+        if isinstance(self.rate, tuple):
+            given += ["--rate with patterns"]
+        if scope in _TOGETHER and given:
+            raise ValueError(f"{' and '.join(given)}: scope {scope} ranks layers together.")
+        is_own = networks.is_own(recipe.network)
+        if len(given) > 1 or (is_own and given == ["--output-rate"]):
+            raise ValueError(
+                f"{' and '.join(given)}: give rates of layers as patterns of --rate alone, as in "
+                "--rate 0.2 conv=0.1 output=0.05."
+            )
+        if isinstance(self.rate, tuple):
+            rates = rates_of(self.rate, recipe.rate)
+            first = str(rates.pop("default"))
+            return {"rate": (first, *(f"{key}={rate}" for key, rate in rates.items()))} | (
+                none if whole and not is_own else {}
+            )
         rate = chosen(self.rate, recipe.rate)
-        if scope in _TOGETHER:
-            if given:
-                raise ValueError(f"{' and '.join(given)}: scope {scope} ranks layers together.")
+        if is_own and structure is not None and structure.whole_outputs:
+            raise ValueError(
+                f"--structure {self.structure} with --network {recipe.network} may prune its "
+                "outputs, the classes. Use --structure channels, or give the output layer a rate "
+                f"of 0: --rate {rate} LAYER=0."
+            )
+        if scope in _TOGETHER or is_own:
             return {"rate": rate}
         conv_rate = chosen(self.conv_rate, recipe.conv_share * rate) if convolutions else None
         return {
@@ -436,33 +490,6 @@ def choices(values: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in values.items() if k not in ("out", "data_dir", "quiet", "overwrite")}
 
 
-def code_of(values: Mapping[str, Any]) -> str:
-    """Returns the custom criteria, treatments and structures of a configuration, by their code.
-
-    Raises:
-        UnidentifiedError: If one of them cannot be identified.
-    """
-    getters: dict[str, Callable[[Any], Any]] = {
-        "strategy": criteria.get,
-        "kept": treatments.get_kept,
-        "pruned": treatments.get_pruned,
-        "structure": structures.get,
-    }
-    made = [get(values[name]) for name, get in getters.items() if name in values]
-    return names_with_code(made + [criteria.get(name) for name in values.get("criteria", ())])
-
-
 def chosen(*values: _T | None) -> _T:
     """Returns the first value that is not None, as none of a resolved configuration is."""
     return next(value for value in values if value is not None)
-
-
-def _resolved(field: str, get: Callable[[Any], Any], name: Any) -> Any:
-    """Resolves a name. The error for an unknown one contains the name of the option."""
-    try:
-        return get(name)
-    except UnknownNameError as error:
-        raise ValueError(
-            f"{option(field)}: {error.without_remedy} A custom one must be registered before "
-            "this, for example in the module that --data names."
-        ) from error

@@ -18,8 +18,8 @@ import masked_layers as ml
 from lottery_ticket_pruner import analyses, divergence, optimizers
 from lottery_ticket_pruner.experiments import catalogue, datasets, networks, progress, results
 from lottery_ticket_pruner.experiments.config import (
+    NETWORK,
     Experiment,
-    Network,
     Optimizer,
     RunConfig,
     chosen,
@@ -65,8 +65,7 @@ class InstabilityConfig(Experiment):
     """Data set by name, or custom data as module:function: see `lottery-ticket run --help`."""
     data_dir: OptionalPath = None
     """Folder with the published files of the data set or its .npz, or with a subfolder of them."""
-    network: Annotated[Network | None, NO_HINT] = None
-    """Network. Default: lenet-300-100, or conv-2 for CIFAR-10."""
+    network: Annotated[str | None, NETWORK] = None
     rewind_to: tuple[str, ...] = ()
     """Points to train to: 0, or as in 500it (steps) or 2ep (epochs). Default: 0, 1, 2, 5, 10, \
 20 and 50 % of the steps, or with --masks the rewinding point of that run."""

@@ -1,6 +1,7 @@
 """Networks of the papers: plain models with Glorot normal kernels, zero biases and logits."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -18,6 +19,10 @@ _RESNET_AUGMENTATION = CropAndFlip()
 
 NAMES = (*_DENSE_WIDTHS, *_CONV_WIDTHS, _RESNET)
 OPTIMIZERS = ("adam", "sgd")
+# Learning rate of Frankle & Carbin's recipe for fully connected networks.
+LEARNING_RATE = 1.2e-3
+# Endings of model files.
+FILES = (".keras", ".h5", ".hdf5")
 
 
 def build(
@@ -72,9 +77,14 @@ def build(
     return keras.Sequential(layers, name=name.replace("-", "_"))
 
 
+def is_own(name: str) -> bool:
+    """Returns True for a name that gives the location of a function or of a model file."""
+    return name not in NAMES and (":" in name or Path(name).suffix in FILES)
+
+
 def has_convolutions(name: str) -> bool:
-    """Returns True if the network has convolutions."""
-    return name not in _DENSE_WIDTHS
+    """Returns True if the network is one of `NAMES` that have convolutions."""
+    return name not in _DENSE_WIDTHS and not is_own(name)
 
 
 def augmentation(name: str) -> CropAndFlip | None:

@@ -1,4 +1,4 @@
-"""Custom data and models from functions, given as `module:function` or `file.py:function`."""
+"""Custom objects of the user's modules, given as `module:name` or `path/to/file.py:name`."""
 
 import contextlib
 import importlib
@@ -6,7 +6,7 @@ import importlib.util
 import inspect
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,6 +16,8 @@ from lottery_ticket_pruner.training import pair_of
 _Value = TypeVar("_Value")
 
 _SHOWN = 4
+# The module of each file, with the bytes that it was made from.
+_LOADED: dict[Path, tuple[bytes, Any]] = {}
 _DATA = "load data with"
 _HERE = Path(lottery_ticket_pruner.__file__).resolve().parent
 
@@ -64,6 +66,53 @@ def value_of(name: str, purpose: str, read: Callable[[Any], _Value]) -> _Value:
     """
     with _returned(name, purpose) as (folder, returned), _named_results(name, folder):
         return read(returned)
+
+
+def object_of(name: str, purpose: str, read: Callable[[Any], _Value]) -> _Value:
+    """Imports an object, and returns what `read` makes of it.
+
+    Args:
+        name: `module:name` or `path/to/file.py:name`.
+        purpose: What the object is for, for messages, such as `"use as --strategy"`.
+        read: Function that checks or converts the object, as for `value_of`.
+
+    Raises:
+        DatasetNotFoundError: If the file or module does not exist.
+        UserCodeError: If the module or code that `read` calls raises an exception.
+        ValueError: If the module has no such object, or `read` refuses it.
+    """
+    folder = _folder_of(name)
+    with _importing_from(folder):
+        found = _attribute(name, folder, purpose, lambda found: found is not None)
+        with _named_results(name, folder):
+            return read(found)
+
+
+@contextlib.contextmanager
+def named_errors_of(names: Iterable[str]) -> Iterator[None]:
+    """Raises a UserCodeError for an exception in code of the modules of some objects."""
+    try:
+        yield
+    except UserCodeError:
+        raise
+    except Exception as error:
+        found = [(name, _frames_in(_folder_of(name), error)) for name in names]
+        found = [(name, frames) for name, frames in found if frames]
+        if not found:
+            raise
+        # Of objects in one folder, the one whose own code was running.
+        ran = [
+            name
+            for name, frames in found
+            if any(frame.name == name.rpartition(":")[2] for frame in frames)
+        ]
+        name = (ran or [found[0][0]])[0]
+        raise UserCodeError(_described(name, _folder_of(name), error)) from error
+
+
+def is_location(name: object) -> bool:
+    """Returns True for a text such as `module:name`, unlike 2:4."""
+    return isinstance(name, str) and ":" in name and name.rpartition(":")[2].isidentifier()
 
 
 @contextlib.contextmanager
@@ -186,6 +235,10 @@ def _is_ours(file: str) -> bool:
 
 
 def _function(name: str, folder: Path, purpose: str) -> Callable[[], Any]:
+    return _attribute(name, folder, purpose, callable)
+
+
+def _attribute(name: str, folder: Path, purpose: str, fits: Callable[[Any], bool]) -> Any:
     source, _, attribute = name.rpartition(":")
     with _named_errors(name, folder):
         module = _module(source)
@@ -196,18 +249,21 @@ def _function(name: str, folder: Path, purpose: str) -> Callable[[], Any]:
             else f"There is no module {source!r} to {purpose}, neither here nor among what is "
             "installed. A file is named by its path, as in path/to/file.py:function."
         )
-    function = getattr(module, attribute, None)
-    if not callable(function):
+    found = getattr(module, attribute, None)
+    if not fits(found):
         there = [key for key, value in vars(module).items() if _is_own_function(value, module)]
         raise ValueError(
             f"{source} has no function {attribute!r} to {purpose}. It has: "
             f"{', '.join(there) or 'none'}."
         )
-    return function
+    return found
 
 
 def _module(source: str) -> Any:
-    """Imports the module of a file or name. Returns None if it does not exist."""
+    """Imports the module of a file or name. Returns None if it does not exist.
+
+    Like a module, a file is executed only once, unless it has changed.
+    """
     if not source.endswith(".py"):
         try:
             return importlib.import_module(source)
@@ -215,10 +271,13 @@ def _module(source: str) -> Any:
             if not f"{source}.".startswith(f"{error.name}."):
                 raise
             return None
-    path = Path(source)
+    path = Path(source).resolve()
     if not path.is_file():
         return None
-    spec = importlib.util.spec_from_file_location(f"_{path.stem}_of_data", path.resolve())
+    text = path.read_bytes()
+    if path in _LOADED and _LOADED[path][0] == text:
+        return _LOADED[path][1]
+    spec = importlib.util.spec_from_file_location(f"_{path.stem}_of_data", path)
     if spec is None or spec.loader is None:
         return None
     module = importlib.util.module_from_spec(spec)
@@ -228,6 +287,7 @@ def _module(source: str) -> Any:
     except BaseException:
         del sys.modules[spec.name]
         raise
+    _LOADED[path] = text, module
     return module
 
 

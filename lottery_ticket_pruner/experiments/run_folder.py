@@ -19,8 +19,9 @@ from rich.console import Console
 import lottery_ticket_pruner
 from lottery_ticket_pruner import records
 from lottery_ticket_pruner.experiments import catalogue, checksums, networks
-from lottery_ticket_pruner.experiments.config import choices, code_of
+from lottery_ticket_pruner.experiments.config import choices
 from lottery_ticket_pruner.experiments.datasets import Dataset
+from lottery_ticket_pruner.experiments.identifiers import code_of
 from lottery_ticket_pruner.experiments.results import (
     CODE,
     CONFIG_FILE,
@@ -121,7 +122,7 @@ def restored(kind: type[_Kind], values: Mapping[str, Any]) -> _Kind:
     types = typing.get_type_hints(kind)
     if wrong := [f"{k} {v!r}" for k, v in values.items() if not _is_of(v, types[k])]:
         raise ValueError(f"options of other types: {', '.join(wrong)}.")
-    if values.get("conv_rate") and not networks.has_convolutions(values.get("network", "")):
+    if values.get("conv_rate") and not networks.has_convolutions(values.get("network") or ""):
         values["conv_rate"] = None  # Written before such rates were refused.
     tuples: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     paths = {k: Path(v) for k, v in tuples.items() if v and Path in _alternatives(types[k])}

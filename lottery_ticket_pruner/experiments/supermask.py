@@ -20,12 +20,13 @@ from lottery_ticket_pruner import criteria, divergence, training
 from lottery_ticket_pruner.compression import save_model
 from lottery_ticket_pruner.experiments import datasets, progress, results
 from lottery_ticket_pruner.experiments.config import (
+    NETWORK,
     Experiment,
-    Network,
     RunConfig,
     chosen,
     training_plan,
 )
+from lottery_ticket_pruner.experiments.identifiers import identifier_of, resolved
 from lottery_ticket_pruner.experiments.options import (
     NO_HINT,
     OptionalFloat,
@@ -58,7 +59,7 @@ CRITERIA = (
     "magnitude_increase_same_sign",
     "magnitude_increase_diff_sign",
 )
-# Criteria that can be chosen: all that rank only recorded weights.
+# Criteria that need no more than recorded weights, as all that can be chosen.
 _CRITERIA = tuple(
     name
     for name in criteria.names()
@@ -66,12 +67,15 @@ _CRITERIA = tuple(
 )
 if TYPE_CHECKING:
     # The names are known when the program runs, not before.
-    _Criterion: TypeAlias = str
     _Weights: TypeAlias = str
 else:
-    _Criterion = Literal[*_CRITERIA]
     _Weights = Literal[*WEIGHTS]
 
+_CHOSEN = tyro.conf.arg(
+    metavar="NAME",
+    help="Criteria that compute the masks (without --learn): all that rank only recorded weights, "
+    f"{', '.join(_CRITERIA)}. For a custom one: module:name or path/to/file.py:name.",
+)
 _SPARSITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
 _LEARNING_STEPS = 20_000
 _LEARNING_BATCH = 250
@@ -95,10 +99,8 @@ class SupermaskConfig(Experiment):
     """Data set by name, or custom data as module:function: see `lottery-ticket run --help`."""
     data_dir: OptionalPath = None
     """Folder with the published files of the data set or its .npz, or with a subfolder of them."""
-    network: Annotated[Network | None, NO_HINT] = None
-    """Network. Default: lenet-300-100, or conv-2 for CIFAR-10."""
-    criteria: tuple[_Criterion, ...] = CRITERIA
-    """Criteria that compute the masks (without --learn)."""
+    network: Annotated[str | None, NETWORK] = None
+    criteria: Annotated[tuple[str, ...], _CHOSEN] = CRITERIA
     sparsities: tuple[float, ...] = ()
     """Shares of pruned weights. Default: eleven from 0.1 to 0.98, or 0.5 to learn edge_popup \
 masks. A bernoulli mask learns its sparsity."""
@@ -166,6 +168,7 @@ not changed."""
             if len(set(chosen)) < len(chosen):
                 received = " ".join(map(str, chosen))
                 raise ValueError(f"Give --{name} each value once. Received: {received}")
+        self._check_criteria()
         if self.samples < 1:
             raise ValueError(f"--samples must be positive. Received: {self.samples}.")
         if not self.learn and self.samples != _SAMPLES:
@@ -177,6 +180,20 @@ not changed."""
             **{name: getattr(run, name) for name in taken},
             sparsities=() if self.learn == "bernoulli" else sparsities,
         )
+
+    def _check_criteria(self) -> None:
+        found = [(name, resolved("criteria", name)) for name in self.criteria]
+        for name, criterion in found:
+            needs = criterion.needs - {"initial", "final"}
+            if needs or criterion.scope is not None:
+                why = f"needs {', '.join(sorted(needs))}" if needs else "has a scope of its own"
+                raise ValueError(
+                    f"--criteria takes those that rank only recorded weights: "
+                    f"{', '.join(_CRITERIA)}, or custom ones. {name} {why}."
+                )
+        called = [criterion.name for _, criterion in found]
+        if len(set(called)) < len(called):
+            raise ValueError(f"--criteria has two with one name. Received: {', '.join(called)}.")
 
     @property
     def subject(self) -> str:
@@ -336,7 +353,7 @@ def _untrained(
         pruner,
         data.x_test,
         data.y_test,
-        criteria=config.criteria,
+        criteria=[identifier_of("criteria", name) for name in config.criteria],
         sparsities=config.sparsities,
         weights=config.weights,
         dwr=config.dwr,

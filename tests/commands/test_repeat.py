@@ -9,7 +9,8 @@ import own_data
 from lottery_ticket_pruner import cli, criteria
 from lottery_ticket_pruner.commands.repeat import RepeatConfig
 from lottery_ticket_pruner.experiments import own
-from lottery_ticket_pruner.experiments.config import RunConfig, code_of
+from lottery_ticket_pruner.experiments.config import RunConfig
+from lottery_ticket_pruner.experiments.identifiers import code_of
 from lottery_ticket_pruner.experiments.instability import InstabilityConfig
 from lottery_ticket_pruner.experiments.supermask import SupermaskConfig
 
@@ -88,6 +89,7 @@ def test_criteria_that_the_module_of_the_data_registers_are_found(tmp_path, monk
     (tmp_path / "own.py").write_text(own_data.SOURCE + source.format(""))
     with monkeypatch.context() as patch:  # Another process.
         patch.setattr(criteria, "_REGISTRY", criteria._REGISTRY.copy())
+        patch.setattr(own, "_LOADED", {})
         own.import_module_of("own.py:load")
         config = RunConfig(data="own.py:load", strategy="of_my_data").resolve(60)
         stored = config.to_dict() | {"code": code_of(config.to_dict())}

@@ -152,12 +152,12 @@ def test_treatments_set_kept_and_pruned_weights(page):
         assert 0 < mask.mean() < 1
 
 
-def test_the_command_takes_the_name(page, tmp_path, monkeypatch):
+def test_the_command_takes_locations(tmp_path, monkeypatch):
     pytest.importorskip("tyro")
-    names = dict(page("def halved").names)
     monkeypatch.chdir(tmp_path)
-    assert pages.run(PAGE, COMMAND, names)["status"] == 0
-    assert json.loads((tmp_path / "run/config.json").read_text())["strategy"] == "relative_growth"
+    (tmp_path / "mine.py").write_text(block("def growth"))
+    assert pages.run(PAGE, COMMAND, {})["status"] == 0
+    assert "growth python3" in json.loads((tmp_path / "run/config.json").read_text())["code"]
     with (tmp_path / "run/results.csv").open(newline="") as file:
         assert [row["arm"] for row in csv.DictReader(file)] == ["dense", "random_mask", "ticket"]
 

@@ -11,7 +11,8 @@ pytest.importorskip("tyro")
 
 from lottery_ticket_pruner import criteria, treatments
 from lottery_ticket_pruner.commands.repeat import RepeatConfig
-from lottery_ticket_pruner.experiments.config import RunConfig, code_of
+from lottery_ticket_pruner.experiments.config import RunConfig
+from lottery_ticket_pruner.experiments.identifiers import code_of
 from lottery_ticket_pruner.experiments.run_folder import RunFolder, restored
 
 pytestmark = pytest.mark.once
