@@ -21,6 +21,9 @@ from lottery_ticket_pruner import (
 from masked_layers.serving import encoding
 from masked_layers.serving.tracing import effective_values
 
+# Parts that are combined here are each tested on JAX, too.
+pytestmark = pytest.mark.slow("jax")
+
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(24, 8)).astype("float32")
 Y = RNG.integers(0, 4, size=24)

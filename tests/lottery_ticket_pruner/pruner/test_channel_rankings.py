@@ -13,6 +13,9 @@ import masked_layers as ml
 from lottery_ticket_pruner import GradualPruning, LotteryTicketPruner
 from lottery_ticket_pruner.structures import Channels
 
+# Parts that are combined here are each tested on JAX, too.
+pytestmark = pytest.mark.slow("jax")
+
 RNG = np.random.default_rng(0)
 X, Y = RNG.normal(size=(24, 6, 6, 3)).astype("float32"), RNG.integers(0, 4, size=24)
 

@@ -62,7 +62,6 @@ def test_half_of_the_channels_are_removed_from_all_joined_layers(strategy, shift
         assert after["in_0"] == after["in_1"] == 3
 
 
-@pytest.mark.slow("jax")
 def test_shrink_removes_exactly_the_pruned_channels_after_rounds_of_training():
     model = network()
     pruner = LotteryTicketPruner(model)

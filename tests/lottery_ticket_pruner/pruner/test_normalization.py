@@ -9,7 +9,8 @@ import masked_layers as ml
 from lottery_ticket_pruner import GradualPruning, LotteryTicketPruner, find_ticket, schedules
 from shrunk import inputs_of, numpy, randomize
 
-pytestmark = pytest.mark.usefixtures("nothing_drawn")
+# Parts that are combined here are each tested on JAX, too.
+pytestmark = [pytest.mark.usefixtures("nothing_drawn"), pytest.mark.slow("jax")]
 
 
 def network():
@@ -95,7 +96,6 @@ def test_reset_save_and_load(tmp_path):
         LotteryTicketPruner.load(tmp_path / "pruner.npz", ml.convert_to_masked(network()))
 
 
-@pytest.mark.slow("jax")
 def test_gradual_pruning_changes_normalization_while_it_trains():
     masked = masked_network()
     schedule = schedules.Polynomial(0.0, 0.5, begin_step=0, end_step=6, frequency=2)

@@ -10,7 +10,8 @@ from lottery_ticket_pruner.structures import Channels
 from masked_layers import channel_families, convert_to_masked, shrink
 from shrunk import assert_same_outputs, checked, numpy, randomize, row
 
-pytestmark = pytest.mark.usefixtures("nothing_drawn")
+# The graph of layers is the same on every backend; other files shrink models on JAX, too.
+pytestmark = [pytest.mark.usefixtures("nothing_drawn"), pytest.mark.slow("jax")]
 
 
 def self_attention(value_dim=2, dropout=0.5, use_gate=False, **kwargs):

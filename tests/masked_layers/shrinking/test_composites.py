@@ -9,7 +9,8 @@ from lottery_ticket_pruner import LotteryTicketPruner
 from masked_layers import channel_families, convert_to_masked, shrink
 from shrunk import assert_same_outputs, inputs_of, numpy, randomize
 
-pytestmark = pytest.mark.usefixtures("nothing_drawn")
+# The graph of layers is the same on every backend; other files shrink models on JAX, too.
+pytestmark = [pytest.mark.usefixtures("nothing_drawn"), pytest.mark.slow("jax")]
 
 
 class Block(layers.Layer):
@@ -97,7 +98,6 @@ def test_following_leaves_no_trace_in_the_model():
     assert block.output.shape == (None, 6, 8)
 
 
-@pytest.mark.slow("jax")
 def test_training_of_a_smaller_transformer_goes_on_with_dropout():
     masked = convert_to_masked(transformer())
     LotteryTicketPruner(masked).update_masks("random", sparsity=0.5, structure="channels")
@@ -114,7 +114,6 @@ def test_training_of_a_smaller_transformer_goes_on_with_dropout():
     assert all((old != numpy(new)).any() or new.path.endswith(keys) for old, new in pairs)
 
 
-@pytest.mark.slow("jax")
 def test_a_smaller_transformer_is_saved_and_loaded(tmp_path):
     masked = convert_to_masked(transformer())
     LotteryTicketPruner(masked).update_masks("random", sparsity=0.5, structure="channels")

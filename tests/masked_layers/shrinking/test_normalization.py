@@ -10,7 +10,8 @@ from lottery_ticket_pruner import LotteryTicketPruner
 from masked_layers.shrinking import _keras_graph
 from shrunk import checked, inputs_of, numpy, randomize, row, widths, zero
 
-pytestmark = pytest.mark.usefixtures("nothing_drawn")
+# The graph of layers is the same on every backend; other files shrink models on JAX, too.
+pytestmark = [pytest.mark.usefixtures("nothing_drawn"), pytest.mark.slow("jax")]
 
 NORMS = {
     "layer": layers.LayerNormalization,
@@ -276,7 +277,6 @@ def test_groups_in_the_first_axis_and_of_an_input_that_is_left_whole():
     assert groups == {"first": 3, "second": 2}
 
 
-@pytest.mark.slow("jax")
 def test_optimizer_and_training_go_on():
     model = pre_norm_net(layers.LayerNormalization)
     model.compile("adam", "mse")

@@ -12,7 +12,8 @@ from shrunk import checked, numpy
 
 BACKEND = keras.backend.backend()
 
-pytestmark = pytest.mark.usefixtures("nothing_drawn")
+# The graph of layers is the same on every backend; other files shrink models on JAX, too.
+pytestmark = [pytest.mark.usefixtures("nothing_drawn"), pytest.mark.slow("jax")]
 
 
 # Models are created inside the tests, because Keras draws the seeds of initializers from `random`,
@@ -110,7 +111,6 @@ def draw_net(draw):
     return model
 
 
-@pytest.mark.slow("jax")
 @settings(max_examples=12)
 @given(st.data())
 def test_random_nets_keep_their_outputs_and_shrink_no_further(data):
@@ -143,7 +143,6 @@ def draw_dense_net(draw):
     return model
 
 
-@pytest.mark.slow("jax")
 @settings(max_examples=12)
 @given(st.data())
 def test_every_dense_unit_left_is_on_a_path_from_input_to_output(data):

@@ -10,6 +10,9 @@ from lottery_ticket_pruner import LotteryTicketPruner
 from masked_layers.shrinking import channel_families, shrink
 from shrunk import assert_same_outputs, checked, randomize, widths, zero
 
+# The graph of layers is the same on every backend; other files shrink models on JAX, too.
+pytestmark = pytest.mark.slow("jax")
+
 
 def two_branches(shared, *, a=None, b=None):
     """Returns a model that calls a layer on two branches of 4 channels."""

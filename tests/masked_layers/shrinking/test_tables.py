@@ -9,7 +9,8 @@ import masked_layers as ml
 from lottery_ticket_pruner import LotteryTicketPruner
 from shrunk import numpy, randomize, row, widths
 
-pytestmark = pytest.mark.usefixtures("nothing_drawn")
+# The graph of layers is the same on every backend; other files shrink models on JAX, too.
+pytestmark = [pytest.mark.usefixtures("nothing_drawn"), pytest.mark.slow("jax")]
 
 
 def language_model(tie=True, steps=5, masks=False, **kwargs):
