@@ -131,6 +131,14 @@ def _prune(config: "PruneConfig") -> int:
 
 
 def _repeat(config: "RepeatConfig") -> int:
+    from lottery_ticket_pruner.experiments.results import is_pruned
+
+    if is_pruned(folder := config.place):
+        from lottery_ticket_pruner.commands import prune_again
+
+        options = {"overwrite": config.overwrite, "quiet": config.quiet}
+        again = prune_again.configuration(folder, config.out, **options)
+        return 0 if prune_again.repeat(folder, again) else 1
     experiment = config.configuration()
     return dict(_commands().values())[type(experiment)](experiment)
 

@@ -117,6 +117,13 @@ class Probes:
         return timing.after if self._latency.share is None else timing.ratio
 
 
+def milliseconds_without_pruning(model: keras.Model, batch_size: int) -> float:
+    """Measures the latency of a masked model without pruned weights, as a budget counts it."""
+    with _bystanders_kept():
+        dense = shrinking.Compiled(shrinking.unpruned(model), batch_size)
+    return shrinking.compare(dense, dense).after
+
+
 @contextlib.contextmanager
 def _bystanders_kept() -> Iterator[None]:
     """Restores Python's random state, and hides warnings about models that are only measured.

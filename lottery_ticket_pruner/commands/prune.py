@@ -1,9 +1,7 @@
 """The command `lottery-ticket prune`: the smallest model that is good enough, in a folder."""
 
 import contextlib
-import csv
 import dataclasses
-import io
 import json
 import re
 import time
@@ -17,6 +15,8 @@ import rich.progress
 import tyro
 from rich.console import Console
 
+from lottery_ticket_pruner import Latency
+from lottery_ticket_pruner.commands import prune_folder, served_latency
 from lottery_ticket_pruner.compression import (
     Goals,
     Options,
@@ -26,7 +26,6 @@ from lottery_ticket_pruner.compression import (
     parts_of,
     save_model,
     search,
-    served_size,
 )
 from lottery_ticket_pruner.experiments import datasets, networks, own, own_networks, progress
 from lottery_ticket_pruner.experiments.arguments import option
@@ -38,10 +37,8 @@ from lottery_ticket_pruner.experiments.options import (
     OptionalPath,
 )
 from lottery_ticket_pruner.experiments.reports import pruning
-from lottery_ticket_pruner.experiments.run_folder import versions, write_json
 from lottery_ticket_pruner.experiments.workbench import compiled_network
 from lottery_ticket_pruner.fingerprints import of_json
-from masked_layers.files import replacing
 
 _UNITS = {
     "": 1,
@@ -75,7 +72,8 @@ class PruneConfig:
     at most one point of accuracy less; under a minute on two cores.
 
     The folder contains model.keras, served/1 (a sparse SavedModel), results.csv, report.html,
-    model_card.md and config.json. An interrupted search is resumed by the same command.
+    model_card.md and config.json. An interrupted search is resumed by the same command. `repeat`
+    runs it again in another folder, and `report` writes its report again.
     """
 
     model: Annotated[str | None, tyro.conf.Positional, _MODEL] = None
@@ -91,9 +89,13 @@ Default: 0.01 of a metric that should be high, or no condition if another goal i
     """Size of the folder for serving, such as 500kB or 2MB."""
     macs: OptionalFloat = None
     """Share of the multiply-adds that may be left. Prunes channels."""
-    method: Literal["auto", "iterative", "one_shot", "channels"] = "auto"
-    """one_shot does not train, iterative trains after each step, channels removes whole filters \
-and units. auto continues iteratively where one_shot ends, or prunes channels for --macs."""
+    latency: Annotated[str | None, tyro.conf.arg(metavar="TIME", help_behavior_hint="")] = None
+    """Milliseconds of a call with one example on this machine, such as 3ms, or a share of that of \
+the dense model, such as 0.5. Prunes channels."""
+    method: Literal["auto", "iterative", "gradual", "one_shot", "channels"] = "auto"
+    """one_shot fits the kept weights without training, iterative trains after each step, gradual \
+prunes while it trains, channels removes whole filters and units. auto continues iteratively where \
+methods without training end, or prunes channels for --macs and --latency."""
     metric: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="")] = None
     """Metric of --max-drop, as in the results of evaluate. Default: accuracy, or the loss."""
     mode: Literal["auto", "max", "min"] = "auto"
@@ -111,7 +113,8 @@ all the same. Default: global, or layer for channels."""
     """What is trained after a step: the weights as they are, or, of an untrained model, the \
 initial ones."""
     minutes: OptionalFloat = None
-    """Time to spend. The search ends before the step that would probably exceed it."""
+    """Time to spend. The search ends before a step that would probably exceed it, and goes on to \
+finer steps than without this option."""
     seed: int = 0
     """Seed of the order of the examples, and of the weights of a network to train first."""
     out: OptionalPath = None
@@ -148,6 +151,7 @@ initial ones."""
                     sparsity=self.sparsity,
                     size=None if self.size is None else bytes_of(self.size),
                     macs=self.macs,
+                    latency=None if self.latency is None else latency_of(self.latency),
                 ),
                 options=Options(
                     mode=self.mode,
@@ -203,6 +207,23 @@ def bytes_of(text: str) -> int:
         ) from error
 
 
+def latency_of(text: str) -> float | Latency:
+    """Parses a latency such as 3ms, or a share such as 0.5.
+
+    Raises:
+        ValueError: If the text is neither.
+    """
+    match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*(ms|s|us|)\s*", text)
+    if match is None or float(match[1]) == 0:
+        raise ValueError(
+            f"--latency expects a time, such as 3ms, or a share, such as 0.5. Received: {text!r}."
+        )
+    number = float(match[1])
+    if not match[2]:
+        return number
+    return Latency(milliseconds=number * {"s": 1e3, "ms": 1.0, "us": 1e-3}[match[2]])
+
+
 def prune(config: PruneConfig, console: Console | None = None) -> PruneResult:
     """Executes the search, writes the folder and prints the result.
 
@@ -229,16 +250,19 @@ def prune(config: PruneConfig, console: Console | None = None) -> PruneResult:
             error.add_note(f"What is done so far is in {folder}.")
             raise
     save_model(result.model, folder / "model.keras")  # Before exports, which may fail.
+    served = _export(result, model, folder, console, parts)
     facts = pruning.Facts(
         name=model.name,
         data=config.data,
         counts=parts.counts(),
         dense_sizes=pruning.kernel_sizes(model),
-        served=_export(result, model, folder, console),
+        kept_sizes=pruning.kernel_sizes(result.model),
+        served=None if served is None else served.nbytes,
+        latencies=None if served is None else served.milliseconds,
         labels=_labels(parts),
         options={k: v for k, v in config.to_dict().items() if v is not None and k != "quiet"},
     )
-    _write(result, facts, folder)
+    prune_folder.write(result, facts, folder)
     _print(console, f"test: {result.test}\n{result.conclusion}\n" + "\n".join(result.notes))
     if facts.served is not None:
         pruned, dense = facts.served
@@ -304,26 +328,25 @@ def _compiled(name: str, model: object) -> keras.Model:
     return model
 
 
-def _labels(parts: Parts) -> np.ndarray | None:
+def _labels(parts: Parts) -> list[int] | None:
     """Returns the classes of the test examples, or None for other targets."""
     y = parts.test[1]
     if not isinstance(y, np.ndarray):
         return None
     if y.ndim == 2 and y.shape[1] > 1:
-        return y.argmax(-1)
+        return y.argmax(-1).tolist()
     y = y.reshape(len(y), -1)
     whole = y.shape[1] == 1 and np.array_equal(y, np.round(y))
-    return y[:, 0].astype(int) if whole else None
+    return y[:, 0].astype(int).tolist() if whole else None
 
 
 def _export(
-    result: PruneResult, model: keras.Model, folder: Path, console: Console
-) -> tuple[int, int] | None:
-    """Writes the folder for serving, and returns its bytes and those of the dense model."""
+    result: PruneResult, model: keras.Model, folder: Path, console: Console, parts: Parts
+) -> served_latency.Served | None:
+    """Writes the folder for serving, and compares it with that of the dense model."""
     served = folder / "served" / "1"
     try:
-        dense = served_size(model)
-        return result.export(served).disk_nbytes, dense
+        return served_latency.export(result, model, served, parts.test[0])
     except (
         Exception
     ) as error:  # TensorFlow has errors of its own. The rest of the folder is written.
@@ -332,23 +355,6 @@ def _export(
             text += f"\nWhat is in {served} is not this model, but from an earlier search."
         _print(console, text)
         return None
-
-
-def _write(result: PruneResult, facts: pruning.Facts, folder: Path) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(result.rows[0]))
-    writer.writeheader()
-    writer.writerows(result.rows)
-    texts = {
-        "results.csv": text.getvalue(),
-        "report.html": pruning.page(result, facts),
-        "model_card.md": pruning.card(result, facts),
-    }
-    for name, content in texts.items():
-        with replacing(folder / name) as file:
-            file.write(content.encode())
-    stored = {"command": "prune", **facts.options, "versions": versions()}
-    write_json(folder / "config.json", stored)
 
 
 def _print(console: Console, text: str) -> None:
@@ -383,7 +389,7 @@ class _Display:
             self._bar.remove_task(self._task)
             self._task = None
         if not row["step"]:
-            self._line("step", "method", "pruned", "validation", "drop", "")
+            self._line("step", "method", "pruned", "validation", "drop", "elapsed", "left", "")
         verdict = "accepted" if row["accepted"] else "too much"
         numbers = [row["validation"], row["drop"]]
         self._line(
@@ -391,10 +397,16 @@ class _Display:
             row["method"].replace("_", " "),
             f"{row['sparsity']:.2%}",
             *("" if value is None else f"{value:.4f}" for value in numbers),
+            _minutes(row["elapsed"]),
+            "" if row["remaining"] is None else _minutes(row["remaining"]),
             (row["note"] or verdict) if row["step"] else "",
         )
 
     def _line(self, *texts: str) -> None:
-        widths = (4, 9, 7, 10, 8, 8)
+        widths = (4, 11, 7, 10, 8, 7, 6, 8)
         cells = [text.rjust(width) for text, width in zip(texts, widths, strict=True)]
         self._console.print("  ".join(cells).rstrip(), highlight=False)
+
+
+def _minutes(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

@@ -31,6 +31,9 @@ class RepeatConfig:
     original was run with --deterministic, the repetition gives the same numbers, bit for bit, on
     the same machine with the same number of cores, backend and data. Note that a sweep gives each
     of its runs a share of the cores.
+
+    A `prune` is repeated too, and the models that were tried are compared. The exit status is 1 if
+    one of them differs.
     """
 
     folder: tyro.conf.Positional[Path]
@@ -42,6 +45,11 @@ for a run of a sweep, next to the sweep."""
     """Replace the run in the folder of the new run once this one is finished."""
     quiet: bool = False
     """Print nothing."""
+
+    @property
+    def place(self) -> Path:
+        """The folder, also if its config.json was named."""
+        return self.folder.parent if self.folder.is_file() else self.folder
 
     def configuration(self) -> Experiment:
         """Returns the configuration to run.

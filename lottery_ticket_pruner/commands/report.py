@@ -7,6 +7,7 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
+from lottery_ticket_pruner.commands import prune_again
 from lottery_ticket_pruner.experiments import results
 from lottery_ticket_pruner.experiments.options import OptionalPath
 from lottery_ticket_pruner.experiments.reports import (
@@ -28,6 +29,8 @@ class ReportConfig:
     If runs saved their tickets, these are compared as well: the kept weights of each layer, the
     overlap of masks between seeds and configurations next to the overlap expected by chance, and
     the share of kept weights that ended with the sign they started with.
+
+    For folders of `prune`, report.html and model_card.md are written again from their results.
     """
 
     folders: _Folders
@@ -51,7 +54,13 @@ def write_report(config: ReportConfig, console: Console | None = None) -> Path:
     console = console or Console(quiet=config.quiet)
     if not config.folders:
         raise ValueError("Name at least one run folder, or a folder of run folders.")
-    groups = run_folders.groups_of(run_folders.find_runs(config.folders))
+    pruned = prune_again.pruned_in(config.folders)
+    others = [folder for folder in config.folders if not _holds_only(folder, pruned)]
+    if pruned:
+        pages = prune_again.report(pruned, None if others else config.out, console)
+        if not others:
+            return pages[-1]
+    groups = run_folders.groups_of(run_folders.find_runs(others))
     all_tickets = ticket_masks.read_tickets(groups, console)
     overviews = [*contents.overviews(groups), *ticket_masks.comparisons(all_tickets)]
     sections = [
@@ -98,6 +107,14 @@ def write_report(config: ReportConfig, console: Console | None = None) -> Path:
         highlight=False,
     )
     return out / "report.html"
+
+
+def _holds_only(folder: Path, pruned: list[Path]) -> bool:
+    """Returns True if a folder, or every run inside, is one of `lottery-ticket prune`."""
+    if folder in pruned:
+        return True
+    inside = [one for one in pruned if one.parent == folder]
+    return bool(inside) and not any(results.is_run(one) for one in folder.iterdir())
 
 
 def _check_replaceable(out: Path) -> None:

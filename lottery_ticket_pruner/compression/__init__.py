@@ -1,13 +1,15 @@
 """From a trained model to the smallest one that is good enough."""
 
-from lottery_ticket_pruner.compression.metrics import compare_models
+from lottery_ticket_pruner.compression.metrics import Comparison, compare_models
 from lottery_ticket_pruner.compression.parts import Parts, parts_of
 from lottery_ticket_pruner.compression.plan import Goals, Options, Plan
 from lottery_ticket_pruner.compression.pruning import prune, search
-from lottery_ticket_pruner.compression.result import PruneResult, save_model
+from lottery_ticket_pruner.compression.result import Findings, PruneResult, save_model
 from lottery_ticket_pruner.compression.steps import served_size
 
 __all__ = [
+    "Comparison",
+    "Findings",
     "Goals",
     "Options",
     "Parts",

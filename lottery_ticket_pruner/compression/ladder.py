@@ -70,6 +70,18 @@ class Ladder:
             return self.rounded(math.sqrt(best * highest))
         return max(min(self.rounded(best * (1 - self.rate)), best - self._unit), low)
 
+    def expected(self, tried: Sequence[Attempt]) -> int:
+        """Returns how many attempts probably follow.
+
+        With a target, each step towards it is good enough. Without one, the next step is the first
+        that is not. Then steps in the middle follow in any case.
+        """
+        simulated = list(tried)
+        while (density := self.following(simulated)) is not None:
+            below = any(not one.accepted and one.density < density for one in simulated)
+            simulated.append(Attempt(density, self.target is not None and not below))
+        return len(simulated) - len(tried)
+
     def rounded(self, density: float) -> float:
         """Returns the density of a whole number of things, not below the given one."""
         if self.size is None:

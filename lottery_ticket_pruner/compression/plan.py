@@ -5,9 +5,10 @@ import inspect
 import math
 from typing import Any
 
+from lottery_ticket_pruner.budgets import Latency
 from lottery_ticket_pruner.checks import is_integer, is_number
 
-METHODS = ("auto", "iterative", "one_shot", "channels")
+METHODS = ("auto", "iterative", "gradual", "one_shot", "channels")
 SCOPES = ("global", "layer")
 RETRAINING = ("learning_rate_rewinding", "weight_rewinding")
 DEFAULT_DROP = 0.01
@@ -25,6 +26,7 @@ class Goals:
     sparsity: float | None = None
     size: int | None = None
     macs: float | None = None
+    latency: float | Latency | None = None
 
     def __post_init__(self) -> None:
         if self.max_drop is not None and not (
@@ -40,6 +42,16 @@ class Goals:
             )
         if self.size is not None and not (is_integer(self.size) and self.size > 0):
             raise ValueError(f"`size` must be a number of bytes. Received: {self.size!r}")
+        if self.latency is not None:
+            try:
+                Latency.of(self.latency)
+            except ValueError as error:
+                raise ValueError(f"`latency`: {error}") from error
+
+    @property
+    def needs_channels(self) -> bool:
+        """True if zeros inside a kernel meet none of it: the multiply-adds or the latency."""
+        return self.macs is not None or self.latency is not None
 
     @property
     def tolerance(self) -> float | None:
@@ -70,7 +82,9 @@ class Options:
         seed: Seed of the order of the examples.
         trained: Whether the model is trained. None to find out: its optimizer has done steps, or
             its biases have changed and its loss is below that of newly drawn models.
-        on_row: Function that is called with each row as soon as it is known.
+        on_row: Function that is called with each row as soon as it is known, and with the seconds
+            since the beginning (`elapsed`) and those that the rest will probably take (`remaining`,
+            None if nothing tells).
         on_training: Function that is called before each training with the row of its model as far
             as it is known, and the number of steps.
         on_progress: Function that is called with the number of new steps of training.
@@ -155,16 +169,17 @@ class Plan:
             raise ValueError(f"`epochs` must be an integer from 1. Received: {self.epochs!r}")
         if self.minutes is not None and not (is_number(self.minutes) and self.minutes > 0):
             raise ValueError(f"`minutes` must be a positive number. Received: {self.minutes!r}")
-        if self.goals.macs is not None and self.method not in ("auto", "channels"):
+        if self.goals.needs_channels and self.method not in ("auto", "channels"):
+            name = "macs" if self.goals.latency is None else "latency"
+            what = "save no multiply-adds" if name == "macs" else "do not make the model faster"
             raise ValueError(
-                "Zeros inside a kernel save no multiply-adds: a goal of `macs` needs "
+                f"Zeros inside a kernel {what}: a goal of `{name}` needs "
                 f'method="channels". Received: method={self.method!r}'
             )
-        if self.stages == ("channels",) and None not in (self.goals.macs, self.goals.sparsity):
+        if self.method == "gradual" and self.options.retraining == "weight_rewinding":
             raise ValueError(
-                "Channels are pruned to a share of the multiply-adds or of the weights: give "
-                f"`macs` or `sparsity`. Received: macs={self.goals.macs}, "
-                f"sparsity={self.goals.sparsity}"
+                'With method="gradual", weights are pruned while they train, and are not rewound: '
+                'use retraining="learning_rate_rewinding".'
             )
 
     @property
@@ -172,14 +187,16 @@ class Plan:
         """The methods to try, the cheap one first."""
         if self.method != "auto":
             return (self.method,)
-        if self.goals.macs is not None:
+        if self.goals.needs_channels:
             return ("channels",)
         # Without a tolerance, nothing would say that pruning alone is not enough.
-        return ("iterative",) if self.goals.tolerance is None else ("one_shot", "iterative")
+        if self.goals.tolerance is None:
+            return ("iterative",)
+        return ("magnitude", "sensitivity", "one_shot", "iterative")
 
     @property
     def cost(self) -> str:
-        """Unit of the density of a step: `"weights"` or `"macs"`."""
+        """Unit of the density of a step without other goals: `"weights"` or `"macs"`."""
         by_weights = self.stages != ("channels",) or self.goals.sparsity is not None
         return "weights" if by_weights else "macs"
 

@@ -17,20 +17,23 @@ from masked_layers.files import replacing
 from masked_layers.serving import StorageReport
 from masked_layers.text_tables import aligned
 
-_HEADINGS = ("step", "method", "sparsity", "macs", "validation", "drop", "seconds", "")
+_HEADINGS = ("step", "method", "sparsity", "macs", "latency", "validation", "drop", "seconds", "")
 
 
-@dataclasses.dataclass(frozen=True)
-class PruneResult:
-    """A pruned model, and how it was found. It prints as a table and a conclusion.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Findings:
+    """What a search found, without the model.
 
     Attributes:
-        model: The smallest model that was good enough: masked, or with `method="channels"` a plain
-            model without the pruned channels. If none was, the dense model with masks of ones.
         rows: One dict per model that was tried: `step`, `method` (`"dense"` for the first),
             `sparsity`, `macs` (of pruned channels, the share of the multiply-adds that is left, or
-            None if it is not known), `validation` (the metric), `drop` (from the dense model),
-            `accepted`, `seconds` and `note`. Ready for `pandas.DataFrame(rows)`.
+            None if it is not known), `latency` (in milliseconds, if there is a goal of latency),
+            `validation` (the metric), `drop` (from the dense model), `accepted`, `seconds` and
+            `note`. Ready for `pandas.DataFrame(rows)`.
+        scan: One dict per weight and share of it that was pruned alone, without training: `path`,
+            `density`, `kept` (entries), `value` (the metric on at most 512 validation examples),
+            `drop` and `loss` (its rise). Empty if `method` was not `"auto"` or there was no
+            tolerance.
         test: The metric of the dense model and of `model` on the test data, which nothing else has
             used.
         sparsity: Share of the weights of all masked kernels that were pruned or removed.
@@ -43,8 +46,8 @@ class PruneResult:
             whether the model was found to be trained, how long each step trained.
     """
 
-    model: keras.Model
     rows: list[dict[str, Any]]
+    scan: list[dict[str, Any]]
     test: Comparison
     sparsity: float
     higher_is_better: bool
@@ -52,15 +55,6 @@ class PruneResult:
     meets_goals: bool
     conclusion: str
     notes: tuple[str, ...]
-
-    @functools.cached_property
-    def size(self) -> int:
-        """Bytes of the model as a sparse SavedModel, which is written to find out.
-
-        Raises:
-            ImportError: If TensorFlow is missing.
-        """
-        return served_size(self.model)
 
     @property
     def table(self) -> str:
@@ -75,6 +69,27 @@ class PruneResult:
 
     def __str__(self) -> str:
         return "\n".join([self.table, f"test: {self.test}", self.conclusion, *self.notes])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PruneResult(Findings):
+    """A pruned model, and how it was found. It prints as a table and a conclusion.
+
+    Attributes:
+        model: The smallest model that was good enough: masked, or with `method="channels"` a plain
+            model without the pruned channels. If none was, the dense model with masks of ones.
+    """
+
+    model: keras.Model
+
+    @functools.cached_property
+    def size(self) -> int:
+        """Bytes of the model as a sparse SavedModel, which is written to find out.
+
+        Raises:
+            ImportError: If TensorFlow is missing.
+        """
+        return served_size(self.model)
 
     def export(self, path: str | os.PathLike[str], **options: Any) -> StorageReport:
         """Writes the model as a sparse SavedModel folder.
@@ -117,6 +132,7 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         row["method"].replace("_", " "),
         f"{row['sparsity']:.2%}",
         "" if row["macs"] is None else f"{row['macs']:.2%}",
+        "" if row["latency"] is None else f"{row['latency']:.3g} ms",
         "" if row["validation"] is None else f"{row['validation']:.4f}",
         "" if row["drop"] is None else f"{row['drop']:+.4f}",
         f"{row['seconds']:.1f}",

@@ -3,13 +3,16 @@
 import dataclasses
 import math
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import keras
 
 import masked_layers as ml
-from lottery_ticket_pruner import channels, optimizers, structures, training
-from lottery_ticket_pruner.compression import allocation
+from lottery_ticket_pruner import channels, optimizers, schedules, structures, training
+from lottery_ticket_pruner.budgets import Latency
+from lottery_ticket_pruner.compression import allocation, sensitivity
 from lottery_ticket_pruner.compression.metrics import Metric
 from lottery_ticket_pruner.compression.parts import Parts
 from lottery_ticket_pruner.compression.plan import Plan
@@ -29,6 +32,8 @@ _DENSE = 3
 _SAMPLE = 512
 # Reports of progress during a training.
 _REPORTS = 20
+# Stretches of a gradual training, between which it prunes.
+_STRETCHES = 20
 # Density of channels from which the lowest possible one is sought.
 _LOWEST_OF_CHANNELS = 0.02
 
@@ -59,6 +64,10 @@ class Workbench:
         parts: The data.
         plan: The plan.
         metric: The metric of the tolerance.
+
+    Attributes:
+        shares: Shares that the goals leave of what channels cost, by its name.
+        scan: Rows of a scan that divide the sparsity among the weights, or None for LAMP.
     """
 
     model: keras.Model
@@ -78,14 +87,15 @@ class Workbench:
         self.pruner = LotteryTicketPruner(self.model)
         self.examples = ArrayDataset.of(*self.parts.train)
         self.size = ml.sparsity_report(self.model).size
+        self.shares: dict[str, float] = {}
+        self.scan: Sequence[Mapping[str, Any]] | None = None
 
     @property
     def epochs(self) -> int:
         """Epochs of training after each step."""
         if self.plan.epochs is not None:
             return self.plan.epochs
-        steps = -(-len(self.examples) // self.plan.options.batch_size)
-        return max(_EPOCHS, math.ceil(_STEPS / steps))
+        return max(_EPOCHS, math.ceil(_STEPS / self._steps_of_epoch))
 
     @property
     def density(self) -> float:
@@ -101,6 +111,22 @@ class Workbench:
     def prunes_channels(self) -> bool:
         """True if channels are pruned."""
         return self.plan.stages == ("channels",)
+
+    @property
+    def milliseconds(self) -> float | None:
+        """Latency of the model as it is now, if its budget is one of latency."""
+        measured = self.pruner.measured_latency
+        return None if measured is None else measured.timing.after
+
+    def within_latency(self, density: float) -> bool:
+        """Returns False if a density low enough for the goal of latency was measured above it."""
+        measured = self.pruner.measured_latency
+        reached = "latency" in self.shares and density <= self.shares["latency"]
+        return not reached or measured is None or measured.met
+
+    def epochs_of(self, stage: str) -> int:
+        """Returns the epochs of an attempt of a method."""
+        return dense_epochs(self.epochs) if stage == "gradual" else self.epochs
 
     def macs_left(self) -> float | None:
         """Returns the share of the multiply-adds that the kept channels need, if it is known."""
@@ -132,7 +158,7 @@ class Workbench:
         if self.prunes_channels:
             self.pruner.update_masks(
                 "smallest_weights",
-                budget={self.cost(): density},
+                budget=self._budget(density),
                 structure="channels",
                 scope=options.scope,
                 seed=options.seed,
@@ -142,7 +168,10 @@ class Workbench:
             refs = ml.masked_refs(self.model)
             weights = {ref.path: read(ref.variable) for ref in refs}
             masks = {ref.path: ref.mask.to_numpy() for ref in refs}
-            share = allocation.sparsities(weights, masks, density)
+            if self.scan is None:
+                share = allocation.sparsities(weights, masks, density)
+            else:
+                share = sensitivity.sparsities(self.scan, masks, density)
         self.pruner.update_masks(
             "smallest_weights",
             sparsity=share,
@@ -153,31 +182,70 @@ class Workbench:
             sequential=reconstruct,
         )
 
+    def _budget(self, density: float) -> dict[str, float | Latency]:
+        """Returns the budget of channels on the way to the goals: none is below its goal."""
+        shares = self.shares or {self.cost(): density}
+        budget: dict[str, float | Latency] = {k: max(v, density) for k, v in shares.items()}
+        if "latency" in shares:
+            goal = Latency.of(self.plan.goals.latency)
+            between = Latency(max(shares["latency"], density), batch_size=goal.batch_size)
+            budget["latency"] = goal if density <= shares["latency"] else between
+        return budget
+
+    def prune_gradually(self, density: float, number: int) -> None:
+        """Prunes the model to a density while it trains, in steps that become smaller.
+
+        The first three quarters of the training prune by the polynomial of Zhu & Gupta, arXiv
+        1710.01878; the last one trains what is kept.
+        """
+        self._restart()
+        epochs = dense_epochs(self.epochs)
+        steps = -(-epochs * self._steps_of_epoch // _STRETCHES)
+        start = self.density
+        schedule = schedules.Polynomial(1 - start, 1 - density, 0, _STRETCHES * 3 // 4)
+        self._announce(number, _STRETCHES * steps)
+        for stretch in range(_STRETCHES):
+            self.prune(1 - schedule(stretch + 1))
+            self._train_steps((f"gradual-{stretch}", number, "prune"), steps)
+
     def _sample(self) -> tuple[training.Arrays, ...]:
         """Returns examples to reconstruct outputs of layers from."""
         return self.examples.take(slice(_SAMPLE))
 
     def retrain(self, number: int) -> None:
         """Trains the model under its masks, as the plan says, for step `number`."""
-        retraining = self.plan.options.retraining
-        self.pruner.set_pretrained_weights()
-        self.pruner.treat(retraining_treatment(retraining, "rewind"))
+        self._restart()
         self._train("pruned", number, self.epochs)
 
+    @property
+    def _steps_of_epoch(self) -> int:
+        return -(-len(self.examples) // self.plan.options.batch_size)
+
+    def _restart(self) -> None:
+        """Resets the optimizer and, by the kind of retraining, the weights."""
+        self.pruner.set_pretrained_weights()
+        self.pruner.treat(retraining_treatment(self.plan.options.retraining, "rewind"))
+
     def _train(self, arm: str, number: int, epochs: int) -> None:
+        steps = epochs * self._steps_of_epoch
+        self._announce(number, steps)
+        self._train_steps((arm, number, "prune"), steps)
+
+    def _announce(self, number: int, steps: int) -> None:
+        if self.plan.options.on_training is not None:
+            row = {"step": number, "sparsity": ml.sparsity_report(self.model).sparsity}
+            self.plan.options.on_training(row, steps)
+
+    def _train_steps(self, stretch: tuple[str, int, str], steps: int) -> None:
         options = self.plan.options
-        steps = epochs * -(-len(self.examples) // options.batch_size)
         plan = TrainingPlan(
             steps=steps,
             batch_size=options.batch_size,
             seed=options.seed,
             eval_every=max(1, steps // _REPORTS),  # Without data to evaluate on, only reports.
         )
-        if options.on_training is not None:
-            row = {"step": number, "sparsity": ml.sparsity_report(self.model).sparsity}
-            options.on_training(row, steps)
         listeners = training.Listeners(on_progress=options.on_progress)
-        train_stretch(self.model, self.examples, plan, (arm, number, "prune"), None, listeners)
+        train_stretch(self.model, self.examples, plan, stretch, None, listeners)
 
     def validate(self) -> float:
         """Returns the metric on the validation data."""

@@ -102,10 +102,20 @@ def write_figure(file: Path, figure: "Figure") -> None:
 
 
 def is_run(folder: Path) -> bool:
-    """Returns True if a folder contains a configuration and results, or says that it does."""
+    """Returns True if a folder contains a configuration and results, or says that it does.
+
+    Folders of `lottery-ticket prune` are no runs of an experiment.
+    """
+    if is_pruned(folder):
+        return False
     if (folder / CONFIG_FILE).is_file() and (folder / RESULTS_FILE).is_file():
         return True
     return bool((read_json(folder / CONFIG_FILE) or {}).get("finished"))
+
+
+def is_pruned(folder: Path) -> bool:
+    """Returns True if `lottery-ticket prune` has finished in a folder."""
+    return (read_json(folder / CONFIG_FILE) or {}).get("command") == "prune"
 
 
 def file_of_initial_weights(folder: Path, replicate: int) -> Path:

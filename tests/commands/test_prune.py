@@ -11,10 +11,11 @@ pytest.importorskip("tyro")
 from rich.console import Console
 
 import masked_layers as ml
-from lottery_ticket_pruner import cli
-from lottery_ticket_pruner.commands import prune
+from lottery_ticket_pruner import Latency, cli
+from lottery_ticket_pruner.commands import prune, prune_again
 from lottery_ticket_pruner.compression import PruneResult
 from lottery_ticket_pruner.experiments import own
+from lottery_ticket_pruner.experiments.reports import pruning
 
 pytestmark = pytest.mark.once
 
@@ -69,8 +70,8 @@ def test_a_model_and_data_of_a_user_become_a_folder(here, capsys, monkeypatch):
     assert "Served: " in printed
     names = {path.name for path in (here / "out").iterdir()}
     assert names == {
-        *("config.json", "model.keras", "model_card.md", "report.html", "results.csv", "search"),
-        "served",
+        *("config.json", "model.keras", "model_card.md", "report.html", "result.json"),
+        *("results.csv", "search", "sensitivity.csv", "served"),
     }
     rows = rows_of(here / "out")
     accepted = [float(row["sparsity"]) for row in rows if row["accepted"] == "True"]
@@ -87,7 +88,19 @@ def test_a_model_and_data_of_a_user_become_a_folder(here, capsys, monkeypatch):
     for text in (page, card):
         assert "dense_1/kernel" in text
         assert "Dense and pruned" in text
+        assert "milliseconds per call as served, batch 1" in text
         assert f"{float(rows[1]['sparsity']):.2%}" in text
+    assert "How much each kernel may lose alone" in page
+
+    # The report is written again from the stored results.
+    for name in ("report.html", "model_card.md"):
+        (here / "out" / name).unlink()
+    assert cli.main(["report", "out", "--quiet"]) == 0
+    assert (here / "out" / "report.html").read_text() == page
+    assert (here / "out" / "model_card.md").read_text() == card
+    (here / "out" / "result.json").write_text("{")
+    assert cli.main(["report", "."]) == 2
+    assert "result.json' is missing or damaged" in capsys.readouterr().err
 
     # The same command shows the results again, without another training.
     before = (here / "out" / "results.csv").read_text()
@@ -119,7 +132,7 @@ def _fail(self, path):
 
 
 @pytest.mark.parametrize("suffix", ["keras", "h5"])
-def test_a_file_of_a_model_is_pruned(here, suffix):
+def test_a_file_of_a_model_is_pruned(here, suffix, capsys):
     trained = own.value_of("own.py:make", "make a model with", lambda model: model)
     x, y = own.value_of("own.py:load", "load data with", lambda data: data)[0]
     trained.fit(x, y, epochs=5, verbose=0)
@@ -131,6 +144,11 @@ def test_a_file_of_a_model_is_pruned(here, suffix):
     assert ml.sparsity_report(model).sparsity == 0.5
     dense, pruned = (one.predict(x, verbose=0).argmax(-1) for one in (trained, model))
     assert (dense == pruned).mean() > 0.9
+    if suffix == "keras":
+        capsys.readouterr()
+        assert cli.main(["repeat", str(folder), "--out", "again"]) == 0
+        assert "models were tried, with the same results." in capsys.readouterr().out
+        assert rows_of(here / "again")[1]["validation"] == rows_of(folder)[1]["validation"]
 
 
 def test_a_file_with_a_class_that_is_not_known_asks_for_a_function(here, capsys):
@@ -148,10 +166,12 @@ def test_a_file_with_a_class_that_is_not_known_asks_for_a_function(here, capsys)
 
 def test_a_step_that_was_not_possible_says_why(capsys):
     row = {"step": 3, "method": "channels", "sparsity": 0.5, "validation": None, "drop": None}
+    row |= {"elapsed": 65.0, "remaining": None}
     with prune._Display(Console(width=200)) as display:
         display.show(row | {"accepted": False, "note": "The budget cannot be met."})
     printed = capsys.readouterr().out
     assert "The budget cannot be met." in printed
+    assert " 1:05 " in printed
     assert "too much" not in printed
 
 
@@ -183,6 +203,8 @@ def _interrupt(self, row):
         (["absent.py:make"], "There is no file 'absent.py' to make a model with."),
         ([], "Name a MODEL for your own data"),
         (["own.py:make", "--size", "big"], "--size expects bytes"),
+        (["own.py:make", "--latency", "fast"], "--latency expects a time, such as 3ms"),
+        (["own.py:make", "--latency", "3ms", "--method", "gradual"], "A goal of --latency needs"),
         (["own.py:make", "--macs", "0.5", "--method", "iterative"], "A goal of --macs needs"),
         (["own.py:make", "--metric", "auc"], "--metric must be one of ['loss', 'accuracy']"),
         (["own.py:make", "--metric", "loss"], "--max-drop is missing"),
@@ -206,3 +228,44 @@ def test_sizes(text, size):
 def test_other_texts_are_not_sizes(text):
     with pytest.raises(ValueError, match="--size expects bytes"):
         prune.bytes_of(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "latency"),
+    [
+        ("3ms", Latency(milliseconds=3.0)),
+        ("1.5 s", Latency(milliseconds=1500.0)),
+        ("250us", Latency(milliseconds=0.25)),
+        ("0.5", 0.5),
+    ],
+)
+def test_latencies(text, latency):
+    assert prune.latency_of(text) == latency
+
+
+@pytest.mark.parametrize("text", ["", "ms", "-3ms", "0ms", "3 hours", "nan"])
+def test_other_texts_are_not_latencies(text):
+    with pytest.raises(ValueError, match="--latency expects a time"):
+        prune.latency_of(text)
+
+
+def test_rows_of_two_searches_are_compared():
+    rows = [
+        {"method": "dense", "sparsity": 0.0, "validation": 0.9, "seconds": 1.0},
+        {"method": "iterative", "sparsity": 0.5, "validation": 0.88, "seconds": 1.0},
+    ]
+    later = [rows[0] | {"seconds": 2.0}, rows[1] | {"validation": 0.87}, rows[1]]
+    assert prune_again.differences(rows, rows) == []
+    assert prune_again.differences(rows, later) == [
+        ("1", "iterative 0.5 0.88", "iterative 0.5 0.87"),
+        ("2", "-", "iterative 0.5 0.88"),
+    ]
+
+
+def test_a_kernel_may_lose_what_no_smaller_share_contradicts():
+    scan = [
+        {"path": path, "density": density, "drop": drop}
+        for path, drops in (("a", (0.0, 0.02, 0.0)), ("b", (0.5, 0.0, 0.0)), ("c", (0, 0, 0.01)))
+        for density, drop in zip((0.5, 0.25, 0.125), drops, strict=True)
+    ]
+    assert pruning.may_lose(scan, 0.01) == {"a": 0.5, "b": 0.0, "c": 0.875}

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 import masked_layers as ml
-from lottery_ticket_pruner.compression import PruneResult
+from lottery_ticket_pruner.compression import Findings
 from lottery_ticket_pruner.experiments.reports import web_page
 from lottery_ticket_pruner.experiments.reports.figures import PALETTE
 from lottery_ticket_pruner.experiments.reports.tables import Sheet
@@ -27,7 +27,10 @@ class Facts:
         data: Name of the data.
         counts: Number of examples of each part.
         dense_sizes: Number of entries of each kernel of the dense model by path.
+        kept_sizes: Number of kept entries of each kernel of the result by path.
         served: Bytes of the pruned and of the dense model as served, or None if there is no folder.
+        latencies: Milliseconds of a call of the pruned and of the dense model as served, with one
+            example, or None if they were not measured.
         labels: Class of each test example, or None.
         options: All options of the command.
     """
@@ -36,8 +39,10 @@ class Facts:
     data: str
     counts: Mapping[str, int]
     dense_sizes: Mapping[str, int]
+    kept_sizes: Mapping[str, int]
     served: tuple[int, int] | None
-    labels: np.ndarray | None
+    latencies: tuple[float, float] | None
+    labels: Sequence[int] | None
     options: Mapping[str, Any]
 
 
@@ -51,17 +56,17 @@ def kernel_sizes(model: keras.Model) -> dict[str, int]:
     }
 
 
-def sheets(result: PruneResult, facts: Facts) -> list[Sheet]:
+def sheets(result: Findings, facts: Facts) -> list[Sheet]:
     """Returns the tables of a report: attempts, test, layers, and classes if there are any."""
     return [
         _summary(result, facts),
         _attempts(result),
-        _layers(result, facts),
-        *([] if facts.labels is None else _classes(result, facts.labels)),
+        _layers(facts),
+        *([] if facts.labels is None else _classes(result, np.array(facts.labels))),
     ]
 
 
-def page(result: PruneResult, facts: Facts) -> str:
+def page(result: Findings, facts: Facts) -> str:
     """Returns the report as a web page in a single file."""
     figure = curve(result)
     caption = "Each point is a model that was tried. The dashed line is the least that is accepted."
@@ -73,16 +78,19 @@ def page(result: PruneResult, facts: Facts) -> str:
         conclusion=result.conclusion,
         notes=result.notes,
         sheets=sheets(result, facts),
-        chart={
-            "title": f"Validation {result.test.metric} against sparsity",
-            "caption": caption,
-            "svg": image,
-        },
+        charts=[
+            {
+                "title": f"Validation {result.test.metric} against sparsity",
+                "caption": caption,
+                "svg": image,
+            },
+            *_scan_charts(result, facts),
+        ],
         options=facts.options,
     )
 
 
-def curve(result: PruneResult) -> Figure:
+def curve(result: Findings) -> Figure:
     """Plots the validation metric of all models that were tried against their sparsity."""
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axes = figure.subplots()
@@ -120,7 +128,58 @@ def curve(result: PruneResult) -> Figure:
     return figure
 
 
-def card(result: PruneResult, facts: Facts) -> str:
+def _scan_charts(result: Findings, facts: Facts) -> list[dict[str, str]]:
+    """Returns the chart of a scan of the layers, or nothing if there was none."""
+    if not result.scan:
+        return []
+    title = "How much each kernel may lose alone"
+    caption = (
+        "Bars: the largest share of a kernel that was pruned alone, without training, with a drop "
+        f"of at most {result.tolerance or 0.0:g} on validation data. Circles: what it lost in the "
+        "result."
+    )
+    return [
+        {
+            "title": title,
+            "caption": caption,
+            "svg": web_page.svg(sensitivity(result, facts), "p2", title),
+        }
+    ]
+
+
+def may_lose(scan: Sequence[Mapping[str, Any]], limit: float) -> dict[str, float]:
+    """Returns the largest sparsity of each weight alone up to which no drop is above a limit."""
+    found: dict[str, float] = {}
+    ended = set()
+    for row in scan:  # From the densest on.
+        found.setdefault(row["path"], 0.0)
+        if not row["drop"] <= limit + 1e-9:
+            ended.add(row["path"])
+        elif row["path"] not in ended:
+            found[row["path"]] = 1 - row["density"]
+    return found
+
+
+def sensitivity(result: Findings, facts: Facts) -> Figure:
+    """Plots how much each kernel may lose alone, and what it lost in the result."""
+    alone = may_lose(result.scan, result.tolerance or 0.0)
+    figure = Figure(figsize=(6, 0.9 + 0.24 * len(alone)), layout="constrained")
+    axes = figure.subplots()
+    places = range(len(alone))
+    axes.barh(places, list(alone.values()), color=PALETTE[0], height=0.6)
+    lost = [1 - facts.kept_sizes.get(path, 0) / facts.dense_sizes[path] for path in alone]
+    axes.scatter(lost, places, edgecolors=PALETTE[1], facecolors="none", zorder=3)
+    axes.set_yticks(places, list(alone))
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.02)
+    axes.set_xlabel("share pruned")
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.grid(alpha=0.25, axis="x")
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def card(result: Findings, facts: Facts) -> str:
     """Returns a model card in Markdown."""
     parts = ", ".join(f"{count:,} for {name}" for name, count in facts.counts.items())
     options = "\n".join(f"- `{name}`: {value}" for name, value in facts.options.items())
@@ -143,10 +202,10 @@ def card(result: PruneResult, facts: Facts) -> str:
     return "\n\n".join([*texts, ""])
 
 
-def _summary(result: PruneResult, facts: Facts) -> Sheet:
+def _summary(result: Findings, facts: Facts) -> Sheet:
     test = result.test
     weights = sum(facts.dense_sizes.values())
-    kept = sum(kernel_sizes(result.model).values())
+    kept = sum(facts.kept_sizes.values())
     lines = [
         (f"test {test.metric}", f"{test.dense:.4f}", f"{test.pruned:.4f}"),
         ("weights of kernels", f"{weights:,}", f"{kept:,}"),
@@ -154,6 +213,9 @@ def _summary(result: PruneResult, facts: Facts) -> Sheet:
     if facts.served is not None:
         pruned, dense = facts.served
         lines.append(("bytes as served", f"{dense:,}", f"{pruned:,}"))
+    if facts.latencies is not None:
+        after, before = facts.latencies
+        lines.append(("milliseconds per call as served, batch 1", f"{before:.3g}", f"{after:.3g}"))
     note = f"Drop {test.drop:+.4f}"
     if test.interval is not None:
         low, high = test.interval
@@ -162,13 +224,13 @@ def _summary(result: PruneResult, facts: Facts) -> Sheet:
     return Sheet("Dense and pruned", ("", "dense", "pruned"), tuple(lines), 1, note)
 
 
-def _attempts(result: PruneResult) -> Sheet:
+def _attempts(result: Findings) -> Sheet:
     headings, *lines = result.cells()
     return Sheet("Models that were tried", headings, tuple(lines), 2)
 
 
-def _layers(result: PruneResult, facts: Facts) -> Sheet:
-    kept = kernel_sizes(result.model)
+def _layers(facts: Facts) -> Sheet:
+    kept = facts.kept_sizes
     lines = tuple(
         (path, f"{size:,}", f"{kept.get(path, 0):,}", f"{kept.get(path, 0) / size:.2%}")
         for path, size in facts.dense_sizes.items()
@@ -177,7 +239,7 @@ def _layers(result: PruneResult, facts: Facts) -> Sheet:
     return Sheet("Kernels", ("weight", "dense", "kept", "left"), lines, 1)
 
 
-def _classes(result: PruneResult, labels: np.ndarray) -> list[Sheet]:
+def _classes(result: Findings, labels: np.ndarray) -> list[Sheet]:
     worse, better = (np.array(found, int) for found in (result.test.worse, result.test.better))
     if not len(worse) + len(better):
         return []

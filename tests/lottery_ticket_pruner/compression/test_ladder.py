@@ -41,6 +41,22 @@ def test_the_lowest_good_density_is_found_to_the_precision(edge, rate, precision
     assert len(tried) <= steps + halvings + 1
 
 
+@given(st.floats(0.01, 0.9), st.floats(0.1, 0.9))
+def test_attempts_towards_a_target_are_foreseen(target, rate):
+    ladder = Ladder(rate=rate, target=target)
+    tried = climb(ladder, lambda density: True)
+    for number in range(len(tried) + 1):
+        assert ladder.expected(tried[:number]) == len(tried) - number
+
+
+@given(st.floats(0.1, 0.9), st.floats(1.02, 1.5), st.integers(0, 3))
+def test_attempts_after_the_first_bad_one_are_foreseen(rate, precision, good):
+    ladder = Ladder(rate=rate, precision=precision, lowest=1e-6)
+    tried = climb(ladder, lambda density: density > (1 - rate) ** (good + 0.5))
+    for number in range(good, len(tried) + 1):
+        assert abs(ladder.expected(tried[:number]) - (len(tried) - number)) <= 1
+
+
 @given(st.lists(st.booleans(), min_size=60, max_size=60), st.floats(0.01, 0.5))
 def test_any_results_end_the_search_and_only_good_ones_are_best(results, target):
     outcomes = iter(results)

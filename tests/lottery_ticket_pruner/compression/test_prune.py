@@ -9,13 +9,14 @@ from keras import layers
 
 import lottery_ticket_pruner
 import masked_layers as ml
-from lottery_ticket_pruner import prune
+from lottery_ticket_pruner import Latency, LotteryTicketPruner, prune
 from lottery_ticket_pruner.compression import Goals, compare_models, served_size
+from lottery_ticket_pruner.compression.attempts import Search, verdict
 from lottery_ticket_pruner.compression.metrics import Comparison
-from lottery_ticket_pruner.compression.pruning import Search, verdict
 from lottery_ticket_pruner.compression.states import Progress, State
 from lottery_ticket_pruner.folders import FolderInUseError
 
+METHODS = ["dense", "magnitude", "sensitivity", "one_shot", "iterative"]
 SHORT = {"epochs": 2, "batch_size": 100}
 
 
@@ -63,10 +64,10 @@ def test_the_sparsest_model_within_the_tolerance_is_returned(trained, result):
     evaluated = result.model.evaluate(*DATA[1], verbose=0, return_dict=True)["accuracy"]
     assert evaluated == pytest.approx(best["validation"])
     assert dense["validation"] - evaluated == pytest.approx(best["drop"])
-    # One-shot pruning comes first, and training goes on from its best model.
+    # Pruning without training comes first, and training goes on from its best model.
     methods = [row["method"] for row in result.rows]
-    assert methods == sorted(methods, key=["dense", "one_shot", "iterative"].index)
-    assert {"one_shot", "iterative"} <= set(methods)
+    assert methods == sorted(methods, key=METHODS.index)
+    assert {"magnitude", "one_shot", "iterative"} <= set(methods)
     assert result.meets_goals
 
 
@@ -127,6 +128,10 @@ def test_listeners_are_told_of_rows_and_steps_of_training(trained):
     assert [row["step"] for row in listener.rows] == [0, 1, 2]
     assert [(row["step"], steps) for row, steps in listener.trainings] == [(1, 12), (2, 12)]
     assert listener.steps == 24
+    elapsed = [row["elapsed"] for row in listener.rows]
+    assert elapsed == sorted(elapsed)
+    assert listener.rows[-1]["remaining"] == 0
+    assert listener.rows[1]["remaining"] == pytest.approx(listener.rows[1]["seconds"])
 
 
 @pytest.mark.slow("jax")
@@ -146,7 +151,8 @@ def test_an_interrupted_search_goes_on_with_the_same_results(trained, result, le
     assert [row["step"] for row in told] == list(range(len(result.rows)))
 
     def untimed(rows):
-        return [{k: v for k, v in row.items() if k not in ("seconds", "density")} for row in rows]
+        others = ("seconds", "elapsed", "remaining", "density", "in_time")
+        return [{k: v for k, v in row.items() if k not in others} for row in rows]
 
     assert untimed(told) == untimed(resumed.rows) == untimed(result.rows)
     for left, right in zip(resumed.model.get_weights(), result.model.get_weights(), strict=True):
@@ -199,6 +205,21 @@ def test_a_sparsity_is_reached_without_a_condition_on_the_drop(trained):
 
 
 @pytest.mark.once
+def test_gradual_pruning_needs_one_training_for_a_sparsity(trained):
+    listener = Listener()
+    told = {"on_training": listener.begin, "on_progress": listener.advance}
+    result = prune(trained, DATA, sparsity=0.8, method="gradual", **told, **SHORT)
+    assert [row["method"] for row in result.rows] == ["dense", "gradual"]
+    assert ml.sparsity_report(result.model).alive == 240 - 192
+    assert result.meets_goals
+    ((row, steps),) = listener.trainings
+    assert row["sparsity"] == 0
+    assert listener.steps == steps >= 3 * 2 * 6
+    moved = result.model.get_weights()[0] != trained.get_weights()[0]
+    assert moved[ml.get_masks(result.model)["hidden/kernel"]].all()
+
+
+@pytest.mark.once
 def test_one_shot_pruning_fits_what_is_kept(trained):
     result = prune(trained, DATA, sparsity=0.6, method="one_shot")
     plain = ml.convert_to_masked(trained)
@@ -237,6 +258,37 @@ def test_channels_are_removed_from_the_model(trained):
 
 
 @pytest.mark.once
+def test_several_goals_of_channels_hold_at_once(trained, monkeypatch):
+    """The budgets of all steps are recorded, with a stand-in for measured latencies."""
+    budgets = []
+
+    def update(self, strategy, *, budget, **options):
+        budgets.append(dict(budget))
+        budget = {name: share for name, share in budget.items() if name != "latency"}
+        return update_masks(self, strategy, budget=budget, **options)
+
+    update_masks = LotteryTicketPruner.update_masks
+    monkeypatch.setattr(LotteryTicketPruner, "update_masks", update)
+    goals = {"macs": 0.6, "sparsity": 0.3, "latency": Latency(0.4, batch_size=7)}
+    result = prune(trained, DATA, **goals, epochs=1, batch_size=600)
+    assert budgets == [
+        {"weights": 0.7, "macs": 0.6, "latency": Latency(0.5, batch_size=7)},
+        {"weights": 0.7, "macs": 0.6, "latency": Latency(0.4, batch_size=7)},
+    ]
+    assert result.sparsity >= 0.3
+    assert result.rows[-1]["macs"] <= 0.6
+    assert "Zeros inside a kernel do not make a model faster" in " ".join(result.notes)
+
+
+@pytest.mark.once
+def test_a_latency_is_measured(trained):
+    result = prune(trained, DATA, latency=Latency(milliseconds=1e4), epochs=1, batch_size=600)
+    assert [row["method"] for row in result.rows] == ["dense"]
+    assert result.meets_goals
+    assert "The dense model took " in " ".join(result.notes)
+
+
+@pytest.mark.once
 def test_an_untrained_model_is_trained_first_and_can_be_rewound():
     result = prune(make_model(), DATA, sparsity=0.5, retraining="weight_rewinding", **SHORT)
     assert "It was trained for 6 epochs first." in " ".join(result.notes)
@@ -254,7 +306,7 @@ def test_time_ends_a_search_before_the_next_step(trained):
 
 @pytest.mark.once
 def test_no_later_method_begins_when_the_time_is_over(trained, monkeypatch):
-    monkeypatch.setattr(Search, "_is_late", lambda self, stage: stage == "one_shot")
+    monkeypatch.setattr(Search, "_is_late", lambda self, stage: stage == "magnitude")
     result = prune(trained, DATA, 0.5, minutes=1, **SHORT)
     assert [row["method"] for row in result.rows] == ["dense"]
 
@@ -388,7 +440,8 @@ def test_a_result_is_saved_as_a_model_and_a_served_folder(result, tmp_path):
     ("arguments", "error", "message"),
     [
         ({"macs": 0.5, "method": "iterative"}, ValueError, 'needs method="channels"'),
-        ({"macs": 0.5, "sparsity": 0.5}, ValueError, "`macs` or `sparsity`"),
+        ({"latency": 0.5, "method": "gradual"}, ValueError, "goal of `latency` needs"),
+        ({"latency": 2.0}, ValueError, "`latency`: The share of the latency"),
         ({"max_drop": math.nan}, ValueError, "`max_drop` must be a number"),
         ({"metric": "loss"}, ValueError, "`max_drop` is missing: .* the metric is 'loss'"),
         ({"sparsity": 1.5}, ValueError, r"`sparsity` must be a number in \(0, 1\)"),

@@ -1,0 +1,462 @@
+"""The running search: which attempt is next, whether there is time for it, and its conclusion."""
+
+import dataclasses
+import logging
+import math
+import time
+from typing import Any
+
+import masked_layers as ml
+from lottery_ticket_pruner import latencies
+from lottery_ticket_pruner.budgets import Latency
+from lottery_ticket_pruner.compression import metrics, sensitivity, steps
+from lottery_ticket_pruner.compression.ladder import Attempt, Ladder, density_of_size
+from lottery_ticket_pruner.compression.plan import Goals, Plan
+from lottery_ticket_pruner.compression.result import PruneResult
+from lottery_ticket_pruner.compression.states import Progress, State
+from lottery_ticket_pruner.compression.steps import Workbench
+from lottery_ticket_pruner.compression.training_state import is_trained
+
+_logger = logging.getLogger(__name__)
+
+# Ratio of two densities at which a method ends, and that of the last one if there is time to spend.
+_PRECISION = 1.2
+_FINE = 1.05
+_WITHOUT_TRAINING = 1.1
+# Under "auto", the methods without training only find where training begins.
+_COARSE = {"magnitude": 1.5, "sensitivity": 1.5, "one_shot": 2.0}
+_TRAINS = ("iterative", "gradual", "channels")
+# Seconds, and share of the time to spend, that a scan of the layers may take.
+_SCAN_SECONDS, _SCAN_SHARE = 60.0, 0.1
+# Columns of rows that only the search needs.
+_INTERNAL = ("density", "in_time")
+# Times that a model above the size is pruned a little further.
+_TIGHTENED = 4
+# A step of training computes about as much as so many evaluations of its examples.
+_STEP = 3
+
+
+@dataclasses.dataclass
+class Search:
+    """A running search.
+
+    Args:
+        bench: The model, the data and the plan.
+        progress: What was found so far.
+        notes: Sentences for the result.
+    """
+
+    bench: Workbench
+    progress: Progress
+    notes: list[str]
+
+    def __post_init__(self) -> None:
+        self._started = time.perf_counter()
+        self._before = sum(row["seconds"] for row in self.progress.rows)
+        self._out_of_time = False
+
+    @property
+    def _plan(self) -> Plan:
+        return self.bench.plan
+
+    @property
+    def _rows(self) -> list[dict[str, Any]]:
+        return self.progress.rows
+
+    def run(self) -> PruneResult:
+        """Executes the search, or the rest of it, and returns the result."""
+        for row in self._rows:  # Those of an interrupted search.
+            self._tell(row)
+        if not self._rows:
+            self._begin()
+        self.bench.shares = self.progress.facts["shares"]
+        for stage in self._plan.stages:
+            if self._out_of_time:
+                break
+            if stage == "sensitivity":
+                self._compare_allocations()
+            else:
+                self._climb(stage)
+        return self._conclude()
+
+    def _begin(self) -> None:
+        """Trains the dense model if necessary, measures it, and finds the density of the goals."""
+        started = time.perf_counter()
+        bench, options = self.bench, self._plan.options
+        trained = options.trained
+        if trained is None:
+            trained = bench.has_steps or is_trained(bench.model, bench.parts.train)
+        if options.retraining == "weight_rewinding" and trained:
+            raise ValueError(
+                "Weights of a trained model cannot be rewound to their initial values, which are "
+                'not known: use retraining="learning_rate_rewinding", or pass the untrained model.'
+            )
+        if not trained:
+            bench.train_dense()
+        dense = State.of(bench.model)
+        value = bench.validate()
+        self.progress.keep("0", dense)
+        shares = self._shares(dense)
+        self.progress.facts |= {
+            "trained": trained,
+            "shares": shares,
+            "target": min(shares.values(), default=None),
+            "dense": "0",
+            "best": "0",
+        }
+        self._record("dense", bench.density, value, started)
+
+    def _shares(self, dense: State) -> dict[str, float]:
+        """Returns the density at which each goal other than the drop is met, by what it is of."""
+        goals, bench = self._plan.goals, self.bench
+        shares = {} if goals.sparsity is None else {"weights": 1 - goals.sparsity}
+        shares |= {} if goals.macs is None else {"macs": goals.macs}
+        if goals.latency is not None:
+            latency = Latency.of(goals.latency)
+            share = latency.share
+            if share is None:
+                milliseconds = latencies.milliseconds_without_pruning(
+                    bench.model, latency.batch_size
+                )
+                share = latency.limit / milliseconds
+                self.progress.facts["milliseconds"] = milliseconds
+            shares["latency"] = min(share, 1.0)
+        if goals.size is not None:
+            cost = bench.cost() if bench.prunes_channels else "weights"
+            lowest = bench.lowest_of_channels(dense) if bench.prunes_channels else bench.lowest
+            of_size = density_of_size(
+                lambda density: bench.size_at(density, dense), goals.size, lowest
+            )
+            dense.restore(bench.model)
+            if of_size is None:
+                raise ValueError(
+                    f"No sparsity makes the served folder of {bench.model.name} as small as "
+                    f"{goals.size:,} bytes: with a density of {lowest:.2g} it takes "
+                    f"{bench.size_at(lowest, dense):,}, most of them for the graph."
+                )
+            shares[cost] = min(of_size[0], shares.get(cost, 1.0))
+        return shares
+
+    def _climb(self, stage: str) -> None:
+        """Executes the attempts of a method."""
+        for _ in range(_TIGHTENED):
+            ladder = self._ladder(stage)
+            while (density := ladder.following(self._tried(stage))) is not None:
+                if self._is_late(stage):
+                    self._out_of_time = True
+                    return
+                self._attempt(stage, density)
+                if self._plan.method == "auto" and self._fitting_is_slow(stage):
+                    return
+            if not self._tighten(ladder.best(self._tried(stage))):
+                return
+
+    def _fitting_is_slow(self, stage: str) -> bool:
+        """Returns whether an attempt with fitting takes longer than one with training."""
+        seconds = [row["seconds"] for row in self._rows if row["method"] == "one_shot"]
+        training = self._seconds_of("iterative")
+        return stage == "one_shot" and training is not None and max(seconds) > training
+
+    def _compare_allocations(self) -> None:
+        """Scans the layers, and prunes as far as magnitude failed by what the scan found."""
+        facts, bench = self.progress.facts, self.bench
+        if "scan" not in facts:
+            minutes = self._plan.minutes
+            seconds = _SCAN_SECONDS if minutes is None else _SCAN_SHARE * 60 * minutes
+            self.progress.state(facts["dense"]).restore(bench.model)
+            limit = min(seconds, _SCAN_SECONDS)
+            found = sensitivity.scan(bench.model, bench.parts.validation, bench.metric, limit)
+            facts["scan"] = dataclasses.asdict(found)
+            self.progress.write()
+        failed = [one.density for one in self._tried("magnitude") if not one.accepted]
+        if failed and facts["scan"]["complete"] and not self._tried("sensitivity"):
+            self._attempt("sensitivity", max(failed))
+
+    @property
+    def _scan_helps(self) -> bool:
+        """True if pruning by the scan lost less than pruning by magnitude at the same density."""
+        drops = {(row["method"], row["density"]): row["drop"] for row in self._rows}
+        return any(
+            drop < drops["magnitude", density]
+            for (method, density), drop in drops.items()
+            if method == "sensitivity"
+        )
+
+    def _ladder(self, stage: str) -> Ladder:
+        stages, rate = self._plan.stages, self._plan.options.rate
+        earlier = ("dense", *stages[: stages.index(stage)])
+        rows = [row for row in self._rows if row["method"] in earlier and row["accepted"]]
+        target = self.progress.facts["target"]
+        precision = _FINE if self._plan.minutes is not None else _PRECISION
+        if stage not in _TRAINS:
+            precision = _COARSE[stage] if self._plan.method == "auto" else _WITHOUT_TRAINING
+        if stage == "gradual" and target is not None and target < 1:
+            rate = 1 - target  # A single training to the target.
+        return Ladder(
+            rate=rate,
+            precision=precision,
+            target=target,
+            lowest=self.bench.lowest,
+            start=min(row["density"] for row in rows),
+            size=None if self.bench.prunes_channels else self.bench.size,
+        )
+
+    def _tried(self, stage: str) -> list[Attempt]:
+        return [
+            Attempt(row["density"], row["accepted"]) for row in self._rows if row["method"] == stage
+        ]
+
+    def _attempt(self, stage: str, density: float) -> None:
+        """Prunes the best model so far to a density, trains and measures it."""
+        started, number = time.perf_counter(), len(self._rows)
+        bench, facts = self.bench, self.progress.facts
+        continues = stage in ("iterative", "channels")
+        self.progress.state(facts["best" if continues else "dense"]).restore(bench.model)
+        by_scan = stage == "sensitivity" or self._scan_helps
+        bench.scan = facts["scan"]["rows"] if by_scan else None
+        try:
+            if stage == "gradual":
+                bench.prune_gradually(density, number)
+            else:
+                bench.prune(density, reconstruct=stage == "one_shot")
+        except ValueError as error:
+            if not bench.prunes_channels:
+                raise
+            self._record(stage, density, None, started, note=str(error))
+            return
+        if continues:
+            bench.retrain(number)
+        value = bench.validate()
+        if self._plan.goals.accepts(self._drop(value)):
+            self.progress.keep(str(number), State.of(bench.model))
+            facts["best"] = str(number)
+        self._record(stage, density, value, started)
+
+    def _tighten(self, best: float) -> bool:
+        """Lowers the target if a model that reached it is above the size, and says whether."""
+        size, target = self._plan.goals.size, self.progress.facts["target"]
+        if size is None or target is None or best > target:
+            return False
+        self.progress.state(self.progress.facts["best"]).restore(self.bench.model)
+        served = self.bench.served_size()
+        if served <= size:
+            return False
+        facts, bench = self.progress.facts, self.bench
+        cost = bench.cost() if bench.prunes_channels else "weights"
+        facts["shares"][cost] = facts["target"] = best * size / served * 0.99
+        return True
+
+    def _record(
+        self, method: str, density: float, value: float | None, started: float, note: str = ""
+    ) -> None:
+        drop = None
+        if value is not None:
+            drop = self._drop(value) if self._rows else 0.0
+        row = {
+            "step": len(self._rows),
+            "method": method,
+            "density": density,
+            "sparsity": ml.sparsity_report(self.bench.model).sparsity,
+            "macs": self.bench.macs_left(),
+            "latency": self.bench.milliseconds if value is not None else None,
+            "validation": value,
+            "drop": drop,
+            "accepted": drop is not None and (not self._rows or self._plan.goals.accepts(drop)),
+            "seconds": time.perf_counter() - started,
+            "in_time": self.bench.within_latency(density),
+            "note": note,
+        }
+        self._rows.append(row)
+        self.progress.write()
+        self._tell(row)
+
+    def _drop(self, value: float) -> float:
+        return self.bench.metric.drop(self._rows[0]["validation"], value)
+
+    def _tell(self, row: dict[str, Any]) -> None:
+        _logger.info("%s", row)
+        if self._plan.options.on_row is not None:
+            times = {"elapsed": self._spent, "remaining": self._remaining()}
+            self._plan.options.on_row(row | times)
+
+    @property
+    def _spent(self) -> float:
+        """Seconds of the search so far, without interruptions."""
+        return self._before + time.perf_counter() - self._started
+
+    def _is_late(self, stage: str) -> bool:
+        """Returns whether the next attempt would probably exceed the time."""
+        if self._plan.minutes is None:
+            return False
+        seconds = [row["seconds"] for row in self._rows if row["method"] == stage]
+        longest = max(seconds, default=self._seconds_of(stage) or 0.0)
+        return self._spent + longest > 60 * self._plan.minutes
+
+    def _remaining(self) -> float | None:
+        """Returns the seconds that the rest of the search will probably take, if it is known."""
+        methods = [row["method"] for row in self._rows]
+        stages = [stage for stage in self._plan.stages if stage != "sensitivity"]
+        now = max((stages.index(method) for method in methods if method in stages), default=0)
+        total = 0.0
+        for stage in stages[now:]:
+            if count := self._ladder(stage).expected(self._tried(stage)):
+                seconds = self._seconds_of(stage)
+                total += math.inf if seconds is None else count * seconds
+        minutes = self._plan.minutes
+        left = math.inf if minutes is None else max(60 * minutes - self._spent, 0.0)
+        least = min(total, left)
+        return None if math.isinf(least) else least
+
+    def _seconds_of(self, stage: str) -> float | None:
+        """Returns how long an attempt of a method probably takes, from those so far, if known."""
+        seconds = [row["seconds"] for row in self._rows if row["method"] == stage]
+        if seconds:
+            return sum(seconds) / len(seconds)
+        if stage not in _TRAINS:
+            return None if stage == "one_shot" else 0.0
+        epochs = self.bench.epochs_of(stage)
+        if not self.progress.facts["trained"]:
+            return float(self._rows[0]["seconds"]) * epochs / steps.dense_epochs(self.bench.epochs)
+        cheap = [row["seconds"] for row in self._rows if row["method"] == "magnitude"]
+        if not cheap:
+            return None
+        counts = self.bench.parts.counts()
+        return min(cheap) * _STEP * epochs * counts["train"] / counts["validation"]
+
+    def _conclude(self) -> PruneResult:
+        """Compares the best model with the dense one on the test data."""
+        bench, facts, rows = self.bench, self.progress.facts, self._rows
+        test = bench.parts.test
+        self.progress.state(facts["dense"]).restore(bench.model)
+        dense = metrics.Outcome.of(bench.metric, bench.model, test)
+        self.progress.state(facts["best"]).restore(bench.model)
+        model = bench.finished()
+        pruned = metrics.Outcome.of(bench.metric, model, test)
+        comparison = metrics.compare(bench.metric, dense, pruned, bench.parts.counts()["test"])
+        best = rows[int(facts["best"])]
+        meets = self._meets(best)
+        sentences = [self._conclusion(best, meets)]
+        if facts["best"] != facts["dense"]:
+            sentences.append(verdict(self._plan.goals, comparison))
+        return PruneResult(
+            model=model,
+            rows=[{k: v for k, v in row.items() if k not in _INTERNAL} for row in rows],
+            scan=list(facts.get("scan", {}).get("rows", [])),
+            test=comparison,
+            sparsity=best["sparsity"],
+            higher_is_better=bench.metric.higher_is_better,
+            tolerance=self._plan.goals.tolerance,
+            meets_goals=meets,
+            conclusion=" ".join(filter(None, sentences)),
+            notes=self._notes(),
+        )
+
+    def _meets(self, best: dict[str, Any]) -> bool:
+        target = self.progress.facts["target"]
+        if target is None:
+            return best["method"] != "dense"
+        low_enough = best["density"] <= self._ladder(self._plan.stages[-1]).rounded(target)
+        return bool(low_enough and best["in_time"])
+
+    def _conclusion(self, best: dict[str, Any], meets: bool) -> str:
+        goals, metric = self._plan.goals, self.bench.metric.name
+        found = f"{best['sparsity']:.2%} of the weights are pruned"
+        if best["macs"] is not None:
+            found += f", {best['macs']:.2%} of the multiply-adds are left"
+        if best["latency"] is not None:
+            found += f", a call takes {best['latency']:.3g} ms"
+        drop = f"a drop of {best['drop']:+.4f} in validation {metric}"
+        text = f"{found}, with {drop}."
+        if not meets:
+            rest = [row for row in self._rows if not row["accepted"] and row["drop"] is not None]
+            what = (
+                "The nearest" if goals.tolerance is None else f"Within max_drop={goals.tolerance}"
+            )
+            text = f"No model meets the goals. {what}: {text}"
+            if rest:
+                near = min(rest, key=lambda row: row["drop"])
+                text += (
+                    f" The nearest beyond: {near['sparsity']:.2%} pruned, with a drop of "
+                    f"{near['drop']:+.4f} ({near['method'].replace('_', ' ')})."
+                )
+        if self._out_of_time:
+            text += f" The search ended early, because of minutes={self._plan.minutes}."
+        return text
+
+    def _notes(self) -> tuple[str, ...]:
+        bench, plan = self.bench, self._plan
+        notes = [*bench.parts.notes, *self.notes]
+        if self.progress.facts["trained"]:
+            notes.append("The model was trained already, and is compared as it was.")
+        else:
+            notes.append(
+                f"The model was not trained. It was trained for {steps.dense_epochs(bench.epochs)} "
+                "epochs first."
+            )
+        last = plan.stages[-1]
+        if last in _TRAINS:
+            how = plan.options.retraining.replace("_", " ")
+            notes.append(f"Each step trained for {bench.epochs_of(last)} epochs ({how}).")
+        if plan.method == "auto" and self._tried("one_shot") and self._fitting_is_slow("one_shot"):
+            notes.append(
+                "Fitting without training ended after a step that took longer than training would."
+            )
+        notes += [*self._notes_of_scan(), *self._notes_of_latency()]
+        gain = -min((row["drop"] for row in self._rows if row["drop"] is not None), default=0.0)
+        if gain > (plan.goals.tolerance or 0.0) and gain > 0:
+            notes.append(
+                f"A pruned model was better than the dense one by {gain:.4f} on the validation "
+                "data. Unless this is chance, the dense model was not trained to the end, so part "
+                "of what pruning costs is hidden by training on."
+            )
+        return tuple(notes)
+
+    def _notes_of_scan(self) -> list[str]:
+        if (scan := self.progress.facts.get("scan")) is None:
+            return []
+        if not scan["complete"]:
+            return [
+                "There was not enough time to prune each layer alone, so the sparsity was divided "
+                "among the layers by magnitude (LAMP)."
+            ]
+        compared = {row["method"] for row in self._rows} >= {"magnitude", "sensitivity"}
+        if not compared:
+            return []
+        if self._scan_helps:
+            return [
+                "The sparsity was divided among the layers by how much each loses alone, because "
+                "the model lost less then than by magnitude (LAMP) at the same sparsity."
+            ]
+        return [
+            "The sparsity was divided among the layers by magnitude (LAMP), because the model did "
+            "not lose less by how much each layer loses alone."
+        ]
+
+    def _notes_of_latency(self) -> list[str]:
+        if self._plan.goals.latency is None:
+            return []
+        latency = Latency.of(self._plan.goals.latency)
+        milliseconds = self.progress.facts.get("milliseconds")
+        dense = "" if milliseconds is None else f" The dense model took {milliseconds:.3g} ms."
+        return [
+            "Zeros inside a kernel do not make a model faster, so channels were removed. The "
+            f"latency is that of a call of the Keras model with a batch of {latency.batch_size} on "
+            f"this machine.{dense}"
+        ]
+
+
+def verdict(goals: Goals, test: metrics.Comparison) -> str:
+    """Returns what the comparison on the test data says about the tolerance, if there is one."""
+    if goals.tolerance is None:
+        return ""
+    where = "within" if goals.accepts(test.drop) else "above"
+    found = f"On the test data the drop is {test.drop:+.4f}, {where} {goals.tolerance}"
+    if test.interval is None:
+        return f"{found} ({test.method})."
+    low, high = test.interval
+    if goals.accepts(high) or not goals.accepts(low):
+        return f"{found}, and so is its whole 95 % interval."
+    return (
+        f"{found}, but {test.examples:,} examples leave open whether it really is: the 95 % "
+        f"interval is {low:+.4f} to {high:+.4f}."
+    )
