@@ -346,7 +346,7 @@ def _export(
     """Writes the folder for serving, and compares it with that of the dense model."""
     served = folder / "served" / "1"
     try:
-        return served_latency.export(result, model, served, parts.test[0])
+        return served_latency.compare(result.model, model, served, parts.test[0])
     except (
         Exception
     ) as error:  # TensorFlow has errors of its own. The rest of the folder is written.

@@ -12,6 +12,7 @@ from lottery_ticket_pruner.commands.prune import PruneConfig, prune
 from lottery_ticket_pruner.experiments.reports import pruning
 from lottery_ticket_pruner.experiments.results import CONFIG_FILE, is_pruned, read_json, reason
 from lottery_ticket_pruner.experiments.run_folder import restored
+from masked_layers.files import FileContentError
 from masked_layers.text_tables import aligned
 
 _COMPARED = ("method", "sparsity", "validation")
@@ -27,15 +28,16 @@ def configuration(folder: Path, out: Path | None, *, overwrite: bool, quiet: boo
         quiet: Whether to print nothing.
 
     Raises:
-        ValueError: If the configuration is damaged or was written by another version.
+        FileContentError: If the configuration is damaged or was written by another version.
+        ValueError: If `out` is the same folder.
     """
     file = folder / CONFIG_FILE
     if (values := read_json(file)) is None:
-        raise ValueError(f"'{file}' {reason(file)}.")
+        raise FileContentError(f"'{file}' {reason(file)}.")
     try:
         config = restored(PruneConfig, values)
     except ValueError as error:
-        raise ValueError(f"'{file}' is not the configuration of a search: {error}") from error
+        raise FileContentError(f"'{file}' is not the configuration of a search: {error}") from error
     again = out or folder.resolve().with_name(f"{folder.resolve().name}-again")
     if again.resolve() == folder.resolve():
         raise ValueError(f"--out is the folder that is repeated: '{folder}'. Choose another one.")
@@ -101,7 +103,8 @@ def report(folders: Iterable[Path], out: Path | None, console: Console) -> list[
         The web pages.
 
     Raises:
-        ValueError: If `out` is given for several folders, or results are missing or damaged.
+        FileContentError: If results are missing or damaged.
+        ValueError: If `out` is given for several folders.
     """
     folders = list(folders)
     if out is not None and len(folders) > 1:

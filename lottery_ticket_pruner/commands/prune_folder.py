@@ -12,7 +12,7 @@ from lottery_ticket_pruner.compression import Comparison, Findings
 from lottery_ticket_pruner.experiments.reports import pruning
 from lottery_ticket_pruner.experiments.results import CONFIG_FILE, RESULTS_FILE
 from lottery_ticket_pruner.experiments.run_folder import versions, write_json
-from masked_layers.files import replacing
+from masked_layers.files import FileContentError, replacing
 
 RESULT_FILE = "result.json"
 SCAN_FILE = "sensitivity.csv"
@@ -44,7 +44,7 @@ def read(folder: Path) -> tuple[Findings, pruning.Facts]:
     """Reads what `write` has stored.
 
     Raises:
-        ValueError: If the file is missing or damaged.
+        FileContentError: If the file is missing or damaged.
     """
     file = folder / RESULT_FILE
     try:
@@ -57,7 +57,7 @@ def read(folder: Path) -> tuple[Findings, pruning.Facts]:
         findings["notes"] = tuple(findings["notes"])
         return Findings(**findings), pruning.Facts(**facts)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
+        raise FileContentError(
             f"'{file}' is missing or damaged ({error}). Run `lottery-ticket prune` with the same "
             "options again: it writes the file from the finished search."
         ) from error

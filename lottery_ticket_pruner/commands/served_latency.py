@@ -10,7 +10,6 @@ from typing import Any
 import keras
 
 import masked_layers as ml
-from lottery_ticket_pruner.compression import PruneResult
 from lottery_ticket_pruner.training import Arrays
 from masked_layers import turns
 
@@ -31,11 +30,11 @@ class Served:
     milliseconds: tuple[float, float] | None
 
 
-def export(result: PruneResult, model: keras.Model, path: Path, inputs: Arrays) -> Served:
-    """Exports a result to a folder, and compares it with a folder of the dense model.
+def compare(pruned: keras.Model, model: keras.Model, path: Path, inputs: Arrays) -> Served:
+    """Exports a pruned model to a folder, and compares it with a folder of the dense model.
 
     Args:
-        result: The result.
+        pruned: The pruned model.
         model: The dense model.
         path: The folder to write.
         inputs: Inputs of the model.
@@ -46,7 +45,7 @@ def export(result: PruneResult, model: keras.Model, path: Path, inputs: Arrays) 
     with tempfile.TemporaryDirectory() as temporary:
         dense = Path(temporary, "dense")
         before = ml.export_sparse_saved_model(model, dense).disk_nbytes
-        after = result.export(path).disk_nbytes
+        after = ml.export_sparse_saved_model(pruned, path).disk_nbytes
         arrays = keras.tree.flatten(inputs)
         times = None if len(arrays) > 1 else _milliseconds(path, dense, arrays[0][:1])
     return Served((after, before), times)

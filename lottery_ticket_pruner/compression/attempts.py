@@ -16,6 +16,7 @@ from lottery_ticket_pruner.compression.result import PruneResult
 from lottery_ticket_pruner.compression.states import Progress, State
 from lottery_ticket_pruner.compression.steps import Workbench
 from lottery_ticket_pruner.compression.training_state import is_trained
+from lottery_ticket_pruner.divergence import DivergenceError
 
 _logger = logging.getLogger(__name__)
 
@@ -219,13 +220,13 @@ class Search:
                 bench.prune_gradually(density, number)
             else:
                 bench.prune(density, reconstruct=stage == "one_shot")
-        except ValueError as error:
-            if not bench.prunes_channels:
+            if continues:
+                bench.retrain(number)
+        except (DivergenceError, ValueError) as error:
+            if isinstance(error, ValueError) and not bench.prunes_channels:
                 raise
             self._record(stage, density, None, started, note=str(error))
             return
-        if continues:
-            bench.retrain(number)
         value = bench.validate()
         if self._plan.goals.accepts(self._drop(value)):
             self.progress.keep(str(number), State.of(bench.model))

@@ -227,18 +227,24 @@ def compare(metric: Metric, dense: Outcome, pruned: Outcome, examples: int) -> C
 
 
 def compare_models(
-    dense: keras.Model, pruned: keras.Model, pair: tuple[Arrays, Arrays]
+    dense: keras.Model,
+    pruned: keras.Model,
+    pair: tuple[Arrays, Arrays],
+    metric: str | None = None,
+    mode: str = "auto",
 ) -> Comparison:
-    """Compares two compiled models by the default metric of the first one.
+    """Compares two compiled models by a metric of the first one.
 
     Args:
         dense: A compiled model.
         pruned: Another one, compiled alike.
         pair: Inputs and targets that neither has seen.
+        metric: Its name, as for `prune`.
+        mode: Its direction, as for `prune`.
     """
-    metric = metric_of(training.evaluate(dense, *pair), dense, None, "auto")
-    first, second = (Outcome.of(metric, model, pair) for model in (dense, pruned))
-    return compare(metric, first, second, _length(pair))
+    of_dense = metric_of(training.evaluate(dense, *pair), dense, metric, mode)
+    first, second = (Outcome.of(of_dense, model, pair) for model in (dense, pruned))
+    return compare(of_dense, first, second, _length(pair))
 
 
 def _is_mean(outcome: Outcome) -> bool:

@@ -13,7 +13,6 @@ from rich.console import Console
 import masked_layers as ml
 from lottery_ticket_pruner import Latency, cli
 from lottery_ticket_pruner.commands import prune, prune_again
-from lottery_ticket_pruner.compression import PruneResult
 from lottery_ticket_pruner.experiments import own
 from lottery_ticket_pruner.experiments.reports import pruning
 
@@ -113,7 +112,7 @@ def test_a_model_and_data_of_a_user_become_a_folder(here, capsys, monkeypatch):
     # If TensorFlow cannot write the model, everything else is there, and nothing else is claimed.
     (here / "out" / "model.keras").unlink()
     with monkeypatch.context() as patched:
-        patched.setattr(PruneResult, "export", _fail)
+        patched.setattr(prune.served_latency.ml, "export_sparse_saved_model", _fail)
         assert run("own.py:make", "--max-drop", "0.03", "--out", "out") == 0
     printed = capsys.readouterr().out
     assert "No SavedModel: KeyError: 'no kernel'" in printed
@@ -127,7 +126,7 @@ def test_a_model_and_data_of_a_user_become_a_folder(here, capsys, monkeypatch):
     assert float(rows_of(here / "out")[-1]["sparsity"]) == 0.5
 
 
-def _fail(self, path):
+def _fail(model, path):
     raise KeyError("no kernel")
 
 
