@@ -50,6 +50,8 @@ class PrunerCallback(keras.callbacks.Callback):
 
     def __init__(self, pruner: LotteryTicketPruner, use_dwr: bool = False) -> None:
         super().__init__()
+        if not isinstance(pruner, LotteryTicketPruner):
+            raise TypeError(f"Expected a `LotteryTicketPruner`. Received: {pruner!r}")
         self.pruner = pruner
         self.use_dwr = use_dwr
         self._hold: zero_hold.ZeroHold | None = None

@@ -107,6 +107,7 @@ class PlainPruning(abc.ABC):
         masks_version: A number that increases whenever the held masks change.
 
     Raises:
+        TypeError: If it is not a Keras model.
         ValueError: If the model is not built or has nothing to prune.
     """
 
@@ -115,6 +116,8 @@ class PlainPruning(abc.ABC):
     _final: tuple[np.ndarray, ...] | None
 
     def __init__(self, model: keras.Model) -> None:
+        if not isinstance(model, keras.Model):
+            raise TypeError(f"Expected a `keras.Model`. Received: {model!r}")
         if not model.built or not model.weights:
             raise ValueError(
                 f"The model {model.name!r} has no weights yet. Build it first: call it on a batch, "

@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -13,6 +13,7 @@ from lottery_ticket_pruner.targets import explained
 from lottery_ticket_pruner.training.augmentation import Augmentation
 from lottery_ticket_pruner.training.dataset import ArrayDataset, Arrays
 from lottery_ticket_pruner.training.engine import engine_of, warn_once
+from lottery_ticket_pruner.training.fit_arguments import split_off, weighted
 from lottery_ticket_pruner.training.plans import (
     EpochPlan,
     Listeners,
@@ -166,6 +167,8 @@ def fit(
     batch_size: int = 32,
     epochs: int = 1,
     sample_weight: Arrays | None = None,
+    class_weight: Mapping[int, float] | None = None,
+    validation_split: float = 0.0,
     validation_data: tuple[Arrays, ...] | None = None,
     validation_batch_size: int | None = None,
     callbacks: Sequence[keras.callbacks.Callback] = (),
@@ -182,8 +185,7 @@ def fit(
     used, on the same batches. Class labels must be in range, as in `train`.
 
     If there are several outputs, their logged losses are means over examples; Keras on TensorFlow
-    logs means over batches. The arguments `class_weight` and `validation_split` of `model.fit` are
-    not supported: use sample weights, and split the arrays.
+    logs means over batches.
 
     Args:
         model: A compiled model. Training continues from its optimizer's state.
@@ -192,6 +194,10 @@ def fit(
         batch_size: Number of examples per step. The last batch of an epoch may be smaller.
         epochs: Number of epochs.
         sample_weight: One weight per example, or None.
+        class_weight: Weights by class index, for one array of targets: class indices or one-hot
+            rows. It excludes `sample_weight`, and does not apply to validation data.
+        validation_split: Share of the examples to evaluate on after every epoch: the last ones,
+            before shuffling. Ignored with `validation_data`.
         validation_data: Data `(x, y)` or `(x, y, sample_weight)` to evaluate on after every epoch.
         validation_batch_size: Number of examples per step of an evaluation. None for `batch_size`.
         callbacks: Callbacks, as for `model.fit`.
@@ -221,6 +227,10 @@ def fit(
     )
     data = ArrayDataset.of(x, y, sample_weight)
     validation = held_out(model, data, "validation_data", validation_data)
+    if validation_split and validation is None:
+        data, validation = split_off(data, validation_split)
+    if class_weight is not None:
+        data = weighted(data, class_weight)
     slow = [type(callback).__name__ for callback in plan.callbacks if _acts_on_batches(callback)]
     if slow:
         warn_once(f"Training goes through `fit`: {', '.join(slow)} acts on batches.")

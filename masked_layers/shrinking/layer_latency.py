@@ -111,6 +111,7 @@ def latency_table(
         The table. Layers that could not be timed are in `not_timed`.
 
     Raises:
+        TypeError: If one of them is not a Keras model.
         ValueError: If one of the models is neither Sequential nor Functional, or the size of an
             input besides that of the batch is not fixed.
 
@@ -120,6 +121,9 @@ def latency_table(
     print(masked_layers.latency_table(masked, smaller, batch_size=8))
     ```
     """
+    for given in (model, smaller):
+        if not isinstance(given, keras.Model):
+            raise TypeError(f"Expected a `keras.Model`. Received: {given!r}")
     dense = unpruned(model)
     whole = compare(Compiled(dense, batch_size), Compiled(smaller, batch_size))
     before = _parts(dense, follow(dense), {})
