@@ -53,9 +53,12 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
                 os.replace(temporary, path)
         if sys.platform == "win32":
             os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):  # The folder may be gone, too.
             temporary.unlink()
+        # Errors of a full disk do not say which file they belong to.
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+            error.filename = str(path)
         raise
     _sync_folder(path.parent)
 

@@ -38,7 +38,7 @@ from lottery_ticket_pruner import (
 )
 from masked_layers import serving
 
-HERE = {Path(package.__file__).parent for package in (ltp, ml)}
+HERE = {Path(str(package.__file__)).parent for package in (ltp, ml)}
 X = np.random.default_rng(0).normal(size=(40, 4)).astype("float32")
 Y = (X[:, 0] > 0).astype("int32")
 NAN, INFINITY = float("nan"), float("inf")

@@ -11,6 +11,7 @@ what is left, without the fault, and its results are compared with those of a wh
 
 import argparse
 import contextlib
+import functools
 import io
 import json
 import os
@@ -126,7 +127,9 @@ def main(arguments: Any = None) -> int:
             whole = Path(temporary, name)
             whole.mkdir()
             log = Path(temporary, "log")
-            if failed := kills.in_a_fork(lambda n=name, w=whole: kills.commands()[n].work(w), log):
+            if failed := kills.in_a_fork(
+                functools.partial(kills.commands()[name].work, whole), log
+            ):
                 raise RuntimeError(f"{name}: {failed}")
             for fault in FAULTS:
                 if fault == "vanished" and name not in kills.LINES:

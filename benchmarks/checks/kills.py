@@ -15,6 +15,7 @@ Processes are forks of one that has imported everything, so that the kills hit t
 import argparse
 import contextlib
 import dataclasses
+import functools
 import os
 import random
 import shutil
@@ -24,7 +25,7 @@ import tempfile
 import time
 import traceback
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,11 @@ def command_line(*line: str) -> None:
     """
     if cli.main([*line]):
         raise RuntimeError(f"lottery-ticket {' '.join(line)} failed")
+
+
+def execute(name: str, options: Sequence[str], folder: Path) -> None:
+    """Executes an experiment or `prune` in a folder."""
+    command_line(name, *options, "--quiet", "--out", str(folder / "out"))
 
 
 def model() -> keras.Model:
@@ -137,9 +143,7 @@ def commands() -> dict[str, Command]:
     """Returns all commands by name."""
     found = {
         name: Command(
-            lambda folder, name=name, options=options: command_line(
-                name, *options, "--quiet", "--out", str(folder / "out")
-            ),
+            functools.partial(execute, name, options),
             check_folder,
         )
         for name, options in LINES.items()
@@ -247,8 +251,8 @@ def main(arguments: Any = None) -> int:
             if name not in seconds:
                 whole.mkdir()
                 started = time.perf_counter()
-                if wrong := in_a_fork(lambda w=whole, n=name: chosen[n].work(w), place / "log"):
-                    raise RuntimeError(f"{name}: {wrong}")
+                if failed := in_a_fork(functools.partial(chosen[name].work, whole), place / "log"):
+                    raise RuntimeError(f"{name}: {failed}")
                 seconds[name] = time.perf_counter() - started
                 print(f"{name}: {seconds[name]:.1f} s without interruption", flush=True)
             folder = place / f"{name}-{number}"

@@ -86,9 +86,13 @@ class CsvWriter:
                 "are lost."
             )
         rounded = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
-        self._writer.writerow(rounded)
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        try:
+            self._writer.writerow(rounded)
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            error.filename = error.filename or str(self._path)
+            raise
 
     def close(self) -> None:
         """Closes the file."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+import keras
 import numpy as np
 
 from lottery_ticket_pruner import checks
@@ -66,7 +67,7 @@ def weighted(data: ArrayDataset, class_weight: Mapping[int, float]) -> ArrayData
     if classes.ndim == 2:
         classes = classes.argmax(1) if classes.shape[1] != 1 else classes[:, 0]
     classes = np.round(classes).astype("int64")
-    weights = np.ones(len(classes), "float32")
+    weights = np.ones(len(classes), keras.config.floatx())
     for number, weight in class_weight.items():
         weights[classes == number] = weight
-    return ArrayDataset.of(*data.host, weights)
+    return ArrayDataset((*data.host, weights))
