@@ -19,6 +19,7 @@ import keras
 # None of these has a public name.
 from keras.src.backend.common import global_state
 from keras.src.backend.common.stateless_scope import get_stateless_scope, in_stateless_scope
+from keras.src.backend.common.variables import AutocastScope
 from keras.src.layers.rnn.conv_lstm import ConvLSTMCell as ConvLSTMCell
 from keras.src.models.functional import Functional
 from keras.src.utils.naming import to_snake_case as to_snake_case
@@ -108,6 +109,16 @@ def is_training() -> bool:
     """
     context = global_state.get_global_attribute("current_call_ctx")
     return bool(getattr(context, "training", None))
+
+
+@contextlib.contextmanager
+def no_autocast() -> Iterator[None]:
+    """Reads variables in their own dtype inside the scope, also in a call of mixed precision.
+
+    Keras casts a variable whenever it is read in a call, and has no public way to read its value.
+    """
+    with AutocastScope(None):
+        yield
 
 
 def is_calling() -> bool:

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import keras
 import numpy as np
 
-from masked_layers import _keras, compiled, learned, randomness
+from masked_layers import _keras, compiled, learned, quantization, randomness
 from masked_layers.copying import copy_model, renew_optimizer
 from masked_layers.exactness import check_copy, check_masks, has_code_of_others
 from masked_layers.inspection import (
@@ -34,8 +34,15 @@ from masked_layers.layers import (
     unmask,
 )
 from masked_layers.learned import LearnedMask
-from masked_layers.maskable import NORMALIZATIONS, maskable, raw_variable, weights_inside
-from masked_layers.masks import raw_view
+from masked_layers.maskable import (
+    NORMALIZATIONS,
+    channel_weights,
+    mask_of,
+    maskable,
+    raw_variable,
+    weights_inside,
+)
+from masked_layers.masks import Mask, raw_view
 from masked_layers.paths import check_walk, plain_class, resolve, walk
 
 Layer: TypeAlias = keras.layers.Layer
@@ -55,13 +62,15 @@ def convert_to_masked(
     mask_bias: bool = False,
     mask_normalization: bool = False,
     mask: learned.Identifier = "binary",
+    quantize: str | None = None,
     inplace: bool = False,
 ) -> keras.Model:
     """Returns a copy of a model with masks over its weights and the same outputs, bit for bit.
 
-    Masks are initially all ones. Weights, names, trainable flags, dtype policies, compilation and
-    the state of the optimizer are copied, so that the training of a partly trained model can
-    continue. Layers that cannot be masked are not changed; `sparsity_report(model)` lists them.
+    New masks are all ones, and existing ones are kept. Weights, names, trainable flags, dtype
+    policies, compilation and the state of the optimizer are copied, so that the training of a
+    partly trained model can continue. Layers that cannot be masked are not changed;
+    `sparsity_report(model)` lists them.
 
     If the model contains custom classes or functions, it is called on generated inputs to check
     that the outputs are the same and that no code reads a weight without its mask. These checks are
@@ -85,6 +94,13 @@ def convert_to_masked(
             the config of a mask; or a function that returns one. With learned masks, scores are
             trained in place of the weights of the masked layers, layers without masks, such as
             normalization, are trained as before, and the state of the optimizer is reset.
+        quantize: `"int8"` or `"int4"` for quantization-aware training, also of a model that already
+            has masks: outputs are then not the same. Every masked weight with two or more axes is
+            rounded in the forward pass to codes from -127 to 127 (-7 to 7) times a scale per output
+            channel (last axis), the largest kept magnitude divided by 127 (7). The raw weights stay
+            floats, and gradients pass straight through to them. `strip_masks` and exports have the
+            rounded values, and `export_sparse_saved_model(values="int8")` stores these codes.
+            Activations, biases, and the values of frozen pruned weights are not rounded.
         inplace: Whether to change `model` itself and return it. Needed for subclassed models
             without a `get_config`.
 
@@ -96,9 +112,9 @@ def convert_to_masked(
         ValueError: If the model has nothing to mask, cannot be copied, has layers that no path
             leads to, or is not built and has a layer that may create maskable layers when it is
             built. If `mask` is not a mask, cannot be used for a weight, or is learned and the model
-            is already masked, or its normalization is to be masked. If code of the model reads a
-            weight without its mask, or a copy has other outputs. `model` is unchanged after an
-            error.
+            is already masked, its normalization is to be masked, or weights are to be quantized. If
+            `quantize` has another value. If code of the model reads a weight without its mask, or a
+            copy has other outputs. `model` is unchanged after an error.
 
     Warns:
         UserWarning: If a pattern or function of `include` or `exclude` matches no layer.
@@ -113,23 +129,29 @@ def convert_to_masked(
             f"'{model.name}' already has masks, which would be kept. Call `strip_masks(model)` "
             f"first and convert the model that it returns. Received: mask={mask!r}"
         )
+    quantization.check(quantize)
     if mask_normalization:
-        _check_binary(model, prototype)
+        _check_binary(model, prototype, "`mask_normalization=True`", "channels are pruned")
+    if quantize is not None:
+        _check_binary(model, prototype, "`quantize`", "they select the weights that scales are for")
     selected = _select(model, include, exclude, mask_bias, mask_normalization)
     source, model = model, model if inplace else copy_model(model)
     weights = [path for path, unbuilt in selected if not unbuilt]
     with undone_on_error(model):
         mask_weights(model, weights, mask_bias=mask_bias, mask=prototype)
+        if quantize is not None:
+            _quantize(model, weights, quantize)
         for path, unbuilt in selected:
             if unbuilt:
                 layer = resolve(model, f"{path}/")[-1][1]
-                mask_when_built(layer, mask_bias=mask_bias, mask=prototype)
+                later = prototype if quantize is None else _quantizing(prototype, quantize)
+                mask_when_built(layer, mask_bias=mask_bias, mask=later)
         traces = compiled.forget_functions(model, around=inplace)
         if inplace:
             check_masks(model)
         elif has_code_of_others(model):
             check_masks(model, source)
-            if prototype is None:
+            if prototype is None and quantize is None:
                 check_copy(source, model)
         if prototype is not None and prototype.learned:
             renew_optimizer(model)
@@ -139,12 +161,27 @@ def convert_to_masked(
     return model
 
 
-def _check_binary(model: keras.Model, prototype: Any) -> None:
+def _quantizing(prototype: Mask | None, kind: str) -> Mask:
+    return Mask.from_config({**(prototype or Mask()).get_config(), "quantization": kind})
+
+
+def _quantize(model: keras.Model, paths: Iterable[str], kind: str) -> None:
+    cache: dict[int, Any] = {}
+    for path in paths:
+        name, layer = resolve(model, path, cache)[-1]
+        mask = mask_of(layer, name)
+        if mask is None:
+            layer._masking.mask = _quantizing(layer._masking.mask, kind)  # For when it is built.
+        elif name not in channel_weights(layer):  # Those of a normalization leave channels out.
+            mask.quantization = kind
+
+
+def _check_binary(model: keras.Model, prototype: Any, argument: str, why: str) -> None:
     refs = weight_refs(model)
     found = [prototype, *(ref.mask for ref in refs)]
     if known := [mask for mask in found if mask is not None and mask.learned]:
         raise ValueError(
-            "`mask_normalization=True` needs binary masks, as channels are pruned. Call "
+            f"{argument} needs binary masks, as {why}. Call "
             f"`masked_layers.harden(model)` first. Received: {known[0]!r}"
         )
 

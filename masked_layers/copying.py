@@ -212,6 +212,7 @@ def _copy_state(source: keras.Model, target: keras.Model) -> None:
     for old, new in zip(weight_refs(source), weight_refs(target), strict=True):
         if old.mask is not None and new.mask is not None:
             new.mask.rescale = old.mask.rescale
+            new.mask.quantization = old.mask.quantization
     for (_, old), (_, new) in pairs:
         copy_assets(old, new)
 

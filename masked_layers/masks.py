@@ -14,6 +14,7 @@ from keras import ops
 
 from masked_layers import _keras, compiled
 from masked_layers.packing import MaskState
+from masked_layers.quantization import LEVELS, check, fake_quantized
 from masked_layers.types import Tensor
 
 _raw_view: contextvars.ContextVar[bool] = contextvars.ContextVar("raw_view", default=False)
@@ -59,6 +60,9 @@ class Mask(keras.layers.Layer):
             rescaling, arXiv 1905.01067, section 5.2; the factor is 0 for a mask without ones). This
             is part of the forward pass and never changes a stored weight. To change it later, call
             `masked_layers.set_rescale`, which recompiles functions that were compiled before.
+        quantization: `"int8"` or `"int4"` to round kept weights in the forward pass, as described
+            for `convert_to_masked(quantize=...)`; weights with fewer than two axes are not rounded.
+            Default: None.
         **kwargs: `name` and the other arguments of `keras.layers.Layer`.
 
     Attributes:
@@ -71,10 +75,25 @@ class Mask(keras.layers.Layer):
 
     learned = False  # Whether training changes it.
 
-    def __init__(self, *, initializer: Any = "ones", rescale: bool = False, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        initializer: Any = "ones",
+        rescale: bool = False,
+        quantization: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        check(quantization)
+        if self.learned and quantization is not None:
+            raise ValueError(
+                "Only binary masks quantize their weights. Train the mask, call "
+                "`masked_layers.harden(model)`, and convert the result with `quantize`. "
+                f"Received: quantization={quantization!r}"
+            )
         super().__init__(trainable=self.learned, **kwargs)
         self.initializer = keras.initializers.get(initializer)
         self.rescale = rescale
+        self.quantization = quantization
         self.frozen: keras.Variable | None = None
         self.moved_at: int | None = None
         self._start: MaskState | None = None
@@ -112,6 +131,22 @@ class Mask(keras.layers.Layer):
             weight: Raw weight, a variable or tensor of the mask's shape and any float dtype. A
                 variable is cast as its layer would cast it (mixed precision).
         """
+        if self.quantization is None or len(self.value.shape) < 2:
+            return self.unquantized(weight)
+        dtype = ops.convert_to_tensor(weight).dtype
+        with _keras.no_autocast():  # The codes are those of the variable, as in an export.
+            exact = ops.cast(self.unquantized(weight), "float32")
+        rounded = fake_quantized(self.select(exact, ops.cast(0, "float32")), self.quantization)
+        return ops.cast(self.select(rounded, exact), dtype)
+
+    call = apply
+
+    def unquantized(self, weight: Tensor) -> Tensor:
+        """Returns the effective weight as a tensor, before quantization.
+
+        Args:
+            weight: The same as in `apply`.
+        """
         weight = ops.convert_to_tensor(weight)
         if self.frozen is not None:
             kept = weight * ops.cast(self._factor(), weight.dtype) if self.rescale else weight
@@ -120,8 +155,6 @@ class Mask(keras.layers.Layer):
         if self.rescale:
             effective = effective * ops.cast(self._factor(), weight.dtype)
         return effective
-
-    call = apply
 
     def select(self, kept: Tensor, pruned: Tensor) -> Tensor:
         """Returns `kept` where the mask keeps an entry and `pruned` elsewhere."""
@@ -186,15 +219,17 @@ class Mask(keras.layers.Layer):
     def state(self) -> MaskState:
         """Current state of the mask, as arrays."""
         frozen = None if self.frozen is None else np.array(ops.convert_to_numpy(self.frozen))
-        return MaskState(self.to_numpy(), self.rescale, frozen)
+        return MaskState(self.to_numpy(), self.rescale, frozen, self.quantization)
 
     def restore(self, state: MaskState) -> None:
         """Restores a state, or uses it as the initial one if the mask is not built yet.
 
-        If this turns rescaling or the freezing of pruned entries on or off, functions compiled
-        before must be compiled again.
+        If this turns rescaling, quantization or the freezing of pruned entries on or off, functions
+        compiled before must be compiled again.
         """
+        check(state.quantization)
         self.rescale = state.rescale
+        self.quantization = state.quantization
         if self.built:
             self.value.assign(state.kept)
             self.freeze(state.frozen)
@@ -234,21 +269,26 @@ class Mask(keras.layers.Layer):
         raise ValueError(
             "A masked model cannot be quantized, because its masks would be ignored. Call "
             "`masked_layers.strip_masks(model)` first and quantize the model that it returns; "
-            "pruned weights stay zero."
+            "pruned weights stay zero. For training with rounded weights, there is "
+            "`masked_layers.convert_to_masked(model, quantize=...)`."
         )
 
     def save_own_variables(self, store: Any) -> None:
-        """Saves the mask, its frozen values, `rescale` and `moved_at`."""
+        """Saves the mask, its frozen values, `rescale`, `quantization` and `moved_at`."""
         store["0"] = self.value
         if self.frozen is not None:
             store["frozen"] = self.frozen
         if self.rescale:
             store["rescale"] = np.ones((), "bool")
+        if self.quantization is not None:
+            store["quantization"] = np.array(LEVELS[self.quantization], "uint8")
         if self.moved_at is not None:
             store["moved_at"] = np.array(self.moved_at, "int64")
 
     def load_own_variables(self, store: Any) -> None:
         """Loads a saved mask. Files of the plain model contain no mask and do not change it.
+
+        Files of a model without quantization do not turn it off.
 
         Raises:
             ValueError: If the file contains a learned mask, or a mask of another shape.
@@ -269,6 +309,10 @@ class Mask(keras.layers.Layer):
             )
         self.value.assign(value.astype("bool"))
         changed = self.freeze(np.asarray(store["frozen"]) if "frozen" in store else None)
+        if "quantization" in store:
+            kind = _kind(int(np.asarray(store["quantization"])))
+            changed |= kind != self.quantization
+            self.quantization = kind
         if changed or self.rescale != ("rescale" in store):
             self.rescale = "rescale" in store
             compiled.forget_while_loading(self)
@@ -282,6 +326,7 @@ class Mask(keras.layers.Layer):
             **config,
             "initializer": keras.initializers.serialize(self.initializer),
             "rescale": self.rescale,
+            **({} if self.quantization is None else {"quantization": self.quantization}),
         }
 
     def compute_output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -289,16 +334,26 @@ class Mask(keras.layers.Layer):
         return shape
 
 
+def _kind(levels: int) -> str:
+    for name, known in LEVELS.items():
+        if known == levels:
+            return name
+    raise ValueError(f"The file is damaged: a mask quantizes to {levels} levels.")
+
+
 class MaskedRegularizer(keras.regularizers.Regularizer):
-    """Regularizer that penalizes the effective weight, without the raw values of pruned entries."""
+    """Regularizer that penalizes the effective weight, without the raw values of pruned entries.
+
+    Quantized weights are penalized as they are before rounding.
+    """
 
     def __init__(self, plain: keras.regularizers.Regularizer, mask: Mask) -> None:
         self.plain = plain
         self.mask = mask
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Returns the penalty of `mask(x)`."""
-        return self.plain(self.mask.apply(x))
+        """Returns the penalty of the effective weight."""
+        return self.plain(self.mask.unquantized(x))
 
 
 class MaskedConstraint(keras.constraints.Constraint):

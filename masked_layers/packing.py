@@ -54,22 +54,27 @@ class MaskState:
         kept: Bool array of the weight's shape, True where an entry is kept.
         rescale: Whether the mask rescales kept weights.
         frozen: Values of pruned entries: float array of the weight's shape, or None for 0.
+        quantization: How the mask quantizes kept weights, `"int8"` or `"int4"`, or None.
     """
 
     kept: np.ndarray
     rescale: bool = False
     frozen: np.ndarray | None = None
+    quantization: str | None = None
 
     @property
     def is_new(self) -> bool:
-        """True for the state of a new mask: all entries kept, not rescaled, not frozen."""
-        return bool(self.kept.all()) and not self.rescale and self.frozen is None
+        """True for the state of a new mask: all entries kept, nothing done to them."""
+        as_it_is = self.frozen is None and self.quantization is None and not self.rescale
+        return bool(self.kept.all()) and as_it_is
 
     def get_config(self) -> dict[str, Any]:
         """Returns the state as JSON-serializable values."""
         config: dict[str, Any] = {"shape": list(self.kept.shape), "bits": _text(pack(self.kept))}
         if self.rescale:
             config["rescale"] = True
+        if self.quantization is not None:
+            config["quantization"] = self.quantization
         if self.frozen is not None:
             config["frozen"] = {"dtype": self.frozen.dtype.name, "bytes": _text(self.frozen)}
         return config
@@ -97,7 +102,7 @@ class MaskState:
                 frozen = _array(config["frozen"]["bytes"], dtype, size).reshape(shape)
         except Exception as error:
             raise ValueError(f"not the state of a mask of shape {shape}: {error}") from error
-        return cls(kept, bool(config.get("rescale")), frozen)
+        return cls(kept, bool(config.get("rescale")), frozen, config.get("quantization"))
 
 
 def _text(array: np.ndarray) -> str:

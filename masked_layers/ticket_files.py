@@ -262,6 +262,7 @@ def _entry(path: str, array: np.ndarray, mask: Mask | None, signs_only: bool) ->
         values=np.signbit(values) if signs_only else values,
         rescale=state is not None and state.rescale,
         frozen=None if state is None or state.frozen is None else state.frozen[~state.kept],
+        quantization=None if state is None else state.quantization,
     )
 
 
@@ -319,4 +320,4 @@ def _fill(variable: keras.Variable, mask: Mask | None, entry: Entry, signs_only:
         if entry.frozen is not None:
             frozen = np.zeros(entry.shape, entry.frozen.dtype)
             frozen[~kept] = entry.frozen
-        mask.restore(MaskState(entry.kept, entry.rescale, frozen))
+        mask.restore(MaskState(entry.kept, entry.rescale, frozen, entry.quantization))

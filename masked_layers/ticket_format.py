@@ -50,6 +50,7 @@ class Entry:
             negative.
         rescale: Whether the mask rescales kept entries.
         frozen: Values of the other entries, flat and in C order, or None for 0.
+        quantization: How the mask quantizes kept entries, as in `Mask`, or None.
     """
 
     path: str
@@ -59,6 +60,7 @@ class Entry:
     values: np.ndarray
     rescale: bool = False
     frozen: np.ndarray | None = None
+    quantization: str | None = None
 
     def described(self) -> dict[str, Any]:
         """Returns the entry of the weight in the list of weights."""
@@ -67,6 +69,7 @@ class Entry:
         if self.kept is not None:
             about["masked"] = True
             about |= {"rescale": True} if self.rescale else {}
+            about |= {"quantization": self.quantization} if self.quantization else {}
             about |= {} if self.frozen is None else {"frozen": self.frozen.dtype.name}
         return about
 
@@ -183,6 +186,7 @@ def unpack(data: bytes) -> Ticket:
                 values=parts[0],
                 rescale=bool(about.get("rescale")),
                 frozen=parts[1] if len(parts) > 1 else None,
+                quantization=about.get("quantization"),
             )
         )
     return Ticket(listed["config"], entries, signs_only)

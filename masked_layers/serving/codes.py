@@ -61,7 +61,9 @@ def scaled(array: np.ndarray) -> Coded:
 
     A scale is the largest magnitude of its channel divided by 127, rounded up to 8 significant
     bits, which halves the bytes of the scales. Values are rounded to the nearest multiple of the
-    scale, so that values smaller than half of it become exact zeros.
+    scale, so that values smaller than half of it become exact zeros. A channel whose values are
+    multiples of a scale already, by codes up to 127 or 7 (`convert_to_masked(quantize=...)`), keeps
+    them.
 
     Args:
         array: Finite floating-point numbers, with at least one axis.
@@ -74,8 +76,27 @@ def scaled(array: np.ndarray) -> Coded:
     # TensorFlow computes with 0 instead of smaller numbers.
     smallest = np.finfo(np.float32).tiny
     scales = np.where(largest > 0, np.maximum(bits.view(np.float32), smallest), np.float32(0))
+    known = _scales_of_multiples(array, largest)
+    scales = np.where(known > 0, known, scales)
     steps = np.divide(array, scales, out=np.zeros_like(array), where=scales > 0)
     return Coded("scales", np.rint(steps).astype(np.int8), scales.astype(np.float32))
+
+
+def _scales_of_multiples(array: np.ndarray, largest: np.ndarray) -> np.ndarray:
+    """Returns the scale of each channel whose values are its multiples in float32, 0 for others."""
+    exact = array.astype(np.float32).reshape(-1, array.shape[-1])
+    found = np.zeros(array.shape[-1:], np.float32)
+    for code in (127, 7):
+        near = (largest / code).astype(np.float32)
+        # The product of the scale and the code was rounded.
+        for scale in (near, np.nextafter(near, np.float32(0)), np.nextafter(near, np.inf)):
+            for rows in (exact[:256], exact):  # Most arrays have no such channel.
+                steps = np.divide(rows, scale, out=np.zeros_like(rows), where=scale > 0)
+                same = (scale > 0) & (np.rint(steps) * scale == rows).all(axis=0)
+                if not same.any():
+                    break
+            found = np.where(same & (found == 0), scale, found)
+    return found
 
 
 def clustered(array: np.ndarray, bits: int) -> Coded:

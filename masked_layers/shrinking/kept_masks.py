@@ -16,13 +16,19 @@ def check_masks(model: keras.Model) -> None:
 
     Raises:
         ValueError: If it has none, pruned weights are frozen at other values than zero, or weights
-            are rescaled.
+            are rescaled or quantized.
     """
     if not any(ref.mask is not None for ref in weight_refs(model)):
         raise ValueError(f"`keep_masks=True` needs a masked model. '{model.name}' has no masks.")
     for ref in masked_refs(model):
-        if ref.mask.frozen is not None or ref.mask.rescale:
-            what = "frozen pruned weights" if ref.mask.frozen is not None else "rescaled weights"
+        mask = ref.mask
+        more = {
+            "frozen pruned weights": mask.frozen is not None,
+            "rescaled weights": mask.rescale,
+            # The scale of a channel would change with the largest weight that is removed.
+            "quantized weights": mask.quantization is not None,
+        }
+        if what := next((name for name, found in more.items() if found), None):
             raise ValueError(
                 f"`keep_masks=True` needs masks whose pruned weights are 0 and whose kept weights "
                 f"are as they are. Received a model with {what}: '{ref.path}'. Leave `keep_masks` "
