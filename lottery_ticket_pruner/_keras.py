@@ -19,6 +19,7 @@ from keras.src.backend.common import dtypes
 # Shared by both packages. Nothing else here comes from a private module of the other one.
 from masked_layers._keras import (
     compile_arguments,
+    export_specs,
     flatten,
     input_specs,
     is_functional,
@@ -33,6 +34,7 @@ __all__ = [
     "build_loss",
     "compile_arguments",
     "double_precision",
+    "export_specs",
     "flatten",
     "input_specs",
     "kept_on_error",

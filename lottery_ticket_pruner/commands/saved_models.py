@@ -9,6 +9,7 @@ import numpy as np
 import tyro
 
 import masked_layers
+from lottery_ticket_pruner.commands.all_formats import FormatsTable, Options, export_all
 from masked_layers import serving
 from masked_layers.keras_files import how_to_save, load_model
 from masked_layers.ticket_files import load_with_values
@@ -50,22 +51,26 @@ class ExportConfig:
     """Compression level, 0 to 9."""
     include: tuple[str, ...] = ()
     """Regular expressions for the paths of weights that may be stored sparsely. Default: all."""
-    format: Literal["saved_model", "torch", "onnx"] = "saved_model"
+    format: Literal["saved_model", "torch", "onnx", "all"] = "saved_model"
     """torch writes a TorchScript file with the fastest kernel for every weight, and its report.
-    onnx writes an ONNX file of the size of the non-zero weights."""
+    onnx writes an ONNX file of the size of the non-zero weights. all writes a folder with every
+    format whose packages are installed, and a table of bytes, output errors and latencies."""
     batch_size: int = 1
-    """With --format torch: number of rows for which kernels are measured."""
+    """With --format torch or all: number of rows for which calls are measured."""
     threads: int | None = None
-    """With --format torch: number of threads for which they are measured. Default: PyTorch's."""
+    """With --format torch or all: number of threads with which they are measured. Default: that of
+    each runtime."""
     timings: Path | None = None
     """With --format torch: report of an earlier export, by whose times kernels are chosen."""
     shrink: bool = False
     """With --format torch: remove channels without effect first."""
 
-    def execute(self) -> serving.StorageReport | masked_layers.TorchReport:
+    def execute(self) -> serving.StorageReport | masked_layers.TorchReport | FormatsTable:
         """Loads the model, writes the folder or file and returns a report."""
         _check_model(self.model)
         self._check_options()
+        if self.format == "all":
+            return self._write_all()
         if self.format != "saved_model":
             self._check_out()
         if self.format == "torch":
@@ -88,7 +93,8 @@ class ExportConfig:
         )
 
     def _check_options(self) -> None:
-        others = [name for kind, names in _OPTIONS.items() if kind != self.format for name in names]
+        others = {name for names in _OPTIONS.values() for name in names}
+        others -= set(_OPTIONS[self.format])
         given = [
             f"--{field.name.replace('_', '-')}"
             for field in dataclasses.fields(self)
@@ -104,6 +110,20 @@ class ExportConfig:
                 "the new one is complete."
             )
 
+    def _write_all(self) -> FormatsTable:
+        for name, count in (("batch-size", self.batch_size), ("threads", self.threads)):
+            if count is not None and count < 1:
+                raise ValueError(f"--{name} must be 1 or more. Received: {count}")
+        options = Options(
+            tolerance=self.tolerance,
+            level=self.level,
+            include=self.include or None,
+            sample_inputs=None if self.sample_inputs is None else _array(self.sample_inputs),
+            batch_size=self.batch_size,
+            threads=self.threads,
+        )
+        return export_all(_load(self.model), self.out, options, overwrite=self.overwrite)
+
     def _write_torch(self) -> masked_layers.TorchReport:
         return masked_layers.export_sparse_torch(
             _load(self.model),
@@ -115,10 +135,12 @@ class ExportConfig:
         )
 
 
-# The options that only one format has.
+# The options that some formats do not have.
 _OPTIONS = {
     "saved_model": ("values", "tolerance", "sample_inputs", "level", "include"),
     "torch": ("batch_size", "threads", "timings", "shrink"),
+    "onnx": (),
+    "all": ("tolerance", "sample_inputs", "level", "include", "batch_size", "threads"),
 }
 
 

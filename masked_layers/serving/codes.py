@@ -86,13 +86,14 @@ def _scales_of_multiples(array: np.ndarray, largest: np.ndarray) -> np.ndarray:
     """Returns the scale of each channel whose values are its multiples in float32, 0 for others."""
     exact = array.astype(np.float32).reshape(-1, array.shape[-1])
     found = np.zeros(array.shape[-1:], np.float32)
+    smallest = np.finfo(np.float32).tiny
     for code in (127, 7):
         near = (largest / code).astype(np.float32)
         # The product of the scale and the code was rounded.
         for scale in (near, np.nextafter(near, np.float32(0)), np.nextafter(near, np.inf)):
             for rows in (exact[:256], exact):  # Most arrays have no such channel.
                 steps = np.divide(rows, scale, out=np.zeros_like(rows), where=scale > 0)
-                same = (scale > 0) & (np.rint(steps) * scale == rows).all(axis=0)
+                same = (scale >= smallest) & (np.rint(steps) * scale == rows).all(axis=0)
                 if not same.any():
                     break
             found = np.where(same & (found == 0), scale, found)

@@ -1,0 +1,114 @@
+"""The command `lottery-ticket export --format all`."""
+
+import json
+
+import keras
+import numpy as np
+import pytest
+
+pytest.importorskip("tyro")
+
+import masked_layers as ml
+from lottery_ticket_pruner import cli
+from lottery_ticket_pruner.commands import all_formats
+
+pytestmark = pytest.mark.once
+
+X = np.random.default_rng(1).standard_normal((3, 50)).astype("float32")
+
+
+@pytest.fixture
+def command(tmp_path):
+    model = keras.Sequential([keras.Input((50,)), keras.layers.Dense(40), keras.layers.Dense(4)])
+    model = ml.convert_to_masked(model)
+    rng = np.random.default_rng(0)
+    ml.set_masks(model, {p: rng.random(m.shape) < 0.1 for p, m in ml.get_masks(model).items()})
+    model.save(tmp_path / "ticket.keras")
+    np.save(tmp_path / "x.npy", X)
+    command = ["export", str(tmp_path / "ticket.keras"), str(tmp_path / "all"), "--format", "all"]
+    return [*command, "--sample-inputs", str(tmp_path / "x.npy"), "--batch-size", "3"]
+
+
+def fail(*args, **kwargs):
+    raise ImportError("Writing a TorchScript file requires PyTorch, which is not installed.")
+
+
+def test_the_folder_has_every_format_and_the_table_their_bytes_and_errors(
+    command, tmp_path, monkeypatch, capsys
+):
+    tf = pytest.importorskip("tensorflow")
+    monkeypatch.setattr(ml, "export_sparse_torch", fail)
+    monkeypatch.setattr(all_formats, "_SAVED_MODELS", ("int8",))
+    monkeypatch.setattr(all_formats, "_SECONDS", 0.01)
+    assert cli.main(command) == 0
+    printed = capsys.readouterr().out
+    out = tmp_path / "all"
+    content = json.loads((out / all_formats.REPORT).read_text())
+    rows = {row["format"]: row for row in content["rows"]}
+    missing = rows.pop("TorchScript")
+    assert missing["nbytes"] is None
+    assert "requires PyTorch, which is not installed" in missing["note"]
+    assert "TorchScript: ImportError: Writing a TorchScript file requires" in printed
+    assert not (out / "model.pt").exists()
+    for row in rows.values():
+        if row["nbytes"] is not None:  # ONNX needs packages that may be missing.
+            files = [out / row["path"], *(out / row["path"]).rglob("*")]
+            sizes = [file.stat().st_size for file in files if file.is_file()]
+            assert row["nbytes"] == sum(sizes) > 0
+            assert f"{row['nbytes']:,}" in printed
+    wanted = keras.models.load_model(tmp_path / "ticket.keras").predict(X, verbose=0)
+    served = tf.saved_model.load(str(out / "int8"))
+    found = served.serve(tf.constant(X)).numpy()
+    error = np.abs(found - wanted).max() / np.abs(wanted).max()
+    np.testing.assert_allclose(rows["SavedModel int8"]["output_error"], error, rtol=1e-3)
+    assert rows["SavedModel int8"]["seconds"] > 0
+    assert rows["ticket"]["output_error"] == 0
+    assert rows["ticket"]["seconds"] is None
+    assert 0 < rows["LiteRT int8"]["output_error"] < 0.1
+    assert rows["LiteRT sparse"]["output_error"] < 1e-5
+    assert content["dense_nbytes"] == 4 * (50 * 40 + 40 + 40 * 4 + 4)
+    assert content["batch_size"] == 3
+
+
+def test_a_folder_is_replaced_only_when_asked_and_if_it_has_only_formats(
+    command, tmp_path, monkeypatch, capsys
+):
+    write = {"ticket": ("ticket.safetensors", lambda path: path.write_bytes(b"new"), fail)}
+    monkeypatch.setattr(all_formats, "_formats", lambda model, options: write)
+    old = tmp_path / "all" / "ticket.safetensors"
+    old.parent.mkdir()
+    old.write_bytes(b"older")
+    assert cli.main(command) == 2
+    assert "pass --overwrite to replace it" in capsys.readouterr().err
+    assert cli.main([*command, "--overwrite"]) == 0
+    assert "ticket: not measured. Writing a TorchScript" in capsys.readouterr().out
+    assert old.read_bytes() == b"new"
+    (old.parent / "thesis.tex").write_text("text")
+    assert cli.main([*command, "--overwrite"]) == 2
+    assert "files that are not formats of a model: ['thesis.tex']" in capsys.readouterr().err
+    assert sorted(file.name for file in old.parent.iterdir()) == [
+        "formats.json",
+        "thesis.tex",
+        "ticket.safetensors",
+    ]
+
+
+def test_nothing_is_left_if_no_format_can_be_written(command, tmp_path, monkeypatch, capsys):
+    formats = {"ticket": ("ticket.safetensors", fail, fail)}
+    monkeypatch.setattr(all_formats, "_formats", lambda model, options: formats)
+    assert cli.main(command) == 2
+    assert "No format could be written. ticket: ImportError: Writing" in capsys.readouterr().err
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["ticket.keras", "x.npy"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--values", "int8"], "--values cannot be used with --format all"),
+        (["--shrink"], "--shrink cannot be used with --format all"),
+        (["--batch-size", "0"], "--batch-size must be 1 or more. Received: 0"),
+    ],
+)
+def test_options_that_do_not_apply_are_refused(command, options, message, capsys):
+    assert cli.main([*command, *options]) == 2
+    assert message in capsys.readouterr().err
