@@ -67,14 +67,43 @@ def test_litert_with_its_sparse_encoding(tmp_path):
     )
     sizes = [(tmp_path / f"{name}.tflite").stat().st_size for name in ("sparse", "dense")]
     assert sizes[0] < sizes[1] / 8
-    interpreter = tf.lite.Interpreter(str(tmp_path / "sparse.tflite"))
+    _, got = run_litert(tmp_path / "sparse.tflite")
+    np.testing.assert_allclose(got, model.predict(X, verbose=0), rtol=1e-4, atol=1e-5)
+
+
+def run_litert(path):
+    tf = pytest.importorskip("tensorflow")
+    interpreter = tf.lite.Interpreter(str(path))
     (source,), (target,) = interpreter.get_input_details(), interpreter.get_output_details()
     interpreter.resize_tensor_input(source["index"], X.shape)
     interpreter.allocate_tensors()
     interpreter.set_tensor(source["index"], X)
     interpreter.invoke()
-    got = interpreter.get_tensor(target["index"])
-    np.testing.assert_allclose(got, model.predict(X, verbose=0), rtol=1e-4, atol=1e-5)
+    return interpreter, interpreter.get_tensor(target["index"])
+
+
+@tensorflow_only
+def test_litert_with_int8_kernels_keeps_zeros(tmp_path):
+    tf = pytest.importorskip("tensorflow")
+    model = masked_model()
+    # From the documentation: one line.
+    ml.strip_masks(model).export(
+        tmp_path / "int8.tflite",
+        format="litert",
+        optimizations=[tf.lite.Optimize.DEFAULT],
+        verbose=False,
+    )
+    interpreter, got = run_litert(tmp_path / "int8.tflite")
+    wanted = model.predict(X, verbose=0)
+    assert np.abs(got - wanted).max() < 0.05 * np.abs(wanted).max()
+    details = {tuple(one["shape"]): one for one in interpreter.get_tensor_details()}
+    masks = ml.get_masks(model)
+    for path in list(masks)[:2]:  # The last kernel is small, and stays as it is.
+        mask = masks[path].T
+        kernel = interpreter.get_tensor(details[mask.shape]["index"])
+        assert kernel.dtype == np.int8
+        assert not kernel[~mask].any()
+        assert kernel[mask].any()
 
 
 # --- inspect --------------------------------------------------------------------------------------
