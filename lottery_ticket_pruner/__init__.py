@@ -3,7 +3,7 @@
 from lottery_ticket_pruner import serialization as _serialization  # noqa: F401 (registers)
 from lottery_ticket_pruner.budgets import Latency
 from lottery_ticket_pruner.callbacks import PrunerCallback
-from lottery_ticket_pruner.compression import PruneResult, prune
+from lottery_ticket_pruner.compression import ModelComparison, PruneResult, compare, prune
 from lottery_ticket_pruner.mask_schedules import DynamicSparseTraining, GradualPruning
 from lottery_ticket_pruner.pruner import LotteryTicketPruner
 from lottery_ticket_pruner.tickets import TicketResult, find_ticket
@@ -15,9 +15,11 @@ __all__ = [
     "GradualPruning",
     "Latency",
     "LotteryTicketPruner",
+    "ModelComparison",
     "PruneResult",
     "PrunerCallback",
     "TicketResult",
+    "compare",
     "find_ticket",
     "prune",
 ]

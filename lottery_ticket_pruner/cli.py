@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lottery_ticket_pruner.experiments.parent import end_with_parent
 
 if TYPE_CHECKING:
+    from lottery_ticket_pruner.commands.compare import CompareConfig
     from lottery_ticket_pruner.commands.processes import Failure
     from lottery_ticket_pruner.commands.prune import PruneConfig
     from lottery_ticket_pruner.commands.repeat import RepeatConfig
@@ -91,6 +92,7 @@ def _main(arguments: Sequence[str] | None) -> int:
 
 def _commands() -> dict[str, tuple[type, Callable[[Any], int]]]:
     """Returns each command with its options and the function that executes it."""
+    from lottery_ticket_pruner.commands.compare import CompareConfig
     from lottery_ticket_pruner.commands.prune import PruneConfig
     from lottery_ticket_pruner.commands.repeat import RepeatConfig
     from lottery_ticket_pruner.commands.report import ReportConfig
@@ -101,6 +103,7 @@ def _commands() -> dict[str, tuple[type, Callable[[Any], int]]]:
     kinds = catalogue.KINDS.items()
     return {
         "prune": (PruneConfig, _prune),
+        "compare": (CompareConfig, _compare),
         **{command: (kind.config, _work_on(kind)) for command, kind in kinds},
         "repeat": (RepeatConfig, _repeat),
         "sweep": (SweepConfig, _sweep),
@@ -127,6 +130,13 @@ def _prune(config: "PruneConfig") -> int:
     from lottery_ticket_pruner.commands import prune
 
     prune.prune(config)
+    return 0
+
+
+def _compare(config: "CompareConfig") -> int:
+    from lottery_ticket_pruner.commands import compare
+
+    compare.compare(config)
     return 0
 
 

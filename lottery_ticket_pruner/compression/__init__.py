@@ -1,7 +1,14 @@
 """From a trained model to the smallest one that is good enough."""
 
+from lottery_ticket_pruner.compression.comparing import (
+    ModelComparison,
+    Subject,
+    compare,
+    compare_subjects,
+    predict_in_batches,
+)
 from lottery_ticket_pruner.compression.metrics import Comparison, compare_models
-from lottery_ticket_pruner.compression.parts import Parts, parts_of
+from lottery_ticket_pruner.compression.parts import Parts, parts_of, test_part_of
 from lottery_ticket_pruner.compression.plan import Goals, Options, Plan
 from lottery_ticket_pruner.compression.pruning import prune, search
 from lottery_ticket_pruner.compression.result import Findings, PruneResult, save_model
@@ -11,14 +18,20 @@ __all__ = [
     "Comparison",
     "Findings",
     "Goals",
+    "ModelComparison",
     "Options",
     "Parts",
     "Plan",
     "PruneResult",
+    "Subject",
+    "compare",
     "compare_models",
+    "compare_subjects",
     "parts_of",
+    "predict_in_batches",
     "prune",
     "save_model",
     "search",
     "served_size",
+    "test_part_of",
 ]

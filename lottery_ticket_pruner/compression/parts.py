@@ -83,6 +83,17 @@ def parts_of(data: Any) -> Parts:
     return Parts(train, validation, test, tuple(notes))
 
 
+def test_part_of(data: Any) -> tuple[Arrays, Arrays]:
+    """Returns the test part of data in any of the forms of `parts_of`.
+
+    Of a single pair, all examples are returned.
+
+    Raises:
+        ValueError: If the data has another form.
+    """
+    return _checked(*_pairs(data)[-1])
+
+
 def _pairs(data: Any) -> list[tuple[str, Any]]:
     """Returns the parts that are there, with the name of each."""
     if isinstance(data, ArrayDataset):

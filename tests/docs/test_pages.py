@@ -107,7 +107,7 @@ def test_commands_are_such_as_there_are(words, monkeypatch, tmp_path):
         return
     pytest.importorskip("tyro")
     from lottery_ticket_pruner import cli
-    from lottery_ticket_pruner.commands import prune, repeat, report, sweep
+    from lottery_ticket_pruner.commands import compare, prune, repeat, report, sweep
     from lottery_ticket_pruner.commands.saved_models import ExportConfig, InspectConfig
 
     class ParsedError(Exception):
@@ -121,7 +121,7 @@ def test_commands_are_such_as_there_are(words, monkeypatch, tmp_path):
 
     for owner, name in (
         (workbench, "load_and_resolve"), (prune, "prune"), (sweep, "sweep"),
-        (report, "write_report"),
+        (report, "write_report"), (compare, "compare"),
         (repeat.RepeatConfig, "configuration"), (ExportConfig, "execute"),
         (InspectConfig, "execute"),
     ):  # fmt: skip

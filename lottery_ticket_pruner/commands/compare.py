@@ -1,0 +1,181 @@
+"""The command `lottery-ticket compare`: models side by side, on the same data."""
+
+import dataclasses
+import functools
+import importlib
+from pathlib import Path
+from typing import Annotated, Any
+
+import keras
+import numpy as np
+import tyro
+from rich.console import Console
+
+from lottery_ticket_pruner.compression import (
+    ModelComparison,
+    Subject,
+    compare_subjects,
+    parts_of,
+    predict_in_batches,
+    test_part_of,
+)
+from lottery_ticket_pruner.experiments import datasets, networks, own, own_networks
+from lottery_ticket_pruner.experiments.results import CONFIG_FILE, read_json
+from lottery_ticket_pruner.training import Arrays, map_arrays
+from masked_layers import serving
+from masked_layers.ticket_files import load_with_values
+
+_MODELS = tyro.conf.arg(
+    metavar="MODEL",
+    help="Models, the first of which the others are compared with: .keras or .h5 files, tickets "
+    "(.safetensors), SavedModel folders such as served/1, folders of `prune` or `run` (the ticket "
+    "of its first seed), or module:function and file.py:function, which return a model.",
+)
+_DATA = tyro.conf.arg(
+    metavar="NAME",
+    help=f"Data set: {', '.join(datasets.NAMES)}, of which the test examples are used. Or "
+    "module:function or path/to/file.py:function, which returns (x, y), or two or three pairs, of "
+    "which the last one is used. They are used as they are. Default: the test examples of the "
+    "first folder of `prune` or `run`.",
+    help_behavior_hint="",
+)
+_FILES = {"prune": "model.keras", "run": "ticket.keras"}
+
+
+@dataclasses.dataclass(frozen=True)
+class CompareConfig:
+    """Compare models on test data: metric, predictions, sparsity, size and latency.
+
+    The difference of the metric from that of the first model has a 95 % interval. Agreement is the
+    share of examples for which a model predicts the same class as the first one. Bytes are those of
+    a sparse SavedModel. Latency is that of one call, measured in turns: of a SavedModel as
+    TensorFlow runs it, of other models as Keras does.
+    """
+
+    models: Annotated[tyro.conf.Positional[tuple[str, ...]], _MODELS]
+    data: Annotated[str | None, _DATA] = None
+    data_dir: Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")] = None
+    """Folder with the published files of the data set, or with a subfolder of them."""
+    batch_size: int = 1
+    """Examples of a call whose time is measured."""
+
+
+def compare(config: CompareConfig, console: Console | None = None) -> ModelComparison:
+    """Loads the models and the data, and prints and returns the comparison.
+
+    Raises:
+        FileNotFoundError: If a model does not exist.
+        ValueError: If a model or the data cannot be used.
+    """
+    if not config.models:
+        raise ValueError("Name at least one model to compare.")
+    if config.batch_size < 1:
+        raise ValueError(f"--batch-size must be positive. Received: {config.batch_size}.")
+    x, y = _data(config)
+    names = dict.fromkeys(config.models)  # Each once.
+    subjects = [_subject(name, x, config.batch_size) for name in names]
+    found = compare_subjects(subjects, (x, y))
+    console = console or Console()
+    console.print(str(found), markup=False, highlight=False, soft_wrap=True)
+    return found
+
+
+def _data(config: CompareConfig) -> tuple[Arrays, Arrays]:
+    if config.data is not None:
+        if datasets.is_own(config.data):
+            return own.value_of(config.data, "load data with", test_part_of)
+        return test_part_of(datasets.load(config.data, config.data_dir))
+    for name in config.models:
+        stored = read_json(Path(name) / CONFIG_FILE)
+        if isinstance(stored, dict) and isinstance(data := stored.get("data"), str):
+            folder = config.data_dir or stored.get("data_dir")
+            if stored.get("command") == "prune" and datasets.is_own(data):
+                return own.value_of(data, "load data with", lambda made: parts_of(made).test)
+            loaded = datasets.load(data, folder)
+            network = stored.get("network") or ""
+            if networks.is_own(network):
+                takes = own_networks.takes_no_channel(_model_in(Path(name), stored), loaded)
+                return (loaded.x_test[..., 0] if takes else loaded.x_test), loaded.y_test
+            return test_part_of(loaded)
+    raise ValueError(
+        "--data is missing: name a data set, module:function or file.py:function. It can only be "
+        "left out if one of the models is a folder of `lottery-ticket prune` or `run`."
+    )
+
+
+def _subject(name: str, x: Arrays, batch_size: int) -> Subject:
+    path = Path(name)
+    if not path.exists() and own.is_location(name):
+        return own.value_of(
+            name,
+            "make a model with",
+            lambda made: Subject.of_model(name, _model(made), batch_size),
+        )
+    if path.is_dir():
+        if (path / "saved_model.pb").is_file():
+            return _served(name, x, batch_size)
+        return _in_folder(name, batch_size)
+    if not path.exists():
+        raise FileNotFoundError(f"There is no file or folder '{name}'.")
+    if path.suffix == ".safetensors":
+        return Subject.of_model(name, load_with_values(path), batch_size)
+    if path.suffix in networks.FILES:
+        return Subject.of_model(name, own_networks.load_file(path, compiled=False), batch_size)
+    raise ValueError(
+        "Expected a .keras, .h5 or .safetensors file, a SavedModel folder, a folder of "
+        f"`lottery-ticket prune` or `run`, or module:function. Received: '{name}'."
+    )
+
+
+def _in_folder(name: str, batch_size: int) -> Subject:
+    """Returns the model in a folder of `prune` or `run`, with the size of its SavedModel."""
+    path = Path(name)
+    stored = read_json(path / CONFIG_FILE) or {}
+    found = Subject.of_model(name, _model_in(path, stored), batch_size)
+    served = path / "served" / "1"
+    if (served / "saved_model.pb").is_file():
+        report = serving.inspect(served)
+        return dataclasses.replace(found, nbytes=report.disk_nbytes)
+    return found
+
+
+def _model_in(path: Path, stored: dict[str, Any]) -> keras.Model:
+    file = _FILES.get(str(stored.get("command")))
+    if file is None:
+        raise ValueError(
+            f"'{path}' is neither a SavedModel folder nor one of `lottery-ticket prune` or `run`: "
+            "name a file or folder inside it, such as served/1."
+        )
+    return own_networks.load_file(path / file, compiled=False)
+
+
+def _served(name: str, x: Arrays, batch_size: int) -> Subject:
+    """Returns a subject for a SavedModel, which TensorFlow runs on any backend."""
+    try:
+        tf: Any = importlib.import_module("tensorflow")
+    except ImportError as error:
+        raise ValueError(f"'{name}' is a SavedModel, for which TensorFlow is needed.") from error
+    loaded = tf.saved_model.load(name)
+    if not hasattr(loaded, "serve"):
+        raise ValueError(f"'{name}' has no endpoint `serve`, which Keras' and sparse exports have.")
+
+    def run(inputs: Arrays) -> Any:
+        outputs = loaded.serve(map_arrays(tf.convert_to_tensor, inputs))
+        return keras.tree.map_structure(lambda output: output.numpy(), outputs)
+
+    report = serving.inspect(name)
+    count = len(keras.tree.flatten(x)[0])
+    batch = map_arrays(lambda array: array[np.arange(batch_size) % count], x)
+    return Subject(
+        name,
+        lambda inputs: predict_in_batches(name, run, inputs),
+        lambda: functools.partial(run, batch),
+        report,
+        report.disk_nbytes,
+    )
+
+
+def _model(made: object) -> keras.Model:
+    if not isinstance(made, keras.Model):
+        raise ValueError(f"Expected a Keras model. Received: {type(made).__name__}.")
+    return made

@@ -1,0 +1,95 @@
+"""The command `compare`: what it reads, and its messages."""
+
+import json
+
+import keras
+import numpy as np
+import pytest
+
+pytest.importorskip("tyro")
+
+import masked_layers as ml
+from lottery_ticket_pruner import cli
+from lottery_ticket_pruner.compression import comparing
+
+pytestmark = pytest.mark.once
+
+SOURCE = """
+import keras
+import numpy as np
+
+def load():
+    x = np.random.default_rng(0).normal(size=(90, 4)).astype("float32")
+    return (x, x.argmax(-1)), (x[:50], x[:50].argmax(-1))
+
+def make():
+    return keras.Sequential([keras.Input((4,)), keras.layers.Dense(4)])
+
+def wide():
+    return keras.Sequential([keras.Input((9,)), keras.layers.Dense(4)])
+"""
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(comparing, "_ROUNDS", (2, 2))
+    (tmp_path / "mine.py").write_text(SOURCE)
+    return tmp_path
+
+
+def numbers(capsys):
+    """Returns the cells of each line by the name of the model."""
+    lines = capsys.readouterr().out.splitlines()
+    return {line.split()[0]: line.split()[1:] for line in lines}
+
+
+def test_files_and_folders_of_one_ticket_are_the_same_model(here, capsys):
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(4, use_bias=False)])
+    model.set_weights([np.eye(4, dtype="float32") + 0.25])
+    masked = ml.convert_to_masked(model)
+    ml.set_masks(masked, {path: np.eye(4, dtype=bool) for path in ml.get_masks(masked)})
+    (here / "run").mkdir()
+    masked.save(here / "run" / "ticket.keras")
+    masked.save(here / "run" / "model.keras")
+    ml.save_ticket(masked, here / "ticket.safetensors")
+    stored = ml.export_sparse_saved_model(masked, here / "run" / "served" / "1")
+    config = {"command": "run", "data": "mine.py:load", "network": "lenet-300-100"}
+    (here / "run" / "config.json").write_text(json.dumps(config))
+    same = ["run", "run/ticket.keras", "run/served/1", "ticket.safetensors"]
+    assert cli.main(["compare", *same, "mine.py:make"]) == 0
+    found = numbers(capsys)
+    for name in same:
+        accuracy, *rest = found[name]
+        assert accuracy == "100.00%"
+        assert {"75.00%", "4"} <= set(rest)
+    for name in ("run", "run/served/1"):
+        assert f"{stored.disk_nbytes:,}" in found[name]
+    for name in same[1:]:
+        assert found[name][1:6] == ["+0.00", *found[name][2:5], "100.00%"]
+    assert found["mine.py:make"][0] != "100.00%"
+    assert found["50"] == ["examples"]
+    (here / "run" / "config.json").write_text(json.dumps(config | {"command": "prune"}))
+    assert cli.main(["compare", "run"]) == 0
+    assert numbers(capsys)["50"] == ["examples"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["mine.py:make"], "--data is missing: name a data set"),
+        (["none.keras", "--data", "mine.py:load"], "There is no file or folder 'none.keras'"),
+        (["empty", "--data", "mine.py:load"], "'empty' is neither a SavedModel folder nor one of"),
+        (["mine.py", "--data", "mine.py:load"], "Expected a .keras, .h5 or .safetensors file"),
+        (["mine.py:load", "--data", "mine.py:load"], "Expected a Keras model. Received: tuple"),
+        (["mine.py:wide", "--data", "mine.py:load"], "'mine.py:wide' does not take the inputs"),
+        (["mine.py:make", "--data", "mnst"], "Unknown data set 'mnst'. Did you mean 'mnist'"),
+        (["mine.py:make", "--data", "digits", "--batch-size", "0"], "--batch-size must be"),
+    ],
+)
+def test_mistakes_get_one_line(here, capsys, monkeypatch, arguments, message):
+    monkeypatch.setattr(ml, "export_sparse_saved_model", lambda *_: 1 / 0)
+    (here / "empty").mkdir()
+    assert cli.main(["compare", *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
