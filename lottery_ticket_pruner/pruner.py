@@ -452,7 +452,7 @@ class LotteryTicketPruner(plain_models.PlainPruning):
         self._final_is_new = False
         self._updates += 1
         size = sum(mask.size for mask in masks.values())
-        alive = sum(int(mask.sum()) for mask in masks.values())
+        alive = sum(int(np.count_nonzero(mask)) for mask in masks.values())
         _logger.info(
             "Pruned %r by %s: %d of %d weights kept (%.2f %%).",
             *(model.name, criterion.name, alive, size, 100 * alive / size),

@@ -212,10 +212,11 @@ def weights_inside(
     A weight that several layers share is listed once for each of them. Weights that a layer such
     as `SpectralNormalization` overwrites are left out.
     """
-    hidden = overwritten(root)
+    inside = list(walk(root))
+    hidden = _overwritten(layer for _, layer in inside)
     return [
         (join(path, name), layer, name)
-        for path, layer in walk(root)
+        for path, layer in inside
         if id(layer) not in hidden
         for name in own_weights(layer, biases=biases, channels=channels)
     ]
@@ -228,7 +229,11 @@ def every_weight_inside(root: Layer) -> list[tuple[str, Layer, str]]:
 
 def overwritten(root: Layer) -> set[int]:
     """Returns the ids of the layers inside `root` whose weights another layer overwrites."""
-    around = [layer for _, layer in walk(root) if isinstance(layer, _OPAQUE)]
+    return _overwritten(layer for _, layer in walk(root))
+
+
+def _overwritten(layers: Iterable[Layer]) -> set[int]:
+    around = [layer for layer in layers if isinstance(layer, _OPAQUE)]
     return {id(inner) for layer in around for _, inner in walk(layer)}
 
 

@@ -46,11 +46,16 @@ def children(layer: Layer) -> list[tuple[str, Layer]]:
     if isinstance(layer, keras.Sequential) or _keras.is_functional(layer):
         for name, child in zip(_names(layer.layers), layer.layers, strict=True):
             found.setdefault(id(child), (name, child))
-    tracked = {id(child): child for child in _keras.sublayers(layer)}
-    for path, child in _in_attributes(layer) if tracked.keys() - found.keys() else ():
-        if id(child) in tracked and id(child) not in found:
+    inside = [child for child in _keras.sublayers(layer) if not isinstance(child, Mask)]
+    tracked = {id(child): child for child in inside}
+    missing = tracked.keys() - found.keys()
+    for path, child in _in_attributes(layer) if missing else ():
+        if id(child) in missing:
             taken = [name for name, _ in found.values()]
             found[id(child)] = (_unique(path, taken), child)
+            missing.remove(id(child))
+            if not missing:  # Attributes may hold long lists, so looking takes time.
+                break
     rest = [child for key, child in tracked.items() if key not in found]
     for name, child in zip(_names(rest), rest, strict=True):
         found[id(child)] = (f"_layers/{name}", child)

@@ -10,9 +10,15 @@ import numpy as np
 
 from lottery_ticket_pruner import criteria, structures
 from lottery_ticket_pruner.selection.amounts import drop_count
-from lottery_ticket_pruner.selection.lowest import NAN, check_drop, drop_lowest, drop_up_to
+from lottery_ticket_pruner.selection.lowest import (
+    NAN,
+    Scores,
+    check_drop,
+    drop_lowest,
+    drop_up_to,
+)
 from lottery_ticket_pruner.selection.request import Request
-from lottery_ticket_pruner.selection.scores import parted, weight_scores
+from lottery_ticket_pruner.selection.scores import ChunkedScores, parted, weight_scores
 from lottery_ticket_pruner.selection.weights import Weights, joined, records_of
 from masked_layers.randomness import stream
 
@@ -91,7 +97,13 @@ class _Comparison:
         return dict(zip(self.paths, self._spread(kept), strict=True))
 
     def _drop(self, drop: int) -> np.ndarray:
-        return drop_lowest(self._scores(drop), self._alive, drop, self._rng)
+        return drop_lowest(self._scores_to_drop(drop), self._alive, drop, self._rng)
+
+    def _scores_to_drop(self, drop: int) -> Scores:
+        """Returns the scores for a single pass over them."""
+        if self._criterion.elementwise:
+            return ChunkedScores(self._criterion, self._kernels, self._rng)
+        return self._scores(drop)
 
     def _drop_again(self, drop: int, alive: int) -> np.ndarray:
         scores, ordered, rng = self._ranking
@@ -147,6 +159,9 @@ class _TileComparison(_Comparison):
     def _flags(self) -> np.ndarray:
         self._members = [self._cut(kernel.mask, kernel) for kernel in self._kernels]
         return np.concatenate([tiles.any(axis=1) for tiles in self._members])
+
+    def _scores_to_drop(self, drop: int) -> Scores:
+        return self._scores(drop)
 
     def _scores(self, drop: int | None) -> np.ndarray:
         return np.concatenate(

@@ -1,14 +1,13 @@
 """Computes the scores of weights by a criterion."""
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
 
 from lottery_ticket_pruner import criteria
+from lottery_ticket_pruner.selection.lowest import read_all
 from lottery_ticket_pruner.selection.weights import HOW_TO_RECORD, Weights, joined, records_of
-
-# Number of weights scored at a time, so that intermediate arrays fit into the processor's cache.
-_CHUNK = 2**17
 
 
 def weight_scores(
@@ -30,7 +29,7 @@ def weight_scores(
         mask: 1-D bool array of all their weights, if it is known already.
     """
     if criterion.elementwise:
-        return _score_in_chunks(criterion, kernels, rng)
+        return read_all(ChunkedScores(criterion, kernels, rng))
     mask = joined([kernel.mask for kernel in kernels]) if mask is None else mask
     return _score(criterion, kernels, mask, rng, drop, where)
 
@@ -80,22 +79,66 @@ def _score(
         ) from error
 
 
-def _score_in_chunks(
-    criterion: criteria.Criterion, kernels: Sequence[Weights], rng: np.random.Generator
-) -> np.ndarray:
-    """Returns the scores as a 1-D array, computed in chunks without copying the records."""
-    arrays = [array for kernel in kernels for array in records_of(kernel).values()]
-    scores = np.empty(
-        sum(kernel.mask.size for kernel in kernels), np.result_type(np.float32, *arrays)
-    )
-    done = 0
-    for kernel in kernels:
-        mask = joined([kernel.mask])
-        records = {name: joined([array]) for name, array in records_of(kernel).items()}
-        for start in range(0, mask.size, _CHUNK):
-            chunk = slice(start, start + _CHUNK)
-            part = {name: array[chunk] for name, array in records.items()}
-            group = criteria.Group(mask=mask[chunk], rng=rng, drop=None, **part)
-            scores[done : done + group.mask.size] = criterion(group)
-            done += group.mask.size
-    return scores
+class ChunkedScores:
+    """Scores of all weights of kernels as a 1-D array, of which only what is read is computed.
+
+    Args:
+        criterion: A criterion whose scores depend on the records of a weight alone.
+        kernels: Kernels that are scored together.
+        rng: Generator of the criterion's groups.
+
+    Attributes:
+        shape: Shape of the array.
+        dtype: Its dtype.
+    """
+
+    def __init__(
+        self,
+        criterion: criteria.Criterion,
+        kernels: Sequence[Weights],
+        rng: np.random.Generator,
+    ) -> None:
+        self._criterion, self._rng = criterion, rng
+        self._masks = [joined([kernel.mask]) for kernel in kernels]
+        self._records = [
+            {name: joined([array]) for name, array in records_of(kernel).items()}
+            for kernel in kernels
+        ]
+        self._ends = np.cumsum([mask.size for mask in self._masks])
+        arrays = [array for records in self._records for array in records.values()]
+        self.dtype = np.result_type(np.float32, *arrays)
+        self.shape = (int(self._ends[-1]),)
+
+    def __getitem__(self, key: slice | np.ndarray) -> np.ndarray:
+        """Returns the scores of a range without a step, or of positions in ascending order."""
+        if not isinstance(key, slice):
+            numbers = np.searchsorted(key, [0, *self._ends])
+            parts = [key[first:last] for first, last in itertools.pairwise(numbers)]
+            return self._of([part - end for part, end in zip(parts, self._starts, strict=True)])
+        first, last, _ = key.indices(self.shape[0])
+        return self._of(
+            [
+                slice(max(0, first - start), max(0, min(last, end) - start))
+                for start, end in zip(self._starts, self._ends, strict=True)
+            ]
+        )
+
+    @property
+    def _starts(self) -> list[int]:
+        return [0, *self._ends[:-1].tolist()]
+
+    def _of(self, keys: Sequence[slice | np.ndarray]) -> np.ndarray:
+        """Returns the scores of parts of the kernels."""
+        found = []
+        for key, mask, records in zip(keys, self._masks, self._records, strict=True):
+            part = mask[key]
+            if part.size:
+                own = {name: array[key] for name, array in records.items()}
+                group = criteria.Group(mask=part, rng=self._rng, drop=None, **own)
+                scores = np.asarray(self._criterion(group))
+                if scores.shape != part.shape or scores.dtype != self.dtype:
+                    scores = np.broadcast_to(scores.astype(self.dtype), part.shape)
+                found.append(scores)
+        if len(found) == 1:
+            return found[0]
+        return np.concatenate([np.empty(0, self.dtype), *found])

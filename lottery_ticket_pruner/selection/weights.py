@@ -107,7 +107,7 @@ def prepared(criterion: criteria.Criterion, path: str, kernel: Weights) -> Weigh
             )
         # Differences of half-precision weights would round or overflow.
         array = array.astype(np.result_type(array.dtype, np.float32), copy=False)
-        if not np.isfinite(array).all():
+        if not _all_finite(array):
             raise ValueError(
                 f"The {_called(name)} of {path!r} contain NaN or infinity, which cannot be "
                 "ranked. Did the training diverge?"
@@ -115,6 +115,12 @@ def prepared(criterion: criteria.Criterion, path: str, kernel: Weights) -> Weigh
         records[name] = array
     bare = Weights(mask=mask, output_axes=kernel.output_axes, input_axes=kernel.input_axes)
     return bare.with_records(records)
+
+
+def _all_finite(array: np.ndarray) -> bool:
+    with np.errstate(over="ignore", invalid="ignore"):
+        total = array.sum()  # Faster than to look at each; only an overflow needs that.
+    return bool(np.isfinite(total) or np.isfinite(array).all())
 
 
 def _called(name: str) -> str:

@@ -56,6 +56,65 @@ def test_many_ties_at_the_bottom(share, drop):
         assert kept[int(1000 * share) :].all()
 
 
+def partitioned(scores, mask, drop, monkeypatch):
+    """Returns what `drop_lowest` does without a sample."""
+    with monkeypatch.context() as patch:
+        patch.setattr(lowest, "_MANY", math.inf)
+        return drop_lowest(scores, mask, drop, np.random.default_rng(2))
+
+
+@pytest.fixture
+def sampled(monkeypatch):
+    """Lets a sample decide about few scores, too."""
+    monkeypatch.setattr(lowest, "_MANY", 1)
+    monkeypatch.setattr(lowest, "_SAMPLE", 256)
+    monkeypatch.setattr(lowest, "CHUNK", 512)
+    monkeypatch.setattr(lowest, "_THREADS", 3)
+
+
+def draws(rng):
+    normal = rng.standard_normal(9001).astype(np.float32)
+    yield normal
+    yield np.round(normal, 2)
+    yield np.where(normal < 0, -np.inf, normal)
+    yield np.sign(normal).astype(np.int8)
+    yield rng.permutation(9001)
+
+
+@pytest.mark.parametrize("density", [1.0, 0.5, 0.01])
+def test_a_sample_changes_no_result(density, sampled, monkeypatch):
+    rng = np.random.default_rng(0)
+    taken = []
+    for scores in draws(rng):
+        mask = rng.random(scores.size) < density
+        alive = int(np.count_nonzero(mask))
+        for drop in (1, alive // 5, alive // 2, alive - 1, alive):
+            bounds = lowest._bounds(scores, mask, drop, alive)
+            taken.append(
+                bounds is not None
+                and lowest._drop_between(bounds, scores, mask, drop, alive, rng) is not None
+            )
+            kept = drop_lowest(scores, mask, drop, np.random.default_rng(2))
+            np.testing.assert_array_equal(kept, partitioned(scores, mask, drop, monkeypatch))
+    assert sum(taken) > len(taken) / 3
+
+
+@pytest.mark.parametrize("bounds", [(-9.0, -8.0), (8.0, 9.0), (-np.inf, np.inf)])
+def test_a_misleading_sample_changes_no_result(bounds, sampled, monkeypatch):
+    scores = np.random.default_rng(0).standard_normal(3000)
+    mask = np.ones(3000, bool)
+    monkeypatch.setattr(lowest, "_bounds", lambda *args: bounds)
+    kept = drop_lowest(scores, mask, 1500, np.random.default_rng(2))
+    np.testing.assert_array_equal(kept, scores > np.sort(scores)[1499])
+
+
+def test_nan_is_found_among_many_scores(sampled):
+    scores = np.random.default_rng(0).standard_normal(3000)
+    scores[2345] = np.nan
+    with pytest.raises(ValueError, match="NaN"):
+        drop_lowest(scores, np.ones(3000, bool), 600, np.random.default_rng(0))
+
+
 def test_drop_lowest_refuses_invalid_arguments():
     rng, mask = np.random.default_rng(0), np.array([True, True, False])
     with pytest.raises(ValueError, match="NaN"):
@@ -71,7 +130,7 @@ def test_drop_lowest_refuses_invalid_arguments():
 
 @pytest.mark.parametrize("count", [0, 1, 2, 100, 499, 500, 501, 900, 999, 1000])
 def test_so_many_flags_are_set_wherever_they_are(count, monkeypatch):
-    monkeypatch.setattr(lowest, "_CHUNK", 64)
+    monkeypatch.setattr(lowest, "CHUNK", 64)
     draws = [lowest._random_flags(1000, count, np.random.default_rng(s)) for s in range(200)]
     assert {int(np.count_nonzero(flags)) for flags in draws} == {count}
     by_tenth = np.sum(draws, axis=0).reshape(10, 100).sum(axis=1)

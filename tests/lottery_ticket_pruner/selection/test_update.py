@@ -12,7 +12,7 @@ from hypothesis.extra import numpy as hnp
 
 from kernels import BY_RECORDS, RANKING_RECORDS, distinct, kernel
 from lottery_ticket_pruner import criteria, selection
-from lottery_ticket_pruner.selection import Weights, drop_count, scores, update
+from lottery_ticket_pruner.selection import Weights, drop_count, lowest, update
 
 pytestmark = pytest.mark.once
 
@@ -353,7 +353,8 @@ def test_scores_in_chunks_are_scores_of_the_whole(name, scope, monkeypatch):
         for i, shape in enumerate([(7, 11), (1,), (13, 3)])
     }  # fmt: skip
     scope = criteria.get(name).scope or scope
-    monkeypatch.setattr(scores, "_CHUNK", 10)
+    monkeypatch.setattr(lowest, "CHUNK", 10)
+    monkeypatch.setattr(lowest, "_MANY", 1)
     in_chunks = update(name, weights, rate=0.5, scope=scope)
     whole = dataclasses.replace(criteria.get(name), elementwise=False)
     at_once = update(whole, weights, rate=0.5, scope=scope)
