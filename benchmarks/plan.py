@@ -245,13 +245,24 @@ def ranking(quick: bool) -> Iterator[Group]:
     """Compares a global `update_masks` with `numpy.partition` and others on the same numbers."""
     size = 100_000 if quick else 25_000_000
     setup = "benchmarks.weights:update"
-    names = ("first", "second", "partition", "argsort", "copy", "peak", "weights")
+    names = (
+        *("first", "second", "partition", "argsort", "copy", "peak", "weights"),
+        *("first_processor", "partition_processor"),
+    )
     what = f"global `update_masks`, {size:,} weights"
     yield Group(
         {name: Contender(setup, name, {"size": size}, _on("tensorflow", **_CPU)) for name in names},
         (
             Comparison(what, "first", "`numpy.partition`", "partition", 2.5, unit="s"),
             Comparison(f"{what}, second time", "second", "the same", "partition", 2.5, unit="s"),
+            Comparison(
+                f"{what}, processor time",
+                "first_processor",
+                "the same",
+                "partition_processor",
+                2.5,
+                unit="s",
+            ),
             Comparison(what, "first", "argsort, the earlier way", "argsort", faster=True, unit="s"),
             Comparison(what, "first", "copy of the weights", "copy", unit="s"),
             Comparison(f"{what}, peak memory", "peak", "the weights", "weights", 3.0, unit="MB"),

@@ -1,8 +1,10 @@
 """Contenders for `benchmarks.plan` without training: conversion, mask updates and memory."""
 
 import ctypes
+import functools
 import gc
 import sys
+import time
 
 import keras
 import numpy as np
@@ -70,7 +72,8 @@ def update(size):
     """Measures a global update that prunes a fifth of `size` weights in ten kernels.
 
     The contenders are the seconds of `update_masks` from full masks and of a second update, of
-    `numpy.partition` and an argsort of the same magnitudes, and of a copy of them; also the
+    `numpy.partition` and an argsort of the same magnitudes, and of a copy of them; the processor
+    time of the first update and of `numpy.partition`; also the
     megabytes of the weights and the peak increase of the process' memory in a first update.
     """
     side = round((size / LAYERS) ** 0.5)
@@ -88,13 +91,17 @@ def update(size):
     drop = int(RATE * magnitudes.size)
     full = {path: np.ones(mask.shape, bool) for path, mask in ml.get_masks(model).items()}
 
-    def again():
+    def again(clock=time.perf_counter):
         pruner.set_pretrained_weights()  # Otherwise the pruner warns that nothing was recorded.
-        return seconds(lambda: pruner.update_masks("large_final", rate=RATE, scope="global"))()
+        update = functools.partial(pruner.update_masks, "large_final", rate=RATE, scope="global")
+        return seconds(update, clock=clock)()
 
-    def first():
+    def first(clock=time.perf_counter):
         ml.set_masks(model, full)
-        return again()
+        return again(clock)
+
+    def partition():
+        return np.partition(magnitudes, drop - 1)
 
     def second():
         first()
@@ -116,7 +123,9 @@ def update(size):
     return {
         "first": first,
         "second": second,
-        "partition": seconds(lambda: np.partition(magnitudes, drop - 1)),
+        "partition": seconds(partition),
+        "first_processor": lambda: first(time.process_time),
+        "partition_processor": seconds(partition, clock=time.process_time),
         "argsort": seconds(argsort),
         "copy": seconds(lambda: np.copyto(copy, magnitudes)),
         "peak": peak,

@@ -71,9 +71,16 @@ from masked_layers.shrinking import (
     shrink,
 )
 from masked_layers.ticket_files import load_ticket, save_ticket
-from masked_layers.torchscript import KernelRow, TorchReport, export_sparse_torch
+from masked_layers.torchscript import (
+    AcceleratedModel,
+    KernelRow,
+    TorchReport,
+    accelerate,
+    export_sparse_torch,
+)
 
 __all__ = [
+    "AcceleratedModel",
     "BernoulliMask",
     "ChannelFamilies",
     "ChannelFamily",
@@ -123,6 +130,7 @@ __all__ = [
     "Timing",
     "TorchReport",
     "WeightRef",
+    "accelerate",
     "channel_families",
     "channel_refs",
     "convert_to_masked",

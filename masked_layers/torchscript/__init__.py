@@ -1,9 +1,16 @@
-"""TorchScript files that PyTorch alone loads and runs, with sparse kernels where they are faster.
+"""TorchScript programs with sparse kernels where they are faster: files and Keras models.
 
 PyTorch is imported only when a function needs it.
 """
 
 from masked_layers.torchscript.export import export_sparse_torch
+from masked_layers.torchscript.inference import AcceleratedModel, accelerate
 from masked_layers.torchscript.report import KernelRow, TorchReport
 
-__all__ = ["KernelRow", "TorchReport", "export_sparse_torch"]
+__all__ = [
+    "AcceleratedModel",
+    "KernelRow",
+    "TorchReport",
+    "accelerate",
+    "export_sparse_torch",
+]

@@ -38,7 +38,7 @@ def run(model: keras.Model, job: Job, folder: Path) -> TorchReport:
         RuntimeError: If the outputs of the file differ, or the new process fails.
         ValueError: If the job has the times of another model.
     """
-    if keras.backend.backend() == "torch" and _on_cpu():
+    if keras.backend.backend() == "torch" and on_cpu():
         return _build(model, job, folder)
     model.save(folder / _MODEL)
     arrays = {f"argument{i}": x for i, x in enumerate(keras.tree.flatten(job.arguments))}
@@ -120,5 +120,6 @@ def _build(model: keras.Model, job: Job, folder: Path) -> TorchReport:
     return report
 
 
-def _on_cpu() -> bool:
+def on_cpu() -> bool:
+    """Returns whether Keras on torch computes on the CPU."""
     return keras.ops.zeros(()).device.type == "cpu"

@@ -138,7 +138,7 @@ def build(model: keras.Model, job: Job) -> tuple[bytes, TorchReport]:
     """
     tensors = {path: variable.value for path, (variable, _) in state_variables(model).items()}
     batch = _torch(job.arguments, job.batch_size if job.free_batch else None)
-    settings = (torch.no_grad(), _without_gradients(tensors.values()), _quiet())
+    settings = (torch.no_grad(), _without_gradients(tensors.values()), quiet())
     with contextlib.ExitStack() as stack:
         threads = stack.enter_context(_threads(job.threads))
         for setting in settings:
@@ -410,7 +410,7 @@ def _without_gradients(tensors: Iterable[torch.Tensor]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Hides warnings that tracing and sparse tensors cause in every export."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)
