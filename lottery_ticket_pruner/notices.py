@@ -68,6 +68,16 @@ def rehearsal() -> Iterator[None]:
         yield
 
 
+def log_kept(model: str, criterion: str, masks: Mapping[str, np.ndarray]) -> None:
+    """Logs how many weights of a model a criterion has kept."""
+    total = sum(mask.size for mask in masks.values())
+    alive = sum(int(np.count_nonzero(mask)) for mask in masks.values())
+    _logger.info(
+        "Pruned %r by %s: %d of %d weights kept (%.2f %%).",
+        *(model, criterion, alive, total, 100 * alive / total),
+    )
+
+
 def of_update(
     request: selection.Request,
     kernels: Mapping[str, selection.Weights],

@@ -54,7 +54,7 @@ def masks_and_values(
     data: Any,
     manner: Manner,
     final: Sequence[np.ndarray] | None,
-    probe: selection.Probe | None = None,
+    probe: selection.Probe | selection.StoredSize | None = None,
 ) -> tuple[Masks, Values]:
     """Computes new masks of a model, and new values of its weights and statistics.
 
@@ -68,7 +68,7 @@ def masks_and_values(
         data: Data as for `update_masks`.
         manner: How to prune.
         final: The recorded final weights, or None.
-        probe: Measurements for a budget of latency, or None.
+        probe: Measurements for a budget of latency or bytes, or None.
 
     Returns:
         The masks by path, and pairs of a variable and its new value.
@@ -128,7 +128,7 @@ def _alone(
             "%s was measured on the model before the update, and not layer by layer, because %s "
             "ranks weights of several layers together.",
             criterion.name,
-            request.structure or f"the scope {request.scope!r}",
+            "a budget" if request.budget else request.structure or f"the scope {request.scope!r}",
         )
     else:
         evidence.require_known_inputs(

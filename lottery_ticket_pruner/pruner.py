@@ -22,6 +22,7 @@ from lottery_ticket_pruner import (
     notices,
     one_shot,
     optimizers,
+    payloads,
     plain_models,
     records,
     selection,
@@ -68,6 +69,7 @@ class LotteryTicketPruner(plain_models.PlainPruning):
 
     Attributes:
         measured_latency: What the last `update_masks` measured for a budget of latency, or None.
+        stored_bytes: What it counted for a budget of bytes, or None.
 
     Raises:
         ValueError: If the model is not built or has nothing to prune.
@@ -95,6 +97,7 @@ class LotteryTicketPruner(plain_models.PlainPruning):
         self._final_is_new = False
         self.followed = channels.Followed()
         self.measured_latency: latencies.MeasuredLatency | None = None
+        self.stored_bytes: int | None = None
         self.set_initial_weights()
 
     # Records.
@@ -180,7 +183,8 @@ class LotteryTicketPruner(plain_models.PlainPruning):
                 Exactly one of `rate`, `sparsity` and `budget` must be given.
             budget: With `structure="channels"`, the shares of multiply-adds, weights and latency on
                 this machine that are left, of one or several: `{"macs": 0.5, "latency": 0.6}`. See
-                `Latency` for batch sizes and milliseconds.
+                `Latency` for batches and milliseconds. Without a structure: `{"bytes": 0.1}` or
+                `{"bytes": 200_000}`, what a sparse SavedModel stores of the current weights.
             scope: Weights that are ranked together: `"layer"` (the default for most criteria),
                 `"global"`, `"output"`, or for channels `"isomorphic"` (layers of equal shapes).
             seed: Seed for random scores and ties. The default is the number of updates since the
@@ -438,12 +442,12 @@ class LotteryTicketPruner(plain_models.PlainPruning):
         model = self.model if model is None else model
         criterion = request.criterion
         ml.sync(model)
-        prunables = self._prunables(model)
-        kernels = self._kernels(prunables, criterion)
+        kernels = self._kernels(prunables := self._prunables(model), criterion)
         graph = self.followed.of(model, request)
         probe = latencies.probes(model, graph, request)
+        size = payloads.stored_size(model, request)
         masks, values = one_shot.masks_and_values(
-            model, request, kernels, graph, data, manner, self._final, probe
+            model, request, kernels, graph, data, manner, self._final, size or probe
         )
         self._write_masks(model, {i: masks[self._architecture.paths[i]] for i in prunables})
         channels.leave_out(model, graph, masks)
@@ -451,15 +455,11 @@ class LotteryTicketPruner(plain_models.PlainPruning):
             variable.assign(value)
         self._final_is_new = False
         self._updates += 1
-        size = sum(mask.size for mask in masks.values())
-        alive = sum(int(np.count_nonzero(mask)) for mask in masks.values())
-        _logger.info(
-            "Pruned %r by %s: %d of %d weights kept (%.2f %%).",
-            *(model.name, criterion.name, alive, size, 100 * alive / size),
-        )
+        notices.log_kept(model.name, criterion.name, masks)
         notices.of_update(request, kernels, masks)
         channels.note_limits(request, graph, kernels, masks)
         self.measured_latency = latencies.note(probe)
+        self.stored_bytes = None if size is None else size.of(masks)
 
     def note_changed_masks(self) -> None:
         """Marks the final weights as outdated, because the masks of the model were changed."""

@@ -6,6 +6,7 @@ seed.
 
 from lottery_ticket_pruner.selection.amounts import drop_count
 from lottery_ticket_pruner.selection.budgets import Costs
+from lottery_ticket_pruner.selection.byte_search import StoredSize
 from lottery_ticket_pruner.selection.channels import shortfalls
 from lottery_ticket_pruner.selection.families import kept_channels
 from lottery_ticket_pruner.selection.latency_search import Probe
@@ -29,6 +30,7 @@ __all__ = [
     "Probe",
     "Request",
     "Share",
+    "StoredSize",
     "Weights",
     "apart",
     "drop_count",

@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 
 from lottery_ticket_pruner import criteria, distributions, structures
+from lottery_ticket_pruner.budgets import Latency
 from lottery_ticket_pruner.selection.amounts import amounts, rounds
+from lottery_ticket_pruner.selection.byte_search import StoredSize, within_bytes
 from lottery_ticket_pruner.selection.channels import select_channels
 from lottery_ticket_pruner.selection.comparisons import comparisons
 from lottery_ticket_pruner.selection.families import Graph, complete
@@ -24,7 +26,7 @@ def select(
     weights: Mapping[str, Weights],
     measure: Measure | None = None,
     graph: Graph | None = None,
-    probe: Probe | None = None,
+    probe: Probe | StoredSize | None = None,
 ) -> dict[str, np.ndarray]:
     """Returns new masks without the lowest-ranked weights, with exact counts.
 
@@ -36,7 +38,7 @@ def select(
             before each round of the criterion. If None, there is one round, with the evidence in
             `weights`.
         graph: Channels of the model, for structures that need them.
-        probe: Function that measures latencies, for a budget of latency.
+        probe: Function that measures latencies or bytes, for a budget of these.
 
     Returns:
         A dict from path to a new bool mask, in the order of `weights`.
@@ -68,14 +70,20 @@ def apart(request: Request, weights: Mapping[str, Weights]) -> dict[str, Request
 
     Returns:
         A dict from paths to requests, without the kernels that a structure does not apply to; or
-        None if weights of several kernels are ranked or pruned together, or in several rounds.
+        None if weights of several kernels are ranked or pruned together, for a budget, or in
+        several rounds.
 
     Raises:
         ValueError: If an amount does not fit the kernels, as described for `update`.
     """
     structure = request.structure
     together = structure is not None and (structure.coupled or structure.whole_outputs)
-    if together or request.scope == "global" or request.criterion.rounds > 1:
+    if (
+        together
+        or request.budget is not None
+        or request.scope == "global"
+        or request.criterion.rounds > 1
+    ):
         return None
     kernels = {
         path: kernel
@@ -228,17 +236,59 @@ def _select_once(
     request: Request,
     weights: Mapping[str, Weights],
     graph: Graph | None = None,
-    probe: Probe | None = None,
+    probe: Probe | StoredSize | None = None,
 ) -> dict[str, np.ndarray]:
     structure = request.structure
     if structure is not None and structure.coupled:
+        assert not isinstance(probe, StoredSize)
         return select_channels(request, weights, graph, probe)
     kernels = _admitted(request, weights)
-    amount_of = amounts(request, kernels)
-    pruned: dict[str, np.ndarray] = {}
-    for comparison in comparisons(request, kernels):
-        pruned |= comparison.prune(amount_of[comparison.paths[0]])
-    masks = _in_order(weights, pruned)
+    if request.budget is None:
+        amount_of = amounts(request, kernels)
+        pruned: dict[str, np.ndarray] = {}
+        for comparison in comparisons(request, kernels):
+            pruned |= comparison.prune(amount_of[comparison.paths[0]])
+        return _completed(request, _in_order(weights, pruned), graph)
+    if not isinstance(probe, StoredSize):
+        raise ValueError(
+            "A budget of bytes is met by encoding the weights of a model: call "
+            "`LotteryTicketPruner.update_masks`."
+        )
+    ranked = list(comparisons(request, kernels))
+    bare = dataclasses.replace(request, budget=None, keep_sparser=True)
+
+    def masks_at(sparsity: float) -> dict[str, np.ndarray]:
+        amount_of = amounts(dataclasses.replace(bare, sparsity=sparsity), kernels)
+        pruned: dict[str, np.ndarray] = {}
+        for comparison in ranked:
+            pruned |= comparison.prune(amount_of[comparison.paths[0]], again=True)
+        return _completed(request, _in_order(weights, pruned), graph)
+
+    limit = request.budget["bytes"]
+    assert not isinstance(limit, Latency)
+    return within_bytes(limit, probe, _most(bare, kernels), masks_at)
+
+
+def _most(request: Request, kernels: Mapping[str, Weights]) -> float:
+    """Returns about the greatest sparsity with which each kernel keeps a weight on average."""
+    most = 1 - len(kernels) / sum(kernel.mask.size for kernel in kernels.values())
+    least = most if request.distribution is None else 0.0
+    while most - least > 1e-4:  # A distribution may leave kernels dense.
+        middle = (least + most) / 2
+        try:
+            amounts(dataclasses.replace(request, sparsity=middle), kernels)
+        except ValueError:
+            most = middle
+        else:
+            least = middle
+    return least
+
+
+def _completed(
+    request: Request, masks: dict[str, np.ndarray], graph: Graph | None
+) -> dict[str, np.ndarray]:
+    """Returns masks without the weights that read outputs that are pruned as a whole."""
+    structure = request.structure
     if graph is None or structure is None or not structure.whole_outputs:
         return masks
     return complete(graph.families, masks)

@@ -9,7 +9,7 @@ from lottery_ticket_pruner.budgets import Latency
 from lottery_ticket_pruner.checks import is_integer, is_number
 from lottery_ticket_pruner.shares import Share
 
-BUDGETS = ("macs", "weights", "latency")
+BUDGETS = ("macs", "weights", "latency", "bytes")
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -31,7 +31,8 @@ class Request:
         distribution: Rule that divides a single sparsity among the kernels, or None.
         budget: Share of the multiply-adds (`"macs"`) or of the weights of all kernels
             (`"weights"`) that is left afterwards, or a `Latency` (`"latency"`), by name, instead of
-            rate and sparsity; or None.
+            rate and sparsity; for single weights the bytes that are stored (`"bytes"`), as a share
+            of those of the dense weights or an integer above 1; or None.
         keep_sparser: Whether a sparsity below the current one prunes nothing, instead of raising an
             error.
     """
@@ -141,31 +142,58 @@ def _checked_budget(
     if "latency" in budget:
         budget["latency"] = Latency.of(budget["latency"])
     for name, share in budget.items():
-        if name == "latency":
+        if name == "latency" or (name == "bytes" and is_integer(share) and share > 1):
             continue
         if not is_number(share) or not 0 < share <= 1:
             raise ValueError(
-                f"`budget` holds the share that is left, a number in (0, 1]. Received: "
+                f"`budget` holds the share that is left, a number in (0, 1]"
+                f"{', or an integer number of bytes' * (name == 'bytes')}. Received: "
                 f"{name}={share!r}"
             )
     given = {"rate": others.get("rate"), "sparsity": others.get("sparsity")}
-    if distribution is not None or any(value is not None for value in given.values()):
+    if any(value is not None for value in given.values()) or (
+        distribution is not None and "bytes" not in budget
+    ):
         raise ValueError(
             f"A budget says how much is pruned: leave out `rate`, `sparsity` and `distribution`. "
             f"Received: budget={budget!r}, {given}, distribution={distribution!r}"
         )
-    if structure is None or not structure.coupled:
-        raise ValueError(
-            'A budget needs structure="channels", as zeros inside a kernel save no multiply-adds '
-            "and no time. "
-            f"Received: structure={structure!r}"
-        )
+    _check_kind(budget, structure)
     if criterion.rounds > 1:
         raise ValueError(
             f"Criterion {criterion.name!r} prunes in {criterion.rounds} rounds, and each needs a "
             "sparsity. Give a `sparsity` in place of the budget, or take another criterion."
         )
     return budget
+
+
+def _check_kind(
+    budget: Mapping[str, float | Latency], structure: structures.Structure | None
+) -> None:
+    """Checks that budgets and structure fit together.
+
+    Raises:
+        ValueError: If they do not.
+    """
+    coupled = structure is not None and structure.coupled
+    if "bytes" not in budget:
+        if not coupled:
+            raise ValueError(
+                f'The budget {list(budget)} needs structure="channels", as zeros inside a kernel '
+                "save no multiply-adds and no time in the model itself. For single weights, pass "
+                '{"bytes": ...}; the time that they save in `masked_layers.export_sparse_torch` '
+                "cannot be a budget: compare the reports for several sparsities. "
+                f"Received: structure={structure!r}"
+            )
+        return
+    if len(budget) > 1 or coupled:
+        raise ValueError(
+            "A budget of bytes counts what is stored of single weights. It cannot be combined with "
+            'other budgets or with structure="channels", for which {"weights": ...} is the share '
+            f"of the weights that is left. Received: budget={budget!r}, structure={structure!r}"
+        )
+    if structure is not None and structure.kept is not None:
+        raise ValueError(f"{structure} determines how many weights are kept: leave the budget out.")
 
 
 def refuse_amounts(structure: structures.Structure, **arguments: object) -> None:

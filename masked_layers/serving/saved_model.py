@@ -179,6 +179,19 @@ def export_sparse_saved_model(
     return report
 
 
+def stored_nbytes(arrays: Mapping[str, np.ndarray]) -> int:
+    """Returns the bytes that `export_sparse_saved_model` stores for weights with exact values.
+
+    This is the folder without the graph and the report. No TensorFlow is needed.
+
+    Args:
+        arrays: Effective values by path.
+    """
+    weights = {name: _exact(_canonical(name, array), True) for name, array in arrays.items()}
+    dense = sum(weight.array.nbytes for weight in weights.values() if weight.content is None)
+    return len(_packed(weights, 6)) + dense
+
+
 def _is_number(value: object) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
