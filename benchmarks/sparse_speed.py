@@ -1,18 +1,20 @@
 """Compares TorchScript files with sparse kernels with dense ones, and with ONNX Runtime.
 
-    python -m benchmarks.sparse_speed [mlp] [encoder] [MobileNetV2] [ResNet50] [--threads 1]
+    python -m benchmarks.sparse_speed [mlp] [encoder] [MobileNetV2] [ResNet50] [--keras]
 
 Weights have the initial values of Keras (seed 0). In the MLP and the encoder the weights of every
 kernel with the smallest magnitudes are pruned, in the others those of the whole network (global).
 The dense program is the TorchScript of the same model without sparse kernels; for the MLP, ONNX
 Runtime runs the same weights too, and the faster of the two counts. Programs are called in turns;
 ratios are those of one round, and their least, median and largest value over the rounds are
-printed: dense / sparse, so that more than 1 is faster. With one thread, times are those of the
-thread, which do not contain the time of other processes. The load average is printed, because other
-processes still share caches and memory.
+printed: dense / sparse, so that more than 1 is faster. With `--keras`, calls of the model that
+`accelerate` returns are compared with calls of the Keras model without masks instead. With one
+thread (`--threads 1`, the default), times are those of the thread, which do not contain the time of
+other processes. The load average is printed, because other processes still share caches and memory.
 """
 
 import argparse
+import functools
 import io
 import os
 import tempfile
@@ -169,12 +171,34 @@ def case(name, threads, table):
                 print(report, flush=True)
 
 
+def keras_case(name, threads):
+    _, sparsities, batches, _ = CASES[name]
+    for sparsity in sparsities:
+        model = pruned(name, sparsity)
+        plain = ml.strip_masks(model)
+        for batch in batches:
+            shape = (batch, *model.input_shape[1:])
+            x = torch.from_numpy(np.random.default_rng(0).standard_normal(shape).astype("float32"))
+            fast = ml.accelerate(model, batch_size=batch, threads=threads)
+            programs = {"sparse": fast, "dense": functools.partial(plain, training=False)}
+            with torch.no_grad():
+                times = compare(programs, x)
+            ratios = times["dense"] / times["sparse"]
+            medians = "  ".join(f"{key} {1e3 * np.median(t):.2f} ms" for key, t in times.items())
+            print(
+                f"{name}  {sparsity:.2f}  batch {batch}, in Keras: {ratios.min():.2f} "
+                f"{np.median(ratios):.2f} {ratios.max():.2f} times as fast ({medians})",
+                flush=True,
+            )
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("parts", nargs="*", default=list(CASES))
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--keras", action="store_true", help="calls of Keras models")
     parser.add_argument("--table", action="store_true", help="print the kernels of every weight")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -183,7 +207,10 @@ def main():
         f"average {os.getloadavg()[0]:.1f}"
     )
     for name in arguments.parts:
-        case(name, arguments.threads, arguments.table)
+        if arguments.keras:
+            keras_case(name, arguments.threads)
+        else:
+            case(name, arguments.threads, arguments.table)
 
 
 if __name__ == "__main__":
