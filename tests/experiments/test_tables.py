@@ -275,6 +275,18 @@ def test_data_sets_of_two_names_are_called_by_these(tmp_path):
     assert [group.label for group in groups] == ["digits", "mnist"]
 
 
+def test_code_is_named_only_where_nothing_else_tells_runs_apart(tmp_path):
+    write_run(tmp_path / "a", strategy="mine.py:best", code="best python3.11-1")
+    write_run(tmp_path / "b", strategy="random")
+    groups = run_folders.groups_of(run_folders.find_runs([tmp_path]))
+    assert [group.label for group in groups] == ["mine.py:best", "random"]
+    write_run(tmp_path / "c", strategy="mine.py:best", code="best python3.11-2")
+    groups = run_folders.groups_of(run_folders.find_runs([tmp_path]))
+    assert [group.label for group in groups] == [
+        "mine.py:best, code best python3.11-1", "random", "mine.py:best, code best python3.11-2",
+    ]  # fmt: skip
+
+
 def test_a_run_that_has_only_its_dense_row_has_its_tables(tmp_path):
     write_run(tmp_path / "a", [ROWS[0]])
     (group,) = run_folders.groups_of(run_folders.find_runs([tmp_path]))

@@ -13,6 +13,7 @@ import pandas as pd
 
 from lottery_ticket_pruner.experiments.catalogue import KINDS, Kind, kind_of_results
 from lottery_ticket_pruner.experiments.results import (
+    CODE,
     CONFIG_FILE,
     FACTS,
     RESULTS_FILE,
@@ -32,6 +33,7 @@ _NAMING = ("data", "network", "strategy", "criterion", "structure")
 # Options that usually follow from others, or that do not affect tickets.
 _FOLLOWING = (
     "conv_rate", "output_rate", "scope", "controls", "control_rounds", "eval_every", "data_digest",
+    CODE,
 )  # fmt: skip
 
 # Options whose values are understood without their names.
@@ -250,7 +252,8 @@ def _labels(configs: Sequence[dict[str, Any]]) -> list[str]:
         values = [config.get(option) for config in configs]
         refined = [(*label, as_text(value)) for label, value in zip(labels, values, strict=True)]
         follows = option in _FOLLOWING and len(set(refined)) == len(set(labels))
-        if not follows or None in values:
+        # Options that are built in have no code.
+        if not follows or (None in values and option != CODE):
             described = [_described(option, value) for value in values]
             labels = [(*label, *text) for label, text in zip(labels, described, strict=True)]
     return [", ".join(label) for label in labels]
