@@ -12,6 +12,7 @@ from lottery_ticket_pruner import (
     LotteryTicketPruner,
     PrunerCallback,
     schedules,
+    training,
 )
 
 BACKEND = keras.backend.backend()
@@ -173,3 +174,25 @@ def test_a_saved_rewired_model_continues_after_its_last_change(tmp_path):
         fit(loaded, 1, [rewiring(LotteryTicketPruner(loaded)), again])
         for mine, expected in zip(again.states[3], watch.states[3], strict=True):
             np.testing.assert_array_equal(mine, expected, place)
+
+
+def test_accumulated_gradients_survive_a_file(tmp_path):
+    def train(model, seed):
+        training.train(model, X, Y, steps=3, batch_size=10, seed=seed)
+
+    def variables(model):
+        return [
+            np.array(ops.convert_to_numpy(v)) for v in (*model.weights, *model.optimizer.variables)
+        ]
+
+    optimizer = keras.optimizers.SGD(0.1, momentum=0.9, gradient_accumulation_steps=2)
+    layers = [keras.Input((X.shape[1],)), keras.layers.Dense(int(Y.max()) + 1)]
+    model = ml.convert_to_masked(keras.Sequential(layers))
+    model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    train(model, 1)  # The gradient of the third step waits for the fourth.
+    model.save(tmp_path / "model.keras")
+    train(model, 2)
+    resumed = keras.models.load_model(tmp_path / "model.keras")
+    train(resumed, 2)
+    for one, other in zip(variables(model), variables(resumed), strict=True):
+        np.testing.assert_array_equal(one, other)

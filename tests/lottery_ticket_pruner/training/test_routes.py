@@ -55,6 +55,26 @@ def test_a_step_that_cannot_be_compiled_falls_back(caplog, monkeypatch):
 
 
 @needs_loop
+@pytest.mark.parametrize("accumulate", [None, 2])
+def test_a_step_that_fails_after_its_update_is_not_trained_again(accumulate, monkeypatch):
+    model = dense()
+    optimizer = keras.optimizers.SGD(0.1, gradient_accumulation_steps=accumulate)
+    model.compile(optimizer, "sparse_categorical_crossentropy")
+    current = engine.engine_of(model)
+    train = current._loops.train
+
+    def late(*args):
+        train(*args)
+        raise RuntimeError("failed late")
+
+    monkeypatch.setattr(current._loops, "train", late)
+    with pytest.raises(RuntimeError, match="failed late"):
+        training.train(model, X, Y, steps=3, batch_size=10)
+    assert int(model.optimizer._iterations) == 1
+    assert not through_fit(model)
+
+
+@needs_loop
 def test_convolutions_are_in_no_xla_loop_on_a_cpu():
     model = compiled(
         lambda: keras.Sequential(
