@@ -1,6 +1,6 @@
 """Runs commands in folders that are full, read-only or removed, and then without the fault.
 
-    python -m benchmarks.checks.environment
+    python -m benchmarks.checks.environment [--commands NAME ...] [--faults NAME ...]
 
 A full disk is a limit on the size of files, which the system enforces for every library, at several
 sizes. In a read-only folder, the process has another user if this one is allowed to write
@@ -119,6 +119,7 @@ def main(arguments: Any = None) -> int:
     )
     names = [name for name in kills.commands() if name != "sweep"]
     parser.add_argument("--commands", nargs="+", choices=names, default=names)
+    parser.add_argument("--faults", nargs="+", choices=list(FAULTS), default=list(FAULTS))
     options = parser.parse_args(arguments)
     tried = wrong = 0
     with tempfile.TemporaryDirectory() as temporary:
@@ -131,7 +132,7 @@ def main(arguments: Any = None) -> int:
                 functools.partial(kills.commands()[name].work, whole), log
             ):
                 raise RuntimeError(f"{name}: {failed}")
-            for fault in FAULTS:
+            for fault in options.faults:
                 if fault == "vanished" and name not in kills.LINES:
                     continue  # They write no configuration first.
                 folder = Path(temporary, f"{name}-{fault}".replace(" ", "-"))
