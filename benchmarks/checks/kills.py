@@ -36,6 +36,7 @@ import lottery_ticket_pruner as ltp
 import masked_layers as ml
 from benchmarks.checks.resume import arrays_of, compare
 from lottery_ticket_pruner import cli
+from lottery_ticket_pruner.commands import prune, repeat, report, saved_models, sweep  # noqa: F401
 from lottery_ticket_pruner.compression.result import save_model
 from lottery_ticket_pruner.experiments import catalogue
 from masked_layers import serving
@@ -261,7 +262,7 @@ def main(arguments: Any = None) -> int:
             counts[name][0] += 1
             counts[name][1] += not any(not text.startswith("DIFFERS") for text in wrong)
             counts[name][2] += not wrong
-            for text in wrong[:5]:
+            for text in wrong[:5] or ["identical"]:
                 print(f"  {name}, killed after {moment:.2f} s: {text}", flush=True)
             shutil.rmtree(folder)
     print(f"{'':12} killed  survived  identical")
