@@ -395,7 +395,7 @@ class Search:
                 "epochs first."
             )
         last = plan.stages[-1]
-        if last in _TRAINS:
+        if last in _TRAINS and self._tried(last):
             how = plan.options.retraining.replace("_", " ")
             notes.append(f"Each step trained for {bench.epochs_of(last)} epochs ({how}).")
         if plan.method == "auto" and self._tried("one_shot") and self._fitting_is_slow("one_shot"):

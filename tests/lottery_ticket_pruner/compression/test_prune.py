@@ -300,6 +300,7 @@ def test_time_ends_a_search_before_the_next_step(trained):
     result = prune(trained, DATA, 0.5, minutes=1e-9, **SHORT)
     assert [row["method"] for row in result.rows] == ["dense"]
     assert "because of minutes" in result.conclusion
+    assert "Each step trained" not in " ".join(result.notes)
     result = prune(trained, DATA, sparsity=0.5, minutes=1e-9, **SHORT)
     assert result.conclusion.startswith("No model meets the goals. The nearest: 0.00% of the")
 
