@@ -214,7 +214,7 @@ def _arrays(outputs: Any) -> list[np.ndarray]:
 # --- Formats --------------------------------------------------------------------------------------
 
 _SAVED_MODELS = ("float32", "float16", "int8", "codebook")
-_FILES = ("model.onnx", "model.pt", "model.pt.json", "model.tflite", "int8.tflite")
+_FILES = ("model.onnx", "int8.onnx", "model.pt", "model.pt.json", "model.tflite", "int8.tflite")
 _CONTENTS = frozenset((*_SAVED_MODELS, *_FILES, "ticket.safetensors", REPORT))
 
 
@@ -249,6 +249,13 @@ def _formats(
         "ONNX": (
             "model.onnx",
             lambda path: ml.export_sparse_onnx(model, path, sample_inputs=samples),
+            functools.partial(_load_onnx, threads=threads),
+        ),
+        "ONNX int8": (
+            "int8.onnx",
+            lambda path: ml.export_sparse_onnx(
+                model, path, values="int8", tolerance=options.tolerance, sample_inputs=samples
+            ),
             functools.partial(_load_onnx, threads=threads),
         ),
         "TorchScript": (

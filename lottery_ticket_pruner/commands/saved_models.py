@@ -41,7 +41,8 @@ class ExportConfig:
     ] = "float32"
     """float32 keeps every value exactly. float16 and bfloat16 take 2 bytes; int8 and codebooks of
     2 to 8 bits take a byte or less. The resulting error of the outputs is printed. codebook chooses
-    the bits of each weight by --tolerance, and is codebook-5 without it."""
+    the bits of each weight by --tolerance, and is codebook-5 without it. --format onnx takes
+    float32 and int8."""
     tolerance: float | None = None
     """Largest error of an output, relative to the largest output. If it is exceeded, nothing is
     written."""
@@ -76,7 +77,13 @@ class ExportConfig:
         if self.format == "torch":
             return self._write_torch()
         if self.format == "onnx":
-            return masked_layers.export_sparse_onnx(_load(self.model), self.out)
+            return masked_layers.export_sparse_onnx(
+                _load(self.model),
+                self.out,
+                values=self.values,
+                tolerance=self.tolerance,
+                sample_inputs=self._samples(),
+            )
         if (self.out / "saved_model.pb").is_file() and not self.overwrite:
             raise FileExistsError(
                 f"'{self.out}' holds a SavedModel. Choose another folder, or pass --overwrite to "
@@ -87,10 +94,13 @@ class ExportConfig:
             self.out,
             values=self.values,
             tolerance=self.tolerance,
-            sample_inputs=None if self.sample_inputs is None else _array(self.sample_inputs),
+            sample_inputs=self._samples(),
             level=self.level,
             include=self.include or None,
         )
+
+    def _samples(self) -> np.ndarray | None:
+        return None if self.sample_inputs is None else _array(self.sample_inputs)
 
     def _check_options(self) -> None:
         others = {name for names in _OPTIONS.values() for name in names}
@@ -118,7 +128,7 @@ class ExportConfig:
             tolerance=self.tolerance,
             level=self.level,
             include=self.include or None,
-            sample_inputs=None if self.sample_inputs is None else _array(self.sample_inputs),
+            sample_inputs=self._samples(),
             batch_size=self.batch_size,
             threads=self.threads,
         )
@@ -139,7 +149,7 @@ class ExportConfig:
 _OPTIONS = {
     "saved_model": ("values", "tolerance", "sample_inputs", "level", "include"),
     "torch": ("batch_size", "threads", "timings", "shrink"),
-    "onnx": (),
+    "onnx": ("values", "tolerance", "sample_inputs"),
     "all": ("tolerance", "sample_inputs", "level", "include", "batch_size", "threads"),
 }
 

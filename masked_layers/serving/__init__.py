@@ -3,6 +3,7 @@
 TensorFlow is imported only when a function needs it.
 """
 
+from masked_layers.serving.codes import scaled
 from masked_layers.serving.inspection import inspect
 from masked_layers.serving.report import StorageReport, StorageRow
 from masked_layers.serving.samples import samples_of
@@ -18,5 +19,6 @@ __all__ = [
     "inspect",
     "relative_difference",
     "samples_of",
+    "scaled",
     "stored_nbytes",
 ]

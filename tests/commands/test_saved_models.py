@@ -214,4 +214,6 @@ def test_onnx_files_are_written_and_not_replaced_without_being_asked(saved, tmp_
     assert "pass --overwrite to replace it" in capsys.readouterr().err
     assert cli.main([*command, "--overwrite"]) == 0
     assert cli.main([*command, "--overwrite", "--values", "float16"]) == 2
-    assert "--values cannot be used with --format onnx" in capsys.readouterr().err
+    assert "`values` must be 'float32' (exact) or 'int8'" in capsys.readouterr().err
+    assert cli.main([*command, "--overwrite", "--level", "9"]) == 2
+    assert "--level cannot be used with --format onnx" in capsys.readouterr().err

@@ -69,6 +69,40 @@ def test_convolutions_and_several_inputs(tmp_path):
     np.testing.assert_allclose(run(tmp_path / "m.onnx", *inputs), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_int8_keeps_weights_that_were_trained_for_it_and_rounds_others(tmp_path):
+    pytest.importorskip("tf2onnx")
+    image = keras.Input((8, 8, 8))
+    features = layers.Flatten()(layers.Conv2D(32, 3)(image))
+    model = keras.Model(image, layers.Dense(10)(features))
+    model = pruned(ml.convert_to_masked(model, quantize="int8"), 0.8)
+    x = np.random.default_rng(1).normal(size=(5, 8, 8, 8)).astype("float32")
+    expected = model.predict(x, verbose=0)
+    exact = ml.export_sparse_onnx(model, tmp_path / "exact.onnx")
+    report = ml.export_sparse_onnx(model, tmp_path / "int8.onnx", values="int8", sample_inputs=x)
+    assert report.disk_nbytes == (tmp_path / "int8.onnx").stat().st_size
+    assert report.disk_nbytes < exact.disk_nbytes * 0.6
+    assert report.output_error < 1e-5
+    np.testing.assert_allclose(run(tmp_path / "int8.onnx", x), expected, rtol=1e-4, atol=1e-5)
+    kept = [np.count_nonzero(w) for w in ml.strip_masks(model).get_weights() if w.ndim > 1]
+    rows = [row for row in report if row.dtype == "int8"]
+    assert sorted(row.alive for row in rows) == sorted(kept)
+    plain = ml.strip_masks(model)
+    noise = np.random.default_rng(2).normal(size=(32 * 36, 10)) * 0.01
+    plain.layers[-1].kernel.assign_add(noise)
+    out = tmp_path / "rounded.onnx"
+    with pytest.raises(RuntimeError, match=r"values='int8'.* but `tolerance` is 1e-07"):
+        ml.export_sparse_onnx(plain, out, values="int8", tolerance=1e-7)
+    assert not out.exists()
+    report = ml.export_sparse_onnx(plain, out, values="int8", tolerance=0.1, sample_inputs=x)
+    wanted = plain.predict(x, verbose=0)
+    error = np.abs(run(out, x) - wanted).max() / np.abs(wanted).max()
+    assert 0 < report.output_error < 0.1
+    np.testing.assert_allclose(error, report.output_error, rtol=0.2)
+    for wrong in ({"values": "codebook"}, {"tolerance": -1}):
+        with pytest.raises(ValueError, match="must be"):
+            ml.export_sparse_onnx(plain, out, **wrong)
+
+
 def test_errors_leave_the_file_as_it_is(tmp_path):
     (tmp_path / "m.onnx").write_bytes(b"earlier")
     with pytest.raises(TypeError, match=r"Expected a `keras\.Model`"):
