@@ -10,6 +10,9 @@ from keras import layers
 import masked_layers as ml
 from lottery_ticket_pruner import analyses, training
 
+# What they use of the backend is tested on JAX, too.
+pytestmark = pytest.mark.slow("jax")
+
 
 @pytest.fixture
 def line():

@@ -18,6 +18,9 @@ from lottery_ticket_pruner import (
     supermasks,
 )
 
+# What they use of the backend is tested on JAX, too.
+pytestmark = pytest.mark.slow("jax")
+
 X = np.random.default_rng(0).normal(size=(24, 8)).astype("float32")
 Y = np.arange(24) % 4
 

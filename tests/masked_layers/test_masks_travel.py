@@ -12,6 +12,9 @@ from keras import layers, ops
 
 import masked_layers as ml
 
+# What they use of the backend is tested on JAX, too.
+pytestmark = pytest.mark.slow("jax")
+
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(16, 6, 4)).astype("float32")
 Y = np.eye(3, dtype="float32")[np.arange(16) % 3]

@@ -99,7 +99,14 @@ def test_channels_along_another_axis(make):
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype"), [*((name, "float32") for name in MAKERS), ("layer", "mixed_float16")]
+    ("name", "dtype"),
+    [
+        *(
+            pytest.param(name, "float32", marks=[pytest.mark.slow("jax")] * (name != "layer"))
+            for name in MAKERS
+        ),
+        ("layer", "mixed_float16"),
+    ],
 )
 def test_bits_of_the_plain_model_while_all_channels_are_kept(name, dtype):
     plain = net(MAKERS[name], dtype=dtype)

@@ -53,9 +53,9 @@ def test_each_weight_gets_the_encoding_that_pays(tmp_path):
 @pytest.mark.parametrize(
     "include",
     [
-        "last",
+        pytest.param("last", marks=pytest.mark.slow),
         ["^last", "nowhere"],
-        (pattern for pattern in ["^last"]),
+        pytest.param((pattern for pattern in ["^last"]), marks=pytest.mark.slow),
         lambda path: path.startswith("last/"),
     ],
 )
