@@ -2,11 +2,13 @@
 
 import csv
 import importlib.util
+import inspect
 import os
 import re
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import keras
@@ -15,6 +17,7 @@ import pytest
 
 pytest.importorskip("sklearn")
 
+from lottery_ticket_pruner import criteria, find_ticket
 from lottery_ticket_pruner.experiments import datasets
 
 pytestmark = pytest.mark.once
@@ -138,3 +141,25 @@ def test_example_sh_quick(tmp_path):
     )
     assert "== digits, large_final" in done.stdout
     rounds_of(tmp_path / "results_digits_large_final.csv", 4)
+
+
+def test_a_search_with_optuna_is_resumed_from_its_file(capsys, monkeypatch):
+    pytest.importorskip("optuna")
+    example = load("optuna_search")
+    losses = iter((0.5, 0.25))
+
+    def stand_in(*args, **options):
+        called = inspect.signature(find_ticket).bind(*args, **options).arguments
+        assert called["strategy"] in criteria.names()
+        row = {"validation_loss": next(losses), "test_accuracy": called["rounds"] / 4}
+        return types.SimpleNamespace(rows=[row])
+
+    monkeypatch.setattr(example, "find_ticket", stand_in)
+    assert len(example.main(["--trials", "1"]).trials) == 1
+    study = example.main(["--trials", "2"])
+    assert [trial.value for trial in study.trials] == [0.5, 0.25]
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-2].startswith("2 trials; the best: strategy ")
+    accuracy = study.best_params["rounds"] / 4
+    assert printed[-1] == f"validation loss 0.2500, test accuracy {accuracy:.2%}"
+    example.main(["--trials", "2"])  # Nothing is left to do.
