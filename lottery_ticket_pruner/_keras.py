@@ -37,6 +37,7 @@ __all__ = [
     "export_specs",
     "flatten",
     "input_specs",
+    "is_functional",
     "kept_on_error",
     "make_identity",
     "match_layout",

@@ -16,12 +16,16 @@ class EngineSettings:
             takes a second or more, and saves about a millisecond per step.
         part_bytes: Size of the copy of examples that each call of `fit` gets, unless the whole data
             set is smaller.
+        least_savings: Number of multiply-adds of kernels and examples that a smaller model must
+            save over a training to be trained in place of a sparse one, in the forward pass.
+            Compiling the smaller model takes about as long. `float("inf")` for never.
     """
 
     patience: float = 3.0
     trial_steps: int = 40
     xla_steps: int = 300
     part_bytes: int = 2**28
+    least_savings: float = 5e10
 
 
 settings = EngineSettings()

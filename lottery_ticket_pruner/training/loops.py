@@ -14,6 +14,7 @@ from lottery_ticket_pruner.training.augmentation import Augmentation
 from lottery_ticket_pruner.training.dataset import ArrayDataset, Arrays
 from lottery_ticket_pruner.training.engine import engine_of, warn_once
 from lottery_ticket_pruner.training.fit_arguments import split_off, weighted
+from lottery_ticket_pruner.training.late_training import Trainee
 from lottery_ticket_pruner.training.plans import (
     EpochPlan,
     Listeners,
@@ -136,25 +137,32 @@ def train_by_plan(
     # In advance, because random numbers must not depend on the number of evaluations.
     rows = data.rows(order.ravel(), randomness.stream("augmentation", plan.seed))
     stretch = plan.eval_every or plan.steps
-    for start in range(0, plan.steps, stretch):
-        done = min(start + stretch, plan.steps)
-        engine_of(model).train(
-            data,
-            rows[start * plan.batch_size : done * plan.batch_size],
-            plan.batch_size,
-            steps=plan.steps,
-            deterministic=plan.deterministic,
-        )
-        if done == plan.steps:
-            _finalize(model)
-        if validation is not None:
-            history.steps.append(done)
-            results = engine_of(model).evaluate(validation, plan.validation_batch_size)
-            history.validation.append(results)
-            if listeners.on_evaluation is not None:
-                listeners.on_evaluation(done, results)
-        if listeners.on_progress is not None:
-            listeners.on_progress(done - start)
+    trainee = Trainee(model, plan.steps * plan.batch_size)
+    try:
+        for start in range(0, plan.steps, stretch):
+            done = min(start + stretch, plan.steps)
+            trainee.train(
+                data,
+                rows[start * plan.batch_size : done * plan.batch_size],
+                plan.batch_size,
+                steps=plan.steps,
+                deterministic=plan.deterministic,
+            )
+            if done == plan.steps:
+                trainee.write()
+                _finalize(model)
+            if validation is not None:
+                history.steps.append(done)
+                results = trainee.evaluator.evaluate(validation, plan.validation_batch_size)
+                history.validation.append(results)
+                if listeners.on_evaluation is not None:
+                    with trainee.shown():
+                        listeners.on_evaluation(done, results)
+            if listeners.on_progress is not None:
+                with trainee.shown():
+                    listeners.on_progress(done - start)
+    finally:
+        trainee.write()
     history.seconds = time.perf_counter() - started
     return history
 
@@ -280,14 +288,16 @@ def _fit_in_loops(
     model.stop_training = False
     logs = None
     chain.on_train_begin()
+    trainee = Trainee(model, 0 if _step_callbacks(plan) else plan.epochs * len(data))
     for epoch in range(plan.epochs):
         chain.on_epoch_begin(epoch)
         batches.start(epoch)
-        logs = _train_epoch(model, data, data.indices(batches.order), plan)
+        logs = _train_epoch(model, trainee, data, data.indices(batches.order), plan)
         if validation is not None:
             chain.on_test_begin()
+            trainee.read()
             size = plan.validation_batch_size or plan.batch_size
-            results = engine_of(model).evaluate(validation, size)
+            results = trainee.evaluator.evaluate(validation, size)
             chain.on_test_end(results)
             logs |= {f"val_{name}": value for name, value in results.items()}
         chain.on_epoch_end(epoch, logs)
@@ -301,7 +311,7 @@ def _fit_in_loops(
 
 
 def _train_epoch(
-    model: keras.Model, data: ArrayDataset, rows: np.ndarray, plan: EpochPlan
+    model: keras.Model, trainee: Trainee, data: ArrayDataset, rows: np.ndarray, plan: EpochPlan
 ) -> dict[str, Any]:
     """Trains an epoch on these rows, and returns its logs."""
     size = plan.batch_size
@@ -315,20 +325,24 @@ def _train_epoch(
         done, logs = engine_of(model).train_with_changes(
             data, rows, size, changes, steps=plan.epochs * steps
         )
-    while done < steps:
-        number = min((c.steps_until_due(steps - done) for c in callbacks), default=steps - done)
-        logs = engine_of(model).train(
-            data,
-            rows[done * size : (done + number) * size],
-            size,
-            steps=plan.epochs * steps,
-            logged=done + number == steps,
-            deterministic=plan.deterministic,
-            continued=done > 0,
-        )
-        done += number
-        for callback in callbacks:
-            callback.on_train_batch_end(done - 1)
+    trainee.read()
+    try:
+        while done < steps:
+            number = min((c.steps_until_due(steps - done) for c in callbacks), default=steps - done)
+            logs = trainee.train(
+                data,
+                rows[done * size : (done + number) * size],
+                size,
+                steps=plan.epochs * steps,
+                logged=done + number == steps,
+                deterministic=plan.deterministic,
+                continued=done > 0,
+            )
+            done += number
+            for callback in callbacks:
+                callback.on_train_batch_end(done - 1)
+    finally:
+        trainee.write()
     return logs
 
 

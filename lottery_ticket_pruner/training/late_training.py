@@ -1,0 +1,257 @@
+"""Training of sparse models at the cost of the weights that are left.
+
+A smaller model with only these weights is trained in place of the given one, and its weights and
+optimizer state are written back before anyone looks. The steps are the same except for rounding.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+import numpy as np
+
+from lottery_ticket_pruner import optimizers
+from lottery_ticket_pruner.training.engine import Engine, engine_of
+from lottery_ticket_pruner.training.engine_settings import settings
+from lottery_ticket_pruner.training.kept_layers import KeptDense, KeptInputs
+from lottery_ticket_pruner.training.kept_weights import (
+    KeptKernel,
+    NotReducibleError,
+    chain,
+    dense_layers,
+    kept_kernels,
+    kernel_masks,
+)
+from lottery_ticket_pruner.variables import read
+from masked_layers.compiled import forget_functions, kept_beside
+from masked_layers.copying import as_in_use
+
+_logger = logging.getLogger(__name__)
+
+
+class Trainee:
+    """The model that is trained: the given one, or a smaller one in its place.
+
+    Args:
+        model: A compiled model.
+        examples: Number of examples to train on: steps times batch size.
+    """
+
+    def __init__(self, model: keras.Model, examples: int) -> None:
+        self._model = model
+        self._examples = examples
+        self._smaller: _SmallerModel | None = None
+        self._ahead = False
+        self.read()
+
+    @property
+    def is_smaller(self) -> bool:
+        """True if a smaller model is trained."""
+        return self._smaller is not None
+
+    @property
+    def evaluator(self) -> Engine:
+        """The engine of the model that is trained, for calls that do not change it."""
+        return engine_of(self._model if self._smaller is None else self._smaller.model)
+
+    def train(self, *args: Any, deterministic: bool = False, **kwargs: Any) -> dict[str, Any]:
+        """Trains like `Engine.train`."""
+        self._ahead = True
+        # A comparison with `fit` would have to be repeated for each smaller model.
+        fixed = deterministic or self.is_smaller
+        return self.evaluator.train(*args, deterministic=fixed, **kwargs)
+
+    def write(self) -> None:
+        """Writes what was trained into the given model."""
+        if self._smaller is not None and self._ahead:
+            self._smaller.write()
+        self._ahead = False
+
+    def read(self) -> None:
+        """Continues from the state of the given model."""
+        self._smaller, self._ahead = None, False
+        try:
+            smaller = _smaller_model(self._model, self._examples)
+            if smaller is not None:
+                smaller.read()
+        except NotReducibleError as error:
+            _logger.info("%s is trained with all weights: %s.", self._model.name, error)
+        else:
+            self._smaller = smaller
+
+    @contextlib.contextmanager
+    def shown(self) -> Iterator[None]:
+        """Lets others see and change the given model inside the scope."""
+        self.write()
+        yield
+        self.read()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Pair:
+    """A variable of the given model, the one of the smaller model, and the entries that it has."""
+
+    whole: keras.Variable
+    part: keras.Variable
+    index: Any = None
+    slot: bool = False
+
+
+class _SmallerModel:
+    """A model with only the weights that a training can change.
+
+    Args:
+        model: The compiled model.
+        layers: Its layers, in order.
+        masks: Masks of its kernels.
+        kernels: The kept weights of its Dense layers.
+        gather: Whether products of kept weights may be computed one by one.
+    """
+
+    def __init__(
+        self,
+        model: keras.Model,
+        layers: list[keras.layers.Layer],
+        masks: list[np.ndarray],
+        kernels: list[KeptKernel],
+        gather: bool,
+    ) -> None:
+        self.masks = masks
+        self.engine = engine_of(model)
+        self.model = _built(model, layers, kernels, gather)
+        self._pairs = _pairs(model, self.model, kernels)
+
+    def read(self) -> None:
+        """Takes the values of the given model.
+
+        Raises:
+            NotReducibleError: If the optimizer is still going to change a pruned weight.
+        """
+        for pair in self._pairs:
+            whole = read(pair.whole)
+            part = whole if pair.index is None else whole[pair.index]
+            if pair.slot and np.count_nonzero(whole) != np.count_nonzero(part):
+                raise NotReducibleError("the optimizer has momenta of pruned weights")
+            pair.part.assign(part)
+
+    def write(self) -> None:
+        """Writes its values into the given model."""
+        for pair in self._pairs:
+            part = read(pair.part)
+            if pair.index is None:
+                pair.whole.assign(part)
+            else:
+                whole = read(pair.whole)
+                whole[pair.index] = part
+                pair.whole.assign(whole)
+
+
+def _smaller_model(model: keras.Model, examples: int) -> _SmallerModel | None:
+    """Returns the smaller model for the present masks, or None if it saves too little.
+
+    Raises:
+        NotReducibleError: If the training needs all weights.
+    """
+    size = sum(math.prod(weight.shape) for weight in model.trainable_weights)
+    if size * examples <= settings.least_savings:
+        return None
+    layers = chain(model)
+    masks = kernel_masks(layers)
+    known = kept_beside(model).get("smaller")
+    if known is not None:
+        same = known.engine is engine_of(model)
+        if same and all(map(np.array_equal, masks, known.masks)):
+            return known
+    kernels = kept_kernels(layers, masks)
+    gather = _can_gather()
+    saved = sum(mask.size for mask in masks) - sum(kernel.cost(gather) for kernel in kernels)
+    if saved * examples <= settings.least_savings:
+        return None
+    if known is not None:
+        forget_functions(known.model)
+    if not model.optimizer.built:
+        model.optimizer.build(model.trainable_variables)
+    smaller = _SmallerModel(model, layers, masks, kernels, gather)
+    kept_beside(model)["smaller"] = smaller
+    _logger.info(
+        "%s is trained with %s of %s weights.",
+        model.name,
+        f"{sum(math.prod(v.shape) for v in smaller.model.trainable_variables):,}",
+        f"{size:,}",
+    )
+    return smaller
+
+
+def _can_gather() -> bool:
+    """Returns whether single products can be fused into loops: by XLA, on a CPU."""
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        return not tf.config.list_logical_devices("GPU")
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return jax.default_backend() == "cpu"
+    return False
+
+
+def _built(
+    model: keras.Model, layers: list[keras.layers.Layer], kernels: list[KeptKernel], gather: bool
+) -> keras.Model:
+    """Returns the smaller model, compiled like the given one.
+
+    Raises:
+        NotReducibleError: If a Dense layer has inputs of several axes, or the smaller model cannot
+            be compiled from the configuration of the given one.
+    """
+    tensor = model.inputs[0]
+    inputs = x = keras.Input(batch_shape=tensor.shape, dtype=tensor.dtype)
+    left = list(kernels)
+    for layer in layers:
+        if not dense_layers([layer]):
+            x = type(layer).from_config(layer.get_config())(x)
+            continue
+        if len(x.shape) != 2:
+            raise NotReducibleError(f"'{layer.name}' has inputs of {len(x.shape)} axes")
+        kept = left.pop(0)
+        if kept is kernels[0] and len(kept.inputs) < x.shape[-1]:
+            x = KeptInputs(kept.inputs)(x)
+        x = KeptDense(kept, gather=gather and kept.gathers)(x)
+    smaller = keras.Model(inputs, x, name=model.name)
+    try:
+        with as_in_use(model):
+            smaller.compile_from_config(model.get_compile_config())
+    except Exception as error:  # Losses and metrics raise errors of many types.
+        raise NotReducibleError(f"a smaller model cannot be compiled: {error}") from error
+    if not smaller.optimizer.built:
+        smaller.optimizer.build(smaller.trainable_variables)
+    return smaller
+
+
+def _pairs(model: keras.Model, smaller: keras.Model, kernels: list[KeptKernel]) -> list[_Pair]:
+    """Returns the pairs of all variables: weights, slots, and the rest of the optimizer."""
+    indices: dict[int, Any] = {}
+    for kept in kernels:
+        kernel, *bias = kept.layer.trainable_variables
+        indices[id(kernel)] = kept.index
+        indices.update({id(variable): kept.units for variable in bias})
+    pairs = [
+        _Pair(whole, part, indices[id(whole)])
+        for whole, part in zip(model.trainable_variables, smaller.trainable_variables, strict=True)
+    ]
+    owners = {
+        id(slot): owner
+        for owner, slots in optimizers.optimizer_slots(model.optimizer).items()
+        for slot in slots
+    }
+    for whole, part in zip(model.optimizer.variables, smaller.optimizer.variables, strict=True):
+        owner = owners.get(id(whole))
+        index = None if owner is None else indices[owner]
+        pairs.append(_Pair(whole, part, index, slot=owner is not None))
+    return pairs

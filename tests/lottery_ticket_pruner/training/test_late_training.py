@@ -1,0 +1,282 @@
+"""Trainings of sparse models with the weights that are left, compared with those of all weights."""
+
+import re
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+
+import masked_layers as ml
+from common import numpy
+from lottery_ticket_pruner import LotteryTicketPruner, find_ticket, training
+from lottery_ticket_pruner.training import kept_layers, kept_weights, late_training
+from searches import assert_equal
+
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(64, 4, 3)).astype("float32")
+Y = (X[:, 0, 0] > X[:, 1, 1]).astype("int32")
+PLAN = {"steps": 6, "batch_size": 16, "eval_every": 3, "validation_data": (X, Y)}
+
+
+@pytest.fixture(autouse=True)
+def _smaller_models_for_short_trainings(monkeypatch):
+    monkeypatch.setattr(training.settings, "least_savings", 0)
+    monkeypatch.setattr(kept_weights.KeptKernel, "cost", lambda self, can_gather: len(self.rows))
+
+
+def make(optimizer="sgd", hidden=(), **kwargs):
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential(
+        [
+            keras.Input((4, 3)),
+            layers.Flatten(),
+            layers.Dense(10, "tanh", name="first", **kwargs),
+            *hidden,
+            layers.Dense(8, name="second"),
+            layers.LeakyReLU(),
+            layers.Dense(2, name="last"),
+        ]
+    )
+    model.compile(
+        optimizer,
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+        jit_compile=keras.backend.backend() == "jax",
+    )
+    return prune(ml.convert_to_masked(model))
+
+
+def prune(model):
+    """Prunes at random, and leaves units without inputs, without outputs, and without both."""
+    masks = {path: RNG.random(mask.shape) < 0.5 for path, mask in ml.get_masks(model).items()}
+    first, second, last = masks.values()
+    first[:, [0, 9]] = False
+    second[[9, 2]] = False
+    second[:, 3] = False
+    last[4] = False
+    first[5] = False  # an input that nobody reads
+    ml.set_masks(model, masks)
+    return model
+
+
+def state(model):
+    return [numpy(variable) for variable in (*model.variables, *model.optimizer.variables)]
+
+
+def with_all_weights(function, *args, **kwargs):
+    settings = training.settings
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(settings, "least_savings", float("inf"))
+        return function(*args, **kwargs)
+
+
+def assert_same(model, other, tolerance=1e-5):
+    for ours, theirs in zip(state(model), state(other), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+def trained_smaller(model):
+    smaller = late_training.kept_beside(model).get("smaller")
+    return None if smaller is None else smaller.model
+
+
+def losses(history):
+    return [result["loss"] for result in history.validation]
+
+
+@pytest.mark.parametrize("gathers", [True, False])
+def test_it_is_the_same_training(gathers, monkeypatch):
+    def optimizer():
+        if gathers:
+            return keras.optimizers.SGD(0.1, momentum=0.9, global_clipnorm=0.5)
+        rate = keras.optimizers.schedules.ExponentialDecay(0.01, 2, 0.9)
+        return keras.optimizers.Adam(rate, amsgrad=True)
+
+    monkeypatch.setattr(kept_weights.KeptKernel, "gathers", gathers)
+    ours, theirs = make(optimizer()), make(optimizer())
+    ml.set_masks(theirs, ml.get_masks(ours))
+    # The second call continues from the state after the first.
+    for seed in (0, 1):
+        histories = (
+            training.train(ours, X, Y, seed=seed, **PLAN),
+            with_all_weights(training.train, theirs, X, Y, seed=seed, **PLAN),
+        )
+        np.testing.assert_allclose(*map(losses, histories), rtol=1e-5)
+        assert_same(ours, theirs)
+    kinds = [type(layer) for layer in trained_smaller(ours).layers]
+    assert kinds.count(kept_layers.KeptDense) == 3
+    assert trained_smaller(theirs) is None
+
+
+@pytest.mark.once
+def test_epochs_report_the_same_and_show_callbacks_the_trained_model():
+    class Look(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            self.model.optimizer.learning_rate = 0.1 / (1 + epoch)
+
+        def on_epoch_end(self, epoch, logs=None):
+            seen.append(self.model.evaluate(X, Y, verbose=0)[0])
+            last = self.model.layers[-1]
+            last.bias.assign(last.bias + 0.1)
+
+    ours, theirs = make("adam"), make("adam")
+    ml.set_masks(theirs, ml.get_masks(ours))
+    seen: list[float] = []
+    options = {"epochs": 2, "batch_size": 24, "validation_data": (X, Y), "callbacks": [Look()]}
+    history = training.fit(ours, X, Y, **options).history
+    np.testing.assert_allclose(seen, history["val_loss"], rtol=1e-5)
+    expected = with_all_weights(training.fit, theirs, X, Y, **options).history
+    assert history.keys() == expected.keys()
+    for name in expected:
+        np.testing.assert_allclose(history[name], expected[name], rtol=1e-5)
+    assert_same(ours, theirs)
+    assert trained_smaller(ours) is not None
+
+
+@pytest.mark.once
+def test_masks_that_others_change_between_stretches_are_followed():
+    def change(model):
+        def halve(steps):
+            masks = ml.get_masks(model)
+            masks["first/kernel"][:, 6:] = False
+            ml.set_masks(model, masks)
+
+        return halve
+
+    ours, theirs = make(), make()
+    ml.set_masks(theirs, ml.get_masks(ours))
+    training.train(ours, X, Y, on_progress=change(ours), **PLAN)
+    with_all_weights(training.train, theirs, X, Y, on_progress=change(theirs), **PLAN)
+    assert_same(ours, theirs)
+
+
+@pytest.mark.once
+def test_the_model_has_what_was_trained_before_an_error(monkeypatch):
+    def fail(self, *args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(late_training.Engine, "evaluate", fail)
+    ours, theirs = make(), make()
+    ml.set_masks(theirs, ml.get_masks(ours))
+    before = state(ours)
+    for train, model in ((training.train, ours), (with_all_weights, theirs)):
+        arguments = (model, X, Y) if model is ours else (training.train, model, X, Y)
+        with pytest.raises(KeyboardInterrupt):
+            train(*arguments, **PLAN)
+    assert_same(ours, theirs)
+    assert any((a != b).any() for a, b in zip(before, state(ours), strict=True))
+
+
+@pytest.mark.once
+def test_a_search_finds_the_same_ticket_also_after_an_interruption(tmp_path):
+    def stop(row):
+        if row["round"] == 1:
+            raise KeyboardInterrupt
+
+    def search(**kwargs):
+        model = make("adam")
+        ml.set_masks(model, {p: np.ones(m.shape, bool) for p, m in ml.get_masks(model).items()})
+        options = {"rounds": 1, "controls": (), "steps": 4, "batch_size": 16, "rate": 0.8}
+        return find_ticket(model, X, Y, validation_data=(X, Y), seed=1, **options, **kwargs)
+
+    dense = with_all_weights(search)
+    with pytest.raises(KeyboardInterrupt):
+        search(checkpoint=tmp_path, on_result=stop)
+    resumed = search(checkpoint=tmp_path)
+    for ours, theirs in zip(resumed.rows, dense.rows, strict=True):
+        assert ours["sparsity"] == theirs["sparsity"]
+        np.testing.assert_allclose(ours["validation_loss"], theirs["validation_loss"], rtol=1e-5)
+    for ours, theirs in zip(resumed.masks, dense.masks, strict=True):
+        assert_equal(ours.values(), theirs.values())
+    assert_same(resumed.ticket, dense.ticket)
+    assert trained_smaller(resumed.ticket) is not None
+
+
+REFUSED = {
+    "weight decay": lambda: make(keras.optimizers.AdamW()),
+    "not known to leave pruned weights": lambda: make("ftrl"),
+    r"moving averages \(use_ema\)": lambda: make(keras.optimizers.SGD(use_ema=True)),
+    "gradients are accumulated": lambda: make(keras.optimizers.SGD(gradient_accumulation_steps=2)),
+    "'dropout.*' .Dropout. is not known": lambda: make(hidden=[layers.Dropout(0.5)]),
+    "BatchNormalization. is not known": lambda: make(hidden=[layers.BatchNormalization()]),
+    "regularizer or constraint": lambda: make(kernel_regularizer="l2"),
+    "no kept weight": lambda: without("second/kernel"),
+    "rescaled mask": lambda: rescaled(make()),
+    "pruned weights that are not zero": lambda: frozen(make()),
+    "frozen variables": lambda: frozen_layer(make()),
+    "inputs of 3 axes": lambda: compiled(keras.Sequential([keras.Input((4, 3)), layers.Dense(2)])),
+    "not a chain": lambda: compiled(with_skip()),
+}
+
+
+def compiled(model):
+    model = ml.convert_to_masked(model)
+    masks = {path: RNG.random(mask.shape) < 0.5 for path, mask in ml.get_masks(model).items()}
+    ml.set_masks(model, masks)
+    model.compile("sgd", "mse")
+    return model
+
+
+def with_skip():
+    inputs = keras.Input((4,))
+    hidden = layers.Dense(4)(layers.Dense(4)(inputs))
+    return keras.Model(inputs, layers.Dense(2)(layers.Add()([inputs, hidden])))
+
+
+def without(path):
+    model = make()
+    ml.set_masks(model, {path: np.zeros((10, 8), bool)})
+    return model
+
+
+def rescaled(model):
+    ml.set_rescale(model, True)
+    return model
+
+
+def frozen(model):
+    pruner = LotteryTicketPruner(model)
+    pruner.treat(pruned="freeze")
+    return model
+
+
+def frozen_layer(model):
+    model.get_layer("first").trainable = False
+    model.compile("sgd", model.loss)
+    return model
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("reason", REFUSED)
+def test_other_trainings_keep_all_weights_and_say_why(reason, caplog):
+    model = REFUSED[reason]()
+    caplog.set_level("INFO", "lottery_ticket_pruner")
+    trainee = late_training.Trainee(model, 100)
+    assert not trainee.is_smaller
+    (message,) = (record.getMessage() for record in caplog.records if "all" in record.message)
+    assert re.search(reason, message)
+
+
+@pytest.mark.once
+def test_momenta_of_pruned_weights_are_not_lost(caplog):
+    """Weights that are pruned while momenta move them go on moving."""
+    ours, theirs = (make(keras.optimizers.SGD(0.1, momentum=0.9)) for _ in range(2))
+    ml.set_masks(theirs, ml.get_masks(ours))
+    for model in (ours, theirs):
+        with_all_weights(training.train, model, X, Y, **PLAN)
+        masks = ml.get_masks(model)
+        masks["second/kernel"][:, 1:3] = False
+        ml.set_masks(model, masks)
+    caplog.set_level("INFO", "lottery_ticket_pruner")
+    training.train(ours, X, Y, **PLAN)
+    with_all_weights(training.train, theirs, X, Y, **PLAN)
+    assert_same(ours, theirs, tolerance=0)
+    assert "momenta of pruned weights" in caplog.text
+
+
+@pytest.mark.once
+def test_short_trainings_keep_all_weights(monkeypatch):
+    model = make()
+    monkeypatch.setattr(training.settings, "least_savings", 5e10)
+    assert not late_training.Trainee(model, 10_000).is_smaller
