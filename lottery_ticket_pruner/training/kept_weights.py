@@ -226,7 +226,11 @@ def _check_dense(layer: keras.layers.Dense, *, last: bool) -> None:
 
 def _check_optimizer(model: keras.Model) -> None:
     optimizer = model.optimizer
-    if type(optimizer) not in _OPTIMIZERS:
+    # On torch, the classes of optimizers are subclasses of the public ones, without public names.
+    public = vars(keras.optimizers).values()
+    known = next((base for base in type(optimizer).__mro__ if base in public), None)
+    own = not type(optimizer).__module__.startswith("keras.")
+    if own or known not in _OPTIMIZERS:
         raise NotReducibleError(
             f"{type(optimizer).__name__} is not known to leave pruned weights as they are"
         )
