@@ -429,16 +429,19 @@ operations, and no decisions based on timing."""
         convolutions = networks.has_convolutions(recipe.network)
         if self.conv_rate is not None and not convolutions:
             raise ValueError(f"--conv-rate: {recipe.network} has no convolutions.")
+        is_own = networks.is_own(recipe.network)
+        outputs = is_own and structure is not None and structure.whole_outputs
         if self.final_sparsity is not None:
             given += ["--rate"] if self.rate is not None else []
             if given:
                 raise ValueError(f"Give --final-sparsity or {' and '.join(given)}, not both.")
+            if outputs:
+                raise self._outputs_pruned(recipe)
             return none
         if isinstance(self.rate, tuple):
             given += ["--rate with patterns"]
         if scope in _TOGETHER and given:
             raise ValueError(f"{' and '.join(given)}: scope {scope} ranks layers together.")
-        is_own = networks.is_own(recipe.network)
         if len(given) > 1 or (is_own and given == ["--output-rate"]):
             raise ValueError(
                 f"{' and '.join(given)}: give rates of layers as patterns of --rate alone, as in "
@@ -446,17 +449,15 @@ operations, and no decisions based on timing."""
             )
         if isinstance(self.rate, tuple):
             rates = rates_of(self.rate, recipe.rate)
+            if outputs and 0 not in rates.values():
+                raise self._outputs_pruned(recipe)
             first = str(rates.pop("default"))
             return {"rate": (first, *(f"{key}={rate}" for key, rate in rates.items()))} | (
                 none if whole and not is_own else {}
             )
         rate = chosen(self.rate, recipe.rate)
-        if is_own and structure is not None and structure.whole_outputs:
-            raise ValueError(
-                f"--structure {self.structure} with --network {recipe.network} may prune its "
-                "outputs, the classes. Use --structure channels, or give the output layer a rate "
-                f"of 0: --rate {rate} LAYER=0."
-            )
+        if outputs:
+            raise self._outputs_pruned(recipe)
         if scope in _TOGETHER or is_own:
             return {"rate": rate}
         conv_rate = chosen(self.conv_rate, recipe.conv_share * rate) if convolutions else None
@@ -465,6 +466,14 @@ operations, and no decisions based on timing."""
             "conv_rate": conv_rate,
             "output_rate": chosen(self.output_rate, 0.5 * rate),
         } | (none if whole else {})
+
+    def _outputs_pruned(self, recipe: Recipe) -> ValueError:
+        rate = self.rate if isinstance(self.rate, float) else recipe.rate
+        return ValueError(
+            f"--structure {self.structure} with --network {recipe.network} may prune its outputs, "
+            "the classes. Use --structure channels, or give the output layer a rate of 0: "
+            f"--rate {rate} LAYER=0."
+        )
 
 
 def parse_steps(text: str, steps_per_epoch: int) -> int:

@@ -1,7 +1,9 @@
 """Networks of the user for experiments: functions that return a model, and model files."""
 
 import json
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import keras
 import numpy as np
@@ -22,7 +24,7 @@ def build(name: str) -> keras.Model:
 
     The architecture of a file is made anew, and its trained weights are not used. Only what is not
     trained is taken from the file: the weights of layers that are not trainable, and what layers
-    such as `Normalization` were adapted to.
+    such as `Normalization` and `TextVectorization` were adapted to.
 
     Args:
         name: `module:function`, `path/to/file.py:function`, or a path of a `.keras` or `.h5` file.
@@ -38,10 +40,14 @@ def build(name: str) -> keras.Model:
     stored = _plain(load_file(Path(name), compiled=True))
     model = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(stored))
     for layer, before in zip(_keras.flatten(model), _keras.flatten(stored), strict=True):
-        if _is_kept(before) and before.weights:
-            layer.set_weights(before.get_weights())
-            if hasattr(layer, "finalize_state"):
-                layer.finalize_state()
+        variables, assets = _kept_state(before)
+        if variables:
+            layer.load_own_variables(variables)
+        if assets:
+            with tempfile.TemporaryDirectory() as folder:
+                for file, content in assets.items():
+                    Path(folder, file).write_bytes(content)
+                layer.load_assets(folder)
     return model
 
 
@@ -75,10 +81,10 @@ def identity(name: str) -> str:
         return own.object_of(name, _PURPOSE, fingerprints.fingerprint)
     model = load_file(Path(name), compiled=True)
     config = keras.saving.serialize_keras_object(model)
-    kept = [layer.get_weights() for layer in _keras.flatten(model) if _is_kept(layer)]
-    return fingerprints.of_json(
-        [json.loads(json.dumps(config, default=str)), fingerprints.digest(kept)]
-    )
+    states = [_kept_state(layer) for layer in _keras.flatten(model)]
+    assets = [[files[name].hex() for name in sorted(files)] for _, files in states]
+    kept = fingerprints.digest([variables for variables, _ in states])
+    return fingerprints.of_json([json.loads(json.dumps(config, default=str)), kept, assets])
 
 
 def compiled(
@@ -200,9 +206,20 @@ def _outputs(name: str, model: keras.Model, data: Dataset) -> np.ndarray:
     return keras.ops.convert_to_numpy(outputs).astype("float64")
 
 
-def _is_kept(layer: keras.Layer) -> bool:
-    """Returns True for layers that are not trained, or not by gradients."""
-    return not layer.trainable or hasattr(layer, "adapt")
+def _kept_state(layer: keras.Layer) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """Returns the variables of a layer that is not trained by gradients, and its assets by file.
+
+    Vocabularies are assets. Layers inside of the layer are not included.
+    """
+    variables: dict[str, Any] = {}
+    if not layer.trainable or hasattr(layer, "adapt"):
+        layer.save_own_variables(variables)
+        variables = {name: keras.ops.convert_to_numpy(value) for name, value in variables.items()}
+    if not hasattr(layer, "save_assets"):
+        return variables, {}
+    with tempfile.TemporaryDirectory() as folder:
+        layer.save_assets(folder)
+        return variables, {file.name: file.read_bytes() for file in Path(folder).iterdir()}
 
 
 def _line(error: Exception) -> str:

@@ -131,6 +131,25 @@ def test_the_architecture_of_a_file_gets_new_weights_for_each_seed(tmp_path, min
     assert own_networks.identity(f"{tmp_path / 'net.keras'}") != before
 
 
+def test_the_vocabulary_of_a_file_is_kept(tmp_path):
+    pytest.importorskip("tensorflow")
+
+    def stored(*numbers):
+        keras.utils.clear_session()  # Names are part of the identity.
+        lookup = keras.layers.IntegerLookup()
+        lookup.adapt(np.array(numbers))
+        inputs = keras.Input((3,), dtype="int64")
+        model = keras.Model(inputs, keras.layers.Embedding(9, 2)(lookup(inputs)))
+        model.save(file := f"{tmp_path / 'net.keras'}")
+        return file, lookup.get_vocabulary()
+
+    file, vocabulary = stored(5, 6, 7, 7)
+    assert own_networks.build(file).layers[1].get_vocabulary() == vocabulary
+    before = own_networks.identity(file)
+    assert own_networks.identity(stored(5, 6, 7, 7)[0]) == before
+    assert own_networks.identity(stored(5, 6, 8, 8)[0]) != before
+
+
 def test_a_compiled_network_keeps_its_loss_and_optimizer(mine):
     config, data = resolved(mine, f"{mine}:compiled", seeds=(0,))
     model = compiled_network(config, data, 0)
@@ -235,6 +254,8 @@ def test_rates_of_layers_are_patterns_of_paths_as_in_find_ticket(mine):
         ({"rate": ("first=0.1",), "scope": "global"}, "global ranks layers together"),
         ({"rate": ("first=0.1",), "final_sparsity": 0.5}, "not both"),
         ({"structure": "filters"}, "give the output layer a rate of 0"),
+        ({"structure": "filters", "final_sparsity": 0.5}, "give the output layer a rate of 0"),
+        ({"structure": "filters", "rate": ("first=0.1",)}, "give the output layer a rate of 0"),
     ],
 )
 def test_rates_that_do_not_fit_are_refused(mine, options, message):
