@@ -35,8 +35,8 @@ _DATA = tyro.conf.arg(
     metavar="NAME",
     help=f"Data set: {', '.join(datasets.NAMES)}, of which the test examples are used. Or "
     "module:function or path/to/file.py:function, which returns (x, y), or two or three pairs, of "
-    "which the last one is used. They are used as they are. Default: the test examples of the "
-    "first folder of `prune` or `run`.",
+    "which the last one is used. They are used as they are, unless a folder of `prune` or `run` "
+    "has this data: then its test examples are used as there. Default: those of the first folder.",
     help_behavior_hint="",
 )
 _FILES = {"prune": "model.keras", "run": "ticket.keras"}
@@ -75,31 +75,52 @@ def compare(config: CompareConfig, console: Console | None = None) -> ModelCompa
     names = dict.fromkeys(config.models)  # Each once.
     subjects = [_subject(name, x, config.batch_size) for name in names]
     found = compare_subjects(subjects, (x, y))
+    found = dataclasses.replace(found, notes=(*found.notes, *_note_of_data(config)))
     console = console or Console()
     console.print(str(found), markup=False, highlight=False, soft_wrap=True)
     return found
 
 
 def _data(config: CompareConfig) -> tuple[Arrays, Arrays]:
-    if config.data is not None:
-        if datasets.is_own(config.data):
-            return own.value_of(config.data, "load data with", test_part_of)
-        return test_part_of(datasets.load(config.data, config.data_dir))
+    """Returns the test examples: those of a folder if it has this data, or no other is named."""
     for name in config.models:
         stored = read_json(Path(name) / CONFIG_FILE)
-        if isinstance(stored, dict) and isinstance(data := stored.get("data"), str):
-            folder = config.data_dir or stored.get("data_dir")
-            if stored.get("command") == "prune" and datasets.is_own(data):
-                return own.value_of(data, "load data with", lambda made: parts_of(made).test)
-            loaded = datasets.load(data, folder)
-            network = stored.get("network") or ""
-            if networks.is_own(network):
-                takes = own_networks.takes_no_channel(_model_in(Path(name), stored), loaded)
-                return (loaded.x_test[..., 0] if takes else loaded.x_test), loaded.y_test
-            return test_part_of(loaded)
-    raise ValueError(
-        "--data is missing: name a data set, module:function or file.py:function. It can only be "
-        "left out if one of the models is a folder of `lottery-ticket prune` or `run`."
+        data = stored.get("data") if isinstance(stored, dict) else None
+        if stored is not None and isinstance(data, str) and config.data in (None, data):
+            return _data_of(Path(name), stored, config.data_dir or stored.get("data_dir"))
+    if config.data is None:
+        raise ValueError(
+            "--data is missing: name a data set, module:function or file.py:function. It can only "
+            "be left out if one of the models is a folder of `lottery-ticket prune` or `run`."
+        )
+    if datasets.is_own(config.data):
+        return own.value_of(config.data, "load data with", test_part_of)
+    return test_part_of(datasets.load(config.data, config.data_dir))
+
+
+def _data_of(
+    path: Path, stored: dict[str, Any], data_dir: Path | str | None
+) -> tuple[Arrays, Arrays]:
+    """Returns the test examples of a folder of `prune` or `run`, as it used them."""
+    data = stored["data"]
+    if stored.get("command") == "prune" and datasets.is_own(data):
+        return own.value_of(data, "load data with", lambda made: parts_of(made).test)
+    loaded = datasets.load(data, data_dir)
+    if networks.is_own(stored.get("network") or ""):
+        takes = own_networks.takes_no_channel(_model_in(path, stored), loaded)
+        return (loaded.x_test[..., 0] if takes else loaded.x_test), loaded.y_test
+    return test_part_of(loaded)
+
+
+def _note_of_data(config: CompareConfig) -> tuple[str, ...]:
+    """Returns a sentence if folders have different data."""
+    every = [read_json(Path(name) / CONFIG_FILE) for name in config.models]
+    names = [stored["data"] for stored in every if isinstance(stored, dict) and "data" in stored]
+    first, *others = dict.fromkeys([*filter(None, [config.data]), *names, None])
+    return tuple(
+        f"Some of these models were made with {other}, but all are compared on {first}."
+        for other in others
+        if other is not None
     )
 
 

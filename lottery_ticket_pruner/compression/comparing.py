@@ -14,6 +14,7 @@ import keras
 import numpy as np
 
 import masked_layers as ml
+from lottery_ticket_pruner.compression.metrics import FEWEST_GROUPS
 from lottery_ticket_pruner.compression.parts import test_part_of
 from lottery_ticket_pruner.compression.result import save_model
 from lottery_ticket_pruner.training import Arrays, map_arrays
@@ -127,7 +128,8 @@ def compare(
     The difference from the first model has an interval, since both are measured on the same
     examples: Newcombe's of paired shares for an accuracy, or else a bootstrap of the mean. Latency
     is measured in turns, so that other load on the machine affects all models equally. Models are
-    timed as they are; masked layers compute a selection as well.
+    timed as they are; masked layers compute a selection as well. Scores that are NaN predict no
+    class.
 
     Args:
         models: The models by name. They need not be compiled.
@@ -176,6 +178,8 @@ def compare_subjects(subjects: Sequence[Subject], pair: tuple[Arrays, Arrays]) -
             }
         )
     notes = [one.note for one in subjects if one.note] + untimed
+    if first_classes is None and len(first_scores) < FEWEST_GROUPS:
+        notes.append(f"{len(first_scores)} examples are too few for intervals.")
     return ModelComparison(metric, rows, len(first_scores), tuple(notes))
 
 
@@ -188,6 +192,11 @@ def _judge(
     """Returns the metric, and a function that scores each example and returns its class."""
     if not isinstance(y, np.ndarray):
         raise ValueError("Models are compared on targets that are one array. Received: several.")
+    if y.dtype.kind not in "biuf":
+        raise ValueError(
+            "Models are compared on targets that are numbers, classes as their indices. Received: "
+            f"targets of type {y.dtype}."
+        )
     found = _classes(y, outputs)
 
     def scored(other: str, outputs: np.ndarray) -> _Judged:
@@ -204,6 +213,8 @@ def _judge(
         classes = outputs[..., 0] > least if width == 1 else outputs.argmax(-1)
         if classes.shape != labels.shape:
             raise _unfit(other, outputs, y)
+        # For `argmax`, the largest score is the first that is NaN.
+        classes = np.where(np.isnan(outputs).any(-1), -1, classes)
         return (classes == labels).reshape(len(labels), -1).mean(-1), classes
 
     scored(name, outputs)  # Raises errors of the first one.
@@ -239,6 +250,8 @@ def _interval(scores: np.ndarray, first: np.ndarray) -> tuple[float | None, floa
     if all(np.isin(one, (0, 1)).all() for one in (scores, first)):
         return intervals.of_paired_shares(scores, first)
     order = randomness.stream("groups of test examples", 0).permutation(len(scores))
+    if len(order) < FEWEST_GROUPS:
+        return None, None
     groups = np.array_split((scores - first)[order], min(_GROUPS, len(scores)))
     means = np.array([group.mean() for group in groups])
     # Of differences that are all alike, a bootstrap would claim to know the mean exactly.

@@ -16,7 +16,7 @@ from masked_layers import randomness
 # Groups of examples whose results are compared if a metric has no result for each example.
 _GROUPS = 200
 # Fewer groups are too few for a bootstrap.
-_FEWEST_GROUPS = 20
+FEWEST_GROUPS = 20
 _ACCURACIES = ("accuracy", "acc", "categorical_accuracy", "sparse_categorical_accuracy")
 _BINARY = (*_ACCURACIES[:2], "binary_accuracy")
 
@@ -213,7 +213,7 @@ def compare(metric: Metric, dense: Outcome, pruned: Outcome, examples: int) -> C
     elif _is_mean(dense) and _is_mean(pruned):
         pairs = zip(dense.groups, pruned.groups, strict=True)
         differences = np.array([metric.drop(*pair) for pair in pairs])
-        if len(differences) < _FEWEST_GROUPS:
+        if len(differences) < FEWEST_GROUPS:
             method = f"no interval: {len(differences)} groups of examples are too few"
         elif np.ptp(differences) == 0:  # A bootstrap would claim to know it exactly.
             method = f"no interval: the drop is the same in all {len(differences)} groups"

@@ -44,7 +44,7 @@ def numbers(capsys):
     return {line.split()[0]: line.split()[1:] for line in lines}
 
 
-def test_files_and_folders_of_one_ticket_are_the_same_model(here, capsys):
+def test_files_and_folders_of_one_ticket_are_the_same_model(here, capsys, monkeypatch):
     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(4, use_bias=False)])
     model.set_weights([np.eye(4, dtype="float32") + 0.25])
     masked = ml.convert_to_masked(model)
@@ -69,9 +69,35 @@ def test_files_and_folders_of_one_ticket_are_the_same_model(here, capsys):
         assert found[name][1:6] == ["+0.00", *found[name][2:5], "100.00%"]
     assert found["mine.py:make"][0] != "100.00%"
     assert found["50"] == ["examples"]
+    monkeypatch.setattr(ml, "export_sparse_saved_model", lambda *_: 1 / 0)
     (here / "run" / "config.json").write_text(json.dumps(config | {"command": "prune"}))
     assert cli.main(["compare", "run"]) == 0
     assert numbers(capsys)["50"] == ["examples"]
+
+
+def test_the_data_of_a_folder_is_used_as_there(here, capsys, monkeypatch):
+    monkeypatch.setattr(ml, "export_sparse_saved_model", lambda *_: 1 / 0)
+    source = SOURCE.replace("(x, x.argmax(-1)), (x[:50], x[:50].argmax(-1))", "pixels(x)")
+    source += """
+def pixels(x):
+    x = (40 * (x - x.min())).astype("uint8")
+    return (x, x[:, 0] > 127), (x[:50], x[:50, 0] > 127)
+"""
+    (here / "mine.py").write_text(source)
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+    # The first pixel divided by 255, as `run` does, is above one half.
+    model.set_weights([np.float32([[0, 1], [0, 0], [0, 0], [0, 0]]), np.float32([0.5, 0])])
+    for name, data in (("run", "mine.py:load"), ("other", "digits")):
+        (here / name).mkdir()
+        model.save(here / name / "ticket.keras")
+        config = {"command": "run", "data": data, "network": "lenet-300-100"}
+        (here / name / "config.json").write_text(json.dumps(config))
+    for arguments in (["run"], ["run", "--data", "mine.py:load"], ["run", "other"]):
+        assert cli.main(["compare", *arguments]) == 0
+        printed = capsys.readouterr().out
+        assert printed.splitlines()[1].split()[1] == "100.00%"
+        note = "Some of these models were made with digits, but all are compared on mine.py:load."
+        assert (note in printed) == ("other" in arguments)
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,23 @@ def test_numbers_are_compared_by_squared_errors():
 
 
 @pytest.mark.once
+def test_scores_that_are_nan_predict_no_class():
+    y, scores = np.zeros(300, "int32"), np.eye(4)
+    scores[0, 0] = np.nan
+    _, rows = rows_of({"one": linear(np.eye(4)), "nan": linear(scores)}, y)
+    # NumPy takes the first class for all of them, which would be right here.
+    assert (rows["nan"]["value"], rows["nan"]["agreement"]) == (0.0, 0.0)
+
+
+@pytest.mark.once
+def test_a_few_squared_errors_have_no_interval():
+    models = {"one": linear(np.ones((4, 1))), "two": linear(np.eye(4)[:, :1])}
+    found = lottery_ticket_pruner.compare(models, (X[:19], X[:19, :1]))
+    assert found.rows[1]["low"] is None
+    assert "19 examples are too few for intervals." in found.notes
+
+
+@pytest.mark.once
 def test_the_last_part_of_the_data_is_used():
     model = linear(np.eye(4))
     y = X.argmax(-1)
@@ -137,5 +154,7 @@ def test_models_that_cannot_be_compared():
     ):
         with pytest.raises(ValueError, match=message):
             lottery_ticket_pruner.compare({"model": model, "other": other}, (X, y))
+    with pytest.raises(ValueError, match=r"classes as their indices. Received: .*<U1"):
+        lottery_ticket_pruner.compare({"model": model}, (X, y.astype("U1")))
     with pytest.raises(ValueError, match="at least one model"):
         lottery_ticket_pruner.compare({}, (X, y))
