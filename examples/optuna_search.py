@@ -1,8 +1,8 @@
 """Searches for the best way to a sparsity with Optuna: criterion, scope, rounds and retraining.
 
 Each trial prunes a small network to the same sparsity. Optuna minimizes its loss on validation data
-and writes all trials to a file, from which the same command resumes the search. The test data is
-used once, for the best trial:
+and writes all trials to a file, from which the same command resumes the search. The test accuracy
+of the best trial is printed; it has no part in the choice:
 
     pip install "lottery-ticket-pruner[cli,optuna]"
     python examples/optuna_search.py --sparsity 0.95 --trials 30
@@ -67,9 +67,11 @@ def main(arguments: Sequence[str] | None = None) -> Any:
         # The trials of other options are other studies in the same file.
         study_name=f"{options.which_set}-{options.sparsity}-{options.steps}-{options.seed}",
         storage=optuna.storages.JournalStorage(backend),
-        sampler=optuna.samplers.TPESampler(seed=options.seed),
         load_if_exists=True,
     )
+    # With the same seed, a resumed search would begin with the trials that it already has.
+    seed = options.seed + len(study.trials)
+    study.sampler = optuna.samplers.TPESampler(seed=seed)
 
     def loss(trial: Any) -> float:
         row = prune(data, options, trial)

@@ -298,14 +298,14 @@ def load(config: PruneConfig) -> keras.Model:
     if name is None or name in networks.NAMES:
         return _network(config)
     if datasets.is_own(name) and not Path(name).is_file():
-        return own.value_of(name, "make a model with", lambda made: _compiled(name, made))
+        return own.value_of(name, "make a model with", _compiled)
     path = Path(name)
     if path.suffix not in networks.FILES:
         raise ValueError(
             "Expected as MODEL a .keras or .h5 file, module:function or file.py:function, or one "
             f"of {', '.join(networks.NAMES)}. Received: {name!r}."
         )
-    return _compiled(name, own_networks.load_file(path, compiled=True))
+    return _compiled(own_networks.load_file(path, compiled=True), f"{name}: ")
 
 
 def _network(config: PruneConfig) -> keras.Model:
@@ -317,12 +317,12 @@ def _network(config: PruneConfig) -> keras.Model:
     return compiled_network(run, data, config.seed)
 
 
-def _compiled(name: str, model: object) -> keras.Model:
+def _compiled(model: object, where: str = "") -> keras.Model:
     if not isinstance(model, keras.Model):
-        raise ValueError(f"Expected a Keras model. Received: {type(model).__name__}.")
+        raise ValueError(f"{where}Expected a Keras model. Received: {type(model).__name__}.")
     if not getattr(model, "compiled", False):
         raise ValueError(
-            f"The model of {name} is not compiled, so its loss and metrics are not known. Save it "
+            f"{where}The model is not compiled, so its loss and metrics are not known. Save it "
             "after compile(), or name a function that returns it compiled: file.py:function."
         )
     return model

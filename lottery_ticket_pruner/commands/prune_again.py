@@ -57,6 +57,9 @@ def repeat(folder: Path, config: PruneConfig, console: Console | None = None) ->
     """
     console = console or Console(quiet=config.quiet)
     earlier, _ = prune_folder.read(folder)
+    if is_pruned(config.folder) and not config.overwrite:
+        text = f"The search in {config.folder} is finished. Use --overwrite to execute it again."
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
     result = prune(config, console)
     pairs = differences(earlier.rows, result.rows)
     same = not pairs and earlier.test == result.test

@@ -398,7 +398,8 @@ class Search:
         if last in _TRAINS and self._tried(last):
             how = plan.options.retraining.replace("_", " ")
             notes.append(f"Each step trained for {bench.epochs_of(last)} epochs ({how}).")
-        if plan.method == "auto" and self._tried("one_shot") and self._fitting_is_slow("one_shot"):
+        gave_up = plan.method == "auto" and self._tried("one_shot") and self._tried("iterative")
+        if gave_up and self._fitting_is_slow("one_shot"):
             notes.append(
                 "Fitting without training ended after a step that took longer than training would."
             )

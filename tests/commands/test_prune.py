@@ -148,6 +148,8 @@ def test_a_file_of_a_model_is_pruned(here, suffix, capsys):
         assert cli.main(["repeat", str(folder), "--out", "again"]) == 0
         assert "models were tried, with the same results." in capsys.readouterr().out
         assert rows_of(here / "again")[1]["validation"] == rows_of(folder)[1]["validation"]
+        assert cli.main(["repeat", str(folder), "--out", "again"]) == 0
+        assert "The search in again is finished. Use --overwrite" in capsys.readouterr().out
 
 
 def test_a_file_with_a_class_that_is_not_known_asks_for_a_function(here, capsys):
@@ -196,7 +198,7 @@ def _interrupt(self, row):
         (["nothing.keras"], "There is no file 'nothing.keras'."),
         (["model.pb"], "Expected as MODEL a .keras or .h5 file"),
         (["own.py:one"], "own.py:one: Expected a Keras model. Received: int."),
-        (["own.py:plain"], "is not compiled"),
+        (["own.py:plain"], "own.py:plain: The model is not compiled"),
         (["own.py:broken"], "own.py:broken raised KeyError: 'colour'"),
         (["own.py:nothing"], "has no function 'nothing' to make a model with. It has: load, make"),
         (["absent.py:make"], "There is no file 'absent.py' to make a model with."),

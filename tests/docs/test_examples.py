@@ -158,6 +158,7 @@ def test_a_search_with_optuna_is_resumed_from_its_file(capsys, monkeypatch):
     assert len(example.main(["--trials", "1"]).trials) == 1
     study = example.main(["--trials", "2"])
     assert [trial.value for trial in study.trials] == [0.5, 0.25]
+    assert study.trials[0].params != study.trials[1].params
     printed = capsys.readouterr().out.splitlines()
     assert printed[-2].startswith("2 trials; the best: strategy ")
     accuracy = study.best_params["rounds"] / 4
