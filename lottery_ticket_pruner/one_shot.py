@@ -239,6 +239,8 @@ class _PrunedNetwork:
     def _why_not(self, ref: MaskedRef) -> str:
         if sum(ref.path in own for own in self._weights.values()) > 1:
             return "several layers share it"
+        if ref.mask.quantization is not None:
+            return "its weights are rounded in the forward pass, and the fit would be rounded, too"
         if reconstruction.product_of(ref.layer) is None:
             return f"{plain_class(ref.layer).__name__} is not a product of inputs and kernel"
         return "" if ref.layer in self.calls else "its layer was not called"

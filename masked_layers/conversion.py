@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import logging
 import re
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeAlias
 
 import keras
@@ -36,9 +37,9 @@ from masked_layers.layers import (
 from masked_layers.learned import LearnedMask
 from masked_layers.maskable import (
     NORMALIZATIONS,
-    channel_weights,
     mask_of,
     maskable,
+    own_weights,
     raw_variable,
     weights_inside,
 )
@@ -95,12 +96,14 @@ def convert_to_masked(
             trained in place of the weights of the masked layers, layers without masks, such as
             normalization, are trained as before, and the state of the optimizer is reset.
         quantize: `"int8"` or `"int4"` for quantization-aware training, also of a model that already
-            has masks: outputs are then not the same. Every masked weight with two or more axes is
-            rounded in the forward pass to codes from -127 to 127 (-7 to 7) times a scale per output
-            channel (last axis), the largest kept magnitude divided by 127 (7). The raw weights stay
-            floats, and gradients pass straight through to them. `strip_masks` and exports have the
-            rounded values, and `export_sparse_saved_model(values="int8")` stores these codes.
-            Activations, biases, and the values of frozen pruned weights are not rounded.
+            has masks: outputs are then not the same. Every masked kernel with two or more axes is
+            rounded in the forward pass to codes from -127 to 127 (-7 to 7) times a scale for each
+            index on its last axis (the output channel of most layers), the largest kept magnitude
+            divided by 127 (7). The raw weights stay floats, and gradients pass straight through to
+            them. `strip_masks` and exports have the rounded values, and
+            `export_sparse_saved_model(values="int8")` stores these codes. Activations, biases, and
+            the values of frozen pruned weights are not rounded. Default: None, which leaves masks
+            that already round as they are.
         inplace: Whether to change `model` itself and return it. Needed for subclassed models
             without a `get_config`.
 
@@ -137,7 +140,7 @@ def convert_to_masked(
     selected = _select(model, include, exclude, mask_bias, mask_normalization)
     source, model = model, model if inplace else copy_model(model)
     weights = [path for path, unbuilt in selected if not unbuilt]
-    with undone_on_error(model):
+    with undone_on_error(model), _quantized_as_before_on_error(model):
         mask_weights(model, weights, mask_bias=mask_bias, mask=prototype)
         if quantize is not None:
             _quantize(model, weights, quantize)
@@ -161,8 +164,20 @@ def convert_to_masked(
     return model
 
 
+@contextlib.contextmanager
+def _quantized_as_before_on_error(model: keras.Model) -> Iterator[None]:
+    before = {ref.mask: ref.mask.quantization for ref in weight_refs(model) if ref.mask is not None}
+    try:
+        yield
+    except BaseException:
+        for mask, kind in before.items():
+            mask.quantization = kind
+        raise
+
+
 def _quantizing(prototype: Mask | None, kind: str) -> Mask:
-    return Mask.from_config({**(prototype or Mask()).get_config(), "quantization": kind})
+    prototype = prototype or Mask()
+    return type(prototype).from_config({**prototype.get_config(), "quantization": kind})
 
 
 def _quantize(model: keras.Model, paths: Iterable[str], kind: str) -> None:
@@ -172,7 +187,7 @@ def _quantize(model: keras.Model, paths: Iterable[str], kind: str) -> None:
         mask = mask_of(layer, name)
         if mask is None:
             layer._masking.mask = _quantizing(layer._masking.mask, kind)  # For when it is built.
-        elif name not in channel_weights(layer):  # Those of a normalization leave channels out.
+        elif name in own_weights(layer):  # Not biases, or the channels of a normalization.
             mask.quantization = kind
 
 

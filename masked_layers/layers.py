@@ -316,7 +316,6 @@ def mask_weights(
             )
         _check_mask(chain[-1][1], mask)
         chains.append(chain)
-
     shared = _masks_by_variable(root)
     for chain in chains:
         *holders, (name, layer) = chain
@@ -565,7 +564,8 @@ def _attach(layer: Layer, name: str, shared: dict[int, Mask], path: str) -> Mask
             if masking.mask is None or name in channel_weights(layer):
                 mask = Mask(initializer=masking.initializer, dtype="float32", name=f"{name}_mask")
             else:
-                mask = learned.for_weight(masking.mask, f"{name}_mask", path)
+                kernel = name in own_weights(layer)
+                mask = learned.for_weight(masking.mask, f"{name}_mask", path, kernel=kernel)
             if name in masking.state:
                 mask.restore(states.decoded(layer, name, masking.state, variable.shape))
             with _keras.layer_scope(layer):

@@ -91,7 +91,7 @@ class LearnedMask(Mask):
         """Returns a mask as training uses it, sampled with a NumPy generator, as a bool array."""
         return self.to_numpy()
 
-    def apply(self, weight: Tensor) -> Tensor:
+    def unquantized(self, weight: Tensor) -> Tensor:
         """Returns the effective weight as a tensor.
 
         Args:
@@ -109,8 +109,6 @@ class LearnedMask(Mask):
             factor = math.prod(self.scores.shape) / (ops.maximum(ones, 1.0) + ops.sum(slope))
             effective = effective * ops.cast(factor, weight.dtype)
         return effective
-
-    call = apply
 
     def keep(self) -> Tensor:
         """Returns the deterministic mask as a bool tensor."""
@@ -343,9 +341,14 @@ def get(identifier: Identifier) -> Mask:
     return mask
 
 
-def for_weight(prototype: Mask, name: str, path: str) -> Mask:
-    """Creates the mask of the weight at a path, with a seed derived from the prototype's."""
+def for_weight(prototype: Mask, name: str, path: str, *, kernel: bool) -> Mask:
+    """Creates the mask of the weight at a path, with a seed derived from the prototype's.
+
+    Only kernels are quantized; some biases have two axes, too.
+    """
     config = {**prototype.get_config(), "name": name, "dtype": "float32"}
+    if not kernel:
+        config.pop("quantization", None)
     if config.get("seed") is not None:
         config["seed"] = randomness.integer("scores of masks", config["seed"], path)
     return type(prototype).from_config(config)

@@ -135,7 +135,9 @@ class Mask(keras.layers.Layer):
             return self.unquantized(weight)
         dtype = ops.convert_to_tensor(weight).dtype
         with _keras.no_autocast():  # The codes are those of the variable, as in an export.
-            exact = ops.cast(self.unquantized(weight), "float32")
+            # A cast, because TensorFlow's variables of other types are not taken for tensors.
+            raw = ops.cast(weight, weight.dtype)
+            exact = ops.cast(self.unquantized(raw), "float32")
         rounded = fake_quantized(self.select(exact, ops.cast(0, "float32")), self.quantization)
         return ops.cast(self.select(rounded, exact), dtype)
 

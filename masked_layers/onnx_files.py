@@ -54,7 +54,8 @@ def export_sparse_onnx(
         values: `"float32"` keeps every value. `"int8"` rounds float32 weights with two or more axes
             to multiples of a scale per output channel, as `export_sparse_saved_model` does, where
             this makes the file smaller. The file computes with floats, as before. Weights that were
-            trained with `convert_to_masked(quantize=...)` are stored without further loss.
+            trained with `convert_to_masked(quantize=...)` are stored without further loss, unless
+            the exporter joins their axes, as that of TensorFlow does in attention.
         tolerance: Largest difference of an output of rounded weights on the sample inputs, relative
             to the largest output. If it is exceeded, nothing is written. Default: no limit.
         sample_inputs: Inputs for comparing outputs, as in `export_sparse_saved_model`. Axes without
@@ -316,7 +317,7 @@ def _stored(tensor: Any, values: str) -> _Stored:
                 f"'{tensor.name}' has values that are not finite, for which there are no codes. "
                 "Use values='float32'."
             )
-        coded = min((_coded(array, axis) for axis in (array.ndim - 1, 0)), key=_squared_error)
+        coded = min((_coded(array, axis) for axis in range(array.ndim)), key=_squared_error)
         ways += [coded, coded.sparse()]
 
     def cost(way: _Stored) -> int:

@@ -25,11 +25,11 @@ def check(quantization: object) -> None:
 
 
 def fake_quantized(weight: Tensor, quantization: str) -> Tensor:
-    """Rounds a weight to multiples of one scale per output channel (last axis).
+    """Rounds a weight to multiples of one scale for each index on its last axis.
 
-    The scale is the largest magnitude of the channel divided by the largest code, so that nothing
-    is clipped. Zeros stay +0. The gradient passes straight through (Bengio et al., 2013,
-    https://arxiv.org/abs/1308.3432).
+    That is the output channel of most kernels. The scale is its largest magnitude divided by the
+    largest code, so that nothing is clipped. Zeros stay +0. The gradient passes straight through
+    (Bengio et al., 2013, https://arxiv.org/abs/1308.3432).
 
     Args:
         weight: Float tensor with at least one axis, pruned entries 0.

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import shutil
 import statistics
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -101,7 +102,7 @@ class Options:
     threads: int | None
 
 
-Inputs = list[np.ndarray]
+Inputs = list[Any]  # The arguments of a call: arrays, or lists or dicts of them.
 Call = Callable[[], Any]
 
 
@@ -129,7 +130,7 @@ def export_all(model: keras.Model, out: Path, options: Options, *, overwrite: bo
     )
     with keras.StatelessScope():
         expected = _arrays(model(*structured))
-    inputs = [np.asarray(x) for x in keras.tree.flatten(structured)]
+    inputs = keras.tree.map_structure(np.asarray, structured)
     with files.scratch_folder(out, _CONTENTS) as scratch:
         rows: list[FormatRow] = []
         calls: dict[str, Call] = {}
@@ -138,7 +139,9 @@ def export_all(model: keras.Model, out: Path, options: Options, *, overwrite: bo
             row = _written(FormatRow(name, file), path, write)
             if row.nbytes is not None:
                 row, call = _compared(row, functools.partial(load, path, inputs), expected)
-                if call is not None and name != "ticket":  # Which is not for serving.
+                row = _within(row, path, options.tolerance)
+                # A ticket is not for serving.
+                if call is not None and row.nbytes is not None and name != "ticket":
                     calls[name] = call
             rows.append(row)
         if all(row.nbytes is None for row in rows):
@@ -181,6 +184,7 @@ def _written(row: FormatRow, path: Path, write: Callable[[Path], object]) -> For
             warnings.simplefilter("ignore", FutureWarning)  # Of packages that others import.
             write(path)
     except Exception as error:  # Converters raise errors of any type.
+        _remove(path)  # What it may have written before.
         return dataclasses.replace(row, note=f"{type(error).__name__}: {_line(error)}")
     inside = path.rglob("*") if path.is_dir() else [path]
     return dataclasses.replace(row, nbytes=sum(x.stat().st_size for x in inside if x.is_file()))
@@ -201,6 +205,22 @@ def _compared(
     except Exception as error:  # Runtimes raise errors of any type.
         return dataclasses.replace(row, note=f"not measured. {_line(error)}"), None
     return dataclasses.replace(row, output_error=float(largest)), call
+
+
+def _within(row: FormatRow, path: Path, tolerance: float | None) -> FormatRow:
+    """Removes a format whose outputs differ by more than the tolerance, which not all check."""
+    if tolerance is None or row.output_error is None or row.output_error <= tolerance:
+        return row
+    _remove(path)
+    note = f"outputs differ by {row.output_error:.2g} of the largest one, more than `tolerance`"
+    return FormatRow(row.format, row.path, note=note)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _line(error: Exception) -> str:
@@ -292,12 +312,8 @@ def _load_saved_model(path: Path, inputs: Inputs) -> Call:
     import tensorflow as tf
 
     served = tf.saved_model.load(str(path))
-    signature = served.signatures["serving_default"]
-    names = list(signature.structured_input_signature[1])
-    tensors = [tf.constant(x) for x in inputs]
-    if len(tensors) == 1:
-        return lambda: served.serve(*tensors)
-    return lambda: signature(**dict(zip(names, tensors, strict=True)))
+    tensors = keras.tree.map_structure(tf.constant, inputs)
+    return lambda: served.serve(*tensors)
 
 
 def _load_onnx(path: Path, inputs: Inputs, threads: int | None) -> Call:
@@ -308,14 +324,14 @@ def _load_onnx(path: Path, inputs: Inputs, threads: int | None) -> Call:
     options.intra_op_num_threads = threads or 0
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     names = [source.name for source in session.get_inputs()]
-    return lambda: session.run(None, dict(zip(names, inputs, strict=True)))
+    return lambda: session.run(None, dict(zip(names, keras.tree.flatten(inputs), strict=True)))
 
 
 def _load_torch(path: Path, inputs: Inputs, threads: int | None) -> Call:
     import torch
 
     program = torch.jit.load(str(path))
-    tensors = [torch.from_numpy(x) for x in inputs]
+    tensors = [torch.from_numpy(x) for x in keras.tree.flatten(inputs)]
 
     def call() -> Any:
         before = torch.get_num_threads()
@@ -332,6 +348,7 @@ def _load_torch(path: Path, inputs: Inputs, threads: int | None) -> Call:
 def _load_litert(path: Path, inputs: Inputs, threads: int | None) -> Call:
     import tensorflow as tf
 
+    inputs = keras.tree.flatten(inputs)
     if len(inputs) != 1:
         raise NotImplementedError("LiteRT files are measured for models with one input.")
     interpreter = tf.lite.Interpreter(str(path), num_threads=threads)
@@ -350,4 +367,4 @@ def _load_litert(path: Path, inputs: Inputs, threads: int | None) -> Call:
 
 def _load_ticket(path: Path, inputs: Inputs) -> Call:
     model = ml.load_ticket(path)
-    return lambda: model(inputs[0] if len(inputs) == 1 else inputs)
+    return lambda: model(*inputs)

@@ -45,7 +45,7 @@ class ExportConfig:
     float32 and int8."""
     tolerance: float | None = None
     """Largest error of an output, relative to the largest output. If it is exceeded, nothing is
-    written."""
+    written; with --format all, the other formats are."""
     sample_inputs: Path | None = None
     """An array of inputs (`.npy`), with which the error is measured. Default: random numbers."""
     level: int = 6

@@ -33,6 +33,55 @@ def fail(*args, **kwargs):
     raise ImportError("Writing a TorchScript file requires PyTorch, which is not installed.")
 
 
+def write(path):
+    path.write_bytes(b"content")
+
+
+def write_half(path):
+    write(path)
+    raise OSError("No space left on device")
+
+
+def test_inputs_in_a_dict_go_where_they_belong(tmp_path, monkeypatch):
+    pytest.importorskip("tensorflow")
+    left, right = (keras.Input((4,), name=name) for name in ("z", "a"))
+    outputs = keras.layers.Subtract()([left, keras.layers.Dense(4)(right)])
+    model = ml.convert_to_masked(keras.Model({"z": left, "a": right}, outputs))
+    every = all_formats._formats
+
+    def some(*arguments):
+        return {name: every(*arguments)[name] for name in ("SavedModel float32", "ticket")}
+
+    monkeypatch.setattr(all_formats, "_formats", some)
+    monkeypatch.setattr(all_formats, "_SECONDS", 0.01)
+    options = all_formats.Options(None, 6, None, None, batch_size=2, threads=None)
+    table = all_formats.export_all(model, tmp_path / "all", options, overwrite=False)
+    for row in table.rows:
+        assert row.output_error is not None, row.note
+        assert row.output_error < 1e-6
+
+
+def test_formats_that_fail_or_exceed_the_tolerance_are_not_in_the_folder(
+    command, tmp_path, monkeypatch, capsys
+):
+    good = keras.models.load_model(tmp_path / "ticket.keras")
+    formats = {
+        "full": ("model.onnx", write_half, fail),
+        "folder": ("int8", lambda path: (path.mkdir(), write_half(path / "a")), fail),
+        "other": ("model.pt", write, lambda path, inputs: lambda: 2 * good(*inputs)),
+        "good": ("int8.onnx", write, lambda path, inputs: lambda: good(*inputs)),
+    }
+    monkeypatch.setattr(all_formats, "_formats", lambda model, options: formats)
+    monkeypatch.setattr(all_formats, "_SECONDS", 0.01)
+    assert cli.main([*command, "--tolerance", "0.1"]) == 0
+    printed = capsys.readouterr().out
+    assert "full: OSError: No space left on device" in printed
+    assert "other: outputs differ by 0.5 of the largest one, more than `tolerance`" in printed
+    found = {path.name for path in (tmp_path / "all").rglob("*")}
+    assert found == {"int8.onnx", all_formats.REPORT}
+
+
+@pytest.mark.slow
 def test_the_folder_has_every_format_and_the_table_their_bytes_and_errors(
     command, tmp_path, monkeypatch, capsys
 ):

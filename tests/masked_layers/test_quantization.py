@@ -7,7 +7,7 @@ from keras import layers
 
 import masked_layers as ml
 from lottery_ticket_pruner import GradualPruning, LotteryTicketPruner, schedules, training
-from masked_layers import _keras
+from masked_layers import _keras, conversion
 from masked_layers.quantization import fake_quantized
 from masked_layers.serving.codes import scaled
 
@@ -274,6 +274,66 @@ def test_biases_and_normalization_are_not_rounded_and_layers_built_later_are():
     later = ml.convert_to_masked(later, quantize="int4")
     later.build((None, 8))
     assert [ref.mask.quantization for ref in ml.masked_refs(later)] == ["int4"]
+
+
+@pytest.mark.once
+def test_biases_with_two_axes_are_not_rounded_either():
+    built = keras.Sequential([keras.Input((4, 3)), layers.GRU(2)])
+    built = ml.convert_to_masked(built, mask_bias=True, quantize="int8")
+    later = keras.Sequential([layers.GRU(2)])
+    later = ml.convert_to_masked(later, mask_bias=True, quantize="int8")
+    later.build((None, 4, 3))
+    for model in (built, later):
+        *kernels, bias = ml.masked_refs(model)
+        assert [ref.mask.quantization for ref in kernels] == ["int8", "int8"]
+        assert len(bias.variable.shape) == 2
+        assert bias.mask.quantization is None
+
+
+@pytest.mark.once
+def test_another_kind_replaces_the_first_and_an_error_does_not(monkeypatch):
+    def fail(*args):
+        raise ValueError("read without its mask")
+
+    def kinds(model):
+        return [ref.mask.quantization for ref in ml.masked_refs(model)]
+
+    first = ml.convert_to_masked(plain_model(), quantize="int8")
+    second = ml.convert_to_masked(first, include="dense", quantize="int4")
+    assert kinds(first) == ["int8", "int8"]
+    assert kinds(second) == kinds(ml.convert_to_masked(second)) == ["int8", "int4"]
+    monkeypatch.setattr(conversion, "check_masks", fail)
+    with pytest.raises(ValueError, match="read without"):
+        ml.convert_to_masked(second, quantize="int8", inplace=True)
+    assert kinds(second) == ["int8", "int4"]
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_weights_of_other_dtypes_have_the_codes_of_float32(dtype):
+    inputs = keras.Input((6,), dtype=dtype)
+    model = keras.Model(inputs, layers.Dense(4, use_bias=False, dtype=dtype)(inputs))
+    model = quantized(model=model, share=0.7)
+    (ref,) = ml.masked_refs(model)
+    raw = keras.ops.convert_to_numpy(keras.ops.cast(ref.variable.value, "float32"))
+    codes, scales = codes_by_hand(raw, ref.mask.to_numpy(), 127)
+    wanted = keras.ops.cast(codes * scales, dtype)
+    found = model(keras.ops.eye(6, dtype=dtype))
+    np.testing.assert_array_equal(*(keras.ops.convert_to_numpy(x) for x in (found, wanted)))
+
+
+def test_pruned_weights_that_are_not_finite_reach_neither_scales_nor_gradients():
+    model = keras.Sequential([keras.Input((3,)), layers.Dense(2, use_bias=False)])
+    model.compile(keras.optimizers.SGD(1.0), "mse")
+    raw = np.array([[1, np.nan], [-np.inf, -2], [np.nan, 0.3]], "float32")
+    model.set_weights([raw])
+    model = ml.convert_to_masked(model, quantize="int8")
+    ml.set_masks(model, {ref.path: np.isfinite(raw) for ref in ml.masked_refs(model)})
+    codes, scales = codes_by_hand(raw, np.isfinite(raw), 127)
+    np.testing.assert_array_equal(effective(ml.masked_refs(model)[0]), codes * scales)
+    model.train_on_batch(np.ones((1, 3), "float32"), np.zeros((1, 2), "float32"))
+    (after,) = model.get_weights()
+    np.testing.assert_array_equal(np.isfinite(after), np.isfinite(raw))
+    assert (after != raw)[np.isfinite(raw)].all()
 
 
 def test_a_smaller_model_has_the_rounded_weights_and_no_masks_that_would_round_them_again():

@@ -206,6 +206,19 @@ def test_statistics_are_those_of_the_pruned_network():
         np.testing.assert_array_equal(array(variable), value)  # Nothing before it was pruned.
 
 
+@pytest.mark.once
+def test_rounded_weights_are_not_reconstructed():
+    model = keras.Sequential([keras.Input((6,)), layers.Dense(5, name="a"), layers.Dense(2)])
+    model = ml.convert_to_masked(ml.convert_to_masked(model), include="a", quantize="int8")
+    before = model.get_weights()
+    with pytest.warns(UserWarning, match="not reconstructed: a/kernel: its weights are rounded"):
+        LotteryTicketPruner(model).update_masks(
+            "smallest_weights", sparsity=0.5, reconstruct=True, data=RNG.normal(size=(50, 6))
+        )
+    changed = [not np.array_equal(*pair) for pair in zip(before, model.get_weights(), strict=True)]
+    assert changed == [False, False, True, True]
+
+
 def test_statistics_after_a_recurrent_layer_whose_cell_a_backend_may_not_call():
     inputs = keras.Input((6, 5))
     x = layers.LSTM(4, name="lstm")(inputs)

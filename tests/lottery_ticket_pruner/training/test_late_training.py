@@ -202,6 +202,7 @@ REFUSED = {
     "BatchNormalization. is not known": lambda: make(hidden=[layers.BatchNormalization()]),
     "regularizer or constraint": lambda: make(kernel_regularizer="l2"),
     "no kept weight": lambda: without("second/kernel"),
+    "rounded weights": lambda: rounded(make()),
     "rescaled mask": lambda: rescaled(make()),
     "pruned weights that are not zero": lambda: frozen(make()),
     "frozen variables": lambda: frozen_layer(make()),
@@ -233,6 +234,10 @@ def without(path):
 def rescaled(model):
     ml.set_rescale(model, True)
     return model
+
+
+def rounded(model):
+    return ml.convert_to_masked(model, quantize="int8")
 
 
 def frozen(model):
