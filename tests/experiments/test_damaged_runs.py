@@ -125,8 +125,9 @@ def test_repeat_refuses_options_of_other_types(run, capsys, monkeypatch, option,
     assert cli.main(["repeat", str(run)]) == 2
     shown = capsys.readouterr().err
     assert "Traceback" not in shown
-    right = {"seeds": ([],), "rewind_to": ("text",), "rate": (0.5, -1, None), "steps": (None, -1)}
-    right |= {"rounds": (None, -1), "quiet": WRONG, "out": WRONG}  # The last two are not read.
+    right = {"seeds": ([],), "rewind_to": ("text",), "steps": (None, -1), "rounds": (None, -1)}
+    right["rate"] = (0.5, -1, None, [], ["3"])  # Texts are rates of layers.
+    right |= {"quiet": WRONG, "out": WRONG}  # Not read.
     fine = any(value == one and type(value) is type(one) for one in right[option])
     assert fine or "config.json' is not the configuration of a run: options of other types" in shown
 
