@@ -102,7 +102,7 @@ class _Comparison:
     def _scores_to_drop(self, drop: int) -> Scores:
         """Returns the scores for a single pass over them."""
         if self._criterion.elementwise:
-            return ChunkedScores(self._criterion, self._kernels, self._rng)
+            return ChunkedScores(self._criterion, self._kernels)
         return self._scores(drop)
 
     def _drop_again(self, drop: int, alive: int) -> np.ndarray:

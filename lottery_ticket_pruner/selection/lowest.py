@@ -5,11 +5,12 @@ scores between them have to be partitioned. One pass over the scores, in parts t
 processor's cache, then compares all others. The result is that of a partition of all of them.
 """
 
+import functools
 import itertools
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
@@ -26,15 +27,22 @@ _THREADS = min(4, os.cpu_count() or 1)
 NAN = "NaN among the scores of kept weights; scores must be numbers."
 
 
-class Scores(Protocol):
-    """Scores of weights: a 1-D array, or an object that is read like one."""
+class Computed(Protocol):
+    """Scores of weights that are computed when they are read, like a 1-D array."""
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the array."""
 
+    @property
+    def in_threads(self) -> bool:
+        """Whether several threads may read it."""
+
     def __getitem__(self, key: Any) -> Any:
         """Returns the scores of a range, or of positions in ascending order."""
+
+
+Scores: TypeAlias = np.ndarray | Computed
 
 
 def read_all(scores: Scores) -> np.ndarray:
@@ -120,10 +128,15 @@ def _drop_between(
     """Does what `drop_lowest` does if the threshold lies between two scores, else returns None."""
     kept = np.empty(mask.size, bool)
     # Each thread compares neighbouring parts; NumPy does not hold other threads up meanwhile.
-    ends = np.linspace(0, -(-mask.size // CHUNK), _THREADS + 1, dtype=int) * CHUNK
+    threads = _THREADS if isinstance(scores, np.ndarray) or scores.in_threads else 1
+    ends = np.linspace(0, -(-mask.size // CHUNK), threads + 1, dtype=int) * CHUNK
     ranges = [range(*pair, CHUNK) for pair in itertools.pairwise(ends.tolist())]
-    with ThreadPoolExecutor(_THREADS) as pool:
-        parts = list(pool.map(lambda starts: _compare(bounds, scores, mask, kept, starts), ranges))
+    compare = functools.partial(_compare, bounds, scores, mask, kept)
+    if threads == 1:
+        parts = [*map(compare, ranges)]
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            parts = [*pool.map(compare, ranges)]
     if any(part is None for part in parts):
         return None
     places, ranked = (np.concatenate(arrays) for arrays in zip(*filter(None, parts), strict=True))

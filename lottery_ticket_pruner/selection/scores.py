@@ -1,12 +1,13 @@
 """Computes the scores of weights by a criterion."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
 
 import numpy as np
 
 from lottery_ticket_pruner import criteria
-from lottery_ticket_pruner.selection.lowest import read_all
+from lottery_ticket_pruner.selection.lowest import CHUNK, read_all
 from lottery_ticket_pruner.selection.weights import HOW_TO_RECORD, Weights, joined, records_of
 
 
@@ -29,7 +30,7 @@ def weight_scores(
         mask: 1-D bool array of all their weights, if it is known already.
     """
     if criterion.elementwise:
-        return read_all(ChunkedScores(criterion, kernels, rng))
+        return read_all(ChunkedScores(criterion, kernels))
     mask = joined([kernel.mask for kernel in kernels]) if mask is None else mask
     return _score(criterion, kernels, mask, rng, drop, where)
 
@@ -79,26 +80,33 @@ def _score(
         ) from error
 
 
+# Number of weights by which a criterion of users is checked, and at a time.
+_CHECKED, _AT_A_TIME = 64, 8
+# The most by which scores may differ, relative to the score and to the greatest one: instructions
+# for several numbers at a time may round differently.
+_ROUNDING = 1e-3, 1e-6
+
+
 class ChunkedScores:
     """Scores of all weights of kernels as a 1-D array, of which only what is read is computed.
 
     Args:
         criterion: A criterion whose scores depend on the records of a weight alone.
         kernels: Kernels that are scored together.
-        rng: Generator of the criterion's groups.
 
     Attributes:
         shape: Shape of the array.
         dtype: Its dtype.
+        in_threads: Whether several threads may read it. Functions of users may not be ready for
+            that, for example if they write to an array that they keep.
+
+    Raises:
+        ValueError: If the criterion's scores of some weights depend on which others are scored.
     """
 
-    def __init__(
-        self,
-        criterion: criteria.Criterion,
-        kernels: Sequence[Weights],
-        rng: np.random.Generator,
-    ) -> None:
-        self._criterion, self._rng = criterion, rng
+    def __init__(self, criterion: criteria.Criterion, kernels: Sequence[Weights]) -> None:
+        self._criterion = criterion
+        self.in_threads = getattr(criterion.function, "__module__", "") == criteria.__name__
         self._masks = [joined([kernel.mask]) for kernel in kernels]
         self._records = [
             {name: joined([array]) for name, array in records_of(kernel).items()}
@@ -108,6 +116,8 @@ class ChunkedScores:
         arrays = [array for records in self._records for array in records.values()]
         self.dtype = np.result_type(np.float32, *arrays)
         self.shape = (int(self._ends[-1]),)
+        if not self.in_threads and (len(kernels) > 1 or self.shape[0] > CHUNK):
+            self._check()
 
     def __getitem__(self, key: slice | np.ndarray) -> np.ndarray:
         """Returns the scores of a range without a step, or of positions in ascending order."""
@@ -129,16 +139,67 @@ class ChunkedScores:
 
     def _of(self, keys: Sequence[slice | np.ndarray]) -> np.ndarray:
         """Returns the scores of parts of the kernels."""
-        found = []
-        for key, mask, records in zip(keys, self._masks, self._records, strict=True):
-            part = mask[key]
-            if part.size:
-                own = {name: array[key] for name, array in records.items()}
-                group = criteria.Group(mask=part, rng=self._rng, drop=None, **own)
-                scores = np.asarray(self._criterion(group))
-                if scores.shape != part.shape or scores.dtype != self.dtype:
-                    scores = np.broadcast_to(scores.astype(self.dtype), part.shape)
-                found.append(scores)
+        found = [
+            self._scored(mask[key], {name: array[key] for name, array in records.items()})
+            for key, mask, records in zip(keys, self._masks, self._records, strict=True)
+            if mask[key].size
+        ]
         if len(found) == 1:
             return found[0]
         return np.concatenate([np.empty(0, self.dtype), *found])
+
+    def _scored(self, mask: np.ndarray, records: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Returns the scores of weights from one call of the criterion."""
+        name = self._criterion.name
+        rng: Any = _NoGenerator(name)
+        group = criteria.Group(mask=mask, rng=rng, drop=None, **records)
+        scores = np.asarray(self._criterion(group))
+        if scores.shape != mask.shape:
+            raise ValueError(
+                f"Criterion {name!r} returned scores of shape {scores.shape} for weights of shape "
+                f"{mask.shape}. Expected one score for each weight."
+            )
+        # Functions of users may return the same array again.
+        return scores.astype(self.dtype, copy=not self.in_threads)
+
+    def _check(self) -> None:
+        """Scores a few weights of all kernels together and in parts, and compares the scores."""
+        some = np.random.default_rng(0).integers(self.shape[0], size=_CHECKED)
+        owners = np.searchsorted(self._ends, some, side="right")
+        places = some - np.asarray(self._starts)[owners]
+        pairs = list(zip(owners.tolist(), places.tolist(), strict=True))
+        mask = np.array([self._masks[owner][place] for owner, place in pairs])
+        records = {
+            name: np.array([self._records[owner][name][place] for owner, place in pairs])
+            for name in self._records[0]
+        }
+        together = self._scored(mask, records)
+        parts = [slice(i, i + _AT_A_TIME) for i in range(0, _CHECKED, _AT_A_TIME)]
+        alone = np.concatenate(
+            [self._scored(mask[part], {n: a[part] for n, a in records.items()}) for part in parts]
+        )
+        relative, absolute = _ROUNDING
+        finite = np.abs(together[np.isfinite(together)]).max(initial=0)
+        same = np.isclose(alone, together, relative, absolute * finite, equal_nan=True)
+        if not same[mask].all():
+            raise ValueError(
+                f"Criterion {self._criterion.name!r} is declared with `elementwise=True`, but its "
+                "scores of some weights change with the other weights that are scored with them "
+                f"(from {together[mask & ~same][0]} to {alone[mask & ~same][0]}). Weights would be "
+                "ranked in parts, one by one and not as a whole. Register it with "
+                "`elementwise=False`."
+            )
+
+
+class _NoGenerator:
+    """Stands for the generator of weights that are scored in parts, and refuses to be used."""
+
+    def __init__(self, criterion: str) -> None:
+        self._criterion = criterion
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise ValueError(
+            f"Criterion {self._criterion!r} is declared with `elementwise=True` and cannot use "
+            f"`group.rng` (`rng.{name}`): random scores depend on the parts in which weights are "
+            "scored. Register it with `elementwise=False`."
+        )

@@ -1,6 +1,7 @@
 """Missing or damaged records, dtypes, memory: what selection refuses and accepts."""
 
 import dataclasses
+import threading
 import tracemalloc
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 
 from kernels import BY_RECORDS, RANKING_RECORDS, kernel
 from lottery_ticket_pruner import criteria
-from lottery_ticket_pruner.selection import Weights, update
+from lottery_ticket_pruner.selection import Weights, lowest, update
 
 pytestmark = pytest.mark.once
 
@@ -193,3 +194,49 @@ def test_elementwise_criteria_take_less_than_three_times_the_weights_in_memory(n
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 3 * sum(w.final.nbytes for w in weights.values())
+
+
+def parts_of(function, sizes=((7, 5), (30, 40))):
+    """Prunes a model of two kernels by a function that is declared elementwise."""
+    rng = np.random.default_rng(0)
+    weights = {str(i): kernel(rng.standard_normal(size)) for i, size in enumerate(sizes)}
+    criterion = dataclasses.replace(criteria.get("large_final"), function=function)
+    return weights, update(criterion, weights, rate=0.5, scope="global")
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (
+            lambda group: group.rng.random(group.mask.shape),
+            r"cannot use `group.rng` \(`rng.random`",
+        ),
+        (lambda group: np.abs(group.final) / np.abs(group.final).mean(), "change with the other"),
+        (lambda group: group.final.argsort().argsort().astype(float), "change with the other"),
+        (lambda group: np.linalg.norm(group.final), r"shape \(\) for weights of shape"),
+    ],
+    ids=["generator", "mean", "ranks", "single"],
+)
+def test_functions_that_only_claim_to_be_elementwise_are_refused(function, message):
+    with pytest.raises(ValueError, match=message):
+        parts_of(function)
+
+
+def test_an_elementwise_function_of_users_may_reuse_an_array_and_is_called_in_one_thread(
+    monkeypatch,
+):
+    monkeypatch.setattr(lowest, "_MANY", 1)
+    monkeypatch.setattr(lowest, "CHUNK", 64)
+    monkeypatch.setattr(lowest, "_SAMPLE", 256)
+    threads, buffer = set(), np.empty(2000)
+
+    def reusing(group):
+        threads.add(threading.get_ident())
+        return np.abs(group.final, out=buffer[: group.final.size])
+
+    weights, masks = parts_of(reusing)
+    assert len(threads) == 1
+    whole = np.concatenate([np.abs(each.final).ravel() for each in weights.values()])
+    median = np.sort(whole)[whole.size // 2 - 1]
+    for path, mask in masks.items():
+        np.testing.assert_array_equal(mask, np.abs(weights[path].final) > median)
