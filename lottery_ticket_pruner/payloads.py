@@ -12,7 +12,9 @@ from lottery_ticket_pruner import selection
 from masked_layers import serving
 
 
-def stored_size(model: keras.Model, request: selection.Request) -> selection.StoredSize | None:
+def stored_size(
+    model: keras.Model, request: selection.Request, *, reconstruct: bool = False
+) -> selection.StoredSize | None:
     """Returns the bytes of a model by masks, or None if a request has no budget of bytes.
 
     They are those of all weights in the sparse SavedModel, without its graph: the current values,
@@ -21,9 +23,19 @@ def stored_size(model: keras.Model, request: selection.Request) -> selection.Sto
     Args:
         model: The masked model.
         request: The pruning request.
+        reconstruct: Whether the weights are changed afterwards.
+
+    Raises:
+        ValueError: If there is a budget of bytes, and the weights are changed afterwards.
     """
     if "bytes" not in (request.budget or {}):
         return None
+    if reconstruct:
+        raise ValueError(
+            "A budget of bytes counts the current values, and `reconstruct=True` replaces them "
+            "afterwards, so that more bytes may be stored. Pass a `sparsity` with `reconstruct`, "
+            f"or the budget alone. Received: budget={request.budget!r}, reconstruct=True"
+        )
     values = serving.effective_values(model)
     before = ml.get_masks(model)
 

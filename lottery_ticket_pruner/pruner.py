@@ -203,7 +203,7 @@ class LotteryTicketPruner(plain_models.PlainPruning):
             reconstruct: Whether to fit the kept weights and biases of each masked layer to the
                 outputs that it had before the update, by least squares on `data`, and to estimate
                 the statistics of batch normalization again, in place of training. It changes the
-                current weights of the model, and no recorded ones.
+                current weights of the model, and no recorded ones. Not with a budget of bytes.
             sequential: Whether `reconstruct`, and criteria of activations that rank each layer
                 separately (`"wanda"`), measure the inputs of a layer after the layers before it
                 have been pruned and reconstructed. Otherwise all are measured before the update.
@@ -445,7 +445,7 @@ class LotteryTicketPruner(plain_models.PlainPruning):
         kernels = self._kernels(prunables := self._prunables(model), criterion)
         graph = self.followed.of(model, request)
         probe = latencies.probes(model, graph, request)
-        size = payloads.stored_size(model, request)
+        size = payloads.stored_size(model, request, reconstruct=manner.reconstruct)
         masks, values = one_shot.masks_and_values(
             model, request, kernels, graph, data, manner, self._final, size or probe
         )

@@ -70,6 +70,7 @@ def test_what_cannot_be_met_or_means_nothing_is_an_error(pruner):
         ({"bytes": 0.5}, {"structure": "channels"}, "cannot be combined"),
         ({"bytes": 0.5}, {"structure": "2:4"}, "leave the budget out"),
         ({"bytes": 0.5}, {"sparsity": 0.5}, "says how much is pruned"),
+        ({"bytes": 0.5}, {"reconstruct": True, "data": np.ones((2, 60))}, "replaces them"),
         ({"latency": 0.5}, {}, "compare the reports for several sparsities"),
     ):
         with pytest.raises(ValueError, match=message):
