@@ -45,6 +45,14 @@ def is_plain_container(layer: keras.layers.Layer) -> bool:
     return type(layer) in plain
 
 
+def carries_mask(tensor: Any) -> bool:
+    """Returns whether a tensor, symbolic or not, carries a mask, as the output of `Masking` does.
+
+    Keras has no public function for the masks that it passes from layer to layer and to losses.
+    """
+    return getattr(tensor, "_keras_mask", None) is not None
+
+
 def sublayers(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
     """Returns the layers that `layer` tracks directly.
 

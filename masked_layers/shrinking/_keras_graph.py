@@ -74,11 +74,6 @@ def tensors_in(arguments: Any) -> list[keras.KerasTensor]:
     return [x for x in keras.tree.flatten(arguments) if is_tensor(x)]
 
 
-def carries_mask(tensor: keras.KerasTensor) -> bool:
-    """Returns True if a symbolic tensor carries a Keras mask, as the output of `Masking` does."""
-    return getattr(tensor, "_keras_mask", None) is not None
-
-
 @contextlib.contextmanager
 def calls_forgotten(layer: keras.Layer) -> Iterator[None]:
     """Discards Keras' records of symbolic calls in the scope, for layers inside `layer`.

@@ -11,6 +11,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from masked_layers import _keras
 from masked_layers.paths import walk
 from masked_layers.shrinking import _keras_graph
 from masked_layers.shrinking.channels import CannotFollow
@@ -105,7 +106,7 @@ def _traced(layer: keras.Layer, args: Sequence[Any], kwargs: dict[str, Any]) -> 
                 not _keras_graph.is_tensor(value) and (keras.ops.is_tensor(value) or np.ndim(value))
             ):
                 raise CannotFollow(f"its `call` reads a weight or an array in '{operation.name}'")
-        if any(map(_keras_graph.carries_mask, outputs)):
+        if any(map(_keras.carries_mask, outputs)):
             raise CannotFollow("a layer inside it makes a Keras mask")
     return graph
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import keras
 
+from masked_layers import _keras
 from masked_layers.maskable import raw_variable
 from masked_layers.paths import plain_class, walk
 from masked_layers.shrinking import (  # noqa: F401 (they fill RULES)
@@ -244,7 +245,7 @@ def _obstacles(flow: Flow) -> dict[int, str]:
         ):
             obstacle = "called with arguments other than tensors"
         elif cls not in MASKED_POSITIONS and any(
-            map(_keras_graph.carries_mask, _keras_graph.tensors_in((args, kwargs)))
+            map(_keras.carries_mask, _keras_graph.tensors_in((args, kwargs)))
         ):
             obstacle = "its input carries a Keras mask"
         elif id(operation) in flow.graphs and _renamed(flow, operation, args):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import keras
+import numpy as np
 
 from masked_layers import _keras
 from masked_layers.notices import warn_outside
@@ -34,7 +36,8 @@ def accelerate(
     than the program with dense kernels. The program holds a copy of the weights, so that later
     changes of the given model have no effect on it. The given model is not changed.
 
-    If the model is compiled, its loss and metrics are used for `evaluate`.
+    If the model is compiled, its loss and metrics are used for `evaluate`, unless the model has
+    methods of its own for that, or passes masks on. Penalties of regularizers are left out.
 
     Args:
         model: A built model, either masked, or plain with zeros in its kernels.
@@ -57,7 +60,8 @@ def accelerate(
 
     Warns:
         UserWarning: If only the lengths of the sample inputs are accepted along axes for which the
-            model has no fixed length, or if the loss and metrics cannot be copied.
+            model has no fixed length; if the loss and metrics cannot be copied; or if `predict`
+            and `evaluate` of the model do what the program does not.
     """
     backend = keras.backend.backend()
     if backend != "torch":
@@ -110,11 +114,23 @@ class AcceleratedModel(keras.Model):
         """Raises an error, as `save` does."""
         raise NotImplementedError(_NO_COPY)
 
+    def save_weights(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Raises an error, because Keras would write a file without weights."""
+        raise NotImplementedError(_NO_COPY)
+
+    def load_weights(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Raises an error, because the weights are in the program."""
+        raise NotImplementedError(_NO_LOADING)
+
     def get_config(self) -> NoReturn:
         """Raises an error, as `save` does."""
         raise NotImplementedError(_NO_COPY)
 
 
+_NO_LOADING = (
+    "An accelerated model cannot load weights: it has a copy of them in a program. Load them into "
+    "the model that `masked_layers.accelerate` was given, and accelerate it again."
+)
 _NO_TRAINING = (
     "An accelerated model is for inference: its weights are a copy in a program. Train the model "
     "that `masked_layers.accelerate` was given, and accelerate it again."
@@ -144,10 +160,11 @@ class _Program(keras.layers.Layer):
 
     Args:
         held: The program.
+        name: Name of the layer.
     """
 
-    def __init__(self, held: _Held) -> None:
-        super().__init__(name="program", autocast=False, trainable=False)
+    def __init__(self, held: _Held, name: str) -> None:
+        super().__init__(name=name, autocast=False, trainable=False)
         self._held = held
         self.built = True
 
@@ -183,31 +200,86 @@ def _model(plain: keras.Model, job: Job) -> AcceleratedModel:
         loaded = torch.jit.load(io.BytesIO(content))
     rows = None if job.free_batch else len(keras.tree.flatten(job.arguments)[0])
 
-    def symbolic(spec: Any) -> Any:
-        shape = (rows, *spec.shape[1:])
-        return keras.Input(batch_shape=shape, dtype=spec.dtype, name=spec.name)
+    def symbolic(spec: Any, sample: np.ndarray) -> Any:
+        # Notes are about lengths: for others the program computes something else without an error.
+        lengths = sample.shape[1:] if report.notes else spec.shape[1:]
+        return keras.Input(batch_shape=(rows, *lengths), dtype=spec.dtype, name=spec.name)
 
-    inputs = keras.tree.map_structure(symbolic, list(_keras.export_specs(plain)))
-    layer = _Program(_Held(loaded, plain.compute_output_spec(*inputs)))
-    outputs = _named(layer(*inputs), getattr(plain, "output_names", None) or ())
+    specs = list(_keras.export_specs(plain))
+    inputs = keras.tree.map_structure(symbolic, specs, list(job.arguments))
+    names = list(getattr(plain, "output_names", None) or ())
+    given = {x.name: x for x in keras.tree.flatten(inputs)}
+    name = "program"
+    while name in {*given, *names}:
+        name = f"{name}_"
+    layer = _Program(_Held(loaded, plain.compute_output_spec(*inputs)), name)
     accelerated = AcceleratedModel(
-        inputs=inputs[0] if len(inputs) == 1 else inputs, outputs=outputs, name=plain.name
+        inputs=inputs[0] if len(inputs) == 1 else inputs,
+        outputs=_named(layer(*inputs), names, given),
+        name=plain.name,
     )
     accelerated.report = report
-    _compile_like(plain, accelerated)
+    if _says_what_differs(plain, job):
+        _compile_like(plain, accelerated)
     return accelerated
 
 
-def _named(outputs: Any, names: Any) -> Any:
+def _named(outputs: Any, names: list[str], inputs: Mapping[str, Any]) -> Any:
     """Returns outputs from layers with the names of several outputs, by which losses find them."""
     leaves = keras.tree.flatten(outputs)
     if len(leaves) < 2 or len({*names}) != len(leaves):
         return outputs
     named = [
-        keras.layers.Identity(name=name, dtype=leaf.dtype)(leaf)
+        # Names of layers differ, so an output with the name of an input is this input.
+        inputs[name] if name in inputs else keras.layers.Identity(name=name, dtype=leaf.dtype)(leaf)
         for name, leaf in zip(names, leaves, strict=True)
     ]
     return keras.tree.pack_sequence_as(outputs, named)
+
+
+_STEPS = (
+    *("compute_loss", "compute_metrics", "predict_step", "test_step"),
+    *("make_predict_function", "make_test_function"),
+)
+
+
+def _says_what_differs(plain: keras.Model, job: Job) -> bool:
+    """Warns about what `predict` and `evaluate` of a model do and those of its program do not.
+
+    Returns:
+        Whether `evaluate` may compute the same metrics.
+    """
+    with keras.StatelessScope(collect_losses=True) as scope:
+        masked = any(map(_keras.carries_mask, keras.tree.flatten(plain(*job.arguments))))
+    penalties = len(scope.losses) + sum(bool(x.regularizer) for x in plain.trainable_weights)
+    own = [name for name in _STEPS if _is_own(getattr(type(plain), name))]
+    parts = []
+    if own:
+        parts.append(f"The methods {own} of {type(plain).__name__} are not called.")
+    if masked:
+        parts.append(
+            "Masks of its outputs, such as those of an `Embedding` with `mask_zero=True`, are not "
+            "passed on: losses, metrics and layers count all steps."
+        )
+    if own or masked:
+        parts.append(
+            "Its loss and metrics are therefore not copied; call `compile` before `evaluate`."
+        )
+    if penalties:
+        parts.append(
+            f"Losses that are added to that of `compile` ({penalties}, of regularizers or "
+            "`add_loss`) are left out of the loss of `evaluate`."
+        )
+    if parts:
+        warn_outside(
+            f"The accelerated model does not do all that '{plain.name}' does. {' '.join(parts)}",
+            "masked_layers",
+        )
+    return not (own or masked)
+
+
+def _is_own(method: Any) -> bool:
+    return method.__module__.partition(".")[0] != "keras"
 
 
 def _compile_like(plain: keras.Model, accelerated: AcceleratedModel) -> None:
@@ -216,6 +288,7 @@ def _compile_like(plain: keras.Model, accelerated: AcceleratedModel) -> None:
     try:
         config = dict(plain.get_compile_config() or {})
         config.pop("optimizer", None)
+        config["jit_compile"] = False  # The program is compiled already.
         accelerated.compile_from_config(config)
     except Exception as error:  # Losses and metrics of users raise any error.
         warn_outside(

@@ -159,9 +159,7 @@ def build(model: keras.Model, job: Job) -> tuple[bytes, TorchReport]:
         best = timing.fastest(whole, gain=1.0) if whole else timing.DENSE
         if best == timing.DENSE:
             chosen = dict.fromkeys(chosen, timing.DENSE)
-        file = io.BytesIO()
-        torch.jit.save(programs[best], file)
-        error, notes = _verify(file, model, job)
+        file, error, notes = _verified(programs[best], model, job, batch)
     report = TorchReport(
         rows=_rows(calls, names, chosen, seconds),
         programs=whole,
@@ -289,6 +287,49 @@ def _rows(
 # --- The file -------------------------------------------------------------------------------------
 
 
+def _verified(
+    program: torch.jit.ScriptModule, model: keras.Model, job: Job, batch: tuple[Any, ...]
+) -> tuple[io.BytesIO, float, tuple[str, ...]]:
+    """Returns a file with a program, and what `_verify` returns for it."""
+    file = io.BytesIO()
+    torch.jit.save(program, file)
+    error, notes = _verify(file, model, job)
+    if notes:
+        file = io.BytesIO()
+        torch.jit.save(_traced(_OfLengths(program), batch), file)
+        error, notes = _verify(file, model, job)
+    return file, error, notes
+
+
+class _OfLengths(torch.nn.Module):
+    """A program that refuses inputs of other lengths than those with which it is traced.
+
+    Args:
+        program: The program.
+    """
+
+    def __init__(self, program: torch.jit.ScriptModule) -> None:
+        super().__init__()
+        self.program = program
+
+    def forward(self, *args: Any) -> Any:
+        """Calls the program."""
+        return self.program(
+            *keras.tree.map_structure(lambda x: _of_lengths(x, list(map(int, x.shape[1:]))), args)
+        )
+
+
+@torch.jit.script
+def _of_lengths(x: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+    """Returns a tensor, after a check that is a part of the program."""
+    if list(x.shape[1:]) != lengths:
+        raise ValueError(
+            f"The program accepts inputs of the shape {lengths} (without the batch) only. "
+            f"Received: {list(x.shape[1:])}"
+        )
+    return x
+
+
 def _verify(file: io.BytesIO, model: keras.Model, job: Job) -> tuple[float, tuple[str, ...]]:
     """Compares a file with its model.
 
@@ -357,7 +398,7 @@ def _is_free(loaded: Any, model: keras.Model, arguments: Sequence[Any]) -> bool:
     try:
         got = _outputs(loaded, inputs)
         _check(got, wanted, _tolerance(wanted), "the model's")
-    except RuntimeError:
+    except (RuntimeError, torch.jit.Error):
         return False
     return True
 

@@ -162,6 +162,86 @@ def test_kernels_are_measured_and_can_be_repeated():
     assert again.program == report.program
 
 
+@marked
+def test_other_lengths_than_those_of_the_program_are_refused():
+    pytest.importorskip("torch")
+    model = keras.Sequential([keras.Input((None, 4)), layers.LSTM(3)])
+    with pytest.warns(UserWarning, match=r"only inputs of the shapes \[\(7, 4\)\]"):
+        fast = ml.accelerate(model, sample_inputs=np.ones((2, 7, 4)))
+    x = RNG.normal(size=(3, 7, 4)).astype("float32")
+    np.testing.assert_allclose(fast(x).numpy(), model(x).detach().numpy(), atol=1e-6)
+    for steps in (6, 8):
+        with pytest.raises(ValueError, match=r"expected shape=\(None, 7, 4\)"):
+            fast.predict(np.ones((3, steps, 4)), verbose=0)
+
+
+class OwnSteps(keras.Model):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.dense = layers.Dense(5)
+
+    def call(self, x):
+        return self.dense(x)
+
+    def predict_step(self, data):
+        return super().predict_step(data) + 100
+
+
+def own_steps():
+    model = OwnSteps()
+    model(np.ones((1, 6), "float32"))
+    return model
+
+
+def padded():
+    return keras.Sequential(
+        [
+            keras.Input((6,), dtype="int32"),
+            layers.Embedding(9, 4, mask_zero=True),
+            layers.Dense(2, kernel_regularizer="l2", activity_regularizer="l1"),
+        ]
+    )
+
+
+def penalized():
+    dense = layers.Dense(2, kernel_regularizer="l2", activity_regularizer="l1")
+    return keras.Sequential([keras.Input((6,)), dense])
+
+
+@marked
+@pytest.mark.parametrize(
+    ("make", "message", "copied"),
+    [
+        (own_steps, r"\['predict_step'\] of OwnSteps are not called.* not copied", False),
+        (padded, r"`mask_zero=True`.* not copied.*\(2, of regularizers or `add_loss`\)", False),
+        (penalized, r"Losses that are added.*\(2, of regularizers or `add_loss`\)", True),
+    ],
+    ids=["steps", "masks", "losses"],
+)
+def test_what_evaluate_would_do_differently_is_said(make, message, copied):
+    pytest.importorskip("torch")
+    model = make()
+    model.compile("sgd", "mse")
+    with pytest.warns(UserWarning, match=message):
+        fast = ml.accelerate(model)
+    assert fast.compiled is copied
+
+
+@marked
+def test_an_output_that_is_an_input_and_weights_files(tmp_path):
+    pytest.importorskip("torch")
+    x = keras.Input((6,), name="program")
+    fast = ml.accelerate(keras.Model(x, [x, layers.Dense(4, name="b")(x)]))
+    assert fast.output_names == ["program", "b"]
+    inputs = RNG.normal(size=(3, 6)).astype("float32")
+    np.testing.assert_array_equal(fast.predict(inputs, verbose=0)[0], inputs)
+    with pytest.raises(NotImplementedError, match="cannot be copied or saved"):
+        fast.save_weights(tmp_path / "a.weights.h5")
+    with pytest.raises(NotImplementedError, match="cannot load weights"):
+        fast.load_weights(tmp_path / "a.weights.h5")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.once
 def test_other_backends_are_told_what_to_do():
     if keras.backend.backend() == "torch":

@@ -340,10 +340,17 @@ def test_a_weight_that_is_repeated_for_each_row_keeps_the_batch_free(tmp_path):
     assert_equal_outputs(torch.jit.load(tmp_path / "model.pt"), model, 5)
 
 
-def test_fixed_lengths_are_said(tmp_path):
+def test_fixed_lengths_are_said_and_others_are_refused(tmp_path):
     model = keras.Sequential([keras.Input((None, 4)), layers.LSTM(3)])
     with pytest.warns(UserWarning, match=r"only inputs of the shapes \[\(7, 4\)\]"):
         ml.export_sparse_torch(model, tmp_path / "model.pt", sample_inputs=np.ones((2, 7, 4)))
+    loaded = torch.jit.load(tmp_path / "model.pt")
+    x = RNG.normal(size=(3, 7, 4)).astype("float32")
+    wanted = model.predict(x, verbose=0)
+    np.testing.assert_allclose(loaded(torch.from_numpy(x)).numpy(), wanted, atol=1e-5)
+    for steps in (6, 8):
+        with pytest.raises(torch.jit.Error, match=rf"shape \[7, 4\].*Received: \[{steps}, 4\]"):
+            loaded(torch.ones(3, steps, 4))
 
 
 def test_channels_are_removed_first_if_asked(tmp_path):

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from keras import layers
 
+from masked_layers import _keras
 from masked_layers.shrinking import _keras_graph
 from shrunk import checked, randomize, zero
 
@@ -56,10 +57,14 @@ def test_symbolic_tensors_are_found_in_nested_arguments():
     assert all(any(x is each for each in (a, b)) for x in found)
 
 
-def test_carries_mask():
-    x = keras.Input((4, 2))
-    assert not _keras_graph.carries_mask(x)
-    assert _keras_graph.carries_mask(layers.Masking()(x))
+@pytest.mark.parametrize(
+    "make",
+    [lambda: keras.Input((4, 2)), lambda: keras.ops.ones((1, 4, 2))],
+    ids=["symbol", "tensor"],
+)
+def test_carries_mask(make):
+    assert not _keras.carries_mask(make())
+    assert _keras.carries_mask(layers.Masking()(make()))
 
 
 def test_calls_forgotten():
