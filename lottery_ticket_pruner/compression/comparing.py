@@ -150,8 +150,10 @@ def compare_subjects(subjects: Sequence[Subject], pair: tuple[Arrays, Arrays]) -
     if not subjects:
         raise ValueError("Expected at least one model. Received: none.")
     x, y = pair
-    metric, judge = _judge(y, subjects[0].predict(x), subjects[0].name)
-    judged = [judge(one.name, one.predict(x)) for one in subjects]
+    outputs = subjects[0].predict(x)
+    metric, judge = _judge(y, outputs)
+    judged = [judge(subjects[0].name, outputs)]
+    judged += [judge(one.name, one.predict(x)) for one in subjects[1:]]
     times, untimed = _seconds(subjects)
     first_scores, first_classes = judged[0]
     rows = []
@@ -186,9 +188,7 @@ def compare_subjects(subjects: Sequence[Subject], pair: tuple[Arrays, Arrays]) -
 _Judged = tuple[np.ndarray, np.ndarray | None]
 
 
-def _judge(
-    y: Arrays, outputs: np.ndarray, name: str
-) -> tuple[str, Callable[[str, np.ndarray], _Judged]]:
+def _judge(y: Arrays, outputs: np.ndarray) -> tuple[str, Callable[[str, np.ndarray], _Judged]]:
     """Returns the metric, and a function that scores each example and returns its class."""
     if not isinstance(y, np.ndarray):
         raise ValueError("Models are compared on targets that are one array. Received: several.")
@@ -217,7 +217,6 @@ def _judge(
         classes = np.where(np.isnan(outputs).any(-1), -1, classes)
         return (classes == labels).reshape(len(labels), -1).mean(-1), classes
 
-    scored(name, outputs)  # Raises errors of the first one.
     return "mean squared error" if found is None else "accuracy", scored
 
 

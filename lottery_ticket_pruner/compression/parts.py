@@ -94,6 +94,16 @@ def test_part_of(data: Any) -> tuple[Arrays, Arrays]:
     return _checked(*_pairs(data)[-1])
 
 
+def sample_of(arrays: Any, count: int) -> Any:
+    """Returns at most `count` examples of arrays, spread over all of them.
+
+    Examples are often sorted by class, so that the first ones would be of a single class.
+    """
+    size = len(keras.tree.flatten(arrays)[0])
+    chosen = np.linspace(0, size - 1, min(count, size)).round().astype(int)
+    return map_arrays(lambda array: array[chosen], arrays)
+
+
 def _pairs(data: Any) -> list[tuple[str, Any]]:
     """Returns the parts that are there, with the name of each."""
     if isinstance(data, ArrayDataset):

@@ -15,7 +15,8 @@ import masked_layers as ml
 from lottery_ticket_pruner import training
 from lottery_ticket_pruner.compression.allocation import count_of
 from lottery_ticket_pruner.compression.metrics import Metric
-from lottery_ticket_pruner.training import Arrays, map_arrays
+from lottery_ticket_pruner.compression.parts import sample_of
+from lottery_ticket_pruner.training import Arrays
 from lottery_ticket_pruner.variables import read
 
 # Shares of the kept entries of a weight that are kept. The last one is followed by one entry.
@@ -45,12 +46,12 @@ def scan(model: keras.Model, pair: tuple[Arrays, Arrays], metric: Metric, second
 
     Args:
         model: A compiled masked model. It is left as it was.
-        pair: Inputs and targets, of which the first 512 examples are used.
+        pair: Inputs and targets, of which at most 512 examples are used.
         metric: The metric of `value` and `drop`.
         seconds: Time after which no further weight is begun.
     """
     started = time.perf_counter()
-    x, y = map_arrays(lambda array: array[:EXAMPLES], pair)
+    x, y = sample_of(pair, EXAMPLES)
     examples = len(keras.tree.flatten(x)[0])
     dense = training.evaluate(model, x, y)
     rows: list[dict[str, Any]] = []

@@ -14,7 +14,7 @@ from lottery_ticket_pruner import channels, optimizers, schedules, structures, t
 from lottery_ticket_pruner.budgets import Latency
 from lottery_ticket_pruner.compression import allocation, sensitivity
 from lottery_ticket_pruner.compression.metrics import Metric
-from lottery_ticket_pruner.compression.parts import Parts
+from lottery_ticket_pruner.compression.parts import Parts, sample_of
 from lottery_ticket_pruner.compression.plan import Plan
 from lottery_ticket_pruner.compression.states import State
 from lottery_ticket_pruner.pruner import LotteryTicketPruner
@@ -210,7 +210,7 @@ class Workbench:
 
     def _sample(self) -> tuple[training.Arrays, ...]:
         """Returns examples to reconstruct outputs of layers from."""
-        return self.examples.take(slice(_SAMPLE))
+        return sample_of(self.examples.host, _SAMPLE)
 
     def retrain(self, number: int) -> None:
         """Trains the model under its masks, as the plan says, for step `number`."""

@@ -4,8 +4,9 @@ import keras
 import numpy as np
 
 from lottery_ticket_pruner import arms, training
+from lottery_ticket_pruner.compression.parts import sample_of
 from lottery_ticket_pruner.compression.states import State
-from lottery_ticket_pruner.training import Arrays, map_arrays
+from lottery_ticket_pruner.training import Arrays
 
 # Examples, and newly drawn models, whose losses are compared with that of the model.
 _EXAMPLES, _DRAWS = 1_000, 8
@@ -25,8 +26,7 @@ def is_trained(model: keras.Model, pair: tuple[Arrays, Arrays]) -> bool:
     """
     if has_initial_weights(model):
         return False
-    first = slice(_EXAMPLES)
-    x, y = map_arrays(lambda array: array[first], pair)
+    x, y = sample_of(pair, _EXAMPLES)
     loss = training.evaluate(model, x, y)["loss"]
     before, losses = State.of(model), []
     try:

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 
-from lottery_ticket_pruner.compression import parts_of
+from lottery_ticket_pruner.compression import parts, parts_of
 from lottery_ticket_pruner.training import ArrayDataset
 
 pytestmark = pytest.mark.once
@@ -79,3 +79,14 @@ def test_several_inputs_are_a_list():
 def test_other_forms_are_refused(data, message):
     with pytest.raises(ValueError, match=message):
         parts_of(data)
+
+
+def test_a_sample_has_examples_of_every_class_and_each_once():
+    y = np.repeat(np.arange(10), 100)
+    x = {"number": np.arange(1000), "class": y}
+    inputs, labels = parts.sample_of((x, y), 512)
+    assert len(np.unique(inputs["number"])) == 512
+    np.testing.assert_array_equal(labels, y[inputs["number"]])
+    assert np.bincount(labels).min() >= 51
+    few, _ = parts.sample_of((x, y), 2000)
+    np.testing.assert_array_equal(few["number"], np.arange(1000))
