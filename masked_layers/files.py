@@ -202,9 +202,12 @@ def _remove_abandoned_folders(path: Path, contents: frozenset[str]) -> None:
 def replace_folder(new: Path, path: Path) -> None:
     """Moves folder `new` to `path` in one step; an existing folder is then at `new`.
 
-    Everything in `new` is on disk before.
+    Everything in `new` is on disk before. It gets the permissions of a new folder, since only their
+    owner can read temporary ones.
     """
     if new.is_dir():
+        special = new.stat().st_mode & 0o7000  # Such as the group that folders pass on.
+        os.chmod(new, special | 0o777 & ~_umask())
         sync(new)
     if not path.exists():
         new.rename(path)
@@ -220,6 +223,12 @@ def replace_folder(new: Path, path: Path) -> None:
             raise
         old.rename(new)
     _sync_folder(path.parent)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _exchange(a: Path, b: Path) -> bool:

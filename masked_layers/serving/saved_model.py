@@ -151,7 +151,6 @@ def export_sparse_saved_model(
     expected = {name: weight.values for name, weight in weights.items()}
     given = sample_inputs is not None
     with files.scratch_folder(path, CONTENTS) as scratch, _literal(scratch) as folder:
-        os.chmod(folder, 0o777 & ~_umask())
         graph.write(folder, traced, pack)
         keep_saver = bool(traced.resources) or any(w.content is None for w in weights.values())
         compaction.compact(folder / "saved_model.pb", traced.prefix, pack, keep_saver=keep_saver)
@@ -296,9 +295,3 @@ def _literal(folder: Path) -> Iterator[Path]:
     )
     with tempfile.TemporaryDirectory() as elsewhere:
         yield Path(elsewhere)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

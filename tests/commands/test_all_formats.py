@@ -79,6 +79,8 @@ def test_formats_that_fail_or_exceed_the_tolerance_are_not_in_the_folder(
     assert "other: outputs differ by 0.5 of the largest one, more than `tolerance`" in printed
     found = {path.name for path in (tmp_path / "all").rglob("*")}
     assert found == {"int8.onnx", all_formats.REPORT}
+    (tmp_path / "another").mkdir()
+    assert (tmp_path / "all").stat().st_mode == (tmp_path / "another").stat().st_mode
 
 
 @pytest.mark.slow

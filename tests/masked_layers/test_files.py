@@ -222,3 +222,13 @@ def test_a_failed_replacement_is_undone(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError):
         files.replace_folder(tmp_path / "missing", tmp_path / "old")
     assert [path.name for path in tmp_path.iterdir()] == ["old"]
+
+
+@posix
+def test_a_folder_in_place_has_the_permissions_of_a_new_one(tmp_path):
+    with files.scratch_folder(tmp_path / "out", frozenset()) as scratch:
+        scratch.chmod(0o2700)
+        files.replace_folder(scratch, tmp_path / "out")
+    (tmp_path / "new").mkdir()
+    wanted = (tmp_path / "new").stat().st_mode | 0o2000
+    assert (tmp_path / "out").stat().st_mode == wanted
