@@ -6,13 +6,16 @@ LeNet-300-100 on MNIST (without --data-dir on as many random images, of which no
 a search of `--rounds` rounds with trainings of `--search-steps` makes masks. Then, at several
 rounds, the ticket is trained by `training.train` with batches of 60, in the same process and in
 turns: with the masked model, and with the smaller model that replaces it in long trainings. Times
-are processor seconds of all threads per step, after compiling, which is timed separately.
+are processor seconds per step, of one thread on TensorFlow, after compiling, which is timed
+separately.
 """
 
 import argparse
 import statistics
 import sys
 import time
+
+import keras
 
 from benchmarks.ladder import BATCH_SIZE, data
 
@@ -92,6 +95,11 @@ def main(arguments=None):
     parser.add_argument("--search-steps", type=int, default=1_000, help="steps that make masks")
     parser.add_argument("--steps", type=int, default=1_000, help="steps of each measurement")
     options = parser.parse_args(arguments)
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        tf.config.threading.set_intra_op_parallelism_threads(1)
+        tf.config.threading.set_inter_op_parallelism_threads(1)
 
     examples = data(options.data_dir)
     model, masks = tickets(examples, options.rounds, options.search_steps)

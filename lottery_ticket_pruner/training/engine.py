@@ -435,9 +435,14 @@ def _why_no_loops(model: keras.Model) -> str | None:
         return "the model is compiled with run_eagerly=True"
     if backend == "jax" and not model.jit_compile:
         return "the model is compiled with jit_compile=False"
+    return why_distributed(model)
+
+
+def why_distributed(model: keras.Model) -> str | None:
+    """Returns how the training of a model is distributed, or None if it is not."""
     if keras.distribution.distribution() is not None:
         return "a `keras.distribution` is set"
-    if backend == "tensorflow":
+    if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
         strategy = model.distribute_strategy

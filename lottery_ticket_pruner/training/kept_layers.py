@@ -32,13 +32,18 @@ class KeptDense(keras.layers.Layer):
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
         """Creates the kernel, a vector of the kept weights, and the bias of the kept units."""
-        self.kernel = self.add_weight(name="kernel", shape=(len(self._kept.rows),))
+        # Random values would be overwritten, and would change which seeds later layers draw.
+        shape = (len(self._kept.rows),)
+        self.kernel = self.add_weight(name="kernel", shape=shape, initializer="zeros")
         if self.use_bias:
-            self.bias = self.add_weight(name="bias", shape=(len(self._kept.units),))
+            shape = (len(self._kept.units),)
+            self.bias = self.add_weight(name="bias", shape=shape, initializer="zeros")
 
-    def call(self, x: Tensor) -> Tensor:
+    def call(self, x: Tensor, training: bool = False) -> Tensor:
         """Returns the outputs of the kept units, `(batch, units)`, of `(batch, inputs)`."""
-        if self._product is None:
+        x = ops.cast(x, "float32")  # Keras does not cast integers.
+        # Evaluations are not compiled by XLA on TensorFlow, and would store every product.
+        if self._product is None or not training:
             shape = (len(self._kept.inputs), len(self._kept.units))
             y = ops.matmul(x, ops.scatter(self._places, ops.convert_to_tensor(self.kernel), shape))
         else:
@@ -54,15 +59,21 @@ class KeptDense(keras.layers.Layer):
 
 
 class KeptInputs(keras.layers.Layer):
-    """Selects the inputs that kept weights read, of `(batch, inputs)`."""
+    """Selects the inputs that kept weights read, of `(batch, inputs)`.
+
+    An example with an infinite or NaN input becomes NaN, also if no kept weight reads this input: a
+    product with the masked kernel has a term of 0 times this input.
+    """
 
     def __init__(self, inputs: np.ndarray) -> None:
         super().__init__(name="kept_inputs", dtype="float32")
         self._inputs = _tensor(inputs)
 
     def call(self, x: Tensor) -> Tensor:
-        """Returns the selected inputs."""
-        return ops.take(x, self._inputs, axis=1)
+        """Returns the selected inputs, as float32."""
+        x = ops.cast(x, "float32")
+        finite = ops.all(ops.isfinite(x), axis=1, keepdims=True)
+        return ops.where(finite, ops.take(x, self._inputs, axis=1), float("nan"))
 
     def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
         """Returns `(batch, number of selected inputs)`."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import types
 from collections.abc import Sequence
 
 import keras
@@ -25,10 +26,11 @@ _SLOT = 10
 _ENTRY = 0.8
 _MATRIX = 15_000
 
+# Without `exponential`: an infinite output makes the loss NaN although nothing reads it.
 _ELEMENTWISE = tuple(
     getattr(keras.activations, name)
     for name in (
-        *("celu", "elu", "exponential", "gelu", "hard_sigmoid", "hard_silu", "hard_tanh"),
+        *("celu", "elu", "gelu", "hard_sigmoid", "hard_silu", "hard_tanh"),
         *("leaky_relu", "linear", "mish", "relu", "relu6", "selu", "sigmoid", "silu", "softplus"),
         *("softsign", "tanh"),
     )
@@ -57,17 +59,30 @@ class KeptKernel:
         layer: The layer.
         inputs: Indices of the inputs that kept weights read.
         units: Indices of the units that later kept weights read.
-        rows: Positions in `inputs` of the kept weights, which are sorted by unit.
-        columns: Their positions in `units`.
+        mask: Bool array of shape `(inputs, units)`, True where a weight is kept.
         first: Whether it is the first such layer, whose inputs need no gradient.
     """
 
     layer: keras.layers.Dense
     inputs: np.ndarray
     units: np.ndarray
-    rows: np.ndarray
-    columns: np.ndarray
+    mask: np.ndarray
     first: bool
+
+    @functools.cached_property
+    def rows(self) -> np.ndarray:
+        """Positions in `inputs` of the kept weights, which are sorted by unit."""
+        return np.nonzero(self.mask.T)[1]
+
+    @functools.cached_property
+    def columns(self) -> np.ndarray:
+        """Positions in `units` of the kept weights."""
+        return np.nonzero(self.mask.T)[0]
+
+    @functools.cached_property
+    def size(self) -> int:
+        """Number of kept weights."""
+        return int(np.count_nonzero(self.mask))
 
     @property
     def index(self) -> tuple[np.ndarray, np.ndarray]:
@@ -77,9 +92,9 @@ class KeptKernel:
     @functools.cached_property
     def slots(self) -> int:
         """Number of products that a gathered training step computes for one example."""
-        slots = len(self.rows) + len(self.units) * int(np.bincount(self.columns).max())
+        slots = self.size + len(self.units) * int(np.count_nonzero(self.mask, axis=0).max())
         if not self.first:
-            slots += len(self.inputs) * int(np.bincount(self.rows).max())
+            slots += len(self.inputs) * int(np.count_nonzero(self.mask, axis=1).max())
         return slots
 
     @property
@@ -96,8 +111,8 @@ class KeptKernel:
     def cost(self, can_gather: bool) -> float:
         """Returns the estimated cost of a training step, in entries of a masked kernel."""
         if can_gather and self.gathers:
-            return _ENTRY * min(_SLOT * self.slots, self.entries + len(self.rows))
-        return _ENTRY * (self.entries + len(self.rows))
+            return _ENTRY * min(_SLOT * self.slots, self.entries + self.size)
+        return _ENTRY * (self.entries + self.size)
 
 
 def kernel_masks(layers: Sequence[keras.layers.Layer]) -> list[np.ndarray]:
@@ -124,11 +139,10 @@ def kept_kernels(
     units = np.arange(masks[-1].shape[1])
     for layer, mask in zip(reversed(dense_layers(layers)), reversed(masks), strict=True):
         inputs = np.flatnonzero(mask[:, units].any(axis=1))
-        columns, rows = np.nonzero(mask[np.ix_(inputs, units)].T)
-        if not len(rows):
+        if not len(inputs):
             raise NotReducibleError(f"'{layer.name}' has no kept weight that the output depends on")
         first = len(kernels) == len(masks) - 1
-        kernels.append(KeptKernel(layer, inputs, units, rows, columns, first))
+        kernels.append(KeptKernel(layer, inputs, units, mask[np.ix_(inputs, units)], first))
         units = inputs
     return kernels[::-1]
 
@@ -147,8 +161,8 @@ def chain(model: keras.Model) -> list[keras.layers.Layer]:
     """
     layers = _in_order(model)
     dense = [number for number, layer in enumerate(layers) if dense_layers([layer])]
-    if not dense:
-        raise NotReducibleError("it has no Dense layer")
+    if not any(mask_of(layers[number], "kernel") is not None for number in dense):
+        raise NotReducibleError("it has no Dense layer with a mask")
     for number, layer in enumerate(layers):
         if number in dense:
             _check_dense(layer, last=number == dense[-1])
@@ -157,6 +171,12 @@ def chain(model: keras.Model) -> list[keras.layers.Layer]:
                 f"'{layer.name}' ({plain_class(layer).__name__}) is not known to leave out a unit "
                 "without an effect on others"
             )
+    for part in (model, *layers):
+        if names := own_methods(part):
+            raise NotReducibleError(f"'{part.name}' has its own {names[0]}")
+    if custom := custom_parts([*_keras.compile_arguments(model), model.optimizer]):
+        # A loss or metric may read the weights of the model.
+        raise NotReducibleError(f"it is compiled with {custom[0]}, which is not part of Keras")
     if sum(len(layers[number].trainable_variables) for number in dense) != len(model.weights):
         raise NotReducibleError("it has other variables than those of its Dense layers")
     _check_optimizer(model)
@@ -175,8 +195,8 @@ def _in_order(model: keras.Model) -> list[keras.layers.Layer]:
         linked = sequential or (
             all(b.input is a.output for a, b in itertools.pairwise(layers))
             and len(ends) == 2
-            and layers[0].input is ends[0]
-            and layers[-1].output is ends[1]
+            and layers[0].input is ends[0] is model.input
+            and layers[-1].output is ends[1] is model.output
         )
     except (AttributeError, IndexError, ValueError):  # Several calls of a layer, or none.
         linked = False
@@ -185,14 +205,54 @@ def _in_order(model: keras.Model) -> list[keras.layers.Layer]:
     return layers
 
 
+def own_methods(owner: object) -> list[str]:
+    """Returns the names of methods that were replaced in this object alone."""
+    return [
+        name
+        for name, value in vars(owner).items()
+        # Keras and masked layers wrap the first two, and `loss` is an argument of `compile`.
+        if name not in ("build", "quantize", "loss")
+        and callable(value)
+        and hasattr(type(owner), name)
+        and not _of_keras(value)
+    ]
+
+
+def custom_parts(value: object) -> list[str]:
+    """Returns what is not part of Keras in the arguments of `compile`, and in objects there."""
+    if value is None or isinstance(value, str | int | float):
+        return []
+    if isinstance(value, dict | list | tuple):
+        parts = value.values() if isinstance(value, dict) else value
+        return [name for part in parts for name in custom_parts(part)]
+    if not _of_keras(value):
+        return [getattr(value, "__name__", type(value).__name__)]
+    if isinstance(value, types.FunctionType | type):
+        return []
+    held = [each for each in vars(value).values() if callable(each)]
+    return [name for each in held for name in custom_parts(each)]
+
+
+def _of_keras(value: object) -> bool:
+    if isinstance(value, types.MethodType):
+        value = value.__func__
+    named = value if isinstance(value, types.FunctionType | type) else type(value)
+    package = (named.__module__ or "").partition(".")[0]
+    return package in ("keras", "masked_layers", "lottery_ticket_pruner")
+
+
 def _passes_units(layer: keras.layers.Layer, *, before: bool, after: bool) -> bool:
     cls = plain_class(layer)
-    if layer.activity_regularizer is not None or layer.dtype_policy.name != "float32":
+    if (
+        own_methods(layer)
+        or layer.activity_regularizer is not None
+        or layer.dtype_policy.name != "float32"
+    ):
         return False
     if cls in (keras.layers.Flatten, keras.layers.Reshape, keras.layers.Rescaling):
         return before
     if cls is keras.layers.Activation:
-        return after or layer.activation in _ELEMENTWISE
+        return layer.activation in _ELEMENTWISE or (after and _of_keras(layer.activation))
     return cls in _ELEMENTWISE_LAYERS or (after and cls is keras.layers.Softmax)
 
 
@@ -207,6 +267,7 @@ def _check_dense(layer: keras.layers.Dense, *, last: bool) -> None:
         "has frozen variables": len(layer.trainable_variables) != 1 + layer.use_bias,
         "has a learned mask": mask is not None and mask.learned,
         "has a mask over its bias": mask_of(layer, "bias") is not None,
+        "has a mask that rounds weights": mask is not None and mask.quantization is not None,
         "has a rescaled mask": mask is not None and mask.rescale,
         "has rounded weights": mask is not None and mask.quantization is not None,
         "has pruned weights that are not zero": mask is not None and mask.frozen is not None,
@@ -217,8 +278,9 @@ def _check_dense(layer: keras.layers.Dense, *, last: bool) -> None:
                 *(layer.kernel_constraint, layer.bias_constraint),
             )
         ),
-        "has an activation that is not elementwise": not last
+        "has an activation that is not known to be elementwise": not last
         and layer.activation not in _ELEMENTWISE,
+        "has an activation that is not a function of Keras": not _of_keras(layer.activation),
     }
     for reason, holds in reasons.items():
         if holds:
@@ -230,12 +292,12 @@ def _check_optimizer(model: keras.Model) -> None:
     # On torch, the classes of optimizers are subclasses of the public ones, without public names.
     public = vars(keras.optimizers).values()
     known = next((base for base in type(optimizer).__mro__ if base in public), None)
-    own = not type(optimizer).__module__.startswith("keras.")
-    if own or known not in _OPTIMIZERS:
+    if not _of_keras(optimizer) or known not in _OPTIMIZERS:
         raise NotReducibleError(
             f"{type(optimizer).__name__} is not known to leave pruned weights as they are"
         )
     reasons = {
+        "updates of pruned weights are 0 / 0 with epsilon=0": getattr(optimizer, "epsilon", 1) == 0,
         "weight decay changes pruned weights": optimizer.weight_decay,
         "moving averages (use_ema) are kept of pruned weights": optimizer.use_ema,
         "gradients are accumulated": optimizer.gradient_accumulation_steps,

@@ -10,14 +10,16 @@ import contextlib
 import dataclasses
 import logging
 import math
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import keras
 import numpy as np
 
-from lottery_ticket_pruner import optimizers
-from lottery_ticket_pruner.training.engine import Engine, engine_of
+from lottery_ticket_pruner import _keras, optimizers
+from lottery_ticket_pruner.training.dataset import ArrayDataset
+from lottery_ticket_pruner.training.engine import Engine, engine_of, why_distributed
 from lottery_ticket_pruner.training.engine_settings import settings
 from lottery_ticket_pruner.training.kept_layers import KeptDense, KeptInputs
 from lottery_ticket_pruner.training.kept_weights import (
@@ -30,7 +32,6 @@ from lottery_ticket_pruner.training.kept_weights import (
 )
 from lottery_ticket_pruner.variables import read
 from masked_layers.compiled import forget_functions, kept_beside
-from masked_layers.copying import as_in_use
 
 _logger = logging.getLogger(__name__)
 
@@ -40,12 +41,22 @@ class Trainee:
 
     Args:
         model: A compiled model.
-        examples: Number of examples to train on: steps times batch size.
+        steps: Number of steps of the whole training. 0 to train the given model.
+        batch_size: Number of examples per step.
+        verbose: Whether to print that a smaller model is trained.
+
+    Attributes:
+        notes: Messages about how many weights are trained, or why all of them, each once.
     """
 
-    def __init__(self, model: keras.Model, examples: int) -> None:
+    def __init__(
+        self, model: keras.Model, steps: int, batch_size: int, *, verbose: bool = False
+    ) -> None:
         self._model = model
-        self._examples = examples
+        self._steps = steps
+        self._batch_size = batch_size
+        self._verbose = verbose
+        self.notes: list[str] = []
         self._smaller: _SmallerModel | None = None
         self._ahead = False
         self.read()
@@ -60,12 +71,18 @@ class Trainee:
         """The engine of the model that is trained, for calls that do not change it."""
         return engine_of(self._model if self._smaller is None else self._smaller.model)
 
-    def train(self, *args: Any, deterministic: bool = False, **kwargs: Any) -> dict[str, Any]:
+    def train(
+        self, data: ArrayDataset, rows: np.ndarray, *args: Any, deterministic: bool, **kwargs: Any
+    ) -> dict[str, Any]:
         """Trains like `Engine.train`."""
+        if self._smaller is not None:
+            if not self._ahead:
+                # The given model has the same metrics.
+                _keras.symbolic_build(self._model, data.take(rows[:1, 0]))
+            # A comparison with `fit` would have to be repeated for each smaller model.
+            deterministic = True
         self._ahead = True
-        # A comparison with `fit` would have to be repeated for each smaller model.
-        fixed = deterministic or self.is_smaller
-        return self.evaluator.train(*args, deterministic=fixed, **kwargs)
+        return self.evaluator.train(data, rows, *args, deterministic=deterministic, **kwargs)
 
     def write(self) -> None:
         """Writes what was trained into the given model."""
@@ -77,13 +94,29 @@ class Trainee:
         """Continues from the state of the given model."""
         self._smaller, self._ahead = None, False
         try:
-            smaller = _smaller_model(self._model, self._examples)
-            if smaller is not None:
-                smaller.read()
+            smaller = _smaller_model(self._model, self._steps, self._batch_size)
+            if smaller is None:
+                return
+            smaller.read()
         except NotReducibleError as error:
-            _logger.info("%s is trained with all weights: %s.", self._model.name, error)
+            self._note(f"{self._model.name} is trained with all weights: {error}.")
         else:
             self._smaller = smaller
+            left, whole = (
+                sum(math.prod(v.shape) for v in model.trainable_variables)
+                for model in (smaller.model, self._model)
+            )
+            self._note(
+                f"{self._model.name} is trained with {left:,} of {whole:,} weights: the others "
+                "have no gradients."
+            )
+
+    def _note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+            _logger.info(text)
+            if self._verbose and self.is_smaller:
+                sys.stdout.write(f"{text}\n")
 
     @contextlib.contextmanager
     def shown(self) -> Iterator[None]:
@@ -123,7 +156,10 @@ class _SmallerModel:
         gather: bool,
     ) -> None:
         self.masks = masks
+        self.gather = gather
         self.engine = engine_of(model)
+        self.optimizer = model.optimizer
+        self._whole = model
         self.model = _built(model, layers, kernels, gather)
         self._pairs = _pairs(model, self.model, kernels)
 
@@ -141,7 +177,11 @@ class _SmallerModel:
             pair.part.assign(part)
 
     def write(self) -> None:
-        """Writes its values into the given model."""
+        """Writes its values into the given model, and those of its metrics."""
+        # An error may have come before the smaller model had all metrics.
+        metrics = self._whole.metrics_variables, self.model.metrics_variables
+        for whole, part in zip(*metrics, strict=False):
+            whole.assign(read(part))
         for pair in self._pairs:
             part = read(pair.part)
             if pair.index is None:
@@ -152,24 +192,29 @@ class _SmallerModel:
                 pair.whole.assign(whole)
 
 
-def _smaller_model(model: keras.Model, examples: int) -> _SmallerModel | None:
+def _smaller_model(model: keras.Model, steps: int, batch_size: int) -> _SmallerModel | None:
     """Returns the smaller model for the present masks, or None if it saves too little.
 
     Raises:
         NotReducibleError: If the training needs all weights.
     """
+    examples = steps * batch_size
     size = sum(math.prod(weight.shape) for weight in model.trainable_weights)
     if size * examples <= settings.least_savings:
         return None
+    if reason := why_distributed(model):
+        raise NotReducibleError(reason)
+    if model.run_eagerly:
+        raise NotReducibleError("it is compiled with run_eagerly=True")
     layers = chain(model)
+    gather = _can_gather(steps)
     masks = kernel_masks(layers)
     known = kept_beside(model).get("smaller")
     if known is not None:
-        same = known.engine is engine_of(model)
-        if same and all(map(np.array_equal, masks, known.masks)):
+        same = known.engine is engine_of(model) and known.optimizer is model.optimizer
+        if same and known.gather == gather and all(map(np.array_equal, masks, known.masks)):
             return known
     kernels = kept_kernels(layers, masks)
-    gather = _can_gather()
     saved = sum(mask.size for mask in masks) - sum(kernel.cost(gather) for kernel in kernels)
     if saved * examples <= settings.least_savings:
         return None
@@ -177,23 +222,22 @@ def _smaller_model(model: keras.Model, examples: int) -> _SmallerModel | None:
         forget_functions(known.model)
     if not model.optimizer.built:
         model.optimizer.build(model.trainable_variables)
-    smaller = _SmallerModel(model, layers, masks, kernels, gather)
+    try:
+        smaller = _SmallerModel(model, layers, masks, kernels, gather)
+    except NotReducibleError:
+        raise
+    except Exception as error:  # Layers, losses and metrics raise errors of many types.
+        raise NotReducibleError(f"a smaller model cannot be made: {error}") from error
     kept_beside(model)["smaller"] = smaller
-    _logger.info(
-        "%s is trained with %s of %s weights.",
-        model.name,
-        f"{sum(math.prod(v.shape) for v in smaller.model.trainable_variables):,}",
-        f"{size:,}",
-    )
     return smaller
 
 
-def _can_gather() -> bool:
+def _can_gather(steps: int) -> bool:
     """Returns whether single products can be fused into loops: by XLA, on a CPU."""
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
-        return not tf.config.list_logical_devices("GPU")
+        return steps >= settings.xla_steps and not tf.config.list_logical_devices("GPU")
     if keras.backend.backend() == "jax":
         import jax
 
@@ -207,11 +251,10 @@ def _built(
     """Returns the smaller model, compiled like the given one.
 
     Raises:
-        NotReducibleError: If a Dense layer has inputs of several axes, or the smaller model cannot
-            be compiled from the configuration of the given one.
+        NotReducibleError: If a Dense layer has inputs of several axes.
     """
     tensor = model.inputs[0]
-    inputs = x = keras.Input(batch_shape=tensor.shape, dtype=tensor.dtype)
+    inputs = x = keras.Input(batch_shape=tensor.shape, dtype=tensor.dtype, name="kept")
     left = list(kernels)
     for layer in layers:
         if not dense_layers([layer]):
@@ -224,11 +267,10 @@ def _built(
             x = KeptInputs(kept.inputs)(x)
         x = KeptDense(kept, gather=gather and kept.gathers)(x)
     smaller = keras.Model(inputs, x, name=model.name)
-    try:
-        with as_in_use(model):
-            smaller.compile_from_config(model.get_compile_config())
-    except Exception as error:  # Losses and metrics raise errors of many types.
-        raise NotReducibleError(f"a smaller model cannot be compiled: {error}") from error
+    config = model.get_compile_config()
+    # The one that was passed may be a name, and its attributes may have changed since.
+    config["optimizer"] = keras.saving.serialize_keras_object(model.optimizer)
+    smaller.compile_from_config(config)
     if not smaller.optimizer.built:
         smaller.optimizer.build(smaller.trainable_variables)
     return smaller

@@ -21,7 +21,7 @@ from lottery_ticket_pruner.training.plans import (
     TrainingPlan,
     check_validation_batch,
 )
-from lottery_ticket_pruner.training.step_callback import StepCallback
+from lottery_ticket_pruner.training.step_callback import StepCallback, acts_on_batches
 from masked_layers import randomness
 
 
@@ -29,12 +29,14 @@ from masked_layers import randomness
 class History:
     """The history of one call of `train`: validation results after each stretch, and the time.
 
-    Results are numbers, or arrays for metrics with several values, such as one per class.
+    Results are numbers, or arrays for metrics with several values, such as one per class. Notes say
+    if only the weights of a sparse model that are left were trained, or why all in a long training.
     """
 
     steps: list[int] = dataclasses.field(default_factory=list)
     validation: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     seconds: float = 0.0
+    notes: list[str] = dataclasses.field(default_factory=list)
 
     @property
     def early_stop(self) -> int | None:
@@ -137,7 +139,7 @@ def train_by_plan(
     # In advance, because random numbers must not depend on the number of evaluations.
     rows = data.rows(order.ravel(), randomness.stream("augmentation", plan.seed))
     stretch = plan.eval_every or plan.steps
-    trainee = Trainee(model, plan.steps * plan.batch_size)
+    trainee = Trainee(model, plan.steps, plan.batch_size)
     try:
         for start in range(0, plan.steps, stretch):
             done = min(start + stretch, plan.steps)
@@ -163,6 +165,7 @@ def train_by_plan(
                     listeners.on_progress(done - start)
     finally:
         trainee.write()
+    history.notes = trainee.notes
     history.seconds = time.perf_counter() - started
     return history
 
@@ -239,7 +242,7 @@ def fit(
         data, validation = split_off(data, validation_split)
     if class_weight is not None:
         data = weighted(data, class_weight)
-    slow = [type(callback).__name__ for callback in plan.callbacks if _acts_on_batches(callback)]
+    slow = [type(callback).__name__ for callback in plan.callbacks if acts_on_batches(callback)]
     if slow:
         warn_once(f"Training goes through `fit`: {', '.join(slow)} acts on batches.")
         return _fit_by_keras(model, data, plan, validation)
@@ -272,7 +275,6 @@ def _fit_in_loops(
 ) -> keras.callbacks.History:
     """Trains every epoch by the engine, and calls the callbacks."""
     batches = _Batches(data, plan)
-    steps = len(batches)
     callbacks = list(plan.callbacks)
     histories = [c for c in callbacks if isinstance(c, keras.callbacks.History)]
     history = histories[0] if histories else keras.callbacks.History()
@@ -282,13 +284,14 @@ def _fit_in_loops(
         add_progbar=plan.verbose != 0,
         verbose=plan.verbose,
         epochs=plan.epochs,
-        steps=steps,
+        steps=len(batches),
     )
     chain.set_model(model)
     model.stop_training = False
     logs = None
     chain.on_train_begin()
-    trainee = Trainee(model, 0 if _step_callbacks(plan) else plan.epochs * len(data))
+    steps = 0 if _step_callbacks(plan) else plan.epochs * len(batches)
+    trainee = Trainee(model, steps, plan.batch_size, verbose=plan.verbose != 0)
     for epoch in range(plan.epochs):
         chain.on_epoch_begin(epoch)
         batches.start(epoch)
@@ -485,16 +488,3 @@ def _finalize(model: keras.Model) -> None:
 
 def _step_callbacks(plan: EpochPlan) -> list[StepCallback]:
     return [callback for callback in plan.callbacks if isinstance(callback, StepCallback)]
-
-
-def _acts_on_batches(callback: keras.callbacks.Callback) -> bool:
-    """Returns True for callbacks that must be called for every batch."""
-    base: type[keras.callbacks.Callback] = keras.callbacks.Callback
-    if isinstance(callback, StepCallback):
-        base = StepCallback
-    if isinstance(callback, keras.callbacks.ModelCheckpoint) and callback.save_freq == "epoch":
-        base = keras.callbacks.ModelCheckpoint
-    kinds = ("batch", "train_batch", "test_batch")
-    names = [f"on_{kind}_{end}" for kind in kinds for end in ("begin", "end")]
-    own = [getattr(getattr(callback, name), "__func__", None) for name in names]
-    return own != [getattr(base, name) for name in names]

@@ -142,3 +142,16 @@ class StepCallback(keras.callbacks.Callback):
 
     def _act(self, step: int) -> None:
         raise NotImplementedError
+
+
+def acts_on_batches(callback: keras.callbacks.Callback) -> bool:
+    """Returns True for callbacks that must be called for every batch."""
+    base: type[keras.callbacks.Callback] = keras.callbacks.Callback
+    if isinstance(callback, StepCallback):
+        base = StepCallback
+    if isinstance(callback, keras.callbacks.ModelCheckpoint) and callback.save_freq == "epoch":
+        base = keras.callbacks.ModelCheckpoint
+    kinds = ("batch", "train_batch", "test_batch")
+    names = [f"on_{kind}_{end}" for kind in kinds for end in ("begin", "end")]
+    own = [getattr(getattr(callback, name), "__func__", None) for name in names]
+    return own != [getattr(base, name) for name in names]

@@ -1,11 +1,13 @@
 """Trainings of sparse models with the weights that are left, compared with those of all weights."""
 
+import functools
+import random
 import re
 
 import keras
 import numpy as np
 import pytest
-from keras import layers
+from keras import layers, ops
 
 import masked_layers as ml
 from common import numpy
@@ -85,7 +87,9 @@ def losses(history):
     return [result["loss"] for result in history.validation]
 
 
-@pytest.mark.parametrize("gathers", [True, False])
+@pytest.mark.parametrize(
+    "gathers", [True, pytest.param(False, marks=pytest.mark.slow("tensorflow"))]
+)
 def test_it_is_the_same_training(gathers, monkeypatch):
     def optimizer():
         if gathers:
@@ -94,6 +98,7 @@ def test_it_is_the_same_training(gathers, monkeypatch):
         return keras.optimizers.Adam(rate, amsgrad=True)
 
     monkeypatch.setattr(kept_weights.KeptKernel, "gathers", gathers)
+    monkeypatch.setattr(late_training, "_can_gather", lambda steps: gathers)
     ours, theirs = make(optimizer()), make(optimizer())
     ml.set_masks(theirs, ml.get_masks(ours))
     # The second call continues from the state after the first.
@@ -110,21 +115,23 @@ def test_it_is_the_same_training(gathers, monkeypatch):
 
 
 @pytest.mark.once
-def test_epochs_report_the_same_and_show_callbacks_the_trained_model():
+def test_epochs_report_the_same_and_show_callbacks_the_trained_model(capsys):
     class Look(keras.callbacks.Callback):
         def on_epoch_begin(self, epoch, logs=None):
             self.model.optimizer.learning_rate = 0.1 / (1 + epoch)
 
         def on_epoch_end(self, epoch, logs=None):
-            seen.append(self.model.evaluate(X, Y, verbose=0)[0])
+            seen.append(float(self.model.loss(Y, self.model(X))))
             last = self.model.layers[-1]
             last.bias.assign(last.bias + 0.1)
 
     ours, theirs = make("adam"), make("adam")
     ml.set_masks(theirs, ml.get_masks(ours))
     seen: list[float] = []
-    options = {"epochs": 2, "batch_size": 24, "validation_data": (X, Y), "callbacks": [Look()]}
-    history = training.fit(ours, X, Y, **options).history
+    options = {"epochs": 2, "batch_size": 32, "validation_data": (X, Y), "callbacks": [Look()]}
+    history = training.fit(ours, X, Y, verbose=2, **options).history
+    printed = capsys.readouterr().out
+    assert printed.count(" of 236 weights: the others have no gradients.\n") == 1
     np.testing.assert_allclose(seen, history["val_loss"], rtol=1e-5)
     expected = with_all_weights(training.fit, theirs, X, Y, **options).history
     assert history.keys() == expected.keys()
@@ -146,8 +153,9 @@ def test_masks_that_others_change_between_stretches_are_followed():
 
     ours, theirs = make(), make()
     ml.set_masks(theirs, ml.get_masks(ours))
-    training.train(ours, X, Y, on_progress=change(ours), **PLAN)
-    with_all_weights(training.train, theirs, X, Y, on_progress=change(theirs), **PLAN)
+    plan = {"steps": 2, "batch_size": 64, "eval_every": 1}
+    training.train(ours, X, Y, on_progress=change(ours), **plan)
+    with_all_weights(training.train, theirs, X, Y, on_progress=change(theirs), **plan)
     assert_same(ours, theirs)
 
 
@@ -169,6 +177,7 @@ def test_the_model_has_what_was_trained_before_an_error(monkeypatch):
 
 
 @pytest.mark.once
+@pytest.mark.slow
 def test_a_search_finds_the_same_ticket_also_after_an_interruption(tmp_path):
     def stop(row):
         if row["round"] == 1:
@@ -208,14 +217,59 @@ REFUSED = {
     "frozen variables": lambda: frozen_layer(make()),
     "inputs of 3 axes": lambda: compiled(keras.Sequential([keras.Input((4, 3)), layers.Dense(2)])),
     "not a chain": lambda: compiled(with_skip()),
+    "not a chain.": lambda: compiled(with_named_output()),
+    "mask that rounds weights": lambda: quantized(),
+    "compiled with loss_of_weights, which is not part of Keras": lambda: with_own_loss(),
+    "compiled with partial, which": lambda: with_own_loss(functools.partial),
+    "'sequential.*' has its own train_step": lambda: changed(make(), "train_step"),
+    "compiled with <lambda>, which": lambda: changed(
+        make(), "apply", lambda model: model.optimizer
+    ),
+    "not a function of Keras": lambda: compiled(
+        keras.Sequential([keras.Input((4,)), layers.Dense(2, lambda x: ops.max(x) - x)])
+    ),
+    "epsilon=0": lambda: make(keras.optimizers.Adam(epsilon=0)),
+    "run_eagerly": lambda: eager(make()),
+    "no Dense layer with a mask": lambda: ml.strip_masks(make()),
 }
 
 
-def compiled(model):
-    model = ml.convert_to_masked(model)
+def quantized():
+    return compiled(keras.Sequential([keras.Input((4,)), layers.Dense(2)]), quantize="int8")
+
+
+def with_named_output():
+    inputs = keras.Input((4,))
+    return keras.Model(inputs, {"named": layers.Dense(2)(inputs)})
+
+
+def with_own_loss(wrapper=lambda loss: loss):
+    model = make()
+
+    def loss_of_weights(y_true, y_pred):
+        penalty = ops.sum(ops.square(model.get_layer("first").kernel))
+        return keras.losses.sparse_categorical_crossentropy(y_true, y_pred) + penalty
+
+    model.compile("sgd", wrapper(loss_of_weights))
+    return model
+
+
+def changed(model, name, owner=lambda model: model):
+    method = getattr(owner(model), name)
+    setattr(owner(model), name, lambda *args, **kwargs: method(*args, **kwargs))
+    return model
+
+
+def eager(model):
+    model.run_eagerly = True
+    return model
+
+
+def compiled(model, **kwargs):
+    model = ml.convert_to_masked(model, **kwargs)
     masks = {path: RNG.random(mask.shape) < 0.5 for path, mask in ml.get_masks(model).items()}
     ml.set_masks(model, masks)
-    model.compile("sgd", "mse")
+    model.compile("sgd", "mse", jit_compile=keras.backend.backend() == "jax")
     return model
 
 
@@ -257,31 +311,88 @@ def frozen_layer(model):
 def test_other_trainings_keep_all_weights_and_say_why(reason, caplog):
     model = REFUSED[reason]()
     caplog.set_level("INFO", "lottery_ticket_pruner")
-    trainee = late_training.Trainee(model, 100)
+    trainee = late_training.Trainee(model, 10, 10)
     assert not trainee.is_smaller
     (message,) = (record.getMessage() for record in caplog.records if "all" in record.message)
     assert re.search(reason, message)
 
 
 @pytest.mark.once
-def test_momenta_of_pruned_weights_are_not_lost(caplog):
+def test_momenta_of_pruned_weights_are_not_lost():
     """Weights that are pruned while momenta move them go on moving."""
-    ours, theirs = (make(keras.optimizers.SGD(0.1, momentum=0.9)) for _ in range(2))
-    ml.set_masks(theirs, ml.get_masks(ours))
-    for model in (ours, theirs):
-        with_all_weights(training.train, model, X, Y, **PLAN)
-        masks = ml.get_masks(model)
-        masks["second/kernel"][:, 1:3] = False
-        ml.set_masks(model, masks)
-    caplog.set_level("INFO", "lottery_ticket_pruner")
-    training.train(ours, X, Y, **PLAN)
-    with_all_weights(training.train, theirs, X, Y, **PLAN)
-    assert_same(ours, theirs, tolerance=0)
-    assert "momenta of pruned weights" in caplog.text
+    model = make(keras.optimizers.SGD(0.1, momentum=0.9))
+    model.optimizer.build(model.trainable_variables)
+    assert late_training.Trainee(model, 10, 10).is_smaller
+    momentum = model.optimizer.variables[2]  # Of the first kernel.
+    momentum.assign(np.ones(momentum.shape))
+    trainee = late_training.Trainee(model, 10, 10)
+    assert not trainee.is_smaller
+    assert "momenta of pruned weights" in trainee.notes[0]
 
 
 @pytest.mark.once
 def test_short_trainings_keep_all_weights(monkeypatch):
     model = make()
     monkeypatch.setattr(training.settings, "least_savings", 5e10)
-    assert not late_training.Trainee(model, 10_000).is_smaller
+    assert not late_training.Trainee(model, 100, 100).is_smaller
+
+
+def trained_alike(ours, theirs, x=X):
+    ml.set_masks(theirs, ml.get_masks(ours))
+    history = training.train(ours, x, Y, steps=2, batch_size=64)
+    with_all_weights(training.train, theirs, x, Y, steps=2, batch_size=64)
+    assert_same(ours, theirs)
+    return history
+
+
+@pytest.mark.once
+def test_an_optimizer_that_was_changed_after_compiling_is_used_as_it_is():
+    ours, theirs = make(), make()
+    for model in (ours, theirs):
+        model.optimizer.clipnorm = 0.01
+    state_of_random = random.getstate()
+    history = trained_alike(ours, theirs)
+    # Layers made later would otherwise draw other seeds.
+    assert random.getstate() == state_of_random
+    (note,) = history.notes
+    assert re.fullmatch(r"sequential.* is trained with \d+ of 236 weights: .*", note)
+    for a, b in zip(ours.metrics_variables, theirs.metrics_variables, strict=True):
+        np.testing.assert_allclose(numpy(a), numpy(b), rtol=1e-5)
+
+
+@pytest.mark.once
+def test_examples_with_nan_in_an_input_that_nothing_reads_still_make_the_loss_nan():
+    x = X.copy()
+    x[7, 1, 2] = np.nan  # The sixth input.
+    model = make()
+    assert np.isnan(numpy(model(x))[7]).all()
+    training.train(model, x, Y, steps=1, batch_size=64)
+    assert trained_smaller(model) is not None
+    assert np.isnan(numpy(model.get_layer("last").bias)).all()
+
+
+@pytest.mark.once
+def test_integers_are_inputs():
+    def model():
+        keras.utils.set_random_seed(0)
+        inputs = keras.Input((4,), dtype="uint8")
+        return compiled(keras.Model(inputs, layers.Dense(1)(inputs)))
+
+    ours, theirs = model(), model()
+    trained_alike(ours, theirs, np.arange(256, dtype="uint8").reshape(64, 4))
+    assert trained_smaller(ours) is not None
+
+
+@pytest.mark.once
+def test_evaluations_store_no_table_of_products():
+    model = make()
+    layer = kept_weights.kept_kernels(model.layers, list(ml.get_masks(model).values()))[1]
+    kept = kept_layers.KeptDense(layer, gather=True)
+    x = ops.ones((3, len(layer.inputs)))
+    kept(x, training=False)  # Builds it.
+    kept.kernel.assign(np.arange(layer.size))
+    expected = np.zeros(layer.mask.shape)
+    expected.T[layer.mask.T] = np.arange(layer.size)
+    kept._product = pytest.fail
+    outputs = kept(x, training=False)
+    np.testing.assert_allclose(numpy(outputs), numpy(x) @ expected, rtol=1e-6)
