@@ -314,12 +314,12 @@ class _OfLengths(torch.nn.Module):
 
     def forward(self, *args: Any) -> Any:
         """Calls the program."""
+        check = torch.jit.script(_of_lengths)
         return self.program(
-            *keras.tree.map_structure(lambda x: _of_lengths(x, list(map(int, x.shape[1:]))), args)
+            *keras.tree.map_structure(lambda x: check(x, list(map(int, x.shape[1:]))), args)
         )
 
 
-@torch.jit.script
 def _of_lengths(x: torch.Tensor, lengths: list[int]) -> torch.Tensor:
     """Returns a tensor, after a check that is a part of the program."""
     if list(x.shape[1:]) != lengths:
