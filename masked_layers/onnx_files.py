@@ -256,7 +256,7 @@ def _run(data: bytes, inputs: list[np.ndarray]) -> list[np.ndarray]:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Stored:
-    """How a weight is stored.
+    """A weight in the form in which it is stored.
 
     Attributes:
         array: Its exact values.
@@ -274,7 +274,7 @@ class _Stored:
 
     @property
     def is_plain(self) -> bool:
-        """Whether it stays an initializer."""
+        """True if it stays an initializer."""
         return self.steps is None and self.scales is None
 
     @property

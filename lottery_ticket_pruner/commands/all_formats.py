@@ -85,7 +85,7 @@ class FormatsTable:
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What the exports of all formats take.
+    """Options that the exports of all formats share.
 
     Attributes:
         tolerance, level, include: As in `export_sparse_saved_model`.

@@ -22,7 +22,7 @@ _HEADINGS = ("step", "method", "sparsity", "macs", "latency", "validation", "dro
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Findings:
-    """What a search found, without the model.
+    """Results of a search, without the model.
 
     Attributes:
         rows: One dict per model that was tried: `step`, `method` (`"dense"` for the first),

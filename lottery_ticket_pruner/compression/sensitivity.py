@@ -1,4 +1,4 @@
-"""How much each weight of a model may lose alone, and sparsities of layers that follow from it."""
+"""Measures how much each kernel may lose alone, and derives sparsities of layers from it."""
 
 import dataclasses
 import itertools

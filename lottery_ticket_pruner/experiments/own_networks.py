@@ -22,9 +22,9 @@ _TRIED = 8
 def build(name: str) -> keras.Model:
     """Makes the network of a function or file, with initial weights from Keras' global seed.
 
-    The architecture of a file is made anew, and its trained weights are not used. Only what is not
-    trained is taken from the file: the weights of layers that are not trainable, and what layers
-    such as `Normalization` and `TextVectorization` were adapted to.
+    The architecture of a file is built again, and its trained weights are not used. Only what is
+    not trained is taken from the file: the weights of layers that are not trainable, and what
+    layers such as `Normalization` and `TextVectorization` were adapted to.
 
     Args:
         name: `module:function`, `path/to/file.py:function`, or a path of a `.keras` or `.h5` file.

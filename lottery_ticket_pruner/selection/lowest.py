@@ -36,7 +36,7 @@ class Computed(Protocol):
 
     @property
     def in_threads(self) -> bool:
-        """Whether several threads may read it."""
+        """True if several threads may read it."""
 
     def __getitem__(self, key: Any) -> Any:
         """Returns the scores of a range, or of positions in ascending order."""

@@ -144,7 +144,7 @@ _NO_COPY = (
 
 @dataclass(frozen=True, eq=False)
 class _Held:
-    """What a layer holds without Keras' tracking, which would take a module for a layer.
+    """A program and its outputs, held without Keras' tracking, which takes modules for layers.
 
     Attributes:
         program: A TorchScript program.
