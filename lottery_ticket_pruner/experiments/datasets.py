@@ -13,6 +13,7 @@ from lottery_ticket_pruner.experiments.labelled import Arrays, checked
 from lottery_ticket_pruner.experiments.own import DatasetNotFoundError, UserCodeError
 from lottery_ticket_pruner.fingerprints import digest
 from lottery_ticket_pruner.registry import UnknownNameError
+from masked_layers.files import FileContentError
 
 __all__ = [
     "IMAGES",
@@ -87,8 +88,9 @@ def load(name: str, data_dir: str | Path | None = None) -> Dataset:
             may contain. If None, or if nothing is found there, Keras downloads the data.
 
     Raises:
-        ValueError: If the name is unknown, a file is damaged or has unexpected content, the
-            function does not exist, or it does not return inputs with class labels.
+        FileContentError: If a file is damaged or has unexpected content.
+        ValueError: If the name is unknown, the function does not exist, or it does not return
+            inputs with class labels.
         UserCodeError: If the function raises an exception (also a ValueError).
         DatasetNotFoundError: If the data is neither in the folder nor could be downloaded, or the
             file or module of the function does not exist.
@@ -107,9 +109,12 @@ def load(name: str, data_dir: str | Path | None = None) -> Dataset:
         )
     named = NAMED[name]
     source, places, arrays = named.read(data_dir)
-    if named.is_image:
-        _check_images(source, arrays[0], arrays[2])
-    arrays = named.part(checked(source, arrays, places=places, classes=named.classes))
+    try:
+        if named.is_image:
+            _check_images(source, arrays[0], arrays[2])
+        arrays = named.part(checked(source, arrays, places=places, classes=named.classes))
+    except ValueError as error:  # The published files pass these checks.
+        raise FileContentError(str(error)) from None
     return _split(name, source, arrays, named.held_out(arrays))
 
 

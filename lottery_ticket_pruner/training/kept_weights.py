@@ -267,7 +267,6 @@ def _check_dense(layer: keras.layers.Dense, *, last: bool) -> None:
         "has frozen variables": len(layer.trainable_variables) != 1 + layer.use_bias,
         "has a learned mask": mask is not None and mask.learned,
         "has a mask over its bias": mask_of(layer, "bias") is not None,
-        "has a mask that rounds weights": mask is not None and mask.quantization is not None,
         "has a rescaled mask": mask is not None and mask.rescale,
         "has rounded weights": mask is not None and mask.quantization is not None,
         "has pruned weights that are not zero": mask is not None and mask.frozen is not None,

@@ -50,7 +50,12 @@ def plan_of(pruning=None, **options):
             (TrainingPlan, training.Listeners),
             {"model", "x", "y", "sample_weight", "validation_data"},
         ),
-        (training.fit, (EpochPlan,), {"model", "x", "y", "sample_weight", "validation_data"}),
+        (
+            training.fit,
+            (EpochPlan,),
+            {"model", "x", "y", "sample_weight", "class_weight", "validation_data"}
+            | {"validation_split"},
+        ),
         (
             learn_supermask,
             (TrainingPlan, LearningPlan),

@@ -218,7 +218,6 @@ REFUSED = {
     "inputs of 3 axes": lambda: compiled(keras.Sequential([keras.Input((4, 3)), layers.Dense(2)])),
     "not a chain": lambda: compiled(with_skip()),
     "not a chain.": lambda: compiled(with_named_output()),
-    "mask that rounds weights": lambda: quantized(),
     "compiled with loss_of_weights, which is not part of Keras": lambda: with_own_loss(),
     "compiled with partial, which": lambda: with_own_loss(functools.partial),
     "'sequential.*' has its own train_step": lambda: changed(make(), "train_step"),
@@ -232,10 +231,6 @@ REFUSED = {
     "run_eagerly": lambda: eager(make()),
     "no Dense layer with a mask": lambda: ml.strip_masks(make()),
 }
-
-
-def quantized():
-    return compiled(keras.Sequential([keras.Input((4,)), layers.Dense(2)]), quantize="int8")
 
 
 def with_named_output():
