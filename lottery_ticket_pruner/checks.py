@@ -1,4 +1,4 @@
-"""Checks whether arguments of users are numbers."""
+"""Checks whether arguments of users are numbers, and shortens errors from their code."""
 
 import numbers
 from typing import TypeGuard
@@ -12,3 +12,9 @@ def is_number(value: object) -> TypeGuard[float]:
 def is_integer(value: object) -> TypeGuard[int]:
     """Returns True for an integer of Python or NumPy, but not for a bool."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def line_of(error: Exception) -> str:
+    """Returns the type of an error and the first line of its message."""
+    text = next((line for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {text.strip()}"

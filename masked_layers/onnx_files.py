@@ -21,6 +21,7 @@ from masked_layers.files import check_target, replacing
 from masked_layers.serving import (
     StorageReport,
     StorageRow,
+    outputs_of,
     relative_difference,
     samples_of,
     scaled,
@@ -91,7 +92,9 @@ def export_sparse_onnx(
     plain = without_masks(model)
     samples = samples_of(model, _keras.export_specs(model), sample_inputs)
     batches = _batches(model, samples)
-    expected = [_outputs_of(plain, batch, given=sample_inputs is not None) for batch in batches]
+    expected = [
+        _stateless_outputs(plain, batch, given=sample_inputs is not None) for batch in batches
+    ]
     dense = _dense_file(plain)
     exported = onnx.load_from_string(dense)
     stored = {tensor.name: _stored(tensor, values) for tensor in exported.graph.initializer}
@@ -143,28 +146,20 @@ def _batches(model: keras.Model, samples: list[Any]) -> list[list[Any]]:
     return [samples, *(resized(rows) for rows in {1, size + 1} - {size})]
 
 
-def _outputs_of(model: keras.Model, inputs: list[Any], given: bool) -> list[np.ndarray]:
+def _stateless_outputs(model: keras.Model, inputs: list[Any], given: bool) -> list[np.ndarray]:
     """Returns the outputs of a model, flat.
 
     Raises:
         NotImplementedError: If the call changes variables.
         ValueError: If the model cannot be called.
     """
-    try:
-        with keras.StatelessScope() as scope:
-            outputs = keras.tree.flatten(model(*inputs))
-    except Exception as error:  # Layers may raise any error.
-        kind = "the given" if given else "random"
-        raise ValueError(
-            f"The model cannot be called on {kind} `sample_inputs`. Pass those that it accepts. "
-            f"{error}"
-        ) from error
-    if scope.state_mapping:
+    outputs, changed = outputs_of(model, inputs, given=given)
+    if changed:
         raise NotImplementedError(
-            f"A call of the model changes {len(scope.state_mapping)} of its variables, as stateful "
-            "layers do. An ONNX file cannot do this; `export_sparse_saved_model` can."
+            f"A call of the model changes {changed} of its variables, as stateful layers do. An "
+            "ONNX file cannot do this; `export_sparse_saved_model` can."
         )
-    return [np.asarray(keras.ops.convert_to_numpy(output)) for output in outputs]
+    return outputs
 
 
 def _dense_file(model: keras.Model) -> bytes:

@@ -128,8 +128,8 @@ def export_all(model: keras.Model, out: Path, options: Options, *, overwrite: bo
     structured = keras.tree.map_structure(
         lambda x: x[np.arange(options.batch_size) % len(x)], structured
     )
-    with keras.StatelessScope():
-        expected = _arrays(model(*structured))
+    given = options.sample_inputs is not None
+    expected, _ = serving.outputs_of(model, structured, given=given)
     inputs = keras.tree.map_structure(np.asarray, structured)
     with files.scratch_folder(out, _CONTENTS) as scratch:
         rows: list[FormatRow] = []

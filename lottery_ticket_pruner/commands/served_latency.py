@@ -1,8 +1,8 @@
 """The served folder of a pruned model, next to that of the dense model: bytes and latency."""
 
 import dataclasses
+import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,12 +53,11 @@ def compare(pruned: keras.Model, model: keras.Model, path: Path, inputs: Arrays)
 
 def _milliseconds(first: Path, second: Path, example: Any) -> tuple[float, float]:
     calls = {"first": _call_of(first, example), "second": _call_of(second, example)}
-    times = turns.alternate(calls, rounds=_ROUNDS, seconds=_SECONDS, warm=3)
-    one, other = (sorted(times[name])[len(times[name]) // 2] for name in ("first", "second"))
-    return 1e3 * one, 1e3 * other
+    times = turns.seconds_per_call(calls, rounds=_ROUNDS, seconds=_SECONDS, warm=3)
+    return 1e3 * statistics.median(times["first"]), 1e3 * statistics.median(times["second"])
 
 
-def _call_of(folder: Path, example: Any) -> Callable[[], float]:
+def _call_of(folder: Path, example: Any) -> Callable[[], None]:
     import tensorflow as tf  # As in serving, whatever the backend.
 
     loaded = tf.saved_model.load(str(folder))
@@ -66,11 +65,9 @@ def _call_of(folder: Path, example: Any) -> Callable[[], float]:
     ((name, spec),) = signature.structured_input_signature[1].items()
     value = tf.cast(example, spec.dtype)
 
-    def call() -> float:
+    def call() -> None:
         assert loaded is not None  # Its resources live as long as it does.
-        start = time.perf_counter()
         for output in signature(**{name: value}).values():
             output.numpy()
-        return time.perf_counter() - start
 
     return call

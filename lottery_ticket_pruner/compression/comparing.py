@@ -14,6 +14,7 @@ import keras
 import numpy as np
 
 import masked_layers as ml
+from lottery_ticket_pruner.checks import line_of
 from lottery_ticket_pruner.compression.metrics import FEWEST_GROUPS
 from lottery_ticket_pruner.compression.parts import test_part_of
 from lottery_ticket_pruner.compression.result import save_model
@@ -284,9 +285,8 @@ def _named(name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # Layers raise errors of all types.
-        text = next((line for line in str(error).splitlines() if line.strip()), "")
         raise ValueError(
-            f"{name!r} does not take the inputs of the data. {type(error).__name__}: {text}"
+            f"{name!r} does not take the inputs of the data. {line_of(error)}"
         ) from error
 
 

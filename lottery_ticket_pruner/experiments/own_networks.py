@@ -10,6 +10,7 @@ import numpy as np
 
 import masked_layers as ml
 from lottery_ticket_pruner import _keras, fingerprints, records
+from lottery_ticket_pruner.checks import line_of
 from lottery_ticket_pruner.experiments import networks, own
 from lottery_ticket_pruner.experiments.datasets import Dataset
 from masked_layers.keras_files import load_model
@@ -140,7 +141,7 @@ def check(name: str, model: keras.Model, data: Dataset) -> None:
         raise ValueError(
             f"--network {name} is compiled with a loss or metrics that cannot be computed from "
             "labels that are class indices. Compile it with "
-            f"loss='sparse_categorical_crossentropy', or not at all. {_line(error)}"
+            f"loss='sparse_categorical_crossentropy', or not at all. {line_of(error)}"
         ) from error
     if "accuracy" not in metrics:
         raise ValueError(
@@ -193,7 +194,7 @@ def _outputs(name: str, model: keras.Model, data: Dataset) -> np.ndarray:
         expects = f" It takes inputs of shape {takes[1:]}." if isinstance(takes, tuple) else ""
         raise ValueError(
             f"--network {name} does not take the inputs of --data {data.name}, of shape "
-            f"{data.input_shape}.{expects} {_line(error)}"
+            f"{data.input_shape}.{expects} {line_of(error)}"
         ) from error
     shape = tuple(outputs.shape) if hasattr(outputs, "shape") else None
     if shape is None or len(shape) != 2 or shape[1] < data.classes:
@@ -220,9 +221,3 @@ def _kept_state(layer: keras.Layer) -> tuple[dict[str, Any], dict[str, bytes]]:
     with tempfile.TemporaryDirectory() as folder:
         layer.save_assets(folder)
         return variables, {file.name: file.read_bytes() for file in Path(folder).iterdir()}
-
-
-def _line(error: Exception) -> str:
-    """Returns the first line of an error."""
-    text = next((line for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {text.strip()}"

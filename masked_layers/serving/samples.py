@@ -40,6 +40,34 @@ def samples_of(model: keras.Model, signature: Sequence[Any], given: object = Non
     return keras.tree.pack_sequence_as(list(signature), arrays)
 
 
+def outputs_of(
+    model: keras.Model, arguments: Sequence[Any], *, given: bool
+) -> tuple[list[np.ndarray], int]:
+    """Returns the outputs of a model, flat, and the number of variables that the call changes.
+
+    The variables keep their values.
+
+    Args:
+        model: A Keras model.
+        arguments: Its positional arguments, as `samples_of` returns them.
+        given: Whether the user chose them, for the message.
+
+    Raises:
+        ValueError: If the model cannot be called on them.
+    """
+    try:
+        with keras.StatelessScope() as scope:
+            outputs = keras.tree.flatten(model(*arguments))
+    except Exception as error:  # Layers may raise any error.
+        kind = "the given" if given else "random"
+        raise ValueError(
+            f"The model cannot be called on {kind} `sample_inputs`. Pass those that it accepts. "
+            f"{error}"
+        ) from error
+    arrays = [np.asarray(keras.ops.convert_to_numpy(output)) for output in outputs]
+    return arrays, len(scope.state_mapping)
+
+
 def _drawn(model: keras.Model, signature: Sequence[Any]) -> list[Any]:
     rng = np.random.default_rng(0)
     # Keras' signatures have a free batch size even if the model does not, as with stateful layers.

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import keras
-import numpy as np
 
 from masked_layers import _keras
 from masked_layers.conversion import without_masks
-from masked_layers.serving import samples_of
+from masked_layers.serving import outputs_of, samples_of
 from masked_layers.shrinking import shrink as smaller
 from masked_layers.torchscript.job import Job
 from masked_layers.torchscript.report import TorchReport
@@ -51,7 +50,7 @@ def prepare(
     arguments = samples_of(model, specs, sample_inputs)
     if any(array.dtype == object for array in keras.tree.flatten(arguments)):
         raise NotImplementedError("The model has text as input, which TorchScript cannot hold.")
-    expected = _outputs(model, arguments, given=sample_inputs is not None)
+    expected, _ = outputs_of(model, arguments, given=sample_inputs is not None)
     plain = smaller(model) if shrink else without_masks(model)
     lengths = [spec.shape for spec in keras.tree.flatten(specs)]
     fixed = [x.shape[0] for x in getattr(model, "inputs", None) or () if x.shape]
@@ -79,21 +78,3 @@ def _earlier(timings: Any) -> TorchReport | None:
         return TorchReport.from_json(Path(timings).read_bytes())
     except ValueError as error:
         raise ValueError(f"'{timings}': {error}") from error
-
-
-def _outputs(model: keras.Model, arguments: list[Any], given: bool) -> list[np.ndarray]:
-    """Returns the outputs of a model for some arguments, flat.
-
-    Raises:
-        ValueError: If the model cannot be called on them.
-    """
-    try:
-        with keras.StatelessScope():
-            outputs = keras.tree.flatten(model(*arguments))
-    except Exception as error:  # Layers may raise any error.
-        kind = "the given" if given else "random"
-        raise ValueError(
-            f"The model cannot be called on {kind} `sample_inputs`. Pass those that it accepts. "
-            f"{error}"
-        ) from error
-    return [np.asarray(keras.ops.convert_to_numpy(output)) for output in outputs]

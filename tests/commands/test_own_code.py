@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+import own_data
+
 pytest.importorskip("tyro")
 
 from lottery_ticket_pruner import cli
@@ -13,13 +15,10 @@ from lottery_ticket_pruner.experiments import run, workbench
 
 pytestmark = pytest.mark.once
 
-SOURCE = """
+SOURCE = (
+    own_data.SOURCE
+    + """
 import keras
-import numpy as np
-
-def load():
-    x = np.random.default_rng(0).normal(size=(60, 4)).astype("float32")
-    return (x, x.argmax(-1)), (x[:9], x[:9].argmax(-1))
 
 def net():
     return keras.Sequential([keras.Input((4,)), keras.layers.Dense(4, name="only")])
@@ -30,6 +29,7 @@ def magnitude(group):
 def broken(group):
     return {}["weights"]
 """
+)
 
 
 def export(*_, **__):

@@ -6,6 +6,8 @@ import keras
 import numpy as np
 import pytest
 
+import own_data
+
 pytest.importorskip("tyro")
 
 import masked_layers as ml
@@ -18,15 +20,12 @@ from lottery_ticket_pruner.experiments.workbench import compiled_network, load_a
 
 pytestmark = pytest.mark.once
 
-SOURCE = """
+SOURCE = (
+    own_data.SOURCE
+    + """
 import keras
-import numpy as np
 from keras import layers
 from lottery_ticket_pruner import structures
-
-def load():
-    x = np.random.default_rng(0).normal(size=(60, 4)).astype("float32")
-    return (x, x.argmax(-1)), (x[:9], x[:9].argmax(-1))
 
 def series():
     x = np.random.default_rng(0).normal(size=(60, 4, 2)).astype("float32")
@@ -84,6 +83,7 @@ def broken(group):
 blocks = structures.Blocks((2, 1))
 scale = 1.0
 """
+)
 
 
 @pytest.fixture
