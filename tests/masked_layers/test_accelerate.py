@@ -6,6 +6,7 @@ import pytest
 from keras import layers
 
 import masked_layers as ml
+from winning_kernels import let_win
 
 RNG = np.random.default_rng(0)
 on_torch = [
@@ -22,20 +23,10 @@ def marked(function):
 
 
 @pytest.fixture
-def kernels(monkeypatch):
-    """Lets the sparse kernel of this name win everywhere."""
+def sparse_wins(monkeypatch):
+    """Lets the sparse kernels win everywhere."""
     pytest.importorskip("torch")
-    from masked_layers.torchscript import timing
-
-    def choose(name):
-        monkeypatch.setitem(timing._LIMITS, "rounds", (1, 1))
-        monkeypatch.setattr(
-            timing,
-            "fastest",
-            lambda seconds, gain=1.0: name if name in seconds else next(iter({*seconds} - {name})),
-        )
-
-    return choose
+    let_win(monkeypatch, "csr", "sparse")
 
 
 def pruned(model, sparsity=0.8):
@@ -95,8 +86,7 @@ def drawn(model, rows):
 
 @marked
 @pytest.mark.parametrize("make", [image, several, subclassed])
-def test_predictions_are_those_of_the_model(make, kernels):
-    kernels("csr")
+def test_predictions_are_those_of_the_model(make, sparse_wins):
     model = pruned(make())
     before = model.get_weights(), ml.get_masks(model)
     fast = ml.accelerate(model, batch_size=2)
@@ -119,8 +109,7 @@ def test_predictions_are_those_of_the_model(make, kernels):
 
 
 @marked
-def test_it_evaluates_like_the_model_and_refuses_to_train(kernels, tmp_path):
-    kernels("csr")
+def test_it_evaluates_like_the_model_and_refuses_to_train(sparse_wins, tmp_path):
     model = pruned(several())
     losses = {"left": "mse", "right": "mae"}
     model.compile("sgd", loss=losses, metrics={"left": ["mae"]})

@@ -1,6 +1,7 @@
 """TorchScript files: what they compute, with PyTorch alone, and what is refused."""
 
 import dataclasses
+import functools
 import json
 import pickletools
 import re
@@ -15,6 +16,7 @@ from keras import layers
 
 import masked_layers as ml
 from masked_layers import _keras
+from winning_kernels import let_win
 
 torch = pytest.importorskip("torch")
 pytestmark = [
@@ -40,27 +42,7 @@ def pruned(model, sparsity=0.9):
 @pytest.fixture
 def sparse_wins(monkeypatch):
     """Lets every sparse kernel win, in either layout, so that files contain all of them."""
-    from masked_layers.torchscript import timing
-
-    def seconds(order):
-        def measure(calls, run):
-            run()
-            return {
-                site: dict(zip(order, (1.0, 2.0, 3.0), strict=True))
-                for site in calls.sites.values()
-            }
-
-        return measure
-
-    def choose(kernel, program):
-        order = (kernel, *(name for name in ("csr", "csr/32", "dense") if name != kernel))
-        monkeypatch.setattr(timing, "site_seconds", seconds(order))
-        monkeypatch.setattr(
-            timing,
-            "program_seconds",
-            lambda programs: {name: 1.0 if name == program else 2.0 for name in programs},
-        )
-
+    choose = functools.partial(let_win, monkeypatch)
     choose("csr", "sparse")
     return choose
 
