@@ -5,9 +5,9 @@ import numpy as np
 from keras import layers, ops
 
 import masked_layers as ml
+from _lottery_ticket.experiments import CRITERIA
 from benchmarks.timing import seconds
 from lottery_ticket_pruner import LotteryTicketPruner
-from lottery_ticket_pruner.experiments.supermask import CRITERIA
 from lottery_ticket_pruner.supermasks import evaluate_grid
 
 

@@ -1,45 +1,47 @@
 """The command `lottery-ticket`."""
 
-import importlib.util
+import contextlib
 import shlex
 import sys
 import warnings
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
+from _lottery_ticket import commands as options_of
+from _lottery_ticket import parser, refusals
 from lottery_ticket_pruner.experiments.parent import end_with_parent
 
-if TYPE_CHECKING:
-    from lottery_ticket_pruner.commands.compare import CompareConfig
-    from lottery_ticket_pruner.commands.processes import Failure
-    from lottery_ticket_pruner.commands.prune import PruneConfig
-    from lottery_ticket_pruner.commands.repeat import RepeatConfig
-    from lottery_ticket_pruner.commands.report import ReportConfig
-    from lottery_ticket_pruner.commands.saved_models import ExportConfig, InspectConfig
-    from lottery_ticket_pruner.experiments.catalogue import Kind
 
-_EXTRA = ("jinja2", "matplotlib", "pandas", "rich", "scipy", "sklearn", "tensorboard", "tyro")
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, options: Any = None) -> int:
     """Runs the command and returns its exit status; see `lottery-ticket --help`.
 
     Args:
         arguments: Command-line arguments. None for those of the process.
+        options: The same, if they were parsed.
     """
-    format_before = warnings.formatwarning
-    warnings.formatwarning = _formatted
+    given = sys.argv[1:] if arguments is None else arguments
+    end_with_parent()
     try:
-        return _main(arguments)
+        with _warnings_of_a_command():
+            return _run(parser.parse(given) if options is None else options)
+    except (parser.MissingExtraError, refusals.UsageError) as error:
+        return parser.refuse(error)
     except KeyboardInterrupt as error:
         words = ["Interrupted.", *getattr(error, "__notes__", ())]
         if len(words) > 1:
-            given = sys.argv[1:] if arguments is None else arguments
             words.append(f"To resume, repeat: {shlex.join(['lottery-ticket', *given])}")
         print(" ".join(words), file=sys.stderr)
         return 130
+
+
+@contextlib.contextmanager
+def _warnings_of_a_command() -> Iterator[None]:
+    before = warnings.formatwarning
+    warnings.formatwarning = _formatted
+    try:
+        yield
     finally:
-        warnings.formatwarning = format_before
+        warnings.formatwarning = before
 
 
 def _formatted(
@@ -63,110 +65,81 @@ def _print_error(error: Exception) -> int:
     return 2
 
 
-def _main(arguments: Sequence[str] | None) -> int:
-    end_with_parent()
-    missing = [name for name in _EXTRA if importlib.util.find_spec(name) is None]
-    if missing:
-        print(
-            f"lottery-ticket needs {', '.join(missing)}, which is not installed. Install the "
-            'requirements of the command line: pip install "lottery-ticket-pruner[cli]"',
-            file=sys.stderr,
-        )
-        return 1
-    import tyro
-
+def _run(options: Any) -> int:
     from lottery_ticket_pruner.divergence import DivergenceError
 
-    commands = _commands()
-    config = tyro.extras.subcommand_cli_from_dict(
-        {name: options for name, (options, _) in commands.items()},
-        prog="lottery-ticket",
-        description="Lottery tickets in Keras 3: the papers' experiments as commands, and serving.",
-        args=arguments,
-    )
+    command = next(name for name, kind in parser.commands().items() if type(options) is kind)
     try:
-        return dict(commands.values())[type(config)](config)
+        return _HANDLERS.get(command, _experiment)(command, options)
+    except BrokenPipeError:
+        raise  # Of the output, which is no error of the command.
     except (DivergenceError, OSError, ValueError) as error:
         return _print_error(error)
 
 
-def _commands() -> dict[str, tuple[type, Callable[[Any], int]]]:
-    """Returns each command with its options and the function that executes it."""
-    from lottery_ticket_pruner.commands.compare import CompareConfig
-    from lottery_ticket_pruner.commands.prune import PruneConfig
-    from lottery_ticket_pruner.commands.repeat import RepeatConfig
-    from lottery_ticket_pruner.commands.report import ReportConfig
-    from lottery_ticket_pruner.commands.saved_models import ExportConfig, InspectConfig
-    from lottery_ticket_pruner.commands.sweep import SupermaskSweepConfig, SweepConfig
+def _experiment(command: str, options: Any) -> int:
     from lottery_ticket_pruner.experiments import catalogue
 
-    kinds = catalogue.KINDS.items()
-    return {
-        "prune": (PruneConfig, _prune),
-        "compare": (CompareConfig, _compare),
-        **{command: (kind.config, _work_on(kind)) for command, kind in kinds},
-        "repeat": (RepeatConfig, _repeat),
-        "sweep": (SweepConfig, _sweep),
-        "sweep-supermask": (SupermaskSweepConfig, _sweep),
-        "report": (ReportConfig, _report),
-        "export": (ExportConfig, _print_report),
-        "inspect": (InspectConfig, _print_report),
-    }
+    kind = catalogue.KINDS[command]
+    return _work_on(kind, kind.config(**vars(options)))
 
 
-def _work_on(kind: "Kind") -> Callable[[Any], int]:
+def _work_on(kind: Any, config: Any) -> int:
     from lottery_ticket_pruner.experiments import identifiers, own
     from lottery_ticket_pruner.experiments.workbench import load_and_resolve
 
-    def work(config: Any) -> int:
-        with own.named_errors_of(identifiers.locations(config.to_dict())):
-            kind.run(*load_and_resolve(config))
-        return 0
-
-    return work
+    with own.named_errors_of(identifiers.locations(config.to_dict())):
+        kind.run(*load_and_resolve(config))
+    return 0
 
 
-def _prune(config: "PruneConfig") -> int:
+def _prune(_: str, options: options_of.PruneOptions) -> int:
     from lottery_ticket_pruner.commands import prune
 
-    prune.prune(config)
+    prune.prune(prune.PruneConfig(**vars(options)))
     return 0
 
 
-def _compare(config: "CompareConfig") -> int:
+def _compare(_: str, options: options_of.CompareConfig) -> int:
     from lottery_ticket_pruner.commands import compare
 
-    compare.compare(config)
+    compare.compare(options)
     return 0
 
 
-def _repeat(config: "RepeatConfig") -> int:
+def _repeat(_: str, options: options_of.RepeatOptions) -> int:
+    from lottery_ticket_pruner.commands.repeat import RepeatConfig
+    from lottery_ticket_pruner.experiments import catalogue
     from lottery_ticket_pruner.experiments.results import is_pruned
 
+    config = RepeatConfig(**vars(options))
     if is_pruned(folder := config.place):
         from lottery_ticket_pruner.commands import prune_again
 
-        options = {"overwrite": config.overwrite, "quiet": config.quiet}
-        again = prune_again.configuration(folder, config.out, **options)
+        again = prune_again.configuration(
+            folder, config.out, overwrite=config.overwrite, quiet=config.quiet
+        )
         return 0 if prune_again.repeat(folder, again) else 1
     experiment = config.configuration()
-    return dict(_commands().values())[type(experiment)](experiment)
+    kind = next(kind for kind in catalogue.KINDS.values() if isinstance(experiment, kind.config))
+    return _work_on(kind, experiment)
 
 
-def _report(config: "ReportConfig") -> int:
+def _report(_: str, options: options_of.ReportConfig) -> int:
     from lottery_ticket_pruner.commands import report
 
-    report.write_report(config)
+    report.write_report(options)
     return 0
 
 
-def _sweep(config: Any) -> int:
+def _sweep(command: str, options: Any) -> int:
     from lottery_ticket_pruner.commands import sweep
 
-    return _print_failures(sweep.sweep(config))
+    kind = sweep.SweepConfig if command == "sweep" else sweep.SupermaskSweepConfig
+    return _print_failures(sweep.sweep(kind(**vars(options))))
 
 
-def _print_failures(failures: "Sequence[Failure]") -> int:
+def _print_failures(failures: Sequence[Any]) -> int:
     for failure in failures:
         print(
             f"failed: {failure.child.label}: {failure.message} (see {failure.log})", file=sys.stderr
@@ -174,12 +147,39 @@ def _print_failures(failures: "Sequence[Failure]") -> int:
     return 1 if failures else 0
 
 
-def _print_report(config: "ExportConfig | InspectConfig") -> int:
+def _export(_: str, options: options_of.ExportOptions) -> int:
+    from lottery_ticket_pruner.commands.saved_models import ExportConfig
+
+    return _print_report(ExportConfig(**vars(options)))
+
+
+def _inspect(_: str, options: options_of.InspectOptions) -> int:
+    from lottery_ticket_pruner.commands.saved_models import InspectConfig
+
+    return _print_report(InspectConfig(**vars(options)))
+
+
+def _print_report(config: Any) -> int:
     try:
         print(config.execute())
+    except BrokenPipeError:
+        raise
     except (ArithmeticError, ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
         return _print_error(error)
     return 0
+
+
+# The commands that are not experiments of the catalogue.
+_HANDLERS: dict[str, Callable[[str, Any], int]] = {
+    "prune": _prune,
+    "compare": _compare,
+    "repeat": _repeat,
+    "sweep": _sweep,
+    "sweep-supermask": _sweep,
+    "report": _report,
+    "export": _export,
+    "inspect": _inspect,
+}
 
 
 if __name__ == "__main__":

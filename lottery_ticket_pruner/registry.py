@@ -5,10 +5,11 @@ restoring from a configuration and for refusing names. A name stands for one thi
 function is never mistaken for a registered one of the same name.
 """
 
-import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MethodType
 from typing import Any, Generic, TypeVar
+
+from _lottery_ticket import hints
 
 T = TypeVar("T")
 
@@ -27,8 +28,7 @@ class UnknownNameError(ValueError):
     """
 
     def __init__(self, kind: str, name: object, known: Sequence[str], remedy: str = "") -> None:
-        close = difflib.get_close_matches(name, known, 1) if isinstance(name, str) else []
-        hint = f" Did you mean {close[0]!r}?" if close else ""
+        hint = hints.question(name, known) if isinstance(name, str) else ""
         self.without_remedy = f"Unknown {kind} {name!r}.{hint} Known are: {', '.join(known)}."
         super().__init__(f"{self.without_remedy} {remedy}".rstrip())
 

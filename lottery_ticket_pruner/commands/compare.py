@@ -4,13 +4,13 @@ import dataclasses
 import functools
 import importlib
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import keras
 import numpy as np
-import tyro
 from rich.console import Console
 
+from _lottery_ticket.commands import CompareConfig
 from lottery_ticket_pruner.compression import (
     ModelComparison,
     Subject,
@@ -25,39 +25,7 @@ from lottery_ticket_pruner.training import Arrays, map_arrays
 from masked_layers import serving
 from masked_layers.ticket_files import load_with_values
 
-_MODELS = tyro.conf.arg(
-    metavar="MODEL",
-    help="Models, the first of which the others are compared with: .keras or .h5 files, tickets "
-    "(.safetensors), SavedModel folders such as served/1, folders of `prune` or `run` (the ticket "
-    "of its first seed), or module:function and file.py:function, which return a model.",
-)
-_DATA = tyro.conf.arg(
-    metavar="NAME",
-    help=f"Data set: {', '.join(datasets.NAMES)}, of which the test examples are used. Or "
-    "module:function or path/to/file.py:function, which returns (x, y), or two or three pairs, of "
-    "which the last one is used. They are used as they are, unless a folder of `prune` or `run` "
-    "has this data: then its test examples are used as there. Default: those of the first folder.",
-    help_behavior_hint="",
-)
 _FILES = {"prune": "model.keras", "run": "ticket.keras"}
-
-
-@dataclasses.dataclass(frozen=True)
-class CompareConfig:
-    """Compare models on test data: metric, predictions, sparsity, size and latency.
-
-    The difference of the metric from that of the first model has a 95 % interval. Agreement is the
-    share of examples for which a model predicts the same class as the first one. Bytes are those of
-    a sparse SavedModel. Latency is that of one call, measured in turns: of a SavedModel as
-    TensorFlow runs it, of other models as Keras does.
-    """
-
-    models: Annotated[tyro.conf.Positional[tuple[str, ...]], _MODELS]
-    data: Annotated[str | None, _DATA] = None
-    data_dir: Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")] = None
-    """Folder with the published files of the data set, or with a subfolder of them."""
-    batch_size: int = 1
-    """Examples of a call whose time is measured."""
 
 
 def compare(config: CompareConfig, console: Console | None = None) -> ModelComparison:

@@ -7,14 +7,14 @@ import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import keras
 import numpy as np
 import rich.progress
-import tyro
 from rich.console import Console
 
+from _lottery_ticket import commands as options
 from lottery_ticket_pruner import Latency
 from lottery_ticket_pruner.commands import prune_folder, served_latency
 from lottery_ticket_pruner.compression import (
@@ -30,12 +30,6 @@ from lottery_ticket_pruner.compression import (
 from lottery_ticket_pruner.experiments import datasets, networks, own, own_networks, progress
 from lottery_ticket_pruner.experiments.arguments import option
 from lottery_ticket_pruner.experiments.config import RunConfig
-from lottery_ticket_pruner.experiments.options import (
-    NO_HINT,
-    OptionalFloat,
-    OptionalInt,
-    OptionalPath,
-)
 from lottery_ticket_pruner.experiments.reports import pruning
 from lottery_ticket_pruner.experiments.workbench import compiled_network
 from lottery_ticket_pruner.fingerprints import of_json
@@ -49,80 +43,11 @@ _UNITS = {
     "kib": 2**10,
     "mib": 2**20,
 }
-_MODEL = tyro.conf.arg(
-    metavar="MODEL",
-    help="A .keras or .h5 file of a compiled model, module:function or path/to/file.py:function, "
-    f"which returns one, or a network to train first: {', '.join(networks.NAMES)}. Default: the "
-    "network of the data set.",
-)
-_DATA = tyro.conf.arg(
-    metavar="NAME",
-    help=f"Data set: {', '.join(datasets.NAMES)}. Or module:function or path/to/file.py:function, "
-    "which returns (x, y), two pairs for training and test, three for training, validation and "
-    "test, or data sets of batches. They are used as they are, so scale them like the inputs of "
-    "the model.",
-)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PruneConfig:
-    """Find the smallest version of a model that is good enough, and export it for serving.
-
-    Without arguments: handwritten digits of scikit-learn and a fully connected 300-100 network, to
-    at most one point of accuracy less; under a minute on two cores.
-
-    The folder contains model.keras, served/1 (a sparse SavedModel), results.csv, report.html,
-    model_card.md and config.json. An interrupted search is resumed by the same command. `repeat`
-    runs it again in another folder, and `report` writes its report again.
-    """
-
-    model: Annotated[str | None, tyro.conf.Positional, _MODEL] = None
-    data: Annotated[str, _DATA] = "digits"
-    data_dir: OptionalPath = None
-    """Folder with the published files of the data set, or with a subfolder of them."""
-    max_drop: OptionalFloat = None
-    """How much worse the metric may become on validation data: 0.01 is one point of accuracy. \
-Default: 0.01 of a metric that should be high, or no condition if another goal is given."""
-    sparsity: OptionalFloat = None
-    """Share of weights to prune."""
-    size: Annotated[str | None, tyro.conf.arg(metavar="BYTES", help_behavior_hint="")] = None
-    """Size of the folder for serving, such as 500kB or 2MB."""
-    macs: OptionalFloat = None
-    """Share of the multiply-adds that may be left. Prunes channels."""
-    latency: Annotated[str | None, tyro.conf.arg(metavar="TIME", help_behavior_hint="")] = None
-    """Milliseconds of a call with one example on this machine, such as 3ms, or a share of that of \
-the dense model, such as 0.5. Prunes channels."""
-    method: Literal["auto", "iterative", "gradual", "one_shot", "channels"] = "auto"
-    """one_shot fits the kept weights without training, iterative trains after each step, gradual \
-prunes while it trains, channels removes whole filters and units. auto continues iteratively where \
-methods without training end, or prunes channels for --macs and --latency."""
-    metric: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="")] = None
-    """Metric of --max-drop, as in the results of evaluate. Default: accuracy, or the loss."""
-    mode: Literal["auto", "max", "min"] = "auto"
-    """Direction of the metric. auto: the one that Keras' callbacks choose."""
-    epochs: OptionalInt = None
-    """Epochs of training after each step. Default: 3, or as many as 400 steps take."""
-    batch_size: int = 64
-    """Examples per step of training."""
-    rate: float = 0.5
-    """Share of the kept weights that a step prunes, until the first that is not good enough."""
-    scope: Annotated[Literal["global", "layer"] | None, NO_HINT] = None
-    """global divides the sparsity among layers by magnitude relative to each layer, layer gives \
-all the same. Default: global, or layer for channels."""
-    retraining: Literal["learning_rate_rewinding", "weight_rewinding"] = "learning_rate_rewinding"
-    """What is trained after a step: the weights as they are, or, of an untrained model, the \
-initial ones."""
-    minutes: OptionalFloat = None
-    """Time to spend. The search ends before a step that would probably exceed it, and goes on to \
-finer steps than without this option."""
-    seed: int = 0
-    """Seed of the order of the examples, and of the weights of a network to train first."""
-    out: OptionalPath = None
-    """Folder to write. Default: a folder in ./runs, named after the options."""
-    overwrite: bool = False
-    """Discard the state of an earlier search in the folder, and replace its results."""
-    quiet: bool = False
-    """Print nothing."""
+class PruneConfig(options.PruneOptions):
+    """Options of `lottery-ticket prune`."""
 
     @property
     def folder(self) -> Path:

@@ -4,12 +4,10 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import tyro
-
+from _lottery_ticket import commands as options
 from lottery_ticket_pruner.experiments import catalogue, datasets, own
 from lottery_ticket_pruner.experiments.config import Experiment
 from lottery_ticket_pruner.experiments.identifiers import code_of
-from lottery_ticket_pruner.experiments.options import OptionalPath
 from lottery_ticket_pruner.experiments.results import (
     CODE,
     CONFIG_FILE,
@@ -22,29 +20,8 @@ from masked_layers.files import FileContentError
 
 
 @dataclasses.dataclass(frozen=True)
-class RepeatConfig:
-    """Re-run the experiment of a run folder with the same options.
-
-    Options that were added after the folder was written have their defaults.
-
-    Works on the folders of all experiments, and on single runs inside the folder of a sweep. If the
-    original was run with --deterministic, the repetition gives the same numbers, bit for bit, on
-    the same machine with the same number of cores, backend and data. Note that a sweep gives each
-    of its runs a share of the cores.
-
-    A `prune` is repeated too, and the models that were tried are compared. The exit status is 1 if
-    one of them differs.
-    """
-
-    folder: tyro.conf.Positional[Path]
-    """Folder of the run, or just its config.json."""
-    out: OptionalPath = None
-    """Folder for the new run. By default the original name with -again, next to the original or, \
-for a run of a sweep, next to the sweep."""
-    overwrite: bool = False
-    """Replace the run in the folder of the new run once this one is finished."""
-    quiet: bool = False
-    """Print nothing."""
+class RepeatConfig(options.RepeatOptions):
+    """Options of `lottery-ticket repeat`."""
 
     @property
     def place(self) -> Path:

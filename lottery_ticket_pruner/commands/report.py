@@ -1,15 +1,12 @@
 """The command `lottery-ticket report`: tables, figures and a web page that compare runs."""
 
-import dataclasses
 from pathlib import Path
-from typing import Annotated
 
-import tyro
 from rich.console import Console
 
+from _lottery_ticket.commands import ReportConfig
 from lottery_ticket_pruner.commands import prune_again
 from lottery_ticket_pruner.experiments import results
-from lottery_ticket_pruner.experiments.options import OptionalPath
 from lottery_ticket_pruner.experiments.reports import (
     contents,
     run_folders,
@@ -18,28 +15,6 @@ from lottery_ticket_pruner.experiments.reports import (
 )
 from lottery_ticket_pruner.folders import make_folder
 from masked_layers.files import replacing
-
-_Folders = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER...")]
-
-
-@dataclasses.dataclass(frozen=True)
-class ReportConfig:
-    """Compare runs: print tables, and write figures, a table of all rows and a web page.
-
-    If runs saved their tickets, these are compared as well: the kept weights of each layer, the
-    overlap of masks between seeds and configurations next to the overlap expected by chance, and
-    the share of kept weights that ended with the sign they started with.
-
-    For folders of `prune`, report.html and model_card.md are written again from their results.
-    """
-
-    folders: _Folders
-    """Run folders, or folders that contain run folders, such as that of a sweep or ./runs."""
-    out: OptionalPath = None
-    """Folder for report.html, tables.md, results.csv and *.png. By default `report` inside FOLDER
-    if there is only one, otherwise ./report."""
-    quiet: bool = False
-    """Print nothing but errors."""
 
 
 def write_report(config: ReportConfig, console: Console | None = None) -> Path:

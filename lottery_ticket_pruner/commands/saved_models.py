@@ -2,13 +2,12 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Literal
 
 import keras
 import numpy as np
-import tyro
 
 import masked_layers
+from _lottery_ticket import commands as options
 from lottery_ticket_pruner.commands.all_formats import FormatsTable, Options, export_all
 from masked_layers import serving
 from masked_layers.keras_files import how_to_save, load_model
@@ -16,55 +15,8 @@ from masked_layers.ticket_files import load_with_values
 
 
 @dataclasses.dataclass(frozen=True)
-class ExportConfig:
-    """Write a saved model as a sparse SavedModel folder, TorchScript or ONNX file for serving."""
-
-    model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
-    """A `.keras` file, masked or plain with zeros in its kernels, or a ticket (`.safetensors`)."""
-    out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
-    """Folder, such as served/1, or file, such as model.pt, to write. None is replaced."""
-    overwrite: bool = False
-    """Replace an existing SavedModel or file once the new one is complete."""
-    values: Literal[
-        "float32",
-        "float16",
-        "bfloat16",
-        "int8",
-        "codebook",
-        "codebook-2",
-        "codebook-3",
-        "codebook-4",
-        "codebook-5",
-        "codebook-6",
-        "codebook-7",
-        "codebook-8",
-    ] = "float32"
-    """float32 keeps every value exactly. float16 and bfloat16 take 2 bytes; int8 and codebooks of
-    2 to 8 bits take a byte or less. The resulting error of the outputs is printed. codebook chooses
-    the bits of each weight by --tolerance, and is codebook-5 without it. --format onnx takes
-    float32 and int8."""
-    tolerance: float | None = None
-    """Largest error of an output, relative to the largest output. If it is exceeded, nothing is
-    written; with --format all, the other formats are."""
-    sample_inputs: Path | None = None
-    """An array of inputs (`.npy`), with which the error is measured. Default: random numbers."""
-    level: int = 6
-    """Compression level, 0 to 9."""
-    include: tuple[str, ...] = ()
-    """Regular expressions for the paths of weights that may be stored sparsely. Default: all."""
-    format: Literal["saved_model", "torch", "onnx", "all"] = "saved_model"
-    """torch writes a TorchScript file with the fastest kernel for every weight, and its report.
-    onnx writes an ONNX file of the size of the non-zero weights. all writes a folder with every
-    format whose packages are installed, and a table of bytes, output errors and latencies."""
-    batch_size: int = 1
-    """With --format torch or all: number of rows for which calls are measured."""
-    threads: int | None = None
-    """With --format torch or all: number of threads with which they are measured. Default: that of
-    each runtime."""
-    timings: Path | None = None
-    """With --format torch: report of an earlier export, by whose times kernels are chosen."""
-    shrink: bool = False
-    """With --format torch: remove channels without effect first."""
+class ExportConfig(options.ExportOptions):
+    """Options of `lottery-ticket export`."""
 
     def execute(self) -> serving.StorageReport | masked_layers.TorchReport | FormatsTable:
         """Loads the model, writes the folder or file and returns a report."""
@@ -155,11 +107,8 @@ _OPTIONS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class InspectConfig:
-    """Print sparsity, encoding and bytes of every weight of a saved model."""
-
-    path: tyro.conf.Positional[Path]
-    """A `.keras` file, a ticket (`.safetensors`) or a SavedModel folder."""
+class InspectConfig(options.InspectOptions):
+    """Options of `lottery-ticket inspect`."""
 
     def execute(self) -> serving.StorageReport:
         """Returns a report of the stored sizes."""

@@ -8,12 +8,13 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import keras
-import tyro
 from rich.console import Console
 
+from _lottery_ticket import experiments as options
+from _lottery_ticket import parser
 from lottery_ticket_pruner.commands.processes import (
     LOG_FILE,
     Failure,
@@ -26,7 +27,6 @@ from lottery_ticket_pruner.experiments.arguments import arguments as arguments_o
 from lottery_ticket_pruner.experiments.arguments import given, option, options_of, parse_over
 from lottery_ticket_pruner.experiments.config import RunConfig, choices, chosen
 from lottery_ticket_pruner.experiments.identifiers import code_of
-from lottery_ticket_pruner.experiments.options import OptionalInt, OptionalPath
 from lottery_ticket_pruner.experiments.reports import contents, run_folders
 from lottery_ticket_pruner.experiments.run_folder import (
     Workplace,
@@ -39,51 +39,15 @@ from lottery_ticket_pruner.experiments.workbench import fitted
 from lottery_ticket_pruner.fingerprints import of_json
 from masked_layers.files import replacing
 
-_Over = Annotated[
-    tuple[str, ...],
-    tyro.conf.UseAppendAction,
-    tyro.conf.arg(metavar="OPTION=VALUE,VALUE", help_behavior_hint="(repeatable)"),
-]
+
+@dataclasses.dataclass(frozen=True)
+class SweepConfig(options.SweepOptions, RunConfig):
+    """Options of `lottery-ticket sweep`."""
 
 
 @dataclasses.dataclass(frozen=True)
-class _Sweeping:
-    over: _Over = ()
-    """Name of an option, and the values to try."""
-    jobs: OptionalInt = None
-    """Number of runs at a time, each on its share of the cores. By default one per core."""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """Seeds, each of which has a separate run for each combination."""
-    out: OptionalPath = None
-    """Folder for all run folders and results.csv. By default a folder in ./runs. Runs that are \
-already finished there are kept, and missing ones are run."""
-    overwrite: bool = False
-    """Replace the sweep in that folder once all runs of this one are finished."""
-    quiet: bool = False
-    """Print nothing but errors."""
-
-
-@dataclasses.dataclass(frozen=True)
-class SweepConfig(_Sweeping, RunConfig):
-    """Run every combination of some options and seeds, several at a time.
-
-    Accepts every option of `lottery-ticket run`. --over rate=0.2,0.4 tries several values of an
-    option. With --over strategy=large_final,random next to it, all four combinations are run, each
-    with each seed. If an option takes several values, join them with plus signs, as in
-    --over controls=none,random_mask+random_reinit. Repeat the command to resume an interrupted
-    sweep.
-    """
-
-
-@dataclasses.dataclass(frozen=True)
-class SupermaskSweepConfig(_Sweeping, SupermaskConfig):
-    """Compute or learn supermasks for every combination of some options and seeds.
-
-    Accepts every option of `lottery-ticket supermask`, and --over as in `lottery-ticket sweep`:
-    --over learn=bernoulli,edge_popup --over weights=initial,signed_constant learns four kinds of
-    masks, each with each seed, several at a time. Repeat the command to resume an interrupted
-    sweep.
-    """
+class SupermaskSweepConfig(options.SupermaskSweepOptions, SupermaskConfig):
+    """Options of `lottery-ticket sweep-supermask`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,13 +134,13 @@ def plan(config: SweepConfig | SupermaskSweepConfig) -> list[Child]:
     if not config.seeds:
         raise ValueError("Give at least one seed.")
     read: dict[tuple[str, Path | None], datasets.Dataset] = {}
-    tried: set[tuple[str | None, str, str, str]] = set()
+    tried: set[tuple[str | None, ...]] = set()
     found: dict[str, tuple[str, RunConfig | SupermaskConfig, list[str]]] = {}
     for values in itertools.product(*(values for _, values in over)):
         pairs = list(zip(names, values, strict=True))
         label = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in pairs)
         arguments = [*common, *(text for pair in pairs for text in given(*pair, kind.config))]
-        parsed = tyro.cli(kind.config, args=arguments, prog=f"lottery-ticket {kind.name}")
+        parsed = kind.config(**vars(parser.parse([kind.name, *arguments])))
         source = (parsed.data, parsed.data_dir)
         for seed in config.seeds:
             try:

@@ -6,25 +6,16 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
-import tyro
-
-from lottery_ticket_pruner import criteria, selection, structures, treatments
+from _lottery_ticket import experiments as options
+from lottery_ticket_pruner import criteria, selection, structures
 from lottery_ticket_pruner.experiments import datasets, networks, own
 from lottery_ticket_pruner.experiments.arguments import option, rates_of
 from lottery_ticket_pruner.experiments.identifiers import identifier_of, resolved
-from lottery_ticket_pruner.experiments.options import (
-    NO_HINT,
-    OptionalFloat,
-    OptionalInt,
-    OptionalPath,
-)
 from lottery_ticket_pruner.fingerprints import of_json
 from lottery_ticket_pruner.registry import UnknownNameError
 from lottery_ticket_pruner.search_plans import (
-    CONTROLS,
-    RETRAINING,
     ControlPlan,
     PruningPlan,
     SearchPlan,
@@ -34,16 +25,6 @@ from lottery_ticket_pruner.search_plans import (
 from lottery_ticket_pruner.training import TrainingPlan
 
 _T = TypeVar("_T")
-
-if TYPE_CHECKING:
-    # The names are known when the program runs, not before.
-    Optimizer: TypeAlias = str
-    _Retraining: TypeAlias = str
-    _Control: TypeAlias = str
-else:
-    Optimizer = Literal[*networks.OPTIMIZERS]
-    _Retraining = Literal[*RETRAINING]
-    _Control = Literal[*CONTROLS]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,51 +61,6 @@ _RECIPES = {
 # large rounds, with three seeds in less than a minute.
 _SMALL = Recipe("lenet-300-100", 2e-3, 600, 9, rate=0.36)
 
-_DOWNLOADED = [name for name, named in datasets.NAMED.items() if named.is_downloaded]
-_CUSTOM = "For a custom one: module:name or path/to/file.py:name"
-_DATA = tyro.conf.arg(
-    metavar="NAME",
-    help=f"Data set: {', '.join(datasets.NAMES)}. Of these, {', '.join(_DOWNLOADED)} are read from "
-    "--data-dir or downloaded. For custom data: module:function or path/to/file.py:function, "
-    "which returns ((x_train, y_train), (x_test, y_test)) or two tf.data.Datasets of batches.",
-)
-NETWORK = tyro.conf.arg(
-    metavar="NAME",
-    help_behavior_hint="",
-    help=f"Network: {', '.join(networks.NAMES)}. Default: lenet-300-100, or conv-2 for CIFAR-10. "
-    f"{_CUSTOM}, a function that returns a Keras model; or a .keras file, whose architecture gets "
-    "new initial weights for each seed. A compiled model keeps its loss and optimizer, others are "
-    "trained with --optimizer (adam) and cross-entropy. All layers have the same rate.",
-)
-_STRATEGY = tyro.conf.arg(
-    metavar="NAME",
-    help=f"Pruning criterion, which decides what is kept: {', '.join(criteria.names())}; "
-    f"with --structure channels also {', '.join(criteria.channel_names())}. {_CUSTOM}.",
-)
-_STRUCTURE = tyro.conf.arg(
-    metavar="NAME",
-    help_behavior_hint="",
-    help="Weights that are pruned together: filters or units (the same), channels (with all "
-    "weights tied to them, so that `masked_layers.shrink` can remove them), blocks such as 4x1, "
-    f"N:M such as 2:4. Rates are shares of these. Default: single weights. {_CUSTOM}.",
-)
-_RATE = tyro.conf.arg(
-    metavar="FLOAT [PATTERN=FLOAT ...]",
-    help_behavior_hint="",
-    help="Share of the remaining weights pruned per round. Default: 0.2, or 0.36 for small data "
-    "sets. Layers can have their own: --rate 0.2 conv=0.1 output=0.05 gives 0.1 to all whose path, "
-    "such as conv_1/kernel, matches the regular expression conv.",
-)
-_KEPT = tyro.conf.arg(
-    metavar="NAME",
-    help="Values that the ticket's kept weights start from in every round: "
-    f"{', '.join(treatments.kept_names())}. {_CUSTOM}.",
-)
-_PRUNED = tyro.conf.arg(
-    metavar="NAME",
-    help=f"Values of its pruned weights: {', '.join(treatments.pruned_names())}. {_CUSTOM}.",
-)
-
 
 class Experiment:
     """Base class of the configurations of all experiments, which are dataclasses."""
@@ -158,72 +94,8 @@ class Experiment:
 
 
 @dataclasses.dataclass(frozen=True)
-class RunConfig(Experiment):
-    """Find lottery tickets: train, prune, rewind, repeat, with controls at the same sparsity.
-
-    Without options: handwritten digits of scikit-learn, a fully connected 300-100 network, nine
-    rounds of pruning down to 2 % of the weights, three seeds; under a minute on two cores. Other
-    defaults are the values of Frankle & Carbin's recipe for the network.
-    """
-
-    data: Annotated[str, _DATA] = "digits"
-    data_dir: OptionalPath = None
-    """Folder with the published files of the data set or its .npz, or with a subfolder of them."""
-    network: Annotated[str | None, NETWORK] = None
-    strategy: Annotated[str, _STRATEGY] = "large_final"
-    scope: Annotated[Literal["layer", "global", "isomorphic"] | None, NO_HINT] = None
-    """Weights that are ranked together: per layer, global, or, with --structure channels, \
-isomorphic (layers of equal shapes). Default: the scope of the strategy, or else that of \
-the recipe: global for resnet-20, otherwise layer."""
-    structure: Annotated[str | None, _STRUCTURE] = None
-    rounds: OptionalInt = None
-    """Rounds of pruning after the dense run. Default: 20, or 9 for small data sets (digits)."""
-    rate: Annotated[float | tuple[str, ...] | None, _RATE] = None
-    conv_rate: OptionalFloat = None
-    """The same for convolutions, if there are any. Default: half of --rate, or three quarters \
-for conv-6."""
-    output_rate: OptionalFloat = None
-    """The same for the output layer. Default: half of --rate."""
-    final_sparsity: OptionalFloat = None
-    """Share of pruned weights after the last round, reached at one rate. Replaces the rates."""
-    rewind_to: str = "0"
-    """Training step to rewind to: 0, or as in 500it (steps) or 2ep (epochs)."""
-    retraining: _Retraining = "weight_rewinding"
-    """What the ticket is trained from: rewound weights, trained weights with the learning rates \
-of the rewinding point, or trained weights at the last learning rate."""
-    kept: Annotated[str, _KEPT] = "rewind"
-    pruned: Annotated[str, _PRUNED] = "zero"
-    controls: tuple[_Control, ...] = ("random_reinit", "random_mask")
-    """Controls for the ticket, each trained once from the rewinding point, even if another \
---retraining trains the ticket for longer. Pass no names to train only the ticket."""
-    control_rounds: tuple[int, ...] = ()
-    """Rounds in which controls are trained. Default: all."""
-    steps: OptionalInt = None
-    """Training steps of each run. Default: those of the network's recipe (50,000 for \
-lenet-300-100 on other data), or 600 for small data sets."""
-    epochs: OptionalInt = None
-    """Epochs of each run, instead of --steps."""
-    batch_size: OptionalInt = None
-    """Examples per step. Default: 60, or 128 for resnet-20."""
-    optimizer: Annotated[Optimizer | None, NO_HINT] = None
-    """Adam, or SGD with momentum and a learning rate divided by ten after half and three quarters \
-of the steps. Default: that of the network's recipe, sgd for resnet-20 and otherwise adam."""
-    learning_rate: OptionalFloat = None
-    """Learning rate. Default: that of the network's recipe (0.0012 for lenet-300-100)."""
-    eval_every: OptionalInt = None
-    """Steps between evaluations on the validation data. Default: a tenth of all, at most 500."""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """Seeds. Each has a separate replicate, including its initial weights."""
-    out: OptionalPath = None
-    """Run folder. Default: a folder in ./runs, named after the options. An interrupted run with \
-the same options is resumed; finished runs, and runs with other options, are not changed."""
-    overwrite: bool = False
-    """Replace the run in the run folder once this one is finished."""
-    deterministic: bool = False
-    """Reproduce results bit for bit on this machine with the same number of cores: deterministic \
-operations, and no decisions based on timing."""
-    quiet: bool = False
-    """Print nothing."""
+class RunConfig(options.RunOptions, Experiment):
+    """Options of `lottery-ticket run`."""
 
     def resolve(self, training_images: int) -> "RunConfig":
         """Returns the same configuration with all choices made.

@@ -6,31 +6,23 @@ import itertools
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import keras
 import numpy as np
 import pandas as pd
-import tyro
 from rich.console import Console
 
 import masked_layers as ml
+from _lottery_ticket import experiments as options
 from lottery_ticket_pruner import analyses, divergence, optimizers
 from lottery_ticket_pruner.experiments import catalogue, datasets, networks, progress, results
 from lottery_ticket_pruner.experiments.config import (
-    NETWORK,
     Experiment,
-    Optimizer,
     RunConfig,
     chosen,
     parse_steps,
     training_plan,
-)
-from lottery_ticket_pruner.experiments.options import (
-    NO_HINT,
-    OptionalFloat,
-    OptionalInt,
-    OptionalPath,
 )
 from lottery_ticket_pruner.experiments.reports import run_folders, tables
 from lottery_ticket_pruner.experiments.run_folder import RunFolder
@@ -52,51 +44,8 @@ _PICTURE = "instability.png"
 
 
 @dataclasses.dataclass(frozen=True)
-class InstabilityConfig(Experiment):
-    """Train two copies from the same weights with different data orders, and compare them.
-
-    A network is trained to each of several points, and from there to the end twice. The largest
-    test error on the straight line between the two ends, minus the mean error of the ends, is the
-    instability of this point. Below 2 points, the network counts as stable (Frankle et al., arXiv
-    1912.05671). With --masks, this is measured for a ticket.
-    """
-
-    data: Annotated[str, tyro.conf.arg(metavar="NAME")] = "digits"
-    """Data set by name, or custom data as module:function: see `lottery-ticket run --help`."""
-    data_dir: OptionalPath = None
-    """Folder with the published files of the data set or its .npz, or with a subfolder of them."""
-    network: Annotated[str | None, NETWORK] = None
-    rewind_to: tuple[str, ...] = ()
-    """Points to train to: 0, or as in 500it (steps) or 2ep (epochs). Default: 0, 1, 2, 5, 10, \
-20 and 50 % of the steps, or with --masks the rewinding point of that run."""
-    masks: OptionalPath = None
-    """Folder of a finished run, whose masks both trainings use, for each seed its own."""
-    round: OptionalInt = None
-    """Round of that run whose masks are used. Default: the last."""
-    steps: OptionalInt = None
-    """Steps of the whole training. Default: those of the network's recipe, 600 for small \
-data sets, or with --masks those of that run."""
-    epochs: OptionalInt = None
-    """Epochs of the whole training, instead of --steps."""
-    batch_size: OptionalInt = None
-    """Examples per step. Default: 60, or 128 for resnet-20."""
-    optimizer: Annotated[Optimizer | None, NO_HINT] = None
-    """Optimizer. Default: that of the network's recipe."""
-    learning_rate: OptionalFloat = None
-    """Learning rate. Default: that of the network's recipe."""
-    points: int = 30
-    """Number of points on the line, including its ends."""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """Seeds. Each has a separate replicate, including its initial weights."""
-    out: OptionalPath = None
-    """Run folder. Default: a folder in ./runs, named after the options. Results of an interrupted \
-run with the same options are kept; finished runs, and runs with other options, are not changed."""
-    overwrite: bool = False
-    """Replace the run in the run folder once this one is finished."""
-    deterministic: bool = False
-    """Reproduce results bit for bit on this machine with the same number of cores."""
-    quiet: bool = False
-    """Print nothing."""
+class InstabilityConfig(options.InstabilityOptions, Experiment):
+    """Options of `lottery-ticket instability`."""
 
     def resolve(self, training_images: int) -> "InstabilityConfig":
         """Returns the same configuration with all choices made.

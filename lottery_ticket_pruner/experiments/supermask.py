@@ -6,133 +6,44 @@ import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+from typing import Any
 
 import keras
 import numpy as np
 import pandas as pd
-import tyro
 from matplotlib.figure import Figure
 from rich.console import Console
 
 import masked_layers as ml
-from lottery_ticket_pruner import criteria, divergence, training
+from _lottery_ticket import experiments as options
+from _lottery_ticket import names
+from lottery_ticket_pruner import divergence, training
 from lottery_ticket_pruner.compression import save_model
 from lottery_ticket_pruner.experiments import datasets, progress, results
 from lottery_ticket_pruner.experiments.config import (
-    NETWORK,
     Experiment,
     RunConfig,
     chosen,
     training_plan,
 )
 from lottery_ticket_pruner.experiments.identifiers import identifier_of, resolved
-from lottery_ticket_pruner.experiments.options import (
-    NO_HINT,
-    OptionalFloat,
-    OptionalInt,
-    OptionalPath,
-)
 from lottery_ticket_pruner.experiments.reports import figures, statistics, tables
 from lottery_ticket_pruner.experiments.run_folder import RunFolder
 from lottery_ticket_pruner.experiments.workbench import compiled_network, make_deterministic
 from lottery_ticket_pruner.learned import LearningPlan, learn_by_plan
 from lottery_ticket_pruner.pruner import LotteryTicketPruner
-from lottery_ticket_pruner.supermasks import WEIGHTS, evaluate_grid
+from lottery_ticket_pruner.supermasks import evaluate_grid
 from lottery_ticket_pruner.training import ArrayDataset, Listeners
 from masked_layers.files import replacing
 
-# Default of --criteria: all of Zhou et al.'s and the earlier library's. The default is part of a
-# folder's name and of the configurations on disk, so criteria that are added do not change it.
-CRITERIA = (
-    "large_final",
-    "small_final",
-    "large_init",
-    "small_init",
-    "large_init_large_final",
-    "small_init_small_final",
-    "magnitude_increase",
-    "movement",
-    "random",
-    "large_final_same_sign",
-    "large_final_diff_sign",
-    "magnitude_increase_same_sign",
-    "magnitude_increase_diff_sign",
-)
-# Criteria that need no more than recorded weights, as all that can be chosen.
-_CRITERIA = tuple(
-    name
-    for name in criteria.names()
-    if criteria.get(name).needs <= {"initial", "final"} and criteria.get(name).scope is None
-)
-if TYPE_CHECKING:
-    # The names are known when the program runs, not before.
-    _Weights: TypeAlias = str
-else:
-    _Weights = Literal[*WEIGHTS]
-
-_CHOSEN = tyro.conf.arg(
-    metavar="NAME",
-    help="Criteria that compute the masks (without --learn): all that rank only recorded weights, "
-    f"{', '.join(_CRITERIA)}. For a custom one: module:name or path/to/file.py:name.",
-)
 _SPARSITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
 _LEARNING_STEPS = 20_000
 _LEARNING_BATCH = 250
-_SAMPLES = 10
 
 
 @dataclasses.dataclass(frozen=True)
-class SupermaskConfig(Experiment):
-    """Evaluate masks over untrained weights, or learn them.
-
-    Without --learn, a network is trained, each criterion computes masks of many sparsities from its
-    initial and trained weights, and the masks are evaluated over the initial weights. With --learn,
-    the masks themselves are trained over fixed initial weights, which are Glorot-normal, or
-    He-normal for resnet-20. For edge_popup masks, Ramanujan et al. (arXiv 1911.13299) use He-normal
-    weights (Kaiming-normal) for every network, and derive the signed constant from these.
-    """
-
-    learn: Annotated[Literal["bernoulli", "edge_popup"] | None, NO_HINT] = None
-    """Learn masks: sampled from probabilities, or with the weights of the best scores."""
-    data: Annotated[str, tyro.conf.arg(metavar="NAME")] = "digits"
-    """Data set by name, or custom data as module:function: see `lottery-ticket run --help`."""
-    data_dir: OptionalPath = None
-    """Folder with the published files of the data set or its .npz, or with a subfolder of them."""
-    network: Annotated[str | None, NETWORK] = None
-    criteria: Annotated[tuple[str, ...], _CHOSEN] = CRITERIA
-    sparsities: tuple[float, ...] = ()
-    """Shares of pruned weights. Default: eleven from 0.1 to 0.98, or 0.5 to learn edge_popup \
-masks. A bernoulli mask learns its sparsity."""
-    weights: tuple[_Weights, ...] = tuple(WEIGHTS)
-    """Values under the masks: initial weights, or their signs times their deviation."""
-    dwr: tuple[bool, ...] = (False, True)
-    """Whether weights are rescaled by size / ones(mask)."""
-    scope: Annotated[Literal["layer", "global"] | None, NO_HINT] = None
-    """Weights that are ranked together. Default: layer, or global for resnet-20."""
-    steps: OptionalInt = None
-    """Training steps. Default: those of the network's recipe, or 20 000 to learn masks."""
-    epochs: OptionalInt = None
-    """Epochs, instead of --steps."""
-    batch_size: OptionalInt = None
-    """Examples per step. Default: 60, 128 for resnet-20, or 250 to learn masks."""
-    learning_rate: OptionalFloat = None
-    """Learning rate of the trained network. Default: that of its recipe. Masks are learned with \
-the optimizers of their papers."""
-    samples: int = _SAMPLES
-    """Number of masks sampled to evaluate a learned bernoulli mask (with --learn)."""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """Seeds. Each has a separate replicate, including its initial weights."""
-    out: OptionalPath = None
-    """Run folder. Default: a folder in ./runs, named after the options. Complete seeds of an \
-interrupted run with the same options are kept; finished runs, and runs with other options, are \
-not changed."""
-    overwrite: bool = False
-    """Replace the run in the run folder once this one is finished."""
-    deterministic: bool = False
-    """Reproduce results bit for bit on this machine with the same number of cores."""
-    quiet: bool = False
-    """Print nothing."""
+class SupermaskConfig(options.SupermaskOptions, Experiment):
+    """Options of `lottery-ticket supermask`."""
 
     def resolve(self, training_images: int) -> "SupermaskConfig":
         """Returns the same configuration with all choices made.
@@ -147,7 +58,7 @@ not changed."""
         if self.learn:
             # Files contain the default of --criteria here.
             given = self.learning_rate is not None or self.scope is not None
-            if given or self.criteria != CRITERIA:
+            if given or self.criteria != options.CRITERIA:
                 raise ValueError(
                     "--criteria, --learning-rate and --scope have no effect with --learn."
                 )
@@ -171,7 +82,7 @@ not changed."""
         self._check_criteria()
         if self.samples < 1:
             raise ValueError(f"--samples must be positive. Received: {self.samples}.")
-        if not self.learn and self.samples != _SAMPLES:
+        if not self.learn and self.samples != options.SAMPLES:
             raise ValueError("--samples has no effect without --learn.")
         taken = ["network", "steps", "epochs", "batch_size"]
         taken += [] if self.learn else ["learning_rate", "scope"]
@@ -189,7 +100,7 @@ not changed."""
                 why = f"needs {', '.join(sorted(needs))}" if needs else "has a scope of its own"
                 raise ValueError(
                     f"--criteria takes those that rank only recorded weights: "
-                    f"{', '.join(_CRITERIA)}, or custom ones. {name} {why}."
+                    f"{', '.join(names.RECORDED)}, or custom ones. {name} {why}."
                 )
         called = [criterion.name for _, criterion in found]
         if len(set(called)) < len(called):

@@ -20,6 +20,7 @@ from lottery_ticket_pruner.folders import FolderLock
 pytestmark = pytest.mark.once
 
 ROOT = Path(__file__).resolve().parents[2]
+START = "import sys, _lottery_ticket; sys.exit(_lottery_ticket.main())"
 RUN = ["run", "--rounds", "1", "--steps", "4", "--seeds", "0", "--controls", "--quiet"]
 
 
@@ -69,14 +70,14 @@ def test_no_moment_of_the_process_ends_in_a_traceback(moment, tmp_path):
     # Imports that swallow the exception, work that does not, and a slow end.
     lines = {
         "import": "try: wait()\nexcept BaseException: pass\n",
-        "work": "def main():\n  try: wait()\n  except KeyboardInterrupt: return 130\n",
-        "end": "import atexit\natexit.register(wait)\ndef main(): return 0\n",
+        "work": "def main(options):\n  try: wait()\n  except KeyboardInterrupt: return 130\n",
+        "end": "import atexit\natexit.register(wait)\ndef main(options): return 0\n",
     }
     wait = "import time\ndef wait():\n  print('there', flush=True)\n  time.sleep(30)\n"
     (package / "__init__.py").touch()
     (package / "cli.py").write_text(wait + lines[moment])
     process = subprocess.Popen(
-        [sys.executable, "-c", "import sys, _lottery_ticket; sys.exit(_lottery_ticket.main())"],
+        [sys.executable, "-c", START, "inspect", "a.keras"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

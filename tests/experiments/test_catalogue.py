@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("tyro")
 
-from lottery_ticket_pruner import cli
+from _lottery_ticket import parser
 from lottery_ticket_pruner.commands import repeat, sweep
 from lottery_ticket_pruner.experiments import catalogue, results, written
 from lottery_ticket_pruner.experiments.config import Experiment
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.once
 def test_each_experiment_has_a_command_a_report_and_repetitions(command):
     kind = catalogue.kind_of(command)
     assert issubclass(kind.config, Experiment)
-    assert cli._commands()[command][0] is kind.config
+    assert issubclass(kind.config, parser.commands()[command])
     assert type(repeat.read({"command": command})) is kind.config
     config = json.loads(json.dumps(kind.config().resolve(600).to_dict()))
     assert results.rows_per_seed(config | {"command": command}) > 0

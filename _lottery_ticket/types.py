@@ -1,10 +1,10 @@
-"""Types of optional options, shared by the commands.
+"""Types of options, shared by the commands.
 
-Such an option has no value if it is left out, so its help shows no default.
+An option that may be left out has no value then, so its help shows no default.
 """
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -12,3 +12,8 @@ NO_HINT = tyro.conf.arg(help_behavior_hint="")
 OptionalInt = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
 OptionalFloat = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")]
 OptionalPath = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
+
+
+def choice(*names: str) -> Any:
+    """Returns what shows an option that may be left out as a choice among names."""
+    return tyro.conf.arg(metavar=f"{{{','.join(names)}}}", help_behavior_hint="")

@@ -1,0 +1,149 @@
+"""Says in one line why the arguments of a command were refused, and what was probably meant."""
+
+import dataclasses
+import re
+import typing
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from types import NoneType
+from typing import Any
+
+from _lottery_ticket import hints
+
+_EXPECTED = {
+    int: "a whole number",
+    float: "a number",
+    bool: "True or False",
+    Path: "a path",
+    str: "a value",
+}
+
+
+class UsageError(ValueError):
+    """An error for a command line that cannot be read."""
+
+
+def check_names(kind: type[Any], command: str, arguments: Sequence[str]) -> None:
+    """Raises a UsageError for the first option that a command does not have.
+
+    Args:
+        kind: Class of its options.
+        command: Its name.
+        arguments: Its arguments.
+    """
+    known = _option_names(kind)
+    for argument in arguments:
+        name = _name_of(argument)
+        if name is not None and name not in known and not _is_number(argument):
+            hint = hints.question(name, known) or f" See lottery-ticket {command} --help."
+            raise UsageError(f"`lottery-ticket {command}` has no option {name}.{hint}")
+
+
+def reason(kind: type[Any], arguments: Sequence[str], said: str) -> str:
+    """Returns why arguments were refused.
+
+    Args:
+        kind: Class of the options.
+        arguments: The arguments.
+        said: What the parser says, which is used if nothing clearer can be said.
+    """
+    fields = {_option(field.name): field for field in dataclasses.fields(kind)}
+    types = typing.get_type_hints(kind)
+    for name, values in _given(arguments):
+        field = fields.get(name)
+        if field is None:
+            continue
+        found = _fault(name, values, _plain(types[field.name]))
+        if found:
+            return found
+    missing = [
+        field.name.upper()
+        for field in fields.values()
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    ]
+    if missing and "Missing from" in said:
+        return f"Expected {' '.join(missing)}."
+    return _text_of(said)
+
+
+def _fault(name: str, values: Sequence[str], type_: Any) -> str | None:
+    """Returns what is wrong with the values of an option, if it can be seen."""
+    several = typing.get_origin(type_) is tuple
+    inner = typing.get_args(type_)[0] if several else type_
+    choices = typing.get_args(inner) if typing.get_origin(inner) is typing.Literal else ()
+    expected = f"one of {', '.join(choices)}" if choices else _EXPECTED.get(inner, "a value")
+    if not values:
+        return None if several or inner is bool else f"{name} expects {expected}."
+    for value in values if several else values[:1]:
+        if choices and value not in choices:
+            hint = hints.question(value, choices)
+            return f"{name} expects {expected}. Received: {value!r}.{hint}"
+        if inner in (int, float) and not _fits(value, inner):
+            shown = ", as in {name} 0.1 0.2" if inner is float else ", as in {name} 0 1"
+            more = f" Separate several by spaces{shown.format(name=name)}." if several else ""
+            return f"{name} expects {expected}. Received: {value!r}.{more}"
+    return None
+
+
+def _fits(value: str, kind: type[int] | type[float]) -> bool:
+    try:
+        kind(value)
+    except ValueError:
+        return False
+    return True
+
+
+def _given(arguments: Sequence[str]) -> Iterable[tuple[str, list[str]]]:
+    """Yields each option that is given with its values."""
+    found: list[tuple[str, list[str]]] = []
+    for argument in arguments:
+        name = _name_of(argument)
+        if name is not None and not _is_number(argument):
+            _, equals, value = argument.partition("=")
+            found.append((name, [value] if equals else []))
+        elif found:
+            found[-1][1].append(argument)
+    return found
+
+
+def _name_of(argument: str) -> str | None:
+    """Returns the option that an argument names, with hyphens."""
+    if not re.match(r"--?[A-Za-z]", argument):
+        return None
+    return argument.partition("=")[0].replace("_", "-")
+
+
+def _is_number(argument: str) -> bool:
+    return _fits(argument, float)  # Such as -1, and -inf.
+
+
+def _option_names(kind: type[Any]) -> list[str]:
+    names = ["--help", "-h"]
+    types = typing.get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        names.append(_option(field.name))
+        if types[field.name] is bool:
+            names.append(f"--no-{field.name.replace('_', '-')}")
+    return names
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _plain(type_: Any) -> Any:
+    """Returns a type without None and annotations."""
+    kinds = [one for one in typing.get_args(type_) if one is not NoneType]
+    optional = typing.get_origin(type_) is not tuple and NoneType in typing.get_args(type_)
+    return kinds[0] if optional and len(kinds) == 1 else type_
+
+
+def _text_of(said: str) -> str:
+    """Returns the first paragraph of a message in a box, whose title may be a line of its own."""
+    lines = [line.strip("│ ") for line in said.splitlines()]
+    lines = [line for line in lines if line and not line.startswith(("╭", "╰"))]
+    rules = [i for i, line in enumerate(lines) if set(line) <= set("─-")]
+    first = 2 if rules[:1] == [1] else 0
+    last = next((i for i in rules if i > first), len(lines))
+    text = " ".join(lines[first:last]).replace("Unrecognized options: ", "Unexpected: ")
+    return text.rstrip(".") + "."

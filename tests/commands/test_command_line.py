@@ -1,0 +1,141 @@
+"""The command line before any heavy import: help, version, names, and lines for likely mistakes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("tyro")
+
+import lottery_ticket_pruner
+from _lottery_ticket import hints, logs, names, parser, refusals
+from lottery_ticket_pruner import cli, criteria, search_plans, supermasks, treatments
+from lottery_ticket_pruner.experiments import catalogue, datasets, networks
+
+pytestmark = pytest.mark.once
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_names_of_options_are_those_that_there_are():
+    downloaded = [name for name, data in datasets.NAMED.items() if data.is_downloaded]
+    recorded = [
+        name
+        for name in criteria.names()
+        if criteria.get(name).needs <= {"initial", "final"} and criteria.get(name).scope is None
+    ]
+    for listed, there in (
+        (names.DATASETS, datasets.NAMES),
+        (names.DOWNLOADED, downloaded),
+        (names.NETWORKS, networks.NAMES),
+        (names.OPTIMIZERS, networks.OPTIMIZERS),
+        (names.RECORDED, recorded),
+        (names.CRITERIA, criteria.names()),
+        (names.CHANNEL_CRITERIA, criteria.channel_names()),
+        (names.RETRAINING, search_plans.RETRAINING),
+        (names.KEPT, treatments.kept_names()),
+        (names.PRUNED, treatments.pruned_names()),
+        (names.CONTROLS, search_plans.CONTROLS),
+        (names.WEIGHTS, supermasks.WEIGHTS),
+    ):
+        assert list(listed) == list(there)
+    assert parser.commands().keys() == cli._HANDLERS.keys() | catalogue.KINDS.keys()
+
+
+def test_help_version_and_refusals_import_nothing_heavy_and_fit_the_page():
+    script = """
+import json, sys
+from _lottery_ticket import parser, refusals
+lines = [["--help"], ["--version"], *([name, "--help"] for name in parser.commands())]
+for line in lines:
+    try:
+        parser.parse(line)
+    except SystemExit as end:
+        assert not end.code
+for line in ([], ["fly"], ["run", "--stratgy", "x"], ["run", "--steps", "many"]):
+    try:
+        parser.parse(line)
+    except refusals.UsageError:
+        continue
+    raise AssertionError(line)
+heavy = {"keras", "tensorflow", "numpy", "pandas", "matplotlib", "rich", "lottery_ticket_pruner"}
+print(json.dumps([len(lines), sorted(heavy & sys.modules.keys())]))
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=True
+    )
+    *printed, last = done.stdout.splitlines()
+    assert json.loads(last) == [13, []]
+    assert max(map(len, printed)) <= 80
+    assert not any(character in done.stdout for character in "│╭\x1b")
+    text = " ".join(" ".join(printed).split())
+    assert text.count("exit status: 0 all is done") == 12
+    assert f"lottery-ticket-pruner {lottery_ticket_pruner.__version__} Python 3." in text
+    for absent in ("(default: )", "(default: None)", "None,"):
+        assert absent not in text
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("", "Name a command: prune, compare, run"),
+        ("rnu", "Unknown command 'rnu'. Did you mean 'run'?"),
+        ("--versoin", "Unknown option '--versoin'. Did you mean '--version'?"),
+        ("run --stratgy snip", "`lottery-ticket run` has no option --stratgy. Did you mean '--str"),
+        ("run --json", "`lottery-ticket run` has no option --json. See lottery-ticket run --help."),
+        ("run --steps many", "--steps expects a whole number. Received: 'many'."),
+        ("run --seeds 0,1", "--seeds expects a whole number. Received: '0,1'. Separate several by"),
+        (
+            "run --scope Globl",
+            "--scope expects one of layer, global, isomorphic. Received: 'Globl'",
+        ),
+        ("run --controls random-mask", "Did you mean 'random_mask'?"),
+        ("run --network", "--network expects a value."),
+        ("run --rewind-to=", None),
+        ("run lenet-300-100", "Unexpected: lenet-300-100."),
+        ("prune --max-drop 1%", "--max-drop expects a number. Received: '1%'."),
+        ("export model.keras", "Expected MODEL OUT."),
+        ("export model.keras out --values int9", "Received: 'int9'. Did you mean 'int8'?"),
+        ("repeat", "Expected FOLDER."),
+        ("sweep --jobs two", "--jobs expects a whole number. Received: 'two'."),
+        ("prune --size -3", None),
+        ("run --learning-rate -1", None),
+        ("--print-completion fish", "--print-completion takes one of bash, zsh, tcsh."),
+    ],
+)
+def test_likely_mistakes_are_answered_in_one_line(line, message, capsys):
+    if message is None:  # Read as they stand, and judged by the command.
+        assert parser.parse(line.split()) is not None
+        return
+    with pytest.raises(refusals.UsageError) as caught:
+        parser.parse(line.split())
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_close_names_ignore_case_and_hyphens():
+    known = ("large_final", "mnist", "lenet-300-100")
+    assert [hints.closest(name, known) for name in ("large-final", "MNIST", "lenet", "x")] == [
+        "large_final",
+        "mnist",
+        "lenet-300-100",
+        None,
+    ]
+
+
+def test_the_log_of_tensorflow_is_held_back_and_nothing_else(capfd, monkeypatch):
+    noise = b"I0000 00:00:1795969938.140852   11048 port.cc:153] oneDNN custom operations are on.\n"
+    monkeypatch.delenv("TF_CPP_MIN_LOG_LEVEL", raising=False)
+    with logs.silenced():
+        assert os.environ["TF_CPP_MIN_LOG_LEVEL"] == "3"
+        os.write(2, noise + b"Something else.\n")
+    assert capfd.readouterr().err == "Something else.\n"
+    monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", "0")
+    with logs.silenced():
+        os.write(2, noise)
+    assert capfd.readouterr().err == noise.decode()
