@@ -5,11 +5,13 @@ import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from _lottery_ticket import commands as options_of
 from _lottery_ticket import parser, refusals
 from lottery_ticket_pruner.experiments.parent import end_with_parent
+
+if TYPE_CHECKING:
+    from _lottery_ticket import commands as options_of
 
 
 def main(arguments: Sequence[str] | None = None, options: Any = None) -> int:
@@ -93,21 +95,21 @@ def _work_on(kind: Any, config: Any) -> int:
     return 0
 
 
-def _prune(_: str, options: options_of.PruneOptions) -> int:
+def _prune(_: str, options: "options_of.PruneOptions") -> int:
     from lottery_ticket_pruner.commands import prune
 
     prune.prune(prune.PruneConfig(**vars(options)))
     return 0
 
 
-def _compare(_: str, options: options_of.CompareConfig) -> int:
+def _compare(_: str, options: "options_of.CompareConfig") -> int:
     from lottery_ticket_pruner.commands import compare
 
     compare.compare(options)
     return 0
 
 
-def _repeat(_: str, options: options_of.RepeatOptions) -> int:
+def _repeat(_: str, options: "options_of.RepeatOptions") -> int:
     from lottery_ticket_pruner.commands.repeat import RepeatConfig
     from lottery_ticket_pruner.experiments import catalogue
     from lottery_ticket_pruner.experiments.results import is_pruned
@@ -125,7 +127,7 @@ def _repeat(_: str, options: options_of.RepeatOptions) -> int:
     return _work_on(kind, experiment)
 
 
-def _report(_: str, options: options_of.ReportConfig) -> int:
+def _report(_: str, options: "options_of.ReportConfig") -> int:
     from lottery_ticket_pruner.commands import report
 
     report.write_report(options)
@@ -147,13 +149,13 @@ def _print_failures(failures: Sequence[Any]) -> int:
     return 1 if failures else 0
 
 
-def _export(_: str, options: options_of.ExportOptions) -> int:
+def _export(_: str, options: "options_of.ExportOptions") -> int:
     from lottery_ticket_pruner.commands.saved_models import ExportConfig
 
     return _print_report(ExportConfig(**vars(options)))
 
 
-def _inspect(_: str, options: options_of.InspectOptions) -> int:
+def _inspect(_: str, options: "options_of.InspectOptions") -> int:
     from lottery_ticket_pruner.commands.saved_models import InspectConfig
 
     return _print_report(InspectConfig(**vars(options)))
