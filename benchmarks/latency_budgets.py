@@ -9,12 +9,22 @@ prints the ratio of latencies with which the search ended, and that of a new mea
 the model before pruning and the smaller one take turns for 10 seconds: of elapsed times and of
 processor times, beside the shares of multiply-adds and weights. Processor time is steadier on a
 machine with other load. The ViT requires KerasHub.
+
+    KERAS_BACKEND=torch python -m benchmarks.latency_budgets --single-weights
+        [--networks MLP encoder MobileNetV2] [--batches 32 1] [--budgets 2 1 0.5]
+
+prunes single weights by magnitude instead (the same share of every kernel that becomes faster), for
+the TorchScript program with sparse kernels. A budget above 1 is given in milliseconds, as that
+multiple of the dense program's. Prints what was predicted at first and at the end, what the search
+measured, and what `export_sparse_torch` measures in a new comparison with the dense program.
 """
 
 import argparse
 import importlib.util
 import os
+import tempfile
 import time
+from unittest import mock
 
 import keras
 
@@ -22,8 +32,10 @@ import masked_layers as ml
 from benchmarks.shrinking import network, vision_transformer
 from lottery_ticket_pruner import Latency, LotteryTicketPruner
 from lottery_ticket_pruner.experiments import networks
+from lottery_ticket_pruner.served_latencies import ServedProbes
 from lottery_ticket_pruner.structures import Channels
 from masked_layers.shrinking import Compiled, compare
+from masked_layers.torchscript import program_costs
 
 COLUMNS = (
     "network",
@@ -78,25 +90,109 @@ def row(name, pruner, budget, structure):
     ]
 
 
+WEIGHT_COLUMNS = (
+    "network",
+    "batch size",
+    "budget",
+    "first prediction",
+    "measured then",
+    "prediction at the end",
+    "measured",
+    "off by",
+    "measured again",
+    "weights left",
+    "programs tried",
+    "seconds",
+)
+BATCHES = {"MLP": 32, "encoder": 1, "MobileNetV2": 1}
+
+
+def weight_row(name, pruner, budget, batch):
+    """Prunes single weights to a budget, and returns the cells of its row."""
+    pruner.reset_masks()
+    start, tried = time.perf_counter(), []
+    latency = Latency(min(budget, 1), batch_size=batch)
+    if budget > 1:
+        dense = program_costs(ml.strip_masks(pruner.model), (), batch_size=batch).seconds
+        latency = Latency(milliseconds=1e3 * budget * dense, batch_size=batch)
+    unit = 1 if latency.share else latency.limit / budget  # What is 1 in the table.
+    call = ServedProbes.__call__
+
+    def noted(self, masks, *, predicted):
+        load = call(self, masks, predicted=predicted)
+        tried.append((predicted * latency.limit, load * latency.limit))
+        return load
+
+    with mock.patch.object(ServedProbes, "__call__", noted):
+        try:
+            pruner.update_masks("smallest_weights", budget={"latency": latency})
+        except ValueError as error:
+            first = [f"{each / unit:.3f}" for each in tried[0]]
+            return [name, f"{batch}", f"{budget}", *first, str(error).partition(". Pass")[0]]
+    took = time.perf_counter() - start
+    found = pruner.measured_latency
+    with tempfile.TemporaryDirectory() as folder:
+        report = ml.export_sparse_torch(pruner.model, f"{folder}/model.pt", batch_size=batch)
+    left = 1 - ml.sparsity_report(pruner.model).sparsity
+    return [
+        name,
+        f"{batch}",
+        f"{budget}",
+        *(f"{each / unit:.3f}" for each in tried[0]),
+        f"{found.predicted / unit:.3f}",
+        f"{found.measured / unit:.3f}",
+        f"{100 * (found.measured / found.predicted - 1):+.0f} %",
+        f"{1 / report.gain:.3f}",
+        f"{left:.3f}",
+        f"{found.trials}",
+        f"{took:.0f}",
+    ]
+
+
+def weight_network(name):
+    if name == "MobileNetV2":
+        return network(name)
+    from benchmarks import sparse_speed
+
+    keras.utils.set_random_seed(0)
+    return {"MLP": sparse_speed.mlp, "encoder": sparse_speed.encoder}[name]()
+
+
+def single_weights(names, batches, budgets):
+    print(f"| {' | '.join(WEIGHT_COLUMNS)} |\n{'|---' * len(WEIGHT_COLUMNS)}|")
+    for name in names:
+        pruner = LotteryTicketPruner(ml.convert_to_masked(weight_network(name)))
+        for batch in batches or [BATCHES[name]]:
+            for budget in budgets:
+                cells = weight_row(name, pruner, budget, batch)
+                print(f"| {' | '.join(cells)} |", flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     known = ["ResNet-20", "ViT", "MobileNetV2"]
-    parser.add_argument("--networks", nargs="+", choices=known, default=known)
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--networks", nargs="+", choices=[*known, *BATCHES])
+    parser.add_argument("--batches", nargs="+", type=int)
     parser.add_argument("--round-to", type=int, default=8)
-    parser.add_argument("--budgets", nargs="+", type=float, default=[0.75, 0.5, 0.35])
+    parser.add_argument("--budgets", nargs="+", type=float)
+    parser.add_argument("--single-weights", action="store_true")
     arguments = parser.parse_args()
 
     print(f"keras {keras.__version__}, {keras.backend.backend()}, load {os.getloadavg()}")
+    if arguments.single_weights:
+        budgets = arguments.budgets or [2, 1, 0.5]
+        single_weights(arguments.networks or list(BATCHES), arguments.batches, budgets)
+        print(f"load {os.getloadavg()}")
+        return
     print(f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|")
-    for name in arguments.networks:
+    for name in arguments.networks or known:
         if name == "ViT" and not importlib.util.find_spec("keras_hub"):
             print("  ViT: left out, KerasHub is not installed")
             continue
         masked = ml.convert_to_masked(made(name), mask_normalization=True)
         pruner = LotteryTicketPruner(masked)
-        for batch in arguments.batches:
-            for share in arguments.budgets:
+        for batch in arguments.batches or [1, 8]:
+            for share in arguments.budgets or [0.75, 0.5, 0.35]:
                 structure = Channels(round_to=arguments.round_to)
                 cells = row(name, pruner, Latency(share, batch_size=batch), structure)
                 print(f"| {' | '.join(cells)} |", flush=True)

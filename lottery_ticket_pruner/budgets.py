@@ -12,10 +12,15 @@ from lottery_ticket_pruner.checks import is_integer, is_number
 class Latency:
     """A budget of latency on this machine, for `update_masks(budget={"latency": ...})`.
 
-    The budget is met by the model that `masked_layers.shrink` returns. It is called in turns with
-    the model without pruned weights, both compiled as for `predict`, and the median over all turns
-    counts. Where other load on the machine makes elapsed times vary, the share is that of processor
-    time (see `masked_layers.Timing`); milliseconds are always those of elapsed time.
+    With `structure="channels"`, the budget is met by the model that `masked_layers.shrink` returns.
+    It is called in turns with the model without pruned weights, both compiled as for `predict`, and
+    the median over all turns counts. Where other load on the machine makes elapsed times vary, the
+    share is that of processor time (see `masked_layers.Timing`); milliseconds are always those of
+    elapsed time.
+
+    For single weights, it is met by the TorchScript program that
+    `masked_layers.export_sparse_torch` writes, compared with the program with dense kernels, on
+    PyTorch's default number of threads. On one thread, times are those of the thread.
 
     Args:
         share: Largest share of the latency of the model without pruned weights, in (0, 1].

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import gc
 import logging
-import random
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import keras
 import numpy as np
 
 import masked_layers as ml
-from lottery_ticket_pruner import channels, notices, selection
+from lottery_ticket_pruner import channels, selection
 from lottery_ticket_pruner.budgets import Latency
-from lottery_ticket_pruner.overrides import masks_replaced
+from lottery_ticket_pruner.overrides import bystanders_kept, masks_replaced
 from masked_layers import shrinking
 
 _logger = logging.getLogger(__name__)
@@ -40,6 +37,11 @@ class MeasuredLatency:
     predicted: float
     measured: float
     trials: int
+
+    @property
+    def milliseconds(self) -> float:
+        """Median milliseconds of a call of the smaller model."""
+        return self.timing.after
 
     @property
     def met(self) -> bool:
@@ -76,7 +78,7 @@ class Probes:
         self._model, self._graph, self._latency = model, graph, latency
         self._trials = 0
         self.measured: MeasuredLatency | None = None
-        with _bystanders_kept():
+        with bystanders_kept():
             self._dense = shrinking.Compiled(shrinking.unpruned(model), latency.batch_size)
         if latency.share is not None:
             self.unpruned = 1 / latency.share
@@ -95,7 +97,7 @@ class Probes:
             final: Whether to measure for longer, and set `measured`.
         """
         masks = {**masks, **channels.without_pruned(self._model, self._graph, masks)}
-        with _bystanders_kept(), masks_replaced(self._model, masks):
+        with bystanders_kept(), masks_replaced(self._model, masks):
             smaller, _ = ml.shrink(self._model, return_report=True)
         after = shrinking.Compiled(smaller, self._latency.batch_size)
         limits: dict[str, Any] = {"seconds": 10.0, "rounds": (15, 101)} if final else {}
@@ -119,25 +121,9 @@ class Probes:
 
 def milliseconds_without_pruning(model: keras.Model, batch_size: int) -> float:
     """Measures the latency of a masked model without pruned weights, as a budget counts it."""
-    with _bystanders_kept():
+    with bystanders_kept():
         dense = shrinking.Compiled(shrinking.unpruned(model), batch_size)
     return shrinking.compare(dense, dense).after
-
-
-@contextlib.contextmanager
-def _bystanders_kept() -> Iterator[None]:
-    """Restores Python's random state, and hides warnings about models that are only measured.
-
-    Layers draw the seeds of their initializers from this state when they are made, and the number
-    of models depends on measured times.
-    """
-    state = random.getstate()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        random.setstate(state)
 
 
 def probes(
@@ -148,25 +134,3 @@ def probes(
     if graph is None or not graph.families or not isinstance(latency, Latency):
         return None
     return Probes(model, graph, latency)
-
-
-def note(probe: Probes | None) -> MeasuredLatency | None:
-    """Logs and returns the latency that was reached, and warns if it exceeds the budget.
-
-    Args:
-        probe: The measurements, or None if there was no budget of latency.
-
-    Warns:
-        UserWarning: If measurements are too noisy to meet the budget.
-    """
-    measured = None if probe is None else probe.measured
-    if measured is None:
-        return None
-    _logger.info("Latency: %s.", measured)
-    if not measured.met:
-        notices.warn(
-            f"The smaller model is slower than its budget in the last measurement ({measured}). "
-            "Other load on this machine makes measured times vary: update the masks again when it "
-            "is idle, or pass a smaller budget."
-        )
-    return measured

@@ -54,7 +54,7 @@ def masks_and_values(
     data: Any,
     manner: Manner,
     final: Sequence[np.ndarray] | None,
-    probe: selection.Probe | selection.StoredSize | None = None,
+    probe: selection.Probe | selection.WeightProbe | None = None,
 ) -> tuple[Masks, Values]:
     """Computes new masks of a model, and new values of its weights and statistics.
 
@@ -68,7 +68,7 @@ def masks_and_values(
         data: Data as for `update_masks`.
         manner: How to prune.
         final: The recorded final weights, or None.
-        probe: Measurements for a budget of latency or bytes, or None.
+        probe: Measurements for a budget, or None.
 
     Returns:
         The masks by path, and pairs of a variable and its new value.

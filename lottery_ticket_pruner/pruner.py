@@ -18,12 +18,11 @@ from lottery_ticket_pruner import (
     channels,
     criteria,
     distributions,
-    latencies,
     notices,
     one_shot,
     optimizers,
-    payloads,
     plain_models,
+    probes,
     records,
     selection,
     structures,
@@ -70,6 +69,7 @@ class LotteryTicketPruner(plain_models.PlainPruning):
     Attributes:
         measured_latency: What the last `update_masks` measured for a budget of latency, or None.
         stored_bytes: What it counted for a budget of bytes, or None.
+        multiply_adds: The same for a budget of multiply-adds of single weights.
 
     Raises:
         ValueError: If the model is not built or has nothing to prune.
@@ -96,8 +96,7 @@ class LotteryTicketPruner(plain_models.PlainPruning):
         self._final: tuple[np.ndarray, ...] | None = None
         self._final_is_new = False
         self.followed = channels.Followed()
-        self.measured_latency: latencies.MeasuredLatency | None = None
-        self.stored_bytes: int | None = None
+        self.measured_latency, self.stored_bytes, self.multiply_adds = probes.Reached()
         self.set_initial_weights()
 
     # Records.
@@ -183,8 +182,9 @@ class LotteryTicketPruner(plain_models.PlainPruning):
                 Exactly one of `rate`, `sparsity` and `budget` must be given.
             budget: With `structure="channels"`, the shares of multiply-adds, weights and latency on
                 this machine that are left, of one or several: `{"macs": 0.5, "latency": 0.6}`. See
-                `Latency` for batches and milliseconds. Without a structure: `{"bytes": 0.1}` or
-                `{"bytes": 200_000}`, what a sparse SavedModel stores of the current weights.
+                `Latency` for batches and milliseconds. For single weights one of `{"macs": 0.1}`
+                (kept weights times uses), `{"latency": 0.5}` (that of `export_sparse_torch`) and
+                `{"bytes": 200_000}` or a share (what a sparse SavedModel stores of the weights).
             scope: Weights that are ranked together: `"layer"` (the default for most criteria),
                 `"global"`, `"output"`, or for channels `"isomorphic"` (layers of equal shapes).
             seed: Seed for random scores and ties. The default is the number of updates since the
@@ -444,10 +444,9 @@ class LotteryTicketPruner(plain_models.PlainPruning):
         ml.sync(model)
         kernels = self._kernels(prunables := self._prunables(model), criterion)
         graph = self.followed.of(model, request)
-        probe = latencies.probes(model, graph, request)
-        size = payloads.stored_size(model, request, reconstruct=manner.reconstruct)
+        probe = probes.probe_of(model, graph, request, reconstruct=manner.reconstruct)
         masks, values = one_shot.masks_and_values(
-            model, request, kernels, graph, data, manner, self._final, size or probe
+            model, request, kernels, graph, data, manner, self._final, probe
         )
         self._write_masks(model, {i: masks[self._architecture.paths[i]] for i in prunables})
         channels.leave_out(model, graph, masks)
@@ -458,8 +457,8 @@ class LotteryTicketPruner(plain_models.PlainPruning):
         notices.log_kept(model.name, criterion.name, masks)
         notices.of_update(request, kernels, masks)
         channels.note_limits(request, graph, kernels, masks)
-        self.measured_latency = latencies.note(probe)
-        self.stored_bytes = None if size is None else size.of(masks)
+        reached = probes.reached(probe, masks)
+        self.measured_latency, self.stored_bytes, self.multiply_adds = reached
 
     def note_changed_masks(self) -> None:
         """Marks the final weights as outdated, because the masks of the model were changed."""

@@ -116,7 +116,7 @@ class Workbench:
     def milliseconds(self) -> float | None:
         """Latency of the model as it is now, if its budget is one of latency."""
         measured = self.pruner.measured_latency
-        return None if measured is None else measured.timing.after
+        return None if measured is None else measured.milliseconds
 
     def within_latency(self, density: float) -> bool:
         """Returns False if a density low enough for the goal of latency was measured above it."""

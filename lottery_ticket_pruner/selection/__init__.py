@@ -11,6 +11,7 @@ from lottery_ticket_pruner.selection.channels import shortfalls
 from lottery_ticket_pruner.selection.families import kept_channels
 from lottery_ticket_pruner.selection.latency_search import Probe
 from lottery_ticket_pruner.selection.lowest import drop_lowest
+from lottery_ticket_pruner.selection.multiply_adds import MultiplyAdds
 from lottery_ticket_pruner.selection.new_masks import (
     Measure,
     apart,
@@ -21,16 +22,22 @@ from lottery_ticket_pruner.selection.new_masks import (
 )
 from lottery_ticket_pruner.selection.random_masks import shuffled_within
 from lottery_ticket_pruner.selection.request import Request, resolve_scope
+from lottery_ticket_pruner.selection.served_latency import Product, ServedProbe
+from lottery_ticket_pruner.selection.weight_budgets import WeightProbe
 from lottery_ticket_pruner.selection.weights import Weights
 from lottery_ticket_pruner.shares import Share
 
 __all__ = [
     "Costs",
     "Measure",
+    "MultiplyAdds",
     "Probe",
+    "Product",
     "Request",
+    "ServedProbe",
     "Share",
     "StoredSize",
+    "WeightProbe",
     "Weights",
     "apart",
     "drop_count",

@@ -45,6 +45,24 @@ def comparisons(
             yield _compared(request, {path: kernel}, rng, repr(path))
 
 
+def scores_of(request: Request, kernels: Mapping[str, Weights]) -> dict[str, np.ndarray]:
+    """Returns the scores of all weights by path, as weights that are ranked together have them."""
+    together = {path: kernels[path] for path in sorted(kernels)}
+    where = "the model as a whole"
+    rng = stream("ties", request.seed, "")
+    scores = weight_scores(request.criterion, list(together.values()), rng, None, where)
+    return dict(zip(together, parted(scores, list(together.values())), strict=True))
+
+
+def ranked_by(
+    request: Request, kernels: Mapping[str, Weights], scores: Mapping[str, np.ndarray]
+) -> "_Comparison":
+    """Returns a comparison of all weights of kernels by given scores."""
+    where = "the model as a whole" if len(kernels) > 1 else repr(next(iter(kernels)))
+    rng = stream("ties", request.seed, "" if len(kernels) > 1 else next(iter(kernels)))
+    return _Given(request.criterion, kernels, rng, where, joined([scores[p] for p in kernels]))
+
+
 def _compared(
     request: Request, kernels: Mapping[str, Weights], rng: np.random.Generator, where: str
 ) -> "_Comparison":
@@ -138,6 +156,24 @@ class _Comparison:
 
     def _joined_masks(self) -> np.ndarray:
         return joined([kernel.mask for kernel in self._kernels])
+
+
+class _Given(_Comparison):
+    """Kernels whose weights are ranked together by scores that are known already."""
+
+    def __init__(
+        self,
+        criterion: criteria.Criterion,
+        kernels: Mapping[str, Weights],
+        rng: np.random.Generator,
+        where: str,
+        scores: np.ndarray,
+    ) -> None:
+        super().__init__(criterion, kernels, rng, where)
+        self._given = scores
+
+    def _scores(self, drop: int | None) -> np.ndarray:
+        return self._given
 
 
 class _TileComparison(_Comparison):

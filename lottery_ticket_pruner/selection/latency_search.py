@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -17,6 +17,7 @@ _TRIALS = 12
 _STEPS = 16
 
 
+@runtime_checkable
 class Probe(Protocol):
     """Measures the model that given masks leave. Latencies are divided by the budget: loads."""
 

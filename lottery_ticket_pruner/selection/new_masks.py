@@ -6,14 +6,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 
 from lottery_ticket_pruner import criteria, distributions, structures
-from lottery_ticket_pruner.budgets import Latency
 from lottery_ticket_pruner.selection.amounts import amounts, rounds
-from lottery_ticket_pruner.selection.byte_search import StoredSize, within_bytes
 from lottery_ticket_pruner.selection.channels import select_channels
 from lottery_ticket_pruner.selection.comparisons import comparisons
 from lottery_ticket_pruner.selection.families import Graph, complete
 from lottery_ticket_pruner.selection.latency_search import Probe
 from lottery_ticket_pruner.selection.request import Request, refuse_amounts
+from lottery_ticket_pruner.selection.weight_budgets import WeightProbe, within_budget
 from lottery_ticket_pruner.selection.weights import Weights, prepared
 from lottery_ticket_pruner.shares import Share, shares_of
 
@@ -26,7 +25,7 @@ def select(
     weights: Mapping[str, Weights],
     measure: Measure | None = None,
     graph: Graph | None = None,
-    probe: Probe | StoredSize | None = None,
+    probe: Probe | WeightProbe | None = None,
 ) -> dict[str, np.ndarray]:
     """Returns new masks without the lowest-ranked weights, with exact counts.
 
@@ -38,7 +37,7 @@ def select(
             before each round of the criterion. If None, there is one round, with the evidence in
             `weights`.
         graph: Channels of the model, for structures that need them.
-        probe: Function that measures latencies or bytes, for a budget of these.
+        probe: What is left or measured with given masks, for a budget.
 
     Returns:
         A dict from path to a new bool mask, in the order of `weights`.
@@ -236,11 +235,11 @@ def _select_once(
     request: Request,
     weights: Mapping[str, Weights],
     graph: Graph | None = None,
-    probe: Probe | StoredSize | None = None,
+    probe: Probe | WeightProbe | None = None,
 ) -> dict[str, np.ndarray]:
     structure = request.structure
     if structure is not None and structure.coupled:
-        assert not isinstance(probe, StoredSize)
+        assert probe is None or isinstance(probe, Probe)
         return select_channels(request, weights, graph, probe)
     kernels = _admitted(request, weights)
     if request.budget is None:
@@ -249,39 +248,11 @@ def _select_once(
         for comparison in comparisons(request, kernels):
             pruned |= comparison.prune(amount_of[comparison.paths[0]])
         return _completed(request, _in_order(weights, pruned), graph)
-    if not isinstance(probe, StoredSize):
-        raise ValueError(
-            "A budget of bytes is met by encoding the weights of a model: call "
-            "`LotteryTicketPruner.update_masks`."
-        )
-    ranked = list(comparisons(request, kernels))
-    bare = dataclasses.replace(request, budget=None, keep_sparser=True)
 
-    def masks_at(sparsity: float) -> dict[str, np.ndarray]:
-        amount_of = amounts(dataclasses.replace(bare, sparsity=sparsity), kernels)
-        pruned: dict[str, np.ndarray] = {}
-        for comparison in ranked:
-            pruned |= comparison.prune(amount_of[comparison.paths[0]], again=True)
+    def finished(pruned: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         return _completed(request, _in_order(weights, pruned), graph)
 
-    limit = request.budget["bytes"]
-    assert not isinstance(limit, Latency)
-    return within_bytes(limit, probe, _most(bare, kernels), masks_at)
-
-
-def _most(request: Request, kernels: Mapping[str, Weights]) -> float:
-    """Returns about the greatest sparsity with which each kernel keeps a weight on average."""
-    most = 1 - len(kernels) / sum(kernel.mask.size for kernel in kernels.values())
-    least = most if request.distribution is None else 0.0
-    while most - least > 1e-4:  # A distribution may leave kernels dense.
-        middle = (least + most) / 2
-        try:
-            amounts(dataclasses.replace(request, sparsity=middle), kernels)
-        except ValueError:
-            most = middle
-        else:
-            least = middle
-    return least
+    return within_budget(request, kernels, probe, finished)
 
 
 def _completed(

@@ -31,8 +31,9 @@ class Request:
         distribution: Rule that divides a single sparsity among the kernels, or None.
         budget: Share of the multiply-adds (`"macs"`) or of the weights of all kernels
             (`"weights"`) that is left afterwards, or a `Latency` (`"latency"`), by name, instead of
-            rate and sparsity; for single weights the bytes that are stored (`"bytes"`), as a share
-            of those of the dense weights or an integer above 1; or None.
+            rate and sparsity. For single weights one of multiply-adds, latency and the bytes that
+            are stored (`"bytes"`), as a share of those of the dense weights or an integer above 1.
+            Or None.
         keep_sparser: Whether a sparsity below the current one prunes nothing, instead of raising an
             error.
     """
@@ -151,8 +152,9 @@ def _checked_budget(
                 f"{name}={share!r}"
             )
     given = {"rate": others.get("rate"), "sparsity": others.get("sparsity")}
+    divided = {"bytes"} if structure is not None else {"bytes", "macs"}
     if any(value is not None for value in given.values()) or (
-        distribution is not None and "bytes" not in budget
+        distribution is not None and not divided & budget.keys()
     ):
         raise ValueError(
             f"A budget says how much is pruned: leave out `rate`, `sparsity` and `distribution`. "
@@ -175,22 +177,24 @@ def _check_kind(
     Raises:
         ValueError: If they do not.
     """
-    coupled = structure is not None and structure.coupled
-    if "bytes" not in budget:
-        if not coupled:
+    if structure is not None and structure.coupled:
+        if "bytes" in budget:
             raise ValueError(
-                f'The budget {list(budget)} needs structure="channels", as zeros inside a kernel '
-                "save no multiply-adds and no time in the model itself. For single weights, pass "
-                '{"bytes": ...}; the time that they save in `masked_layers.export_sparse_torch` '
-                "cannot be a budget: compare the reports for several sparsities. "
-                f"Received: structure={structure!r}"
+                "A budget of bytes counts what is stored of single weights. With "
+                'structure="channels", {"weights": ...} is the share of the weights that is left. '
+                f"Received: budget={budget!r}, structure={structure!r}"
             )
         return
-    if len(budget) > 1 or coupled:
+    if "weights" in budget or len(budget) > 1:
         raise ValueError(
-            "A budget of bytes counts what is stored of single weights. It cannot be combined with "
-            'other budgets or with structure="channels", for which {"weights": ...} is the share '
-            f"of the weights that is left. Received: budget={budget!r}, structure={structure!r}"
+            'Without structure="channels", `budget` holds one of "macs", "latency" and "bytes"; a '
+            "share of the weights is a `sparsity`. Received: "
+            f"budget={budget!r}, structure={structure!r}"
+        )
+    if structure is not None and "bytes" not in budget:
+        raise ValueError(
+            f'The budget {list(budget)} is one for single weights or for structure="channels". '
+            f"Pass a `sparsity` with other structures. Received: structure={structure!r}"
         )
     if structure is not None and structure.kept is not None:
         raise ValueError(f"{structure} determines how many weights are kept: leave the budget out.")

@@ -80,10 +80,12 @@ class Calls(TorchFunctionMode):
 
     Args:
         weights: Tensors of the model by path.
+        sparse_from: Share of zeros in a weight from which its operations are sites.
     """
 
-    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+    def __init__(self, weights: Mapping[str, Tensor], sparse_from: float = SPARSE_FROM) -> None:
         super().__init__()
+        self._sparse_from = sparse_from
         self.constants: dict[int, Constant] = {}
         self.sites: dict[tuple[int, Operation], Site] = {}
         self.compute: Callable[[Site, Tensor, Callable[[], Any]], Any]
@@ -138,7 +140,7 @@ class Calls(TorchFunctionMode):
         product = product_of(func, args, kwargs, self._is_constant)
         if product is not None:
             constant = self.constants[id(product.weight)]
-            if constant.sparsity >= SPARSE_FROM:
+            if constant.sparsity >= self._sparse_from:
                 key = id(product.weight), product.operation
                 site = self.sites.setdefault(key, Site(constant, product.operation))
                 site.calls += 1

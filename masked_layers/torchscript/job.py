@@ -22,6 +22,7 @@ class Job:
         timings: An earlier report, from whose times they are chosen without measuring.
         free_batch: Whether the file must accept any number of rows.
         free_axes: Whether other axes of an input have no fixed length.
+        sparsities: Sparsities for which kernels are measured, in place of writing a file; or None.
     """
 
     arguments: list[Any]
@@ -31,3 +32,4 @@ class Job:
     timings: TorchReport | None
     free_batch: bool
     free_axes: bool
+    sparsities: tuple[float, ...] | None = None

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import builtins
+import dataclasses
 import json
 import os
 import subprocess
 import sys
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 
 import keras
@@ -16,6 +18,7 @@ import numpy as np
 
 from masked_layers import _keras
 from masked_layers.keras_files import reason_of
+from masked_layers.torchscript.costs import ProgramCosts
 from masked_layers.torchscript.job import Job
 from masked_layers.torchscript.report import TorchReport
 
@@ -24,7 +27,7 @@ FILE = "model.pt"
 
 _MODEL, _ARRAYS, _JOB = "model.keras", "arrays.npz", "job.json"
 _REPORT, _ERROR = "report.json", "error.json"
-_FIELDS = ("batch_size", "threads", "free_batch", "free_axes")
+_FIELDS = ("batch_size", "threads", "free_batch", "free_axes", "sparsities")
 
 _CHILD = "import sys; sys.path[:] = {path!r}; from masked_layers.torchscript import process; "
 _CHILD += "process.main({folder!r})"
@@ -38,8 +41,26 @@ def run(model: keras.Model, job: Job, folder: Path) -> TorchReport:
         RuntimeError: If the outputs of the file differ, or the new process fails.
         ValueError: If the job has the times of another model.
     """
-    if keras.backend.backend() == "torch" and on_cpu():
+    if _here():
         return _build(model, job, folder)
+    return TorchReport.from_json(_in_child(model, job, folder))
+
+
+def costs(model: keras.Model, job: Job, sparsities: Sequence[float], folder: Path) -> ProgramCosts:
+    """Measures the products of a plain model for several sparsities, with an empty folder.
+
+    Raises:
+        NotImplementedError: If the model cannot be written as TorchScript.
+        RuntimeError: If the new process fails.
+    """
+    job = dataclasses.replace(job, sparsities=tuple(sparsities))
+    if _here():
+        return _measure(model, job)
+    return ProgramCosts.from_json(_in_child(model, job, folder))
+
+
+def _in_child(model: keras.Model, job: Job, folder: Path) -> bytes:
+    """Runs a job in a new process, and returns what it reports, as JSON."""
     model.save(folder / _MODEL)
     arrays = {f"argument{i}": x for i, x in enumerate(keras.tree.flatten(job.arguments))}
     arrays |= {f"output{i}": x for i, x in enumerate(job.expected)}
@@ -73,7 +94,7 @@ def run(model: keras.Model, job: Job, folder: Path) -> TorchReport:
             f"The process that writes the TorchScript file ended with {result.returncode}. The end "
             f"of its messages:\n{result.stderr[-2000:]}"
         )
-    return TorchReport.from_json((folder / _REPORT).read_bytes())
+    return (folder / _REPORT).read_bytes()
 
 
 def main(folder: str) -> None:
@@ -91,7 +112,9 @@ def main(folder: str) -> None:
                 for kind in ("argument", "output")
             )
         arguments = keras.tree.pack_sequence_as(list(_keras.export_specs(model)), leaves)
-        report = _build(model, Job(arguments, expected, timings=timings, **fields), place)
+        job = Job(arguments, expected, timings=timings, **fields)
+        report: TorchReport | ProgramCosts
+        report = _build(model, job, place) if job.sparsities is None else _measure(model, job)
     except Exception as error:
         name = type(error).__name__ if hasattr(builtins, type(error).__name__) else "RuntimeError"
         (place / _ERROR).write_text(json.dumps([name, str(error)]), "utf-8")
@@ -118,6 +141,17 @@ def _build(model: keras.Model, job: Job, folder: Path) -> TorchReport:
     content, report = program.build(model, job)
     (folder / FILE).write_bytes(content)
     return report
+
+
+def _measure(model: keras.Model, job: Job) -> ProgramCosts:
+    from masked_layers.torchscript import measuring
+
+    return measuring.measure(model, job)
+
+
+def _here() -> bool:
+    """Returns whether this process can run the job itself."""
+    return keras.backend.backend() == "torch" and on_cpu()
 
 
 def on_cpu() -> bool:

@@ -18,7 +18,7 @@ from masked_layers import _keras
 from masked_layers.model_state import state_variables
 from masked_layers.serving import relative_difference
 from masked_layers.torchscript import timing
-from masked_layers.torchscript.calls import Calls, Constant, Site
+from masked_layers.torchscript.calls import SPARSE_FROM, Calls, Constant, Site
 from masked_layers.torchscript.job import Job
 from masked_layers.torchscript.report import KernelRow, TorchReport
 from masked_layers.torchscript.storage import StoredDense, packed_nbytes
@@ -136,22 +136,8 @@ def build(model: keras.Model, job: Job) -> tuple[bytes, TorchReport]:
         RuntimeError: If the outputs of the file differ.
         ValueError: If the job has the times of another model.
     """
-    tensors = {path: variable.value for path, (variable, _) in state_variables(model).items()}
-    batch = _torch(job.arguments, job.batch_size if job.free_batch else None)
-    settings = (torch.no_grad(), _without_gradients(tensors.values()), quiet())
-    with contextlib.ExitStack() as stack:
-        threads = stack.enter_context(_threads(job.threads))
-        for setting in settings:
-            stack.enter_context(setting)
-        calls = Calls(tensors)
-
-        def run() -> None:
-            with calls, keras.StatelessScope() as scope:
-                model(*batch)
-            check_stateless(scope)
-
-        run()
-        names = _site_names(calls)
+    with recorded(model, job) as (calls, run, batch, threads):
+        names = site_names(calls)
         seconds = _site_seconds(calls, run, names, job.timings)
         chosen = {site: timing.fastest(seconds[site]) for site in seconds}
         programs = _programs(model, calls, chosen, batch)
@@ -166,7 +152,7 @@ def build(model: keras.Model, job: Job) -> tuple[bytes, TorchReport]:
         program=best,
         batch_size=job.batch_size,
         threads=threads,
-        dense_nbytes=sum(tensor.nbytes for tensor in tensors.values()),
+        dense_nbytes=sum(tensor.nbytes for tensor in _tensors(model).values()),
         file_nbytes=len(file.getvalue()),
         output_error=error,
         notes=notes,
@@ -174,10 +160,54 @@ def build(model: keras.Model, job: Job) -> tuple[bytes, TorchReport]:
     return file.getvalue(), report
 
 
+@contextlib.contextmanager
+def recorded(
+    model: keras.Model, job: Job, sparse_from: float = SPARSE_FROM
+) -> Iterator[tuple[Calls, Callable[[], None], tuple[Any, ...], int]]:
+    """Calls a model once, and yields its calls, with the settings in which it is measured.
+
+    Args:
+        model: A plain model on the torch backend and on the CPU.
+        job: The inputs and the number of threads.
+        sparse_from: Share of zeros in a weight from which its operations are sites.
+
+    Yields:
+        The calls, a function that calls the model on a batch again, the batch, and the number of
+        threads.
+    """
+    tensors = _tensors(model)
+    batch = _torch(job.arguments, job.batch_size if job.free_batch else None)
+    settings = (torch.no_grad(), _without_gradients(tensors.values()), quiet())
+    with contextlib.ExitStack() as stack:
+        threads = stack.enter_context(_threads(job.threads))
+        for setting in settings:
+            stack.enter_context(setting)
+        calls = Calls(tensors, sparse_from)
+
+        def run() -> None:
+            with calls, keras.StatelessScope() as scope:
+                model(*batch)
+            check_stateless(scope)
+
+        run()
+        yield calls, run, batch, threads
+
+
+def _tensors(model: keras.Model) -> dict[str, torch.Tensor]:
+    return {path: variable.value for path, (variable, _) in state_variables(model).items()}
+
+
+def dense_program(
+    model: keras.Model, calls: Calls, batch: tuple[Any, ...]
+) -> torch.jit.ScriptModule:
+    """Returns the program of a model with dense kernels."""
+    return _traced(Program(model, calls, {}), batch)
+
+
 # --- Kernels --------------------------------------------------------------------------------------
 
 
-def _site_names(calls: Calls) -> dict[Site, str]:
+def site_names(calls: Calls) -> dict[Site, str]:
     """Returns a name for each site, the same for every export of a model."""
     names: dict[Site, str] = {}
     for site in calls.sites.values():
@@ -213,7 +243,7 @@ def _programs(
     model: keras.Model, calls: Calls, chosen: Mapping[Site, str], batch: tuple[Any, ...]
 ) -> dict[str, torch.jit.ScriptModule]:
     """Returns the dense program and those with the chosen kernels in all layouts."""
-    programs = {timing.DENSE: _traced(Program(model, calls, {}), batch)}
+    programs = {timing.DENSE: dense_program(model, calls, batch)}
     sparse = {site: name for site, name in chosen.items() if name != timing.DENSE}
     if sparse:
         for name, rows_first in _PROGRAMS.items():

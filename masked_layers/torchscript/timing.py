@@ -6,7 +6,7 @@ import functools
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,9 +28,12 @@ _LIMITS: dict[str, Any] = {"seconds": 20.0, "rounds": (5, 25), "warm": 2}
 optimizes a module in its first two calls."""
 
 
-def kernel(site: Site, name: str, rows_first: bool = False) -> torch.nn.Module:
-    """Returns the compiled module of a sparse kernel."""
-    matrix = csr_of_dense(site.operation.matrix(site.constant.tensor))
+def kernel(
+    site: Site, name: str, rows_first: bool = False, weight: torch.Tensor | None = None
+) -> torch.nn.Module:
+    """Returns the compiled module of a sparse kernel, for the weight of a site or another one."""
+    weight = site.constant.tensor if weight is None else weight
+    matrix = csr_of_dense(site.operation.matrix(weight))
     return torch.jit.script(site.operation.module(matrix, KERNELS[name], rows_first))
 
 
@@ -52,8 +55,68 @@ def site_seconds(calls: Calls, run: Callable[[], Any]) -> dict[Site, dict[str, f
     modules = {
         name: {site: kernel(site, name) for site in calls.sites.values()} for name in KERNELS
     }
+    return _in_passes(calls, run, modules)
 
-    def passed(name: str) -> dict[Site, float]:
+
+def seconds_at(
+    calls: Calls, run: Callable[[], Any], sparsities: Sequence[float]
+) -> dict[Site, tuple[float, list[float]]]:
+    """Measures, at every site, the dense kernel and the fastest sparse one for several sparsities.
+
+    Each sparse kernel has the entries of the weight with the largest magnitudes. Sites with equal
+    operations on weights and inputs of equal shapes get the same times, the averages of theirs.
+
+    Returns:
+        Median seconds of all calls of a site in one pass: dense, and for each sparsity.
+    """
+    shapes: dict[Site, tuple[int, ...]] = {}
+
+    def note(site: Site, x: torch.Tensor, dense: Callable[[], Any]) -> Any:
+        shapes[site] = tuple(x.shape)
+        return dense()
+
+    calls.compute = note
+    alike: dict[Any, list[Site]] = defaultdict(list)
+    often = {site: site.calls for site in calls.sites.values()}  # In the one pass so far.
+    run()
+    modules: dict[tuple[str, float], dict[Site, torch.nn.Module]] = {
+        (name, sparsity): {
+            site: kernel(site, name, weight=_largest(site.constant.tensor, sparsity))
+            for site in shapes
+        }
+        for name in KERNELS
+        for sparsity in sparsities
+    }
+    measured = _in_passes(calls, run, modules)
+    for site, shape in shapes.items():
+        key = site.operation, tuple(site.constant.tensor.shape), shape, often[site]
+        alike[key].append(site)
+    found: dict[Site, tuple[float, list[float]]] = {}
+    for sites in alike.values():
+
+        def fastest_of(names: list[Any], sites: list[Site] = sites) -> float:
+            return statistics.mean(min(measured[site][name] for name in names) for site in sites)
+
+        sparse = [fastest_of([(name, sparsity) for name in KERNELS]) for sparsity in sparsities]
+        found |= dict.fromkeys(sites, (fastest_of([DENSE]), sparse))
+    return found
+
+
+def _largest(weight: torch.Tensor, sparsity: float) -> torch.Tensor:
+    """Returns a weight with zeros in place of a share of its smallest entries."""
+    keep = max(1, round((1 - sparsity) * weight.numel()))
+    places = weight.abs().flatten().topk(keep, sorted=False).indices
+    sparse = torch.zeros(weight.numel(), dtype=weight.dtype)
+    sparse[places] = weight.flatten()[places]
+    return sparse.reshape(weight.shape)
+
+
+def _in_passes(
+    calls: Calls, run: Callable[[], Any], modules: Mapping[Any, Mapping[Site, torch.nn.Module]]
+) -> dict[Site, dict[Any, float]]:
+    """Measures modules at all sites in alternating passes, as `site_seconds` returns them."""
+
+    def passed(name: Any) -> dict[Site, float]:
         spent: dict[Site, float] = defaultdict(float)
 
         def compute(site: Site, x: torch.Tensor, dense: Callable[[], Any]) -> Any:
@@ -66,12 +129,12 @@ def site_seconds(calls: Calls, run: Callable[[], Any]) -> dict[Site, dict[str, f
         run()
         return spent
 
-    passes = {name: functools.partial(passed, name) for name in (DENSE, *KERNELS)}
+    passes = {str(name): functools.partial(passed, name) for name in (DENSE, *modules)}
     rounds = alternate(passes, **_LIMITS)
     return {
         site: {
-            name: statistics.median(spent[site] for spent in passes)
-            for name, passes in rounds.items()
+            name: statistics.median(spent[site] for spent in rounds[str(name)])
+            for name in (DENSE, *modules)
         }
         for site in calls.sites.values()
     }

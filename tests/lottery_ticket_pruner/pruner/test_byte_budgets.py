@@ -66,12 +66,12 @@ def test_what_cannot_be_met_or_means_nothing_is_an_error(pruner):
     for budget, arguments, message in (
         ({"bytes": 1.5}, {}, r"\(0, 1\], or an integer number of bytes.*bytes=1.5"),
         ({"bytes": 0}, {}, "bytes=0"),
-        ({"bytes": 0.5, "weights": 0.5}, {}, "cannot be combined"),
-        ({"bytes": 0.5}, {"structure": "channels"}, "cannot be combined"),
+        ({"bytes": 0.5, "weights": 0.5}, {}, "holds one of"),
+        ({"bytes": 0.5}, {"structure": "channels"}, "counts what is stored of single weights"),
         ({"bytes": 0.5}, {"structure": "2:4"}, "leave the budget out"),
         ({"bytes": 0.5}, {"sparsity": 0.5}, "says how much is pruned"),
         ({"bytes": 0.5}, {"reconstruct": True, "data": np.ones((2, 60))}, "replaces them"),
-        ({"latency": 0.5}, {}, "compare the reports for several sparsities"),
+        ({"latency": 0.5}, {"structure": "4x1"}, "single weights or for structure"),
     ):
         with pytest.raises(ValueError, match=message):
             pruner.update_masks("smallest_weights", budget=budget, **arguments)

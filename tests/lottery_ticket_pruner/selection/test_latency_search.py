@@ -189,8 +189,8 @@ def test_requests_take_shares_and_objects():
     for value, arguments, message in (
         (1.5, {}, r"in \(0, 1\]"),
         ({"share": 0.5}, {}, r"in \(0, 1\]"),
-        (0.5, {"structure": "filters"}, 'needs structure="channels"'),
-        (0.5, {"structure": None}, "save no multiply-adds and no time"),
+        (0.5, {"structure": "filters"}, "a share of the weights is a `sparsity`"),
+        (0.5, {"structure": None}, "a share of the weights is a `sparsity`"),
         (0.5, {"rate": 0.5}, "leave out `rate`"),
     ):
         with pytest.raises(ValueError, match=message):

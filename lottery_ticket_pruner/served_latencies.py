@@ -1,0 +1,159 @@
+"""Measures TorchScript programs with sparse kernels, for budgets of latency of single weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+
+import keras
+import numpy as np
+
+import masked_layers as ml
+from lottery_ticket_pruner import selection
+from lottery_ticket_pruner.budgets import Latency
+from lottery_ticket_pruner.overrides import bystanders_kept, masks_replaced
+from masked_layers import shrinking, torchscript
+
+_logger = logging.getLogger(__name__)
+
+# Sparsities for which kernels are measured. Below the first one, the export tries none.
+_SPARSITIES = (0.5, 0.65, 0.8, 0.9, 0.95, 0.98, 0.999)
+
+
+@dataclasses.dataclass(frozen=True)
+class ServedLatency:
+    """The latency of a TorchScript program with which a budget was met.
+
+    Attributes:
+        budget: The budget.
+        predicted: Latency that was predicted for this program, in the unit of the budget.
+        measured: The same as measured.
+        dense_milliseconds: Median milliseconds of a call of the program with dense kernels.
+        milliseconds: The same for the program of the pruned model.
+        trials: Number of programs that were measured.
+        report: The report on the program, as `masked_layers.export_sparse_torch` returns it.
+    """
+
+    budget: Latency
+    predicted: float
+    measured: float
+    dense_milliseconds: float
+    milliseconds: float
+    trials: int
+    report: ml.TorchReport
+
+    @property
+    def met(self) -> bool:
+        """True if the measured latency is within the budget."""
+        return self.measured <= self.budget.limit
+
+    def __str__(self) -> str:
+        unit = "ms" if self.budget.share is None else "of the latency without pruning"
+        return (
+            f"measured {self.measured:.3g} {unit}, predicted {self.predicted:.3g}, batch size "
+            f"{self.budget.batch_size}, threads: {self.report.threads}, programs tried: "
+            f"{self.trials}; TorchScript {self.dense_milliseconds:.3g} ms -> "
+            f"{self.milliseconds:.3g} ms"
+        )
+
+
+class ServedProbes:
+    """Measures the programs that would be served of a model, for `selection.select`.
+
+    The masks of the model are changed only while it is copied.
+
+    Args:
+        model: The masked model.
+        latency: The budget.
+
+    Attributes:
+        products: The products that have a sparse form, with their times divided by the budget.
+        rest: Time of everything else, divided by the budget.
+
+    Raises:
+        ImportError: If PyTorch is missing.
+        NotImplementedError: If the model cannot be written as TorchScript.
+    """
+
+    def __init__(self, model: keras.Model, latency: Latency) -> None:
+        self._model, self._latency = model, latency
+        self._tried: list[tuple[Mapping[str, np.ndarray], ServedLatency]] = []
+        with bystanders_kept():
+            dense = shrinking.unpruned(model)
+        costs = torchscript.program_costs(dense, _SPARSITIES, batch_size=latency.batch_size)
+        share, limit = latency.share, latency.limit
+        budget = limit / 1e3 if share is None else share * costs.seconds
+        sizes = {path: mask.size for path, mask in ml.get_masks(model).items()}
+        self.products = [
+            selection.Product(
+                {path: sizes[path] for path in paths},
+                sum(each.dense for each in found) / budget,
+                _SPARSITIES,
+                (np.sum([each.sparse for each in found], axis=0) / budget).tolist(),
+            )
+            for paths, found in _together(costs.products, sizes).items()
+        ]
+        self.rest = costs.seconds / budget - sum(each.dense for each in self.products)
+        known = {path for each in self.products for path in each.sizes}
+        if others := [path for path in sizes if path not in known]:
+            _logger.warning(
+                "No time is saved by pruning these weights, which have no sparse kernel, so the "
+                "budget of latency keeps them: %s",
+                ", ".join(others),
+            )
+
+    def __call__(self, masks: Mapping[str, np.ndarray], *, predicted: float) -> float:
+        """Returns the latency of the program with these masks, divided by the budget.
+
+        Args:
+            masks: Bool masks by path.
+            predicted: The expected result.
+        """
+        with bystanders_kept(), masks_replaced(self._model, masks):
+            pruned = ml.strip_masks(self._model)
+        latency = self._latency
+        report = torchscript.program_report(pruned, batch_size=latency.batch_size)
+        if report.programs:
+            dense, seconds = report.programs["dense"], report.programs[report.program]
+        else:
+            costs = torchscript.program_costs(pruned, (), batch_size=latency.batch_size)
+            dense = seconds = costs.seconds
+        measured = 1e3 * seconds if latency.share is None else seconds / dense
+        found = ServedLatency(
+            budget=latency,
+            predicted=predicted * latency.limit,
+            measured=measured,
+            dense_milliseconds=1e3 * dense,
+            milliseconds=1e3 * seconds,
+            trials=len(self._tried) + 1,
+            report=report,
+        )
+        self._tried.append((dict(masks), found))
+        _logger.info("Tried sparse kernels: %s.", found)
+        return measured / latency.limit
+
+    def measured(self, masks: Mapping[str, np.ndarray]) -> ServedLatency:
+        """Returns what was measured with these masks."""
+        found = next(
+            latency
+            for tried, latency in reversed(self._tried)
+            if all(np.array_equal(mask, masks[path]) for path, mask in tried.items())
+        )
+        return dataclasses.replace(found, trials=len(self._tried))
+
+
+def _together(
+    products: tuple[torchscript.ProductCosts, ...], masked: Mapping[str, int]
+) -> dict[tuple[str, ...], list[torchscript.ProductCosts]]:
+    """Returns the products by their masked weights; those that share a weight are in one entry."""
+    found: dict[tuple[str, ...], list[torchscript.ProductCosts]] = {}
+    for product in products:
+        paths = [path for path in product.paths if path in masked]
+        joined, members = dict.fromkeys(paths), [product]
+        for others in [others for others in found if joined.keys() & set(others)]:
+            joined |= dict.fromkeys(others)
+            members += found.pop(others)
+        if joined:
+            found[tuple(joined)] = members
+    return found
