@@ -15,13 +15,15 @@ import numpy as np
 from masked_layers import _keras, _keras_configs, ticket_format
 from masked_layers.files import FileContentError, check_target, replacing
 from masked_layers.inspection import channel_refs, refs_with_masks
-from masked_layers.keras_files import reason_of
+from masked_layers.keras_files import load_model, reason_of
 from masked_layers.masks import Mask, raw_view
 from masked_layers.model_state import State, state_variables
 from masked_layers.packing import MaskState
 from masked_layers.paths import plain_class, walk
 from masked_layers.streams import dtype_of
 from masked_layers.ticket_format import Entry, Ticket
+
+SUFFIX = ".safetensors"
 
 
 def save_ticket(
@@ -116,6 +118,18 @@ def load_with_values(path: str | os.PathLike[str]) -> keras.Model:
             "`masked_layers.load_ticket`, train the model and save that."
         )
     return _model_of(ticket, path)
+
+
+def load_saved(path: Path) -> keras.Model:
+    """Makes the model of a ticket file with values (`.safetensors`), or of a `.keras` file.
+
+    It is not compiled.
+
+    Raises:
+        OSError: If the file is missing or cannot be read.
+        FileContentError: If it is damaged, or Keras cannot make its model.
+    """
+    return load_with_values(path) if path.suffix == SUFFIX else load_model(path)
 
 
 def _read(path: str | os.PathLike[str]) -> Ticket:

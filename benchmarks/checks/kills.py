@@ -135,6 +135,8 @@ def check_folder(folder: Path) -> None:
     """Reads the files of an experiment that have a format of their own."""
     for file in folder.rglob("*.npz"):
         np.load(file).close()
+    for file in folder.rglob("*.safetensors"):
+        ml.load_ticket(file)
     for file in folder.rglob("*.keras"):
         if (damaged := zipfile.ZipFile(file).testzip()) is not None:
             raise ValueError(f"{file}: {damaged}")
@@ -163,13 +165,13 @@ def contents(folder: Path) -> dict[str, Any]:
         if file.suffix == ".npz":
             with np.load(file) as arrays:
                 found |= {f"{name}: {key}": arrays[key].tobytes() for key in arrays.files}
-        elif file.suffix == ".keras":
+        elif file.suffix in (".keras", ".safetensors"):
             found |= {f"{name}: {key}": value for key, value in arrays_of(file)}
         elif file.suffix == ".csv":
             heading, *rows = [line.split(",") for line in file.read_text().splitlines()]
             kept = [place for place, column in enumerate(heading) if column != "seconds"]
             found[name] = [[row[place] for place in kept] for row in (heading, *rows)]
-        elif file.suffix in (".mlsp", ".safetensors"):
+        elif file.suffix == ".mlsp":
             found[name] = file.read_bytes()
         elif not file.name.startswith(("events.", "sparsity.")):  # With times and sizes.
             found[name] = "exists"

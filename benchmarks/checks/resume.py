@@ -8,7 +8,7 @@ half the time of the last line, and therefore in the middle of a training. The s
 started again, killed after two thirds of the lines, and started a last time. For comparison, the
 command also runs once without interruption. Both runs are deterministic. The script compares all
 numbers of results.csv except the seconds, the masks of every round, and every array of the saved
-tickets (weights, masks, optimizer) byte for byte. It prints what it compared and what differs.
+tickets (weights, masks, statistics) byte for byte. It prints what it compared and what differs.
 """
 
 import argparse
@@ -75,13 +75,24 @@ def contents(folder):
         with np.load(file) as arrays:
             for name in arrays.files:
                 found[f"{file.relative_to(folder)}: {name}"] = arrays[name].tobytes()
-    for file in sorted(folder.glob("ticket*.keras")):
+    for file in [
+        *sorted(folder.glob("ticket*.keras")),
+        *sorted(folder.glob("ticket*.safetensors")),
+    ]:
         found |= {f"{file.name}: {name}": value for name, value in arrays_of(file)}
     return found
 
 
 def arrays_of(ticket):
-    """Returns the name and the bytes of every array in a `.keras` file."""
+    """Returns the name and the bytes of every array in a ticket file or a `.keras` file."""
+    if ticket.suffix == ".safetensors":
+        from masked_layers import ticket_format
+
+        # Not the config, in which Keras numbers layers without a name.
+        entries = ticket_format.unpack(ticket.read_bytes()).entries
+        parts = ("kept", "values", "frozen")
+        arrays = [(f"{e.path}, {part}", getattr(e, part)) for e in entries for part in parts]
+        return [(name, array.tobytes()) for name, array in arrays if array is not None]
     import h5py
 
     found = []

@@ -19,13 +19,19 @@ from lottery_ticket_pruner.compression import (
     predict_in_batches,
     test_part_of,
 )
-from lottery_ticket_pruner.experiments import datasets, networks, own, own_networks
+from lottery_ticket_pruner.experiments import (
+    datasets,
+    networks,
+    own,
+    own_networks,
+    saved_tickets,
+)
 from lottery_ticket_pruner.experiments.results import CONFIG_FILE, read_json
 from lottery_ticket_pruner.training import Arrays, map_arrays
 from masked_layers import serving
-from masked_layers.ticket_files import load_with_values
+from masked_layers.ticket_files import SUFFIX, load_with_values
 
-_FILES = {"prune": "model.keras", "run": "ticket.keras"}
+_NAMES = {"prune": "model", "run": "ticket"}
 
 
 def compare(config: CompareConfig, console: Console | None = None) -> ModelComparison:
@@ -106,10 +112,8 @@ def _subject(name: str, x: Arrays, batch_size: int) -> Subject:
         return _in_folder(name, batch_size)
     if not path.exists():
         raise FileNotFoundError(f"There is no file or folder '{name}'.")
-    if path.suffix == ".safetensors":
-        return Subject.of_model(name, load_with_values(path), batch_size)
-    if path.suffix in networks.FILES:
-        return Subject.of_model(name, own_networks.load_file(path, compiled=False), batch_size)
+    if path.suffix in (SUFFIX, *networks.FILES):
+        return Subject.of_model(name, _in_file(path), batch_size)
     raise ValueError(
         "Expected a .keras, .h5 or .safetensors file, a SavedModel folder, a folder of "
         f"`lottery-ticket prune` or `run`, or module:function. Received: '{name}'."
@@ -129,13 +133,19 @@ def _in_folder(name: str, batch_size: int) -> Subject:
 
 
 def _model_in(path: Path, stored: dict[str, Any]) -> keras.Model:
-    file = _FILES.get(str(stored.get("command")))
-    if file is None:
+    name = _NAMES.get(str(stored.get("command")))
+    if name is None:
         raise ValueError(
             f"'{path}' is neither a SavedModel folder nor one of `lottery-ticket prune` or `run`: "
             "name a file or folder inside it, such as served/1."
         )
-    return own_networks.load_file(path / file, compiled=False)
+    return _in_file(saved_tickets.find(path, name))
+
+
+def _in_file(path: Path) -> keras.Model:
+    if path.suffix == SUFFIX:
+        return load_with_values(path)
+    return own_networks.load_file(path, compiled=False)
 
 
 def _served(name: str, x: Arrays, batch_size: int) -> Subject:

@@ -33,6 +33,7 @@ from lottery_ticket_pruner.experiments.config import RunConfig
 from lottery_ticket_pruner.experiments.reports import pruning
 from lottery_ticket_pruner.experiments.workbench import compiled_network
 from lottery_ticket_pruner.fingerprints import of_json
+from masked_layers.ticket_files import SUFFIX
 
 _UNITS = {
     "": 1,
@@ -226,9 +227,11 @@ def load(config: PruneConfig) -> keras.Model:
         return own.value_of(name, "make a model with", _compiled)
     path = Path(name)
     if path.suffix not in networks.FILES:
+        loss = " A ticket file contains no loss: name a function that loads and compiles the model."
         raise ValueError(
             "Expected as MODEL a .keras or .h5 file, module:function or file.py:function, or one "
             f"of {', '.join(networks.NAMES)}. Received: {name!r}."
+            f"{loss if path.suffix == SUFFIX else ''}"
         )
     return _compiled(own_networks.load_file(path, compiled=True), f"{name}: ")
 

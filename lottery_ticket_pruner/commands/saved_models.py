@@ -3,15 +3,15 @@
 import dataclasses
 from pathlib import Path
 
-import keras
 import numpy as np
 
 import masked_layers
 from _lottery_ticket import commands as options
 from lottery_ticket_pruner.commands.all_formats import FormatsTable, Options, export_all
+from lottery_ticket_pruner.experiments import saved_tickets
 from masked_layers import serving
-from masked_layers.keras_files import how_to_save, load_model
-from masked_layers.ticket_files import load_with_values
+from masked_layers.keras_files import how_to_save
+from masked_layers.ticket_files import load_saved
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +30,7 @@ class ExportConfig(options.ExportOptions):
             return self._write_torch()
         if self.format == "onnx":
             return masked_layers.export_sparse_onnx(
-                _load(self.model),
+                load_saved(self.model),
                 self.out,
                 values=self.values,
                 tolerance=self.tolerance,
@@ -42,7 +42,7 @@ class ExportConfig(options.ExportOptions):
                 "replace it once the new one is complete."
             )
         return serving.export_sparse_saved_model(
-            _load(self.model),
+            load_saved(self.model),
             self.out,
             values=self.values,
             tolerance=self.tolerance,
@@ -84,11 +84,11 @@ class ExportConfig(options.ExportOptions):
             batch_size=self.batch_size,
             threads=self.threads,
         )
-        return export_all(_load(self.model), self.out, options, overwrite=self.overwrite)
+        return export_all(load_saved(self.model), self.out, options, overwrite=self.overwrite)
 
     def _write_torch(self) -> masked_layers.TorchReport:
         return masked_layers.export_sparse_torch(
-            _load(self.model),
+            load_saved(self.model),
             self.out,
             batch_size=self.batch_size,
             threads=self.threads,
@@ -118,8 +118,10 @@ class InspectConfig(options.InspectOptions):
 def _check_model(path: Path) -> None:
     if not path.is_file():
         received = f" Received: the folder '{path}'." if path.is_dir() else ""
+        if tickets := saved_tickets.tickets_in(path):
+            received += f" Its tickets: {', '.join(map(str, tickets))}."
         raise FileNotFoundError(f"There is no file '{path}'.{received}")
-    if path.suffix not in (".keras", ".safetensors"):
+    if path.suffix not in saved_tickets.SUFFIXES:
         raise ValueError(f"Expected a '.keras' file. Received: '{path}'. {how_to_save(path)}")
 
 
@@ -133,7 +135,3 @@ def _array(path: Path) -> np.ndarray:
     if not isinstance(array, np.ndarray):
         raise ValueError(f"'{path}' contains several arrays. Expected a '.npy' file with one.")
     return array
-
-
-def _load(path: Path) -> keras.Model:
-    return load_with_values(path) if path.suffix == ".safetensors" else load_model(path)

@@ -91,7 +91,7 @@ _KINDS = (
         options="RunConfig",
         files=(
             r"accuracy\.png",
-            r"ticket(-\d+)?\.keras",
+            r"ticket(-\d+)?\.(safetensors|keras)",
             rf"logs/({_ARMS})-\d+/events\.out\.tfevents\.[^/]*",
             r"rounds/\d+/(state\.json|initial\.npz|(masks|model|pruner)-\d+\.npz)",
             r"served/1/(saved_model|fingerprint)\.pb",
@@ -115,7 +115,7 @@ _KINDS = (
         files=(
             r"state\.json",  # Of earlier versions.
             r"(curves-\d+|heat-map)\.png",
-            rf"supermask-({'|'.join(WEIGHTS)})-(plain|rescaled)(-[\d.e+-]+)?-\d+\.keras",
+            rf"supermask-({'|'.join(WEIGHTS)})-(plain|rescaled)(-[\d.e+-]+)?-\d+\.(safetensors|keras)",
         ),
         numbers=(
             *("replicate", "epoch", "sparsity", "test_accuracy", "test_loss", "dense_accuracy"),

@@ -9,9 +9,8 @@ import keras
 from rich.console import Console
 
 import masked_layers as ml
-from lottery_ticket_pruner.compression import save_model
 from lottery_ticket_pruner.divergence import SeedFailures
-from lottery_ticket_pruner.experiments import datasets, progress, results
+from lottery_ticket_pruner.experiments import datasets, progress, results, saved_tickets
 from lottery_ticket_pruner.experiments.config import RunConfig, chosen, parse_steps
 from lottery_ticket_pruner.experiments.reports import figures, statistics, tables
 from lottery_ticket_pruner.experiments.run_folder import RunFolder
@@ -26,14 +25,18 @@ def run(config: RunConfig, data: datasets.Dataset, console: Console | None = Non
     """Runs a resolved experiment (see `workbench.load_and_resolve`) and returns its folder.
 
     The folder contains `config.json` (all options), `results.csv` (a row per round, arm and
-    replicate, written as they are known), `accuracy.png`, `ticket.keras` (the last ticket of the
-    first seed; `ticket-1.keras` and so on for the others), this ticket as a sparse SavedModel in
-    `served/1` if the backend can write one, `rounds/<replicate>` with the masks of every round (for
-    `masked_layers.load_masks`) and the initial weights of the seed, and TensorBoard's `logs` of the
-    rows and of all evaluations on the validation data. An interrupted run is resumed after its last
-    complete round. If the run is finished, its results are shown.
+    replicate, written as they are known), `accuracy.png`, `ticket.safetensors` (the last ticket of
+    the first seed, for `masked_layers.load_ticket`; `ticket-1.safetensors` and so on for the
+    others), this ticket as a sparse SavedModel in `served/1` if the backend can write one,
+    `rounds/<replicate>` with the masks of every round (for `masked_layers.load_masks`) and the
+    initial weights of the seed, and TensorBoard's `logs` of the rows and of all evaluations on the
+    validation data. An interrupted run is resumed after its last complete round. If the run is
+    finished, its results are shown.
 
     If the training of a seed diverges, the other seeds go on.
+
+    Warns:
+        UserWarning: If a ticket is written as a `.keras` file (see `saved_tickets.save`).
 
     Raises:
         DivergenceError: If it happened, at the end. The run is then not finished.
@@ -123,7 +126,7 @@ def _carry_out_seed(
             folder.path / "rounds" / str(replicate),
         )
     suffix = f"-{replicate}" if replicate else ""
-    save_model(found.ticket, folder.path / f"ticket{suffix}.keras")
+    saved_tickets.save(found.ticket, folder.path, f"ticket{suffix}")
     if not suffix:
         _export(found.ticket, folder, console)
 

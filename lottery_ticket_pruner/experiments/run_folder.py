@@ -402,7 +402,7 @@ class RunFolder(Workplace):
             file.parent.mkdir(parents=True, exist_ok=True)
             with replacing(file) as whole:
                 weights = dict(zip(paths, records.snapshot(model), strict=True))
-                np.savez(whole, allow_pickle=False, **weights)
+                np.savez_compressed(whole, allow_pickle=False, **weights)
 
     def finish(self) -> None:
         """Marks the run as finished, and moves it in place.

@@ -18,8 +18,7 @@ import masked_layers as ml
 from _lottery_ticket import experiments as options
 from _lottery_ticket import names
 from lottery_ticket_pruner import divergence, training
-from lottery_ticket_pruner.compression import save_model
-from lottery_ticket_pruner.experiments import datasets, progress, results
+from lottery_ticket_pruner.experiments import datasets, progress, results, saved_tickets
 from lottery_ticket_pruner.experiments.config import (
     Experiment,
     RunConfig,
@@ -128,10 +127,13 @@ def run(config: SupermaskConfig, data: datasets.Dataset, console: Console | None
 
     The folder contains `config.json`, `results.csv` (a row per mask) and `curves-<number>.png`; for
     untrained masks also `heat-map.png`; for learned masks, binary masks over their weights,
-    `supermask-<weights>-<dwr>-<replicate>.keras`. Complete seeds of an interrupted run are kept. If
-    the run is finished, its results are shown.
+    `supermask-<weights>-<dwr>-<replicate>.safetensors`, for `masked_layers.load_ticket`. Complete
+    seeds of an interrupted run are kept. If the run is finished, its results are shown.
 
     If the training of a seed diverges, the other seeds go on.
+
+    Warns:
+        UserWarning: If masks are written as a `.keras` file (see `saved_tickets.save`).
 
     Raises:
         DivergenceError: If it happened, at the end. The run is then not finished.
@@ -157,7 +159,7 @@ def _carry_out(
     folder.begin(
         f"{config.data}, {config.network}, {config.learn or 'untrained'} masks; "
         f"{keras.backend.backend()}",
-        keep=[results.RESULTS_FILE, "supermask-*.keras"],
+        keep=[results.RESULTS_FILE, "supermask-*"],
     )
     done = {row["replicate"] for row in rows}
     one_seed = _learned if config.learn else _untrained
@@ -315,10 +317,8 @@ def _learned(
         )
         scaled = "rescaled" if dwr else "plain"
         asked = "" if sparsity is None else f"-{sparsity:g}"
-        save_model(
-            found.supermask,
-            folder / f"supermask-{weights}-{scaled}{asked}-{replicate}.keras",
-        )
+        name = f"supermask-{weights}-{scaled}{asked}-{replicate}"
+        saved_tickets.save(found.supermask, folder, name)
         rows.append(
             {
                 "weights": weights,

@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 
 from masked_layers.files import FileContentError
-from masked_layers.keras_files import how_to_save, load_model
+from masked_layers.keras_files import how_to_save
 from masked_layers.serving import encoding
 from masked_layers.serving.graph import PACK
 from masked_layers.serving.report import FILE, StorageReport, StorageRow, file_sizes
 from masked_layers.serving.tracing import effective_values
-from masked_layers.ticket_files import load_with_values
+from masked_layers.ticket_files import SUFFIX, load_saved
 
 
 def inspect(path: str | os.PathLike[str]) -> StorageReport:
@@ -42,10 +42,8 @@ def inspect(path: str | os.PathLike[str]) -> StorageReport:
     if not path.exists():
         raise FileNotFoundError(f"There is no '{path}'.")
     files = file_sizes(path)
-    if path.suffix == ".keras" and path.is_file():
-        arrays = effective_values(load_model(path))
-    elif path.suffix == ".safetensors" and path.is_file():
-        arrays = effective_values(load_with_values(path))
+    if path.suffix in (".keras", SUFFIX) and path.is_file():
+        arrays = effective_values(load_saved(path))
     elif "saved_model.pb" in files and (FILE in files or f"assets/{PACK}" in files):
         return _written_report(path, files)
     elif "saved_model.pb" in files:

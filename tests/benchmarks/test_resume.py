@@ -1,13 +1,10 @@
 """Comparison of a killed run with an undisturbed one, on stand-ins for the command."""
 
-import io
 import re
 import shutil
 import sys
-import zipfile
 from pathlib import Path
 
-import h5py
 import numpy as np
 import pytest
 
@@ -15,6 +12,8 @@ import pytest
 sys.path.append(str(Path(__file__).parents[2]))
 
 from benchmarks.checks import resume
+from masked_layers import ticket_format
+from masked_layers.ticket_format import Entry, Ticket
 
 pytestmark = pytest.mark.once
 
@@ -41,23 +40,21 @@ def folder(tmp_path):
     (folder / "rounds" / "0").mkdir(parents=True)
     (folder / "results.csv").write_text("round,arm,seconds\n0,dense,1.5\n1,ticket,1.6\n1,tick")
     np.savez(folder / "rounds" / "0" / "masks-01.npz", mask=np.array([1, 0], bool))
-    write_ticket(folder / "ticket.keras", [0.5, -0.0])
+    write_ticket(folder / "ticket.safetensors", [0.5, -0.0])
     return folder
 
 
 def write_ticket(path, values):
-    stored = io.BytesIO()
-    with h5py.File(stored, "w") as weights:
-        weights["layers/fc/vars/0"] = np.array(values, "float32")
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("metadata.json", "{}")
-        archive.writestr("model.weights.h5", stored.getvalue())
+    values = np.array(values, "float32")
+    kept = np.ones(2, bool)
+    entry = Entry(path="fc/kernel", shape=(2,), dtype="float32", kept=kept, values=values)
+    path.write_bytes(ticket_format.pack(Ticket({}, [entry], signs_only=False)))
 
 
 def test_everything_but_times_is_compared_byte_for_byte(folder, tmp_path):
     whole = resume.contents(folder)
-    # Two complete lines of two numbers, a mask, an array of the ticket.
-    assert len(whole) == 4 + 1 + 1
+    # Two complete lines of two numbers, a mask, the mask and the values of the ticket.
+    assert len(whole) == 4 + 1 + 2
     other = tmp_path / "other"
     shutil.copytree(folder, other)
     (other / "results.csv").write_text("round,arm,seconds\n0,dense,9.5\n1,ticket,9.6\n")
@@ -65,12 +62,12 @@ def test_everything_but_times_is_compared_byte_for_byte(folder, tmp_path):
 
     (other / "results.csv").write_text("round,arm,seconds\n0,dense,9.5\n")
     np.savez(other / "rounds" / "0" / "masks-01.npz", mask=np.array([0, 1], bool))
-    write_ticket(other / "ticket.keras", [0.5, 0.0])
+    write_ticket(other / "ticket.safetensors", [0.5, 0.0])
     assert resume.compare(whole, resume.contents(other)) == [
         "results.csv, line 2, arm",
         "results.csv, line 2, round",
         "rounds/0/masks-01.npz: mask",
-        "ticket.keras: layers/fc/vars/0",
+        "ticket.safetensors: fc/kernel, values",
     ]
 
 

@@ -182,12 +182,12 @@ def test_a_truncated_configuration_is_reported(place, capsys):
 
 def test_damaged_tickets_are_reported_as_left_out(place, capsys):
     folder = place("run")
-    ticket = folder / "ticket.keras"
+    ticket = folder / "ticket.safetensors"
     ticket.write_bytes(ticket.read_bytes()[:-99])
-    with pytest.warns(UserWarning, match=r"left out\. 'out/ticket\.keras' .* cut short.*Restore"):
+    with pytest.warns(UserWarning, match=r"left out\. 'out/ticket\.safe.*cut short.*Restore"):
         assert cli.main(["report", "out", "--quiet"]) == 0
     text = (folder / "report" / "tables.md").read_text()
-    assert "Not loaded: 'out/ticket.keras' exists, but it is not a '.keras' file or was cut" in text
+    assert "Not loaded: 'out/ticket.safetensors' is not a ticket file, or is cut short" in text
     assert "Not loaded: " in (folder / "report" / "report.html").read_text()
     assert capsys.readouterr().err == ""
 

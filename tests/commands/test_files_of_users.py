@@ -35,7 +35,7 @@ COMMANDS = {
 # Next to files of the commands, with similar names, and in separate folders.
 OWN = (
     "notes.txt",
-    "ticket-mine.keras",
+    "ticket-mine.safetensors",
     "curves-mine.png",
     "supermask-1.keras",
     "served/2/saved_model.pb",

@@ -204,6 +204,7 @@ def _interrupt(self, row):
         (["nothing.keras"], "There is no file 'nothing.keras'."),
         (["model.pb"], "Expected as MODEL a .keras or .h5 file"),
         (["own.py:one"], "own.py:one: Expected a Keras model. Received: int."),
+        (["ticket.safetensors"], "A ticket file contains no loss: name a function"),
         (["own.py:plain"], "own.py:plain: The model is not compiled"),
         (["own.py:broken"], "own.py:broken raised KeyError: 'colour'"),
         (["own.py:nothing"], "has no function 'nothing' to make a model with. It has: load, make"),

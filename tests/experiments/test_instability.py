@@ -14,6 +14,7 @@ pytest.importorskip("tyro")
 
 import masked_layers as ml
 from lottery_ticket_pruner import analyses, cli
+from lottery_ticket_pruner.experiments import saved_tickets
 from lottery_ticket_pruner.experiments.instability import InstabilityConfig
 from lottery_ticket_pruner.experiments.reports import run_folders, ticket_masks, web_page
 from lottery_ticket_pruner.experiments.supermask import SupermaskConfig
@@ -76,10 +77,18 @@ OF_TICKET = {"steps": 12, "seeds": 3, "batch-size": 50, "deterministic": ""}
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """The folder of a run."""
+    """The folder of a run, with the ticket of the first seed as `.keras` file, too."""
     folder = tmp_path_factory.mktemp("run")
     options = OF_TICKET | {"seeds": "3 5", "rounds": 1, "rewind-to": "8it", "controls": ""}
-    assert cli.main(["run", *command(**options, out=folder)[1:]]) == 0
+    save = saved_tickets.save
+
+    def save_all(model, path, name):
+        save(model, path, name)
+        model.save(path / f"{name}-raw.keras")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(saved_tickets, "save", save_all)
+        assert cli.main(["run", *command(**options, out=folder)[1:]]) == 0
     return folder
 
 
@@ -96,7 +105,7 @@ def test_the_masks_and_the_rewinding_point_are_those_of_a_run(tmp_path, ticket, 
     assert cli.main(command(**options, masks=ticket, out=tmp_path / "out")) == 0
     ((seed, steps, weights, masks),) = measured
     assert (seed, steps) == (3, 4)
-    for ref in ml.masked_refs(keras.models.load_model(ticket / "ticket.keras")):
+    for ref in ml.masked_refs(keras.models.load_model(ticket / "ticket-raw.keras")):
         mask = ref.mask.value.numpy()
         np.testing.assert_array_equal(masks[ref.path], mask)
         assert 0 < mask.mean() < 1

@@ -35,7 +35,7 @@ def test_the_results_say_what_share_of_channels_is_left(folder):
 
 
 def test_the_ticket_becomes_a_smaller_network(folder):
-    smaller = ml.shrink(keras.models.load_model(folder / "ticket.keras"))
+    smaller = ml.shrink(ml.load_ticket(folder / "ticket.safetensors"))
     units = [layer.units for layer in smaller.layers if isinstance(layer, keras.layers.Dense)]
     assert units == [150, 50, 10]
 

@@ -226,8 +226,10 @@ def test_learned_masks(tmp_path, kind, monkeypatch):
     assert row["sparsity"] == pytest.approx(np.mean(sampled or hardened))
     assert len(sampled) == (3 if kind == "bernoulli" else 0)
     assert json.loads((tmp_path / "config.json").read_text())["learn"] == kind
-    (file,) = tmp_path.glob("supermask-signed_constant-rescaled*-0.keras")
-    found = keras.models.load_model(file)
+    (file,) = tmp_path.glob("supermask-signed_constant-rescaled*-0.safetensors")
+    found = ml.load_ticket(file)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    found.compile(loss=loss, metrics=["accuracy"])
     data = datasets.load("digits")
     accuracy = training.evaluate(found, data.x_test, data.y_test)["accuracy"]
     assert accuracy == pytest.approx(row["deterministic_accuracy"], abs=1e-6)

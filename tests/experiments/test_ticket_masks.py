@@ -87,7 +87,7 @@ def with_initial_weights(folder, replicate=0, **options):
         values[0, : values.shape[1] // 5] *= -1  # Of two rows that are kept.
         ref.variable.assign(values * 3)
     suffix = f"-{replicate}" if replicate else ""
-    model.save(folder / f"ticket{suffix}.keras")
+    ml.save_ticket(model, folder / f"ticket{suffix}.safetensors")
     file = results.file_of_initial_weights(folder, replicate)
     file.parent.mkdir(parents=True)
     np.savez(file, **initial)
@@ -133,8 +133,8 @@ def test_overlaps_between_seeds_and_between_configurations(tmp_path):
     rows = {"a": (slice(0, 1), slice(1, 2)), "b": (slice(0, 2), slice(0, 2))}
     for name, kept in rows.items():
         folder = write_run(tmp_path / "runs" / name, strategy=name)
-        ticket(0, kept[0]).save(folder / "ticket.keras")
-        ticket(1, kept[1]).save(folder / "ticket-1.keras")
+        ml.save_ticket(ticket(0, kept[0]), folder / "ticket.safetensors")
+        ticket(1, kept[1]).save(folder / "ticket-1.keras")  # Of an earlier version.
     other = write_run(tmp_path / "runs" / "c", strategy="c")
     ticket(0, slice(0, 1)).save(other / "ticket.keras")
     all_tickets = tickets_in(tmp_path / "runs")

@@ -13,12 +13,12 @@ from rich.console import Console
 
 import masked_layers as ml
 from lottery_ticket_pruner import analyses
-from lottery_ticket_pruner.experiments import networks
+from lottery_ticket_pruner.experiments import networks, saved_tickets
 from lottery_ticket_pruner.experiments.reports.run_folders import Group, Run
 from lottery_ticket_pruner.experiments.reports.tables import Sheet, filled
 from lottery_ticket_pruner.experiments.results import file_of_initial_weights, initial_weights
 from lottery_ticket_pruner.variables import read
-from masked_layers.keras_files import load_model
+from masked_layers.ticket_files import load_saved
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -143,10 +143,10 @@ def tickets_of(group: Group) -> GroupTickets:
     tickets: dict[int, Ticket] = {}
     unreadable = []
     for run in group.runs:
-        for path in sorted(run.folder.glob("ticket*.keras")):
+        for path in saved_tickets.tickets_in(run.folder):
             try:
                 replicate, seed = _seed(run, path)
-                model = load_model(path)
+                model = load_saved(path)
                 masks = ml.get_masks(model)
             # Keras and its file formats raise errors of any type here, also for unknown layers.
             except Exception as error:
