@@ -6,8 +6,8 @@ LeNet-300-100 on MNIST (without --data-dir on as many random images, of which no
 a search of `--rounds` rounds with trainings of `--search-steps` makes masks. Then, at several
 rounds, the ticket is trained by `training.train` with batches of 60, in the same process and in
 turns: with the masked model, and with the smaller model that replaces it in long trainings. Times
-are processor seconds per step, of one thread on TensorFlow, after compiling, which is timed
-separately.
+are processor seconds per step, of one thread on TensorFlow and torch, after compiling, which is
+timed separately.
 """
 
 import argparse
@@ -22,6 +22,19 @@ from benchmarks.ladder import BATCH_SIZE, data
 GOAL = 3.0
 TURNS = 5
 COMPILED = 300  # From so many steps on, TensorFlow compiles by XLA.
+
+
+def one_thread():
+    """Makes TensorFlow and PyTorch compute in one thread."""
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        tf.config.threading.set_intra_op_parallelism_threads(1)
+        tf.config.threading.set_inter_op_parallelism_threads(1)
+    elif keras.backend.backend() == "torch":
+        import torch
+
+        torch.set_num_threads(1)
 
 
 def tickets(examples, rounds, steps):
@@ -95,12 +108,7 @@ def main(arguments=None):
     parser.add_argument("--search-steps", type=int, default=1_000, help="steps that make masks")
     parser.add_argument("--steps", type=int, default=1_000, help="steps of each measurement")
     options = parser.parse_args(arguments)
-    if keras.backend.backend() == "tensorflow":
-        import tensorflow as tf
-
-        tf.config.threading.set_intra_op_parallelism_threads(1)
-        tf.config.threading.set_inter_op_parallelism_threads(1)
-
+    one_thread()
     examples = data(options.data_dir)
     model, masks = tickets(examples, options.rounds, options.search_steps)
     met = False

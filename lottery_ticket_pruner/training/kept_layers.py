@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import keras
 import numpy as np
 from keras import ops
 
+from lottery_ticket_pruner.training.kept_products import Products, indices
 from lottery_ticket_pruner.training.kept_weights import KeptKernel
 from masked_layers.types import Tensor
 
@@ -18,17 +16,18 @@ class KeptDense(keras.layers.Layer):
 
     Args:
         kept: The kept weights.
-        gather: Whether to compute products of kept weights one by one, and not as a matrix.
+        products: How to compute products of single kept weights. None to make a matrix of them.
     """
 
-    def __init__(self, kept: KeptKernel, *, gather: bool) -> None:
+    def __init__(self, kept: KeptKernel, products: Products | None) -> None:
         super().__init__(name=kept.layer.name, dtype="float32")
         self.activation = kept.layer.activation
         self.use_bias = kept.layer.use_bias
         self._kept = kept
         # Made here, outside of every graph, because a tensor made in one cannot be used in another.
-        self._product = _gathered(kept) if gather else None
-        self._places = _tensor(np.stack([kept.rows, kept.columns], axis=1))
+        self._product = None if products is None else products.of(kept)
+        self._in_evaluations = products is not None and products.in_evaluations
+        self._places = indices(np.stack([kept.rows, kept.columns], axis=1))
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
         """Creates the kernel, a vector of the kept weights, and the bias of the kept units."""
@@ -42,16 +41,21 @@ class KeptDense(keras.layers.Layer):
     def call(self, x: Tensor, training: bool = False) -> Tensor:
         """Returns the outputs of the kept units, `(batch, units)`, of `(batch, inputs)`."""
         x = ops.cast(x, "float32")  # Keras does not cast integers.
-        # Evaluations are not compiled by XLA on TensorFlow, and would store every product.
-        if self._product is None or not training:
-            shape = (len(self._kept.inputs), len(self._kept.units))
-            y = ops.matmul(x, ops.scatter(self._places, ops.convert_to_tensor(self.kernel), shape))
+        weights = ops.convert_to_tensor(self.kernel)
+        if self._product is not None and (training or self._in_evaluations):
+            y = self._product(x, weights)
         else:
-            y = self._product(ops.transpose(x), ops.convert_to_tensor(self.kernel))
-            y = ops.transpose(y)
+            y = ops.matmul(x, self._matrix(weights))
         if self.use_bias:
             y = y + self.bias
         return self.activation(y)
+
+    def _matrix(self, weights: Tensor) -> Tensor:
+        shape = (len(self._kept.inputs), len(self._kept.units))
+        if keras.backend.backend() == "torch":
+            # `ops.scatter` has a Python loop over the values there.
+            return ops.scatter_update(ops.zeros(shape), self._places, weights)
+        return ops.scatter(self._places, weights, shape)
 
     def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
         """Returns `(batch, units)`."""
@@ -67,7 +71,7 @@ class KeptInputs(keras.layers.Layer):
 
     def __init__(self, inputs: np.ndarray) -> None:
         super().__init__(name="kept_inputs", dtype="float32")
-        self._inputs = _tensor(inputs)
+        self._inputs = indices(inputs)
 
     def call(self, x: Tensor) -> Tensor:
         """Returns the selected inputs, as float32."""
@@ -78,62 +82,3 @@ class KeptInputs(keras.layers.Layer):
     def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
         """Returns `(batch, number of selected inputs)`."""
         return (input_shape[0], len(self._inputs))
-
-
-def _tensor(array: np.ndarray) -> Tensor:
-    return ops.convert_to_tensor(array.astype("int32"))
-
-
-def _gathered(kept: KeptKernel) -> Callable[[Tensor, Tensor], Tensor]:
-    """Returns a function of inputs `(inputs, batch)` and kept weights, which returns the outputs.
-
-    Both the product and its derivative with respect to the inputs are sums over tables of kept
-    weights, one row per unit and one per input, because adding to single entries is slow.
-    """
-    by_unit = _table(kept.columns, len(kept.units))
-    by_input = _table(kept.rows, len(kept.inputs))
-    unit_weights, input_weights = _tensor(by_unit), _tensor(by_input)
-    # The slots that are not used have a weight of zero and any input.
-    unit_inputs = _tensor(np.append(kept.rows, 0)[by_unit])
-    input_units = _tensor(np.append(kept.columns, 0)[by_input])
-    rows, columns = _tensor(kept.rows), _tensor(kept.columns)
-
-    @ops.custom_gradient
-    def product(x: Tensor, weights: Tensor) -> Any:
-        padded = ops.concatenate([weights, ops.zeros((1,), weights.dtype)])
-
-        def summed(table: Tensor, values: Tensor, places: Tensor) -> Tensor:
-            terms = _rows(values, places) * ops.expand_dims(_rows(padded, table), -1)
-            return ops.sum(terms, axis=1)
-
-        def gradient(*arguments: Any, upstream: Any = None) -> tuple[Tensor, Tensor]:
-            if upstream is None:
-                (upstream,) = arguments
-            of_weights = ops.sum(_rows(x, rows) * _rows(upstream, columns), axis=1)
-            return summed(input_weights, upstream, input_units), of_weights
-
-        return summed(unit_weights, x, unit_inputs), gradient
-
-    return product
-
-
-def _table(owners: np.ndarray, number: int) -> np.ndarray:
-    """Returns the positions of the kept weights of each owner, padded with their number.
-
-    An owner without kept weights is possible: the bias of a unit without inputs is trained.
-    """
-    order = np.argsort(owners, kind="stable")
-    counts = np.bincount(owners, minlength=number)
-    first = np.cumsum(counts) - counts
-    table = np.full((len(counts), counts.max()), len(owners))
-    table[owners[order], np.arange(len(owners)) - first[owners[order]]] = order
-    return table
-
-
-def _rows(values: Tensor, places: Tensor) -> Tensor:
-    # `ops.take` would check every index.
-    if keras.backend.backend() == "tensorflow":
-        import tensorflow as tf
-
-        return tf.gather(values, places)
-    return values[places]

@@ -19,13 +19,6 @@ from lottery_ticket_pruner import _keras
 from masked_layers.maskable import mask_of
 from masked_layers.paths import plain_class
 
-# Measured with XLA on x86-64, in entries of a masked kernel whose inputs need no gradient: a slot
-# of the tables of a gathered product, an entry of a matrix made of single values, and the fixed
-# cost of such a matrix.
-_SLOT = 10
-_ENTRY = 0.8
-_MATRIX = 15_000
-
 # Without `exponential`: an infinite output makes the loss NaN although nothing reads it.
 _ELEMENTWISE = tuple(
     getattr(keras.activations, name)
@@ -103,16 +96,9 @@ class KeptKernel:
         return len(self.inputs) * len(self.units)
 
     @property
-    def gathers(self) -> bool:
-        """True if a gathered product is faster than one with a matrix."""
-        products = 2 if self.first else 3
-        return _SLOT * self.slots < self.entries * products / 2 + _MATRIX
-
-    def cost(self, can_gather: bool) -> float:
-        """Returns the estimated cost of a training step, in entries of a masked kernel."""
-        if can_gather and self.gathers:
-            return _ENTRY * min(_SLOT * self.slots, self.entries + self.size)
-        return _ENTRY * (self.entries + self.size)
+    def products(self) -> int:
+        """Number of products with a matrix in a training step."""
+        return 2 if self.first else 3
 
 
 def kernel_masks(layers: Sequence[keras.layers.Layer]) -> list[np.ndarray]:

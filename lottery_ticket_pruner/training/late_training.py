@@ -22,6 +22,7 @@ from lottery_ticket_pruner.training.dataset import ArrayDataset
 from lottery_ticket_pruner.training.engine import Engine, engine_of, why_distributed
 from lottery_ticket_pruner.training.engine_settings import settings
 from lottery_ticket_pruner.training.kept_layers import KeptDense, KeptInputs
+from lottery_ticket_pruner.training.kept_products import Products, cost, products_for
 from lottery_ticket_pruner.training.kept_weights import (
     KeptKernel,
     NotReducibleError,
@@ -144,7 +145,7 @@ class _SmallerModel:
         layers: Its layers, in order.
         masks: Masks of its kernels.
         kernels: The kept weights of its Dense layers.
-        gather: Whether products of kept weights may be computed one by one.
+        products: How products of single kept weights may be computed, or None.
     """
 
     def __init__(
@@ -153,14 +154,14 @@ class _SmallerModel:
         layers: list[keras.layers.Layer],
         masks: list[np.ndarray],
         kernels: list[KeptKernel],
-        gather: bool,
+        products: Products | None,
     ) -> None:
         self.masks = masks
-        self.gather = gather
+        self.products = products
         self.engine = engine_of(model)
         self.optimizer = model.optimizer
         self._whole = model
-        self.model = _built(model, layers, kernels, gather)
+        self.model = _built(model, layers, kernels, products)
         self._pairs = _pairs(model, self.model, kernels)
 
     def read(self) -> None:
@@ -207,15 +208,15 @@ def _smaller_model(model: keras.Model, steps: int, batch_size: int) -> _SmallerM
     if model.run_eagerly:
         raise NotReducibleError("it is compiled with run_eagerly=True")
     layers = chain(model)
-    gather = _can_gather(steps)
+    products = products_for(model, steps)
     masks = kernel_masks(layers)
     known = kept_beside(model).get("smaller")
     if known is not None:
         same = known.engine is engine_of(model) and known.optimizer is model.optimizer
-        if same and known.gather == gather and all(map(np.array_equal, masks, known.masks)):
+        if same and known.products is products and all(map(np.array_equal, masks, known.masks)):
             return known
     kernels = kept_kernels(layers, masks)
-    saved = sum(mask.size for mask in masks) - sum(kernel.cost(gather) for kernel in kernels)
+    saved = sum(mask.size for mask in masks) - sum(cost(kernel, products) for kernel in kernels)
     if saved * examples <= settings.least_savings:
         return None
     if known is not None:
@@ -223,7 +224,7 @@ def _smaller_model(model: keras.Model, steps: int, batch_size: int) -> _SmallerM
     if not model.optimizer.built:
         model.optimizer.build(model.trainable_variables)
     try:
-        smaller = _SmallerModel(model, layers, masks, kernels, gather)
+        smaller = _SmallerModel(model, layers, masks, kernels, products)
     except NotReducibleError:
         raise
     except Exception as error:  # Layers, losses and metrics raise errors of many types.
@@ -232,21 +233,11 @@ def _smaller_model(model: keras.Model, steps: int, batch_size: int) -> _SmallerM
     return smaller
 
 
-def _can_gather(steps: int) -> bool:
-    """Returns whether single products can be fused into loops: by XLA, on a CPU."""
-    if keras.backend.backend() == "tensorflow":
-        import tensorflow as tf
-
-        return steps >= settings.xla_steps and not tf.config.list_logical_devices("GPU")
-    if keras.backend.backend() == "jax":
-        import jax
-
-        return jax.default_backend() == "cpu"
-    return False
-
-
 def _built(
-    model: keras.Model, layers: list[keras.layers.Layer], kernels: list[KeptKernel], gather: bool
+    model: keras.Model,
+    layers: list[keras.layers.Layer],
+    kernels: list[KeptKernel],
+    products: Products | None,
 ) -> keras.Model:
     """Returns the smaller model, compiled like the given one.
 
@@ -265,7 +256,8 @@ def _built(
         kept = left.pop(0)
         if kept is kernels[0] and len(kept.inputs) < x.shape[-1]:
             x = KeptInputs(kept.inputs)(x)
-        x = KeptDense(kept, gather=gather and kept.gathers)(x)
+        faster = products is not None and products.faster(kept)
+        x = KeptDense(kept, products if faster else None)(x)
     smaller = keras.Model(inputs, x, name=model.name)
     config = model.get_compile_config()
     # The one that was passed may be a name, and its attributes may have changed since.

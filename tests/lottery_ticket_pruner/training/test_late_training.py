@@ -12,7 +12,7 @@ from keras import layers, ops
 import masked_layers as ml
 from common import numpy
 from lottery_ticket_pruner import LotteryTicketPruner, find_ticket, training
-from lottery_ticket_pruner.training import kept_layers, kept_weights, late_training
+from lottery_ticket_pruner.training import kept_layers, kept_products, kept_weights, late_training
 from searches import assert_equal
 
 RNG = np.random.default_rng(0)
@@ -24,7 +24,7 @@ PLAN = {"steps": 6, "batch_size": 16, "eval_every": 3, "validation_data": (X, Y)
 @pytest.fixture(autouse=True)
 def _smaller_models_for_short_trainings(monkeypatch):
     monkeypatch.setattr(training.settings, "least_savings", 0)
-    monkeypatch.setattr(kept_weights.KeptKernel, "cost", lambda self, can_gather: len(self.rows))
+    monkeypatch.setattr(late_training, "cost", lambda kept, products: kept.size)
 
 
 def make(optimizer="sgd", hidden=(), **kwargs):
@@ -88,17 +88,22 @@ def losses(history):
 
 
 @pytest.mark.parametrize(
-    "gathers", [True, pytest.param(False, marks=pytest.mark.slow("tensorflow"))]
+    "single", [True, pytest.param(False, marks=pytest.mark.slow("tensorflow"))]
 )
-def test_it_is_the_same_training(gathers, monkeypatch):
+def test_it_is_the_same_training(single, monkeypatch):
     def optimizer():
-        if gathers:
+        if single:
             return keras.optimizers.SGD(0.1, momentum=0.9, global_clipnorm=0.5)
         rate = keras.optimizers.schedules.ExponentialDecay(0.01, 2, 0.9)
         return keras.optimizers.Adam(rate, amsgrad=True)
 
-    monkeypatch.setattr(kept_weights.KeptKernel, "gathers", gathers)
-    monkeypatch.setattr(late_training, "_can_gather", lambda steps: gathers)
+    on_torch = keras.backend.backend() == "torch"
+    products = (kept_products.Sparse if on_torch else kept_products.Gathered)()
+    monkeypatch.setattr(type(products), "faster", lambda self, kept: True)
+    monkeypatch.setattr(late_training, "products_for", lambda *_: products if single else None)
+    if on_torch:
+        # It has a Python loop over the values there, and takes longer than all weights.
+        monkeypatch.setattr(ops, "scatter", pytest.fail)
     ours, theirs = make(optimizer()), make(optimizer())
     ml.set_masks(theirs, ml.get_masks(ours))
     # The second call continues from the state after the first.
@@ -382,7 +387,7 @@ def test_integers_are_inputs():
 def test_evaluations_store_no_table_of_products():
     model = make()
     layer = kept_weights.kept_kernels(model.layers, list(ml.get_masks(model).values()))[1]
-    kept = kept_layers.KeptDense(layer, gather=True)
+    kept = kept_layers.KeptDense(layer, kept_products.Gathered())
     x = ops.ones((3, len(layer.inputs)))
     kept(x, training=False)  # Builds it.
     kept.kernel.assign(np.arange(layer.size))
