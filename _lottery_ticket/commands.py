@@ -122,6 +122,8 @@ class CompareConfig:
     """Folder with the published files of the data set, or with a subfolder of them."""
     batch_size: int = 1
     """Examples of a call whose time is measured."""
+    json: bool = False
+    """Print the result as a JSON document, and nothing else, on standard output."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,6 +222,8 @@ of each runtime."""
     """With --format torch: report of an earlier export, by whose times kernels are chosen."""
     shrink: bool = False
     """With --format torch: remove channels without effect first."""
+    json: bool = False
+    """Print the result as a JSON document, and nothing else, on standard output."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,3 +232,5 @@ class InspectOptions:
 
     path: tyro.conf.Positional[Path]
     """A `.keras` file, a ticket (`.safetensors`) or a SavedModel folder."""
+    json: bool = False
+    """Print the result as a JSON document, and nothing else, on standard output."""

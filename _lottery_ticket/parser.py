@@ -15,7 +15,7 @@ from _lottery_ticket import hints, refusals
 from _lottery_ticket.refusals import UsageError
 
 _EXTRA = ("jinja2", "matplotlib", "pandas", "rich", "scipy", "sklearn", "tensorboard", "tyro")
-_SHELLS = ("bash", "zsh", "tcsh")
+_SHELLS = ("bash", "zsh")
 _WIDTH = 80
 _ABOUT = "Lottery tickets in Keras 3: the papers' experiments as commands, and serving."
 STATUS = """\
@@ -94,7 +94,7 @@ def overview() -> str:
         "\noptions:",
         _row("-h, --help", "Show this help. lottery-ticket COMMAND --help explains a command.", 22),
         _row("--version", "Show the versions of this package, Python and the backends.", 22),
-        _row("--print-completion", f"Print the completion for {', '.join(_SHELLS)}.", 22),
+        _row("--print-completion", f"Print the completion for {' or '.join(_SHELLS)}.", 22),
         f"\n{STATUS}",
     ]
     return "\n".join(lines)
@@ -149,7 +149,7 @@ def _print_completion(arguments: Sequence[str]) -> NoReturn:
 
     shell = arguments[0] if arguments else ""
     if shell not in _SHELLS:
-        raise UsageError(f"--print-completion takes one of {', '.join(_SHELLS)}.")
+        raise UsageError(f"--print-completion takes {' or '.join(_SHELLS)}.")
     tyro.extras.subcommand_cli_from_dict(
         commands(), prog="lottery-ticket", args=["--tyro-print-completion", shell]
     )

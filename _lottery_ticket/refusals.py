@@ -8,7 +8,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from _lottery_ticket import hints
+from _lottery_ticket import hints, names
 
 _EXPECTED = {
     int: "a whole number",
@@ -63,7 +63,13 @@ def reason(kind: type[Any], arguments: Sequence[str], said: str) -> str:
     ]
     if missing and "Missing from" in said:
         return f"Expected {' '.join(missing)}."
-    return _text_of(said)
+    text = _text_of(said)
+    # A name that needs its option, such as that of a network.
+    for name, there in (("--network", names.NETWORKS), ("--data", names.DATASETS)):
+        for value in arguments:
+            if name in fields and text == f"Unexpected: {value}." and value in there:
+                return f"{text} Did you mean {name} {value}?"
+    return text
 
 
 def _fault(name: str, values: Sequence[str], type_: Any) -> str | None:
@@ -81,6 +87,8 @@ def _fault(name: str, values: Sequence[str], type_: Any) -> str | None:
         if inner in (int, float) and not _fits(value, inner):
             shown = ", as in {name} 0.1 0.2" if inner is float else ", as in {name} 0 1"
             more = f" Separate several by spaces{shown.format(name=name)}." if several else ""
+            if value.endswith("%") and _fits(value[:-1], float):
+                more = f" Give a share: {float(value[:-1]) / 100:g}."
             return f"{name} expects {expected}. Received: {value!r}.{more}"
     return None
 

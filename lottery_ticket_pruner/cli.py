@@ -1,6 +1,7 @@
 """The command `lottery-ticket`."""
 
 import contextlib
+import json
 import shlex
 import sys
 import warnings
@@ -105,7 +106,14 @@ def _prune(_: str, options: "options_of.PruneOptions") -> int:
 def _compare(_: str, options: "options_of.CompareConfig") -> int:
     from lottery_ticket_pruner.commands import compare
 
-    compare.compare(options)
+    if not options.json:
+        compare.compare(options)
+        return 0
+    from rich.console import Console
+
+    with contextlib.redirect_stdout(sys.stderr):
+        found = compare.compare(options, Console(quiet=True))
+    print(_document(found))
     return 0
 
 
@@ -163,12 +171,20 @@ def _inspect(_: str, options: "options_of.InspectOptions") -> int:
 
 def _print_report(config: Any) -> int:
     try:
-        print(config.execute())
+        with contextlib.redirect_stdout(sys.stderr) if config.json else contextlib.nullcontext():
+            report = config.execute()
+        print(_document(report) if config.json else report)
     except BrokenPipeError:
         raise
     except (ArithmeticError, ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
         return _print_error(error)
     return 0
+
+
+def _document(report: Any) -> str:
+    """Returns the JSON of a report, in which numbers that are not finite are null."""
+    values = json.loads(report.to_json(), parse_constant=lambda _: None)
+    return json.dumps(values, indent=2, allow_nan=False)
 
 
 # The commands that are not experiments of the catalogue.

@@ -267,6 +267,26 @@ def commands():
     lines += [
         [],
         ["fly"],
+        ["rnu"],
+        ["--versoin"],
+        ["run", "--stratgy", "snip"],
+        ["run", "--strategy", "large-finall"],
+        ["run", "--data", "MNSIT"],
+        ["run", "--scope", "Globl"],
+        ["run", "--seeds", "0,1"],
+        ["run", "--final-sparsity", "95"],
+        ["run", "--network"],
+        ["run", "lenet-300-100"],
+        ["run", "--data", "own.py"],
+        ["run", "--controls", "random-mask"],
+        ["sweep", "--over", "stratgy=snip,random"],
+        ["prune", "model.kears"],
+        ["prune", "--max-drop", "1%"],
+        ["prune", "--latency", "fast"],
+        ["compare"],
+        ["export", "model.keras"],
+        ["export", "model.keras", "served", "--values", "int9"],
+        ["report"],
         ["run", "--data", "nothing"],
         ["run", "--data", "own.py:nothing"],
         ["run", "--data", "nowhere.py:load"],
@@ -347,7 +367,7 @@ def outcome_of_command(line):
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
             code = cli.main(line)
     except SystemExit as end:
-        return ("refused by the usage" if end.code else "ACCEPTED"), said.getvalue()
+        return ("ENDED THE PROCESS" if end.code else "ACCEPTED"), said.getvalue()
     except Exception as error:
         return "FROM THE DEPTHS", "".join(traceback.format_exception(error)[-3:])
     lines = [text for text in said.getvalue().splitlines() if ": warning: " not in text]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -112,6 +113,10 @@ class ModelComparison:
     rows: list[dict[str, Any]]
     examples: int
     notes: tuple[str, ...] = ()
+
+    def to_json(self) -> bytes:
+        """Returns the comparison as JSON."""
+        return json.dumps(dataclasses.asdict(self), indent=1).encode()
 
     def __str__(self) -> str:
         lines: list[tuple[str, ...]] = [(_HEADINGS[0], self.metric, *_HEADINGS[2:])]

@@ -226,7 +226,8 @@ class RunConfig(options.RunOptions, Experiment):
         for name in ("rate", "conv_rate", "output_rate", "final_sparsity"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, tuple) and not 0 <= value < 1:
-                raise ValueError(f"{option(name)} must be in [0, 1). Received: {value}.")
+                share = f" For {value:g} %, give {value / 100:g}." if 1 < value < 100 else ""
+                raise ValueError(f"{option(name)} must be in [0, 1). Received: {value}.{share}")
         if not all(1 <= number <= rounds for number in self.control_rounds):
             raise ValueError(
                 f"--control-rounds counts from 1 to --rounds, {rounds}. "

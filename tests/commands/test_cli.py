@@ -56,6 +56,7 @@ def test_a_run_from_the_command_line(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["--rate", "2"], "--rate must be in [0, 1)"),
+        (["--final-sparsity", "95"], "Received: 95.0. For 95 %, give 0.95."),
         (["--strategy", "biggest"], "large_final"),
         (["--steps", "3", "--epochs", "2"], "not both"),
     ],

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +11,11 @@ import pytest
 
 pytest.importorskip("tyro")
 
+import _lottery_ticket
 import lottery_ticket_pruner
 from _lottery_ticket import hints, logs, names, parser, refusals
 from lottery_ticket_pruner import cli, criteria, search_plans, supermasks, treatments
+from lottery_ticket_pruner.compression import ModelComparison
 from lottery_ticket_pruner.experiments import catalogue, datasets, networks
 
 pytestmark = pytest.mark.once
@@ -96,15 +99,15 @@ print(json.dumps([len(lines), sorted(heavy & sys.modules.keys())]))
         ("run --controls random-mask", "Did you mean 'random_mask'?"),
         ("run --network", "--network expects a value."),
         ("run --rewind-to=", None),
-        ("run lenet-300-100", "Unexpected: lenet-300-100."),
-        ("prune --max-drop 1%", "--max-drop expects a number. Received: '1%'."),
+        ("run lenet-300-100", "Unexpected: lenet-300-100. Did you mean --network lenet-300-100?"),
+        ("prune --max-drop 1%", "--max-drop expects a number. Received: '1%'. Give a share: 0.01."),
         ("export model.keras", "Expected MODEL OUT."),
         ("export model.keras out --values int9", "Received: 'int9'. Did you mean 'int8'?"),
         ("repeat", "Expected FOLDER."),
         ("sweep --jobs two", "--jobs expects a whole number. Received: 'two'."),
         ("prune --size -3", None),
         ("run --learning-rate -1", None),
-        ("--print-completion fish", "--print-completion takes one of bash, zsh, tcsh."),
+        ("--print-completion fish", "--print-completion takes bash or zsh."),
     ],
 )
 def test_likely_mistakes_are_answered_in_one_line(line, message, capsys):
@@ -139,3 +142,32 @@ def test_the_log_of_tensorflow_is_held_back_and_nothing_else(capfd, monkeypatch)
     with logs.silenced():
         os.write(2, noise)
     assert capfd.readouterr().err == noise.decode()
+
+
+def test_nothing_is_said_when_the_reader_of_the_output_has_gone(monkeypatch, capfd):
+    reader, writer = os.pipe()
+    os.close(reader)
+    monkeypatch.setattr(signal, "getsignal", lambda _: None)  # Its handlers stay as they are.
+    monkeypatch.setattr(sys, "argv", ["lottery-ticket", "--help"])
+    with os.fdopen(writer, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        assert _lottery_ticket.main() == 1
+    assert capfd.readouterr() == ("", "")
+
+
+def test_numbers_that_are_not_finite_are_null_in_json():
+    row = {"model": "a", "value": float("nan"), "milliseconds": float("inf")}
+    document = json.loads(cli._document(ModelComparison("accuracy", [row], 9, ("A note.",))))
+    assert document["rows"] == [{"model": "a", "value": None, "milliseconds": None}]
+    assert document["notes"] == ["A note."]
+
+
+@pytest.mark.parametrize(("shell", "says"), [("bash", "complete -F"), ("zsh", "#compdef")])
+def test_a_completion_knows_commands_options_and_choices(shell, says, capsys):
+    with pytest.raises(SystemExit) as caught:
+        parser.parse(["--print-completion", shell])
+    assert not caught.value.code
+    text = capsys.readouterr().out
+    assert says in text
+    for part in ("sweep-supermask", "--final-sparsity", "learning_rate_rewinding"):
+        assert part in text

@@ -71,8 +71,11 @@ def test_files_and_folders_of_one_ticket_are_the_same_model(here, capsys, monkey
     assert found["mine.py:make"][0] != "100.00%"
     assert found["50"] == ["examples"]
     (here / "run" / "config.json").write_text(json.dumps(config | {"command": "prune"}))
-    assert cli.main(["compare", "run"]) == 0
-    assert numbers(capsys)["50"] == ["examples"]
+    assert cli.main(["compare", "run", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert (document["metric"], document["examples"]) == ("accuracy", 50)
+    (row,) = document["rows"]
+    assert (row["model"], row["value"], row["sparsity"]) == ("run", 1.0, 0.75)
 
 
 def test_the_data_of_a_folder_is_used_as_there(here, capsys, monkeypatch):

@@ -392,8 +392,10 @@ def test_an_interruption_ends_the_children(stand_in, tmp_path):
 
     threading.Thread(target=interrupt, daemon=True).start()
     started = time.perf_counter()
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as caught:
         stand_in("0.6,0.1", seeds=(0,), jobs=1)
+    (note,) = caught.value.__notes__  # With it, the command says how to resume.
+    assert note == f"What is done so far is in {tmp_path / 'sweep'}."
     # The child would have slept for a minute; the one after it has not begun.
     assert time.perf_counter() - started < 30
     assert not list((tmp_path / "sweep").glob("*/accuracy.png"))
