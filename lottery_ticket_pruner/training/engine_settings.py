@@ -25,7 +25,7 @@ class EngineSettings:
     trial_steps: int = 40
     xla_steps: int = 300
     part_bytes: int = 2**28
-    least_savings: float = 5e10
+    least_savings: float = 4e10
 
 
 settings = EngineSettings()
