@@ -189,7 +189,7 @@ def _page() -> Iterator[None]:
 
 def _wrapped(text: str) -> str:
     """Returns a help text within the page, without the frame of its table."""
-    lines = [line.rstrip("│ ").removeprefix("│").rstrip() for line in text.strip().splitlines()]
+    lines = [line.rstrip("│ ").lstrip("│╭─").rstrip("─╮ ") for line in text.strip().splitlines()]
     lines = [line for line in lines if not line or set(line) - set(" -─╭╮╰╯")]
     return "\n".join(
         f"{line.strip()}:"

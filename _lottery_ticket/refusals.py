@@ -151,7 +151,7 @@ def _text_of(said: str) -> str:
     lines = [line.strip("│ ") for line in said.splitlines()]
     lines = [line for line in lines if line and not line.startswith(("╭", "╰"))]
     rules = [i for i, line in enumerate(lines) if set(line) <= set("─-")]
-    first = 2 if rules[:1] == [1] else 0
+    first = 2 if rules[:1] == [1] and "╭" not in said else 0
     last = next((i for i in rules if i > first), len(lines))
     text = " ".join(lines[first:last]).replace("Unrecognized options: ", "Unexpected: ")
     return text.rstrip(".") + "."
