@@ -1,10 +1,10 @@
-"""Removes the parts of a SavedModel's graph that no loader needs."""
+"""Removes the parts of a SavedModel that no loader needs: of its graph and its checkpoint."""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,18 @@ import numpy as np
 from masked_layers.serving import function_defs, object_graphs
 from masked_layers.serving.function_defs import closure, node_of, references, retain
 
+_OBJECTS = "_CHECKPOINTABLE_OBJECT_GRAPH"
+"""Name of the entry of a checkpoint that lists the objects."""
 
-def compact(file: Path, prefix: str, content: bytes, *, keep_saver: bool) -> None:
-    """Removes the parts of a SavedModel's graph that no loader needs.
+
+def compact(folder: Path, prefix: str, content: bytes, *, keep_saver: bool) -> None:
+    """Removes the parts of a SavedModel that no loader needs, apart from its assets.
 
     In a small model these are most of the folder. Nodes and functions are numbered. The names of
     inputs and outputs stay, and so do those of signatures and objects.
 
     Args:
-        file: Path of the `saved_model.pb`.
+        folder: Path of the SavedModel.
         prefix: Prefix of the names of the model's variables.
         content: The packed weights. The new prefix of variables and functions is a hash of the
             earlier one, of them and of the graph: in a session, those with the same name are the
@@ -29,6 +32,14 @@ def compact(file: Path, prefix: str, content: bytes, *, keep_saver: bool) -> Non
         keep_saver: Whether the checkpoint contains values. If not, the graph that saves and
             restores them is removed too.
     """
+    _compact_graph(folder / "saved_model.pb", prefix, content, keep_saver)
+    if not keep_saver:
+        _compact_checkpoint(folder / "variables" / "variables")
+    # A hash of the graph before compaction, which loaders do not require.
+    (folder / "fingerprint.pb").unlink(missing_ok=True)
+
+
+def _compact_graph(file: Path, prefix: str, content: bytes, keep_saver: bool) -> None:
     from tensorflow.core.protobuf import saved_model_pb2
 
     model = saved_model_pb2.SavedModel.FromString(file.read_bytes())
@@ -62,6 +73,38 @@ def compact(file: Path, prefix: str, content: bytes, *, keep_saver: bool) -> Non
     _rename_variables(meta, prefix, hashed)
     _shorten(meta, f"f{hashed}")
     file.write_bytes(model.SerializeToString(deterministic=True))
+
+
+def _compact_checkpoint(prefix: Path) -> None:
+    """Removes all objects but variables from a checkpoint without values.
+
+    `tf.saved_model.load` expects to find in it the variables among the attributes of the root.
+    """
+    import tensorflow as tf
+    from tensorflow.core.protobuf import trackable_object_graph_pb2
+
+    content = tf.train.load_checkpoint(str(prefix)).get_tensor(_OBJECTS)
+    graph = trackable_object_graph_pb2.TrackableObjectGraph.FromString(content)
+    root = graph.nodes[0]
+    retain(root.children, lambda child: child.local_name == "variables")
+    kept = sorted(map(int, closure(["0"], lambda i: _children(graph.nodes[int(i)]))))
+    new = {old: i for i, old in enumerate(kept)}
+    nodes = [graph.nodes[old] for old in kept]
+    for node in nodes:
+        for child in node.children:
+            child.node_id = new[child.node_id]
+    del graph.nodes[:]
+    graph.nodes.extend(nodes)
+    tf.raw_ops.SaveV2(
+        prefix=str(prefix),
+        tensor_names=[_OBJECTS],
+        shape_and_slices=[""],
+        tensors=[tf.constant(graph.SerializeToString(deterministic=True))],
+    )
+
+
+def _children(node: Any) -> Iterator[str]:
+    return (str(child.node_id) for child in node.children)
 
 
 def _ends(meta: Any) -> set[str]:
@@ -139,10 +182,16 @@ def _strip_function(function: Any) -> None:
         for reference in node.input
     }
     for i, argument in enumerate(function.signature.input_arg):
+        if argument.type == types_pb2.DT_STRING and not _named(function, i):
+            function.arg_attr.pop(i, None)  # It states only that a path is a scalar.
         if argument.type == types_pb2.DT_RESOURCE:
-            function.arg_attr.pop(i, None)  # It states only that a handle is a scalar.
+            function.arg_attr.pop(i, None)  # The same of a handle.
             if argument.name not in used:
                 argument.ClearField("handle_data")
+
+
+def _named(function: Any, i: int) -> bool:
+    return i in function.arg_attr and "_user_specified_name" in function.arg_attr[i].attr
 
 
 def _rename_variables(meta: Any, old: str, new: str) -> None:
@@ -163,10 +212,13 @@ def _shorten(meta: Any, prefix: str) -> None:
     graph, objects = meta.graph_def, meta.object_graph_def
     names = (function.signature.name for function in graph.library.function)
     called = dict(zip(names, function_defs.numbered(prefix), strict=False))
-    inside = {
-        function.signature.name: function_defs.shorten(function, called)
-        for function in graph.library.function
-    }
+    bodies = (graph.node, *(function.node_def for function in graph.library.function))
+    # Of a function that is an operation, callers name the outputs.
+    operations = {node.op for body in bodies for node in body}
+    inside = {}
+    for function in graph.library.function:
+        name = function.signature.name
+        inside[name] = function_defs.shorten(function, called, outputs=name not in operations)
     for gradient in graph.library.gradient:
         gradient.function_name = called[gradient.function_name]
         gradient.gradient_func = called.get(gradient.gradient_func, gradient.gradient_func)
@@ -176,13 +228,15 @@ def _shorten(meta: Any, prefix: str) -> None:
         value = meta.meta_info_def.function_aliases.pop(alias)
         meta.meta_info_def.function_aliases[called.get(alias, alias)] = value
 
-    kept = _ends(meta)
+    kept = _ends(meta) - {node_of(asset.tensor_info.name) for asset in meta.asset_file_def}
     free = (name for name in function_defs.numbered("") if name not in kept)
     short = {node.name: node.name if node.name in kept else next(free) for node in graph.node}
     for node in graph.node:
         node.name = short[node.name]
         node.input[:] = [function_defs.renamed(reference, short) for reference in node.input]
         function_defs.rename_calls(node, called)
+    for asset in meta.asset_file_def:
+        asset.tensor_info.name = function_defs.renamed(asset.tensor_info.name, short)
 
     for node in objects.nodes:
         if node.HasField("function"):

@@ -19,8 +19,9 @@ A block contains arrays with the same dtype and encoding, flattened in C order a
 A `dense` block contains all values. A `sparse` block contains only the non-zero values (`values` is
 their number) and, before them, a stream of gaps, one byte each: 255 means "skip 255 zeros and
 continue", a smaller number means "skip this many zeros, then read a value". Gaps continue from one
-array into the next. Zeros after the last value of the block are written only if there are more than
-`BLOCK_SIZE` of them, so that no array is larger than its bytes can justify.
+array into the next. Where few zeros among the values save all skips, they are stored. Zeros after
+the last value of the block are written only if there are more than `BLOCK_SIZE` of them, so that no
+array is larger than its bytes can justify.
 
 Values are stored as byte planes: a stream with the first byte of every value, one with the second
 byte, and so on. Sign and exponent compress well, and most bytes of the mantissa do not.
@@ -31,15 +32,19 @@ Version 2 adds codes (`codes.py`), which stand for float32 values. Their blocks 
 
 With `"scales"` the dtype is int8, and a value is its code times the scale at its index on the last
 axis. With `"codebook"` the dtype is uint8, and a code is a position in the codebook, whose first
-value is 0. A block of codes has a single stream: the gaps, the codes, and the scales or codebooks
-of all its arrays, one after the other (`levels` is the length of each), as float32 byte planes.
+value is 0. With `"joint"`, which needs the fewest operations, it is a position in the codebooks of
+all arrays of the block, one after the other. A block of codes has a single stream: the gaps, the
+codes, and as float32 byte planes the scales or codebooks of all its arrays (`levels` is the length
+of each) and the values of further arrays, which are dense:
+
+    {..., "floats": [[name, shape], ...], ...}
 """
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -56,6 +61,7 @@ from masked_layers.serving.layout import (
 )
 from masked_layers.streams import (
     DTYPES,
+    SKIP,
     deflated,
     dtype_of,
     extent,
@@ -80,6 +86,9 @@ __all__ = [
 
 BLOCK_SIZE = 1 << 22
 """Number of elements at which a block is full, which limits the additional memory of decoding."""
+
+_FEW_SKIPS = 256
+"""Bytes of values up to which zeros are stored where gaps are long."""
 
 
 def encode(
@@ -111,7 +120,7 @@ def encode(
         raise ValueError(f"`level` must be an integer from 0 to 9. Received: {level!r}")
     if unknown := set(encodings or {}) - set(arrays):
         raise ValueError(f"`encodings` names arrays that do not exist: {sorted(unknown)}")
-    groups: dict[tuple[Encoding, str, Coding], list[_Member]] = {}
+    groups: _Groups = {}
     for name, given in arrays.items():
         member = _Member.of(name, given)
         encoding = (encodings or {}).get(name) or choose(member.array)
@@ -121,31 +130,33 @@ def encode(
             )
         groups.setdefault((encoding, member.array.dtype.name, member.coding), []).append(member)
 
+    _join_codebooks(groups)
+    floats = _riders(groups)
     header, streams = [], []
     for (encoding, dtype, coding), members in groups.items():
         # Arrays of equal shape are adjacent, so that a reader can reshape them together.
-        members.sort(key=lambda member: (member.array.shape, len(member.table)))
+        members.sort(key=_order)
         for block in _fill(members):
-            values, gaps = _split(
-                np.concatenate([member.array.ravel() for member in block]), encoding
-            )
-            raw = [*([gaps] if encoding == "sparse" else []), *planes_of(values)]
+            flat = np.concatenate([member.array.ravel() for member in block])
+            values, gaps, positions = _split(flat, encoding)
+            ends = np.cumsum([member.array.size for member in block])
+            counts = np.diff(np.searchsorted(positions, ends), prepend=0).tolist()
+            described = {"encoding": encoding, "dtype": dtype, "gaps": len(gaps)}
             if coding == "exact":
+                raw = [*([gaps] if encoding == "sparse" else []), *planes_of(values)]
                 packed = [_compress(stream.tobytes(), level) for stream in raw]
             else:
-                tables = planes_of(np.concatenate([member.table for member in block]))
-                packed = [deflated([part.tobytes() for part in (*raw, *tables)], level)]
+                described["coding"] = coding
+                if floats:
+                    described["floats"] = [[rider.name, rider.array.shape] for rider in floats]
+                packed = [_compressed_codes(block, floats, gaps, values, counts, level)]
+                floats = []  # The first block of codes has them all.
+            described["arrays"] = [
+                member.described(count) for member, count in zip(block, counts, strict=True)
+            ]
+            described["streams"] = [len(stream) for stream in packed]
+            header.append(described)
             streams += packed
-            header.append(
-                {
-                    "encoding": encoding,
-                    "dtype": dtype,
-                    **({} if coding == "exact" else {"coding": coding}),
-                    "gaps": len(gaps),
-                    "arrays": [member.described(encoding) for member in block],
-                    "streams": [len(stream) for stream in packed],
-                }
-            )
     return assemble(header, streams)
 
 
@@ -165,11 +176,71 @@ class _Member:
             return cls(name, codes, given.table.astype(np.float32), given.coding)
         return cls(name, canonical(name, given), np.empty(0, np.float32), "exact")
 
-    def described(self, encoding: Encoding) -> list[Any]:
-        """Returns the entry of the array in the header."""
-        values = int(np.count_nonzero(self.array)) if encoding == "sparse" else self.array.size
+    def described(self, values: int) -> list[Any]:
+        """Returns the entry of the array in the header, with the number of its stored values."""
         levels = [] if self.coding == "exact" else [len(self.table)]
         return [self.name, self.array.shape, values, *levels]
+
+
+_Groups = dict[tuple[Encoding, str, Coding], list[_Member]]
+
+
+def _order(member: _Member) -> tuple[Any, ...]:
+    return member.array.shape, len(member.table)
+
+
+def _join_codebooks(groups: _Groups) -> None:
+    """Makes codes positions in all codebooks of a block, if one byte is enough for these."""
+    for key in [key for key in groups if key[2] == "codebook"]:
+        encoding, dtype, _ = key
+        members = groups[key]
+        small = sum(member.array.size for member in members) <= BLOCK_SIZE
+        if not small or sum(len(member.table) for member in members) > 256:
+            continue
+        joint, start = [], 0
+        for member in sorted(members, key=_order):
+            codes = (member.array.astype(int) + start).astype(np.uint8)
+            if encoding == "sparse":  # Zeros are not stored.
+                codes = np.where(member.array == 0, np.uint8(0), codes)
+            joint.append(replace(member, array=codes, coding="joint"))
+            start += len(member.table)
+        groups[encoding, dtype, "joint"] = joint
+        del groups[key]
+
+
+def _riders(groups: _Groups) -> list[_Member]:
+    """Takes from the groups the dense float32 arrays that a block of codes can contain as well."""
+    key: tuple[Encoding, str, Coding] = "dense", "float32", "exact"
+    coded = any(coding != "exact" for *_, coding in groups)
+    if not coded or sum(member.array.size for member in groups.get(key, [])) > BLOCK_SIZE:
+        return []
+    return sorted(groups.pop(key, []), key=_order)
+
+
+def _compressed_codes(
+    block: list[_Member],
+    floats: list[_Member],
+    gaps: np.ndarray,
+    values: np.ndarray,
+    counts: list[int],
+    level: int,
+) -> bytes:
+    """Returns the stream of a block of codes."""
+    ends = np.cumsum(counts)[:-1]
+    # Gaps up to the last value of each array.
+    reached = np.searchsorted(np.cumsum(gaps != SKIP), ends) + 1
+    numbers = [member.table for member in block] + [rider.array.ravel() for rider in floats]
+    pieces = [
+        np.split(gaps, np.minimum(reached, len(gaps))),
+        np.split(values, ends),
+        *([plane] for plane in planes_of(np.concatenate(numbers))),
+    ]
+    parts: list[bytes] = []
+    for arrays in pieces:
+        # Layers of other densities have other frequencies, but every table of codes takes space.
+        apart, whole = [array.tobytes() for array in arrays], [np.concatenate(arrays).tobytes()]
+        parts += min(apart, whole, key=lambda found: len(deflated(found, level)))
+    return deflated(parts, level)
 
 
 def decode(data: bytes) -> dict[str, np.ndarray]:
@@ -186,14 +257,17 @@ def decode(data: bytes) -> dict[str, np.ndarray]:
     arrays = {}
     for block in found:
         try:
-            flat, table = _decode_block(data, block)
+            flat, numbers = _decode_block(data, block)
             parts = _parts(flat, [entry.size for entry in block.entries])
-            tables = _parts(table, [entry.levels for entry in block.entries])
-            for entry, part, levels in zip(block.entries, parts, tables, strict=True):
+            sizes = [entry.levels for entry in block.entries]
+            tables = _parts(numbers, [*sizes, *(entry.size for entry in block.floats)])
+            for entry, part, levels in zip(block.entries, parts, tables, strict=False):
                 array = part.reshape(entry.shape)
-                if block.coding != "exact":
+                if block.coding in ("scales", "codebook"):
                     array = Coded(block.coding, array, levels).values()
                 arrays[entry.name] = array
+            for entry, values in zip(block.floats, tables[len(sizes) :], strict=True):
+                arrays[entry.name] = values.reshape(entry.shape)
         except MemoryError as error:
             raise ValueError(
                 f"The packed file announces a block of {block.size} values of {block.dtype}, "
@@ -207,7 +281,7 @@ def _parts(flat: np.ndarray, sizes: list[int]) -> list[np.ndarray]:
 
 
 def _decode_block(data: bytes, block: Block) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the values or codes of a block, zeros included, and its tables, as flat arrays."""
+    """Returns the values or codes of a block, zeros included, and its numbers, as flat arrays."""
     dtype = dtype_of(block.dtype)
     parts = [
         (data[offset : offset + length], count)
@@ -217,15 +291,18 @@ def _decode_block(data: bytes, block: Block) -> tuple[np.ndarray, np.ndarray]:
         for part in parts:
             _check_length(*part)
     streams = [np.frombuffer(_decompress(*part), np.uint8) for part in parts]
-    table = np.empty(0, np.float32)
+    numbers = np.empty(0, np.float32)
     if block.coding != "exact":
         gaps, values, planes = _parts(streams[0], block.parts)
-        table = values_of(list(planes.reshape(4, -1)), np.dtype(np.float32))
+        numbers = values_of(list(planes.reshape(4, -1)), np.dtype(np.float32))
         streams = [gaps, values]
     values = values_of(streams[-dtype.itemsize :], dtype)
+    if block.coding == "joint":
+        tables = numbers[: sum(entry.levels for entry in block.entries)]
+        values = Coded("codebook", values, tables).values()
     if block.encoding == "sparse":
         values = _join(values, streams[0], block.size)
-    return values, table
+    return values, numbers
 
 
 def choose(array: np.ndarray) -> Encoding:
@@ -237,7 +314,7 @@ def choose(array: np.ndarray) -> Encoding:
         TypeError: If the dtype is not in `DTYPES`.
     """
     array = canonical("", array)
-    values, gaps = _split(array.ravel(), "sparse")
+    values, gaps, _ = _split(array.ravel(), "sparse")
     if len(values) == array.size:
         return "dense"
 
@@ -292,14 +369,28 @@ def _fill(members: list[_Member]) -> list[list[_Member]]:
     return filled
 
 
-def _split(flat: np.ndarray, encoding: str) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the values to store and the gaps between them (none in a dense block)."""
+def _split(flat: np.ndarray, encoding: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns the values to store, the gaps between them (none in a dense block), and positions."""
     if encoding == "dense":
-        return flat, np.empty(0, np.uint8)
+        return flat, np.empty(0, np.uint8), np.arange(len(flat))
     positions = np.flatnonzero(flat)
     behind = len(flat) - 1 - (positions[-1] if len(positions) else -1)
-    gaps = gaps_between(positions, behind if behind > BLOCK_SIZE else 0)
-    return flat[positions], gaps
+    if behind <= BLOCK_SIZE:
+        behind, positions = 0, _without_skips(positions, _FEW_SKIPS // flat.itemsize)
+    return flat[positions], gaps_between(positions, behind), positions
+
+
+def _without_skips(positions: np.ndarray, most: int) -> np.ndarray:
+    """Adds positions of zeros where gaps are longer than a byte, unless there are too many.
+
+    Without skips, decoding takes fewer operations, which are about 200 bytes of a graph.
+    """
+    before = np.concatenate([[-1], positions])[:-1]
+    zeros = (positions - before - 1) // SKIP
+    if zeros.sum() > most:
+        return positions
+    added = [before[i] + SKIP * np.arange(1, zeros[i] + 1) for i in np.flatnonzero(zeros)]
+    return np.sort(np.concatenate([positions, *added]))
 
 
 def _join(values: np.ndarray, gaps: np.ndarray, size: int) -> np.ndarray:

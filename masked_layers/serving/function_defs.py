@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -20,6 +21,10 @@ _INFERRED = (
 )
 """Attributes of nodes that every loader infers or sets itself, or that only help other tools. By
 `_class` a node asks for the device of another one, as TensorFlow does for resources anyway."""
+
+
+_MOST_NUMBERS = 1024
+"""Numbers in a constant up to which shorter forms of it are tried."""
 
 
 def references(node: Any) -> Iterator[str]:
@@ -60,6 +65,28 @@ def strip(node: Any) -> None:
         node.attr.pop(name, None)
     node.ClearField("experimental_debug_info")
     node.ClearField("experimental_type")
+    if node.op == "Const":
+        _shorten_constant(node.attr["value"].tensor)
+
+
+def _shorten_constant(tensor: Any) -> None:
+    """Stores numbers with as many bytes as they need, and repeats of the last one not at all."""
+    from tensorflow import as_dtype, make_ndarray
+
+    fields = {"int32": "int_val", "int64": "int64_val", "float32": "float_val"}
+    field = fields.get(as_dtype(tensor.dtype).name)
+    if field is None:
+        return
+    values = make_ndarray(tensor).ravel()
+    bits = values.view(f"i{values.itemsize}")  # A negative zero is not zero.
+    different = np.flatnonzero(bits != bits[-1:])
+    count = different[-1] + 2 if len(different) else int(bits.any())  # Nothing stands for zeros.
+    if count > _MOST_NUMBERS:
+        return
+    shorter = type(tensor)(dtype=tensor.dtype, tensor_shape=tensor.tensor_shape)
+    getattr(shorter, field).extend(values[:count].tolist())
+    if shorter.ByteSize() < tensor.ByteSize():
+        tensor.CopyFrom(shorter)
 
 
 def reading(functions: Mapping[str, Any]) -> set[str]:
@@ -121,11 +148,42 @@ def simplify(function: Any, captured: Iterable[str], *, only_reads: bool) -> Non
     if only_reads:
         function.control_ret.clear()
         del function.signature.control_output[:]
+    elif function.control_ret:
+        _end_together(function, nodes)
+    _join_waits(function)
     needed = closure(
         map(node_of, (*function.ret.values(), *function.control_ret.values(), *captured)),
         lambda name: map(node_of, nodes[name].input) if name in nodes else (),
     )
     retain(function.node_def, lambda node: node.name in needed)
+
+
+def _end_together(function: Any, nodes: Mapping[str, Any]) -> None:
+    """Replaces the operations that a call waits for by an output, if it comes after all of them."""
+
+    def before(name: str) -> Iterator[str]:
+        return map(node_of, nodes[name].input) if name in nodes else iter(())
+
+    for last in map(node_of, function.ret.values()):
+        if last in nodes and set(function.control_ret.values()) <= closure([last], before):
+            function.control_ret.clear()
+            function.control_ret[last] = last
+            function.signature.control_output[:] = [last]
+            return
+
+
+def _join_waits(function: Any) -> None:
+    """Lets nodes wait for what other nodes wait for that do nothing else."""
+    ends = {*function.ret.values(), *function.control_ret.values()}
+    waits = {
+        f"^{node.name}": list(node.input)
+        for node in function.node_def
+        if node.op == "NoOp" and node.name not in ends
+    }
+    for node in function.node_def:
+        while any(reference in waits for reference in node.input):
+            inputs = [waits.get(reference, [reference]) for reference in node.input]
+            node.input[:] = dict.fromkeys(itertools.chain.from_iterable(inputs))
 
 
 def _infer_batch(nodes: Mapping[str, Any], returned: set[str]) -> None:
@@ -168,23 +226,22 @@ def _content(node: Any) -> bytes:
     return repr((attributes, node.device)).encode()
 
 
-def shorten(function: Any, called: Mapping[str, str]) -> dict[str, str]:
-    """Numbers the nodes of a function and the resources among its arguments.
+def shorten(function: Any, called: Mapping[str, str], *, outputs: bool) -> dict[str, str]:
+    """Numbers the nodes of a function, and its outputs and arguments without names by users.
 
     Args:
         function: The function.
         called: New names of functions.
+        outputs: Whether outputs are numbered.
 
     Returns:
         New names of its nodes and arguments, by their earlier names.
     """
-    from tensorflow.core.framework import types_pb2
-
-    # Names of other arguments are those of the model's inputs.
+    named = {i for i, found in function.arg_attr.items() if "_user_specified_name" in found.attr}
     arguments = {
         argument.name: f"r{i}"
         for i, argument in enumerate(function.signature.input_arg)
-        if argument.type == types_pb2.DT_RESOURCE
+        if i not in named
     }
     kept = {argument.name for argument in function.signature.input_arg} - arguments.keys()
     free = (name for name in numbered("") if name not in kept)
@@ -197,8 +254,12 @@ def shorten(function: Any, called: Mapping[str, str]) -> dict[str, str]:
         node.name = short[node.name]
         node.input[:] = [renamed(reference, short) for reference in node.input]
         rename_calls(node, called)
-    for name, reference in list(function.ret.items()):
-        function.ret[name] = renamed(reference, short)
+    returned = {name: renamed(reference, short) for name, reference in function.ret.items()}
+    function.ret.clear()
+    for i, output in enumerate(function.signature.output_arg):
+        reference = returned[output.name]
+        output.name = f"o{i}" if outputs else output.name
+        function.ret[output.name] = reference
     controls = {name: short[node] for name, node in function.control_ret.items()}
     function.signature.control_output[:] = [
         controls[name] for name in function.signature.control_output

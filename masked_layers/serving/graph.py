@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,15 +26,14 @@ def write(folder: Path, traced: Traced, pack: bytes) -> None:
     """Writes the SavedModel: the serving function, the packed weights and their decoder."""
     import tensorflow as tf
 
-    packed = {entry.name for block in encoding.blocks(pack) for entry in block.entries}
+    packed = {entry.name for block in encoding.blocks(pack) for entry in block.members}
 
     class Weights(tf.saved_model.experimental.TrackableResource):
         """Decodes the packed weights into the variables when the SavedModel is loaded."""
 
         def _create_resource(self) -> Any:
             # A resource must have a handle, which is not used here: the weights are variables.
-            name = f"{traced.prefix}/decoder"
-            return tf.raw_ops.VarHandleOp(dtype=tf.bool, shape=[], shared_name=name)
+            return tf.raw_ops.VarHandleOp(dtype=tf.bool, shape=[], shared_name=traced.prefix)
 
         def _initialize(self) -> None:
             decode(root.pack.asset_path, encoding.blocks(pack), traced.variables)
@@ -76,19 +76,22 @@ def decode(
     data = tf.io.read_file(file)
     done = 0
     for block in blocks:
-        flat, table = _decode_block(data, block)
         # Arrays of equal shape are adjacent, so many variables need few ops.
-        shapes = [
-            (*kind, list(members))
-            for kind, members in itertools.groupby(
-                block.entries, lambda entry: (entry.shape, entry.levels)
-            )
+        coded, plain = _equal(block.entries), _equal(block.floats)
+        joint = block.coding == "joint"
+        levels = [sum(entry.levels for entry in members) for members in coded]
+        levels = [sum(levels)] if joint else levels
+        flat, numbers = _decode_block(data, block, [*levels, *map(_size, plain)])
+        parts = _parts(flat, [_size(members) for members in coded])
+        tables = [None] * len(coded) if joint or not numbers else numbers[: len(levels)]
+        found = [
+            (members, _arrays(part, table, members, block.coding))
+            for members, part, table in zip(coded, parts, tables, strict=True)
         ]
-        parts = _parts(flat, [sum(entry.size for entry in members) for *_, members in shapes])
-        tables = _parts(table, [levels * len(members) for _, levels, members in shapes])
+        for members, part in zip(plain, numbers[len(levels) :], strict=True):
+            found.append((members, _arrays(part, None, members, "exact")))
         assigned = []
-        for (shape, _, members), part, values in zip(shapes, parts, tables, strict=True):
-            arrays = _arrays(part, values, shape, len(members), block.coding)
+        for members, arrays in found:
             for entry, array in zip(members, arrays, strict=True):
                 variable = variables[entry.name]
                 value = tf.cast(array, variable.dtype)
@@ -102,6 +105,16 @@ def decode(
             done = 0
 
 
+def _equal(entries: Sequence[encoding.Entry]) -> list[list[encoding.Entry]]:
+    """Returns the entries in groups of equal shapes, and of tables of equal lengths."""
+    key = operator.attrgetter("shape", "levels")
+    return [list(members) for _, members in itertools.groupby(entries, key)]
+
+
+def _size(entries: Sequence[encoding.Entry]) -> int:
+    return sum(entry.size for entry in entries)
+
+
 def _parts(flat: tf.Tensor, sizes: list[int]) -> list[tf.Tensor]:
     import tensorflow as tf
 
@@ -109,27 +122,34 @@ def _parts(flat: tf.Tensor, sizes: list[int]) -> list[tf.Tensor]:
 
 
 def _arrays(
-    part: tf.Tensor, table: tf.Tensor, shape: Sequence[int], count: int, coding: str
+    part: tf.Tensor, table: tf.Tensor | None, members: Sequence[encoding.Entry], coding: str
 ) -> list[tf.Tensor]:
-    """Returns `count` arrays of a shape, whose values or codes are in a flat tensor."""
+    """Returns arrays of equal shapes, whose values or codes are in a flat tensor."""
     import tensorflow as tf
 
+    count, shape = len(members), members[0].shape
     if count > 1:
-        shape = [count, *shape]
+        shape = (count, *shape)
     values = part if len(shape) == 1 else tf.reshape(part, shape)
     if coding == "scales":
         ones = [1] * (len(shape) - 2)
         values *= table if count == 1 else tf.reshape(table, [count, *ones, -1])
     elif coding == "codebook" and count == 1:
-        values = tf.gather(table, values)
+        values = _gathered(table, values)
     elif coding == "codebook":
         tables = tf.reshape(table, [count, -1])
         values = tf.raw_ops.GatherV2(params=tables, indices=values, axis=1, batch_dims=1)
     return [values] if count == 1 else tf.unstack(values)
 
 
-def _decode_block(data: tf.Tensor, block: encoding.Block) -> tuple[tf.Tensor, tf.Tensor]:
-    """Returns the values or codes of a block, zeros included, and its tables, as flat tensors."""
+def _decode_block(
+    data: tf.Tensor, block: encoding.Block, sizes: list[int]
+) -> tuple[tf.Tensor, list[tf.Tensor]]:
+    """Returns the values or codes of a block as a flat tensor, zeros included, and its numbers.
+
+    The numbers, of a block of codes, are split into parts of the given sizes. If codes are joint,
+    the first part is their table, and values are returned.
+    """
     import tensorflow as tf
 
     def stream(place: Any) -> tf.Tensor:
@@ -140,23 +160,34 @@ def _decode_block(data: tf.Tensor, block: encoding.Block) -> tuple[tf.Tensor, tf
 
     sparse = block.encoding == "sparse"
     dtype = tf.as_dtype(block.dtype)
-    if block.coding != "exact":
-        gaps, codes, tables = tf.split(stream(block.streams[0]), block.parts)
-        table = tf.bitcast(tf.transpose(tf.reshape(tables, [4, -1])), tf.float32)
-        if block.coding == "codebook":
-            codes = _scattered(gaps, codes, block) if sparse else codes
-            return tf.cast(codes, tf.int32), table
-        codes = tf.bitcast(codes, dtype)
-        codes = _scattered(gaps, codes, block) if sparse else codes
-        return tf.cast(codes, tf.float32), table
-    planes = stream(block.streams[sparse:])
-    if dtype.size == 1:
-        values = tf.bitcast(tf.reshape(planes, [-1]), dtype)
-    else:
-        values = tf.bitcast(tf.transpose(planes), dtype)
-    if sparse:
-        values = _scattered(stream(block.streams[0]), values, block)
-    return values, tf.zeros([0])
+    if block.coding == "exact":
+        planes = stream(block.streams[sparse:])
+        if dtype.size == 1:
+            values = tf.bitcast(tf.reshape(planes, [-1]), dtype)
+        else:
+            values = tf.bitcast(tf.transpose(planes), dtype)
+        if sparse:
+            values = _scattered(stream(block.streams[0]), values, block)
+        return values, []
+    gaps, values, planes = tf.split(stream(block.streams[0]), block.parts)
+    planes = tf.transpose(tf.reshape(planes, [4, -1]))
+    numbers = _parts(tf.bitcast(planes, tf.float32), sizes)
+    if block.coding == "scales":
+        values = tf.bitcast(values, dtype)
+    elif block.coding == "joint":
+        values = _gathered(numbers[0], tf.cast(values, tf.int32))
+    values = _scattered(gaps, values, block) if sparse else values
+    if block.coding != "joint":
+        values = tf.cast(values, tf.float32 if block.coding == "scales" else tf.int32)
+    return values, numbers
+
+
+def _gathered(table: tf.Tensor, codes: tf.Tensor) -> tf.Tensor:
+    """Returns the values of codes."""
+    import tensorflow as tf
+
+    # `tf.gather` has an axis, which takes further bytes in the graph.
+    return tf.raw_ops.Gather(params=table, indices=codes)
 
 
 def _scattered(gaps: tf.Tensor, values: tf.Tensor, block: encoding.Block) -> tf.Tensor:
@@ -177,5 +208,4 @@ def _scattered(gaps: tf.Tensor, values: tf.Tensor, block: encoding.Block) -> tf.
         output_shape=tf.constant([block.size], index),
         sparse_values=values,
         default_value=tf.zeros([], values.dtype),
-        validate_indices=False,
     )

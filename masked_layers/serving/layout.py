@@ -18,7 +18,7 @@ import numpy as np
 from masked_layers.streams import SKIP, dtype_of
 
 Encoding = Literal["sparse", "dense"]
-Coding = Literal["exact", "scales", "codebook"]
+Coding = Literal["exact", "scales", "codebook", "joint"]
 
 _MAGIC = b"MLSP"
 _VERSIONS = (1, 2)
@@ -29,7 +29,7 @@ _MOST_PER_BYTE = 1032  # A zlib stream never expands to more bytes per byte.
 # Maximum number of zeros that are not written. Files of earlier versions omit all zeros at the end
 # of a block.
 _UNWRITTEN = 1 << 24
-_CODES = {"scales": "int8", "codebook": "uint8"}
+_CODES = {"scales": "int8", "codebook": "uint8", "joint": "uint8"}
 
 
 @dataclass(frozen=True)
@@ -61,13 +61,14 @@ class Block:
     Attributes:
         encoding: `"sparse"` or `"dense"`.
         dtype: Name of the dtype of the stored values, one of `DTYPES`.
-        coding: `"exact"`, or the kind of codes that the stored values are: `"scales"` (int8) or
-            `"codebook"` (uint8).
+        coding: `"exact"`, or the kind of codes that the stored values are: `"scales"` (int8),
+            `"codebook"` or `"joint"` (uint8).
         gaps: Length of the stream of gaps; 0 in a dense block.
         entries: The arrays, in the order in which they are concatenated.
         streams: (offset in the file, bytes) for each zlib stream: the gaps (sparse blocks only),
             then the planes from the least to the most significant byte. Blocks of codes have one
             stream, of `parts`.
+        floats: Dense float32 arrays whose values follow the tables in a block of codes.
     """
 
     encoding: Encoding
@@ -76,6 +77,12 @@ class Block:
     gaps: int
     entries: tuple[Entry, ...]
     streams: tuple[tuple[int, int], ...]
+    floats: tuple[Entry, ...] = ()
+
+    @property
+    def members(self) -> tuple[Entry, ...]:
+        """All arrays of the block."""
+        return (*self.entries, *self.floats)
 
     @property
     def size(self) -> int:
@@ -97,14 +104,16 @@ class Block:
 
     @property
     def parts(self) -> list[int]:
-        """Lengths of the gaps, codes and tables in the stream of a block of codes, in bytes."""
-        return [self.gaps, self.values, 4 * sum(entry.levels for entry in self.entries)]
+        """Lengths of the gaps, the codes and the float32 numbers in a block of codes, in bytes."""
+        tables = sum(entry.levels for entry in self.entries)
+        return [self.gaps, self.values, 4 * (tables + sum(entry.size for entry in self.floats))]
 
     @property
     def nbytes(self) -> list[int]:
-        """Bytes of the streams, divided among the entries by their number of stored values."""
+        """Bytes of the streams, divided among the members by their number of stored values."""
         total = sum(length for _, length in self.streams)
-        edges = np.cumsum([0, *(entry.values for entry in self.entries)]) / max(self.values, 1)
+        counts = np.cumsum([0, *(entry.values for entry in self.members)])
+        edges = counts / max(counts[-1], 1)
         return np.diff(np.rint(edges * total).astype(np.int64)).tolist()
 
 
@@ -173,12 +182,13 @@ def blocks(data: bytes) -> list[Block]:
                     block["gaps"],
                     entries,
                     tuple(streams),
+                    tuple(Entry(n, tuple(s), math.prod(s)) for n, s in block.get("floats", [])),
                 )
             )
             _check(found[-1])
         if start != len(data):
             raise ValueError(f"its streams end at byte {start} of {len(data)}")
-        names = [entry.name for block in found for entry in block.entries]
+        names = [entry.name for block in found for entry in block.members]
         if len(set(names)) < len(names):
             raise ValueError("two arrays have the same name")
     except (zlib.error, LookupError, TypeError, ValueError, RecursionError) as error:
@@ -211,13 +221,16 @@ def _check(block: Block) -> None:
         raise ValueError(f"gaps in a dense block: {block.gaps!r}")
     if len(block.streams) != (1 if coded else dtype_of(block.dtype).itemsize + sparse):
         raise ValueError(f"{len(block.streams)} streams for {block.encoding} {block.dtype}")
-    for entry in block.entries:
+    if block.floats and not coded:
+        raise ValueError("floats in a block without codes")
+    for i, entry in enumerate(block.members):
         numbers: tuple[Any, ...] = (*entry.shape, entry.values, entry.levels, block.gaps)
         if not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
             raise ValueError(f"counts of '{entry.name}' are {numbers}")
         if entry.levels > 0 and not coded:
             raise ValueError(f"a table for '{entry.name}', which has no codes")
-        if block.coding == "scales" and entry.shape[-1:] != (entry.levels,):
+        scaled = block.coding == "scales" and i < len(block.entries)
+        if scaled and entry.shape[-1:] != (entry.levels,):
             raise ValueError(f"{entry.levels} scales for '{entry.name}' of shape {entry.shape}")
         if not isinstance(entry.name, str):
             raise ValueError(f"an array is named {entry.name!r}")
@@ -237,7 +250,7 @@ def check_sizes(found: list[Block]) -> None:
         ValueError: If they do.
     """
     for block in found:
-        for entry in block.entries:
+        for entry in block.members:
             # NumPy supports neither; even in an empty array it limits the other lengths.
             lengths = math.prod(length for length in entry.shape if length)
             if len(entry.shape) > 64 or lengths >= 2**60:

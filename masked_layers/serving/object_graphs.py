@@ -65,6 +65,9 @@ def simplify(graph: Any, without_effect: set[str], gradients: set[str]) -> None:
         del graph.concrete_functions[name]
     for function in graph.concrete_functions.values():
         function.bound_inputs[:] = [new[i] for i in function.bound_inputs]
+        output = function.output_signature.tensor_spec_value
+        if output.name == "unknown":  # TensorFlow's name for an output without one.
+            output.ClearField("name")
 
 
 def concrete_functions(graph: Any) -> Iterator[str]:

@@ -18,6 +18,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +139,10 @@ def export_sparse_saved_model(
     arguments = samples_of(model, traced.signature, sample_inputs)
     samples = keras.tree.map_structure(tf.convert_to_tensor, arguments)
     arrays = {name: arrays[name] for name in traced.variables}
-    exact = {name: _exact(array, name in allowed) for name, array in arrays.items()}
+    exact = {
+        name: replace(_exact(array, name in allowed), trainable=traced.variables[name].trainable)
+        for name, array in arrays.items()
+    }
     if values == "codebook" and tolerance is not None:
         measure = functools.partial(error_with, traced, samples)
         weights = fewest_bits(exact, allowed, measure, tolerance)
@@ -153,9 +157,7 @@ def export_sparse_saved_model(
     with files.scratch_folder(path, CONTENTS) as scratch, _literal(scratch) as folder:
         graph.write(folder, traced, pack)
         keep_saver = bool(traced.resources) or any(w.content is None for w in weights.values())
-        compaction.compact(folder / "saved_model.pb", traced.prefix, pack, keep_saver=keep_saver)
-        # A hash of the graph before compaction, which loaders do not require.
-        (folder / "fingerprint.pb").unlink(missing_ok=True)
+        compaction.compact(folder, traced.prefix, pack, keep_saver=keep_saver)
         error = verify(
             folder, model, traced, expected, samples, given=given, exact=values == "float32"
         )
@@ -264,7 +266,7 @@ def _rows(weights: Mapping[str, Stored], pack: bytes) -> tuple[StorageRow, ...]:
     nbytes = {
         entry.name: count
         for block in encoding.blocks(pack)
-        for entry, count in zip(block.entries, block.nbytes, strict=True)
+        for entry, count in zip(block.members, block.nbytes, strict=True)
     }
     rows = []
     for name, weight in weights.items():

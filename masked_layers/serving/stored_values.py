@@ -38,11 +38,13 @@ class Stored:
         encoding: `"sparse"`, `"packed"` or `"dense"`, as in `StorageRow`.
         content: Values or codes in the packed file; None for a dense weight, which is in the
             checkpoint.
+        trainable: Whether training changes it by gradients, unlike statistics of a normalization.
     """
 
     array: np.ndarray
     encoding: Encoding
     content: np.ndarray | Coded | None
+    trainable: bool = False
 
     @property
     def values(self) -> np.ndarray:
@@ -58,6 +60,12 @@ class Stored:
         """Name of the dtype or the codes."""
         if isinstance(self.content, Coded):
             return self.content.label
+        if (
+            self.content is not None
+            and self.content is not self.array
+            and (self.content.dtype == self.array.dtype)
+        ):
+            return "bfloat16"  # Stored with zeros for the other bits.
         return (self.array if self.content is None else self.content).dtype.name
 
 
@@ -65,7 +73,8 @@ def stored(name: str, exact: Stored, values: str) -> Stored:
     """Returns what is stored for a weight with a value of `CHOICES`.
 
     Floats are rounded where the weight is sparse. Codes are used for floating-point weights with
-    two or more axes, if they take less space than the exact values.
+    two or more axes, if they take less space than the exact values. With codebooks, which are less
+    precise anyway, trainable vectors are rounded to bfloat16.
 
     Args:
         name: Path of the weight, for messages.
@@ -85,6 +94,8 @@ def stored(name: str, exact: Stored, values: str) -> Stored:
 
 def _coded(name: str, exact: Stored, values: str) -> Stored:
     array = exact.array
+    if array.ndim < 2 and values != "int8":
+        return _rounded_vector(name, exact)
     if array.ndim < 2 or array.dtype.kind in "iub" or array.dtype.itemsize == 1:
         return exact
     with np.errstate(over="ignore"):
@@ -108,6 +119,19 @@ def _coded(name: str, exact: Stored, values: str) -> Stored:
             "the weight out with `include`."
         )
     return found
+
+
+def _rounded_vector(name: str, exact: Stored) -> Stored:
+    import ml_dtypes
+
+    array = exact.array
+    if array.dtype != np.float32 or not exact.trainable or exact.content is None:
+        return exact
+    with np.errstate(over="ignore"):
+        rounded = encoding.canonical(name, array.astype(ml_dtypes.bfloat16).astype(np.float32))
+    if not np.array_equal(np.isfinite(rounded), np.isfinite(array)):
+        return exact
+    return dataclasses.replace(exact, content=rounded)
 
 
 def _placed(weight: Stored) -> Stored:

@@ -59,11 +59,15 @@ def read(data):
             found = np.array([flat.get(first + i, 0) for i in range(size)]).reshape(shape)
             first += size
             if length:
-                own = levels[taken : taken + length[0]]
+                joint = block["coding"] == "joint"
+                own = levels if joint else levels[taken : taken + length[0]]
                 taken += length[0]
                 scales = block["coding"] == "scales"
                 found = found.astype("float32") * own if scales else own[found.astype(int)]
             arrays[name] = found
+        for name, shape in block.get("floats", []):
+            arrays[name] = levels[taken : taken + math.prod(shape)].reshape(shape)
+            taken += math.prod(shape)
     assert start == len(data)
     return arrays
 
@@ -74,11 +78,15 @@ def test_the_file_has_the_documented_layout(encoding):
         "a": scaled(kernel((3, 3, 8, 5))),
         "b": scaled(kernel((60, 7), 0.99)),
         "c": clustered(kernel((20, 30)), 5),
-        "d": clustered(kernel((20, 30), seed=1), 5),
+        # Too many values for one byte, or one table for all.
+        "d": clustered(kernel((60, 30), seed=1), 8 if encoding == "dense" else 5),
         "e": clustered(kernel((20, 30), seed=2), 3),
         "f": kernel((5, 6)),
     }
-    data = encode(arrays, encodings=dict.fromkeys(arrays, encoding))
+    data = encode(arrays, encodings={**dict.fromkeys(arrays, encoding), "f": "dense"})
+    kinds = {"dense": "codebook", "sparse": "joint"}
+    assert [block.coding for block in blocks(data)] == ["scales", kinds[encoding]]
+    assert [entry.name for block in blocks(data) for entry in block.floats] == ["f"]
     restored = decode(data)
     for name, array in read(data).items():
         assert restored[name].dtype == "float32"
@@ -198,8 +206,9 @@ def test_every_flipped_byte_is_noticed(position, change):
         decode(bytes(data))
 
 
-def packed(coding, array, streams, dtype, gaps=0):
+def packed(coding, array, streams, dtype, gaps=0, **further):
     block = {
+        **further,
         "encoding": "dense", "dtype": dtype, "coding": coding, "gaps": gaps,
         "arrays": [array] if array else [],
         "streams": [len(stream) for stream in streams],
@@ -212,6 +221,7 @@ def packed(coding, array, streams, dtype, gaps=0):
 Z = zlib.compress
 TABLE = np.array([0, 1.5], "<f4")
 PLANES = TABLE.view("uint8").reshape(2, 4).T.tobytes()
+FOUR = np.array([0, 1.5, 3, -4], "<f4").view("uint8").reshape(4, 4).T.tobytes()
 
 
 @pytest.mark.parametrize(
@@ -253,6 +263,29 @@ def test_gaps_and_arrays_that_no_block_has_are_noticed(array, stream, gaps):
         decode(packed("codebook", array, [Z(stream)], "uint8", gaps))
 
 
+@pytest.mark.parametrize(
+    ("coding", "floats"),
+    [
+        ("joint", [["b", [3]]]),
+        ("joint", [["b", [2**40]]]),
+        ("joint", [["w", [2]]]),
+        ("joint", [["b", [-2]]]),
+        ("joint", ["b"]),
+        ("exact", [["b", [2]]]),
+    ],
+)
+def test_headers_that_lie_about_floats_are_noticed(coding, floats):
+    array = ["w", [2], 2, *([2] if coding == "joint" else [])]
+    streams = [Z(b"\1\1" + FOUR)] if coding == "joint" else [Z(b"\1\1")]
+    with pytest.raises(ValueError, match="packed file"):
+        decode(packed(coding, array, streams, "uint8", floats=floats))
+    got = decode(
+        packed("joint", ["w", [2], 2, 2], [Z(b"\1\0" + FOUR)], "uint8", floats=[["b", [2]]])
+    )
+    assert got["w"].tolist() == [1.5, 0]
+    assert got["b"].tolist() == [3, -4]
+
+
 def test_forged_files_are_read_where_they_are_right():
     """Shows that the files above are refused for the stated reason."""
     got = decode(packed("codebook", ["w", [3], 3, 2], [Z(b"\1\0\1" + PLANES)], "uint8"))
@@ -264,4 +297,4 @@ def test_forged_files_are_read_where_they_are_right():
 def test_other_files_keep_the_first_version():
     assert encode({"w": kernel()})[4] == 1
     assert DATA[4] == 2
-    assert [block.coding for block in blocks(DATA)] == ["scales", "codebook", "exact"]
+    assert [block.coding for block in blocks(DATA)] == ["scales", "exact", "joint"]
