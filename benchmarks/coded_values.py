@@ -1,6 +1,7 @@
 """Compares sizes and accuracy of sparse SavedModels with exact, rounded and coded values.
 
     python -m benchmarks.coded_values lenet --data-dir DIR [--seeds 0 1] [--models DIR]
+    python -m benchmarks.coded_values cifar10 --data-dir DIR [--seeds 0] [--images 20000]
     python -m benchmarks.coded_values resnet
 
 `lenet` trains a LeNet-300-100 on MNIST, and prunes copies of it gradually while they train on, with
@@ -9,11 +10,15 @@ is exported. The accuracy on the test images is that of the loaded folder, and i
 from the dense network of the same seed. Sizes are those of the whole folder. With `--models`,
 trained models are kept in a folder and used again.
 
+`cifar10` does the same with a network of three convolutions with strides and two dense layers
+(356,810 weights) on CIFAR-10.
+
 `resnet` exports a ResNet-50 with the weights of `benchmarks.serving`. Ratios are to the dense
 folder of `benchmarks.serving`. Nothing is trained.
 """
 
 import argparse
+import dataclasses
 import os
 import tempfile
 from pathlib import Path
@@ -32,8 +37,9 @@ from lottery_ticket_pruner.mask_schedules import GradualPruning
 from masked_layers.serving import export_sparse_saved_model
 from masked_layers.serving.report import file_sizes
 
-LENET_VALUES = ("float32", "int8", "codebook-5", "codebook-4", "codebook-3")
-LENET_SPARSITIES = (0.96, 0.98)
+VALUES = ("float32", "int8", "codebook-5", "codebook-4", "codebook-3")
+DATA = {"lenet": "mnist", "cifar10": "cifar10"}
+SPARSITIES = {"lenet": (0.965, 0.985), "cifar10": (0.95,)}
 RESNET_GOALS = {
     "int8": {0.8: 12.0, 0.9: 20.0, 0.95: 32.0},
     "codebook-5": {0.8: 16.0, 0.9: 25.0, 0.95: 38.0},
@@ -55,14 +61,26 @@ def steps_of(x):
     return -(-len(x) // BATCH)
 
 
-def dense_lenet(data, seed, epochs):
+def small_network(shape):
+    """Returns a network for small images, with strides so that training is fast on a CPU."""
+    parts = [
+        keras.layers.Conv2D(width, 3, strides=2, padding="same", activation="relu")
+        for width in (32, 64, 128)
+    ]
+    dense = keras.layers.Dense(128, activation="relu")
+    parts += [keras.layers.Flatten(), dense, keras.layers.Dense(10)]
+    return keras.Sequential([keras.Input(shape), *parts])
+
+
+def dense_network(part, data, seed, epochs):
     keras.utils.set_random_seed(seed)
-    model = networks.build("lenet-300-100", data.x_train.shape[1:])
+    shape = data.x_train.shape[1:]
+    model = networks.build("lenet-300-100", shape) if part == "lenet" else small_network(shape)
     fit(model, data.x_train, one_hot(data.y_train), 1.2e-3, epochs, seed)
     return model
 
 
-def sparse_lenet(dense, data, sparsity, seed, epochs):
+def sparse_network(dense, data, sparsity, seed, epochs):
     model = ml.convert_to_masked(dense)
     logits = dense.predict(data.x_train, batch_size=1000, verbose=0) / TEMPERATURE
     soft = keras.ops.convert_to_numpy(keras.ops.softmax(logits))
@@ -96,27 +114,31 @@ def accuracy_of(folder, data):
     return 100 * np.mean(outputs.argmax(axis=-1) == data.y_test)
 
 
-def lenet(arguments):
-    data = datasets.load("mnist", arguments.data_dir)
+def trained(part, arguments):
+    data = datasets.load(DATA[part], arguments.data_dir)
+    images = slice(arguments.images)
+    data = dataclasses.replace(data, x_train=data.x_train[images], y_train=data.y_train[images])
+    print(f"{part}, {len(data.x_train)} training images")
     print("seed  sparsity  values      folder B  graph B  accuracy  points lost  output error")
     for seed in arguments.seeds:
-        root = arguments.models and arguments.models / str(seed)
+        root = arguments.models and arguments.models / part / str(seed)
         dense = kept(
-            root and root / "dense.keras", lambda s=seed: dense_lenet(data, s, arguments.epochs)
+            root and root / "dense.keras",
+            lambda s=seed: dense_network(part, data, s, arguments.epochs),
         )
         with tempfile.TemporaryDirectory() as folder:
             write_dense(dense, Path(folder) / "dense")
             size = sum(file_sizes(Path(folder) / "dense").values())
             reference = accuracy_of(Path(folder) / "dense", data)
         print(f"{seed:4}  {0:8.3f}  dense       {size:8}  {'':7}  {reference:8.2f}", flush=True)
-        for sparsity in LENET_SPARSITIES:
+        for sparsity in arguments.sparsities or SPARSITIES[part]:
             model = kept(
                 root and root / f"{sparsity}.keras",
-                lambda s=seed, p=sparsity, d=dense: sparse_lenet(
+                lambda s=seed, p=sparsity, d=dense: sparse_network(
                     d, data, p, s, arguments.sparse_epochs
                 ),
             )
-            for values in LENET_VALUES:
+            for values in VALUES:
                 with tempfile.TemporaryDirectory() as folder:
                     report = export_sparse_saved_model(
                         model, Path(folder) / "out", values=values, level=9,
@@ -126,7 +148,8 @@ def lenet(arguments):
                 print(
                     f"{seed:4}  {sparsity:8.3f}  {values:10}  {report.disk_nbytes:8}  "
                     f"{report.files['saved_model.pb']:7}  {accuracy:8.2f}  "
-                    f"{reference - accuracy:11.2f}  {report.output_error:12.3g}",
+                    f"{reference - accuracy:11.2f}  {report.output_error:12.3g}  "
+                    f"{size / report.disk_nbytes:5.1f} times",
                     flush=True,
                 )
 
@@ -156,17 +179,22 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("parts", nargs="+", choices=["lenet", "resnet"])
+    parser.add_argument("parts", nargs="+", choices=["lenet", "cifar10", "resnet"])
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--models", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--epochs", type=int, default=10, help="of the dense network")
+    parser.add_argument("--sparsities", type=float, nargs="+", help="of trained networks")
+    parser.add_argument("--images", type=int, help="number of training images (default: all)")
     parser.add_argument("--sparse-epochs", type=int, default=16)
     parser.add_argument("--weights", nargs="+", default=["fresh", "normal"])
     arguments = parser.parse_args()
     for part in arguments.parts:
         print()
-        {"lenet": lenet, "resnet": resnet}[part](arguments)
+        if part == "resnet":
+            resnet(arguments)
+        else:
+            trained(part, arguments)
 
 
 if __name__ == "__main__":
