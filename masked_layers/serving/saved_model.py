@@ -8,6 +8,7 @@ TensorFlow's own ops are used.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
 import logging
@@ -45,7 +46,8 @@ _PACKED_BELOW = 1 << 14
 bytes for its index entry than for its values. A larger array loads faster from the checkpoint."""
 
 _JOINED_BELOW = 1 << 11
-"""Total number of elements of packed dense arrays below which they are encoded as sparse ones."""
+"""Total number of elements of dense arrays, or of their codes, below which they are encoded as
+sparse ones."""
 
 _BITCAST = frozenset(
     (
@@ -246,16 +248,15 @@ def _exact(array: np.ndarray, allowed: bool) -> Stored:
 
 def _packed(weights: Mapping[str, Stored], level: int) -> bytes:
     contents = {name: w.content for name, w in weights.items() if w.content is not None}
-    plain = [name for name, content in contents.items() if not isinstance(content, Coded)]
     # Decoding one more block would take more bytes in the graph than the gaps of so few values.
-    sizes = {"sparse": 0, "packed": 0}
-    for name in plain:
-        sizes[weights[name].encoding] += weights[name].array.size
-    few = {kind for kind, size in sizes.items() if size < _JOINED_BELOW}
+    sizes: dict[tuple[bool, str], int] = collections.Counter()
+    for name, content in contents.items():
+        sizes[isinstance(content, Coded), weights[name].encoding] += weights[name].array.size
     encodings: dict[str, encoding.Encoding] = {}
-    for name in contents:
-        kind = weights[name].encoding
-        if name in plain and kind in few:
+    for name, content in contents.items():
+        kind, coded = weights[name].encoding, isinstance(content, Coded)
+        few = [kind for kind in ("sparse", "packed") if sizes[coded, kind] < _JOINED_BELOW]
+        if kind in few:
             # A dense block takes fewer operations.
             kind = "packed" if len(few) == 2 else "sparse"
         encodings[name] = "sparse" if kind == "sparse" else "dense"
