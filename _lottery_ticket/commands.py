@@ -82,7 +82,7 @@ methods without training end, or prunes channels for --macs and --latency."""
     mode: Literal["auto", "max", "min"] = "auto"
     """Direction of the metric. auto: the one that Keras' callbacks choose."""
     epochs: OptionalInt = None
-    """Epochs of training after each step. Default: 3, or as many as 400 steps take."""
+    """Epochs of training after each step, at most. Default: 3, or as many as 400 steps take."""
     batch_size: int = 64
     """Examples per step of training."""
     rate: float = 0.5
@@ -94,8 +94,13 @@ all the same. Default: global, or layer for channels."""
     """What is trained after a step: the weights as they are, or, of an untrained model, the \
 initial ones."""
     minutes: OptionalFloat = None
-    """Time to spend. The search ends before a step that would probably exceed it, and goes on to \
-finer steps than without this option."""
+    """Time to spend, from loading the model and data to the report. The search ends before a step \
+that would probably exceed it, and goes on to finer steps than without this option."""
+    log: Annotated[
+        Literal["tensorboard", "mlflow", "wandb"] | None, choice("tensorboard", "mlflow", "wandb")
+    ] = None
+    """Tool that logs the models that are tried: TensorBoard, in logs/ of the folder, or MLflow or \
+Weights & Biases, where their environment variables say. Default: none."""
     seed: int = 0
     """Seed of the order of the examples, and of the weights of a network to train first."""
     out: OptionalPath = None

@@ -142,6 +142,9 @@ of the steps. Default: that of the network's recipe, sgd for resnet-20 and other
     """Learning rate. Default: that of the network's recipe (0.0012 for lenet-300-100)."""
     eval_every: OptionalInt = None
     """Steps between evaluations on the validation data. Default: a tenth of all, at most 500."""
+    log: Literal["tensorboard", "mlflow", "wandb"] = "tensorboard"
+    """Tool that logs the curves: TensorBoard, in the run folder, or MLflow or Weights & Biases, \
+where their environment variables say. They have a run for each seed."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds. Each has a separate replicate, including its initial weights."""
     out: OptionalPath = None
@@ -285,7 +288,16 @@ class SweepOptions(_Sweeping, RunOptions):
     with each seed. If an option takes several values, join them with plus signs, as in
     --over controls=none,random_mask+random_reinit. Repeat the command to resume an interrupted
     sweep.
+
+    With --search optuna --trials 20, Optuna chooses twenty combinations, one after the other, by
+    the validation loss of their last tickets and by the weights that these keep. The test data has
+    no part in the choice.
     """
+
+    search: Literal["grid", "optuna"] = "grid"
+    """Combinations to run: all of them, or those that Optuna chooses (extra optuna)."""
+    trials: OptionalInt = None
+    """Number of combinations that Optuna tries, in all calls together. Default: 20."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Checks whether arguments of users are numbers, and shortens errors from their code."""
 
+import importlib.util
 import numbers
 from typing import TypeGuard
 
@@ -18,3 +19,20 @@ def line_of(error: Exception) -> str:
     """Returns the type of an error and the first line of its message."""
     text = next((line for line in str(error).splitlines() if line.strip()), "")
     return f"{type(error).__name__}: {text.strip()}"
+
+
+class MissingExtraError(ImportError):
+    """A package of an extra is not installed."""
+
+
+def require_extra(name: str) -> None:
+    """Checks that the package of the extra with the same name is installed.
+
+    Raises:
+        MissingExtraError: If it is not.
+    """
+    if importlib.util.find_spec(name) is None:
+        raise MissingExtraError(
+            f"This needs the package {name}, which is not installed. Install it with its extra: "
+            f'pip install "lottery-ticket-pruner[{name}]"'
+        )

@@ -69,6 +69,7 @@ def _print_error(error: Exception) -> int:
 
 
 def _run(options: Any) -> int:
+    from lottery_ticket_pruner.checks import MissingExtraError
     from lottery_ticket_pruner.divergence import DivergenceError
 
     command = next(name for name, kind in parser.commands().items() if type(options) is kind)
@@ -76,7 +77,7 @@ def _run(options: Any) -> int:
         return _HANDLERS.get(command, _experiment)(command, options)
     except BrokenPipeError:
         raise  # Of the output, which is no error of the command.
-    except (DivergenceError, OSError, ValueError) as error:
+    except (DivergenceError, MissingExtraError, OSError, ValueError) as error:
         return _print_error(error)
 
 

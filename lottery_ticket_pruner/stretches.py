@@ -71,4 +71,4 @@ def _watched(
         if listeners.on_evaluation is not None:
             listeners.on_evaluation(step, results)
 
-    return training.Listeners(on_progress=on_progress, on_evaluation=on_evaluation)
+    return dataclasses.replace(listeners, on_progress=on_progress, on_evaluation=on_evaluation)

@@ -5,7 +5,7 @@ import dataclasses
 import json
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,10 @@ from rich.console import Console
 
 from _lottery_ticket import commands as options
 from lottery_ticket_pruner import Latency
+from lottery_ticket_pruner.checks import require_extra
 from lottery_ticket_pruner.commands import prune_folder, served_latency
 from lottery_ticket_pruner.compression import (
+    Comparison,
     Goals,
     Options,
     Parts,
@@ -31,8 +33,10 @@ from lottery_ticket_pruner.experiments import datasets, networks, own, own_netwo
 from lottery_ticket_pruner.experiments.arguments import option
 from lottery_ticket_pruner.experiments.config import RunConfig
 from lottery_ticket_pruner.experiments.reports import pruning
+from lottery_ticket_pruner.experiments.tensorboard import TensorBoardLogger
 from lottery_ticket_pruner.experiments.workbench import compiled_network
 from lottery_ticket_pruner.fingerprints import of_json
+from lottery_ticket_pruner.loggers import PruneLog, opened
 from masked_layers.ticket_files import SUFFIX
 
 _UNITS = {
@@ -95,7 +99,7 @@ class PruneConfig(options.PruneOptions):
             )
 
     def _choices(self) -> dict[str, Any]:
-        others = ("out", "quiet", "minutes", "data_dir")
+        others = ("out", "quiet", "minutes", "data_dir", "log")
         return {name: value for name, value in self.to_dict().items() if name not in others}
 
 
@@ -161,22 +165,20 @@ def prune(config: PruneConfig, console: Console | None = None) -> PruneResult:
     console = console or Console(quiet=config.quiet)
     started = time.perf_counter()
     config.plan()  # Raises errors of options before anything is loaded.
+    if config.log not in (None, "tensorboard"):
+        require_extra(config.log)
     parts = load_data(config)
     model = load(config)
     folder = config.folder
     _print(console, f"Results go to {folder}")
-    with _Display(console) as display:
-        plan = config.plan(
-            on_row=display.show, on_training=display.begin, on_progress=display.advance
-        )
-        try:
-            with _naming_options():
-                result = search(model, parts, plan, folder / "search", overwrite=config.overwrite)
-        except KeyboardInterrupt as error:
-            error.add_note(f"What is done so far is in {folder}.")
-            raise
-    save_model(result.model, folder / "model.keras")  # Before exports, which may fail.
-    served = _export(result, model, folder, console, parts)
+    with served_latency.DenseFolder(model) as dense, _log(config) as log:
+        reserve = 0.0 if config.minutes is None else dense.seconds_to_compare()
+        times = {"started": started, "reserve": reserve}
+        result = _search(config, model, parts, console, log, times)
+        save_model(result.model, folder / "model.keras")  # Before exports, which may fail.
+        served = _export(result, dense, folder, console, parts)
+        if log is not None:
+            log.on_end(result.test, served)
     facts = pruning.Facts(
         name=model.name,
         data=config.data,
@@ -191,13 +193,68 @@ def prune(config: PruneConfig, console: Console | None = None) -> PruneResult:
     prune_folder.write(result, facts, folder)
     _print(console, f"test: {result.test}\n{result.conclusion}\n" + "\n".join(result.notes))
     if facts.served is not None:
-        pruned, dense = facts.served
+        pruned, whole = facts.served
         _print(
             console,
-            f"Served: {pruned:,} bytes; dense {dense:,}, {dense / pruned:.1f} times as much.",
+            f"Served: {pruned:,} bytes; dense {whole:,}, {whole / pruned:.1f} times as much.",
         )
-    _print(console, f"{time.perf_counter() - started:.0f} s. Report: {folder / 'report.html'}")
+    seconds = time.perf_counter() - started
+    late = config.minutes is not None and seconds > 60 * config.minutes
+    more = f", more than --minutes {config.minutes}" if late else ""
+    _print(console, f"{seconds:.0f} s{more}. Report: {folder / 'report.html'}")
     return result
+
+
+def _search(
+    config: PruneConfig,
+    model: keras.Model,
+    parts: Parts,
+    console: Console,
+    log: "_Log | None",
+    times: Mapping[str, float],
+) -> PruneResult:
+    """Executes the search, and shows and logs its rows."""
+    with _Display(console) as display:
+
+        def on_row(row: dict[str, Any]) -> None:
+            display.show(row)
+            if log is not None:
+                log.on_row(row)
+
+        plan = config.plan(on_row=on_row, on_training=display.begin, on_progress=display.advance)
+        place = config.folder / "search"
+        try:
+            with _naming_options():
+                return search(model, parts, plan, place, overwrite=config.overwrite, **times)
+        except KeyboardInterrupt as error:
+            error.add_note(f"What is done so far is in {config.folder}.")
+            raise
+
+
+class _Log(PruneLog):
+    """The log of a search, with what the command adds."""
+
+    def on_end(self, test: Comparison, served: served_latency.Served | None) -> None:
+        """Logs the result at the last model."""
+        values = {f"test_{name}": getattr(test, name) for name in ("dense", "pruned", "drop")}
+        if served is not None:
+            values |= {"served_bytes": served.nbytes[0], "served_bytes_dense": served.nbytes[1]}
+        self.on_numbers(values)
+
+
+@contextlib.contextmanager
+def _log(config: PruneConfig) -> Iterator[_Log | None]:
+    """Opens the log in the tool of --log, if there is one."""
+    if config.log is None:
+        yield None
+        return
+    with (
+        TensorBoardLogger(config.folder / "logs")
+        if config.log == "tensorboard"
+        else opened(config.log, config.folder.name)
+    ) as logger:
+        logger.params(config.to_dict())
+        yield _Log(logger)
 
 
 def load_data(config: PruneConfig) -> Parts:
@@ -269,12 +326,16 @@ def _labels(parts: Parts) -> list[int] | None:
 
 
 def _export(
-    result: PruneResult, model: keras.Model, folder: Path, console: Console, parts: Parts
+    result: PruneResult,
+    dense: served_latency.DenseFolder,
+    folder: Path,
+    console: Console,
+    parts: Parts,
 ) -> served_latency.Served | None:
     """Writes the folder for serving, and compares it with that of the dense model."""
     served = folder / "served" / "1"
     try:
-        return served_latency.compare(result.model, model, served, parts.test[0])
+        return dense.compare(result.model, served, parts.test[0])
     except (
         Exception
     ) as error:  # TensorFlow has errors of its own. The rest of the folder is written.

@@ -8,13 +8,14 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import keras
 from rich.console import Console
 
 from _lottery_ticket import experiments as options
 from _lottery_ticket import parser
+from lottery_ticket_pruner.checks import require_extra
 from lottery_ticket_pruner.commands.processes import (
     LOG_FILE,
     Failure,
@@ -39,10 +40,23 @@ from lottery_ticket_pruner.experiments.workbench import fitted
 from lottery_ticket_pruner.fingerprints import of_json
 from masked_layers.files import replacing
 
+if TYPE_CHECKING:
+    from lottery_ticket_pruner.commands.optuna_search import Search
+
+# Combinations that Optuna tries by default.
+_TRIALS = 20
+
 
 @dataclasses.dataclass(frozen=True)
 class SweepConfig(options.SweepOptions, RunConfig):
     """Options of `lottery-ticket sweep`."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the configuration as JSON data."""
+        values = super().to_dict()
+        if self.search == "grid":  # The form of all sweeps that were made before these options.
+            del values["search"], values["trials"]
+        return values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,12 +90,14 @@ class Child:
         config: Its resolved configuration, including its folder.
         arguments: Command-line arguments of `lottery-ticket` for the same run.
         data: Digest of its data.
+        values: The values of the combination.
     """
 
     label: str
     config: RunConfig | SupermaskConfig
     arguments: tuple[str, ...]
     data: str
+    values: tuple[str, ...]
 
     @property
     def folder(self) -> Path:
@@ -119,6 +135,7 @@ def plan(config: SweepConfig | SupermaskSweepConfig) -> list[Child]:
     """
     if config.jobs is not None and config.jobs < 1:
         raise ValueError(f"--jobs must be positive. Received: {config.jobs}.")
+    _check_search(config)
     kind = _kind(config)
     over = [parse_over(text, kind.config) for text in config.over]
     names = [name for name, _ in over]
@@ -135,7 +152,7 @@ def plan(config: SweepConfig | SupermaskSweepConfig) -> list[Child]:
         raise ValueError("Give at least one seed.")
     read: dict[tuple[str, Path | None], datasets.Dataset] = {}
     tried: set[tuple[str | None, ...]] = set()
-    found: dict[str, tuple[str, RunConfig | SupermaskConfig, list[str]]] = {}
+    found: dict[str, tuple[str, RunConfig | SupermaskConfig, list[str], tuple[str, ...]]] = {}
     for values in itertools.product(*(values for _, values in over)):
         pairs = list(zip(names, values, strict=True))
         label = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in pairs)
@@ -155,7 +172,7 @@ def plan(config: SweepConfig | SupermaskSweepConfig) -> list[Child]:
             except ValueError as error:
                 raise ValueError(f"{label}: {error}" if label else str(error)) from error
             text = ", ".join(filter(None, (label, f"seed {seed}")))
-            found.setdefault(child.name, (text, child, [*arguments, "--seeds", str(seed)]))
+            found.setdefault(child.name, (text, child, [*arguments, "--seeds", str(seed)], values))
     folder = config.out or Path("runs") / _name(config, found)
     return [
         Child(
@@ -163,8 +180,9 @@ def plan(config: SweepConfig | SupermaskSweepConfig) -> list[Child]:
             dataclasses.replace(child, out=folder / name),
             (kind.name, *arguments, "--out", str(folder / name)),
             read[child.data, child.data_dir].digest,
+            values,
         )
-        for name, (label, child, arguments) in found.items()
+        for name, (label, child, arguments, values) in found.items()
     ]
 
 
@@ -266,7 +284,9 @@ def _carry_out(
     facts = dict(zip(results.FACTS, (kind.sweep, False, versions()), strict=True))
     write_json(folder / results.SWEEP_FILE, config.to_dict() | origin | facts)
     cores = available_cores()
-    jobs = min(config.jobs or len(cores), len(todo))
+    search = _search(config, children, place)
+    at_once = len(todo) if search is None else len(config.seeds)
+    jobs = min(config.jobs or len(cores), at_once)
     pace = f"{jobs} at a time on {len(cores)} cores" if todo else "nothing left to run"
     console.print(
         f"{len(children)} runs, {len(children) - len(todo)} of them finished earlier; {pace}\n"
@@ -274,7 +294,11 @@ def _carry_out(
         highlight=False,
         markup=False,
     )
-    failures = Pool(todo, shares_of(cores, jobs), console).run()
+    if search is None:
+        failures = Pool(todo, shares_of(cores, jobs), console).run()
+    else:
+        assert isinstance(config, SweepConfig)
+        children, failures = _choose(search, config, children, cores, console)
     place.check()
     _combine(folder, kind, [parse_over(text, kind.config)[0] for text in config.over])
     finished = [child.config.folder for child in children if child.is_finished]
@@ -282,6 +306,8 @@ def _carry_out(
         groups = run_folders.groups_of(run_folders.find_runs(finished))
         for sheet in contents.overviews(groups):
             console.print(sheet.table())
+    if search is not None and finished:
+        console.print(search.best().table())
     if len(finished) == len(children):
         facts["finished"] = True
         if place.path != place.final:
@@ -293,6 +319,63 @@ def _carry_out(
     text = f"{moved}{seconds:.0f} s. Results in {place.path}"
     console.print(text, highlight=False, markup=False)
     return failures
+
+
+def _check_search(config: SweepConfig | SupermaskSweepConfig) -> None:
+    """Checks the options of a search.
+
+    Raises:
+        MissingExtraError: If Optuna is not installed.
+        ValueError: If options contradict each other.
+    """
+    if not isinstance(config, SweepConfig):
+        return
+    if config.search == "grid":
+        if config.trials is not None:
+            raise ValueError("--trials needs --search optuna: a grid runs all combinations.")
+        return
+    require_extra("optuna")
+    if config.trials is not None and config.trials < 1:
+        raise ValueError(f"--trials must be positive. Received: {config.trials}.")
+    if not config.over:
+        raise ValueError("--search optuna needs options to choose: --over OPTION=VALUE,VALUE.")
+
+
+def _search(
+    config: SweepConfig | SupermaskSweepConfig, children: Sequence[Child], place: Workplace
+) -> "Search | None":
+    """Returns the search of a sweep, or None if it runs all combinations."""
+    if not isinstance(config, SweepConfig) or config.search == "grid":
+        return None
+    from lottery_ticket_pruner.commands.optuna_search import Search
+
+    options = dict(parse_over(text, RunConfig) for text in config.over)
+    study = of_json({"options": options, "runs": sorted(child.folder.name for child in children)})
+    return Search(place.path, options, list(dict.fromkeys(c.values for c in children)), study)
+
+
+def _choose(
+    search: "Search",
+    config: SweepConfig,
+    children: Sequence[Child],
+    cores: Sequence[int],
+    console: Console,
+) -> tuple[list[Child], list[Failure]]:
+    """Runs the combinations that a search chooses; returns all runs of these, and failures."""
+    from lottery_ticket_pruner.commands.optuna_search import outcome_of
+
+    failures: list[Failure] = []
+
+    def try_out(values: tuple[str, ...]) -> tuple[float, float] | None:
+        own = [child for child in children if child.values == values]
+        todo = [child for child in own if not child.is_finished]
+        jobs = min(config.jobs or len(cores), len(todo))
+        found = Pool(todo, shares_of(cores, jobs), console).run()
+        failures.extend(found)
+        return None if found else outcome_of([child.folder for child in own])
+
+    search.run(chosen(config.trials, _TRIALS), try_out)
+    return [child for child in children if child.values in search.tried], failures
 
 
 def _check_finished(folder: Path) -> None:

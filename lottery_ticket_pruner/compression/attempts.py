@@ -1,15 +1,18 @@
 """The running search: which attempt is next, whether there is time for it, and its conclusion."""
 
 import dataclasses
+import functools
 import logging
-import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 import masked_layers as ml
-from lottery_ticket_pruner import latencies
+from lottery_ticket_pruner import latencies, notices, reconstruction
 from lottery_ticket_pruner.budgets import Latency
 from lottery_ticket_pruner.compression import metrics, sensitivity, steps
+from lottery_ticket_pruner.compression.clock import Clock, OutOfTimeError, Stopwatch
+from lottery_ticket_pruner.compression.early_ends import PARTS, outcome_is_clear
 from lottery_ticket_pruner.compression.ladder import Attempt, Ladder, density_of_size
 from lottery_ticket_pruner.compression.plan import Goals, Plan
 from lottery_ticket_pruner.compression.result import PruneResult
@@ -31,6 +34,10 @@ _TRAINS = ("iterative", "gradual", "channels")
 _SCAN_SECONDS, _SCAN_SHARE = 60.0, 0.1
 # Columns of rows that only the search needs.
 _INTERNAL = ("density", "in_time")
+# Share of the weights below which fitting is not worth its time.
+_LEAST_FITTED = 0.5
+# Seconds that a fit may take even if a training takes less.
+_FIT_SECONDS = 0.5
 # Times that a model above the size is pruned a little further.
 _TIGHTENED = 4
 # A step of training computes about as much as so many evaluations of its examples.
@@ -45,16 +52,19 @@ class Search:
         bench: The model, the data and the plan.
         progress: What was found so far.
         notes: Sentences for the result.
+        clock: The time that the search takes.
     """
 
     bench: Workbench
     progress: Progress
     notes: list[str]
+    clock: Clock
 
     def __post_init__(self) -> None:
-        self._started = time.perf_counter()
-        self._before = sum(row["seconds"] for row in self.progress.rows)
-        self._out_of_time = False
+        earlier = sum(row["seconds"] for row in self._rows)  # All that earlier versions stored.
+        self.clock.before = self.progress.facts.get("spent", earlier)
+        # The attempt for which there was no time, as words.
+        self._cut = ""
 
     @property
     def _plan(self) -> Plan:
@@ -68,17 +78,28 @@ class Search:
         """Executes the search, or the rest of it, and returns the result."""
         for row in self._rows:  # Those of an interrupted search.
             self._tell(row)
-        if not self._rows:
+        if self._rows:
+            self.bench.validate()  # Only to measure how long it takes.
+            self.clock.reserve += self.bench.seconds_to_compare()
+        else:
             self._begin()
         self.bench.shares = self.progress.facts["shares"]
         for stage in self._plan.stages:
-            if self._out_of_time:
+            if self._cut:
                 break
             if stage == "sensitivity":
                 self._compare_allocations()
-            else:
-                self._climb(stage)
+                continue
+            if stage == "one_shot" and self._plan.method == "auto":
+                if self.bench.share_fitted() < _LEAST_FITTED:
+                    continue
+                self._measure_training()
+            self._climb(stage)
         return self._conclude()
+
+    def _write(self) -> None:
+        self.progress.facts["spent"] = self.clock.spent
+        self.progress.write()
 
     def _begin(self) -> None:
         """Trains the dense model if necessary, measures it, and finds the density of the goals."""
@@ -93,9 +114,10 @@ class Search:
                 'not known: use retraining="learning_rate_rewinding", or pass the untrained model.'
             )
         if not trained:
-            bench.train_dense()
+            bench.train_dense(self._warn_of_dense())
         dense = State.of(bench.model)
         value = bench.validate()
+        self.clock.reserve += bench.seconds_to_compare()
         self.progress.keep("0", dense)
         shares = self._shares(dense)
         self.progress.facts |= {
@@ -143,20 +165,28 @@ class Search:
         for _ in range(_TIGHTENED):
             ladder = self._ladder(stage)
             while (density := ladder.following(self._tried(stage))) is not None:
+                if self._fitting_is_slow(stage):
+                    return
                 if self._is_late(stage):
-                    self._out_of_time = True
+                    self._cut = self._words(stage, density)
                     return
                 self._attempt(stage, density)
-                if self._plan.method == "auto" and self._fitting_is_slow(stage):
+                if self._cut:
                     return
             if not self._tighten(ladder.best(self._tried(stage))):
                 return
 
+    def _measure_training(self) -> None:
+        """Measures how long a training takes, which is the most that a fit may take."""
+        facts = self.progress.facts
+        if "training" not in facts and facts["trained"] and self.clock.left > 0:
+            self.progress.state(facts["dense"]).restore(self.bench.model)
+            facts["training"] = self.bench.seconds_to_train()
+            self._write()
+
     def _fitting_is_slow(self, stage: str) -> bool:
-        """Returns whether an attempt with fitting takes longer than one with training."""
-        seconds = [row["seconds"] for row in self._rows if row["method"] == "one_shot"]
-        training = self._seconds_of("iterative")
-        return stage == "one_shot" and training is not None and max(seconds) > training
+        """Returns whether fitting was given up because it took longer than training."""
+        return stage == "one_shot" and self.progress.facts.get("gave_up", False)
 
     def _compare_allocations(self) -> None:
         """Scans the layers, and prunes as far as magnitude failed by what the scan found."""
@@ -165,13 +195,16 @@ class Search:
             minutes = self._plan.minutes
             seconds = _SCAN_SECONDS if minutes is None else _SCAN_SHARE * 60 * minutes
             self.progress.state(facts["dense"]).restore(bench.model)
-            limit = min(seconds, _SCAN_SECONDS)
+            limit = min(seconds, _SCAN_SECONDS, self.clock.left)
             found = sensitivity.scan(bench.model, bench.parts.validation, bench.metric, limit)
             facts["scan"] = dataclasses.asdict(found)
-            self.progress.write()
+            self._write()
         failed = [one.density for one in self._tried("magnitude") if not one.accepted]
         if failed and facts["scan"]["complete"] and not self._tried("sensitivity"):
-            self._attempt("sensitivity", max(failed))
+            if self.clock.left < 0:
+                self._cut = self._words("sensitivity", max(failed))
+            else:
+                self._attempt("sensitivity", max(failed))
 
     @property
     def _scan_helps(self) -> bool:
@@ -215,13 +248,22 @@ class Search:
         self.progress.state(facts["best" if continues else "dense"]).restore(bench.model)
         by_scan = stage == "sensitivity" or self._scan_helps
         bench.scan = facts["scan"]["rows"] if by_scan else None
+        bench.steps_trained = 0
         try:
             if stage == "gradual":
-                bench.prune_gradually(density, number)
+                bench.prune_gradually(density, number, self._check_time)
             else:
-                bench.prune(density, reconstruct=stage == "one_shot")
+                with reconstruction.checked(functools.partial(self._check_fit, Stopwatch())):
+                    bench.prune(density, reconstruct=stage == "one_shot")
             if continues:
-                bench.retrain(number)
+                bench.retrain(number, self._ends(density))
+        except OutOfTimeError:
+            if self.clock.left < 0:
+                self._cut = self._words(stage, density)
+            else:  # Fitting took too long.
+                facts["gave_up"] = True
+                self._write()
+            return
         except (DivergenceError, ValueError) as error:
             if isinstance(error, ValueError) and not bench.prunes_channels:
                 raise
@@ -232,6 +274,70 @@ class Search:
             self.progress.keep(str(number), State.of(bench.model))
             facts["best"] = str(number)
         self._record(stage, density, value, started)
+
+    def _check_time(self, done: int, steps: int) -> bool:
+        self.clock.check()
+        return False
+
+    def _check_fit(self, watch: Stopwatch) -> None:
+        """Raises an error if the time is over, or training would probably have been quicker."""
+        self.clock.check()
+        limit = max(self._seconds_of("iterative"), _FIT_SECONDS)
+        if self._plan.method == "auto" and watch.seconds > limit:
+            raise OutOfTimeError
+
+    @property
+    def _trainings_may_end(self) -> bool:
+        """True if a training may end before its last step, because its outcome is clear."""
+        may_end = self._plan.options.retraining == "learning_rate_rewinding"
+        return may_end and self._plan.goals.tolerance is not None and self.bench.shows_weights
+
+    def _ends(self, density: float) -> Callable[[int, int], bool]:
+        """Returns a function that says, from the steps done and all steps, if a training ends."""
+        tolerance, target = self._plan.goals.tolerance, self.progress.facts["target"]
+        # The model that reaches the target is the result, so it is trained to the end.
+        is_last = target is not None and density <= self._ladder(self._plan.stages[-1]).rounded(
+            target
+        )
+        drops: list[float] = []
+
+        def ends(done: int, steps: int) -> bool:
+            self.clock.check()
+            if tolerance is None or is_last or not self._trainings_may_end:
+                return False
+            if PARTS * done < len(drops) * steps:
+                return False
+            drops.append(self._drop(self.bench.validate()))
+            return outcome_is_clear(drops, tolerance, decays=self.bench.decays)
+
+        return ends
+
+    def _warn_of_dense(self) -> Callable[[int, int], bool]:
+        """Returns a listener that says if the training of the dense model takes all the time."""
+        started, minutes = time.perf_counter(), self._plan.minutes
+
+        def ends(done: int, steps: int) -> bool:
+            nonlocal minutes
+            seconds = (time.perf_counter() - started) / max(done, 1) * steps
+            # The first part includes compilation.
+            if minutes is not None and done > steps / 10 and seconds > 60 * minutes:
+                notices.warn(
+                    f"The dense model is not trained, and its training alone will probably take "
+                    f"{seconds / 60:.2g} minutes, more than minutes={minutes:g}. It is finished, "
+                    "because there is nothing to prune before."
+                )
+                minutes = None
+            return False
+
+        return ends
+
+    def _words(self, stage: str, density: float) -> str:
+        """Returns what there was no time for."""
+        later = self._plan.stages[self._plan.stages.index(stage) + 1 :]
+        text = f"{stage.replace('_', ' ')} pruning to {1 - density:.1%}"
+        if later:
+            text += f", then {', '.join(name.replace('_', ' ') for name in later)}"
+        return text
 
     def _tighten(self, best: float) -> bool:
         """Lowers the target if a model that reached it is above the size, and says whether."""
@@ -263,12 +369,13 @@ class Search:
             "validation": value,
             "drop": drop,
             "accepted": drop is not None and (not self._rows or self._plan.goals.accepts(drop)),
+            "steps": self.bench.steps_trained,
             "seconds": time.perf_counter() - started,
             "in_time": self.bench.within_latency(density),
             "note": note,
         }
         self._rows.append(row)
-        self.progress.write()
+        self._write()
         self._tell(row)
 
     def _drop(self, value: float) -> float:
@@ -277,21 +384,13 @@ class Search:
     def _tell(self, row: dict[str, Any]) -> None:
         _logger.info("%s", row)
         if self._plan.options.on_row is not None:
-            times = {"elapsed": self._spent, "remaining": self._remaining()}
+            times = {"elapsed": self.clock.spent, "remaining": self._remaining()}
             self._plan.options.on_row(row | times)
-
-    @property
-    def _spent(self) -> float:
-        """Seconds of the search so far, without interruptions."""
-        return self._before + time.perf_counter() - self._started
 
     def _is_late(self, stage: str) -> bool:
         """Returns whether the next attempt would probably exceed the time."""
-        if self._plan.minutes is None:
-            return False
         seconds = [row["seconds"] for row in self._rows if row["method"] == stage]
-        longest = max(seconds, default=self._seconds_of(stage) or 0.0)
-        return self._spent + longest > 60 * self._plan.minutes
+        return self.clock.left < max(seconds, default=self._seconds_of(stage))
 
     def _remaining(self) -> float | None:
         """Returns the seconds that the rest of the search will probably take, if it is known."""
@@ -301,28 +400,27 @@ class Search:
         total = 0.0
         for stage in stages[now:]:
             if count := self._ladder(stage).expected(self._tried(stage)):
-                seconds = self._seconds_of(stage)
-                total += math.inf if seconds is None else count * seconds
-        minutes = self._plan.minutes
-        left = math.inf if minutes is None else max(60 * minutes - self._spent, 0.0)
-        least = min(total, left)
-        return None if math.isinf(least) else least
+                total += count * self._seconds_of(stage)
+        return max(min(total, self.clock.left), 0.0)
 
-    def _seconds_of(self, stage: str) -> float | None:
-        """Returns how long an attempt of a method probably takes, from those so far, if known."""
+    def _seconds_of(self, stage: str) -> float:
+        """Returns how long an attempt of a method probably takes, from what was measured so far.
+
+        The first fit is given up when it takes longer than a training, so 0 is not a promise.
+        """
         seconds = [row["seconds"] for row in self._rows if row["method"] == stage]
         if seconds:
             return sum(seconds) / len(seconds)
         if stage not in _TRAINS:
-            return None if stage == "one_shot" else 0.0
+            return 0.0
         epochs = self.bench.epochs_of(stage)
         if not self.progress.facts["trained"]:
             return float(self._rows[0]["seconds"]) * epochs / steps.dense_epochs(self.bench.epochs)
-        cheap = [row["seconds"] for row in self._rows if row["method"] == "magnitude"]
-        if not cheap:
-            return None
+        if (known := self.progress.facts.get("training")) is not None:
+            return float(known)
         counts = self.bench.parts.counts()
-        return min(cheap) * _STEP * epochs * counts["train"] / counts["validation"]
+        once = self.bench.seconds_to_validate
+        return _STEP * once * epochs * counts["train"] / counts["validation"]
 
     def _conclude(self) -> PruneResult:
         """Compares the best model with the dense one on the test data."""
@@ -380,8 +478,13 @@ class Search:
                     f" The nearest beyond: {near['sparsity']:.2%} pruned, with a drop of "
                     f"{near['drop']:+.4f} ({near['method'].replace('_', ' ')})."
                 )
-        if self._out_of_time:
-            text += f" The search ended early, because of minutes={self._plan.minutes}."
+        if self._cut:
+            text += (
+                f" The search ended early, because of minutes={self._plan.minutes:g}. There was "
+                f"no time for {self._cut}."
+            )
+        if self.clock.left + self.clock.reserve < 0:
+            text += f" It took {self.clock.spent / 60:.2g} minutes nevertheless."
         return text
 
     def _notes(self) -> tuple[str, ...]:
@@ -397,11 +500,25 @@ class Search:
         last = plan.stages[-1]
         if last in _TRAINS and self._tried(last):
             how = plan.options.retraining.replace("_", " ")
-            notes.append(f"Each step trained for {bench.epochs_of(last)} epochs ({how}).")
-        gave_up = plan.method == "auto" and self._tried("one_shot") and self._tried("iterative")
-        if gave_up and self._fitting_is_slow("one_shot"):
+            at_most = "at most " if last != "gradual" and self._trainings_may_end else ""
+            epochs = bench.epochs_of(last)
+            unit = "epoch" if epochs == 1 else "epochs"
+            notes.append(f"Each step trained for {at_most}{epochs} {unit} ({how}).")
+            if at_most:
+                notes.append(
+                    "A training ended when the drop was at most half of the tolerance, or was not "
+                    "about to come near it."
+                )
+        if self._plan.method == "auto" and "one_shot" in plan.stages and self._tried(last):
+            share = bench.share_fitted()
+            if share < _LEAST_FITTED:
+                notes.append(
+                    f"Fitting without training was left out, because only {share:.0%} of the "
+                    "weights are in layers whose weights can be fitted."
+                )
+        if self._fitting_is_slow("one_shot"):
             notes.append(
-                "Fitting without training ended after a step that took longer than training would."
+                "Fitting without training was given up when it took longer than training would."
             )
         notes += [*self._notes_of_scan(), *self._notes_of_latency()]
         gain = -min((row["drop"] for row in self._rows if row["drop"] is not None), default=0.0)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from lottery_ticket_pruner import _keras, notices, targets, training
 from lottery_ticket_pruner.budgets import Latency
 from lottery_ticket_pruner.compression import metrics, steps
 from lottery_ticket_pruner.compression.attempts import Search
+from lottery_ticket_pruner.compression.clock import Clock
 from lottery_ticket_pruner.compression.parts import Parts, parts_of
 from lottery_ticket_pruner.compression.plan import DEFAULT_DROP, Goals, Options, Plan
 from lottery_ticket_pruner.compression.result import PruneResult
@@ -82,9 +84,12 @@ def prune(
         method: One of the methods above.
         metric: Name of a metric, as in the results of `evaluate`. None for the first accuracy, or
             the loss if there is none.
-        epochs: Epochs of training after each step. None for three, or as many as 400 steps take.
-        minutes: Time to spend. The search ends before a step that would probably exceed it. Until
-            then, it goes on to finer steps than without this argument.
+        epochs: Epochs of training after each step, at most: with `max_drop`, a training ends when
+            the drop is at most half of it, or does not come near it. None for three, or as many as
+            400 steps take.
+        minutes: Time to spend on everything. The search ends before a step that would probably
+            exceed it, and ends a step that does. Until then, it goes on to finer steps than
+            without this argument.
         folder: Folder for the state after each step. A search with the same arguments that was
             interrupted is resumed there, with the same result.
         **options: Further options, see `compression.plan.Options`: `mode`, `rate`, `scope`,
@@ -134,6 +139,8 @@ def search(
     folder: str | os.PathLike[str] | None = None,
     *,
     overwrite: bool = False,
+    started: float | None = None,
+    reserve: float = 0.0,
 ) -> PruneResult:
     """Finds a model like `prune`, with the arguments as a plan.
 
@@ -143,10 +150,15 @@ def search(
         plan: The plan.
         folder: Folder for the state after each step, or None.
         overwrite: Whether to remove the state of an earlier search in the folder.
+        started: Value of `time.perf_counter` from which the time to spend counts. None for now.
+        reserve: Seconds of that time that are needed after the search.
     """
+    started = time.perf_counter() if started is None else started
     masked = steps.masked_copy(model, coupled=plan.stages == ("channels",))
     targets.check(masked, *parts.train)
+    before = time.perf_counter()
     results = training.evaluate(masked, *parts.validation)
+    compiling = time.perf_counter() - before
     metric = metrics.metric_of(results, masked, plan.metric, plan.options.mode)
     if plan.goals == Goals() and not metric.higher_is_better:
         raise ValueError(
@@ -164,6 +176,7 @@ def search(
         "data": digest([parts.train, parts.validation, parts.test]),
     }
     bench = Workbench(masked, parts, plan, metric)
+    bench.seconds_to_compile = compiling
     path = None if folder is None else Path(folder)
     with Progress(path, arguments, overwrite=overwrite) as progress:
         notes = _notes_of_metric(plan, metric, results)
@@ -171,7 +184,7 @@ def search(
         if few is not None:
             notices.warn(few)
             notes.append(few)
-        return Search(bench, progress, notes).run()
+        return Search(bench, progress, notes, Clock(started, plan.minutes, reserve)).run()
 
 
 def _notes_of_metric(plan: Plan, metric: metrics.Metric, results: Mapping[str, Any]) -> list[str]:

@@ -17,7 +17,10 @@ from masked_layers.files import replacing
 from masked_layers.serving import StorageReport
 from masked_layers.text_tables import aligned
 
-_HEADINGS = ("step", "method", "sparsity", "macs", "latency", "validation", "drop", "seconds", "")
+_HEADINGS = (
+    *("step", "method", "sparsity", "macs", "latency", "validation", "drop", "trained", "seconds"),
+    "",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,8 +31,9 @@ class Findings:
         rows: One dict per model that was tried: `step`, `method` (`"dense"` for the first),
             `sparsity`, `macs` (of pruned channels, the share of the multiply-adds that is left, or
             None if it is not known), `latency` (in milliseconds, if there is a goal of latency),
-            `validation` (the metric), `drop` (from the dense model), `accepted`, `seconds` and
-            `note`. Ready for `pandas.DataFrame(rows)`.
+            `validation` (the metric), `drop` (from the dense model), `accepted`, `steps` (of
+            training, without those of earlier rows), `seconds` and `note`. Ready for
+            `pandas.DataFrame(rows)`.
         scan: One dict per weight and share of it that was pruned alone, without training: `path`,
             `density`, `kept` (entries), `value` (the metric on at most 512 validation examples),
             `drop` and `loss` (its rise). Empty if `method` was not `"auto"` or there was no
@@ -135,6 +139,7 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         "" if row["latency"] is None else f"{row['latency']:.3g} ms",
         "" if row["validation"] is None else f"{row['validation']:.4f}",
         "" if row["drop"] is None else f"{row['drop']:+.4f}",
+        f"{row['steps']} steps" if row.get("steps") else "",  # Earlier versions did not count.
         f"{row['seconds']:.1f}",
         row["note"] or verdict,
     )

@@ -3,16 +3,25 @@
 import dataclasses
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import keras
 
 import masked_layers as ml
-from lottery_ticket_pruner import channels, optimizers, schedules, structures, training
+from lottery_ticket_pruner import (
+    channels,
+    optimizers,
+    reconstruction,
+    schedules,
+    structures,
+    training,
+)
 from lottery_ticket_pruner.budgets import Latency
-from lottery_ticket_pruner.compression import allocation, sensitivity
+from lottery_ticket_pruner.compression import allocation, metrics, sensitivity
+from lottery_ticket_pruner.compression.clock import Stopwatch
 from lottery_ticket_pruner.compression.metrics import Metric
 from lottery_ticket_pruner.compression.parts import Parts, sample_of
 from lottery_ticket_pruner.compression.plan import Plan
@@ -36,6 +45,10 @@ _REPORTS = 20
 _STRETCHES = 20
 # Density of channels from which the lowest possible one is sought.
 _LOWEST_OF_CHANNELS = 0.02
+
+
+# Called with the numbers of steps of training so far and of all of them. True ends a training.
+Ends: TypeAlias = Callable[[int, int], bool]
 
 
 def masked_copy(model: keras.Model, coupled: bool) -> keras.Model:
@@ -68,6 +81,9 @@ class Workbench:
     Attributes:
         shares: Shares that the goals leave of what channels cost, by its name.
         scan: Rows of a scan that divide the sparsity among the weights, or None for LAMP.
+        steps_trained: Steps of training since this was last set to 0.
+        seconds_to_validate: Seconds of the quickest validation so far.
+        seconds_to_compile: Seconds of the first validation, which compiles.
     """
 
     model: keras.Model
@@ -89,6 +105,11 @@ class Workbench:
         self.size = ml.sparsity_report(self.model).size
         self.shares: dict[str, float] = {}
         self.scan: Sequence[Mapping[str, Any]] | None = None
+        self.steps_trained = 0
+        self.seconds_to_validate = math.inf
+        self.seconds_to_compile = 0.0
+        optimizer = self.model.optimizer
+        self.decays = any(rate is None for _, rate in optimizers.read_clocks(optimizer))
 
     @property
     def epochs(self) -> int:
@@ -138,10 +159,36 @@ class Workbench:
             return "weights"  # The input shape is not fixed.
         return self.plan.cost
 
-    def train_dense(self) -> None:
+    def train_dense(self, ends: Ends) -> None:
         """Trains the model with all its weights, from the start of its learning rate."""
         self.pruner.rewind()
-        self._train("dense", 0, dense_epochs(self.epochs))
+        self._train("dense", 0, dense_epochs(self.epochs), ends)
+
+    def seconds_to_train(self) -> float | None:
+        """Returns how long a training after a step takes, after training some of its steps.
+
+        The function for training is compiled for them, which those after the steps need as well.
+        None if there are too few steps to tell.
+        """
+        reports: list[tuple[int, Stopwatch]] = []
+
+        def ends(done: int, steps: int) -> bool:
+            reports.append((done, Stopwatch()))
+            return len(reports) == 3
+
+        steps = self.epochs * self._steps_of_epoch
+        self._restart()
+        self._train_steps(("pace", 0, "prune"), steps, ends)
+        if len(reports) < 3:
+            return None
+        _, (before, watch), (after, _) = reports
+        return watch.seconds / (after - before) * steps
+
+    def share_fitted(self) -> float:
+        """Returns the share of the weights of all masked kernels that can be fitted."""
+        refs = ml.masked_refs(self.model)
+        fitted = [ref for ref in refs if reconstruction.product_of(ref.layer) is not None]
+        return sum(ref.mask.to_numpy().size for ref in fitted) / self.size
 
     def prune(self, density: float, *, reconstruct: bool = False) -> None:
         """Prunes the model to a density, by the magnitude of its current weights.
@@ -192,7 +239,7 @@ class Workbench:
             budget["latency"] = goal if density <= shares["latency"] else between
         return budget
 
-    def prune_gradually(self, density: float, number: int) -> None:
+    def prune_gradually(self, density: float, number: int, ends: Ends) -> None:
         """Prunes the model to a density while it trains, in steps that become smaller.
 
         The first three quarters of the training prune by the polynomial of Zhu & Gupta, arXiv
@@ -206,16 +253,31 @@ class Workbench:
         self._announce(number, _STRETCHES * steps)
         for stretch in range(_STRETCHES):
             self.prune(1 - schedule(stretch + 1))
-            self._train_steps((f"gradual-{stretch}", number, "prune"), steps)
+            self._train_steps((f"gradual-{stretch}", number, "prune"), steps, ends)
 
     def _sample(self) -> tuple[training.Arrays, ...]:
         """Returns examples to reconstruct outputs of layers from."""
         return sample_of(self.examples.host, _SAMPLE)
 
-    def retrain(self, number: int) -> None:
-        """Trains the model under its masks, as the plan says, for step `number`."""
+    def retrain(self, number: int, ends: Ends) -> None:
+        """Trains the model under its masks, as the plan says, for step `number`.
+
+        Args:
+            number: Number of the step.
+            ends: Function that is called with the number of steps of training so far, 0 at first,
+                and of all of them, and ends the training if it returns True.
+        """
         self._restart()
-        self._train("pruned", number, self.epochs)
+        if not ends(0, self.epochs * self._steps_of_epoch):
+            self._train("pruned", number, self.epochs, ends)
+
+    @property
+    def shows_weights(self) -> bool:
+        """True if the weights in the middle of a training are those that it would end with."""
+        optimizer = self.model.optimizer
+        of_keras = type(optimizer).finalize_variable_values
+        own = of_keras is not keras.optimizers.Optimizer.finalize_variable_values
+        return not own and not getattr(optimizer, "use_ema", False)
 
     @property
     def _steps_of_epoch(self) -> int:
@@ -226,30 +288,47 @@ class Workbench:
         self.pruner.set_pretrained_weights()
         self.pruner.treat(retraining_treatment(self.plan.options.retraining, "rewind"))
 
-    def _train(self, arm: str, number: int, epochs: int) -> None:
+    def _train(self, arm: str, number: int, epochs: int, ends: Ends) -> None:
         steps = epochs * self._steps_of_epoch
         self._announce(number, steps)
-        self._train_steps((arm, number, "prune"), steps)
+        self._train_steps((arm, number, "prune"), steps, ends)
 
     def _announce(self, number: int, steps: int) -> None:
         if self.plan.options.on_training is not None:
             row = {"step": number, "sparsity": ml.sparsity_report(self.model).sparsity}
             self.plan.options.on_training(row, steps)
 
-    def _train_steps(self, stretch: tuple[str, int, str], steps: int) -> None:
+    def _train_steps(self, stretch: tuple[str, int, str], steps: int, ends: Ends) -> None:
         options = self.plan.options
+
+        def on_progress(done: int) -> None:
+            self.steps_trained += done
+            if options.on_progress is not None:
+                options.on_progress(done)
+
         plan = TrainingPlan(
             steps=steps,
             batch_size=options.batch_size,
             seed=options.seed,
             eval_every=max(1, steps // _REPORTS),  # Without data to evaluate on, only reports.
         )
-        listeners = training.Listeners(on_progress=options.on_progress)
+        listeners = training.Listeners(on_progress=on_progress, ends=lambda done: ends(done, steps))
         train_stretch(self.model, self.examples, plan, stretch, None, listeners)
 
     def validate(self) -> float:
         """Returns the metric on the validation data."""
-        return self.metric.of(self.model, self.parts.validation)
+        started = time.perf_counter()
+        value = self.metric.of(self.model, self.parts.validation)
+        seconds = time.perf_counter() - started
+        self.seconds_to_validate = min(self.seconds_to_validate, seconds)
+        return value
+
+    def seconds_to_compare(self) -> float:
+        """Returns how long the comparison on the test data probably takes, after a validation."""
+        counts = self.parts.counts()
+        share = max(counts["test"] / counts["validation"], 1.0)
+        passes = metrics.seconds_of_comparison(self.metric, self.seconds_to_validate, share)
+        return passes + 2 * self.seconds_to_compile
 
     def finished(self) -> keras.Model:
         """Returns the model as it is now for its user: masked, or without its pruned channels."""

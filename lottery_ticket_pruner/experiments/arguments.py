@@ -24,8 +24,8 @@ def parse_over(text: str, config: type) -> tuple[str, list[str]]:
     name, equals, values = text.partition("=")
     name = name.removeprefix("--").replace("-", "_")
     allowed = [field.name for field in options_of(config)]
-    if name == "data_dir":
-        raise ValueError("--over data_dir: data_dir does not affect results and cannot be swept.")
+    if name in ("data_dir", "log"):
+        raise ValueError(f"--over {name}: {name} does not affect results and cannot be swept.")
     if name in ("seeds", "seed"):
         raise ValueError("Give seeds as in --seeds 0 1 2: each of them has a run of its own.")
     if name not in allowed:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from _lottery_ticket import experiments as options
 from lottery_ticket_pruner import criteria, selection, structures
+from lottery_ticket_pruner.checks import require_extra
 from lottery_ticket_pruner.experiments import datasets, networks, own
 from lottery_ticket_pruner.experiments.arguments import option, rates_of
 from lottery_ticket_pruner.experiments.identifiers import identifier_of, resolved
@@ -107,6 +108,8 @@ class RunConfig(options.RunOptions, Experiment):
             ValueError: If options contradict each other, a name is unknown, or a number is out of
                 range.
         """
+        if self.log != "tensorboard":
+            require_extra(self.log)
         recipe = self._recipe()
         criterion = resolved("strategy", self.strategy)
         resolved("kept", self.kept, functools.partial(retraining_treatment, self.retraining))
@@ -155,6 +158,8 @@ class RunConfig(options.RunOptions, Experiment):
         values = super().to_dict()
         if self.structure is None:  # The form of all runs that were made before this option.
             del values["structure"]
+        if self.log == "tensorboard":
+            del values["log"]
         return values
 
     @property
@@ -369,7 +374,8 @@ def training_plan(config: Any, seed: int) -> TrainingPlan:
 
 def choices(values: dict[str, Any]) -> dict[str, Any]:
     """Returns the values of a configuration that affect the results of a run."""
-    return {k: v for k, v in values.items() if k not in ("out", "data_dir", "quiet", "overwrite")}
+    others = ("out", "data_dir", "quiet", "overwrite", "log")
+    return {k: v for k, v in values.items() if k not in others}
 
 
 def chosen(*values: _T | None) -> _T:

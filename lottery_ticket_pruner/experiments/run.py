@@ -14,8 +14,9 @@ from lottery_ticket_pruner.experiments import datasets, progress, results, saved
 from lottery_ticket_pruner.experiments.config import RunConfig, chosen, parse_steps
 from lottery_ticket_pruner.experiments.reports import figures, statistics, tables
 from lottery_ticket_pruner.experiments.run_folder import RunFolder
-from lottery_ticket_pruner.experiments.tensorboard import EventWriter
+from lottery_ticket_pruner.experiments.tensorboard import ArmFolders
 from lottery_ticket_pruner.experiments.workbench import compiled_network, make_deterministic
+from lottery_ticket_pruner.loggers import RunLogger, SearchLog, opened
 from lottery_ticket_pruner.search_plans import Listeners
 from lottery_ticket_pruner.tickets import SearchData, search
 from masked_layers.serving import export_sparse_saved_model
@@ -30,8 +31,8 @@ def run(config: RunConfig, data: datasets.Dataset, console: Console | None = Non
     others), this ticket as a sparse SavedModel in `served/1` if the backend can write one,
     `rounds/<replicate>` with the masks of every round (for `masked_layers.load_masks`) and the
     initial weights of the seed, and TensorBoard's `logs` of the rows and of all evaluations on the
-    validation data. An interrupted run is resumed after its last complete round. If the run is
-    finished, its results are shown.
+    validation data, unless `log` names another tool. An interrupted run is resumed after its last
+    complete round. If the run is finished, its results are shown.
 
     If the training of a seed diverges, the other seeds go on.
 
@@ -103,11 +104,14 @@ def _carry_out_seed(
 ) -> None:
     """Executes the search of a seed, and writes its ticket."""
     folder.keep_initial_weights(replicate, model)
-    with contextlib.closing(_Logs(folder.path / "logs", replicate, model)) as logs:
+    with _logger(config, folder, replicate, model) as logger:
+        log = SearchLog(logger)
 
         def on_result(row: dict[str, Any]) -> None:
             record(row)
-            logs.write(row)
+            log.on_result(row)
+            if row["arm"] in ("dense", "ticket"):
+                log.on_masks(model, row["round"])
             display.show(row)
 
         found = search(
@@ -120,7 +124,7 @@ def _carry_out_seed(
             config.search_plan(replicate),
             Listeners(
                 on_result=on_result,
-                on_evaluation=logs.write_evaluation,
+                on_evaluation=log.on_evaluation,
                 on_progress=display.advance,
             ),
             folder.path / "rounds" / str(replicate),
@@ -154,41 +158,14 @@ def _export(ticket: keras.Model, folder: RunFolder, console: Console) -> None:
         console.print(text, markup=False, highlight=False)
 
 
-class _Logs:
-    """TensorBoard runs of one replicate. There is one per arm, so their curves share a chart."""
-
-    def __init__(self, folder: Path, replicate: int, model: keras.Model) -> None:
-        self._folder = folder
-        self._replicate = replicate
-        self._model = model
-        self._writers: dict[str, EventWriter] = {}
-        self._writer("ticket").graph(model)
-
-    def write(self, row: dict[str, Any]) -> None:
-        # The dense run is round 0, where the curves of the ticket start.
-        arms = [row["arm"]] if row["round"] else ["ticket"]
-        for arm in arms:
-            writer = self._writer(arm)
-            for name in ("test_accuracy", "test_loss", "validation_loss"):
-                writer.scalar(name, row[name], row["round"])
-            if arm == "ticket":
-                writer.sparsity(self._model, row["round"])
-
-    def write_evaluation(self, evaluation: dict[str, Any]) -> None:
-        """Logs an evaluation on the validation data, in a chart per round over the steps."""
-        writer = self._writer(evaluation["arm"] if evaluation["round"] else "ticket")
-        for name, value in evaluation.items():
-            if name.startswith("validation_"):
-                writer.scalar(f"round_{evaluation['round']:02}/{name}", value, evaluation["step"])
-
-    def close(self) -> None:
-        for writer in self._writers.values():
-            writer.close()
-
-    def _writer(self, arm: str) -> EventWriter:
-        if arm not in self._writers:
-            self._writers[arm] = EventWriter(self._folder / f"{arm}-{self._replicate}")
-        return self._writers[arm]
+def _logger(config: RunConfig, folder: RunFolder, replicate: int, model: keras.Model) -> RunLogger:
+    """Opens the log of a seed in the tool of --log."""
+    if config.log == "tensorboard":
+        return ArmFolders(folder.path / "logs", replicate, model)
+    seed = config.seeds[replicate]
+    logger = opened(config.log, f"{folder.final.name}, seed {seed}")
+    logger.params(config.to_dict() | {"seed": seed})
+    return logger
 
 
 class _Progress:

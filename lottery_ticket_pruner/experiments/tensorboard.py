@@ -4,8 +4,9 @@ import json
 import os
 import socket
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import keras
 from tensorboard.compat.proto.attr_value_pb2 import AttrValue
@@ -15,9 +16,12 @@ from tensorboard.compat.proto.node_def_pb2 import NodeDef
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
 from tensorboard.plugins.graph.keras_util import keras_model_to_graph_def
+from tensorboard.plugins.text import metadata
 from tensorboard.summary.writer.record_writer import RecordWriter
+from tensorboard.util.tensor_util import make_tensor_proto
 
 import masked_layers as ml
+from lottery_ticket_pruner.loggers import RunLogger, sparsities
 
 
 class EventWriter:
@@ -51,10 +55,17 @@ class EventWriter:
 
     def sparsity(self, model: keras.Model, step: int) -> None:
         """Logs the share of pruned weights for every mask of a masked model, and in total."""
-        report = ml.sparsity_report(model)
-        for row in report:
-            self.scalar(f"sparsity/{row.path}", row.sparsity, step)
-        self.scalar("sparsity/total", report.sparsity, step)
+        for name, share in sparsities(model).items():
+            self.scalar(name, share, step)
+
+    def text(self, tag: str, text: str) -> None:
+        """Logs text in Markdown."""
+        value = Summary.Value(
+            tag=tag,
+            metadata=metadata.create_summary_metadata(tag, ""),
+            tensor=make_tensor_proto(text, dtype=str),
+        )
+        self._write(Event(summary=Summary(value=[value])))
 
     def close(self) -> None:
         """Closes the event file."""
@@ -64,6 +75,68 @@ class EventWriter:
         event.wall_time = time.time()
         self._records.write(event.SerializeToString())
         self._records.flush()
+
+
+class TensorBoardLogger(RunLogger):
+    """A log for TensorBoard, which writes event files itself.
+
+    Args:
+        folder: Folder of the TensorBoard run.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.writer = EventWriter(folder)
+
+    def params(self, values: Mapping[str, Any]) -> None:
+        """Logs what the run was started with, as a table of texts."""
+        lines = [f"| {name} | {value} |" for name, value in values.items()]
+        self.writer.text("params", "\n".join(["| | |", "|---|---|", *lines]))
+
+    def scalars(self, values: Mapping[str, float], step: int, axis: str = "step") -> None:
+        """Logs numbers. TensorBoard's steps have no name."""
+        for name, value in values.items():
+            self.writer.scalar(name, value, step)
+
+    def finish(self, *, failed: bool = False) -> None:
+        """Closes the event file."""
+        self.writer.close()
+
+
+class ArmFolders(RunLogger):
+    """The log of a seed of `lottery-ticket run`: a TensorBoard run for each arm.
+
+    The first part of each name is that of the arm, so the curves of all arms share a chart.
+
+    Args:
+        folder: Folder of the TensorBoard runs.
+        replicate: Number of the seed, the end of their names.
+        model: The model, whose graph is shown with the ticket.
+    """
+
+    def __init__(self, folder: Path, replicate: int, model: keras.Model) -> None:
+        self._folder, self._replicate = folder, replicate
+        self._writers: dict[str, TensorBoardLogger] = {}
+        self._arm("ticket").writer.graph(model)
+
+    def params(self, values: Mapping[str, Any]) -> None:
+        """Logs what the run was started with."""
+        self._arm("ticket").params(values)
+
+    def scalars(self, values: Mapping[str, float], step: int, axis: str = "step") -> None:
+        """Logs numbers, whose names begin with the arm."""
+        for name, value in values.items():
+            arm, _, rest = name.partition("/")
+            self._arm(arm).scalars({rest: value}, step, axis)
+
+    def finish(self, *, failed: bool = False) -> None:
+        """Closes the event files."""
+        for writer in self._writers.values():
+            writer.finish(failed=failed)
+
+    def _arm(self, arm: str) -> TensorBoardLogger:
+        if arm not in self._writers:
+            self._writers[arm] = TensorBoardLogger(self._folder / f"{arm}-{self._replicate}")
+        return self._writers[arm]
 
 
 def layer_graph(model: keras.Model) -> GraphDef:

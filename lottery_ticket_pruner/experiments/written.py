@@ -19,6 +19,7 @@ EARLIER_STATE = "state.json"
 _OF_ALL = (
     *map(re.escape, (CONFIG_FILE, SWEEP_FILE, REPLACED)),
     r"output\.log",
+    r"optuna\.log(\.lock)?",  # Trials of a sweep.
     # Written by `lottery-ticket report`.
     r"report/(report\.html|tables\.md|results\.csv|picture-\d+\.png)",
     r"(rounds/\d+/)?(\.lock(\.json)?|\.[^/]+\.\d+\.part)",

@@ -4,6 +4,7 @@ from lottery_ticket_pruner.reconstruction.fitting import (
     Fit,
     FormerOutputs,
     Target,
+    checked,
     fit_after,
     fit_apart,
 )
@@ -18,6 +19,7 @@ __all__ = [
     "Fit",
     "FormerOutputs",
     "Target",
+    "checked",
     "fit_after",
     "fit_apart",
     "has_statistics",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import keras
 import numpy as np
@@ -19,6 +21,23 @@ from masked_layers.maskable import mask_of, raw_variable
 
 # Share of the mean of the Gram matrix's diagonal that is added to the diagonal.
 DAMPING = 0.01
+
+_check: contextvars.ContextVar[Callable[[], object]] = contextvars.ContextVar(
+    "check", default=lambda: None
+)
+
+
+@contextlib.contextmanager
+def checked(check: Callable[[], object]) -> Iterator[None]:
+    """Calls a function between the batches and layers of all fits in a `with` block.
+
+    An error that it raises ends the update. The model is then as it was before.
+    """
+    token = _check.set(check)
+    try:
+        yield
+    finally:
+        _check.reset(token)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -258,6 +277,7 @@ class FormerOutputs:
         self._held |= {layer: [] for layer in group}
         calls = sum(target.calls for target, _ in group.values())
         for batch in batches(self._data, self._batch_size):
+            _check.get()()
             for layer, inputs in layer_inputs(self._model, batch, group, calls=calls):
                 target, dense = group[layer]
                 rows = target.rows(finite(target.path, inputs))
@@ -285,6 +305,7 @@ def fit_after(
     """
     sums, outputs = _Sums(target, state), iter(former.of(target))
     for batch in batches(data, batch_size):
+        _check.get()()
         seen = layer_inputs(model, batch, [target.layer], state=state, calls=target.calls)
         for _, inputs in seen:
             sums.add(finite(target.path, inputs), next(outputs))
@@ -312,6 +333,7 @@ def fit_apart(
             group.append(waiting.pop(0))
         sums = {target.layer: _Sums(target, state) for target in group}
         for batch in batches(data, batch_size):
+            _check.get()()
             calls = sum(target.calls for target in group)
             for layer, inputs in layer_inputs(model, batch, sums, calls=calls):
                 sums[layer].add(finite(sums[layer].target.path, inputs))

@@ -163,6 +163,13 @@ def train_by_plan(
             if listeners.on_progress is not None:
                 with trainee.shown():
                     listeners.on_progress(done - start)
+            if listeners.ends is not None and done < plan.steps:
+                with trainee.shown():
+                    ends = listeners.ends(done)
+                if ends:
+                    trainee.write()
+                    _finalize(model)
+                    break
     finally:
         trainee.write()
     history.notes = trainee.notes

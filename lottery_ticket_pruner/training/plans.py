@@ -73,10 +73,15 @@ class EpochPlan:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Listeners:
-    """Functions that are called during a training: arguments of `training.train`."""
+    """Functions that are called during a training: arguments of `training.train`, and one more.
+
+    `ends` is called with the number of steps so far after each stretch but the last, and ends the
+    training if it returns True.
+    """
 
     on_progress: Callable[[int], object] | None = None
     on_evaluation: Callable[[int, dict[str, Any]], object] | None = None
+    ends: Callable[[int], bool] | None = None
 
 
 def check_integer(name: str, value: Any, kind: str = "an integer") -> None:

@@ -168,14 +168,14 @@ def line_figure(
             axes.vlines(line.x, low, high, color=line.color, alpha=0.4, linewidth=3)
     _accuracy_axis(axes, means, edges)
     if x_label == "weights left":
-        _weights_axis(axes, [left for line in lines for left in line.x])
+        weights_axis(axes, [left for line in lines for left in line.x])
     else:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel(x_label)
     axes.set_ylabel("test accuracy")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    _legend(figure, axes)
+    add_legend(figure, axes)
     return figure
 
 
@@ -188,7 +188,8 @@ def _accuracy_axis(axes: Axes, means: Sequence[float], edges: Sequence[float]) -
     _ticks(axes.yaxis, top, bottom, lambda error: f"{100 - error:.6g} %")
 
 
-def _weights_axis(axes: Axes, left: Sequence[float]) -> None:
+def weights_axis(axes: Axes, left: Sequence[float]) -> None:
+    """Makes the horizontal axis one of percent of weights left, logarithmic and decreasing."""
     least = max(min(left, default=100), 0.01)
     axes.set_xscale("log")
     axes.set_xlim(105, 0.9 * least)
@@ -206,7 +207,7 @@ def _ticks(axis: Axis, low: float, high: float, text: Callable[[float], str]) ->
     axis.set_major_formatter(FuncFormatter(lambda value, _: text(value)))
 
 
-def _legend(figure: Figure, axes: Axes) -> None:
+def add_legend(figure: Figure, axes: Axes) -> None:
     """Adds a legend below the axes, where it hides no band. The figure grows to make room."""
     labels = axes.get_legend_handles_labels()[1]
     longest = max(map(len, labels), default=0)

@@ -12,10 +12,12 @@ from matplotlib.ticker import PercentFormatter
 import masked_layers as ml
 from lottery_ticket_pruner.compression import Findings
 from lottery_ticket_pruner.experiments.reports import web_page
-from lottery_ticket_pruner.experiments.reports.figures import PALETTE
+from lottery_ticket_pruner.experiments.reports.figures import PALETTE, add_legend, weights_axis
 from lottery_ticket_pruner.experiments.reports.tables import Sheet
 
 _SHOWN = 10  # Indices of examples in a line.
+# Multiples of the tolerance that are shown below the least that is accepted.
+_SHOWN_BEYOND = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +72,10 @@ def page(result: Findings, facts: Facts) -> str:
     """Returns the report as a web page in a single file."""
     figure = curve(result)
     caption = "Each point is a model that was tried. The dashed line is the least that is accepted."
-    image = web_page.svg(figure, "p1", f"Validation {result.test.metric} against sparsity")
+    if hidden := below_axis(result):
+        which = "A much worse model is" if hidden == 1 else f"{hidden} much worse models are"
+        caption += f" {which} below the axis."
+    image = web_page.svg(figure, "p1", f"Validation {result.test.metric} against weights left")
     title = f"{facts.name}, {facts.data}"
     return web_page.filled(
         "pruning.html",
@@ -80,7 +85,7 @@ def page(result: Findings, facts: Facts) -> str:
         sheets=sheets(result, facts),
         charts=[
             {
-                "title": f"Validation {result.test.metric} against sparsity",
+                "title": f"Validation {result.test.metric} against weights left",
                 "caption": caption,
                 "svg": image,
             },
@@ -91,41 +96,75 @@ def page(result: Findings, facts: Facts) -> str:
 
 
 def curve(result: Findings) -> Figure:
-    """Plots the validation metric of all models that were tried against their sparsity."""
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    """Plots the validation metric of all models that were tried against the weights left.
+
+    Models that are worse than the tolerance by a multiple of it are below the axis, because the
+    others could not be told apart otherwise.
+    """
+    figure = Figure(figsize=(4.8, 3.2), layout="constrained")
     axes = figure.subplots()
     rows = [row for row in result.rows if row["validation"] is not None]
-    dense = rows[0]
-    methods = list(dict.fromkeys(row["method"] for row in rows[1:]))
-    for number, method in enumerate(methods):
-        own = sorted(
-            (row for row in rows if row["method"] in (method, "dense")),
-            key=lambda row: row["sparsity"],
-        )
-        x, y = ([row[name] for row in own] for name in ("sparsity", "validation"))
+    for number, method in enumerate(dict.fromkeys(row["method"] for row in rows[1:])):
+        own = [row for row in rows if row["method"] == method]
+        points = sorted([_beginning(method, rows), *own], key=lambda row: row["sparsity"])
+        x, y = ([row[name] for row in points] for name in ("sparsity", "validation"))
         color = PALETTE[number]
-        axes.plot(x, y, color=color, linewidth=1.4, label=method.replace("_", " "))
+        left = [100 * (1 - share) for share in x]
+        axes.plot(left, y, color=color, linewidth=1.4, label=method.replace("_", " "))
         for accepted, face in ((True, color), (False, "none")):
-            points = [row for row in own if row["accepted"] == accepted and row is not dense]
+            chosen = [row for row in own if row["accepted"] == accepted]
             axes.scatter(
-                [row["sparsity"] for row in points],
-                [row["validation"] for row in points],
+                [100 * (1 - row["sparsity"]) for row in chosen],
+                [row["validation"] for row in chosen],
                 edgecolors=color,
                 facecolors=face,
                 zorder=3,
             )
-    if result.tolerance is not None:
-        sign = 1 if result.higher_is_better else -1
-        least = dense["validation"] - sign * result.tolerance
-        axes.axhline(least, color="0.45", linestyle=(0, (5, 3)), linewidth=1.2)
-    axes.set_xlabel("weights pruned (open: not accepted)")
+    lowest = _lowest_shown(result)
+    if lowest is not None:
+        axes.axhline(_least(result), color="0.45", linestyle=(0, (5, 3)), linewidth=1.2)
+        if below_axis(result):
+            axes.set_ylim(**{"bottom" if result.higher_is_better else "top": lowest})
+    weights_axis(axes, [100 * (1 - row["sparsity"]) for row in rows])
+    axes.set_xlabel("weights left (open: not accepted)")
     axes.set_ylabel(f"validation {result.test.metric}")
-    axes.xaxis.set_major_formatter(PercentFormatter(1.0))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    if methods:
-        axes.legend(frameon=False)
+    if len(rows) > 1:
+        add_legend(figure, axes)
     return figure
+
+
+def below_axis(result: Findings) -> int:
+    """Returns the number of models that `curve` cannot show, because they are much worse."""
+    lowest = _lowest_shown(result)
+    if lowest is None:
+        return 0
+    sign = 1 if result.higher_is_better else -1
+    values = [row["validation"] for row in result.rows if row["validation"] is not None]
+    return sum(sign * value < sign * lowest for value in values)
+
+
+def _least(result: Findings) -> float:
+    """Returns the value of the metric that is just accepted."""
+    sign = 1 if result.higher_is_better else -1
+    return float(result.rows[0]["validation"] - sign * (result.tolerance or 0.0))
+
+
+def _lowest_shown(result: Findings) -> float | None:
+    """Returns the value at the end of the axis if models are beyond it, or None."""
+    if not result.tolerance or result.tolerance < 0:
+        return None
+    sign = 1 if result.higher_is_better else -1
+    return _least(result) - sign * _SHOWN_BEYOND * result.tolerance
+
+
+def _beginning(method: str, rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Returns the row of the model that a method began with."""
+    if method not in ("iterative", "channels"):
+        return rows[0]
+    first = next(number for number, row in enumerate(rows) if row["method"] == method)
+    return max((row for row in rows[:first] if row["accepted"]), key=lambda row: row["sparsity"])
 
 
 def _scan_charts(result: Findings, facts: Facts) -> list[dict[str, str]]:
@@ -163,7 +202,7 @@ def may_lose(scan: Sequence[Mapping[str, Any]], limit: float) -> dict[str, float
 def sensitivity(result: Findings, facts: Facts) -> Figure:
     """Plots how much each kernel may lose alone, and what it lost in the result."""
     alone = may_lose(result.scan, result.tolerance or 0.0)
-    figure = Figure(figsize=(6, 0.9 + 0.24 * len(alone)), layout="constrained")
+    figure = Figure(figsize=(4.8, 0.9 + 0.24 * len(alone)), layout="constrained")
     axes = figure.subplots()
     places = range(len(alone))
     axes.barh(places, list(alone.values()), color=PALETTE[0], height=0.6)

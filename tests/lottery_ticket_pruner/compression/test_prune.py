@@ -11,43 +11,13 @@ import lottery_ticket_pruner
 import masked_layers as ml
 from lottery_ticket_pruner import Latency, LotteryTicketPruner, prune
 from lottery_ticket_pruner.compression import Goals, compare_models, served_size
-from lottery_ticket_pruner.compression.attempts import Search, verdict
+from lottery_ticket_pruner.compression.attempts import verdict
 from lottery_ticket_pruner.compression.metrics import Comparison
 from lottery_ticket_pruner.compression.states import Progress, State
 from lottery_ticket_pruner.folders import FolderInUseError
+from small_classifier import DATA, SHORT, classes, make_model
 
 METHODS = ["dense", "magnitude", "sensitivity", "one_shot", "iterative"]
-SHORT = {"epochs": 2, "batch_size": 100}
-
-
-def classes(size, seed):
-    rng = np.random.default_rng(seed)
-    x = rng.normal(size=(size, 8)).astype("float32")
-    return x, (x[:, 0] + 2 * x[:, 1] > 0).astype("int32")
-
-
-DATA = (classes(600, 0), classes(300, 1), classes(300, 2))
-
-
-def make_model(loss="sparse_categorical_crossentropy", metrics=("accuracy",), units=2):
-    keras.utils.set_random_seed(0)
-    activation = "softmax" if units > 1 else None
-    model = keras.Sequential(
-        [
-            keras.Input((8,)),
-            layers.Dense(24, activation="relu", name="hidden"),
-            layers.Dense(units, activation=activation, name="output"),
-        ]
-    )
-    model.compile(keras.optimizers.Adam(0.02), loss, metrics=list(metrics), jit_compile=False)
-    return model
-
-
-@pytest.fixture(scope="module")
-def trained():
-    model = make_model()
-    model.fit(*DATA[0], epochs=10, batch_size=100, verbose=0)
-    return model
 
 
 @pytest.fixture(scope="module")
@@ -293,23 +263,6 @@ def test_an_untrained_model_is_trained_first_and_can_be_rewound():
     result = prune(make_model(), DATA, sparsity=0.5, retraining="weight_rewinding", **SHORT)
     assert "It was trained for 6 epochs first." in " ".join(result.notes)
     assert result.rows[0]["validation"] > 0.8
-
-
-@pytest.mark.once
-def test_time_ends_a_search_before_the_next_step(trained):
-    result = prune(trained, DATA, 0.5, minutes=1e-9, **SHORT)
-    assert [row["method"] for row in result.rows] == ["dense"]
-    assert "because of minutes" in result.conclusion
-    assert "Each step trained" not in " ".join(result.notes)
-    result = prune(trained, DATA, sparsity=0.5, minutes=1e-9, **SHORT)
-    assert result.conclusion.startswith("No model meets the goals. The nearest: 0.00% of the")
-
-
-@pytest.mark.once
-def test_no_later_method_begins_when_the_time_is_over(trained, monkeypatch):
-    monkeypatch.setattr(Search, "_is_late", lambda self, stage: stage == "magnitude")
-    result = prune(trained, DATA, 0.5, minutes=1, **SHORT)
-    assert [row["method"] for row in result.rows] == ["dense"]
 
 
 @pytest.mark.once
