@@ -388,8 +388,10 @@ class _Display:
             *("" if value is None else f"{value:.4f}" for value in numbers),
             _minutes(row["elapsed"]),
             "" if row["remaining"] is None else _minutes(row["remaining"]),
-            (row["note"] or verdict) if row["step"] else "",
+            ("failed" if row["note"] else verdict) if row["step"] else "",
         )
+        if row["note"]:
+            _print(self._console, row["note"])
 
     def _line(self, *texts: str) -> None:
         widths = (4, 11, 7, 10, 8, 7, 6, 8)

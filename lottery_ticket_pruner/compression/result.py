@@ -71,8 +71,14 @@ class Findings:
         columns = [i for i in range(len(_HEADINGS)) if any(line[i] for line in lines[1:])]
         return [tuple(line[i] for i in columns) for line in lines]
 
+    @property
+    def remarks(self) -> list[str]:
+        """Sentences about steps that failed."""
+        return [f"Step {row['step']}: {row['note']}" for row in self.rows if row["note"]]
+
     def __str__(self) -> str:
-        return "\n".join([self.table, f"test: {self.test}", self.conclusion, *self.notes])
+        texts = [self.table, *self.remarks, f"test: {self.test}", self.conclusion, *self.notes]
+        return "\n".join(texts)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -131,6 +137,8 @@ def save_model(model: keras.Model, path: Path) -> None:
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     verdict = "" if row["method"] == "dense" else "accepted" if row["accepted"] else "too much"
+    if row["note"]:
+        verdict = "failed"
     return (
         str(row["step"]),
         row["method"].replace("_", " "),
@@ -141,5 +149,5 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         "" if row["drop"] is None else f"{row['drop']:+.4f}",
         f"{row['steps']} steps" if row.get("steps") else "",  # Earlier versions did not count.
         f"{row['seconds']:.1f}",
-        row["note"] or verdict,
+        verdict,
     )

@@ -265,7 +265,7 @@ def _summary(result: Findings, facts: Facts) -> Sheet:
 
 def _attempts(result: Findings) -> Sheet:
     headings, *lines = result.cells()
-    return Sheet("Models that were tried", headings, tuple(lines), 2)
+    return Sheet("Models that were tried", headings, tuple(lines), 2, " ".join(result.remarks))
 
 
 def _layers(facts: Facts) -> Sheet:
