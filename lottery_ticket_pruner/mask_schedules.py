@@ -345,7 +345,7 @@ class _RankingsInLoop:
                 ops.where(every, masks[path], mask)
                 for path, mask in zip(paths, written, strict=True)
             ]
-            kept = [ops.any(mask) for mask in new]
+            kept = [ranking.holds_any(mask) for mask in new]
             return new, ops.logical_not(ops.stack([*finite, *kept]))
 
         def unchanged() -> tuple[list[Tensor], Tensor]:

@@ -49,6 +49,40 @@ def test_the_largest_candidates_stay(values, candidates, most, seed):
     assert not kept.size or not dropped.size or kept.min() >= dropped.max()
 
 
+@pytest.mark.parametrize("scale", [100, 1e6], ids=["ties", "nearly distinct"])
+def test_a_long_kernel_is_ranked_like_numpy_within_another_program(scale):
+    rng = np.random.default_rng(0)
+    # Not a multiple of any power of two, and rounded, so that many values are equal.
+    weight = np.round(rng.normal(size=5_003) * scale).astype("float32")
+    candidates = rng.random(len(weight)) < 0.9
+
+    def ranked(most, spoiled):
+        values = ops.where(ops.arange(len(weight)) == spoiled, np.nan, weight)
+        return ranking.keep_largest(values, ops.convert_to_tensor(candidates), most, integer(3))
+
+    program = ranked
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        program = tf.function(ranked, jit_compile=True)
+    if keras.backend.backend() == "jax":
+        import jax
+
+        program = jax.jit(ranked)
+    size = np.abs(weight[candidates])
+    for most in (0, 1, 450, 2_300, len(size) - 1, len(size)):
+        mask, finite = as_numpy(program(integer(most), integer(-1)))
+        assert finite
+        assert not (mask & ~candidates).any()
+        assert mask.sum() == most
+        threshold = np.partition(size, len(size) - most)[len(size) - most] if most else np.inf
+        assert mask[candidates & (np.abs(weight) > threshold)].all()
+        assert not mask[np.abs(weight) < threshold].any()
+    spoiled = np.flatnonzero(candidates)[0], np.flatnonzero(~candidates)[0]
+    answers = [program(integer(9), integer(number))[1] for number in spoiled]
+    assert [bool(answer) for answer in answers] == [False, True]
+
+
 @settings(max_examples=40)
 @given(
     st.lists(VALUES, min_size=SIZE, max_size=SIZE),
