@@ -1,6 +1,7 @@
 """Training on data in memory, for an exact number of steps or for epochs, in compiled loops."""
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -153,16 +154,19 @@ def train_by_plan(
             if done == plan.steps:
                 trainee.write()
                 _finalize(model)
+            reports: list[Callable[[], object]] = []
             if validation is not None:
                 history.steps.append(done)
                 results = trainee.evaluator.evaluate(validation, plan.validation_batch_size)
                 history.validation.append(results)
                 if listeners.on_evaluation is not None:
-                    with trainee.shown():
-                        listeners.on_evaluation(done, results)
+                    reports.append(functools.partial(listeners.on_evaluation, done, results))
             if listeners.on_progress is not None:
+                reports.append(functools.partial(listeners.on_progress, done - start))
+            if reports:
                 with trainee.shown():
-                    listeners.on_progress(done - start)
+                    for report in reports:
+                        report()
             if listeners.ends is not None and done < plan.steps:
                 with trainee.shown():
                     ends = listeners.ends(done)
