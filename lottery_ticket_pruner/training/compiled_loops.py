@@ -70,6 +70,7 @@ class _TensorFlowLoops:
     def __init__(self, model: keras.Model) -> None:
         import tensorflow as tf
 
+        self._model = model
         self._by_xla = model.jit_compile
         if not tf.config.list_logical_devices("GPU"):
             layers = [layer for _, layer in paths.walk(model)]
@@ -138,8 +139,17 @@ class _TensorFlowLoops:
         return np.asarray(first)
 
     def evaluate(self, data: ArrayDataset, batch_size: int) -> dict[str, Any]:
+        import tensorflow as tf
+
+        # TensorFlow would trace the loop again if it created variables, and for every length.
+        _keras.build_loss(self._model, data.take(slice(0, batch_size)))
+        size = tf.TensorSpec([], "int32")
+        compute = self._evaluate.get_concrete_function(
+            map_arrays(lambda x: tf.TensorSpec([None, *x.shape[1:]], x.dtype), data.device),
+            *(size, size),
+        )
         sizes = (keras.ops.convert_to_tensor(size, "int32") for size in (len(data), batch_size))
-        return self._evaluate(data.device, *sizes)
+        return compute(data.device, *sizes)
 
 
 class _JaxLoops:

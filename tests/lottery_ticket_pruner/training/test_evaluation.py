@@ -209,3 +209,23 @@ def test_sums_of_large_data_are_those_of_evaluate():
     before = everything(model)
     assert training.evaluate(model, x, y) == pytest.approx(expected, rel=1e-5)
     assert_close(before, everything(model))
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="counts the traces of TensorFlow")
+def test_data_of_any_length_is_evaluated_by_one_trace():
+    traces = []
+
+    def counted(y, outputs):
+        traces.append(1)
+        return keras.ops.mean((y - outputs) ** 2)
+
+    model = dense()
+    model.compile("sgd", counted, metrics=["mae"])
+    y = np.eye(2, dtype="float32")[Y]
+    training.evaluate(model, X, y)
+    assert len(traces) == 2  # One of them creates the metrics.
+    for size in (20, 33):
+        difference = keras.ops.convert_to_numpy(model(X[:size])) - y[:size]
+        expected = {"loss": np.mean(difference**2), "mae": np.mean(np.abs(difference))}
+        assert training.evaluate(model, X[:size], y[:size]) == pytest.approx(expected, rel=1e-5)
+    assert len(traces) == 2
