@@ -1,5 +1,6 @@
 """Settings for every test, and what keeps the suite fast."""
 
+import contextlib
 import gc
 import os
 
@@ -105,6 +106,52 @@ def _no_route_by_the_clock():
     from lottery_ticket_pruner import training
 
     training.settings.patience = float("inf")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _each_step_is_traced_once():
+    """Makes Keras create metrics and slots before it traces a step of `fit` on TensorFlow.
+
+    Keras creates them while it traces the step, and then has to trace it a second time, which takes
+    half of a short training. On JAX and torch it creates them before, as here. Child processes of
+    tests (examples, commands) train as Keras does by itself.
+    """
+    import keras
+
+    if keras.backend.backend() != "tensorflow":
+        yield
+        return
+    import tensorflow as tf
+    from keras.src.backend.tensorflow.trainer import TensorFlowTrainer
+
+    from lottery_ticket_pruner import _keras
+
+    build, make = TensorFlowTrainer._maybe_symbolic_build, TensorFlowTrainer._make_function
+
+    def is_ready(model):
+        return not model.run_eagerly and all(layer.built for layer in model._flatten_layers())
+
+    def build_metrics(self, iterator=None, data_batch=None):
+        build(self, iterator, data_batch)
+        if self._distribute_strategy is not None or not is_ready(self):
+            return
+        # The shapes alone, because an iterator of the user would lose the batch that is looked at.
+        batch = data_batch if iterator is None else iterator._distributed_dataset.element_spec
+        shaped = (tf.TensorSpec, tf.Tensor, np.ndarray, type(None))
+        if all(isinstance(leaf, shaped) for leaf in keras.tree.flatten(batch)):
+            with contextlib.suppress(Exception):  # The step itself says what is wrong with it.
+                _keras.build_loss(self, batch)
+
+    def build_slots_and_make(self, step):
+        optimizer = self.optimizer
+        if step == self.train_step and is_ready(self) and optimizer and not optimizer.built:
+            optimizer.build(self.trainable_variables)
+        return make(self, step)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TensorFlowTrainer, "_maybe_symbolic_build", build_metrics)
+        patch.setattr(TensorFlowTrainer, "_make_function", build_slots_and_make)
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -20,7 +20,10 @@ pytestmark = pytest.mark.once
 
 COMMON = ("--data", "own.py:load", "--steps", "4", "--seeds", "7", "8", "--out", "out")
 COMMANDS = {
-    "run": ("run", *COMMON, "--rounds", "2", "--controls", "random_mask", "--control-rounds", "2"),
+    "run": (
+        *("run", *COMMON, "--optimizer", "sgd", "--rounds", "2"),
+        *("--controls", "random_mask", "--control-rounds", "2"),
+    ),
     "supermask": (
         *("supermask", *COMMON, "--criteria", "random", "large_final"),
         *("--sparsities", "0.5", "0.9", "--weights", "initial", "--dwr", "False"),
@@ -151,7 +154,7 @@ def test_overwrite_is_the_remedy_that_the_message_names(place):
     assert cli.main([*COMMANDS["supermask"], "--quiet"]) == 0
 
 
-@pytest.mark.parametrize("name", ["supermask", "instability"])
+@pytest.mark.parametrize("name", ["supermask", pytest.param("instability", marks=pytest.mark.slow)])
 def test_damage_to_files_that_a_run_resumes_from_is_reported(place, capsys, name):
     folder = place(name)
     stored = json.loads((folder / "config.json").read_text()) | {"finished": False}

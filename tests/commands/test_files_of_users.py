@@ -21,7 +21,7 @@ pytestmark = pytest.mark.once
 
 COMMON = ("--data", "own.py:load", "--steps", "4", "--seeds", "0")
 COMMANDS = {
-    "run": ("run", *COMMON, "--rounds", "1", "--controls", "random_mask"),
+    "run": ("run", *COMMON, "--optimizer", "sgd", "--rounds", "1", "--controls", "random_mask"),
     "supermask": (
         *("supermask", *COMMON, "--criteria", "random", "--sparsities", "0.5"),
         *("--weights", "initial", "--dwr", "False"),
@@ -70,7 +70,13 @@ def kept(folder, names=OWN):
     return [n for n in names if (folder / n).is_file() and (folder / n).read_text().endswith(n)]
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+SLOW = ("learned supermask", "instability")
+
+
+@pytest.mark.usefixtures("exported")
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in COMMANDS]
+)
 def test_they_survive_the_run_that_replaces_another(here, capsys, name):
     command = [*COMMANDS[name], "--out", "out"]
     folder = here / "out"

@@ -11,7 +11,7 @@ pytest.importorskip("tyro")
 from lottery_ticket_pruner import cli
 from lottery_ticket_pruner.commands.repeat import RepeatConfig
 from lottery_ticket_pruner.commands.sweep import SweepConfig, plan, sweep
-from lottery_ticket_pruner.experiments import run, workbench
+from lottery_ticket_pruner.experiments import workbench
 
 pytestmark = pytest.mark.once
 
@@ -32,13 +32,8 @@ def broken(group):
 )
 
 
-def export(*_, **__):
-    raise ImportError("not tested here")
-
-
 def test_a_run_of_a_sweep_knows_its_code(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(run, "export_sparse_saved_model", export)
     # Networks that do not fit have their own tests.
     monkeypatch.setattr(workbench.own_networks, "check", lambda *_: None)
     (tmp_path / "mine.py").write_text(SOURCE)

@@ -85,6 +85,7 @@ def test_files_next_to_a_saved_model_are_not_lost(saved, tmp_path, capsys):
 
 
 @pytest.mark.skipif(keras.backend.backend() == "torch", reason="Keras cannot export there")
+@pytest.mark.usefixtures("exported")
 def test_a_run_leaves_its_ticket_ready_to_serve(tmp_path, capsys):
     tf = pytest.importorskip("tensorflow")
     options = {"rounds": 1, "steps": 4, "final-sparsity": 0.9, "out": tmp_path}
@@ -98,7 +99,7 @@ def test_a_run_leaves_its_ticket_ready_to_serve(tmp_path, capsys):
     ticket = ml.load_ticket(tmp_path / "ticket.safetensors")
     served = tf.saved_model.load(str(tmp_path / "served" / "1"))
     x = np.random.default_rng(0).random((3, *ticket.input_shape[1:]), "float32")
-    np.testing.assert_allclose(served.serve(x), ticket.predict(x, verbose=0), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(served.serve(x), ticket.predict_on_batch(x), rtol=1e-4, atol=1e-5)
     report = serving.inspect(tmp_path / "served" / "1")
     assert sum(row.alive for row in report if row.path.endswith("kernel")) == (
         ml.sparsity_report(ticket).alive

@@ -98,7 +98,7 @@ def test_a_converted_model_continues(tfmot, tmp_path):
     assert masked_layers.sparsity_report(masked).sparsity > 0.4
 
 
-@pytest.mark.parametrize("number", [1, 3, 6])
+@pytest.mark.parametrize("number", [1, 3, pytest.param(6, marks=pytest.mark.slow)])
 def test_the_same_weights_are_masked(tfmot, tmp_path, number):
     one, other = theirs(number, tfmot, tmp_path), ours(number, tmp_path)
     shapes = [mask.shape for mask in their_masks(one["model"])]

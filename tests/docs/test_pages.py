@@ -83,6 +83,7 @@ def test_the_page_on_pruning_to_a_tolerance_runs_from_top_to_bottom(names):
     assert names["result"].sparsity > 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.once
 def test_the_page_on_serving_runs_from_top_to_bottom(names):
     if not all(map(importlib.util.find_spec, ("tf2onnx", "onnx"))):

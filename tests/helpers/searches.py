@@ -8,7 +8,7 @@ from keras import layers
 SHORT = {"steps": 4, "batch_size": 20, "eval_every": 2}
 
 
-def make_model(seed=0, optimizer="adam"):
+def make_model(seed=0, optimizer=None):
     keras.utils.set_random_seed(seed)
     model = keras.Sequential(
         [
@@ -19,7 +19,7 @@ def make_model(seed=0, optimizer="adam"):
         ]
     )
     model.compile(
-        optimizer,
+        optimizer or keras.optimizers.SGD(0.1, momentum=0.9),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
         jit_compile=False,

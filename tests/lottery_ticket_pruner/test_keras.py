@@ -84,26 +84,26 @@ def test_seed_variables_are_those_of_every_layer_inside():
 
 def test_a_replaced_method_is_what_keras_calls_until_the_end():
     model = dense()
-    plain = model.predict(X, verbose=0)
+    plain = model.predict_on_batch(X)
     layer = model.layers[0]
     tracked = len(_keras.flatten(model)), len(model.variables)
     with _keras.replaced(layer, "call", lambda inputs, **kwargs: inputs[:, :2] + 5):
         model.predict_function = None
-        np.testing.assert_array_equal(model.predict(X, verbose=0), np.full((6, 2), 6.0))
+        np.testing.assert_array_equal(model.predict_on_batch(X), np.full((6, 2), 6.0))
         assert (len(_keras.flatten(model)), len(model.variables)) == tracked
         with pytest.raises(KeyError), _keras.replaced(layer, "call", None):
             raise KeyError
         assert layer.call(X).mean() == 6  # The old method is restored, even after an error.
     model.predict_function = None
     assert "call" not in vars(layer)
-    np.testing.assert_array_equal(model.predict(X, verbose=0), plain)
+    np.testing.assert_array_equal(model.predict_on_batch(X), plain)
 
 
 def test_a_layer_made_the_identity_returns_its_inputs():
     model = keras.Sequential([keras.Input((4,)), layers.Softmax()])
     _keras.make_identity(model.layers[0])
     x = np.arange(8, dtype="float32").reshape(2, 4)
-    np.testing.assert_array_equal(model.predict(x, verbose=0), x)
+    np.testing.assert_array_equal(model.predict_on_batch(x), x)
 
 
 @pytest.mark.parametrize("wrap", [lambda optimizer: optimizer, keras.optimizers.LossScaleOptimizer])

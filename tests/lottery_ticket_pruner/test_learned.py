@@ -60,7 +60,9 @@ def untrained(digits):
     ("mask", "weights", "steps"),
     [
         (ml.BernoulliMask(seed=0, rescale=True), "signed_constant", 290),
-        (ml.EdgePopupMask(seed=0, sparsity=0.65), "initial", 900),
+        pytest.param(
+            *(ml.EdgePopupMask(seed=0, sparsity=0.65), "initial", 900), marks=pytest.mark.slow
+        ),
     ],
 )
 def test_a_learned_mask_beats_untrained_ones(digits, untrained, mask, weights, steps):

@@ -28,7 +28,8 @@ def make_model(steps_per_execution=1, masked=True):
     )
     model = ml.convert_to_masked(model) if masked else model
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(keras.optimizers.Adam(0.01), loss, steps_per_execution=steps_per_execution)
+    optimizer = keras.optimizers.SGD(0.05, momentum=0.9) if masked else keras.optimizers.Adam(0.01)
+    model.compile(optimizer, loss, steps_per_execution=steps_per_execution)
     model.optimizer.build(model.trainable_variables)
     return model
 
@@ -100,11 +101,11 @@ CALLBACKS = {
 # Every order with every kind of backup, by two callbacks each.
 PLACES = {"regrowth": ORDERS[0], "movement": ORDERS[1], "SET": ORDERS[1], "RigL": ORDERS[0]}
 ONCE = ("SET", "regrowth", "movement")  # differences between backends are covered by the others
+MARKS = {name: [pytest.mark.once] for name in ONCE} | {"RigL": [pytest.mark.slow("tensorflow")]}
+MARKS["movement"].append(pytest.mark.slow)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.once] * (n in ONCE)) for n in CALLBACKS]
-)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=MARKS[n]) for n in CALLBACKS])
 def test_masks_continue_in_any_order_of_the_callbacks(name, tmp_path):
     def make():
         # Keras does not support steps_per_execution on torch.
@@ -117,7 +118,9 @@ def test_masks_continue_in_any_order_of_the_callbacks(name, tmp_path):
     assert_resumed_as_uninterrupted(make, PLACES[name], tmp_path)
 
 
-@pytest.mark.parametrize("use_dwr", [False, pytest.param(True, id="rescaled")])
+@pytest.mark.parametrize(
+    "use_dwr", [pytest.param(False, marks=pytest.mark.slow), pytest.param(True, id="rescaled")]
+)
 def test_a_plain_model_continues_under_its_masks(use_dwr, tmp_path):
     """Even if the restored weights already contain the rescaling factor."""
 

@@ -171,17 +171,15 @@ def test_frozen_values_hold_in_training_saving_stripping_and_thaw(tmp_path):
     assert report.to_dict()["weights"][0]["frozen"] == dead.sum() == 12
     assert report.rows[0].mask_bytes == 24 + 4 * 24
 
-    outputs = model.predict(X, verbose=0)
+    outputs = model.predict_on_batch(X)
     plain = ml.strip_masks(model)
     np.testing.assert_array_equal(numpy(plain.get_layer("hidden").kernel), effective(model))
-    np.testing.assert_array_equal(plain.predict(X, verbose=0), outputs)
-    np.testing.assert_allclose(
-        ml.shrink(model).predict(X, verbose=0), outputs, rtol=1e-4, atol=1e-5
-    )
+    np.testing.assert_array_equal(plain.predict_on_batch(X), outputs)
+    np.testing.assert_allclose(ml.shrink(model).predict_on_batch(X), outputs, rtol=1e-4, atol=1e-5)
 
     model.save(tmp_path / "frozen.keras")
     loaded = keras.models.load_model(tmp_path / "frozen.keras")
-    np.testing.assert_array_equal(loaded.predict(X, verbose=0), outputs)
+    np.testing.assert_array_equal(loaded.predict_on_batch(X), outputs)
     copied = ml.convert_to_masked(model, include="hidden")
     for other in (loaded, copied):
         fit(other)
@@ -195,7 +193,7 @@ def test_frozen_values_hold_in_training_saving_stripping_and_thaw(tmp_path):
     # Saved without frozen values, and loaded into a model that has some.
     pruner.treat(pruned="freeze")
     model.load_weights(tmp_path / "frozen.keras")
-    np.testing.assert_array_equal(model.predict(X, verbose=0), outputs)
+    np.testing.assert_array_equal(model.predict_on_batch(X), outputs)
     pruner.reset_masks()
     assert ml.sparsity_report(model).mask_bytes == 24 + 18
 

@@ -38,7 +38,7 @@ def test_assigning_writes_the_raw_weight(layer, owner, name):
     holder = getattr(model.layers[0], owner) if owner else model.layers[0]
     assert holder is ref.layer
     x = RNG.normal(size=(2, 5, 4)).astype("float32")
-    model.predict(x, verbose=0)  # Compiled before.
+    model.predict_on_batch(x)  # Compiled before.
     weight, mask = getattr(holder, name), ref.mask.to_numpy()
     raw = np.array(ops.convert_to_numpy(ref.variable))
     value = RNG.normal(size=raw.shape).astype("float32")
@@ -49,7 +49,7 @@ def test_assigning_writes_the_raw_weight(layer, owner, name):
         np.testing.assert_allclose(effective, np.where(mask, expected, 0), rtol=1e-6)
         oracle = ml.strip_masks(model)
         np.testing.assert_allclose(
-            model.predict(x, verbose=0), ops.convert_to_numpy(oracle(x)), rtol=1e-4, atol=1e-5
+            model.predict_on_batch(x), ops.convert_to_numpy(oracle(x)), rtol=1e-4, atol=1e-5
         )
 
     weight.assign(value)

@@ -97,16 +97,16 @@ def used_task():
     apart = keras.Sequential([keras.Input((4,)), layers.Dense(1)])
     for model in (task, outer, beside, apart):
         model.compile("sgd", "mse")
-        model.predict(X, verbose=0)
+        model.predict_on_batch(X)
     task.generate(X)
     return task, outer, beside, apart
 
 
 def check(task, outer, beside):
     near(task.generate(X), 2 * oracle(task))
-    near(task.predict(X, verbose=0), oracle(task))
-    near(outer.predict(X, verbose=0), oracle(task) + 1)
-    near(beside.predict(X, verbose=0), oracle(task))
+    near(task.predict_on_batch(X), oracle(task))
+    near(outer.predict_on_batch(X), oracle(task) + 1)
+    near(beside.predict_on_batch(X), oracle(task))
 
 
 def test_conversion_in_place_reaches_every_function_of_every_model():
@@ -141,7 +141,7 @@ def test_hardening_in_place_reaches_every_function():
     ml.convert_to_masked(task, mask=ml.EdgePopupMask(sparsity=0.5, seed=1), inplace=True)
     task.generate(X)
     for model in (task, outer, beside):
-        model.predict(X, verbose=0)
+        model.predict_on_batch(X)
     ml.harden(task, inplace=True)
     prune(task, seed=2)
     check(task, outer, beside)
@@ -153,7 +153,7 @@ def test_frozen_values_and_rescaling_of_a_pruner_reach_every_function():
     pruner = LotteryTicketPruner(task)
     task.generate(X)
     for model in (task, outer, beside):
-        model.predict(X, verbose=0)
+        model.predict_on_batch(X)
     pruner.update_masks("smallest_weights", sparsity=0.5)
     pruner.apply_dwr(task)
     check(task, outer, beside)
@@ -166,7 +166,7 @@ def test_functions_compiled_by_the_library_are_compiled_again_without_a_warning(
     """Fails if there is a warning."""
     model = ml.convert_to_masked(backbone())
     model.compile("sgd", "mse")
-    y = np.zeros(model.predict(X, verbose=0).shape, "float32")
+    y = np.zeros(model.predict_on_batch(X).shape, "float32")
     pruner = LotteryTicketPruner(model)
     for change in (None, "rescaled", "frozen"):
         training.train(model, X, y, steps=1, batch_size=len(X))
@@ -214,7 +214,7 @@ def test_a_file_of_many_masks_is_loaded_with_one_collection_of_live_objects(tmp_
     model = make()
     last = keras.Sequential([keras.Input((4,)), model.layers[-1]])  # holds none of the others
     for user in (model, last):
-        user.predict(X, verbose=0)
+        user.predict_on_batch(X)
     looks = []
     real = compiled._alive
     monkeypatch.setattr(compiled, "_alive", lambda cls: looks.append(cls) or real(cls))
@@ -225,13 +225,13 @@ def test_a_file_of_many_masks_is_loaded_with_one_collection_of_live_objects(tmp_
         for user, like in ((model, source), (last, keras.Sequential(source.layers[-1:]))):
             expected = like(X)
             np.testing.assert_allclose(
-                user.predict(X, verbose=0), keras.ops.convert_to_numpy(expected), rtol=1e-5
+                user.predict_on_batch(X), keras.ops.convert_to_numpy(expected), rtol=1e-5
             )
         for ref in ml.masked_refs(model):
             ref.mask.freeze(None)
         compiled.forget_functions(model)
-        assert not np.allclose(model.predict(X, verbose=0), source.predict(X, verbose=0))
-        last.predict(X, verbose=0)
+        assert not np.allclose(model.predict_on_batch(X), source.predict_on_batch(X))
+        last.predict_on_batch(X)
 
 
 @pytest.mark.once
@@ -256,8 +256,8 @@ def test_custom_functions_are_named():
 def test_functions_of_models_inside_are_found():
     model = backbone()
     model.compile("sgd", "mse")
-    model.predict(X, verbose=0)
+    model.predict_on_batch(X)
     outer = keras.Sequential([keras.Input((3, 4)), layers.TimeDistributed(model)])
     compiled.forget_functions(outer, around=False)
     assert model.predict_function is None
-    near(model.predict(X, verbose=0), oracle(model))
+    near(model.predict_on_batch(X), oracle(model))

@@ -120,7 +120,15 @@ def test_arguments_are_those_of_the_base_layer_and_the_masking_ones(base):
     assert inspect.signature(MASKED_CLASSES[base]).parameters["mask_initializer"].default == "ones"
 
 
-@pytest.mark.parametrize("base", CASES, ids=lambda base: base.__name__)
+@pytest.mark.parametrize(
+    "base",
+    [
+        # In one and three dimensions they differ from those in two in nothing but their shapes.
+        pytest.param(base, marks=[pytest.mark.slow("jax")] * base.__name__.endswith(("1D", "3D")))
+        for base in CASES
+    ],
+    ids=lambda base: base.__name__,
+)
 def test_made_by_hand_equals_the_plain_layer_bit_for_bit(base):
     args, kwargs, shapes, paths = CASES[base]
     inputs = inputs_for(shapes)

@@ -148,7 +148,9 @@ def fit(model, **kwargs):
     model.fit(X, Y, batch_size=16, shuffle=False, verbose=0, **kwargs)
 
 
-@pytest.mark.parametrize("kind", ["bernoulli", "edge_popup"])
+@pytest.mark.parametrize(
+    "kind", ["bernoulli", pytest.param("edge_popup", marks=pytest.mark.slow("jax"))]
+)
 def test_training_changes_scores_alone_and_hardening_keeps_outputs(kind, tmp_path):
     source = plain()
     fit(source)  # The optimizer has slots for kernels.
@@ -181,15 +183,15 @@ def test_training_changes_scores_alone_and_hardening_keeps_outputs(kind, tmp_pat
         numpy(again.get_layer("hidden").kernel_mask.scores), numpy(hidden.kernel_mask.scores)
     )
 
-    outputs = model.predict(X, verbose=0)
-    np.testing.assert_array_equal(model.predict(X, verbose=0), outputs)  # Deterministic.
+    outputs = model.predict_on_batch(X)
+    np.testing.assert_array_equal(model.predict_on_batch(X), outputs)  # Deterministic.
     model.save(tmp_path / "learned.keras")
     loaded = keras.models.load_model(tmp_path / "learned.keras")
-    np.testing.assert_array_equal(loaded.predict(X, verbose=0), outputs)
+    np.testing.assert_array_equal(loaded.predict_on_batch(X), outputs)
     assert [v.name for v in loaded.trainable_variables] == ["scores", "scores"]
 
     hard = ml.harden(loaded)
-    np.testing.assert_allclose(hard.predict(X, verbose=0), outputs, rtol=1e-6)
+    np.testing.assert_allclose(hard.predict_on_batch(X), outputs, rtol=1e-6)
     masks = ml.get_masks(hard)
     for path, mask in ml.get_masks(model).items():
         np.testing.assert_array_equal(mask, masks[path])
@@ -197,11 +199,11 @@ def test_training_changes_scores_alone_and_hardening_keeps_outputs(kind, tmp_pat
     assert len(hard.get_weights()) == len(source.get_weights())
     assert ml.sparsity_report(hard).alive == sum(mask.sum() for mask in masks.values())
     stripped = ml.strip_masks(hard)
-    np.testing.assert_array_equal(stripped.predict(X, verbose=0), hard.predict(X, verbose=0))
+    np.testing.assert_array_equal(stripped.predict_on_batch(X), hard.predict_on_batch(X))
     fit(hard)  # Kernels train again, under the masks.
     hard.save(tmp_path / "hard.keras")
     loaded = keras.models.load_model(tmp_path / "hard.keras")
-    np.testing.assert_array_equal(loaded.predict(X, verbose=0), hard.predict(X, verbose=0))
+    np.testing.assert_array_equal(loaded.predict_on_batch(X), hard.predict_on_batch(X))
     for file, into, message in (
         ("hard", model, "binary mask for"), ("learned", hard, "learned mask for")
     ):  # fmt: skip
@@ -215,7 +217,7 @@ def test_bernoulli_draws_in_training_and_where_evaluation_samples():
     assert not np.array_equal(a, b)
     np.testing.assert_array_equal(numpy(model(X)), numpy(model(X)))
     sampled = ml.convert_to_masked(plain(), mask=ml.BernoulliMask(evaluation="sampled", seed=1))
-    a, b = (sampled.predict(X, verbose=0) for _ in range(2))
+    a, b = (sampled.predict_on_batch(X) for _ in range(2))
     assert not np.array_equal(a, b)
     one, same, other = (ml.sample_masks(model, seed) for seed in (1, 1, 2))
     np.testing.assert_array_equal(one["hidden/kernel"], same["hidden/kernel"])

@@ -114,7 +114,7 @@ def test_bits_of_the_plain_model_while_all_channels_are_kept(name, dtype):
     masked = ml.convert_to_masked(plain, mask_normalization=True)
     x = inputs_of(plain)
     np.testing.assert_array_equal(numpy(masked(x)), numpy(plain(x)))
-    np.testing.assert_array_equal(masked.predict(x, verbose=0), plain.predict(x, verbose=0))
+    np.testing.assert_array_equal(masked.predict_on_batch(x), plain.predict_on_batch(x))
     y = np.random.default_rng(1).normal(size=(3, 5, 3))
     for model in (plain, masked):
         model.fit(x, y, epochs=2, shuffle=False, verbose=0)
@@ -200,11 +200,11 @@ def test_masks_change_in_functions_that_are_already_compiled(make):
     masked = masked_net(make, np.ones(8, bool))
     data = inputs_of(masked)
     (path,) = (ref.path for ref in ml.channel_refs(masked))
-    before = masked.predict(data, verbose=0)
+    before = masked.predict_on_batch(data)
     ml.set_masks(masked, {path: KEPT})
-    np.testing.assert_allclose(masked.predict(data, verbose=0), numpy(masked(data)), rtol=1e-5)
+    np.testing.assert_allclose(masked.predict_on_batch(data), numpy(masked(data)), rtol=1e-5)
     ml.set_masks(masked, {path: np.ones(8, bool)})
-    np.testing.assert_array_equal(masked.predict(data, verbose=0), before)
+    np.testing.assert_array_equal(masked.predict_on_batch(data), before)
 
 
 def test_no_channel_left():

@@ -43,7 +43,7 @@ def test_an_mlp_is_over_eleven_times_smaller_with_the_same_outputs(tmp_path):
         0.95,
     )
     x = np.random.default_rng(1).normal(size=(5, 784)).astype("float32")
-    expected = model.predict(x, verbose=0)
+    expected = model.predict_on_batch(x)
     report = ml.export_sparse_onnx(model, tmp_path / "sparse.onnx")
     ml.strip_masks(model).export(tmp_path / "dense.onnx", format="onnx", verbose=False)
     size, dense = ((tmp_path / f"{n}.onnx").stat().st_size for n in ("sparse", "dense"))
@@ -66,7 +66,7 @@ def test_convolutions_and_several_inputs(tmp_path):
     assert {len(row.shape) for row in report if row.encoding == "sparse"} >= {4}
     rng = np.random.default_rng(1)
     inputs = [rng.normal(size=(3, *x.shape[1:])).astype("float32") for x in model.inputs]
-    expected = model.predict(inputs, verbose=0)
+    expected = model.predict_on_batch(inputs)
     np.testing.assert_allclose(run(tmp_path / "m.onnx", *inputs), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -77,7 +77,7 @@ def test_int8_keeps_weights_that_were_trained_for_it_and_rounds_others(tmp_path,
     model = keras.Model(image, layers.Dense(10)(features))
     model = pruned(ml.convert_to_masked(model, quantize="int8"), 0.8)
     x = np.random.default_rng(1).normal(size=(5, 8, 8, 8)).astype("float32")
-    expected = model.predict(x, verbose=0)
+    expected = model.predict_on_batch(x)
     report = ml.export_sparse_onnx(model, tmp_path / "int8.onnx", values="int8", sample_inputs=x)
     assert report.disk_nbytes == (tmp_path / "int8.onnx").stat().st_size
     assert report.disk_nbytes < report.dense_nbytes * 0.2
@@ -96,7 +96,7 @@ def test_int8_keeps_weights_that_were_trained_for_it_and_rounds_others(tmp_path,
         ml.export_sparse_onnx(plain, out, values="int8", tolerance=1e-7)
     assert not out.exists()
     report = ml.export_sparse_onnx(plain, out, values="int8", tolerance=0.1, sample_inputs=x)
-    wanted = plain.predict(x, verbose=0)
+    wanted = plain.predict_on_batch(x)
     error = np.abs(run(out, x) - wanted).max() / np.abs(wanted).max()
     assert 0 < report.output_error < 0.1
     np.testing.assert_allclose(error, report.output_error, rtol=0.2)
@@ -193,7 +193,7 @@ def test_models_on_jax(tmp_path):
     assert {len(row.shape) for row in report if row.encoding == "sparse"} == {2, 4}
     rng = np.random.default_rng(1)
     inputs = [rng.normal(size=(3, *x.shape[1:])).astype("float32") for x in (image, vector)]
-    expected = model.predict(dict(zip(("image", "vector"), inputs, strict=True)), verbose=0)
+    expected = model.predict_on_batch(dict(zip(("image", "vector"), inputs, strict=True)))
     np.testing.assert_allclose(run(tmp_path / "m.onnx", *inputs), expected, rtol=1e-4, atol=1e-5)
 
 

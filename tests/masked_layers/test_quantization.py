@@ -124,12 +124,12 @@ def test_models_with_masks_are_quantized_and_keep_masks_weights_and_optimizer():
 
 def test_copies_and_files_keep_it(tmp_path):
     model = quantized("int4", model=plain_model())
-    wanted = model.predict(X, verbose=0)
+    wanted = model.predict_on_batch(X)
     model.save(tmp_path / "model.keras")
     ml.save_ticket(model, tmp_path / "ticket.safetensors")
     model.save_weights(tmp_path / "model.weights.h5")
     fresh = ml.convert_to_masked(plain_model())
-    fresh.predict(X, verbose=0)  # Compiled without quantization.
+    fresh.predict_on_batch(X)  # Compiled without quantization.
     fresh.load_weights(tmp_path / "model.weights.h5")
     clone = keras.models.clone_model(model)
     clone.set_weights(model.get_weights())
@@ -140,7 +140,7 @@ def test_copies_and_files_keep_it(tmp_path):
         clone,
     ):
         assert {ref.mask.quantization for ref in ml.masked_refs(other)} == {"int4"}
-        np.testing.assert_allclose(other.predict(X, verbose=0), wanted, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(other.predict_on_batch(X), wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_weights_of_a_model_without_it_do_not_turn_it_off(tmp_path):
@@ -154,7 +154,7 @@ def test_weights_of_a_model_without_it_do_not_turn_it_off(tmp_path):
 def test_stripped_models_and_codes_of_the_export_have_the_rounded_values(kind):
     model = quantized(kind)
     plain = ml.strip_masks(model)
-    np.testing.assert_array_equal(plain.predict(X, verbose=0), model.predict(X, verbose=0))
+    np.testing.assert_array_equal(plain.predict_on_batch(X), model.predict_on_batch(X))
     for ref, stripped in zip(ml.masked_refs(model), plain.get_weights()[::2], strict=True):
         raw = keras.ops.convert_to_numpy(ref.variable)
         codes, scales = codes_by_hand(raw, ref.mask.to_numpy(), LEVELS[kind])
@@ -345,8 +345,8 @@ def test_a_smaller_model_has_the_rounded_weights_and_no_masks_that_would_round_t
         ml.shrink(model, keep_masks=True)
     smaller = ml.shrink(model)
     smaller = smaller[0] if isinstance(smaller, tuple) else smaller
-    found = smaller.predict(X, verbose=0)
-    np.testing.assert_allclose(found, model.predict(X, verbose=0), rtol=1e-4, atol=1e-5)
+    found = smaller.predict_on_batch(X)
+    np.testing.assert_allclose(found, model.predict_on_batch(X), rtol=1e-4, atol=1e-5)
 
 
 def test_invalid_arguments_are_refused():

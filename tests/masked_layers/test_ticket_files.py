@@ -456,7 +456,7 @@ def test_variables_made_last_have_no_memory_before_the_end():
     with _keras_configs.variables_made_last():
         model = keras.Sequential.from_config(config)
     assert keras.ops.convert_to_numpy(model.weights[0]).any()
-    assert model.predict(np.zeros((2, 8)), verbose=0).shape == (2, 10)
+    assert model.predict_on_batch(np.zeros((2, 8))).shape == (2, 10)
 
 
 # --- Streams --------------------------------------------------------------------------------------

@@ -53,7 +53,10 @@ def listed():
     return keras.Model([a, b], [layers.Dense(3)(joined), layers.Dense(2)(joined)])
 
 
-MODELS = [dense, convolutional, recurrent, attention, several, listed, subclassed]
+MODELS = [
+    *(dense, convolutional, attention, several, listed, subclassed),
+    pytest.param(recurrent, marks=pytest.mark.slow),
+]
 
 
 def ends(loaded):

@@ -90,11 +90,18 @@ class Listener:
         self.steps += steps
 
 
-@pytest.mark.once
-def test_listeners_are_told_of_rows_and_steps_of_training(trained):
+@pytest.fixture(scope="module")
+def listened(trained):
+    """The model with 70 % of its weights pruned, and what listeners were told."""
     listener = Listener()
     told = {"on_row": listener.show, "on_training": listener.begin}
-    prune(trained, DATA, sparsity=0.7, on_progress=listener.advance, **told, **SHORT)
+    found = prune(trained, DATA, sparsity=0.7, on_progress=listener.advance, **told, **SHORT)
+    return found, listener
+
+
+@pytest.mark.once
+def test_listeners_are_told_of_rows_and_steps_of_training(listened):
+    _, listener = listened
     assert [row["step"] for row in listener.rows] == [0, 1, 2]
     assert [(row["step"], steps) for row, steps in listener.trainings] == [(1, 12), (2, 12)]
     assert listener.steps == 24
@@ -105,7 +112,7 @@ def test_listeners_are_told_of_rows_and_steps_of_training(trained):
 
 
 @pytest.mark.slow("jax")
-@pytest.mark.parametrize("left", [2, 7])
+@pytest.mark.parametrize("left", [pytest.param(2, marks=pytest.mark.slow), 7])
 def test_an_interrupted_search_goes_on_with_the_same_results(trained, result, left, tmp_path):
     known = []
 
@@ -142,8 +149,10 @@ def test_an_interrupted_search_goes_on_with_the_same_results(trained, result, le
 
 
 @pytest.mark.once
-def test_a_process_killed_between_two_files_of_a_step_repeats_it(trained, tmp_path, monkeypatch):
-    expected = prune(trained, DATA, sparsity=0.7, **SHORT)
+def test_a_process_killed_between_two_files_of_a_step_repeats_it(
+    trained, listened, tmp_path, monkeypatch
+):
+    expected, _ = listened
     write = Progress.write
 
     def killed(progress):
@@ -350,7 +359,7 @@ def test_a_loss_may_rise_by_the_tolerance():
     model = make_model("mse", (), units=1)
     model.fit(x, y, epochs=20, batch_size=50, verbose=0)
     dense = model.evaluate(x, y, verbose=0)
-    result = prune(model, (x, y), 2 * dense, epochs=2, trained=True)
+    result = prune(model, (x, y), 2 * dense, method="one_shot", epochs=2, trained=True)
     assert result.test.metric == "loss"
     assert all(
         row["drop"] == pytest.approx(row["validation"] - result.rows[0]["validation"])
@@ -363,14 +372,14 @@ def test_a_loss_may_rise_by_the_tolerance():
 
 @pytest.mark.once
 def test_a_size_is_that_of_the_served_folder(trained):
-    dense = prune(trained, DATA, sparsity=0.05, epochs=1, batch_size=600).size
-    goal = dense - 300
+    goal = served_size(trained) - 300
     result = prune(trained, DATA, size=goal, epochs=1, batch_size=600)
     assert 0.94 * goal < result.size <= goal
     with pytest.raises(ValueError, match=r"No sparsity makes .* as small as"):
         prune(trained, DATA, size=1_000, epochs=1)
 
 
+@pytest.mark.slow
 @pytest.mark.once
 def test_channels_are_pruned_to_a_size(trained):
     goal = served_size(trained) - 400
@@ -385,7 +394,7 @@ def test_a_result_is_saved_as_a_model_and_a_served_folder(result, tmp_path):
     result.save(tmp_path / "out")
     loaded = keras.models.load_model(tmp_path / "out" / "model.keras")
     x = DATA[2][0]
-    np.testing.assert_array_equal(loaded.predict(x, verbose=0), result.model.predict(x, verbose=0))
+    np.testing.assert_array_equal(loaded.predict_on_batch(x), result.model.predict_on_batch(x))
     assert (tmp_path / "out" / "served" / "1" / "saved_model.pb").is_file()
 
 

@@ -67,9 +67,8 @@ GROUPS = {
 
 # The groups that take longest, and the backends where they do: () are all. On JAX, derivatives need
 # no code of each layer.
-SLOW = {"backwards": ()} | dict.fromkeys(
-    ("attention", "convolutions", "normalizations", "recurrent"), ("jax",)
-)
+SLOW = {"backwards": ()} | dict.fromkeys(("convolutions", "normalizations"), ("jax",))
+SLOW |= dict.fromkeys(("attention", "recurrent"), ("jax", "tensorflow"))
 # Functions that these backends compute in float32 in any case.
 IN_FLOAT32 = {("jax", "attention"), ("tensorflow", "resizing")}
 

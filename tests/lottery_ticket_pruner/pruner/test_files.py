@@ -54,12 +54,12 @@ def test_a_loaded_pruner_restores_frozen_values_of_pruned_weights(pruned, tmp_pa
     # Values frozen in the model before are removed by loading.
     another.update_masks(rate=0.2)
     another.treat("constant", "freeze")
-    other.predict(data[0], verbose=0)
+    other.predict_on_batch(data[0])
     LotteryTicketPruner.load(tmp_path / "pruner", other)
     other.set_weights(model.get_weights())
     assert [ref.mask.frozen is None for ref in ml.masked_refs(other)] == [pruned == "zero"] * 2
-    outputs = model.predict(data[0], verbose=0)
-    np.testing.assert_array_equal(other.predict(data[0], verbose=0), outputs)
+    outputs = model.predict_on_batch(data[0])
+    np.testing.assert_array_equal(other.predict_on_batch(data[0]), outputs)
     if pruned == "freeze":
         kernel = ops.convert_to_numpy(other.get_layer("hidden").kernel)
         np.testing.assert_array_equal(kernel, pruner.initial_weights["hidden/kernel"])

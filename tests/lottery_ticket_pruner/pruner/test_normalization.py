@@ -106,7 +106,7 @@ def test_gradual_pruning_changes_normalization_while_it_trains():
     assert stream.sum() == 4
     for mask in left_out(masked).values():
         np.testing.assert_array_equal(mask, stream)
-    got, expected = masked.predict(x, verbose=0), numpy(masked(x))
+    got, expected = masked.predict_on_batch(x), numpy(masked(x))
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
     smaller = ml.shrink(masked)
     np.testing.assert_allclose(numpy(smaller(x)), expected, atol=1e-5 * np.abs(expected).max())

@@ -229,7 +229,7 @@ def test_a_layer_without_ones_has_factor_zero():
     model = ml.convert_to_masked(classifier())
     ml.set_masks(model, {path: np.zeros_like(mask) for path, mask in ml.get_masks(model).items()})
     LotteryTicketPruner(model).apply_dwr(model)
-    np.testing.assert_array_equal(model.predict(np.ones((2, 6)), verbose=0), 0)
+    np.testing.assert_array_equal(model.predict_on_batch(np.ones((2, 6))), 0)
 
     plain = classifier()
     pruner = LotteryTicketPruner(plain)
@@ -247,7 +247,7 @@ def test_rescaling_in_the_callback_is_a_function_of_the_mask(convert, data):
     pruner = LotteryTicketPruner(model)
     initial = kernels(model)
     model.fit(x, y, verbose=0)
-    model.predict(x, verbose=0)
+    model.predict_on_batch(x)
     pruner.calc_prune_mask(model, 0.75, "large_init")
     for _ in range(2):
         model.fit(x, y, epochs=3, verbose=0, callbacks=[PrunerCallback(pruner, use_dwr=True)])
@@ -256,4 +256,4 @@ def test_rescaling_in_the_callback_is_a_function_of_the_mask(convert, data):
         4 * np.where(mask, weights, 0) for mask, weights in zip(masks, initial, strict=True)
     )
     expected = np.maximum(x @ first, 0) @ second
-    np.testing.assert_allclose(model.predict(x, verbose=0), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(model.predict_on_batch(x), expected, rtol=1e-4, atol=1e-5)

@@ -53,13 +53,12 @@ def give_momenta(model):
         momentum.assign(np.full(momentum.shape, 0.1))
 
 
+ONCE = pytest.mark.once  # On other backends one optimizer stands for those that are alike.
+MARKS = {"adam": pytest.mark.slow("tensorflow"), "adamw": ONCE, "ema_at_the_end": ONCE}
+
+
 @pytest.mark.parametrize(
-    "name",
-    # On other backends one optimizer stands for those that are alike.
-    [
-        pytest.param(name, marks=pytest.mark.once if name in ("adamw", "ema_at_the_end") else ())
-        for name in OPTIMIZERS
-    ],
+    "name", [pytest.param(name, marks=MARKS.get(name, ())) for name in OPTIMIZERS]
 )
 def test_pruned_weights_are_zero_after_every_batch_and_during_validation(name, data):
     x, y = data

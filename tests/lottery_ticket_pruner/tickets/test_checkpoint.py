@@ -53,44 +53,58 @@ def times(k):
     }
 
 
-@pytest.mark.parametrize("what", times(1))
-def test_a_function_of_another_closure_is_another_search(tmp_path, what):
-    first = search(tmp_path, **{what: times(1)[what]})
-    again = search(tmp_path, **{what: times(1)[what]})
-    assert again.rows == first.rows
-    with pytest.raises(ValueError, match=rf"state of another search.*'{what}\.code'"):
-        search(tmp_path, **{what: times(2)[what]})
+def test_a_function_of_another_closure_is_another_search(tmp_path):
+    first = search(tmp_path, **times(1))
+    assert search(tmp_path, **times(1)).rows == first.rows
+    for what, other in times(2).items():
+        with pytest.raises(ValueError, match=rf"state of another search.*'{what}\.code'"):
+            search(tmp_path, **times(1) | {what: other})
 
 
-@pytest.mark.parametrize("what", ["activation", "loss", "metrics", "optimizer"])
-def test_layers_and_compile_arguments_are_part_of_the_identity_of_a_search(tmp_path, what):
-    def model(k):
-        class Scaled(keras.optimizers.SGD):
-            def update_step(self, gradient, variable, learning_rate):
-                super().update_step(k * gradient, variable, learning_rate)
+def own_activation(k):
+    return lambda x: k * keras.ops.relu(x)
 
-        def own_activation(x):
-            return k * keras.ops.relu(x)
 
-        def own_loss(y, p):
-            return k * keras.losses.sparse_categorical_crossentropy(y, p, from_logits=True)
+def own_loss(k):
+    def scaled(y, p):
+        return k * keras.losses.sparse_categorical_crossentropy(y, p, from_logits=True)
 
-        def own_metric(y, p):
-            return k * keras.ops.mean(p, -1)
+    return scaled
 
-        own = {
-            "activation": own_activation,
-            "loss": own_loss,
-            "metrics": [own_metric],
-            "optimizer": Scaled(),
-        }
-        return net(**{what: own[what]})
 
-    first = search(tmp_path, model(1), test_data=(X, Y))
-    assert search(tmp_path, model(1), test_data=(X, Y)).rows == first.rows
-    name = {"activation": "layers"}.get(what, what)
-    with pytest.raises(ValueError, match=rf"state of another search.*'{name}"):
-        search(tmp_path, model(2), test_data=(X, Y))
+def own_metrics(k):
+    def scaled(y, p):
+        return k * keras.ops.mean(p, -1)
+
+    return [scaled]
+
+
+def own_optimizer(k):
+    class Scaled(keras.optimizers.SGD):
+        def update_step(self, gradient, variable, learning_rate):
+            super().update_step(k * gradient, variable, learning_rate)
+
+    return Scaled()
+
+
+def test_layers_and_compile_arguments_are_part_of_the_identity_of_a_search(tmp_path):
+    own = {
+        "activation": own_activation,
+        "loss": own_loss,
+        "metrics": own_metrics,
+        "optimizer": own_optimizer,
+    }
+
+    def find(**numbers):
+        model = net(**{name: make(numbers.get(name, 1)) for name, make in own.items()})
+        return search(tmp_path, model, test_data=(X, Y))
+
+    first = find()
+    assert find().rows == first.rows
+    for what in own:
+        name = {"activation": "layers"}.get(what, what)
+        with pytest.raises(ValueError, match=rf"state of another search.*'{name}"):
+            find(**{what: 2})
 
 
 def test_a_registered_criterion_that_was_edited_is_another_one(tmp_path, monkeypatch):

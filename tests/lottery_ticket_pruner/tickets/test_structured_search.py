@@ -84,12 +84,13 @@ def test_a_search_by_channels_has_exact_counts_and_its_ticket_becomes_smaller(st
         "stem": 2, "inside": 2, "outside": 2, "output": 2,
     }  # fmt: skip
     assert smaller.count_params() < result.ticket.count_params() / 5
-    expected = result.ticket.predict(X, verbose=0)
+    expected = result.ticket.predict_on_batch(X)
     np.testing.assert_allclose(
-        smaller.predict(X, verbose=0), expected, rtol=0, atol=1e-5 * np.abs(expected).max()
+        smaller.predict_on_batch(X), expected, rtol=0, atol=1e-5 * np.abs(expected).max()
     )
 
 
+@pytest.mark.slow
 @pytest.mark.once
 def test_an_interrupted_search_by_channels_is_resumed_and_told_from_others(model, tmp_path):
     initial = model.get_weights()
@@ -176,12 +177,12 @@ def test_normalization_leaves_the_channels_of_a_plain_model_out():
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile("adam", loss, metrics=["accuracy"], jit_compile=False)
     inputs = X.reshape(40, -1)[:, :6]
-    search = SEARCH | {"controls": ("random_mask",), "test_data": (inputs, Y)}
+    search = SEARCH | {"controls": (), "test_data": (inputs, Y)}
     result = find_ticket(model, inputs, Y, **search)
-    assert [row["channels"] for row in result.rows] == [1, 0.5, 0.5, 0.25, 0.25]
+    assert [row["channels"] for row in result.rows] == [1, 0.5, 0.25]
     smaller = ml.shrink(result.ticket)
     assert [w.shape for w in smaller.get_layer("norm").weights] == [(2,), (2,)]
-    expected = result.ticket.predict(inputs, verbose=0)
+    expected = result.ticket.predict_on_batch(inputs)
     np.testing.assert_allclose(
-        smaller.predict(inputs, verbose=0), expected, rtol=0, atol=1e-5 * np.abs(expected).max()
+        smaller.predict_on_batch(inputs), expected, rtol=0, atol=1e-5 * np.abs(expected).max()
     )

@@ -114,6 +114,7 @@ def test_training_of_a_smaller_transformer_goes_on_with_dropout():
     assert all((old != numpy(new)).any() or new.path.endswith(keys) for old, new in pairs)
 
 
+@pytest.mark.slow
 def test_a_smaller_transformer_is_saved_and_loaded(tmp_path):
     masked = convert_to_masked(transformer())
     LotteryTicketPruner(masked).update_masks("random", sparsity=0.5, structure="channels")

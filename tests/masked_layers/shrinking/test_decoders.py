@@ -156,7 +156,7 @@ def shrunk(masked, lengths=(5, 1, 8)):
     "arguments",
     [
         pytest.param({"padding": True, "blocks": 2}, id="padding"),
-        pytest.param({"cross": True}, id="cross", marks=pytest.mark.slow("jax")),
+        pytest.param({"cross": True}, id="cross", marks=pytest.mark.slow),
     ],
 )
 def test_half_of_the_channels_of_decoders_is_removed(arguments):
@@ -177,7 +177,9 @@ def test_half_of_the_channels_of_decoders_is_removed(arguments):
         pytest.param({"steps": 5}, id="fixed", marks=pytest.mark.slow),
         pytest.param({"attention": True, "padding": True}, id="attention"),
         pytest.param({"use_causal_mask": False}, id="all", marks=pytest.mark.slow),
-        pytest.param({"use_causal_mask": False, "padding": True}, id="all-padding"),
+        pytest.param(
+            {"use_causal_mask": False, "padding": True}, id="all-padding", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_masks_of_decoders(arguments):
