@@ -128,6 +128,6 @@ def test_values_that_mean_the_same_are_refused(runs, tmp_path):
 
 def test_without_optuna_the_extra_is_named(monkeypatch, capsys):
     monkeypatch.setattr("lottery_ticket_pruner.checks.importlib.util.find_spec", lambda name: None)
-    monkeypatch.setattr(cli, "_EXTRA", ())
+    monkeypatch.setattr("_lottery_ticket.parser._EXTRA", ())
     assert cli.main(["sweep", "--over", "rate=0.1,0.2", "--search", "optuna"]) == 2
     assert 'pip install "lottery-ticket-pruner[optuna]"' in capsys.readouterr().err
