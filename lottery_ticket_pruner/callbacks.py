@@ -7,6 +7,7 @@ from typing import Any
 
 import keras
 import numpy as np
+from keras import ops
 
 import masked_layers as ml
 from lottery_ticket_pruner import overrides, zero_hold
@@ -38,8 +39,9 @@ class PrunerCallback(keras.callbacks.Callback):
         pruner: The pruner that computed the masks.
         use_dwr: Whether to rescale the kept weights of each layer, as
             `LotteryTicketPruner.apply_dwr` does, when training starts and when the masks change.
-            Weights restored by another callback at this time are not rescaled twice. If you load
-            rescaled weights in another process, save and load the pruner with them.
+            Weights that another callback restores with the state of the optimizer, as
+            `keras.callbacks.BackupAndRestore` does, count as rescaled. If you load rescaled weights
+            in another process, save and load the pruner with them.
 
     Example:
     ```python
@@ -57,6 +59,7 @@ class PrunerCallback(keras.callbacks.Callback):
         self._hold: zero_hold.ZeroHold | None = None
         self._begun = False
         self._before: list[np.ndarray] | None = None  # Weights before any callback began.
+        self._steps: int | None = None  # Those of the optimizer, when the weights were last seen.
 
     def set_model(self, model: keras.Model) -> None:
         """Records the current weights, before another callback restores others."""
@@ -65,6 +68,7 @@ class PrunerCallback(keras.callbacks.Callback):
         if self.use_dwr and model is not None and not is_masked(model):
             ml.sync(model)
             self._before = model.get_weights()
+            self._steps = self._optimizer_steps()
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Zeroes the pruned weights and keeps them at zero."""
@@ -73,6 +77,7 @@ class PrunerCallback(keras.callbacks.Callback):
         if before is not None:
             self._rescale(before)
         self._apply()  # First, because it checks the model.
+        self._steps = self._optimizer_steps()
         if not is_masked(self.model):
             self._hold = zero_hold.ZeroHold(self.model, self.pruner.held_masks(self.model))
             # A `fit` that fails calls no `on_train_end`.
@@ -82,6 +87,8 @@ class PrunerCallback(keras.callbacks.Callback):
         """Applies masks that have changed since the last batch."""
         changed = self.pruner.masks_version != self._version
         if changed or not self._begun:  # other callbacks may have restored weights
+            if not self._begun:
+                self._note_restored()
             self._apply()
             self._begun = True
         if changed and self._hold is not None:
@@ -98,6 +105,8 @@ class PrunerCallback(keras.callbacks.Callback):
             self._hold.release()
             self._hold = None
             self.pruner.apply_pruning(self.model)
+            if self.use_dwr:
+                self.pruner.remember_rescaled(self.model)
 
     def _rescale(self, before: list[np.ndarray]) -> None:
         """Rescales weights restored since `before`, unless they contain the factor already."""
@@ -106,6 +115,22 @@ class PrunerCallback(keras.callbacks.Callback):
         if same_shapes and not all(map(np.array_equal, before, now)):
             with overrides.weights_replaced(self.model, before):
                 self._apply()
+            self._note_restored()
+
+    def _note_restored(self) -> None:
+        """Remembers that weights are rescaled which were restored with the optimizer's state.
+
+        They come from a training with this callback, unlike weights alone, which may come from
+        anywhere.
+        """
+        if self.use_dwr and not is_masked(self.model) and self._optimizer_steps() != self._steps:
+            self.pruner.remember_rescaled(self.model)
+
+    def _optimizer_steps(self) -> int | None:
+        if self.model.optimizer is None:  # in a loop of the user's
+            return None
+        ml.sync(self.model)
+        return int(ops.convert_to_numpy(self.model.optimizer.iterations))
 
     def _apply(self) -> None:
         self.pruner.apply_pruning(self.model)

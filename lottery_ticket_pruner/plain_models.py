@@ -39,6 +39,13 @@ class Rescaling:
     ) -> None:
         self.factors = dict(factors or {})
         self.unscaled = dict(unscaled or {})
+        # Weights with their factor at the end of the last training that is known of.
+        self._trained: dict[int, np.ndarray] = {}
+
+    def remember(self, position: int, weight: np.ndarray) -> None:
+        """Notes that these values of a weight contain its factor, however far they have moved."""
+        if position in self.factors:
+            self._trained[position] = np.array(weight)
 
     def apply(
         self,
@@ -80,10 +87,13 @@ class Rescaling:
         """Returns the factor that the kept entries of a weight currently contain.
 
         Since it was applied, the weights may have been trained, which moves them a little, or
-        replaced by weights without a factor. The closer of the two candidates decides.
+        replaced by weights without a factor. Values that were remembered are recognized. For others
+        the closer of the two candidates decides.
         """
         factor = self.factors.get(position, 1.0)
         kept = weight[mask].astype("float64")
+        if position in self._trained and np.array_equal(kept, self._trained[position][mask]):
+            return factor
         if np.array_equal(kept, initial[mask]):
             return 1.0
         if position in self.unscaled:
@@ -195,7 +205,9 @@ class PlainPruning(abc.ABC):
         Weights count as not rescaled if the caller has put earlier weights back, if they equal the
         initial weights or if their masks were reset. Weights that were trained since count as
         rescaled. In a plain model the closer match decides: the weights before the last rescaling
-        or those after it.
+        or those after it. Only weights at the end of a `fit` with a `PrunerCallback`, and those
+        that another callback restored in it with the state of the optimizer, are known to be
+        rescaled, however far they have moved.
 
         Args:
             model: The model, of the pruner's architecture.
@@ -220,6 +232,11 @@ class PlainPruning(abc.ABC):
             )
             if scaled is not None:
                 ref.variable.assign(scaled)
+
+    def remember_rescaled(self, model: keras.Model) -> None:
+        """Notes that the current weights of a plain model contain the factors of `apply_dwr`."""
+        for position, ref in self._prunables(self._checked(model)).items():
+            self._rescaling.remember(position, read(ref.variable))
 
     @property
     def prunable_tuples(self) -> list[Key]:

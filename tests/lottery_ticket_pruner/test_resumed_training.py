@@ -28,7 +28,7 @@ def make_model(steps_per_execution=1, masked=True):
     )
     model = ml.convert_to_masked(model) if masked else model
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    optimizer = keras.optimizers.SGD(0.05, momentum=0.9) if masked else keras.optimizers.Adam(0.01)
+    optimizer = keras.optimizers.SGD(0.05, momentum=0.9)
     model.compile(optimizer, loss, steps_per_execution=steps_per_execution)
     model.optimizer.build(model.trainable_variables)
     return model

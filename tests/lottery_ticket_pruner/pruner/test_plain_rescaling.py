@@ -9,6 +9,7 @@ import masked_layers as ml
 from lottery_ticket_pruner import LotteryTicketPruner, PrunerCallback
 
 X = np.random.default_rng(0).normal(size=(32, 8)).astype("float32")
+BACKEND = keras.backend.backend()
 Y = np.random.default_rng(1).integers(0, 2, 32)
 
 
@@ -81,6 +82,30 @@ def test_weights_trained_since_the_last_rescaling_keep_one_factor(how):
         # From size / old ones to size / new ones.
         expected = np.where(new, weight * (old.sum() / new.sum()), 0)
         np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_weights_that_have_moved_far_in_a_training_are_not_rescaled_again():
+    """Even if they are closer to the weights before the first rescaling."""
+    model = network(rate=0.0)
+    pruner = LotteryTicketPruner(model)
+    model.set_weights(other_weights(model))
+    pruner.calc_prune_mask(model, 0.5, "smallest_weights")
+    masks = [mask for *_, mask in pruner.iterate_prunables(model)]
+
+    class Shrink(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            if BACKEND == "jax":
+                self.model.jax_state_sync()
+            self.model.set_weights([0.3 * weight for weight in self.model.get_weights()])
+
+    callback = PrunerCallback(pruner, use_dwr=True)
+    model.fit(X, Y, verbose=0, callbacks=[callback, Shrink()])
+    shrunk = model.get_weights()
+    assert all((w[m == 0] == 0).all() for w, m in zip(shrunk[::2], masks, strict=True))
+    model.fit(X, Y, verbose=0, callbacks=[callback])
+    pruner.apply_dwr(model)
+    for found, expected in zip(model.get_weights(), shrunk, strict=True):
+        np.testing.assert_array_equal(found, expected)
 
 
 def test_other_weights_put_in_after_a_training_are_rescaled_from_one():
