@@ -69,10 +69,12 @@ Default: 0.01 of a metric that should be high, or no condition if another goal i
     size: Annotated[str | None, tyro.conf.arg(metavar="BYTES", help_behavior_hint="")] = None
     """Size of the folder for serving, such as 500kB or 2MB."""
     macs: OptionalFloat = None
-    """Share of the multiply-adds that may be left. Prunes channels."""
+    """Share of the multiply-adds that may be left. Prunes channels; in Python, update_masks has \
+such a budget for single weights."""
     latency: Annotated[str | None, tyro.conf.arg(metavar="TIME", help_behavior_hint="")] = None
     """Milliseconds of a call with one example on this machine, such as 3ms, or a share of that of \
-the dense model, such as 0.5. Prunes channels."""
+the dense model, such as 0.5. Prunes channels; in Python, update_masks has such a budget for \
+single weights."""
     method: Literal["auto", "iterative", "gradual", "one_shot", "channels"] = "auto"
     """one_shot fits the kept weights without training, iterative trains after each step, gradual \
 prunes while it trains, channels removes whole filters and units. auto continues iteratively where \

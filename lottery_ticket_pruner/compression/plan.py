@@ -174,7 +174,8 @@ class Plan:
             what = "save no multiply-adds" if name == "macs" else "do not make the model faster"
             raise ValueError(
                 f"Zeros inside a kernel {what}: a goal of `{name}` needs "
-                f'method="channels". Received: method={self.method!r}'
+                f'method="channels". Received: method={self.method!r}. For sparse kernels, prune '
+                f'single weights by `LotteryTicketPruner.update_masks(budget={{"{name}": ...}})`.'
             )
         if self.method == "gradual" and self.options.retraining == "weight_rewinding":
             raise ValueError(
