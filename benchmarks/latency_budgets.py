@@ -107,6 +107,11 @@ WEIGHT_COLUMNS = (
 BATCHES = {"MLP": 32, "encoder": 1, "MobileNetV2": 1}
 
 
+def shown(latency):
+    """Returns a latency as text, which is empty if there is none."""
+    return "" if latency is None else f"{latency:.3f}"
+
+
 def weight_row(name, pruner, budget, batch):
     """Prunes single weights to a budget, and returns the cells of its row."""
     pruner.reset_masks()
@@ -120,28 +125,30 @@ def weight_row(name, pruner, budget, batch):
 
     def noted(self, masks, *, predicted):
         load = call(self, masks, predicted=predicted)
-        tried.append((predicted * latency.limit, load * latency.limit))
+        expected = None if predicted is None else predicted * latency.limit / unit
+        tried.append((shown(expected), shown(load * latency.limit / unit)))
         return load
 
     with mock.patch.object(ServedProbes, "__call__", noted):
         try:
             pruner.update_masks("smallest_weights", budget={"latency": latency})
         except ValueError as error:
-            first = [f"{each / unit:.3f}" for each in tried[0]]
-            return [name, f"{batch}", f"{budget}", *first, str(error).partition(". Pass")[0]]
+            return [name, f"{batch}", f"{budget}", *tried[0], str(error).partition(". Pass")[0]]
     took = time.perf_counter() - start
     found = pruner.measured_latency
     with tempfile.TemporaryDirectory() as folder:
         report = ml.export_sparse_torch(pruner.model, f"{folder}/model.pt", batch_size=batch)
+    expected = None if found.predicted is None else found.predicted / unit
+    off = "" if expected is None else f"{100 * (found.measured / unit / expected - 1):+.0f} %"
     left = 1 - ml.sparsity_report(pruner.model).sparsity
     return [
         name,
         f"{batch}",
         f"{budget}",
-        *(f"{each / unit:.3f}" for each in tried[0]),
-        f"{found.predicted / unit:.3f}",
+        *tried[0],
+        shown(expected),
         f"{found.measured / unit:.3f}",
-        f"{100 * (found.measured / found.predicted - 1):+.0f} %",
+        off,
         f"{1 / report.gain:.3f}",
         f"{left:.3f}",
         f"{found.trials}",

@@ -33,11 +33,12 @@ def multiply_adds(model: keras.Model) -> selection.MultiplyAdds:
             f"is not fixed: {unknown}. Give the model a fixed input shape, or pass a `sparsity`."
         )
     known = {path: number for path, number in graph.positions.items() if number}
-    sizes = {path: mask.size for path, mask in ml.get_masks(model).items()}
+    sizes = {ref.path: math.prod(ref.variable.shape) for ref in ml.masked_refs(model)}
     others = {**graph.unmasked, **{path: math.prod(s) for path, s in graph.products.items()}}
     if idle := [path for path in sizes if path not in known]:
         _logger.warning(
-            "No multiply-adds are known of these weights, so the budget keeps them: %s",
+            "No multiply-adds are known of these weights, so the budget keeps them and does not "
+            "count any: %s",
             ", ".join(idle),
         )
     return selection.MultiplyAdds(

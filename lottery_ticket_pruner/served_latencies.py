@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections.abc import Mapping
 
 import keras
@@ -27,7 +28,8 @@ class ServedLatency:
 
     Attributes:
         budget: The budget.
-        predicted: Latency that was predicted for this program, in the unit of the budget.
+        predicted: Latency that was predicted for this program, in the unit of the budget; None if
+            the model met the budget before the update.
         measured: The same as measured.
         dense_milliseconds: Median milliseconds of a call of the program with dense kernels.
         milliseconds: The same for the program of the pruned model.
@@ -36,7 +38,7 @@ class ServedLatency:
     """
 
     budget: Latency
-    predicted: float
+    predicted: float | None
     measured: float
     dense_milliseconds: float
     milliseconds: float
@@ -50,8 +52,9 @@ class ServedLatency:
 
     def __str__(self) -> str:
         unit = "ms" if self.budget.share is None else "of the latency without pruning"
+        predicted = "" if self.predicted is None else f", predicted {self.predicted:.3g}"
         return (
-            f"measured {self.measured:.3g} {unit}, predicted {self.predicted:.3g}, batch size "
+            f"measured {self.measured:.3g} {unit}{predicted}, batch size "
             f"{self.budget.batch_size}, threads: {self.report.threads}, programs tried: "
             f"{self.trials}; TorchScript {self.dense_milliseconds:.3g} ms -> "
             f"{self.milliseconds:.3g} ms"
@@ -66,26 +69,28 @@ class ServedProbes:
     Args:
         model: The masked model.
         latency: The budget.
-
-    Attributes:
-        products: The products that have a sparse form, with their times divided by the budget.
-        rest: Time of everything else, divided by the budget.
-
-    Raises:
-        ImportError: If PyTorch is missing.
-        NotImplementedError: If the model cannot be written as TorchScript.
     """
 
     def __init__(self, model: keras.Model, latency: Latency) -> None:
         self._model, self._latency = model, latency
         self._tried: list[tuple[Mapping[str, np.ndarray], ServedLatency]] = []
+
+    def loads(self) -> selection.Loads:
+        """Measures the products of the model with sparse kernels, and logs which have none.
+
+        Raises:
+            ImportError: If PyTorch is missing.
+            NotImplementedError: If the model cannot be written as TorchScript.
+        """
+        latency = self._latency
         with bystanders_kept():
-            dense = shrinking.unpruned(model)
+            dense = shrinking.unpruned(self._model)
         costs = torchscript.program_costs(dense, _SPARSITIES, batch_size=latency.batch_size)
         share, limit = latency.share, latency.limit
         budget = limit / 1e3 if share is None else share * costs.seconds
-        sizes = {path: mask.size for path, mask in ml.get_masks(model).items()}
-        self.products = [
+        refs = ml.masked_refs(self._model)
+        sizes = {ref.path: math.prod(ref.variable.shape) for ref in refs}
+        products = [
             selection.Product(
                 {path: sizes[path] for path in paths},
                 sum(each.dense for each in found) / budget,
@@ -94,21 +99,26 @@ class ServedProbes:
             )
             for paths, found in _together(costs.products, sizes).items()
         ]
-        self.rest = costs.seconds / budget - sum(each.dense for each in self.products)
-        known = {path for each in self.products for path in each.sizes}
+        known = {path for each in products for path in each.sizes}
         if others := [path for path in sizes if path not in known]:
             _logger.warning(
                 "No time is saved by pruning these weights, which have no sparse kernel, so the "
                 "budget of latency keeps them: %s",
                 ", ".join(others),
             )
+        rest = costs.seconds / budget - sum(each.dense for each in products)
+        return selection.Loads(products, rest)
 
-    def __call__(self, masks: Mapping[str, np.ndarray], *, predicted: float) -> float:
+    def __call__(self, masks: Mapping[str, np.ndarray], *, predicted: float | None) -> float:
         """Returns the latency of the program with these masks, divided by the budget.
 
         Args:
             masks: Bool masks by path.
-            predicted: The expected result.
+            predicted: The expected result, or None if the products were not measured.
+
+        Raises:
+            ImportError: If PyTorch is missing.
+            NotImplementedError: If the model cannot be written as TorchScript.
         """
         with bystanders_kept(), masks_replaced(self._model, masks):
             pruned = ml.strip_masks(self._model)
@@ -122,7 +132,7 @@ class ServedProbes:
         measured = 1e3 * seconds if latency.share is None else seconds / dense
         found = ServedLatency(
             budget=latency,
-            predicted=predicted * latency.limit,
+            predicted=None if predicted is None else predicted * latency.limit,
             measured=measured,
             dense_milliseconds=1e3 * dense,
             milliseconds=1e3 * seconds,

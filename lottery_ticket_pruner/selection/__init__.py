@@ -22,13 +22,14 @@ from lottery_ticket_pruner.selection.new_masks import (
 )
 from lottery_ticket_pruner.selection.random_masks import shuffled_within
 from lottery_ticket_pruner.selection.request import Request, resolve_scope
-from lottery_ticket_pruner.selection.served_latency import Product, ServedProbe
+from lottery_ticket_pruner.selection.served_latency import Loads, Product, ServedProbe
 from lottery_ticket_pruner.selection.weight_budgets import WeightProbe
 from lottery_ticket_pruner.selection.weights import Weights
 from lottery_ticket_pruner.shares import Share
 
 __all__ = [
     "Costs",
+    "Loads",
     "Measure",
     "MultiplyAdds",
     "Probe",

@@ -191,13 +191,13 @@ def _check_kind(
             "share of the weights is a `sparsity`. Received: "
             f"budget={budget!r}, structure={structure!r}"
         )
+    if structure is not None and structure.kept is not None:
+        raise ValueError(f"{structure} determines how many weights are kept: leave the budget out.")
     if structure is not None and "bytes" not in budget:
         raise ValueError(
             f'The budget {list(budget)} is one for single weights or for structure="channels". '
             f"Pass a `sparsity` with other structures. Received: structure={structure!r}"
         )
-    if structure is not None and structure.kept is not None:
-        raise ValueError(f"{structure} determines how many weights are kept: leave the budget out.")
 
 
 def refuse_amounts(structure: structures.Structure, **arguments: object) -> None:

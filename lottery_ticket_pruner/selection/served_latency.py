@@ -61,19 +61,31 @@ class Product:
         return pruned / sum(self.sizes.values())
 
 
+@dataclasses.dataclass(frozen=True)
+class Loads:
+    """What a program and its products take.
+
+    Attributes:
+        products: The products that have a sparse form; each weight is in one of them.
+        rest: Load of everything else in the program.
+    """
+
+    products: Sequence[Product]
+    rest: float
+
+    def predicted(self, sparsities: Mapping[str, float]) -> float:
+        """Returns the load that is expected with given sparsities of all kernels."""
+        return self.rest + sum(each.load(each.now(sparsities)) for each in self.products)
+
+
 @runtime_checkable
 class ServedProbe(Protocol):
     """Measures the program of given masks. Times are divided by the budget: loads."""
 
-    @property
-    def products(self) -> Sequence[Product]:
-        """The products that have a sparse form; each weight is in one of them."""
+    def loads(self) -> Loads:
+        """Measures the products, which takes long."""
 
-    @property
-    def rest(self) -> float:
-        """Load of everything else in the program."""
-
-    def __call__(self, masks: Mapping[str, np.ndarray], *, predicted: float) -> float:
+    def __call__(self, masks: Mapping[str, np.ndarray], *, predicted: float | None) -> float:
         """Returns the measured load, given masks and the load that is expected of them."""
 
 
@@ -86,9 +98,9 @@ def within_served_latency(
 ) -> Masks:
     """Returns masks with which the served program meets a budget of latency, closely.
 
-    Sparsities are solved from the loads of the products, and the program is measured. If it takes
-    another time than predicted, all predictions are multiplied by the quotient, and the sparsities
-    are solved again.
+    A program that meets it without an update stays as it is. Otherwise, sparsities are solved from
+    the loads of the products, and the program is measured. If it takes another time than predicted,
+    all predictions are multiplied by the quotient, and the sparsities are solved again.
 
     Args:
         latency: The budget.
@@ -108,25 +120,33 @@ def within_served_latency(
     factor, aim = 1.0, 1.0
     tried: list[tuple[float, Masks]] = []
     before: Sparsities | None = None
+    if latency.share in (None, 1) or any(now.values()):  # Otherwise, it is slower than the budget.
+        masks = masks_at({})
+        tried.append((probe(masks, predicted=None), masks))
+        if tried[0][0] <= 1:
+            return masks
+    loads = probe.loads()
+    if tried:
+        factor, aim = tried[0][0] / loads.predicted(now), 1 - _CLOSE / 2
     for _ in range(_TRIALS):
-        found = _solved(probe, now, aim / factor, losses)
-        extreme = found is None
-        sparsities = _all_that_gain(probe.products, now, MOST) if found is None else found
+        found = _solved(loads, now, aim / factor, losses)
+        sparsities = _all_that_gain(loads.products, now, MOST) if found is None else found
         if sparsities == before and tried[-1][0] <= 1:
             break  # With less pruned, kernels would be dense.
         before = sparsities
         masks = masks_at(sparsities)
-        predicted = factor * predicted_load(probe, {**now, **sparsities})
+        predicted = factor * loads.predicted({**now, **sparsities})
         load = probe(masks, predicted=predicted)
-        if extreme and load > 1:
-            fastest = min(load, *(other for other, _ in tried)) if tried else load
+        tried.append((load, masks))
+        fastest = min(other for other, _ in tried)
+        if found is None and fastest > 1:
             raise ValueError(
                 f"A latency of at most {latency.text(1)} (batch size {latency.batch_size}) cannot "
                 f"be reached by pruning single weights: {latency.text(fastest)} is the smallest "
-                f"that was measured, with {MOST:.1%} of the weights of every kernel pruned that "
-                'becomes faster. Pass a larger budget, or prune channels (structure="channels").'
+                f"that was measured, with up to {MOST:.1%} of the weights of every kernel pruned "
+                "that becomes faster. Pass a larger budget, or prune channels "
+                '(structure="channels").'
             )
-        tried.append((load, masks))
         nothing = all(sparsities[path] <= now[path] for path in sparsities)
         if load <= 1 and (load >= 1 - _CLOSE or nothing):
             break
@@ -137,20 +157,15 @@ def within_served_latency(
     return max(met, key=lambda trial: trial[0])[1] if met else min(tried, key=lambda t: t[0])[1]
 
 
-def predicted_load(probe: ServedProbe, sparsities: Mapping[str, float]) -> float:
-    """Returns the load that the products' loads predict for sparsities of all kernels."""
-    return probe.rest + sum(each.load(each.now(sparsities)) for each in probe.products)
-
-
 def _solved(
-    probe: ServedProbe, now: Mapping[str, float], limit: float, losses: Losses | None
+    loads: Loads, now: Mapping[str, float], limit: float, losses: Losses | None
 ) -> Sparsities | None:
     """Returns the sparsities of kernels that are to be pruned within a load, or None."""
-    if predicted_load(probe, now) <= limit:
+    if loads.predicted(now) <= limit:
         return {}
     if losses is None:
-        return _same_for_all(probe, now, limit)
-    return _least_loss(probe, now, limit, losses)
+        return _same_for_all(loads, now, limit)
+    return _least_loss(loads, now, limit, losses)
 
 
 def _all_that_gain(
@@ -165,10 +180,10 @@ def _all_that_gain(
     }
 
 
-def _same_for_all(probe: ServedProbe, now: Mapping[str, float], limit: float) -> Sparsities | None:
+def _same_for_all(loads: Loads, now: Mapping[str, float], limit: float) -> Sparsities | None:
     def fits(sparsity: float) -> bool:
-        pruned = _all_that_gain(probe.products, now, sparsity)
-        return predicted_load(probe, {**now, **pruned}) <= limit
+        pruned = _all_that_gain(loads.products, now, sparsity)
+        return loads.predicted({**now, **pruned}) <= limit
 
     low, high = 0.0, MOST
     if not fits(high):
@@ -176,15 +191,15 @@ def _same_for_all(probe: ServedProbe, now: Mapping[str, float], limit: float) ->
     for _ in range(_STEPS):
         middle = (low + high) / 2
         low, high = (low, middle) if fits(middle) else (middle, high)
-    return _all_that_gain(probe.products, now, high)
+    return _all_that_gain(loads.products, now, high)
 
 
 def _least_loss(
-    probe: ServedProbe, now: Mapping[str, float], limit: float, losses: Losses
+    loads: Loads, now: Mapping[str, float], limit: float, losses: Losses
 ) -> Sparsities | None:
     """Returns the sparsities with the least sum of losses, by dynamic programming over time."""
-    choices = [_choices(each, now, losses) for each in probe.products]
-    room = limit - probe.rest - sum(min(load for load, *_ in options) for options in choices)
+    choices = [_choices(each, now, losses) for each in loads.products]
+    room = limit - loads.rest - sum(min(load for load, *_ in options) for options in choices)
     if room < 0:
         return None
     # Loads beyond the least one of each product, in intervals; rounded up, so that the sum fits.

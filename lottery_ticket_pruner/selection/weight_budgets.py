@@ -10,6 +10,7 @@ from lottery_ticket_pruner.budgets import Latency
 from lottery_ticket_pruner.selection.amounts import amounts
 from lottery_ticket_pruner.selection.byte_search import StoredSize, within_bytes
 from lottery_ticket_pruner.selection.comparisons import comparisons, ranked_by, scores_of
+from lottery_ticket_pruner.selection.lowest import NAN
 from lottery_ticket_pruner.selection.multiply_adds import MultiplyAdds, within_multiply_adds
 from lottery_ticket_pruner.selection.request import Request
 from lottery_ticket_pruner.selection.served_latency import ServedProbe, within_served_latency
@@ -17,6 +18,7 @@ from lottery_ticket_pruner.selection.weights import Weights
 
 Masks = dict[str, np.ndarray]
 
+_INFINITE = 1e200
 
 # What is left or measured with given masks, for a budget of single weights.
 WeightProbe: TypeAlias = StoredSize | MultiplyAdds | ServedProbe
@@ -93,7 +95,7 @@ def _within_latency(
     if request.scope == "global":
         scores = scores_of(request, kernels)
         prune = {p: ranked_by(request, {p: kernels[p]}, {p: s}).prune for p, s in scores.items()}
-        losses = {p: _loss_of(kernels[p].mask, s) for p, s in scores.items()}
+        losses = {p: _loss_of(request, p, kernels[p].mask, s) for p, s in scores.items()}
     else:
         prune = {each.paths[0]: each.prune for each in comparisons(request, kernels)}
 
@@ -112,10 +114,16 @@ def _keeping_one(sparsity: float, kernel: Weights) -> float:
     return min(sparsity, 1 - 1 / kernel.mask.size)
 
 
-def _loss_of(mask: np.ndarray, scores: np.ndarray) -> Callable[[float], float]:
+def _loss_of(
+    request: Request, path: str, mask: np.ndarray, scores: np.ndarray
+) -> Callable[[float], float]:
     """Returns the function from a sparsity to the sum of the scores that are pruned for it."""
-    finite = np.where(np.isfinite(scores), scores, 0.0)
-    sums = np.concatenate([[0.0], np.cumsum(np.sort(finite[mask].astype("float64")))])
+    kept = scores[mask].astype("float64")
+    if np.isnan(kept).any():
+        raise ValueError(f"Criterion {request.criterion.name!r} on {path!r}: {NAN}")
+    # Infinite scores outweigh all others, in sums that can be compared.
+    finite = np.nan_to_num(kept, posinf=_INFINITE, neginf=-_INFINITE)
+    sums = np.concatenate([[0.0], np.cumsum(np.sort(finite))])
 
     def loss(sparsity: float) -> float:
         drop = int(sparsity * mask.size) - (mask.size - (sums.size - 1))

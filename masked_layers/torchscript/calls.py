@@ -60,12 +60,10 @@ class Site:
     Attributes:
         constant: The weight.
         operation: The operation.
-        calls: Number of calls in all passes through the model so far.
     """
 
     constant: Constant
     operation: Operation
-    calls: int = 0
 
 
 class Calls(TorchFunctionMode):
@@ -143,7 +141,6 @@ class Calls(TorchFunctionMode):
             if constant.sparsity >= self._sparse_from:
                 key = id(product.weight), product.operation
                 site = self.sites.setdefault(key, Site(constant, product.operation))
-                site.calls += 1
                 return self.compute(site, product.x, dense)
         for tensor in inside:
             self.constants[id(tensor)].elsewhere = True

@@ -69,15 +69,14 @@ def seconds_at(
     Returns:
         Median seconds of all calls of a site in one pass: dense, and for each sparsity.
     """
-    shapes: dict[Site, tuple[int, ...]] = {}
+    shapes: dict[Site, list[tuple[int, ...]]] = defaultdict(list)
 
     def note(site: Site, x: torch.Tensor, dense: Callable[[], Any]) -> Any:
-        shapes[site] = tuple(x.shape)
+        shapes[site].append(tuple(x.shape))
         return dense()
 
     calls.compute = note
     alike: dict[Any, list[Site]] = defaultdict(list)
-    often = {site: site.calls for site in calls.sites.values()}  # In the one pass so far.
     run()
     modules: dict[tuple[str, float], dict[Site, torch.nn.Module]] = {
         (name, sparsity): {
@@ -88,8 +87,8 @@ def seconds_at(
         for sparsity in sparsities
     }
     measured = _in_passes(calls, run, modules)
-    for site, shape in shapes.items():
-        key = site.operation, tuple(site.constant.tensor.shape), shape, often[site]
+    for site, inputs in shapes.items():
+        key = site.operation, tuple(site.constant.tensor.shape), tuple(inputs)
         alike[key].append(site)
     found: dict[Site, tuple[float, list[float]]] = {}
     for sites in alike.values():
@@ -103,11 +102,15 @@ def seconds_at(
 
 
 def _largest(weight: torch.Tensor, sparsity: float) -> torch.Tensor:
-    """Returns a weight with zeros in place of a share of its smallest entries."""
+    """Returns a weight with zeros in place of a share of its smallest entries, and only of these.
+
+    Other zeros, which a sparse matrix would leave out, become ones.
+    """
     keep = max(1, round((1 - sparsity) * weight.numel()))
     places = weight.abs().flatten().topk(keep, sorted=False).indices
     sparse = torch.zeros(weight.numel(), dtype=weight.dtype)
-    sparse[places] = weight.flatten()[places]
+    largest = weight.flatten()[places]
+    sparse[places] = torch.where(largest == 0, torch.ones_like(largest), largest)
     return sparse.reshape(weight.shape)
 
 

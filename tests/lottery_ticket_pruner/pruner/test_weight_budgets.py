@@ -44,7 +44,7 @@ def test_weights_without_multiply_adds_are_kept(caplog):
     model = ml.convert_to_masked(keras.Model(x, layers.Dense(20, name="head")(y)))
     pruner = LotteryTicketPruner(model)
     pruner.update_masks("smallest_weights", budget={"macs": 0.25})
-    assert "the budget keeps them: words/embeddings" in caplog.text
+    assert "the budget keeps them and does not count any: words/embeddings" in caplog.text
     assert ml.get_masks(model)["words/embeddings"].all()
     assert pruner.multiply_adds == 0.25 * 24 * 20
 
@@ -135,6 +135,39 @@ def test_real_programs_are_measured():
     assert {row.site for row in pruner.measured_latency.report if row.seconds} >= {
         "conv/kernel:conv2d"
     }
+
+
+@pytest.mark.once("torch")
+def test_times_are_shared_by_layers_with_equal_inputs_and_measured_without_zeros(monkeypatch):
+    """All of a layer's inputs count, and zeros of weights are not left out of kernels."""
+    from masked_layers.torchscript import timing
+
+    entries, kernel = [], timing.kernel
+
+    def counted(site, name, *, weight):
+        entries.append(np.count_nonzero(weight))
+        return kernel(site, name, weight=weight)
+
+    monkeypatch.setattr(timing, "kernel", counted)
+    zeros = {"kernel_initializer": "zeros"}
+    large, small = keras.Input((64, 16)), keras.Input((1, 16))
+    outputs = []
+    for name, inputs in (("a", [large, small]), ("b", [small, small]), ("c", [small, small])):
+        layer = layers.Dense(16, name=name, **zeros)
+        outputs += [layer(x) for x in inputs]
+    costs = torchscript.program_costs(keras.Model([large, small], outputs), (0.5,), batch_size=1)
+    found = {each.paths[0]: each.dense for each in costs.products}
+    assert found["b/kernel"] == found["c/kernel"] != found["a/kernel"]
+    assert entries == [128] * 6
+
+
+@pytest.mark.once
+def test_masks_of_normalization_are_not_weights(caplog):
+    model = keras.Sequential([keras.Input((6,)), layers.Dense(4), layers.BatchNormalization()])
+    pruner = LotteryTicketPruner(ml.convert_to_masked(model, mask_normalization=True))
+    pruner.update_masks("smallest_weights", budget={"macs": 0.5})
+    assert pruner.multiply_adds == 12
+    assert "does not count" not in caplog.text
 
 
 @pytest.mark.once

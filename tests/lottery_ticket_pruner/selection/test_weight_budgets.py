@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lottery_ticket_pruner import Latency, selection
-from lottery_ticket_pruner.selection.served_latency import predicted_load, within_served_latency
+from lottery_ticket_pruner.selection.served_latency import within_served_latency
 
 pytestmark = pytest.mark.once
 
@@ -70,6 +70,9 @@ def test_what_multiply_adds_cannot_do_is_an_error():
     request = selection.Request.of("smallest_weights", budget={"macs": 0.5})
     with pytest.raises(ValueError, match=r"LotteryTicketPruner\.update_masks"):
         selection.select(request, weights())
+    for name in ("macs", "latency"):
+        with pytest.raises(ValueError, match="determines how many weights are kept"):
+            selection.Request.of("smallest_weights", budget={name: 0.5}, structure="2:4")
     nothing = selection.MultiplyAdds({}, 5, {})
     with pytest.raises(ValueError, match=r"None of the weights .* takes part"):
         selection.select(request, weights(), probe=nothing)
@@ -90,7 +93,11 @@ class Probe:
             selection.Product({path: 1000}, dense / limit, grid, [each / limit for each in sparse])
             for path, (dense, sparse) in loads.items()
         ]
-        self.rest, self.factor, self.calls = 0.1 / limit, factor, []
+        self.rest, self.factor, self.calls, self.timed = 0.1 / limit, factor, [], 0
+
+    def loads(self):
+        self.timed += 1
+        return selection.Loads(self.products, self.rest)
 
     def __call__(self, masks, *, predicted):
         sparsities = {path: float(mask[0]) for path, mask in masks.items()}
@@ -99,6 +106,10 @@ class Probe:
             load *= self.factor
         self.calls.append((predicted, load))
         return load
+
+
+def predicted_load(probe, sparsities):
+    return selection.Loads(probe.products, probe.rest).predicted(sparsities)
 
 
 def search(probe, limit, now=0.0, losses=None):
@@ -163,11 +174,56 @@ def test_wrong_predictions_are_corrected(factor):
     assert 2 <= len(probe.calls) <= 3
 
 
-def test_a_budget_that_is_met_prunes_nothing():
-    probe = Probe(1.0)
-    assert search(probe, 1.0) == dict.fromkeys("abc", 0.0)
+@pytest.mark.parametrize(
+    ("limit", "now", "factor"), [(1, 0.0, 1.0), (0.65, 0.9, 1.0), (0.4, 0.9, 0.6)]
+)
+def test_a_budget_that_is_met_prunes_nothing_and_times_no_kernels(limit, now, factor):
+    """Also if products would be predicted to be too slow."""
+    probe = Probe(limit, factor)
+    assert search(probe, limit, now=now) == dict.fromkeys("abc", now)
     assert len(probe.calls) == 1
-    assert set(search(Probe(0.65), 0.65, now=0.9).values()) == {0.9}
+    assert probe.timed == 0
+    assert probe.calls[0][0] is None  # Nothing is predicted.
+
+
+def test_a_program_that_met_the_budget_is_not_forgotten_for_a_later_one():
+    class Noisy(Probe):
+        def __call__(self, masks, *, predicted):
+            super().__call__(masks, predicted=predicted)
+            return [0.6, 4.0, 1.2, 1.2, 1.2][len(self.calls) - 1]
+
+    probe = Noisy(0.5)
+    first = search(Probe(0.5), 0.5)
+    assert search(probe, 0.5) == first
+    assert len(probe.calls) > 2
+
+
+def of_scores(scores):
+    """Prunes kernels "a" and "b", which can save as much, by given scores."""
+    kernels = {p: selection.Weights(mask=np.ones(1000, bool), current=scores[p]) for p in "ab"}
+    probe = Probe(0.65)
+    probe.products = [selection.Product({p: 1000}, 0.7, (0.5, 0.999), (0.2, 0.1)) for p in "ab"]
+
+    def scored(group):
+        return np.select(
+            [group.current == -1, group.current == -2], [np.inf, np.nan], group.current
+        )
+
+    request = selection.Request.of(scored, budget={"latency": 0.65}, scope="global")
+    return selection.select(request, kernels, probe=probe), probe
+
+
+def test_infinite_scores_are_kept_as_long_as_others_can_be_pruned():
+    masks, _ = of_scores({"a": np.full(1000, -1.0), "b": np.arange(1000.0)})
+    assert masks["a"].all()
+    assert not masks["b"].all()
+
+
+def test_nan_scores_are_an_error_before_anything_is_timed():
+    scores = {"a": np.arange(1000.0), "b": np.full(1000, 1e9)}
+    scores["b"][3] = -2
+    with pytest.raises(ValueError, match=r"'b'.*NaN"):
+        of_scores(scores)
 
 
 def test_a_jump_of_the_times_is_measured_once():
