@@ -20,10 +20,6 @@ else:
     _Control = Literal[*names.CONTROLS]
     _Weights = Literal[*names.WEIGHTS]
 
-_Scope = Annotated[
-    Literal["layer", "global", "isomorphic"] | None, choice("layer", "global", "isomorphic")
-]
-_Learned = Annotated[Literal["bernoulli", "edge_popup"] | None, choice("bernoulli", "edge_popup")]
 _CUSTOM = "For a custom one: module:name or path/to/file.py:name"
 _DATA = tyro.conf.arg(
     metavar="NAME",

@@ -24,7 +24,7 @@ class UsageError(ValueError):
 
 
 def check_names(kind: type[Any], command: str, arguments: Sequence[str]) -> None:
-    """Raises a UsageError for the first option that a command does not have.
+    """Raises a UsageError for an option that a command does not have or whose values get lost.
 
     Args:
         kind: Class of its options.
@@ -32,11 +32,29 @@ def check_names(kind: type[Any], command: str, arguments: Sequence[str]) -> None
         arguments: Its arguments.
     """
     known = _option_names(kind)
-    for argument in arguments:
-        name = _name_of(argument)
-        if name is not None and name not in known and not _is_number(argument):
+    unnamed = _marked(kind, "Positional")
+    repeatable = _marked(kind, "UseAppendAction")
+    types = {_option(one): type_ for one, type_ in typing.get_type_hints(kind).items()}
+    given: dict[str, list[str]] = {}
+    for name, values in _given(arguments):
+        if name in unnamed:
+            usage = " ".join([command, *(one.lstrip("-").upper() for one in unnamed)])
+            raise UsageError(
+                f"{name} is no option: give the value alone, as in lottery-ticket {usage}."
+            )
+        if name not in known:
             hint = hints.question(name, known) or f" See lottery-ticket {command} --help."
             raise UsageError(f"`lottery-ticket {command}` has no option {name}.{hint}")
+        if name in given and name not in repeatable and takes_several(types.get(name)):
+            # The parser would only use the last values.
+            together = " ".join([name, *given[name], *values])
+            raise UsageError(f"{name} is given twice. Give all values at once: {together}")
+        given[name] = values
+
+
+def takes_several(type_: object) -> bool:
+    """Returns whether an option of a type takes more than one value."""
+    return typing.get_origin(type_) is tuple or any(map(takes_several, typing.get_args(type_)))
 
 
 def reason(kind: type[Any], arguments: Sequence[str], said: str) -> str:
@@ -128,11 +146,24 @@ def _is_number(argument: str) -> bool:
 def _option_names(kind: type[Any]) -> list[str]:
     names = ["--help", "-h"]
     types = typing.get_type_hints(kind)
+    unnamed = _marked(kind, "Positional")
     for field in dataclasses.fields(kind):
+        if _option(field.name) in unnamed:
+            continue
         names.append(_option(field.name))
         if types[field.name] is bool:
             names.append(f"--no-{field.name.replace('_', '-')}")
     return names
+
+
+def _marked(kind: type[Any], marker: str) -> list[str]:
+    """Returns the options whose types have a marker of tyro."""
+    import tyro
+
+    types = typing.get_type_hints(kind, include_extras=True)
+    wanted = getattr(tyro.conf, marker)
+    marked = {name for name, type_ in types.items() if wanted in getattr(type_, "__metadata__", ())}
+    return [_option(field.name) for field in dataclasses.fields(kind) if field.name in marked]
 
 
 def _option(name: str) -> str:

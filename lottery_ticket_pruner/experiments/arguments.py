@@ -6,6 +6,7 @@ import typing
 from collections.abc import Sequence
 from typing import Any
 
+from _lottery_ticket.refusals import takes_several
 from lottery_ticket_pruner.registry import UnknownNameError
 
 
@@ -40,17 +41,13 @@ def parse_over(text: str, config: type) -> tuple[str, list[str]]:
 def given(name: str, value: str, config: type) -> list[str]:
     """Returns the command-line arguments for one value of --over."""
     hint = typing.get_type_hints(config)[name]
-    if _takes_several(hint):
+    if takes_several(hint):
         return [option(name), *([] if value == "none" else value.split("+"))]
     if hint is bool:
         if value.lower() not in ("true", "false"):
             raise ValueError(f"--over {name} takes true and false. Received: {value!r}.")
         return arguments(name, value.lower() == "true")
     return [option(name), value]
-
-
-def _takes_several(hint: object) -> bool:
-    return typing.get_origin(hint) is tuple or any(map(_takes_several, typing.get_args(hint)))
 
 
 def arguments(name: str, value: object) -> list[str]:

@@ -5,6 +5,8 @@ import os
 import signal
 import subprocess
 import sys
+import types
+import typing
 from pathlib import Path
 
 import pytest
@@ -13,10 +15,12 @@ pytest.importorskip("tyro")
 
 import _lottery_ticket
 import lottery_ticket_pruner
-from _lottery_ticket import hints, logs, names, parser, refusals
+from _lottery_ticket import commands, hints, logs, names, parser, refusals
 from lottery_ticket_pruner import cli, criteria, search_plans, supermasks, treatments
-from lottery_ticket_pruner.compression import ModelComparison
+from lottery_ticket_pruner.commands import saved_models
+from lottery_ticket_pruner.compression import ModelComparison, plan
 from lottery_ticket_pruner.experiments import catalogue, datasets, networks
+from masked_layers.serving import stored_values
 
 pytestmark = pytest.mark.once
 
@@ -46,6 +50,20 @@ def test_names_of_options_are_those_that_there_are():
     ):
         assert list(listed) == list(there)
     assert parser.commands().keys() == cli._HANDLERS.keys() | catalogue.KINDS.keys()
+    for options, name, there in (
+        (commands.ExportOptions, "values", stored_values.CHOICES),
+        (commands.ExportOptions, "format", saved_models._OPTIONS),
+        (commands.PruneOptions, "method", plan.METHODS),
+        (commands.PruneOptions, "scope", plan.SCOPES),
+        (commands.PruneOptions, "retraining", plan.RETRAINING),
+    ):
+        assert set(choices(typing.get_type_hints(options)[name])) == set(there)
+
+
+def choices(type_):
+    """Returns the choices of an option, which may be left out."""
+    literal, *_ = typing.get_args(type_) if types.NoneType in typing.get_args(type_) else [type_]
+    return typing.get_args(literal)
 
 
 def test_help_version_and_refusals_import_nothing_heavy_and_fit_the_page():
@@ -104,6 +122,10 @@ print(json.dumps([len(lines), sorted(heavy & sys.modules.keys())]))
         ("export model.keras", "Expected MODEL OUT."),
         ("export model.keras out --values int9", "Received: 'int9'. Did you mean 'int8'?"),
         ("repeat", "Expected FOLDER."),
+        ("export a.keras --out served/1", "alone, as in lottery-ticket export MODEL OUT."),
+        ("prune --model a.keras", "--model is no option: give the value alone, as in lottery-tick"),
+        ("run --rate 0.2 --steps 9 --rate conv=0.1", "all values at once: --rate 0.2 conv=0.1"),
+        ("sweep --over rate=0.1,0.2 --over steps=1,2", None),
         ("sweep --jobs two", "--jobs expects a whole number. Received: 'two'."),
         ("prune --size -3", None),
         ("run --learning-rate -1", None),
