@@ -46,9 +46,7 @@ def load_model(path: Path, *, compiled: bool = False) -> keras.Model:
         raise FileContentError(f"'{path}' was not written by Keras: {error}.") from error
     # Keras can raise any error for other files, and for layers that are not imported.
     except Exception as error:
-        raise FileContentError(
-            f"'{path}' cannot be loaded: {type(error).__name__}: {error}"
-        ) from error
+        raise FileContentError(f"'{path}' cannot be loaded: {reason_of(error)}") from error
 
 
 def _check_archive(path: Path) -> None:

@@ -1,6 +1,7 @@
 """The commands `lottery-ticket export` and `lottery-ticket inspect` for saved models."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from lottery_ticket_pruner.commands.all_formats import FormatsTable, Options, ex
 from lottery_ticket_pruner.experiments import saved_tickets
 from masked_layers import serving
 from masked_layers.keras_files import how_to_save
-from masked_layers.ticket_files import load_saved
+from masked_layers.ticket_files import SUFFIX, load_saved
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,17 +113,26 @@ class InspectConfig(options.InspectOptions):
 
     def execute(self) -> serving.StorageReport:
         """Returns a report of the stored sizes."""
+        tickets = saved_tickets.tickets_in(self.path)
+        if tickets and not (self.path / "saved_model.pb").is_file():
+            raise ValueError(f"'{self.path}' is the folder of a run.{_named(tickets)}")
         return serving.inspect(self.path)
 
 
 def _check_model(path: Path) -> None:
     if not path.is_file():
         received = f" Received: the folder '{path}'." if path.is_dir() else ""
-        if tickets := saved_tickets.tickets_in(path):
-            received += f" Its tickets: {', '.join(map(str, tickets))}."
+        received += _named(saved_tickets.tickets_in(path))
         raise FileNotFoundError(f"There is no file '{path}'.{received}")
     if path.suffix not in saved_tickets.SUFFIXES:
-        raise ValueError(f"Expected a '.keras' file. Received: '{path}'. {how_to_save(path)}")
+        raise ValueError(
+            f"Expected a '.keras' file or a ticket ('{SUFFIX}'). Received: '{path}'. "
+            f"{how_to_save(path)}"
+        )
+
+
+def _named(tickets: Sequence[Path]) -> str:
+    return f" Its tickets: {', '.join(map(str, tickets))}." if tickets else ""
 
 
 def _array(path: Path) -> np.ndarray:

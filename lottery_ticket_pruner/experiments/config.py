@@ -1,4 +1,4 @@
-"""The configuration of an experiment, which defines its command line and the name of its folder."""
+"""The configuration of an experiment: its options with all choices made, and its folder's name."""
 
 import dataclasses
 import functools

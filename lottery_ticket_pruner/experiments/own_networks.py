@@ -67,7 +67,7 @@ def load_file(path: Path, *, compiled: bool) -> keras.Model:
         if error.__cause__ is None:  # The file is damaged.
             raise
         raise ValueError(
-            f"{error}\nIf the model has classes of your own, name a function that loads it: "
+            f"{error} If the model has classes of your own, name a function that loads it: "
             "file.py:function."
         ) from error
 

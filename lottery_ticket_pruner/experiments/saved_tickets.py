@@ -32,7 +32,8 @@ def save(model: keras.Model, folder: Path, name: str) -> Path:
         ml.save_ticket(model, file)
     except ValueError as error:
         file, other = other, file
-        warnings.warn(f"'{file}' is written in place of a ticket file. {error}", stacklevel=2)
+        # Without the folder, which a run that replaces another one is moved from.
+        warnings.warn(f"'{file.name}' is written in place of a ticket file. {error}", stacklevel=2)
         save_model(model, file)
     other.unlink(missing_ok=True)
     return file

@@ -49,9 +49,10 @@ def inspect(path: str | os.PathLike[str]) -> StorageReport:
     elif "saved_model.pb" in files:
         arrays = _without_second_copies(_checkpoint(path))
     else:
+        remedy = how_to_save(path) if path.is_file() else ""
         raise FileContentError(
-            f"'{path}' is neither a '.keras' file nor a SavedModel folder (a folder with a file "
-            f"'saved_model.pb'). {how_to_save(path) if path.is_file() else ''}".rstrip()
+            f"'{path}' is neither a '.keras' file, a ticket ('{SUFFIX}') nor a SavedModel folder "
+            f"(a folder with a file 'saved_model.pb'). {remedy}".rstrip()
         )
     rows = [
         StorageRow(

@@ -126,9 +126,15 @@ def test_errors_of_their_own_still_come_with_their_traceback(said):
         (("repeat", "."), "'.' is not a run folder: it holds no config.json."),
         (("report", "nowhere"), "There is no folder 'nowhere'."),
         (("instability", "--masks", "nowhere", "--out", "out"), "There is no folder 'nowhere'."),
-        (("export", "file", "out"), "Expected a '.keras' file. Received: 'file'. To create a '.k"),
+        (
+            ("export", "file", "out"),
+            "Expected a '.keras' file or a ticket ('.safetensors'). Received: 'file'. To c",
+        ),
         (("export", ".", "out"), "There is no file '.'. Received: the folder '.'."),
-        (("inspect", "file"), "'file' is neither a '.keras' file nor a SavedModel folder"),
+        (
+            ("inspect", "file"),
+            "'file' is neither a '.keras' file, a ticket ('.safetensors') nor a Saved",
+        ),
     ],
 )
 def test_files_and_folders_are_named(said, command, message):

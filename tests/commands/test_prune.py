@@ -168,6 +168,7 @@ def test_a_file_with_a_class_that_is_not_known_asks_for_a_function(here, capsys)
     message = capsys.readouterr().err
     assert "Could not locate class 'Own'" in message
     assert "name a function that loads it: file.py:function" in message
+    assert message.count("\n") == 1
 
 
 def test_a_step_that_was_not_possible_says_why(capsys):

@@ -94,8 +94,9 @@ def test_a_run_leaves_its_ticket_ready_to_serve(tmp_path, capsys):
     assert "served/1: " in capsys.readouterr().out.replace("\n", "")
     assert [path.name for path in (tmp_path / "served").iterdir()] == ["1"]
     assert cli.main(["export", str(tmp_path), str(tmp_path / "served")]) == 2
+    assert cli.main(["inspect", str(tmp_path)]) == 2
     names = ", ".join(str(tmp_path / f"ticket{n}.safetensors") for n in ("", "-1"))
-    assert f"Its tickets: {names}." in capsys.readouterr().err.replace("\n", "")
+    assert capsys.readouterr().err.count(f" Its tickets: {names}.\n") == 2
     ticket = ml.load_ticket(tmp_path / "ticket.safetensors")
     served = tf.saved_model.load(str(tmp_path / "served" / "1"))
     x = np.random.default_rng(0).random((3, *ticket.input_shape[1:]), "float32")
