@@ -238,16 +238,13 @@ def shorten(function: Any, called: Mapping[str, str], *, outputs: bool) -> dict[
         New names of its nodes and arguments, by their earlier names.
     """
     named = {i for i, found in function.arg_attr.items() if "_user_specified_name" in found.attr}
-    arguments = {
-        argument.name: f"r{i}"
-        for i, argument in enumerate(function.signature.input_arg)
-        if i not in named
-    }
-    kept = {argument.name for argument in function.signature.input_arg} - arguments.keys()
-    free = (name for name in numbered("") if name not in kept)
-    short = arguments | {
-        node.name: name for node, name in zip(function.node_def, free, strict=False)
-    }
+    arguments = [argument.name for argument in function.signature.input_arg]
+    kept = {arguments[i] for i in named}  # An input may be called "r0".
+    free = {prefix: (name for name in numbered(prefix) if name not in kept) for prefix in ("r", "")}
+    unnamed = (name for i, name in enumerate(arguments) if i not in named)
+    short = dict(zip(unnamed, free["r"], strict=False))
+    nodes = (node.name for node in function.node_def)
+    short |= dict(zip(nodes, free[""], strict=False))
     for argument in function.signature.input_arg:
         argument.name = short.get(argument.name, argument.name)
     for node in function.node_def:

@@ -129,7 +129,8 @@ def _rounded_vector(name: str, exact: Stored) -> Stored:
         return exact
     with np.errstate(over="ignore"):
         rounded = encoding.canonical(name, array.astype(ml_dtypes.bfloat16).astype(np.float32))
-    if not np.array_equal(np.isfinite(rounded), np.isfinite(array)):
+    finite = np.array_equal(np.isfinite(rounded), np.isfinite(array))
+    if not finite or np.array_equal(rounded, array):
         return exact
     return dataclasses.replace(exact, content=rounded)
 
@@ -150,9 +151,10 @@ def fewest_bits(
 ) -> dict[str, Stored]:
     """Chooses the bits of each codebook, so that the outputs stay within a tolerance.
 
-    The fewest bits with which all codebooks of one size meet the tolerance are found first. Then
-    the bits of single weights are lowered, beginning with the weight that has the most values, as
-    long as the measured error allows. The result is therefore not the smallest possible one.
+    The fewest bits with which all codebooks of one size meet the tolerance are found first; if even
+    8 bits do not, vectors stay exact. Then the bits of single weights are lowered, beginning with
+    the weight that has the most values, as long as the measured error allows. The result is
+    therefore not the smallest possible one.
 
     Args:
         weights: Weights with exact values, by path.
@@ -162,10 +164,13 @@ def fewest_bits(
         tolerance: Largest error allowed.
 
     Raises:
-        RuntimeError: If even 8 bits do not meet it.
+        RuntimeError: If even 8 bits and exact vectors do not meet it.
     """
+    rounded = True
 
     def coded(name: str, bits: int) -> Stored:
+        if weights[name].array.ndim < 2 and not rounded:
+            return weights[name]
         return _coded(name, weights[name], f"codebook-{bits}")
 
     def fits(found: Mapping[str, Stored]) -> bool:
@@ -173,7 +178,7 @@ def fewest_bits(
         logger.debug("%s: %s", {name: weight.dtype for name, weight in found.items()}, measured)
         return measured is not None and measured <= tolerance * _MARGIN
 
-    for bits in CODEBOOKS.values():
+    for bits, rounded in [*((bits, True) for bits in CODEBOOKS.values()), (8, False)]:
         found = {name: coded(name, bits) for name in weights if name in allowed}
         if fits(found):
             break

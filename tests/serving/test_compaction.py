@@ -117,6 +117,17 @@ def test_names_of_signatures_stay_and_functions_differ_between_models(tmp_path):
     assert not functions[0] & functions[1]
 
 
+def test_inputs_may_have_the_names_that_compaction_gives(tmp_path):
+    names = ["r1", "o0", "A", "r0"]
+    inputs = [keras.Input((4,), name=name) for name in names]
+    model = keras.Model(inputs, layers.Dense(3)(layers.Concatenate()(inputs)))
+    export_sparse_saved_model(model, tmp_path / "out")
+    loaded = tf.saved_model.load(str(tmp_path / "out"))
+    x = dict(zip(names, np.eye(4, dtype="float32")[:, None], strict=True))
+    got = loaded.signatures["serving_default"](**{name: tf.constant(v) for name, v in x.items()})
+    np.testing.assert_allclose(got["output_0"], model([*x.values()]), rtol=1e-5, atol=1e-6)
+
+
 def test_shapes_with_several_unknown_lengths_are_computed(tmp_path):
     @keras.saving.register_keras_serializable(package="test_compaction")
     class Halves(layers.Layer):

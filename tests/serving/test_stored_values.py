@@ -87,8 +87,8 @@ def test_codes_are_decoded_at_loading(make, values, tmp_path):
     assert coded >= 1
     assert {row.dtype for row in report} <= {"float32", "int8", *CHOICES}
     for row in report:
-        if len(row.shape) < 2:
-            rounded = values != "int8" and "/moving_" not in row.path
+        if len(row.shape) < 2:  # Other vectors are zeros and ones, or statistics.
+            rounded = values != "int8" and row.path == "full/bias"
             assert row.dtype == ("bfloat16" if rounded else "float32"), row.path
     assert inspect(tmp_path / "out") == report
 
@@ -164,6 +164,18 @@ def test_bits_are_chosen_for_each_weight_to_meet_the_tolerance(tmp_path):
     assert sum(chosen[0]) < sum(chosen[1])
     # The variables of the traced function got their exact values back.
     assert export_sparse_saved_model(model, tmp_path / "exact", sample_inputs=x).output_error == 0
+
+
+def test_vectors_stay_exact_where_the_tolerance_needs_it(tmp_path):
+    model = keras.Sequential([keras.Input((32,)), layers.Dense(32, name="d")])
+    rng = np.random.default_rng(0)
+    kernel = rng.choice([0.0, 0.5, -0.25], (32, 32), p=[0.8, 0.1, 0.1])
+    model.set_weights([kernel, rng.standard_normal(32)])
+    for tolerance, dtype in ((0.05, "bfloat16"), (1e-5, "float32")):
+        path = tmp_path / dtype
+        report = export_sparse_saved_model(model, path, values="codebook", tolerance=tolerance)
+        assert [row.dtype for row in report] == ["codebook-2", dtype]
+        assert report.output_error <= tolerance
 
 
 def test_states_are_the_same_in_every_measurement(tmp_path):
