@@ -93,7 +93,9 @@ def _scales_of_multiples(array: np.ndarray, largest: np.ndarray) -> np.ndarray:
         for scale in (near, np.nextafter(near, np.float32(0)), np.nextafter(near, np.inf)):
             for rows in (exact[:256], exact):  # Most arrays have no such channel.
                 steps = np.divide(rows, scale, out=np.zeros_like(rows), where=scale > 0)
-                same = (scale >= smallest) & (np.rint(steps) * scale == rows).all(axis=0)
+                with np.errstate(over="ignore"):  # Infinity is none of the values.
+                    multiples = np.rint(steps) * scale
+                same = (scale >= smallest) & (multiples == rows).all(axis=0)
                 if not same.any():
                     break
             found = np.where(same & (found == 0), scale, found)

@@ -166,9 +166,8 @@ def fewest_bits(
     Raises:
         RuntimeError: If even 8 bits and exact vectors do not meet it.
     """
-    rounded = True
 
-    def coded(name: str, bits: int) -> Stored:
+    def coded(name: str, bits: int, rounded: bool) -> Stored:
         if weights[name].array.ndim < 2 and not rounded:
             return weights[name]
         return _coded(name, weights[name], f"codebook-{bits}")
@@ -179,7 +178,7 @@ def fewest_bits(
         return measured is not None and measured <= tolerance * _MARGIN
 
     for bits, rounded in [*((bits, True) for bits in CODEBOOKS.values()), (8, False)]:
-        found = {name: coded(name, bits) for name in weights if name in allowed}
+        found = {name: coded(name, bits, rounded) for name in weights if name in allowed}
         if fits(found):
             break
     else:
@@ -188,7 +187,7 @@ def fewest_bits(
     sizes = {name: np.count_nonzero(weights[name].array) for name in found}
     for name in sorted(found, key=lambda name: -sizes[name]):
         for fewer in reversed(range(2, bits)):
-            tried = {**found, name: coded(name, fewer)}
+            tried = {**found, name: coded(name, fewer, rounded)}
             if not isinstance(tried[name].content, Coded) or not fits(tried):
                 break
             found = tried

@@ -8,7 +8,7 @@ import zlib
 import hypothesis.extra.numpy as hnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from masked_layers.serving.codes import Coded, clustered, scaled
@@ -102,6 +102,7 @@ MATRICES = hnp.arrays(
 
 
 @given(MATRICES)
+@example(np.float32([3.402823e38]))
 @settings(max_examples=200)
 def test_int8_rounds_to_the_nearest_multiple_of_each_channels_scale(array):
     coded = scaled(array)
