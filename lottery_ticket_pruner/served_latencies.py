@@ -88,14 +88,17 @@ class ServedProbes:
         costs = torchscript.program_costs(dense, _SPARSITIES, batch_size=latency.batch_size)
         share, limit = latency.share, latency.limit
         budget = limit / 1e3 if share is None else share * costs.seconds
+        # Alone, products of small inputs take longer than in the program; no more than all of it.
+        alone = sum(each.dense for each in costs.products)
+        scale = min(1.0, costs.seconds / alone) / budget if alone else 1 / budget
         refs = ml.masked_refs(self._model)
         sizes = {ref.path: math.prod(ref.variable.shape) for ref in refs}
         products = [
             selection.Product(
                 {path: sizes[path] for path in paths},
-                sum(each.dense for each in found) / budget,
+                scale * sum(each.dense for each in found),
                 _SPARSITIES,
-                (np.sum([each.sparse for each in found], axis=0) / budget).tolist(),
+                (scale * np.sum([each.sparse for each in found], axis=0)).tolist(),
             )
             for paths, found in _together(costs.products, sizes).items()
         ]
@@ -106,7 +109,7 @@ class ServedProbes:
                 "budget of latency keeps them: %s",
                 ", ".join(others),
             )
-        rest = costs.seconds / budget - sum(each.dense for each in products)
+        rest = max(0.0, costs.seconds / budget - sum(each.dense for each in products))
         return selection.Loads(products, rest)
 
     def __call__(self, masks: Mapping[str, np.ndarray], *, predicted: float | None) -> float:

@@ -9,6 +9,7 @@ from keras import layers
 
 import masked_layers as ml
 from lottery_ticket_pruner import Latency, LotteryTicketPruner
+from lottery_ticket_pruner.served_latencies import ServedProbes
 from masked_layers import torchscript
 
 
@@ -159,6 +160,22 @@ def test_times_are_shared_by_layers_with_equal_inputs_and_measured_without_zeros
     found = {each.paths[0]: each.dense for each in costs.products}
     assert found["b/kernel"] == found["c/kernel"] != found["a/kernel"]
     assert entries == [128] * 6
+
+
+@pytest.mark.once
+def test_products_take_no_longer_than_their_program(monkeypatch):
+    """Each is measured alone, with overhead; what is left of the program is never negative."""
+    products = tuple(
+        torchscript.ProductCosts((path,), 8e-3, (4e-3,) * 7)
+        for path in ("conv/kernel", "head/kernel")
+    )
+    costs = torchscript.ProgramCosts((0.5,) * 7, products, 10e-3, 1)
+    monkeypatch.setattr(torchscript, "program_costs", lambda *args, **kwargs: costs)
+    loads = ServedProbes(network(), Latency(0.5)).loads()
+    assert loads.rest == pytest.approx(0)
+    dense = dict.fromkeys(("conv/kernel", "head/kernel"), 0.0)
+    assert loads.predicted(dense) == pytest.approx(1 / 0.5)
+    assert loads.predicted(dict.fromkeys(dense, 0.99)) == pytest.approx(1)
 
 
 @pytest.mark.once
