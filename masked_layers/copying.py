@@ -15,6 +15,7 @@ import numpy as np
 
 from masked_layers import _keras, _keras_configs, _keras_trace
 from masked_layers.inspection import weight_refs
+from masked_layers.keras_files import reason_of
 from masked_layers.layers import MaskedLayer
 from masked_layers.paths import children, plain_class, walk
 
@@ -75,8 +76,8 @@ def copy_model(model: keras.Model, *, dtype: str | None = None) -> keras.Model:
                 ) from error
             raise ValueError(
                 f"'{model.name}' ({plain_class(model).__name__}) cannot be copied, because Keras "
-                f"cannot recreate it from its config: {error}\nGive it a `get_config()` and "
-                "`from_config()`, or pass `inplace=True` to change the model itself."
+                f"cannot recreate it from its config: {reason_of(error)} Give it a `get_config()` "
+                "and `from_config()`, or pass `inplace=True` to change the model itself."
             ) from error
         _order_like(model, copy)
         _copy_state(model, copy)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import textwrap
 import zipfile
 import zlib
@@ -78,7 +79,10 @@ def reason_of(error: Exception) -> str:
         error: Error of Keras, whose message contains the config of every layer around the one that
             cannot be made.
     """
-    text = str(error).rpartition("Exception encountered: ")[2].strip() or repr(error)
-    # Further lines, and what follows these words, are configs.
-    line = text.splitlines()[0].partition(" Full object config:")[0]
+    text = str(error)
+    for before in ("Exception encountered: ", "Error encountered during deserialization: "):
+        text = text.rpartition(before)[2].strip()
+    # Further paragraphs, and what follows these words, are configs.
+    first = itertools.takewhile(str.strip, (text or repr(error)).splitlines())
+    line = " ".join(first).partition(" Full object config:")[0].partition(" config=")[0]
     return f"{textwrap.shorten(line, 300, placeholder=' ...').rstrip('.')}."

@@ -244,6 +244,41 @@ def test_a_method_of_a_layer_is_refused():
         ml.convert_to_masked(model)
 
 
+class Around(keras.Model):
+    """Calls a layer that it is given."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def call(self, inputs):
+        return self.inner(inputs)
+
+
+class AroundItsOwn(Around):
+    """Calls a layer that it makes."""
+
+    def __init__(self):
+        super().__init__(layers.Dense(2))
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: Around(layers.Dense(2)), "was created by passing non-serializable argument"),
+        (AroundItsOwn, "got an unexpected keyword argument 'trainable'"),
+    ],
+)
+def test_a_model_without_a_config_is_refused_in_one_line(make, reason):
+    model = make()
+    model(data(5, 4))
+    with pytest.raises(ValueError, match="cannot be copied") as caught:
+        ml.convert_to_masked(model)
+    assert reason in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 class ByName(layers.Layer):
     """Writes the name of its function and looks it up in the scope of custom objects."""
 
