@@ -3,10 +3,10 @@
     python -m benchmarks.loading [NETWORK ...] [--rounds 7] [--formats NAME ...]
 
 A network has Keras' initial weights (seed 0), of which those with the smallest magnitudes are
-pruned in every kernel (lenet-300-100: 95 %, conv-6 and ResNet50: 90 %). `lottery-ticket export
---format all` writes its formats, and the dense model is written for the same runtime: a SavedModel
-with one copy of the weights, Keras' ONNX and LiteRT files, a trace of PyTorch, and for the ticket a
-`.keras` file of the plain model.
+pruned in every kernel (lenet-300-100: 95 %, conv-6 and ResNet50: 90 %). Its formats are written and
+their table printed as by `lottery-ticket export --format all`, and the dense model is written for
+the same runtime: a SavedModel with one copy of the weights, Keras' ONNX and LiteRT files, a trace
+of PyTorch, and for the ticket a `.keras` file of the plain model.
 
 Every file is loaded in new processes, in turns with the dense one, by its runtime alone, and called
 once with one row. Load time is the wall time and the processor time until the model can be called;
@@ -138,6 +138,10 @@ def compare(name: str, rounds: int, chosen: list[str] | None) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         table = export_all(model, folder / "all", options, overwrite=False)
+        print(table)
+        print(
+            f"{'network':13}  {'format':19}  {'measure':25}     dense    sparse   ratio", flush=True
+        )
         dense = dense_files(model, name, folder)
         for row in table.rows:
             if chosen and row.format not in chosen:
@@ -180,9 +184,6 @@ def main() -> None:
     parser.add_argument("--formats", nargs="+", metavar="NAME", help="default: all")
     arguments = parser.parse_args()
     print(f"{os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f}")
-    print(
-        "network        format               measure                       dense    sparse   ratio"
-    )
     for name in arguments.networks:
         compare(name, arguments.rounds, arguments.formats)
 
