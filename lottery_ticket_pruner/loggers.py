@@ -133,19 +133,26 @@ class WandbLogger(RunLogger):
         self._run.finish(exit_code=int(failed))
 
 
-def opened(tool: str, name: str) -> RunLogger:
+def opened(tool: str, name: str, params: Mapping[str, Any]) -> RunLogger:
     """Opens the log of a command in MLflow or wandb.
 
     Args:
         tool: `"mlflow"` or `"wandb"`.
         name: Name of the run.
+        params: What the run was started with, which is logged.
 
     Raises:
         MissingExtraError: If the tool is not installed.
         ValueError: If it refuses to log, for example because nobody is logged in.
     """
     try:
-        return {"mlflow": MLflowLogger, "wandb": WandbLogger}[tool]("lottery-ticket", name)
+        logger = {"mlflow": MLflowLogger, "wandb": WandbLogger}[tool]("lottery-ticket", name)
+        try:
+            logger.params(params)
+        except BaseException:
+            logger.finish(failed=True)
+            raise
+        return logger
     except MissingExtraError:
         raise
     except Exception as error:  # The tools have errors of their own.

@@ -61,8 +61,13 @@ class Search:
             directions=["minimize", "minimize"],
             load_if_exists=True,
         )
+        # Those of an earlier call are run to the end: later ones are then those of a whole search.
+        self._interrupted: list[tuple[int, Values]] = []
         for trial in self._study.get_trials(states=[optuna.trial.TrialState.RUNNING]):
-            self._study.tell(trial.number, state=optuna.trial.TrialState.FAIL)  # Interrupted.
+            if len(trial.params) == len(self._names):
+                self._interrupted.append((trial.number, self._values(trial.params)))
+            else:  # Interrupted while it was made.
+                self._study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
 
     def run(self, trials: int, outcome_of: Callable[[Values], Outcome]) -> None:
         """Tries combinations until so many different ones were tried, in all calls together.
@@ -125,6 +130,8 @@ class Search:
         return self._ask()
 
     def _ask(self) -> tuple[Any, Values]:
+        if self._interrupted:
+            return self._interrupted.pop(0)
         # A new sampler for each trial, so that a resumed search continues as another would.
         seed = len(self._study.get_trials(deepcopy=False))
         self._study.sampler = self._optuna.samplers.TPESampler(seed=seed)

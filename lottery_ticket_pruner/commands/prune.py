@@ -248,13 +248,14 @@ def _log(config: PruneConfig) -> Iterator[_Log | None]:
     if config.log is None:
         yield None
         return
-    with (
-        TensorBoardLogger(config.folder / "logs")
-        if config.log == "tensorboard"
-        else opened(config.log, config.folder.name)
-    ) as logger:
-        logger.params(config.to_dict())
-        yield _Log(logger)
+    params = config.to_dict()
+    if config.log == "tensorboard":
+        with TensorBoardLogger(config.folder / "logs") as logger:
+            logger.params(params)
+            yield _Log(logger)
+    else:
+        with opened(config.log, config.folder.name, params) as logger:
+            yield _Log(logger)
 
 
 def load_data(config: PruneConfig) -> Parts:

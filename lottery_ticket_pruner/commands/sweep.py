@@ -288,8 +288,9 @@ def _carry_out(
     at_once = len(todo) if search is None else len(config.seeds)
     jobs = min(config.jobs or len(cores), at_once)
     pace = f"{jobs} at a time on {len(cores)} cores" if todo else "nothing left to run"
+    what = "runs" if search is None else "runs to choose from"
     console.print(
-        f"{len(children)} runs, {len(children) - len(todo)} of them finished earlier; {pace}\n"
+        f"{len(children)} {what}, {len(children) - len(todo)} of them finished earlier; {pace}\n"
         f"{_where(place)}",
         highlight=False,
         markup=False,

@@ -1,5 +1,6 @@
 """The running search: which attempt is next, whether there is time for it, and its conclusion."""
 
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -84,6 +85,14 @@ class Search:
         else:
             self._begin()
         self.bench.shares = self.progress.facts["shares"]
+        try:
+            self._run_stages()
+        except KeyboardInterrupt:
+            self._write()  # Counts the time of the attempt that is repeated.
+            raise
+        return self._conclude()
+
+    def _run_stages(self) -> None:
         for stage in self._plan.stages:
             if self._cut:
                 break
@@ -95,7 +104,6 @@ class Search:
                     continue
                 self._measure_training()
             self._climb(stage)
-        return self._conclude()
 
     def _write(self) -> None:
         self.progress.facts["spent"] = self.clock.spent
@@ -181,7 +189,8 @@ class Search:
         facts = self.progress.facts
         if "training" not in facts and facts["trained"] and self.clock.left > 0:
             self.progress.state(facts["dense"]).restore(self.bench.model)
-            facts["training"] = self.bench.seconds_to_train()
+            with contextlib.suppress(OutOfTimeError):
+                facts["training"] = self.bench.seconds_to_train(self._check_time)
             self._write()
 
     def _fitting_is_slow(self, stage: str) -> bool:
@@ -262,7 +271,7 @@ class Search:
                 self._cut = self._words(stage, density)
             else:  # Fitting took too long.
                 facts["gave_up"] = True
-                self._write()
+            self._write()  # What the attempt took is spent, even if there is no row of it.
             return
         except (DivergenceError, ValueError) as error:
             if isinstance(error, ValueError) and not bench.prunes_channels:
@@ -308,7 +317,9 @@ class Search:
             if PARTS * done < len(drops) * steps:
                 return False
             drops.append(self._drop(self.bench.validate()))
-            return outcome_is_clear(drops, tolerance, decays=self.bench.decays)
+            return outcome_is_clear(
+                drops, tolerance, decays=self.bench.decays, examples=self.bench.examples_counted
+            )
 
         return ends
 
@@ -506,8 +517,8 @@ class Search:
             notes.append(f"Each step trained for {at_most}{epochs} {unit} ({how}).")
             if at_most:
                 notes.append(
-                    "A training ended when the drop was at most half of the tolerance, or was not "
-                    "about to come near it."
+                    "A training ended when the drop was at most half of the tolerance"
+                    f"{'' if self.bench.decays else ', or was not about to come near it'}."
                 )
         if self._plan.method == "auto" and "one_shot" in plan.stages and self._tried(last):
             share = bench.share_fitted()

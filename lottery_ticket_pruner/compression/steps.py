@@ -124,6 +124,12 @@ class Workbench:
         return 1.0 if self.prunes_channels else 1 - ml.sparsity_report(self.model).sparsity
 
     @property
+    def examples_counted(self) -> int | None:
+        """Number of validation examples if the metric is an accuracy, or None."""
+        counted = self.metric.higher_is_better and metrics.accuracies_of({self.metric.name: None})
+        return self.parts.counts()["validation"] if counted else None
+
+    @property
     def lowest(self) -> float:
         """Density with one weight in each masked kernel."""
         return len(ml.masked_refs(self.model)) / self.size
@@ -164,21 +170,24 @@ class Workbench:
         self.pruner.rewind()
         self._train("dense", 0, dense_epochs(self.epochs), ends)
 
-    def seconds_to_train(self) -> float | None:
+    def seconds_to_train(self, ends: Ends) -> float | None:
         """Returns how long a training after a step takes, after training some of its steps.
 
         The function for training is compiled for them, which those after the steps need as well.
         None if there are too few steps to tell.
+
+        Args:
+            ends: Function as of `retrain`.
         """
         reports: list[tuple[int, Stopwatch]] = []
 
-        def ends(done: int, steps: int) -> bool:
+        def timed(done: int, steps: int) -> bool:
             reports.append((done, Stopwatch()))
-            return len(reports) == 3
+            return ends(done, steps) or len(reports) == 3
 
         steps = self.epochs * self._steps_of_epoch
         self._restart()
-        self._train_steps(("pace", 0, "prune"), steps, ends)
+        self._train_steps(("pace", 0, "prune"), steps, timed)
         if len(reports) < 3:
             return None
         _, (before, watch), (after, _) = reports

@@ -163,9 +163,9 @@ def _logger(config: RunConfig, folder: RunFolder, replicate: int, model: keras.M
     if config.log == "tensorboard":
         return ArmFolders(folder.path / "logs", replicate, model)
     seed = config.seeds[replicate]
-    logger = opened(config.log, f"{folder.final.name}, seed {seed}")
-    logger.params(config.to_dict() | {"seed": seed})
-    return logger
+    return opened(
+        config.log, f"{folder.final.name}, seed {seed}", config.to_dict() | {"seed": seed}
+    )
 
 
 class _Progress:

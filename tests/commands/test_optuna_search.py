@@ -99,6 +99,28 @@ def test_a_search_goes_on_as_if_it_had_not_been_interrupted(runs, tmp_path, caps
     assert not known & set(runs)  # Finished runs are not repeated.
 
 
+def test_a_trial_that_was_interrupted_is_run_to_its_end(runs, tmp_path, capsys, monkeypatch):
+    """Otherwise, Optuna would suggest others from there on."""
+    search(tmp_path / "whole", 8, capsys, seeds=(0,))
+    whole = list(runs)
+    before = [rate for rate, *_ in whole].index(0.5)  # Those that failed would be tried again.
+    runs.clear()
+    uninterrupted = processes.Pool.run
+
+    def interrupted(pool):
+        if len(runs) == before:
+            raise KeyboardInterrupt
+        return uninterrupted(pool)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(processes.Pool, "run", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            search(tmp_path / "parts", 8, capsys, seeds=(0,))
+    assert len(runs) == before
+    search(tmp_path / "parts", 8, capsys, seeds=(0,))
+    assert runs == whole
+
+
 def test_a_budget_above_the_grid_runs_all_of_it(runs, tmp_path, capsys):
     failures, printed = search(tmp_path, 99, capsys, seeds=(0,))
     assert len(set(runs)) == len(runs) == 15

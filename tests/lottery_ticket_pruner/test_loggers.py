@@ -144,4 +144,16 @@ def test_mlflow_gets_names_that_it_allows(tool):
 def test_a_missing_tool_names_its_extra(name, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match=rf"lottery-ticket-pruner\[{name}\]"):
-        loggers.opened(name, "run")
+        loggers.opened(name, "run", {})
+
+
+def test_a_log_that_refuses_its_parameters_is_ended(tool, monkeypatch):
+    calls = tool("mlflow")
+
+    def refuse(self, values):
+        raise TypeError("no such value")
+
+    monkeypatch.setattr(loggers.MLflowLogger, "params", refuse)
+    with pytest.raises(ValueError, match="mlflow cannot log: TypeError: no such value"):
+        loggers.opened("mlflow", "run", {"rate": 0.5})
+    assert calls[-1] == ("tracking.MlflowClient.set_terminated", "FAILED")

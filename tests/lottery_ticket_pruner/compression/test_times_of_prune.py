@@ -76,6 +76,8 @@ def test_a_training_ends_when_its_outcome_is_clear(trained):
         ([0.5, 0.2, 0.1, 0.05], False),
         ([0.5, 0.2, 0.1, 0.09], True),
         ([0.5, 0.1, math.nan], False),
+        ([0.5, 0.02, 0.035], False),  # It was near before, so the last part may be chance.
+        ([0.5, 0.04, 0.06], True),
     ],
 )
 def test_the_outcome_of_a_training_is_clear(drops, clear):
@@ -84,10 +86,34 @@ def test_the_outcome_of_a_training_is_clear(drops, clear):
         assert not outcome_is_clear(drops, 0.02, decays=True)
 
 
+def test_a_training_is_given_up_only_if_chance_cannot_explain_its_drop():
+    """Of 120 examples, two wrong ones more or less are about one standard error of five."""
+    drops = [0.3, 5 / 120, 6 / 120]
+    assert outcome_is_clear(drops, 0.01, decays=False)
+    assert not outcome_is_clear(drops, 0.01, decays=False, examples=120)
+    assert outcome_is_clear(drops, 0.01, decays=False, examples=1200)
+
+
+def test_time_that_was_cut_is_spent_when_the_search_is_shown_again(trained, monkeypatch, tmp_path):
+    """The clock runs out in the first training, which takes two hours."""
+    passed, clock = [], time.perf_counter
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "perf_counter", lambda: clock() + sum(passed))
+        long = {"on_training": lambda row, steps: passed.append(7200)}
+        first = prune(trained, DATA, sparsity=0.8, minutes=60, folder=tmp_path, **long, **SHORT)
+    assert passed == [7200]
+    began = []
+    again = {"on_training": lambda row, steps: began.append(row["step"])}
+    result = prune(trained, DATA, sparsity=0.8, minutes=60, folder=tmp_path, **again, **SHORT)
+    assert not began
+    assert "There was no time for iterative pruning to 50.0%" in result.conclusion
+    assert len(result.rows) == len(first.rows) == 1
+
+
 def test_fitting_that_takes_longer_than_training_is_given_up(trained, monkeypatch):
     before = ml.get_masks(ml.convert_to_masked(trained))
     monkeypatch.setattr(Stopwatch, "seconds", property(lambda self: 1e9))
-    monkeypatch.setattr(Workbench, "seconds_to_train", lambda self: 1.0)
+    monkeypatch.setattr(Workbench, "seconds_to_train", lambda self, ends: 1.0)
     result = prune(trained, DATA, 0.02, **SHORT)
     assert "one_shot" not in {row["method"] for row in result.rows}
     assert "Fitting without training was given up" in " ".join(result.notes)
