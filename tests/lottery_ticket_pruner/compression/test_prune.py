@@ -60,7 +60,7 @@ def test_the_model_that_was_passed_is_not_changed(trained, result):
 
 def test_the_result_prints_as_a_table_and_sentences(result):
     text = str(result)
-    headings = ["step", "method", "sparsity", "validation", "drop", "seconds"]
+    headings = ["step", "method", "sparsity", "validation", "drop", "trained", "seconds"]
     assert text.splitlines()[0].split() == headings
     assert "The model was trained already" in text
     assert f"{result.sparsity:.2%} of the weights are pruned" in text
