@@ -49,16 +49,33 @@ def test_the_largest_candidates_stay(values, candidates, most, seed):
     assert not kept.size or not dropped.size or kept.min() >= dropped.max()
 
 
-@pytest.mark.parametrize("scale", [100, 1e6], ids=["ties", "nearly distinct"])
-def test_a_long_kernel_is_ranked_like_numpy_within_another_program(scale):
-    rng = np.random.default_rng(0)
-    # Not a multiple of any power of two, and rounded, so that many values are equal.
-    weight = np.round(rng.normal(size=5_003) * scale).astype("float32")
-    candidates = rng.random(len(weight)) < 0.9
+LENGTH = 5_003  # Not a multiple of any power of two.
 
-    def ranked(most, spoiled):
-        values = ops.where(ops.arange(len(weight)) == spoiled, np.nan, weight)
-        return ranking.keep_largest(values, ops.convert_to_tensor(candidates), most, integer(3))
+
+def long_kernels():
+    """Kernels by name: with many ties, or with a sample that misleads the search."""
+    rng = np.random.default_rng(0)
+    sampled = np.arange(LENGTH) % -(-LENGTH // 256) == 0
+    every_exponent = 2.0 ** rng.uniform(-149, 127, LENGTH)
+    rare = np.where(np.arange(LENGTH) == 11, 3e38, 1e-45)
+    kernels = {
+        "rounded": np.round(rng.normal(size=LENGTH) * 100),
+        "nearly distinct": rng.normal(size=LENGTH) * 1e6,
+        "all equal": np.full(LENGTH, -0.5),
+        "zeros": np.where(rng.random(LENGTH) < 0.5, 0.0, -0.0),
+        "half equal": np.where(rng.random(LENGTH) < 0.5, 1.0, rng.normal(size=LENGTH)),
+        "sample of the largest": np.where(sampled, 3e38, every_exponent / 2.0**100),
+        "sample of the smallest": np.where(sampled, 0.0, every_exponent),
+        "one large": rare,
+    }
+    return {name: kernel.astype("float32") for name, kernel in kernels.items()}
+
+
+def test_long_kernels_are_ranked_like_numpy_within_another_program():
+    candidates = np.random.default_rng(1).random(LENGTH) < 0.9
+
+    def ranked(weight, most):
+        return ranking.keep_largest(weight, ops.convert_to_tensor(candidates), most, integer(3))
 
     program = ranked
     if keras.backend.backend() == "tensorflow":
@@ -69,18 +86,35 @@ def test_a_long_kernel_is_ranked_like_numpy_within_another_program(scale):
         import jax
 
         program = jax.jit(ranked)
-    size = np.abs(weight[candidates])
-    for most in (0, 1, 450, 2_300, len(size) - 1, len(size)):
-        mask, finite = as_numpy(program(integer(most), integer(-1)))
-        assert finite
-        assert not (mask & ~candidates).any()
-        assert mask.sum() == most
-        threshold = np.partition(size, len(size) - most)[len(size) - most] if most else np.inf
-        assert mask[candidates & (np.abs(weight) > threshold)].all()
-        assert not mask[np.abs(weight) < threshold].any()
-    spoiled = np.flatnonzero(candidates)[0], np.flatnonzero(~candidates)[0]
-    answers = [program(integer(9), integer(number))[1] for number in spoiled]
-    assert [bool(answer) for answer in answers] == [False, True]
+    for name, weight in long_kernels().items():
+        size = np.abs(weight[candidates])
+        for most in (0, 1, 450, 2_300, len(size) - 1, len(size)):
+            mask, finite = as_numpy(program(ops.convert_to_tensor(weight), integer(most)))
+            assert finite, name
+            assert not (mask & ~candidates).any(), name
+            assert mask.sum() == most, name
+            threshold = np.partition(size, len(size) - most)[len(size) - most] if most else np.inf
+            assert mask[candidates & (np.abs(weight) > threshold)].all(), name
+            assert not mask[np.abs(weight) < threshold].any(), name
+    for spoiled, expected in ((candidates, False), (~candidates, True)):
+        weight[np.flatnonzero(spoiled)[0]] = np.nan
+        assert bool(program(ops.convert_to_tensor(weight), integer(9))[1]) is expected
+        weight[:] = 1
+
+
+@pytest.mark.once("torch")
+def test_no_kernel_takes_many_passes(monkeypatch):
+    passes = []
+    count = ranking._count
+    monkeypatch.setattr(ranking, "_count", lambda flags: passes.append(1) or count(flags))
+    everything = ops.ones((LENGTH,), "bool")
+    for weight in long_kernels().values():
+        for most in (1, 450):
+            passes.clear()
+            ranking.keep_largest(
+                ops.convert_to_tensor(weight), everything, integer(most), integer(3)
+            )
+            assert len(passes) <= 60  # An interval of 31 bits is halved from the 17th pass on.
 
 
 @settings(max_examples=40)
