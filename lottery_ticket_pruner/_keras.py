@@ -116,7 +116,7 @@ def symbolic_build(model: keras.Model, batch: tuple[Any, ...]) -> None:
     Variables cannot be created in a compiled loop, and the only public way to create these is
     `fit`.
     """
-    model._symbolic_build(data_batch=batch)
+    model._symbolic_build(data_batch=_symbolic(batch))
     if not model.optimizer.built:
         model.optimizer.build(model.trainable_variables)
 
@@ -127,7 +127,16 @@ def build_loss(model: keras.Model, batch: tuple[Any, ...]) -> None:
     It cannot be created in a compiled function. Keras would also build the optimizer.
     """
     with replaced(model, "optimizer", None):
-        model._symbolic_build(data_batch=batch)
+        model._symbolic_build(data_batch=_symbolic(batch))
+
+
+def _symbolic(batch: tuple[Any, ...]) -> tuple[Any, ...]:
+    # Keras knows the type of texts only as that of tensors.
+    return keras.tree.map_structure(
+        lambda x: keras.KerasTensor(x.shape, "string") if x.dtype == object else x,
+        batch,
+        none_is_leaf=False,
+    )
 
 
 def training_loss(

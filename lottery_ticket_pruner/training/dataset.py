@@ -147,6 +147,8 @@ def _as_keras_would(name: str, array: object) -> np.ndarray:
             f"Expected arrays of numbers as {name}. Received: {array.dtype}{array.shape}. Make all "
             "rows the same length, and convert texts and dates to numbers."
         )
+    if texts:  # Keras takes texts only as objects.
+        return array.astype(object)
     if not np.issubdtype(array.dtype, np.floating):
         return array
     with np.errstate(over="ignore", invalid="ignore"):

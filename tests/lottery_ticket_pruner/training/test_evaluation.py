@@ -211,6 +211,19 @@ def test_sums_of_large_data_are_those_of_evaluate():
     assert_close(before, everything(model))
 
 
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="only TensorFlow has texts")
+def test_texts_are_evaluated_in_a_loop(caplog):
+    lookup = layers.StringLookup(vocabulary=["a", "b"], output_mode="one_hot")
+    inputs = keras.Input((), dtype="string")
+    model = keras.Model(inputs, layers.Dense(1)(lookup(inputs)))
+    model.compile("sgd", "mse", metrics=["mae"])
+    x, y = np.array(["a", "b", "a"]), np.arange(3.0)
+    found = training.evaluate(model, x, y, batch_size=2)
+    expected = model.evaluate(x.astype(object), y, verbose=0, return_dict=True)
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert not caplog.records
+
+
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="counts the traces of TensorFlow")
 def test_data_of_any_length_is_evaluated_by_one_trace():
     traces = []
