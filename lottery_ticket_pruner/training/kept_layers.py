@@ -54,7 +54,7 @@ class KeptDense(keras.layers.Layer):
         shape = (len(self._kept.inputs), len(self._kept.units))
         if keras.backend.backend() == "torch":
             # `ops.scatter` has a Python loop over the values there.
-            return ops.scatter_update(ops.zeros(shape), self._places, weights)
+            return ops.scatter_update(ops.zeros(shape, "float32"), self._places, weights)
         return ops.scatter(self._places, weights, shape)
 
     def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:

@@ -139,7 +139,7 @@ def products_for(model: keras.Model, steps: int) -> Products | None:
     if backend == "jax":
         import jax
 
-        return _GATHERED if jax.default_backend() == "cpu" else None
+        return _GATHERED if jax.default_backend() == "cpu" and model.jit_compile else None
     on_cpu = all(variable.value.device.type == "cpu" for variable in model.trainable_variables)
     return _SPARSE if on_cpu and not model.jit_compile else None
 

@@ -6,12 +6,10 @@ optimizer state are written back before anyone looks. The steps are the same exc
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 import math
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -19,7 +17,7 @@ import numpy as np
 
 from lottery_ticket_pruner import _keras, optimizers
 from lottery_ticket_pruner.training.dataset import ArrayDataset
-from lottery_ticket_pruner.training.engine import Engine, engine_of, why_distributed
+from lottery_ticket_pruner.training.engine import Engine, engine_of, warn_once, why_distributed
 from lottery_ticket_pruner.training.engine_settings import settings
 from lottery_ticket_pruner.training.kept_layers import KeptDense, KeptInputs
 from lottery_ticket_pruner.training.kept_products import Products, cost, products_for
@@ -118,13 +116,6 @@ class Trainee:
             _logger.info(text)
             if self._verbose and self.is_smaller:
                 sys.stdout.write(f"{text}\n")
-
-    @contextlib.contextmanager
-    def shown(self) -> Iterator[None]:
-        """Lets others see and change the given model inside the scope."""
-        self.write()
-        yield
-        self.read()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -228,7 +219,10 @@ def _smaller_model(model: keras.Model, steps: int, batch_size: int) -> _SmallerM
     except NotReducibleError:
         raise
     except Exception as error:  # Layers, losses and metrics raise errors of many types.
-        raise NotReducibleError(f"a smaller model cannot be made: {error}") from error
+        reason = f"a smaller model cannot be made: {type(error).__name__}: {error}"
+        # All known reasons are found before, so this is a fault of this package or of Keras.
+        warn_once(f"{model.name} is trained with all weights: {reason}.")
+        raise NotReducibleError(reason) from error
     kept_beside(model)["smaller"] = smaller
     return smaller
 

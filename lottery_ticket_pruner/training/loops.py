@@ -1,7 +1,6 @@
 """Training on data in memory, for an exact number of steps or for epochs, in compiled loops."""
 
 import dataclasses
-import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -144,6 +143,7 @@ def train_by_plan(
     try:
         for start in range(0, plan.steps, stretch):
             done = min(start + stretch, plan.steps)
+            last, results = done == plan.steps, None
             trainee.train(
                 data,
                 rows[start * plan.batch_size : done * plan.batch_size],
@@ -151,29 +151,20 @@ def train_by_plan(
                 steps=plan.steps,
                 deterministic=plan.deterministic,
             )
-            if done == plan.steps:
+            if last:
                 trainee.write()
                 _finalize(model)
-            reports: list[Callable[[], object]] = []
             if validation is not None:
                 history.steps.append(done)
                 results = trainee.evaluator.evaluate(validation, plan.validation_batch_size)
                 history.validation.append(results)
-                if listeners.on_evaluation is not None:
-                    reports.append(functools.partial(listeners.on_evaluation, done, results))
-            if listeners.on_progress is not None:
-                reports.append(functools.partial(listeners.on_progress, done - start))
-            if reports:
-                with trainee.shown():
-                    for report in reports:
-                        report()
-            if listeners.ends is not None and done < plan.steps:
-                with trainee.shown():
-                    ends = listeners.ends(done)
-                if ends:
-                    trainee.write()
+            if listeners.listen:
+                trainee.write()
+                if listeners.call(done, done - start, results, last=last):
                     _finalize(model)
                     break
+                if not last:
+                    trainee.read()
     finally:
         trainee.write()
     history.notes = trainee.notes

@@ -83,6 +83,26 @@ class Listeners:
     on_evaluation: Callable[[int, dict[str, Any]], object] | None = None
     ends: Callable[[int], bool] | None = None
 
+    @property
+    def listen(self) -> bool:
+        """True if there is a function to call."""
+        return any((self.on_progress, self.on_evaluation, self.ends))
+
+    def call(self, done: int, new: int, results: dict[str, Any] | None, *, last: bool) -> bool:
+        """Calls the functions after a stretch, and returns whether the training ends early.
+
+        Args:
+            done: Number of steps so far.
+            new: Number of steps in the stretch.
+            results: Results of the evaluation, or None.
+            last: Whether it was the last stretch.
+        """
+        if self.on_evaluation is not None and results is not None:
+            self.on_evaluation(done, results)
+        if self.on_progress is not None:
+            self.on_progress(new)
+        return not last and self.ends is not None and self.ends(done)
+
 
 def check_integer(name: str, value: Any, kind: str = "an integer") -> None:
     """Checks that an argument is an integer.

@@ -32,7 +32,8 @@ class SparseProduct:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Sparse (CSR|invariant)")
             self.pattern = torch.sparse_csr_tensor(
-                *(self.unit_starts, self.rows, torch.zeros(len(order))), size=(units, inputs)
+                *(self.unit_starts, self.rows, torch.zeros(len(order), dtype=torch.float32)),
+                size=(units, inputs),
             )
 
     def __call__(self, x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

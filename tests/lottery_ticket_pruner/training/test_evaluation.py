@@ -221,7 +221,7 @@ def test_texts_are_evaluated_in_a_loop(caplog):
     found = training.evaluate(model, x, y, batch_size=2)
     expected = model.evaluate(x.astype(object), y, verbose=0, return_dict=True)
     assert found == pytest.approx(expected, rel=1e-5)
-    assert not caplog.records
+    assert "goes through" not in caplog.text
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="counts the traces of TensorFlow")

@@ -216,6 +216,7 @@ REFUSED = {
     "BatchNormalization. is not known": lambda: make(hidden=[layers.BatchNormalization()]),
     "regularizer or constraint": lambda: make(kernel_regularizer="l2"),
     "no kept weight": lambda: without("second/kernel"),
+    "'first' does not compute in float32": lambda: make(dtype="mixed_float16"),
     "rounded weights": lambda: rounded(make()),
     "rescaled mask": lambda: rescaled(make()),
     "pruned weights that are not zero": lambda: frozen(make()),
@@ -396,3 +397,83 @@ def test_evaluations_store_no_table_of_products():
     kept._product = pytest.fail
     outputs = kept(x, training=False)
     np.testing.assert_allclose(numpy(outputs), numpy(x) @ expected, rtol=1e-6)
+
+
+@pytest.mark.once
+def test_listeners_that_end_a_training_see_the_model_once_after_each_stretch(monkeypatch):
+    calls = []
+    for name in ("read", "write"):
+        method = getattr(late_training._SmallerModel, name)
+
+        def counted(self, name=name, method=method):
+            calls.append(name)
+            method(self)
+
+        monkeypatch.setattr(late_training._SmallerModel, name, counted)
+    ours, theirs = make("adam"), make("adam")
+    ml.set_masks(theirs, ml.get_masks(ours))
+    data = training.ArrayDataset.of(X, Y)
+    plan = training.TrainingPlan(steps=4, batch_size=64, eval_every=1)
+    done: list[int] = []
+    listeners = training.Listeners(on_progress=done.append, ends=lambda steps: steps == 2)
+    training.train_by_plan(ours, data, plan, listeners=listeners)
+    assert done == [1, 1]
+    assert calls == ["read", "write", "read", "write"]
+    with_all_weights(training.train_by_plan, theirs, data, plan, listeners=listeners)
+    assert_same(ours, theirs)
+
+
+@pytest.mark.once
+def test_an_unexpected_error_is_a_warning_and_leaves_a_training_with_all_weights(
+    monkeypatch, caplog
+):
+    def fail(*args):
+        raise KeyError("a fault")
+
+    monkeypatch.setattr(late_training, "_pairs", fail)
+    ours, theirs = make(), make()
+    trained_alike(ours, theirs)
+    # TensorFlow warns of other tests' traces.
+    warnings = [each.getMessage() for each in caplog.records if each.levelname == "WARNING"]
+    wanted = "all weights: a smaller model cannot be made: KeyError: 'a fault'"
+    assert sum(wanted in warning for warning in warnings) == 1, warnings
+
+
+@pytest.mark.skipif(keras.backend.backend() != "torch", reason="products of PyTorch")
+@pytest.mark.parametrize("batch", [1, 5])
+def test_sparse_products_and_their_derivatives_are_those_of_a_matrix(batch):
+    import torch
+
+    mask = RNG.random((7, 6)) < 0.4
+    mask[[0, 6]] = mask[:, [0, 3]] = False  # Inputs and units without kept weights.
+    mask[2, 1] = True
+    kept = kept_weights.KeptKernel(
+        layers.Dense(6), inputs=np.arange(7), units=np.arange(6), mask=mask, first=False
+    )
+    values, upstream = (RNG.normal(size=(batch, size)).astype("float32") for size in (7, 6))
+    matrix = np.where(mask, RNG.normal(size=mask.shape), 0).astype("float32")
+    weights = torch.tensor(matrix[kept.index], requires_grad=True)
+    normal = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        product = kept_products.Sparse().of(kept)
+    finally:
+        torch.set_default_dtype(normal)
+    for needed in (True, False):
+        x, weights.grad = torch.tensor(values, requires_grad=needed), None
+        y = product(x, weights)
+        y.backward(torch.tensor(upstream))
+        np.testing.assert_allclose(numpy(y), values @ matrix, rtol=1e-5, atol=1e-6)
+        expected = (values.T @ upstream)[kept.index]
+        np.testing.assert_allclose(weights.grad.numpy(), expected, rtol=1e-5, atol=1e-6)
+        assert (x.grad is not None) == needed
+        if needed:
+            np.testing.assert_allclose(x.grad.numpy(), upstream @ matrix.T, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.once("jax")
+def test_products_are_gathered_only_within_compiled_programs():
+    model = make()
+    assert kept_products.products_for(model, 1) is not None
+    model.jit_compile = False
+    assert kept_products.products_for(model, 1) is None
