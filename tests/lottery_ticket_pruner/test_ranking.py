@@ -55,7 +55,7 @@ LENGTH = 5_003  # Not a multiple of any power of two.
 def long_kernels():
     """Kernels by name: with many ties, or with a sample that misleads the search."""
     rng = np.random.default_rng(0)
-    sampled = np.arange(LENGTH) % -(-LENGTH // 256) == 0
+    sampled = np.arange(LENGTH) % -(-LENGTH // 64) == 0
     every_exponent = 2.0 ** rng.uniform(-149, 127, LENGTH)
     rare = np.where(np.arange(LENGTH) == 11, 3e38, 1e-45)
     kernels = {
