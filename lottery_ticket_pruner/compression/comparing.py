@@ -201,7 +201,7 @@ def _judge(y: Arrays, outputs: np.ndarray) -> tuple[str, Callable[[str, np.ndarr
     if y.dtype.kind not in "biuf":
         raise ValueError(
             "Models are compared on targets that are numbers, classes as their indices. Received: "
-            f"targets of type {y.dtype}."
+            f"targets of type {type(y.flat[0]).__name__}."
         )
     found = _classes(y, outputs)
 

@@ -172,7 +172,9 @@ def test_inspect_names_the_formats_it_accepts(tmp_path):
         inspect(tmp_path / "missing")
     (tmp_path / "file.txt").write_text("text")
     for path in (tmp_path, tmp_path / "file.txt"):
-        with pytest.raises(ValueError, match=r"neither a '\.keras' file nor a SavedModel"):
+        with pytest.raises(
+            ValueError, match=r"neither a '\.keras' file, a ticket .* nor a SavedModel"
+        ):
             inspect(path)
 
 

@@ -250,7 +250,10 @@ def test_a_budget_that_is_invalid_or_cannot_be_met_raises():
         ({"budget": {"time": 0.5}}, "some of the keys"),
         ({"budget": {"macs": 1.5}}, r"number in \(0, 1\]"),
         ({"budget": {"macs": 0.5}, "rate": 0.5}, "leave out `rate`"),
-        ({"budget": {"macs": 0.5}, "structure": "filters"}, 'needs structure="channels"'),
+        (
+            {"budget": {"macs": 0.5}, "structure": "filters"},
+            'single weights or for structure="channels"',
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             request(**arguments)
