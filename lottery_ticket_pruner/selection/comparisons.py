@@ -60,7 +60,7 @@ def ranked_by(
     """Returns a comparison of all weights of kernels by given scores."""
     where = "the model as a whole" if len(kernels) > 1 else repr(next(iter(kernels)))
     rng = stream("ties", request.seed, "" if len(kernels) > 1 else next(iter(kernels)))
-    return _Given(request.criterion, kernels, rng, where, joined([scores[p] for p in kernels]))
+    return _Given(joined([scores[p] for p in kernels]), request.criterion, kernels, rng, where)
 
 
 def _compared(
@@ -161,16 +161,12 @@ class _Comparison:
 class _Given(_Comparison):
     """Kernels whose weights are ranked together by scores that are known already."""
 
-    def __init__(
-        self,
-        criterion: criteria.Criterion,
-        kernels: Mapping[str, Weights],
-        rng: np.random.Generator,
-        where: str,
-        scores: np.ndarray,
-    ) -> None:
-        super().__init__(criterion, kernels, rng, where)
+    def __init__(self, scores: np.ndarray, *arguments: Any) -> None:
+        super().__init__(*arguments)
         self._given = scores
+
+    def _scores_to_drop(self, drop: int) -> Scores:
+        return self._given
 
     def _scores(self, drop: int | None) -> np.ndarray:
         return self._given

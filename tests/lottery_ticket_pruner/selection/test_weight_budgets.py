@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from lottery_ticket_pruner import Latency, selection
+from lottery_ticket_pruner.selection import comparisons
 from lottery_ticket_pruner.selection.served_latency import within_served_latency
 
 pytestmark = pytest.mark.once
@@ -62,6 +63,21 @@ def test_layers_get_the_smallest_sparsity_that_fits(before):
     _, expected = next(pair for pair in counts if pair[0] <= 0.6 * COSTS.dense)
     assert {path: mask.sum() for path, mask in found.items()} == expected
     assert all((masks[path] >= mask).all() for path, mask in found.items())
+
+
+def test_given_scores_rank_in_one_pass_as_in_several():
+    kernels = weights()
+    scores = {path: -np.abs(kernel.current) for path, kernel in kernels.items()}
+    request = selection.Request.of("smallest_weights", sparsity=0.3)
+    for again in (False, True):  # not the criterion's, which are the opposite
+        masks = comparisons.ranked_by(request, kernels, scores).prune(
+            {"sparsity": 0.3}, again=again
+        )
+        kept = [masks[path] for path in kernels]
+        values = np.concatenate([np.abs(kernels[path].current).ravel() for path in kernels])
+        np.testing.assert_array_equal(
+            np.concatenate([mask.ravel() for mask in kept]), values < np.sort(values)[7]
+        )
 
 
 def test_what_multiply_adds_cannot_do_is_an_error():
