@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import keras
 
 from masked_layers.torchscript import process
 from masked_layers.torchscript.costs import ProgramCosts
+from masked_layers.torchscript.job import Job
 from masked_layers.torchscript.preparation import prepare
 from masked_layers.torchscript.report import TorchReport
 
@@ -36,9 +38,8 @@ def program_costs(
         ImportError, NotImplementedError, RuntimeError, TypeError, ValueError: As in
             `export_sparse_torch`.
     """
-    plain, job = prepare(model, batch_size=batch_size, **_SETTINGS)
-    with tempfile.TemporaryDirectory() as folder:
-        return process.costs(plain, job, sparsities, Path(folder))
+    with _prepared(model, batch_size) as (plain, job, folder):
+        return process.costs(plain, job, sparsities, folder)
 
 
 def program_report(model: keras.Model, *, batch_size: int) -> TorchReport:
@@ -52,6 +53,13 @@ def program_report(model: keras.Model, *, batch_size: int) -> TorchReport:
         ImportError, NotImplementedError, RuntimeError, TypeError, ValueError: As in
             `export_sparse_torch`.
     """
+    with _prepared(model, batch_size) as (plain, job, folder):
+        return process.run(plain, job, folder)
+
+
+@contextlib.contextmanager
+def _prepared(model: keras.Model, batch_size: int) -> Iterator[tuple[keras.Model, Job, Path]]:
+    """Yields the plain model, the job and a temporary folder for its files."""
     plain, job = prepare(model, batch_size=batch_size, **_SETTINGS)
     with tempfile.TemporaryDirectory() as folder:
-        return process.run(plain, job, Path(folder))
+        yield plain, job, Path(folder)
