@@ -76,7 +76,7 @@ def _run(options: Any) -> int:
     try:
         return _HANDLERS.get(command, _experiment)(command, options)
     except BrokenPipeError:
-        raise  # Of the output, which is no error of the command.
+        raise  # Of the output, not of the command.
     except (DivergenceError, MissingExtraError, OSError, ValueError) as error:
         return _print_error(error)
 

@@ -21,7 +21,7 @@ Probe: TypeAlias = selection.Probe | selection.WeightProbe
 
 
 class Reached(NamedTuple):
-    """What a budget has reached; None for other budgets.
+    """Values that a budget has reached; None for other budgets.
 
     Attributes:
         latency: The measured latency.

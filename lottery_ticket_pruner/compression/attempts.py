@@ -271,7 +271,7 @@ class Search:
                 self._cut = self._words(stage, density)
             else:  # Fitting took too long.
                 facts["gave_up"] = True
-            self._write()  # What the attempt took is spent, even if there is no row of it.
+            self._write()  # What the attempt took is spent, even without a row of it.
             return
         except (DivergenceError, ValueError) as error:
             if isinstance(error, ValueError) and not bench.prunes_channels:

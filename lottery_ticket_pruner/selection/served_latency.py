@@ -63,7 +63,7 @@ class Product:
 
 @dataclasses.dataclass(frozen=True)
 class Loads:
-    """What a program and its products take.
+    """Loads of a program and of its products.
 
     Attributes:
         products: The products that have a sparse form; each weight is in one of them.
