@@ -139,8 +139,10 @@ def encode(
         for block in _fill(members):
             flat = np.concatenate([member.array.ravel() for member in block])
             values, gaps, positions = _split(flat, encoding)
-            ends = np.cumsum([member.array.size for member in block])
-            counts = np.diff(np.searchsorted(positions, ends), prepend=0).tolist()
+            counts = [member.array.size for member in block]
+            if encoding == "sparse":
+                ends = np.searchsorted(positions, np.cumsum(counts))
+                counts = np.diff(ends, prepend=0).tolist()
             described = {"encoding": encoding, "dtype": dtype, "gaps": len(gaps)}
             if coding == "exact":
                 raw = [*([gaps] if encoding == "sparse" else []), *planes_of(values)]
@@ -370,9 +372,9 @@ def _fill(members: list[_Member]) -> list[list[_Member]]:
 
 
 def _split(flat: np.ndarray, encoding: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns the values to store, the gaps between them (none in a dense block), and positions."""
+    """Returns the values to store, and their gaps and positions, both empty in a dense block."""
     if encoding == "dense":
-        return flat, np.empty(0, np.uint8), np.arange(len(flat))
+        return flat, np.empty(0, np.uint8), np.empty(0, np.intp)
     positions = np.flatnonzero(flat)
     behind = len(flat) - 1 - (positions[-1] if len(positions) else -1)
     if behind <= BLOCK_SIZE:
