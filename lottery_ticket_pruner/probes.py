@@ -87,7 +87,8 @@ def reached(probe: Probe | None, masks: Mapping[str, np.ndarray]) -> Reached:
                 "it is idle, or pass a smaller budget."
             )
     stored = probe.of(masks) if isinstance(probe, selection.StoredSize) else None
-    macs = probe.of(masks) if isinstance(probe, selection.MultiplyAdds) else None
-    if isinstance(probe, selection.MultiplyAdds) and macs is not None:
+    macs = None
+    if isinstance(probe, selection.MultiplyAdds):
+        macs = probe.of(masks)
         _logger.info("Multiply-adds of kept weights: %d of %d.", macs, probe.dense)
     return Reached(latency, stored, macs)

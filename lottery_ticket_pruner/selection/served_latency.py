@@ -199,35 +199,41 @@ def _least_loss(
 ) -> Sparsities | None:
     """Returns the sparsities with the least sum of losses, by dynamic programming over time."""
     choices = [_choices(each, now, losses) for each in loads.products]
-    room = limit - loads.rest - sum(min(load for load, *_ in options) for options in choices)
+    fastest = [options[-1][0] for options in choices]
+    room = limit - loads.rest - sum(fastest)
     if room < 0:
         return None
     # Loads beyond the least one of each product, in intervals; rounded up, so that the sum fits.
     unit = max(room, 1e-12) / _INTERVALS
+    steps = [
+        [int(np.ceil((load - least) / unit - 1e-9)) for load, *_ in options]
+        for options, least in zip(choices, fastest, strict=True)
+    ]
     best = np.zeros(_INTERVALS + 1)
     taken = []
-    for options in choices:
-        fastest = min(load for load, *_ in options)
+    for options, intervals in zip(choices, steps, strict=True):
         rows = np.full((len(options), best.size), np.inf)
-        for row, (load, loss, _) in zip(rows, options, strict=True):
-            step = int(np.ceil((load - fastest) / unit - 1e-9))
+        for row, (_, loss, _), step in zip(rows, options, intervals, strict=True):
             if step < best.size:
                 row[step:] = best[: best.size - step] + loss
         taken.append(rows.argmin(axis=0))
         best = rows.min(axis=0)
     place = best.size - 1
     found: Sparsities = {}
-    for options, numbers in zip(reversed(choices), reversed(taken), strict=True):
-        load, _, sparsities = options[numbers[place]]
-        place -= int(np.ceil((load - min(each[0] for each in options)) / unit - 1e-9))
-        found |= sparsities
+    for options, intervals, numbers in reversed(list(zip(choices, steps, taken, strict=True))):
+        number = numbers[place]
+        place -= intervals[number]
+        found |= options[number][2]
     return found
 
 
 def _choices(
     product: Product, now: Mapping[str, float], losses: Losses
 ) -> list[tuple[float, float, Sparsities]]:
-    """Returns the load, the loss and the sparsities of a product for each way to prune it."""
+    """Returns the load, the loss and the sparsities of a product for each way to prune it.
+
+    The last way has the least load.
+    """
     current = product.now(now)
     found: list[tuple[float, float, Sparsities]] = [(product.load(current), 0.0, {})]
     densities = np.geomspace(1 - product.sparsities[0], 1 - MOST, _CHOICES)

@@ -181,17 +181,14 @@ def _strip_function(function: Any) -> None:
         if node.op not in ("AssignVariableOp", "PartitionedCall", "StatefulPartitionedCall")
         for reference in node.input
     }
+    named = function_defs.named_arguments(function)
     for i, argument in enumerate(function.signature.input_arg):
-        if argument.type == types_pb2.DT_STRING and not _named(function, i):
+        if argument.type == types_pb2.DT_STRING and i not in named:
             function.arg_attr.pop(i, None)  # It states only that a path is a scalar.
         if argument.type == types_pb2.DT_RESOURCE:
             function.arg_attr.pop(i, None)  # The same of a handle.
             if argument.name not in used:
                 argument.ClearField("handle_data")
-
-
-def _named(function: Any, i: int) -> bool:
-    return i in function.arg_attr and "_user_specified_name" in function.arg_attr[i].attr
 
 
 def _rename_variables(meta: Any, old: str, new: str) -> None:

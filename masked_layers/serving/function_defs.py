@@ -226,6 +226,11 @@ def _content(node: Any) -> bytes:
     return repr((attributes, node.device)).encode()
 
 
+def named_arguments(function: Any) -> set[int]:
+    """Returns the positions of the arguments that have a name by users."""
+    return {i for i, found in function.arg_attr.items() if "_user_specified_name" in found.attr}
+
+
 def shorten(function: Any, called: Mapping[str, str], *, outputs: bool) -> dict[str, str]:
     """Numbers the nodes of a function, and its outputs and arguments without names by users.
 
@@ -237,7 +242,7 @@ def shorten(function: Any, called: Mapping[str, str], *, outputs: bool) -> dict[
     Returns:
         New names of its nodes and arguments, by their earlier names.
     """
-    named = {i for i, found in function.arg_attr.items() if "_user_specified_name" in found.attr}
+    named = named_arguments(function)
     arguments = [argument.name for argument in function.signature.input_arg]
     kept = {arguments[i] for i in named}  # An input may be called "r0".
     free = {prefix: (name for name in numbered(prefix) if name not in kept) for prefix in ("r", "")}

@@ -137,7 +137,7 @@ def build(model: keras.Model, job: Job) -> tuple[bytes, TorchReport]:
         ValueError: If the job has the times of another model.
     """
     with recorded(model, job) as (calls, run, batch, threads):
-        names = site_names(calls)
+        names = _site_names(calls)
         seconds = _site_seconds(calls, run, names, job.timings)
         chosen = {site: timing.fastest(seconds[site]) for site in seconds}
         programs = _programs(model, calls, chosen, batch)
@@ -207,7 +207,7 @@ def dense_program(
 # --- Kernels --------------------------------------------------------------------------------------
 
 
-def site_names(calls: Calls) -> dict[Site, str]:
+def _site_names(calls: Calls) -> dict[Site, str]:
     """Returns a name for each site, the same for every export of a model."""
     names: dict[Site, str] = {}
     for site in calls.sites.values():

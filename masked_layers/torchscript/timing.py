@@ -76,7 +76,6 @@ def seconds_at(
         return dense()
 
     calls.compute = note
-    alike: dict[Any, list[Site]] = defaultdict(list)
     run()
     modules: dict[tuple[str, float], dict[Site, torch.nn.Module]] = {
         (name, sparsity): {
@@ -87,6 +86,7 @@ def seconds_at(
         for sparsity in sparsities
     }
     measured = _in_passes(calls, run, modules)
+    alike: dict[Any, list[Site]] = defaultdict(list)
     for site, inputs in shapes.items():
         key = site.operation, tuple(site.constant.tensor.shape), tuple(inputs)
         alike[key].append(site)
