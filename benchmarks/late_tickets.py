@@ -120,15 +120,16 @@ def main(arguments=None):
         share = kept / sum(mask.size for mask in masks[number].values())
         met = statistics.median(ratios) >= GOAL
         print(
-            f"  {share:.1%} left: masked {_spread(dense)}, smaller {_spread(smaller)}, "
-            f"{_spread(ratios)} times faster; "
+            f"  {share:.1%} left: masked {spread(dense)}, smaller {spread(smaller)}, "
+            f"{spread(ratios)} times faster; "
             f"first {COMPILED} steps: {compiling[0]:.1f} and {compiling[1]:.1f} s"
         )
     print(f"goal at the last round: {GOAL} times faster, {'met' if met else 'missed'}")
     return int(not met)
 
 
-def _spread(values):
+def spread(values):
+    """Returns the median, the least and the greatest of values as text."""
     return f"{statistics.median(values):.3g} ({min(values):.3g} to {max(values):.3g})"
 
 

@@ -9,13 +9,14 @@ that is not counted.
 """
 
 import argparse
-import statistics
 import sys
 import time
 from unittest import mock
 
 import keras
 import numpy as np
+
+from benchmarks.late_tickets import one_thread, spread
 
 BATCH_SIZE = 60
 REPLACED = "lottery_ticket_pruner.training.late_training.products_for"
@@ -81,23 +82,17 @@ def main(arguments=None):
     if keras.backend.backend() != "torch":
         parser.error("only the torch backend has sparse products: set KERAS_BACKEND=torch")
 
-    import torch
-
-    torch.set_num_threads(1)
+    one_thread()
     print(f"batches of {BATCH_SIZE}, processor milliseconds a step:")
     for name in options.networks:
         widths, shares = NETWORKS[name]
         for share in shares:
             times = compare(widths, share, options.steps)
             ratios = [a / b for a, b in zip(times["all weights"], times["sparse"], strict=True)]
-            columns = ", ".join(f"{kind} {_spread(values)}" for kind, values in times.items())
+            columns = ", ".join(f"{kind} {spread(values)}" for kind, values in times.items())
             print(
-                f"  {name}, {share:.1%} left: {columns}; {_spread(ratios)} times faster", flush=True
+                f"  {name}, {share:.1%} left: {columns}; {spread(ratios)} times faster", flush=True
             )
-
-
-def _spread(values):
-    return f"{statistics.median(values):.3g} ({min(values):.3g} to {max(values):.3g})"
 
 
 if __name__ == "__main__":
