@@ -388,7 +388,7 @@ class _Display:
             f"{row['sparsity']:.2%}",
             *("" if value is None else f"{value:.4f}" for value in numbers),
             _minutes(row["elapsed"]),
-            "" if row["remaining"] is None else _minutes(row["remaining"]),
+            _minutes(row["remaining"]),
             ("failed" if row["note"] else verdict) if row["step"] else "",
         )
         if row["note"]:

@@ -77,11 +77,11 @@ class Search:
 
     def run(self) -> PruneResult:
         """Executes the search, or the rest of it, and returns the result."""
-        for row in self._rows:  # Those of an interrupted search.
-            self._tell(row)
-        if self._rows:
-            self.bench.validate()  # Only to measure how long it takes.
+        if self._rows:  # Those of an interrupted search.
+            self.bench.validate()  # Only to measure how long it takes, which `_tell` needs.
             self.clock.reserve += self.bench.seconds_to_compare()
+            for row in self._rows:
+                self._tell(row)
         else:
             self._begin()
         self.bench.shares = self.progress.facts["shares"]
@@ -403,8 +403,8 @@ class Search:
         seconds = [row["seconds"] for row in self._rows if row["method"] == stage]
         return self.clock.left < max(seconds, default=self._seconds_of(stage))
 
-    def _remaining(self) -> float | None:
-        """Returns the seconds that the rest of the search will probably take, if it is known."""
+    def _remaining(self) -> float:
+        """Returns the seconds that the rest of the search will probably take."""
         methods = [row["method"] for row in self._rows]
         stages = [stage for stage in self._plan.stages if stage != "sensitivity"]
         now = max((stages.index(method) for method in methods if method in stages), default=0)

@@ -173,7 +173,7 @@ def test_a_file_with_a_class_that_is_not_known_asks_for_a_function(here, capsys)
 
 def test_a_step_that_was_not_possible_says_why(capsys):
     row = {"step": 3, "method": "channels", "sparsity": 0.5, "validation": None, "drop": None}
-    row |= {"elapsed": 65.0, "remaining": None}
+    row |= {"elapsed": 65.0, "remaining": 0.0}
     with prune._Display(Console(width=200)) as display:
         display.show(row | {"accepted": False, "note": "The budget cannot be met."})
     printed = capsys.readouterr().out

@@ -126,6 +126,7 @@ def test_an_interrupted_search_goes_on_with_the_same_results(trained, result, le
     told = []
     resumed = prune(trained, DATA, 0.02, folder=tmp_path, on_row=told.append, **SHORT)
     assert [row["step"] for row in told] == list(range(len(result.rows)))
+    assert np.isfinite([row["remaining"] for row in told]).all()
 
     def untimed(rows):
         others = ("seconds", "elapsed", "remaining", "density", "in_time")
