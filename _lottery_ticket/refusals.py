@@ -34,7 +34,7 @@ def check_names(kind: type[Any], command: str, arguments: Sequence[str]) -> None
     known = _option_names(kind)
     unnamed = _marked(kind, "Positional")
     repeatable = _marked(kind, "UseAppendAction")
-    types = {_option(one): type_ for one, type_ in typing.get_type_hints(kind).items()}
+    types = {option(one): type_ for one, type_ in typing.get_type_hints(kind).items()}
     given: dict[str, list[str]] = {}
     for name, values in _given(arguments):
         if name in unnamed:
@@ -52,6 +52,11 @@ def check_names(kind: type[Any], command: str, arguments: Sequence[str]) -> None
         given[name] = values
 
 
+def option(name: str) -> str:
+    """Returns the name of an option on the command line."""
+    return f"--{name.replace('_', '-')}"
+
+
 def takes_several(type_: object) -> bool:
     """Returns whether an option of a type takes more than one value."""
     return typing.get_origin(type_) is tuple or any(map(takes_several, typing.get_args(type_)))
@@ -65,7 +70,7 @@ def reason(kind: type[Any], arguments: Sequence[str], said: str) -> str:
         arguments: The arguments.
         said: What the parser says, which is used if nothing clearer can be said.
     """
-    fields = {_option(field.name): field for field in dataclasses.fields(kind)}
+    fields = {option(field.name): field for field in dataclasses.fields(kind)}
     types = typing.get_type_hints(kind)
     for name, values in _given(arguments):
         field = fields.get(name)
@@ -148,9 +153,9 @@ def _option_names(kind: type[Any]) -> list[str]:
     types = typing.get_type_hints(kind)
     unnamed = _marked(kind, "Positional")
     for field in dataclasses.fields(kind):
-        if _option(field.name) in unnamed:
+        if option(field.name) in unnamed:
             continue
-        names.append(_option(field.name))
+        names.append(option(field.name))
         if types[field.name] is bool:
             names.append(f"--no-{field.name.replace('_', '-')}")
     return names
@@ -163,11 +168,7 @@ def _marked(kind: type[Any], marker: str) -> list[str]:
     types = typing.get_type_hints(kind, include_extras=True)
     wanted = getattr(tyro.conf, marker)
     marked = {name for name, type_ in types.items() if wanted in getattr(type_, "__metadata__", ())}
-    return [_option(field.name) for field in dataclasses.fields(kind) if field.name in marked]
-
-
-def _option(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
+    return [option(field.name) for field in dataclasses.fields(kind) if field.name in marked]
 
 
 def _plain(type_: Any) -> Any:

@@ -177,14 +177,16 @@ class SearchLog:
     def on_result(self, row: Mapping[str, Any]) -> None:
         """Logs a row of the results."""
         names = ("test_accuracy", "test_loss", "validation_loss", "sparsity")
-        self._log(arm_of(row), {name: row.get(name) for name in names}, row["round"], "round")
+        self._log(_arm_of(row), {name: row.get(name) for name in names}, row["round"], "round")
 
     def on_evaluation(self, evaluation: Mapping[str, Any]) -> None:
         """Logs an evaluation on the validation data."""
         values = {
-            curve_of(evaluation, name): evaluation[name] for name in validation_of(evaluation)
+            f"round_{evaluation['round']:02}/{name}": value
+            for name, value in evaluation.items()
+            if name.startswith("validation_")
         }
-        self._log(arm_of(evaluation), values, evaluation["step"], "training_step")
+        self._log(_arm_of(evaluation), values, evaluation["step"], "training_step")
 
     def on_masks(self, model: keras.Model, round_: int) -> None:
         """Logs the sparsity of each masked weight of a ticket, as `ticket/sparsity/PATH`."""
@@ -237,21 +239,6 @@ class EpochLog(keras.callbacks.Callback):
         self._logger.scalars(numbers(logs or {}), epoch, "epoch")
 
 
-def arm_of(row: Mapping[str, Any]) -> str:
-    """Returns the arm whose curve a row of a search belongs to. The ticket's begins dense."""
-    return str(row["arm"]) if row["round"] else "ticket"
-
-
-def validation_of(evaluation: Mapping[str, Any]) -> list[str]:
-    """Returns the names of the validation results in an evaluation of a search."""
-    return [name for name in evaluation if name.startswith("validation_")]
-
-
-def curve_of(evaluation: Mapping[str, Any], name: str) -> str:
-    """Returns the name of the curve of a validation result, which is one for each round."""
-    return f"round_{evaluation['round']:02}/{name}"
-
-
 def sparsities(model: keras.Model) -> dict[str, float]:
     """Returns the share of pruned weights for every mask of a model, and in total."""
     report = ml.sparsity_report(model)
@@ -266,6 +253,11 @@ def numbers(values: Mapping[str, Any]) -> dict[str, float]:
         for name, value in values.items()
         if is_number(value) or isinstance(value, bool)
     }
+
+
+def _arm_of(row: Mapping[str, Any]) -> str:
+    """Returns the arm whose curve a row of a search belongs to. The ticket's begins dense."""
+    return str(row["arm"]) if row["round"] else "ticket"
 
 
 def _plain(name: str) -> str:

@@ -88,9 +88,7 @@ class Search:
     @property
     def tried(self) -> set[Values]:
         """The combinations that were tried. Those that failed in earlier calls are tried again."""
-        states = [self._optuna.trial.TrialState.COMPLETE]
-        complete = self._study.get_trials(deepcopy=False, states=states)
-        return {self._values(trial.params) for trial in complete} | self._failed
+        return set(self._known()) | self._failed
 
     def best(self) -> Sheet:
         """Returns the combinations of which no other one is better in both respects."""
@@ -112,22 +110,27 @@ class Search:
 
     def _suggested(self) -> tuple[Any, Values]:
         """Returns a trial of a combination that was not tried, and its values."""
-        tried = self.tried
+        known = self._known()
+        tried = known.keys() | self._failed
         for _ in range(_REPEATED):
             trial, values = self._ask()
             if values not in tried:
                 return trial, values
             # What is known already costs nothing, and Optuna's next suggestion differs.
-            known = self._study.get_trials(states=[self._optuna.trial.TrialState.COMPLETE])
-            same = [old.values for old in known if self._values(old.params) == values]
-            if same:
-                self._study.tell(trial, same[0])
+            if values in known:
+                self._study.tell(trial, known[values])
             else:
                 self._study.tell(trial, state=self._optuna.trial.TrialState.FAIL)
         rest = [values for values in self._combinations if values not in tried]
         chosen = rest[np.random.default_rng(len(tried)).integers(len(rest))]
         self._study.enqueue_trial(dict(zip(self._names, chosen, strict=True)))
         return self._ask()
+
+    def _known(self) -> dict[Values, Sequence[float]]:
+        """Returns the outcomes of the combinations that were tried and did not fail."""
+        states = [self._optuna.trial.TrialState.COMPLETE]
+        complete = self._study.get_trials(deepcopy=False, states=states)
+        return {self._values(trial.params): trial.values for trial in complete}
 
     def _ask(self) -> tuple[Any, Values]:
         if self._interrupted:
@@ -151,7 +154,11 @@ def outcome_of(folders: Sequence[Path]) -> tuple[float, float]:
     """
     last = [
         max(
-            (row for row in results.read_rows(folder / results.RESULTS_FILE) if is_ticket(row)),
+            (
+                row
+                for row in results.read_rows(folder / results.RESULTS_FILE)
+                if row["arm"] == "ticket"
+            ),
             key=lambda row: row["round"],
         )
         for folder in folders
@@ -159,8 +166,3 @@ def outcome_of(folders: Sequence[Path]) -> tuple[float, float]:
     losses = [float(row["validation_loss"]) for row in last]
     left = [1 - float(row["sparsity"]) for row in last]
     return float(np.mean(losses)), float(np.mean(left))
-
-
-def is_ticket(row: Mapping[str, Any]) -> bool:
-    """Returns True for the rows of the ticket, of which there is one in each round."""
-    return bool(row["arm"] == "ticket")

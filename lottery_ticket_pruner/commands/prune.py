@@ -15,6 +15,7 @@ import rich.progress
 from rich.console import Console
 
 from _lottery_ticket import commands as options
+from _lottery_ticket.refusals import option
 from lottery_ticket_pruner import Latency
 from lottery_ticket_pruner.checks import require_extra
 from lottery_ticket_pruner.commands import prune_folder, served_latency
@@ -30,7 +31,6 @@ from lottery_ticket_pruner.compression import (
     search,
 )
 from lottery_ticket_pruner.experiments import datasets, networks, own, own_networks, progress
-from lottery_ticket_pruner.experiments.arguments import option
 from lottery_ticket_pruner.experiments.config import RunConfig
 from lottery_ticket_pruner.experiments.reports import pruning
 from lottery_ticket_pruner.experiments.tensorboard import TensorBoardLogger

@@ -8,6 +8,7 @@ import numpy as np
 
 import masked_layers
 from _lottery_ticket import commands as options
+from _lottery_ticket.refusals import option
 from lottery_ticket_pruner.commands.all_formats import FormatsTable, Options, export_all
 from lottery_ticket_pruner.experiments import saved_tickets
 from masked_layers import serving
@@ -59,7 +60,7 @@ class ExportConfig(options.ExportOptions):
         others = {name for names in _OPTIONS.values() for name in names}
         others -= set(_OPTIONS[self.format])
         given = [
-            f"--{field.name.replace('_', '-')}"
+            option(field.name)
             for field in dataclasses.fields(self)
             if field.name in others and getattr(self, field.name) != field.default
         ]

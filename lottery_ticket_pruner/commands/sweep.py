@@ -15,6 +15,7 @@ from rich.console import Console
 
 from _lottery_ticket import experiments as options
 from _lottery_ticket import parser
+from _lottery_ticket.refusals import option
 from lottery_ticket_pruner.checks import require_extra
 from lottery_ticket_pruner.commands.processes import (
     LOG_FILE,
@@ -25,7 +26,7 @@ from lottery_ticket_pruner.commands.processes import (
 )
 from lottery_ticket_pruner.experiments import datasets, results
 from lottery_ticket_pruner.experiments.arguments import arguments as arguments_of
-from lottery_ticket_pruner.experiments.arguments import given, option, options_of, parse_over
+from lottery_ticket_pruner.experiments.arguments import given, options_of, parse_over
 from lottery_ticket_pruner.experiments.config import RunConfig, choices, chosen
 from lottery_ticket_pruner.experiments.identifiers import code_of
 from lottery_ticket_pruner.experiments.reports import contents, run_folders

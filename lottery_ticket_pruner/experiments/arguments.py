@@ -6,7 +6,7 @@ import typing
 from collections.abc import Sequence
 from typing import Any
 
-from _lottery_ticket.refusals import takes_several
+from _lottery_ticket.refusals import option, takes_several
 from lottery_ticket_pruner.registry import UnknownNameError
 
 
@@ -89,8 +89,3 @@ def rates_of(texts: Sequence[str], default: float) -> dict[str, float]:
     if not rates:
         raise ValueError("--rate expects at least one value, as in --rate 0.2 conv=0.1.")
     return {"default": rates.pop("default", default), **rates}
-
-
-def option(name: str) -> str:
-    """Returns the name of an option on the command line."""
-    return f"--{name.replace('_', '-')}"

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from _lottery_ticket import experiments as options
+from _lottery_ticket.refusals import option
 from lottery_ticket_pruner import criteria, selection, structures
 from lottery_ticket_pruner.checks import require_extra
 from lottery_ticket_pruner.experiments import datasets, networks, own
-from lottery_ticket_pruner.experiments.arguments import option, rates_of
+from lottery_ticket_pruner.experiments.arguments import rates_of
 from lottery_ticket_pruner.experiments.identifiers import identifier_of, resolved
 from lottery_ticket_pruner.fingerprints import of_json
 from lottery_ticket_pruner.registry import UnknownNameError

@@ -3,9 +3,9 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+from _lottery_ticket.refusals import option
 from lottery_ticket_pruner import criteria, structures, treatments
 from lottery_ticket_pruner.experiments import networks, own, own_networks
-from lottery_ticket_pruner.experiments.arguments import option
 from lottery_ticket_pruner.fingerprints import fingerprint, names_with_code
 from lottery_ticket_pruner.registry import UnknownNameError
 
