@@ -2,6 +2,7 @@
 
 import csv
 import json
+import types
 
 import keras
 import numpy as np
@@ -269,6 +270,28 @@ def test_rows_of_two_searches_are_compared():
         ("1", "iterative 0.5 0.88", "iterative 0.5 0.87"),
         ("2", "-", "iterative 0.5 0.88"),
     ]
+
+
+@pytest.mark.parametrize(("tolerance", "lines"), [(None, 0), (0.0, 1), (0.01, 1)])
+def test_the_curve_has_a_line_for_the_least_that_is_accepted(tolerance, lines):
+    def row(method, sparsity, validation):
+        return {
+            "method": method,
+            "sparsity": sparsity,
+            "validation": validation,
+            "accepted": True,
+        }
+
+    result = types.SimpleNamespace(
+        rows=[row("dense", 0.0, 0.9), row("magnitude", 0.5, 0.9)],
+        tolerance=tolerance,
+        higher_is_better=True,
+        test=types.SimpleNamespace(metric="accuracy"),
+    )
+    (axes,) = pruning.curve(result).axes
+    dashed = [line for line in axes.get_lines() if line.get_linestyle() == "--"]
+    assert len(dashed) == lines
+    assert [float(line.get_ydata()[0]) for line in dashed] == [0.9 - (tolerance or 0)] * lines
 
 
 def test_a_kernel_may_lose_what_no_smaller_share_contradicts():

@@ -120,11 +120,11 @@ def curve(result: Findings) -> Figure:
                 facecolors=face,
                 zorder=3,
             )
-    lowest = _lowest_shown(result)
-    if lowest is not None:
+    if result.tolerance is not None:
         axes.axhline(_least(result), color="0.45", linestyle=(0, (5, 3)), linewidth=1.2)
-        if below_axis(result):
-            axes.set_ylim(**{"bottom" if result.higher_is_better else "top": lowest})
+    if below_axis(result):
+        end = "bottom" if result.higher_is_better else "top"
+        axes.set_ylim(**{end: _lowest_shown(result)})
     weights_axis(axes, [100 * (1 - row["sparsity"]) for row in rows])
     axes.set_xlabel("weights left (open: not accepted)")
     axes.set_ylabel(f"validation {result.test.metric}")
