@@ -22,8 +22,9 @@ STATUS = """\
 exit status:
   0    all is done
   1    a part is not: a run of a sweep failed, a repetition differs, a package
-       is missing, or nobody reads the output any more
-  2    an option, a file or the data cannot be used; one line says which and why
+       of the command line is missing, or nobody reads the output any more
+  2    an option, a file or the data cannot be used, or an option needs a
+       package that is missing; one line says which and why
   130  interrupted; if something can be resumed, a line says by which command"""
 
 
