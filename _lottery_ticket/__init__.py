@@ -39,7 +39,7 @@ def _run(interruptible: bool) -> int:
 
     try:
         options = parser.parse(sys.argv[1:])
-    except (parser.MissingExtraError, refusals.UsageError) as error:
+    except (refusals.MissingExtraError, refusals.UsageError) as error:
         return parser.refuse(error)
     with logs.silenced():
         from lottery_ticket_pruner import cli

@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 
 def closest(name: str, known: Iterable[str]) -> str | None:
@@ -21,6 +22,21 @@ def question(name: str, known: Iterable[str]) -> str:
     """Returns `" Did you mean 'x'?"` with the name that is most like another one, or nothing."""
     found = closest(name, known)
     return f" Did you mean {found!r}?" if found else ""
+
+
+def file_question(path: Path, suffixes: Iterable[str]) -> str:
+    """Returns `" Did you mean 'x'?"` with the file of the same folder whose name is most alike.
+
+    Args:
+        path: A path that cannot be used.
+        suffixes: Endings of the files that can be.
+    """
+    try:
+        names = [one.name for one in path.parent.iterdir() if one.suffix in suffixes]
+    except OSError:
+        return ""
+    found = closest(path.name, names)
+    return f" Did you mean '{path.parent / found}'?" if found else ""
 
 
 def _plain(name: str) -> str:

@@ -12,24 +12,22 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 from _lottery_ticket import hints, refusals
-from _lottery_ticket.refusals import UsageError
+from _lottery_ticket.refusals import MissingExtraError, UsageError
 
 _EXTRA = ("jinja2", "matplotlib", "pandas", "rich", "scipy", "sklearn", "tensorboard", "tyro")
 _SHELLS = ("bash", "zsh")
+# Commands of which the first argument may be repeated, but not left out.
+_LISTS = {"compare": "models", "report": "folders"}
 _WIDTH = 80
 _ABOUT = "Lottery tickets in Keras 3: the papers' experiments as commands, and serving."
 STATUS = """\
 exit status:
   0    all is done
-  1    a part is not: a run of a sweep failed, a repetition differs, a package
-       of the command line is missing, or nobody reads the output any more
-  2    an option, a file or the data cannot be used, or an option needs a
-       package that is missing; one line says which and why
+  1    a part is not: a run of a sweep failed, a repetition differs, or nobody
+       reads the output any more
+  2    an option, a file or the data cannot be used, or a package is missing;
+       one line says which and why
   130  interrupted; if something can be resumed, a line says by which command"""
-
-
-class MissingExtraError(ImportError):
-    """An error for packages of the command line that are not installed."""
 
 
 def commands() -> dict[str, type[Any]]:
@@ -80,7 +78,7 @@ def parse(arguments: Sequence[str]) -> Any:
 def refuse(error: Exception) -> int:
     """Prints why a command line was refused, and returns the exit status."""
     print(f"lottery-ticket: {error}", file=sys.stderr)
-    return 1 if isinstance(error, MissingExtraError) else 2
+    return 2
 
 
 def overview() -> str:
@@ -137,12 +135,15 @@ def _options(kind: type[Any], command: str, arguments: Sequence[str]) -> Any:
             contextlib.redirect_stdout(printed),
             contextlib.redirect_stderr(refused),
         ):
-            return tyro.cli(kind, args=list(arguments), prog=f"lottery-ticket {command}")
+            options = tyro.cli(kind, args=list(arguments), prog=f"lottery-ticket {command}")
     except SystemExit as end:
         if not end.code:
             _end(f"{_wrapped(printed.getvalue())}\n\n{STATUS}")
         reason = refusals.reason(kind, arguments, refused.getvalue() + printed.getvalue())
         raise UsageError(f"{reason} See lottery-ticket {command} --help.") from None
+    if not getattr(options, _LISTS.get(command, ""), True):
+        raise UsageError(f"Name at least one {_LISTS[command].rstrip('s')} to {command}.")
+    return options
 
 
 def _print_completion(arguments: Sequence[str]) -> NoReturn:

@@ -23,6 +23,10 @@ class UsageError(ValueError):
     """An error for a command line that cannot be read."""
 
 
+class MissingExtraError(ImportError):
+    """An error for packages of the command line, or of another extra, that are not installed."""
+
+
 def check_names(kind: type[Any], command: str, arguments: Sequence[str]) -> None:
     """Raises a UsageError for an option that a command does not have or whose values get lost.
 

@@ -4,6 +4,8 @@ import importlib.util
 import numbers
 from typing import TypeGuard
 
+from _lottery_ticket.refusals import MissingExtraError
+
 
 def is_number(value: object) -> TypeGuard[float]:
     """Returns True for a real number of Python or NumPy, but not for a bool."""
@@ -19,10 +21,6 @@ def line_of(error: Exception) -> str:
     """Returns the type of an error and the first line of its message."""
     text = next((line for line in str(error).splitlines() if line.strip()), "")
     return f"{type(error).__name__}: {text.strip()}"
-
-
-class MissingExtraError(ImportError):
-    """A package of an extra is not installed."""
 
 
 def require_extra(name: str) -> None:

@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None, options: Any = None) -> int:
     try:
         with _warnings_of_a_command():
             return _run(parser.parse(given) if options is None else options)
-    except (parser.MissingExtraError, refusals.UsageError) as error:
+    except (refusals.MissingExtraError, refusals.UsageError) as error:
         return parser.refuse(error)
     except KeyboardInterrupt as error:
         words = ["Interrupted.", *getattr(error, "__notes__", ())]
@@ -69,7 +69,6 @@ def _print_error(error: Exception) -> int:
 
 
 def _run(options: Any) -> int:
-    from lottery_ticket_pruner.checks import MissingExtraError
     from lottery_ticket_pruner.divergence import DivergenceError
 
     command = next(name for name, kind in parser.commands().items() if type(options) is kind)
@@ -77,7 +76,7 @@ def _run(options: Any) -> int:
         return _HANDLERS.get(command, _experiment)(command, options)
     except BrokenPipeError:
         raise  # Of the output, not of the command.
-    except (DivergenceError, MissingExtraError, OSError, ValueError) as error:
+    except (DivergenceError, refusals.MissingExtraError, OSError, ValueError) as error:
         return _print_error(error)
 
 

@@ -26,7 +26,9 @@ from typing import Any, Self
 import keras
 
 import masked_layers as ml
-from lottery_ticket_pruner.checks import MissingExtraError, is_number, line_of, require_extra
+from _lottery_ticket.refusals import MissingExtraError
+from lottery_ticket_pruner import notices
+from lottery_ticket_pruner.checks import is_number, line_of, require_extra
 
 # MLflow's limit for the value of a parameter.
 _LONGEST = 6000
@@ -88,9 +90,19 @@ class MLflowLogger(RunLogger):
         self._run = client.create_run(place, run_name=name).info.run_id
 
     def params(self, values: Mapping[str, Any]) -> None:
-        """Logs what the run was started with."""
+        """Logs what the run was started with.
+
+        Warns:
+            UserWarning: If a value is longer than MLflow takes.
+        """
         for name, value in values.items():
-            self._client.log_param(self._run, _plain(name), str(value)[:_LONGEST])
+            text = str(value)
+            if len(text) > _LONGEST:
+                notices.warn(
+                    f"MLflow takes at most {_LONGEST:,} characters of a parameter, so that only so "
+                    f"many of the {len(text):,} of {name!r} are logged."
+                )
+            self._client.log_param(self._run, _plain(name), text[:_LONGEST])
 
     def scalars(self, values: Mapping[str, float], step: int, axis: str = "step") -> None:
         """Logs numbers. MLflow's steps have no name."""

@@ -79,6 +79,8 @@ def reason_of(error: Exception) -> str:
         error: Error of Keras, whose message contains the config of every layer around the one that
             cannot be made.
     """
+    if isinstance(error, KeyError):  # Its message is the key alone.
+        return f"An entry is missing: {error}."
     text = str(error)
     for before in ("Exception encountered: ", "Error encountered during deserialization: "):
         text = text.rpartition(before)[2].strip()

@@ -26,6 +26,18 @@ from masked_layers.ticket_format import Entry, Ticket
 SUFFIX = ".safetensors"
 
 
+class UnsuitableModelError(ValueError):
+    """An error for models that a ticket file cannot describe.
+
+    Attributes:
+        reason: Why, without advice.
+    """
+
+    def __init__(self, reason: str, advice: str) -> None:
+        super().__init__(f"{reason} {advice}")
+        self.reason = reason
+
+
 def save_ticket(
     model: keras.Model,
     path: str | os.PathLike[str],
@@ -71,9 +83,10 @@ def save_ticket(
     try:
         _make(config, entries, every=not signs_only, keep=False)
     except Exception as error:  # Layers may raise any error.
-        raise ValueError(
+        raise UnsuitableModelError(
             f"'{model.name}' cannot be saved as a ticket, because Keras cannot make the same model "
-            f"from its config: {_reason(error)} Save it with `model.save('NAME.keras')`."
+            f"from its config: {_reason(error)}",
+            "Save it with `model.save('NAME.keras')`.",
         ) from error
     data = ticket_format.pack(Ticket(config, entries, signs_only))
     with replacing(path) as file:
@@ -179,9 +192,10 @@ def _check_state(model: keras.Model) -> None:
             reason = "saves more than its variables, such as an adapted vocabulary"
         else:
             continue
-        raise ValueError(
-            f"'{path}' ({kind}) cannot be saved in a ticket: it {reason}. Save the model with "
-            "`model.save('NAME.keras')`; a vocabulary can be passed to the layer's constructor too."
+        raise UnsuitableModelError(
+            f"'{path}' ({kind}) cannot be saved in a ticket: it {reason}.",
+            "Save the model with `model.save('NAME.keras')`; a vocabulary can be passed to the "
+            "layer's constructor too.",
         )
 
 

@@ -10,6 +10,7 @@ import keras
 import numpy as np
 from rich.console import Console
 
+from _lottery_ticket import hints
 from _lottery_ticket.commands import CompareConfig
 from lottery_ticket_pruner.compression import (
     ModelComparison,
@@ -111,7 +112,8 @@ def _subject(name: str, x: Arrays, batch_size: int) -> Subject:
             return _served(name, x, batch_size)
         return _in_folder(name, batch_size)
     if not path.exists():
-        raise FileNotFoundError(f"There is no file or folder '{name}'.")
+        hint = hints.file_question(path, (SUFFIX, *networks.FILES))
+        raise FileNotFoundError(f"There is no file or folder '{name}'.{hint}")
     if path.suffix in (SUFFIX, *networks.FILES):
         return Subject.of_model(name, _in_file(path), batch_size)
     raise ValueError(

@@ -7,7 +7,7 @@ import re
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import keras
 import numpy as np
@@ -15,6 +15,7 @@ import rich.progress
 from rich.console import Console
 
 from _lottery_ticket import commands as options
+from _lottery_ticket import hints
 from _lottery_ticket.refusals import option
 from lottery_ticket_pruner import Latency
 from lottery_ticket_pruner.checks import require_extra
@@ -29,6 +30,7 @@ from lottery_ticket_pruner.compression import (
     parts_of,
     save_model,
     search,
+    verdict_of,
 )
 from lottery_ticket_pruner.experiments import datasets, networks, own, own_networks, progress
 from lottery_ticket_pruner.experiments.config import RunConfig
@@ -171,14 +173,14 @@ def prune(config: PruneConfig, console: Console | None = None) -> PruneResult:
     model = load(config)
     folder = config.folder
     _print(console, f"Results go to {folder}")
-    with served_latency.DenseFolder(model) as dense, _log(config) as log:
+    with served_latency.DenseFolder(model) as dense, _Log(config) as log:
         reserve = 0.0 if config.minutes is None else dense.seconds_to_compare()
         times = {"started": started, "reserve": reserve}
         result = _search(config, model, parts, console, log, times)
         save_model(result.model, folder / "model.keras")  # Before exports, which may fail.
         served = _export(result, dense, folder, console, parts)
-        if log is not None:
-            log.on_end(result.test, served)
+        log.on_end(result.test, served)
+    result = _with_time(result, config, started)
     facts = pruning.Facts(
         name=model.name,
         data=config.data,
@@ -199,10 +201,20 @@ def prune(config: PruneConfig, console: Console | None = None) -> PruneResult:
             f"Served: {pruned:,} bytes; dense {whole:,}, {whole / pruned:.1f} times as much.",
         )
     seconds = time.perf_counter() - started
-    late = config.minutes is not None and seconds > 60 * config.minutes
-    more = f", more than --minutes {config.minutes}" if late else ""
-    _print(console, f"{seconds:.0f} s{more}. Report: {folder / 'report.html'}")
+    _print(console, f"{seconds:.0f} s. Report: {folder / 'report.html'}")
     return result
+
+
+def _with_time(result: PruneResult, config: PruneConfig, started: float) -> PruneResult:
+    """Adds to the conclusion that the exports ended after --minutes, if they did."""
+    minutes = (time.perf_counter() - started) / 60
+    if config.minutes is None or minutes <= config.minutes:
+        return result
+    text = (
+        f"{result.conclusion} With the exports it took {minutes:.2g} minutes, more than "
+        f"minutes={config.minutes:g}."
+    )
+    return dataclasses.replace(result, conclusion=text)
 
 
 def _search(
@@ -210,7 +222,7 @@ def _search(
     model: keras.Model,
     parts: Parts,
     console: Console,
-    log: "_Log | None",
+    log: "_Log",
     times: Mapping[str, float],
 ) -> PruneResult:
     """Executes the search, and shows and logs its rows."""
@@ -218,10 +230,13 @@ def _search(
 
         def on_row(row: dict[str, Any]) -> None:
             display.show(row)
-            if log is not None:
-                log.on_row(row)
+            log.on_row(row)
 
-        plan = config.plan(on_row=on_row, on_training=display.begin, on_progress=display.advance)
+        def on_training(row: dict[str, Any], steps: int) -> None:
+            log.begin()
+            display.begin(row, steps)
+
+        plan = config.plan(on_row=on_row, on_training=on_training, on_progress=display.advance)
         place = config.folder / "search"
         try:
             with _naming_options():
@@ -231,31 +246,54 @@ def _search(
             raise
 
 
-class _Log(PruneLog):
-    """The log of a search, with what the command adds."""
+class _Log:
+    """The log of a search in the tool of --log, if there is one, and what the command adds.
+
+    It is opened before the first training or row, when nothing can be refused any more. Used as a
+    context manager.
+
+    Args:
+        config: The configuration.
+    """
+
+    def __init__(self, config: PruneConfig) -> None:
+        self._config = config
+        self._opened = contextlib.ExitStack()
+        self._log: PruneLog | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._opened.__exit__(*error)
+
+    def begin(self) -> None:
+        """Opens the log, if that was not done before."""
+        config = self._config
+        if config.log is None or self._log is not None:
+            return
+        params = config.to_dict()
+        if config.log == "tensorboard":
+            board = TensorBoardLogger(config.folder / "logs")
+            self._log = PruneLog(self._opened.enter_context(board))
+            board.params(params)
+        else:
+            tool = opened(config.log, config.folder.name, params)
+            self._log = PruneLog(self._opened.enter_context(tool))
+
+    def on_row(self, row: Mapping[str, Any]) -> None:
+        """Logs a model that was tried."""
+        self.begin()
+        if self._log is not None:
+            self._log.on_row(row)
 
     def on_end(self, test: Comparison, served: served_latency.Served | None) -> None:
         """Logs the result at the last model."""
         values = {f"test_{name}": getattr(test, name) for name in ("dense", "pruned", "drop")}
         if served is not None:
             values |= {"served_bytes": served.nbytes[0], "served_bytes_dense": served.nbytes[1]}
-        self.on_numbers(values)
-
-
-@contextlib.contextmanager
-def _log(config: PruneConfig) -> Iterator[_Log | None]:
-    """Opens the log in the tool of --log, if there is one."""
-    if config.log is None:
-        yield None
-        return
-    params = config.to_dict()
-    if config.log == "tensorboard":
-        with TensorBoardLogger(config.folder / "logs") as logger:
-            logger.params(params)
-            yield _Log(logger)
-    else:
-        with opened(config.log, config.folder.name, params) as logger:
-            yield _Log(logger)
+        if self._log is not None:
+            self._log.on_numbers(values)
 
 
 def load_data(config: PruneConfig) -> Parts:
@@ -286,10 +324,11 @@ def load(config: PruneConfig) -> keras.Model:
     path = Path(name)
     if path.suffix not in networks.FILES:
         loss = " A ticket file contains no loss: name a function that loads and compiles the model."
+        hint = hints.file_question(path, networks.FILES) or hints.question(name, networks.NAMES)
         raise ValueError(
             "Expected as MODEL a .keras or .h5 file, module:function or file.py:function, or one "
             f"of {', '.join(networks.NAMES)}. Received: {name!r}."
-            f"{loss if path.suffix == SUFFIX else ''}"
+            f"{loss if path.suffix == SUFFIX else hint}"
         )
     return _compiled(own_networks.load_file(path, compiled=True), f"{name}: ")
 
@@ -380,7 +419,6 @@ class _Display:
             self._task = None
         if not row["step"]:
             self._line("step", "method", "pruned", "validation", "drop", "elapsed", "left", "")
-        verdict = "accepted" if row["accepted"] else "too much"
         numbers = [row["validation"], row["drop"]]
         self._line(
             str(row["step"]),
@@ -389,7 +427,7 @@ class _Display:
             *("" if value is None else f"{value:.4f}" for value in numbers),
             _minutes(row["elapsed"]),
             _minutes(row["remaining"]),
-            ("failed" if row["note"] else verdict) if row["step"] else "",
+            verdict_of(row),
         )
         if row["note"]:
             _print(self._console, row["note"])
@@ -397,7 +435,7 @@ class _Display:
     def _line(self, *texts: str) -> None:
         widths = (4, 11, 7, 10, 8, 7, 6, 8)
         cells = [text.rjust(width) for text, width in zip(texts, widths, strict=True)]
-        self._console.print("  ".join(cells).rstrip(), highlight=False)
+        self._console.print("  ".join(cells).rstrip(), highlight=False, soft_wrap=True)
 
 
 def _minutes(seconds: float) -> str:

@@ -290,6 +290,12 @@ def _carry_out(
     jobs = min(config.jobs or len(cores), at_once)
     pace = f"{jobs} at a time on {len(cores)} cores" if todo else "nothing left to run"
     what = "runs" if search is None else "runs to choose from"
+    if not config.over:
+        console.print(
+            "Without --over OPTION=VALUE,VALUE, this is one combination of options.",
+            highlight=False,
+            markup=False,
+        )
     console.print(
         f"{len(children)} {what}, {len(children) - len(todo)} of them finished earlier; {pace}\n"
         f"{_where(place)}",

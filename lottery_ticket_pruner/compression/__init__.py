@@ -11,7 +11,7 @@ from lottery_ticket_pruner.compression.metrics import Comparison, compare_models
 from lottery_ticket_pruner.compression.parts import Parts, parts_of, test_part_of
 from lottery_ticket_pruner.compression.plan import Goals, Options, Plan
 from lottery_ticket_pruner.compression.pruning import prune, search
-from lottery_ticket_pruner.compression.result import Findings, PruneResult, save_model
+from lottery_ticket_pruner.compression.result import Findings, PruneResult, save_model, verdict_of
 from lottery_ticket_pruner.compression.steps import served_size
 
 __all__ = [
@@ -34,4 +34,5 @@ __all__ = [
     "search",
     "served_size",
     "test_part_of",
+    "verdict_of",
 ]

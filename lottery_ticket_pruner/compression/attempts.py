@@ -9,13 +9,15 @@ from collections.abc import Callable
 from typing import Any
 
 import masked_layers as ml
-from lottery_ticket_pruner import latencies, notices, reconstruction
+from lottery_ticket_pruner import notices, reconstruction
 from lottery_ticket_pruner.budgets import Latency
 from lottery_ticket_pruner.compression import metrics, sensitivity, steps
 from lottery_ticket_pruner.compression.clock import Clock, OutOfTimeError, Stopwatch
+from lottery_ticket_pruner.compression.conclusions import Judge, verdict
+from lottery_ticket_pruner.compression.densities import Densities
 from lottery_ticket_pruner.compression.early_ends import PARTS, outcome_is_clear
-from lottery_ticket_pruner.compression.ladder import Attempt, Ladder, density_of_size
-from lottery_ticket_pruner.compression.plan import Goals, Plan
+from lottery_ticket_pruner.compression.ladder import Attempt, Ladder
+from lottery_ticket_pruner.compression.plan import Plan
 from lottery_ticket_pruner.compression.result import PruneResult
 from lottery_ticket_pruner.compression.states import Progress, State
 from lottery_ticket_pruner.compression.steps import Workbench
@@ -34,7 +36,7 @@ _TRAINS = ("iterative", "gradual", "channels")
 # Seconds, and share of the time to spend, that a scan of the layers may take.
 _SCAN_SECONDS, _SCAN_SHARE = 60.0, 0.1
 # Columns of rows that only the search needs.
-_INTERNAL = ("density", "in_time")
+_INTERNAL = ("density", "load")
 # Share of the weights below which fitting is not worth its time.
 _LEAST_FITTED = 0.5
 # Seconds that a fit may take even if a training takes less.
@@ -72,14 +74,24 @@ class Search:
         return self.bench.plan
 
     @property
+    def _densities(self) -> Densities:
+        return Densities(self.bench, self.progress.facts, self.clock)
+
+    @property
     def _rows(self) -> list[dict[str, Any]]:
         return self.progress.rows
 
     def run(self) -> PruneResult:
         """Executes the search, or the rest of it, and returns the result."""
         if self._rows:  # Those of an interrupted search.
+            if "densities" not in self.progress.facts:
+                raise ValueError(
+                    "This search was begun by an earlier version of this package. Choose another "
+                    "folder, or delete this one to start over."
+                )
             self.bench.validate()  # Only to measure how long it takes, which `_tell` needs.
             self.clock.reserve += self.bench.seconds_to_compare()
+            self.clock.reserve += self.progress.facts.get("export", 0.0)
             for row in self._rows:
                 self._tell(row)
         else:
@@ -122,51 +134,15 @@ class Search:
                 'not known: use retraining="learning_rate_rewinding", or pass the untrained model.'
             )
         if not trained:
+            self._densities.check(State.of(bench.model))
             bench.train_dense(self._warn_of_dense())
         dense = State.of(bench.model)
         value = bench.validate()
         self.clock.reserve += bench.seconds_to_compare()
+        self.progress.facts |= {"trained": trained, "dense": "0", "best": "0"}
+        self._densities.find(dense)
         self.progress.keep("0", dense)
-        shares = self._shares(dense)
-        self.progress.facts |= {
-            "trained": trained,
-            "shares": shares,
-            "target": min(shares.values(), default=None),
-            "dense": "0",
-            "best": "0",
-        }
         self._record("dense", bench.density, value, started)
-
-    def _shares(self, dense: State) -> dict[str, float]:
-        """Returns the density at which each goal other than the drop is met, by what it is of."""
-        goals, bench = self._plan.goals, self.bench
-        shares = {} if goals.sparsity is None else {"weights": 1 - goals.sparsity}
-        shares |= {} if goals.macs is None else {"macs": goals.macs}
-        if goals.latency is not None:
-            latency = Latency.of(goals.latency)
-            share = latency.share
-            if share is None:
-                milliseconds = latencies.milliseconds_without_pruning(
-                    bench.model, latency.batch_size
-                )
-                share = latency.limit / milliseconds
-                self.progress.facts["milliseconds"] = milliseconds
-            shares["latency"] = min(share, 1.0)
-        if goals.size is not None:
-            cost = bench.cost() if bench.prunes_channels else "weights"
-            lowest = bench.lowest_of_channels(dense) if bench.prunes_channels else bench.lowest
-            of_size = density_of_size(
-                lambda density: bench.size_at(density, dense), goals.size, lowest
-            )
-            dense.restore(bench.model)
-            if of_size is None:
-                raise ValueError(
-                    f"No sparsity makes the served folder of {bench.model.name} as small as "
-                    f"{goals.size:,} bytes: with a density of {lowest:.2g} it takes "
-                    f"{bench.size_at(lowest, dense):,}, most of them for the graph."
-                )
-            shares[cost] = min(of_size[0], shares.get(cost, 1.0))
-        return shares
 
     def _climb(self, stage: str) -> None:
         """Executes the attempts of a method."""
@@ -240,7 +216,7 @@ class Search:
             precision=precision,
             target=target,
             lowest=self.bench.lowest,
-            start=min(row["density"] for row in rows),
+            start=min((row["density"] for row in rows), default=1.0),
             size=None if self.bench.prunes_channels else self.bench.size,
         )
 
@@ -352,42 +328,55 @@ class Search:
 
     def _tighten(self, best: float) -> bool:
         """Lowers the target if a model that reached it is above the size, and says whether."""
-        size, target = self._plan.goals.size, self.progress.facts["target"]
-        if size is None or target is None or best > target:
+        size, facts = self._plan.goals.size, self.progress.facts
+        served = self._rows[int(facts["best"])]["size"]
+        if size is None or served is None or served <= size:
             return False
-        self.progress.state(self.progress.facts["best"]).restore(self.bench.model)
-        served = self.bench.served_size()
-        if served <= size:
-            return False
-        facts, bench = self.progress.facts, self.bench
-        cost = bench.cost() if bench.prunes_channels else "weights"
-        facts["shares"][cost] = facts["target"] = best * size / served * 0.99
+        facts["densities"]["size"] = best * size / served * 0.99
+        self._densities.share_out()
+        self.bench.shares = facts["shares"]
         return True
 
     def _record(
         self, method: str, density: float, value: float | None, started: float, note: str = ""
     ) -> None:
-        drop = None
+        drop, size, bench = None, None, self.bench
         if value is not None:
             drop = self._drop(value) if self._rows else 0.0
+            if "size" in self.progress.facts["densities"] and self._judge.reached("size", density):
+                size = bench.served_size()
         row = {
             "step": len(self._rows),
             "method": method,
             "density": density,
-            "sparsity": ml.sparsity_report(self.bench.model).sparsity,
-            "macs": self.bench.macs_left(),
-            "latency": self.bench.milliseconds if value is not None else None,
+            "sparsity": ml.sparsity_report(bench.model).sparsity,
+            "macs": bench.macs_left(),
+            "latency": self._milliseconds if value is not None else None,
+            "size": size,
             "validation": value,
             "drop": drop,
             "accepted": drop is not None and (not self._rows or self._plan.goals.accepts(drop)),
-            "steps": self.bench.steps_trained,
+            "misses": ", ".join(
+                self._judge.misses(density, size=size, in_time=bench.within_latency(density))
+            ),
+            "steps": bench.steps_trained,
             "seconds": time.perf_counter() - started,
-            "in_time": self.bench.within_latency(density),
+            "load": bench.load,
             "note": note,
         }
         self._rows.append(row)
         self._write()
         self._tell(row)
+
+    @property
+    def _milliseconds(self) -> float | None:
+        """Latency of the model as it is now, if there is a goal of latency."""
+        return self.bench.milliseconds if self._rows else self.progress.facts.get("milliseconds")
+
+    @property
+    def _judge(self) -> Judge:
+        rounded = self._ladder(self._plan.stages[-1]).rounded
+        return Judge(self._plan.goals, self.progress.facts, rounded)
 
     def _drop(self, value: float) -> float:
         return self.bench.metric.drop(self._rows[0]["validation"], value)
@@ -401,7 +390,8 @@ class Search:
     def _is_late(self, stage: str) -> bool:
         """Returns whether the next attempt would probably exceed the time."""
         seconds = [row["seconds"] for row in self._rows if row["method"] == stage]
-        return self.clock.left < max(seconds, default=self._seconds_of(stage))
+        export = self.progress.facts.get("export", 0.0)
+        return self.clock.left < max(seconds, default=self._seconds_of(stage)) + export
 
     def _remaining(self) -> float:
         """Returns the seconds that the rest of the search will probably take."""
@@ -444,8 +434,11 @@ class Search:
         pruned = metrics.Outcome.of(bench.metric, model, test)
         comparison = metrics.compare(bench.metric, dense, pruned, bench.parts.counts()["test"])
         best = rows[int(facts["best"])]
-        meets = self._meets(best)
-        sentences = [self._conclusion(best, meets)]
+        if "size" in facts["densities"] and best["size"] is None:
+            best["size"] = bench.served_size()
+        meets = not best["misses"] if facts["densities"] else best["method"] != "dense"
+        named = {"of": bench.metric.name}
+        sentences = [self._judge.conclusion(best | named, rows), self._words_about_time()]
         if facts["best"] != facts["dense"]:
             sentences.append(verdict(self._plan.goals, comparison))
         return PruneResult(
@@ -461,42 +454,16 @@ class Search:
             notes=self._notes(),
         )
 
-    def _meets(self, best: dict[str, Any]) -> bool:
-        target = self.progress.facts["target"]
-        if target is None:
-            return best["method"] != "dense"
-        low_enough = best["density"] <= self._ladder(self._plan.stages[-1]).rounded(target)
-        return bool(low_enough and best["in_time"])
-
-    def _conclusion(self, best: dict[str, Any], meets: bool) -> str:
-        goals, metric = self._plan.goals, self.bench.metric.name
-        found = f"{best['sparsity']:.2%} of the weights are pruned"
-        if best["macs"] is not None:
-            found += f", {best['macs']:.2%} of the multiply-adds are left"
-        if best["latency"] is not None:
-            found += f", a call takes {best['latency']:.3g} ms"
-        drop = f"a drop of {best['drop']:+.4f} in validation {metric}"
-        text = f"{found}, with {drop}."
-        if not meets:
-            rest = [row for row in self._rows if not row["accepted"] and row["drop"] is not None]
-            what = (
-                "The nearest" if goals.tolerance is None else f"Within max_drop={goals.tolerance}"
-            )
-            text = f"No model meets the goals. {what}: {text}"
-            if rest:
-                near = min(rest, key=lambda row: row["drop"])
-                text += (
-                    f" The nearest beyond: {near['sparsity']:.2%} pruned, with a drop of "
-                    f"{near['drop']:+.4f} ({near['method'].replace('_', ' ')})."
-                )
+    def _words_about_time(self) -> str:
+        text = []
         if self._cut:
-            text += (
-                f" The search ended early, because of minutes={self._plan.minutes:g}. There was "
+            text.append(
+                f"The search ended early, because of minutes={self._plan.minutes:g}. There was "
                 f"no time for {self._cut}."
             )
         if self.clock.left + self.clock.reserve < 0:
-            text += f" It took {self.clock.spent / 60:.2g} minutes nevertheless."
-        return text
+            text.append(f"It took {self.clock.spent / 60:.2g} minutes nevertheless.")
+        return " ".join(text)
 
     def _notes(self) -> tuple[str, ...]:
         bench, plan = self.bench, self._plan
@@ -566,27 +533,8 @@ class Search:
         if self._plan.goals.latency is None:
             return []
         latency = Latency.of(self._plan.goals.latency)
-        milliseconds = self.progress.facts.get("milliseconds")
-        dense = "" if milliseconds is None else f" The dense model took {milliseconds:.3g} ms."
         return [
             "Zeros inside a kernel do not make a model faster, so channels were removed. The "
             f"latency is that of a call of the Keras model with a batch of {latency.batch_size} on "
-            f"this machine.{dense}"
+            f"this machine. The dense model took {self.progress.facts['milliseconds']:.3g} ms."
         ]
-
-
-def verdict(goals: Goals, test: metrics.Comparison) -> str:
-    """Returns what the comparison on the test data says about the tolerance, if there is one."""
-    if goals.tolerance is None:
-        return ""
-    where = "within" if goals.accepts(test.drop) else "above"
-    found = f"On the test data the drop is {test.drop:+.4f}, {where} {goals.tolerance}"
-    if test.interval is None:
-        return f"{found} ({test.method})."
-    low, high = test.interval
-    if goals.accepts(high) or not goals.accepts(low):
-        return f"{found}, and so is its whole 95 % interval."
-    return (
-        f"{found}, but {test.examples:,} examples leave open whether it really is: the 95 % "
-        f"interval is {low:+.4f} to {high:+.4f}."
-    )

@@ -94,9 +94,12 @@ class Ladder:
 
 
 def density_of_size(
-    size_at: Callable[[float], int], goal: int, lowest: float
-) -> tuple[float, int] | None:
-    """Returns a density whose size is at most `goal` and close to it, and this size.
+    size_at: Callable[[float], int],
+    goal: int,
+    low: tuple[float, int],
+    may_go_on: Callable[[], bool] = lambda: True,
+) -> float:
+    """Returns a density whose size is at most `goal` and close to it.
 
     Sizes are about linear in the density, so each new density is on the line through the two
     measured ones around the goal, or in the middle between them if that converges slowly.
@@ -104,24 +107,23 @@ def density_of_size(
     Args:
         size_at: Returns the size in bytes of a density in (0, 1].
         goal: Size in bytes.
-        lowest: Lowest density to consider.
-
-    Returns:
-        None if the size of the lowest density is above `goal`.
+        low: Lowest density to consider, and its size, which is at most `goal`.
+        may_go_on: Returns False if there is no time for another measurement. The density is then
+            only where the size is expected to be a little below `goal`.
     """
-    low, high = (lowest, size_at(lowest)), (1.0, size_at(1.0))
-    if low[1] > goal:
-        return None
+    high = 1.0, size_at(1.0)
     if high[1] <= goal:
-        return high
+        return high[0]
     for number in range(_MEASUREMENTS):
         if low[1] >= _CLOSE * goal:
             break
         share = (0.98 * goal - low[1]) / (high[1] - low[1]) if number % 3 < 2 else 0.5
         middle = low[0] + min(max(share, 0.02), 0.98) * (high[0] - low[0])
+        if not may_go_on():
+            return middle
         size = size_at(middle)
         if size <= goal:
             low = middle, size
         else:
             high = middle, size
-    return low
+    return low[0]

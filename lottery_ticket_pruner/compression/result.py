@@ -5,6 +5,7 @@ import functools
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,16 @@ from masked_layers.serving import StorageReport
 from masked_layers.text_tables import aligned
 
 _HEADINGS = (
-    *("step", "method", "sparsity", "macs", "latency", "validation", "drop", "trained", "seconds"),
-    "",
+    *("step", "method", "sparsity", "macs", "latency", "bytes"),
+    *("validation", "drop", "trained", "seconds", ""),
 )
+# What a model is that misses a goal.
+_MISSES = {
+    "sparsity": "too dense",
+    "size": "too large",
+    "macs": "too many macs",
+    "latency": "too slow",
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,8 +39,10 @@ class Findings:
         rows: One dict per model that was tried: `step`, `method` (`"dense"` for the first),
             `sparsity`, `macs` (of pruned channels, the share of the multiply-adds that is left, or
             None if it is not known), `latency` (in milliseconds, if there is a goal of latency),
-            `validation` (the metric), `drop` (from the dense model), `accepted`, `steps` (of
-            training, without those of earlier rows), `seconds` and `note`. Ready for
+            `size` (bytes as served, of models that should meet a goal of size), `validation` (the
+            metric), `drop` (from the dense model), `accepted` (whether the drop is within the
+            tolerance), `misses` (names of the other goals that are not met, separated by commas),
+            `steps` (of training, without those of earlier rows), `seconds` and `note`. Ready for
             `pandas.DataFrame(rows)`.
         scan: One dict per weight and share of it that was pruned alone, without training: `path`,
             `density`, `kept` (entries), `value` (the metric on at most 512 validation examples),
@@ -135,19 +145,29 @@ def save_model(model: keras.Model, path: Path) -> None:
             shutil.copyfileobj(stored, whole)
 
 
-def _cells(row: dict[str, Any]) -> tuple[str, ...]:
-    verdict = "" if row["method"] == "dense" else "accepted" if row["accepted"] else "too much"
+def verdict_of(row: Mapping[str, Any]) -> str:
+    """Returns in a few words whether a model is good enough, or what it is not."""
     if row["note"]:
-        verdict = "failed"
+        return "failed"
+    if row["method"] == "dense":
+        return ""
+    if not row["accepted"]:
+        return "too much"
+    missed = row.get("misses")  # Earlier versions did not store them.
+    return ", ".join(_MISSES[goal] for goal in missed.split(", ")) if missed else "accepted"
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     return (
         str(row["step"]),
         row["method"].replace("_", " "),
         f"{row['sparsity']:.2%}",
         "" if row["macs"] is None else f"{row['macs']:.2%}",
         "" if row["latency"] is None else f"{row['latency']:.3g} ms",
+        "" if row.get("size") is None else f"{row['size']:,}",
         "" if row["validation"] is None else f"{row['validation']:.4f}",
         "" if row["drop"] is None else f"{row['drop']:+.4f}",
         f"{row['steps']} steps" if row.get("steps") else "",  # Earlier versions did not count.
         f"{row['seconds']:.1f}",
-        verdict,
+        verdict_of(row),
     )

@@ -145,6 +145,12 @@ class Workbench:
         measured = self.pruner.measured_latency
         return None if measured is None else measured.milliseconds
 
+    @property
+    def load(self) -> float | None:
+        """Latency of the model as it is now, in the unit of its budget, if it has one."""
+        measured = self.pruner.measured_latency
+        return None if measured is None else measured.measured
+
     def within_latency(self, density: float) -> bool:
         """Returns False if a density low enough for the goal of latency was measured above it."""
         measured = self.pruner.measured_latency

@@ -25,6 +25,7 @@ from lottery_ticket_pruner.search_plans import (
     taken,
 )
 from lottery_ticket_pruner.training import TrainingPlan
+from masked_layers.ticket_files import SUFFIX
 
 _T = TypeVar("_T")
 
@@ -208,6 +209,12 @@ class RunConfig(options.RunOptions, Experiment):
         if networks.is_own(network):
             recipe = _SMALL if named and named.is_small else _RECIPES["lenet-300-100"]
             return dataclasses.replace(recipe, network=network)
+        if Path(network).suffix == SUFFIX:
+            raise ValueError(
+                f"--network: '{network}' is a ticket, which has its masks and weights already. An "
+                "experiment draws new weights and finds masks: name the network of the ticket. "
+                "The commands compare, inspect and export take tickets."
+            )
         if network not in _RECIPES:
             raise UnknownNameError(
                 "network",

@@ -9,6 +9,7 @@ import keras
 import numpy as np
 
 import masked_layers as ml
+from _lottery_ticket import hints
 from lottery_ticket_pruner import _keras, fingerprints, records
 from lottery_ticket_pruner.checks import line_of
 from lottery_ticket_pruner.experiments import networks, own
@@ -60,7 +61,8 @@ def load_file(path: Path, *, compiled: bool) -> keras.Model:
         ValueError: If it is damaged, or has classes that are not imported.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"There is no file '{path}'.")
+        hint = hints.file_question(path, networks.FILES)
+        raise FileNotFoundError(f"There is no file '{path}'.{hint}")
     try:
         return load_model(path, compiled=compiled)
     except ValueError as error:

@@ -1,6 +1,7 @@
 """Runs one configuration for all seeds, and writes a run folder."""
 
 import contextlib
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,11 @@ def _carry_out(
         make_deterministic()
     model = compiled_network(config, data, config.seeds[0])
     model = ml.convert_to_masked(model)
+    if _prunes_nothing(config):
+        warnings.warn(
+            "With these rates nothing is pruned, so that every round trains the dense network.",
+            stacklevel=2,
+        )
     folder.begin(
         f"{config.data}: {len(data.x_train)} training, {len(data.x_validation)} validation, "
         f"{len(data.x_test)} test examples\n"
@@ -133,6 +139,14 @@ def _carry_out_seed(
     saved_tickets.save(found.ticket, folder.path, f"ticket{suffix}")
     if not suffix:
         _export(found.ticket, folder, console)
+
+
+def _prunes_nothing(config: RunConfig) -> bool:
+    """Returns True if all rates of a resolved configuration are 0."""
+    given = config.rate if isinstance(config.rate, tuple) else (config.rate,)
+    rates = [*given, config.conv_rate, config.output_rate, config.final_sparsity]
+    shares = [float(str(rate).rpartition("=")[2]) for rate in rates if rate is not None]
+    return bool(shares) and not any(shares)
 
 
 def _writer(config: RunConfig, folder: RunFolder) -> results.CsvWriter:

@@ -7,7 +7,7 @@ import keras
 
 import masked_layers as ml
 from lottery_ticket_pruner.compression import save_model
-from masked_layers.ticket_files import SUFFIX
+from masked_layers.ticket_files import SUFFIX, UnsuitableModelError
 
 # The second one: in folders of earlier versions, and for models that a ticket file cannot describe.
 SUFFIXES = (SUFFIX, ".keras")
@@ -33,7 +33,12 @@ def save(model: keras.Model, folder: Path, name: str) -> Path:
     except ValueError as error:
         file, other = other, file
         # Without the folder, which a run that replaces another one is moved from.
-        warnings.warn(f"'{file.name}' is written in place of a ticket file. {error}", stacklevel=2)
+        reason = error.reason if isinstance(error, UnsuitableModelError) else str(error)
+        warnings.warn(
+            f"'{file.name}' is written in place of a ticket file, for `keras.models.load_model`. "
+            f"{reason}",
+            stacklevel=2,
+        )
         save_model(model, file)
     other.unlink(missing_ok=True)
     return file

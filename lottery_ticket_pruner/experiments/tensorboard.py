@@ -63,7 +63,7 @@ class EventWriter:
         value = Summary.Value(
             tag=tag,
             metadata=metadata.create_summary_metadata(tag, ""),
-            tensor=make_tensor_proto(text, dtype=str),
+            tensor=make_tensor_proto(text),
         )
         self._write(Event(summary=Summary(value=[value])))
 

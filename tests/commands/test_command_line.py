@@ -122,6 +122,8 @@ print(json.dumps([len(lines), sorted(heavy & sys.modules.keys())]))
         ("export model.keras", "Expected MODEL OUT."),
         ("export model.keras out --values int9", "Received: 'int9'. Did you mean 'int8'?"),
         ("repeat", "Expected FOLDER."),
+        ("compare", "Name at least one model to compare."),
+        ("report --quiet", "Name at least one folder to report."),
         ("export a.keras --out served/1", "alone, as in lottery-ticket export MODEL OUT."),
         ("prune --model a.keras", "--model is no option: give the value alone, as in lottery-tick"),
         ("run --rate 0.2 --steps 9 --rate conv=0.1", "all values at once: --rate 0.2 conv=0.1"),

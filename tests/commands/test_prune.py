@@ -183,6 +183,19 @@ def test_a_step_that_was_not_possible_says_why(capsys):
     assert "too much" not in printed
 
 
+def test_exports_after_the_time_are_said_in_the_files_too(here, capsys):
+    run("own.py:make", "--minutes", "1e-6", "--sparsity", "0.5", "--log", "tensorboard")
+    (folder,) = (here / "runs").iterdir()
+    assert list((folder / "logs").iterdir())
+    for content in (
+        capsys.readouterr().out,
+        (folder / "model_card.md").read_text(),
+        (folder / "report.html").read_text(),
+    ):
+        assert " minutes, more than minutes=1e-06." in content
+        assert "Missed: sparsity=0.5 (0.00% pruned)." in content
+
+
 def test_an_interrupted_command_says_how_to_go_on(here, capsys, monkeypatch):
     monkeypatch.setattr(prune._Display, "show", _interrupt)
     assert run("own.py:make", "--sparsity", "0.5", "--out", "out") == 130
@@ -205,6 +218,8 @@ def _interrupt(self, row):
     [
         (["nothing.keras"], "There is no file 'nothing.keras'."),
         (["model.pb"], "Expected as MODEL a .keras or .h5 file"),
+        (["trained.kears"], "Received: 'trained.kears'. Did you mean 'trained.keras'?"),
+        (["traned.keras"], "There is no file 'traned.keras'. Did you mean 'trained.keras'?"),
         (["own.py:one"], "own.py:one: Expected a Keras model. Received: int."),
         (["ticket.safetensors"], "A ticket file contains no loss: name a function"),
         (["own.py:plain"], "own.py:plain: The model is not compiled"),
@@ -217,10 +232,13 @@ def _interrupt(self, row):
         (["own.py:make", "--latency", "3ms", "--method", "gradual"], "A goal of --latency needs"),
         (["own.py:make", "--macs", "0.5", "--method", "iterative"], "A goal of --macs needs"),
         (["own.py:make", "--metric", "auc"], "--metric must be one of ['loss', 'accuracy']"),
+        (["own.py:make", "--metric", "auc", "--log", "tensorboard"], "--metric must be one of"),
+        (["own.py:make", "--size", "1kB", "--log", "tensorboard"], "No sparsity makes the served"),
         (["own.py:make", "--metric", "loss"], "--max-drop is missing"),
     ],
 )
 def test_mistakes_get_one_line_and_leave_no_folder(here, capsys, arguments, message):
+    (here / "trained.keras").write_text("")
     assert run(*arguments) == 2
     assert message.lower() in capsys.readouterr().err.lower()
     assert not (here / "runs").exists()
@@ -280,6 +298,7 @@ def test_the_curve_has_a_line_for_the_least_that_is_accepted(tolerance, lines):
             "sparsity": sparsity,
             "validation": validation,
             "accepted": True,
+            "note": "",
         }
 
     result = types.SimpleNamespace(

@@ -96,6 +96,7 @@ def test_a_global_scope_has_one_rate():
         ({"steps": 5, "rewind_to": "5"}, "--rewind-to 5 is not before the end"),
         ({"rewind_to": "5s"}, "500it"),
         ({"network": "vgg"}, "lenet-300-100"),
+        ({"network": "run/ticket.safetensors"}, "is a ticket, which has its masks and weights"),
         ({"data": "svhn"}, "fashion_mnist"),
         ({"rounds": 2, "control_rounds": (3,)}, "counts from 1 to --rounds"),
         ({"control_rounds": (10,)}, r"counts from 1 to --rounds, 9\. Received: \(10,\)"),

@@ -23,7 +23,7 @@ from lottery_ticket_pruner import training
 from lottery_ticket_pruner.cli import main
 from lottery_ticket_pruner.experiments import datasets, results
 from lottery_ticket_pruner.experiments.config import RunConfig
-from lottery_ticket_pruner.experiments.run import run
+from lottery_ticket_pruner.experiments.run import _prunes_nothing, run
 from lottery_ticket_pruner.experiments.tensorboard import layer_graph
 from lottery_ticket_pruner.experiments.workbench import compiled_network, load_and_resolve
 from masked_layers import ticket_format
@@ -307,3 +307,15 @@ def test_the_graph_of_a_branching_model():
     model = ml.convert_to_masked(keras.Model(x, keras.layers.Add(name="sum")([left, right])))
     nodes = {node.name.rpartition("/")[2]: node for node in layer_graph(model).node}
     assert [name.rpartition("/")[2] for name in nodes["sum"].input] == ["left", "right"]
+
+
+def test_rates_of_zero_are_noticed():
+    for rates, nothing in (
+        ({"rate": 0.0}, True),
+        ({"final_sparsity": 0.0}, True),
+        ({"rate": 0.0, "output_rate": 0.1}, False),
+        ({"rate": ("0", "fc_1=0.1")}, False),
+        ({"structure": "2:4"}, False),
+        ({}, False),
+    ):
+        assert _prunes_nothing(RunConfig(**rates).resolve(100)) == nothing, rates

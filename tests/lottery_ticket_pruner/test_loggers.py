@@ -7,8 +7,8 @@ import types
 import numpy as np
 import pytest
 
+from _lottery_ticket.refusals import MissingExtraError
 from lottery_ticket_pruner import find_ticket, loggers, training
-from lottery_ticket_pruner.checks import MissingExtraError
 from small_classifier import DATA, make_model
 
 pytestmark = pytest.mark.once
@@ -130,11 +130,14 @@ def test_mlflow_gets_names_that_it_allows(tool):
     calls = tool("mlflow")
     logger = loggers.MLflowLogger("tickets")
     logger.params({"rate": 0.5})
+    with pytest.warns(UserWarning, match="6,000 characters.* of the 6,001 of 'over' are logged"):
+        logger.params({"over": "x" * 6001})
     logger.scalars({"sparsity/a(b)/kernel": 1.0}, 5)
     logger.finish(failed=True)
     run = "tracking.MlflowClient"
     assert [call for call in calls if call[0].startswith(f"{run}.log_")] == [
         (f"{run}.log_param", "rate", "0.5"),
+        (f"{run}.log_param", "over", "x" * 6000),
         (f"{run}.log_metric", "sparsity/a_b_/kernel", 1.0, 5),
     ]
     assert calls[-1] == (f"{run}.set_terminated", "FAILED")

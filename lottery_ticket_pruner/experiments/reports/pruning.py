@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 import masked_layers as ml
-from lottery_ticket_pruner.compression import Findings
+from lottery_ticket_pruner.compression import Findings, verdict_of
 from lottery_ticket_pruner.experiments.reports import web_page
 from lottery_ticket_pruner.experiments.reports.figures import PALETTE, add_legend, weights_axis
 from lottery_ticket_pruner.experiments.reports.tables import Sheet
@@ -112,7 +112,7 @@ def curve(result: Findings) -> Figure:
         left = [100 * (1 - share) for share in x]
         axes.plot(left, y, color=color, linewidth=1.4, label=method.replace("_", " "))
         for accepted, face in ((True, color), (False, "none")):
-            chosen = [row for row in own if row["accepted"] == accepted]
+            chosen = [row for row in own if (verdict_of(row) == "accepted") == accepted]
             axes.scatter(
                 [100 * (1 - row["sparsity"]) for row in chosen],
                 [row["validation"] for row in chosen],

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from lottery_ticket_pruner.compression.ladder import Attempt, Ladder, density_of_size
@@ -99,11 +99,16 @@ def test_a_density_of_a_size_is_close_below_it(power, share_of_graph, goal):
         measured.append(density)
         return round(200_000 * (share_of_graph + density**power))
 
-    found = density_of_size(size_at, goal, 0.01)
-    if size_at(0.01) > goal:
-        assert found is None
-        return
-    density, size = found
-    assert size == size_at(density) <= goal
-    assert size >= 0.9 * goal or density == 1.0 or density == 0.01
+    least = size_at(0.01)
+    assume(least <= goal)
+    found = density_of_size(size_at, goal, (0.01, least))
+    size = size_at(found)
+    assert size <= goal
+    assert size >= 0.9 * goal or found == 1.0 or found == 0.01
     assert len(measured) <= 12
+    # Without the time for more than the two ends, it is where the size is expected to be.
+    measured.clear()
+    rough = density_of_size(size_at, goal, (0.01, least), may_go_on=lambda: False)
+    assert measured == [1.0]
+    expected = np.interp(rough, [0.01, 1.0], [least, size_at(1.0)])
+    assert 0.97 * goal <= expected <= goal or rough == 1.0 or rough < 0.03

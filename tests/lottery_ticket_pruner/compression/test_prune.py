@@ -9,9 +9,9 @@ from keras import layers
 
 import lottery_ticket_pruner
 import masked_layers as ml
-from lottery_ticket_pruner import Latency, LotteryTicketPruner, prune
-from lottery_ticket_pruner.compression import Goals, compare_models, served_size
-from lottery_ticket_pruner.compression.attempts import verdict
+from lottery_ticket_pruner import Latency, LotteryTicketPruner, latencies, prune
+from lottery_ticket_pruner.compression import Goals, compare_models, served_size, verdict_of
+from lottery_ticket_pruner.compression.conclusions import Judge, verdict
 from lottery_ticket_pruner.compression.metrics import Comparison
 from lottery_ticket_pruner.compression.states import Progress, State
 from lottery_ticket_pruner.folders import FolderInUseError
@@ -129,7 +129,7 @@ def test_an_interrupted_search_goes_on_with_the_same_results(trained, result, le
     assert np.isfinite([row["remaining"] for row in told]).all()
 
     def untimed(rows):
-        others = ("seconds", "elapsed", "remaining", "density", "in_time")
+        others = ("seconds", "elapsed", "remaining", "density", "load")
         return [{k: v for k, v in row.items() if k not in others} for row in rows]
 
     assert untimed(told) == untimed(resumed.rows) == untimed(result.rows)
@@ -258,6 +258,59 @@ def test_several_goals_of_channels_hold_at_once(trained, monkeypatch):
     assert result.sparsity >= 0.3
     assert result.rows[-1]["macs"] <= 0.6
     assert "Zeros inside a kernel do not make a model faster" in " ".join(result.notes)
+
+
+@pytest.mark.once
+def test_missed_goals_are_named_with_what_was_reached():
+    """One rule for all goals: the table, the row and the conclusion name what is missed."""
+    densities = {"sparsity": 0.05, "size": 0.1, "macs": 0.5, "latency": 0.6}
+    facts = {"densities": densities, "milliseconds": 5.1, "bytes": 90_000}
+    goals = {"sparsity": 0.95, "size": 20_000, "macs": 0.5}
+    judge = Judge(Goals(**goals, latency=Latency(milliseconds=3)), facts, lambda density: density)
+    assert judge.misses(0.05, size=20_000, in_time=True) == []
+    assert judge.misses(0.2, size=None, in_time=True) == ["sparsity", "size"]
+    assert judge.misses(1.0, size=None, in_time=True) == list(densities)
+    assert judge.misses(0.05, size=20_001, in_time=False) == ["size", "latency"]
+    row = {"step": 1, "method": "channels", "accepted": True, "note": "", "of": "accuracy"}
+    row |= {"density": 0.7, "sparsity": 0.3, "macs": 0.72, "latency": 4.25, "size": 31_234}
+    row |= {"drop": 0.001, "load": 4.25, "misses": ", ".join(densities)}
+    assert verdict_of(row) == "too dense, too large, too many macs, too slow"
+    failed = row | {"step": 2, "drop": None, "accepted": False, "note": "Every family is at one."}
+    assert judge.conclusion(row, [row, failed]) == (
+        "No model meets the goals. The nearest: 30.00% of the weights are pruned, 72.00% of the "
+        "multiply-adds are left, a call takes 4.25 ms (of the dense model 5.1 ms), with a drop of "
+        "+0.0010 in validation accuracy. Missed: sparsity=0.95 (30.00% pruned); size=20,000 bytes "
+        "(31,234 as served, dense 90,000); macs=0.5 (72.00% left); a latency of at most 3 ms "
+        "(4.25 ms (of the dense model 5.1 ms)). Step 2 failed: Every family is at one."
+    )
+    # The channels of the goal were pruned, but are slower in the last measurement.
+    late = row | {"density": 0.05, "misses": "latency"}
+    assert "other load on this machine" in judge.conclusion(late, [late])
+
+
+@pytest.mark.once
+def test_a_missed_latency_is_said_in_the_row_and_the_conclusion(trained, monkeypatch):
+    """A stand-in prunes channels without measuring, and reports a time above the goal."""
+
+    def update(self, strategy, *, budget, **options):
+        update_masks(self, strategy, budget={"macs": 0.5}, **options)
+        timing = ml.Timing(5.1, 4.25, (5.0, 4.0), 0.8, (0.7, 0.9), 0.8, 15)
+        latency = budget["latency"]
+        self.measured_latency = latencies.MeasuredLatency(latency, timing, 3.0, 4.25, 1)
+
+    update_masks = LotteryTicketPruner.update_masks
+    monkeypatch.setattr(LotteryTicketPruner, "update_masks", update)
+    monkeypatch.setattr(latencies, "milliseconds_without_pruning", lambda *_: 5.1)
+    result = prune(trained, DATA, latency=Latency(milliseconds=3), epochs=1, batch_size=600)
+    assert [row["latency"] for row in result.rows] == [5.1, 4.25]
+    assert [row["misses"] for row in result.rows] == ["latency", "latency"]
+    assert result.rows[1]["accepted"]
+    assert "accepted" not in str(result)
+    assert "too slow" in result.table
+    assert not result.meets_goals
+    assert (
+        "Missed: a latency of at most 3 ms (4.25 ms (of the dense model 5.1 ms)). A shorter"
+    ) in result.conclusion
 
 
 @pytest.mark.once
