@@ -18,6 +18,7 @@ import numpy as np
 from keras import ops
 
 from masked_layers import randomness
+from masked_layers.devices import computes_on_cpu
 from masked_layers.types import Tensor
 
 if TYPE_CHECKING:
@@ -171,16 +172,7 @@ def holds_any(flags: Tensor) -> Tensor:
 @functools.cache
 def _compiled_for_cpu() -> bool:
     """Returns whether compiled programs run on a CPU."""
-    backend = keras.backend.backend()
-    if backend == "tensorflow":
-        import tensorflow as tf
-
-        return not tf.config.list_logical_devices("GPU")
-    if backend == "jax":
-        import jax
-
-        return bool(jax.default_backend() == "cpu")
-    return False
+    return keras.backend.backend() != "torch" and computes_on_cpu()
 
 
 def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:

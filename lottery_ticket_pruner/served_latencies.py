@@ -19,7 +19,7 @@ from masked_layers import shrinking, torchscript
 _logger = logging.getLogger(__name__)
 
 # Sparsities for which kernels are measured. Below the first one, the export tries none.
-_SPARSITIES = (0.5, 0.65, 0.8, 0.9, 0.95, 0.98, 0.999)
+_SPARSITIES = (torchscript.SPARSE_FROM, 0.65, 0.8, 0.9, 0.95, 0.98, 0.999)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +99,7 @@ class ServedProbes:
                 scale * sum(each.dense for each in found),
                 _SPARSITIES,
                 (scale * np.sum([each.sparse for each in found], axis=0)).tolist(),
+                gain=torchscript.GAIN,
             )
             for paths, found in _together(costs.products, sizes).items()
         ]

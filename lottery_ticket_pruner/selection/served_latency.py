@@ -15,8 +15,6 @@ MOST = 0.999
 _CLOSE = 0.1
 # Number of programs to try at most.
 _TRIALS = 5
-# A sparse kernel is only served if it takes less than this share of the dense one.
-_GAIN = 0.95
 # Number of intervals into which time is divided, and of sparsities that are tried for a kernel.
 _INTERVALS, _CHOICES = 4000, 48
 # Number of bisection steps.
@@ -36,12 +34,14 @@ class Product:
         dense: Load of the dense kernel: its time, divided by the budget.
         sparsities: The sparsities that were measured, in ascending order.
         sparse: Load of the fastest sparse kernel for each of them.
+        gain: A sparse kernel is only served if it takes less than this share of the dense one.
     """
 
     sizes: Mapping[str, int]
     dense: float
     sparsities: Sequence[float]
     sparse: Sequence[float]
+    gain: float = 1.0
 
     def load(self, sparsity: float) -> float:
         """Returns the load with weights of a sparsity, with the kernel that would be served.
@@ -53,7 +53,7 @@ class Product:
             return self.dense
         falling = np.minimum.accumulate(self.sparse)
         sparse = float(np.interp(sparsity, self.sparsities, falling))
-        return sparse if sparse < _GAIN * self.dense else self.dense
+        return sparse if sparse < self.gain * self.dense else self.dense
 
     def now(self, sparsities: Mapping[str, float]) -> float:
         """Returns the sparsity of all entries together, given that of each weight."""

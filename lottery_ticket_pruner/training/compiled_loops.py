@@ -15,6 +15,7 @@ from lottery_ticket_pruner.training.dataset import ArrayDataset, Arrays, map_arr
 from lottery_ticket_pruner.training.engine_settings import settings
 from lottery_ticket_pruner.training.step_callback import LoopChanges
 from masked_layers import paths
+from masked_layers.devices import computes_on_cpu
 
 # Maximum number of steps per call of a loop. One size, so that one program serves all calls.
 BLOCK = 1024
@@ -187,7 +188,7 @@ class _JaxLoops:
         self._model = model
         self._train = jax.jit(train, static_argnums=(0, 1))
         self._evaluate = jax.jit(evaluate)
-        self._slow = jax.default_backend() == "cpu" and _has_convolutions(model)
+        self._slow = computes_on_cpu() and _has_convolutions(model)
 
     def kinds(self, steps: int) -> tuple[str, ...]:
         return () if self._slow else ("XLA",)

@@ -15,6 +15,7 @@ from keras import ops
 
 from lottery_ticket_pruner.training.engine_settings import settings
 from lottery_ticket_pruner.training.kept_weights import KeptKernel
+from masked_layers.devices import computes_on_cpu
 from masked_layers.types import Tensor
 
 # An entry of a matrix made of single values.
@@ -132,14 +133,10 @@ def products_for(model: keras.Model, steps: int) -> Products | None:
     """Returns how to compute single products in a training of so many steps, or None."""
     backend = keras.backend.backend()
     if backend == "tensorflow":
-        import tensorflow as tf
-
-        by_xla = steps >= settings.xla_steps and not tf.config.list_logical_devices("GPU")
+        by_xla = steps >= settings.xla_steps and computes_on_cpu()
         return _GATHERED if by_xla else None
     if backend == "jax":
-        import jax
-
-        return _GATHERED if jax.default_backend() == "cpu" and model.jit_compile else None
+        return _GATHERED if computes_on_cpu() and model.jit_compile else None
     on_cpu = all(variable.value.device.type == "cpu" for variable in model.trainable_variables)
     return _SPARSE if on_cpu and not model.jit_compile else None
 

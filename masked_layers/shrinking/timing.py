@@ -12,6 +12,7 @@ import numpy as np
 
 from masked_layers.conversion import strip_masks
 from masked_layers.copying import copy_model
+from masked_layers.devices import computes_on_cpu
 from masked_layers.inspection import refs_with_masks
 from masked_layers.layers import MaskedLayer
 from masked_layers.paths import walk
@@ -59,7 +60,7 @@ class Timing:
             fastest=(1e3 * float(first[:, 0].min()), 1e3 * float(second[:, 0].min())),
             elapsed=float(np.median(elapsed)),
             spread=(low, high),
-            processor=None if _on_accelerator() else float(np.median(shares)),
+            processor=float(np.median(shares)) if computes_on_cpu() else None,
             rounds=len(elapsed),
         )
 
@@ -85,22 +86,6 @@ class Timing:
         if self.noisy:
             text += "; other load on the machine makes elapsed times vary"
         return text
-
-
-def _on_accelerator() -> bool:
-    """Returns whether the backend computes on a device other than the processor by default."""
-    backend = keras.backend.backend()
-    if backend == "tensorflow":
-        import tensorflow as tf
-
-        return bool(tf.config.list_logical_devices("GPU"))
-    if backend == "jax":
-        import jax
-
-        return jax.default_backend() != "cpu"
-    import torch
-
-    return torch.get_default_device().type != "cpu" or torch.cuda.is_available()
 
 
 class Compiled:
@@ -223,7 +208,7 @@ def _in_tensorflow(
     import tensorflow as tf
 
     function = call if eager else tf.function(call, jit_compile=jit or None)
-    on_gpu = _on_accelerator()
+    on_gpu = not computes_on_cpu()
 
     def run() -> None:
         function(*arguments)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from masked_layers.torchscript.costs import SPARSE_FROM
 from masked_layers.torchscript.operations import Operation, product_of
 
 _FOLDED = frozenset(
@@ -25,9 +26,6 @@ _FOLDED = frozenset(
 """Functions whose result depends on nothing but the weights that they receive: not on the batch, as
 that of `expand` would. Their results are computed once, at export. (The name of the functions that
 read attributes is `__get__`.)"""
-
-SPARSE_FROM = 0.5
-"""Share of zeros from which sparse kernels are tried."""
 
 
 @dataclasses.dataclass

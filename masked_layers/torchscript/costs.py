@@ -6,6 +6,12 @@ import dataclasses
 import json
 from dataclasses import dataclass
 
+SPARSE_FROM = 0.5
+"""Share of zeros from which sparse kernels are tried."""
+
+GAIN = 0.95
+"""A sparse kernel must take less than this share of the dense time."""
+
 
 @dataclass(frozen=True)
 class ProductCosts:

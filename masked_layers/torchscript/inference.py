@@ -12,8 +12,8 @@ import keras
 import numpy as np
 
 from masked_layers import _keras
+from masked_layers.devices import computes_on_cpu
 from masked_layers.notices import warn_outside
-from masked_layers.torchscript import process
 from masked_layers.torchscript.job import Job
 from masked_layers.torchscript.preparation import prepare
 from masked_layers.torchscript.report import TorchReport
@@ -70,7 +70,7 @@ def accelerate(
             f"environment variable KERAS_BACKEND=torch. This process uses {backend!r}, from which "
             "`masked_layers.export_sparse_torch` writes the same program to a file."
         )
-    if not process.on_cpu():
+    if not computes_on_cpu():
         raise RuntimeError(
             "`accelerate` has kernels for the CPU only. Set the environment variable "
             "KERAS_TORCH_DEVICE=cpu before Keras is imported."

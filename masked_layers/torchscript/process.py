@@ -17,6 +17,7 @@ import ml_dtypes  # Makes NumPy know the names of more dtypes.  # noqa: F401
 import numpy as np
 
 from masked_layers import _keras
+from masked_layers.devices import computes_on_cpu
 from masked_layers.keras_files import reason_of
 from masked_layers.torchscript.costs import ProgramCosts
 from masked_layers.torchscript.job import Job
@@ -151,9 +152,4 @@ def _measure(model: keras.Model, job: Job) -> ProgramCosts:
 
 def _here() -> bool:
     """Returns whether this process can run the job itself."""
-    return keras.backend.backend() == "torch" and on_cpu()
-
-
-def on_cpu() -> bool:
-    """Returns whether Keras on torch computes on the CPU."""
-    return keras.ops.zeros(()).device.type == "cpu"
+    return keras.backend.backend() == "torch" and computes_on_cpu()

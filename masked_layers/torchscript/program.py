@@ -18,7 +18,8 @@ from masked_layers import _keras
 from masked_layers.model_state import state_variables
 from masked_layers.serving import relative_difference
 from masked_layers.torchscript import timing
-from masked_layers.torchscript.calls import SPARSE_FROM, Calls, Constant, Site
+from masked_layers.torchscript.calls import Calls, Constant, Site
+from masked_layers.torchscript.costs import SPARSE_FROM
 from masked_layers.torchscript.job import Job
 from masked_layers.torchscript.report import KernelRow, TorchReport
 from masked_layers.torchscript.storage import StoredDense, packed_nbytes

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from masked_layers.torchscript.calls import Calls, Site
+from masked_layers.torchscript.costs import GAIN
 from masked_layers.torchscript.storage import csr_of_dense
 from masked_layers.turns import alternate, seconds_per_call
 
@@ -19,9 +20,6 @@ KERNELS = {"csr": 0, "csr/32": 32}
 """Sparse kernels and the number of columns that each multiplies at a time; 0 for all."""
 
 DENSE = "dense"
-
-_GAIN = 0.95
-"""A sparse kernel must take less than this share of the dense time."""
 
 _LIMITS: dict[str, Any] = {"seconds": 20.0, "rounds": (5, 25), "warm": 2}
 """Time for measuring, bounds for the number of rounds, and rounds that are not counted: TorchScript
@@ -37,7 +35,7 @@ def kernel(
     return torch.jit.script(site.operation.module(matrix, KERNELS[name], rows_first))
 
 
-def fastest(seconds: Mapping[str, float], gain: float = _GAIN) -> str:
+def fastest(seconds: Mapping[str, float], gain: float = GAIN) -> str:
     """Returns the fastest sparse alternative, or `"dense"` if none gains enough."""
     sparse = min((name for name in seconds if name != DENSE), key=seconds.__getitem__)
     return sparse if seconds[sparse] < gain * seconds[DENSE] else DENSE
