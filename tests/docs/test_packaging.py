@@ -1,4 +1,4 @@
-"""The installed distribution: metadata, markers, imports, examples of README."""
+"""The installed distribution: metadata, markers, imports; the examples that pages begin with."""
 
 import importlib.metadata
 import importlib.resources
@@ -16,10 +16,9 @@ import numpy as np
 import pytest
 
 import lottery_ticket_pruner
-from lottery_ticket_pruner import criteria
+import pages
 
 ROOT = Path(__file__).resolve().parents[2]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
@@ -33,18 +32,6 @@ def _python(code: str, **environment: str) -> subprocess.CompletedProcess:
         text=True,
         timeout=300,
     )
-
-
-def _section(heading: str) -> str:
-    body = re.search(rf"^## {heading}\n(.*?)(?=^## |\Z)", README, flags=re.M | re.S)
-    assert body, f"README.md has no section {heading!r}"
-    return body.group(1)
-
-
-def _block(heading: str, language: str) -> str:
-    blocks = re.findall(rf"^```{language}\n(.*?)^```$", _section(heading), flags=re.M | re.S)
-    assert len(blocks) == 1, f"{heading!r} has {len(blocks)} {language} blocks instead of one"
-    return blocks[0]
 
 
 @pytest.mark.parametrize("package", ["masked_layers", "lottery_ticket_pruner"])
@@ -159,12 +146,12 @@ def names():
     return {"model": _classifier(), **data}
 
 
-def test_readme_prunes_a_model_as_it_says(names, tmp_path, monkeypatch, capsys):
+def test_the_loop_on_tickets_prunes_a_model_as_it_says(names, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    block = _block("Prune your own model", "python")
+    block, *rest = pages.code_of("finding-a-ticket.md")
     assert sum(1 for line in block.splitlines() if line.strip()) == 12
 
-    exec(block, names)
+    pages.run("finding-a-ticket.md", block, names)
 
     remaining = re.search(r"(\d+) % of the weights", block)
     share = float(remaining.group(1)) / 100
@@ -176,28 +163,40 @@ def test_readme_prunes_a_model_as_it_says(names, tmp_path, monkeypatch, capsys):
     assert zeros == report.size - report.alive
     assert "dense" in capsys.readouterr().out
 
+    for block in rest:
+        pages.run("finding-a-ticket.md", block, names)
+    arms = [row["arm"] for row in names["result"].rows]
+    assert arms == ["dense", *["random_reinit", "random_mask", "ticket"] * 2]
 
-def test_readme_runs_the_earlier_interface(names):
-    exec(_block("The earlier API", "python"), names)
+
+def test_the_earlier_interface_runs(names):
+    pages.run_all("from-the-earlier-package.md", names)
 
     kernels = [keras.ops.convert_to_numpy(layer.kernel) for layer in names["model"].layers]
     assert [int((kernel == 0).sum()) for kernel in kernels] == [k.size // 2 for k in kernels]
     assert np.isfinite([names["untrained_loss"], names["trained_loss"]]).all()
 
 
-def test_readme_lists_every_strategy():
-    listed = re.findall(r"^\| `(\w+)` \|", _section("Strategies"), flags=re.M)
-    assert sorted(listed) == sorted(criteria.names())
-
-
-def test_readme_lists_every_extra():
-    extras = re.findall(r"^\| (`.+`) \|", _section("Installing"), flags=re.M)
+def test_the_page_of_installing_lists_every_extra():
+    text = (ROOT / "docs/installing.md").read_text("utf-8")
+    extras = re.findall(r"^\| (`.+`) \|", text, flags=re.M)
     listed = [name for row in extras for name in re.findall(r"`(\w+)`", row)]
     assert sorted(listed) == sorted(PYPROJECT["project"]["optional-dependencies"])
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/architecture.md", "docs/algorithms.md"])
-def test_links_in_documents_are_valid(document):
-    path = ROOT / document
-    links = re.findall(r"\]\((?!https?://|#)([^)]+)\)", path.read_text(encoding="utf-8"))
-    assert [link for link in links if not (path.parent / link).exists()] == []
+def test_readme_fits_on_a_screen_and_keeps_the_blocks_that_tools_run():
+    """Tools clone the repository and run the first block under these headings."""
+    text = pages.README.read_text("utf-8")
+    assert len(text.splitlines()) <= 90
+    first = dict(re.findall(r"^## ([^\n]+)\n(?:(?!^#).)*?^```sh\n(.*?)^```$", text, re.M | re.S))
+    assert first["Quick start"] == 'python -m pip install ".[cli]"\nlottery-ticket run\n'
+    assert first["Tests"] == "python -m pip install tox\ntox\n"
+
+
+@pytest.mark.parametrize("page", pages.PAGES, ids=lambda page: page.name)
+def test_links_in_documents_are_valid(page):
+    """`tox -e docs` also checks the headings that links name."""
+    links = re.findall(
+        r"\]\((?!https?://|#)([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")
+    )
+    assert [link for link in links if not (page.parent / link).exists()] == []

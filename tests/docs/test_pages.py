@@ -1,4 +1,4 @@
-"""Code of README and of the pages on serving, run unchanged; commands of all pages, parsed."""
+"""Code of README and of all pages, run unchanged; their commands and the API reference, checked."""
 
 import importlib.util
 import re
@@ -13,17 +13,19 @@ import lottery_ticket_pruner
 import masked_layers as ml
 import pages
 
-ROOT = Path(__file__).resolve().parents[2]
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
-# Every block of these pages is run, here or in the tests of the page.
-RUN = {
+PAGES = pages.PAGES
+# Tests of their own run these pages, here or in a file named after the page.
+TESTED = {
     *("README.md", "serving.md", "extending.md", "migrating-from-tfmot.md", "shrinking.md"),
-    *("ticket-files.md", "pruning-to-a-tolerance.md"),
+    *("ticket-files.md", "pruning-to-a-tolerance.md", "from-the-earlier-package.md"),
+    "finding-a-ticket.md",
 }
-
-
-def python_of(page):
-    return re.findall(r"^```python\n(.*?)^```$", page.read_text("utf-8"), re.M | re.S)
+# Of these, quicker tests of the same functions notice most faults.
+SLOW = {
+    *("first-steps.md", "fast-on-a-processor.md", "from-torch.md", "quantizing-and-pruning.md"),
+    *("index.md", "sparse-training.md", "strategies.md", "supermasks.md"),
+}
+RUN = sorted(page for page in PAGES if pages.blocks(page) and page.name not in TESTED)
 
 
 def commands():
@@ -43,43 +45,46 @@ def names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     keras.utils.set_random_seed(0)
     model = keras.Sequential(
-        [keras.Input((8,)), keras.layers.Dense(16, "relu"), keras.layers.Dense(3, "softmax")]
+        [
+            keras.Input((8,)),
+            keras.layers.Dense(16, "relu"),
+            keras.layers.Dense(3, "softmax", name="output"),
+        ]
     )
     model.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(160, 8)).astype("float32"), rng.integers(0, 3, 160)
-    return {"model": model, "x_train": x, "y_train": y, "inputs": x[:2]}
+    data = {"x_train": x, "y_train": y, "x_test": x[:64], "y_test": y[:64]}
+    return {"model": model, **data, "inputs": x[:2], "data": (x, y)}
 
 
-def test_every_page_with_python_is_run():
-    assert {page.name for page in PAGES if python_of(page)} == RUN
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_block_of_python_is_run_or_says_why_not(page):
+    assert not pages.unmarked(page)
 
 
-@pytest.mark.slow("jax")
-def test_readme_runs_from_top_to_bottom(names):
-    # The last: test_packaging.
-    to_tolerance, prune, untrained, criteria, serve, _earlier = python_of(ROOT / "README.md")
-    if keras.backend.backend() == "tensorflow":
-        names["data"] = names["x_train"], names["y_train"]
-        pages.run("README.md", to_tolerance, names)
-        assert sorted(path.name for path in Path("pruned").iterdir()) == ["model.keras", "served"]
-    pages.run("README.md", prune, names)
-    assert ml.sparsity_report(names["masked"]).sparsity > 0.8
-    for code in (untrained, criteria):
-        pages.run("README.md", code, names)
-    assert ml.sparsity_report(names["masked"]).sparsity == pytest.approx(0.5, abs=0.01)
-    if keras.backend.backend() == "tensorflow":
-        ml.export_sparse_saved_model(names["masked"], "served/1")
-        pages.run("README.md", serve, names)
-        expected = names["masked"](names["inputs"])
-        np.testing.assert_allclose(names["outputs"], expected, rtol=1e-5)
+@pytest.mark.once
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, id=page.name, marks=pytest.mark.slow if page.name in SLOW else ())
+        for page in RUN
+    ],
+)
+def test_pages_run_from_top_to_bottom(names, page):
+    pages.run_all(page, names)
+
+
+@pytest.mark.once
+def test_readme_prunes_and_saves(names):
+    pages.run_all(pages.README, names)
+    assert sorted(path.name for path in Path("pruned").iterdir()) == ["model.keras", "served"]
 
 
 @pytest.mark.slow
 @pytest.mark.once
 def test_the_page_on_pruning_to_a_tolerance_runs_from_top_to_bottom(names):
-    for code in python_of(ROOT / "docs" / "pruning-to-a-tolerance.md"):
-        pages.run("pruning-to-a-tolerance.md", code, names)
+    pages.run_all("pruning-to-a-tolerance.md", names)
     assert names["result"].sparsity > 0.5
 
 
@@ -89,8 +94,7 @@ def test_the_page_on_serving_runs_from_top_to_bottom(names):
     if not all(map(importlib.util.find_spec, ("tf2onnx", "onnx"))):
         pytest.skip("the page exports to ONNX, too")
     names["model"] = ml.convert_to_masked(names["model"])
-    for code in python_of(ROOT / "docs" / "serving.md"):
-        pages.run("serving.md", code, names)
+    pages.run_all("serving.md", names)
     expected = names["model"](names["inputs"])
     (outputs,) = names["outputs"].values()
     np.testing.assert_allclose(outputs, expected, rtol=1e-5)
@@ -103,7 +107,7 @@ def test_the_page_on_serving_runs_from_top_to_bottom(names):
 @pytest.mark.parametrize("words", list(commands()))
 def test_commands_are_such_as_there_are(words, monkeypatch, tmp_path):
     if words[0] == "python":
-        place = ROOT / words[2].replace(".", "/")
+        place = pages.README.parent / words[2].replace(".", "/")
         own = words[2].partition(".")[0] == "benchmarks"
         assert not own or place.with_suffix(".py").is_file() or (place / "__main__.py").is_file()
         return
@@ -155,9 +159,7 @@ def test_names_in_dotted_code_exist(page):
 @pytest.mark.slow
 @pytest.mark.once
 def test_the_page_on_shrinking_runs_from_top_to_bottom(capsys):
-    names = {}
-    for code in python_of(ROOT / "docs/shrinking.md"):
-        pages.run("shrinking.md", code, names)
+    names = pages.run_all("shrinking.md", {})
     assert names["difference"] < 1e-4
     assert names["dense"] > 0.97
     assert names["pruned"] > 0.9
@@ -165,3 +167,17 @@ def test_the_page_on_shrinking_runs_from_top_to_bottom(capsys):
     assert report.macs_after <= 0.35 * report.macs_before
     assert [len(family.layers) for family in names["found"].families] == [3, 1, 1]
     assert "effective sparsity" in capsys.readouterr().out
+
+
+def test_the_reference_has_every_public_name_once():
+    listed = [
+        name
+        for page in (pages.DOCS / "api").glob("*.md")
+        for name in re.findall(r"^::: ([\w.]+)$", page.read_text("utf-8"), re.M)
+    ]
+    assert len(listed) == len(set(listed))
+    for package in (ml, lottery_ticket_pruner):
+        public = {f"{package.__name__}.{name}" for name in package.__all__}
+        top = {name for name in listed if re.fullmatch(rf"{package.__name__}\.\w+", name)}
+        modules = {name for name in top if importlib.util.find_spec(name)}
+        assert top - modules == public
