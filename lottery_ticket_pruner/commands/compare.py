@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,23 +47,51 @@ def compare(config: CompareConfig, console: Console | None = None) -> ModelCompa
         raise ValueError("Name at least one model to compare.")
     if config.batch_size < 1:
         raise ValueError(f"--batch-size must be positive. Received: {config.batch_size}.")
-    x, y = _data(config)
-    names = dict.fromkeys(config.models)  # Each once.
-    subjects = [_subject(name, x, config.batch_size) for name in names]
+    named = [_Named(name) for name in dict.fromkeys(config.models)]  # Each once.
+    x, y = _data(config, named)
+    subjects = [_subject(one, x, config.batch_size) for one in named]
     found = compare_subjects(subjects, (x, y))
-    found = dataclasses.replace(found, notes=(*found.notes, *_note_of_data(config)))
+    found = dataclasses.replace(found, notes=(*found.notes, *_note_of_data(config, named)))
     console = console or Console()
     console.print(str(found), markup=False, highlight=False, soft_wrap=True)
     return found
 
 
-def _data(config: CompareConfig) -> tuple[Arrays, Arrays]:
+class _Named:
+    """A model as the user has named it. What is read from its folder is read once.
+
+    Args:
+        name: Its name.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.path = Path(name)
+
+    @functools.cached_property
+    def stored(self) -> dict[str, Any]:
+        """The configuration in the folder. Empty if there is none."""
+        stored = read_json(self.path / CONFIG_FILE)
+        return stored if isinstance(stored, dict) else {}
+
+    @functools.cached_property
+    def model(self) -> keras.Model:
+        """The model in a folder of `prune` or `run`."""
+        file = _NAMES.get(str(self.stored.get("command")))
+        if file is None:
+            raise ValueError(
+                f"'{self.path}' is neither a SavedModel folder nor one of `lottery-ticket prune` "
+                "or `run`: name a file or folder inside it, such as served/1."
+            )
+        return _in_file(saved_tickets.find(self.path, file))
+
+
+def _data(config: CompareConfig, named: Sequence[_Named]) -> tuple[Arrays, Arrays]:
     """Returns the test examples: those of a folder if it has this data, or no other is named."""
-    for name in config.models:
-        stored = read_json(Path(name) / CONFIG_FILE)
-        data = stored.get("data") if isinstance(stored, dict) else None
-        if stored is not None and isinstance(data, str) and config.data in (None, data):
-            return _data_of(Path(name), stored, config.data_dir or stored.get("data_dir"))
+    for one in named:
+        data = one.stored.get("data")
+        if isinstance(data, str) and config.data in (None, data):
+            return _data_of(one, config.data_dir or one.stored.get("data_dir"))
     if config.data is None:
         raise ValueError(
             "--data is missing: name a data set, module:function or file.py:function. It can only "
@@ -73,24 +102,21 @@ def _data(config: CompareConfig) -> tuple[Arrays, Arrays]:
     return test_part_of(datasets.load(config.data, config.data_dir))
 
 
-def _data_of(
-    path: Path, stored: dict[str, Any], data_dir: Path | str | None
-) -> tuple[Arrays, Arrays]:
+def _data_of(named: _Named, data_dir: Path | str | None) -> tuple[Arrays, Arrays]:
     """Returns the test examples of a folder of `prune` or `run`, as it used them."""
-    data = stored["data"]
-    if stored.get("command") == "prune" and datasets.is_own(data):
+    data = named.stored["data"]
+    if named.stored.get("command") == "prune" and datasets.is_own(data):
         return own.value_of(data, "load data with", lambda made: parts_of(made).test)
     loaded = datasets.load(data, data_dir)
-    if networks.is_own(stored.get("network") or ""):
-        takes = own_networks.takes_no_channel(_model_in(path, stored), loaded)
+    if networks.is_own(named.stored.get("network") or ""):
+        takes = own_networks.takes_no_channel(named.model, loaded)
         return (loaded.x_test[..., 0] if takes else loaded.x_test), loaded.y_test
     return test_part_of(loaded)
 
 
-def _note_of_data(config: CompareConfig) -> tuple[str, ...]:
+def _note_of_data(config: CompareConfig, named: Sequence[_Named]) -> tuple[str, ...]:
     """Returns a sentence if folders have different data."""
-    every = [read_json(Path(name) / CONFIG_FILE) for name in config.models]
-    names = [stored["data"] for stored in every if isinstance(stored, dict) and "data" in stored]
+    names = [one.stored["data"] for one in named if "data" in one.stored]
     first, *others = dict.fromkeys([*filter(None, [config.data]), *names, None])
     return tuple(
         f"Some of these models were made with {other}, but all are compared on {first}."
@@ -99,8 +125,8 @@ def _note_of_data(config: CompareConfig) -> tuple[str, ...]:
     )
 
 
-def _subject(name: str, x: Arrays, batch_size: int) -> Subject:
-    path = Path(name)
+def _subject(named: _Named, x: Arrays, batch_size: int) -> Subject:
+    name, path = named.name, named.path
     if not path.exists() and own.is_location(name):
         return own.value_of(
             name,
@@ -110,7 +136,7 @@ def _subject(name: str, x: Arrays, batch_size: int) -> Subject:
     if path.is_dir():
         if (path / "saved_model.pb").is_file():
             return _served(name, x, batch_size)
-        return _in_folder(name, batch_size)
+        return _in_folder(named, batch_size)
     if not path.exists():
         hint = hints.file_question(path, (SUFFIX, *networks.FILES))
         raise FileNotFoundError(f"There is no file or folder '{name}'.{hint}")
@@ -122,26 +148,14 @@ def _subject(name: str, x: Arrays, batch_size: int) -> Subject:
     )
 
 
-def _in_folder(name: str, batch_size: int) -> Subject:
+def _in_folder(named: _Named, batch_size: int) -> Subject:
     """Returns the model in a folder of `prune` or `run`, with the size of its SavedModel."""
-    path = Path(name)
-    stored = read_json(path / CONFIG_FILE) or {}
-    found = Subject.of_model(name, _model_in(path, stored), batch_size)
-    served = path / "served" / "1"
+    found = Subject.of_model(named.name, named.model, batch_size)
+    served = named.path / "served" / "1"
     if (served / "saved_model.pb").is_file():
         report = serving.inspect(served)
         return dataclasses.replace(found, nbytes=report.disk_nbytes)
     return found
-
-
-def _model_in(path: Path, stored: dict[str, Any]) -> keras.Model:
-    name = _NAMES.get(str(stored.get("command")))
-    if name is None:
-        raise ValueError(
-            f"'{path}' is neither a SavedModel folder nor one of `lottery-ticket prune` or `run`: "
-            "name a file or folder inside it, such as served/1."
-        )
-    return _in_file(saved_tickets.find(path, name))
 
 
 def _in_file(path: Path) -> keras.Model:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from lottery_ticket_pruner import notices
 from lottery_ticket_pruner.experiments import results
 from lottery_ticket_pruner.experiments.reports.tables import Sheet
 
@@ -54,6 +55,7 @@ class Search:
                 "Leave out those that mean the same as another one."
             )
         self._failed: set[Values] = set()
+        self._not_finite: dict[Values, float] = {}
         backend = optuna.storages.journal.JournalFileBackend(str(folder / STORAGE))
         self._study = optuna.create_study(
             study_name=study,
@@ -75,15 +77,33 @@ class Search:
         Args:
             trials: Number of combinations.
             outcome_of: Runs a combination.
+
+        Warns:
+            UserWarning: If the validation loss of a combination is not finite.
         """
         while len(self.tried) < min(trials, len(self._combinations)):
             trial, values = self._suggested()
             outcome = outcome_of(values)
-            if outcome is None or not all(map(math.isfinite, outcome)):
-                self._failed.add(values)
-                self._study.tell(trial, state=self._optuna.trial.TrialState.FAIL)
-            else:
+            if outcome is not None and math.isfinite(outcome[0]):
                 self._study.tell(trial, list(outcome))
+                continue
+            self._study.tell(trial, state=self._optuna.trial.TrialState.FAIL)
+            self._failed.add(values)
+            if outcome is not None:
+                self.leave_out(values, outcome[0])
+
+    def leave_out(self, values: Values, loss: float) -> None:
+        """Leaves out a combination whose validation loss is not finite.
+
+        Optuna minimizes finite numbers, so its trial has failed. It is not tried again.
+        """
+        self._failed.add(values)
+        if values not in self._not_finite:
+            self._not_finite[values] = loss
+            notices.warn(
+                f"The validation loss of {self._words(values)} is {loss}, so that it cannot be one "
+                "of the best combinations, and is a failed trial of Optuna."
+            )
 
     @property
     def tried(self) -> set[Values]:
@@ -100,12 +120,16 @@ class Search:
             for values, (loss, left) in sorted(rows.items(), key=lambda row: row[1][1])
         ]
         names = [name.replace("_", " ") for name in self._names]
+        note = "No other one that was tried has both fewer weights and a smaller loss."
+        if self._not_finite:
+            left_out = "; ".join(map(self._words, self._not_finite))
+            note += f" Left out, because their loss is not finite: {left_out}."
         return Sheet(
             f"Best of {len(self.tried)} of {len(self._combinations)} combinations",
             (*names, "weights left", "validation loss"),
             tuple(lines),
             len(names),
-            "No other one that was tried has both fewer weights and a smaller loss.",
+            note,
         )
 
     def _suggested(self) -> tuple[Any, Values]:
@@ -141,6 +165,10 @@ class Search:
         trial = self._study.ask()
         pairs = zip(self._names, self._choices, strict=True)
         return trial, tuple(trial.suggest_categorical(name, choices) for name, choices in pairs)
+
+    def _words(self, values: Values) -> str:
+        names = (name.replace("_", " ") for name in self._names)
+        return ", ".join(f"{name} {value}" for name, value in zip(names, values, strict=True))
 
     def _values(self, params: Mapping[str, Any]) -> Values:
         return tuple(params[name] for name in self._names)

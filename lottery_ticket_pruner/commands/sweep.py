@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import itertools
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -382,6 +383,12 @@ def _choose(
         failures.extend(found)
         return None if found else outcome_of([child.folder for child in own])
 
+    for values in dict.fromkeys(child.values for child in children):
+        own = [child for child in children if child.values == values]
+        if all(child.is_finished for child in own):
+            loss, _ = outcome_of([child.folder for child in own])
+            if not math.isfinite(loss):
+                search.leave_out(values, loss)
     search.run(chosen(config.trials, _TRIALS), try_out)
     return [child for child in children if child.values in search.tried], failures
 

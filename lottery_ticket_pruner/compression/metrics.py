@@ -273,6 +273,8 @@ def is_correct(
     """Returns which examples a classifier gets right, or None if the metric does not say so."""
     if not metric.higher_is_better or not isinstance(pair[1], np.ndarray):
         return None
+    if metric.name not in (*_ACCURACIES, *_BINARY):
+        return None
     outputs = np.asarray(model.predict(pair[0], verbose=0, batch_size=256))
     labels = pair[1].reshape(-1) if pair[1].size == len(pair[1]) else pair[1]
     if outputs.ndim == 2 and outputs.shape[1] > 1 and metric.name in _ACCURACIES:

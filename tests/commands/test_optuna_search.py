@@ -1,6 +1,7 @@
 """`sweep --search optuna`: which combinations are run, resuming, and what is printed."""
 
 import json
+import re
 
 import pytest
 
@@ -97,6 +98,40 @@ def test_a_search_goes_on_as_if_it_had_not_been_interrupted(runs, tmp_path, caps
     runs.clear()
     search(tmp_path / "parts", 8, capsys, seeds=(0,))
     assert not known & set(runs)  # Finished runs are not repeated.
+
+
+def test_losses_that_are_not_finite_are_named_and_failed_trials(
+    runs, tmp_path, capsys, monkeypatch
+):
+    run = processes.Pool.run
+
+    def without_bounds(pool):
+        failures = run(pool)
+        for child in pool._todo:
+            file = child.folder / "results.csv"
+            if child.config.rate == 0.2 and child.config.kept == "rewind":
+                file.write_text(re.sub(r"[^,]+$", "inf\n", file.read_text()))
+        return failures
+
+    monkeypatch.setattr(processes.Pool, "run", without_bounds)
+    for _ in range(2):  # Also when the finished search is shown again.
+        with pytest.warns(UserWarning, match=r"loss of rate 0\.2, kept rewind is inf"):
+            _, printed = search(tmp_path / "one", 15, capsys, seeds=(0,))
+        assert "loss is not finite: rate 0.2, kept rewind." in " ".join(printed.split())
+    count = len([one for one in runs if one[:2] == (0.2, "rewind")])
+    assert count == 1
+    assert {"rate": "0.2", "kept": "rewind"} in failed_trials(tmp_path / "one")
+
+
+def failed_trials(folder):
+    import optuna
+
+    journal = optuna.storages.journal.JournalFileBackend(str(folder / "optuna.log"))
+    storage = optuna.storages.JournalStorage(journal)
+    (study,) = optuna.get_all_study_summaries(storage)
+    study = optuna.load_study(study_name=study.study_name, storage=storage)
+    failed = study.get_trials(states=[optuna.trial.TrialState.FAIL])
+    return [trial.params for trial in failed]
 
 
 def test_a_trial_that_was_interrupted_is_run_to_its_end(runs, tmp_path, capsys, monkeypatch):
