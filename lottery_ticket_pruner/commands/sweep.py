@@ -139,7 +139,7 @@ def plan(config: SweepConfig | SupermaskSweepConfig) -> list[Child]:
         raise ValueError(f"--jobs must be positive. Received: {config.jobs}.")
     _check_search(config)
     kind = _kind(config)
-    over = [parse_over(text, kind.config) for text in config.over]
+    over = _tried(config)
     names = [name for name, _ in over]
     fixed = {
         field.name: getattr(config, field.name)
@@ -309,7 +309,7 @@ def _carry_out(
         assert isinstance(config, SweepConfig)
         children, failures = _choose(search, config, children, cores, console)
     place.check()
-    _combine(folder, kind, [parse_over(text, kind.config)[0] for text in config.over])
+    _combine(folder, kind, [name for name, _ in _tried(config)])
     finished = [child.config.folder for child in children if child.is_finished]
     if finished:
         groups = run_folders.groups_of(run_folders.find_runs(finished))
@@ -358,7 +358,7 @@ def _search(
         return None
     from lottery_ticket_pruner.commands.optuna_search import Search
 
-    options = dict(parse_over(text, RunConfig) for text in config.over)
+    options = dict(_tried(config))
     study = of_json({"options": options, "runs": sorted(child.folder.name for child in children)})
     return Search(place.path, options, list(dict.fromkeys(c.values for c in children)), study)
 
@@ -462,6 +462,11 @@ def _combine(folder: Path, kind: _Kind, options: Sequence[str]) -> None:
 
 def _name(config: SweepConfig | SupermaskSweepConfig, children: Iterable[str]) -> str:
     return f"sweep-{datasets.label(config.data)}-{of_json(sorted(children))[:8]}"
+
+
+def _tried(config: SweepConfig | SupermaskSweepConfig) -> list[tuple[str, list[str]]]:
+    """Returns the options of --over, each with the values that are tried."""
+    return [parse_over(text, _kind(config).config) for text in config.over]
 
 
 def _kind(config: RunConfig | SupermaskConfig) -> _Kind:

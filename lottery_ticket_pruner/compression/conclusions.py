@@ -63,6 +63,8 @@ class Judge:
             parts.append(f"{row['macs']:.2%} of the multiply-adds are left")
         if row["latency"] is not None:
             parts.append(f"a call takes {self._milliseconds(row)}")
+        if row["size"] is not None:
+            parts.append(f"{row['size']:,} bytes are served")
         return f"{', '.join(parts)}, with a drop of {row['drop']:+.4f} in validation {row['of']}."
 
     def _milliseconds(self, row: Mapping[str, Any]) -> str:
