@@ -175,9 +175,10 @@ class SearchLog:
     """Listeners of `find_ticket` that log its results.
 
     Of each row, `ARM/test_accuracy`, `ARM/test_loss`, `ARM/validation_loss` and `ARM/sparsity` are
-    logged over the rounds, and of each evaluation `ARM/round_01/validation_loss` and the other
-    metrics over the steps of training. The dense run is round 0 of the ticket. Values that a search
-    lacks are left out.
+    logged over the rounds, and of each evaluation `ARM/round_01/validation_loss`,
+    `ARM/round_01/training_loss` and the other metrics, and `ARM/round_01/learning_rate`, over the
+    steps of training. The dense run is round 0 of the ticket. Values that a search lacks are left
+    out.
 
     Args:
         logger: The logger.
@@ -192,11 +193,11 @@ class SearchLog:
         self._log(_arm_of(row), {name: row.get(name) for name in names}, row["round"], "round")
 
     def on_evaluation(self, evaluation: Mapping[str, Any]) -> None:
-        """Logs an evaluation on the validation data."""
+        """Logs an evaluation on the validation data, and the training before it."""
         values = {
             f"round_{evaluation['round']:02}/{name}": value
             for name, value in evaluation.items()
-            if name.startswith("validation_")
+            if name.startswith(("validation_", "training_", "learning_rate"))
         }
         self._log(_arm_of(evaluation), values, evaluation["step"], "training_step")
 

@@ -23,6 +23,11 @@ def read_clocks(optimizer: keras.Optimizer | None) -> list[tuple[int, float | No
     ]
 
 
+def learning_rate(optimizer: keras.Optimizer) -> float:
+    """Returns the learning rate of the next step, also if a schedule gives it."""
+    return float(keras.ops.convert_to_numpy(optimizer.learning_rate))
+
+
 def unbuilt_copy(optimizer: keras.Optimizer) -> keras.Optimizer:
     """Returns an unbuilt optimizer with the same configuration."""
     return type(optimizer).from_config(optimizer.get_config())

@@ -182,8 +182,9 @@ def find_ticket(
             `masked_layers.load_masks`). Other processes cannot use the folder in the meantime.
         on_result: Function that is called with each row as soon as it is known.
         on_evaluation: Function that is called after each evaluation on the validation data during
-            training, with a dict: `round`, `arm`, `replicate`, `step` and `validation_<metric>` for
-            the loss and each compiled metric.
+            training, with a dict: `round`, `arm`, `replicate`, `step`, `validation_<metric>` and
+            `training_<metric>` for the loss and each compiled metric, and `learning_rate`.
+            Training metrics are those of the steps since the last evaluation, as `fit` logs them.
         on_progress: Function that is called with the number of new steps.
 
     Raises:
@@ -535,12 +536,21 @@ class TicketSearch:
 
     def _listeners(self, arm: str, after: int = 0) -> training.Listeners:
         """Returns the listeners of a stretch of training that begins after `after` steps."""
-        place = self._place(arm)
+        place, trained = self._place(arm), dict[str, Any]()
+
+        def on_training(step: int, logs: dict[str, Any]) -> None:
+            trained.update(_named("training", logs))
+            trained["learning_rate"] = optimizers.learning_rate(self.model.optimizer)
+
+        def on_evaluation(step: int, results: dict[str, Any]) -> None:
+            validated = _named("validation", results)
+            self._report_evaluation({**place, "step": after + step, **validated, **trained})
+
         return training.Listeners(
             on_progress=self._progress,
-            on_evaluation=lambda step, results: self._report_evaluation(
-                {**place, "step": after + step, **_named("validation", results)}
-            ),
+            on_evaluation=on_evaluation,
+            # Not free: a custom training step is then called by `fit` for its results.
+            on_training=None if self.listeners.on_evaluation is None else on_training,
         )
 
     def _progress(self, done: int) -> None:

@@ -92,7 +92,7 @@ _KINDS = (
         files=(
             r"accuracy\.png",
             r"ticket(-\d+)?\.(safetensors|keras)",
-            rf"logs/({_ARMS})-\d+/events\.out\.tfevents\.[^/]*",
+            rf"logs/({_ARMS})-\d+(/round_\d+)?/events\.out\.tfevents\.[^/]*",
             r"rounds/\d+/(state\.json|initial\.npz|(masks|model|pruner)-\d+\.npz)",
             r"served/1/(saved_model|fingerprint)\.pb",
             r"served/1/variables/variables\.(index|data-[\d-]+of-\d+)",

@@ -16,9 +16,9 @@ from tensorboard.compat.proto.node_def_pb2 import NodeDef
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
 from tensorboard.plugins.graph.keras_util import keras_model_to_graph_def
-from tensorboard.plugins.text import metadata
+from tensorboard.plugins.hparams.summary_v2 import hparams_pb
+from tensorboard.plugins.text.summary_v2 import text_pb
 from tensorboard.summary.writer.record_writer import RecordWriter
-from tensorboard.util.tensor_util import make_tensor_proto
 
 import masked_layers as ml
 from lottery_ticket_pruner.loggers import RunLogger, sparsities
@@ -60,12 +60,16 @@ class EventWriter:
 
     def text(self, tag: str, text: str) -> None:
         """Logs text in Markdown."""
-        value = Summary.Value(
-            tag=tag,
-            metadata=metadata.create_summary_metadata(tag, ""),
-            tensor=make_tensor_proto(text),
-        )
-        self._write(Event(summary=Summary(value=[value])))
+        self._write(Event(summary=text_pb(tag, text)))
+
+    def hparams(self, values: Mapping[str, Any]) -> None:
+        """Logs what the run was started with as hyperparameters, by which runs can be compared."""
+        plain = {
+            name: value if isinstance(value, bool | int | float | str) else str(value)
+            for name, value in values.items()
+            if value is not None
+        }
+        self._write(Event(summary=hparams_pb(plain)))
 
     def close(self) -> None:
         """Closes the event file."""
@@ -88,9 +92,10 @@ class TensorBoardLogger(RunLogger):
         self.writer = EventWriter(folder)
 
     def params(self, values: Mapping[str, Any]) -> None:
-        """Logs what the run was started with, as a table of texts."""
+        """Logs what the run was started with, as a table of texts and as hyperparameters."""
         lines = [f"| {name} | {value} |" for name, value in values.items()]
         self.writer.text("params", "\n".join(["| | |", "|---|---|", *lines]))
+        self.writer.hparams(values)
 
     def scalars(self, values: Mapping[str, float], step: int, axis: str = "step") -> None:
         """Logs numbers. TensorBoard's steps have no name."""
@@ -103,9 +108,11 @@ class TensorBoardLogger(RunLogger):
 
 
 class ArmFolders(RunLogger):
-    """The log of a seed of `lottery-ticket run`: a TensorBoard run for each arm.
+    """The log of a seed of `lottery-ticket run`: a TensorBoard run for each arm and each round.
 
-    The first part of each name is that of the arm, so the curves of all arms share a chart.
+    The first part of each name is that of the arm. A second part that names a round belongs to the
+    curves over the steps of this round's training. They get a run of their own below that of the
+    arm, so that the curves of all arms and rounds share a chart.
 
     Args:
         folder: Folder of the TensorBoard runs.
@@ -116,6 +123,7 @@ class ArmFolders(RunLogger):
     def __init__(self, folder: Path, replicate: int, model: keras.Model) -> None:
         self._folder, self._replicate = folder, replicate
         self._writers: dict[str, TensorBoardLogger] = {}
+        self._rounds: dict[str, tuple[str, TensorBoardLogger]] = {}
         self._arm("ticket").writer.graph(model)
 
     def params(self, values: Mapping[str, Any]) -> None:
@@ -126,17 +134,31 @@ class ArmFolders(RunLogger):
         """Logs numbers, whose names begin with the arm."""
         for name, value in values.items():
             arm, _, rest = name.partition("/")
-            self._arm(arm).scalars({rest: value}, step, axis)
+            round_, _, inner = rest.partition("/")
+            if round_.startswith("round_"):
+                self._round(arm, round_).scalars({inner: value}, step, axis)
+            else:
+                self._arm(arm).scalars({rest: value}, step, axis)
 
     def finish(self, *, failed: bool = False) -> None:
         """Closes the event files."""
-        for writer in self._writers.values():
+        for writer in (*self._writers.values(), *(writer for _, writer in self._rounds.values())):
             writer.finish(failed=failed)
 
     def _arm(self, arm: str) -> TensorBoardLogger:
         if arm not in self._writers:
             self._writers[arm] = TensorBoardLogger(self._folder / f"{arm}-{self._replicate}")
         return self._writers[arm]
+
+    def _round(self, arm: str, round_: str) -> TensorBoardLogger:
+        """Returns the log of a round. That of the arm's previous round is closed."""
+        known, writer = self._rounds.get(arm, ("", None))
+        if writer is None or known != round_:
+            if writer is not None:
+                writer.finish()
+            writer = TensorBoardLogger(self._folder / f"{arm}-{self._replicate}" / round_)
+            self._rounds[arm] = round_, writer
+        return writer
 
 
 def layer_graph(model: keras.Model) -> GraphDef:

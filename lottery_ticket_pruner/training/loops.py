@@ -144,12 +144,13 @@ def train_by_plan(
         for start in range(0, plan.steps, stretch):
             done = min(start + stretch, plan.steps)
             last, results = done == plan.steps, None
-            trainee.train(
+            logs = trainee.train(
                 data,
                 rows[start * plan.batch_size : done * plan.batch_size],
                 plan.batch_size,
                 steps=plan.steps,
                 deterministic=plan.deterministic,
+                logged=listeners.on_training is not None,
             )
             if last:
                 trainee.write()
@@ -160,7 +161,7 @@ def train_by_plan(
                 history.validation.append(results)
             if listeners.listen:
                 trainee.write()
-                if listeners.call(done, done - start, results, last=last):
+                if listeners.call(done, done - start, results, logs, last=last):
                     _finalize(model)
                     break
                 if not last:

@@ -73,30 +73,43 @@ class EpochPlan:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Listeners:
-    """Functions that are called during a training: arguments of `training.train`, and one more.
+    """Functions that are called during a training: arguments of `training.train`, and two more.
 
     `ends` is called with the number of steps so far after each stretch but the last, and ends the
-    training if it returns True.
+    training if it returns True. `on_training` is called before `on_evaluation` with the number of
+    steps so far, and the loss and metrics on the examples of the stretch, as `fit` logs them.
     """
 
     on_progress: Callable[[int], object] | None = None
     on_evaluation: Callable[[int, dict[str, Any]], object] | None = None
     ends: Callable[[int], bool] | None = None
+    on_training: Callable[[int, dict[str, Any]], object] | None = None
 
     @property
     def listen(self) -> bool:
         """True if there is a function to call."""
-        return any((self.on_progress, self.on_evaluation, self.ends))
+        return any((self.on_progress, self.on_evaluation, self.ends, self.on_training))
 
-    def call(self, done: int, new: int, results: dict[str, Any] | None, *, last: bool) -> bool:
+    def call(
+        self,
+        done: int,
+        new: int,
+        results: dict[str, Any] | None,
+        logs: dict[str, Any],
+        *,
+        last: bool,
+    ) -> bool:
         """Calls the functions after a stretch, and returns whether the training ends early.
 
         Args:
             done: Number of steps so far.
             new: Number of steps in the stretch.
             results: Results of the evaluation, or None.
+            logs: Results on the examples of the stretch, if `on_training` is to be called.
             last: Whether it was the last stretch.
         """
+        if self.on_training is not None:
+            self.on_training(done, logs)
         if self.on_evaluation is not None and results is not None:
             self.on_evaluation(done, results)
         if self.on_progress is not None:

@@ -53,6 +53,7 @@ def test_a_search_is_logged_by_arm_and_round():
     assert [step for step, _ in curve] == [2, 4]
     axes = {axis for name, _, _, axis in recorder.logged if "round_" in name}
     assert axes == {"training_step"}
+    assert [step for step, _ in recorder.curve("ticket/round_00/training_loss")] == [2, 4]
 
 
 def test_rows_of_prune_and_epochs_are_logged():
