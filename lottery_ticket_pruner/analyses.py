@@ -7,7 +7,6 @@ result (with matplotlib, from the `cli` extra). None of them changes the models 
 from __future__ import annotations
 
 import dataclasses
-import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -15,7 +14,7 @@ import keras
 import numpy as np
 
 import masked_layers as ml
-from lottery_ticket_pruner import optimizers, training
+from lottery_ticket_pruner import optimizers, pictures, training
 from lottery_ticket_pruner.training import ArrayDataset, Augmentation, Listeners, TrainingPlan
 from lottery_ticket_pruner.variables import read, variable_scope, widened
 from masked_layers import copying
@@ -112,13 +111,15 @@ def plot_interpolation(lines: Interpolation | Mapping[str, Interpolation]) -> Fi
     """Draws the error along one or several lines, with their barriers in the legend."""
     if isinstance(lines, Interpolation):
         lines = {"": lines}
-    figure, axes = _figure()
-    for label, line in lines.items():
+    figure, axes = pictures.new_figure(5.6, 3.6)
+    for number, (label, line) in enumerate(lines.items()):
         text = f"{label}, barrier {line.barrier:.3f}".removeprefix(", ")
-        axes.plot(line.shares, line.errors, marker=".", label=text)
+        color, _ = pictures.look(number)
+        axes.plot(line.shares, line.errors, color=color, marker=".", label=text)
     kind = "loss" if all(line.metric == "loss" for line in lines.values()) else "error"
     axes.set(xlabel="share of the second solution", ylabel=kind, ylim=(0, None))
     axes.legend(frameon=False)
+    pictures.open_up(axes)
     return figure
 
 
@@ -217,29 +218,33 @@ def plot_instability(lines: Mapping[int, Sequence[Interpolation]]) -> Figure:
         lines: Interpolations of all replicates, by step. Each replicate is a dot, and curves
             connect the means.
     """
-    figure, (left, right) = _figure(columns=2)
+    figure, (above, below) = pictures.new_figure(4.8, 6.4, rows=2)
     steps = sorted(lines)
     barriers = [[line.barrier for line in lines[step]] for step in steps]
     is_loss = lines[steps[0]][0].metric == "loss"
-    colors = _shades(len(steps))
-    left.plot(steps, [np.mean(values) for values in barriers], color="0.6", zorder=1)
+    colors = pictures.shades(len(steps))
+    above.plot(steps, [np.mean(values) for values in barriers], color="0.6", zorder=1)
     for step, values, color in zip(steps, barriers, colors, strict=True):
-        left.scatter([step] * len(values), values, color=color, s=20)
+        above.scatter([step] * len(values), values, color=color, s=20)
+        for value in values:
+            pictures.add_target(above, step, value, f"{step} steps: {value:.4f}")
         errors = np.mean([line.errors for line in lines[step]], axis=0)
-        right.plot(lines[step][0].shares, errors, color=color, label=f"{step} steps")
+        below.plot(lines[step][0].shares, errors, color=color, label=f"{step} steps")
     if not is_loss:
-        left.axhline(0.02, color="0.6", linewidth=1, linestyle="--", label="stable below")
-        left.legend(frameon=False)
+        above.axhline(0.02, color="0.6", linewidth=1, linestyle="--", label="stable below")
+        above.legend(frameon=False)
     if steps[-1]:
         first = min(step for step in steps if step)
-        left.set_xscale("symlog", linthresh=first)
-        left.set_xlim(-first / 4, 1.5 * steps[-1])
-        left.set_xticks(steps, [str(step) for step in steps], rotation=30)
-        left.set_xticks([], minor=True)
+        above.set_xscale("symlog", linthresh=first)
+        above.set_xlim(-first / 4, 1.5 * steps[-1])
+        above.set_xticks(steps, [str(step) for step in steps], rotation=30)
+        above.set_xticks([], minor=True)
     kind = "loss" if is_loss else "error"
-    left.set(xlabel="steps that both have in common", ylabel=f"instability ({kind})")
-    right.set(xlabel="share of the second solution", ylabel=kind, ylim=(0, None))
-    right.legend(frameon=False)
+    above.set(xlabel="steps that both have in common", ylabel=f"instability ({kind})")
+    below.set(xlabel="share of the second solution", ylabel=kind, ylim=(0, None))
+    below.legend(frameon=False)
+    for axes in (above, below):
+        pictures.open_up(axes)
     return figure
 
 
@@ -312,9 +317,7 @@ def plot_sign_agreement(rows: Mapping[str, SignAgreement]) -> Figure:
         f"{kind} weights": [getattr(row, kind) for row in rows.values()]
         for kind in ("kept", "pruned", "all")
     }
-    figure = _bars(list(rows), columns)
-    figure.axes[0].set(ylabel="share with the sign they started with", ylim=(0, 1))
-    return figure
+    return pictures.dots(list(rows), columns, "share with the sign they started with")
 
 
 # --- Masks ----------------------------------------------------------------------------------------
@@ -367,15 +370,20 @@ def mask_overlap(masks: Mapping[str, keras.Model | Masks]) -> Overlap:
 
 
 def plot_overlap(overlap: Overlap) -> Figure:
-    """Plots the Jaccard index of every pair of masks next to that of random masks."""
-    figure, axes = _figure(columns=2)
-    names = ["\n".join(textwrap.wrap(name, 24)) for name in overlap.names]
-    figure.set_size_inches(max(12.8, 4 + 0.9 * len(names)), max(4.4, 1.5 + 0.45 * len(names)))
-    panels = {"masks": overlap.jaccard, "random masks of these counts": overlap.expected}
-    for ax, (title, values) in zip(axes, panels.items(), strict=True):
-        _matrix(ax, values, names, names, "{:.2f}", limits=(0, 1))
-        ax.set_title(title)
-    axes[1].set_yticklabels([])
+    """Plots the Jaccard index of every pair of masks, and that of random masks.
+
+    The masks are below the diagonal, and random masks that keep as many weights are above it.
+    Columns have the numbers of the rows.
+    """
+    count = len(overlap.names)
+    below = np.tri(count, k=-1, dtype=bool)
+    values = np.where(below, overlap.jaccard, np.where(below.T, overlap.expected, np.nan))
+    texts = np.array([["-" if np.isnan(v) else f"{v:.2f}" for v in row] for row in values])
+    np.fill_diagonal(texts, "")
+    names = [f"{number}: {name}" for number, name in enumerate(overlap.names, 1)]
+    numbers = [str(number) for number in range(1, count + 1)]
+    figure, axes = pictures.matrix(values, names, numbers, texts)
+    axes.set_title("above the diagonal: random masks", fontsize=9)
     return figure
 
 
@@ -401,9 +409,7 @@ def plot_by_layer(shares: Mapping[str, Mapping[str, float]], label: str) -> Figu
     """Plots a share for each weight by path. Several names are drawn side by side."""
     paths = list(dict.fromkeys(path for rows in shares.values() for path in rows))
     columns = {name: [rows.get(path, np.nan) for path in paths] for name, rows in shares.items()}
-    figure = _bars(paths, columns)
-    figure.axes[0].set(ylabel=label, ylim=(0, 1))
-    return figure
+    return pictures.dots(paths, columns, label)
 
 
 # --- Predictions ----------------------------------------------------------------------------------
@@ -455,9 +461,9 @@ def confusion_matrix(
 def plot_confusion(counts: np.ndarray, names: Sequence[str] | None = None) -> Figure:
     """Plots a confusion matrix. Colors show shares of each true class, numbers show counts."""
     names = [str(i) for i in range(len(counts))] if names is None else names
-    figure, axes = _figure()
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    _matrix(axes, shares, names, names, "{}", limits=(0, 1), texts=counts)
+    figure, axes = pictures.matrix(shares, names, names, counts)
+    axes.tick_params(axis="x", rotation=30 if max(map(len, names), default=0) > 4 else 0)
     axes.set(xlabel="predicted class", ylabel="true class")
     return figure
 
@@ -514,52 +520,3 @@ def _between(first: np.ndarray, second: np.ndarray, share: float) -> np.ndarray:
 
 def _mean(values: np.ndarray) -> float:
     return float(np.mean(values)) if values.size else float("nan")
-
-
-def _figure(columns: int = 1) -> tuple[Figure, Any]:
-    from matplotlib.figure import Figure  # Not pyplot, because a library must not open windows.
-
-    figure = Figure(figsize=(6.4 * columns, 4.4), layout="constrained")
-    return figure, figure.subplots(1, columns)
-
-
-def _shades(count: int) -> list[tuple[float, ...]]:
-    """Returns colors from dark to light."""
-    import matplotlib as mpl
-
-    return [mpl.colormaps["viridis"](share) for share in np.linspace(0, 0.9, count)]
-
-
-def _bars(groups: Sequence[str], columns: Mapping[str, Sequence[float]]) -> Figure:
-    figure, axes = _figure()
-    width = 0.8 / max(len(columns), 1)
-    for number, (name, values) in enumerate(columns.items()):
-        at = np.arange(len(groups)) + (number - (len(columns) - 1) / 2) * width
-        axes.bar(at, values, width, label=name)
-    axes.set_xticks(np.arange(len(groups)), groups, rotation=30, ha="right")
-    # Below the axes, where it hides no bars. The figure grows to make room.
-    across = max(1, min(3, 90 // (8 + max(map(len, columns), default=0))))
-    figure.set_figheight(figure.get_figheight() + 0.22 * -(-len(columns) // across))
-    names = [textwrap.shorten(name, 90, placeholder="…") for name in columns]
-    if any(names):
-        figure.legend(axes.containers, names, loc="outside lower left", frameon=False, ncols=across)
-    return figure
-
-
-def _matrix(
-    axes: Any,
-    values: np.ndarray,
-    rows: Sequence[str],
-    columns: Sequence[str],
-    style: str,
-    *,
-    limits: tuple[float, float],
-    texts: np.ndarray | None = None,
-) -> None:
-    axes.imshow(values, cmap="Blues", vmin=limits[0], vmax=limits[1])
-    axes.set_xticks(np.arange(len(columns)), columns, rotation=30, ha="right")
-    axes.set_yticks(np.arange(len(rows)), rows)
-    for (i, j), value in np.ndenumerate(values):
-        text = style.format(value if texts is None else texts[i, j])
-        # Not black: SVG omits black, so the text color of the page would be used instead.
-        axes.text(j, i, text, ha="center", va="center", color="white" if value > 0.6 else "0.1")

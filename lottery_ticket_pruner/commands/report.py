@@ -1,5 +1,7 @@
 """The command `lottery-ticket report`: tables, figures and a web page that compare runs."""
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -13,6 +15,8 @@ from lottery_ticket_pruner.experiments.reports import (
     ticket_masks,
     web_page,
 )
+from lottery_ticket_pruner.experiments.reports.ticket_masks import GroupTickets
+from lottery_ticket_pruner.experiments.written import PICTURE
 from lottery_ticket_pruner.folders import make_folder
 from masked_layers.files import replacing
 
@@ -41,6 +45,7 @@ def write_report(config: ReportConfig, console: Console | None = None) -> Path:
     sections = [
         (
             of_group.label,
+            contents.conclusion_of(of_group.group),
             [
                 *contents.view_of(of_group.group).sheets(of_group.group),
                 *ticket_masks.sheets_of(of_group),
@@ -48,10 +53,13 @@ def write_report(config: ReportConfig, console: Console | None = None) -> Path:
         )
         for of_group in all_tickets
     ]
+    comparison = contents.comparison_of(groups)
     for sheet in overviews:
         console.print(sheet.table())
-    for title, sheets in sections:
+    _say(console, comparison)
+    for title, conclusion, sheets in sections:
         console.print(f"\n{title}", markup=False, style="bold")
+        _say(console, conclusion)
         for sheet in sheets:
             console.print(sheet.table())
     out = config.out or (config.folders[0] if len(config.folders) == 1 else Path()) / "report"
@@ -59,12 +67,8 @@ def write_report(config: ReportConfig, console: Console | None = None) -> Path:
     make_folder(out)
     # Written first, because it marks the other files as a report, even after an interruption.
     with replacing(out / "report.html") as file:
-        file.write(web_page.render(all_tickets).encode())
-    charts = [chart for group in groups for chart in contents.view_of(group).charts(group)]
-    pictures: list[contents.Chart | contents.Drawing]
-    pictures = [*contents.comparisons(groups), *contents.mask_charts(all_tickets), *charts]
-    for number, picture in enumerate(pictures, 1):
-        results.write_figure(out / f"picture-{number}.png", contents.titled(picture))
+        file.write(web_page.render(all_tickets, out).encode())
+    pictures = _write_pictures(out, all_tickets)
     runs = [run for group in groups for run in group.runs]
     with replacing(out / "results.csv") as file:
         run_folders.tidy(runs).to_csv(file, index=False)
@@ -72,16 +76,34 @@ def write_report(config: ReportConfig, console: Console | None = None) -> Path:
         texts = [
             f"# Lottery tickets: {contents.title_of(groups)}",
             *(sheet.markdown() for sheet in overviews),
+            *filter(None, [comparison]),
         ]
-        for (title, sheets), of_group in zip(sections, all_tickets, strict=True):
-            texts += [f"## {title}", *(sheet.markdown() for sheet in sheets)]
+        for (title, conclusion, sheets), of_group in zip(sections, all_tickets, strict=True):
+            texts += [f"## {title}", *filter(None, [conclusion])]
+            texts += [sheet.markdown() for sheet in sheets]
             texts += [f"Not loaded: {text}" for text in of_group.unreadable]
         file.write("\n\n".join([*texts, ""]).encode())
     console.print(
-        f"{out / 'report.html'}; tables.md, results.csv and {len(charts)} *.png next to it",
+        f"{out / 'report.html'}; tables.md, results.csv and {pictures} *.png next to it",
         highlight=False,
     )
     return out / "report.html"
+
+
+def _say(console: Console, text: str) -> None:
+    if text:
+        console.print(text, markup=False, highlight=False)
+
+
+def _write_pictures(out: Path, all_tickets: Sequence[GroupTickets]) -> int:
+    """Writes the pictures, deletes those of an earlier report, and returns their number."""
+    named = contents.named(all_tickets)
+    for name, picture in named.items():
+        results.write_figure(out / name, contents.titled(picture))
+    for path in out.iterdir():
+        if path.name not in named and re.fullmatch(PICTURE, path.name):
+            path.unlink()
+    return len(named)
 
 
 def _holds_only(folder: Path, pruned: list[Path]) -> bool:
@@ -99,7 +121,8 @@ def _check_replaceable(out: Path) -> None:
             f"'{out}' is itself the folder of a run or a sweep, whose {results.RESULTS_FILE} a "
             "report would replace. Choose another folder with --out."
         )
-    names = (results.RESULTS_FILE, "tables.md", "picture-1.png")
+    names = [results.RESULTS_FILE, "tables.md"]
+    names += sorted(path.name for path in out.glob("*.png") if re.fullmatch(PICTURE, path.name))
     there = [name for name in names if (out / name).exists()]
     if there and not (out / "report.html").exists():
         raise ValueError(

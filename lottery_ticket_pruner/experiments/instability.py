@@ -24,7 +24,7 @@ from lottery_ticket_pruner.experiments.config import (
     parse_steps,
     training_plan,
 )
-from lottery_ticket_pruner.experiments.reports import run_folders, tables
+from lottery_ticket_pruner.experiments.reports import figures, run_folders, tables
 from lottery_ticket_pruner.experiments.run_folder import RunFolder
 from lottery_ticket_pruner.experiments.workbench import compiled_network, make_deterministic
 from lottery_ticket_pruner.pruner import LotteryTicketPruner
@@ -39,7 +39,6 @@ _COMMON = ("data", "network", "batch_size", "optimizer", "learning_rate")
 _TICKET = {"retraining": "weight_rewinding", "kept": "rewind", "pruned": "zero"}
 # Other entries of its configuration that are used.
 _OF_RUN = {"steps": int, "rounds": int, "rewind_to": str, "seeds": list}
-_LINES_FILE = "lines.csv"
 _PICTURE = "instability.png"
 
 
@@ -156,7 +155,7 @@ def _carry_out(
     under = f" under the masks of {config.masks}, round {config.round}" if config.masks else ""
     folder.begin(
         f"{config.data}, {config.network}: instability{under}; {keras.backend.backend()}",
-        keep=[results.RESULTS_FILE, _LINES_FILE],
+        keep=[results.RESULTS_FILE, results.LINES_FILE],
     )
     done = {(row["replicate"], row["rewind_to"]) for row in rows}
     failures = divergence.SeedFailures()
@@ -172,19 +171,15 @@ def _carry_out(
             with failures.seed(seed):
                 row, line = trainer.measure(seed, point, lambda n: bar.advance(task, n))
                 place = {"replicate": replicate, "rewind_to": point}
-                rows.append(place | row)
+                rows.append(place | row | results.identity(config, seed))
                 lines += [place | of_share for of_share in line.to_dict("records")]
                 folder.check()
                 # The line is written first, so that every row has its line.
-                for name, table in ((_LINES_FILE, lines), (results.RESULTS_FILE, rows)):
+                for name, table in ((results.LINES_FILE, lines), (results.RESULTS_FILE, rows)):
                     with replacing(folder.path / name) as file:
                         pd.DataFrame(table).to_csv(file, index=False)
     failures.check()
-    found: dict[int, list[analyses.Interpolation]] = {}
-    for (point, _), line in pd.DataFrame(lines).groupby(["rewind_to", "replicate"]):
-        metrics = {name: line[name].to_numpy() for name in ("loss", "accuracy")}
-        line = analyses.Interpolation(line["share"].to_numpy(), metrics, "accuracy")
-        found.setdefault(point, []).append(line)
+    found = figures.interpolations([pd.DataFrame(lines)])
     results.write_figure(folder.path / _PICTURE, analyses.plot_instability(found))
 
 
@@ -212,7 +207,7 @@ def _config_of_run(folder: Path) -> dict[str, Any]:
 
 def _measured(folder: Path, points: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Returns the rows and lines of an interrupted run for which both are complete."""
-    files = [folder / name for name in (results.RESULTS_FILE, _LINES_FILE)]
+    files = [folder / name for name in (results.RESULTS_FILE, results.LINES_FILE)]
     if not all(file.is_file() for file in files):
         return [], []
     rows, lines = map(results.read_rows, files)

@@ -24,6 +24,9 @@ RESULTS_FILE = "results.csv"
 
 SWEEP_FILE = "sweep.json"
 
+# Metrics along the lines of a run of `lottery-ticket instability`.
+LINES_FILE = "lines.csv"
+
 INITIAL_FILE = "initial.npz"
 
 COLUMNS = (
@@ -40,6 +43,10 @@ COLUMNS = (
 
 # Column of runs with a structure of channels or filters: the share of these that is left.
 CHANNELS = "channels"
+
+# Columns that say what the results are of, after those of the measurements. All are options, except
+# that `seed` is the one of the row's replicate.
+IDENTITY = ("data", "network", "strategy", "seed")
 
 # Entries of a run folder's configuration that affect results besides the options.
 ORIGIN = ("backend", "data_digest")
@@ -97,6 +104,12 @@ class CsvWriter:
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
+
+
+def identity(config: Any, seed: int) -> dict[str, Any]:
+    """Returns the columns of `IDENTITY` for a configuration, without options that it lacks."""
+    values = {name: getattr(config, name, None) for name in IDENTITY} | {"seed": seed}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def write_figure(file: Path, figure: "Figure") -> None:

@@ -83,7 +83,7 @@ def _carry_out(
         def record(row: dict[str, Any]) -> None:
             folder.check()
             rows.append(row)
-            written.write(row)
+            written.write(row | results.identity(config, config.seeds[row["replicate"]]))
 
         for replicate, seed in enumerate(config.seeds):
             if replicate:
@@ -151,7 +151,8 @@ def _prunes_nothing(config: RunConfig) -> bool:
 
 def _writer(config: RunConfig, folder: RunFolder) -> results.CsvWriter:
     more = (results.CHANNELS,) if config.counts_channels else ()
-    return results.CsvWriter(folder.path / "results.csv", (*results.COLUMNS, *more))
+    columns = (*results.COLUMNS, *more, *results.identity(config, 0))
+    return results.CsvWriter(folder.path / "results.csv", columns)
 
 
 def _runs(config: RunConfig) -> int:
@@ -174,12 +175,13 @@ def _export(ticket: keras.Model, folder: RunFolder, console: Console) -> None:
 
 def _logger(config: RunConfig, folder: RunFolder, replicate: int, model: keras.Model) -> RunLogger:
     """Opens the log of a seed in the tool of --log."""
-    if config.log == "tensorboard":
-        return ArmFolders(folder.path / "logs", replicate, model)
     seed = config.seeds[replicate]
-    return opened(
-        config.log, f"{folder.final.name}, seed {seed}", config.to_dict() | {"seed": seed}
-    )
+    params = config.to_dict() | {"seed": seed}
+    if config.log == "tensorboard":
+        logger = ArmFolders(folder.path / "logs", replicate, model)
+        logger.params(params)
+        return logger
+    return opened(config.log, f"{folder.final.name}, seed {seed}", params)
 
 
 class _Progress:

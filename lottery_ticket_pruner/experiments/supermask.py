@@ -3,7 +3,6 @@
 import collections
 import dataclasses
 import itertools
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ from typing import Any
 import keras
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 from rich.console import Console
 
 import masked_layers as ml
@@ -173,7 +171,8 @@ def _carry_out(
                 advance = lambda steps: bar.advance(task, steps)  # noqa: E731
                 with failures.seed(seed):
                     found = one_seed(config, data, seed, replicate, advance, folder.path)
-                    rows += [{"replicate": replicate, **row} for row in found]
+                    names = results.identity(config, seed)
+                    rows += [{"replicate": replicate, **row, **names} for row in found]
                     folder.check()
                     with replacing(file) as whole:
                         pd.DataFrame(rows).to_csv(whole, index=False)
@@ -181,7 +180,7 @@ def _carry_out(
     table = _table(config, rows)
     shown = table.drop(columns=["dense_accuracy"], errors="ignore")
     if not config.learn:
-        results.write_figure(folder.path / "heat-map.png", heat_map(shown))
+        results.write_figure(folder.path / "heat-map.png", figures.heat_map(shown))
     for number, (title, lines, label) in enumerate(figures.charts(shown), 1):
         figure = figures.line_figure(lines, x_label=label)
         figure.suptitle(title, fontsize=10)
@@ -196,7 +195,7 @@ def _whole(config: SupermaskConfig, rows: list[dict[str, Any]]) -> list[dict[str
 
 
 def _table(config: SupermaskConfig, rows: list[dict[str, Any]]) -> pd.DataFrame:
-    table = pd.DataFrame(rows)
+    table = pd.DataFrame(rows).drop(columns=results.identity(config, 0), errors="ignore")
     table["seed"] = [config.seeds[replicate] for replicate in table["replicate"]]
     return table
 
@@ -207,39 +206,6 @@ def _show(config: SupermaskConfig, table: pd.DataFrame, console: Console) -> Non
         console.print(f"trained, all weights: {dense} %", highlight=False)
     shown = table.drop(columns=["dense_accuracy"], errors="ignore")
     console.print(tables.best_sheet(shown).table())
-
-
-def heat_map(rows: pd.DataFrame) -> Figure:
-    """Plots the mean accuracy of untrained masks by criterion and sparsity, per weights and dwr.
-
-    Args:
-        rows: Columns `criterion`, `sparsity`, `weights`, `dwr` and `test_accuracy` of every mask.
-    """
-    settings = list(rows.groupby(["weights", "dwr"], sort=False))
-    names, sparsities = rows["criterion"].unique(), sorted(rows["sparsity"].unique())
-    columns = min(2, len(settings))
-    lines = math.ceil(len(settings) / columns)
-    size = (2.6 + 0.45 * columns * len(sparsities), 0.8 + lines * (0.7 + 0.24 * len(names)))
-    figure = Figure(figsize=size, layout="constrained")
-    fields = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
-    for axes in fields.flat[len(settings) :]:
-        axes.remove()
-    for axes, ((weights, dwr), own) in zip(fields.flat, settings, strict=False):
-        means = own.pivot_table("test_accuracy", "criterion", "sparsity", aggfunc="mean")
-        means = 100 * means.reindex(index=names, columns=sparsities).to_numpy()
-        image = axes.imshow(means, vmin=0, vmax=100, aspect="auto", cmap="viridis")
-        for line, column in itertools.product(*map(range, means.shape)):
-            value = means[line, column]
-            colour = "white" if value < 55 else "black"
-            axes.text(
-                column, line, f"{value:.0f}", ha="center", va="center", color=colour, fontsize=7
-            )
-        axes.set_xticks(range(len(sparsities)), [f"{s:g}" for s in sparsities], fontsize=7)
-        axes.set_yticks(range(len(names)), names, fontsize=7)
-        axes.set_title(f"{weights}{', rescaled' if dwr else ''}", fontsize=9)
-    figure.supxlabel("sparsity", fontsize=9)
-    figure.colorbar(image, ax=fields, label="test accuracy, %", shrink=0.7)
-    return figure
 
 
 def _untrained(

@@ -15,13 +15,16 @@ REPLACED = ".replaced"
 # Files that runs of earlier versions of two commands wrote next to their results.
 EARLIER_STATE = "state.json"
 
+# Name of a picture of `lottery-ticket report`. In earlier versions, it was only a number.
+PICTURE = r"picture-\d+(-[a-z0-9-]+)?\.png"
+
 # Regular expressions for paths in the folder, next to those of `catalogue`.
 _OF_ALL = (
     *map(re.escape, (CONFIG_FILE, SWEEP_FILE, REPLACED)),
     r"output\.log",
     r"optuna\.log(\.lock)?",  # Trials of a sweep.
     # Written by `lottery-ticket report`.
-    r"report/(report\.html|tables\.md|results\.csv|picture-\d+\.png)",
+    rf"report/(report\.html|tables\.md|results\.csv|{PICTURE})",
     r"(rounds/\d+/)?(\.lock(\.json)?|\.[^/]+\.\d+\.part)",
 )
 # Folder of a run in a sweep: data set, network, other options, and a digest.

@@ -17,6 +17,7 @@ pytest.importorskip("tensorboard")
 
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 import masked_layers as ml
 from lottery_ticket_pruner import training
@@ -67,6 +68,7 @@ def test_results_hold_a_row_per_round_arm_and_replicate(finished):
         "round", "arm", "replicate", "sparsity", "test_accuracy", "test_loss", "early_stop_step",
         "seconds",
     ]  # fmt: skip
+    assert header[-4:] == ["data", "network", "strategy", "seed"]
     rows = results.read_rows(folder / "results.csv")
     per_replicate = [(0, "dense"), *[(1, arm) for arm in ARMS], *[(2, arm) for arm in ARMS]]
     expected = [(*one, replicate) for replicate in (0, 1) for one in per_replicate]
@@ -170,8 +172,8 @@ def test_an_interrupted_run_is_resumed(finished, monkeypatch):
         return train(*others, listeners)
 
     def interrupt(_):
-        log = load_log(elsewhere / "logs" / "random_reinit-1")
-        seen.append([s.step for s in log.Scalars("round_01/validation_accuracy")])
+        log = load_log(elsewhere / "logs" / "random_reinit-1" / "round_01")
+        seen.append([s.step for s in log.Scalars("validation_accuracy")])
         if len(seen) == 2:
             raise KeyboardInterrupt
 
@@ -278,11 +280,23 @@ def test_tensorboard_shows_accuracy_and_sparsity_per_round(finished):
     total = [pytest.approx(s.value, abs=1e-5) for s in log.Scalars("sparsity/total")]
     assert total == [row["sparsity"] for row in own]
     for row in own:
-        curve = log.Scalars(f"round_{row['round']:02}/validation_loss")
+        of_round = load_log(folder / "logs" / "ticket-1" / f"round_{row['round']:02}")
+        curve = of_round.Scalars("validation_loss")
         assert [s.step for s in curve] == list(range(4, 41, 4))
+        assert [s.step for s in of_round.Scalars("training_accuracy")] == list(range(4, 41, 4))
+        losses = [s.value for s in of_round.Scalars("training_loss")]
+        assert 0 < losses[-1] < losses[0]
+        rates = [s.value for s in of_round.Scalars("learning_rate")]
+        assert rates == pytest.approx([0.002] * 10)
         best = min(curve, key=lambda s: s.value)
         assert best.step == row["early_stop_step"]
         assert best.value == pytest.approx(row["validation_loss"], abs=1e-6)
+    tables = [e.tensor_proto.string_val[0].decode() for e in log.Tensors("params")]
+    assert "| strategy | large_final |" in tables[0]
+    content = log.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    given = HParamsPluginData.FromString(content).session_start_info.hparams
+    assert given["strategy"].string_value == "large_final"
+    assert given["rounds"].number_value == 2
     control = load_log(folder / "logs" / "random_mask-0")
     assert [s.step for s in control.Scalars("test_loss")] == [1, 2]
 

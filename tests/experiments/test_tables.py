@@ -159,8 +159,22 @@ def test_the_picture_draws_every_arm_with_its_band():
     assert "lowest to highest of 2 replicates" in axes.get_title()
     formatted = axes.yaxis.get_major_formatter()(10)
     assert formatted == "90 %"
-    # The error of a perfect run has no logarithm, so it is drawn at the edge.
+    # The band ends at an error of zero, which has no logarithm, beyond the edge.
     assert math.isfinite(axes.get_ylim()[1])
+
+
+@pytest.mark.parametrize(("levels", "scale"), [((1.0, 1.0), "linear"), ((1.0, 0.9), "symlog")])
+def test_a_perfect_accuracy_is_drawn_at_100_percent(levels, scale):
+    rows = [row(n, "ticket", 0, levels[n - 1], 0.5 * n) for n in (1, 2)]
+    axes = figures.accuracy_figure(rows, "").axes[0]
+    (line,) = axes.get_lines()
+    assert axes.get_yscale() == scale
+    assert line.get_ydata()[0] == 0
+    assert 0 in axes.yaxis.get_ticklocs()
+    labels = dict(zip(axes.yaxis.get_ticklocs(), axes.yaxis.get_ticklabels(), strict=True))
+    assert labels[0].get_text() == "100 %"
+    low, high = axes.get_ylim()
+    assert high < 0 < low
 
 
 def test_bands_of_three_replicates_are_confidence_intervals():
@@ -343,7 +357,8 @@ def test_the_tidy_table_has_options_and_seeds(tmp_path):
     write_run(tmp_path / "a")
     write_run(tmp_path / "b", rate=0.4, controls=[])
     table = run_folders.tidy(run_folders.find_runs([tmp_path]))
-    assert list(table)[:5] == ["run", "rate", "controls", "seed", "round"]
+    named = ["data", "network", "strategy"]
+    assert list(table)[:8] == ["run", *named, "rate", "controls", "seed", "round"]
     assert "replicate" not in table
     assert len(table) == 12
     assert set(table.loc[table["run"] == "b", "controls"]) == {"none"}

@@ -165,7 +165,7 @@ def test_sign_agreement_by_hand():
     assert rows["b"].kept == 1
     assert np.isnan(rows["b"].pruned)
     figure = analyses.plot_sign_agreement(rows)
-    assert [t.get_text() for t in figure.axes[0].get_xticklabels()] == ["a", "b", "total"]
+    assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == ["a", "b", "total"]
     with pytest.raises(ValueError, match=r"`final` has no weights of shape \(1,\) for .*'b'"):
         analyses.sign_agreement(initial, {"a": final["a"]}, masks)
     model = ml.convert_to_masked(classifier())
@@ -193,7 +193,11 @@ def test_overlap_by_hand_and_against_all_random_masks():
     ]
     both = np.mean(shared)
     assert overlap.expected[0, 1] == pytest.approx(both / (3 + 4 - both))
-    assert len(analyses.plot_overlap(overlap).axes) == 2
+    (axes,) = analyses.plot_overlap(overlap).axes
+    texts = [text.get_text() for text in axes.texts]
+    # Below the diagonal, the masks; above it, random ones.
+    assert [texts[3], texts[1], texts[0]] == ["0.40", f"{overlap.expected[0, 1]:.2f}", ""]
+    assert texts[6:8] == ["0.00", "0.00"]
     with pytest.raises(ValueError, match="'one' and 'other' do not belong to the same weights"):
         analyses.mask_overlap({"one": masks["one"], "other": {"a": masks["one"]["a"]}})
 
@@ -222,7 +226,7 @@ def test_sparsity_per_layer_and_pictures_that_can_be_written(tmp_path, line):
             {"seeds": analyses.interpolate(line, [[[0.0]]], [[[3.0]]], ONE, ONE, points=4)}
         ),
     ]
-    assert [bar.get_height() for bar in figures[1].axes[0].patches] == [0.5, 0.0]
+    assert figures[1].axes[0].get_lines()[0].get_xdata().tolist() == [0.5, 0.0]
     assert [len(figure.legends) for figure in figures[:2]] == [1, 0]
     legend = figures[-1].axes[0].get_legend().get_texts()[0].get_text()
     assert legend == "seeds, barrier 1.500"

@@ -1,7 +1,7 @@
 """Figures of test accuracy against weights left, sparsity or epochs."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,9 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from lottery_ticket_pruner import analyses, pictures
 from lottery_ticket_pruner.experiments.reports.statistics import (
+    accuracy_text,
     arm_label,
     arms_of,
     dense_accuracies,
@@ -24,32 +26,15 @@ from lottery_ticket_pruner.experiments.reports.statistics import (
     text_of,
 )
 
-# Palette of Okabe & Ito, which readers with any color vision can tell apart. Its yellow, which has
-# too little contrast on a white page, is replaced.
-PALETTE = (
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
-    "#E69F00",
-    "#56B4E9",
-    "#8C6D46",
-    "#7F7F7F",
-)
-
-_MARKERS = "os^vDPX*"
-
 _STYLES = ("-", "--", ":", "-.")
 
-_LOOKS = {
-    "ticket": (PALETTE[0], "o"),
-    "random_reinit": (PALETTE[1], "s"),
-    "random_mask": (PALETTE[2], "^"),
-    "reshuffled_mask": (PALETTE[3], "v"),
-    "reinit_same_sign": (PALETTE[4], "D"),
-}
+_ARMS = ("ticket", "random_reinit", "random_mask", "reshuffled_mask", "reinit_same_sign")
+_LOOKS = {arm: pictures.look(number) for number, arm in enumerate(_ARMS)}
 
-_TICKS = (100, 50, 20, 10, 5, 2, 1, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01)
+# Label of the axis of what is left of the weights, which `weights_axis` draws.
+WEIGHTS = "weights remaining (log scale)"
+
+_TICKS = (100, *(digit * 10.0**power for power in (1, 0, -1, -2) for digit in (5, 3, 2, 1)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +44,7 @@ class Line:
     label: str
     x: tuple[float, ...]
     samples: tuple[tuple[float, ...], ...]
-    color: str = PALETTE[0]
+    color: str = pictures.PALETTE[0]
     marker: str = "o"
     style: str = "-"
 
@@ -74,24 +59,21 @@ def line_of_arm(rows: pd.DataFrame, arm: str, **look: str) -> Line:
 def arm_lines(rows: pd.DataFrame) -> list[Line]:
     """Returns a line for every arm except the dense one. Each arm looks the same in all figures."""
     lines = []
-    free = iter(zip(PALETTE[5:], _MARKERS[5:], strict=True))
+    free = iter([pictures.look(number) for number in range(len(_ARMS), len(pictures.PALETTE))])
     for arm in arms_of(rows):
-        color, marker = _LOOKS.get(arm) or next(free, (PALETTE[-1], "."))
+        color, marker = _LOOKS.get(arm) or next(free, (pictures.PALETTE[-1], "."))
         lines.append(line_of_arm(rows, arm, color=color, marker=marker))
     return lines
 
 
 def with_looks(lines: Sequence[Line]) -> list[Line]:
     """Returns the lines with distinct colors and markers, and from the ninth on with dashes."""
-    return [
-        dataclasses.replace(
-            line,
-            color=PALETTE[number % len(PALETTE)],
-            marker=_MARKERS[number % len(_MARKERS)],
-            style=_STYLES[number // len(PALETTE) % len(_STYLES)],
-        )
-        for number, line in enumerate(lines)
-    ]
+    found = []
+    for number, line in enumerate(lines):
+        color, marker = pictures.look(number)
+        style = _STYLES[number // len(pictures.PALETTE) % len(_STYLES)]
+        found.append(dataclasses.replace(line, color=color, marker=marker, style=style))
+    return found
 
 
 def charts(rows: pd.DataFrame) -> list[tuple[str, list[Line], str]]:
@@ -111,7 +93,64 @@ def charts(rows: pd.DataFrame) -> list[tuple[str, list[Line], str]]:
             x = [100 * (1 - at) if place == "sparsity" else at for at, _ in levels]
             samples = tuple(tuple(of_level["test_accuracy"]) for _, of_level in levels)
             lines.append(Line(" ".join(map(text_of, label)) or "accuracy", tuple(x), samples))
-        found.append((title, with_looks(lines), "weights left" if place == "sparsity" else place))
+        found.append((title, with_looks(lines), WEIGHTS if place == "sparsity" else place))
+    return found
+
+
+def layers_figure(shares: Mapping[str, Mapping[str, float]]) -> Figure:
+    """Plots the weights remaining in each layer, on a logarithmic axis.
+
+    Args:
+        shares: Shares of kept weights by path, by the name of their series. A single series gets
+            no legend.
+    """
+    paths = list(dict.fromkeys(path for of_series in shares.values() for path in of_series))
+    series = {
+        name if len(shares) > 1 else "": [of_series.get(path) or np.nan for path in paths]
+        for name, of_series in shares.items()
+    }
+    figure = pictures.dots(paths, series, WEIGHTS)
+    axes = figure.axes[0]
+    least = np.nanmin([*np.ravel(list(series.values())), 1.0])
+    axes.set_xscale("log")
+    axes.set_xlim(1.12, 0.85 * least)
+    _ticks(axes.xaxis, 0.85 * 100 * least, 112, lambda left: f"{left:.6g} %", scale=0.01)
+    return figure
+
+
+def heat_map(rows: pd.DataFrame) -> Figure:
+    """Plots the mean accuracy of untrained masks by criterion and sparsity, per weights and dwr.
+
+    Args:
+        rows: Columns `criterion`, `sparsity`, `weights`, `dwr` and `test_accuracy` of every mask.
+    """
+    settings = list(rows.groupby(["weights", "dwr"], sort=False))
+    names, sparsities = rows["criterion"].unique(), sorted(rows["sparsity"].unique())
+    size = (2.2 + 0.4 * len(sparsities), 0.6 + len(settings) * (0.5 + 0.27 * len(names)))
+    figure, panels = pictures.new_figure(*size, rows=len(settings))
+    for axes, ((weights, dwr), own) in zip(np.ravel(panels), settings, strict=True):
+        means = own.pivot_table("test_accuracy", "criterion", "sparsity", aggfunc="mean")
+        means = means.reindex(index=names, columns=sparsities).to_numpy()
+        pictures.fill_matrix(axes, means, np.vectorize("{:.0f}".format)(100 * means))
+        axes.set_yticks(range(len(names)), names)
+        axes.set_xticks(range(len(sparsities)), [f"{100 * (1 - s):.4g}" for s in sparsities])
+        axes.set_title(f"{weights}{', rescaled' if dwr else ''}".replace("_", " "), fontsize=10)
+    axes.set_xlabel("weights remaining, %")
+    return figure
+
+
+def interpolations(lines: Iterable[pd.DataFrame]) -> dict[int, list[analyses.Interpolation]]:
+    """Returns the lines between two trainings by the step that they have in common.
+
+    Args:
+        lines: The tables of metrics along the lines, one for each run.
+    """
+    found: dict[int, list[analyses.Interpolation]] = {}
+    for table in lines:
+        for (point, _), line in table.groupby(["rewind_to", "replicate"]):
+            metrics = {name: line[name].to_numpy() for name in ("loss", "accuracy")}
+            whole = analyses.Interpolation(line["share"].to_numpy(), metrics, "accuracy")
+            found.setdefault(point, []).append(whole)
     return found
 
 
@@ -132,30 +171,33 @@ def line_figure(
     lines: Sequence[Line],
     *,
     dense: Sequence[float] = (),
-    x_label: str = "weights left",
+    x_label: str = WEIGHTS,
     figsize: tuple[float, float] = (6, 4),
 ) -> Figure:
-    """Plots test accuracy against weights left (in percent), or against another quantity.
+    """Plots test accuracy against weights remaining (in percent), or against another quantity.
 
     The vertical axis is logarithmic in the error, so that 98 and 99 % can be told apart while a
-    collapsing arm is still visible. Weights left are also logarithmic, and decrease to the right.
+    collapsing arm is still visible. Weights remaining are also logarithmic, and decrease to the
+    right. With an error of zero, which has no logarithm, the axis is linear below the least error.
     """
     figure = Figure(figsize=figsize, layout="constrained")
     axes = figure.subplots()
-    means, edges = [], []
+    means = [_error(sample) for line in lines for sample in line.samples]
+    bands = [[_band(sample) for sample in line.samples] for line in lines]
+    edges = [edge for of_line in bands for band in of_line for edge in band]
     if dense:
-        means.append(_error(float(np.mean(dense))))
-        style = {"color": "0.45", "linewidth": 1.2, "linestyle": (0, (5, 3))}
+        means.append(_error(dense))
+        style = {"color": pictures.MUTED, "linewidth": 1.2, "linestyle": (0, (5, 3))}
         label = f"dense, {100 * np.mean(dense):.2f} %"
-        axes.axhline(means[0], label=label, zorder=1, **style)
-    for line in lines:
-        means += [_error(float(np.mean(sample))) for sample in line.samples]
-        bands = [interval(sample) for sample in line.samples]
-        low, high = ([_error(band[side]) for band in bands] for side in (0, 1))
-        edges += [*low, *high]
+        axes.axhline(means[-1], label=label, zorder=1, **style)
+    kind = _accuracy_axis(axes, means, edges)
+    # Beyond the axis. Zero has no logarithm.
+    floor = 0.3 * min(means, default=0) if axes.get_yscale() == "log" else -np.inf
+    for line, of_line in zip(lines, bands, strict=True):
+        low, high = (np.maximum(ends, floor) for ends in zip(*of_line, strict=True))
         axes.plot(
             line.x,
-            means[-len(line.x) :],
+            [_error(sample) for sample in line.samples],
             label=line.label,
             color=line.color,
             marker=line.marker,
@@ -166,26 +208,46 @@ def line_figure(
         axes.fill_between(line.x, low, high, color=line.color, alpha=0.14, linewidth=0)
         if len(line.x) == 1:  # a band without width
             axes.vlines(line.x, low, high, color=line.color, alpha=0.4, linewidth=3)
-    _accuracy_axis(axes, means, edges)
-    if x_label == "weights left":
+    if x_label == WEIGHTS:
         weights_axis(axes, [left for line in lines for left in line.x])
     else:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel(x_label)
-    axes.set_ylabel("test accuracy")
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    add_legend(figure, axes)
+    axes.set_ylabel(f"test accuracy{kind}")
+    pictures.open_up(axes)
+    pictures.add_legend(figure, axes)
     return figure
 
 
-def _accuracy_axis(axes: Axes, means: Sequence[float], edges: Sequence[float]) -> None:
+def add_values(axes: Axes, lines: Sequence[Line], x_label: str = WEIGHTS) -> None:
+    """Adds the values of lines as texts for a pointer."""
+    for line in lines:
+        for x, sample in zip(line.x, line.samples, strict=True):
+            place = f"{x:.4g} % of the weights" if x_label == WEIGHTS else f"{x_label} {x:g}"
+            text = f"{line.label}, {place}: {accuracy_text(sample)} %"
+            pictures.add_target(axes, x, _error(sample), text)
+
+
+def _accuracy_axis(axes: Axes, means: Sequence[float], edges: Sequence[float]) -> str:
+    """Makes the vertical axis one of accuracies by their errors. Returns what its label says."""
     # A band may reach far beyond its mean, even above 100 %, so the means determine the limits.
-    top = 0.85 * max(min([*edges, *means]), 0.4 * min(means))
+    errors = [mean for mean in means if mean]
+    if not errors:
+        axes.set_ylim(1, -0.05)
+        axes.set_yticks([0, 0.5, 1], ["100 %", "99.5 %", "99 %"])
+        return ""
     bottom = 1.1 * min(max([*edges, *means]), 2.5 * max(means))
-    axes.set_yscale("log")
+    if len(errors) == len(means):
+        top = 0.85 * max(min([*edges, *means]), 0.4 * min(means))
+        axes.set_yscale("log")
+        ends: tuple[float, ...] = ()
+    else:
+        least = 0.5 * min(errors)
+        axes.set_yscale("symlog", linthresh=least, linscale=0.4)
+        top, ends = -0.1 * least, (0,)
     axes.set_ylim(min(bottom, 110), top)
-    _ticks(axes.yaxis, top, bottom, lambda error: f"{100 - error:.6g} %")
+    _ticks(axes.yaxis, max(top, 0.5 * min(errors)), bottom, lambda e: f"{100 - e:.6g} %", ends)
+    return " (log scale of the error)"
 
 
 def weights_axis(axes: Axes, left: Sequence[float]) -> None:
@@ -196,26 +258,40 @@ def weights_axis(axes: Axes, left: Sequence[float]) -> None:
     _ticks(axes.xaxis, 0.9 * least, 105, lambda left: f"{left:.6g} %")
 
 
-def _ticks(axis: Axis, low: float, high: float, text: Callable[[float], str]) -> None:
-    """Sets ticks at round numbers, at least three of them if the range is narrow."""
+def _ticks(
+    axis: Axis,
+    low: float,
+    high: float,
+    text: Callable[[float], str],
+    ends: Sequence[float] = (),
+    scale: float = 1,
+) -> None:
+    """Sets ticks at round numbers, at least three of them if the range is narrow, and at ends.
+
+    Args:
+        axis: The axis.
+        low: The least number.
+        high: The largest one.
+        text: Returns the label of a number.
+        ends: Further ticks.
+        scale: Position of the number 1 on the axis.
+    """
     ticks = [tick for tick in _TICKS if low <= tick <= min(high, 100)]
     if len(ticks) < 3:
         even = MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(low, high)
         ticks = [tick for tick in even if low <= tick <= min(high, 100)]
-    axis.set_ticks(ticks)
+    axis.set_ticks([scale * tick for tick in (*ticks, *ends)])
     axis.set_ticks([], minor=True)
-    axis.set_major_formatter(FuncFormatter(lambda value, _: text(value)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: text(value / scale)))
 
 
-def add_legend(figure: Figure, axes: Axes) -> None:
-    """Adds a legend below the axes, where it hides no band. The figure grows to make room."""
-    labels = axes.get_legend_handles_labels()[1]
-    longest = max(map(len, labels), default=0)
-    columns = max(1, min(4, int(figure.get_figwidth() * 12 // (longest + 7))))
-    figure.set_figheight(figure.get_figheight() + 0.19 * -(-len(labels) // columns))
-    figure.legend(loc="outside lower left", frameon=False, fontsize=9, ncols=columns)
+def _error(accuracies: Sequence[float]) -> float:
+    """Returns the error of the mean in percent, exactly zero where only rounding differs."""
+    error = 100 * (1 - float(np.mean(accuracies)))
+    return error if error > 1e-9 else 0.0
 
 
-def _error(accuracy: float) -> float:
-    """Returns the error in percent, at least 0.01, because the axis is logarithmic."""
-    return max(100 * (1 - accuracy), 0.01)
+def _band(accuracies: Sequence[float]) -> tuple[float, float]:
+    """Returns the errors at both ends of the interval in percent."""
+    low, high = interval(accuracies)
+    return 100 * (1 - low), 100 * (1 - high)

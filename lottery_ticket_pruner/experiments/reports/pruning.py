@@ -10,9 +10,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 import masked_layers as ml
+from lottery_ticket_pruner import pictures
 from lottery_ticket_pruner.compression import Findings, verdict_of
 from lottery_ticket_pruner.experiments.reports import web_page
-from lottery_ticket_pruner.experiments.reports.figures import PALETTE, add_legend, weights_axis
+from lottery_ticket_pruner.experiments.reports.figures import WEIGHTS, weights_axis
 from lottery_ticket_pruner.experiments.reports.tables import Sheet
 
 _SHOWN = 10  # Indices of examples in a line.
@@ -70,12 +71,14 @@ def sheets(result: Findings, facts: Facts) -> list[Sheet]:
 
 def page(result: Findings, facts: Facts) -> str:
     """Returns the report as a web page in a single file."""
-    figure = curve(result)
-    caption = "Each point is a model that was tried. The dashed line is the least that is accepted."
+    caption = "Each point is a model that was tried, an open one was not accepted."
+    if result.tolerance is not None:
+        caption += " The dashed line is the least that is accepted."
     if hidden := below_axis(result):
         which = "A much worse model is" if hidden == 1 else f"{hidden} much worse models are"
         caption += f" {which} below the axis."
-    image = web_page.svg(figure, "p1", f"Validation {result.test.metric} against weights left")
+    drawn = f"Validation {result.test.metric} against weights remaining"
+    image = web_page.svg(_with_values(curve(result), result), "p1", drawn)
     title = f"{facts.name}, {facts.data}"
     return web_page.filled(
         "pruning.html",
@@ -85,13 +88,15 @@ def page(result: Findings, facts: Facts) -> str:
         sheets=sheets(result, facts),
         charts=[
             {
-                "title": f"Validation {result.test.metric} against weights left",
+                "title": drawn,
                 "caption": caption,
                 "svg": image,
             },
             *_scan_charts(result, facts),
         ],
         options=facts.options,
+        anchors={},
+        sections=[],
     )
 
 
@@ -101,16 +106,16 @@ def curve(result: Findings) -> Figure:
     Models that are worse than the tolerance by a multiple of it are below the axis, because the
     others could not be told apart otherwise.
     """
-    figure = Figure(figsize=(4.8, 3.2), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = pictures.new_figure(4.8, 3.4)
     rows = [row for row in result.rows if row["validation"] is not None]
     for number, method in enumerate(dict.fromkeys(row["method"] for row in rows[1:])):
         own = [row for row in rows if row["method"] == method]
         points = sorted([_beginning(method, rows), *own], key=lambda row: row["sparsity"])
         x, y = ([row[name] for row in points] for name in ("sparsity", "validation"))
-        color = PALETTE[number]
+        color, marker = pictures.look(number)
         left = [100 * (1 - share) for share in x]
-        axes.plot(left, y, color=color, linewidth=1.4, label=method.replace("_", " "))
+        name = method.replace("_", " ")
+        axes.plot(left, y, color=color, linewidth=1.4, label=name)
         for accepted, face in ((True, color), (False, "none")):
             chosen = [row for row in own if (verdict_of(row) == "accepted") == accepted]
             axes.scatter(
@@ -118,20 +123,33 @@ def curve(result: Findings) -> Figure:
                 [row["validation"] for row in chosen],
                 edgecolors=color,
                 facecolors=face,
+                marker=marker,
                 zorder=3,
             )
     if result.tolerance is not None:
-        axes.axhline(_least(result), color="0.45", linestyle=(0, (5, 3)), linewidth=1.2)
+        axes.axhline(_least(result), color=pictures.MUTED, linestyle=(0, (5, 3)), linewidth=1.2)
     if below_axis(result):
         end = "bottom" if result.higher_is_better else "top"
         axes.set_ylim(**{end: _lowest_shown(result)})
     weights_axis(axes, [100 * (1 - row["sparsity"]) for row in rows])
-    axes.set_xlabel("weights left (open: not accepted)")
+    axes.set_xlabel(WEIGHTS)
     axes.set_ylabel(f"validation {result.test.metric}")
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
+    pictures.open_up(axes)
     if len(rows) > 1:
-        add_legend(figure, axes)
+        pictures.add_legend(figure, axes)
+    return figure
+
+
+def _with_values(figure: Figure, result: Findings) -> Figure:
+    """Adds what was tried to the figure of `curve`, as texts for a pointer."""
+    lowest = _lowest_shown(result) if below_axis(result) else None
+    for row in result.rows:
+        value = row["validation"]
+        if value is not None and (lowest is None or not _is_worse(result, value, lowest)):
+            left = 100 * (1 - row["sparsity"])
+            text = f"{row['method'].replace('_', ' ')}, {left:.4g} % of the weights: {value:.4f}"
+            text += f", {verdict}" if (verdict := verdict_of(row)) else ""
+            pictures.add_target(figure.axes[0], left, value, text)
     return figure
 
 
@@ -140,9 +158,12 @@ def below_axis(result: Findings) -> int:
     lowest = _lowest_shown(result)
     if lowest is None:
         return 0
-    sign = 1 if result.higher_is_better else -1
     values = [row["validation"] for row in result.rows if row["validation"] is not None]
-    return sum(sign * value < sign * lowest for value in values)
+    return sum(_is_worse(result, value, lowest) for value in values)
+
+
+def _is_worse(result: Findings, value: float, than: float) -> bool:
+    return value < than if result.higher_is_better else value > than
 
 
 def _least(result: Findings) -> float:
@@ -202,19 +223,20 @@ def may_lose(scan: Sequence[Mapping[str, Any]], limit: float) -> dict[str, float
 def sensitivity(result: Findings, facts: Facts) -> Figure:
     """Plots how much each kernel may lose alone, and what it lost in the result."""
     alone = may_lose(result.scan, result.tolerance or 0.0)
-    figure = Figure(figsize=(4.8, 0.9 + 0.24 * len(alone)), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = pictures.new_figure(4.8, 0.9 + 0.26 * len(alone))
     places = range(len(alone))
-    axes.barh(places, list(alone.values()), color=PALETTE[0], height=0.6)
+    axes.barh(places, list(alone.values()), color=pictures.PALETTE[0], height=0.6)
     lost = [1 - facts.kept_sizes.get(path, 0) / facts.dense_sizes[path] for path in alone]
-    axes.scatter(lost, places, edgecolors=PALETTE[1], facecolors="none", zorder=3)
+    axes.scatter(lost, places, edgecolors=pictures.PALETTE[1], facecolors="none", zorder=3)
     axes.set_yticks(places, list(alone))
     axes.invert_yaxis()
     axes.set_xlim(0, 1.02)
     axes.set_xlabel("share pruned")
     axes.xaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.grid(alpha=0.25, axis="x")
-    axes.spines[["top", "right"]].set_visible(False)
+    pictures.open_up(axes, "x")
+    for place, (path, share) in enumerate(alone.items()):
+        text = f"{path}: may lose {share:.1%} alone, lost {lost[place]:.1%}"
+        pictures.add_target(axes, lost[place], place, text)
     return figure
 
 

@@ -16,6 +16,7 @@ from lottery_ticket_pruner.experiments.results import (
     CODE,
     CONFIG_FILE,
     FACTS,
+    IDENTITY,
     RESULTS_FILE,
     check_results,
     is_run,
@@ -153,6 +154,7 @@ def read_run(folder: Path) -> Run:
         )
     if not np.isfinite(rows["replicate"].astype(float)).all():
         raise FileContentError(f"'{folder / RESULTS_FILE}' lacks numbers in column 'replicate'.")
+    rows = rows.drop(columns=[name for name in IDENTITY if name in rows])
     numbers = rows["replicate"].astype(int)
     rows["seed"] = [seeds[n] if 0 <= n < len(seeds) else n for n in numbers]
     return Run(folder, config, rows)
@@ -215,9 +217,11 @@ def varied_options(configs: Sequence[dict[str, Any]]) -> list[str]:
 def tidy(runs: Sequence[Run], options: Iterable[str] = ()) -> pd.DataFrame:
     """Returns all rows of all runs in one table: run folder, options, seed, results.
 
-    Options are the given ones, and all others that differ.
+    Options are those that say what the results are of, the given ones, and all others that differ.
     """
-    options = [*dict.fromkeys([*options, *varied_options([_choices(run) for run in runs])])]
+    named = [name for name in IDENTITY if any(run.config.get(name) for run in runs)]
+    varied = varied_options([_choices(run) for run in runs])
+    options = [*dict.fromkeys([*named, *options, *varied])]
     tables = []
     for run in runs:
         rows = run.rows.drop(columns="replicate")

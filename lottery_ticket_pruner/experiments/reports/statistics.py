@@ -18,6 +18,9 @@ LABELS = {
 
 CONFIDENCE = 0.95
 
+# Below this instability a network counts as stable (Frankle et al., arXiv 1912.05671).
+STABLE = 0.02
+
 # Numeric columns that are measured. All other numeric columns are taken as measured as well.
 _CHOICES = ("criterion", "dwr", "kind", "weights")
 

@@ -14,6 +14,7 @@ from rich.console import Console
 import masked_layers as ml
 from lottery_ticket_pruner import analyses
 from lottery_ticket_pruner.experiments import networks, saved_tickets
+from lottery_ticket_pruner.experiments.reports import portraits
 from lottery_ticket_pruner.experiments.reports.run_folders import Group, Run
 from lottery_ticket_pruner.experiments.reports.tables import Sheet, filled
 from lottery_ticket_pruner.experiments.results import file_of_initial_weights, initial_weights
@@ -30,11 +31,13 @@ class Ticket:
         masks: Its masks by path.
         signs: Share of its weights that ended with the sign they started with, by path. None if the
             initial weights are unknown; see `tickets_of`.
+        portrait: What one can look at.
     """
 
     seed: int
     masks: dict[str, np.ndarray]
     signs: dict[str, analyses.SignAgreement] | None
+    portrait: portraits.Portrait
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +164,8 @@ def tickets_of(group: Group) -> GroupTickets:
                     signs = None
                     unreadable.append(_named(error, file_of_initial_weights(run.folder, replicate)))
                     warnings.warn(f"Signs are left out. {unreadable[-1]}", stacklevel=2)
-                tickets.setdefault(seed, Ticket(seed, masks, signs))
+                portrait = portraits.portrait_of(model, masks)
+                tickets.setdefault(seed, Ticket(seed, masks, signs, portrait))
     return GroupTickets(group, tuple(tickets[seed] for seed in sorted(tickets)), tuple(unreadable))
 
 
@@ -306,10 +310,10 @@ def between(all_tickets: Sequence[GroupTickets]) -> list[tuple[analyses.Overlap,
     return found
 
 
-def layer_sparsities(all_tickets: Sequence[GroupTickets]) -> dict[str, dict[str, float]]:
-    """Returns the share of pruned entries of every masked weight, by group label and path."""
+def layer_shares(all_tickets: Sequence[GroupTickets]) -> dict[str, dict[str, float]]:
+    """Returns the share of kept entries of every masked weight, by group label and path."""
     return {
-        of_group.label: {row.path: 1 - row.share for row in of_group.layers[:-1]}
+        of_group.label: {row.path: row.share for row in of_group.layers[:-1]}
         for of_group in all_tickets
         if of_group.tickets
     }

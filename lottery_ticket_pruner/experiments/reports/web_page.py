@@ -1,10 +1,13 @@
 """The web page of a report, in a single file."""
 
-import base64
 import importlib.resources
 import io
+import itertools
+import os
 import re
+import urllib.parse
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -12,46 +15,46 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 import lottery_ticket_pruner
+from lottery_ticket_pruner import pictures
 from lottery_ticket_pruner.experiments.reports import (
     contents,
-    figures,
     run_folders,
     ticket_masks,
 )
-from lottery_ticket_pruner.experiments.reports.contents import Chart, Drawing
-from lottery_ticket_pruner.experiments.reports.run_folders import Group
+from lottery_ticket_pruner.experiments.reports.contents import Picture
 from lottery_ticket_pruner.experiments.reports.ticket_masks import GroupTickets
 
 
-def render(all_tickets: Sequence[GroupTickets]) -> str:
+def render(all_tickets: Sequence[GroupTickets], out: Path | None = None) -> str:
     """Renders the page as HTML that needs no other file: styles and figures are included.
 
     Args:
         all_tickets: Groups with their tickets, from `ticket_masks.read_tickets`.
+        out: Folder of the page, from which it links to the folders of runs. None for no links.
     """
-    numbers = iter(range(1, 10**6))
+    numbers = itertools.count(1)
 
-    def drawn(chart: Chart | Drawing) -> dict[str, Any]:
+    def drawn(chart: Picture) -> dict[str, Any]:
         image = svg(chart.figure(), f"p{next(numbers)}", f"{chart.title}. {chart.caption}")
         return {"title": chart.title, "caption": chart.caption, "svg": image}
 
     groups = [of_group.group for of_group in all_tickets]
-    comparisons = [drawn(chart) for chart in contents.comparisons(groups)]
-    mask_charts = [drawn(chart) for chart in contents.mask_charts(all_tickets)]
     sections = []
-    for of_group in all_tickets:
+    for number, of_group in enumerate(all_tickets, 1):
         group = of_group.group
+        pictures_of = [*contents.view_of(group).charts(group), *contents.portraits_of(of_group)]
         sections.append(
             {
                 "title": of_group.label,
-                "runs": [run.folder for run in group.runs],
+                "anchor": f"configuration-{number}",
+                "conclusion": contents.conclusion_of(group),
+                "runs": [(run.folder, _link(run.folder, out)) for run in group.runs],
                 "seeds": sorted({int(seed) for seed in group.rows["seed"]}),
-                "charts": [drawn(chart) for chart in contents.view_of(group).charts(group)],
+                "charts": [drawn(chart) for chart in pictures_of],
                 "sheets": contents.view_of(group).sheets(group),
                 "layers": of_group.layers,
                 "tickets": len(of_group.tickets),
                 "unreadable": of_group.unreadable,
-                "images": _images(group),
             }
         )
     options = list(dict.fromkeys(option for group in groups for option in group.config))
@@ -60,14 +63,27 @@ def render(all_tickets: Sequence[GroupTickets]) -> str:
         "page.html",
         title=contents.title_of(groups),
         groups=groups,
+        conclusion=contents.comparison_of(groups),
         overviews=contents.overviews(groups),
-        comparisons=comparisons,
+        comparisons=list(map(drawn, contents.comparisons(groups))),
         mask_sheets=ticket_masks.comparisons(all_tickets),
-        mask_charts=mask_charts,
+        mask_charts=list(map(drawn, contents.mask_charts(all_tickets))),
         sections=sections,
+        anchors={section["title"]: section["anchor"] for section in sections},
         varied=varied,
         common=[option for option in options if option not in varied],
     )
+
+
+def _link(folder: Path, out: Path | None) -> str:
+    """Returns the address of a folder as seen from the page. Empty without one."""
+    if out is None:
+        return ""
+    try:
+        relative = os.path.relpath(folder, out)
+    except ValueError:  # On another drive of Windows.
+        return ""
+    return urllib.parse.quote(f"{Path(relative).as_posix()}/")
 
 
 def filled(template: str, **values: Any) -> str:
@@ -87,7 +103,7 @@ def filled(template: str, **values: Any) -> str:
     environment.filters["value"] = run_folders.as_text
     environment.filters["words"] = lambda name: str(name).replace("_", " ")
     return environment.get_template(template).render(
-        palette=list(zip(figures.PALETTE, _DARK_PALETTE, strict=True)),
+        palette=list(zip(pictures.PALETTE, pictures.DARK_PALETTE, strict=True)),
         version=lottery_ticket_pruner.__version__,
         **values,
     )
@@ -95,21 +111,6 @@ def filled(template: str, **values: Any) -> str:
 
 def _template(name: str) -> str:
     return importlib.resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
-
-
-# The colors for a dark page.
-_DARK_PALETTE = (
-    "#56A8E8",
-    "#F28A4B",
-    "#35C79A",
-    "#E3A3CB",
-    "#F2B84B",
-    "#8FD0F5",
-    "#C2A27A",
-    "#A8A8A8",
-)
-
-_INK, _GRID, _MUTED = "#000000", "#b0b0b0", "#737373"
 
 
 def svg(figure: Figure, prefix: str, label: str) -> str:
@@ -126,28 +127,29 @@ def svg(figure: Figure, prefix: str, label: str) -> str:
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
+    text = _with_titles(text)
     text = re.sub(r'\bid="', f'id="{prefix}-', text)
     text = text.replace("url(#", f"url(#{prefix}-").replace('href="#', f'href="#{prefix}-')
     text = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font: \1 var(--font)", text)
-    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
+    # Wide figures scroll where their texts would be too small, and narrow ones do not grow.
+    width = 72 * figure.get_figwidth()
+    size = f"min-width: {min(0.95 * width, 900):.0f}px; max-width: {1.9 * width:.0f}px"
+    size = size if width > 400 else f"max-width: {1.9 * width:.0f}px"
+    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', rf'\1 style="{size}"', text, count=1)
     text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
-    colors = {_INK: "ink", _GRID: "grid", _MUTED: "muted"}
-    colors |= {color.lower(): f"c{number}" for number, color in enumerate(figures.PALETTE)}
+    colors = {pictures.INK: "ink", pictures.GRID: "grid", pictures.MUTED: "muted"}
+    colors |= {color.lower(): f"c{number}" for number, color in enumerate(pictures.PALETTE)}
     for color, name in colors.items():
         text = text.replace(color, f"var(--{name})")
     escaped = str(jinja2.filters.escape(label))
     return text.replace("<svg", f'<svg role="img" aria-label="{escaped}"', 1)
 
 
-def _images(group: Group) -> list[tuple[str, str]]:
-    """Returns images saved by runs, as pairs of name and data URL."""
-    if contents.view_of(group).draws_again:  # Over all replicates.
-        return []
-    return [
-        (
-            f"{run.folder.name}/{path.name}",
-            f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}",
-        )
-        for run in group.runs
-        for path in sorted(run.folder.glob("*.png"))
-    ]
+def _with_titles(text: str) -> str:
+    """Turns texts for a pointer (`pictures.tell`) into titles, which browsers show."""
+    numbers = iter(range(text.count(pictures.TOLD)))
+    return re.sub(
+        rf'<g id="{pictures.TOLD}([^"]*)">',
+        lambda told: f'<g class="told" id="told-{next(numbers)}"><title>{told[1]}</title>',
+        text,
+    )

@@ -1,0 +1,54 @@
+"""Sentences about results, against what the rows were made to show."""
+
+import pandas as pd
+import pytest
+
+pytest.importorskip("tyro")
+pytest.importorskip("matplotlib")
+
+from lottery_ticket_pruner.experiments.reports import conclusions
+from made_up_runs import row
+
+pytestmark = pytest.mark.once
+
+
+def searched(gains, controls, seeds=3):
+    """Rows of tickets that differ from a dense network of 90 % and from controls by points."""
+    rows = []
+    for seed in range(seeds):
+        noise = 0.001 * seed
+        rows.append(row(0, "dense", seed, 0.9 + noise, 0.0))
+        for number, (gain, control) in enumerate(zip(gains, controls, strict=True), 1):
+            ticket = 0.9 + noise + gain / 100
+            rows.append(row(number, "ticket", seed, ticket, 1 - 0.5**number))
+            rows.append(
+                row(number, "random_mask", seed, ticket - control[seed] / 100, 1 - 0.5**number)
+            )
+    return pd.DataFrame(rows).assign(seed=lambda table: table["replicate"])
+
+
+def test_tickets_that_match_and_beat():
+    text = conclusions.of_search(searched([1, 0, -2], [(0, 0, 0), (2, 3, 4), (5, 5, 6)]))
+    assert text == (
+        "On average, tickets are as accurate as the dense network (90.10 ± 0.10 %) down to "
+        "25.00 % of the weights. With 12.50 % of the weights, their accuracy is 5.33 points above "
+        "that of random mask. They beat the control (random mask) from 25.00 % of the weights on "
+        "(the 95 % interval of each difference is above zero)."
+    )
+
+
+def test_a_difference_that_may_be_zero_beats_nothing():
+    text = conclusions.of_search(searched([-1], [(5, -1, 2)]))
+    assert text.startswith("No ticket is as accurate as the dense network (90.10 ± 0.10 %); with")
+    assert text.endswith(
+        "the 95 % interval of at least one of these differences is not above zero."
+    )
+    # The same means from two seeds have no interval, which is said.
+    text = conclusions.of_search(searched([-1], [(1, 2)], seeds=2))
+    assert text.endswith("of the weights on (2 seeds are too few for an interval).")
+
+
+def test_instability_ends_where_all_later_steps_are_stable():
+    rows = pd.DataFrame({"rewind_to": [0, 5, 10, 20], "instability": [0.3, 0.01, 0.05, 0.015]})
+    assert conclusions.of_instability(rows).startswith("From step 20 on,")
+    assert conclusions.of_instability(rows[:3]).startswith("From none of the measured steps")
