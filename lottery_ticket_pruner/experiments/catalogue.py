@@ -100,7 +100,7 @@ _KINDS = (
         ),
         numbers=(
             *("round", "replicate", "sparsity", "test_accuracy", "test_loss", "early_stop_step"),
-            *("seconds", "validation_loss", "channels"),
+            *("seconds", "validation_loss", "channels", "seed"),
         ),
         columns=(frozenset({"arm", "round"}),),
         rows_per_seed=_rows_of_run,
@@ -120,7 +120,7 @@ _KINDS = (
         numbers=(
             *("replicate", "epoch", "sparsity", "test_accuracy", "test_loss", "dense_accuracy"),
             *("accuracy_of_samples_deviation", "deterministic_accuracy", "deterministic_sparsity"),
-            "seconds",
+            *("seconds", "seed"),
         ),
         # The last two: of learned masks, in earlier versions.
         columns=tuple(frozenset({name}) for name in ("weights", "criterion", "kind", "epoch")),
@@ -136,7 +136,7 @@ _KINDS = (
         files=(r"state\.json", r"lines\.csv", r"instability\.png"),  # The first: as above.
         numbers=(
             *("replicate", "rewind_to", "sparsity", "instability", "loss_barrier"),
-            *("test_accuracy", "lowest_accuracy", "seconds", "share", "loss", "accuracy"),
+            *("test_accuracy", "lowest_accuracy", "seconds", "share", "loss", "accuracy", "seed"),
         ),
         columns=(frozenset({"instability"}),),
         rows_per_seed=lambda config: len(config["rewind_to"]),
