@@ -129,6 +129,8 @@ class CompareConfig:
     """Folder with the published files of the data set, or with a subfolder of them."""
     batch_size: int = 1
     """Examples of a call whose time is measured."""
+    page: OptionalPath = None
+    """File for a web page with the comparison, such as comparison.html."""
     json: bool = False
     """Print the result as a JSON document, and nothing else, on standard output."""
 

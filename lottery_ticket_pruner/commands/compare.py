@@ -28,9 +28,11 @@ from lottery_ticket_pruner.experiments import (
     own_networks,
     saved_tickets,
 )
+from lottery_ticket_pruner.experiments.reports import comparison
 from lottery_ticket_pruner.experiments.results import CONFIG_FILE, read_json
 from lottery_ticket_pruner.training import Arrays, map_arrays
 from masked_layers import serving
+from masked_layers.files import replacing
 from masked_layers.ticket_files import SUFFIX, load_with_values
 
 _NAMES = {"prune": "model", "run": "ticket"}
@@ -41,6 +43,7 @@ def compare(config: CompareConfig, console: Console | None = None) -> ModelCompa
 
     Raises:
         FileNotFoundError: If a model does not exist.
+        OSError: If the page cannot be written.
         ValueError: If a model or the data cannot be used.
     """
     if not config.models:
@@ -54,6 +57,11 @@ def compare(config: CompareConfig, console: Console | None = None) -> ModelCompa
     found = dataclasses.replace(found, notes=(*found.notes, *_note_of_data(config, named)))
     console = console or Console()
     console.print(str(found), markup=False, highlight=False, soft_wrap=True)
+    if config.page is not None:
+        options = {"data": config.data or "that of the folders", "batch_size": config.batch_size}
+        with replacing(config.page) as file:
+            file.write(comparison.page(found, options).encode())
+        console.print(f"Page: {config.page}", markup=False, highlight=False)
     return found
 
 

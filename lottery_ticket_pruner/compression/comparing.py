@@ -118,11 +118,15 @@ class ModelComparison:
         """Returns the comparison as JSON."""
         return json.dumps(dataclasses.asdict(self), indent=1).encode()
 
-    def __str__(self) -> str:
+    def cells(self) -> list[tuple[str, ...]]:
+        """Returns the headings of the table and its lines, without empty columns."""
         lines: list[tuple[str, ...]] = [(_HEADINGS[0], self.metric, *_HEADINGS[2:])]
         lines += [_cells(row, is_first=not i) for i, row in enumerate(self.rows)]
         columns = [i for i in range(len(_HEADINGS)) if any(line[i] for line in lines[1:])]
-        table = aligned([[line[i] for i in columns] for line in lines], left={0})
+        return [tuple(line[i] for i in columns) for line in lines]
+
+    def __str__(self) -> str:
+        table = aligned([list(line) for line in self.cells()], left={0})
         return "\n".join([*table, f"{self.examples} examples", *self.notes])
 
 

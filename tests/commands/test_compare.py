@@ -78,6 +78,24 @@ def test_files_and_folders_of_one_ticket_are_the_same_model(here, capsys, monkey
     assert (row["model"], row["value"], row["sparsity"]) == ("run", 1.0, 0.75)
 
 
+def test_a_page_shows_the_intervals_of_differences(here, capsys):
+    for name, kernel in (("right", np.eye(4)), ("same", 2 * np.eye(4)), ("wrong", -np.eye(4))):
+        model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(4, use_bias=False)])
+        model.set_weights([kernel.astype("float32")])
+        model.save(here / f"{name}.keras")
+    named = ["right.keras", "same.keras", "wrong.keras"]
+    assert cli.main(["compare", *named, "--data", "mine.py:load", "--page", "all.html"]) == 0
+    assert "Page: all.html" in capsys.readouterr().out
+    page = (here / "all.html").read_text()
+    assert (
+        "from right.keras is below zero for wrong.keras; on both sides of zero for same.keras."
+    ) in page
+    assert "<title>wrong.keras: -1.0000 (" in page
+    assert "<td" in page
+    assert page.count("<svg") == 1
+    assert "http" not in page.replace("http://www.w3.org/", "")
+
+
 def test_the_data_of_a_folder_is_used_as_there(here, capsys, monkeypatch):
     monkeypatch.setattr(ml, "export_sparse_saved_model", lambda *_: 1 / 0)
     source = SOURCE.replace("(x, x.argmax(-1)), (x[:50], x[:50].argmax(-1))", "pixels(x)")

@@ -81,7 +81,8 @@ def page(result: Findings, facts: Facts) -> str:
     image = web_page.svg(_with_values(curve(result), result), "p1", drawn)
     title = f"{facts.name}, {facts.data}"
     return web_page.filled(
-        "pruning.html",
+        "models.html",
+        kind="Pruned",
         title=title,
         conclusion=result.conclusion,
         notes=result.notes,
