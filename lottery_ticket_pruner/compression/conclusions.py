@@ -62,15 +62,15 @@ class Judge:
         if row["macs"] is not None:
             parts.append(f"{row['macs']:.2%} of the multiply-adds are left")
         if row["latency"] is not None:
-            parts.append(f"a call takes {self._milliseconds(row)}")
+            parts.append(f"a call takes {row['latency']:.3g} ms{self._dense_beside(row, ' ({})')}")
         if row["size"] is not None:
             parts.append(f"{row['size']:,} bytes are served")
         return f"{', '.join(parts)}, with a drop of {row['drop']:+.4f} in validation {row['of']}."
 
-    def _milliseconds(self, row: Mapping[str, Any]) -> str:
-        dense = self.facts.get("milliseconds")
-        beside = "" if dense is None else f" (of the dense model {dense:.3g} ms)"
-        return f"{row['latency']:.3g} ms{beside}"
+    def _dense_beside(self, row: Mapping[str, Any], form: str) -> str:
+        """Returns the latency of the dense model beside that of another one."""
+        dense = self.facts["milliseconds"]
+        return "" if row["method"] == "dense" else form.format(f"dense {dense:.3g} ms")
 
     def _why(self, best: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
         missed = best["misses"].split(", ") if best["misses"] else []
@@ -82,7 +82,8 @@ class Judge:
                 f" The nearest beyond: {near['sparsity']:.2%} pruned, with a drop of "
                 f"{near['drop']:+.4f} ({near['method'].replace('_', ' ')})."
             )
-        text += "".join(f" Step {row['step']} failed: {row['note']}" for row in rows if row["note"])
+        for row in [row for row in rows if row["note"]][-1:]:
+            text += f" Step {row['step']} failed: {row['note']}"
         if missed == ["latency"] and self.reached("latency", best["density"]):
             text += (
                 " A shorter measurement met the goal, but not the last one: other load on this "
@@ -102,7 +103,9 @@ class Judge:
             return f"size={goals.size:,} bytes ({served})"
         latency = Latency.of(goals.latency)
         unit = " ms" if latency.share is None else " of that of the dense model"
-        reached = "not pruned" if row["latency"] is None else self._milliseconds(row)
+        reached = "not measured"
+        if row["latency"] is not None:
+            reached = f"{row['latency']:.3g} ms{self._dense_beside(row, ', {}')}"
         if row["load"] is not None and latency.share is not None:
             reached = f"{row['load']:.3g}: {reached}"
         return f"a latency of at most {latency.limit:g}{unit} ({reached})"
