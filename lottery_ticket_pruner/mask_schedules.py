@@ -36,7 +36,7 @@ from lottery_ticket_pruner.pruner import LotteryTicketPruner
 from lottery_ticket_pruner.records import is_masked
 from lottery_ticket_pruner.training import ArrayDataset, LoopChanges, StepCallback
 from lottery_ticket_pruner.variables import variable_scope
-from masked_layers import randomness
+from masked_layers import randomness, workers
 from masked_layers.types import Tensor
 
 
@@ -255,6 +255,7 @@ class GradualPruning(MaskSchedule):
             )
             parts = [[masks[ref.path] for ref in group] for group in groups]
             emptied = ranking.check_finite(groups, finite, parts)
+            workers.check_agreement(groups[0][0].variable, masks.values(), "masks")
             for group in groups:
                 for ref in group:
                     ref.mask.value.assign(masks[ref.path])
@@ -545,6 +546,7 @@ class DynamicSparseTraining(MaskSchedule):
             ranking.check_finite(
                 [[ref] for ref in refs], finite, [[mask] for mask, _, _ in results]
             )
+            workers.check_agreement(refs[0].variable, [mask for mask, _, _ in results], "masks")
             slots = self._slots()
             for ref, (mask, grown, _) in zip(refs, results, strict=True):
                 kept = ops.reshape(ops.logical_not(grown), ref.variable.shape)

@@ -17,7 +17,7 @@ from lottery_ticket_pruner import channels, evidence, notices, reconstruction, s
 from lottery_ticket_pruner.overrides import weights_replaced
 from lottery_ticket_pruner.records import is_masked
 from lottery_ticket_pruner.training import ArrayDataset, Arrays
-from masked_layers import MaskedRef
+from masked_layers import MaskedRef, workers
 from masked_layers.maskable import raw_variable, weights_inside
 from masked_layers.paths import plain_class, walk
 
@@ -108,6 +108,9 @@ def masks_and_values(
             "These kernels were not reconstructed: "
             + "; ".join(f"{path}: {reason}" for path, reason in left.items())
         )
+    for variable, _ in network.values[:1]:
+        new = [value for _, value in network.values]
+        workers.check_agreement(variable, new, "reconstructed weights")
     return {path: network.masks.get(path, kernels[path].mask) for path in kernels}, network.values
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import masked_layers as ml
 from lottery_ticket_pruner import _keras
 from lottery_ticket_pruner.variables import read
-from masked_layers import paths
+from masked_layers import paths, workers
 from masked_layers.archives import read_npz
 from masked_layers.files import FileContentError, replacing
 
@@ -104,6 +104,7 @@ def check_binary_masks(model: keras.Model, method: str) -> None:
         model: The model of a pruner.
         method: Name of the pruner's method that needs binary masks.
     """
+    workers.check_outside_replicas(method)
     if not is_masked(model):
         raise ValueError(
             f"`{method}` needs a masked model, but {model.name!r} is plain. Create the "

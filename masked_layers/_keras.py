@@ -339,10 +339,14 @@ def compile_arguments(model: keras.Model) -> list[Any]:
     return [] if config is None else list(config.config.values())
 
 
-def check_strategy(model: keras.Model) -> None:
+def check_strategy(model: keras.Model, function: str = "convert_to_masked") -> None:
     """Checks that a model made under a TensorFlow distribution strategy is used in its scope.
 
     Variables created outside the scope would silently be plain variables that are not mirrored.
+
+    Args:
+        model: The model.
+        function: Name of the function that would create them.
 
     Raises:
         ValueError: If a variable of the model is distributed and no strategy is in scope.
@@ -356,8 +360,21 @@ def check_strategy(model: keras.Model) -> None:
         ):
             raise ValueError(
                 f"'{model.name}' was created under a `tf.distribute` strategy. Convert it in the "
-                "same scope: `with strategy.scope(): masked = convert_to_masked(model)`."
+                f"same scope: `with strategy.scope(): masked = {function}(model)`."
             )
+
+
+def devices_of(variable: keras.Variable) -> contextlib.AbstractContextManager[Any]:
+    """Creates variables in the scope on all devices that a variable is on.
+
+    `Model.distribute_strategy` is known to models alone, not to the layers inside them.
+    """
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        if isinstance(variable.value, tf.distribute.DistributedValues):
+            return variable.value.distribute_strategy.scope()
+    return contextlib.nullcontext()
 
 
 def export_signature(model: keras.Model, input_signature: Any = None) -> Any:

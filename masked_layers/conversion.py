@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import keras
 import numpy as np
 
-from masked_layers import _keras, compiled, learned, quantization, randomness
+from masked_layers import _keras, compiled, learned, quantization, randomness, workers
 from masked_layers.copying import copy_model, renew_optimizer
 from masked_layers.exactness import check_copy, check_masks, has_code_of_others
 from masked_layers.inspection import (
@@ -158,6 +158,8 @@ def convert_to_masked(
                 check_copy(source, model)
         if prototype is not None and prototype.learned:
             renew_optimizer(model)
+        for variable in model.variables[:1]:
+            workers.check_agreement(variable, model.weights, "weights")
     if inplace:
         compiled.warn_of_traces(model, _masked_variables(model), traces)
     logger.info("Masked %d weights of '%s'.", len(selected), model.name)
@@ -279,10 +281,12 @@ def harden(model: keras.Model, *, seed: int | None = None, inplace: bool = False
 
     Raises:
         TypeError: If `model` is not a Keras model.
-        ValueError: If the model has no learned mask or cannot be copied.
+        ValueError: If the model has no learned mask or cannot be copied, or was created under a
+            `tf.distribute` strategy that is not in scope.
     """
     if not isinstance(model, keras.Model):
         raise TypeError(f"Expected a `keras.Model`. Received: {model!r}")
+    _keras.check_strategy(model, "harden")
     masks = get_masks(model) if seed is None else sample_masks(model, seed)
     if not any(ref.mask.learned for ref in masked_refs(model)):
         raise ValueError(

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import keras
 import numpy as np
 
-from masked_layers import _keras
+from masked_layers import _keras, workers
 from masked_layers.archives import read_npz
 from masked_layers.compiled import remake_functions
 from masked_layers.files import FileContentError, replacing
@@ -176,7 +176,8 @@ def set_masks(model: Layer, masks: Mapping[str, Any]) -> None:
 
     Raises:
         ValueError: If a path does not name a masked weight, or its mask is learned, or an array has
-            another shape or other values than 0 and 1. No mask is changed then.
+            another shape or other values than 0 and 1, or several workers of a `tf.distribute`
+            strategy are given different masks. No mask is changed then.
     """
     refs = {ref.path: ref for ref in refs_with_masks(model)}
     for path in masks:
@@ -205,6 +206,9 @@ def set_masks(model: Layer, masks: Mapping[str, Any]) -> None:
                 f"Received: dtype {array.dtype}, values from {array.min()} to {array.max()}"
             )
         values[path] = array.astype(bool)
+    workers.check_outside_replicas("set_masks")
+    for path in [*values][:1]:
+        workers.check_agreement(refs[path].mask.value, values.values(), "masks")
     _keras.sync(model)
     for path, value in values.items():
         refs[path].mask.value.assign(value)

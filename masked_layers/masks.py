@@ -17,6 +17,9 @@ from masked_layers.packing import MaskState
 from masked_layers.quantization import LEVELS, check, fake_quantized
 from masked_layers.types import Tensor
 
+# In `strategy.run` of a `tf.distribute` strategy, replicas may assign different masks, which would
+# stay different without an error. With this aggregation, all get the mask of the first replica.
+_ONE_DECIDES = "only_first_replica"
 _raw_view: contextvars.ContextVar[bool] = contextvars.ContextVar("raw_view", default=False)
 
 
@@ -114,7 +117,12 @@ class Mask(keras.layers.Layer):
             return ops.not_equal(self.initializer(shape, dtype="float32"), 0.0)
 
         self.value = self.add_weight(
-            name="value", shape=shape, dtype="bool", initializer=keep, trainable=False
+            name="value",
+            shape=shape,
+            dtype="bool",
+            initializer=keep,
+            trainable=False,
+            aggregation=_ONE_DECIDES,
         )
         if start is not None and start.frozen is not None:
             self._add_frozen(start.frozen)
@@ -207,14 +215,16 @@ class Mask(keras.layers.Layer):
         return changed
 
     def _add_frozen(self, values: np.ndarray) -> None:
-        self.frozen = self.add_weight(
-            name="frozen",
-            shape=values.shape,
-            dtype=values.dtype.name,
-            initializer=lambda shape, dtype: ops.convert_to_tensor(values, dtype),
-            trainable=False,
-            autocast=False,
-        )
+        with _keras.devices_of(self.value):
+            self.frozen = self.add_weight(
+                name="frozen",
+                shape=values.shape,
+                dtype=values.dtype.name,
+                initializer=lambda shape, dtype: ops.convert_to_tensor(values, dtype),
+                trainable=False,
+                autocast=False,
+                aggregation=_ONE_DECIDES,
+            )
         _keras.match_layout(self.frozen, self.value)
 
     @property

@@ -10,6 +10,7 @@ import numpy as np
 
 from lottery_ticket_pruner import optimizers
 from lottery_ticket_pruner.checks import is_integer
+from masked_layers import workers
 from masked_layers.types import Tensor
 
 
@@ -85,8 +86,9 @@ class StepCallback(keras.callbacks.Callback):
             True if the callback has acted.
 
         Raises:
-            ValueError: If `steps` is not such an integer.
+            ValueError: If `steps` is not such an integer, or inside `strategy.run`.
         """
+        workers.check_outside_replicas("advance")
         if not is_integer(steps) or steps < 0:
             raise ValueError(f"`steps` must be a non-negative integer. Received: steps={steps!r}")
         due = self.pass_steps(steps)

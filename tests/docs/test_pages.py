@@ -18,7 +18,7 @@ PAGES = pages.PAGES
 TESTED = {
     *("README.md", "serving.md", "extending.md", "migrating-from-tfmot.md", "shrinking.md"),
     *("ticket-files.md", "pruning-to-a-tolerance.md", "from-the-earlier-package.md"),
-    "finding-a-ticket.md",
+    *("finding-a-ticket.md", "distribution.md"),
 }
 # Of these, quicker tests of the same functions notice most faults.
 SLOW = {
@@ -101,6 +101,14 @@ def test_the_page_on_serving_runs_from_top_to_bottom(names):
     for file in ("model.onnx", "model.tflite"):
         assert Path(file).stat().st_size
     np.testing.assert_array_equal(names["kernel"], np.eye(300))
+
+
+@pytest.mark.once("tensorflow")
+def test_the_page_on_distribution_runs(names):
+    for code in pages.code_of("distribution.md"):
+        if "tf.distribute" in code:
+            pages.run("distribution.md", code, names)
+    assert ml.sparsity_report(names["masked"]).sparsity == pytest.approx(0.5, abs=0.01)
 
 
 @pytest.mark.once

@@ -1,0 +1,77 @@
+"""Several processes that train one model together, and must agree on its masks."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import keras
+import numpy as np
+
+if TYPE_CHECKING:
+    import tensorflow as tf
+
+
+def check_agreement(variable: keras.Variable, arrays: Iterable[Any], what: str) -> None:
+    """Checks that all workers of a TensorFlow strategy are about to assign the same arrays.
+
+    An assignment changes the copies of a variable in its own process only. Different values would
+    stay different, without an error, for the rest of the training. All workers must call this.
+    Without further workers nothing happens.
+
+    Args:
+        variable: A variable of the model.
+        arrays: Arrays or tensors, in the same order on every worker.
+        what: Name of the arrays, for the message.
+
+    Raises:
+        ValueError: If they differ. Every worker gets it.
+    """
+    strategy = _strategy_with_other_workers(variable)
+    if strategy is None:
+        return
+    import tensorflow as tf
+
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(np.ascontiguousarray(keras.ops.convert_to_numpy(array)).tobytes())
+    own = np.frombuffer(digest.digest(), "int64")
+    found = strategy.gather(strategy.run(lambda: tf.constant(own[None])), axis=0).numpy()
+    if (found != found[0]).any():
+        raise ValueError(
+            f"The workers of the strategy have different {what}, and nothing was changed. Each "
+            "worker decides for itself, so all must do the same: with the same `data` (not each "
+            "its part), seeds and recorded weights, and the same random numbers for new models "
+            "(`keras.utils.set_random_seed`)."
+        )
+
+
+def check_outside_replicas(method: str) -> None:
+    """Raises an error inside a function that `strategy.run` calls for each replica.
+
+    Args:
+        method: What was called, for the message.
+
+    Raises:
+        ValueError: If it was called there.
+    """
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        if tf.distribute.has_strategy() and not tf.distribute.in_cross_replica_context():
+            raise ValueError(
+                f"`{method}` was called inside `strategy.run`, where every replica would decide "
+                "for itself. Call it between two calls of `strategy.run`."
+            )
+
+
+def _strategy_with_other_workers(variable: keras.Variable) -> tf.distribute.Strategy | None:
+    """Returns the strategy that a variable is distributed by, if other processes take part."""
+    if keras.backend.backend() != "tensorflow":
+        return None
+    strategy = getattr(variable.value, "distribute_strategy", None)
+    if strategy is None:
+        return None
+    alone = len(strategy.extended.worker_devices) == strategy.num_replicas_in_sync
+    return None if alone else strategy
