@@ -37,7 +37,8 @@ def check_agreement(variable: keras.Variable, arrays: Iterable[Any], what: str) 
     for array in arrays:
         digest.update(np.ascontiguousarray(keras.ops.convert_to_numpy(array)).tobytes())
     own = np.frombuffer(digest.digest(), "int64")
-    found = strategy.gather(strategy.run(lambda: tf.constant(own[None])), axis=0).numpy()
+    values = strategy.experimental_distribute_values_from_function(lambda _: tf.constant(own[None]))
+    found = strategy.gather(values, axis=0).numpy()
     if (found != found[0]).any():
         raise ValueError(
             f"The workers of the strategy have different {what}, and nothing was changed. Each "

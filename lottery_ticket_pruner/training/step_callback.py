@@ -133,7 +133,8 @@ class StepCallback(keras.callbacks.Callback):
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Advances to the end of this batch."""
         # The last execution of an epoch may have fewer batches than Keras says.
-        done = min(batch + 1, self.params.get("steps") or batch + 1)
+        # Nor may anything be known of it, in a loop of the user's.
+        done = min(batch + 1, (self.params or {}).get("steps") or batch + 1)
         self.advance(self._epoch_start + done - self.step)
 
     def _begin(self) -> None:
