@@ -9,6 +9,8 @@ from typing import Any
 import keras
 import numpy as np
 
+from masked_layers import workers
+
 _INDICES = ("sparsecategoricalcrossentropy",)
 _COLUMNS = ("categoricalcrossentropy", "categoricalfocalcrossentropy")
 # Losses of Keras whose targets do not have the shape of the outputs.
@@ -36,6 +38,7 @@ def explained(model: keras.Model, x: object, y: object) -> Iterator[None]:
         with contextlib.suppress(Exception):
             problem = mismatch(model, x, y)
         if problem is None:
+            workers.note_other_workers(model, error)
             raise
         raise ValueError(problem) from error
 

@@ -67,6 +67,16 @@ def check_outside_replicas(method: str) -> None:
             )
 
 
+def note_other_workers(model: keras.Model, error: Exception) -> None:
+    """Adds a note to an error of `fit` or `evaluate` if other workers train the model, too."""
+    if any(_strategy_with_other_workers(variable) for variable in model.variables[:1]):
+        error.add_note(
+            f"`fit` and `evaluate` of Keras {keras.__version__} may not support several workers of "
+            "a `tf.distribute` strategy. Train and evaluate in a loop of your own with "
+            "`strategy.run`, and call `advance` of callbacks that change masks."
+        )
+
+
 def _strategy_with_other_workers(variable: keras.Variable) -> tf.distribute.Strategy | None:
     """Returns the strategy that a variable is distributed by, if other processes take part."""
     if keras.backend.backend() != "tensorflow":

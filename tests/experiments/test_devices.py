@@ -58,7 +58,7 @@ def test_without_the_option_nothing_is_distributed():
 
 def test_a_batch_is_divided_equally():
     devices.check_batch_size(60, 4)
-    with pytest.raises(ValueError, match="--batch-size 60 .* multiple of 7"):
+    with pytest.raises(ValueError, match=r"--batch-size 60 .* multiple of 7"):
         devices.check_batch_size(60, 7)
 
 
