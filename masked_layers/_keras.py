@@ -364,19 +364,6 @@ def check_strategy(model: keras.Model, function: str = "convert_to_masked") -> N
             )
 
 
-def devices_of(variable: keras.Variable) -> contextlib.AbstractContextManager[Any]:
-    """Creates variables in the scope on all devices that a variable is on.
-
-    `Model.distribute_strategy` is known to models alone, not to the layers inside them.
-    """
-    if keras.backend.backend() == "tensorflow":
-        import tensorflow as tf
-
-        if isinstance(variable.value, tf.distribute.DistributedValues):
-            return variable.value.distribute_strategy.scope()
-    return contextlib.nullcontext()
-
-
 def export_signature(model: keras.Model, input_signature: Any = None) -> Any:
     """Returns the `tf.TensorSpec`s that `Model.export` uses for its serving function.
 

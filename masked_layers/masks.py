@@ -12,7 +12,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from masked_layers import _keras, compiled
+from masked_layers import _keras, compiled, workers
 from masked_layers.packing import MaskState
 from masked_layers.quantization import LEVELS, check, fake_quantized
 from masked_layers.types import Tensor
@@ -215,7 +215,7 @@ class Mask(keras.layers.Layer):
         return changed
 
     def _add_frozen(self, values: np.ndarray) -> None:
-        with _keras.devices_of(self.value):
+        with workers.devices_of(self.value):
             self.frozen = self.add_weight(
                 name="frozen",
                 shape=values.shape,

@@ -1,7 +1,8 @@
-"""Several processes that train one model together, and must agree on its masks."""
+"""Replicas and processes that train one model together, and must agree on its masks."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,19 @@ import numpy as np
 
 if TYPE_CHECKING:
     import tensorflow as tf
+
+
+def devices_of(variable: keras.Variable) -> contextlib.AbstractContextManager[Any]:
+    """Creates variables in the scope on all devices that a variable is on.
+
+    Models know the strategy that they were made under, but not the layers inside them.
+    """
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        if isinstance(variable.value, tf.distribute.DistributedValues):
+            return variable.value.distribute_strategy.scope()
+    return contextlib.nullcontext()
 
 
 def check_agreement(variable: keras.Variable, arrays: Iterable[Any], what: str) -> None:
