@@ -193,6 +193,9 @@ class Engine:
                 inputs, or else 1,000, or fewer if examples are large.
         """
         batch_size = batch_size or self._evaluation_batch(data)
+        # Which examples are evaluated together hardly matters, but Keras needs equal parts.
+        first, replicas = min(batch_size, len(data)), replicas_of(self._model)
+        batch_size = max(replicas, first - first % replicas) if first % replicas else batch_size
         reason = self._why_evaluate
         if reason is None and self._loops is not None:
             try:
@@ -303,6 +306,7 @@ class Engine:
         history = None
         for start in range(0, len(rows), part):
             x, *targets = data.augmented(rows[start : start + part], batch_size)
+            check_equal_parts(self._model, min(batch_size, len(rows) - start))
             y, sample_weight = (*targets, None, None)[:2]
             with _part_of_training(self._model), _keras.kept_on_error(self._model):
                 history = self._model.fit(
@@ -450,6 +454,29 @@ def why_distributed(model: keras.Model) -> str | None:
         if tf.distribute.has_strategy() or strategy is not tf.distribute.get_strategy():
             return f"the model is distributed by {type(strategy).__name__}"
     return None
+
+
+def replicas_of(model: keras.Model) -> int:
+    """Returns the number of replicas of a TensorFlow strategy that train a model, or else 1."""
+    if keras.backend.backend() != "tensorflow":
+        return 1
+    return int(model.distribute_strategy.num_replicas_in_sync)
+
+
+def check_equal_parts(model: keras.Model, batch_size: int) -> None:
+    """Checks that replicas of a TensorFlow strategy get equal parts of the first batch of a `fit`.
+
+    Otherwise Keras fails, because it averages the examples of all replicas to see their shapes.
+
+    Raises:
+        ValueError: If they do not.
+    """
+    if batch_size % (replicas := replicas_of(model)):
+        raise ValueError(
+            f"A batch of {batch_size} examples cannot be divided equally among the {replicas} "
+            f"replicas that {model.name!r} is trained on. Choose a multiple of {replicas} as "
+            "`batch_size`."
+        )
 
 
 def _why_fit(model: keras.Model) -> str | None:

@@ -12,7 +12,7 @@ from lottery_ticket_pruner import _keras
 from lottery_ticket_pruner.targets import explained
 from lottery_ticket_pruner.training.augmentation import Augmentation
 from lottery_ticket_pruner.training.dataset import ArrayDataset, Arrays
-from lottery_ticket_pruner.training.engine import engine_of, warn_once
+from lottery_ticket_pruner.training.engine import check_equal_parts, engine_of, warn_once
 from lottery_ticket_pruner.training.fit_arguments import split_off, weighted
 from lottery_ticket_pruner.training.late_training import Trainee
 from lottery_ticket_pruner.training.plans import (
@@ -259,6 +259,7 @@ def _fit_by_keras(
     model: keras.Model, data: ArrayDataset, plan: EpochPlan, validation: ArrayDataset | None
 ) -> keras.callbacks.History:
     """Trains by the model's own `fit`, on the same batches as `_fit_in_loops`."""
+    check_equal_parts(model, min(plan.batch_size, len(data)))
     batches = _Batches(data, plan)
     start = keras.callbacks.LambdaCallback(on_epoch_begin=batches.start)
     with explained(model, *(*data.host, None)[:2]), _keras.kept_on_error(model):
