@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 import tyro
 
 from _lottery_ticket import names
-from _lottery_ticket.types import NO_HINT, Devices, OptionalFloat, OptionalInt, OptionalPath, choice
+from _lottery_ticket.types import NO_HINT, OptionalFloat, OptionalInt, OptionalPath, choice
 
 if TYPE_CHECKING:
     # Type checkers cannot see which names there are.
@@ -151,7 +151,6 @@ the same options is resumed; finished runs, and runs with other options, are not
     deterministic: bool = False
     """Reproduce results bit for bit on this machine with the same number of cores: deterministic \
 operations, and no decisions based on timing."""
-    devices: Devices = ()
     quiet: bool = False
     """Print nothing."""
 
@@ -207,7 +206,6 @@ not changed."""
     """Replace the run in the run folder once this one is finished."""
     deterministic: bool = False
     """Reproduce results bit for bit on this machine with the same number of cores."""
-    devices: Devices = ()
     quiet: bool = False
     """Print nothing."""
 
@@ -256,7 +254,6 @@ run with the same options are kept; finished runs, and runs with other options, 
     """Replace the run in the run folder once this one is finished."""
     deterministic: bool = False
     """Reproduce results bit for bit on this machine with the same number of cores."""
-    devices: Devices = ()
     quiet: bool = False
     """Print nothing."""
 

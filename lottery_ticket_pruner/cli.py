@@ -88,16 +88,11 @@ def _experiment(command: str, options: Any) -> int:
 
 
 def _work_on(kind: Any, config: Any) -> int:
-    from lottery_ticket_pruner.experiments import devices, identifiers, own
+    from lottery_ticket_pruner.experiments import identifiers, own
     from lottery_ticket_pruner.experiments.workbench import load_and_resolve
 
-    with (
-        own.named_errors_of(identifiers.locations(config.to_dict())),
-        devices.distributed(config.devices) as count,
-    ):
-        resolved, data = load_and_resolve(config)
-        devices.check_batch_size(resolved.batch_size, count)
-        kind.run(resolved, data)
+    with own.named_errors_of(identifiers.locations(config.to_dict())):
+        kind.run(*load_and_resolve(config))
     return 0
 
 

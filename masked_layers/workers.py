@@ -81,6 +81,27 @@ def check_outside_replicas(method: str) -> None:
             )
 
 
+def check_outside_scope(method: str) -> None:
+    """Raises an error inside the scope of a TensorFlow strategy.
+
+    TensorFlow makes what is loaded there a part of the strategy, so that it cannot be executed.
+
+    Args:
+        method: What was called, for the message.
+
+    Raises:
+        ValueError: If it was called there.
+    """
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        if tf.distribute.has_strategy():
+            raise ValueError(
+                f"`{method}` was called inside `strategy.scope()`. Call it outside, with the same "
+                "model."
+            )
+
+
 def note_other_workers(model: keras.Model, error: Exception) -> None:
     """Adds a note to an error of `fit` or `evaluate` if other workers train the model, too."""
     if any(_strategy_with_other_workers(variable) for variable in model.variables[:1]):

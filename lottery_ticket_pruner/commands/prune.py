@@ -32,14 +32,7 @@ from lottery_ticket_pruner.compression import (
     search,
     verdict_of,
 )
-from lottery_ticket_pruner.experiments import (
-    datasets,
-    devices,
-    networks,
-    own,
-    own_networks,
-    progress,
-)
+from lottery_ticket_pruner.experiments import datasets, networks, own, own_networks, progress
 from lottery_ticket_pruner.experiments.config import RunConfig
 from lottery_ticket_pruner.experiments.reports import pruning
 from lottery_ticket_pruner.experiments.tensorboard import TensorBoardLogger
@@ -75,8 +68,6 @@ class PruneConfig(options.PruneOptions):
         """Returns the options as JSON data."""
         values = dataclasses.asdict(self)
         del values["overwrite"]
-        if not self.devices:  # The form of all folders that were written before this option.
-            del values["devices"]
         return json.loads(json.dumps(values, default=str))
 
     def plan(self, **listeners: Any) -> Plan:
@@ -173,16 +164,11 @@ def prune(config: PruneConfig, console: Console | None = None) -> PruneResult:
             search.
         OSError: If a file is missing, or the folder is in use or cannot be written.
     """
+    console = console or Console(quiet=config.quiet)
     started = time.perf_counter()
     config.plan()  # Raises errors of options before anything is loaded.
     if config.log not in (None, "tensorboard"):
         require_extra(config.log)
-    with devices.distributed(config.devices) as count:
-        devices.check_batch_size(config.batch_size, count)
-        return _carry_out(config, console or Console(quiet=config.quiet), started)
-
-
-def _carry_out(config: PruneConfig, console: Console, started: float) -> PruneResult:
     parts = load_data(config)
     model = load(config)
     folder = config.folder

@@ -137,11 +137,6 @@ def plan(config: SweepConfig | SupermaskSweepConfig) -> list[Child]:
     """
     if config.jobs is not None and config.jobs < 1:
         raise ValueError(f"--jobs must be positive. Received: {config.jobs}.")
-    if config.devices and config.jobs != 1:
-        raise ValueError(
-            "--devices: a sweep trains several runs at a time, which would share these devices. "
-            "Add --jobs 1."
-        )
     _check_search(config)
     kind = _kind(config)
     over = _tried(config)

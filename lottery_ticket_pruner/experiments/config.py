@@ -93,8 +93,6 @@ class Experiment:
         """Returns the configuration as JSON data."""
         values = dataclasses.asdict(self)  # type: ignore[call-overload]  # Subclasses are ones.
         del values["overwrite"]  # Belongs to a single call, not to the run.
-        if not values["devices"]:  # The form of all runs that were made before this option.
-            del values["devices"]
         return json.loads(json.dumps(values, default=str))
 
 

@@ -26,7 +26,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from masked_layers import files
+from masked_layers import files, workers
 from masked_layers.serving import compaction, encoding, graph
 from masked_layers.serving.codes import Coded
 from masked_layers.serving.folder import CONTENTS, check_replaceable
@@ -115,8 +115,8 @@ def export_sparse_saved_model(
         RuntimeError: If the outputs of the written folder differ from those of the model, by more
             than `tolerance` if values are rounded.
         TypeError: If `model` is not a Keras model, or `include` has another type than listed above.
-        ValueError: If an argument is invalid or the model is not built. If a normalization leaves
-            channels out: `shrink` removes them.
+        ValueError: If an argument is invalid or the model is not built, or inside the scope of a
+            `tf.distribute` strategy. If a normalization leaves channels out: `shrink` removes them.
 
     Warns:
         UserWarning: If outputs on the sample inputs are not finite, so comparing them is of little
@@ -131,6 +131,7 @@ def export_sparse_saved_model(
         )
     if tolerance is not None and not (_is_number(tolerance) and tolerance > 0):
         raise ValueError(f"`tolerance` must be a number above 0. Received: {tolerance!r}")
+    workers.check_outside_scope("export_sparse_saved_model")
     path = Path(path).resolve()  # Behind a link, the folder is replaced and not the link.
     check_replaceable(path)
     arrays = {name: _canonical(name, x) for name, x in effective_values(model).items()}

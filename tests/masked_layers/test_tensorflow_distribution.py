@@ -97,6 +97,8 @@ for ours, theirs in zip(model.get_weights(), one.get_weights(), strict=True):
 pruner = LotteryTicketPruner(model)
 refused(lambda: strategy.run(lambda: pruner.update_masks("random", rate=0.5)), "strategy.run")
 refused(lambda: ml.convert_to_masked(model), "strategy.scope()")
+with strategy.scope():
+    refused(lambda: ml.export_sparse_saved_model(model, sys.argv[1]), "Call it outside")
 variable = ml.masked_refs(model)[0].mask.value
 
 
