@@ -349,6 +349,8 @@ class TicketSearch:
         # In a model that was trained before, the schedule would be at its end.
         ml.sync(self.model)
         optimizers.rewind_schedule(self.model.optimizer)
+        # Also for a later process that resumes the search, and has a listener.
+        self.is_logged = self.listeners.on_evaluation is not None
         self.pruner = LotteryTicketPruner(self.model)
         self.weights_at_0 = self.model.get_weights()
         self.masks: list[dict[str, np.ndarray]] = []
@@ -420,6 +422,7 @@ class TicketSearch:
 
     def run(self, saved: Checkpoint | None) -> None:
         """Executes all rounds, or those after the last saved one."""
+        self.is_logged = self.is_logged or saved is not None
         if saved is not None and saved.exists():
             self.resume(saved)
         else:
@@ -550,7 +553,7 @@ class TicketSearch:
             on_progress=self._progress,
             on_evaluation=on_evaluation,
             # Not free: a custom training step is then called by `fit` for its results.
-            on_training=None if self.listeners.on_evaluation is None else on_training,
+            on_training=on_training if self.is_logged else None,
         )
 
     def _progress(self, done: int) -> None:

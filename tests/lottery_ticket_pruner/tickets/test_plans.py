@@ -65,7 +65,8 @@ def plan_of(pruning=None, **options):
 )
 def test_flat_signatures_have_the_fields_and_defaults_of_their_plans(front, plans, others):
     taken_there = dict(inspect.signature(front).parameters)
-    not_arguments = {"training", "ends"}  # Only `prune` ends trainings early.
+    # Only `prune` ends trainings early, and only searches report what was trained.
+    not_arguments = {"training", "ends", "on_training"}
     fields = {field.name: field for plan in plans for field in dataclasses.fields(plan)}
     # Searches and learned masks are evaluated in batches of the engine's choice.
     not_here = {"validation_batch_size"} if front in (find_ticket, learn_supermask) else set()
