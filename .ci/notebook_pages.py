@@ -1,0 +1,46 @@
+"""A hook of MkDocs that shows the notebooks in `docs/` with their stored outputs as pages."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Replaces every notebook by a page in Markdown."""
+    for file in list(files):
+        if file.src_uri.endswith(".ipynb"):
+            text = as_markdown(json.loads(Path(str(file.abs_src_path)).read_text("utf-8")))
+            files.remove(file)
+            name = file.src_uri.removesuffix(".ipynb") + ".md"
+            files.append(File.generated(config, name, content=text))
+    return files
+
+
+def as_markdown(notebook: dict[str, Any]) -> str:
+    """Returns the cells of a notebook and their outputs in Markdown."""
+    parts = []
+    for cell in notebook["cells"]:
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else _fenced("python", source))
+        parts += map(_output, cell.get("outputs", ()))
+    return "\n\n".join(parts)
+
+
+def _output(output: dict[str, Any]) -> str:
+    data = output.get("data", {"text/plain": output.get("text", "")})
+    texts = {kind: "".join(value) for kind, value in data.items()}
+    if "image/png" in texts:
+        return f'<img alt="Picture" src="data:image/png;base64,{texts["image/png"].strip()}">'
+    if "text/html" in texts:  # A table of pandas, which brings styles of its own.
+        table = re.sub(r"<style.*?</style>", "", texts["text/html"], flags=re.S)
+        table = re.sub(r"<table[^>]*>", "<table>", table)
+        return "\n".join(filter(str.strip, table.splitlines()))
+    return _fenced("text", texts["text/plain"])
+
+
+def _fenced(language: str, text: str) -> str:
+    return f"```{language}\n{text.rstrip()}\n```"
