@@ -14,11 +14,13 @@ if TYPE_CHECKING:
     _Retraining: TypeAlias = str
     _Control: TypeAlias = str
     _Weights: TypeAlias = str
+    _Name: TypeAlias = str
 else:
     _Optimizer = Literal[*names.OPTIMIZERS]
     _Retraining = Literal[*names.RETRAINING]
     _Control = Literal[*names.CONTROLS]
     _Weights = Literal[*names.WEIGHTS]
+    _Name = Literal[*names.EXECUTORS]
 
 _CUSTOM = "For a custom one: module:name or path/to/file.py:name"
 _DATA = tyro.conf.arg(
@@ -74,6 +76,13 @@ _Over = Annotated[
     tuple[str, ...],
     tyro.conf.UseAppendAction,
     tyro.conf.arg(metavar="OPTION=VALUE,VALUE", help_behavior_hint="(repeatable)"),
+]
+_Executor = Annotated[_Name | None, choice(*names.EXECUTORS)]
+_Address = Annotated[str | None, tyro.conf.arg(metavar="ADDRESS", help_behavior_hint="")]
+_Repeated = Annotated[
+    tuple[str, ...],
+    tyro.conf.UseAppendAction,
+    tyro.conf.arg(metavar="NAME=VALUE", help_behavior_hint="(repeatable)"),
 ]
 # All criteria when the option was added. The default is part of a folder's name and of the
 # configurations on disk, so criteria that are added do not change it.
@@ -151,6 +160,18 @@ the same options is resumed; finished runs, and runs with other options, are not
     deterministic: bool = False
     """Reproduce results bit for bit on this machine with the same number of cores: deterministic \
 operations, and no decisions based on timing."""
+    executor: _Executor = None
+    """What executes the seeds, each as a job: processes of this machine (local), or a cluster \
+(extras ray, slurm and dask). Default: this process, one seed after the other."""
+    address: _Address = None
+    """Address of a cluster of Ray or dask. Default: the one that RAY_ADDRESS or \
+DASK_SCHEDULER_ADDRESS names, or else one that is started on this machine."""
+    executor_option: _Repeated = ()
+    """What a job asks of a cluster: an option of `ray.remote` (num_gpus=1), of submitit \
+(slurm_partition=gpu), or a resource of dask's workers (GPU=1)."""
+    jobs: OptionalInt = None
+    """With --executor: number of seeds at a time. Default: one per core, or as many as the \
+cluster has room for."""
     quiet: bool = False
     """Print nothing."""
 
@@ -263,7 +284,17 @@ class _Sweeping:
     over: _Over = ()
     """Name of an option, and the values to try."""
     jobs: OptionalInt = None
-    """Number of runs at a time, each on its share of the cores. By default one per core."""
+    """Number of runs at a time, on this machine each on its share of the cores. Default: one per \
+core, or as many as the cluster has room for."""
+    executor: _Executor = "local"
+    """What executes the runs: processes of this machine, or a cluster (extras ray, slurm and \
+dask)."""
+    address: _Address = None
+    """Address of a cluster of Ray or dask. Default: the one that RAY_ADDRESS or \
+DASK_SCHEDULER_ADDRESS names, or else one that is started on this machine."""
+    executor_option: _Repeated = ()
+    """What a job asks of a cluster: an option of `ray.remote` (num_gpus=1), of submitit \
+(slurm_partition=gpu), or a resource of dask's workers (GPU=1)."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds, each of which has a separate run for each combination."""
     out: OptionalPath = None

@@ -48,3 +48,4 @@ KEPT = (
 PRUNED = ("zero", "freeze", "zero_if_shrunk", "zero_if_shrunk_all")
 CONTROLS = ("random_reinit", "reinit_same_sign", "random_mask", "reshuffled_mask")
 WEIGHTS = ("initial", "signed_constant")
+EXECUTORS = ("local", "ray", "slurm", "dask")

@@ -18,6 +18,18 @@ _EXPECTED = {
     str: "a value",
 }
 
+_SUPERMASK = "to execute seeds as jobs, use `lottery-ticket sweep-supermask`."
+_PRUNE = (
+    "it is one search, in which each step follows from the one before, so there are no jobs to "
+    "execute elsewhere."
+)
+# Why commands lack an option of similar ones.
+_WITHOUT = {
+    ("supermask", "--executor"): _SUPERMASK,
+    ("prune", "--executor"): _PRUNE,
+    ("instability", "--executor"): "only runs, sweeps and their seeds are executed as jobs.",
+}
+
 
 class UsageError(ValueError):
     """An error for a command line that cannot be read."""
@@ -47,6 +59,9 @@ def check_names(kind: type[Any], command: str, arguments: Sequence[str]) -> None
                 f"{name} is no option: give the value alone, as in lottery-ticket {usage}."
             )
         if name not in known:
+            if (command, name) in _WITHOUT:
+                why = _WITHOUT[command, name]
+                raise UsageError(f"`lottery-ticket {command}` has no option {name}: {why}")
             hint = hints.question(name, known) or f" See lottery-ticket {command} --help."
             raise UsageError(f"`lottery-ticket {command}` has no option {name}.{hint}")
         if name in given and name not in repeatable and takes_several(types.get(name)):

@@ -23,14 +23,18 @@ def line_of(error: Exception) -> str:
     return f"{type(error).__name__}: {text.strip()}"
 
 
-def require_extra(name: str) -> None:
-    """Checks that the package of the extra with the same name is installed.
+def require_extra(name: str, package: str | None = None) -> None:
+    """Checks that the package of an extra is installed.
+
+    Args:
+        name: The extra.
+        package: The package. None for one of the same name.
 
     Raises:
         MissingExtraError: If it is not.
     """
-    if importlib.util.find_spec(name) is None:
+    if importlib.util.find_spec(package or name) is None:
         raise MissingExtraError(
-            f"This needs the package {name}, which is not installed. Install it with its extra: "
-            f'pip install "lottery-ticket-pruner[{name}]"'
+            f"This needs the package {package or name}, which is not installed. Install it with "
+            f'its extra: pip install "lottery-ticket-pruner[{name}]"'
         )

@@ -87,6 +87,21 @@ def _experiment(command: str, options: Any) -> int:
     return _work_on(kind, kind.config(**vars(options)))
 
 
+def _run_seeds(command: str, options: Any) -> int:
+    if options.executor is None:
+        for name in ("jobs", "address", "executor_option"):
+            if getattr(options, name):
+                raise ValueError(f"{refusals.option(name)} needs --executor.")
+        return _experiment(command, options)
+    from lottery_ticket_pruner.commands import seed_jobs
+    from lottery_ticket_pruner.experiments import identifiers, own
+    from lottery_ticket_pruner.experiments.config import RunConfig
+
+    config = RunConfig(**vars(options))
+    with own.named_errors_of(identifiers.locations(config.to_dict())):
+        return _print_failures(seed_jobs.run(config))
+
+
 def _work_on(kind: Any, config: Any) -> int:
     from lottery_ticket_pruner.experiments import identifiers, own
     from lottery_ticket_pruner.experiments.workbench import load_and_resolve
@@ -189,6 +204,7 @@ def _document(report: Any) -> str:
 
 # The commands that are not experiments of the catalogue.
 _HANDLERS: dict[str, Callable[[str, Any], int]] = {
+    "run": _run_seeds,
     "prune": _prune,
     "compare": _compare,
     "repeat": _repeat,

@@ -2,74 +2,59 @@
 
 import collections
 import concurrent.futures
-import contextlib
-import dataclasses
 import itertools
 import os
-import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Self
 
-import rich.progress
 from rich.console import Console
 
-from lottery_ticket_pruner.experiments import progress
-from lottery_ticket_pruner.experiments.parent import PARENT
-
-LOG_FILE = "output.log"
-_COMMAND = (sys.executable, "-m", "lottery_ticket_pruner.cli")
-# Environment variables that limit the thread pools of numerical libraries.
-_THREADS = (
-    "OMP_NUM_THREADS",
-    "OPENBLAS_NUM_THREADS",
-    "MKL_NUM_THREADS",
-    "TF_NUM_INTRAOP_THREADS",
-    "TF_NUM_INTEROP_THREADS",
+from _lottery_ticket.jobs import COMMAND, LOG_FILE, PARENT, THREADS
+from lottery_ticket_pruner.commands.jobs import (
+    Board,
+    Failure,
+    Job,
+    message_of,
+    termination_interrupts,
 )
 
-
-class Job(Protocol):
-    """The interface of a run to its process."""
-
-    @property
-    def label(self) -> str:
-        """Description of what the run tries."""
-
-    @property
-    def arguments(self) -> tuple[str, ...]:
-        """Command-line arguments of `lottery-ticket`."""
-
-    @property
-    def folder(self) -> Path:
-        """Folder of its results and of a file with its output."""
-
-    @property
-    def work(self) -> int:
-        """Amount of work, in a unit that all jobs share."""
-
-    @property
-    def work_done(self) -> int:
-        """Amount of work that is done."""
+_COMMAND = (sys.executable, *COMMAND)
 
 
-@dataclasses.dataclass(frozen=True)
-class Failure:
-    """A job that ended with an error.
+class LocalExecutor:
+    """Processes of this machine.
 
-    Attributes:
-        child: The job.
-        message: Its last message.
-        log: File with its complete output.
+    Args:
+        jobs: Number of jobs at a time. None for one per core.
+        console: Where to print.
     """
 
-    child: Job
-    message: str
-    log: Path
+    def __init__(self, jobs: int | None, console: Console) -> None:
+        self._jobs = jobs
+        self._console = console
+        self._cores = available_cores()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def pace(self, jobs: int) -> str:
+        """Returns how many of so many jobs are executed at a time, and where."""
+        return f"{self._at_once(jobs)} at a time on {len(self._cores)} cores"
+
+    def run(self, todo: Sequence[Job]) -> list[Failure]:
+        """Executes jobs, and returns those that failed."""
+        return Pool(todo, shares_of(self._cores, self._at_once(len(todo))), self._console).run()
+
+    def _at_once(self, jobs: int) -> int:
+        return min(self._jobs or len(self._cores), jobs)
 
 
 class Pool:
@@ -79,49 +64,42 @@ class Pool:
         self, todo: Sequence[Job], shares: Sequence[Sequence[int]], console: Console
     ) -> None:
         self._todo = collections.deque(todo)
-        self._children = todo
         self._shares = shares
-        self._console = console
         self._running: dict[Job, subprocess.Popen[bytes]] = {}
         self._lock = threading.Lock()
         self._stopped = False
-        self._ended = 0
-        self._failures: list[Failure] = []
-        # Runs report once per round, so the speed is averaged over a long time.
-        self._bar = progress.bar(console, "{task.percentage:.0f} %", period=3600)
+        self._board = Board(todo, console)
 
     def run(self) -> list[Failure]:
         """Executes all runs. On an interruption, stops the current ones and raises it again."""
-        if not self._children:
+        if not self._todo:
             return []
-        total = sum(child.work for child in self._children)
-        done = sum(child.work_done for child in self._children)
-        task = self._bar.add_task("", total=total, completed=done)
         with (
-            _termination_interrupts(),
+            termination_interrupts(),
             concurrent.futures.ThreadPoolExecutor(len(self._shares)) as threads,
-            self._bar,
+            self._board,
         ):
             workers = [threads.submit(self._work, share) for share in self._shares]
             try:
                 waiting = set(workers)
                 while waiting:
                     _, waiting = concurrent.futures.wait(waiting, timeout=0.5)
-                    self._show(task)
+                    with self._lock:
+                        running = list(self._running)
+                    self._board.show(running)
             except BaseException:
                 self._stop()
                 raise
         for worker in workers:
             worker.result()
-        order = {child: number for number, child in enumerate(self._children)}
-        return sorted(self._failures, key=lambda failure: order[failure.child])
+        return self._board.failures
 
     def _work(self, cores: Sequence[int]) -> None:
         # A process inherits the cores of the thread that starts it, and all backends size their
         # thread pools by these cores. Other systems use the environment variables.
         if hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(0, cores)
-        environment = dict.fromkeys(_THREADS, str(len(cores)))
+        environment = dict.fromkeys(THREADS, str(len(cores)))
         # On a GPU, the processes share its memory.
         environment |= {
             "TF_FORCE_GPU_ALLOW_GROWTH": "true",
@@ -166,20 +144,8 @@ class Pool:
                 pipe.close()
             if self._stopped:
                 return
-            self._ended += 1
-            if status:
-                self._failures.append(Failure(child, _message(log, status), log))
-        outcome = "failed" if status else f"{seconds:.0f} s"
-        text = f"{self._ended} of {len(self._children)}  {child.label}: {outcome}"
-        self._console.print(text, highlight=False, markup=False)
-
-    def _show(self, task: rich.progress.TaskID) -> None:
-        with self._lock:
-            running, ended = list(self._running), self._ended
-            left = {*running, *self._todo}
-        done = sum(c.work_done if c in left else c.work for c in self._children)
-        text = f"{ended} of {len(self._children)} runs, {len(running)} running"
-        self._bar.update(task, completed=done, description=text)
+            failed = Failure(child, message_of(log, status), log) if status else None
+            self._board.end(child, failed or f"{seconds:.0f} s")
 
     def _stop(self) -> None:
         with self._lock:
@@ -187,20 +153,6 @@ class Pool:
             self._stopped = True
             for process in self._running.values():
                 process.terminate()
-
-
-@contextlib.contextmanager
-def _termination_interrupts() -> Iterator[None]:
-    """Treats SIGTERM as Ctrl-C, so that no run outlives its sweep."""
-
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def available_cores() -> list[int]:
@@ -216,14 +168,3 @@ def shares_of(cores: Sequence[int], jobs: int) -> list[Sequence[int]]:
         return [[cores[number % len(cores)]] for number in range(jobs)]
     edges = [len(cores) * number // jobs for number in range(jobs + 1)]
     return [cores[start:end] for start, end in itertools.pairwise(edges)]
-
-
-def _message(log: Path, status: int) -> str:
-    """Returns the last message of a process, without the traceback above it."""
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    # Below the message of the command, there may be the traceback of a user's function.
-    said = [line for line in lines if line.startswith("lottery-ticket: ")] or lines
-    last = said[-1].removeprefix("lottery-ticket: ") if said else ""
-    if status < 0:
-        return f"ended by {signal.Signals(-status).name}. {last}".strip()
-    return last or f"exit status {status}"

@@ -1,5 +1,6 @@
 """Runs every combination of options and seeds, each in a process of its own."""
 
+import contextlib
 import csv
 import dataclasses
 import itertools
@@ -16,18 +17,14 @@ from rich.console import Console
 
 from _lottery_ticket import experiments as options
 from _lottery_ticket import parser
+from _lottery_ticket.jobs import LOG_FILE
 from _lottery_ticket.refusals import option
 from lottery_ticket_pruner.checks import require_extra
-from lottery_ticket_pruner.commands.processes import (
-    LOG_FILE,
-    Failure,
-    Pool,
-    available_cores,
-    shares_of,
-)
+from lottery_ticket_pruner.commands import executors
+from lottery_ticket_pruner.commands.jobs import Executor, Failure
 from lottery_ticket_pruner.experiments import datasets, results
 from lottery_ticket_pruner.experiments.arguments import arguments as arguments_of
-from lottery_ticket_pruner.experiments.arguments import given, options_of, parse_over
+from lottery_ticket_pruner.experiments.arguments import given, options_given, parse_over
 from lottery_ticket_pruner.experiments.config import RunConfig, choices, chosen
 from lottery_ticket_pruner.experiments.identifiers import code_of
 from lottery_ticket_pruner.experiments.reports import contents, run_folders
@@ -135,17 +132,12 @@ def plan(config: SweepConfig | SupermaskSweepConfig) -> list[Child]:
         ValueError: If an option does not exist, or a combination of options is not valid.
         DatasetNotFoundError: If the data is not in its folder and could not be downloaded.
     """
-    if config.jobs is not None and config.jobs < 1:
-        raise ValueError(f"--jobs must be positive. Received: {config.jobs}.")
+    executors.check(config)
     _check_search(config)
     kind = _kind(config)
     over = _tried(config)
     names = [name for name, _ in over]
-    fixed = {
-        field.name: getattr(config, field.name)
-        for field in options_of(kind.config)
-        if getattr(config, field.name) != field.default
-    }
+    fixed = options_given(config, kind.config)
     for name in names:
         if names.count(name) > 1 or name in fixed:
             raise ValueError(f"{option(name)} is given twice. Put all its values into one --over.")
@@ -284,30 +276,33 @@ def _carry_out(
     origin = _origin(folder, children, is_new=len(todo) == len(children))
     kind = _kind(config)
     facts = dict(zip(results.FACTS, (kind.sweep, False, versions()), strict=True))
-    write_json(folder / results.SWEEP_FILE, config.to_dict() | origin | facts)
-    cores = available_cores()
     search = _search(config, children, place)
-    at_once = len(todo) if search is None else len(config.seeds)
-    jobs = min(config.jobs or len(cores), at_once)
-    pace = f"{jobs} at a time on {len(cores)} cores" if todo else "nothing left to run"
-    what = "runs" if search is None else "runs to choose from"
-    if not config.over:
+    with contextlib.ExitStack() as stack:
+        executor = executors.executor_of(config, folder, console) if todo else None
+        if executor is not None:
+            stack.enter_context(executor)
+        write_json(folder / results.SWEEP_FILE, config.to_dict() | origin | facts)
+        at_once = len(todo) if search is None else len(config.seeds)
+        pace = executor.pace(at_once) if executor else "nothing left to run"
+        what = "runs" if search is None else "runs to choose from"
+        if not config.over:
+            console.print(
+                "Without --over OPTION=VALUE,VALUE, this is one combination of options.",
+                highlight=False,
+                markup=False,
+            )
         console.print(
-            "Without --over OPTION=VALUE,VALUE, this is one combination of options.",
+            f"{len(children)} {what}, {len(children) - len(todo)} of them finished earlier; "
+            f"{pace}\n{_where(place)}",
             highlight=False,
             markup=False,
         )
-    console.print(
-        f"{len(children)} {what}, {len(children) - len(todo)} of them finished earlier; {pace}\n"
-        f"{_where(place)}",
-        highlight=False,
-        markup=False,
-    )
-    if search is None:
-        failures = Pool(todo, shares_of(cores, jobs), console).run()
-    else:
-        assert isinstance(config, SweepConfig)
-        children, failures = _choose(search, config, children, cores, console)
+        failures: list[Failure] = []
+        if search is not None:
+            assert isinstance(config, SweepConfig)
+            children, failures = _choose(search, config, children, executor)
+        elif executor is not None:
+            failures = executor.run(todo)
     place.check()
     _combine(folder, kind, [name for name, _ in _tried(config)])
     finished = [child.config.folder for child in children if child.is_finished]
@@ -367,8 +362,7 @@ def _choose(
     search: "Search",
     config: SweepConfig,
     children: Sequence[Child],
-    cores: Sequence[int],
-    console: Console,
+    executor: Executor | None,
 ) -> tuple[list[Child], list[Failure]]:
     """Runs the combinations that a search chooses; returns all runs of these, and failures."""
     from lottery_ticket_pruner.commands.optuna_search import outcome_of
@@ -378,8 +372,7 @@ def _choose(
     def try_out(values: tuple[str, ...]) -> tuple[float, float] | None:
         own = [child for child in children if child.values == values]
         todo = [child for child in own if not child.is_finished]
-        jobs = min(config.jobs or len(cores), len(todo))
-        found = Pool(todo, shares_of(cores, jobs), console).run()
+        found = executor.run(todo) if executor is not None else []
         failures.extend(found)
         return None if found else outcome_of([child.folder for child in own])
 

@@ -9,11 +9,28 @@ from typing import Any
 from _lottery_ticket.refusals import option, takes_several
 from lottery_ticket_pruner.registry import UnknownNameError
 
+# Options that say where an experiment is executed, and belong to a single call.
+EXECUTION = ("executor", "address", "executor_option", "jobs")
+
 
 def options_of(config: type) -> list[dataclasses.Field[Any]]:
     """Returns the options that a sweep passes on to its runs unchanged."""
-    own = ("seeds", "out", "overwrite", "quiet")
+    own = ("seeds", "out", "overwrite", "quiet", *EXECUTION)
     return [field for field in dataclasses.fields(config) if field.name not in own]
+
+
+def options_given(config: Any, kind: type) -> dict[str, Any]:
+    """Returns the options that a sweep passes on to its runs, and that are not the defaults.
+
+    Args:
+        config: Options of the sweep, which include those of its runs.
+        kind: The class of the latter.
+    """
+    return {
+        field.name: getattr(config, field.name)
+        for field in options_of(kind)
+        if getattr(config, field.name) != field.default
+    }
 
 
 def parse_over(text: str, config: type) -> tuple[str, list[str]]:

@@ -13,7 +13,7 @@ from _lottery_ticket.refusals import option
 from lottery_ticket_pruner import criteria, selection, structures
 from lottery_ticket_pruner.checks import require_extra
 from lottery_ticket_pruner.experiments import datasets, networks, own
-from lottery_ticket_pruner.experiments.arguments import rates_of
+from lottery_ticket_pruner.experiments.arguments import EXECUTION, rates_of
 from lottery_ticket_pruner.experiments.identifiers import identifier_of, resolved
 from lottery_ticket_pruner.fingerprints import of_json
 from lottery_ticket_pruner.registry import UnknownNameError
@@ -92,7 +92,8 @@ class Experiment:
     def to_dict(self) -> dict[str, Any]:
         """Returns the configuration as JSON data."""
         values = dataclasses.asdict(self)  # type: ignore[call-overload]  # Subclasses are ones.
-        del values["overwrite"]  # Belongs to a single call, not to the run.
+        for name in ("overwrite", *EXECUTION):  # These belong to a single call, not to the run.
+            values.pop(name, None)
         return json.loads(json.dumps(values, default=str))
 
 
@@ -382,7 +383,7 @@ def training_plan(config: Any, seed: int) -> TrainingPlan:
 
 def choices(values: dict[str, Any]) -> dict[str, Any]:
     """Returns the values of a configuration that affect the results of a run."""
-    others = ("out", "data_dir", "quiet", "overwrite", "log")
+    others = ("out", "data_dir", "quiet", "overwrite", "log", *EXECUTION)
     return {k: v for k, v in values.items() if k not in others}
 
 

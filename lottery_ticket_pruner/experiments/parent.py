@@ -3,8 +3,7 @@
 import os
 import threading
 
-# Tells a run that its standard input stays open while the sweep that started it is alive.
-PARENT = "LOTTERY_TICKET_ENDS_WITH_STDIN"
+from _lottery_ticket.jobs import PARENT
 
 
 def end_with_parent() -> None:

@@ -17,6 +17,7 @@ from lottery_ticket_pruner.experiments.reports import figures, statistics, table
 from lottery_ticket_pruner.experiments.run_folder import RunFolder
 from lottery_ticket_pruner.experiments.tensorboard import ArmFolders
 from lottery_ticket_pruner.experiments.workbench import compiled_network, make_deterministic
+from lottery_ticket_pruner.experiments.written import SEEDS_FOLDER
 from lottery_ticket_pruner.loggers import RunLogger, SearchLog, opened
 from lottery_ticket_pruner.search_plans import Listeners
 from lottery_ticket_pruner.tickets import SearchData, search
@@ -57,6 +58,11 @@ def run(config: RunConfig, data: datasets.Dataset, console: Console | None = Non
 def _carry_out(
     config: RunConfig, data: datasets.Dataset, folder: RunFolder, console: Console
 ) -> None:
+    if (folder.path / SEEDS_FOLDER).is_dir():
+        raise ValueError(
+            f"The interrupted run in '{folder.path}' was begun with --executor. Resume it with "
+            "this option, or choose another folder with --out."
+        )
     if config.deterministic:
         make_deterministic()
     model = compiled_network(config, data, config.seeds[0])
@@ -76,7 +82,7 @@ def _carry_out(
     rows: list[dict[str, Any]] = []
     failures = SeedFailures()
     with (
-        contextlib.closing(_writer(config, folder)) as written,
+        contextlib.closing(writer(config, folder)) as written,
         _Progress(config, console) as display,
     ):
 
@@ -91,10 +97,13 @@ def _carry_out(
             with failures.seed(seed):
                 _carry_out_seed(config, data, folder, console, model, replicate, record, display)
     failures.check()
-    figure = figures.accuracy_figure(
-        rows,
-        ", ".join(filter(None, (config.data, config.network, config.strategy, config.structure))),
-    )
+    draw(config, rows, folder)
+
+
+def draw(config: RunConfig, rows: list[dict[str, Any]], folder: RunFolder) -> None:
+    """Writes the figure of a run with all its rows."""
+    names = (config.data, config.network, config.strategy, config.structure)
+    figure = figures.accuracy_figure(rows, ", ".join(filter(None, names)))
     results.write_figure(folder.path / "accuracy.png", figure)
 
 
@@ -149,7 +158,8 @@ def _prunes_nothing(config: RunConfig) -> bool:
     return bool(shares) and not any(shares)
 
 
-def _writer(config: RunConfig, folder: RunFolder) -> results.CsvWriter:
+def writer(config: RunConfig, folder: RunFolder) -> results.CsvWriter:
+    """Returns what writes the table of a run, which is begun."""
     more = (results.CHANNELS,) if config.counts_channels else ()
     columns = (*results.COLUMNS, *more, *results.identity(config, 0))
     return results.CsvWriter(folder.path / "results.csv", columns)

@@ -39,6 +39,7 @@ from lottery_ticket_pruner.experiments.results import (
 from lottery_ticket_pruner.experiments.written import (
     EARLIER_STATE,
     REPLACED,
+    SEEDS_FOLDER,
     move_others,
     results_in,
 )
@@ -480,7 +481,8 @@ class RunFolder(Workplace):
 
     def _has_results(self) -> bool:
         lines = complete_lines(self.path / RESULTS_FILE)
-        return len(lines) > 1 or any(self.path.glob("rounds/*/state.json"))
+        states = ("rounds/*/state.json", f"{SEEDS_FOLDER}/*/*/{CONFIG_FILE}")
+        return len(lines) > 1 or any(any(self.path.glob(state)) for state in states)
 
     def _check_that_nothing_is_lost(self) -> None:
         """Refuses files with the names of results in a folder that does not belong to a run."""

@@ -17,11 +17,19 @@ from lottery_ticket_pruner.shares import shares_of
 class Unresolved(Protocol):
     """The interface of an experiment's configuration, which may leave choices open."""
 
-    data: str
-    data_dir: Path | None
-    seeds: tuple[int, ...]
+    @property
+    def data(self) -> str:
+        """Name of the data set."""
 
-    def resolve(self, images: int) -> Self:
+    @property
+    def data_dir(self) -> Path | None:
+        """Folder with its files."""
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Seeds of all replicates."""
+
+    def resolve(self, images: int, /) -> Self:
         """Returns the configuration with all choices made, given the number of images."""
 
 

@@ -12,6 +12,8 @@ from lottery_ticket_pruner.experiments.results import CONFIG_FILE, RESULTS_FILE,
 
 # Marks a folder that another one is about to replace, or has replaced.
 REPLACED = ".replaced"
+# Folder in that of a run with the runs of its seeds, if these are jobs of their own.
+SEEDS_FOLDER = ".seeds"
 # Files that runs of earlier versions of two commands wrote next to their results.
 EARLIER_STATE = "state.json"
 
@@ -23,6 +25,8 @@ _OF_ALL = (
     *map(re.escape, (CONFIG_FILE, SWEEP_FILE, REPLACED)),
     r"output\.log",
     r"optuna\.log(\.lock)?",  # Trials of a sweep.
+    r"\.cluster-[0-9a-f]{8}|\.starts\.json(\.new)?|\.slurm/.*",  # Of sweeps on a cluster.
+    rf"{re.escape(SEEDS_FOLDER)}/.*",
     # Written by `lottery-ticket report`.
     rf"report/(report\.html|tables\.md|results\.csv|{PICTURE})",
     r"(rounds/\d+/)?(\.lock(\.json)?|\.[^/]+\.\d+\.part)",

@@ -1,0 +1,332 @@
+"""Clusters that execute jobs: Ray, Slurm (by submitit) and dask, behind one interface."""
+
+import os
+import shutil
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from _lottery_ticket.jobs import Call, Outcome, execute, execute_on_dask
+from lottery_ticket_pruner.checks import line_of
+
+
+class EngineError(ValueError):
+    """A cluster that cannot be reached, refuses jobs, or whose workers cannot execute them."""
+
+
+class LostError(Exception):
+    """A job whose worker died."""
+
+
+class Engine(Protocol):
+    """The interface of a cluster.
+
+    Attributes:
+        at_once: Number of jobs that are submitted at a time by default. None for all.
+        threads: Number of threads of a job. None if the worker decides.
+        description: What and where it is, for messages.
+        demand: The same with what a job asks for.
+    """
+
+    at_once: int | None
+    threads: int | None
+    description: str
+
+    @property
+    def demand(self) -> str:
+        """What and where it is, with what a job asks for."""
+
+    def open(self) -> None:
+        """Connects to it.
+
+        Raises:
+            EngineError: If that is not possible.
+        """
+
+    def submit(self, call: Call) -> Any:
+        """Submits a job, and returns its handle.
+
+        Raises:
+            EngineError: If the cluster refuses it.
+        """
+
+    def outcome(self, handle: Any) -> Outcome | None:
+        """Returns how a job ended, or None if it has not.
+
+        Raises:
+            LostError: If its worker died.
+            EngineError: If the worker could not execute it.
+        """
+
+    def cancel(self, handle: Any) -> None:
+        """Takes a job from the queue. One that is running ends when the marker is removed."""
+
+    def close(self) -> None:
+        """Ends the connection."""
+
+
+class RayEngine:
+    """Tasks of Ray.
+
+    Args:
+        address: Address of the cluster. None for the one that `RAY_ADDRESS` or Ray on this machine
+            names, or else for one that is started on this machine and ends with the sweep.
+        options: Options of `ray.remote`, such as `num_cpus`.
+    """
+
+    at_once: int | None = None
+
+    def __init__(self, address: str | None, options: Mapping[str, Any]) -> None:
+        self._address = address
+        self._options = {"num_cpus": 1, **options}
+        self.threads: int | None = max(1, int(self._options["num_cpus"]))
+        self.description = "Ray"
+
+    @property
+    def demand(self) -> str:
+        """What and where it is, with what a job asks for."""
+        return f"{self.description}. A job asks for {_listed(self._options)}"
+
+    def open(self) -> None:
+        """Connects to the cluster, or starts one."""
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Nothing is sent unless asked for.
+        import ray
+
+        try:
+            # Without Ray's own retries, which nobody would hear of.
+            self._task = ray.remote(execute).options(max_retries=0, **self._options)
+        except (TypeError, ValueError) as error:
+            raise EngineError(f"--executor-option: {line_of(error)}") from error
+        settings = {"log_to_driver": False, "logging_level": "ERROR"}
+        address = self._address or os.environ.get("RAY_ADDRESS")
+        if address is None:
+            try:
+                ray.init("auto", **settings)
+            except ConnectionError:
+                ray.init(include_dashboard=False, **settings)
+                self.description = "Ray, started on this machine"
+                return
+        else:
+            try:
+                _check_that_somebody_listens(address)
+                ray.init(address, **settings)
+            except (OSError, RuntimeError, ValueError) as error:
+                raise EngineError(
+                    f"There is no Ray cluster at '{address}': {line_of(error)}"
+                ) from error
+        self.description = f"Ray at {ray.get_runtime_context().gcs_address}"
+
+    def submit(self, call: Call) -> Any:
+        """Submits a job, and returns its handle."""
+        return self._task.remote(call)
+
+    def outcome(self, handle: Any) -> Outcome | None:
+        """Returns how a job ended, or None if it has not."""
+        import ray
+
+        done, _ = ray.wait([handle], timeout=0)
+        if not done:
+            return None
+        lost = (
+            ray.exceptions.WorkerCrashedError,
+            ray.exceptions.NodeDiedError,
+            ray.exceptions.OutOfMemoryError,
+            ray.exceptions.ObjectLostError,
+            ray.exceptions.LocalRayletDiedError,
+        )
+        try:
+            return ray.get(handle)
+        except lost as error:
+            raise LostError(line_of(error).partition(". ")[0]) from error
+        except ray.exceptions.RayError as error:
+            raise _not_executed(self, error) from error
+
+    def cancel(self, handle: Any) -> None:
+        """Takes a job from the queue."""
+        import ray
+
+        ray.cancel(handle)
+
+    def close(self) -> None:
+        """Ends the connection."""
+        import ray
+
+        ray.shutdown()
+
+
+class SlurmEngine:
+    """Jobs of Slurm, by submitit.
+
+    Args:
+        folder: Folder for the files by which submitit and its jobs communicate.
+        options: Options of submitit's `AutoExecutor`, such as `slurm_partition`, and its `cluster`.
+    """
+
+    def __init__(self, folder: Path, options: Mapping[str, Any]) -> None:
+        self._folder = folder
+        self._options = {"cpus_per_task": 1, "timeout_min": 24 * 60, **options}
+        self._cluster = self._options.pop("cluster", "slurm")
+        self.threads: int | None = int(self._options["cpus_per_task"])
+        is_local = self._cluster != "slurm"
+        self.at_once: int | None = (os.cpu_count() or 1) if is_local else None
+        self.description = f"submitit's {self._cluster} executor" if is_local else "Slurm"
+
+    @property
+    def demand(self) -> str:
+        """What and where it is, with what a job asks for."""
+        return f"{self.description}. A job asks for {_listed(self._options)}"
+
+    def open(self) -> None:
+        """Finds Slurm."""
+        import submitit
+
+        if self._cluster == "slurm" and not shutil.which("sbatch"):
+            raise EngineError(
+                "There is no Slurm on this machine: sbatch is not found. Start the command on a "
+                "login node. --executor-option cluster=local tries it without Slurm."
+            )
+        try:
+            self._executor = submitit.AutoExecutor(self._folder, cluster=self._cluster)
+            self._executor.update_parameters(**self._options)
+        except (NameError, TypeError, ValueError) as error:
+            raise EngineError(f"--executor-option: {line_of(error)}") from error
+
+    def submit(self, call: Call) -> Any:
+        """Submits a job, and returns its handle."""
+        import submitit
+
+        try:
+            return self._executor.submit(execute, call)
+        except (submitit.core.utils.FailedJobError, OSError, RuntimeError) as error:
+            raise EngineError(f"{self.description} refuses a job: {line_of(error)}") from error
+
+    def outcome(self, handle: Any) -> Outcome | None:
+        """Returns how a job ended, or None if it has not."""
+        from submitit.core.utils import FailedJobError, UncompletedJobError
+
+        if not handle.done():
+            return None
+        try:
+            return handle.result()
+        except FailedJobError as error:
+            raise _not_executed(self, error) from error
+        except UncompletedJobError as error:
+            said = [line for line in (handle.stderr() or "").splitlines() if line.strip()]
+            last = f": {said[-1]}" if said else ""
+            raise LostError(f"job {handle.job_id} is {handle.state}{last}") from error
+
+    def cancel(self, handle: Any) -> None:
+        """Takes a job from the queue."""
+        handle.cancel()
+
+    def close(self) -> None:
+        """Removes the files of jobs that have ended."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+class DaskEngine:
+    """Tasks of dask's distributed scheduler.
+
+    Args:
+        address: Address of the scheduler. None for the one that dask's configuration names
+            (`DASK_SCHEDULER_ADDRESS`), or else for a worker in this process with a thread per core.
+        options: Amounts of the workers' resources that a job needs, such as `GPU=1`.
+    """
+
+    at_once: int | None = None
+    threads: int | None = None
+
+    def __init__(self, address: str | None, options: Mapping[str, Any]) -> None:
+        self._address = address
+        self._resources = dict(options)
+        self.description = "dask"
+
+    @property
+    def demand(self) -> str:
+        """What and where it is, with what a job asks for."""
+        needs = f". A job asks for {_listed(self._resources)}" if self._resources else ""
+        return f"{self.description}{needs}"
+
+    def open(self) -> None:
+        """Connects to the scheduler, or starts one."""
+        import dask
+        import distributed
+
+        address = self._address or dask.config.get("scheduler-address", None)
+        if address is None:
+            # Threads of this process: jobs are processes of their own.
+            self._cluster = distributed.LocalCluster(
+                n_workers=1,
+                threads_per_worker=os.cpu_count() or 1,
+                processes=False,
+                dashboard_address=":0",
+            )
+            self._client = distributed.Client(self._cluster)
+            self.description = "dask, started on this machine"
+            return
+        self._cluster = None
+        try:
+            self._client = distributed.Client(address, timeout="10s")
+        except (OSError, TimeoutError, ValueError) as error:
+            raise EngineError(
+                f"There is no dask scheduler at '{address}': {line_of(error)}"
+            ) from error
+        self.description = f"dask at {address}"
+
+    def submit(self, call: Call) -> Any:
+        """Submits a job, and returns its handle."""
+        return self._client.submit(
+            execute_on_dask, call, pure=False, resources=self._resources or None, retries=0
+        )
+
+    def outcome(self, handle: Any) -> Outcome | None:
+        """Returns how a job ended, or None if it has not."""
+        import distributed
+
+        if handle.status in ("cancelled", "lost"):
+            raise LostError("the scheduler has lost it")
+        if not handle.done():
+            return None
+        try:
+            return handle.result(timeout=30)
+        except distributed.scheduler.KilledWorker as error:
+            raise LostError(line_of(error).partition(". ")[0]) from error
+        except Exception as error:  # Of any kind: that of the worker.
+            raise _not_executed(self, error) from error
+
+    def cancel(self, handle: Any) -> None:
+        """Takes a job from the queue."""
+        handle.cancel()
+
+    def close(self) -> None:
+        """Ends the connection."""
+        self._client.close()
+        if self._cluster is not None:
+            self._cluster.close()
+
+
+def _check_that_somebody_listens(address: str) -> None:
+    """Connects to an address for a moment, because Ray tries for minutes.
+
+    Raises:
+        OSError: If that is not possible.
+    """
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=10).close()
+
+
+def _listed(options: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in options.items())
+
+
+def _not_executed(engine: Engine, error: Exception) -> EngineError:
+    """Returns the error for an exception on a worker, where jobs raise none of their own."""
+    # Ray and submitit put the traceback of the worker in front.
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = lines[-1] if lines else type(error).__name__
+    return EngineError(
+        f"A worker of {engine.description} cannot execute jobs: {said} All workers need the same "
+        "Python environment, with lottery-ticket-pruner in it."
+    )

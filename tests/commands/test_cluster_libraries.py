@@ -1,0 +1,152 @@
+"""Jobs on Ray, submitit's local executor and dask, with workers that die: `tox -e cluster`."""
+
+import io
+import os
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+pytest.importorskip("tyro")
+
+from rich.console import Console
+
+import _lottery_ticket
+from lottery_ticket_pruner.commands import clusters
+from lottery_ticket_pruner.commands.clusters import NotSharedError
+from lottery_ticket_pruner.commands.engines import EngineError
+from lottery_ticket_pruner.commands.executors import executor_of
+from lottery_ticket_pruner.commands.sweep import SweepConfig
+from stand_in_jobs import SCRIPT, interrupt_this_process, is_running, jobs_of, when
+
+pytestmark = pytest.mark.once
+
+PACKAGES = {"ray": "ray", "slurm": "submitit", "dask": "distributed"}
+OPTIONS = {"ray": ("num_cpus=0.5",), "slurm": ("cluster=local",), "dask": ()}
+
+
+@pytest.fixture
+def execute(tmp_path, monkeypatch):
+    """Returns a function that executes stand-ins on the cluster of a library."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+    monkeypatch.setattr(clusters, "COMMAND", (str(tmp_path / "script.py"),))
+    # Workers import the package as this process does.
+    source = str(Path(_lottery_ticket.__file__).parent.parent)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([source, os.environ.get("PYTHONPATH", "")]))
+
+    def run(name, *what, **options):
+        pytest.importorskip(PACKAGES[name])
+        options = {"executor_option": OPTIONS[name], "jobs": 4} | options
+        config = SweepConfig(executor=name, **options)
+        console = Console(file=io.StringIO(), width=120)
+        folder = tmp_path / "sweep"
+        folder.mkdir(exist_ok=True)
+        todo = jobs_of(folder, *what)
+        with executor_of(config, folder, console) as executor:
+            failures = executor.run(todo)
+        return todo, failures, console.file.getvalue()
+
+    return run
+
+
+@pytest.fixture
+def dask_cluster():
+    """The address of a scheduler with a worker in a process of its own."""
+    distributed = pytest.importorskip("distributed")
+    with distributed.LocalCluster(
+        n_workers=1, threads_per_worker=2, dashboard_address=":0"
+    ) as cluster:
+        yield cluster.scheduler_address
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_a_worker_is_killed_and_a_job_fails(execute, name, tmp_path, request):
+    address = request.getfixturevalue("dask_cluster") if name == "dask" else None
+    todo, (failure,), printed = execute(name, "kill worker", "fail", "a", jobs=1, address=address)
+    assert [job.is_done for job in todo] == [True, False, True]
+    assert (failure.child, failure.message) == (todo[1], "this one is bad")
+    assert [len(job.starts) for job in todo] == [2, 1, 1]
+    assert "0: kill worker: its worker died; start 2 of 3" in printed
+    assert "workers died: 1" in printed
+    assert not any(map(is_running, (process for job in todo for process, _ in job.starts)))
+    assert not list(tmp_path.rglob(".*"))
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_an_interruption_leaves_no_job_on_the_cluster(execute, name, tmp_path):
+    (job, _) = jobs_of(tmp_path / "sweep", "wait", "a")
+    when(lambda: job.starts, interrupt_this_process)
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        execute(name, "wait", "a", jobs=1)
+    assert time.monotonic() - started < 120
+    ((process, _),) = job.starts
+    assert not is_running(process)
+    assert not list(tmp_path.glob("sweep/job-1/starts"))
+    assert not list(tmp_path.rglob(".cluster*"))
+
+
+def test_jobs_for_which_there_is_no_room_are_taken_back(execute, tmp_path, monkeypatch):
+    pytest.importorskip("ray")
+    monkeypatch.setattr(clusters, "_SILENCE", 0.1)
+    when((tmp_path / "sweep" / "job-1").exists, interrupt_this_process)
+    with pytest.raises(KeyboardInterrupt):
+        execute("ray", "a", "b", executor_option=("num_cpus=1000",))
+    assert not list(tmp_path.glob("sweep/*/starts"))
+
+
+def test_a_node_of_ray_dies(execute, tmp_path):
+    pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    try:
+        for _ in range(2):
+            cluster.add_node(num_cpus=1)
+        (job,) = jobs_of(tmp_path / "sweep", "wait first")
+
+        def kill_its_node():
+            node = psutil.Process(job.starts[0][1]).parent()
+            assert node.name() == "raylet"
+            node.kill()
+            node.wait(30)  # As long as it is a zombie, Ray's workers take it for alive.
+
+        when(lambda: job.starts, kill_its_node)
+        options = {"address": cluster.address, "executor_option": ()}
+        (job,), failures, printed = execute("ray", "wait first", **options)
+        assert not failures
+        assert job.is_done
+        assert len(job.starts) == 2
+        assert "lost with its worker, and submitted again" in printed
+        assert not is_running(job.starts[0][0])
+    finally:
+        cluster.shutdown()
+
+
+def test_a_worker_of_dask_that_does_not_see_the_folder(execute, dask_cluster, monkeypatch):
+    (job,), failures, _ = execute("dask", "a", address=dask_cluster)
+    assert job.is_done
+    assert not failures
+    monkeypatch.setattr(clusters.os, "getcwd", lambda: "/nowhere")
+    with pytest.raises(NotSharedError, match=f"dask at {dask_cluster}, does not see '/nowhere'"):
+        execute("dask", "b", address=dask_cluster)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("ray", {"address": "127.0.0.1:9"}, "no Ray cluster at '127.0.0.1:9'"),
+        ("dask", {"address": "tcp://127.0.0.1:9"}, "no dask scheduler at 'tcp://127.0.0.1:9'"),
+        ("slurm", {"executor_option": ()}, "sbatch is not found.*cluster=local"),
+        ("slurm", {"executor_option": ("cluster=slrm",)}, "--executor-option: .*slrm"),
+        ("slurm", {"executor_option": ("cluster=local", "gpus=1")}, "--executor-option: .*gpus"),
+        ("ray", {"executor_option": ("gpus=1",)}, "--executor-option: .*gpus"),
+    ],
+)
+def test_what_cannot_be_reached_is_said(execute, name, options, message, monkeypatch):
+    if name == "slurm":
+        monkeypatch.setenv("PATH", os.path.dirname(sys.executable))
+    with pytest.raises(EngineError, match=message):
+        execute(name, "a", **options)
