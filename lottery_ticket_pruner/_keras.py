@@ -19,6 +19,7 @@ from keras.src.backend.common import dtypes
 # Shared by both packages. Nothing else here comes from a private module of the other one.
 from masked_layers._keras import (
     compile_arguments,
+    drawn_apart,
     export_specs,
     flatten,
     input_specs,
@@ -34,6 +35,7 @@ __all__ = [
     "build_loss",
     "compile_arguments",
     "double_precision",
+    "drawn_apart",
     "export_specs",
     "flatten",
     "input_specs",

@@ -33,6 +33,13 @@ def unbuilt_copy(optimizer: keras.Optimizer) -> keras.Optimizer:
     return type(optimizer).from_config(optimizer.get_config())
 
 
+def is_built_for(optimizer: keras.Optimizer, variables: Sequence[keras.Variable]) -> bool:
+    """Returns whether an optimizer is not built, or built for just these variables."""
+    if not optimizer.built:
+        return True
+    return [*map(id, _keras.optimized_variables(optimizer))] == [*map(id, variables)]
+
+
 def reset_optimizer(
     optimizer: keras.Optimizer,
     fresh: keras.Optimizer,

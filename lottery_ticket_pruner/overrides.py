@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import random
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -112,15 +111,11 @@ def attribute_replaced(name: str, values: Sequence[tuple[Any, Any]]) -> Iterator
 
 @contextlib.contextmanager
 def bystanders_kept() -> Iterator[None]:
-    """Restores Python's random state, and hides warnings about models that are only measured.
+    """Leaves Python's random state alone, and hides warnings about models that are only measured.
 
     Layers draw the seeds of their initializers from this state when they are made, and the number
     of models depends on measured times.
     """
-    state = random.getstate()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        random.setstate(state)
+    with _keras.drawn_apart(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -10,9 +10,10 @@ import keras
 import numpy as np
 
 import masked_layers as ml
-from lottery_ticket_pruner import records, selection, zero_hold
+from lottery_ticket_pruner import criteria, records, selection, zero_hold
 from lottery_ticket_pruner.records import is_masked
-from lottery_ticket_pruner.variables import read
+from lottery_ticket_pruner.variables import read, viewed
+from masked_layers.maskable import input_axes
 
 if TYPE_CHECKING:
     from masked_layers import WeightRef
@@ -328,6 +329,37 @@ class PlainPruning(abc.ABC):
         if ref.mask is None:
             return self._masks[position].copy()
         return ref.mask.to_numpy()
+
+    def _kernels(
+        self,
+        prunables: Mapping[int, WeightRef],
+        criterion: criteria.Criterion,
+        *,
+        copies: bool = True,
+    ) -> dict[str, selection.Weights]:
+        """Returns the mask, layout and records of these weights by path, for selection.
+
+        Without `copies`, masks and current weights are only valid until something is assigned.
+        """
+        reads_current = "current" in criterion.needs | criterion.optional
+        value = read if copies else viewed
+
+        def mask(position: int, ref: WeightRef) -> np.ndarray:
+            if copies or ref.mask is None or ref.mask.learned:
+                return self._mask(position, ref)
+            return viewed(ref.mask.value)
+
+        return {
+            self._architecture.paths[position]: selection.Weights(
+                mask=mask(position, ref),
+                output_axes=ref.output_axes,
+                input_axes=input_axes(ref.layer, ref.name),
+                initial=self._initial[position],
+                final=None if self._final is None else self._final[position],
+                current=value(ref.variable) if reads_current else None,
+            )
+            for position, ref in prunables.items()
+        }
 
     def _write_masks(self, model: keras.Model, masks: Mapping[int, np.ndarray]) -> None:
         """Sets masks by position, in the model if it is masked, otherwise in the pruner."""

@@ -39,7 +39,6 @@ from lottery_ticket_pruner.overrides import (
 from lottery_ticket_pruner.records import is_masked
 from lottery_ticket_pruner.variables import read, variable_scope
 from masked_layers.compiled import remake_functions
-from masked_layers.maskable import input_axes
 
 if TYPE_CHECKING:
     from masked_layers import SparsityReport, WeightRef
@@ -92,12 +91,17 @@ class LotteryTicketPruner(plain_models.PlainPruning):
     """
 
     def __init__(self, model: keras.Model) -> None:
+        self._without_records(model)
+        self.set_initial_weights()
+
+    def _without_records(self, model: keras.Model) -> None:
+        """Initializes everything but the initial weights and clocks."""
         super().__init__(model)
         self._final: tuple[np.ndarray, ...] | None = None
         self._final_is_new = False
+        self._timed_optimizer = getattr(model, "optimizer", None)
         self.followed = channels.Followed()
         self.measured_latency, self.stored_bytes, self.multiply_adds = probes.Reached()
-        self.set_initial_weights()
 
     # Records.
 
@@ -442,12 +446,17 @@ class LotteryTicketPruner(plain_models.PlainPruning):
         model = self.model if model is None else model
         criterion = request.criterion
         ml.sync(model)
-        kernels = self._kernels(prunables := self._prunables(model), criterion)
+        # Measurements may change the model for a while, and with it what is only viewed.
+        measured = bool(criterion.evidence) or manner.reconstruct or request.budget is not None
+        kernels = self._kernels(prunables := self._prunables(model), criterion, copies=measured)
         graph = self.followed.of(model, request)
         probe = probes.probe_of(model, graph, request, reconstruct=manner.reconstruct)
         masks, values = one_shot.masks_and_values(
             model, request, kernels, graph, data, manner, self._final, probe
         )
+        notices.of_update(request, kernels, masks)
+        channels.note_limits(request, graph, kernels, masks)
+        del kernels  # It may hold the masks before, whose memory can be used for the new ones.
         self._write_masks(model, {i: masks[self._architecture.paths[i]] for i in prunables})
         channels.leave_out(model, graph, masks)
         for variable, value in values:
@@ -455,8 +464,6 @@ class LotteryTicketPruner(plain_models.PlainPruning):
         self._final_is_new = False
         self._updates += 1
         notices.log_kept(model.name, criterion.name, masks)
-        notices.of_update(request, kernels, masks)
-        channels.note_limits(request, graph, kernels, masks)
         reached = probes.reached(probe, masks)
         self.measured_latency, self.stored_bytes, self.multiply_adds = reached
 
@@ -514,7 +521,8 @@ class LotteryTicketPruner(plain_models.PlainPruning):
                 In that case the model is not changed.
         """
         saved = records.Saved.read(file)
-        pruner = cls(model)
+        pruner = cls.__new__(cls)
+        pruner._without_records(model)  # Which are those of the file.
         shapes = [array.shape for array in saved.initial]
         pruner._architecture.compare(saved.paths, shapes, f"The file {file}", ml.FileContentError)
         masked, paths = pruner._with_masks(model), pruner._architecture.paths
@@ -541,7 +549,9 @@ class LotteryTicketPruner(plain_models.PlainPruning):
         model = self._checked(self.model)
         compiled = getattr(model, "optimizer", None) if optimizer else None
         fresh = optimizers.unbuilt_copy(compiled) if compiled is not None else None
-        before = [read(variable) for variable in model.weights]
+        # A copy of all weights only where the reset may fail.
+        fits = compiled is None or optimizers.is_built_for(compiled, model.trainable_variables)
+        before = [] if fits else [read(variable) for variable in model.weights]
         assign(model.weights, values)
         if compiled is not None:
             # After the weights, because some optimizers initialize slots with copies of them.
@@ -551,7 +561,8 @@ class LotteryTicketPruner(plain_models.PlainPruning):
             try:
                 optimizers.reset_optimizer(compiled, fresh, model.trainable_variables, steps, rates)
             except Exception:
-                assign(model.weights, before)
+                if before:
+                    assign(model.weights, before)
                 raise
 
     def _kernel(self, position: int, ref: WeightRef, seed: int) -> treatments.Kernel:
@@ -576,23 +587,6 @@ class LotteryTicketPruner(plain_models.PlainPruning):
             changed = [m.freeze(frozen[i]) for i, m in masks.items() if m and i in frozen]
         if any(changed):
             remake_functions(self.model)
-
-    def _kernels(
-        self, prunables: Mapping[int, WeightRef], criterion: criteria.Criterion
-    ) -> dict[str, selection.Weights]:
-        """Returns the mask, layout and records of these weights by path, for selection."""
-        reads_current = "current" in criterion.needs | criterion.optional
-        return {
-            self._architecture.paths[position]: selection.Weights(
-                mask=self._mask(position, ref),
-                output_axes=ref.output_axes,
-                input_axes=input_axes(ref.layer, ref.name),
-                initial=self._initial[position],
-                final=None if self._final is None else self._final[position],
-                current=read(ref.variable) if reads_current else None,
-            )
-            for position, ref in prunables.items()
-        }
 
     def _require_masked(self, method: str) -> None:
         records.check_binary_masks(self.model, method)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import random
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -22,10 +23,13 @@ from keras.src.backend.common.stateless_scope import get_stateless_scope, in_sta
 from keras.src.backend.common.variables import AutocastScope
 from keras.src.layers.rnn.conv_lstm import ConvLSTMCell as ConvLSTMCell
 from keras.src.models.functional import Functional
+from keras.src.random import seed_generator
 from keras.src.utils.naming import to_snake_case as to_snake_case
 
 # A second thread in `same_draws` would mistake the replacement for Keras' method.
 _drawing = threading.RLock()
+
+_thread = threading.local()
 
 
 def is_functional(layer: keras.layers.Layer) -> bool:
@@ -208,6 +212,38 @@ def same_draws() -> Iterator[None]:
             yield
         finally:
             generator.next = real
+
+
+class _Numbers:
+    """Stands for the module `random` in Keras."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(getattr(_thread, "numbers", random), name)
+
+
+@contextlib.contextmanager
+def drawn_apart() -> Iterator[None]:
+    """Lets the block make objects that draw their seeds without advancing the global generator.
+
+    The seeds are those that they would draw otherwise. It is for objects whose values are replaced.
+    Keras draws a seed for every layer that is made without one, from Python's global generator, and
+    has no other source. To restore the state of this generator afterwards would repeat seeds that
+    another thread has drawn in the meantime, so that two of its layers would start with equal
+    weights. Other threads draw as before.
+    """
+    if not isinstance(seed_generator.python_random, _Numbers):
+        seed_generator.python_random = _Numbers()
+    outer = getattr(_thread, "numbers", None)
+    numbers = random.Random()
+    numbers.setstate(random.getstate() if outer is None else outer.getstate())
+    _thread.numbers = numbers
+    try:
+        yield
+    finally:
+        if outer is None:
+            del _thread.numbers
+        else:
+            _thread.numbers = outer
 
 
 def own_variables(layer: keras.layers.Layer) -> list[keras.Variable]:

@@ -58,7 +58,10 @@ def copy_model(model: keras.Model, *, dtype: str | None = None) -> keras.Model:
                 "Move the operation into a custom layer that contains the layer of the variable."
             )
     names = in_use_by_name(model)
-    with as_in_use(model):
+    # Layers that are not built yet draw their weights later, and every copy others.
+    whole = all(layer.built for _, layer in walk(model))
+    apart = _keras.drawn_apart() if whole else contextlib.nullcontext()
+    with as_in_use(model), apart:
         try:
             try:
                 copy, compile_config = _made_again(model, dtype)

@@ -205,13 +205,14 @@ def set_masks(model: Layer, masks: Mapping[str, Any]) -> None:
                 f"The mask of '{path}' must be of dtype bool or contain only 0 and 1. "
                 f"Received: dtype {array.dtype}, values from {array.min()} to {array.max()}"
             )
-        values[path] = array.astype(bool)
+        values[path] = array.astype(bool, copy=False)
     workers.check_outside_replicas("set_masks")
     for path in [*values][:1]:
         workers.check_agreement(refs[path].mask.value, values.values(), "masks")
     _keras.sync(model)
     for path, value in values.items():
-        refs[path].mask.value.assign(value)
+        # A copy, one at a time: backends may use the memory of an array that is assigned.
+        refs[path].mask.value.assign(np.array(value, dtype=bool))
 
 
 def set_rescale(model: Layer, rescale: bool | Mapping[str, bool]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -48,7 +49,9 @@ class LearnedMask(Mask):
     def __init__(
         self, *, initializer: Any, rescale: bool = False, seed: int | None = None, **kwargs: Any
     ) -> None:
-        super().__init__(initializer=initializer, rescale=rescale, **kwargs)
+        # With a seed, `build` replaces the one that an initializer given by name draws.
+        with contextlib.nullcontext() if seed is None else _keras.drawn_apart():
+            super().__init__(initializer=initializer, rescale=rescale, **kwargs)
         self.seed = seed
         self.seed_generator = keras.random.SeedGenerator(seed)
 

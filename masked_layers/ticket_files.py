@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import tempfile
@@ -81,7 +82,8 @@ def save_ticket(
     config = _keras_configs.serialize(model)
     config.pop("compile_config", None)
     try:
-        _make(config, entries, every=not signs_only, keep=False)
+        with _keras.drawn_apart():
+            _make(config, entries, every=not signs_only, keep=False)
     except Exception as error:  # Layers may raise any error.
         raise UnsuitableModelError(
             f"'{model.name}' cannot be saved as a ticket, because Keras cannot make the same model "
@@ -159,8 +161,11 @@ def _read(path: str | os.PathLike[str]) -> Ticket:
 
 
 def _model_of(ticket: Ticket, path: str | os.PathLike[str]) -> keras.Model:
+    # With signs only, the weights are those that the layers draw.
+    apart = contextlib.nullcontext() if ticket.signs_only else _keras.drawn_apart()
     try:
-        model, state = _make(ticket.config, ticket.entries, every=not ticket.signs_only)
+        with apart:
+            model, state = _make(ticket.config, ticket.entries, every=not ticket.signs_only)
     except Exception as error:  # Layers may raise any error.
         raise FileContentError(
             f"The model in '{path}' cannot be made from its config: {_reason(error)} Custom "

@@ -20,6 +20,7 @@ import safetensors.numpy
 from masked_layers.packing import pack as pack_bits
 from masked_layers.packing import unpack as unpack_bits
 from masked_layers.streams import (
+    CHUNK,
     SKIP,
     deflated,
     dtype_of,
@@ -116,10 +117,18 @@ def pack(ticket: Ticket) -> bytes:
 
 
 def _gaps(entries: Iterable[Entry]) -> np.ndarray:
-    flat = np.concatenate([entry.kept.ravel() for entry in entries if entry.kept is not None])
-    positions = np.flatnonzero(flat)
-    last = int(positions[-1]) if len(positions) else -1
-    return gaps_between(positions, behind=len(flat) - 1 - last)
+    """Returns the gaps between kept entries, in all masks as if these were one."""
+    parts, left_out = [], 0  # The number of entries since the last kept one.
+    for entry in entries:
+        flat = np.empty(0, bool) if entry.kept is None else entry.kept.ravel()
+        for start in range(0, flat.size, CHUNK):  # Positions need 8 times the memory of a mask.
+            part = flat[start : start + CHUNK]
+            positions = np.flatnonzero(part)
+            if len(positions):
+                parts.append(gaps_between(positions + left_out))
+                left_out = -1 - int(positions[-1])
+            left_out += part.size
+    return np.concatenate([*parts, gaps_between(np.empty(0, int), behind=left_out)])
 
 
 def _packed_values(entries: Iterable[Entry]) -> dict[str, bytes]:
@@ -132,9 +141,13 @@ def _packed_values(entries: Iterable[Entry]) -> dict[str, bytes]:
             parts.setdefault(entry.frozen.dtype.name, ([], []))[0].append(entry.frozen)
     packed = {}
     for name, both in parts.items():
-        planes = [planes_of(np.concatenate(arrays)) for arrays in both if arrays]
-        streams = [part.tobytes() for plane in zip(*planes, strict=True) for part in plane]
-        packed[f"values/{name}"] = deflated(streams)
+        planes = (
+            b"".join(planes_of(array)[number].tobytes() for array in arrays)
+            for number in range(dtype_of(name).itemsize)
+            for arrays in both
+            if arrays
+        )
+        packed[f"values/{name}"] = deflated(planes)  # One after the other, to save memory.
     return packed
 
 

@@ -12,8 +12,11 @@ from lottery_ticket_pruner import criteria, structures
 from lottery_ticket_pruner.selection.amounts import drop_count
 from lottery_ticket_pruner.selection.lowest import (
     NAN,
+    Chain,
+    Flags,
     Scores,
     check_drop,
+    count,
     drop_lowest,
     drop_up_to,
 )
@@ -100,10 +103,10 @@ class _Comparison:
 
     def prune(self, amount: Mapping[str, Any], *, again: bool = False) -> dict[str, np.ndarray]:
         """Returns the new mask of each kernel."""
-        alive = int(np.count_nonzero(self._alive))
+        alive = count(self._alive)
         drop = drop_count(self._alive.size, alive, where=self._where, unit=self._unit, **amount)
         if drop == 0:
-            kept = self._alive.copy()
+            kept = np.array(self._alive)
         else:
             try:
                 kept = self._drop_again(drop, alive) if again else self._drop(drop)
@@ -124,6 +127,7 @@ class _Comparison:
         return self._scores(drop)
 
     def _drop_again(self, drop: int, alive: int) -> np.ndarray:
+        self._alive = np.asarray(self._alive)
         scores, ordered, rng = self._ranking
         return drop_up_to(ordered[drop - 1], scores, self._alive, alive - drop, copy.deepcopy(rng))
 
@@ -131,14 +135,17 @@ class _Comparison:
     def _ranking(self) -> tuple[np.ndarray, np.ndarray, np.random.Generator]:
         scores = self._scores(None)
         check_drop(scores, self._alive, 0)
-        ordered = np.sort(scores[self._alive])
+        ordered = np.sort(scores[np.asarray(self._alive)])
         if np.isnan(ordered[-1]):
             raise ValueError(NAN)
         return scores, ordered, self._rng
 
-    def _flags(self) -> np.ndarray:
+    def _flags(self) -> Flags:
         """Returns a flag for each weight or tile, True if it is still kept."""
-        return joined([kernel.mask for kernel in self._kernels])
+        masks = [kernel.mask for kernel in self._kernels]
+        if self._criterion.elementwise:  # Its scores are read in parts, and so are the masks.
+            return Chain([joined([mask]) for mask in masks])
+        return joined(masks)
 
     def _scores(self, drop: int | None) -> np.ndarray:
         """Returns a score for each weight or tile.
@@ -146,16 +153,13 @@ class _Comparison:
         Args:
             drop: Number of weights to prune, which some criteria use.
         """
-        return weight_scores(
-            self._criterion, self._kernels, self._rng, drop, self._where, self._alive
-        )
+        # Without joined masks where scores are read in parts, which need none.
+        mask = None if isinstance(self._alive, Chain) else self._alive
+        return weight_scores(self._criterion, self._kernels, self._rng, drop, self._where, mask)
 
     def _spread(self, kept: np.ndarray) -> Iterator[np.ndarray]:
         """Yields the masks of the kernels, given which weights or tiles are kept."""
         yield from parted(kept, self._kernels)
-
-    def _joined_masks(self) -> np.ndarray:
-        return joined([kernel.mask for kernel in self._kernels])
 
 
 class _Given(_Comparison):

@@ -1,13 +1,12 @@
 """Computes the scores of weights by a criterion."""
 
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
 
 from lottery_ticket_pruner import criteria
-from lottery_ticket_pruner.selection.lowest import CHUNK, read_all
+from lottery_ticket_pruner.selection.lowest import CHUNK, Chain, read_all
 from lottery_ticket_pruner.selection.weights import HOW_TO_RECORD, Weights, joined, records_of
 
 
@@ -112,33 +111,16 @@ class ChunkedScores:
             {name: joined([array]) for name, array in records_of(kernel).items()}
             for kernel in kernels
         ]
-        self._ends = np.cumsum([mask.size for mask in self._masks])
+        self._chain = Chain(self._masks)
         arrays = [array for records in self._records for array in records.values()]
         self.dtype = np.result_type(np.float32, *arrays)
-        self.shape = (int(self._ends[-1]),)
+        self.shape = self._chain.shape
         if not self.in_threads and (len(kernels) > 1 or self.shape[0] > CHUNK):
             self._check()
 
     def __getitem__(self, key: slice | np.ndarray) -> np.ndarray:
         """Returns the scores of a range without a step, or of positions in ascending order."""
-        if not isinstance(key, slice):
-            numbers = np.searchsorted(key, [0, *self._ends])
-            parts = [key[first:last] for first, last in itertools.pairwise(numbers)]
-            return self._of([part - end for part, end in zip(parts, self._starts, strict=True)])
-        first, last, _ = key.indices(self.shape[0])
-        return self._of(
-            [
-                slice(max(0, first - start), max(0, min(last, end) - start))
-                for start, end in zip(self._starts, self._ends, strict=True)
-            ]
-        )
-
-    @property
-    def _starts(self) -> list[int]:
-        return [0, *self._ends[:-1].tolist()]
-
-    def _of(self, keys: Sequence[slice | np.ndarray]) -> np.ndarray:
-        """Returns the scores of parts of the kernels."""
+        keys = self._chain.keys(key)
         found = [
             self._scored(mask[key], {name: array[key] for name, array in records.items()})
             for key, mask, records in zip(keys, self._masks, self._records, strict=True)
@@ -165,8 +147,9 @@ class ChunkedScores:
     def _check(self) -> None:
         """Scores a few weights of all kernels together and in parts, and compares the scores."""
         some = np.random.default_rng(0).integers(self.shape[0], size=_CHECKED)
-        owners = np.searchsorted(self._ends, some, side="right")
-        places = some - np.asarray(self._starts)[owners]
+        ends = np.cumsum([mask.size for mask in self._masks])
+        owners = np.searchsorted(ends, some, side="right")
+        places = some - np.array([0, *ends])[owners]
         pairs = list(zip(owners.tolist(), places.tolist(), strict=True))
         mask = np.array([self._masks[owner][place] for owner, place in pairs])
         records = {

@@ -227,6 +227,7 @@ def _smaller_model(model: keras.Model, steps: int, batch_size: int) -> _SmallerM
     return smaller
 
 
+@_keras.drawn_apart()
 def _built(
     model: keras.Model,
     layers: list[keras.layers.Layer],

@@ -131,9 +131,11 @@ def assemble(header: Sequence[Mapping[str, Any]], streams: Sequence[bytes]) -> b
             "allowed. Use several files."
         )
     text = zlib.compress(plain, 9)
-    body = b"".join([text, *streams])
+    checksum = zlib.crc32(text)
+    for stream in streams:
+        checksum = zlib.crc32(stream, checksum)
     version = _VERSIONS[any("coding" in block for block in header)]
-    return _PRELUDE.pack(_MAGIC, version, len(text), zlib.crc32(body)) + body
+    return b"".join([_PRELUDE.pack(_MAGIC, version, len(text), checksum), text, *streams])
 
 
 def blocks(data: bytes) -> list[Block]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import functools
+import gc
 import logging
 import numbers
 import os
@@ -33,8 +34,8 @@ from masked_layers.serving.folder import CONTENTS, check_replaceable
 from masked_layers.serving.report import FILE, StorageReport, StorageRow, file_sizes
 from masked_layers.serving.samples import samples_of
 from masked_layers.serving.stored_values import CHOICES, Stored, fewest_bits, stored, too_large
-from masked_layers.serving.tracing import effective_values, trace
-from masked_layers.serving.verification import error_with, verify
+from masked_layers.serving.tracing import EffectiveValues, trace, values_of
+from masked_layers.serving.verification import error_with, expected, verify
 
 logger = logging.getLogger(__name__)
 
@@ -134,20 +135,19 @@ def export_sparse_saved_model(
     workers.check_outside_scope("export_sparse_saved_model")
     path = Path(path).resolve()  # Behind a link, the folder is replaced and not the link.
     check_replaceable(path)
-    arrays = {name: _canonical(name, x) for name, x in effective_values(model).items()}
-    allowed = _included(include, arrays)
-    traced = trace(model, arrays, input_signature)
+    given = EffectiveValues(model, _canonical)
+    allowed = _included(include, given)
+    traced = trace(model, given, input_signature)
     import tensorflow as tf  # `trace` explains an error if it is missing.
 
     arguments = samples_of(model, traced.signature, sample_inputs)
     samples = keras.tree.map_structure(tf.convert_to_tensor, arguments)
-    arrays = {name: arrays[name] for name in traced.variables}
     exact = {
-        name: replace(_exact(array, name in allowed), trainable=traced.variables[name].trainable)
-        for name, array in arrays.items()
+        name: replace(_exact(values_of(x), name in allowed), trainable=x.trainable)
+        for name, x in traced.variables.items()
     }
+    measure = functools.partial(error_with, traced, samples)
     if values == "codebook" and tolerance is not None:
-        measure = functools.partial(error_with, traced, samples)
         weights = fewest_bits(exact, allowed, measure, tolerance)
     else:
         weights = {
@@ -155,20 +155,23 @@ def export_sparse_saved_model(
             for name, weight in exact.items()
         }
     pack = _packed(weights, level)
-    expected = {name: weight.values for name, weight in weights.items()}
-    given = sample_inputs is not None
+    contents = ((name, weight.values) for name, weight in weights.items())
+    wanted = expected(model, traced, contents, samples, given=sample_inputs is not None)
+    keep_saver = bool(traced.resources) or any(w.content is None for w in weights.values())
+    rows = _rows(weights, pack)
+    dense_nbytes = sum(weight.array.nbytes for weight in weights.values())
     with files.scratch_folder(path, CONTENTS) as scratch, _literal(scratch) as folder:
         graph.write(folder, traced, pack)
-        keep_saver = bool(traced.resources) or any(w.content is None for w in weights.values())
         compaction.compact(folder, traced.prefix, pack, keep_saver=keep_saver)
-        error = verify(
-            folder, model, traced, expected, samples, given=given, exact=values == "float32"
-        )
+        # Of a large model, memory has no room for these and for the loaded folder.
+        del traced, exact, weights, contents, pack, measure
+        gc.collect()
+        error = verify(folder, wanted, samples, exact=values == "float32")
         if tolerance is not None and not (error is not None and error <= tolerance):
             raise RuntimeError(too_large(error, tolerance, values))
         report = StorageReport(
-            rows=_rows(weights, pack),
-            dense_nbytes=sum(array.nbytes for array in arrays.values()),
+            rows=rows,
+            dense_nbytes=dense_nbytes,
             files=file_sizes(folder),
             values=values,
             output_error=error,

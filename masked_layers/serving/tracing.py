@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -40,26 +40,69 @@ class Traced:
     resources: list[Any]
 
 
+class EffectiveValues(Mapping[str, np.ndarray]):
+    """The effective values of all variables by path, without the masks, computed when read.
+
+    Args:
+        model: A model.
+        finish: Function of a path and an array, whose result is taken. Default: the array.
+
+    Raises:
+        ValueError: If a mask is learned, or leaves channels out of a normalization.
+    """
+
+    def __init__(
+        self, model: keras.Model, finish: Callable[[str, np.ndarray], np.ndarray] | None = None
+    ) -> None:
+        _keras.sync(model)
+        check_no_channel_left_out(model)
+        for ref in weight_refs(model):
+            if ref.mask is not None and ref.mask.learned:
+                raise ValueError(
+                    f"The mask of '{ref.path}' is learned. Call `masked_layers.harden(model)` "
+                    "first and export the model that it returns."
+                )
+        self._state = state_variables(model)
+        self._finish = finish
+
+    def __getitem__(self, path: str) -> np.ndarray:
+        """Returns a copy of the values of a variable."""
+        variable, mask = self._state[path]
+        value = variable if mask is None else mask.apply(variable)
+        array = np.array(keras.ops.convert_to_numpy(value))
+        return array if self._finish is None else self._finish(path, array)
+
+    def __iter__(self) -> Iterator[str]:
+        """Returns an iterator over the paths."""
+        return iter(self._state)
+
+    def __len__(self) -> int:
+        """Returns the number of variables."""
+        return len(self._state)
+
+
 def effective_values(model: keras.Model) -> dict[str, np.ndarray]:
     """Returns the effective values of all variables by path, without the masks themselves.
 
     Raises:
         ValueError: If a mask is learned, or leaves channels out of a normalization.
     """
-    _keras.sync(model)
-    check_no_channel_left_out(model)
-    for ref in weight_refs(model):
-        if ref.mask is not None and ref.mask.learned:
-            raise ValueError(
-                f"The mask of '{ref.path}' is learned. Call `masked_layers.harden(model)` first "
-                "and export the model that it returns."
-            )
-    return {
-        path: np.array(
-            keras.ops.convert_to_numpy(variable if mask is None else mask.apply(variable))
-        )
-        for path, (variable, mask) in state_variables(model).items()
-    }
+    return dict(EffectiveValues(model))
+
+
+def values_of(variable: tf.Variable) -> np.ndarray:
+    """Returns the value that a variable has now, without a copy if NumPy has its type."""
+    import tensorflow as tf
+
+    try:
+        return np.asarray(memoryview(tf.convert_to_tensor(variable)))
+    except ValueError:  # bfloat16, for example
+        return variable.numpy()
+
+
+def bytes_of(array: np.ndarray) -> memoryview:
+    """Returns the bytes of an array, in C order, without a copy if they have this order."""
+    return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
 
 
 def trace(
@@ -73,7 +116,8 @@ def trace(
 
     Args:
         model: A built model, plain or masked.
-        values: The values that `effective_values(model)` returned.
+        values: The values of `effective_values(model)`, or `EffectiveValues(model)`, of which one
+            is read at a time.
         input_signature: Same as in `keras.Model.export`.
 
     Raises:
@@ -104,7 +148,7 @@ def trace(
     digest = hashlib.sha256(model.name.encode())
     for path, value in values.items():
         digest.update(f"{path}{value.dtype}{value.shape}".encode())
-        digest.update(value.tobytes())
+        digest.update(bytes_of(value))
     prefix = digest.hexdigest()[:10]
     with tf.device("CPU"):
         variables = {

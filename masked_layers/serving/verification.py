@@ -2,57 +2,59 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
 
-from masked_layers.serving.tracing import Traced
+from masked_layers.serving.tracing import Traced, bytes_of, values_of
 
 
-def verify(
-    folder: Path,
+@dataclass(frozen=True, eq=False)
+class Expected:
+    """What an exported folder should contain and compute.
+
+    It holds no weights, so that those of a large model can be freed before the folder is loaded.
+
+    Attributes:
+        weights: Digests of the weights by path, in the order of the variables in the folder.
+        truth: Outputs of the model.
+        dense: Outputs of the function that was exported.
+        dtypes: Names of the dtypes whose rounding explains differences of outputs.
+    """
+
+    weights: Mapping[str, bytes]
+    truth: Sequence[np.ndarray]
+    dense: Sequence[np.ndarray]
+    dtypes: frozenset[str]
+
+
+def expected(
     model: keras.Model,
     traced: Traced,
-    expected: Mapping[str, np.ndarray],
+    weights: Iterable[tuple[str, np.ndarray]],
     samples: list[Any],
     *,
     given: bool,
-    exact: bool,
-) -> float | None:
-    """Compares an exported folder with its model.
+) -> Expected:
+    """Computes what an exported folder should contain and compute.
 
     Args:
-        folder: Folder of the SavedModel.
-        model: Model that was exported.
-        traced: Function that was exported.
-        expected: Weights that the folder should contain, by path.
+        model: Model that is exported.
+        traced: Function that is exported.
+        weights: Paths and values of the weights that the folder should contain.
         samples: Positional arguments for the calls.
         given: Whether the user chose the samples.
-        exact: Whether all values were stored exactly.
-
-    Returns:
-        The largest absolute difference between the outputs of the folder and the dense function,
-        relative to the largest absolute output, or None if no output is finite.
 
     Raises:
-        RuntimeError: If a weight differs in any bit, or outputs differ by more than rounding.
         ValueError: If the model cannot be called on the samples.
     """
-    import ml_dtypes
-    import tensorflow as tf
-
-    loaded = tf.saved_model.load(str(folder))
-    for (name, value), variable in zip(expected.items(), loaded.variables, strict=True):
-        if variable.numpy().tobytes() != value.tobytes():
-            raise RuntimeError(
-                f"Weight '{name}' loaded from the SavedModel differs from the value that was "
-                "written. Nothing was changed at the target path; please report this."
-            )
-
+    digests = {name: _digest(value) for name, value in weights}
     with keras.StatelessScope():
         inputs = samples
         if keras.backend.backend() != "tensorflow":
@@ -69,12 +71,48 @@ def verify(
                 f"default free dimensions. Pass `sample_inputs` that it accepts. {error}"
             ) from error
     dense = [x.numpy() for x in keras.tree.flatten(traced.function(*samples))]
+    dtypes = frozenset({model.compute_dtype, *(x.dtype.name for x in truth)})
+    return Expected(digests, truth, dense, dtypes)
+
+
+def _digest(array: np.ndarray) -> bytes:
+    about = f"{array.dtype.name}{array.shape}".encode()
+    return hashlib.sha256(about + hashlib.sha256(bytes_of(array)).digest()).digest()
+
+
+def verify(folder: Path, expected: Expected, samples: list[Any], *, exact: bool) -> float | None:
+    """Compares an exported folder with its model.
+
+    Args:
+        folder: Folder of the SavedModel.
+        expected: What it should contain and compute.
+        samples: The positional arguments with which this was computed.
+        exact: Whether all values were stored exactly.
+
+    Returns:
+        The largest absolute difference between the outputs of the folder and the dense function,
+        relative to the largest absolute output, or None if no output is finite.
+
+    Raises:
+        RuntimeError: If a weight differs in any bit, or outputs differ by more than rounding.
+    """
+    import ml_dtypes
+    import tensorflow as tf
+
+    loaded = tf.saved_model.load(str(folder))
+    for (name, digest), variable in zip(expected.weights.items(), loaded.variables, strict=True):
+        if _digest(values_of(variable)) != digest:
+            raise RuntimeError(
+                f"Weight '{name}' loaded from the SavedModel differs from the value that was "
+                "written. Nothing was changed at the target path; please report this."
+            )
+    truth, dense = expected.truth, expected.dense
     sparse = [x.numpy() for x in keras.tree.flatten(loaded.serve(*samples))]
 
     # Graphs fuse ops, so their rounding differs from that of a model called op by op. This
     # tolerance distinguishes wrong weights from rounding; the weights themselves are compared bit
     # for bit.
-    dtypes = {model.compute_dtype, *(x.dtype.name for x in truth)}
+    dtypes = expected.dtypes
     floats = [tf.as_dtype(name) for name in dtypes if tf.as_dtype(name).is_floating]
     tolerance = max((float(ml_dtypes.finfo(d.as_numpy_dtype).eps) for d in floats), default=0.0)
     for kind, got, wanted in (("Traced", dense, truth), ("Exported", sparse, dense)):

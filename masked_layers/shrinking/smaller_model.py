@@ -25,7 +25,7 @@ from typing import Any, Literal, overload
 import keras
 import numpy as np
 
-from masked_layers import _keras_configs
+from masked_layers import _keras, _keras_configs
 from masked_layers.conversion import strip_weight_masks
 from masked_layers.copying import as_in_use, copy_assets, in_use_by_name
 from masked_layers.inspection import channel_refs
@@ -133,6 +133,7 @@ def shrink(
 ) -> tuple[keras.Model, ShrinkReport]: ...
 
 
+@_keras.drawn_apart()
 def shrink(
     model: keras.Model, *, return_report: bool = False, keep_masks: bool = False
 ) -> keras.Model | tuple[keras.Model, ShrinkReport]:

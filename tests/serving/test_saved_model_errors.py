@@ -147,12 +147,12 @@ def test_a_mismatch_raises_and_keeps_the_existing_folder(damage, old, tmp_path, 
         message = "Weight 'dense/kernel' loaded from the SavedModel differs"
     else:
         # A trace that computes something other than the model.
-        values = saved_model.effective_values
+        values = saved_model.EffectiveValues
 
-        def wrong(model):
-            return {name: value * 2 for name, value in values(model).items()}
+        def wrong(model, finish):
+            return {name: value * 2 for name, value in values(model, finish).items()}
 
-        monkeypatch.setattr(saved_model, "effective_values", wrong)
+        monkeypatch.setattr(saved_model, "EffectiveValues", wrong)
         message = "Traced outputs differ from the model's by"
     with pytest.raises(RuntimeError, match=message):
         export_sparse_saved_model(model, tmp_path / "out")

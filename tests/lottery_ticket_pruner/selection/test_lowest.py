@@ -108,6 +108,23 @@ def test_a_misleading_sample_changes_no_result(bounds, sampled, monkeypatch):
     np.testing.assert_array_equal(kept, scores > np.sort(scores)[1499])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_bits_are_counted_where_a_sample_decides_nothing(dtype, sampled, monkeypatch):
+    """With masks in parts, as those of several kernels."""
+    monkeypatch.setattr(lowest, "_bounds", lambda *args: None)
+    rng = np.random.default_rng(0)
+    for scores in (rng.standard_normal(3001), rng.integers(-3, 4, 3001) / 3, -np.zeros(3001)):
+        scores = scores.astype(dtype)
+        scores[::7], scores[1::7], scores[2::7] = -np.inf, np.inf, 0.0
+        mask = rng.random(scores.size) < 0.7
+        chain = lowest.Chain(np.split(mask, [5, 5, 1400]))
+        for drop in (1, 400, 1000, int(mask.sum())):
+            kept = drop_lowest(scores, chain, drop, np.random.default_rng(2))
+            np.testing.assert_array_equal(kept, partitioned(scores, mask, drop, monkeypatch))
+    with pytest.raises(ValueError, match="NaN"):
+        drop_lowest(np.append(scores, np.nan).astype(dtype), np.ones(3002, bool), 9, rng)
+
+
 def test_nan_is_found_among_many_scores(sampled):
     scores = np.random.default_rng(0).standard_normal(3000)
     scores[2345] = np.nan
