@@ -26,6 +26,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 # With oneDNN, TensorFlow keeps freed memory for itself, which would hide what a step holds.
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
@@ -158,7 +159,7 @@ class Study:
     def __init__(self, weights: int, count: int, folder: Path) -> None:
         self.weights, self.count, self.folder = weights, count, folder
         self.model: keras.Model = None
-        self.pruner: ltp.LotteryTicketPruner = None
+        self.pruner: Any = None
         self.faults: list[str] = []
 
     def steps(self) -> dict[str, Callable[[], None]]:

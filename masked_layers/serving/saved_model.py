@@ -163,9 +163,8 @@ def export_sparse_saved_model(
     with files.scratch_folder(path, CONTENTS) as scratch, _literal(scratch) as folder:
         graph.write(folder, traced, pack)
         compaction.compact(folder, traced.prefix, pack, keep_saver=keep_saver)
-        # Of a large model, memory has no room for these and for the loaded folder.
         del traced, exact, weights, contents, pack, measure
-        gc.collect()
+        gc.collect()  # A large model and the loaded folder may not fit into memory together.
         error = verify(folder, wanted, samples, exact=values == "float32")
         if tolerance is not None and not (error is not None and error <= tolerance):
             raise RuntimeError(too_large(error, tolerance, values))

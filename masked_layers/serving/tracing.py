@@ -102,7 +102,7 @@ def values_of(variable: tf.Variable) -> np.ndarray:
 
 def bytes_of(array: np.ndarray) -> memoryview:
     """Returns the bytes of an array, in C order, without a copy if they have this order."""
-    return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def trace(
