@@ -71,6 +71,7 @@ from masked_layers.shrinking import (
     shrink,
 )
 from masked_layers.ticket_files import load_ticket, save_ticket
+from masked_layers.torch_processes import broadcast_state
 from masked_layers.torchscript import (
     AcceleratedModel,
     KernelRow,
@@ -131,6 +132,7 @@ __all__ = [
     "TorchReport",
     "WeightRef",
     "accelerate",
+    "broadcast_state",
     "channel_families",
     "channel_refs",
     "convert_to_masked",

@@ -174,9 +174,29 @@ def match_layout(variable: keras.Variable, like: keras.Variable) -> None:
         with torch.no_grad():
             ordered = torch.empty_like(like.value, dtype=variable.value.dtype)
             variable.value.data = ordered.copy_(variable.value.data)
-    elif getattr(like, "_layout", None) is not None:
-        variable._layout = like._layout
-        variable.assign(variable.value)
+    else:
+        match_devices(variable, like)
+
+
+def match_devices(variable: keras.Variable, like: keras.Variable) -> None:
+    """Spreads `variable` over devices as `like`, under `keras.distribution` on JAX.
+
+    A layout is chosen when a variable is created, by its path and the current distribution. The
+    variables of a copy have other paths, and the copy may be made outside the scope.
+
+    Args:
+        variable: Variable to lay out.
+        like: Variable of the same shape.
+    """
+    layout = getattr(like, "_layout", None)
+    if layout is None and keras.backend.backend() == "jax" and like._value is None:
+        # It is made later, as all variables of a ticket: its layout is chosen then.
+        distribution = keras.distribution.distribution()
+        layout = None if distribution is None else distribution.get_variable_layout(like)
+    if layout is not None and layout is not variable._layout:
+        variable._layout = layout
+        if variable._value is not None:
+            variable.assign(variable.value)
 
 
 def refresh_parameters(layer: keras.layers.Layer) -> None:

@@ -94,6 +94,10 @@ def copy_model(model: keras.Model, *, dtype: str | None = None) -> keras.Model:
                     f"same way: {error}\nPass `inplace=True` to change the model itself."
                 ) from error
             _copy_optimizer(model, copy)
+            # Losses and metrics are created in the scope of the copy, the others as in the model.
+            for old, new in zip(model.metrics_variables, copy.metrics_variables, strict=False):
+                if old.shape == new.shape:
+                    _keras.match_devices(new, old)
     return copy
 
 
@@ -209,6 +213,7 @@ def _copy_state(source: keras.Model, target: keras.Model) -> None:
         if new.trainable != old.trainable:
             new.trainable = old.trainable
     for old, new in zip(source.variables, target.variables, strict=True):
+        _keras.match_devices(new, old)
         # Through the host, because on JAX the assigned variable would share the other's buffer.
         new.assign(np.array(keras.ops.convert_to_numpy(old)))
         if new.trainable != old.trainable:
@@ -285,6 +290,7 @@ def _copy_optimizer(source: keras.Model, target: keras.Model) -> None:
             "Compile the model again first with `model.compile(...)`."
         )
     for a, b in zip(old.variables, theirs, strict=True):
+        _keras.match_devices(b, a)
         b.assign(np.array(keras.ops.convert_to_numpy(a)))
 
 

@@ -24,6 +24,13 @@ from lottery_ticket_pruner.optimizers import read_clocks
 from lottery_ticket_pruner.targets import explained
 from lottery_ticket_pruner.training.compiled_loops import BLOCK, COMPILED_LOOPS, CompiledLoops
 from lottery_ticket_pruner.training.dataset import ArrayDataset
+from lottery_ticket_pruner.training.devices import (
+    check_batches,
+    check_equal_parts,
+    replicas_of,
+    trains_apart,
+    why_distributed,
+)
 from lottery_ticket_pruner.training.engine_settings import settings
 from lottery_ticket_pruner.training.step_callback import LoopChanges
 from masked_layers.compiled import kept_beside
@@ -196,6 +203,7 @@ class Engine:
         # Which examples are evaluated together hardly matters, but Keras needs equal parts.
         first, replicas = min(batch_size, len(data)), replicas_of(self._model)
         batch_size = max(replicas, first - first % replicas) if first % replicas else batch_size
+        check_batches(len(data), batch_size, "evaluation")
         reason = self._why_evaluate
         if reason is None and self._loops is not None:
             try:
@@ -228,6 +236,8 @@ class Engine:
             reason = f"{type(data.augment).__name__} is not hashable"
         if reason is not None or self._loops is None:
             warn_once(f"Training goes through `fit`: {reason}.")
+            if apart := trains_apart():
+                warn_once(apart)
             return ()
         return tuple(kind for kind in self._loops.kinds(steps) if kind not in self._refused)
 
@@ -440,43 +450,6 @@ def _why_no_loops(model: keras.Model) -> str | None:
     if backend == "jax" and not model.jit_compile:
         return "the model is compiled with jit_compile=False"
     return why_distributed(model)
-
-
-def why_distributed(model: keras.Model) -> str | None:
-    """Returns how the training of a model is distributed, or None if it is not."""
-    if keras.distribution.distribution() is not None:
-        return "a `keras.distribution` is set"
-    if keras.backend.backend() == "tensorflow":
-        import tensorflow as tf
-
-        strategy = model.distribute_strategy
-        # Outside every scope, the strategy is the default one.
-        if tf.distribute.has_strategy() or strategy is not tf.distribute.get_strategy():
-            return f"the model is distributed by {type(strategy).__name__}"
-    return None
-
-
-def replicas_of(model: keras.Model) -> int:
-    """Returns the number of replicas of a TensorFlow strategy that train a model, or else 1."""
-    if keras.backend.backend() != "tensorflow":
-        return 1
-    return int(model.distribute_strategy.num_replicas_in_sync)
-
-
-def check_equal_parts(model: keras.Model, batch_size: int) -> None:
-    """Checks that replicas of a TensorFlow strategy get equal parts of the first batch of a `fit`.
-
-    Otherwise Keras fails, because it averages the examples of all replicas to see their shapes.
-
-    Raises:
-        ValueError: If they do not.
-    """
-    if batch_size % (replicas := replicas_of(model)):
-        raise ValueError(
-            f"A batch of {batch_size} examples cannot be divided equally among the {replicas} "
-            f"replicas that {model.name!r} is trained on. Choose a multiple of {replicas} as "
-            "`batch_size`."
-        )
 
 
 def _why_fit(model: keras.Model) -> str | None:

@@ -17,7 +17,8 @@ import numpy as np
 
 from lottery_ticket_pruner import _keras, optimizers
 from lottery_ticket_pruner.training.dataset import ArrayDataset
-from lottery_ticket_pruner.training.engine import Engine, engine_of, warn_once, why_distributed
+from lottery_ticket_pruner.training.devices import why_distributed
+from lottery_ticket_pruner.training.engine import Engine, engine_of, warn_once
 from lottery_ticket_pruner.training.engine_settings import settings
 from lottery_ticket_pruner.training.kept_layers import KeptDense, KeptInputs
 from lottery_ticket_pruner.training.kept_products import Products, cost, products_for

@@ -12,7 +12,8 @@ from lottery_ticket_pruner import _keras
 from lottery_ticket_pruner.targets import explained
 from lottery_ticket_pruner.training.augmentation import Augmentation
 from lottery_ticket_pruner.training.dataset import ArrayDataset, Arrays
-from lottery_ticket_pruner.training.engine import check_equal_parts, engine_of, warn_once
+from lottery_ticket_pruner.training.devices import check_batches, check_equal_parts
+from lottery_ticket_pruner.training.engine import engine_of, warn_once
 from lottery_ticket_pruner.training.fit_arguments import split_off, weighted
 from lottery_ticket_pruner.training.late_training import Trainee
 from lottery_ticket_pruner.training.plans import (
@@ -133,6 +134,9 @@ def train_by_plan(
     history = History()
     if plan.steps == 0:
         return history
+    check_batches(plan.batch_size, plan.batch_size)
+    if validation is not None:
+        check_batches(len(validation), len(validation), "validation")
     listeners = listeners or Listeners()
     started = time.perf_counter()
     order = batch_order(len(data), plan.steps, plan.batch_size, plan.seed)
@@ -245,6 +249,10 @@ def fit(
         data, validation = split_off(data, validation_split)
     if class_weight is not None:
         data = weighted(data, class_weight)
+    check_batches(len(data), plan.batch_size)
+    if validation is not None:
+        size = plan.validation_batch_size or plan.batch_size
+        check_batches(len(validation), size, "validation")
     slow = [type(callback).__name__ for callback in plan.callbacks if acts_on_batches(callback)]
     if slow:
         warn_once(f"Training goes through `fit`: {', '.join(slow)} acts on batches.")

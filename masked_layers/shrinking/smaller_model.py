@@ -205,7 +205,17 @@ def shrink(
         model = strip_weight_masks(model)
     names = in_use_by_name(model)
     with as_in_use(model), _keras_configs.custom_object_scope(names):
-        smaller, report, copied = _shrink(model)
+        try:
+            smaller, report, copied = _shrink(model)
+        except Exception as error:
+            if type(error).__name__ != "IndivisibleError":  # of JAX; the class is not public
+                raise
+            raise ValueError(
+                f"A weight of the smaller '{model.name}' cannot be divided among the devices of "
+                f"the current `keras.distribution`: {error}. Call `shrink` without one, after "
+                "`keras.distribution.set_distribution(None)`, or keep a multiple of the devices "
+                "(`structures.Channels(round_to=...)`)."
+            ) from error
     if keep_masks:
         carry_masks(masked, model, smaller, copied)
     if own := _own_steps(model):

@@ -16,7 +16,9 @@ import keras
 import numpy as np
 from keras import layers
 import masked_layers as ml
-from lottery_ticket_pruner import LotteryTicketPruner, PrunerCallback
+from lottery_ticket_pruner import (
+    DynamicSparseTraining, GradualPruning, LotteryTicketPruner, schedules,
+)
 
 devices = keras.distribution.list_devices()
 mesh = keras.distribution.DeviceMesh((1, 4), ("batch", "model"), devices)
@@ -27,11 +29,11 @@ distribution = keras.distribution.ModelParallel(layout_map=layout_map, batch_dim
 keras.distribution.set_distribution(distribution)
 
 
-def net():
+def net(optimizer="sgd"):
     model = keras.Sequential(
-        [keras.Input((6,)), layers.Dense(8, name="in"), layers.Dense(4, name="out")]
+        [keras.Input((6,)), layers.Dense(8, name="in"), layers.Dense(4, name="out")], name="net"
     )
-    model.compile("sgd", "mse")
+    model.compile(optimizer, "mse")
     return model
 
 
@@ -85,6 +87,42 @@ check(learned, "learned")
 learned.fit(x, y, verbose=0)
 check(learned, "fit of scores")
 check(ml.harden(learned), "harden")
+pruner.rewind()
+check(model, "rewind")
+model.fit(x, y, verbose=0, callbacks=[
+    GradualPruning(pruner, schedules.Constant(0.8, frequency=1)),
+    DynamicSparseTraining(pruner, steps=4, data=(x, y), frequency=1),
+])
+check(model, "GradualPruning and RigL")
+
+# Other names than those of the patterns: a copy has other paths, and a ticket is made from arrays.
+named = keras.distribution.LayoutMap(mesh)
+named["net/in/kernel"], named["net/out/kernel"] = (None, "model"), ("model", None)
+keras.distribution.set_distribution(
+    keras.distribution.ModelParallel(layout_map=named, batch_dim_name="batch")
+)
+plain = net("adam")
+plain.fit(x, y, verbose=0)
+keras.distribution.set_distribution(None)
+copy = ml.convert_to_masked(plain)  # outside of the distribution
+keras.distribution.set_distribution(distribution)
+check(copy, "copy")
+for old, new in zip(plain.optimizer.variables, copy.optimizer.variables, strict=True):
+    assert shards(old) == shards(new), new.path
+copy.fit(x, y, verbose=0)
+ml.save_ticket(copy, sys.argv[1] + ".ticket")
+check(ml.load_ticket(sys.argv[1] + ".ticket"), "load_ticket")
+masks["in/kernel"][:] = masks["out/kernel"][:] = True
+masks["in/kernel"][:, 0] = masks["out/kernel"][0] = False
+ml.set_masks(copy, masks)
+try:
+    ml.shrink(copy)
+except ValueError as error:
+    assert "without one" in str(error), error
+else:
+    raise AssertionError("seven units were divided among four devices")
+keras.distribution.set_distribution(None)
+np.testing.assert_allclose(ml.shrink(copy)(x), copy(x), atol=1e-6)
 print("held")
 """
 

@@ -81,6 +81,21 @@ pruner.calc_prune_mask(plain, 0.5, "smallest_weights")
 plain.fit(X, Y, batch_size=16, verbose=0, callbacks=[PrunerCallback(pruner)])
 assert sum(int((w == 0).sum()) for w in plain.get_weights() if w.ndim == 2) == 40
 
+for uneven in (
+    lambda: training.fit(model, X[:61], Y[:61], batch_size=16),
+    lambda: training.train(model, X, Y, steps=1, batch_size=16, validation_data=(X[:33], Y[:33])),
+    lambda: training.evaluate(model, X[:33], Y[:33]),
+):
+    before = model.get_weights()
+    try:
+        uneven()
+    except ValueError as error:
+        assert "must be a multiple of" in str(error), error
+    else:
+        raise AssertionError("an uneven batch was divided")
+    for old, new in zip(before, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(old, new)
+
 result = find_ticket(compiled(), X, Y, rounds=1, steps=4, batch_size=16, rate=0.5,
                      controls=(), validation_data=(X, Y), eval_every=2)
 assert result.rows[-1]["sparsity"] == 0.5
