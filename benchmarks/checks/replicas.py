@@ -120,6 +120,80 @@ def multi_worker() -> Iterator[Place]:
         yield Place(_mirrored_copies, fit)
 
 
+@contextlib.contextmanager
+def data_parallel() -> Iterator[Place]:
+    """Trains on four logical CPU devices of JAX, which have all weights and a part of the batch."""
+    from keras import distribution
+
+    distribution.set_distribution(distribution.DataParallel(devices=distribution.list_devices()))
+    yield Place(_sharded_copies)
+
+
+@contextlib.contextmanager
+def model_parallel() -> Iterator[Place]:
+    """Trains on four logical CPU devices of JAX: two parts of each batch and of each kernel."""
+    from keras import distribution
+
+    mesh = distribution.DeviceMesh((2, 2), ("batch", "model"), distribution.list_devices())
+    layouts = distribution.LayoutMap(mesh)
+    layouts[".*first/kernel"] = (None, "model")
+    layouts[".*(second|last)/kernel"] = ("model", None)
+    distribution.set_distribution(distribution.ModelParallel(layout_map=layouts))
+    yield Place(_sharded_copies)
+
+
+def _sharded_copies(variable: Any) -> list[np.ndarray]:
+    array = variable.value
+    copies: dict[int, np.ndarray] = {}
+    for shard in array.addressable_shards:
+        copy = copies.setdefault(shard.replica_id, np.empty(array.shape, array.dtype))
+        copy[shard.index] = np.asarray(shard.data)
+    return list(copies.values())
+
+
+@contextlib.contextmanager
+def torch_processes() -> Iterator[Place]:
+    """Trains by `DistributedDataParallel` in processes, of which this is one.
+
+    A loop as in the guide of Keras, because `fit` does not average gradients among processes.
+    """
+    import keras
+    import torch
+    from torch import distributed
+
+    import masked_layers as ml
+
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo")
+    count, rank = distributed.get_world_size(), distributed.get_rank()
+
+    def fit(model: Any, x: np.ndarray, y: np.ndarray, callbacks: list[Any]) -> None:
+        together = torch.nn.parallel.DistributedDataParallel(model)
+        share = keras.callbacks.LambdaCallback(
+            on_train_batch_end=lambda *_, **__: ml.broadcast_state(model)
+        )
+        *changing, last = callbacks
+        chain = keras.callbacks.CallbackList([*changing, share, last], model=model)
+        chain.on_train_begin()
+        for epoch in range(EPOCHS):
+            chain.on_epoch_begin(epoch)
+            for number, start in enumerate(range(0, len(x), BATCH)):
+                part = slice(start + rank, start + BATCH, count)
+                chain.on_train_batch_begin(number)
+                model.zero_grad()
+                outputs = together(torch.tensor(x[part]), training=True)
+                model.compute_loss(y=torch.tensor(y[part]), y_pred=outputs).backward()
+                with torch.no_grad():
+                    weights = model.trainable_weights
+                    model.optimizer.apply([weight.value.grad for weight in weights], weights)
+                chain.on_train_batch_end(number)
+            chain.on_epoch_end(epoch)
+        chain.on_train_end()
+
+    yield Place(lambda variable: [np.array(variable.numpy())], fit)
+    distributed.destroy_process_group()
+
+
 @dataclasses.dataclass(frozen=True)
 class Kind:
     """A kind of distribution.
@@ -127,7 +201,7 @@ class Kind:
     Attributes:
         backend: The backend of Keras.
         place: Returns a context in which the model is made and trained.
-        processes: Number of processes that train together, which find each other by `TF_CONFIG`.
+        processes: Number of processes that train together, found by the environment.
         environment: Variables of the environment.
     """
 
@@ -137,9 +211,13 @@ class Kind:
     environment: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
+_FOUR = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
 KINDS = {
     "MirroredStrategy": Kind("tensorflow", mirrored),
     "MultiWorkerMirroredStrategy": Kind("tensorflow", multi_worker, processes=2),
+    "JAX DataParallel": Kind("jax", data_parallel, environment=_FOUR),
+    "JAX ModelParallel": Kind("jax", model_parallel, environment=_FOUR),
+    "torch DDP": Kind("torch", torch_processes, processes=2),
 }
 
 
@@ -174,6 +252,7 @@ def work(kind: Kind) -> dict[str, np.ndarray]:
         found: dict[str, np.ndarray] = {}
 
         def note(*_: Any, **__: Any) -> None:
+            ml.sync(model)
             number = len({name.split("/")[1] for name in found})
             for ref in ml.masked_refs(model):
                 for device, mask in enumerate(place.copies(ref.mask.value)):
@@ -207,6 +286,8 @@ def train(kind: Kind, folder: Path, name: str) -> list[dict[str, np.ndarray]]:
         if kind.processes > 1:
             task = {"type": "worker", "index": index}
             environment["TF_CONFIG"] = json.dumps({"cluster": workers, "task": task})
+            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(ports[0])}
+            environment |= {"RANK": str(index), "WORLD_SIZE": str(kind.processes)}
         files.append(folder / f"{name}-{index}.npz")
         line = [sys.executable, "-m", "benchmarks.checks.replicas", "--one", name, str(files[-1])]
         running.append(subprocess.Popen(line, env=environment, stderr=subprocess.PIPE, text=True))
