@@ -5,7 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import keras
 import pytest
+
+from masked_layers import _keras
 
 SCRIPT = """
 import os
@@ -140,3 +143,18 @@ def test_masks_are_spread_like_their_kernels(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[-1] == "held"
+
+
+@pytest.mark.once("jax")
+def test_devices_of_jax_are_those_of_a_variable_that_is_made_later():
+    mesh = keras.distribution.DeviceMesh((1,), ["batch"], keras.distribution.list_devices()[:1])
+    layouts = keras.distribution.LayoutMap(mesh)
+    layouts["like"] = ("batch", None)
+    ones = keras.initializers.Ones()
+    # At the end of the inner scope, the variables are made.
+    with keras.distribution.ModelParallel(layout_map=layouts).scope(), keras.StatelessScope():
+        like = keras.Variable(ones, shape=(2, 3), name="like")
+        variable = keras.Variable(ones, shape=(2, 3))
+        _keras.match_devices(variable, like)
+        assert like._layout is None
+    assert variable._layout is like._layout is layouts["like"]

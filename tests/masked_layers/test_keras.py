@@ -391,22 +391,6 @@ def test_layouts_of_jax_are_those_of_the_weight():
     np.testing.assert_array_equal(ops.convert_to_numpy(variable), np.ones((2, 3)))
 
 
-@pytest.mark.once("jax")
-def test_devices_of_jax_are_those_of_a_variable_that_is_made_later():
-    mesh = keras.distribution.DeviceMesh((1,), ["batch"], keras.distribution.list_devices()[:1])
-    layouts = keras.distribution.LayoutMap(mesh)
-    layouts["like"] = ("batch", None)
-    with keras.StatelessScope():
-        like = keras.Variable(keras.initializers.Ones(), shape=(2, 3), name="like")
-    variable = keras.Variable(np.ones((2, 3)))
-    _keras.match_devices(variable, like)
-    assert variable._layout is None
-    with keras.distribution.ModelParallel(layout_map=layouts).scope():
-        _keras.match_devices(variable, like)
-    assert variable._layout is layouts["like"]
-    assert variable.value.sharding.spec[0] == "batch"
-
-
 @pytest.mark.once
 def test_models_of_a_strategy_are_distinguished_from_others():
     import tensorflow as tf
