@@ -20,6 +20,7 @@ __all__ = ["Checkpoint", "description", "digest"]
 
 # Arguments missing from states of earlier versions, where they are assumed to be the same.
 _LATER = ("layers", "metrics")
+_ENTRIES = {"arguments", "round", "rows", "evaluations", "checksum"}
 
 
 class Checkpoint:
@@ -136,6 +137,9 @@ class Checkpoint:
             state = json.loads(self._state.read_bytes())
             number, arguments = state["round"], state["arguments"]
             rows, evaluations = state["rows"], state["evaluations"]
+            # A damaged name of the checksum must not make it a state without one.
+            if more := state.keys() - _ENTRIES:
+                raise ValueError(f"it has further entries: {sorted(more)}")
             checksum = state.pop("checksum", None)  # Earlier states have none.
             if checksum not in (None, of_json(state)):
                 raise ValueError("its checksum does not match")
@@ -143,7 +147,14 @@ class Checkpoint:
             if type(number) is not int or not places <= {(n, a) for n, a in places if n <= number}:
                 raise ValueError(f"round {number!r} is not the last one of its rows")
             arguments = dict(arguments)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (
+            OSError,
+            ValueError,
+            LookupError,
+            TypeError,
+            AttributeError,
+            RecursionError,
+        ) as error:
             reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error).rstrip(".")
             raise FileContentError(
                 f"'{self._state}' is not the state of a search, or is cut short or damaged: "

@@ -1,12 +1,14 @@
-"""Runs commands in folders that are full, read-only or removed, and then without the fault.
+"""Runs commands in folders that are full, read-only, removed or in use, and then without the fault.
 
     python -m benchmarks.checks.environment [--commands NAME ...] [--faults NAME ...]
 
 A full disk is a limit on the size of files, which the system enforces for every library, at several
 sizes. In a read-only folder, the process has another user if this one is allowed to write
-everywhere. A vanished folder is removed when its configuration has been written. Each command is
-expected to end with an error of one line (a function with an `OSError`). It is then repeated in
-what is left, without the fault, and its results are compared with those of a whole execution.
+everywhere. A vanished folder is removed when its configuration has been written. A folder in use is
+locked, and its repetition finds the lock of a process that ended without removing it. Each command
+is expected to end with an error of one line (a function with an `OSError`, a sweep with a line for
+each run). It is then repeated in what is left, without the fault, and its results are compared with
+those of a whole execution. `report` and `compare` read the folder of a whole `run`.
 """
 
 import argparse
@@ -28,6 +30,7 @@ from typing import Any
 from benchmarks.checks import kills
 from benchmarks.checks.resume import compare
 from lottery_ticket_pruner import cli
+from lottery_ticket_pruner.folders import FolderLock
 
 NOBODY = 65534
 
@@ -45,23 +48,64 @@ def read_only(folder: Path) -> None:
 
 
 def vanishing(folder: Path) -> None:
-    """Removes a folder as soon as something was written in it, in another thread."""
+    """Removes a folder as soon as a configuration or state was written in it, in a thread."""
+
+    def written() -> bool:
+        return any(file.name[0] != "." for file in folder.glob("out/**/*.json"))
 
     def remove() -> None:
-        while not list(folder.glob("out/*.json")):
+        while not written():
             time.sleep(0.005)
         shutil.rmtree(folder / "out", ignore_errors=True)
 
     threading.Thread(target=remove, daemon=True).start()
 
 
+def in_use(folder: Path) -> None:
+    """Locks the folder of the results, or of the search, until this process ends."""
+    for place in (folder / "out", folder / "out" / "search"):
+        _LOCKS.append(FolderLock(place))
+        _LOCKS[-1].__enter__()
+
+
+_LOCKS: list[FolderLock] = []
 FAULTS = {
     "full at 1 kB": full(1_000),
     "full at 30 kB": full(30_000),
     "full at 300 kB": full(300_000),
     "read-only": read_only,
     "vanished": vanishing,
+    "in use": in_use,
 }
+# Commands that read the folder of a run. `compare` writes only temporary files.
+READERS = {"report": ("report",), "compare": ("compare", "--batch-size", "8")}
+
+
+def line_of(name: str, folder: Path) -> list[str] | None:
+    """Returns the line of a command for a folder, or None for functions."""
+    run = folder.parent / "run" / "out"
+    if name == "compare":
+        return [*READERS[name], str(run)]
+    out = ["--quiet", "--out", str(folder / "out")]
+    if name == "report":
+        return [*READERS[name], str(run), *out]
+    return [*kills.LINES[name], *out] if name in kills.LINES else None
+
+
+def execute(name: str, folder: Path) -> None:
+    """Executes a command without a fault."""
+    line = line_of(name, folder)
+    if line is None:
+        kills.commands()[name].work(folder)
+    else:
+        kills.command_line(*line)
+
+
+def applies(name: str, fault: str) -> bool:
+    """Returns whether a fault can be tried with a command."""
+    if fault == "vanished":
+        return name in kills.LINES  # The others write no configuration first.
+    return fault != "in use" or name in kills.LINES
 
 
 def attempt(name: str, fault: Callable[[Path], None], folder: Path, report: Path) -> None:
@@ -71,19 +115,19 @@ def attempt(name: str, fault: Callable[[Path], None], folder: Path, report: Path
         said = io.StringIO()
         with contextlib.redirect_stderr(said):
             try:
-                if name in kills.LINES:
-                    line = [name, *kills.LINES[name], "--quiet", "--out", str(folder / "out")]
+                line = line_of(name, folder)
+                if line is not None:
                     code: Any = cli.main(line)
                 else:
                     kills.commands()[name].work(folder)
                     code = 0
             except OSError as error:
-                code = "OSError" if name not in kills.LINES else f"TRACEBACK of {error!r}"
+                code = "OSError" if line is None else f"TRACEBACK of {error!r}"
                 said.write(f"{error}\n")
             except BaseException as error:
                 code = f"TRACEBACK of {error!r}"
         lines = [text for text in said.getvalue().splitlines() if ": warning: " not in text]
-        written.write(json.dumps([code, lines])[:900])
+        written.write(json.dumps([code, [line[:300] for line in lines[:5]]]))
 
 
 def outcome(name: str, fault: str, whole: Path, folder: Path) -> tuple[str, str]:
@@ -99,10 +143,12 @@ def outcome(name: str, fault: str, whole: Path, folder: Path) -> tuple[str, str]
         first = "not affected"
     elif code in (2, "OSError") and len(lines) == 1:
         first = f"one line: {lines[0]}"
+    elif code == 1 and lines and all(line.startswith("failed: ") for line in lines):
+        first = f"{len(lines)} runs failed: {lines[0]}"
     else:
         first = f"FAULT: {code} {lines}"
     folder.chmod(0o755)
-    if wrong := kills.in_a_fork(lambda: kills.commands()[name].work(folder), log):
+    if wrong := kills.in_a_fork(lambda: execute(name, folder), log):
         return first, f"NOT REPEATED: {wrong}"
     if left := kills.leftovers(folder):
         return first, f"LEFT: {left}"
@@ -117,24 +163,26 @@ def main(arguments: Any = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    names = [name for name in kills.commands() if name != "sweep"]
+    names = [*kills.commands(), *READERS]
     parser.add_argument("--commands", nargs="+", choices=names, default=names)
     parser.add_argument("--faults", nargs="+", choices=list(FAULTS), default=list(FAULTS))
     options = parser.parse_args(arguments)
     tried = wrong = 0
     with tempfile.TemporaryDirectory() as temporary:
         os.chmod(temporary, 0o755)
-        for name in options.commands:
+        # The readers need a run.
+        first_of_all = ["run"] if set(options.commands) & READERS.keys() else []
+        for name in dict.fromkeys([*first_of_all, *options.commands]):
             whole = Path(temporary, name)
             whole.mkdir()
             log = Path(temporary, "log")
-            if failed := kills.in_a_fork(
-                functools.partial(kills.commands()[name].work, whole), log
-            ):
+            if failed := kills.in_a_fork(functools.partial(execute, name, whole), log):
                 raise RuntimeError(f"{name}: {failed}")
+            if name not in options.commands:
+                continue
             for fault in options.faults:
-                if fault == "vanished" and name not in kills.LINES:
-                    continue  # They write no configuration first.
+                if not applies(name, fault):
+                    continue
                 folder = Path(temporary, f"{name}-{fault}".replace(" ", "-"))
                 first, then = outcome(name, fault, whole, folder)
                 tried += 1

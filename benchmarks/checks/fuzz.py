@@ -1,14 +1,16 @@
 """Reads damaged and crafted files of a format for some minutes, and counts wrong outcomes.
 
-    python -m benchmarks.checks.fuzz --format masks|pruner|ticket|pack|report|npz|search|
-                                     prune|table|config [--minutes M] [--engine atheris|random]
+    python -m benchmarks.checks.fuzz [--format NAME ...] [--minutes M] [--engine atheris|random]
 
-Every execution makes a file in one of three ways: bytes of the fuzzer, a good file with changed
-bytes or without its end, or a good file whose content was changed before its checksums were
-computed. Only the documented error may be raised. Anything else is a crash, such as running out of
-memory, which is limited to 2 GB more than at the start. A silent acceptance is a changed file, with
-its old checksums, that is read with other values. The default engine is atheris if it is installed
-(`pip install atheris`; it is guided by coverage), otherwise random bytes; the script says which.
+The default is every format, one after another in a process of its own. The minutes are those of the
+processor. Every execution makes a file in one of three ways: bytes of the fuzzer, a good file with
+changed, repeated or nested bytes or without its end, or a good file whose content was changed in
+this way before its checksums were computed. Only the documented error may be raised. Anything else
+is a crash, such as running out of memory, which is limited to 2 GB more than at the start. A silent
+acceptance is a changed file, with its old checksums, that is read with other values. The default
+engine is atheris if it is installed (`pip install atheris`; it is guided by coverage), otherwise
+random bytes; the script says which. Files that were silently accepted, or at which a reader
+crashed, are kept in the folder that it prints.
 """
 
 import argparse
@@ -19,6 +21,7 @@ import io
 import json
 import os
 import resource
+import subprocess
 import sys
 import tempfile
 import time
@@ -113,12 +116,15 @@ def formats(engine: str, folder: Path) -> dict[str, Callable[[], Format]]:
         import masked_layers as ml
         from lottery_ticket_pruner import LotteryTicketPruner, fingerprints
         from lottery_ticket_pruner.checkpoint import Checkpoint
-        from lottery_ticket_pruner.compression.states import Progress
-        from lottery_ticket_pruner.experiments import results
-        from lottery_ticket_pruner.experiments.reports import run_folders
+        from lottery_ticket_pruner.commands import prune_folder
+        from lottery_ticket_pruner.compression import Comparison, Findings
+        from lottery_ticket_pruner.compression.states import Progress, State
+        from lottery_ticket_pruner.experiments import checksums, results
+        from lottery_ticket_pruner.experiments.reports import pruning, run_folders
         from masked_layers import ticket_format
         from masked_layers.archives import read_npz
         from masked_layers.serving import StorageReport, encoding, inspect
+        from masked_layers.torchscript import KernelRow, TorchReport
 
     plain = keras.Sequential([keras.Input((7,)), keras.layers.Dense(5), keras.layers.Dense(3)])
     plain.compile("sgd", "mse")
@@ -240,6 +246,63 @@ def formats(engine: str, folder: Path) -> dict[str, Callable[[], Format]]:
 
         return Format(good, read, ValueError, json_crafted(good, fingerprints.of_json))
 
+    def of_state() -> Format:
+        progress = Progress(folder, {"seed": 0})
+        progress.keep("0", State.of(model))
+        stored = folder / "state-0.npz"
+        good = stored.read_bytes()
+
+        def read(path: Path) -> object:
+            stored.write_bytes(path.read_bytes())
+            state = progress.state("0")
+            return as_bytes(state.masks), [weight.tobytes() for weight in state.weights]
+
+        return Format(good, read, ml.FileContentError, npz_crafted(good))
+
+    def of_result() -> Format:
+        test = Comparison("accuracy", 0.9, 0.8, 0.1, (0.0, 0.2), "exact", 50, (1,), (2,))
+        row = {"step": 0, "method": "dense", "sparsity": 0.0, "macs": None, "latency": None}
+        row |= {"validation": 0.9, "drop": 0.0, "accepted": True, "steps": 0, "seconds": 1.0}
+        findings = Findings(
+            rows=[row | {"note": ""}, row | {"method": "iterative", "sparsity": 0.5, "note": ""}],
+            scan=[{"path": "a", "density": 0.5, "kept": 3, "value": 0.5, "drop": 0.1, "loss": 0.1}],
+            test=test,
+            sparsity=0.5,
+            higher_is_better=True,
+            tolerance=0.01,
+            meets_goals=True,
+            conclusion="Good.",
+            notes=("One.",),
+        )
+        facts = pruning.Facts(
+            "net", "digits", {"train": 9}, {"a": 4}, {"a": 2}, (1, 2), (0.5, 1.0), [0] * 3, {}
+        )
+        place = folder / "pruned"
+        place.mkdir()
+        prune_folder.write(findings, facts, place)
+        stored = place / prune_folder.RESULT_FILE
+        good = stored.read_bytes()
+
+        def read(path: Path) -> object:
+            stored.write_bytes(path.read_bytes())
+            found = prune_folder.read(place)
+            for sheet in pruning.sheets(*found):
+                sheet.markdown()
+            return found
+
+        return Format(good, read, ml.FileContentError, json_crafted(good, fingerprints.of_json))
+
+    def of_torch() -> Format:
+        kernel = KernelRow("a", (3, 4), 6, "a", "csr", {"dense": 1e-6, "csr": 5e-7}, 48)
+        good = TorchReport(
+            (kernel,), {"dense": 1e-5, "sparse": 9e-6}, "sparse", 1, 1, 48, 99, 0.0, ("One.",)
+        ).to_json()
+
+        def read(path: Path) -> object:
+            return str(TorchReport.from_json(path.read_bytes())) and None  # It has no checksum.
+
+        return Format(good, read, ValueError)
+
     table_text = (
         b"round,arm,replicate,sparsity,test_accuracy,test_loss,early_stop_step,seconds\n"
         b"0,dense,0,0.0,0.91,0.4,20,1.5\n1,ticket,0,0.3,0.92,0.41,20,1.25\n"
@@ -263,7 +326,31 @@ def formats(engine: str, folder: Path) -> dict[str, Callable[[], Format]]:
         assert (place / changed).name in (results.RESULTS_FILE, results.CONFIG_FILE)
         return Format(good, read, ValueError)
 
+    def finished() -> Format:
+        place = folder / "finished"
+        place.mkdir()
+        config = json.loads(config_text) | {"finished": True}
+        (place / results.CONFIG_FILE).write_text(json.dumps(config))
+        (place / results.RESULTS_FILE).write_bytes(table_text)
+        names = (results.CONFIG_FILE, results.RESULTS_FILE)
+        checksums.write(place, [place / name for name in names], {})
+        whole = [(place / name).read_bytes() for name in (*names, checksums.SUMS_FILE)]
+
+        def read(path: Path) -> object:
+            first, _, rest = path.read_bytes().partition(b"\0")
+            parts = (first, *rest.partition(b"\0")[::2])
+            for name, part in zip((*names, checksums.SUMS_FILE), parts, strict=True):
+                (place / name).write_bytes(part)
+            (run,) = run_folders.find_runs([place])
+            return run.config, run.rows.to_csv()
+
+        return Format(b"\0".join(whole), read, ValueError)
+
     return {
+        "result": of_result,
+        "state": of_state,
+        "finished": finished,
+        "torch": of_torch,
         "masks": masks,
         "pruner": of_pruner,
         "npz": npz,
@@ -283,7 +370,7 @@ class Fuzzer:
     Args:
         tried: The format.
         folder: Folder for the file.
-        until: Time at which to end.
+        until: Processor time at which to end.
     """
 
     def __init__(self, tried: Format, folder: Path, until: float) -> None:
@@ -302,6 +389,9 @@ class Fuzzer:
                 place = int.from_bytes(data[start : start + 3], "little")
                 if data[start + 3] == 255:
                     del made[place % (len(made) + 1) :]
+                elif data[start + 3] == 254:  # Deep JSON, long names and numbers.
+                    place %= len(made) + 1
+                    made[place:place] = bytes(made[place : place + 1]) * 20_000
                 elif made:
                     made[place % len(made)] ^= data[start + 3]
             return bytes(made)
@@ -310,7 +400,7 @@ class Fuzzer:
 
     def __call__(self, data: bytes) -> None:
         """Executes once."""
-        if time.monotonic() > self._until:
+        if time.process_time() > self._until:
             self.end()
         self.executions += 1
         kind, rest = (data[0] % 4 if data else 0), data[1:]
@@ -333,7 +423,7 @@ class Fuzzer:
             self.accepted += 1
             if kind > 1 and found != self._content:
                 self.silent += 1
-                Path(f"silent-{self.silent}").write_bytes(content)
+                self._file.with_name(f"silent-{self.silent}").write_bytes(content)
 
     def _crash(self, error: Exception) -> None:
         self.crashes += 1
@@ -341,6 +431,7 @@ class Fuzzer:
         place = f"{type(error).__name__} in {last.filename}:{last.lineno}"
         if place not in self._seen:
             self._seen.add(place)
+            self._file.rename(self._file.with_name(f"crash-{len(self._seen)}"))
             print(f"crash: {place}: {error}"[:400], flush=True)
 
     def end(self) -> None:
@@ -360,7 +451,7 @@ def main(given: Any = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--format", required=True)
+    parser.add_argument("--format", nargs="+", metavar="NAME", help="default: all")
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument(
         "--engine", choices=["atheris", "random"], default="atheris" if ATHERIS else "random"
@@ -369,13 +460,22 @@ def main(given: Any = None) -> None:
     warnings.simplefilter("ignore")
     folder = Path(tempfile.mkdtemp())  # Not removed: the process may end at any moment.
     made = formats(options.engine, folder)
-    if options.format not in made:
-        parser.error(f"Expected one of {', '.join(made)}. Received: {options.format}")
-    tried = made[options.format]()
+    chosen = options.format or list(made)
+    if unknown := set(chosen) - made.keys():
+        parser.error(f"Expected some of {', '.join(made)}. Received: {', '.join(unknown)}")
+    if len(chosen) > 1:
+        command = [sys.executable, "-m", "benchmarks.checks.fuzz", "--engine", options.engine]
+        command += ["--minutes", str(options.minutes), "--format"]
+        sys.exit(max([subprocess.run([*command, name], check=False).returncode for name in chosen]))
+    fuzz(chosen[0], made[chosen[0]](), folder, options)
+
+
+def fuzz(name: str, tried: Format, folder: Path, options: argparse.Namespace) -> None:
+    """Fuzzes one format, and ends the process."""
     taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (taken + (2 << 30), resource.RLIM_INFINITY))
-    fuzzer = Fuzzer(tried, folder, time.monotonic() + 60 * options.minutes)
-    print(f"{options.format}: {len(tried.good)} bytes, {options.engine}", flush=True)
+    fuzzer = Fuzzer(tried, folder, time.process_time() + 60 * options.minutes)
+    print(f"{name}: {len(tried.good)} bytes, {options.engine}, {folder}", flush=True)
     if options.engine == "atheris":
         import atheris
 

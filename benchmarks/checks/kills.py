@@ -2,10 +2,11 @@
 
     python -m benchmarks.checks.kills [--kills N] [--commands NAME ...] [--seed N]
 
-The commands are `run`, `supermask`, `sweep`, `instability`, `prune`, `export` and `save` (masks, a
-pruner, a ticket and a `.keras` file, again and again). Each is first executed without interruption.
-Then a process is killed after a random part of that time, in turns for all commands, and the same
-command is repeated in the folder that is left. A kill is survived if the files of the killed
+The commands are `run`, `supermask`, `sweep`, `sweep --search optuna`, `instability`, `prune` with a
+log, `export` and `save` (masks, a pruner, a ticket and a `.keras` file, again and again). Each is
+first executed without interruption. Then a process is killed after a random part of that time, in
+turns for all commands, and the same command is repeated in the folder that is left. A kill is
+survived if the files of the killed
 process can be read or are absent, the repetition succeeds, and no temporary files are left. The
 results are identical if all numbers (except seconds) and arrays are those of the whole execution.
 
@@ -43,15 +44,19 @@ from masked_layers import serving
 
 # fmt: off
 LINES = {
-    "run": ("--rounds", "2", "--steps", "60", "--seeds", "0", "1", "--controls", "random_mask",
-            "--deterministic"),
-    "supermask": ("--criteria", "large_final", "random", "--sparsities", "0.5", "--steps", "60",
-                  "--seeds", "0", "1", "--deterministic"),
-    "instability": ("--steps", "60", "--rewind-to", "0", "10", "--points", "3", "--seeds", "0", "1",
-                    "--deterministic"),
-    "sweep": ("--over", "rate=0.3,0.6", "--rounds", "1", "--steps", "40", "--seeds", "0",
+    "run": ("run", "--rounds", "2", "--steps", "60", "--seeds", "0", "1", "--controls",
+            "random_mask", "--deterministic"),
+    "supermask": ("supermask", "--criteria", "large_final", "random", "--sparsities", "0.5",
+                  "--steps", "60", "--seeds", "0", "1", "--deterministic"),
+    "instability": ("instability", "--steps", "60", "--rewind-to", "0", "10", "--points", "3",
+                    "--seeds", "0", "1", "--deterministic"),
+    "sweep": ("sweep", "--over", "rate=0.3,0.6", "--rounds", "1", "--steps", "40", "--seeds", "0",
               "--controls", "random_mask", "--deterministic", "--jobs", "1"),
-    "prune": ("lenet-300-100", "--sparsity", "0.8", "--epochs", "1"),
+    "optuna": ("sweep", "--over", "rate=0.3,0.6", "--search", "optuna", "--trials", "2", "--rounds",
+               "1", "--steps", "40", "--seeds", "0", "--controls", "--deterministic", "--jobs",
+               "1"),
+    "prune": ("prune", "lenet-300-100", "--sparsity", "0.8", "--epochs", "1", "--log",
+              "tensorboard"),
 }
 # fmt: on
 
@@ -79,9 +84,9 @@ def command_line(*line: str) -> None:
         raise RuntimeError(f"lottery-ticket {' '.join(line)} failed")
 
 
-def execute(name: str, options: Sequence[str], folder: Path) -> None:
-    """Executes an experiment or `prune` in a folder."""
-    command_line(name, *options, "--quiet", "--out", str(folder / "out"))
+def execute(line: Sequence[str], folder: Path) -> None:
+    """Executes an experiment, a sweep or `prune` in a folder."""
+    command_line(*line, "--quiet", "--out", str(folder / "out"))
 
 
 def model() -> keras.Model:
@@ -145,11 +150,8 @@ def check_folder(folder: Path) -> None:
 def commands() -> dict[str, Command]:
     """Returns all commands by name."""
     found = {
-        name: Command(
-            functools.partial(execute, name, options),
-            check_folder,
-        )
-        for name, options in LINES.items()
+        name: Command(functools.partial(execute, line), check_folder)
+        for name, line in LINES.items()
     }
     assert set(catalogue.KINDS) <= set(found)
     return found | {"export": Command(export, check_export), "save": Command(save, check_save)}
@@ -245,7 +247,7 @@ def main(arguments: Any = None) -> int:
     options = parser.parse_args(arguments)
     rng = random.Random(options.seed)
     chosen = {name: commands()[name] for name in options.commands or commands()}
-    counts = {name: [0, 0, 0] for name in chosen}  # killed, survived, identical
+    counts = {name: [0, 0, 0] for name in chosen}  # Killed, survived, identical.
     with tempfile.TemporaryDirectory() as temporary, contextlib.redirect_stdout(sys.stdout):
         place, seconds = Path(temporary), {}
         for number in range(options.kills):

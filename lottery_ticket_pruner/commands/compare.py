@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -99,11 +100,18 @@ def _data(config: CompareConfig, named: Sequence[_Named]) -> tuple[Arrays, Array
     for one in named:
         data = one.stored.get("data")
         if isinstance(data, str) and config.data in (None, data):
+            if config.data is None and datasets.is_own(data):  # The folder may be someone else's.
+                raise ValueError(
+                    f"'{one.name}' was made with data of the function '{data}'. Code that a folder "
+                    f"names is not executed by itself: add --data {shlex.quote(data)} if you want "
+                    "that, or name other data."
+                )
             return _data_of(one, config.data_dir or one.stored.get("data_dir"))
     if config.data is None:
         raise ValueError(
             "--data is missing: name a data set, module:function or file.py:function. It can only "
-            "be left out if one of the models is a folder of `lottery-ticket prune` or `run`."
+            "be left out if one of the models is a folder of `lottery-ticket prune` or `run` with "
+            "data of a name."
         )
     if datasets.is_own(config.data):
         return own.value_of(config.data, "load data with", test_part_of)

@@ -177,7 +177,10 @@ def prune(config: PruneConfig, console: Console | None = None) -> PruneResult:
         reserve = 0.0 if config.minutes is None else dense.seconds_to_compare()
         times = {"started": started, "reserve": reserve}
         result = _search(config, model, parts, console, log, times)
-        save_model(result.model, folder / "model.keras")  # Before exports, which may fail.
+        prune_folder.begin(folder)
+        save_model(
+            result.model, folder / prune_folder.MODEL_FILE
+        )  # Before exports, which may fail.
         served = _export(result, dense, folder, console, parts)
         log.on_end(result.test, served)
     result = _with_time(result, config, started)

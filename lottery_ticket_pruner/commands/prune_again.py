@@ -124,7 +124,7 @@ def report(folders: Iterable[Path], out: Path | None, console: Console) -> list[
         target.mkdir(parents=True, exist_ok=True)
         prune_folder.write_report(findings, facts, target)
         pages.append(target / "report.html")
-        console.print(str(pages[-1]), highlight=False, soft_wrap=True)
+        console.print(str(pages[-1]), markup=False, highlight=False, soft_wrap=True)
     return pages
 
 

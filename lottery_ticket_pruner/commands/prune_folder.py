@@ -1,66 +1,115 @@
-"""The files of `lottery-ticket prune` in its folder, written and read back."""
+"""The files of `lottery-ticket prune` in its folder, written and read back with checksums."""
 
 import csv
 import dataclasses
 import io
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lottery_ticket_pruner.compression import Comparison, Findings
+from lottery_ticket_pruner.experiments import checksums
 from lottery_ticket_pruner.experiments.reports import pruning
-from lottery_ticket_pruner.experiments.results import CONFIG_FILE, RESULTS_FILE
+from lottery_ticket_pruner.experiments.results import CONFIG_FILE, RESULTS_FILE, as_bytes
 from lottery_ticket_pruner.experiments.run_folder import versions, write_json
+from lottery_ticket_pruner.fingerprints import of_json
 from masked_layers.files import FileContentError, replacing
 
+MODEL_FILE = "model.keras"
 RESULT_FILE = "result.json"
 SCAN_FILE = "sensitivity.csv"
+# `lottery-ticket report` writes these again.
+_REPORT_FILES = ("report.html", "model_card.md")
+_SERVED = "served"
+
+
+def begin(folder: Path) -> None:
+    """Marks a folder as incomplete, so that no new model is taken for that of an earlier search."""
+    for name in (CONFIG_FILE, checksums.SUMS_FILE):
+        (folder / name).unlink(missing_ok=True)
 
 
 def write(findings: Findings, facts: pruning.Facts, folder: Path) -> None:
-    """Writes the tables, the report, the model card and the configuration."""
+    """Writes the tables, the report, the model card, all checksums and the configuration."""
     fields = [field.name for field in dataclasses.fields(Findings)]
     stored = {name: getattr(findings, name) for name in fields}
     stored["test"] = dataclasses.asdict(findings.test)
-    write_json(folder / RESULT_FILE, {"findings": stored, "facts": dataclasses.asdict(facts)})
+    content = {"findings": stored, "facts": dataclasses.asdict(facts)}
+    content = json.loads(json.dumps(content))
+    write_json(folder / RESULT_FILE, content | {"checksum": of_json(content)})
     _write_text(folder / RESULTS_FILE, table(findings.rows))
     if findings.scan:
         _write_text(folder / SCAN_FILE, table(findings.scan))
     else:  # Of an earlier search.
         (folder / SCAN_FILE).unlink(missing_ok=True)
     write_report(findings, facts, folder)
-    options = {"command": "prune", **facts.options, "versions": versions()}
-    write_json(folder / CONFIG_FILE, options)
+    options = as_bytes({"command": "prune", **facts.options, "versions": versions()})
+    names = (MODEL_FILE, RESULT_FILE, RESULTS_FILE, SCAN_FILE, *_REPORT_FILES)
+    files = [folder / name for name in names if (folder / name).is_file()]
+    files += [file for file in (folder / _SERVED).rglob("*") if file.is_file()]
+    checksums.write(folder, files, {CONFIG_FILE: options})
+    with replacing(folder / CONFIG_FILE) as whole:  # Marks the folder as complete.
+        whole.write(options)
 
 
 def write_report(findings: Findings, facts: pruning.Facts, folder: Path) -> None:
-    """Writes the web page and the model card."""
-    _write_text(folder / "report.html", pruning.page(findings, facts))
-    _write_text(folder / "model_card.md", pruning.card(findings, facts))
+    """Writes the web page and the model card, and their checksums where there are others."""
+    texts = (pruning.page(findings, facts), pruning.card(findings, facts))
+    for name, text in zip(_REPORT_FILES, texts, strict=True):
+        _write_text(folder / name, text)
+    checksums.update(folder, _REPORT_FILES)
 
 
 def read(folder: Path) -> tuple[Findings, pruning.Facts]:
     """Reads what `write` has stored.
 
     Raises:
-        FileContentError: If the file is missing or damaged.
+        FileContentError: If the file is missing or damaged, or a checksum does not match.
     """
     file = folder / RESULT_FILE
     try:
         stored = json.loads(file.read_text())
+        # A damaged name of the checksum must not make it a file without one.
+        if more := stored.keys() - {"findings", "facts", "checksum"}:
+            raise ValueError(f"it has further entries: {sorted(more)}")
+        checksum = stored.pop("checksum", None)  # Earlier files have none.
+        if checksum not in (None, of_json(stored)):
+            raise ValueError("its checksum does not match")
         findings, facts = stored["findings"], stored["facts"]
         test = findings["test"]
         pairs = {name: tuple(test[name]) for name in ("worse", "better")}
         interval = None if test["interval"] is None else tuple(test["interval"])
         findings["test"] = Comparison(**test | pairs | {"interval": interval})
         findings["notes"] = tuple(findings["notes"])
-        return Findings(**findings), pruning.Facts(**facts)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        found = Findings(**findings), pruning.Facts(**facts)
+        _check(*found)
+    # Whatever else than a result the file describes, the tables cannot be made of it.
+    except (
+        *(OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError),
+        RecursionError,
+    ) as error:
         raise FileContentError(
             f"'{file}' is missing or damaged ({error}). Run `lottery-ticket prune` with the same "
             "options again: it writes the file from the finished search."
         ) from error
+    checksums.check(folder, [name for name in (CONFIG_FILE,) if (folder / name).is_file()])
+    return found
+
+
+def _check(findings: Findings, facts: pruning.Facts) -> None:
+    """Raises an error of some type if a report cannot be made of a result."""
+    str(findings)
+    pruning.sheets(findings, facts)
+    pruning.may_lose(findings.scan, 0.0)
+    texts = (findings.conclusion, *findings.notes, facts.name, facts.data)
+    if not all(isinstance(text, str) for text in texts) or not isinstance(facts.options, dict):
+        raise ValueError("its texts or options are others")
+    numbers = [row[name] for row in findings.rows for name in ("sparsity", "validation")]
+    numbers += [findings.tolerance, *facts.dense_sizes.values(), *facts.kept_sizes.values()]
+    if not all(x is None or (type(x) in (int, float) and math.isfinite(x)) for x in numbers):
+        raise ValueError("its numbers are not finite")
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:

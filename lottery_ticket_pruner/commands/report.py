@@ -86,6 +86,7 @@ def write_report(config: ReportConfig, console: Console | None = None) -> Path:
     console.print(
         f"{out / 'report.html'}; tables.md, results.csv and {pictures} *.png next to it",
         highlight=False,
+        markup=False,
     )
     return out / "report.html"
 

@@ -22,7 +22,7 @@ from _lottery_ticket.refusals import option
 from lottery_ticket_pruner.checks import require_extra
 from lottery_ticket_pruner.commands import executors
 from lottery_ticket_pruner.commands.jobs import Executor, Failure
-from lottery_ticket_pruner.experiments import datasets, results
+from lottery_ticket_pruner.experiments import checksums, datasets, results
 from lottery_ticket_pruner.experiments.arguments import arguments as arguments_of
 from lottery_ticket_pruner.experiments.arguments import given, options_given, parse_over
 from lottery_ticket_pruner.experiments.config import RunConfig, choices, chosen
@@ -241,6 +241,10 @@ def _stored(folder: Path) -> dict[str, Any]:
             f"The sweep in '{folder}' cannot be identified: its {file.name} "
             f"{results.reason(file)}. Restore it from a copy, or choose another folder with --out."
         )
+    if stored is not None:
+        # A sweep that is killed before its mark has the checksum of the options with the mark.
+        marked = results.as_bytes({**stored, "finished": True})
+        checksums.check(folder, [file.name], {file.name: marked})
     return stored or {}
 
 
@@ -281,7 +285,7 @@ def _carry_out(
         executor = executors.executor_of(config, folder, console) if todo else None
         if executor is not None:
             stack.enter_context(executor)
-        write_json(folder / results.SWEEP_FILE, config.to_dict() | origin | facts)
+        _begin(folder, config.to_dict() | origin | facts)
         at_once = len(todo) if search is None else len(config.seeds)
         pace = executor.pace(at_once) if executor else "nothing left to run"
         what = "runs" if search is None else "runs to choose from"
@@ -316,13 +320,27 @@ def _carry_out(
         facts["finished"] = True
         if place.path != place.final:
             _say_where(children, place.final)
-        write_json(folder / results.SWEEP_FILE, config.to_dict() | origin | facts)
+        _mark(folder, config.to_dict() | origin | facts)
         place.complete()
     seconds = time.perf_counter() - started
     moved = f"{place.describe_moved()}\n" if place.moved else ""
     text = f"{moved}{seconds:.0f} s. Results in {place.path}"
     console.print(text, highlight=False, markup=False)
     return failures
+
+
+def _begin(folder: Path, values: dict[str, Any]) -> None:
+    """Writes the options of a sweep, without the mark and checksums of a finished one."""
+    (folder / checksums.SUMS_FILE).unlink(missing_ok=True)
+    write_json(folder / results.SWEEP_FILE, values)
+
+
+def _mark(folder: Path, values: dict[str, Any]) -> None:
+    """Writes the checksums of a finished sweep, and then its options with the mark."""
+    content = results.as_bytes(values)
+    checksums.write(folder, [folder / results.RESULTS_FILE], {results.SWEEP_FILE: content})
+    with replacing(folder / results.SWEEP_FILE) as whole:
+        whole.write(content)
 
 
 def _check_search(config: SweepConfig | SupermaskSweepConfig) -> None:
@@ -424,7 +442,8 @@ def _say_where(children: Sequence[Child], folder: Path) -> None:
     for child in children:
         file = child.config.folder / results.CONFIG_FILE
         out = str(folder / child.config.folder.name)
-        write_json(file, json.loads(file.read_text(encoding="utf-8")) | {"out": out})
+        content = results.as_bytes(json.loads(file.read_text(encoding="utf-8")) | {"out": out})
+        checksums.replace(file, content)
 
 
 def _origin(folder: Path, children: Sequence[Child], is_new: bool) -> dict[str, Any]:

@@ -430,6 +430,7 @@ class Search:
         self.progress.state(facts["dense"]).restore(bench.model)
         dense = metrics.Outcome.of(bench.metric, bench.model, test)
         self.progress.state(facts["best"]).restore(bench.model)
+        bench.reset_optimizer()
         model = bench.finished()
         pruned = metrics.Outcome.of(bench.metric, model, test)
         comparison = metrics.compare(bench.metric, dense, pruned, bench.parts.counts()["test"])

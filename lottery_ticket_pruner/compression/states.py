@@ -158,7 +158,18 @@ class Progress:
             if checksum != of_json(content):
                 raise ValueError("its checksum does not match")
             arguments, rows, facts = (content[key] for key in ("arguments", "rows", "facts"))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            if not (isinstance(arguments, dict) and isinstance(facts, dict)):
+                raise ValueError("its arguments or facts have no names")
+            if not (isinstance(rows, list) and all(isinstance(row, dict) for row in rows)):
+                raise ValueError("its rows have no names")
+        except (
+            OSError,
+            ValueError,
+            LookupError,
+            TypeError,
+            AttributeError,
+            RecursionError,
+        ) as error:
             raise FileContentError(
                 f"'{file}' is not the state of a search, or is damaged: {error}. Choose another "
                 "folder, or delete this one to start over."

@@ -1,5 +1,6 @@
 """The steps of a search: prunes a model to a density, trains it and measures it."""
 
+import contextlib
 import dataclasses
 import math
 import tempfile
@@ -30,7 +31,7 @@ from lottery_ticket_pruner.pruner import LotteryTicketPruner
 from lottery_ticket_pruner.search_plans import retraining_treatment
 from lottery_ticket_pruner.stretches import train_stretch
 from lottery_ticket_pruner.training import ArrayDataset, TrainingPlan
-from lottery_ticket_pruner.variables import read
+from lottery_ticket_pruner.variables import read, variable_scope
 from masked_layers.copying import copy_model
 
 # Epochs after each step, if they are not given: so many, or more for so many steps of training.
@@ -344,6 +345,20 @@ class Workbench:
         share = max(counts["test"] / counts["validation"], 1.0)
         passes = metrics.seconds_of_comparison(self.metric, self.seconds_to_validate, share)
         return passes + 2 * self.seconds_to_compile
+
+    def reset_optimizer(self) -> None:
+        """Resets the optimizer to the beginning of a training.
+
+        Otherwise it would depend on the last attempt, which a resumed search has not made.
+        """
+        model, optimizer = self.model, self.model.optimizer
+        with variable_scope(model):
+            if not optimizer.built:
+                optimizer.build(model.trainable_variables)
+            fresh = optimizers.unbuilt_copy(optimizer)
+            # Raised for layers that were frozen after `compile`, where nothing was trained.
+            with contextlib.suppress(ValueError):
+                optimizers.reset_optimizer(optimizer, fresh, model.trainable_variables)
 
     def finished(self) -> keras.Model:
         """Returns the model as it is now for its user: masked, or without its pruned channels."""

@@ -163,6 +163,11 @@ def read_json(file: Path) -> dict[str, Any] | None:
     return values if isinstance(values, dict) else None
 
 
+def as_bytes(values: Mapping[str, Any]) -> bytes:
+    """Returns the content of a file of options."""
+    return (json.dumps(values, indent=2) + "\n").encode()
+
+
 def reason(file: Path) -> str:
     """Returns why `read_json` cannot read a file, as the end of a sentence."""
     if not file.is_file():
@@ -253,6 +258,21 @@ def rows_per_seed(config: Mapping[str, Any]) -> int | None:
         return None
 
 
+def check_unfinished(folder: Path, config: Mapping[str, Any]) -> None:
+    """Raises an error if a run is only unfinished because its configuration was damaged.
+
+    Args:
+        folder: The folder of the run.
+        config: Its configuration.
+
+    Raises:
+        FileContentError: If it has checksums, which are written last, and they do not match.
+    """
+    # A run that is killed before its mark has the checksum of the configuration with the mark.
+    marked = as_bytes({**config, "finished": True})
+    checksums.check(folder, [RESULTS_FILE, CONFIG_FILE], {CONFIG_FILE: marked})
+
+
 def check_results(file: Path, config: Mapping[str, Any]) -> None:
     """Raises an error if results of a finished run are missing.
 
@@ -265,25 +285,7 @@ def check_results(file: Path, config: Mapping[str, Any]) -> None:
             match. The message says what to do.
     """
     try:
-        if not file.is_file():
-            raise ValueError(f"'{file}' is missing, with the results of a finished run.")
-        rows = read_table(file)
-        wanted = rows_per_seed(config)
-        if wanted is None or "epoch" in rows:  # Written by an earlier version.
-            return
-        lines = file.read_bytes().splitlines(keepends=True)
-        if not lines[-1].endswith(b"\n"):
-            raise ValueError(f"'{file}', line {len(lines)}: it ends in the middle.")
-        found = rows["replicate"].value_counts() if "replicate" in rows else {}
-        for replicate, seed in enumerate(config["seeds"]):
-            if (there := int(found.get(replicate, 0))) != wanted:
-                raise ValueError(
-                    f"'{file}' has {there} rows of seed {seed} (replicate {replicate}), but the "
-                    f"finished run wrote {wanted}; {len(rows)} of {wanted * len(config['seeds'])} "
-                    "in all."
-                )
-        if len(rows) != wanted * len(config["seeds"]):
-            raise ValueError(f"'{file}' has rows of seeds other than its {len(config['seeds'])}.")
+        _check_rows(file, config)
         checksums.check(file.parent, [RESULTS_FILE, CONFIG_FILE])
     except ValueError as error:
         raise FileContentError(
@@ -291,3 +293,25 @@ def check_results(file: Path, config: Mapping[str, Any]) -> None:
             f"made '{file.parent}' replaces it with --overwrite; `lottery-ticket repeat` does the "
             "same in another folder."
         ) from error
+
+
+def _check_rows(file: Path, config: Mapping[str, Any]) -> None:
+    if not file.is_file():
+        raise ValueError(f"'{file}' is missing, with the results of a finished run.")
+    rows = read_table(file)
+    wanted = rows_per_seed(config)
+    if wanted is None or "epoch" in rows:  # Written by an earlier version.
+        return
+    lines = file.read_bytes().splitlines(keepends=True)
+    if not lines[-1].endswith(b"\n"):
+        raise ValueError(f"'{file}', line {len(lines)}: it ends in the middle.")
+    found = rows["replicate"].value_counts() if "replicate" in rows else {}
+    for replicate, seed in enumerate(config["seeds"]):
+        if (there := int(found.get(replicate, 0))) != wanted:
+            raise ValueError(
+                f"'{file}' has {there} rows of seed {seed} (replicate {replicate}), but the "
+                f"finished run wrote {wanted}; {len(rows)} of {wanted * len(config['seeds'])} "
+                "in all."
+            )
+    if len(rows) != wanted * len(config["seeds"]):
+        raise ValueError(f"'{file}' has rows of seeds other than its {len(config['seeds'])}.")

@@ -29,6 +29,7 @@ from lottery_ticket_pruner.experiments.results import (
     ORIGIN,
     RESULTS_FILE,
     SWEEP_FILE,
+    as_bytes,
     check_results,
     complete_lines,
     file_of_initial_weights,
@@ -80,11 +81,7 @@ _STATES = tuple(f"rounds/*/{name}" for name in ("state.json", "pruner-*.npz", "m
 def write_json(file: Path, values: Mapping[str, Any]) -> None:
     """Writes a file that is complete or absent."""
     with replacing(file) as whole:
-        whole.write(_as_bytes(values))
-
-
-def _as_bytes(values: Mapping[str, Any]) -> bytes:
-    return (json.dumps(values, indent=2) + "\n").encode()
+        whole.write(as_bytes(values))
 
 
 def is_finished(folder: Path, command: str | None = None) -> bool:
@@ -418,7 +415,7 @@ class RunFolder(Workplace):
         kept = [file for file in results_in(self.path, self._command) if file not in states]
         for file in kept:
             sync(file)
-        content = _as_bytes(self._content(finished=True))
+        content = as_bytes(self._content(finished=True))
         checksums.write(self.path, kept, {CONFIG_FILE: content})
         with replacing(self.path / CONFIG_FILE) as whole:
             whole.write(content)

@@ -111,6 +111,12 @@ class TorchReport:
             times = [report.programs, *(row.seconds for row in rows if row.seconds)]
             for seconds in times:
                 _check_times(seconds)
+            for row in rows:
+                if row.seconds and not {"dense", row.kernel} <= row.seconds.keys():
+                    raise ValueError(f"'{row.path}' lacks times of its kernels")
+            if report.programs and not {"dense", report.program} <= report.programs.keys():
+                raise ValueError("it lacks times of its programs")
+            str(report)  # Fails for values of other types.
         except (LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
             # Not the representation of the error, which may contain all bytes of a wrong file.
             reason = f"{type(error).__name__}: {error}"

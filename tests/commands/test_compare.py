@@ -58,7 +58,7 @@ def test_files_and_folders_of_one_ticket_are_the_same_model(here, capsys, monkey
     # Of the same ticket: an export of each model takes longest.
     monkeypatch.setattr(ml, "export_sparse_saved_model", lambda *_: stored)
     same = ["run", "run/ticket.safetensors", "run/served/1", "run/model.keras"]
-    assert cli.main(["compare", *same, "mine.py:make"]) == 0
+    assert cli.main(["compare", *same, "mine.py:make", "--data", "mine.py:load"]) == 0
     found = numbers(capsys)
     for name in same:
         accuracy, *rest = found[name]
@@ -71,7 +71,7 @@ def test_files_and_folders_of_one_ticket_are_the_same_model(here, capsys, monkey
     assert found["mine.py:make"][0] != "100.00%"
     assert found["50"] == ["examples"]
     (here / "run" / "config.json").write_text(json.dumps(config | {"command": "prune"}))
-    assert cli.main(["compare", "run", "--json"]) == 0
+    assert cli.main(["compare", "run", "--json", "--data", "mine.py:load"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert (document["metric"], document["examples"]) == ("accuracy", 50)
     (row,) = document["rows"]
@@ -113,12 +113,24 @@ def pixels(x):
         model.save(here / name / "ticket.keras")
         config = {"command": "run", "data": data, "network": "lenet-300-100"}
         (here / name / "config.json").write_text(json.dumps(config))
-    for arguments in (["run"], ["run", "--data", "mine.py:load"], ["run", "other"]):
-        assert cli.main(["compare", *arguments]) == 0
+    for arguments in (["run"], ["run", "other"]):
+        assert cli.main(["compare", *arguments, "--data", "mine.py:load"]) == 0
         printed = capsys.readouterr().out
         assert printed.splitlines()[1].split()[1] == "100.00%"
         note = "Some of these models were made with digits, but all are compared on mine.py:load."
         assert (note in printed) == ("other" in arguments)
+
+
+def test_code_that_a_folder_names_is_only_executed_if_the_command_names_it(here, capsys):
+    (here / "theirs").mkdir()
+    (here / "theirs" / "evil.py").write_text("open('executed', 'w')")
+    config = {"command": "run", "data": "theirs/evil.py:load", "network": "theirs/evil.py:make"}
+    (here / "theirs" / "config.json").write_text(json.dumps(config))
+    assert cli.main(["compare", "theirs"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "add --data theirs/evil.py:load if you want that" in line
+    assert cli.main(["report", "theirs"]) == 2
+    assert not (here / "executed").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The command `prune`: models and data of users, its folder, resuming, and messages."""
 
 import csv
+import hashlib
 import json
 import types
 
@@ -17,6 +18,7 @@ from lottery_ticket_pruner import Latency, cli
 from lottery_ticket_pruner.commands import prune, prune_again
 from lottery_ticket_pruner.experiments import own
 from lottery_ticket_pruner.experiments.reports import pruning
+from lottery_ticket_pruner.fingerprints import of_json
 
 pytestmark = pytest.mark.once
 
@@ -71,8 +73,8 @@ def test_a_model_and_data_of_a_user_become_a_folder(here, capsys, monkeypatch):
     assert "Served: " in printed
     names = {path.name for path in (here / "out").iterdir()}
     assert names == {
-        *("config.json", "model.keras", "model_card.md", "report.html", "result.json"),
-        *("results.csv", "search", "sensitivity.csv", "served"),
+        *("SHA256SUMS", "config.json", "model.keras", "model_card.md", "report.html"),
+        *("result.json", "results.csv", "search", "sensitivity.csv", "served"),
     }
     rows = rows_of(here / "out")
     accepted = [float(row["sparsity"]) for row in rows if row["accepted"] == "True"]
@@ -99,9 +101,36 @@ def test_a_model_and_data_of_a_user_become_a_folder(here, capsys, monkeypatch):
     assert cli.main(["report", "out", "--quiet"]) == 0
     assert (here / "out" / "report.html").read_text() == page
     assert (here / "out" / "model_card.md").read_text() == card
-    (here / "out" / "result.json").write_text("{")
-    assert cli.main(["report", "."]) == 2
-    assert "result.json' is missing or damaged" in capsys.readouterr().err
+    lines = (here / "out" / "SHA256SUMS").read_text().splitlines()
+    files = {path for path in (here / "out").rglob("*") if path.is_file()}
+    unsigned = {here / "out" / "SHA256SUMS", *(here / "out" / "search").iterdir()}
+    assert sorted(lines) == sorted(
+        f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(here / 'out')}"
+        for path in files - unsigned
+    )
+
+    # No changed number gets into a report, and no other kind of content causes other errors.
+    def of_other_kinds(stored):
+        stored["findings"]["rows"] = [{"sparsity": {}}]
+        del stored["checksum"]
+        return stored | {"checksum": of_json(stored)}
+
+    stored = (here / "out" / "result.json").read_text()
+    written = json.loads(stored)
+    for wrong in (
+        stored.replace('"accepted": true', '"accepted": false', 1),
+        stored.replace('"checksum"', '"checksun"'),
+        json.dumps(of_other_kinds(written)),
+        '{"findings": ' + "[" * 100_000,
+    ):
+        (here / "out" / "result.json").write_text(wrong)
+        assert cli.main(["report", "."]) == 2
+        assert "result.json' is missing or damaged" in capsys.readouterr().err
+    (here / "out" / "result.json").write_text(stored)
+    options = (here / "out" / "config.json").read_text()
+    (here / "out" / "config.json").write_text(options.replace("0.03", "0.02"))
+    assert cli.main(["report", "out"]) == 2
+    assert "config.json' does not have the checksum" in capsys.readouterr().err
 
     # A mistake beside --overwrite costs nothing.
     state = (here / "out" / "search" / "state.json").read_text()

@@ -19,6 +19,7 @@ pytest.importorskip("tyro")
 
 from rich.console import Console
 
+import masked_layers as ml
 from lottery_ticket_pruner import cli
 from lottery_ticket_pruner.commands import processes
 from lottery_ticket_pruner.commands.sweep import (
@@ -27,14 +28,14 @@ from lottery_ticket_pruner.commands.sweep import (
     plan,
     sweep,
 )
-from lottery_ticket_pruner.experiments import written
+from lottery_ticket_pruner.experiments import checksums, written
 from lottery_ticket_pruner.folders import FolderInUseError, FolderLock
 
 pytestmark = pytest.mark.once
 
 # Writes the files of a run with twice the rate as accuracy, and fails if the rate is 0.5.
 STAND_IN = """
-import json, os, pathlib, sys, time
+import hashlib, json, os, pathlib, sys, time
 arguments = sys.argv[1:]
 value = lambda name: arguments[arguments.index(name) + 1]
 out, seed = pathlib.Path(value("--out")), int(value("--seeds"))
@@ -64,6 +65,9 @@ config = {"rate": rate, "seeds": [seed], "cores": cores, "threads": os.environ["
     f"0,dense,0,0,{2 * rate},4\\n1,ticket,0,0.5,{2 * rate},4\\n"
 )
 (out / "accuracy.png").touch()
+names = ("config.json", "results.csv")
+sums = [hashlib.sha256((out / name).read_bytes()).hexdigest() for name in names]
+(out / "SHA256SUMS").write_text("".join(f"{s}  {n}\\n" for s, n in zip(sums, names)))
 """
 
 
@@ -237,6 +241,7 @@ def test_runs_of_another_backend_or_of_other_data_are_not_counted_in(stand_in, m
         (stored | {"digests": {"digits": "0"}}, "used other data named digits"),
     ):
         (folder / "sweep.json").write_text(json.dumps(other))
+        (folder / "SHA256SUMS").unlink(missing_ok=True)  # Of a sweep before there were any.
         with pytest.raises(ValueError, match=message):
             stand_in("0.1,0.2", seeds=(4,))
         assert json.loads((folder / "sweep.json").read_text()) == other
@@ -265,6 +270,14 @@ def test_a_sweep_is_replaced_when_all_runs_of_the_new_one_are_finished(stand_in,
     outs = {str(path.parent) for path in folder.glob("*/config.json")}
     assert {config["out"] for config in configs} == outs
     assert not list(tmp_path.glob(".sweep*"))
+    for child in (Path(out) for out in outs):  # Their configurations have changed.
+        checksums.check(child, ["config.json", "results.csv"])
+    checksums.check(folder, ["sweep.json", "results.csv"])
+    stored = (folder / "sweep.json").read_text()
+    (folder / "sweep.json").write_text(stored.replace("rate=0.2,0.3", "rate=0.2,0.4"))
+    with pytest.raises(ml.FileContentError, match=r"sweep\.json' does not have the checksum"):
+        stand_in("0.2,0.4", seeds=(4,))
+    (folder / "sweep.json").write_text(stored)
     # A finished sweep with the same options is repeated.
     (finished,) = {path.stat().st_ino for path in folder.glob("results.csv")}
     _, failures, printed = stand_in("0.2,0.3", seeds=(4,), overwrite=True)
@@ -318,6 +331,7 @@ def test_damage_is_reported_before_anything_runs(stand_in):
     stored = json.loads((child / "config.json").read_text())
     stored |= {"command": "run", "finished": True, "rounds": 1, "controls": []}
     (child / "config.json").write_text(json.dumps(stored | {"control_rounds": []}))
+    (child / "SHA256SUMS").unlink()
     assert stand_in("0.1,0.2", seeds=(4,))[1] == []
     rows = (child / "results.csv").read_text().splitlines(keepends=True)
     for content, message in (

@@ -1,6 +1,7 @@
 """The web page and the command that writes it, on made-up results with a real ticket."""
 
 import html.parser
+import io
 import re
 import shutil
 import xml.etree.ElementTree
@@ -12,6 +13,8 @@ import pytest
 
 pytest.importorskip("tyro")
 pytest.importorskip("jinja2")
+
+from rich.console import Console
 
 import masked_layers as ml
 from lottery_ticket_pruner import cli
@@ -153,6 +156,14 @@ def test_the_pointer_shows_values(text):
 def test_names_cannot_become_markup(text):
     assert "<script" not in text
     assert "&lt;script&gt;alert(1)" in text
+
+
+def test_brackets_in_names_are_not_markup_of_the_terminal():
+    sheet = tables.Sheet("[/b]", ("[red]", "[/x]"), (("[bold]", "[/y]"),), 1, "[/note]")
+    console = Console(file=io.StringIO(), width=80)
+    console.print(sheet.table())
+    for text in ("[/b]", "[red]", "[/x]", "[bold]", "[/y]", "[/note]"):
+        assert text in console.file.getvalue()
 
 
 def test_pictures_take_the_colors_of_the_page():

@@ -9,6 +9,7 @@ import tarfile
 import tracemalloc
 import zipfile
 
+import h5py
 import keras
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 
 import masked_layers as ml
 from masked_layers.archives import read_npz
+from masked_layers.keras_files import load_model
 
 pytest.importorskip("tyro")
 
@@ -222,6 +224,69 @@ def test_hostile_masks_are_refused(tmp_path):
     )
     with little_memory(), pytest.raises(ml.FileContentError, match=r"masks\.npz.*at most"):
         ml.load_masks(model, file)
+
+
+# --- Models of Keras ------------------------------------------------------------------------------
+
+HOSTILE = {
+    "announces 400000000000 bytes, but has 0": {"shape": (10**6, 10**5), "chunks": (1000, 1000)},
+    "announces 4000000000 bytes, but has 0": {"shape": (10**6, 10**3)},
+    "are in another file": {"shape": (4, 3), "external": [("secret", 0, 48)]},
+    "is a link": h5py.ExternalLink("secret.h5", "/values"),
+}
+
+
+@pytest.mark.parametrize("suffix", ["keras", "compressed.keras", "h5"])
+def test_hostile_weights_of_keras_are_refused(tmp_path, suffix):
+    layer = keras.layers.Dense(3, name="d")
+    model = keras.Sequential([keras.Input((4,)), layer], name="sequential")
+    file = tmp_path / f"model.{suffix}"
+    model.save(file)
+    whole = file.read_bytes()
+    for message, hostile in [("", None), *HOSTILE.items()]:
+        content = io.BytesIO(whole)
+        if suffix == "h5":
+            change(content, "model_weights/d/sequential/d/kernel", hostile)
+        else:
+            with zipfile.ZipFile(io.BytesIO(whole)) as old:
+                parts = {name: io.BytesIO(old.read(name)) for name in old.namelist()}
+            change(parts["model.weights.h5"], "layers/dense/vars/0", hostile)
+            kind = zipfile.ZIP_DEFLATED if "compressed" in suffix else zipfile.ZIP_STORED
+            with zipfile.ZipFile(content := io.BytesIO(), "w", kind) as new:
+                for name, part in parts.items():
+                    new.writestr(name, part.getvalue())
+        file.write_bytes(content.getvalue())
+        if hostile is None:
+            assert same_weights(load_model(file), model)
+            continue
+        with pytest.raises(ml.FileContentError, match=message):
+            load_model(file)
+
+
+def change(file, path, hostile):
+    with h5py.File(file, "r+") as stored:
+        if hostile is None:
+            return
+        del stored[path]
+        if isinstance(hostile, dict):
+            stored.create_dataset(path, dtype="float32", **hostile)
+        else:
+            stored[path] = hostile
+
+
+def same_weights(one, other):
+    return all(map(np.array_equal, one.get_weights(), other.get_weights()))
+
+
+def test_a_hostile_config_of_keras_is_refused_unread(tmp_path):
+    keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)]).save(tmp_path / "model.keras")
+    with zipfile.ZipFile(tmp_path / "model.keras") as old:
+        parts = {name: old.read(name) for name in old.namelist()}
+    with zipfile.ZipFile(tmp_path / "large.keras", "w", zipfile.ZIP_DEFLATED) as new:
+        for name, part in parts.items():
+            new.writestr(name, part + bytes(1 << 27) if name == "config.json" else part)
+    with little_memory(), pytest.raises(ml.FileContentError, match=r"config\.json' announces"):
+        load_model(tmp_path / "large.keras")
 
 
 # --- Data sets ------------------------------------------------------------------------------------

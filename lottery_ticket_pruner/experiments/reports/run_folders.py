@@ -19,6 +19,7 @@ from lottery_ticket_pruner.experiments.results import (
     IDENTITY,
     RESULTS_FILE,
     check_results,
+    check_unfinished,
     is_run,
     read_json,
     read_table,
@@ -127,13 +128,15 @@ def read_run(folder: Path) -> Run:
     seeds = config.get("seeds") or []
     if not isinstance(seeds, list) or not all(isinstance(seed, int) for seed in seeds):
         raise FileContentError(f"'{folder / CONFIG_FILE}' holds no seeds. Received: {seeds!r}")
-    if "command" in config and config["command"] not in KINDS:
+    if "command" in config and config["command"] not in tuple(KINDS):
         raise FileContentError(
             f"'{folder}' was written by `lottery-ticket {config['command']}`, which is not an "
             f"experiment of this version: {', '.join(KINDS)}."
         )
     if config.get("finished"):
         check_results(folder / RESULTS_FILE, config | {"seeds": seeds})
+    else:
+        check_unfinished(folder, config)
     try:
         rows = read_table(folder / RESULTS_FILE)
     except ValueError as error:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import rich.box
+from rich.markup import escape
 from rich.table import Table
 
 from lottery_ticket_pruner.experiments.reports.run_folders import Group
@@ -48,14 +49,14 @@ class Sheet:
         close = sum(2 + max(map(len, column)) for column in columns) > _TERMINAL
         table = Table(
             box=rich.box.SIMPLE,
-            title=self.title,
-            caption=self.note or None,
+            title=escape(self.title),
+            caption=escape(self.note) or None,
             padding=0 if close else (0, 1),
         )
         for number, heading in enumerate(self.headings):
             is_name = number < self.names
             table.add_column(
-                heading.replace(" ", "\n") if close and not is_name else heading,
+                escape(heading.replace(" ", "\n") if close and not is_name else heading),
                 justify="left" if is_name else "right",
                 width=self._name_width(number) if close and is_name else None,
                 no_wrap=not is_name,
@@ -64,7 +65,7 @@ class Sheet:
         for line in self.lines:
             # Names are kept, because they may have any value.
             numbers = list(map(_narrow, line[self.names :])) if close else line[self.names :]
-            table.add_row(*line[: self.names], *numbers)
+            table.add_row(*map(escape, (*line[: self.names], *numbers)))
         return table
 
     def _name_width(self, number: int) -> int:

@@ -182,6 +182,17 @@ def damage(content, number):
     return bytes(broken)
 
 
+def test_a_state_cannot_lose_its_checksum_or_exhaust_the_stack(tmp_path):
+    search(tmp_path)
+    file = tmp_path / "state.json"
+    text = file.read_text()
+    renamed = text.replace('"checksum"', '"checksun"').replace('"round": 1', '"round": 0')
+    for wrong, why in ((renamed, "further entries"), ('{"rows": ' + "[" * 100_000, "recursion")):
+        file.write_text(wrong)
+        with pytest.raises(ml.FileContentError, match=why):
+            search(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["state.json", "model-01.npz", "pruner-01.npz", "masks-00.npz"])
 def test_damaged_states_end_in_the_documented_error_and_change_nothing(tmp_path, name):
     search(tmp_path, pruned="freeze")
