@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -23,8 +24,8 @@ from masked_layers.paths import plain_class, walk
 
 _logger = logging.getLogger(__name__)
 
-# Examples in a forward pass, and numbers in the inputs of one, as far as one example allows.
-_BATCH, _NUMBERS = 128, 2**20
+# Examples in a forward pass, and bytes of all inputs of its layers, as far as one example allows.
+_BATCH, _BYTES = 128, 2**26
 Masks = dict[str, np.ndarray]
 Values = list[tuple[keras.Variable, np.ndarray]]
 
@@ -156,14 +157,20 @@ class _PrunedNetwork:
             if path := masked.get(id(raw_variable(layer, name))):
                 self._weights.setdefault(layer, []).append(path)
         normalizations = [layer for _, layer in walk(model) if reconstruction.has_statistics(layer)]
-        size = int(self.data.bytes_each) // 4
-        self.batch_size = max(1, min(_BATCH, _NUMBERS // max(1, size)))
-        batch = next(evidence.batches(self.data, self.batch_size))
-        seen = evidence.layer_inputs(model, batch, [*self._weights, *normalizations])
+        example = next(evidence.batches(self.data, 1))
+        seen = evidence.layer_inputs(model, example, [*self._weights, *normalizations])
         self._shapes: dict[layers.Layer, list[tuple[int, ...]]] = {}
         for layer, inputs in seen:
             self._shapes.setdefault(layer, []).append(tuple(inputs.shape))
         self.calls = {layer: len(shapes) for layer, shapes in self._shapes.items()}
+
+    @functools.cached_property
+    def batch_size(self) -> int:
+        """Examples in a forward pass, which a functional model ends with all its activations."""
+        shapes = [shape for each in self._shapes.values() for shape in each]
+        size = 4 * sum(math.prod(shape) for shape in shapes)
+        largest = max((target.bytes for target in self.targets.values()), default=0)
+        return max(1, min(_BATCH, max(_BYTES, largest // 2) // max(1, size)))
 
     @property
     def state(self) -> list[tuple[keras.Variable, Any]]:

@@ -16,8 +16,8 @@ random images of `--pixels` pixels in each direction.
 """
 
 import argparse
-import resource
 import time
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -25,6 +25,7 @@ import numpy as np
 from keras import layers
 
 import masked_layers as ml
+from benchmarks.checks import large
 from benchmarks.studies import wanda
 from lottery_ticket_pruner import LotteryTicketPruner, training
 from lottery_ticket_pruner.experiments import datasets
@@ -132,20 +133,23 @@ def cost(options):
     x = np.random.default_rng(0).normal(size=(options.examples, *shape)).astype("float32")
     pruner = LotteryTicketPruner(model)
     model.predict(x, batch_size=32, verbose=0)
-    before, started, used = peak(), time.perf_counter(), time.process_time()
+    large.return_freed_memory()
+    held = large.collected()
+    files = large.memory("RssFile") + large.memory("RssShmem")
+    Path("/proc/self/clear_refs").write_text("5")
+    started, used = time.perf_counter(), time.process_time()
     pruner.update_masks("smallest_weights", sparsity=0.7, reconstruct=True, data=x)
     seconds, processor = time.perf_counter() - started, time.process_time() - used
+    peak = large.memory("VmHWM") - files - held
     largest = max(int(np.prod(ref.variable.shape[:-1])) for ref in ml.masked_refs(model))
+    weights = sum(value.nbytes for value in model.get_weights())
+    copies = (peak - weights) / (8 * largest**2)
     print(
         f"ResNet-50, {options.examples} images of {shape}: {seconds:.0f} s, {processor:.0f} s of "
-        f"processor time; the peak of memory rose by {peak() - before:,.0f} MB; X'X of the "
-        f"largest layer takes {8 * largest**2 / 1e6:,.0f} MB"
+        f"processor time; memory rose by {peak / 1e6:,.0f} MB, of which new weights took "
+        f"{weights / 1e6:,.0f} MB and the rest is {copies:.1f} times X'X of the largest layer, "
+        f"{8 * largest**2 / 1e6:,.0f} MB"
     )
-
-
-def peak():
-    """Returns the greatest memory of this process so far, in MB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 
 
 def main():

@@ -21,6 +21,8 @@ from masked_layers.maskable import mask_of, raw_variable
 
 # Share of the mean of the Gram matrix's diagonal that is added to the diagonal.
 DAMPING = 0.01
+# Least number of columns in a block of the Gram matrix. Smaller ones are slow to multiply.
+_LEAST_BLOCK = 256
 
 _check: contextvars.ContextVar[Callable[[], object]] = contextvars.ContextVar(
     "check", default=lambda: None
@@ -185,7 +187,9 @@ class _Sums:
         start = 0
         for rows in self.target.rows(inputs):
             turned = rows.transpose(0, 2, 1)
-            self.gram += turned @ rows
+            # In blocks on and above the diagonal: the whole product would be another X'X.
+            for block in self._blocks:
+                self.gram[:, block, block.start :] += turned[:, block] @ rows[..., block.start :]
             self.total += rows.sum(axis=1, keepdims=True)
             self.count += rows.shape[1]
             if outputs is not None:
@@ -196,8 +200,20 @@ class _Sums:
                 self.size += float(np.square(part, dtype="float64").sum())
                 start += rows.shape[1]
 
+    @property
+    def _blocks(self) -> Iterator[slice]:
+        size = self.gram.shape[1]
+        step = max(_LEAST_BLOCK, -(-size // 8))
+        return (slice(start, min(start + step, size)) for start in range(0, size, step))
+
+    def _mirror(self) -> None:
+        """Copies X'X above the diagonal below it."""
+        for block in self._blocks:
+            self.gram[:, block.stop :, block] = self.gram[:, block, block.stop :].transpose(0, 2, 1)
+
     def finish(self) -> None:
         """Computes the other sums from X'X, if the inputs are those before the update."""
+        self._mirror()
         lacking = self.dense - self.masked
         self.moments = self.gram @ lacking
         self.error = float((lacking * self.moments).sum())
@@ -205,6 +221,7 @@ class _Sums:
 
     def fit(self) -> Fit:
         """Returns the weights that minimize the error, with a penalty on their changes."""
+        self._mirror()
         target = self.target
         change = np.zeros_like(self.moments)
         error = self.error
@@ -241,7 +258,7 @@ class FormerOutputs:
     """Outputs of layers in the network before the update, before their activations.
 
     They are computed for several layers in one pass over the examples: for as many as take no more
-    memory than the statistics of the largest layer.
+    memory than half the statistics of the largest layer.
 
     Args:
         model: The network before the update.
@@ -255,7 +272,7 @@ class FormerOutputs:
     ) -> None:
         self._model, self._data, self._batch_size = model, data, batch_size
         self._waiting = list(targets)
-        self._limit = max((target.bytes for target in targets), default=0)
+        self._limit = max((target.bytes for target in targets), default=0) // 2
         self._held: dict[layers.Layer, list[np.ndarray]] = {}
 
     def of(self, target: Target) -> list[np.ndarray]:

@@ -14,6 +14,12 @@ from lottery_ticket_pruner.reconstruction import fitting
 RNG = np.random.default_rng(0)
 
 
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """Sums products of all but the smallest layers in several blocks."""
+    monkeypatch.setattr(fitting, "_LEAST_BLOCK", 3)
+
+
 def masked(inputs, outputs, **kwargs):
     model = ml.convert_to_masked(keras.Model(inputs, outputs), **kwargs)
     rng = np.random.default_rng(1)
