@@ -36,7 +36,7 @@ ROWS = {
     "files": "writes files without the pruned weights",
 }
 WORDS = {
-    "n_of_m": r"n_?of_?m|\bm_by_n|^[nm]$",
+    "n_of_m": r"n_?of_?m|m_by_n|semi_?structured",
     "schedule": r"schedul|decay",
     "regrowth": r"rigl|regrow|^grow$|rewir",
     "rounding": r"quanti[sz]|fake_?quant",
@@ -288,12 +288,8 @@ def torch_prune() -> Answers:
         "single": halves(layer.weight.detach().numpy()),
         "smaller": len(filters.weight) < UNITS,
         "files": size(filters) < 0.9 * size(torch.nn.Linear(INPUTS, UNITS)),
-        # `n` of `ln_structured` is the order of a norm.
-        **{key: named([prune], key) for key in rest if key != "n_of_m"},
-        "n_of_m": named([prune], "n_of_m") and "n" not in inspect.signature(
-            prune.ln_structured
-        ).parameters,
-    }  # fmt: skip
+        **{key: named([prune], key) for key in rest},
+    }
 
 
 def torch_pruning() -> Answers:

@@ -11,6 +11,7 @@ import pytest
 import masked_layers as ml
 import pages
 from lottery_ticket_pruner import criteria, distributions, schedules, structures, treatments
+from masked_layers import maskable
 
 pytestmark = pytest.mark.once
 
@@ -32,6 +33,7 @@ REGISTRIES = [
     (distributions, "_RULES"),
     (treatments, "_KEPT"),
     (treatments, "_PRUNED"),
+    (maskable, "_registry"),
 ]
 
 
@@ -150,6 +152,20 @@ def test_treatments_set_kept_and_pruned_weights(page):
     for kernel, mask, w0 in zip(after.kernels, after.masks, after.initial, strict=True):
         np.testing.assert_array_equal(kernel, np.where(mask, w0 / 2, w0 / 10))
         assert 0 < mask.mean() < 1
+
+
+def test_the_custom_layer_is_masked_and_its_masks_are_saved(page, tmp_path):
+    names = page("class LowRank").names
+    model, x = names["thin_masked"], names["x"][:5]
+    down, up = (np.array(weights) for weights in names["thin"].get_weights())
+    kept = [np.abs(w) >= np.sort(np.abs(w), axis=None)[w.size // 2] for w in (down, up)]
+    masks = ml.get_masks(model)
+    np.testing.assert_equal(masks, dict(zip(("thin/down", "thin/up"), kept, strict=True)))
+    expected = x @ (down * kept[0]) @ (up * kept[1])
+    model.save(tmp_path / "thin.keras")
+    for each in (model, keras.models.load_model(tmp_path / "thin.keras")):
+        outputs = keras.ops.convert_to_numpy(each(x))
+        np.testing.assert_allclose(outputs, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_the_command_takes_locations(tmp_path, monkeypatch):

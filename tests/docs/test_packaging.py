@@ -184,10 +184,27 @@ def test_the_page_of_installing_lists_every_extra():
     assert sorted(listed) == sorted(PYPROJECT["project"]["optional-dependencies"])
 
 
+def test_the_page_of_installing_states_the_lowest_versions():
+    text = (ROOT / "docs/installing.md").read_text("utf-8")
+    project = PYPROJECT["project"]
+    extras = project["optional-dependencies"]
+    required = [*project["dependencies"], *extras["jax"], *extras["torch"]]
+    lowest = dict(re.findall(r"^([\w-]+)>=([\d.]+)$", "\n".join(required), re.M))
+    table = dict(re.findall(r"^\| `?([\w-]+)`? \| ([\d.]+) \|$", text, re.M))
+    assert table.pop("Python") == project["requires-python"].removeprefix(">=")
+    assert table == {
+        name: lowest[name] for name in ("keras", "numpy", "tensorflow", "jax", "torch")
+    }
+    without = set(re.findall(r'"([\w-]+>=[\d.]+)"', text))
+    base = set(project["dependencies"]) - {f"tensorflow>={lowest['tensorflow']}"}
+    assert without == base | {f"jax>={lowest['jax']}"}
+
+
 def test_readme_fits_on_a_screen_and_keeps_the_blocks_that_tools_run():
     """Tools clone the repository and run the first block under these headings."""
     text = pages.README.read_text("utf-8")
     assert len(text.splitlines()) <= 90
+    assert max(map(len, text.splitlines())) <= 120
     first = dict(re.findall(r"^## ([^\n]+)\n(?:(?!^#).)*?^```sh\n(.*?)^```$", text, re.M | re.S))
     assert first["Quick start"] == 'python -m pip install ".[cli]"\nlottery-ticket run\n'
     assert first["Tests"] == "python -m pip install tox\ntox\n"

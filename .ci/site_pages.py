@@ -1,4 +1,4 @@
-"""A hook of MkDocs that shows the notebooks in `docs/` with their stored outputs as pages."""
+"""Hooks of MkDocs: notebooks with their stored outputs, and the changelog, as pages of the site."""
 
 import json
 import re
@@ -8,16 +8,27 @@ from typing import Any
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
+ROOT = Path(__file__).resolve().parents[1]
+
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Replaces every notebook by a page in Markdown."""
+    """Replaces every notebook by a page in Markdown, and adds the changelog."""
     for file in list(files):
         if file.src_uri.endswith(".ipynb"):
             text = as_markdown(json.loads(Path(str(file.abs_src_path)).read_text("utf-8")))
             files.remove(file)
             name = file.src_uri.removesuffix(".ipynb") + ".md"
             files.append(File.generated(config, name, content=text))
+    changes = (ROOT / "CHANGELOG.md").read_text("utf-8")
+    # Its links begin at the folder above `docs`.
+    changes = re.sub(r"(\[|\]\()docs/", r"\1", changes)
+    files.append(File.generated(config, "changelog.md", content=changes))
     return files
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Lets links to notebooks, which the repository's readers follow, lead to their pages."""
+    return re.sub(r"(\]\([^):]*)\.ipynb\)", r"\1.md)", markdown)
 
 
 def as_markdown(notebook: dict[str, Any]) -> str:
