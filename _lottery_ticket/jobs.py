@@ -5,9 +5,12 @@ command line is a process of its own. Everything that the sweep and its workers 
 in files that both see.
 """
 
+import contextlib
 import dataclasses
+import importlib.metadata
 import json
 import os
+import platform
 import socket
 import subprocess
 import sys
@@ -18,6 +21,13 @@ from typing import Any
 
 # Tells a run that its standard input stays open while the process that started it is alive.
 PARENT = "LOTTERY_TICKET_ENDS_WITH_STDIN"
+# How each job is executed. Its output is a file that other machines read, in which its last message
+# must not appear before other output.
+SETTINGS = {
+    "PYTHONUNBUFFERED": "1",
+    "PYTHONIOENCODING": "utf-8:backslashreplace",
+    PARENT: "1",
+}
 LOG_FILE = "output.log"
 STARTS_FILE = ".starts.json"
 COMMAND = ("-m", "lottery_ticket_pruner.cli")
@@ -29,6 +39,8 @@ THREADS = (
     "TF_NUM_INTRAOP_THREADS",
     "TF_NUM_INTEROP_THREADS",
 )
+# Packages whose versions affect the results of a run.
+_PACKAGES = ("lottery-ticket-pruner", "keras", "tensorflow", "jax", "torch")
 _POLL = 1.0
 # Seconds between two changes of the marker, after which the sweep counts as dead. Network file
 # systems may show a change a minute late.
@@ -70,6 +82,7 @@ class Outcome:
         host: Name of the machine.
         seconds: Elapsed time.
         unseen: Path that the worker does not see. Nothing was started then.
+        refused: Why the worker cannot write in the folder. Nothing was started then, either.
         worn_out: Whether the job was started too often. Nothing was started then, either.
     """
 
@@ -77,6 +90,7 @@ class Outcome:
     host: str
     seconds: float = 0.0
     unseen: str = ""
+    refused: str = ""
     worn_out: bool = False
 
 
@@ -95,17 +109,20 @@ def execute(call: Call) -> Outcome:
     if count > call.starts:
         return Outcome(None, host, worn_out=True)
     facts = {"marker": marker.name, "count": count, "host": host, "pid": os.getpid()}
-    _write_starts(folder, facts)
+    try:
+        _write_starts(folder, {**facts, "versions": versions()})
+        output = (folder / LOG_FILE).open("wb" if count == 1 else "ab")
+    except OSError as error:
+        return Outcome(None, host, refused=str(error))
     threads = {} if call.threads is None else dict.fromkeys(THREADS, str(call.threads))
     environment = {
         **os.environ,
         **threads,
         **call.environment,
-        "PYTHONUNBUFFERED": "1",
-        PARENT: "1",
+        **SETTINGS,
     }
     started = time.monotonic()
-    with (folder / LOG_FILE).open("wb" if count == 1 else "ab") as output:
+    with output:
         process = subprocess.Popen(
             [sys.executable, *call.command, *call.arguments],
             # Nothing is ever written: the run notices the end of this pipe if the worker is killed.
@@ -123,25 +140,37 @@ def execute(call: Call) -> Outcome:
 
 
 def execute_on_dask(call: Call) -> Outcome:
-    """Executes a job with the share of the cores that a thread of a dask worker has."""
-    from distributed import get_worker
+    """Executes a job with the share of the cores that a thread of dask's workers has.
 
-    cores = os.cpu_count() or 1
-    threads = max(1, cores // get_worker().state.nthreads)
+    The workers of a machine do not know each other, but the scheduler knows all of them.
+    """
+    from dask.system import CPU_COUNT
+    from distributed import get_client, get_worker
+    from distributed.comm import get_address_host
+
+    host = get_address_host(get_worker().address)
+    workers = get_client().nthreads().items()
+    together = sum(count for address, count in workers if get_address_host(address) == host)
+    threads = max(1, CPU_COUNT // max(1, together))
     return execute(dataclasses.replace(call, threads=threads))
 
 
 def starts(folder: Path, marker: Path) -> int:
     """Returns how often workers have started a job for the sweep with a marker."""
-    return _read_starts(folder, marker).get("count", 0)
+    return last_start(folder, marker).get("count", 0)
 
 
-def host_of(folder: Path, marker: Path) -> str:
-    """Returns the machine on which a job was last started."""
-    return _read_starts(folder, marker).get("host", "")
+def versions() -> dict[str, str]:
+    """Returns the versions that affect the results of a run, without importing the packages."""
+    found = {"Python": platform.python_version()}
+    for name in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
-def _read_starts(folder: Path, marker: Path) -> dict[str, Any]:
+def last_start(folder: Path, marker: Path) -> dict[str, Any]:
+    """Returns where and how a job was last started. Empty if it was not."""
     try:
         found = json.loads((folder / STARTS_FILE).read_text())
     except (OSError, ValueError):

@@ -10,7 +10,7 @@ import dataclasses
 import os
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -25,8 +25,9 @@ from _lottery_ticket.jobs import (
     THREADS,
     Call,
     Outcome,
-    host_of,
+    last_start,
     starts,
+    versions,
 )
 from lottery_ticket_pruner.commands.engines import Engine, LostError
 from lottery_ticket_pruner.commands.jobs import (
@@ -49,7 +50,7 @@ _SILENCE, _CANCELLING, _LEFTOVERS = 60.0, 30.0, 15.0
 
 
 class NotSharedError(ValueError):
-    """A worker does not see the folder of a sweep, or the working directory."""
+    """A worker does not see the folder of a sweep or the working directory, or cannot write."""
 
 
 @dataclasses.dataclass
@@ -89,6 +90,7 @@ class ClusterExecutor:
         self._marker = self._folder / f"{MARKER}{secrets.token_hex(4)}"
         self._beats, self._beaten = 0, -BEAT
         self._submitted: dict[Job, _Submitted] = {}
+        self._hosts: set[str] = set()
 
     def __enter__(self) -> Self:
         self._engine.open()
@@ -108,7 +110,7 @@ class ClusterExecutor:
         """Executes jobs, and returns those that failed.
 
         Raises:
-            NotSharedError: If a worker does not see the folder.
+            NotSharedError: If a worker does not see the folder, or cannot write in it.
             EngineError: If the cluster cannot execute any job, or its connection breaks.
         """
         if not todo:
@@ -180,11 +182,13 @@ class ClusterExecutor:
             outcome = self._engine.outcome(submitted.handle)
         except LostError as error:
             lost = str(error)
-        count = starts(job.folder, self._marker)
-        if count > submitted.shown:  # Some clusters start jobs again by themselves.
+        start = last_start(job.folder, self._marker)
+        self._compare_versions(start, board)
+        if (count := start.get("count", 0)) > submitted.shown:
+            # Some clusters start jobs again by themselves.
             self.retries += count - submitted.shown
             submitted.shown = count
-            where = host_of(job.folder, self._marker)
+            where = start["host"]
             board.say(f"{job.label}: its worker died; start {count} of {1 + RETRIES}, on {where}")
         if outcome is not None:
             self._end(job, outcome, board)
@@ -195,6 +199,18 @@ class ClusterExecutor:
             submitted.times += 1
             submitted.handle = self._engine.submit(self._call(job))
 
+    def _compare_versions(self, start: Mapping[str, Any], board: Board) -> None:
+        """Says once for each machine which of its versions differ from those of this process."""
+        host = start.get("host", "")
+        if not host or host in self._hosts:
+            return
+        self._hosts.add(host)
+        here, there = versions(), start.get("versions", {})
+        names = [name for name, version in there.items() if here.get(name, version) != version]
+        if names:
+            found = ", ".join(f"{name} {there[name]} (here {here[name]})" for name in names)
+            board.say(f"{host} has other versions, with which results may differ: {found}")
+
     def _end(self, job: Job, outcome: Outcome, board: Board) -> None:
         if outcome.unseen:
             raise NotSharedError(
@@ -202,6 +218,12 @@ class ClusterExecutor:
                 f"'{outcome.unseen}'. All workers need the folder of the results and the working "
                 "directory at the same paths: choose a shared file system with --out, and start "
                 "the command there."
+            )
+        if outcome.refused:
+            raise NotSharedError(
+                f"{outcome.host}, a worker of {self._engine.description}, cannot write in "
+                f"'{job.folder}': {outcome.refused}. Finished runs stay; give the same command "
+                "again when it can, or choose another folder with --out."
             )
         log = job.folder / LOG_FILE
         if outcome.worn_out:

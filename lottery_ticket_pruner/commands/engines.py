@@ -1,5 +1,7 @@
 """Clusters that execute jobs: Ray, Slurm (by submitit) and dask, behind one interface."""
 
+import asyncio
+import math
 import os
 import shutil
 import socket
@@ -9,6 +11,13 @@ from typing import Any, Protocol
 
 from _lottery_ticket.jobs import Call, Outcome, execute, execute_on_dask
 from lottery_ticket_pruner.checks import line_of
+
+# Seconds in which a cluster has to answer.
+_ANSWER = 10.0
+# How a client begins HTTP/2: its preface and a frame of empty settings, whose type has this byte.
+# Servers begin with such a frame, too.
+_SETTINGS = b"\x04"
+_HTTP2 = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + _SETTINGS + bytes(5)
 
 
 class EngineError(ValueError):
@@ -80,7 +89,7 @@ class RayEngine:
     def __init__(self, address: str | None, options: Mapping[str, Any]) -> None:
         self._address = address
         self._options = {"num_cpus": 1, **options}
-        self.threads: int | None = max(1, int(self._options["num_cpus"]))
+        self.threads: int | None = _cores(self._options, "num_cpus")
         self.description = "Ray"
 
     @property
@@ -109,7 +118,7 @@ class RayEngine:
                 return
         else:
             try:
-                _check_that_somebody_listens(address)
+                _check_that_ray_may_answer(address)
                 ray.init(address, **settings)
             except (OSError, RuntimeError, ValueError) as error:
                 raise EngineError(
@@ -167,7 +176,7 @@ class SlurmEngine:
         self._folder = folder
         self._options = {"cpus_per_task": 1, "timeout_min": 24 * 60, **options}
         self._cluster = self._options.pop("cluster", "slurm")
-        self.threads: int | None = int(self._options["cpus_per_task"])
+        self.threads: int | None = _cores(self._options, "cpus_per_task")
         is_local = self._cluster != "slurm"
         self.at_once: int | None = (os.cpu_count() or 1) if is_local else None
         self.description = f"submitit's {self._cluster} executor" if is_local else "Slurm"
@@ -239,7 +248,7 @@ class DaskEngine:
 
     def __init__(self, address: str | None, options: Mapping[str, Any]) -> None:
         self._address = address
-        self._resources = dict(options)
+        self._resources = {name: _number(options, name) for name in options}
         self.description = "dask"
 
     @property
@@ -267,11 +276,12 @@ class DaskEngine:
             return
         self._cluster = None
         try:
-            self._client = distributed.Client(address, timeout="10s")
-        except (OSError, TimeoutError, ValueError) as error:
-            raise EngineError(
-                f"There is no dask scheduler at '{address}': {line_of(error)}"
-            ) from error
+            asyncio.run(_check_that_a_scheduler_answers(address))
+            self._client = distributed.Client(address, timeout=f"{_ANSWER} s")
+        except Exception as error:  # Of any kind: another program there may answer anything.
+            silent = f"nothing answers as one within {_ANSWER:.0f} s"
+            why = silent if isinstance(error, TimeoutError) else line_of(error)
+            raise EngineError(f"There is no dask scheduler at '{address}': {why}") from error
         self.description = f"dask at {address}"
 
     def submit(self, call: Call) -> Any:
@@ -306,15 +316,48 @@ class DaskEngine:
             self._cluster.close()
 
 
-def _check_that_somebody_listens(address: str) -> None:
-    """Connects to an address for a moment, because Ray tries for minutes.
+def _check_that_ray_may_answer(address: str) -> None:
+    """Begins to talk HTTP/2 with an address, as Ray does, because Ray itself tries for minutes.
 
     Raises:
-        OSError: If that is not possible.
+        OSError: If nothing answers, or another program does.
     """
     host, colon, port = address.removeprefix("ray://").rpartition(":")
-    if colon and port.isdigit():
-        socket.create_connection((host, int(port)), timeout=10).close()
+    if not (colon and port.isdigit()):
+        return
+    with socket.create_connection((host, int(port)), timeout=_ANSWER) as connection:
+        if os.environ.get("RAY_USE_TLS", "0") != "0":
+            return
+        connection.sendall(_HTTP2)
+        if connection.recv(4)[3:] != _SETTINGS:
+            raise ConnectionError("another program answers at this port")
+
+
+async def _check_that_a_scheduler_answers(address: str) -> None:
+    """Connects to an address for a moment, because dask waits for the first answer without end."""
+    import distributed
+    from distributed.comm import connect
+
+    settings = distributed.Security().get_connection_args("client")
+    # The limit of `connect` is that of connecting, without the answer.
+    comm = await asyncio.wait_for(connect(address, timeout=_ANSWER, **settings), _ANSWER + 1)
+    await comm.close()
+
+
+def _cores(options: Mapping[str, Any], name: str) -> int:
+    return max(1, int(_number(options, name)))
+
+
+def _number(options: Mapping[str, Any], name: str) -> int | float:
+    """Returns the value of an option of a cluster that is a number, because some take any.
+
+    Raises:
+        EngineError: If it is not a number, or not finite.
+    """
+    value = options[name]
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return value
+    raise EngineError(f"--executor-option {name}= expects a number. Received: {value!r}.")
 
 
 def _listed(options: Mapping[str, Any]) -> str:

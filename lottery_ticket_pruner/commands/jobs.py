@@ -139,10 +139,15 @@ def termination_interrupts() -> Iterator[None]:
 
 def message_of(log: Path, status: int) -> str:
     """Returns the last message of a process, without the traceback above it."""
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    try:
+        text = log.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:  # Network file systems may show a new file late.
+        text = ""
+    lines = [line for line in text.splitlines() if line.strip()]
     # Below the message of the command, there may be the traceback of a user's function.
     said = [line for line in lines if line.startswith("lottery-ticket: ")] or lines
     last = said[-1].removeprefix("lottery-ticket: ") if said else ""
     if status < 0:
-        return f"ended by {signal.Signals(-status).name}. {last}".strip()
+        named = {one.value: one.name for one in signal.Signals}  # Not all signals have a name.
+        return f"ended by {named.get(-status, f'signal {-status}')}. {last}".strip()
     return last or f"exit status {status}"

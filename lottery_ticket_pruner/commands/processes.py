@@ -14,7 +14,7 @@ from typing import Self
 
 from rich.console import Console
 
-from _lottery_ticket.jobs import COMMAND, LOG_FILE, PARENT, THREADS
+from _lottery_ticket.jobs import COMMAND, LOG_FILE, SETTINGS, THREADS
 from lottery_ticket_pruner.commands.jobs import (
     Board,
     Failure,
@@ -106,9 +106,7 @@ class Pool:
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
         }
         environment = os.environ | (environment if len(self._shares) > 1 else {})
-        # Without this, output of a run could appear after its last message, the error.
-        environment["PYTHONUNBUFFERED"] = "1"
-        environment[PARENT] = "1"
+        environment |= SETTINGS
         while True:
             with self._lock:
                 if not self._todo:

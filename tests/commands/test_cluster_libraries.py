@@ -1,7 +1,9 @@
 """Jobs on Ray, submitit's local executor and dask, with workers that die: `tox -e cluster`."""
 
+import importlib.util
 import io
 import os
+import socket
 import sys
 import time
 from pathlib import Path
@@ -14,7 +16,7 @@ pytest.importorskip("tyro")
 from rich.console import Console
 
 import _lottery_ticket
-from lottery_ticket_pruner.commands import clusters
+from lottery_ticket_pruner.commands import clusters, engines
 from lottery_ticket_pruner.commands.clusters import NotSharedError
 from lottery_ticket_pruner.commands.engines import EngineError
 from lottery_ticket_pruner.commands.executors import executor_of
@@ -24,6 +26,15 @@ from stand_in_jobs import SCRIPT, interrupt_this_process, is_running, jobs_of, w
 pytestmark = pytest.mark.once
 
 PACKAGES = {"ray": "ray", "slurm": "submitit", "dask": "distributed"}
+# Before anything of a test or its fixtures is executed.
+NEEDS = {
+    name: pytest.mark.skipif(
+        importlib.util.find_spec(package) is None,
+        reason=f"{package} is not installed (tox -e cluster)",
+    )
+    for name, package in PACKAGES.items()
+}
+EACH = [pytest.param(name, marks=mark) for name, mark in NEEDS.items()]
 OPTIONS = {"ray": ("num_cpus=0.5",), "slurm": ("cluster=local",), "dask": ()}
 
 
@@ -37,7 +48,6 @@ def execute(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([source, os.environ.get("PYTHONPATH", "")]))
 
     def run(name, *what, **options):
-        pytest.importorskip(PACKAGES[name])
         options = {"executor_option": OPTIONS[name], "jobs": 4} | options
         config = SweepConfig(executor=name, **options)
         console = Console(file=io.StringIO(), width=120)
@@ -54,14 +64,15 @@ def execute(tmp_path, monkeypatch):
 @pytest.fixture
 def dask_cluster():
     """The address of a scheduler with a worker in a process of its own."""
-    distributed = pytest.importorskip("distributed")
+    import distributed
+
     with distributed.LocalCluster(
         n_workers=1, threads_per_worker=2, dashboard_address=":0"
     ) as cluster:
         yield cluster.scheduler_address
 
 
-@pytest.mark.parametrize("name", PACKAGES)
+@pytest.mark.parametrize("name", EACH)
 def test_a_worker_is_killed_and_a_job_fails(execute, name, tmp_path, request):
     address = request.getfixturevalue("dask_cluster") if name == "dask" else None
     todo, (failure,), printed = execute(name, "kill worker", "fail", "a", jobs=1, address=address)
@@ -74,7 +85,7 @@ def test_a_worker_is_killed_and_a_job_fails(execute, name, tmp_path, request):
     assert not list(tmp_path.rglob(".*"))
 
 
-@pytest.mark.parametrize("name", PACKAGES)
+@pytest.mark.parametrize("name", EACH)
 def test_an_interruption_leaves_no_job_on_the_cluster(execute, name, tmp_path):
     (job, _) = jobs_of(tmp_path / "sweep", "wait", "a")
     when(lambda: job.starts, interrupt_this_process)
@@ -88,8 +99,8 @@ def test_an_interruption_leaves_no_job_on_the_cluster(execute, name, tmp_path):
     assert not list(tmp_path.rglob(".cluster*"))
 
 
+@NEEDS["ray"]
 def test_jobs_for_which_there_is_no_room_are_taken_back(execute, tmp_path, monkeypatch):
-    pytest.importorskip("ray")
     monkeypatch.setattr(clusters, "_SILENCE", 0.1)
     when((tmp_path / "sweep" / "job-1").exists, interrupt_this_process)
     with pytest.raises(KeyboardInterrupt):
@@ -97,8 +108,8 @@ def test_jobs_for_which_there_is_no_room_are_taken_back(execute, tmp_path, monke
     assert not list(tmp_path.glob("sweep/*/starts"))
 
 
+@NEEDS["ray"]
 def test_a_node_of_ray_dies(execute, tmp_path):
-    pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
@@ -125,6 +136,7 @@ def test_a_node_of_ray_dies(execute, tmp_path):
         cluster.shutdown()
 
 
+@NEEDS["dask"]
 def test_a_worker_of_dask_that_does_not_see_the_folder(execute, dask_cluster, monkeypatch):
     (job,), failures, _ = execute("dask", "a", address=dask_cluster)
     assert job.is_done
@@ -146,7 +158,38 @@ def test_a_worker_of_dask_that_does_not_see_the_folder(execute, dask_cluster, mo
     ],
 )
 def test_what_cannot_be_reached_is_said(execute, name, options, message, monkeypatch):
+    pytest.importorskip(PACKAGES[name])
     if name == "slurm":
         monkeypatch.setenv("PATH", os.path.dirname(sys.executable))
     with pytest.raises(EngineError, match=message):
         execute(name, "a", **options)
+
+
+@pytest.mark.parametrize("name", [param for param in EACH if param.values != ("slurm",)])
+def test_another_program_at_the_address_is_not_waited_for(execute, name, monkeypatch):
+    """Such as a dashboard, whose port is easily mistaken for that of the scheduler."""
+    monkeypatch.setattr(engines, "_ANSWER", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        address = f"127.0.0.1:{mute.getsockname()[1]}"
+        with pytest.raises(EngineError, match=f"There is no .* at '{address}': .*(answers|timed)"):
+            execute(name, "a", address=address)
+
+
+@NEEDS["dask"]
+def test_jobs_on_dask_share_the_cores_of_their_machine(tmp_path, monkeypatch):
+    """Also those of other workers there."""
+    import distributed
+    from dask import system
+
+    from _lottery_ticket import jobs
+
+    monkeypatch.setattr(jobs, "execute", lambda call: call.threads)
+    monkeypatch.setattr(system, "CPU_COUNT", 12)
+    call = jobs.Call((), (), "", "", "", {}, starts=1)
+    with (
+        distributed.LocalCluster(
+            n_workers=3, threads_per_worker=2, processes=False, dashboard_address=":0"
+        ) as cluster,
+        distributed.Client(cluster) as client,
+    ):
+        assert client.submit(jobs.execute_on_dask, call).result(30) == 2

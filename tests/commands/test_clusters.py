@@ -2,9 +2,11 @@
 
 import concurrent.futures
 import dataclasses
+import functools
 import io
 import time
 
+import keras
 import pytest
 
 pytest.importorskip("tyro")
@@ -143,6 +145,26 @@ def test_a_worker_that_does_not_see_the_folder_ends_the_sweep(cluster, tmp_path,
     assert not hidden(tmp_path)
 
 
+def test_a_worker_that_cannot_write_ends_the_sweep(cluster, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(worker, "_write_starts", full)
+    with pytest.raises(NotSharedError, match=r"cannot write in '.*job-0': .*No space left"):
+        cluster[1]("a")
+
+
+def test_other_versions_of_a_worker_are_said_once(cluster, monkeypatch):
+    _, execute = cluster
+    own = worker.versions()
+    assert own["keras"] == keras.__version__
+    monkeypatch.setattr(worker, "versions", lambda: own | {"keras": "3.0.1", "another": "1"})
+    _, failures, printed = execute("a", "b")
+    assert not failures
+    said = f"has other versions, with which results may differ: keras 3.0.1 (here {own['keras']})"
+    assert " ".join(printed.split()).count(said) == 1
+
+
 def test_an_interruption_ends_the_jobs_and_takes_back_the_others(cluster, tmp_path):
     engine, execute = cluster
     (job, _) = jobs_of(tmp_path / "sweep", "wait", "a")
@@ -211,6 +233,21 @@ def test_a_missing_library_is_named_with_its_extra(name, package, monkeypatch, t
     said = capsys.readouterr().err
     assert f"the package {package}, which is not installed" in said
     assert f'pip install "lottery-ticket-pruner[{name}]"' in said
+
+
+@pytest.mark.parametrize(
+    ("engine", "options"),
+    [
+        (functools.partial(engines.RayEngine, None), {"num_cpus": None}),
+        (functools.partial(engines.SlurmEngine, clusters.Path()), {"cpus_per_task": "two"}),
+        (functools.partial(engines.DaskEngine, None), {"GPU": float("nan")}),
+    ],
+)
+def test_what_a_job_asks_for_is_a_number(engine, options):
+    ((name, value),) = options.items()
+    message = f"--executor-option {name}= expects a number. Received: {value!r}"
+    with pytest.raises(engines.EngineError, match=message):
+        engine(options)
 
 
 def test_prune_has_no_jobs(capsys):
