@@ -137,7 +137,8 @@ class PlainPruning(abc.ABC):
         self.model = model
         self._architecture = records.Architecture.of(model)
         shapes = self._architecture.shapes
-        self._masks = {i: np.ones(shapes[i], bool) for i in records.prunables(model)}
+        # Views of one value: of a masked model, they are never read or replaced.
+        self._masks = {i: np.broadcast_to(np.True_, shapes[i]) for i in records.prunables(model)}
         if not self._masks:
             raise ValueError(
                 f"The model {model.name!r} has no prunable weight. Kernels of Keras layers are "
@@ -372,7 +373,7 @@ class PlainPruning(abc.ABC):
 
     def _reset_held(self) -> None:
         """Sets the held masks to ones, and resets the update count and the factors."""
-        self._masks = {position: np.ones_like(mask) for position, mask in self._masks.items()}
+        self._masks = {i: np.broadcast_to(np.True_, mask.shape) for i, mask in self._masks.items()}
         self.masks_version += 1
         self._rescaling = Rescaling()
         self._updates = 0
