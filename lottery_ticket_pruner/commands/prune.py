@@ -28,6 +28,7 @@ from lottery_ticket_pruner.compression import (
     Plan,
     PruneResult,
     parts_of,
+    reason_of,
     save_model,
     search,
     verdict_of,
@@ -400,6 +401,7 @@ class _Display:
         self._console = console
         self._bar = progress.bar(console)
         self._task: rich.progress.TaskID | None = None
+        self._said: set[str] = set()
 
     def __enter__(self) -> "_Display":
         self._bar.start()
@@ -433,7 +435,7 @@ class _Display:
             verdict_of(row),
         )
         if row["note"]:
-            _print(self._console, row["note"])
+            _print(self._console, reason_of(row, self._said))
 
     def _line(self, *texts: str) -> None:
         widths = (4, 11, 7, 10, 8, 7, 6, 8)

@@ -11,7 +11,13 @@ from lottery_ticket_pruner.compression.metrics import Comparison, compare_models
 from lottery_ticket_pruner.compression.parts import Parts, parts_of, test_part_of
 from lottery_ticket_pruner.compression.plan import Goals, Options, Plan
 from lottery_ticket_pruner.compression.pruning import prune, search
-from lottery_ticket_pruner.compression.result import Findings, PruneResult, save_model, verdict_of
+from lottery_ticket_pruner.compression.result import (
+    Findings,
+    PruneResult,
+    reason_of,
+    save_model,
+    verdict_of,
+)
 from lottery_ticket_pruner.compression.steps import served_size
 
 __all__ = [
@@ -30,6 +36,7 @@ __all__ = [
     "parts_of",
     "predict_in_batches",
     "prune",
+    "reason_of",
     "save_model",
     "search",
     "served_size",

@@ -191,7 +191,9 @@ class Outcome:
         if correct is not None and abs(float(correct.mean()) - value) < 1e-5:
             return cls(value, correct, np.zeros(0))
         groups = _groups(_length(pair))
-        return cls(value, None, np.array([metric.of(model, _taken(pair, g)) for g in groups]))
+        data = training.ArrayDataset.of(*_taken(pair, np.concatenate(groups)))
+        results = training.engine_of(model).evaluate_groups(data, len(groups[0]))
+        return cls(value, None, np.array([float(result[metric.name]) for result in results]))
 
 
 def seconds_of_comparison(metric: Metric, seconds: float, share: float) -> float:

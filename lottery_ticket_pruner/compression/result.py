@@ -84,7 +84,9 @@ class Findings:
     @property
     def remarks(self) -> list[str]:
         """Sentences about steps that failed."""
-        return [f"Step {row['step']}: {row['note']}" for row in self.rows if row["note"]]
+        said: set[str] = set()
+        failed = [row for row in self.rows if row["note"]]
+        return [f"Step {row['step']}: {reason_of(row, said)}" for row in failed]
 
     def __str__(self) -> str:
         texts = [self.table, *self.remarks, f"test: {self.test}", self.conclusion, *self.notes]
@@ -155,6 +157,20 @@ def verdict_of(row: Mapping[str, Any]) -> str:
         return "too much"
     missed = row.get("misses")  # Earlier versions did not store them.
     return ", ".join(_MISSES[goal] for goal in missed.split(", ")) if missed else "accepted"
+
+
+def reason_of(row: Mapping[str, Any], said: set[str]) -> str:
+    """Returns why a step failed, without advice that was given before.
+
+    Args:
+        row: A row with a note, whose first sentence is the reason.
+        said: The advice so far, to which that of this row is added.
+    """
+    reason, ends, advice = str(row["note"]).partition(". ")
+    if not ends or advice not in said:
+        said.add(advice)
+        return str(row["note"])
+    return f"{reason}."
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:

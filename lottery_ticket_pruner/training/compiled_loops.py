@@ -56,8 +56,8 @@ class CompiledLoops(Protocol):
             `BLOCK`.
         """
 
-    def evaluate(self, data: ArrayDataset, batch_size: int) -> dict[str, Any]:
-        """Returns the loss and the metrics."""
+    def evaluate(self, data: ArrayDataset, batch_size: int, group: int) -> list[dict[str, Any]]:
+        """Returns the loss and the metrics of each group of so many successive examples."""
 
 
 class _TensorFlowLoops:
@@ -109,14 +109,24 @@ class _TensorFlowLoops:
 
         @tf.function
         def evaluate(
-            data: tuple[Arrays, ...], examples: tf.Tensor, batch_size: tf.Tensor
+            data: tuple[Arrays, ...], examples: tf.Tensor, batch_size: tf.Tensor, group: tf.Tensor
         ) -> dict[str, tf.Tensor]:
-            for metric in model.metrics:
-                metric.reset_state()
-            for start in tf.range(0, examples, batch_size):
-                batch = operator.itemgetter(slice(start, start + batch_size))
-                model.test_step(map_arrays(batch, data))
-            return model.get_metrics_result()
+            def results() -> dict[str, tf.Tensor]:
+                return tf.nest.map_structure(tf.convert_to_tensor, model.get_metrics_result())
+
+            def of_group(first: tf.Tensor) -> dict[str, tf.Tensor]:
+                for metric in model.metrics:
+                    metric.reset_state()
+                end = tf.minimum(first + group, examples)
+                for start in tf.range(first, end, batch_size):
+                    batch = operator.itemgetter(slice(start, tf.minimum(start + batch_size, end)))
+                    model.test_step(map_arrays(batch, data))
+                return results()
+
+            form = tf.nest.map_structure(tf.type_spec_from_value, results())
+            firsts = tf.range(0, examples, group)
+            # One after the other, because all use the same metrics.
+            return tf.map_fn(of_group, firsts, parallel_iterations=1, fn_output_signature=form)
 
         self._train = {
             "XLA": tf.function(train, jit_compile=True),
@@ -139,7 +149,7 @@ class _TensorFlowLoops:
         )
         return np.asarray(first)
 
-    def evaluate(self, data: ArrayDataset, batch_size: int) -> dict[str, Any]:
+    def evaluate(self, data: ArrayDataset, batch_size: int, group: int) -> list[dict[str, Any]]:
         import tensorflow as tf
 
         # TensorFlow would trace the loop again if it created variables, and for every length.
@@ -147,10 +157,14 @@ class _TensorFlowLoops:
         size = tf.TensorSpec([], "int32")
         compute = self._evaluate.get_concrete_function(
             map_arrays(lambda x: tf.TensorSpec([None, *x.shape[1:]], x.dtype), data.device),
-            *(size, size),
+            *(size, size, size),
         )
-        sizes = (keras.ops.convert_to_tensor(size, "int32") for size in (len(data), batch_size))
-        return compute(data.device, *sizes)
+        sizes = (tf.constant(size, "int32") for size in (len(data), batch_size, group))
+        results = tf.nest.map_structure(np.asarray, compute(data.device, *sizes))
+        return [
+            tf.nest.map_structure(operator.itemgetter(number), results)
+            for number in range(-(-len(data) // group))
+        ]
 
 
 class _JaxLoops:
@@ -220,9 +234,15 @@ class _JaxLoops:
         _assign(groups, jax.block_until_ready(state))
         return np.asarray(first)
 
-    def evaluate(self, data: ArrayDataset, batch_size: int) -> dict[str, Any]:
+    def evaluate(self, data: ArrayDataset, batch_size: int, group: int) -> list[dict[str, Any]]:
+        _keras.build_loss(self._model, data.take(slice(0, 1)))
+        return [
+            self._of_group(data, batch_size, range(len(data))[first : first + group])
+            for first in range(0, len(data), group)
+        ]
+
+    def _of_group(self, data: ArrayDataset, batch_size: int, group: range) -> dict[str, Any]:
         model = self._model
-        _keras.build_loss(model, data.take(slice(0, 1)))
         model.reset_metrics()
         groups = (
             model.trainable_variables,
@@ -230,8 +250,9 @@ class _JaxLoops:
             model.metrics_variables,
         )
         with _keras.withdrawn(*groups) as state:
-            for start in range(0, len(data), batch_size):
-                batch = operator.itemgetter(slice(start, start + batch_size))
+            for start in group[::batch_size]:
+                end = min(start + batch_size, group.stop)
+                batch = operator.itemgetter(slice(start, end))
                 state = self._evaluate(state, map_arrays(batch, data.device))
         _assign(groups, state)
         return model.get_metrics_result()

@@ -44,6 +44,8 @@ _EVALUATION_BYTES = 2**24
 _BLOCK_SECONDS = 0.5
 # `fit` must be faster by more than the error of the timing.
 _MARGIN = 0.95
+# After so many times `settings.patience` seconds in a loop, `fit` is compared with it in any case.
+_CERTAIN = 4
 
 _logger = logging.getLogger(__name__)
 _said: set[str] = set()
@@ -56,8 +58,8 @@ class Engine:
     between calls of `fit`, except that the caller has to call `Optimizer.finalize_variable_values`
     at the end.
 
-    When a compiled loop has run for some seconds, a few steps go through `fit` to find out which is
-    faster, once for each kind of loop and batch size.
+    When a compiled loop has run for some seconds and enough is left to train, a few steps go
+    through `fit` to find out which is faster, once for each kind of loop and batch size.
 
     Args:
         model: A compiled model.
@@ -86,6 +88,7 @@ class Engine:
         batch_size: int,
         *,
         steps: int,
+        done: int = 0,
         logged: bool = False,
         deterministic: bool = False,
         continued: bool = False,
@@ -97,6 +100,7 @@ class Engine:
             rows: Rows returned by `data.rows`, or a part of them.
             batch_size: Number of examples per step.
             steps: Number of steps of the whole training, which decides whether compiling pays.
+            done: Number of its steps before this call.
             logged: Whether to return what `fit` would log.
             deterministic: Whether the route must not depend on timings.
             continued: Whether metrics include those of the previous call.
@@ -112,6 +116,7 @@ class Engine:
         own = logged and _own_method(self._model, "train_step", "compute_metrics") is not None
         kept = (len(rows) % batch_size or batch_size) if own else 0
         logs, loops = None, self._loops
+        end = done + -(-len(rows) // batch_size)
         with explained(self._model, *(*data.host, None)[:2]):
             while len(rows):
                 kinds = self._kinds(data, steps)
@@ -120,7 +125,9 @@ class Engine:
                 if loops is None or comparison is None or comparison.fit_is_faster or not free:
                     logs = self._fit(data, rows, batch_size)
                     break
-                if comparison.is_due and free >= batch_size and not deterministic:
+                left = steps - end + -(-len(rows) // batch_size)
+                due = not deterministic and comparison.is_due(left)
+                if due and free >= batch_size:
                     used, logs = self._try_fit(data, rows[:free], batch_size, comparison)
                 else:
                     used = self._loop(loops, data, rows[:free], batch_size, comparison, kinds)
@@ -207,7 +214,7 @@ class Engine:
         reason = self._why_evaluate
         if reason is None and self._loops is not None:
             try:
-                return _as_numbers(self._loops.evaluate(data, batch_size))
+                return _as_numbers(self._loops.evaluate(data, batch_size, len(data))[0])
             except Exception as error:
                 reason = f"{type(error).__name__}: {error}"
         x, y, sample_weight = (*data.host, None, None)[:3]
@@ -223,6 +230,21 @@ class Engine:
         self._why_evaluate = reason
         warn_once(f"Evaluation goes through `evaluate`: {reason}.")
         return _as_numbers(results)
+
+    def evaluate_groups(self, data: ArrayDataset, group: int) -> list[dict[str, Any]]:
+        """Returns what `evaluate` returns for each group of so many successive examples.
+
+        In a compiled loop, one call evaluates all groups on TensorFlow, without the time that each
+        call takes besides its arithmetic.
+        """
+        if self._why_evaluate is None and self._loops is not None:
+            batch_size = min(self._evaluation_batch(data), group)
+            # If this fails, `evaluate` says why.
+            with contextlib.suppress(Exception):
+                return [_as_numbers(one) for one in self._loops.evaluate(data, batch_size, group)]
+        starts = range(0, len(data), group)
+        parts = [data.take(slice(start, start + group)) for start in starts]
+        return [self.evaluate(ArrayDataset(part)) for part in parts]
 
     def _evaluation_batch(self, data: ArrayDataset) -> int:
         inputs = getattr(self._model, "inputs", None)
@@ -381,10 +403,20 @@ class _PaceComparison:
         self.fit_steps += steps
         self.fit_tried = True
 
-    @property
-    def is_due(self) -> bool:
-        """True if the loop has run long enough for a comparison with `fit`."""
-        return not self.settled and self.loop_seconds > settings.patience
+    def is_due(self, left: int) -> bool:
+        """Returns whether a comparison with `fit` is worth its time.
+
+        It costs about `settings.patience` seconds. The loop must have run for longer. Either the
+        rest of this training would take longer as well, or many trainings have taken so long
+        together that the cost does not matter.
+
+        Args:
+            left: Number of steps until this training ends.
+        """
+        if self.settled or self.loop_seconds <= settings.patience:
+            return False
+        rest = left * self.loop_pace
+        return rest > settings.patience or self.loop_seconds > _CERTAIN * settings.patience
 
     @property
     def loop_pace(self) -> float:

@@ -9,8 +9,10 @@ class EngineSettings:
 
     Attributes:
         patience: Seconds in a compiled loop after which a few steps go through `fit`, to find out
-            which is faster. Compiling `fit` takes about as long, so a shorter time would cost more
-            than the result can save. `float("inf")` for never, as with `deterministic=True`.
+            which is faster, if the rest of the training would take as long. Compiling `fit` takes
+            about as long, so a shorter time would cost more than the result can save. After four
+            times as many seconds, in trainings of any length, `fit` is tried in any case.
+            `float("inf")` for never, as with `deterministic=True`.
         trial_steps: Minimum number of these steps.
         xla_steps: Number of training steps from which TensorFlow compiles the loop by XLA. This
             takes a second or more, and saves about a millisecond per step.

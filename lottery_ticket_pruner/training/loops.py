@@ -153,6 +153,7 @@ def train_by_plan(
                 rows[start * plan.batch_size : done * plan.batch_size],
                 plan.batch_size,
                 steps=plan.steps,
+                done=start,
                 deterministic=plan.deterministic,
                 logged=listeners.on_training is not None,
             )
@@ -307,7 +308,7 @@ def _fit_in_loops(
     for epoch in range(plan.epochs):
         chain.on_epoch_begin(epoch)
         batches.start(epoch)
-        logs = _train_epoch(model, trainee, data, data.indices(batches.order), plan)
+        logs = _train_epoch(model, trainee, data, data.indices(batches.order), plan, epoch)
         if validation is not None:
             chain.on_test_begin()
             trainee.read()
@@ -326,7 +327,12 @@ def _fit_in_loops(
 
 
 def _train_epoch(
-    model: keras.Model, trainee: Trainee, data: ArrayDataset, rows: np.ndarray, plan: EpochPlan
+    model: keras.Model,
+    trainee: Trainee,
+    data: ArrayDataset,
+    rows: np.ndarray,
+    plan: EpochPlan,
+    epoch: int,
 ) -> dict[str, Any]:
     """Trains an epoch on these rows, and returns its logs."""
     size = plan.batch_size
@@ -349,6 +355,7 @@ def _train_epoch(
                 rows[done * size : (done + number) * size],
                 size,
                 steps=plan.epochs * steps,
+                done=epoch * steps + done,
                 logged=done + number == steps,
                 deterministic=plan.deterministic,
                 continued=done > 0,

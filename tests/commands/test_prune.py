@@ -205,9 +205,12 @@ def test_a_step_that_was_not_possible_says_why(capsys):
     row = {"step": 3, "method": "channels", "sparsity": 0.5, "validation": None, "drop": None}
     row |= {"elapsed": 65.0, "remaining": 0.0}
     with prune._Display(Console(width=200)) as display:
-        display.show(row | {"accepted": False, "note": "The budget cannot be met."})
+        for share in (0.5, 0.4):
+            note = f"The budget {share} cannot be met. Pass larger shares. Or none."
+            display.show(row | {"accepted": False, "note": note})
     printed = capsys.readouterr().out
-    assert "The budget cannot be met." in printed
+    assert "The budget 0.5 cannot be met. Pass larger shares. Or none.\n" in printed
+    assert "The budget 0.4 cannot be met.\n" in printed  # What to do was said.
     assert " 1:05 " in printed
     assert "too much" not in printed
 

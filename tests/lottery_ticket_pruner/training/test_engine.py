@@ -265,6 +265,37 @@ def test_checkpoints_count_as_callbacks_of_epochs_unless_they_act_on_batches(tmp
     assert counting.batches == 5
 
 
+class Extremes(keras.metrics.Metric):
+    """A metric that is no mean and has two values."""
+
+    def __init__(self):
+        super().__init__(name="extremes")
+        self.extremes = self.add_variable((2,), "zeros", name="extremes")
+
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        found = keras.ops.stack([keras.ops.min(y_pred), keras.ops.max(y_pred)])
+        self.extremes.assign(self.extremes + found)
+
+    def result(self):
+        return keras.ops.convert_to_tensor(self.extremes)
+
+
+@pytest.mark.parametrize("compiles", [True, False])
+def test_groups_are_evaluated_like_data_of_their_own(compiles):
+    def spread(y_true, y_pred):  # Not a value for each example.
+        return keras.ops.max(y_pred) - keras.ops.min(y_pred)
+
+    model = dense()
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile("sgd", loss, metrics=["accuracy", spread, Extremes()], run_eagerly=not compiles)
+    found = engine.engine_of(model).evaluate_groups(training.ArrayDataset.of(X, Y), 20)
+    for number, result in enumerate(found):
+        part = slice(20 * number, 20 * number + 20)
+        expected = model.evaluate(X[part], Y[part], verbose=0, return_dict=True)
+        assert result == {k: pytest.approx(v, rel=1e-5, abs=1e-6) for k, v in expected.items()}
+    assert [len(found), len(X)] == [3, 50]  # The last group is smaller.
+
+
 def test_a_wrong_call_leaves_the_model_and_its_route(caplog, monkeypatch):
     by_xla(monkeypatch)
     model = compiled(dense)

@@ -194,6 +194,39 @@ def test_loops_of_two_kinds_are_timed_apart(monkeypatch, pace):
     assert lost == {"graph": True, "XLA": False}
 
 
+@pytest.mark.parametrize(
+    ("seconds", "left", "due"),
+    [
+        (2.9, 10_000, False),
+        (3.1, 310, True),
+        (3.1, 290, False),
+        (11.9, 290, False),
+        (12.1, 1, True),
+    ],
+)
+def test_fit_is_tried_if_enough_is_left_to_train(monkeypatch, seconds, left, due):
+    monkeypatch.setattr(training.settings, "patience", 3.0)
+    comparison = engine._PaceComparison()
+    comparison.note_loop(seconds, round(100 * seconds))  # 10 ms a step.
+    assert comparison.is_due(left) == due
+
+
+@needs_loop
+@pytest.mark.parametrize("train", ["train", "fit"])
+def test_the_steps_that_are_left_are_counted_over_calls(monkeypatch, train):
+    monkeypatch.setattr(training.settings, "patience", 0.0)
+    asked = []
+    monkeypatch.setattr(engine._PaceComparison, "is_due", lambda self, left: asked.append(left))
+    model = compiled(dense)
+    if train == "train":
+        training.train(model, X, Y, steps=12, batch_size=10, eval_every=5)
+    else:
+        training.fit(model, X, Y, batch_size=20, epochs=4)
+    assert asked[0] == 12
+    assert asked[-1] in (1, 2)
+    assert asked == sorted(asked, reverse=True)
+
+
 def test_on_an_equal_pace_the_loop_is_taken():
     for fit_seconds, lost in [(1.1, False), (0.98, False), (0.9, True)]:
         comparison = engine._PaceComparison()
