@@ -107,32 +107,11 @@ class _TensorFlowLoops:
                 step += 1
             return first
 
-        @tf.function
-        def evaluate(
-            data: tuple[Arrays, ...], examples: tf.Tensor, batch_size: tf.Tensor, group: tf.Tensor
-        ) -> dict[str, tf.Tensor]:
-            def results() -> dict[str, tf.Tensor]:
-                return tf.nest.map_structure(tf.convert_to_tensor, model.get_metrics_result())
-
-            def of_group(first: tf.Tensor) -> dict[str, tf.Tensor]:
-                for metric in model.metrics:
-                    metric.reset_state()
-                end = tf.minimum(first + group, examples)
-                for start in tf.range(first, end, batch_size):
-                    batch = operator.itemgetter(slice(start, tf.minimum(start + batch_size, end)))
-                    model.test_step(map_arrays(batch, data))
-                return results()
-
-            form = tf.nest.map_structure(tf.type_spec_from_value, results())
-            firsts = tf.range(0, examples, group)
-            # One after the other, because all use the same metrics.
-            return tf.map_fn(of_group, firsts, parallel_iterations=1, fn_output_signature=form)
-
         self._train = {
             "XLA": tf.function(train, jit_compile=True),
             "graph": tf.function(train, jit_compile=False),
         }
-        self._evaluate = evaluate
+        self._evaluate = _evaluation_of_groups(model)
 
     def kinds(self, steps: int) -> tuple[str, ...]:
         return ("XLA", "graph") if self._by_xla and steps >= settings.xla_steps else ("graph",)
@@ -165,6 +144,34 @@ class _TensorFlowLoops:
             tf.nest.map_structure(operator.itemgetter(number), results)
             for number in range(-(-len(data) // group))
         ]
+
+
+def _evaluation_of_groups(model: keras.Model) -> Any:
+    """Returns a `tf.function` that evaluates each group of successive examples of a data set."""
+    import tensorflow as tf
+
+    @tf.function
+    def evaluate(
+        data: tuple[Arrays, ...], examples: tf.Tensor, batch_size: tf.Tensor, group: tf.Tensor
+    ) -> dict[str, tf.Tensor]:
+        def results() -> dict[str, tf.Tensor]:
+            return tf.nest.map_structure(tf.convert_to_tensor, model.get_metrics_result())
+
+        def of_group(first: tf.Tensor) -> dict[str, tf.Tensor]:
+            for metric in model.metrics:
+                metric.reset_state()
+            end = tf.minimum(first + group, examples)
+            for start in tf.range(first, end, batch_size):
+                batch = operator.itemgetter(slice(start, tf.minimum(start + batch_size, end)))
+                model.test_step(map_arrays(batch, data))
+            return results()
+
+        form = tf.nest.map_structure(tf.type_spec_from_value, results())
+        firsts = tf.range(0, examples, group)
+        # One after the other, because all use the same metrics.
+        return tf.map_fn(of_group, firsts, parallel_iterations=1, fn_output_signature=form)
+
+    return evaluate
 
 
 class _JaxLoops:
