@@ -61,11 +61,13 @@ class _Submitted:
         handle: What the engine calls it.
         times: How often it was submitted.
         shown: Number of starts that were shown.
+        before: Number of starts before it was last submitted.
     """
 
     handle: Any
     times: int = 1
     shown: int = 1
+    before: int = 0
 
 
 class ClusterExecutor:
@@ -142,7 +144,11 @@ class ClusterExecutor:
             self._beat()
             for job in list(self._submitted):
                 self._look_at(job, board)
-            running = [job for job in self._submitted if starts(job.folder, self._marker)]
+            running = [
+                job
+                for job, submitted in self._submitted.items()
+                if starts(job.folder, self._marker) > submitted.before
+            ]
             board.show(running)
             if running:
                 idle_since = time.monotonic()
@@ -197,6 +203,7 @@ class ClusterExecutor:
         elif lost:
             board.say(f"{job.label}: lost with its worker, and submitted again: {lost}")
             submitted.times += 1
+            submitted.before = count
             submitted.handle = self._engine.submit(self._call(job))
 
     def _compare_versions(self, start: Mapping[str, Any], board: Board) -> None:

@@ -109,6 +109,27 @@ def test_a_job_whose_worker_dies_is_started_again_twice(cluster, tmp_path):
     assert not hidden(tmp_path)
 
 
+def test_a_lost_job_that_waits_again_does_not_count_as_running(cluster, tmp_path, monkeypatch):
+    engine, execute = cluster
+    really, submitted = worker.execute, []
+
+    def lost_after_its_start(call):
+        submitted.append(call)
+        if len(submitted) == 1:
+            facts = {"marker": call.marker.rpartition("/")[2], "count": 1, "host": "elsewhere"}
+            worker._write_starts(tmp_path / "sweep" / "job-0", facts)
+            engine.lost = {"job-0": 1}
+        return call
+
+    engine.seen = lost_after_its_start
+    monkeypatch.setattr(clusters, "_SILENCE", 0.2)
+    monkeypatch.setattr(worker, "execute", lambda call: time.sleep(0.6) or really(call))
+    (job,), failures, printed = execute("a")
+    assert job.is_done
+    assert not failures
+    assert "No job has started for 0 s on threads" in printed
+
+
 def test_starts_are_counted_on_clusters_that_repeat_jobs_by_themselves(cluster, tmp_path):
     """Dask and Slurm do so; nothing but the job's folder tells how often."""
     engine, execute = cluster
