@@ -23,8 +23,10 @@ def read_clocks(optimizer: keras.Optimizer | None) -> list[tuple[int, float | No
     ]
 
 
-def learning_rate(optimizer: keras.Optimizer) -> float:
-    """Returns the learning rate of the next step, also if a schedule gives it."""
+def learning_rate(optimizer: keras.Optimizer | None) -> float | None:
+    """Returns the learning rate of the next step, also if a schedule gives it, or None."""
+    if optimizer is None:
+        return None
     return float(keras.ops.convert_to_numpy(optimizer.learning_rate))
 
 

@@ -185,6 +185,8 @@ def find_ticket(
             training, with a dict: `round`, `arm`, `replicate`, `step`, `validation_<metric>` and
             `training_<metric>` for the loss and each compiled metric, and `learning_rate`.
             Training metrics are those of the steps since the last evaluation, as `fit` logs them.
+            They are left out for models with a custom training step in compiled loops, which do not
+            return its results.
         on_progress: Function that is called with the number of new steps.
 
     Raises:
@@ -552,7 +554,6 @@ class TicketSearch:
         return training.Listeners(
             on_progress=self._progress,
             on_evaluation=on_evaluation,
-            # Not free: a custom training step is then called by `fit` for its results.
             on_training=on_training if self.is_logged else None,
         )
 

@@ -113,7 +113,7 @@ class Engine:
             self._model.reset_metrics()
         batch_size = min(batch_size, len(rows))
         # Only `fit` returns the result of a custom step, so it trains on the last batch.
-        own = logged and _own_method(self._model, "train_step", "compute_metrics") is not None
+        own = logged and self._has_own_step
         kept = (len(rows) % batch_size or batch_size) if own else 0
         logs, loops = None, self._loops
         end = done + -(-len(rows) // batch_size)
@@ -134,6 +134,15 @@ class Engine:
                     logs = None
                 rows = rows[used:]
         return _as_numbers(logs or self._model.get_metrics_result()) if logged else {}
+
+    @property
+    def logs_freely(self) -> bool:
+        """True if results of training do not change the route, as those of a custom step do."""
+        return self._loops is None or self._why_fit is not None or not self._has_own_step
+
+    @property
+    def _has_own_step(self) -> bool:
+        return _own_method(self._model, "train_step", "compute_metrics") is not None
 
     def has_loops(self, data: ArrayDataset, steps: int) -> bool:
         """Returns True if compiled loops may train on these examples, for so many steps."""
@@ -165,7 +174,7 @@ class Engine:
         """
         self._model.reset_metrics()
         done = 0
-        own = _own_method(self._model, "train_step", "compute_metrics") is not None
+        own = self._has_own_step
         rows = rows[: -(len(rows) % batch_size or batch_size)] if own else rows
         while self._loops is not None and len(rows):
             size = min(batch_size, len(rows))

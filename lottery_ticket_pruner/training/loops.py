@@ -155,7 +155,7 @@ def train_by_plan(
                 steps=plan.steps,
                 done=start,
                 deterministic=plan.deterministic,
-                logged=listeners.on_training is not None,
+                logged=listeners.on_training is not None and engine_of(model).logs_freely,
             )
             if last:
                 trainee.write()

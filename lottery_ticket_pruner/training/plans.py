@@ -77,7 +77,8 @@ class Listeners:
 
     `ends` is called with the number of steps so far after each stretch but the last, and ends the
     training if it returns True. `on_training` is called before `on_evaluation` with the number of
-    steps so far, and the loss and metrics on the examples of the stretch, as `fit` logs them.
+    steps so far, and the loss and metrics on the examples of the stretch, as `fit` logs them. They
+    are left out if a custom training step returns them, which would have to be called by `fit`.
     """
 
     on_progress: Callable[[int], object] | None = None

@@ -120,6 +120,27 @@ def test_training_again_traces_nothing_again(data):
     assert len(traces) == first
 
 
+@pytest.mark.skipif(BACKEND == "torch", reason="trains through `fit` in any case")
+def test_listening_does_not_send_custom_steps_through_fit(data, monkeypatch):
+    class Own(keras.Sequential):
+        def train_step(self, *args):
+            return super().train_step(*args)
+
+    heard = []
+    for kind, names in ((keras.Sequential, {"loss"}), (Own, set())):
+        model = kind([keras.Input((4,)), keras.layers.Dense(2)])
+        model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+        monkeypatch.setattr(training.engine_of(model), "_fit", None)
+        training.train_by_plan(
+            model,
+            training.ArrayDataset.of(*data),
+            training.TrainingPlan(steps=4, batch_size=12, eval_every=2),
+            listeners=training.Listeners(on_training=lambda step, logs: heard.append((step, logs))),
+        )
+        assert [(step, set(logs)) for step, logs in heard] == [(2, names), (4, names)]
+        heard.clear()
+
+
 def test_batch_order_uses_every_example_equally_and_only_its_seed():
     order = training.batch_order(10, 7, 3, (1, 2))
     assert order.shape == (7, 3)
