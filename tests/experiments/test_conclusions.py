@@ -6,8 +6,8 @@ import pytest
 pytest.importorskip("tyro")
 pytest.importorskip("matplotlib")
 
-from lottery_ticket_pruner.experiments.reports import conclusions
-from made_up_runs import row
+from lottery_ticket_pruner.experiments.reports import conclusions, run_folders
+from made_up_runs import row, write_run
 
 pytestmark = pytest.mark.once
 
@@ -30,10 +30,10 @@ def searched(gains, controls, seeds=3):
 def test_tickets_that_match_and_beat():
     text = conclusions.of_search(searched([1, 0, -2], [(0, 0, 0), (2, 3, 4), (5, 5, 6)]))
     assert text == (
-        "On average, tickets are as accurate as the dense network (90.10 ± 0.10 %) down to "
-        "25.00 % of the weights. With 12.50 % of the weights, their accuracy is 5.33 points above "
-        "that of random mask. They beat the control (random mask) from 25.00 % of the weights on "
-        "(the 95 % interval of each difference is above zero)."
+        "On average over 3 seeds, tickets with as few as 25.00 % of the weights are at least as "
+        "accurate as the dense network (90.10 ± 0.10 %). With 12.50 % of the weights, their "
+        "accuracy is 5.33 points above that of random mask. They beat the control (random mask) "
+        "from 25.00 % of the weights on (the 95 % interval of each difference is above zero)."
     )
 
 
@@ -46,6 +46,29 @@ def test_a_difference_that_may_be_zero_beats_nothing():
     # The same means from two seeds have no interval, which is said.
     text = conclusions.of_search(searched([-1], [(1, 2)], seeds=2))
     assert text.endswith("of the weights on (2 seeds are too few for an interval).")
+
+
+def test_unfinished_seeds_and_equal_accuracies():
+    rows = searched([1, 1], [(0, 0), (0, 0)], seeds=2)
+    rows = rows[(rows["seed"] == 1) | (rows["round"] < 2)]
+    text = conclusions.of_search(rows)
+    # The dense network of the seed that got furthest, and no difference in favor of either.
+    assert text.startswith("In one seed, tickets with as few as 25.00 % of the weights")
+    assert "the dense network (90.10 %)" in text
+    assert "their accuracy is equal to that of random mask. They do not beat" in text
+
+
+def test_only_accuracies_on_the_same_data_are_compared(tmp_path):
+    def compared(name):
+        changes = [{"data": "digits", "rate": 0.2}, {"data": name, "rate": 0.3}]
+        folders = [
+            write_run(tmp_path / name / str(number), **change)
+            for number, change in enumerate(changes)
+        ]
+        return conclusions.of_comparison(run_folders.groups_of(run_folders.find_runs(folders)))
+
+    assert compared("digits").startswith("Of the last tickets, those of rate 0.2 are best")
+    assert not compared("mnist")
 
 
 def test_instability_ends_where_all_later_steps_are_stable():

@@ -23,6 +23,9 @@ from lottery_ticket_pruner.experiments.reports.statistics import (
 # Largest relative difference of weights remaining at which tickets are compared in a sentence.
 _COMPARABLE = 0.1
 
+# Options that must be the same.
+_SUBJECT = ("data", "data_digest", "network")
+
 
 def of_search(rows: pd.DataFrame) -> str:
     """Returns how far tickets match the dense network, and from where on they beat the controls.
@@ -37,24 +40,31 @@ def of_search(rows: pd.DataFrame) -> str:
 
 
 def _against_dense(rows: pd.DataFrame) -> str:
-    dense = rows[rows["arm"] == "dense"]["test_accuracy"]
     gains = _gains(rows, "dense")
     if not gains:
         return ""
     left, means = _left(rows), {number: np.mean(gain) for number, gain in gains.items()}
     matching = [number for number, mean in means.items() if mean >= -1e-9]
-    shown = f"the dense network ({accuracy_text(dense)} %)"
     if matching:
         fewest = min(matching, key=lambda number: left[number])
+        count = len(gains[fewest])
         return (
-            f"On average, tickets are as accurate as {shown} down to {_percent(left[fewest])} of "
-            "the weights."
+            f"{'In' if count == 1 else 'On average over'} {_seeds(count)}, tickets with as few as "
+            f"{_percent(left[fewest])} of the weights are at least as accurate as "
+            f"{_dense(rows, fewest)}."
         )
     best = max(means, key=lambda number: means[number])
     return (
-        f"No ticket is as accurate as {shown}; with {_percent(left[best])} of the weights it is "
-        f"{-100 * means[best]:.2f} points below."
+        f"No ticket is as accurate as {_dense(rows, best)}; with {_percent(left[best])} of the "
+        f"weights it is {_points(means[best])} below."
     )
+
+
+def _dense(rows: pd.DataFrame, number: int) -> str:
+    """Returns the dense network with its accuracy for the seeds that have reached a round."""
+    seeds = rows.loc[(rows["arm"] == "ticket") & (rows["round"] == number), "seed"]
+    dense = rows[(rows["arm"] == "dense") & rows["seed"].isin(seeds)]
+    return f"the dense network ({accuracy_text(dense['test_accuracy'])} %)"
 
 
 def _against_controls(rows: pd.DataFrame) -> str:
@@ -76,8 +86,7 @@ def _against_controls(rows: pd.DataFrame) -> str:
     if begin is None:
         return f"{sentence}; {interval_text} at least one of these differences is not above zero."
     if fewest < 3:
-        seeds = "one seed is" if fewest == 1 else f"{fewest} seeds are"
-        why = f"{seeds} too few for an interval"
+        why = f"{_seeds(fewest)} {'is' if fewest == 1 else 'are'} too few for an interval"
     else:
         why = f"{interval_text} each difference is above zero"
     return f"{sentence}. They beat {name} from {_percent(left[begin])} of the weights on ({why})."
@@ -106,9 +115,19 @@ def _is_above(gains: Sequence[float]) -> bool:
 
 
 def _difference(arm: str, gains: Sequence[float]) -> str:
-    points = 100 * float(np.mean(gains))
-    side = "above" if points >= 0 else "below"
-    return f"{abs(points):.2f} points {side} that of {arm_label(arm)}"
+    gain = float(np.mean(gains))
+    if abs(gain) < 1e-9:
+        return f"equal to that of {arm_label(arm)}"
+    return f"{_points(gain)} {'above' if gain > 0 else 'below'} that of {arm_label(arm)}"
+
+
+def _points(gain: float) -> str:
+    points = abs(100 * gain)
+    return f"{points:.2f} points" if points >= 0.005 else "less than 0.01 points"
+
+
+def _seeds(count: int) -> str:
+    return "one seed" if count == 1 else f"{count} seeds"
 
 
 def _percent(share: float) -> str:
@@ -161,7 +180,12 @@ def of_instability(rows: pd.DataFrame) -> str:
 
 
 def of_comparison(groups: Sequence[Group]) -> str:
-    """Returns which of several searches found the best tickets, if their last rounds compare."""
+    """Returns which of several searches found the best tickets, if their last rounds compare.
+
+    Accuracies on other data, or of other networks, are not compared.
+    """
+    if len({tuple(str(group.config.get(name)) for name in _SUBJECT) for group in groups}) > 1:
+        return ""
     lasts = []
     for group in groups:
         rows = group.rows[group.rows["arm"] == "ticket"]

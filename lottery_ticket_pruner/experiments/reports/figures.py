@@ -112,8 +112,8 @@ def layers_figure(shares: Mapping[str, Mapping[str, float]]) -> Figure:
     figure = pictures.dots(paths, series, WEIGHTS)
     axes = figure.axes[0]
     least = np.nanmin([*np.ravel(list(series.values())), 1.0])
-    axes.set_xscale("log")
     axes.set_xlim(1.12, 0.85 * least)
+    axes.set_xscale("log")
     _ticks(axes.xaxis, 0.85 * 100 * least, 112, lambda left: f"{left:.6g} %", scale=0.01)
     return figure
 
@@ -253,8 +253,8 @@ def _accuracy_axis(axes: Axes, means: Sequence[float], edges: Sequence[float]) -
 def weights_axis(axes: Axes, left: Sequence[float]) -> None:
     """Makes the horizontal axis one of percent of weights left, logarithmic and decreasing."""
     least = max(min(left, default=100), 0.01)
-    axes.set_xscale("log")
     axes.set_xlim(105, 0.9 * least)
+    axes.set_xscale("log")
     _ticks(axes.xaxis, 0.9 * least, 105, lambda left: f"{left:.6g} %")
 
 
