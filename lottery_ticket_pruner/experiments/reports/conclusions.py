@@ -43,7 +43,7 @@ def _against_dense(rows: pd.DataFrame) -> str:
     gains = _gains(rows, "dense")
     if not gains:
         return ""
-    left, means = _left(rows), {number: np.mean(gain) for number, gain in gains.items()}
+    left, means = _left(rows), {number: float(np.mean(gain)) for number, gain in gains.items()}
     matching = [number for number, mean in means.items() if mean >= -1e-9]
     if matching:
         fewest = min(matching, key=lambda number: left[number])
