@@ -44,6 +44,31 @@ def replicas_of(model: keras.Model) -> int:
     return _parts_on_jax() if backend == "jax" else 1
 
 
+def shared_batch(model: keras.Model, examples: int, batch_size: int) -> int:
+    """Returns the batch size of an evaluation, or another one of which replicas get equal parts.
+
+    Which examples are evaluated together hardly matters, but Keras needs equal parts of the first
+    batch.
+
+    Args:
+        model: The model.
+        examples: Number of examples.
+        batch_size: Number of examples per step.
+
+    Raises:
+        ValueError: If there are fewer examples than replicas.
+    """
+    first, replicas = min(batch_size, examples), replicas_of(model)
+    if first % replicas == 0:
+        return batch_size
+    if examples < replicas:
+        raise ValueError(
+            f"{model.name!r} has {replicas} replicas, each of which evaluates a part of every "
+            f"batch, so it needs {replicas} examples or more. Received: {examples}."
+        )
+    return max(replicas, first - first % replicas)
+
+
 def check_equal_parts(model: keras.Model, batch_size: int) -> None:
     """Checks that replicas of a TensorFlow strategy get equal parts of the first batch of a `fit`.
 

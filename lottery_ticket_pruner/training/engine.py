@@ -27,7 +27,7 @@ from lottery_ticket_pruner.training.dataset import ArrayDataset
 from lottery_ticket_pruner.training.devices import (
     check_batches,
     check_equal_parts,
-    replicas_of,
+    shared_batch,
     trains_apart,
     why_distributed,
 )
@@ -216,9 +216,7 @@ class Engine:
                 inputs, or else 1,000, or fewer if examples are large.
         """
         batch_size = batch_size or self._evaluation_batch(data)
-        # Which examples are evaluated together hardly matters, but Keras needs equal parts.
-        first, replicas = min(batch_size, len(data)), replicas_of(self._model)
-        batch_size = max(replicas, first - first % replicas) if first % replicas else batch_size
+        batch_size = shared_batch(self._model, len(data), batch_size)
         check_batches(len(data), batch_size, "evaluation")
         reason = self._why_evaluate
         if reason is None and self._loops is not None:

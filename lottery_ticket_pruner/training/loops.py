@@ -12,7 +12,7 @@ from lottery_ticket_pruner import _keras
 from lottery_ticket_pruner.targets import explained
 from lottery_ticket_pruner.training.augmentation import Augmentation
 from lottery_ticket_pruner.training.dataset import ArrayDataset, Arrays
-from lottery_ticket_pruner.training.devices import check_batches, check_equal_parts
+from lottery_ticket_pruner.training.devices import check_batches, check_equal_parts, shared_batch
 from lottery_ticket_pruner.training.engine import engine_of, warn_once
 from lottery_ticket_pruner.training.fit_arguments import split_off, weighted
 from lottery_ticket_pruner.training.late_training import Trainee
@@ -269,6 +269,9 @@ def _fit_by_keras(
 ) -> keras.callbacks.History:
     """Trains by the model's own `fit`, on the same batches as `_fit_in_loops`."""
     check_equal_parts(model, min(plan.batch_size, len(data)))
+    size = plan.validation_batch_size or plan.batch_size
+    if validation is not None:
+        size = shared_batch(model, len(validation), size)
     batches = _Batches(data, plan)
     start = keras.callbacks.LambdaCallback(on_epoch_begin=batches.start)
     with explained(model, *(*data.host, None)[:2]), _keras.kept_on_error(model):
@@ -276,7 +279,7 @@ def _fit_by_keras(
             batches,
             epochs=plan.epochs,
             validation_data=None if validation is None else validation.host,
-            validation_batch_size=plan.validation_batch_size or plan.batch_size,
+            validation_batch_size=size,
             callbacks=[start, *plan.callbacks],
             shuffle=False,
             verbose=plan.verbose,

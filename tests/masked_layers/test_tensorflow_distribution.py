@@ -99,6 +99,13 @@ refused(lambda: strategy.run(lambda: pruner.update_masks("random", rate=0.5)), "
 refused(lambda: ml.convert_to_masked(model), "strategy.scope()")
 with strategy.scope():
     refused(lambda: ml.export_sparse_saved_model(model, sys.argv[1]), "Call it outside")
+refused(lambda: training.evaluate(model, x[:1], y[:1]), "2 examples or more")
+# Acts on batches, so that `fit` of Keras validates: a first batch of 7 is for one replica alone.
+watching = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: None)
+seven = (x[:7], y[:7])
+found = training.fit(model, x, y, batch_size=32, validation_data=seven, callbacks=[watching])
+loss = training.evaluate(model, *seven)["loss"]
+np.testing.assert_allclose(found.history["val_loss"], loss, rtol=1e-5)
 variable = ml.masked_refs(model)[0].mask.value
 
 
