@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import tyro
 
 from _lottery_ticket import names
-from _lottery_ticket.types import NO_HINT, OptionalFloat, OptionalInt, OptionalPath, choice
+from _lottery_ticket.types import NO_HINT, Devices, OptionalFloat, OptionalInt, OptionalPath, choice
 
 _MODEL = tyro.conf.arg(
     metavar="[MODEL]",
@@ -87,6 +87,7 @@ methods without training end, or prunes channels for --macs and --latency."""
     """Epochs of training after each step, at most. Default: 3, or as many as 400 steps take."""
     batch_size: int = 64
     """Examples per step of training."""
+    devices: Devices = ()
     rate: float = 0.5
     """Share of the kept weights that a step prunes, until the first that is not good enough."""
     scope: Annotated[Literal["global", "layer"] | None, choice("global", "layer")] = None

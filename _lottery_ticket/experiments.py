@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 import tyro
 
 from _lottery_ticket import names
-from _lottery_ticket.types import NO_HINT, OptionalFloat, OptionalInt, OptionalPath, choice
+from _lottery_ticket.types import NO_HINT, Devices, OptionalFloat, OptionalInt, OptionalPath, choice
 
 if TYPE_CHECKING:
     # Type checkers cannot see which names there are.
@@ -172,6 +172,7 @@ DASK_SCHEDULER_ADDRESS names, or else one that is started on this machine."""
     jobs: OptionalInt = None
     """With --executor: number of seeds at a time. Default: one per core, or as many as the \
 cluster has room for."""
+    devices: Devices = ()
     quiet: bool = False
     """Print nothing."""
 
@@ -227,6 +228,7 @@ not changed."""
     """Replace the run in the run folder once this one is finished."""
     deterministic: bool = False
     """Reproduce results bit for bit on this machine with the same number of cores."""
+    devices: Devices = ()
     quiet: bool = False
     """Print nothing."""
 
@@ -275,6 +277,7 @@ run with the same options are kept; finished runs, and runs with other options, 
     """Replace the run in the run folder once this one is finished."""
     deterministic: bool = False
     """Reproduce results bit for bit on this machine with the same number of cores."""
+    devices: Devices = ()
     quiet: bool = False
     """Print nothing."""
 

@@ -103,11 +103,13 @@ def _run_seeds(command: str, options: Any) -> int:
 
 
 def _work_on(kind: Any, config: Any) -> int:
-    from lottery_ticket_pruner.experiments import identifiers, own
+    from lottery_ticket_pruner.experiments import devices, identifiers, own
     from lottery_ticket_pruner.experiments.workbench import load_and_resolve
 
     with own.named_errors_of(identifiers.locations(config.to_dict())):
-        kind.run(*load_and_resolve(config))
+        resolved, data = load_and_resolve(config)
+        devices.check(resolved.devices, resolved.batch_size)
+        kind.run(resolved, data)
     return 0
 
 

@@ -37,6 +37,10 @@ class ExecutorOptions(Protocol):
     def jobs(self) -> int | None:
         """Number of jobs at a time."""
 
+    @property
+    def devices(self) -> Sequence[str]:
+        """Devices that each job trains on."""
+
 
 def check(options: ExecutorOptions) -> None:
     """Checks the options before anything is done.
@@ -49,6 +53,8 @@ def check(options: ExecutorOptions) -> None:
         raise ValueError(f"--jobs must be positive. Received: {options.jobs}.")
     given = _parsed(options.executor_option)
     name = options.executor or "local"
+    if options.devices and name == "local" and options.jobs != 1:
+        raise ValueError("--devices: several jobs at a time would share them. Add --jobs 1.")
     if name in _PACKAGES:
         require_extra(name, _PACKAGES[name])
     elif given:

@@ -33,7 +33,14 @@ from lottery_ticket_pruner.compression import (
     search,
     verdict_of,
 )
-from lottery_ticket_pruner.experiments import datasets, networks, own, own_networks, progress
+from lottery_ticket_pruner.experiments import (
+    datasets,
+    devices,
+    networks,
+    own,
+    own_networks,
+    progress,
+)
 from lottery_ticket_pruner.experiments.config import RunConfig
 from lottery_ticket_pruner.experiments.reports import pruning
 from lottery_ticket_pruner.experiments.tensorboard import TensorBoardLogger
@@ -69,6 +76,8 @@ class PruneConfig(options.PruneOptions):
         """Returns the options as JSON data."""
         values = dataclasses.asdict(self)
         del values["overwrite"]
+        if not self.devices:  # The form of all folders that were written before this option.
+            del values["devices"]
         return json.loads(json.dumps(values, default=str))
 
     def plan(self, **listeners: Any) -> Plan:
@@ -170,8 +179,12 @@ def prune(config: PruneConfig, console: Console | None = None) -> PruneResult:
     config.plan()  # Raises errors of options before anything is loaded.
     if config.log not in (None, "tensorboard"):
         require_extra(config.log)
+    if config.devices and config.latency is not None:
+        raise ValueError("--latency is measured on one device: leave out --devices.")
+    devices.check(config.devices, config.batch_size)
     parts = load_data(config)
-    model = load(config)
+    with devices.scope(config.devices):
+        model = load(config)
     folder = config.folder
     _print(console, f"Results go to {folder}")
     with served_latency.DenseFolder(model) as dense, _Log(config) as log:

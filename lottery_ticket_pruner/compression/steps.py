@@ -53,7 +53,7 @@ Ends: TypeAlias = Callable[[int, int], bool]
 
 
 def masked_copy(model: keras.Model, coupled: bool) -> keras.Model:
-    """Returns a masked copy of a compiled model, plain or masked.
+    """Returns a masked copy of a compiled model, plain or masked, on the devices of the model.
 
     Args:
         model: The model.
@@ -64,9 +64,10 @@ def masked_copy(model: keras.Model, coupled: bool) -> keras.Model:
     """
     if not getattr(model, "compiled", False):
         raise ValueError(f"{model.name} is not compiled: call compile() before prune().")
-    if any(ref.mask is not None for ref in ml.weight_refs(model)):
-        return copy_model(model)
-    return ml.convert_to_masked(model, mask_normalization=coupled)
+    with variable_scope(model):
+        if any(ref.mask is not None for ref in ml.weight_refs(model)):
+            return copy_model(model)
+        return ml.convert_to_masked(model, mask_normalization=coupled)
 
 
 @dataclasses.dataclass
@@ -95,7 +96,7 @@ class Workbench:
     def __post_init__(self) -> None:
         ml.sync(self.model)
         iterations = getattr(self.model.optimizer, "iterations", None)
-        self.has_steps = iterations is not None and int(iterations) > 0
+        self.has_steps = iterations is not None and int(iterations.numpy()) > 0
         # In a model that was trained before, the schedule would be at its end.
         optimizers.rewind_schedule(self.model.optimizer)
         # Before any training, because not all models have channels that can be followed.

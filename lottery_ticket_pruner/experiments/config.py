@@ -94,6 +94,8 @@ class Experiment:
         values = dataclasses.asdict(self)  # type: ignore[call-overload]  # Subclasses are ones.
         for name in ("overwrite", *EXECUTION):  # These belong to a single call, not to the run.
             values.pop(name, None)
+        if not values["devices"]:  # The form of all runs that were made before this option.
+            del values["devices"]
         return json.loads(json.dumps(values, default=str))
 
 

@@ -16,7 +16,14 @@ from rich.console import Console
 import masked_layers as ml
 from _lottery_ticket import experiments as options
 from lottery_ticket_pruner import analyses, divergence, optimizers
-from lottery_ticket_pruner.experiments import catalogue, datasets, networks, progress, results
+from lottery_ticket_pruner.experiments import (
+    catalogue,
+    datasets,
+    devices,
+    networks,
+    progress,
+    results,
+)
 from lottery_ticket_pruner.experiments.config import (
     Experiment,
     RunConfig,
@@ -232,9 +239,10 @@ class _Trainer:
     def __init__(self, config: InstabilityConfig, data: datasets.Dataset) -> None:
         self._config = config
         self._data = data
-        self._model = ml.convert_to_masked(
-            compiled_network(config.training_config(), data, config.seeds[0])
-        )
+        with devices.scope(config.devices):
+            self._model = ml.convert_to_masked(
+                compiled_network(config.training_config(), data, config.seeds[0])
+            )
         self._fresh = LotteryTicketPruner(self._model)
         self.masks: dict[int, dict[str, np.ndarray]] | None = None
         if config.masks is not None:

@@ -11,7 +11,7 @@ from rich.console import Console
 
 import masked_layers as ml
 from lottery_ticket_pruner.divergence import SeedFailures
-from lottery_ticket_pruner.experiments import datasets, progress, results, saved_tickets
+from lottery_ticket_pruner.experiments import datasets, devices, progress, results, saved_tickets
 from lottery_ticket_pruner.experiments.config import RunConfig, chosen, parse_steps
 from lottery_ticket_pruner.experiments.reports import figures, statistics, tables
 from lottery_ticket_pruner.experiments.run_folder import RunFolder
@@ -65,8 +65,8 @@ def _carry_out(
         )
     if config.deterministic:
         make_deterministic()
-    model = compiled_network(config, data, config.seeds[0])
-    model = ml.convert_to_masked(model)
+    with devices.scope(config.devices):
+        model = ml.convert_to_masked(compiled_network(config, data, config.seeds[0]))
     if _prunes_nothing(config):
         warnings.warn(
             "With these rates nothing is pruned, so that every round trains the dense network.",

@@ -16,7 +16,7 @@ import masked_layers as ml
 from _lottery_ticket import experiments as options
 from _lottery_ticket import names
 from lottery_ticket_pruner import divergence, training
-from lottery_ticket_pruner.experiments import datasets, progress, results, saved_tickets
+from lottery_ticket_pruner.experiments import datasets, devices, progress, results, saved_tickets
 from lottery_ticket_pruner.experiments.config import (
     Experiment,
     RunConfig,
@@ -216,7 +216,8 @@ def _untrained(
     advance: Callable[[int], None],
     folder: Path,
 ) -> list[dict[str, Any]]:
-    model = ml.convert_to_masked(compiled_network(config.training_config(), data, seed))
+    with devices.scope(config.devices):
+        model = ml.convert_to_masked(compiled_network(config.training_config(), data, seed))
     pruner = LotteryTicketPruner(model)
     plan = training_plan(config, seed)
     training.train_by_plan(
@@ -270,14 +271,15 @@ def _learned(
             else ml.EdgePopupMask(sparsity=sparsity, rescale=dwr, seed=seed)
         )
         plan = training_plan(config, seed)
-        found = learn_by_plan(
-            compiled_network(config.training_config(), data, seed),
-            data.x_train,
-            data.y_train,
-            LearningPlan(training=plan, mask=mask, weights=weights, samples=config.samples),
-            test_data=(data.x_test, data.y_test),
-            listeners=Listeners(on_progress=advance),
-        )
+        with devices.scope(config.devices):
+            found = learn_by_plan(
+                compiled_network(config.training_config(), data, seed),
+                data.x_train,
+                data.y_train,
+                LearningPlan(training=plan, mask=mask, weights=weights, samples=config.samples),
+                test_data=(data.x_test, data.y_test),
+                listeners=Listeners(on_progress=advance),
+            )
         divergence.check_weights(
             found.supermask, f"with {weights} weights, after {plan.steps} steps"
         )
