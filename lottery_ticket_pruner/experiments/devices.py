@@ -40,7 +40,8 @@ def check(devices: Sequence[str], batch_size: int) -> None:
     warnings.warn(
         f"Training is distributed over {len(names)} devices ({', '.join(names)}) and goes through "
         "`fit`, batch by batch. For small networks, the compiled programs that train on one device "
-        "are faster.",
+        "are faster. On CPU devices, TensorFlow was seen to crash between two calls of `fit` "
+        "(segmentation fault); the same command then resumes.",
         stacklevel=3,
     )
 
