@@ -63,9 +63,9 @@ def vanishing(folder: Path) -> None:
 
 def in_use(folder: Path) -> None:
     """Locks the folder of the results, or of the search, until this process ends."""
-    for place in (folder / "out", folder / "out" / "search"):
-        _LOCKS.append(FolderLock(place))
-        _LOCKS[-1].__enter__()
+    searches = "-prune-" in f"-{folder.name}"  # `prune` locks the folder of its search.
+    _LOCKS.append(FolderLock(folder / "out" / "search" if searches else folder / "out"))
+    _LOCKS[-1].__enter__()
 
 
 _LOCKS: list[FolderLock] = []
@@ -126,7 +126,10 @@ def attempt(name: str, fault: Callable[[Path], None], folder: Path, report: Path
                 said.write(f"{error}\n")
             except BaseException as error:
                 code = f"TRACEBACK of {error!r}"
-        lines = [text for text in said.getvalue().splitlines() if ": warning: " not in text]
+        # Nor notices: where TensorFlow cannot write the code that it compiles, `fit` is used.
+        notices = (": warning: ", " goes through `")
+        lines = said.getvalue().splitlines()
+        lines = [text for text in lines if not any(notice in text for notice in notices)]
         written.write(json.dumps([code, [line[:300] for line in lines[:5]]]))
 
 
