@@ -10,6 +10,7 @@ import numpy as np
 from lottery_ticket_pruner import notices
 from lottery_ticket_pruner.experiments import results
 from lottery_ticket_pruner.experiments.reports.tables import Sheet
+from masked_layers.files import replacing
 
 STORAGE = "optuna.log"
 # A sampler may suggest the same combination again and again.
@@ -56,6 +57,7 @@ class Search:
             )
         self._failed: set[Values] = set()
         self._not_finite: dict[Values, float] = {}
+        _complete(folder / STORAGE)
         backend = optuna.storages.journal.JournalFileBackend(str(folder / STORAGE))
         self._study = optuna.create_study(
             study_name=study,
@@ -172,6 +174,18 @@ class Search:
 
     def _values(self, params: Mapping[str, Any]) -> Values:
         return tuple(params[name] for name in self._names)
+
+
+def _complete(journal: Path) -> None:
+    """Removes a last line without its end, which a full disk or a kill has left, from a journal.
+
+    Optuna would append the next entry to it, and could not read the file again.
+    """
+    content = journal.read_bytes() if journal.exists() else b""
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        with replacing(journal) as file:
+            file.write(whole)
 
 
 def outcome_of(folders: Sequence[Path]) -> tuple[float, float]:

@@ -91,6 +91,8 @@ def test_a_search_goes_on_as_if_it_had_not_been_interrupted(runs, tmp_path, caps
     search(tmp_path / "parts", 3, capsys, seeds=(0,))
     assert len(runs) == 3
     failed = [run for run in runs if run[0] == 0.5]
+    with (tmp_path / "parts" / "optuna.log").open("ab") as journal:
+        journal.write(b'{"op_code": 4, "wor')  # As a full disk leaves it.
     search(tmp_path / "parts", 8, capsys, seeds=(0,))
     if not failed:  # Otherwise these are tried again.
         assert runs == whole
