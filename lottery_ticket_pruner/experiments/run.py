@@ -129,6 +129,10 @@ def _carry_out_seed(
                 log.on_masks(model, row["round"])
             display.show(row)
 
+        def on_evaluation(evaluation: dict[str, Any]) -> None:
+            folder.check()  # Otherwise the log would create a removed folder again.
+            log.on_evaluation(evaluation)
+
         found = search(
             model,
             SearchData(
@@ -139,7 +143,7 @@ def _carry_out_seed(
             config.search_plan(replicate),
             Listeners(
                 on_result=on_result,
-                on_evaluation=log.on_evaluation,
+                on_evaluation=on_evaluation,
                 on_progress=display.advance,
             ),
             folder.path / "rounds" / str(replicate),

@@ -97,7 +97,7 @@ def test_a_missing_extra_is_named(capsys, monkeypatch):
         return None if name in ("tyro", "sklearn") else find_spec(name, *arguments)
 
     monkeypatch.setattr(importlib.util, "find_spec", without)
-    assert cli.main(["run"]) == 1
+    assert cli.main(["run"]) == 2
     error = capsys.readouterr().err
     assert "sklearn, tyro" in error
     assert 'pip install "lottery-ticket-pruner[cli]"' in error

@@ -156,6 +156,6 @@ def test_overlaps_between_seeds_and_between_configurations(tmp_path):
     assert overlap.jaccard == pytest.approx(np.array([[1, 0.5], [0.5, 1]]))
 
     text = web_page.render(all_tickets)
-    for title in ("Pruned weights of each layer", "Kept by both masks over kept by either"):
+    for title in ("Weights remaining in each layer", "How much masks have in common"):
         assert title in text
     assert "overlap of the last tickets&#39; masks between configurations" in text

@@ -70,6 +70,10 @@ def is_running(process):
 
 def when(condition, action):
     """Does something in a thread as soon as something is the case."""
+    import signal
+
+    # A shell that starts the tests in the background has them ignore Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def wait():
         while not condition():

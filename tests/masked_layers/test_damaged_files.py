@@ -228,7 +228,7 @@ def test_hostile_masks_are_refused(tmp_path):
 
 # --- Models of Keras ------------------------------------------------------------------------------
 
-HOSTILE = {
+HOSTILE_CONFIGS = {
     "announces 400000000000 bytes, but has 0": {"shape": (10**6, 10**5), "chunks": (1000, 1000)},
     "announces 4000000000 bytes, but has 0": {"shape": (10**6, 10**3)},
     "are in another file": {"shape": (4, 3), "external": [("secret", 0, 48)]},
@@ -243,7 +243,7 @@ def test_hostile_weights_of_keras_are_refused(tmp_path, suffix):
     file = tmp_path / f"model.{suffix}"
     model.save(file)
     whole = file.read_bytes()
-    for message, hostile in [("", None), *HOSTILE.items()]:
+    for message, hostile in [("", None), *HOSTILE_CONFIGS.items()]:
         content = io.BytesIO(whole)
         if suffix == "h5":
             change(content, "model_weights/d/sequential/d/kernel", hostile)
