@@ -1,4 +1,4 @@
-"""What a worker of a cluster executes: one command line of `lottery-ticket`, in its own folder.
+"""The job of a worker of a cluster: one command line of `lottery-ticket`, in its own folder.
 
 A worker imports this module alone, so it needs the package, but it does not import Keras: the
 command line is a process of its own. Everything that the sweep and its workers tell each other is
@@ -75,7 +75,7 @@ class Call:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How a job ended.
+    """The end of a job.
 
     Attributes:
         status: Exit status of the command. None if it was not executed to its end.

@@ -14,7 +14,7 @@ from lottery_ticket_pruner.folders import FolderLock
 from lottery_ticket_pruner.pruner import LotteryTicketPruner
 from lottery_ticket_pruner.variables import read, variable_scope
 from masked_layers.archives import read_npz
-from masked_layers.files import FileContentError, replacing
+from masked_layers.files import UNEXPECTED_FORM, FileContentError, replacing
 
 __all__ = ["Checkpoint", "description", "digest"]
 
@@ -147,14 +147,7 @@ class Checkpoint:
             if type(number) is not int or not places <= {(n, a) for n, a in places if n <= number}:
                 raise ValueError(f"round {number!r} is not the last one of its rows")
             arguments = dict(arguments)
-        except (
-            OSError,
-            ValueError,
-            LookupError,
-            TypeError,
-            AttributeError,
-            RecursionError,
-        ) as error:
+        except (OSError, *UNEXPECTED_FORM) as error:
             reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error).rstrip(".")
             raise FileContentError(
                 f"'{self._state}' is not the state of a search, or is cut short or damaged: "

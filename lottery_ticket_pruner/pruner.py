@@ -446,7 +446,7 @@ class LotteryTicketPruner(plain_models.PlainPruning):
         model = self.model if model is None else model
         criterion = request.criterion
         ml.sync(model)
-        # Measurements may change the model for a while, and with it what is only viewed.
+        # Measurements may change the model temporarily, and with it what is only viewed.
         measured = bool(criterion.evidence) or manner.reconstruct or request.budget is not None
         kernels = self._kernels(prunables := self._prunables(model), criterion, copies=measured)
         graph = self.followed.of(model, request)

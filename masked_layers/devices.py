@@ -1,4 +1,4 @@
-"""Where the backend computes."""
+"""The device on which the backend computes."""
 
 import keras
 

@@ -19,6 +19,10 @@ if sys.platform != "win32":  # Windows has no such locks, and refuses to remove 
     import fcntl
 
 
+# Errors of a reader that takes apart JSON data of an unexpected form.
+UNEXPECTED_FORM = (LookupError, TypeError, AttributeError, ValueError, RecursionError)
+
+
 class FileContentError(ValueError):
     """An error for a file whose content cannot be used.
 

@@ -44,7 +44,7 @@ class Engine(Protocol):
 
     @property
     def demand(self) -> str:
-        """What and where it is, with what a job asks for."""
+        """Description of the cluster and its place, with what a job asks for."""
 
     def open(self) -> None:
         """Connects to it.
@@ -94,7 +94,7 @@ class RayEngine:
 
     @property
     def demand(self) -> str:
-        """What and where it is, with what a job asks for."""
+        """Description of the cluster and its place, with what a job asks for."""
         return f"{self.description}. A job asks for {_listed(self._options)}"
 
     def open(self) -> None:
@@ -183,7 +183,7 @@ class SlurmEngine:
 
     @property
     def demand(self) -> str:
-        """What and where it is, with what a job asks for."""
+        """Description of the cluster and its place, with what a job asks for."""
         return f"{self.description}. A job asks for {_listed(self._options)}"
 
     def open(self) -> None:
@@ -253,7 +253,7 @@ class DaskEngine:
 
     @property
     def demand(self) -> str:
-        """What and where it is, with what a job asks for."""
+        """Description of the cluster and its place, with what a job asks for."""
         needs = f". A job asks for {_listed(self._resources)}" if self._resources else ""
         return f"{self.description}{needs}"
 

@@ -1,4 +1,4 @@
-"""What executes the jobs of a command, by its options: processes of this machine, or a cluster."""
+"""Chooses the executor of a command by its options: processes of this machine, or a cluster."""
 
 import json
 from collections.abc import Sequence

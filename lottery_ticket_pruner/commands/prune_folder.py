@@ -15,7 +15,7 @@ from lottery_ticket_pruner.experiments.reports import pruning
 from lottery_ticket_pruner.experiments.results import CONFIG_FILE, RESULTS_FILE, as_bytes
 from lottery_ticket_pruner.experiments.run_folder import versions, write_json
 from lottery_ticket_pruner.fingerprints import of_json
-from masked_layers.files import FileContentError, replacing
+from masked_layers.files import UNEXPECTED_FORM, FileContentError, replacing
 
 MODEL_FILE = "model.keras"
 RESULT_FILE = "result.json"
@@ -86,10 +86,7 @@ def read(folder: Path) -> tuple[Findings, pruning.Facts]:
         found = Findings(**findings), pruning.Facts(**facts)
         _check(*found)
     # Whatever else than a result the file describes, the tables cannot be made of it.
-    except (
-        *(OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError),
-        RecursionError,
-    ) as error:
+    except (OSError, ArithmeticError, *UNEXPECTED_FORM) as error:
         raise FileContentError(
             f"'{file}' is missing or damaged ({error}). Run `lottery-ticket prune` with the same "
             "options again: it writes the file from the finished search."

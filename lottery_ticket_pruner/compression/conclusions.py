@@ -1,4 +1,4 @@
-"""What a search says about its goals: those that a model misses, what came nearest, and why."""
+"""Sentences about the goals of a search: those that a model misses, what came nearest, and why."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence

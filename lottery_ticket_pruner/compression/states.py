@@ -16,7 +16,7 @@ from lottery_ticket_pruner.folders import FolderLock
 from lottery_ticket_pruner.overrides import assign
 from lottery_ticket_pruner.variables import read
 from masked_layers.archives import read_npz
-from masked_layers.files import FileContentError, replacing
+from masked_layers.files import UNEXPECTED_FORM, FileContentError, replacing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,14 +162,7 @@ class Progress:
                 raise ValueError("its arguments or facts have no names")
             if not (isinstance(rows, list) and all(isinstance(row, dict) for row in rows)):
                 raise ValueError("its rows have no names")
-        except (
-            OSError,
-            ValueError,
-            LookupError,
-            TypeError,
-            AttributeError,
-            RecursionError,
-        ) as error:
+        except (OSError, *UNEXPECTED_FORM) as error:
             raise FileContentError(
                 f"'{file}' is not the state of a search, or is damaged: {error}. Choose another "
                 "folder, or delete this one to start over."

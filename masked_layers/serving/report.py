@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from masked_layers.files import UNEXPECTED_FORM
 from masked_layers.text_tables import aligned
 
 COLUMNS = ("path", "shape", "dtype", "encoding", "alive", "nbytes")
@@ -158,7 +159,7 @@ class StorageReport:
             rows = [dataclasses.replace(row, shape=tuple(row.shape)) for row in rows]
             report = cls(rows=tuple(rows), **fields)
             _check(report)
-        except (LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        except UNEXPECTED_FORM as error:
             raise ValueError(f"Not a storage report: {error!r}") from error
         return report
 

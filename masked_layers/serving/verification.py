@@ -17,7 +17,7 @@ from masked_layers.serving.tracing import Traced, bytes_of, values_of
 
 @dataclass(frozen=True, eq=False)
 class Expected:
-    """What an exported folder should contain and compute.
+    """The expected content and outputs of an exported folder.
 
     It holds no weights, so that those of a large model can be freed before the folder is loaded.
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from masked_layers.files import UNEXPECTED_FORM
 from masked_layers.text_tables import aligned
 
 
@@ -117,7 +118,7 @@ class TorchReport:
             if report.programs and not {"dense", report.program} <= report.programs.keys():
                 raise ValueError("it lacks times of its programs")
             str(report)  # Fails for values of other types.
-        except (LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        except UNEXPECTED_FORM as error:
             # Not the representation of the error, which may contain all bytes of a wrong file.
             reason = f"{type(error).__name__}: {error}"
             raise ValueError(f"Not a report of `export_sparse_torch`: {reason}") from error

@@ -1,4 +1,4 @@
-"""What one can look at of a ticket: the pixels that it reads, its first kernels, its masks."""
+"""Pictures of a ticket: the pixels that it reads, its first kernels, its masks."""
 
 import dataclasses
 from collections.abc import Mapping
