@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import os
+import sys
 
 import hypothesis
 import numpy as np
@@ -95,6 +96,16 @@ def pytest_runtest_setup(item):
     if rng is not None:
         state = _DRAWN_BY_IMPORT.setdefault(item.module, rng.bit_generator.state)
         rng.bit_generator.state = state
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown():
+    """Fails a test that leaves a strategy of TensorFlow in scope, instead of all tests after it."""
+    if tf := sys.modules.get("tensorflow"):
+        stack = tf.compat.v1.get_default_graph()._distribution_strategy_stack
+        if stack:
+            stack.clear()
+            pytest.fail("The test left a `tf.distribute` strategy in scope.", pytrace=False)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -391,19 +391,6 @@ def test_layouts_of_jax_are_those_of_the_weight():
     np.testing.assert_array_equal(ops.convert_to_numpy(variable), np.ones((2, 3)))
 
 
-@pytest.mark.once
-def test_models_of_a_strategy_are_distinguished_from_others():
-    import tensorflow as tf
-
-    strategy = tf.distribute.MirroredStrategy(["CPU:0"])
-    with strategy.scope():
-        model = keras.Sequential([keras.Input((4,)), layers.Dense(2)])
-        _keras.check_strategy(model)
-    with pytest.raises(ValueError, match=r"strategy\.scope"):
-        _keras.check_strategy(model)
-    _keras.check_strategy(keras.Sequential([keras.Input((4,)), layers.Dense(2)]))
-
-
 def test_a_layer_tells_that_it_was_built_however_it_was():
     told = []
 

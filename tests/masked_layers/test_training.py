@@ -263,24 +263,3 @@ def test_exported_saved_model_is_masked(tmp_path):
     model.export(tmp_path / "served", verbose=False)
     served = tf.saved_model.load(tmp_path / "served")
     np.testing.assert_allclose(served.serve(X), numpy(model(X)), rtol=1e-5, atol=1e-6)
-
-
-@needs["tensorflow"]
-def test_mirrored_strategy():
-    import tensorflow as tf
-
-    strategy = tf.distribute.MirroredStrategy(["/cpu:0"])
-    with strategy.scope():
-        plain = classifier()
-    if isinstance(plain.variables[0].value, tf.distribute.DistributedValues):
-        with pytest.raises(ValueError, match=r"strategy\.scope"):
-            ml.convert_to_masked(plain)
-    with strategy.scope():
-        masked = ml.convert_to_masked(plain)
-        half_masks(masked)
-        masked.compile("adam", LOSS)
-    assert {type(v.value) for v in masked.variables if v.dtype == "bool"} == {
-        type(v.value) for v in plain.variables if not v.trainable
-    }
-    masked.fit(X, Y, verbose=0)
-    assert largest_effective_weight_under_masks(masked) == 0.0

@@ -208,19 +208,6 @@ def test_masks_that_change_during_the_training_hold_from_the_next_batch(data):
     assert set(np.round(list(sparsities(pruner, model).values()), 6)) == {0.8}
 
 
-@pytest.mark.skipif(BACKEND != "tensorflow", reason="a TensorFlow strategy")
-def test_mirrored_weights_are_held_too(data):
-    import tensorflow as tf
-
-    with tf.distribute.MirroredStrategy(["CPU:0"]).scope():
-        model = classifier()
-    pruner = LotteryTicketPruner(model)
-    pruner.calc_prune_mask(model, 0.5, "large_init")
-    watcher = LargestPruned(pruner)
-    model.fit(*data, epochs=2, verbose=0, callbacks=[PrunerCallback(pruner), watcher])
-    assert set(watcher.seen) == {0.0}
-
-
 def test_averaged_weights_are_pruned_during_validation(data):
     model = classifier(optimizer=OPTIMIZERS["ema_at_the_end"]())
     pruner = LotteryTicketPruner(model)

@@ -301,15 +301,3 @@ def test_a_model_without_an_optimizer_of_keras_is_trained_by_fit():
     for old, new in zip(before, model.get_weights(), strict=True):
         np.testing.assert_allclose(new, old - 3, rtol=1e-5)
     assert list(training.fit(model, X, Y).history) == ["size"]
-
-
-@pytest.mark.skipif(BACKEND != "tensorflow", reason="strategies of TensorFlow")
-def test_models_distributed_to_a_single_device_go_through_fit(caplog):
-    import tensorflow as tf
-
-    with tf.distribute.MirroredStrategy(["/cpu:0"]).scope():
-        ours, theirs = compiled(dense), compiled(dense)
-    training.fit(ours, X, Y, batch_size=10, shuffle=False, validation_data=(X, Y))
-    theirs.fit(X, Y, batch_size=10, shuffle=False, verbose=0)
-    assert_close(everything(ours), everything(theirs))
-    assert "the model is distributed by MirroredStrategy" in caplog.text
