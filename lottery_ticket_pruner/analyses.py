@@ -120,7 +120,7 @@ def plot_interpolation(lines: Interpolation | Mapping[str, Interpolation]) -> Fi
     axes.set(xlabel="share of the second solution", ylabel=kind, ylim=(0, None))
     axes.legend(frameon=False)
     pictures.open_up(axes)
-    return figure
+    return pictures.show_literally(figure)
 
 
 def _check_metric(metric: str | None, known: Mapping[str, Any]) -> None:
@@ -383,7 +383,7 @@ def plot_overlap(overlap: Overlap) -> Figure:
     names = [f"{number}: {name}" for number, name in enumerate(overlap.names, 1)]
     numbers = [str(number) for number in range(1, count + 1)]
     figure, axes = pictures.matrix(values, names, numbers, texts)
-    axes.set_title("above the diagonal: random masks", fontsize=9)
+    axes.set_title("above the diagonal:\nrandom masks", fontsize=9)
     return figure
 
 

@@ -79,6 +79,18 @@ def add_legend(figure: Figure, axes: Axes) -> None:
     figure.legend(loc="outside lower left", frameon=False, fontsize=9, ncols=columns)
 
 
+def show_literally(figure: Figure) -> Figure:
+    """Makes a figure show its texts as they are, and returns it.
+
+    matplotlib would take what is between two `$` of a name for a formula.
+    """
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
+    return figure
+
+
 def tell(artist: Artist, text: str) -> None:
     """Gives an artist a text that web pages show under the pointer."""
     artist.set_gid(TOLD + text)
@@ -110,7 +122,7 @@ def dots(rows: Sequence[str], series: Mapping[str, Sequence[float]], label: str)
     open_up(axes)
     if len(series) > 1:
         add_legend(figure, axes)
-    return figure
+    return show_literally(figure)
 
 
 def matrix(
@@ -132,12 +144,13 @@ def matrix(
     """
     names = [wrapped(name) for name in rows]
     longest = max((len(line) for name in names for line in name.split("\n")), default=0)
-    width, height = cell[0] * len(columns) + 0.085 * longest + 0.5, 0.75 + cell[1] * len(rows)
+    across = max(cell[0] * len(columns), 1.5)  # A title of two lines has room.
+    width, height = across + 0.085 * longest + 0.5, 0.75 + cell[1] * len(rows)
     figure, axes = new_figure(width, height)
     fill_matrix(axes, values, texts)
     axes.set_xticks(np.arange(len(columns)), columns)
     axes.set_yticks(np.arange(len(rows)), names)
-    return figure, axes
+    return show_literally(figure), axes
 
 
 def fill_matrix(axes: Axes, values: np.ndarray, texts: np.ndarray) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from lottery_ticket_pruner import pictures
 from lottery_ticket_pruner.experiments import catalogue, checksums
 from masked_layers.archives import read_npz
 from masked_layers.files import FileContentError, replacing
@@ -115,7 +116,7 @@ def identity(config: Any, seed: int) -> dict[str, Any]:
 def write_figure(file: Path, figure: "Figure") -> None:
     """Writes a picture that is complete or absent."""
     with replacing(file) as whole:
-        figure.savefig(whole, dpi=150, format="png")
+        pictures.show_literally(figure).savefig(whole, dpi=150, format="png")
 
 
 def is_run(folder: Path) -> bool:

@@ -16,6 +16,7 @@ import masked_layers as ml
 from _lottery_ticket import experiments as options
 from _lottery_ticket import names
 from lottery_ticket_pruner import divergence, training
+from lottery_ticket_pruner.checks import share_meant
 from lottery_ticket_pruner.experiments import datasets, devices, progress, results, saved_tickets
 from lottery_ticket_pruner.experiments.config import (
     Experiment,
@@ -68,7 +69,11 @@ class SupermaskConfig(options.SupermaskOptions, Experiment):
         run = RunConfig(**values).resolve(training_images)
         sparsities = self.sparsities or ((0.5,) if self.learn else _SPARSITIES)
         if not all(0 <= sparsity < 1 for sparsity in sparsities):
-            raise ValueError(f"--sparsities must be in [0, 1). Received: {sparsities}.")
+            received = " ".join(map(str, sparsities))
+            raise ValueError(
+                f"--sparsities must be in [0, 1). Received: {received}."
+                f"{share_meant(max(sparsities))}"
+            )
         for name in ("criteria", "sparsities", "weights", "dwr"):
             chosen = getattr(self, name)
             if not chosen and name != "sparsities":

@@ -90,7 +90,7 @@ def test_a_page_shows_the_intervals_of_differences(here, capsys):
     assert (
         "from right.keras is below zero for wrong.keras; on both sides of zero for same.keras."
     ) in page
-    assert "<title>wrong.keras: -1.0000 (" in page
+    assert "<title>wrong.keras: -100.00 points (" in page
     assert "<td" in page
     assert page.count("<svg") == 1
     assert "http" not in page.replace("http://www.w3.org/", "")

@@ -6,7 +6,7 @@ import pytest
 pytest.importorskip("tyro")
 pytest.importorskip("matplotlib")
 
-from lottery_ticket_pruner.experiments.reports import conclusions, run_folders
+from lottery_ticket_pruner.experiments.reports import conclusions, run_folders, tables
 from made_up_runs import row, write_run
 
 pytestmark = pytest.mark.once
@@ -69,6 +69,25 @@ def test_only_accuracies_on_the_same_data_are_compared(tmp_path):
 
     assert compared("digits").startswith("Of the last tickets, those of rate 0.2 are best")
     assert not compared("mnist")
+
+
+@pytest.mark.parametrize("sparsities", [(0.5,), (0.5, 0.8)])
+def test_a_mask_that_its_own_accuracy_chose_is_said_to_be_one(sparsities):
+    rows = [
+        {
+            "criterion": "random",
+            "sparsity": sparsity,
+            "seed": 0,
+            "test_accuracy": 0.9 - sparsity / 2,
+        }
+        for sparsity in sparsities
+    ]
+    chosen = len(sparsities) > 1
+    text = conclusions.of_masks(pd.DataFrame(rows))
+    assert text.startswith("The best mask reaches 65.00 % test accuracy with 50 % of the weights")
+    assert ("It is the best of 2 by this test accuracy itself" in text) == chosen
+    note = tables.best_sheet(pd.DataFrame(rows)).note
+    assert ("the best of all sparsities, chosen by this accuracy" in note) == chosen
 
 
 def test_instability_ends_where_all_later_steps_are_stable():

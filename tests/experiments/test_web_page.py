@@ -47,12 +47,15 @@ def ticket(tmp_path_factory):
     return path
 
 
+NOT_GIVEN = {"control_rounds": [], "final_sparsity": None}
+
+
 @pytest.fixture(scope="module")
 def folder(ticket, tmp_path_factory):
     """Two runs that differ in their criterion, whose name must be escaped in HTML."""
     folder = tmp_path_factory.mktemp("runs")
-    write_run(folder / "one")
-    write_run(folder / "two", strategy="<script>alert(1)</script>")
+    write_run(folder / "one", **NOT_GIVEN)
+    write_run(folder / "two", **NOT_GIVEN, strategy="<script>alert(1)</script>")
     shutil.copy(ticket, folder / "one")
     (folder / "two" / "ticket.keras").write_bytes(b"no model")
     return folder
@@ -132,8 +135,10 @@ def test_the_page_shows_tables_pictures_options_and_layers(text):
         "total 18 7 38.89%",
         "output rate 0.1",
         "controls random_mask",
+        "control rounds all",
     ):
         assert expected in words, expected
+    assert "final sparsity" not in words
     # The comparison, the weights left in each layer, the arms of both runs, and the masks.
     assert text.count("<svg") == 5
     assert "Not loaded:" in words

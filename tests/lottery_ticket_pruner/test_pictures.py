@@ -7,6 +7,7 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
+import matplotlib as mpl
 from matplotlib.colors import to_rgb
 
 from lottery_ticket_pruner import pictures
@@ -49,3 +50,16 @@ def test_all_colors_of_a_palette_differ(palette, eyes):
     # The simulation does tell colors apart that such eyes cannot.
     red, green = (lab(color, EYES["no medium cones"]) for color in ("#B59A00", "#E08B2D"))
     assert np.linalg.norm(red - green) < 15
+
+
+def test_names_with_dollar_signs_are_not_formulas(tmp_path):
+    """matplotlib fails for what is no formula, and would show others in italics."""
+    name = r"$\no formula$ and $x$"
+    for figure in (
+        pictures.dots([name], {name: [0.5], "other": [0.4]}, "share"),
+        pictures.matrix(np.eye(1), [name], [name], np.array([[name]]))[0],
+    ):
+        figure.suptitle(name)
+        with mpl.rc_context({"svg.fonttype": "none"}):
+            pictures.show_literally(figure).savefig(tmp_path / "figure.svg")
+        assert (tmp_path / "figure.svg").read_text().count(name) >= 3

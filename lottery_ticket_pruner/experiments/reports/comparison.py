@@ -64,17 +64,23 @@ def conclusion(found: ModelComparison) -> str:
 
 
 def differences(found: ModelComparison) -> Figure:
-    """Plots the difference of each model from the first one, with its interval."""
+    """Plots the difference of each model from the first one, with its interval.
+
+    Differences of accuracies are in points, as in the table.
+    """
     rows = [row for row in found.rows if row["low"] is not None]
+    in_points = all(row["agreement"] is not None for row in rows)
+    scale, form, unit = (100, "+.2f", " points") if in_points else (1, "+.4f", "")
     figure, axes = pictures.new_figure(4.8, 0.9 + 0.34 * len(rows))
     axes.axvline(0, color=pictures.MUTED, linewidth=1.2, linestyle=(0, (5, 3)))
     for place, row in enumerate(rows):
-        axes.plot([row["low"], row["high"]], [place] * 2, color=pictures.PALETTE[0], linewidth=2)
-        axes.plot(row["difference"], place, "o", color=pictures.PALETTE[0])
-        text = f"{row['model']}: {row['difference']:+.4f} ({row['low']:+.4f} to {row['high']:+.4f})"
-        pictures.add_target(axes, row["difference"], place, text)
+        middle, low, high = (scale * row[name] for name in ("difference", "low", "high"))
+        axes.plot([low, high], [place] * 2, color=pictures.PALETTE[0], linewidth=2)
+        axes.plot(middle, place, "o", color=pictures.PALETTE[0])
+        text = f"{row['model']}: {middle:{form}}{unit} ({low:{form}} to {high:{form}})"
+        pictures.add_target(axes, middle, place, text)
     axes.set_yticks(range(len(rows)), [pictures.wrapped(row["model"]) for row in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set_xlabel(f"difference of the {found.metric}")
+    axes.set_xlabel(f"difference of the {found.metric}{',' * in_points}{unit}")
     pictures.open_up(axes, "x")
     return figure

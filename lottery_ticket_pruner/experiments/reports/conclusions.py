@@ -155,6 +155,11 @@ def of_masks(rows: pd.DataFrame) -> str:
     where = f"with {100 * (1 - at):.4g} % of the weights" if place == "sparsity" else at_place
     best = accuracy_text(level["test_accuracy"])
     text = f"The best mask reaches {best} % test accuracy {where}{f' ({named})' if named else ''}."
+    if len(found) > 1:
+        text += (
+            f" It is the best of {len(found)} by this test accuracy itself, so on other examples "
+            "less is to be expected."
+        )
     if "dense_accuracy" in rows and rows["dense_accuracy"].notna().any():
         dense = accuracy_text(rows.groupby("seed")["dense_accuracy"].first())
         text += f" The trained network with all weights has {dense} %."

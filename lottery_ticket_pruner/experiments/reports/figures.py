@@ -35,6 +35,9 @@ _LOOKS = {arm: pictures.look(number) for number, arm in enumerate(_ARMS)}
 WEIGHTS = "weights remaining (log scale)"
 
 _TICKS = (100, *(digit * 10.0**power for power in (1, 0, -1, -2) for digit in (5, 3, 2, 1)))
+# Of these, the ones that leave room for their labels on a long axis.
+_FEWER = (100, *(digit * 10.0**power for power in (1, 0, -1, -2) for digit in (5, 2, 1)))
+_LONG = 20  # The largest number over the least.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,7 +279,8 @@ def _ticks(
         ends: Further ticks.
         scale: Position of the number 1 on the axis.
     """
-    ticks = [tick for tick in _TICKS if low <= tick <= min(high, 100)]
+    choice = _FEWER if high >= _LONG * low else _TICKS
+    ticks = [tick for tick in choice if low <= tick <= min(high, 100)]
     if len(ticks) < 3:
         even = MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(low, high)
         ticks = [tick for tick in even if low <= tick <= min(high, 100)]

@@ -274,6 +274,13 @@ def _described(option: str, value: Any) -> tuple[str, ...]:
     return (as_text(value) if option in _PLAIN else f"{option.replace('_', ' ')} {as_text(value)}",)
 
 
+def option_text(option: str, value: Any) -> str:
+    """Returns the value of an option as text for readers, with the meaning of an empty one."""
+    if option == "control_rounds" and not value:
+        return "all"
+    return as_text(value)
+
+
 def as_text(value: Any) -> str:
     """Returns the value of an option as text for readers."""
     if isinstance(value, list | tuple):

@@ -306,9 +306,13 @@ def best_sheet(rows: pd.DataFrame) -> Sheet:
     replicates = rows["seed"].nunique()
     if replicates > 1:
         title += f": mean ± standard deviation of {replicates} replicates"
+    chosen = any(len(levels_of(own, place)) > 1 for _, own in grouped(rows, factors))
+    every = "all sparsities" if place == "sparsity" else "all epochs"
+    note = f"Each is the best of {every}, chosen by this accuracy itself." if chosen else ""
     if not across:
         lines = [(*map(text_of, values), *_best(own, place)) for values, own in grouped(rows, down)]
-        return Sheet(title, (*down, "accuracy", where), tuple(lines), names=len(down))
+        plain = (*down, "accuracy", where)
+        return Sheet(title, plain, tuple(lines), names=len(down), note=note)
     columns = [values for values, _ in grouped(rows, across)]
     lines = []
     for values, of_line in grouped(rows, down):
@@ -317,7 +321,7 @@ def best_sheet(rows: pd.DataFrame) -> Sheet:
             cells[setting] = " at ".join(_best(own, place))
         lines.append((*map(text_of, values), *cells.values()))
     headings = [_setting(across, values) for values in columns]
-    return Sheet(title, (*down, *headings), tuple(lines), names=len(down))
+    return Sheet(title, (*down, *headings), tuple(lines), names=len(down), note=note)
 
 
 def instability_sheet(rows: pd.DataFrame) -> Sheet:

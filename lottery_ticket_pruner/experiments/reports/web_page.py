@@ -101,6 +101,7 @@ def filled(template: str, **values: Any) -> str:
         loader=jinja2.FunctionLoader(_template),
     )
     environment.filters["value"] = run_folders.as_text
+    environment.filters["value_of"] = lambda value, option: run_folders.option_text(option, value)
     environment.filters["words"] = lambda name: str(name).replace("_", " ")
     return environment.get_template(template).render(
         palette=list(zip(pictures.PALETTE, pictures.DARK_PALETTE, strict=True)),
@@ -123,7 +124,9 @@ def svg(figure: Figure, prefix: str, label: str) -> str:
     """
     buffer = io.StringIO()
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": prefix}):
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+        pictures.show_literally(figure).savefig(
+            buffer, format="svg", transparent=True, metadata={"Date": None}
+        )
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
