@@ -32,11 +32,11 @@ def file_question(path: Path, suffixes: Iterable[str]) -> str:
         suffixes: Endings of the files that can be.
     """
     try:
-        names = [one.name for one in path.parent.iterdir() if one.suffix in suffixes]
+        names = {one.stem: one.name for one in path.parent.iterdir() if one.suffix in suffixes}
     except OSError:
         return ""
-    found = closest(path.name, names)
-    return f" Did you mean '{path.parent / found}'?" if found else ""
+    found = closest(path.stem, names)  # Equal endings would make all of them alike.
+    return f" Did you mean '{path.parent / names[found]}'?" if found else ""
 
 
 def _plain(name: str) -> str:

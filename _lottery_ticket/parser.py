@@ -70,8 +70,10 @@ def parse(arguments: Sequence[str]) -> Any:
         raise UsageError(f"Name a command: {', '.join(known)}. See lottery-ticket --help.")
     if first not in known:
         kind = "option" if first.startswith("-") else "command"
-        hint = hints.question(first, [*known, "--help", "--version", "--print-completion"])
-        raise UsageError(f"Unknown {kind} {first!r}.{hint} Commands: {', '.join(known)}.")
+        options = ["--help", "--version", "--print-completion"]
+        hint = hints.question(first, [*known, *options])
+        there = f" Options: {', '.join(options)}." if kind == "option" else ""
+        raise UsageError(f"Unknown {kind} {first!r}.{hint}{there} Commands: {', '.join(known)}.")
     return _options(known[first], first, arguments[1:])
 
 

@@ -8,6 +8,19 @@ from typing import Any
 from lottery_ticket_pruner.checks import is_integer, is_number
 
 
+class UnreachableBudgetError(ValueError):
+    """An error for a budget that no pruning meets.
+
+    Args:
+        found: What cannot be met, and what was reached.
+        remedy: What to do, in words of `update_masks`.
+    """
+
+    def __init__(self, found: str, remedy: str) -> None:
+        super().__init__(f"{found} {remedy}")
+        self.found = found
+
+
 @dataclasses.dataclass(frozen=True)
 class Latency:
     """A budget of latency on this machine, for `update_masks(budget={"latency": ...})`.
@@ -53,8 +66,12 @@ class Latency:
                 f"weights, or `milliseconds`. Received: {self}"
             )
         if self.share is not None and not (is_number(self.share) and 0 < self.share <= 1):
+            meant = ""
+            if is_number(self.share) and 1 < self.share < float("inf"):
+                meant = f". For a time, pass Latency(milliseconds={self.share:g})"
             raise ValueError(
-                f"The share of the latency must be a number in (0, 1]. Received: {self.share!r}"
+                "The share of the latency must be a number in (0, 1]. "
+                f"Received: {self.share!r}{meant}"
             )
         limit = self.milliseconds
         if limit is not None and not (is_number(limit) and 0 < limit < float("inf")):

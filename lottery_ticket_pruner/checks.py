@@ -1,10 +1,13 @@
-"""Checks whether arguments of users are numbers, and shortens errors from their code."""
+"""Checks whether arguments of users are numbers or percentages, and shortens their errors."""
 
 import importlib.util
 import numbers
+import re
 from typing import TypeGuard
 
 from _lottery_ticket.refusals import MissingExtraError
+
+_BOLD = re.compile(r"\x1b\[1m(.+?)\x1b\[0m", re.DOTALL)
 
 
 def is_number(value: object) -> TypeGuard[float]:
@@ -17,9 +20,25 @@ def is_integer(value: object) -> TypeGuard[int]:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
+def share_meant(value: object) -> str:
+    """Returns `" For 80 %, give 0.8."` for a number that is probably a percentage, or nothing."""
+    if not is_number(value) or not 1 < value < 100:
+        return ""
+    return f" For {value:g} %, give {value / 100:g}."
+
+
+def reason_in(text: str) -> str:
+    """Returns what Keras prints in bold in the message of an error, or else the whole message.
+
+    Around it is the layer that was called, with all its arguments.
+    """
+    found = _BOLD.search(text)
+    return found[1] if found else text
+
+
 def line_of(error: Exception) -> str:
     """Returns the type of an error and the first line of its message."""
-    text = next((line for line in str(error).splitlines() if line.strip()), "")
+    text = next((line for line in reason_in(str(error)).splitlines() if line.strip()), "")
     return f"{type(error).__name__}: {text.strip()}"
 
 

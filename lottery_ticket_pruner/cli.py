@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from _lottery_ticket import parser, refusals
+from lottery_ticket_pruner.checks import reason_in
 from lottery_ticket_pruner.experiments.parent import end_with_parent
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def _formatted(
 
 
 def _print_error(error: Exception) -> int:
-    text = str(error)
+    text = reason_in(str(error))
     if isinstance(error, OSError) and error.strerror:  # From the system: "[Errno 13] ...".
         where = "" if error.filename is None else f"'{error.filename}': "
         text = f"{where}{error.strerror.rstrip('.')}."

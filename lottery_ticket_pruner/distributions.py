@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from lottery_ticket_pruner.checks import share_meant
 from lottery_ticket_pruner.registry import Registry
 
 Rule = Callable[[tuple[int, ...]], float]
@@ -72,7 +73,10 @@ class Distribution:
                 keeps a weight and some kernels are dense.
         """
         if not 0 <= sparsity < 1:
-            raise ValueError(f"`sparsity` must be a number in [0, 1). Received: {sparsity!r}")
+            raise ValueError(
+                f"`sparsity` must be a number in [0, 1). Received: {sparsity!r}."
+                f"{share_meant(sparsity)}"
+            )
         paths = list(shapes)
         sizes = np.array([math.prod(shapes[path]) for path in paths], dtype=np.int64)
         drop = math.floor(sparsity * int(sizes.sum()) + 1e-6)

@@ -20,7 +20,7 @@ from typing import Any, TypeGuard, TypeVar
 
 import numpy as np
 
-from lottery_ticket_pruner.checks import is_integer, is_number
+from lottery_ticket_pruner.checks import is_integer, is_number, share_meant
 from lottery_ticket_pruner.registry import Registry
 
 
@@ -279,7 +279,9 @@ def check_sparsity(name: str, value: object) -> float:
         ValueError: If it is not a number in [0, 1).
     """
     if not is_number(value) or not 0 <= value < 1:
-        raise ValueError(f"`{name}` must be a number in [0, 1). Received: {name}={value!r}")
+        raise ValueError(
+            f"`{name}` must be a number in [0, 1). Received: {name}={value!r}.{share_meant(value)}"
+        )
     return float(value)
 
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Collection, Mapping
 from typing import TypeVar
 
-from lottery_ticket_pruner.checks import is_number
+from lottery_ticket_pruner.checks import is_number, share_meant
 
 Share = float | Mapping[str, float]
 _Share = TypeVar("_Share", bound=Share)
@@ -36,7 +36,7 @@ def check_share(name: str, share: object) -> float:
     if not is_number(share) or not 0 <= share < 1:
         raise ValueError(
             f"`{name}` must be a number in [0, 1). Received: {name}={share!r} "
-            f"of type {type(share).__name__}"
+            f"of type {type(share).__name__}.{share_meant(share)}"
         )
     return share
 

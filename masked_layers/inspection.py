@@ -175,10 +175,16 @@ def set_masks(model: Layer, masks: Mapping[str, Any]) -> None:
             1. The masks of other weights are not changed.
 
     Raises:
+        TypeError: If the masks are not a dict.
         ValueError: If a path does not name a masked weight, or its mask is learned, or an array has
             another shape or other values than 0 and 1, or several workers of a `tf.distribute`
             strategy are given different masks. No mask is changed then.
     """
+    if not isinstance(masks, Mapping):
+        raise TypeError(
+            "Expected `masks` to be a dict from paths to arrays, as `get_masks` returns it. "
+            f"Received: {type(masks).__name__}"
+        )
     refs = {ref.path: ref for ref in refs_with_masks(model)}
     for path in masks:
         if path in refs and refs[path].mask.learned:

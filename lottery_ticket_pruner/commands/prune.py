@@ -162,6 +162,11 @@ def latency_of(text: str) -> float | Latency:
         )
     number = float(match[1])
     if not match[2]:
+        if number > 1:
+            raise ValueError(
+                f"--latency without a unit is a share of at most 1. Received: {text!r}. For "
+                f"milliseconds, give {number:g}ms."
+            )
         return number
     return Latency(milliseconds=number * {"s": 1e3, "ms": 1.0, "us": 1e-3}[match[2]])
 

@@ -252,7 +252,7 @@ class Search:
         except (DivergenceError, ValueError) as error:
             if isinstance(error, ValueError) and not bench.prunes_channels:
                 raise
-            self._record(stage, density, None, started, note=str(error))
+            self._record(stage, density, None, started, note=getattr(error, "found", str(error)))
             return
         value = bench.validate()
         if self._plan.goals.accepts(self._drop(value)):
@@ -477,7 +477,8 @@ class Search:
                 "epochs first."
             )
         last = plan.stages[-1]
-        if last in _TRAINS and self._tried(last):
+        trained = {row["method"] for row in self._rows if row["validation"] is not None}
+        if last in _TRAINS and last in trained:
             how = plan.options.retraining.replace("_", " ")
             at_most = "at most " if last != "gradual" and self._trainings_may_end else ""
             epochs = bench.epochs_of(last)

@@ -111,6 +111,25 @@ def accuracies_of(results: Mapping[str, Any]) -> list[str]:
     return [key for key in results if key.rpartition("_")[2] in ("accuracy", "acc")]
 
 
+def check_tolerance(metric: Metric, results: Mapping[str, Any], tolerance: float | None) -> None:
+    """Raises a ValueError for a drop of an accuracy that accepts any model.
+
+    Args:
+        metric: The metric of the tolerance.
+        results: Results of an evaluation of the dense model.
+        tolerance: The acceptable drop, or None.
+    """
+    is_share = metric.name in accuracies_of(results) and 0 <= results[metric.name] <= 1
+    if tolerance is None or tolerance < 1 or not is_share or not metric.higher_is_better:
+        return
+    unit = "point" if tolerance == 1 else "points"
+    points = f" For {tolerance:g} {unit}, give {tolerance / 100:g}." if tolerance < 100 else ""
+    raise ValueError(
+        f"`max_drop` of an accuracy must be below 1, because any model would be accepted. "
+        f"Received: {tolerance!r}.{points}"
+    )
+
+
 def _is_maximized(model: keras.Model, name: str, mode: str) -> bool:
     """Returns whether a higher value of a metric is better, as Keras' callbacks know it."""
     if mode not in ("auto", "max", "min"):

@@ -1,7 +1,6 @@
 """Training, validation and test data of a search, from as many parts as there are."""
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -132,7 +131,9 @@ def _is_dataset(part: object) -> bool:
 def _checked(name: str, pair: Any) -> tuple[Arrays, Arrays]:
     if not isinstance(pair, tuple | list) or len(pair) != 2 or pair[1] is None:
         what = type(pair).__name__
-        what += f" of {len(pair)}" if isinstance(pair, Sequence) else ""
+        if isinstance(pair, tuple | list):
+            alone = len(pair) == 2 and pair[1] is None  # As `pair_of` reads what is no pair.
+            what = f"{type(pair[0]).__name__} alone" if alone else f"{what} of {len(pair)}"
         raise ValueError(
             f"Expected the part {name!r} of the data to be a pair of inputs and targets, without "
             f"sample weights, several inputs as a list or dict. Received: {what}."

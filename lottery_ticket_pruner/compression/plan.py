@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from lottery_ticket_pruner.budgets import Latency
-from lottery_ticket_pruner.checks import is_integer, is_number
+from lottery_ticket_pruner.checks import is_integer, is_number, share_meant
 
 METHODS = ("auto", "iterative", "gradual", "one_shot", "channels")
 SCOPES = ("global", "layer")
@@ -34,11 +34,14 @@ class Goals:
         ):
             raise ValueError(f"`max_drop` must be a number or None. Received: {self.max_drop!r}")
         if self.sparsity is not None and not (is_number(self.sparsity) and 0 < self.sparsity < 1):
-            raise ValueError(f"`sparsity` must be a number in (0, 1). Received: {self.sparsity!r}")
+            raise ValueError(
+                f"`sparsity` must be a number in (0, 1). Received: {self.sparsity!r}."
+                f"{share_meant(self.sparsity)}"
+            )
         if self.macs is not None and not (is_number(self.macs) and 0 < self.macs < 1):
             raise ValueError(
                 "`macs` must be the share of the multiply-adds that is left, in (0, 1). "
-                f"Received: {self.macs!r}"
+                f"Received: {self.macs!r}.{share_meant(self.macs)}"
             )
         if self.size is not None and not (is_integer(self.size) and self.size > 0):
             raise ValueError(f"`size` must be a number of bytes. Received: {self.size!r}")
@@ -106,7 +109,10 @@ class Options:
 
     def __post_init__(self) -> None:
         if not (is_number(self.rate) and 0 < self.rate < 1):
-            raise ValueError(f"`rate` must be a number in (0, 1). Received: {self.rate!r}")
+            raise ValueError(
+                f"`rate` must be a number in (0, 1). Received: {self.rate!r}."
+                f"{share_meant(self.rate)}"
+            )
         if self.scope not in (None, *SCOPES):
             raise ValueError(f"`scope` must be one of {SCOPES}. Received: {self.scope!r}")
         if self.retraining not in RETRAINING:

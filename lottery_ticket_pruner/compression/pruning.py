@@ -160,6 +160,7 @@ def search(
     results = training.evaluate(masked, *parts.validation)
     compiling = time.perf_counter() - before
     metric = metrics.metric_of(results, masked, plan.metric, plan.options.mode)
+    metrics.check_tolerance(metric, results, plan.goals.tolerance)
     if plan.goals == Goals() and not metric.higher_is_better:
         raise ValueError(
             f"`max_drop` is missing: its default of {DEFAULT_DROP} is one point of accuracy, but "

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from _lottery_ticket import experiments as options
 from _lottery_ticket.refusals import option
 from lottery_ticket_pruner import criteria, selection, structures
-from lottery_ticket_pruner.checks import require_extra
+from lottery_ticket_pruner.checks import require_extra, share_meant
 from lottery_ticket_pruner.experiments import datasets, networks, own
 from lottery_ticket_pruner.experiments.arguments import EXECUTION, rates_of
 from lottery_ticket_pruner.experiments.identifiers import identifier_of, resolved
@@ -242,8 +242,9 @@ class RunConfig(options.RunOptions, Experiment):
         for name in ("rate", "conv_rate", "output_rate", "final_sparsity"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, tuple) and not 0 <= value < 1:
-                share = f" For {value:g} %, give {value / 100:g}." if 1 < value < 100 else ""
-                raise ValueError(f"{option(name)} must be in [0, 1). Received: {value}.{share}")
+                raise ValueError(
+                    f"{option(name)} must be in [0, 1). Received: {value}.{share_meant(value)}"
+                )
         if not all(1 <= number <= rounds for number in self.control_rounds):
             raise ValueError(
                 f"--control-rounds counts from 1 to --rounds, {rounds}. "

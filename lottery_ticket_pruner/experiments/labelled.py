@@ -75,7 +75,7 @@ def _checked_part(subject: str, x: object, y: object) -> tuple[np.ndarray, np.nd
         shown = y[:10] if wrong[:10].any() else y[wrong][:10]
         raise ValueError(
             f"{subject}: expected y to contain the class indices 0, 1, ... as labels. "
-            f"Received: {shown}..."
+            f"Received: {', '.join(map(str, np.ravel(shown).tolist()))}, ..."
         )
     return x, y
 

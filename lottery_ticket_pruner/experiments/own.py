@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import lottery_ticket_pruner
+from _lottery_ticket import hints
 from lottery_ticket_pruner.training import pair_of
 
 _Value = TypeVar("_Value")
@@ -253,8 +254,8 @@ def _attribute(name: str, folder: Path, purpose: str, fits: Callable[[Any], bool
     if not fits(found):
         there = [key for key, value in vars(module).items() if _is_own_function(value, module)]
         raise ValueError(
-            f"{source} has no function {attribute!r} to {purpose}. It has: "
-            f"{', '.join(there) or 'none'}."
+            f"{source} has no function {attribute!r} to {purpose}."
+            f"{hints.question(attribute, there)} It has: {', '.join(there) or 'none'}."
         )
     return found
 

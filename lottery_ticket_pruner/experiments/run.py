@@ -73,10 +73,11 @@ def _carry_out(
             stacklevel=2,
         )
     folder.begin(
-        f"{config.data}: {len(data.x_train)} training, {len(data.x_validation)} validation, "
-        f"{len(data.x_test)} test examples\n"
-        f"{config.network}: {ml.sparsity_report(model).size} weights; {config.steps} steps of "
-        f"{config.batch_size} per run, {_runs(config)} runs per seed; {keras.backend.backend()}",
+        f"{config.data}: {len(data.x_train):,} training, {len(data.x_validation):,} validation, "
+        f"{len(data.x_test):,} test examples\n"
+        f"{config.network}: {ml.sparsity_report(model).size:,} weights; {keras.backend.backend()}\n"
+        f"{_runs(config):,} runs per seed; {config.steps:,} steps of {config.batch_size:,} "
+        "examples per run",
         keep=["rounds/*/*"],
     )
     rows: list[dict[str, Any]] = []
@@ -244,7 +245,9 @@ class _Progress:
             str(row["early_stop_step"]),
         )
         self._round = {}
-        following = f"seed {seed}, round {row['round'] + 1} of {self._config.rounds}"
+        following, rounds = f"seed {seed}", chosen(self._config.rounds)
+        if row["round"] < rounds:
+            following += f", round {row['round'] + 1} of {rounds}"
         self._bar.update(self._task, description=following)
 
     def _line(self, *texts: str) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from lottery_ticket_pruner.budgets import UnreachableBudgetError
 from lottery_ticket_pruner.selection.families import Family, Graph
 from lottery_ticket_pruner.structures import Channels
 
@@ -73,10 +74,11 @@ def within_budget(
     best = kept_at(high)
     if not fits(best):
         reached = ", ".join(f"{name} {costs.left(name, best):.3g}" for name in budget)
-        raise ValueError(
-            f"The budget {dict(budget)} cannot be met: with as many channels pruned as {structure} "
-            f"allows, these shares are left: {reached}. Pass larger shares or a higher `at_most`. "
-            "`masked_layers.channel_families(model)` returns the layers that stay whole."
+        raise UnreachableBudgetError(
+            f"The budget {dict(budget)} cannot be met: with as many channels pruned as possible "
+            f"(at most {structure.at_most:.0%} of each family), these shares are left: {reached}.",
+            "Pass larger shares or a higher `at_most`. `masked_layers.channel_families(model)` "
+            "returns the layers that stay whole.",
         )
     for _ in range(_STEPS):
         middle = (low + high) / 2

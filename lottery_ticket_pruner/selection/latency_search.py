@@ -6,7 +6,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from lottery_ticket_pruner.budgets import Latency
+from lottery_ticket_pruner.budgets import Latency, UnreachableBudgetError
 from lottery_ticket_pruner.structures import Channels
 
 # A model that takes this much less than the budget is close enough.
@@ -110,12 +110,13 @@ def within_latency(
         slow, fast = _with(slow, dataclasses.replace(fast, load=load)), None
         aim -= _CLOSE / 2
     if result is None:
-        raise ValueError(
+        raise UnreachableBudgetError(
             f"A latency of at most {latency.text(1)} (batch size {latency.batch_size}) cannot be "
-            f"reached: with as many channels pruned as {structure} allows, {latency.text(load)} "
-            "was measured. Pass a larger budget or a higher `at_most`. "
+            f"reached: with as many channels pruned as possible (at most {structure.at_most:.0%} "
+            f"of each family), {latency.text(load)} was measured.",
+            "Pass a larger budget or a higher `at_most`. "
             "`masked_layers.channel_families(model)` returns the layers that stay whole, and "
-            "`masked_layers.latency_table` the time of each layer."
+            "`masked_layers.latency_table` the time of each layer.",
         )
     return result
 

@@ -9,6 +9,7 @@ import keras
 import numpy as np
 
 from lottery_ticket_pruner import _keras
+from lottery_ticket_pruner.checks import reason_in
 from lottery_ticket_pruner.targets import explained
 from lottery_ticket_pruner.training.augmentation import Augmentation
 from lottery_ticket_pruner.training.dataset import ArrayDataset, Arrays
@@ -443,8 +444,9 @@ def held_out(
             with explained(model, *(*examples.host, None)[:2]):
                 _run(model, examples)
         except Exception as error:  # Layers and losses raise errors of many types.
+            reason = reason_in(str(error)).rstrip(".")
             raise ValueError(
-                f"`{name}` does not fit {model.name}: {error} Received (x, y): "
+                f"`{name}` does not fit {model.name}: {reason}. Received (x, y): "
                 f"{examples.kinds}; training data: {like.kinds}."
             ) from error
     return examples

@@ -13,6 +13,7 @@ import keras
 
 import masked_layers as ml
 from lottery_ticket_pruner import LotteryTicketPruner, cli, criteria, find_ticket
+from lottery_ticket_pruner.checks import line_of
 from lottery_ticket_pruner.folders import make_folder
 
 pytestmark = pytest.mark.once
@@ -79,6 +80,18 @@ def test_unknown_names_lead_to_those_that_there_are(said, option, name, meant):
     assert option == "--data" or error.startswith(f"{option}: ")
     if option == "--strategy":
         assert name in said("sweep", "--over", f"strategy={name},random", "--out", "out")
+
+
+def test_errors_of_keras_are_one_line_with_the_reason(capsys):
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+    with pytest.raises(ValueError, match="Arguments received") as caught:
+        model(np.ones((3, 5), "float32"))
+    assert cli._print_error(caught.value) == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    assert "\x1b" not in line
+    assert "(3, 5)" in line
+    assert "(3, 5)" in line_of(caught.value)
 
 
 def test_in_python_unknown_names_lead_on_too():

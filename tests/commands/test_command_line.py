@@ -155,6 +155,12 @@ def test_close_names_ignore_case_and_hyphens():
     ]
 
 
+def test_the_ending_of_a_file_does_not_make_its_name_alike(tmp_path):
+    (tmp_path / "model.keras").touch()
+    assert "model.keras'?" in hints.file_question(tmp_path / "modle.keras", (".keras",))
+    assert hints.file_question(tmp_path / "net.keras", (".keras",)) == ""
+
+
 def test_the_log_of_tensorflow_is_held_back_and_nothing_else(capfd, monkeypatch):
     noise = b"I0000 00:00:1795969938.140852   11048 port.cc:153] oneDNN custom operations are on.\n"
     monkeypatch.delenv("TF_CPP_MIN_LOG_LEVEL", raising=False)

@@ -260,6 +260,7 @@ def _interrupt(self, row):
         (["absent.py:make"], "There is no file 'absent.py' to make a model with."),
         ([], "Name a MODEL for your own data"),
         (["own.py:make", "--size", "big"], "--size expects bytes"),
+        (["own.py:make", "--latency", "3"], "For milliseconds, give 3ms."),
         (["own.py:make", "--latency", "fast"], "--latency expects a time, such as 3ms"),
         (["own.py:make", "--latency", "3ms", "--method", "gradual"], "A goal of --latency needs"),
         (["own.py:make", "--macs", "0.5", "--method", "iterative"], "A goal of --macs needs"),

@@ -403,7 +403,7 @@ def test_custom_data_from_tensorflow_data_sets(own):
             r"\(\(x_train, y_train\), \(x_test, y_test\)\).*: a tuple of 4 \(ndarray of shape",
         ),
         ("weighted", r"must return \(\(x_train.* Received: a tuple of 2 \(a tuple of 3 \("),
-        ("negative", r"class indices 0, 1, ... as labels. Received: \[-1  0  1"),
+        ("negative", r"class indices 0, 1, ... as labels. Received: -1, 0, 1"),
         ("widths", r"of one shape and type.*float64\(2,\) and float64\(1,\)"),
         ("gaps", "x to be finite numbers"),
         ("texts", "one array of numbers.*x of <U"),

@@ -10,6 +10,7 @@ import keras
 import numpy as np
 import pytest
 
+import made_up_runs
 import own_data
 
 pytest.importorskip("tyro")
@@ -24,7 +25,7 @@ from lottery_ticket_pruner import training
 from lottery_ticket_pruner.cli import main
 from lottery_ticket_pruner.experiments import datasets, results
 from lottery_ticket_pruner.experiments.config import RunConfig
-from lottery_ticket_pruner.experiments.run import _prunes_nothing, run
+from lottery_ticket_pruner.experiments.run import _Progress, _prunes_nothing, run
 from lottery_ticket_pruner.experiments.tensorboard import layer_graph
 from lottery_ticket_pruner.experiments.workbench import compiled_network, load_and_resolve
 from masked_layers import ticket_format
@@ -130,7 +131,7 @@ def test_files_of_an_earlier_run_are_removed(finished):
 
 def test_output_of_a_run(finished):
     folder, _, printed = finished
-    assert "1318 training, 120 validation, 359 test examples" in " ".join(printed.split())
+    assert "1,318 training, 120 validation, 359 test examples" in " ".join(printed.split())
     rows = results.read_rows(folder / "results.csv")
     lines = [line.split() for line in printed.splitlines()]
     ticket, mask, reinit = rows[6], rows[5], rows[4]
@@ -333,3 +334,13 @@ def test_rates_of_zero_are_noticed():
         ({}, False),
     ):
         assert _prunes_nothing(RunConfig(**rates).resolve(100)) == nothing, rates
+
+
+def test_the_bar_counts_no_round_beyond_the_last():
+    config = RunConfig(rounds=1, controls=()).resolve(100)
+    display = _Progress(config, Console(quiet=True))
+    said = []
+    for number, arm in enumerate(("dense", "ticket")):
+        display.show(made_up_runs.row(number, arm, 0, 0.9, 0.5))
+        said.append(display._bar.tasks[0].description)
+    assert said == ["seed 0, round 1 of 1", "seed 0"]

@@ -98,6 +98,8 @@ def test_set_masks_writes_all_or_nothing(masks, message):
     model = masked_net()
     with pytest.raises(ValueError, match=message):
         ml.set_masks(model, {"dense_1/kernel": np.zeros((5, 3)), **masks})
+    with pytest.raises(TypeError, match="a dict from paths to arrays"):
+        ml.set_masks(model, [np.zeros((5, 3))])
     assert all(mask.all() for mask in ml.get_masks(model).values())
 
 

@@ -73,6 +73,7 @@ def test_several_inputs_are_a_list():
         ((X, Y[:50]), "'data' of the data: Expected inputs and targets with one entry"),
         (((X, Y),) * 4, "a tuple of 4"),
         ((X, None), "to be a pair"),
+        (3, "to be a pair .* Received: int alone"),
         ((X[:1], Y[:1]), "too few examples"),
     ],
 )

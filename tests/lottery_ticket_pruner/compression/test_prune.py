@@ -470,10 +470,11 @@ def test_a_result_is_saved_as_a_model_and_a_served_folder(result, tmp_path):
     [
         ({"macs": 0.5, "method": "iterative"}, ValueError, 'needs method="channels"'),
         ({"latency": 0.5, "method": "gradual"}, ValueError, "goal of `latency` needs"),
-        ({"latency": 2.0}, ValueError, "`latency`: The share of the latency"),
+        ({"latency": 2.0}, ValueError, r"the latency .* pass Latency\(milliseconds=2\)"),
+        ({"max_drop": 1}, ValueError, "any model would be accepted.* For 1 point, give 0.01"),
         ({"max_drop": math.nan}, ValueError, "`max_drop` must be a number"),
         ({"metric": "loss"}, ValueError, "`max_drop` is missing: .* the metric is 'loss'"),
-        ({"sparsity": 1.5}, ValueError, r"`sparsity` must be a number in \(0, 1\)"),
+        ({"sparsity": 80}, ValueError, r"`sparsity` must be a number in \(0, 1\).*give 0\.8\."),
         ({"size": 0.5}, ValueError, "`size` must be a number of bytes"),
         ({"method": "best"}, ValueError, "`method` must be one of"),
         ({"metric": "auc"}, ValueError, r"`metric` must be one of \['loss', 'accuracy'\]"),
