@@ -184,7 +184,7 @@ def test_the_loss_of_an_uncompiled_network_is_the_cross_entropy_of_its_outputs(m
         ("narrow", r"each of the 4 classes.*Received: shape \(8, 3\)"),
         ("two_inputs", "has 2 inputs"),
         ("no_model", "Expected a Keras model for --network. Received: int"),
-        ("scale", "has no function 'scale' to make a network with. It has: load, series"),
+        ("scale", "has no function 'scale' to make a network with.* It has: load, series"),
     ],
 )
 def test_networks_that_do_not_fit_are_refused_before_anything_is_written(mine, function, message):
