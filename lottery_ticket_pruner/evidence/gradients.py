@@ -11,7 +11,7 @@ import contextlib
 import functools
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import keras
 import numpy as np
@@ -307,15 +307,15 @@ def _same(one: list[Any], other: list[Any]) -> bool:
     return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
 
 
-_F = TypeVar("_F", bound=Callable[..., Any])
-
-
-def compiled(model: keras.Model, function: _F) -> _F:
+def compiled(model: keras.Model, function: Callable[..., Any]) -> Callable[..., Any]:
     """Compiles a function, unless the backend or the model excludes it."""
     if not model.run_eagerly and keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
-        return tf.function(function, autograph=False, reduce_retracing=True)
+        program = tf.function(function, autograph=False, reduce_retracing=True)
+        # TensorFlow tells functions apart by their code. If they were called without this method,
+        # it would warn of retracing when several models are measured, though each is traced once.
+        return lambda *args: program.get_concrete_function(*args)(*args)
     if not model.run_eagerly and model.jit_compile and keras.backend.backend() == "jax":
         import jax
 

@@ -162,6 +162,16 @@ def test_the_model_stays_as_it_was_and_nothing_is_traced_again(monkeypatch):
     assert any(np.abs(fourth[path] - array).max() > 1e-3 for path, array in third.items())
 
 
+@pytest.mark.once
+def test_tensorflow_does_not_warn_of_retracing_when_many_models_are_measured(caplog):
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(4)])
+    for number in range(6):  # It would, from five functions with the same code on.
+        add = gradients.compiled(model, lambda values, batch: [batch["x"] + v for v in values])
+        (total,) = add([keras.ops.ones(1)], {"x": keras.ops.ones(1) * number})
+        assert float(total[0]) == number + 1
+    assert "retracing" not in caplog.text
+
+
 def test_batch_normalization_takes_the_statistics_of_the_batch():
     model = small_model(norm=True)
     before = gradients.loss_gradients(model, X, Y)
