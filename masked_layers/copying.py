@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import tempfile
 import types
 import warnings
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ import keras
 import numpy as np
 
 from masked_layers import _keras, _keras_configs, _keras_trace
+from masked_layers.files import temporary_folder
 from masked_layers.inspection import weight_refs
 from masked_layers.keras_files import reason_of
 from masked_layers.layers import MaskedLayer
@@ -264,9 +264,9 @@ def _first_difference(before: list[keras.Variable], after: list[keras.Variable])
 def copy_assets(source: Layer, target: Layer) -> None:
     """Copies the state of a layer outside its variables: vocabularies, adapted statistics."""
     if hasattr(source, "save_assets"):
-        with tempfile.TemporaryDirectory() as folder:
-            source.save_assets(folder)
-            target.load_assets(folder)
+        with temporary_folder() as folder:
+            source.save_assets(str(folder))
+            target.load_assets(str(folder))
     if hasattr(target, "finalize_state") and target.built:
         target.finalize_state()
 

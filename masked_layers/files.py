@@ -36,6 +36,24 @@ _SUFFIX = re.compile(r"\.[a-z0-9_]{8}")  # The suffix that `tempfile` appends.
 
 
 @contextlib.contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Names a path in errors of the system that name none, such as those of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+@contextlib.contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """Creates a folder among the temporary files of the system, and removes it at the end."""
+    with tempfile.TemporaryDirectory() as folder, naming(folder):
+        yield Path(folder)
+
+
+@contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """Opens a new file that replaces the one at `path` when the block ends without an error.
 
@@ -49,7 +67,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     file = _create_locked(path)
     temporary = Path(file.name)
     try:
-        with file:
+        with naming(path), file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -57,12 +75,9 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
                 os.replace(temporary, path)
         if sys.platform == "win32":
             os.replace(temporary, path)
-    except BaseException as error:
+    except BaseException:
         with contextlib.suppress(OSError):  # The folder may be gone, too.
             temporary.unlink()
-        # Errors of a full disk do not say which file they belong to.
-        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
-            error.filename = str(path)
         raise
     _sync_folder(path.parent)
 
@@ -163,7 +178,8 @@ def scratch_folder(path: Path, contents: frozenset[str]) -> Iterator[Path]:
         _remove_abandoned_folders(path, contents)
         with _locked_scratch(path) as folder:
             try:
-                yield folder
+                with naming(path):
+                    yield folder
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
     finally:

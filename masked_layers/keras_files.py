@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import itertools
 import os
@@ -19,10 +20,11 @@ import h5py
 import keras
 
 from masked_layers.archives import MOST_PER_BYTE
-from masked_layers.files import FileContentError
+from masked_layers.files import FileContentError, naming
 
 _WEIGHTS = "model.weights.h5"
 _LARGEST_TEXT = 1 << 26  # Bytes of a config, as in ticket files.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # What the system says when a disk is full.
 _NAME_LENGTHS = 26  # Position of the lengths of two fields in the header of an entry.
 
 
@@ -84,6 +86,8 @@ def _check_archive(path: Path) -> None:
         raise
     # Raised by `zipfile` for wrong lengths, flags and names.
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno in _FULL:  # The disk of temporary files is.
+            raise
         damaged = repr(error)
     if damaged is not None:
         raise FileContentError(
@@ -120,7 +124,8 @@ def _opened(archive: zipfile.ZipFile, path: Path) -> Iterator[Any]:
             yield _Part(file, start, entry.file_size)
     else:
         with tempfile.TemporaryFile() as whole, archive.open(entry) as packed:
-            shutil.copyfileobj(packed, whole)
+            with naming(tempfile.gettempdir()):
+                shutil.copyfileobj(packed, whole)
             yield whole
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy as np
 
 from masked_layers import _keras
 from masked_layers.conversion import without_masks
-from masked_layers.files import check_target, replacing
+from masked_layers.files import check_target, replacing, temporary_folder
 from masked_layers.serving import (
     StorageReport,
     StorageRow,
@@ -164,8 +163,8 @@ def _stateless_outputs(model: keras.Model, inputs: list[Any], given: bool) -> li
 
 def _dense_file(model: keras.Model) -> bytes:
     """Returns the file of Keras' own exporter."""
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        file = Path(folder) / "model.onnx"
+    with temporary_folder() as folder, warnings.catch_warnings():
+        file = folder / "model.onnx"
         if keras.backend.backend() == "torch":
             # About the lengths of axes; whether the file accepts others is found by running it.
             warnings.filterwarnings("ignore", "Converting a tensor to a Python")

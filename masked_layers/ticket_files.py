@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import keras
 import numpy as np
 
 from masked_layers import _keras, _keras_configs, ticket_format
-from masked_layers.files import FileContentError, check_target, replacing
+from masked_layers.files import FileContentError, check_target, replacing, temporary_folder
 from masked_layers.inspection import channel_refs, refs_with_masks
 from masked_layers.keras_files import load_model, reason_of
 from masked_layers.masks import Mask, raw_view
@@ -215,9 +214,9 @@ def _saves_more(layer: keras.layers.Layer) -> bool:
             return True
     if not hasattr(layer, "save_assets"):
         return False
-    with tempfile.TemporaryDirectory() as folder:
-        layer.save_assets(folder)
-        return any(file.is_file() for file in Path(folder).rglob("*"))
+    with temporary_folder() as folder:
+        layer.save_assets(str(folder))
+        return any(file.is_file() for file in folder.rglob("*"))
 
 
 def _derive_state(model: keras.Model) -> None:

@@ -16,6 +16,7 @@ crashed, are kept in the folder that it prints.
 import argparse
 import contextlib
 import dataclasses
+import hashlib
 import importlib.util
 import io
 import json
@@ -123,6 +124,7 @@ def formats(engine: str, folder: Path) -> dict[str, Callable[[], Format]]:
         from lottery_ticket_pruner.experiments.reports import pruning, run_folders
         from masked_layers import ticket_format
         from masked_layers.archives import read_npz
+        from masked_layers.checksums import SUMS_FILE
         from masked_layers.serving import StorageReport, encoding, inspect
         from masked_layers.torchscript import KernelRow, TorchReport
 
@@ -206,14 +208,22 @@ def formats(engine: str, folder: Path) -> dict[str, Callable[[], Format]]:
         place = folder / "served"
         ml.export_sparse_saved_model(model, place)
         stored = place / "assets.extra" / "sparsity.json"
-        good = stored.read_bytes()
+        sums = stored.with_name(SUMS_FILE)
+        good, good_sums = stored.read_bytes(), sums.read_bytes()
 
         def read(path: Path) -> object:
-            stored.write_bytes(path.read_bytes())
-            return str(inspect(place)) and None  # It has no checksum.
+            text, _, checksums_of_it = path.read_bytes().partition(b"\0")
+            stored.write_bytes(text)
+            sums.write_bytes(checksums_of_it)
+            return str(inspect(place))
+
+        def crafted(change: Callable[[bytes], bytes]) -> bytes:
+            text = change(good).replace(b"\0", b"")
+            old, new = (hashlib.sha256(x).hexdigest().encode() for x in (good, text))
+            return text + b"\0" + good_sums.replace(old, new)
 
         StorageReport.from_json(good)
-        return Format(good, read, ml.FileContentError)
+        return Format(good + b"\0" + good_sums, read, ml.FileContentError, crafted)
 
     def of_search() -> Format:
         place = folder / "search"
@@ -334,12 +344,12 @@ def formats(engine: str, folder: Path) -> dict[str, Callable[[], Format]]:
         (place / results.RESULTS_FILE).write_bytes(table_text)
         names = (results.CONFIG_FILE, results.RESULTS_FILE)
         checksums.write(place, [place / name for name in names], {})
-        whole = [(place / name).read_bytes() for name in (*names, checksums.SUMS_FILE)]
+        whole = [(place / name).read_bytes() for name in (*names, SUMS_FILE)]
 
         def read(path: Path) -> object:
             first, _, rest = path.read_bytes().partition(b"\0")
             parts = (first, *rest.partition(b"\0")[::2])
-            for name, part in zip((*names, checksums.SUMS_FILE), parts, strict=True):
+            for name, part in zip((*names, SUMS_FILE), parts, strict=True):
                 (place / name).write_bytes(part)
             (run,) = run_folders.find_runs([place])
             return run.config, run.rows.to_csv()

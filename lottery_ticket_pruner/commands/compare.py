@@ -186,6 +186,7 @@ def _served(name: str, x: Arrays, batch_size: int) -> Subject:
         tf: Any = importlib.import_module("tensorflow")
     except ImportError as error:
         raise ValueError(f"'{name}' is a SavedModel, for which TensorFlow is needed.") from error
+    report = serving.inspect(name)  # Before TensorFlow loads it, which may not notice damage.
     loaded = tf.saved_model.load(name)
     if not hasattr(loaded, "serve"):
         raise ValueError(f"'{name}' has no endpoint `serve`, which Keras' and sparse exports have.")
@@ -194,7 +195,6 @@ def _served(name: str, x: Arrays, batch_size: int) -> Subject:
         outputs = loaded.serve(map_arrays(tf.convert_to_tensor, inputs))
         return keras.tree.map_structure(lambda output: output.numpy(), outputs)
 
-    report = serving.inspect(name)
     count = len(keras.tree.flatten(x)[0])
     batch = map_arrays(lambda array: array[np.arange(batch_size) % count], x)
     return Subject(

@@ -10,7 +10,7 @@ import numpy as np
 from lottery_ticket_pruner import notices
 from lottery_ticket_pruner.experiments import results
 from lottery_ticket_pruner.experiments.reports.tables import Sheet
-from masked_layers.files import replacing
+from masked_layers.files import naming, replacing
 
 STORAGE = "optuna.log"
 # A sampler may suggest the same combination again and again.
@@ -57,14 +57,16 @@ class Search:
             )
         self._failed: set[Values] = set()
         self._not_finite: dict[Values, float] = {}
-        _complete(folder / STORAGE)
-        backend = optuna.storages.journal.JournalFileBackend(str(folder / STORAGE))
-        self._study = optuna.create_study(
-            study_name=study,
-            storage=optuna.storages.JournalStorage(backend),
-            directions=["minimize", "minimize"],
-            load_if_exists=True,
-        )
+        self._journal = folder / STORAGE
+        _complete(self._journal)
+        backend = optuna.storages.journal.JournalFileBackend(str(self._journal))
+        with naming(self._journal):
+            self._study = optuna.create_study(
+                study_name=study,
+                storage=optuna.storages.JournalStorage(backend),
+                directions=["minimize", "minimize"],
+                load_if_exists=True,
+            )
         # Those of an earlier call are run to the end: later ones are then those of a whole search.
         self._interrupted: list[tuple[int, Values]] = []
         for trial in self._study.get_trials(states=[optuna.trial.TrialState.RUNNING]):
@@ -84,15 +86,21 @@ class Search:
             UserWarning: If the validation loss of a combination is not finite.
         """
         while len(self.tried) < min(trials, len(self._combinations)):
-            trial, values = self._suggested()
+            with naming(self._journal):
+                trial, values = self._suggested()
             outcome = outcome_of(values)
-            if outcome is not None and math.isfinite(outcome[0]):
-                self._study.tell(trial, list(outcome))
-                continue
-            self._study.tell(trial, state=self._optuna.trial.TrialState.FAIL)
-            self._failed.add(values)
-            if outcome is not None:
-                self.leave_out(values, outcome[0])
+            with naming(self._journal):
+                self._note(trial, values, outcome)
+
+    def _note(self, trial: Any, values: Values, outcome: Outcome) -> None:
+        """Writes the outcome of a trial."""
+        if outcome is not None and math.isfinite(outcome[0]):
+            self._study.tell(trial, list(outcome))
+            return
+        self._study.tell(trial, state=self._optuna.trial.TrialState.FAIL)
+        self._failed.add(values)
+        if outcome is not None:
+            self.leave_out(values, outcome[0])
 
     def leave_out(self, values: Values, loss: float) -> None:
         """Leaves out a combination whose validation loss is not finite.

@@ -15,6 +15,7 @@ from lottery_ticket_pruner.experiments.reports import pruning
 from lottery_ticket_pruner.experiments.results import CONFIG_FILE, RESULTS_FILE, as_bytes
 from lottery_ticket_pruner.experiments.run_folder import versions, write_json
 from lottery_ticket_pruner.fingerprints import of_json
+from masked_layers.checksums import SUMS_FILE
 from masked_layers.files import UNEXPECTED_FORM, FileContentError, replacing
 
 MODEL_FILE = "model.keras"
@@ -27,7 +28,7 @@ _SERVED = "served"
 
 def begin(folder: Path) -> None:
     """Marks a folder as incomplete, so that no new model is taken for that of an earlier search."""
-    for name in (CONFIG_FILE, checksums.SUMS_FILE):
+    for name in (CONFIG_FILE, SUMS_FILE):
         (folder / name).unlink(missing_ok=True)
 
 

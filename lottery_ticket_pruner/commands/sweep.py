@@ -37,6 +37,7 @@ from lottery_ticket_pruner.experiments.run_folder import (
 from lottery_ticket_pruner.experiments.supermask import SupermaskConfig
 from lottery_ticket_pruner.experiments.workbench import fitted
 from lottery_ticket_pruner.fingerprints import of_json
+from masked_layers.checksums import SUMS_FILE
 from masked_layers.files import replacing
 
 if TYPE_CHECKING:
@@ -331,7 +332,7 @@ def _carry_out(
 
 def _begin(folder: Path, values: dict[str, Any]) -> None:
     """Writes the options of a sweep, without the mark and checksums of a finished one."""
-    (folder / checksums.SUMS_FILE).unlink(missing_ok=True)
+    (folder / SUMS_FILE).unlink(missing_ok=True)
     write_json(folder / results.SWEEP_FILE, values)
 
 

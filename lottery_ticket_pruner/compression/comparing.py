@@ -6,9 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import json
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import keras
@@ -21,6 +19,7 @@ from lottery_ticket_pruner.compression.parts import test_part_of
 from lottery_ticket_pruner.compression.result import save_model
 from lottery_ticket_pruner.training import Arrays, map_arrays
 from masked_layers import randomness, serving, shrinking, turns
+from masked_layers.files import temporary_folder
 from masked_layers.text_tables import aligned
 
 # Means of this many groups of examples are resampled, if there are more examples.
@@ -73,13 +72,13 @@ class Subject:
         if not model.built:
             raise ValueError(f"The model {name!r} is not built: call it on data first.")
         nbytes: int | None = None
-        with tempfile.TemporaryDirectory() as folder:
+        with temporary_folder() as folder:
             try:
-                stored = ml.export_sparse_saved_model(model, Path(folder, "served"))
+                stored = ml.export_sparse_saved_model(model, folder / "served")
                 nbytes = stored.disk_nbytes
             except Exception as error:  # TensorFlow has errors of its own.
                 note = f"{name} has no size for serving: {type(error).__name__}: {error}"
-                file = Path(folder, "model.keras")
+                file = folder / "model.keras"
                 save_model(model, file)
                 stored = serving.inspect(file)
         prepare = functools.partial(shrinking.Compiled, model, batch_size)

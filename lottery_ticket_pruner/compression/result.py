@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import os
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import keras
 import masked_layers as ml
 from lottery_ticket_pruner.compression.metrics import Comparison
 from lottery_ticket_pruner.compression.steps import served_size
-from masked_layers.files import replacing
+from masked_layers.files import replacing, temporary_folder
 from masked_layers.serving import StorageReport
 from masked_layers.text_tables import aligned
 
@@ -140,8 +139,8 @@ class PruneResult(Findings):
 
 def save_model(model: keras.Model, path: Path) -> None:
     """Writes a model to a `.keras` file that is complete or absent."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, path.name)  # Keras requires this suffix.
+    with temporary_folder() as folder:
+        file = folder / path.name  # Keras requires this suffix.
         model.save(file)
         with file.open("rb") as stored, replacing(path) as whole:
             shutil.copyfileobj(stored, whole)

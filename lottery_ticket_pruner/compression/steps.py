@@ -3,10 +3,8 @@
 import contextlib
 import dataclasses
 import math
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import keras
@@ -33,6 +31,7 @@ from lottery_ticket_pruner.stretches import train_stretch
 from lottery_ticket_pruner.training import ArrayDataset, TrainingPlan
 from lottery_ticket_pruner.variables import read, variable_scope
 from masked_layers.copying import copy_model
+from masked_layers.files import temporary_folder
 
 # Epochs after each step, if they are not given: so many, or more for so many steps of training.
 _EPOCHS, _STEPS = 3, 400
@@ -408,5 +407,5 @@ def served_size(model: keras.Model) -> int:
     Raises:
         ImportError: If TensorFlow is missing.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        return ml.export_sparse_saved_model(model, Path(folder, "served")).disk_nbytes
+    with temporary_folder() as folder:
+        return ml.export_sparse_saved_model(model, folder / "served").disk_nbytes

@@ -1,16 +1,12 @@
-"""Checksums of the files in a finished folder, in the form that `sha256sum --check` reads."""
+"""Checksums of the files in a finished folder."""
 
 import hashlib
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
+from masked_layers.checksums import SUMS_FILE, checksum, lines, read
 from masked_layers.files import FileContentError, replacing
-
-SUMS_FILE = "SHA256SUMS"
-
-_LINE = re.compile(r"([0-9a-f]{64})  (.+)")
 
 
 def write(folder: Path, files: Iterable[Path], later: Mapping[str, bytes]) -> None:
@@ -23,7 +19,7 @@ def write(folder: Path, files: Iterable[Path], later: Mapping[str, bytes]) -> No
     """
     sums = {name: hashlib.sha256(content).hexdigest() for name, content in later.items()}
     for file in files:
-        sums.setdefault(file.relative_to(folder).as_posix(), _of(file))
+        sums.setdefault(file.relative_to(folder).as_posix(), checksum(file))
     _write(folder / SUMS_FILE, sums)
 
 
@@ -36,7 +32,7 @@ def update(folder: Path, names: Iterable[str]) -> None:
     """
     file = folder / SUMS_FILE
     if file.exists():
-        sums = _read(file) | {name: _of(folder / name) for name in names}
+        sums = read(file) | {name: checksum(folder / name) for name in names}
         _write(file, sums)
 
 
@@ -50,7 +46,7 @@ def replace(path: Path, content: bytes) -> None:
         content: Its new content.
     """
     file = path.with_name(SUMS_FILE)
-    sums = _read(file) if file.exists() else None
+    sums = read(file) if file.exists() else None
     file.unlink(missing_ok=True)
     with replacing(path) as whole:
         whole.write(content)
@@ -74,9 +70,9 @@ def check(
     file = folder / SUMS_FILE
     if not file.exists():
         return
-    sums = _read(file)
+    sums = read(file)
     for name in names:
-        found = {_of(folder / name)}
+        found = {checksum(folder / name)}
         if name in later:
             found.add(hashlib.sha256(later[name]).hexdigest())
         if sums.get(name) not in found:
@@ -87,16 +83,6 @@ def check(
             )
 
 
-def _read(file: Path) -> dict[str, str]:
-    lines = [_LINE.fullmatch(line) for line in file.read_text("utf-8", "replace").splitlines()]
-    return {line[2]: line[1] for line in lines if line is not None}
-
-
 def _write(file: Path, sums: Mapping[str, str]) -> None:
     with replacing(file) as whole:
-        whole.write("".join(f"{sums[name]}  {name}\n" for name in sorted(sums)).encode())
-
-
-def _of(file: Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
+        whole.write(lines(sums))

@@ -1,7 +1,6 @@
 """Networks of the user for experiments: functions that return a model, and model files."""
 
 import json
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from lottery_ticket_pruner import _keras, fingerprints, records
 from lottery_ticket_pruner.checks import line_of
 from lottery_ticket_pruner.experiments import networks, own
 from lottery_ticket_pruner.experiments.datasets import Dataset
+from masked_layers.files import temporary_folder
 from masked_layers.keras_files import load_model
 
 _PURPOSE = "make a network with"
@@ -46,10 +46,10 @@ def build(name: str) -> keras.Model:
         if variables:
             layer.load_own_variables(variables)
         if assets:
-            with tempfile.TemporaryDirectory() as folder:
+            with temporary_folder() as folder:
                 for file, content in assets.items():
-                    Path(folder, file).write_bytes(content)
-                layer.load_assets(folder)
+                    (folder / file).write_bytes(content)
+                layer.load_assets(str(folder))
     return model
 
 
@@ -220,6 +220,6 @@ def _kept_state(layer: keras.Layer) -> tuple[dict[str, Any], dict[str, bytes]]:
         variables = {name: keras.ops.convert_to_numpy(value) for name, value in variables.items()}
     if not hasattr(layer, "save_assets"):
         return variables, {}
-    with tempfile.TemporaryDirectory() as folder:
-        layer.save_assets(folder)
-        return variables, {file.name: file.read_bytes() for file in Path(folder).iterdir()}
+    with temporary_folder() as folder:
+        layer.save_assets(str(folder))
+        return variables, {file.name: file.read_bytes() for file in folder.iterdir()}

@@ -14,7 +14,7 @@ import pandas as pd
 from lottery_ticket_pruner import pictures
 from lottery_ticket_pruner.experiments import catalogue, checksums
 from masked_layers.archives import read_npz
-from masked_layers.files import FileContentError, replacing
+from masked_layers.files import FileContentError, naming, replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -75,8 +75,9 @@ class CsvWriter:
         self._path = path
         self._file = path.open("w", newline="", encoding="utf-8")
         self._writer = csv.DictWriter(self._file, columns)
-        self._writer.writeheader()
-        self._file.flush()
+        with naming(path):
+            self._writer.writeheader()
+            self._file.flush()
 
     def write(self, row: dict[str, Any]) -> None:
         """Appends a row. Numbers are written with six digits.
@@ -94,13 +95,10 @@ class CsvWriter:
                 "are lost."
             )
         rounded = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
-        try:
+        with naming(self._path):
             self._writer.writerow(rounded)
             self._file.flush()
             os.fsync(self._file.fileno())
-        except OSError as error:
-            error.filename = error.filename or str(self._path)
-            raise
 
     def close(self) -> None:
         """Closes the file."""

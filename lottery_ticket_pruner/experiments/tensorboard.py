@@ -22,6 +22,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 import masked_layers as ml
 from lottery_ticket_pruner.loggers import RunLogger, sparsities
+from masked_layers.files import naming
 
 
 class EventWriter:
@@ -35,7 +36,8 @@ class EventWriter:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         name = f"events.out.tfevents.{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}"
-        self._records = RecordWriter((folder / name).open("wb"))
+        self._file = folder / name
+        self._records = RecordWriter(self._file.open("wb"))
         self._write(Event(file_version="brain.Event:2"))
 
     def __enter__(self) -> Self:
@@ -73,12 +75,14 @@ class EventWriter:
 
     def close(self) -> None:
         """Closes the event file."""
-        self._records.close()
+        with naming(self._file):
+            self._records.close()
 
     def _write(self, event: Event) -> None:
         event.wall_time = time.time()
-        self._records.write(event.SerializeToString())
-        self._records.flush()
+        with naming(self._file):
+            self._records.write(event.SerializeToString())
+            self._records.flush()
 
 
 class TensorBoardLogger(RunLogger):

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lottery_ticket_pruner.experiments import catalogue
-from lottery_ticket_pruner.experiments.checksums import SUMS_FILE
 from lottery_ticket_pruner.experiments.results import CONFIG_FILE, RESULTS_FILE, SWEEP_FILE
+from masked_layers.checksums import SUMS_FILE
 
 # Marks a folder that another one is about to replace, or has replaced.
 REPLACED = ".replaced"

@@ -236,7 +236,14 @@ class Engine:
             )
         self._why_evaluate = reason
         warn_once(f"Evaluation goes through `evaluate`: {reason}.")
-        return _as_numbers(results)
+        return _as_numbers(self._in_order(results))
+
+    def _in_order(self, results: dict[str, Any]) -> dict[str, Any]:
+        """Returns results in the order of compiled loops; TensorFlow sorts those of `evaluate`."""
+        names: list[str] = []
+        with contextlib.suppress(Exception):  # Those of a custom step may be of other metrics.
+            names = list(self._model.get_metrics_result())
+        return {name: results[name] for name in [*names, *results] if name in results}
 
     def evaluate_groups(self, data: ArrayDataset, group: int) -> list[dict[str, Any]]:
         """Returns what `evaluate` returns for each group of so many successive examples.

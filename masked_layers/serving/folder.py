@@ -2,14 +2,14 @@
 
 from pathlib import Path
 
-from masked_layers.serving.report import FILE
+from masked_layers.serving.report import FILE, SUMS
 
 CONTENTS = frozenset(
     ("assets", "assets.extra", "fingerprint.pb", "saved_model.pb", "variables", "keras_metadata.pb")
 )
 """Names that the folder of an unfinished export may contain."""
 
-_KNOWN = {*CONTENTS, FILE, "debug"}
+_KNOWN = {*CONTENTS, FILE, SUMS, "debug"}
 
 
 def check_replaceable(path: Path) -> None:

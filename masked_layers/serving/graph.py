@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import operator
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from masked_layers._tensorflow import keep_out_of_checkpoint
+from masked_layers.files import temporary_folder
 from masked_layers.serving import encoding
 from masked_layers.serving.tracing import Traced
 from masked_layers.streams import SKIP
@@ -40,8 +40,8 @@ def write(folder: Path, traced: Traced, pack: bytes) -> None:
 
     for name in packed:
         keep_out_of_checkpoint(traced.variables[name])
-    with tempfile.TemporaryDirectory() as assets:
-        file = Path(assets, PACK)
+    with temporary_folder() as assets:
+        file = assets / PACK
         file.write_bytes(pack)
         # Everything that the functions use is an attribute of the root. A `TrackableResource`
         # tracks nothing itself, and an untracked asset would leave a local path in the graph.

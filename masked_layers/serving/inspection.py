@@ -6,16 +6,17 @@ import collections
 import dataclasses
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 
+from masked_layers import checksums
 from masked_layers.files import FileContentError
 from masked_layers.keras_files import how_to_save
 from masked_layers.serving import encoding
 from masked_layers.serving.graph import PACK
-from masked_layers.serving.report import FILE, StorageReport, StorageRow, file_sizes
+from masked_layers.serving.report import FILE, SUMS, StorageReport, StorageRow, file_sizes
 from masked_layers.serving.tracing import effective_values
 from masked_layers.ticket_files import SUFFIX, load_saved
 
@@ -66,7 +67,8 @@ def inspect(path: str | os.PathLike[str]) -> StorageReport:
 def _written_report(path: Path, files: Mapping[str, int]) -> StorageReport:
     """Returns the report stored in a sparse folder, after checking the files of the folder.
 
-    Every byte of the packed weights is checked, and the length of all other files.
+    Every byte of all files is checked. In a folder of an earlier version, which has no checksums,
+    these are the bytes of the packed weights and the lengths of all other files.
 
     Raises:
         FileContentError: If the report or another file is missing or was changed.
@@ -87,13 +89,26 @@ def _written_report(path: Path, files: Mapping[str, int]) -> StorageReport:
                 f"'{path / name}' {found}; {nbytes} bytes were written. Restore it from where the "
                 "folder was copied, or export the model again."
             )
-    if f"assets/{PACK}" in files:
+    if SUMS in report.files:
+        _check_sums(path, report.files)
+    elif f"assets/{PACK}" in files:
         file = path / "assets" / PACK
         try:
             encoding.blocks(file.read_bytes())
         except ValueError as error:
             raise FileContentError(f"'{file}' is damaged: {error}") from error
     return dataclasses.replace(report, files=files)
+
+
+def _check_sums(path: Path, names: Iterable[str]) -> None:
+    """Raises an error if a file of a sparse folder does not have its checksum."""
+    sums = checksums.read(path / SUMS)
+    for name in names:
+        if name != SUMS and sums.get(name) != checksums.checksum(path / name):
+            raise FileContentError(
+                f"'{path / name}' does not have the checksum in '{SUMS}', so one of the two is "
+                "damaged. Restore both from where the folder was copied, or export the model again."
+            )
 
 
 def _checkpoint(path: Path) -> dict[str, np.ndarray]:

@@ -10,12 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from masked_layers.checksums import SUMS_FILE
 from masked_layers.files import UNEXPECTED_FORM
 from masked_layers.text_tables import aligned
 
 COLUMNS = ("path", "shape", "dtype", "encoding", "alive", "nbytes")
 FILE = "assets.extra/sparsity.json"
 """Path of the report in a SavedModel folder; the format reserves `assets.extra` for such files."""
+SUMS = f"assets.extra/{SUMS_FILE}"
+"""Path of the checksums of all other files in the folder, relative to the folder."""
 
 
 @dataclass(frozen=True)

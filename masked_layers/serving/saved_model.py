@@ -17,7 +17,6 @@ import numbers
 import os
 import re
 import shutil
-import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -27,11 +26,11 @@ from typing import Any
 import keras
 import numpy as np
 
-from masked_layers import files, workers
+from masked_layers import checksums, files, workers
 from masked_layers.serving import compaction, encoding, graph
 from masked_layers.serving.codes import Coded
 from masked_layers.serving.folder import CONTENTS, check_replaceable
-from masked_layers.serving.report import FILE, StorageReport, StorageRow, file_sizes
+from masked_layers.serving.report import FILE, SUMS, StorageReport, StorageRow, file_sizes
 from masked_layers.serving.samples import samples_of
 from masked_layers.serving.stored_values import CHOICES, Stored, fewest_bits, stored, too_large
 from masked_layers.serving.tracing import EffectiveValues, trace, values_of
@@ -105,7 +104,8 @@ def export_sparse_saved_model(
             the shapes of the signature, zeros and ones for integers.
 
     Returns:
-        The report, which is also stored in the folder as `assets.extra/sparsity.json`.
+        The report, which is also stored in the folder as `assets.extra/sparsity.json`, next to the
+        checksums of all files (`assets.extra/SHA256SUMS`).
 
     Raises:
         FileExistsError: If `path` is not a SavedModel folder, or contains other files.
@@ -174,9 +174,8 @@ def export_sparse_saved_model(
             files=file_sizes(folder),
             values=values,
             output_error=error,
-        ).with_own_size()
-        (folder / FILE).parent.mkdir()
-        (folder / FILE).write_bytes(report.to_json())
+        )
+        report = _describe(folder, report)
         check_replaceable(path)  # Again, since writing takes time.
         if folder != scratch:
             shutil.copytree(folder, scratch, dirs_exist_ok=True)
@@ -284,6 +283,18 @@ def _rows(weights: Mapping[str, Stored], pack: bytes) -> tuple[StorageRow, ...]:
 # --- Files ----------------------------------------------------------------------------------------
 
 
+def _describe(folder: Path, report: StorageReport) -> StorageReport:
+    """Writes the report and the checksums, and returns the report with the sizes of both."""
+    names = [*report.files, FILE]
+    sizes = {**report.files, SUMS: checksums.length(names)}
+    report = replace(report, files=sizes).with_own_size()
+    (folder / FILE).parent.mkdir()
+    (folder / FILE).write_bytes(report.to_json())
+    sums = {name: checksums.checksum(folder / name) for name in names}
+    (folder / SUMS).write_bytes(checksums.lines(sums))
+    return report
+
+
 @contextlib.contextmanager
 def _literal(folder: Path) -> Iterator[Path]:
     """Yields the folder, or an empty temporary one if TensorFlow would treat its path as a pattern.
@@ -299,5 +310,5 @@ def _literal(folder: Path) -> Iterator[Path]:
         "[ ] * ? \\, and may not find the weights there: move the SavedModel elsewhere to load it.",
         stacklevel=4,
     )
-    with tempfile.TemporaryDirectory() as elsewhere:
-        yield Path(elsewhere)
+    with files.temporary_folder() as elsewhere:
+        yield elsewhere

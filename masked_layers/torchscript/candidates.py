@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import keras
 
+from masked_layers.files import temporary_folder
 from masked_layers.torchscript import process
 from masked_layers.torchscript.costs import ProgramCosts
 from masked_layers.torchscript.job import Job
@@ -61,5 +61,5 @@ def program_report(model: keras.Model, *, batch_size: int) -> TorchReport:
 def _prepared(model: keras.Model, batch_size: int) -> Iterator[tuple[keras.Model, Job, Path]]:
     """Yields the plain model, the job and a temporary folder for its files."""
     plain, job = prepare(model, batch_size=batch_size, **_SETTINGS)
-    with tempfile.TemporaryDirectory() as folder:
-        yield plain, job, Path(folder)
+    with temporary_folder() as folder:
+        yield plain, job, folder

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -86,10 +85,10 @@ def export_sparse_torch(
         sample_inputs=sample_inputs,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
-        report = process.run(plain, job, Path(folder))
+    with files.temporary_folder() as folder:
+        report = process.run(plain, job, folder)
         with (
-            open(Path(folder) / process.FILE, "rb") as source,
+            open(folder / process.FILE, "rb") as source,
             files.replacing(path) as target,
         ):
             shutil.copyfileobj(source, target)

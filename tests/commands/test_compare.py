@@ -70,6 +70,12 @@ def test_files_and_folders_of_one_ticket_are_the_same_model(here, capsys, monkey
         assert found[name][1:6] == ["+0.00", *found[name][2:5], "100.00%"]
     assert found["mine.py:make"][0] != "100.00%"
     assert found["50"] == ["examples"]
+    graph = here / "run" / "served" / "1" / "saved_model.pb"
+    graph.write_bytes(graph.read_bytes().replace(b"MatMul", b"MatMuL", 1))
+    for name in ("run", "run/served/1"):  # TensorFlow does not load it.
+        assert cli.main(["compare", name, "--data", "mine.py:load"]) == 2
+        assert "saved_model.pb' does not have the checksum" in capsys.readouterr().err
+    graph.write_bytes(graph.read_bytes().replace(b"MatMuL", b"MatMul", 1))
     (here / "run" / "config.json").write_text(json.dumps(config | {"command": "prune"}))
     assert cli.main(["compare", "run", "--json", "--data", "mine.py:load"]) == 0
     document = json.loads(capsys.readouterr().out)

@@ -1,6 +1,9 @@
 """Other formats through Keras' own exporters, and the inspection of files and folders."""
 
 import ast
+import dataclasses
+import hashlib
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -185,9 +188,22 @@ def test_inspect_names_what_is_damaged(tmp_path):
         inspect(tmp_path / "other.keras")
 
 
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """Returns a sparse folder and its report."""
+    folder = tmp_path_factory.mktemp("exported") / "out"
+    return folder, export_sparse_saved_model(masked_model(), folder)
+
+
+@pytest.fixture
+def sparse(exported, tmp_path):
+    """Copies the sparse folder to `out`, and returns it and its report."""
+    shutil.copytree(exported[0], tmp_path / "out")
+    return tmp_path / "out", exported[1]
+
+
 @tensorflow_only
-def test_inspect_names_the_file_of_a_sparse_folder_that_is_not_as_it_was_written(tmp_path):
-    export_sparse_saved_model(masked_model(), tmp_path / "out")
+def test_inspect_names_the_file_of_a_sparse_folder_that_is_not_as_it_was_written(sparse, tmp_path):
     weights = tmp_path / "out" / "assets" / "weights.mlsp"
     report = tmp_path / "out" / "assets.extra" / "sparsity.json"
     packed = weights.read_bytes()
@@ -195,18 +211,57 @@ def test_inspect_names_the_file_of_a_sparse_folder_that_is_not_as_it_was_written
     with pytest.raises(ValueError, match=rf"weights\.mlsp' has {len(packed) - 100} bytes; "):
         inspect(tmp_path / "out")
     weights.write_bytes(packed[:-1] + bytes([packed[-1] ^ 1]))
-    with pytest.raises(ValueError, match=r"weights\.mlsp' is damaged: .*checksum"):
+    with pytest.raises(ValueError, match=r"weights\.mlsp' does not have the checksum"):
         inspect(tmp_path / "out")
     weights.unlink()
     with pytest.raises(ValueError, match=r"weights\.mlsp' is missing; "):
         inspect(tmp_path / "out")
     weights.write_bytes(packed)
+    inspect(tmp_path / "out")
     report.write_bytes(report.read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"sparsity\.json' is damaged: Not a storage report"):
         inspect(tmp_path / "out")
     report.unlink()
     with pytest.raises(ValueError, match=r"The report '.*sparsity\.json' is missing"):
         inspect(tmp_path / "out")
+
+
+@tensorflow_only
+def test_inspect_notices_a_flipped_bit_in_any_file_of_a_sparse_folder(sparse):
+    folder, written = sparse
+    sums = (folder / "assets.extra" / "SHA256SUMS").read_text().splitlines()
+    found = {
+        name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in written.files
+    }
+    del found["assets.extra/SHA256SUMS"]
+    assert sums == [f"{found[name]}  {name}" for name in sorted(found)]
+    assert {"saved_model.pb", "variables/variables.index", "assets/weights.mlsp"} < found.keys()
+    for name in written.files:
+        content = (folder / name).read_bytes()
+        for place in np.linspace(0, len(content) - 1, 12, dtype=int):
+            flipped = bytearray(content)
+            flipped[place] ^= 1 << place % 7  # Such that JSON remains text.
+            (folder / name).write_bytes(flipped)
+            with pytest.raises(ml.FileContentError):
+                inspect(folder)
+        (folder / name).write_bytes(content)
+    assert inspect(folder) == written
+
+
+@tensorflow_only
+def test_inspect_reads_sparse_folders_of_earlier_versions(sparse):
+    folder, written = sparse
+    extra = folder / "assets.extra"
+    (extra / "SHA256SUMS").unlink()
+    files = {name: size for name, size in written.files.items() if not name.endswith("SUMS")}
+    earlier = dataclasses.replace(written, files=files).with_own_size()
+    (extra / "sparsity.json").write_bytes(earlier.to_json())
+    assert inspect(folder) == earlier
+    weights = folder / "assets" / "weights.mlsp"
+    packed = weights.read_bytes()
+    weights.write_bytes(packed[:-1] + bytes([packed[-1] ^ 1]))
+    with pytest.raises(ml.FileContentError, match=r"weights\.mlsp' is damaged: .*checksum"):
+        inspect(folder)
 
 
 @tensorflow_only

@@ -59,10 +59,13 @@ def test_an_evaluation_that_cannot_be_compiled_goes_through_evaluate(monkeypatch
     def refuse(*args):
         raise NotImplementedError("no such operation")
 
+    order = list(training.evaluate(model, X, Y))
     monkeypatch.setattr(engine.engine_of(model)._loops, "evaluate", refuse)
     for _ in range(2):
         expected = model.evaluate(X, Y, verbose=0, return_dict=True)
-        assert training.evaluate(model, X, Y) == pytest.approx(expected, rel=1e-5)
+        found = training.evaluate(model, X, Y)
+        assert found == pytest.approx(expected, rel=1e-5)
+        assert list(found) == order
     assert [record.message for record in caplog.records] == [
         "Evaluation goes through `evaluate`: NotImplementedError: no such operation."
     ]
