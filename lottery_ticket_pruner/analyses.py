@@ -14,7 +14,7 @@ import keras
 import numpy as np
 
 import masked_layers as ml
-from lottery_ticket_pruner import optimizers, pictures, training
+from lottery_ticket_pruner import divergence, optimizers, pictures, training
 from lottery_ticket_pruner.training import ArrayDataset, Augmentation, Listeners, TrainingPlan
 from lottery_ticket_pruner.variables import read, variable_scope, widened
 from masked_layers import copying
@@ -165,6 +165,7 @@ def instability(
         on_progress: Function that is called with the number of new steps.
 
     Raises:
+        DivergenceError: If weights become NaN or infinite in a training, or the loss NaN.
         ValueError: If the model is not compiled, or an argument is wrong.
 
     Reference:
@@ -202,13 +203,22 @@ def instability(
                 dataclasses.replace(plan, seed=[seed, number]),
                 listeners=Listeners(on_progress=on_progress),
             )
+            divergence.check_weights(model, _where(number, seed, steps))
             ends.append(model.get_weights())
         first, second = ends
         x_test, y_test = test_data
-        return interpolate(model, first, second, x_test, y_test, points=points, metric=metric)
+        line = interpolate(model, first, second, x_test, y_test, points=points, metric=metric)
+        for number, share in enumerate((0, -1)):
+            divergence.check_loss(model, line.metrics["loss"][share], _where(number, seed, steps))
+        return line
     finally:
         for variable, value in zip(variables, before, strict=True):
             variable.assign(value)
+
+
+def _where(number: int, seed: int, steps: int) -> str:
+    order = ("first", "second")[number]
+    return f"with the {order} order of the data (seed {seed}), {steps} steps after the common start"
 
 
 def plot_instability(lines: Mapping[int, Sequence[Interpolation]]) -> Figure:

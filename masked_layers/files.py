@@ -227,7 +227,7 @@ def replace_folder(new: Path, path: Path) -> None:
     """
     if new.is_dir():
         special = new.stat().st_mode & 0o7000  # Such as the group that folders pass on.
-        os.chmod(new, special | 0o777 & ~_umask())
+        os.chmod(new, special | _mode_of_new_folders(new))
         sync(new)
     if not path.exists():
         new.rename(path)
@@ -245,10 +245,18 @@ def replace_folder(new: Path, path: Path) -> None:
     _sync_folder(path.parent)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _mode_of_new_folders(folder: Path) -> int:
+    """Returns the permissions that the process gives to new folders inside a folder.
+
+    The system only tells its mask by setting another one. Meanwhile, files of other threads would
+    be open to everyone, and two threads that ask at once could leave it that way.
+    """
+    probe = Path(tempfile.mkdtemp(dir=folder)) / "probe"
+    try:
+        probe.mkdir()
+        return probe.stat().st_mode & 0o777
+    finally:
+        shutil.rmtree(probe.parent)
 
 
 def _exchange(a: Path, b: Path) -> bool:

@@ -289,7 +289,6 @@ class _Trainer:
             deterministic=plan.deterministic,
             on_progress=on_progress,
         )
-        divergence.check_weights(model, f"{point} steps after the start, with seed {seed}")
         accuracy = line.metrics["accuracy"]
         row = {
             "sparsity": ml.sparsity_report(model).sparsity,

@@ -233,7 +233,8 @@ def _untrained(
     )
     divergence.check_weights(model, f"after {plan.steps} steps")
     pruner.set_pretrained_weights()
-    dense = training.evaluate(model, data.x_test, data.y_test)["accuracy"]
+    dense = training.evaluate(model, data.x_test, data.y_test)
+    divergence.check_loss(model, dense["loss"], f"after {plan.steps} steps")
     grid = evaluate_grid(
         pruner,
         data.x_test,
@@ -250,7 +251,7 @@ def _untrained(
             **{key: row[key] for key in ("criterion", "sparsity", "weights", "dwr")},
             "test_accuracy": row["accuracy"],
             "test_loss": row["loss"],
-            "dense_accuracy": dense,
+            "dense_accuracy": dense["accuracy"],
         }
         for row in grid
     ]
@@ -285,9 +286,8 @@ def _learned(
                 test_data=(data.x_test, data.y_test),
                 listeners=Listeners(on_progress=advance),
             )
-        divergence.check_weights(
-            found.supermask, f"with {weights} weights, after {plan.steps} steps"
-        )
+        # Not the supermask: a score that is NaN is a pruned weight there.
+        divergence.check_weights(found.model, f"with {weights} weights, after {plan.steps} steps")
         scaled = "rescaled" if dwr else "plain"
         asked = "" if sparsity is None else f"-{sparsity:g}"
         name = f"supermask-{weights}-{scaled}{asked}-{replicate}"

@@ -9,6 +9,7 @@ from keras import layers
 
 import masked_layers as ml
 from lottery_ticket_pruner import analyses, training
+from lottery_ticket_pruner.divergence import DivergenceError
 
 # What they use of the backend is tested on JAX, too.
 pytestmark = pytest.mark.slow("jax")
@@ -153,6 +154,18 @@ def test_instability_continues_with_the_schedule_and_masks():
     with pytest.raises(ValueError, match="`points` must be at least 2"):
         analyses.instability(model, X, Y, **options)
     assert not trained
+
+
+def test_an_instability_of_trainings_that_diverge_is_an_error():
+    model = classifier()
+    model.compile(keras.optimizers.SGD(1e38), "mse")
+    before = model.get_weights()
+    options = {"steps": 3, "batch_size": 8, "test_data": (X, np.eye(3)[Y]), "points": 2}
+    where = r"with the first order of the data \(seed 4\), 3 steps after the common start"
+    with pytest.raises(DivergenceError, match=rf"{where}: weights are NaN or infinite"):
+        analyses.instability(model, X, np.eye(3)[Y], seed=4, **options)
+    for value, restored in zip(before, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(value, restored)
 
 
 def test_sign_agreement_by_hand():

@@ -50,6 +50,15 @@ def test_weights_that_count_must_be_finite_and_others_need_not_be():
         divergence.check_loss(model, np.nan, "")
 
 
+def test_scores_of_learned_masks_must_be_finite():
+    model = ml.convert_to_masked(compiled(), mask=ml.EdgePopupMask(seed=0))
+    scores = ml.masked_refs(model)[0].mask.scores
+    divergence.check_weights(model, "")
+    scores.assign(np.full(scores.shape, np.nan))
+    with pytest.raises(DivergenceError, match="scores"):
+        divergence.check_weights(model, "")
+
+
 def test_half_precision_is_checked_without_overflow():
     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, dtype="float16")])
     model.layers[0].kernel.assign(np.full((4, 3), 6e4))

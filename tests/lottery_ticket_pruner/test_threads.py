@@ -1,6 +1,8 @@
 """Models and pruners in several threads share no state."""
 
 import concurrent.futures
+import os
+import warnings
 
 import keras
 import numpy as np
@@ -29,9 +31,10 @@ def compiled(units):
     return model
 
 
-def work(model, seed):
-    """Trains, prunes, rewinds and trains again; returns the weights and the masks."""
+def work(model, seed, folder):
+    """Trains, prunes, rewinds, writes files; returns weights, masks and what the files have."""
     pruner = LotteryTicketPruner(model)
+    pruner.update_masks("snip", rate=0.1, data=(X, Y), scope="global")
     for number in range(2):
         training.train(model, X, Y, steps=20, batch_size=10, seed=(seed, number))
         pruner.set_pretrained_weights()
@@ -39,16 +42,26 @@ def work(model, seed):
         pruner.rewind()
     training.train(model, X, Y, steps=20, batch_size=10, seed=seed)
     masks = ml.get_masks(model)
-    return [w.copy() for w in model.get_weights()] + [masks[path] for path in sorted(masks)]
+    results = [w.copy() for w in model.get_weights()] + [masks[path] for path in sorted(masks)]
+    file = folder / f"{seed}.safetensors"
+    ml.save_ticket(model, file)
+    results += ml.load_ticket(file).get_weights()
+    ml.export_sparse_saved_model(model, folder / f"{seed}")
+    import tensorflow as tf
+
+    loaded = tf.saved_model.load(str(folder / f"{seed}"))
+    return [*results, loaded.serve(X).numpy()]
 
 
 @pytest.mark.slow
-def test_threads_compute_what_they_compute_alone():
+def test_threads_compute_what_they_compute_alone(tmp_path):
     sizes = (5, 6)
-    alone = [work(compiled(units), units) for units in sizes]
+    alone = [work(compiled(units), units, tmp_path) for units in sizes]
+    before, mask = [*warnings.filters], os.umask(0o22)
     models = [compiled(units) for units in sizes]
     with concurrent.futures.ThreadPoolExecutor(len(sizes)) as threads:
-        together = list(threads.map(work, models, sizes))
+        together = list(threads.map(work, models, sizes, [tmp_path] * len(sizes)))
+    assert (warnings.filters, os.umask(mask)) == (before, 0o22)
     for one, other in zip(alone, together, strict=True):
         for first, second in zip(one, other, strict=True):
             np.testing.assert_array_equal(first, second)

@@ -225,7 +225,9 @@ def test_a_failed_replacement_is_undone(tmp_path, monkeypatch):
 
 
 @posix
-def test_a_folder_in_place_has_the_permissions_of_a_new_one(tmp_path):
+def test_a_folder_in_place_has_the_permissions_of_a_new_one(tmp_path, monkeypatch):
+    # The mask belongs to all threads, which would create files without one.
+    monkeypatch.setattr(os, "umask", lambda mask: pytest.fail("changes the mask of the process"))
     with files.scratch_folder(tmp_path / "out", frozenset()) as scratch:
         scratch.chmod(0o2700)
         files.replace_folder(scratch, tmp_path / "out")
