@@ -94,11 +94,12 @@ def of_update(
     structure, rate, sparsity = request.structure, request.rate, request.sparsity
     if structure is not None and not structure.coupled:
         _of_structure(structure, {path: kernel.layout for path, kernel in kernels.items()})
+    amount = _largest(rate if sparsity is None else sparsity)
     # A sparsity that had been reached before is fine, but not one that left masks dense.
-    dense = all(kernel.mask.all() for kernel in kernels.values())
-    amount = rate if sparsity is None or isinstance(sparsity, Mapping) else sparsity * dense
+    if sparsity is not None and not all(kernel.mask.all() for kernel in kernels.values()):
+        amount = 0.0
     same = all(np.array_equal(kernel.mask, masks[path]) for path, kernel in kernels.items())
-    if same and not request.keep_sparser and is_number(amount) and amount > 0:
+    if same and not request.keep_sparser and amount > 0:
         unit = "weight" if structure is None else f"tile of {structure}"
         if structure is not None and structure.coupled:
             unit = f"channel in each group that is ranked together, or {structure} keeps the rest"
@@ -111,6 +112,12 @@ def of_update(
             'all together (`scope="global"`).'
         )
     of_emptied(path for path, kernel in kernels.items() if is_emptied(kernel.mask, masks[path]))
+
+
+def _largest(amount: object) -> float:
+    """Returns the largest share of an amount, or 0 if there is none."""
+    shares = amount.values() if isinstance(amount, Mapping) else (amount,)
+    return max((float(share) for share in shares if is_number(share)), default=0.0)
 
 
 def of_schedule_left(schedule: schedules.Schedule, step: int) -> str | None:

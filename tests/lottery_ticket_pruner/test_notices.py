@@ -135,7 +135,8 @@ def test_the_report_of_an_export_names_what_is_all_zero(tmp_path):
 
 def test_an_update_that_prunes_nothing_warns():
     pruner = LotteryTicketPruner(make_model())
-    for amount in ({"rate": 0.01}, {"sparsity": 0.01}):
+    shares = (0.01, {"mid": 0.0, ".*": 0.01})
+    for amount in ({name: share} for name in ("rate", "sparsity") for share in shares):
         with pytest.warns(UserWarning, match="Nothing was pruned: a share of 0.01 is less than"):
             pruner.update_masks("large_init", **amount)
     with pytest.warns(UserWarning, match=r"less than one tile of Blocks\(block_size=\(8, 8\)"):
