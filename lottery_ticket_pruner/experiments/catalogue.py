@@ -96,7 +96,7 @@ _KINDS = (
             r"rounds/\d+/(state\.json|initial\.npz|(masks|model|pruner)-\d+\.npz)",
             r"served/1/(saved_model|fingerprint)\.pb",
             r"served/1/variables/variables\.(index|data-[\d-]+of-\d+)",
-            r"served/1/(assets/weights\.mlsp|assets\.extra/sparsity\.json)",
+            r"served/1/(assets/weights\.mlsp|assets\.extra/(sparsity\.json|SHA256SUMS))",
         ),
         numbers=(
             *("round", "replicate", "sparsity", "test_accuracy", "test_loss", "early_stop_step"),

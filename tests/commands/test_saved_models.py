@@ -11,6 +11,7 @@ pytest.importorskip("tyro")
 
 import masked_layers as ml
 from lottery_ticket_pruner import cli
+from lottery_ticket_pruner.experiments import written
 from masked_layers import serving
 
 
@@ -93,6 +94,7 @@ def test_a_run_leaves_its_ticket_ready_to_serve(tmp_path, capsys):
     assert cli.main(["run", *arguments, "--seeds", "3", "4", "--controls"]) == 0
     assert "served/1: " in capsys.readouterr().out.replace("\n", "")
     assert [path.name for path in (tmp_path / "served").iterdir()] == ["1"]
+    assert not written.others_in(tmp_path, "run")  # Nothing counts as a file of the user.
     assert cli.main(["export", str(tmp_path), str(tmp_path / "served")]) == 2
     assert cli.main(["inspect", str(tmp_path)]) == 2
     names = ", ".join(str(tmp_path / f"ticket{n}.safetensors") for n in ("", "-1"))
