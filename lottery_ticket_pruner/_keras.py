@@ -33,6 +33,7 @@ from masked_layers._keras import (
 
 __all__ = [
     "build_loss",
+    "built_from",
     "compile_arguments",
     "double_precision",
     "drawn_apart",
@@ -130,6 +131,34 @@ def build_loss(model: keras.Model, batch: tuple[Any, ...]) -> None:
     """
     with replaced(model, "optimizer", None):
         model._symbolic_build(data_batch=_symbolic(batch))
+
+
+@contextlib.contextmanager
+def built_from(model: keras.Model, batch_size: int, data: tuple[Any, ...]) -> Iterator[None]:
+    """Lets `fit` and `evaluate` of a model under a TensorFlow strategy see the shapes of its data.
+
+    Otherwise, every call takes a batch from an iterator made for this alone, and discards it while
+    threads fetch the next batches for all devices. This takes longer than a small model's epoch,
+    and TensorFlow was seen to crash there. Keras has no argument or hook for the shapes.
+
+    Args:
+        model: A compiled model. Nothing is done if it is not distributed.
+        batch_size: Number of examples per step, on all devices together.
+        data: `(x, y)` or `(x, y, sample_weight)` as arrays, or None where there is none.
+    """
+    strategy = getattr(model, "_distribute_strategy", None)
+    if not hasattr(model, "_maybe_symbolic_build") or strategy is None:
+        yield
+        return
+    part = max(1, batch_size // strategy.num_replicas_in_sync)
+    batch = keras.tree.map_structure(lambda array: array[:part], data, none_is_leaf=False)
+
+    def build(iterator: object = None, data_batch: object = None) -> None:
+        with strategy.scope():
+            model._symbolic_build(data_batch=_symbolic(batch))
+
+    with replaced(model, "_maybe_symbolic_build", build):
+        yield
 
 
 def _symbolic(batch: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -12,6 +12,7 @@ from lottery_ticket_pruner.commands.clusters import ClusterExecutor
 from lottery_ticket_pruner.commands.engines import DaskEngine, Engine, RayEngine, SlurmEngine
 from lottery_ticket_pruner.commands.jobs import Executor
 from lottery_ticket_pruner.commands.processes import LocalExecutor
+from lottery_ticket_pruner.experiments import devices
 
 # Folder in that of the sweep for the files of submitit.
 _SLURM_FOLDER = ".slurm"
@@ -37,10 +38,6 @@ class ExecutorOptions(Protocol):
     def jobs(self) -> int | None:
         """Number of jobs at a time."""
 
-    @property
-    def devices(self) -> Sequence[str]:
-        """Devices that each job trains on."""
-
 
 def check(options: ExecutorOptions) -> None:
     """Checks the options before anything is done.
@@ -53,14 +50,33 @@ def check(options: ExecutorOptions) -> None:
         raise ValueError(f"--jobs must be positive. Received: {options.jobs}.")
     given = _parsed(options.executor_option)
     name = options.executor or "local"
-    if options.devices and name == "local" and options.jobs != 1:
-        raise ValueError("--devices: several jobs at a time would share them. Add --jobs 1.")
     if name in _PACKAGES:
         require_extra(name, _PACKAGES[name])
     elif given:
         raise ValueError("--executor-option needs --executor ray, slurm or dask.")
     if options.address is not None and name not in ("ray", "dask"):
         raise ValueError("--address needs --executor ray or dask.")
+
+
+def check_devices(options: ExecutorOptions, names: Sequence[str], batch_size: int) -> None:
+    """Checks whether a job can train on several devices, before anything is done.
+
+    On a cluster, the job itself looks for them on its machine.
+
+    Args:
+        options: The options of the command.
+        names: The devices of the job, as in --devices. Empty for training as usual.
+        batch_size: Its number of examples per step of training.
+
+    Raises:
+        ValueError: If it cannot.
+    """
+    if (options.executor or "local") != "local":
+        devices.check_request(names, batch_size)
+        return
+    if names and options.jobs != 1:
+        raise ValueError("--devices: several jobs at a time would share them. Add --jobs 1.")
+    devices.check(names, batch_size)
 
 
 def executor_of(options: ExecutorOptions, folder: Path, console: Console) -> Executor:

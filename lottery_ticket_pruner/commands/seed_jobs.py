@@ -15,7 +15,7 @@ from lottery_ticket_pruner.commands.jobs import Failure
 from lottery_ticket_pruner.commands.sweep import Child
 from lottery_ticket_pruner.experiments import results
 from lottery_ticket_pruner.experiments.arguments import arguments, options_given
-from lottery_ticket_pruner.experiments.config import RunConfig
+from lottery_ticket_pruner.experiments.config import RunConfig, chosen
 from lottery_ticket_pruner.experiments.reports import tables
 from lottery_ticket_pruner.experiments.run import draw, writer
 from lottery_ticket_pruner.experiments.run_folder import RunFolder
@@ -56,6 +56,7 @@ def run(config: RunConfig, console: Console | None = None) -> list[Failure]:
     console = console or Console(quiet=config.quiet)
     executors.check(config)
     resolved, data = load_and_resolve(config)
+    executors.check_devices(config, resolved.devices, chosen(resolved.batch_size))
     folder = RunFolder("run", resolved, data)
     failures: list[Failure] = []
 

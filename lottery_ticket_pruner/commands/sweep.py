@@ -168,6 +168,8 @@ def plan(config: SweepConfig | SupermaskSweepConfig) -> list[Child]:
                 raise ValueError(f"{label}: {error}" if label else str(error)) from error
             text = ", ".join(filter(None, (label, f"seed {seed}")))
             found.setdefault(child.name, (text, child, [*arguments, "--seeds", str(seed)], values))
+    for devices, size in dict.fromkeys((c.devices, c.batch_size) for _, c, _, _ in found.values()):
+        executors.check_devices(config, devices, chosen(size))
     folder = config.out or Path("runs") / _name(config, found)
     return [
         Child(

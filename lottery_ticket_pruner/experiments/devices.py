@@ -26,24 +26,50 @@ def check(devices: Sequence[str], batch_size: int) -> None:
         UserWarning: That training takes another route, which is slower for small networks.
 
     Raises:
-        ValueError: If there are no such devices, or fewer than two are named, or a batch cannot be
-            divided equally among them, or the backend is not TensorFlow.
+        ValueError: If there are no such devices, or `check_request` refuses them.
     """
     if not devices:
         return
+    check_request(devices, batch_size)
     names = _named(devices)
-    if batch_size % len(names):  # A mean of the means of unequal parts is not the mean of a batch.
-        raise ValueError(
-            f"--batch-size {batch_size} cannot be divided among {len(names)} devices. Choose a "
-            f"multiple of {len(names)}."
-        )
     warnings.warn(
         f"Training is distributed over {len(names)} devices ({', '.join(names)}) and goes through "
         "`fit`, batch by batch. For small networks, the compiled programs that train on one device "
-        "are faster. On CPU devices, TensorFlow was seen to crash between two calls of `fit` "
-        "(segmentation fault); the same command then resumes.",
+        "are faster.",
         stacklevel=3,
     )
+
+
+def check_request(devices: Sequence[str], batch_size: int) -> None:
+    """Checks what is asked for, without looking for the devices, which another machine may have.
+
+    Args:
+        devices: Names of devices, or a single number of devices. Empty for training as usual.
+        batch_size: Number of examples per step of training.
+
+    Raises:
+        ValueError: If the backend is not TensorFlow, fewer than two devices are named, or a batch
+            cannot be divided equally among them.
+    """
+    if not devices:
+        return
+    if keras.backend.backend() != "tensorflow":
+        raise ValueError(
+            f"--devices needs TensorFlow, not {keras.backend.backend()}: set "
+            "KERAS_BACKEND=tensorflow, or leave the option out to train on one device."
+        )
+    number = _number(devices)
+    count = len({name.lower() for name in devices}) if number is None else number
+    if count < max(2, len(devices)):
+        raise ValueError(
+            f"--devices {' '.join(devices)}: name at least two different devices, or leave the "
+            "option out to train on one."
+        )
+    if batch_size % count:  # A mean of the means of unequal parts is not the mean of a batch.
+        raise ValueError(
+            f"--batch-size {batch_size} cannot be divided among {count} devices. Choose a "
+            f"multiple of {count}."
+        )
 
 
 def scope(devices: Sequence[str]) -> contextlib.AbstractContextManager[Any]:
@@ -75,23 +101,32 @@ def _strategy(names: tuple[str, ...]) -> tf.distribute.MirroredStrategy:
 
 def _named(devices: Sequence[str]) -> list[str]:
     """Returns the names of the devices that an option names or counts."""
-    if keras.backend.backend() != "tensorflow":
-        raise ValueError(
-            f"--devices needs TensorFlow, not {keras.backend.backend()}: set "
-            "KERAS_BACKEND=tensorflow, or leave the option out to train on one device."
-        )
-    there = keras.distribution.list_devices()
-    count = int(devices[0]) if len(devices) == 1 and devices[0].isdecimal() else None
-    names = [name.lower() for name in devices] if count is None else there[:count]
-    missing = [name for name in names if name not in there]
-    if missing or (count is not None and len(there) < count):
+    there, number = _there(), _number(devices)
+    names = [name.lower() for name in devices] if number is None else there[:number]
+    if len(names) < (number or 0) or any(name not in there for name in names):
         raise ValueError(
             f"--devices {' '.join(devices)}: this machine has {len(there)} of the kind that "
             f"{keras.backend.backend()} trains on: {', '.join(there)}."
         )
-    if len(set(names)) < max(2, len(names)):
-        raise ValueError(
-            f"--devices {' '.join(devices)}: name at least two different devices, or leave the "
-            "option out to train on one."
-        )
     return names
+
+
+def _there() -> list[str]:
+    """Returns the names of the devices of this process of the kind that TensorFlow trains on.
+
+    `keras.distribution.list_devices()` returns the same, but initializes them, with which
+    TensorFlow takes the memory of GPUs: a sweep would take it from its runs.
+    """
+    import tensorflow as tf
+
+    kind = "GPU" if tf.config.get_visible_devices("GPU") else "CPU"
+    parts = (
+        len(tf.config.get_logical_device_configuration(device) or [device])
+        for device in tf.config.get_visible_devices(kind)
+    )
+    return [f"{kind.lower()}:{number}" for number in range(sum(parts))]
+
+
+def _number(devices: Sequence[str]) -> int | None:
+    """Returns the number of devices if an option counts them, or else None."""
+    return int(devices[0]) if len(devices) == 1 and devices[0].isdecimal() else None

@@ -225,7 +225,11 @@ class Engine:
             except Exception as error:
                 reason = f"{type(error).__name__}: {error}"
         x, y, sample_weight = (*data.host, None, None)[:3]
-        with explained(self._model, x, y), _keras.kept_on_error(self._model):
+        with (
+            explained(self._model, x, y),
+            _keras.kept_on_error(self._model),
+            _keras.built_from(self._model, batch_size, (x, y, sample_weight)),
+        ):
             results = self._model.evaluate(
                 x,
                 y,
@@ -354,7 +358,11 @@ class Engine:
             x, *targets = data.augmented(rows[start : start + part], batch_size)
             check_equal_parts(self._model, min(batch_size, len(rows) - start))
             y, sample_weight = (*targets, None, None)[:2]
-            with _part_of_training(self._model), _keras.kept_on_error(self._model):
+            with (
+                _part_of_training(self._model),
+                _keras.kept_on_error(self._model),
+                _keras.built_from(self._model, batch_size, (x, y, sample_weight)),
+            ):
                 history = self._model.fit(
                     x,
                     y,

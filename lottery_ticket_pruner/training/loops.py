@@ -275,7 +275,11 @@ def _fit_by_keras(
         size = shared_batch(model, len(validation), size)
     batches = _Batches(data, plan)
     start = keras.callbacks.LambdaCallback(on_epoch_begin=batches.start)
-    with explained(model, *(*data.host, None)[:2]), _keras.kept_on_error(model):
+    with (
+        explained(model, *(*data.host, None)[:2]),
+        _keras.kept_on_error(model),
+        _keras.built_from(model, plan.batch_size, data.host),
+    ):
         return model.fit(
             batches,
             epochs=plan.epochs,

@@ -13,8 +13,9 @@ import pytest
 pytest.importorskip("tyro")
 
 import masked_layers as ml
-from lottery_ticket_pruner.commands import prune, sweep
+from lottery_ticket_pruner.commands import executors, prune, seed_jobs, sweep
 from lottery_ticket_pruner.experiments import devices
+from lottery_ticket_pruner.experiments.config import RunConfig
 
 # Devices are configured before the backend starts.
 COMMANDS = """
@@ -53,7 +54,13 @@ NOT_COMPARED = {"seconds", "criterion", "weights", "dwr", "arm", "data", "networ
 )
 def test_devices_that_are_not_there_are_refused(named, words):
     with pytest.raises(ValueError, match=words):
-        devices.check(named, 60)
+        devices.check(named, 512)
+
+
+@pytest.mark.once("tensorflow")
+def test_the_devices_are_those_that_keras_names():
+    with pytest.raises(ValueError, match=": " + ", ".join(keras.distribution.list_devices())):
+        devices.check(("512",), 512)
 
 
 def test_only_tensorflow_trains_on_several(monkeypatch):
@@ -64,7 +71,7 @@ def test_only_tensorflow_trains_on_several(monkeypatch):
 
 @pytest.mark.once
 def test_a_batch_is_divided_equally(monkeypatch):
-    monkeypatch.setattr(keras.distribution, "list_devices", lambda: [f"cpu:{i}" for i in range(7)])
+    monkeypatch.setattr(devices, "_there", lambda: [f"cpu:{i}" for i in range(7)])
     with pytest.warns(UserWarning, match=r"4 devices \(cpu:0, cpu:1, cpu:2, cpu:3\)"):
         devices.check(("4",), 60)
     with pytest.raises(ValueError, match=r"--batch-size 60 .* multiple of 7"):
@@ -72,9 +79,24 @@ def test_a_batch_is_divided_equally(monkeypatch):
 
 
 @pytest.mark.once
-def test_runs_at_a_time_do_not_share_devices():
+def test_jobs_are_refused_before_any_is_started(monkeypatch, tmp_path):
+    monkeypatch.setattr(devices, "_there", lambda: ["cpu:0", "cpu:1"])
     with pytest.raises(ValueError, match="--jobs 1"):
-        sweep.plan(sweep.SweepConfig(over=("rate=0.2,0.4",), devices=("2",)))
+        sweep.plan(sweep.SweepConfig(over=("devices=2",)))
+    with pytest.raises(ValueError, match="--batch-size 61"), pytest.warns(match="2 devices"):
+        sweep.plan(sweep.SweepConfig(over=("batch_size=60,61",), devices=("2",), jobs=1))
+    config = RunConfig(devices=("4",), executor="local", jobs=1, out=tmp_path / "run")
+    with pytest.raises(ValueError, match="this machine has 2"):
+        seed_jobs.run(config)
+    assert not config.folder.exists()
+
+
+@pytest.mark.once
+def test_jobs_on_a_cluster_look_for_devices_themselves():
+    on_cluster = sweep.SweepConfig(executor="ray")
+    executors.check_devices(on_cluster, ("gpu:0", "gpu:1"), 60)
+    with pytest.raises(ValueError, match="--batch-size 61"):
+        executors.check_devices(on_cluster, ("gpu:0", "gpu:1"), 61)
 
 
 @pytest.mark.once
