@@ -21,6 +21,7 @@ from masked_layers.inspection import (
     channel_refs,
     check_no_channel_left_out,
     get_masks,
+    lora_factor,
     masked_refs,
     refs_with_masks,
     weight_refs,
@@ -344,7 +345,7 @@ def _check_strippable(model: keras.Model) -> None:
             )
         with raw_view():
             derived = getattr(ref.layer, ref.name) is not ref.variable
-        if derived and _lora_factor(ref) is None:
+        if derived and lora_factor(ref) is None:
             raise ValueError(
                 f"'{ref.path}' cannot be stripped: {plain_class(ref.layer).__name__} computes "
                 f"'{ref.name}' from its variable, and zeros in the variable may not give zeros in "
@@ -355,7 +356,7 @@ def _check_strippable(model: keras.Model) -> None:
 
 def _fold(ref: MaskedRef) -> None:
     """Writes the effective weight, including LoRA's addition, into the variable."""
-    factor = _lora_factor(ref)
+    factor = lora_factor(ref)
     weight = ref.mask.apply(ref.variable) if factor is None else getattr(ref.layer, ref.name)
     ref.variable.assign(np.array(keras.ops.convert_to_numpy(weight)))
     if factor is not None:
@@ -368,11 +369,6 @@ def _zero_left_out(ref: MaskedRef) -> None:
         if variable is not None:
             value = keras.ops.convert_to_numpy(variable)
             variable.assign(np.where(ref.mask.to_numpy(), value, np.zeros((), value.dtype)))
-
-
-def _lora_factor(ref: MaskedRef) -> keras.Variable | None:
-    """Returns the second factor of the product that LoRA adds to the weight, or None."""
-    return getattr(ref.layer, f"lora_{ref.name}_b", None)
 
 
 # --- What to mask ---------------------------------------------------------------------------------

@@ -121,6 +121,11 @@ def channel_refs(model: Layer) -> list[MaskedRef]:
     return list(refs.values())
 
 
+def lora_factor(ref: WeightRef) -> keras.Variable | None:
+    """Returns the second factor of the product that LoRA adds to a weight, or None."""
+    return getattr(ref.layer, f"lora_{ref.name}_b", None)
+
+
 def check_no_channel_left_out(model: Layer) -> None:
     """Checks that the plain normalization layers would compute what those of a model do.
 

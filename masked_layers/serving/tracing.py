@@ -11,7 +11,7 @@ import keras
 import numpy as np
 
 from masked_layers import _keras
-from masked_layers.inspection import check_no_channel_left_out, weight_refs
+from masked_layers.inspection import WeightRef, check_no_channel_left_out, lora_factor, weight_refs
 from masked_layers.masks import raw_view
 from masked_layers.model_state import state_variables
 from masked_layers.normalization import without_masks
@@ -56,20 +56,33 @@ class EffectiveValues(Mapping[str, np.ndarray]):
     ) -> None:
         _keras.sync(model)
         check_no_channel_left_out(model)
+        # As in `strip_masks`, LoRA's product is in the values of the weight to which it is added
+        # before the mask, and one of its factors is zero.
+        self._merged: dict[int, WeightRef] = {}
+        self._zeroed: set[int] = set()
         for ref in weight_refs(model):
             if ref.mask is not None and ref.mask.learned:
                 raise ValueError(
                     f"The mask of '{ref.path}' is learned. Call `masked_layers.harden(model)` "
                     "first and export the model that it returns."
                 )
+            if ref.mask is not None and (factor := lora_factor(ref)) is not None:
+                self._merged[id(ref.variable)] = ref
+                self._zeroed.add(id(factor))
         self._state = state_variables(model)
         self._finish = finish
 
     def __getitem__(self, path: str) -> np.ndarray:
         """Returns a copy of the values of a variable."""
         variable, mask = self._state[path]
-        value = variable if mask is None else mask.apply(variable)
+        merged = self._merged.get(id(variable))
+        if merged is not None:
+            value = getattr(merged.layer, merged.name)
+        else:
+            value = variable if mask is None else mask.apply(variable)
         array = np.array(keras.ops.convert_to_numpy(value))
+        if id(variable) in self._zeroed:
+            array[...] = 0
         return array if self._finish is None else self._finish(path, array)
 
     def __iter__(self) -> Iterator[str]:

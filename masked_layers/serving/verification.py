@@ -12,6 +12,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from masked_layers.paths import walk
 from masked_layers.serving.tracing import Traced, bytes_of, values_of
 
 
@@ -71,7 +72,8 @@ def expected(
                 f"default free dimensions. Pass `sample_inputs` that it accepts. {error}"
             ) from error
     dense = [x.numpy() for x in keras.tree.flatten(traced.function(*samples))]
-    dtypes = frozenset({model.compute_dtype, *(x.dtype.name for x in truth)})
+    computed = {layer.compute_dtype for _, layer in walk(model)}
+    dtypes = frozenset({*computed, *(x.dtype.name for x in truth)})
     return Expected(digests, truth, dense, dtypes)
 
 

@@ -87,9 +87,12 @@ def _traced(layer: keras.Layer, args: Sequence[Any], kwargs: dict[str, Any]) -> 
     ]
     ordered = _keras_graph.tensors_in(new)
     args, kwargs = keras.tree.pack_sequence_as((tuple(args), kwargs), new)
+    # A call that assigns, as that of `SpectralNormalization` in training, must change no weight.
+    scope = keras.StatelessScope()
     with _keras_graph.calls_forgotten(layer), _stand_ins(layer):
         try:
-            outputs = layer.call(*args, **kwargs)
+            with scope:
+                outputs = layer.call(*args, **kwargs)
             if not all(map(_keras_graph.is_tensor, keras.tree.flatten(outputs))):
                 raise CannotFollow("its `call` returns values other than tensors")
             graph = keras.Model(ordered, outputs, name=layer.name)
@@ -108,6 +111,8 @@ def _traced(layer: keras.Layer, args: Sequence[Any], kwargs: dict[str, Any]) -> 
                 raise CannotFollow(f"its `call` reads a weight or an array in '{operation.name}'")
         if any(map(_keras.carries_mask, outputs)):
             raise CannotFollow("a layer inside it makes a Keras mask")
+    if scope.state_mapping:
+        raise CannotFollow("its `call` changes a variable")
     return graph
 
 

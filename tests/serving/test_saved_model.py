@@ -161,6 +161,32 @@ def test_mixed_precision_computes_in_it(tmp_path):
     )
 
 
+def test_layers_of_a_lower_precision_inside_a_model_explain_differences(tmp_path):
+    inner = [layers.Dense(32, "relu", dtype="mixed_bfloat16") for _ in range(2)]
+    model = keras.Sequential([keras.Input((20,)), *inner, layers.Dense(3)])
+    report = export_sparse_saved_model(prune(model), tmp_path / "out")
+    assert report.output_error < 0.02
+
+
+def test_the_product_of_lora_is_masked_in_the_file_too(tmp_path):
+    words = layers.Embedding(9, 8)
+    model = keras.Sequential([keras.Input((5,)), words, layers.Dense(6), layers.Dense(3)])
+    for layer in model.layers[:2]:
+        layer.enable_lora(2)
+        factor = getattr(layer, "lora_kernel_b" if layer is not words else "lora_embeddings_b")
+        factor.assign(np.ones(factor.shape))
+    model = ml.convert_to_masked(model)
+    rng = np.random.default_rng(0)
+    ml.set_masks(model, {p: rng.random(m.shape) < 0.5 for p, m in ml.get_masks(model).items()})
+    export_sparse_saved_model(model, tmp_path / "out")
+    x = np.arange(10).reshape(2, 5) % 9
+    loaded = tf.saved_model.load(str(tmp_path / "out"))
+    found = loaded.serve(x.astype("float32"))
+    np.testing.assert_allclose(found, model(x), rtol=1e-5, atol=1e-6)
+    stripped = ml.strip_masks(model)
+    np.testing.assert_allclose(found, stripped(x), rtol=1e-5, atol=1e-6)
+
+
 def test_an_input_signature_fixes_names_and_shapes(tmp_path):
     model = prune(dense())
     signature = [keras.InputSpec(shape=(3, 20), dtype="float32", name="features")]

@@ -163,6 +163,8 @@ class Refused(layers.Layer):
             y = y * keras.ops.arange(4.0)
         if self.what == "training" and training:
             y = y * 2.0
+        if self.what == "assigns" and training:  # As `SpectralNormalization` does.
+            self.dense.kernel.assign(self.dense.kernel * 2.0)
         if self.what == "values" and float(keras.ops.sum(y)) > 0:
             y = -y
         return y
@@ -179,6 +181,7 @@ class Refused(layers.Layer):
         ("array", "its `call` reads a weight or an array in"),
         ("unused", "it has weights besides those of the layers that it calls"),
         ("training", "its `call` computes something else in training"),
+        ("assigns", "its `call` changes a variable"),
         ("values", "its `call` cannot be followed"),
         ("regularized", "it regularizes its outputs"),
         ("float16", "it casts its inputs"),
@@ -193,9 +196,12 @@ def test_a_layer_that_a_graph_would_not_describe_is_left_whole(what, why):
         block.compute_output_spec = lambda x, **kwargs: keras.KerasTensor((None, 4))
     y = layers.Dense(2, name="out")(block(y))
     model = keras.Model(x, y)
+    before = model.get_weights()
     found = channel_families(model)
     assert why in found.not_followed["r"]
     assert "before" in found.whole
+    pairs = zip(before, model.get_weights(), strict=True)
+    assert all((old == new).all() for old, new in pairs)
 
 
 @pytest.mark.once
