@@ -150,4 +150,6 @@ def message_of(log: Path, status: int) -> str:
     if status < 0:
         named = {one.value: one.name for one in signal.Signals}  # Not all signals have a name.
         return f"ended by {named.get(-status, f'signal {-status}')}. {last}".strip()
+    if text and not text.endswith("\n"):
+        return f"exit status {status}. Its log is cut, as by a full disk, after: {last}"
     return last or f"exit status {status}"

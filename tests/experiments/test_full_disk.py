@@ -13,6 +13,7 @@ import resource
 
 import masked_layers as ml
 from lottery_ticket_pruner import LotteryTicketPruner
+from lottery_ticket_pruner.commands.jobs import message_of
 from lottery_ticket_pruner.commands.optuna_search import Search
 from lottery_ticket_pruner.compression import save_model
 from lottery_ticket_pruner.experiments.results import CsvWriter
@@ -65,6 +66,17 @@ WRITERS = {
     "events": events,
     "optuna.log": search,
 }
+
+
+def test_the_message_of_a_job_whose_log_was_cut_says_so(tmp_path):
+    log = tmp_path / "output.log"
+    for text, message in (
+        ("digits: 13", "exit status 2. Its log is cut, as by a full disk, after: digits: 13"),
+        ("digits: 13\nlottery-ticket: 'a' is missing.\n", "'a' is missing."),
+        ("", "exit status 2"),
+    ):
+        log.write_text(text)
+        assert message_of(log, 2) == message
 
 
 @pytest.mark.parametrize("name", WRITERS)
