@@ -228,6 +228,8 @@ def plot_instability(lines: Mapping[int, Sequence[Interpolation]]) -> Figure:
         lines: Interpolations of all replicates, by step. Each replicate is a dot, and curves
             connect the means.
     """
+    from matplotlib.ticker import PercentFormatter
+
     figure, (above, below) = pictures.new_figure(4.8, 6.4, rows=2)
     steps = sorted(lines)
     barriers = [[line.barrier for line in lines[step]] for step in steps]
@@ -237,7 +239,8 @@ def plot_instability(lines: Mapping[int, Sequence[Interpolation]]) -> Figure:
     for step, values, color in zip(steps, barriers, colors, strict=True):
         above.scatter([step] * len(values), values, color=color, s=20)
         for value in values:
-            pictures.add_target(above, step, value, f"{step} steps: {value:.4f}")
+            shown = f"{value:.4f}" if is_loss else f"{value:.2%}"
+            pictures.add_target(above, step, value, f"{step} steps: {shown}")
         errors = np.mean([line.errors for line in lines[step]], axis=0)
         below.plot(lines[step][0].shares, errors, color=color, label=f"{step} steps")
     if not is_loss:
@@ -255,6 +258,8 @@ def plot_instability(lines: Mapping[int, Sequence[Interpolation]]) -> Figure:
     below.legend(frameon=False)
     for axes in (above, below):
         pictures.open_up(axes)
+        if not is_loss:
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     return figure
 
 

@@ -129,6 +129,10 @@ def test_instability_is_the_barrier_between_two_orders(line):
     assert expected == {True, False}
     axes = analyses.plot_instability({0: [found], 3: [found, found]}).axes
     assert [len(ax.collections) for ax in axes] == [2, 0]
+    accuracies = {"accuracy": np.array([0.9, 0.8, 0.9])}
+    found = analyses.Interpolation(np.linspace(0, 1, 3), accuracies, "accuracy")
+    for ax in analyses.plot_instability({0: [found]}).axes:  # Errors, in percent.
+        assert ax.yaxis.get_major_formatter()(0.02).endswith("%")
 
 
 def test_instability_continues_with_the_schedule_and_masks():
