@@ -69,12 +69,14 @@ def order_sublayers(layer: keras.layers.Layer, order: list[keras.layers.Layer]) 
     """Changes the order in which `layer` tracks some of its layers; others keep their places.
 
     `weights` and `variables` follow this order. Layers in a set have no fixed order, so a copy can
-    differ from its original. Keras has no public way to change the order.
+    differ from its original. Keras has no public way to change the order. What is in place is left,
+    because in Keras 3.13 TensorFlow does not save functional models of which it was replaced.
     """
     wanted = {id(child) for child in order}
     places = [i for i, child in enumerate(layer._layers) if id(child) in wanted]
     for i, child in zip(places, order, strict=True):
-        layer._layers[i] = child
+        if layer._layers[i] is not child:
+            layer._layers[i] = child
 
 
 @contextlib.contextmanager
