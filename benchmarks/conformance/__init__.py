@@ -1,0 +1,1 @@
+"""The conformance table: what the library does with many models and layers, on each backend."""

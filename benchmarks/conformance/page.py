@@ -1,0 +1,198 @@
+"""The page of the conformance table, from the results that are stored."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+BACKENDS = {"tensorflow": "TensorFlow", "jax": "JAX", "torch": "torch"}
+PEERS = {"tfmot": "tfmot", "pquant": "PQuantML"}
+# Keys and heads of the columns.
+HEADS = {
+    "converted": "same bits",
+    "masked": "masked",
+    "exact": "exact",
+    "zero": "zero",
+    "saved": "saved",
+    "stripped": "stripped",
+    "exported": "exported",
+    "shrunk": "shrunk",
+}
+MEANING = {
+    "converted": "`convert_to_masked` leaves every bit of every output as it is.",
+    "masked": "How many of the weights with two or more axes, except biases, have a mask. Those "
+    "without are named below the table; most are tables of positions and class tokens.",
+    "exact": '`update_masks("smallest_weights", sparsity=0.8, scope="global")` prunes exactly '
+    "floor(0.8 size) weights, and no pruned weight is larger than a kept one, by NumPy.",
+    "zero": "All pruned raw weights are set to NaN, and the outputs keep their bits: nothing reads "
+    "a pruned weight.",
+    "saved": "A `.keras` file brings back the masks, and every bit of the outputs.",
+    "stripped": "`strip_masks` leaves the classes of the original and every bit of the pruned "
+    "model's outputs.",
+    "exported": "The exported program has the outputs of the pruned model up to rounding (1e-4 of "
+    "the largest): a SavedModel of `export_sparse_saved_model`, run by TensorFlow alone, and on "
+    "torch the file of `export_sparse_torch`, run by `torch.jit`.",
+    "shrunk": "The share of the model's weights that `shrink` leaves after half of the channels "
+    "were pruned, with outputs equal up to rounding (1e-4 of the largest).",
+}
+INTRODUCTION = """# Conformance: what works with which model
+
+<!-- Written by `python -m benchmarks.conformance --page`; do not edit. -->
+
+Every row is a model with random weights, on which each feature was called and its result compared,
+on every backend that is named. The table is measured by
+
+```sh
+KERAS_BACKEND=tensorflow python -m benchmarks.conformance   # and jax, torch
+python -m benchmarks.conformance --page
+```
+
+{cells} "refused" is an error
+that is raised on purpose and says what to do, "error" any other one. What is not "yes" has its
+reason below the table.
+"""
+PEERS_INTRODUCTION = """## What other libraries mask
+
+The same models, asked how many of these weights the library prunes
+(`python -m benchmarks.conformance --peer tfmot`, `--peer pquant`).
+"""
+ABSENT = "-"
+ORDER = ("Layers and kinds of models", "keras.applications", "KerasHub")
+Row = dict[str, Any]
+
+
+def stored(results: Path, name: str) -> dict[str, Row]:
+    path = results / f"{name}.json"
+    rows: dict[str, Row] = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    return rows
+
+
+def answer(row: Row | None, column: str) -> str:
+    """Returns the answer of a cell; cells after the end of a process are missing."""
+    if row is None:
+        return ABSENT
+    return str(row["cells"].get(column, ["not reached"])[0])
+
+
+def joined(answers: Iterable[str]) -> str:
+    """Returns one answer if all are the same, or all of them."""
+    answers = list(answers)
+    measured = {a for a in answers if a != ABSENT}
+    if len(measured) == 1 and len(set(answers)) == 1:
+        return answers[0]
+    return " / ".join(answers)
+
+
+def escaped(text: str) -> str:
+    """Returns a text without marks of Markdown."""
+    for mark in "\\`*_{}[]<>|":
+        text = text.replace(mark, f"\\{mark}")
+    return text
+
+
+def notes(name: str, rows: dict[str, Row | None]) -> list[str]:
+    """Returns the notes of a row; those that several backends share once."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for backend, row in rows.items():
+        for column, (_, note) in (row or {"cells": {}})["cells"].items():
+            if note and not note.startswith("needs '"):
+                found.setdefault((column, note), []).append(BACKENDS[backend])
+    measured = [BACKENDS[backend] for backend, row in rows.items() if row]
+    lines = []
+    for (column, note), backends in found.items():
+        where = "" if backends == measured else f" ({', '.join(backends)})"
+        head = HEADS.get(column, column)
+        lines.append(f"- **{escaped(name)}**, {head}{where}: {escaped(note)}")
+    return lines
+
+
+def table(names: list[str], results: dict[str, dict[str, Row]]) -> list[str]:
+    lines = ["| | " + " | ".join(HEADS.values()) + " |", "|---" * (len(HEADS) + 1) + "|"]
+    for name in names:
+        rows = [rows.get(name) for rows in results.values()]
+        cells = [joined(answer(row, column) for row in rows) for column in HEADS]
+        lines.append(f"| {escaped(name)} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def overview(results: dict[str, dict[str, Row]], size: int) -> list[str]:
+    """Returns the counts of answers, by backend."""
+    lines = ["| | rows | " + " | ".join(HEADS.values()) + " |", "|---" * (len(HEADS) + 2) + "|"]
+    for backend, rows in results.items():
+        cells = []
+        for column in HEADS:
+            answers = Counter(kind(answer(row, column)) for row in rows.values())
+            rest = "".join(f", {count} {k}" for k, count in answers.most_common() if k != "yes")
+            cells.append(f"{answers['yes']}{rest}")
+        lines.append(f"| {BACKENDS[backend]} | {len(rows)} of {size} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def kind(given: str) -> str:
+    """Returns what an answer counts as in the overview: numbers count as yes, if complete."""
+    if " of " in given:
+        masked, _, size = given.partition(" of ")
+        return "yes" if masked == size else "in part"
+    return "yes" if given.endswith("%") else given
+
+
+def peers(names: list[str], results: Path) -> list[str]:
+    found = {name: stored(results, name) for name in PEERS}
+    found = {name: rows for name, rows in found.items() if rows}
+    if not found:
+        return []
+    ours = stored(results, "tensorflow")
+    heads = ["", "this library", *(PEERS[name] for name in found)]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    reasons = []
+    for name in names:
+        if all(name not in rows for rows in found.values()):
+            continue
+        cells = [answer(rows.get(name), "masked") for rows in (ours, *found.values())]
+        lines.append(f"| {escaped(name)} | " + " | ".join(cells) + " |")
+        for peer, rows in found.items():
+            if name in rows and (note := rows[name]["cells"].get("masked", ["", ""])[1]):
+                reasons.append(f"- **{escaped(name)}**, {PEERS[peer]}: {escaped(note)}")
+    used = [f"{PEERS[name]}: {joined_versions(rows)}." for name, rows in found.items()]
+    return [PEERS_INTRODUCTION + "\n" + " ".join(used), "", *lines, "", *reasons, ""]
+
+
+def joined_versions(rows: dict[str, Row]) -> str:
+    return "; ".join(sorted({row["versions"] for row in rows.values()}))
+
+
+def page(results: Path) -> str:
+    """Returns the page of the results in a folder."""
+    from benchmarks.conformance.__main__ import makers
+
+    found = {backend: stored(results, backend) for backend in BACKENDS}
+    found = {backend: rows for backend, rows in found.items() if rows}
+    rows = makers()
+    names = [BACKENDS[backend] for backend in found]
+    cells = f"So far it was measured on {names[0]} only."
+    if len(names) > 1:
+        cells = (
+            f"A cell holds one answer if all backends gave it, and otherwise those of "
+            f'{", ".join(names)}, in this order; "{ABSENT}" is not measured.'
+        )
+    lines = [INTRODUCTION.format(cells=cells)]
+    lines += [f"- **{HEADS[key]}**: {text}" for key, text in MEANING.items()]
+    lines += ["", "## Overview", ""]
+    lines += [
+        "Numbers of rows. A number of masked weights counts as yes if all are masked, and so does "
+        "the share of a smaller model. Rows that were not measured are not listed below.",
+        "",
+    ]
+    lines += [*overview(found, len(rows)), ""]
+    lines += [f"- {BACKENDS[b]}: {joined_versions(known)}" for b, known in found.items()]
+    for family in ORDER:
+        names = [m.name for m in rows if m.family == family]
+        names = [name for name in names if any(name in known for known in found.values())]
+        if not names:
+            continue
+        lines += ["", f"## {family}", "", *table(names, found), ""]
+        for name in names:
+            lines += notes(name, {backend: known.get(name) for backend, known in found.items()})
+    lines += ["", *peers([m.name for m in rows], results)]
+    return "\n".join(lines).rstrip() + "\n"
