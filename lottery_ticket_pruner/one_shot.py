@@ -170,7 +170,7 @@ class _PrunedNetwork:
         shapes = [shape for each in self._shapes.values() for shape in each]
         size = 4 * sum(math.prod(shape) for shape in shapes)
         largest = max((target.bytes for target in self.targets.values()), default=0)
-        return max(1, min(_BATCH, max(_BYTES, largest // 2) // max(1, size)))
+        return max(1, min(_BATCH, max(_BYTES, largest) // max(1, size)))
 
     @property
     def state(self) -> list[tuple[keras.Variable, Any]]:

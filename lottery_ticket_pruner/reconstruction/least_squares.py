@@ -8,6 +8,9 @@ import numpy as np
 _EXACT = 3e10
 _ITERATIONS = 50
 _TOLERANCE = 1e-4
+# Columns solved at once by conjugate gradients: as many as use the processor well. For all at once,
+# the arrays of the method would take as much memory as `gram`.
+_COLUMNS = 128
 
 
 def solve(gram: np.ndarray, moments: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -15,7 +18,7 @@ def solve(gram: np.ndarray, moments: np.ndarray, mask: np.ndarray) -> np.ndarray
 
     With `gram` = X'X and `moments` = X'R, this D minimizes the norm of X D - R. Each column is an
     independent problem, over its kept entries. Small problems are solved exactly, and columns with
-    equal masks together. Large ones are solved for all columns at once, by conjugate gradients on
+    equal masks together. Large ones are solved for 128 columns at once, by conjugate gradients on
     the kept entries with the diagonal as preconditioner (as in ALPS), up to a residual of 1e-4 or
     for 50 steps. Every step reduces the sum above, so the result is better than zero in any case.
 
@@ -32,9 +35,12 @@ def solve(gram: np.ndarray, moments: np.ndarray, mask: np.ndarray) -> np.ndarray
     """
     masks, member = np.unique(mask, axis=1, return_inverse=True)
     operations = (masks.sum(axis=0, dtype="float64") ** 3).sum()
-    if operations > _EXACT:
-        return _conjugate_gradients(gram, moments, mask)
     solution = np.zeros_like(moments)
+    if operations > _EXACT:
+        for start in range(0, mask.shape[1], _COLUMNS):
+            part = slice(start, start + _COLUMNS)
+            solution[:, part] = _conjugate_gradients(gram, moments[:, part], mask[:, part])
+        return solution
     for number, kept in enumerate(masks.T):
         columns = np.flatnonzero(member.reshape(-1) == number)
         rows = np.flatnonzero(kept)
