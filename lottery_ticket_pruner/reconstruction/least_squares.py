@@ -38,8 +38,8 @@ def solve(gram: np.ndarray, moments: np.ndarray, mask: np.ndarray) -> np.ndarray
     solution = np.zeros_like(moments)
     if operations > _EXACT:
         for start in range(0, mask.shape[1], _COLUMNS):
-            part = slice(start, start + _COLUMNS)
-            solution[:, part] = _conjugate_gradients(gram, moments[:, part], mask[:, part])
+            block = slice(start, start + _COLUMNS)
+            solution[:, block] = _conjugate_gradients(gram, moments[:, block], mask[:, block])
         return solution
     for number, kept in enumerate(masks.T):
         columns = np.flatnonzero(member.reshape(-1) == number)
