@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import keras
+import ml_dtypes
 import numpy as np
 
 import masked_layers as ml
@@ -54,6 +55,13 @@ def difference(one: list[np.ndarray], other: list[np.ndarray]) -> float:
         if a.size:
             worst = max(worst, float(np.abs(a - b).max() / max(np.abs(a).max(), 1e-30)))
     return worst
+
+
+def rounding(model: Any) -> float:
+    """Returns the tolerance of a model: the epsilon of its coarsest dtype, if that is larger."""
+    names = {layer.compute_dtype for layer in model._flatten_layers()}
+    floats = [name for name in names if keras.backend.is_float_dtype(name)]
+    return max([ROUNDING, *(float(ml_dtypes.finfo(name).eps) for name in floats)])
 
 
 def equal(before: list[np.ndarray], after: list[np.ndarray]) -> Cell:
@@ -171,7 +179,7 @@ class Row:
         # Named outputs are in alphabetical order.
         worst = difference(self.pruned, found)
         what = "TorchScript" if torch else "SavedModel"
-        if worst > ROUNDING:
+        if not worst <= rounding(self.masked):
             return "no", f"outputs of the {what} differ by {worst:.1e} of the largest"
         return "yes", ""
 
@@ -186,7 +194,7 @@ class Row:
             return "refused", reason(error) + f" ({whole})" * bool(whole)
         smaller, report = ml.shrink(masked, return_report=True)
         worst = difference(arrays(masked, self.inputs), arrays(smaller, self.inputs))
-        if not worst < ROUNDING:
+        if not worst <= rounding(masked):
             return "no", f"outputs differ by {worst:.1e} of the largest"
         left = smaller.count_params() / self.model.count_params()
         return f"{left:.0%}", following(report.not_followed)

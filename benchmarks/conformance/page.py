@@ -31,10 +31,11 @@ MEANING = {
     "stripped": "`strip_masks` leaves the classes of the original and every bit of the pruned "
     "model's outputs.",
     "exported": "The exported program has the outputs of the pruned model up to rounding (1e-4 of "
-    "the largest): a SavedModel of `export_sparse_saved_model`, run by TensorFlow alone, and on "
-    "torch the file of `export_sparse_torch`, run by `torch.jit`.",
+    "the largest; in mixed precision the epsilon of its dtype): a SavedModel of "
+    "`export_sparse_saved_model`, run by TensorFlow alone, and on torch the file "
+    "of `export_sparse_torch`, run by `torch.jit`.",
     "shrunk": "The share of the model's weights that `shrink` leaves after half of the channels "
-    "were pruned, with outputs equal up to rounding (1e-4 of the largest).",
+    "were pruned, with outputs equal up to the same rounding.",
 }
 INTRODUCTION = """# Conformance: what works with which model
 
@@ -138,10 +139,12 @@ def kind(given: str) -> str:
 
 
 def peers(names: list[str], results: Path) -> list[str]:
-    found = {name: stored(results, name) for name in PEERS}
-    found = {name: rows for name, rows in found.items() if rows}
+    every = {name: stored(results, name) for name in PEERS}
+    found = {name: rows for name, rows in every.items() if rows}
+    absent = [PEERS[name] for name, rows in every.items() if not rows]
+    missing = [f"Not measured so far: {', '.join(absent)}.", ""] if absent else []
     if not found:
-        return []
+        return [PEERS_INTRODUCTION, *missing]
     ours = stored(results, "tensorflow")
     heads = ["", "this library", *(PEERS[name] for name in found)]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
@@ -155,11 +158,18 @@ def peers(names: list[str], results: Path) -> list[str]:
             if name in rows and (note := rows[name]["cells"].get("masked", ["", ""])[1]):
                 reasons.append(f"- **{escaped(name)}**, {PEERS[peer]}: {escaped(note)}")
     used = [f"{PEERS[name]}: {joined_versions(rows)}." for name, rows in found.items()]
-    return [PEERS_INTRODUCTION + "\n" + " ".join(used), "", *lines, "", *reasons, ""]
+    head = [PEERS_INTRODUCTION, " ".join(used), "", *missing]
+    return [*head, *lines, "", *reasons, ""]
 
 
 def joined_versions(rows: dict[str, Row]) -> str:
     return "; ".join(sorted({row["versions"] for row in rows.values()}))
+
+
+def progress(found: dict[str, dict[str, Row]], size: int) -> str:
+    """Returns a sentence of how many rows are known on each backend."""
+    counts = [f"{len(found.get(key, ()))} on {name}" for key, name in BACKENDS.items()]
+    return f"Of its {size} rows, these are measured so far: {', '.join(counts)}."
 
 
 def page(results: Path) -> str:
@@ -169,12 +179,12 @@ def page(results: Path) -> str:
     found = {backend: stored(results, backend) for backend in BACKENDS}
     found = {backend: rows for backend, rows in found.items() if rows}
     rows = makers()
-    names = [BACKENDS[backend] for backend in found]
-    cells = f"So far it was measured on {names[0]} only."
-    if len(names) > 1:
-        cells = (
-            f"A cell holds one answer if all backends gave it, and otherwise those of "
-            f'{", ".join(names)}, in this order; "{ABSENT}" is not measured.'
+    cells = progress(found, len(rows))
+    if len(found) > 1:
+        named = ", ".join(BACKENDS[backend] for backend in found)
+        cells += (
+            f" A cell holds one answer if all backends gave it, and otherwise those of {named}, in "
+            f'this order; "{ABSENT}" is not measured.'
         )
     lines = [INTRODUCTION.format(cells=cells)]
     lines += [f"- **{HEADS[key]}**: {text}" for key, text in MEANING.items()]

@@ -57,6 +57,13 @@ def test_the_last_bit_is_compared():
     assert checks.equal([np.float32([0])], [np.float32([-0.0])])[0] == "no"
 
 
+def test_rounding_is_that_of_the_coarsest_dtype():
+    model = keras.Sequential([keras.layers.Input((2,)), keras.layers.Dense(1)])
+    assert checks.rounding(model) == 1e-4
+    model.add(keras.layers.Dense(1, dtype="mixed_bfloat16"))
+    assert checks.rounding(model) == 2**-7
+
+
 def test_the_table_has_every_family_of_applications_and_many_backbones():
     families = conversion.families()
     found = {f for f, names in families.items() if set(names) & applications.FIRST.keys()}
