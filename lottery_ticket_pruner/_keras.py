@@ -137,9 +137,10 @@ def build_loss(model: keras.Model, batch: tuple[Any, ...]) -> None:
 def built_from(model: keras.Model, batch_size: int, data: tuple[Any, ...]) -> Iterator[None]:
     """Lets `fit` and `evaluate` of a model under a TensorFlow strategy see the shapes of its data.
 
-    Otherwise, every call takes a batch from an iterator made for this alone, and discards it while
-    threads fetch the next batches for all devices. This takes longer than a small model's epoch,
-    and TensorFlow was seen to crash there. Keras has no argument or hook for the shapes.
+    Otherwise, every call takes a batch from an iterator made for this alone, and discards it. This
+    takes longer than a small model's epoch, and TensorFlow 2.21 destroys the iterator while its
+    background thread still reads from it, which can end the process with a segmentation fault.
+    Keras has no argument or hook for the shapes.
 
     Args:
         model: A compiled model. Nothing is done if it is not distributed.

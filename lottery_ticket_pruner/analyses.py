@@ -208,8 +208,9 @@ def instability(
         first, second = ends
         x_test, y_test = test_data
         line = interpolate(model, first, second, x_test, y_test, points=points, metric=metric)
+        losses = line.metrics.get("loss", np.zeros(points))  # A custom `test_step` may have none.
         for number, share in enumerate((0, -1)):
-            divergence.check_loss(model, line.metrics["loss"][share], _where(number, seed, steps))
+            divergence.check_loss(model, losses[share], _where(number, seed, steps))
         return line
     finally:
         for variable, value in zip(variables, before, strict=True):

@@ -7,7 +7,12 @@ from typing import TypeGuard
 
 from _lottery_ticket.refusals import MissingExtraError
 
-_BOLD = re.compile(r"\x1b\[1m(.+?)\x1b\[0m", re.DOTALL)
+# Keras puts what a layer said in bold, between the name of the layer and all arguments of the call.
+_CALL = re.compile(
+    r"Exception encountered when calling [^\n]*\n\n"
+    r"\x1b\[1m(.*?)\x1b\[0m\n\nArguments received by.*",
+    re.DOTALL,
+)
 
 
 def is_number(value: object) -> TypeGuard[float]:
@@ -28,12 +33,12 @@ def share_meant(value: object) -> str:
 
 
 def reason_in(text: str) -> str:
-    """Returns what Keras prints in bold in the message of an error, or else the whole message.
+    """Returns the message of an error, with Keras' account of a call shortened to its reason.
 
-    Around it is the layer that was called, with all its arguments.
+    Keras adds the layer that was called, with all its arguments. What is before that, such as which
+    of the user's files is meant, stays.
     """
-    found = _BOLD.search(text)
-    return found[1] if found else text
+    return _CALL.sub(lambda found: found[1].strip() or text[found.start() :], text)
 
 
 def line_of(error: Exception) -> str:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import re
 import signal
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
@@ -145,11 +146,11 @@ def message_of(log: Path, status: int) -> str:
         text = ""
     lines = [line for line in text.splitlines() if line.strip()]
     # Below the message of the command, there may be the traceback of a user's function.
-    said = [line for line in lines if line.startswith("lottery-ticket: ")] or lines
+    said = [line for line in lines if re.match("lottery-ticket: (?!warning: )", line)] or lines
     last = said[-1].removeprefix("lottery-ticket: ") if said else ""
     if status < 0:
         named = {one.value: one.name for one in signal.Signals}  # Not all signals have a name.
         return f"ended by {named.get(-status, f'signal {-status}')}. {last}".strip()
-    if text and not text.endswith("\n"):
+    if not text.endswith("\n") and text and said[-1:] == lines[-1:]:
         return f"exit status {status}. Its log is cut, as by a full disk, after: {last}"
     return last or f"exit status {status}"

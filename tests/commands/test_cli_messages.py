@@ -92,6 +92,10 @@ def test_errors_of_keras_are_one_line_with_the_reason(capsys):
     assert "\x1b" not in line
     assert "(3, 5)" in line
     assert "(3, 5)" in line_of(caught.value)
+    cli._print_error(ValueError(f"'net.keras' does not fit. {caught.value}"))
+    assert capsys.readouterr().err == line.replace(": ", ": 'net.keras' does not fit. ", 1)
+    cli._print_error(ValueError("a \x1b[1mbold\x1b[0m word"))
+    assert capsys.readouterr().err == "lottery-ticket: a \x1b[1mbold\x1b[0m word\n"
 
 
 def test_in_python_unknown_names_lead_on_too():

@@ -73,6 +73,8 @@ def test_the_message_of_a_job_whose_log_was_cut_says_so(tmp_path):
     for text, message in (
         ("digits: 13", "exit status 2. Its log is cut, as by a full disk, after: digits: 13"),
         ("digits: 13\nlottery-ticket: 'a' is missing.\n", "'a' is missing."),
+        ("lottery-ticket: 'a' is missing.\n\x1b[?25h", "'a' is missing."),
+        ("lottery-ticket: warning: Slow.\nKeyError: 3\n", "KeyError: 3"),
         ("", "exit status 2"),
     ):
         log.write_text(text)

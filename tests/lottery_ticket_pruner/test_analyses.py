@@ -160,6 +160,13 @@ def test_instability_continues_with_the_schedule_and_masks():
     assert not trained
 
 
+def test_an_instability_without_a_loss_is_not_taken_for_one_that_diverged(monkeypatch):
+    monkeypatch.setattr(training, "evaluate", lambda *args: {"accuracy": 0.5})
+    options = {"steps": 1, "batch_size": 8, "test_data": (X, Y), "points": 2}
+    found = analyses.instability(classifier(), X, Y, **options)
+    assert found.metric == "accuracy"
+
+
 def test_an_instability_of_trainings_that_diverge_is_an_error():
     model = classifier()
     model.compile(keras.optimizers.SGD(1e38), "mse")

@@ -5,14 +5,11 @@ those of a strategy for one device: a strategy that stayed in scope would break 
 """
 
 import json
-import os
-import signal
 import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+
+from processes import printed, printed_by_one, started
 
 START = """
 import sys
@@ -254,54 +251,14 @@ print(digest.hexdigest())
 """
 
 
-def started(script, *arguments, **variables):
-    root = Path(__file__).parents[2]
-    path = os.pathsep.join([str(root), *sys.path])
-    return subprocess.Popen(
-        [sys.executable, "-c", START + script, *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": path, "KERAS_BACKEND": "tensorflow", **variables},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def printed(processes):
-    try:
-        said = [process.communicate(timeout=600) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, (_, error) in zip(processes, said, strict=True):
-        assert process.returncode == 0, error
-    return [out.split() for out, _ in said]
-
-
-def printed_by_one(script, *arguments):
-    """Returns what a process printed, which is started again if TensorFlow crashed in `fit`.
-
-    In every call, `fit` of Keras discards an iterator over the devices that threads still read
-    from, with which TensorFlow 2.21 ends about once in a thousand calls on a busy machine.
-    """
-    for _ in range(3):
-        process = started(script, *arguments, PYTHONFAULTHANDLER="1")
-        try:
-            return printed([process])[0]
-        except AssertionError as error:
-            crashed = process.returncode == -signal.SIGSEGV and "epoch_iterator.py" in str(error)
-            if not crashed:
-                raise
-    raise AssertionError("TensorFlow crashed three times.")
-
-
 @pytest.mark.once("tensorflow")
 def test_models_of_a_single_device_are_distributed_too():
-    assert printed_by_one(SINGLE)[-1] == "held"
+    assert printed_by_one(START + SINGLE)[-1] == "held"
 
 
 @pytest.mark.once("tensorflow")
 def test_mirrored_replicas_have_the_masks_of_one_device(tmp_path):
-    assert printed_by_one(MIRRORED, tmp_path / "model.weights.h5")[-1] == "held"
+    assert printed_by_one(START + MIRRORED, tmp_path / "model.weights.h5")[-1] == "held"
 
 
 @pytest.mark.slow
@@ -315,6 +272,6 @@ def test_workers_agree_on_masks_or_are_refused():
     cluster = {"worker": [f"127.0.0.1:{port}" for port in ports]}
     tasks = [{"type": "worker", "index": index} for index in range(2)]
     settings = [json.dumps({"cluster": cluster, "task": task}) for task in tasks]
-    one, other = printed([started(WORKER, TF_CONFIG=setting) for setting in settings])
+    one, other = printed([started(START + WORKER, TF_CONFIG=setting) for setting in settings])
     assert one[-3:-1] == ["no", "fit"]
     assert one[-1] == other[-1]
