@@ -70,7 +70,7 @@ def order_sublayers(layer: keras.layers.Layer, order: list[keras.layers.Layer]) 
 
     `weights` and `variables` follow this order. Layers in a set have no fixed order, so a copy can
     differ from its original. Keras has no public way to change the order. What is in place is left,
-    because in Keras 3.13 TensorFlow does not save functional models of which it was replaced.
+    because in Keras 3.14 TensorFlow does not save functional models of which it was replaced.
     """
     wanted = {id(child) for child in order}
     places = [i for i, child in enumerate(layer._layers) if id(child) in wanted]

@@ -276,7 +276,7 @@ def test_sublayers_are_put_in_another_order():
 
 
 def test_sublayers_in_order_are_not_replaced():
-    """In Keras 3.13 TensorFlow refuses to save a model of which a layer was, even by itself."""
+    """In Keras 3.14 TensorFlow refuses to save a model of which a layer was, even by itself."""
 
     class Appended(list):
         def __setitem__(self, place, value):
