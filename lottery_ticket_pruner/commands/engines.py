@@ -75,6 +75,19 @@ class Engine(Protocol):
         """Ends the connection."""
 
 
+def _start_ray(settings: Mapping[str, Any]) -> None:
+    """Starts Ray on this machine for the time of this process."""
+    import ray
+
+    try:
+        ray.init(include_dashboard=False, **settings)
+    except Exception as error:  # Ray has no class for "the current node timed out".
+        raise EngineError(
+            f"Ray could not be started on this machine: {line_of(error)} Try again when it is "
+            "less busy, or start Ray before (`ray start --head`)."
+        ) from error
+
+
 class RayEngine:
     """Tasks of Ray.
 
@@ -113,7 +126,7 @@ class RayEngine:
             try:
                 ray.init("auto", **settings)
             except ConnectionError:
-                ray.init(include_dashboard=False, **settings)
+                _start_ray(settings)
                 self.description = "Ray, started on this machine"
                 return
         else:

@@ -100,6 +100,18 @@ def test_an_interruption_leaves_no_job_on_the_cluster(execute, name, tmp_path):
 
 
 @NEEDS["ray"]
+def test_ray_that_does_not_start_is_said(execute, monkeypatch):
+    import ray
+
+    def fail(*address, **_):
+        raise ConnectionError("none") if address else Exception("The node timed out. More.")
+
+    monkeypatch.setattr(ray, "init", fail)
+    with pytest.raises(EngineError, match=r"Ray could not be started .*The node timed out\."):
+        execute("ray", "a")
+
+
+@NEEDS["ray"]
 def test_jobs_for_which_there_is_no_room_are_taken_back(execute, tmp_path, monkeypatch):
     monkeypatch.setattr(clusters, "_SILENCE", 0.1)
     when((tmp_path / "sweep" / "job-1").exists, interrupt_this_process)
