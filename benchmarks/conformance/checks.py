@@ -6,6 +6,7 @@ says more. Outputs are compared bit for bit, unless the cell says otherwise.
 
 import contextlib
 import logging
+import re
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -71,8 +72,13 @@ def equal(before: list[np.ndarray], after: list[np.ndarray]) -> Cell:
 
 
 def reason(error: BaseException) -> str:
-    """Returns the first sentence of an error, without paths of this machine."""
-    text = " ".join(str(error).split()).partition(". ")[0] or "no message"
+    """Returns the first sentence of an error, without paths of this machine.
+
+    Keras puts a sentence before an error of a call, and its arguments after it.
+    """
+    text = " ".join(re.sub(r"\x1b\[\d+m", "", str(error)).split())
+    text = re.sub(r"Exception encountered when calling \S+\. | Arguments received by .*", "", text)
+    text = text.partition(". ")[0] or "no message"
     text = text.replace(tempfile.gettempdir(), "TMP")
     return f"{type(error).__name__}: {text if len(text) < 260 else text[:257] + '...'}"
 

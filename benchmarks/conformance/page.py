@@ -1,6 +1,7 @@
 """The page of the conformance table, from the results that are stored."""
 
 import json
+import textwrap
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -49,9 +50,10 @@ KERAS_BACKEND=tensorflow python -m benchmarks.conformance   # and jax, torch
 python -m benchmarks.conformance --page
 ```
 
-{cells} "refused" is an error
-that is raised on purpose and says what to do, "error" any other one. What is not "yes" has its
-reason below the table.
+{cells}
+
+"refused" is an error that is raised on purpose and says what to do, "error" any other one. What is
+not "yes" has its reason below the table.
 """
 PEERS_INTRODUCTION = """## What other libraries mask
 
@@ -186,7 +188,7 @@ def page(results: Path) -> str:
             f" A cell holds one answer if all backends gave it, and otherwise those of {named}, in "
             f'this order; "{ABSENT}" is not measured.'
         )
-    lines = [INTRODUCTION.format(cells=cells)]
+    lines = [INTRODUCTION.format(cells=textwrap.fill(cells, 100))]
     lines += [f"- **{HEADS[key]}**: {text}" for key, text in MEANING.items()]
     lines += ["", "## Overview", ""]
     lines += [

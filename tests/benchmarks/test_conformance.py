@@ -64,6 +64,16 @@ def test_rounding_is_that_of_the_coarsest_dtype():
     assert checks.rounding(model) == 2**-7
 
 
+def test_the_reason_of_an_error_of_a_call_is_not_that_there_was_one():
+    class Failing(keras.layers.Layer):
+        def call(self, x):
+            raise ValueError("No such shape. Pass another.")
+
+    with pytest.raises(ValueError, match="Exception encountered") as caught:
+        Failing()(np.ones((1, 2), "float32"))
+    assert checks.reason(caught.value) == "ValueError: No such shape"
+
+
 def test_the_table_has_every_family_of_applications_and_many_backbones():
     families = conversion.families()
     found = {f for f, names in families.items() if set(names) & applications.FIRST.keys()}
