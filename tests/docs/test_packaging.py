@@ -25,6 +25,8 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 def _python(code: str, **environment: str) -> subprocess.CompletedProcess:
     """Runs code in a new interpreter, by default with the backend of this test run."""
     environment = {"KERAS_BACKEND": keras.backend.backend(), **environment}
+    # Without stored bytecode, every import would compile its modules again.
+    environment["PYTHONDONTWRITEBYTECODE"] = ""
     return subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, **environment},
