@@ -20,6 +20,7 @@ import masked_layers as ml
 from benchmarks.conformance.makers import Maker, inputs_of, kernels, randomize
 from benchmarks.conformance.page import HEADS
 from lottery_ticket_pruner import LotteryTicketPruner
+from masked_layers._keras import flatten
 
 SPARSITY = 0.8
 CHANNELS = 0.5
@@ -37,7 +38,7 @@ def arrays(model: Any, inputs: Any) -> list[np.ndarray]:
 
 def reset(model: Any) -> None:
     """Resets the states that layers keep between calls."""
-    for layer in model._flatten_layers():
+    for layer in flatten(model):
         if getattr(layer, "stateful", False):
             layer.reset_state()
 
@@ -60,7 +61,7 @@ def difference(one: list[np.ndarray], other: list[np.ndarray]) -> float:
 
 def rounding(model: Any) -> float:
     """Returns the tolerance of a model: the epsilon of its coarsest dtype, if that is larger."""
-    names = {layer.compute_dtype for layer in model._flatten_layers()}
+    names = {layer.compute_dtype for layer in flatten(model)}
     floats = [name for name in names if keras.backend.is_float_dtype(name)]
     return max([ROUNDING, *(float(ml_dtypes.finfo(name).eps) for name in floats)])
 
@@ -169,8 +170,8 @@ class Row:
 
     def stripped(self) -> Cell:
         plain = ml.strip_masks(self.masked)
-        kinds = {type(layer) for layer in self.model._flatten_layers()}
-        strange = {type(layer) for layer in plain._flatten_layers()} - kinds
+        kinds = {type(layer) for layer in flatten(self.model)}
+        strange = {type(layer) for layer in flatten(plain)} - kinds
         if strange:
             return "no", f"classes that the model did not have: {sorted(map(str, strange))}"
         return equal(self.pruned, arrays(plain, self.inputs))

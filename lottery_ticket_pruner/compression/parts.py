@@ -132,7 +132,7 @@ def _checked(name: str, pair: Any) -> tuple[Arrays, Arrays]:
     if not isinstance(pair, tuple | list) or len(pair) != 2 or pair[1] is None:
         what = type(pair).__name__
         if isinstance(pair, tuple | list):
-            alone = len(pair) == 2 and pair[1] is None  # As `pair_of` reads what is no pair.
+            alone = len(pair) == 2 and pair[1] is None  # As `pair_of` reads what is not a pair.
             what = f"{type(pair[0]).__name__} alone" if alone else f"{what} of {len(pair)}"
         raise ValueError(
             f"Expected the part {name!r} of the data to be a pair of inputs and targets, without "

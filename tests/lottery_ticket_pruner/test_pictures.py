@@ -53,7 +53,7 @@ def test_all_colors_of_a_palette_differ(palette, eyes):
 
 
 def test_names_with_dollar_signs_are_not_formulas(tmp_path):
-    """matplotlib fails for what is no formula, and would show others in italics."""
+    """matplotlib fails for what is not a formula, and would show others in italics."""
     name = r"$\no formula$ and $x$"
     for figure in (
         pictures.dots([name], {name: [0.5], "other": [0.4]}, "share"),
