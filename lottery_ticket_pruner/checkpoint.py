@@ -49,6 +49,16 @@ class Checkpoint:
         self._lock.__exit__(*error)
 
     @property
+    def folder(self) -> Path:
+        """The folder."""
+        return self._folder
+
+    @property
+    def identity(self) -> str:
+        """A hash of the arguments."""
+        return of_json(self._arguments)
+
+    @property
     def unidentified(self) -> list[str]:
         """Sentences that say why the state cannot be resumed. Empty if it can be."""
         return reasons(self._arguments)
@@ -56,6 +66,15 @@ class Checkpoint:
     def exists(self) -> bool:
         """Returns True if there is a state to resume from."""
         return self._state.is_file()
+
+    def prepare(self) -> None:
+        """Creates the folder.
+
+        Raises:
+            FileNotFoundError: If it was removed or replaced in the meantime.
+        """
+        self._lock.check()
+        self._folder.mkdir(parents=True, exist_ok=True)
 
     def save(
         self,
@@ -69,8 +88,7 @@ class Checkpoint:
         Raises:
             FileNotFoundError: If the folder was removed or replaced in the meantime.
         """
-        self._lock.check()
-        self._folder.mkdir(parents=True, exist_ok=True)
+        self.prepare()
         ml.save_masks(pruner.model, self._masks_file(number))
         pruner.save(self._pruner_file(number))
         arrays = {name: read(variable) for name, variable in _variables(pruner.model)}

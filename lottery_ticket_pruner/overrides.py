@@ -12,7 +12,7 @@ import numpy as np
 
 import masked_layers as ml
 from lottery_ticket_pruner import _keras
-from lottery_ticket_pruner.variables import read
+from lottery_ticket_pruner.variables import read, variable_scope
 from masked_layers.compiled import remake_functions
 
 
@@ -20,6 +20,17 @@ def assign(variables: Iterable[keras.Variable], values: Iterable[Any]) -> None:
     """Assigns a value to each variable, in order."""
     for variable, value in zip(variables, values, strict=True):
         variable.assign(value)
+
+
+def freeze(model: keras.Model, values: Mapping[ml.Mask, np.ndarray | None]) -> None:
+    """Sets the frozen values of pruned weights, by mask. None removes them.
+
+    Functions compiled for masks without frozen values are recompiled.
+    """
+    with variable_scope(model):
+        changed = [mask.freeze(frozen) for mask, frozen in values.items()]
+    if any(changed):
+        remake_functions(model)
 
 
 def freeze_at_zero(model: keras.Model) -> None:

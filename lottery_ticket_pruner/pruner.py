@@ -32,13 +32,13 @@ from lottery_ticket_pruner import (
 from lottery_ticket_pruner.budgets import Latency
 from lottery_ticket_pruner.overrides import (
     assign,
+    freeze,
     freeze_at_zero,
     rescaling,
     state_restored,
 )
 from lottery_ticket_pruner.records import is_masked
-from lottery_ticket_pruner.variables import read, variable_scope
-from masked_layers.compiled import remake_functions
+from lottery_ticket_pruner.variables import read
 
 if TYPE_CHECKING:
     from masked_layers import SparsityReport, WeightRef
@@ -578,15 +578,10 @@ class LotteryTicketPruner(plain_models.PlainPruning):
         )
 
     def _freeze(self, frozen: Mapping[int, np.ndarray | None]) -> None:
-        """Sets the frozen values of pruned weights, by position. None removes them.
-
-        Functions compiled for masks without frozen values are recompiled.
-        """
-        masks = {position: ref.mask for position, ref in self._prunables(self.model).items()}
-        with variable_scope(self.model):
-            changed = [m.freeze(frozen[i]) for i, m in masks.items() if m and i in frozen]
-        if any(changed):
-            remake_functions(self.model)
+        """Sets the frozen values of pruned weights, by position. None removes them."""
+        refs = self._prunables(self.model)
+        values = {ref.mask: frozen[i] for i, ref in refs.items() if ref.mask and i in frozen}
+        freeze(self.model, values)
 
     def _require_masked(self, method: str) -> None:
         records.check_binary_masks(self.model, method)

@@ -36,6 +36,8 @@ from lottery_ticket_pruner.search_plans import (
     Share,
 )
 from lottery_ticket_pruner.stretches import train_stretch
+from lottery_ticket_pruner.ticket_results import TicketResult
+from lottery_ticket_pruner.trained_rounds import TrainedRounds
 from lottery_ticket_pruner.training import ArrayDataset, Augmentation, TrainingPlan
 from masked_layers import randomness
 from masked_layers.notices import warn_outside
@@ -52,30 +54,6 @@ __all__ = [
 ]
 
 _logger = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class TicketResult:
-    """A ticket, and how it was found.
-
-    Attributes:
-        ticket: The masked model, with the masks of the last round and the weights trained under
-            them. `ticket.set_weights(initial_weights)` turns it into the untrained ticket, because
-            weights do not include masks.
-        initial_weights: Weights that every round was rewound to, in the order of `get_weights`.
-        masks: Masks after each round, by weight path. `masks[0]` are all ones.
-        rows: One dict per round and arm, in the order they were trained: `round`, `arm`
-            (`"dense"` in round 0, then `"ticket"` and the controls), `replicate`, `sparsity` (the
-            share of pruned weights), with a structure of channels or filters `channels` (the share
-            of them that is left), `test_<metric>` for each compiled metric and the loss (at
-            the end of training), `validation_loss` (its minimum), `early_stop_step` (the step of
-            this minimum, found afterwards), `seconds`. Ready for `pandas.DataFrame(rows)`.
-    """
-
-    ticket: keras.Model
-    initial_weights: list[np.ndarray]
-    masks: list[dict[str, np.ndarray]]
-    rows: list[dict[str, Any]]
 
 
 def find_ticket(
@@ -179,7 +157,9 @@ def find_ticket(
             call with the same arguments, initial weights, data, optimizer and loss, the search is
             resumed, with the same results as without the interruption. Known results are passed to
             the callbacks again. The masks of each round stay there as `masks-<round>.npz` (see
-            `masked_layers.load_masks`). Other processes cannot use the folder in the meantime.
+            `masked_layers.load_masks`), and the kept weights that were trained under them as
+            `trained-<round>.npz`, for `TicketResult.restore`. Without a folder, the result has
+            these weights in memory. Other processes cannot use the folder in the meantime.
         on_result: Function that is called with each row as soon as it is known.
         on_evaluation: Function that is called after each evaluation on the validation data during
             training, with a dict: `round`, `arm`, `replicate`, `step`, `validation_<metric>` and
@@ -188,6 +168,10 @@ def find_ticket(
             They are left out for models with a custom training step in compiled loops, which do not
             return its results.
         on_progress: Function that is called with the number of new steps.
+
+    Returns:
+        The ticket of the last round, and how it was found. `restore` changes it to that of an
+        earlier round without training, and `best_round` finds the sparsest one that is good enough.
 
     Raises:
         ValueError: If the model is not compiled, a number is out of range, both `rate` and
@@ -268,6 +252,7 @@ def search(
     plan: SearchPlan,
     listeners: Listeners | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
+    keep_rounds: bool = True,
 ) -> TicketResult:
     """Finds a ticket like `find_ticket`, with the arguments as plans.
 
@@ -277,6 +262,7 @@ def search(
         plan: The plan.
         listeners: Functions to call during the search.
         checkpoint: Folder for the state after every round, or None.
+        keep_rounds: Whether to keep the trained weights of each round for the result.
 
     Raises:
         ValueError: If an argument is not valid, as in `find_ticket`.
@@ -302,6 +288,9 @@ def search(
             + " ".join(saved.unidentified),
             "lottery_ticket_pruner",
         )
+    if keep_rounds:
+        files = (saved.folder, saved.identity) if saved is not None else ()
+        under_way.trained = TrainedRounds(*files)
     with contextlib.nullcontext() if saved is None else saved:
         under_way.run(saved)
     return under_way.result()
@@ -358,6 +347,7 @@ class TicketSearch:
         self.masks: list[dict[str, np.ndarray]] = []
         self.rows: list[dict[str, Any]] = []
         self.evaluations: list[dict[str, Any]] = []
+        self.trained: TrainedRounds | None = None
 
     @property
     def round(self) -> int:
@@ -404,6 +394,10 @@ class TicketSearch:
     def save(self, saved: Checkpoint | None) -> None:
         """Records the trained weights, and writes the state after this round."""
         self.pruner.set_pretrained_weights()
+        if saved is not None:
+            saved.prepare()
+        if self.trained is not None:
+            self.trained.keep(self.model, self.round, self.masks[-1])
         if saved is not None:
             saved.save(self.pruner, self.round, self.rows, self.evaluations)
 
@@ -485,7 +479,8 @@ class TicketSearch:
     def result(self) -> TicketResult:
         """Returns the result of `find_ticket`."""
         initial_weights = [np.array(array) for array in self.pruner.initial_weights.values()]
-        return TicketResult(self.model, initial_weights, self.masks, self.rows)
+        trained = self.trained or TrainedRounds()
+        return TicketResult(self.model, initial_weights, self.masks, self.rows, trained)
 
     def _measure(self, arm: str, before: training.History | None = None) -> None:
         """Trains an arm of this round from the rewinding point on, and reports its results.

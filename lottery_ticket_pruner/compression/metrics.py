@@ -1,15 +1,14 @@
-"""The metric that decides what is good enough, its direction, and the final comparison."""
+"""What a metric says about two models: the final comparison, and whether examples suffice."""
 
-import contextlib
 import dataclasses
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import keras
 import numpy as np
 
 from lottery_ticket_pruner import training
+from lottery_ticket_pruner.tolerances import Metric, metric_of
 from lottery_ticket_pruner.training import Arrays, map_arrays
 from masked_layers import randomness
 
@@ -21,27 +20,6 @@ FEWEST_GROUPS = 20
 _SMALL = 0.02
 _ACCURACIES = ("accuracy", "acc", "categorical_accuracy", "sparse_categorical_accuracy")
 _BINARY = (*_ACCURACIES[:2], "binary_accuracy")
-
-
-@dataclasses.dataclass(frozen=True)
-class Metric:
-    """A metric of a compiled model.
-
-    Attributes:
-        name: Its name among the results of `evaluate`.
-        higher_is_better: Its direction.
-    """
-
-    name: str
-    higher_is_better: bool
-
-    def of(self, model: keras.Model, pair: tuple[Arrays, Arrays]) -> float:
-        """Returns its value over a whole data set."""
-        return float(training.evaluate(model, *pair)[self.name])
-
-    def drop(self, dense: float, pruned: float) -> float:
-        """Returns how much worse the pruned model is; negative if it is better."""
-        return dense - pruned if self.higher_is_better else pruned - dense
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,84 +55,6 @@ class Comparison:
             return f"{text} ({self.method})"
         low, high = self.interval
         return f"{text} (95 % interval {low:+.4f} to {high:+.4f}, {self.examples} examples)"
-
-
-def metric_of(
-    results: Mapping[str, Any], model: keras.Model, name: str | None, mode: str
-) -> Metric:
-    """Returns a metric by name, or by default the first accuracy, or else the loss.
-
-    Args:
-        results: Results of an evaluation of the model.
-        model: The compiled model.
-        name: Name of the metric, or None.
-        mode: `"max"`, `"min"`, or `"auto"` for the direction that Keras' callbacks would choose.
-
-    Raises:
-        ValueError: If there is no such metric, its value is not one number, or its direction is
-            unknown.
-    """
-    if name is None:
-        name = next(iter(accuracies_of(results)), "loss")
-    if name not in results:
-        raise ValueError(
-            f"`metric` must be one of {list(results)}, as `{model.name}` is compiled. "
-            f"Received: {name!r}"
-        )
-    if np.ndim(results[name]):
-        raise ValueError(f"`metric` must be one number, but {name!r} has several: {results[name]}.")
-    return Metric(name, _is_maximized(model, name, mode))
-
-
-def accuracies_of(results: Mapping[str, Any]) -> list[str]:
-    """Returns the names of accuracies among the results of an evaluation."""
-    return [key for key in results if key.rpartition("_")[2] in ("accuracy", "acc")]
-
-
-def check_tolerance(metric: Metric, results: Mapping[str, Any], tolerance: float | None) -> None:
-    """Raises a ValueError for a drop of an accuracy that accepts any model.
-
-    Args:
-        metric: The metric of the tolerance.
-        results: Results of an evaluation of the dense model.
-        tolerance: The acceptable drop, or None.
-    """
-    is_share = metric.name in accuracies_of(results) and 0 <= results[metric.name] <= 1
-    if tolerance is None or tolerance < 1 or not is_share or not metric.higher_is_better:
-        return
-    unit = "point" if tolerance == 1 else "points"
-    points = f" For {tolerance:g} {unit}, give {tolerance / 100:g}." if tolerance < 100 else ""
-    raise ValueError(
-        f"`max_drop` of an accuracy must be below 1, because any model would be accepted. "
-        f"Received: {tolerance!r}.{points}"
-    )
-
-
-def _is_maximized(model: keras.Model, name: str, mode: str) -> bool:
-    """Returns whether a higher value of a metric is better, as Keras' callbacks know it."""
-    if mode not in ("auto", "max", "min"):
-        raise ValueError(f'`mode` must be "auto", "max" or "min". Received: {mode!r}')
-    # Of several outputs, results have the name of the output in front, which callbacks do not know.
-    outputs = [f"{output}_" for output in getattr(model, "output_names", None) or ()]
-    names = [name, *(name.removeprefix(output) for output in outputs if name.startswith(output))]
-    for known in names:
-        with contextlib.suppress(ValueError):
-            return _is_higher_better(model, known, mode)
-    raise ValueError(
-        f"It is not known whether a higher {name!r} is better or worse: pass "
-        f'mode="max" or mode="min".'
-    )
-
-
-def _is_higher_better(model: keras.Model, name: str, mode: str) -> bool:
-    """Asks Keras' own callback for the better of two values."""
-    monitor = f"val_{name}"
-    callback = keras.callbacks.EarlyStopping(monitor, mode=mode)
-    callback.set_model(model)
-    callback.on_train_begin()
-    for epoch, value in enumerate((1.0, 2.0)):
-        callback.on_epoch_end(epoch, {monitor: value})
-    return bool(callback.best == 2.0)
 
 
 def warning_of_few(

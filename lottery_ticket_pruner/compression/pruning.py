@@ -10,7 +10,7 @@ from typing import Any
 import keras
 
 import masked_layers as ml
-from lottery_ticket_pruner import _keras, notices, targets, training
+from lottery_ticket_pruner import _keras, notices, targets, tolerances, training
 from lottery_ticket_pruner.budgets import Latency
 from lottery_ticket_pruner.compression import metrics, steps
 from lottery_ticket_pruner.compression.attempts import Search
@@ -159,8 +159,8 @@ def search(
     before = time.perf_counter()
     results = training.evaluate(masked, *parts.validation)
     compiling = time.perf_counter() - before
-    metric = metrics.metric_of(results, masked, plan.metric, plan.options.mode)
-    metrics.check_tolerance(metric, results, plan.goals.tolerance)
+    metric = tolerances.metric_of(results, masked, plan.metric, plan.options.mode)
+    tolerances.check_tolerance(metric, results, plan.goals.tolerance)
     if plan.goals == Goals() and not metric.higher_is_better:
         raise ValueError(
             f"`max_drop` is missing: its default of {DEFAULT_DROP} is one point of accuracy, but "
@@ -188,9 +188,11 @@ def search(
         return Search(bench, progress, notes, Clock(started, plan.minutes, reserve)).run()
 
 
-def _notes_of_metric(plan: Plan, metric: metrics.Metric, results: Mapping[str, Any]) -> list[str]:
+def _notes_of_metric(
+    plan: Plan, metric: tolerances.Metric, results: Mapping[str, Any]
+) -> list[str]:
     """Returns a note if the metric was chosen among several."""
-    several = metrics.accuracies_of(results)
+    several = tolerances.accuracies_of(results)
     if plan.metric is not None or len(several) < 2:
         return []
     return [f"The metric is {metric.name!r}, the first of {', '.join(map(repr, several))}."]

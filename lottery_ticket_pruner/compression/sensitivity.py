@@ -14,8 +14,8 @@ import numpy as np
 import masked_layers as ml
 from lottery_ticket_pruner import training
 from lottery_ticket_pruner.compression.allocation import count_of
-from lottery_ticket_pruner.compression.metrics import Metric
 from lottery_ticket_pruner.compression.parts import sample_of
+from lottery_ticket_pruner.tolerances import Metric
 from lottery_ticket_pruner.training import Arrays
 from lottery_ticket_pruner.variables import read
 

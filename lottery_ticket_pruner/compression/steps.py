@@ -16,18 +16,19 @@ from lottery_ticket_pruner import (
     reconstruction,
     schedules,
     structures,
+    tolerances,
     training,
 )
 from lottery_ticket_pruner.budgets import Latency
 from lottery_ticket_pruner.compression import allocation, metrics, sensitivity
 from lottery_ticket_pruner.compression.clock import Stopwatch
-from lottery_ticket_pruner.compression.metrics import Metric
 from lottery_ticket_pruner.compression.parts import Parts, sample_of
 from lottery_ticket_pruner.compression.plan import Plan
 from lottery_ticket_pruner.compression.states import State
 from lottery_ticket_pruner.pruner import LotteryTicketPruner
 from lottery_ticket_pruner.search_plans import retraining_treatment
 from lottery_ticket_pruner.stretches import train_stretch
+from lottery_ticket_pruner.tolerances import Metric
 from lottery_ticket_pruner.training import ArrayDataset, TrainingPlan
 from lottery_ticket_pruner.variables import read, variable_scope
 from masked_layers.copying import copy_model
@@ -127,7 +128,9 @@ class Workbench:
     @property
     def examples_counted(self) -> int | None:
         """Number of validation examples if the metric is an accuracy, or None."""
-        counted = self.metric.higher_is_better and metrics.accuracies_of({self.metric.name: None})
+        counted = self.metric.higher_is_better and tolerances.accuracies_of(
+            {self.metric.name: None}
+        )
         return self.parts.counts()["validation"] if counted else None
 
     @property

@@ -148,6 +148,7 @@ def _carry_out_seed(
                 on_progress=display.advance,
             ),
             folder.path / "rounds" / str(replicate),
+            keep_rounds=False,
         )
     suffix = f"-{replicate}" if replicate else ""
     saved_tickets.save(found.ticket, folder.path, f"ticket{suffix}")

@@ -6,14 +6,8 @@ import keras
 import numpy as np
 import pytest
 
-from lottery_ticket_pruner.compression.metrics import (
-    Metric,
-    Outcome,
-    accuracies_of,
-    compare,
-    metric_of,
-    warning_of_few,
-)
+from lottery_ticket_pruner.compression.metrics import Outcome, compare, warning_of_few
+from lottery_ticket_pruner.tolerances import Metric, accuracies_of, metric_of
 from lottery_ticket_pruner.training import evaluate
 
 RNG = np.random.default_rng(0)

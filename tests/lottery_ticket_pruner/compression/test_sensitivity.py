@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import masked_layers as ml
 from lottery_ticket_pruner.compression import sensitivity
-from lottery_ticket_pruner.compression.metrics import Metric
+from lottery_ticket_pruner.tolerances import Metric
 
 pytestmark = pytest.mark.once
 

@@ -72,6 +72,7 @@ def test_a_search_is_resumed_where_it_was_interrupted(
     assert {file.name for file in tmp_path.iterdir()} == {
         "state.json", "pruner-02.npz", "model-02.npz",
         "masks-00.npz", "masks-01.npz", "masks-02.npz",
+        "trained-00.npz", "trained-01.npz", "trained-02.npz",
     }  # fmt: skip
     finished = find_ticket(make_model(), *data, checkpoint=tmp_path, **search)
     assert finished.rows == resumed.rows
