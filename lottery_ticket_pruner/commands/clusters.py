@@ -29,7 +29,7 @@ from _lottery_ticket.jobs import (
     starts,
     versions,
 )
-from lottery_ticket_pruner.commands.engines import Engine, LostError
+from lottery_ticket_pruner.commands.engines import Engine, EngineError, LostError
 from lottery_ticket_pruner.commands.jobs import (
     Board,
     Failure,
@@ -47,6 +47,9 @@ _PASSED_ON = ("KERAS_", "TF_", "JAX_", "XLA_")
 # Seconds after which a sweep says that nothing has started; until cancelled jobs have ended; and
 # that jobs of an interrupted sweep get to notice that another one begins.
 _SILENCE, _CANCELLING, _LEFTOVERS = 60.0, 30.0, 15.0
+# Seconds between two looks at the workers of a cluster; and after which the sweep ends if there was
+# one, but none is left.
+_LOOK, _DESERTED = 10.0, 900.0
 
 
 class NotSharedError(ValueError):
@@ -70,6 +73,57 @@ class _Submitted:
     before: int = 0
 
 
+class _Workers:
+    """Watches whether a cluster that had workers still has one.
+
+    The first one is waited for as long as it takes, because some clusters start workers on demand.
+
+    Args:
+        engine: The cluster's library.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._looked = -_LOOK
+        self._had_some = self._said = False
+        self._gone_since: float | None = None
+
+    def are_gone(self, board: Board) -> bool:
+        """Returns whether no worker was left at the last look, and says so after a minute.
+
+        Raises:
+            EngineError: If none has come back for too long.
+        """
+        if time.monotonic() - self._looked >= _LOOK:
+            self._looked = time.monotonic()
+            self._look(board)
+        if self._gone_since is None:
+            return False
+        away = time.monotonic() - self._gone_since
+        if away > _DESERTED:
+            raise EngineError(
+                f"No worker has come back for {_DESERTED / 60:.0f} minutes on "
+                f"{self._engine.demand}. Finished runs stay; give the same command again when "
+                "there are workers."
+            )
+        if away > _SILENCE and not self._said:
+            self._said = True
+            board.say(
+                f"No worker is left on {self._engine.demand}. If none comes back, the sweep ends "
+                f"{_DESERTED / 60:.0f} minutes after the last one left."
+            )
+        return True
+
+    def _look(self, board: Board) -> None:
+        count = self._engine.workers()
+        if count:
+            if self._said:
+                board.say(f"There are workers again on {self._engine.description}.")
+            self._had_some, self._said, self._gone_since = True, False, None
+        elif count == 0 and self._had_some and self._gone_since is None:
+            self._gone_since = time.monotonic()
+
+
 class ClusterExecutor:
     """A cluster with a shared file system.
 
@@ -91,6 +145,7 @@ class ClusterExecutor:
         self._console = console
         self._marker = self._folder / f"{MARKER}{secrets.token_hex(4)}"
         self._beats, self._beaten = 0, -BEAT
+        self._workers = _Workers(engine)
         self._submitted: dict[Job, _Submitted] = {}
         self._hosts: set[str] = set()
 
@@ -144,13 +199,15 @@ class ClusterExecutor:
             self._beat()
             for job in list(self._submitted):
                 self._look_at(job, board)
+            gone = self._workers.are_gone(board)
+            # A job that was started counts as running until its worker is missed.
             running = [
                 job
                 for job, submitted in self._submitted.items()
-                if starts(job.folder, self._marker) > submitted.before
+                if not gone and starts(job.folder, self._marker) > submitted.before
             ]
             board.show(running)
-            if running:
+            if running or gone:
                 idle_since = time.monotonic()
             elif idle_since is not None and time.monotonic() - idle_since > _SILENCE:
                 idle_since = None  # Said once.
@@ -201,10 +258,10 @@ class ClusterExecutor:
         elif lost and submitted.times > RETRIES:
             self._fail(job, f"its worker died {submitted.times} times: {lost}", board)
         elif lost:
+            submitted.handle = self._engine.submit(self._call(job))
             board.say(f"{job.label}: lost with its worker, and submitted again: {lost}")
             submitted.times += 1
             submitted.before = count
-            submitted.handle = self._engine.submit(self._call(job))
 
     def _compare_versions(self, start: Mapping[str, Any], board: Board) -> None:
         """Says once for each machine which of its versions differ from those of this process."""

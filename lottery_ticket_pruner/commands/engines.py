@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import socket
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -68,6 +69,13 @@ class Engine(Protocol):
             EngineError: If the worker could not execute it.
         """
 
+    def workers(self) -> int | None:
+        """Returns how many workers could execute a job.
+
+        None if that cannot be said: where a queue decides when there are machines, and while
+        nobody answers.
+        """
+
     def cancel(self, handle: Any) -> None:
         """Takes a job from the queue. One that is running ends when the marker is removed."""
 
@@ -80,7 +88,7 @@ def _start_ray(settings: Mapping[str, Any]) -> None:
     import ray
 
     try:
-        ray.init(include_dashboard=False, **settings)
+        ray.init("local", include_dashboard=False, **settings)
     except Exception as error:  # Ray has no class for "the current node timed out".
         raise EngineError(
             f"Ray could not be started on this machine: {line_of(error)} Try again when it is "
@@ -124,8 +132,9 @@ class RayEngine:
         address = self._address or os.environ.get("RAY_ADDRESS")
         if address is None:
             try:
+                _check_that_ray_may_answer(_last_cluster_of_ray())
                 ray.init("auto", **settings)
-            except ConnectionError:
+            except OSError:  # Also if that cluster was killed: Ray would wait for minutes.
                 _start_ray(settings)
                 self.description = "Ray, started on this machine"
                 return
@@ -163,6 +172,14 @@ class RayEngine:
             raise LostError(line_of(error).partition(". ")[0]) from error
         except ray.exceptions.RayError as error:
             raise _not_executed(self, error) from error
+
+    def workers(self) -> int | None:
+        """Returns how many nodes have what a job asks for."""
+        import ray
+
+        asked = {"CPU": self._options["num_cpus"], "GPU": self._options.get("num_gpus") or 0}
+        asked |= self._options.get("resources") or {}
+        return sum(_covers(node["Resources"], asked) for node in ray.nodes() if node["Alive"])
 
     def cancel(self, handle: Any) -> None:
         """Takes a job from the queue."""
@@ -238,6 +255,10 @@ class SlurmEngine:
             last = f": {said[-1]}" if said else ""
             raise LostError(f"job {handle.job_id} is {handle.state}{last}") from error
 
+    def workers(self) -> int | None:
+        """Returns None: Slurm queues jobs until there are machines."""
+        return None
+
     def cancel(self, handle: Any) -> None:
         """Takes a job from the queue."""
         handle.cancel()
@@ -299,9 +320,12 @@ class DaskEngine:
 
     def submit(self, call: Call) -> Any:
         """Submits a job, and returns its handle."""
-        return self._client.submit(
-            execute_on_dask, call, pure=False, resources=self._resources or None, retries=0
-        )
+        try:
+            return self._client.submit(
+                execute_on_dask, call, pure=False, resources=self._resources or None, retries=0
+            )
+        except Exception as error:  # Of several kinds if the scheduler is gone.
+            raise EngineError(f"{self.description} takes no jobs: {line_of(error)}") from error
 
     def outcome(self, handle: Any) -> Outcome | None:
         """Returns how a job ended, or None if it has not."""
@@ -318,6 +342,14 @@ class DaskEngine:
         except Exception as error:  # Of any kind: that of the worker.
             raise _not_executed(self, error) from error
 
+    def workers(self) -> int | None:
+        """Returns how many workers offer what a job asks for."""
+        try:
+            found = self._client.scheduler_info(n_workers=-1)["workers"].values()
+        except Exception:  # Of several kinds. If the scheduler is gone, its jobs are lost.
+            return None
+        return sum(_covers(worker["resources"], self._resources) for worker in found)
+
     def cancel(self, handle: Any) -> None:
         """Takes a job from the queue."""
         handle.cancel()
@@ -327,6 +359,15 @@ class DaskEngine:
         self._client.close()
         if self._cluster is not None:
             self._cluster.close()
+
+
+def _last_cluster_of_ray() -> str:
+    """Returns the address that Ray has noted on this machine, where a cluster may no longer be."""
+    place = os.environ.get("RAY_TMPDIR", tempfile.gettempdir())
+    try:
+        return Path(place, "ray", "ray_current_cluster").read_text()
+    except OSError:
+        return ""
 
 
 def _check_that_ray_may_answer(address: str) -> None:
@@ -371,6 +412,10 @@ def _number(options: Mapping[str, Any], name: str) -> int | float:
     if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
         return value
     raise EngineError(f"--executor-option {name}= expects a number. Received: {value!r}.")
+
+
+def _covers(offered: Mapping[str, float], asked: Mapping[str, float]) -> bool:
+    return all(offered.get(name, 0) >= amount for name, amount in asked.items())
 
 
 def _listed(options: Mapping[str, Any]) -> str:

@@ -100,15 +100,24 @@ def test_an_interruption_leaves_no_job_on_the_cluster(execute, name, tmp_path):
 
 
 @NEEDS["ray"]
-def test_ray_that_does_not_start_is_said(execute, monkeypatch):
+def test_ray_that_does_not_start_is_said(execute, tmp_path, monkeypatch):
     import ray
 
-    def fail(*address, **_):
-        raise ConnectionError("none") if address else Exception("The node timed out. More.")
+    def fail(address, **_):
+        tried.append(address)
+        raise ConnectionError("none") if address == "auto" else Exception("It timed out. More.")
 
+    tried = []
     monkeypatch.setattr(ray, "init", fail)
-    with pytest.raises(EngineError, match=r"Ray could not be started .*The node timed out\."):
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    with pytest.raises(EngineError, match=r"Ray could not be started .*It timed out\."):
         execute("ray", "a")
+    # What Ray leaves when it is killed, and then tries to reach for minutes.
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray" / "ray_current_cluster").write_text("127.0.0.1:9")
+    with pytest.raises(EngineError, match=r"Ray could not be started .*It timed out\."):
+        execute("ray", "a")
+    assert tried == ["auto", "local", "local"]
 
 
 @NEEDS["ray"]
@@ -156,6 +165,34 @@ def test_a_worker_of_dask_that_does_not_see_the_folder(execute, dask_cluster, mo
     monkeypatch.setattr(clusters.os, "getcwd", lambda: "/nowhere")
     with pytest.raises(NotSharedError, match=f"dask at {dask_cluster}, does not see '/nowhere'"):
         execute("dask", "b", address=dask_cluster)
+
+
+@NEEDS["dask"]
+def test_the_last_worker_of_dask_leaves(execute, tmp_path, monkeypatch):
+    import distributed
+
+    monkeypatch.setattr(clusters, "_LOOK", 0.2)
+    monkeypatch.setattr(clusters, "_DESERTED", 1.0)
+    (job,) = jobs_of(tmp_path / "sweep", "wait")
+    with distributed.LocalCluster(n_workers=1, dashboard_address=":0") as cluster:
+        when(lambda: job.starts, lambda: cluster.scale(0))
+        message = f"No worker has come back .* on dask at {cluster.scheduler_address}. Finished"
+        with pytest.raises(EngineError, match=message):
+            execute("dask", "wait", address=cluster.scheduler_address)
+    assert not is_running(job.starts[0][0])
+
+
+@NEEDS["dask"]
+def test_a_scheduler_of_dask_that_is_gone_is_said(execute, tmp_path, monkeypatch):
+    import distributed
+
+    monkeypatch.setattr(engines, "_ANSWER", 2.0)
+    (job,) = jobs_of(tmp_path / "sweep", "wait")
+    with distributed.LocalCluster(n_workers=1, dashboard_address=":0") as cluster:
+        address = cluster.scheduler_address
+        when(lambda: job.starts, cluster.close)
+        with pytest.raises(EngineError, match=rf"dask at {address} takes no jobs: .*closed"):
+            execute("dask", "wait", address=address)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,9 @@ import concurrent.futures
 import dataclasses
 import functools
 import io
+import itertools
 import time
+import types
 
 import keras
 import pytest
@@ -31,6 +33,7 @@ class Threads:
     def __init__(self):
         self.pool = concurrent.futures.ThreadPoolExecutor(8)
         self.lost, self.cancelled = {}, []
+        self.workers = lambda: 8
         self.seen = lambda call: call
 
     def open(self):
@@ -68,9 +71,9 @@ def cluster(tmp_path, monkeypatch):
     folder = tmp_path / "sweep"
     folder.mkdir()
 
-    def execute(*what, jobs=None):
+    def execute(*what, jobs=None, output=None):
         todo = jobs_of(folder, *what)
-        console = Console(file=io.StringIO(), width=120)
+        console = Console(file=output or io.StringIO(), width=120)
         with ClusterExecutor(engine, folder, jobs, console) as executor:
             failures = executor.run(todo)
         return todo, failures, console.file.getvalue()
@@ -128,6 +131,31 @@ def test_a_lost_job_that_waits_again_does_not_count_as_running(cluster, tmp_path
     assert job.is_done
     assert not failures
     assert "No job has started for 0 s on threads" in printed
+
+
+def test_a_cluster_without_workers_is_said_and_ends_the_sweep(cluster, tmp_path, monkeypatch):
+    """Some, such as dask, start a job again on the next worker by themselves."""
+    engine, execute = cluster
+    (job,) = jobs_of(tmp_path / "sweep", "wait")
+    looks, counts = itertools.count(), iter([0, 0, 0, 0, None, 1])
+    passed = 0.0
+
+    def workers():
+        nonlocal passed
+        passed += 30.0
+        return next(counts, 0) if job.starts else next(looks)  # At first none, then some.
+
+    engine.workers = workers
+    now = time.monotonic
+    clock = types.SimpleNamespace(monotonic=lambda: now() + passed, sleep=time.sleep)
+    monkeypatch.setattr(clusters, "time", clock)
+    said = io.StringIO()
+    with pytest.raises(engines.EngineError, match=r"back for 15 minutes on threads\..*again"):
+        execute("wait", output=said)
+    assert said.getvalue().count("No worker is left on threads. If none comes back") == 2
+    assert said.getvalue().count("There are workers again on threads.") == 1
+    assert not is_running(job.starts[0][0])
+    assert not hidden(tmp_path)
 
 
 def test_starts_are_counted_on_clusters_that_repeat_jobs_by_themselves(cluster, tmp_path):
