@@ -10,7 +10,7 @@ import keras
 import numpy as np
 
 import masked_layers as ml
-from lottery_ticket_pruner import training, treatments
+from lottery_ticket_pruner import finite_data, training, treatments
 from lottery_ticket_pruner.training import ArrayDataset, Augmentation, Listeners, TrainingPlan
 from masked_layers import copying, learned, randomness
 
@@ -170,6 +170,8 @@ def learn_by_plan(
     examples = ArrayDataset.of(x, y, None, plan.training.augment)
     validation = training.held_out(model, examples, "validation_data", validation_data)
     training.held_out(model, examples, "test_data", test_data)
+    for name, part in (("training", (x, y)), ("validation", validation_data), ("test", test_data)):
+        finite_data.check(model, f"{name} data", part)
     own_optimizer = model.optimizer
     model = ml.convert_to_masked(model, mask=plan.prototype)
     others = _withhold_weights(model, plan)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import logging
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
@@ -17,10 +17,17 @@ _logger = logging.getLogger(__name__)
 
 _OURS = ("lottery_ticket_pruner", "masked_layers")
 _EMPTIED = "Nothing is left of"
+_SAID: contextvars.ContextVar[set[str] | None] = contextvars.ContextVar("said", default=None)
+_TRIED = contextvars.ContextVar("tried", default=False)
 
 
 def warn(message: str) -> None:
     """Warns at the line outside this library that led to the call."""
+    said = _SAID.get()
+    if (_TRIED.get() and message.startswith(_EMPTIED)) or (said is not None and message in said):
+        return
+    if said is not None:
+        said.add(message)
     warn_outside(message, *_OURS)
 
 
@@ -63,9 +70,24 @@ def watched(
 @contextlib.contextmanager
 def rehearsal() -> Iterator[None]:
     """Temporarily suppresses warnings about emptied masks, because they are only tried."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=_EMPTIED)
+    token = _TRIED.set(True)
+    try:
         yield
+    finally:
+        _TRIED.reset(token)
+
+
+@contextlib.contextmanager
+def said_once() -> Iterator[None]:
+    """Temporarily issues each warning only the first time, such as in the rehearsal of a search.
+
+    Python's own filter forgets what it has shown whenever a library changes the filters.
+    """
+    token = _SAID.set(set())
+    try:
+        yield
+    finally:
+        _SAID.reset(token)
 
 
 def log_kept(model: str, criterion: str, masks: Mapping[str, np.ndarray]) -> None:

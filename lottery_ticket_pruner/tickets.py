@@ -17,6 +17,7 @@ from lottery_ticket_pruner import (
     _keras,
     arms,
     channels,
+    finite_data,
     notices,
     optimizers,
     selection,
@@ -177,7 +178,8 @@ def find_ticket(
         ValueError: If the model is not compiled, a number is out of range, both `rate` and
             `sparsity` are given, a control is unknown, a weight to be reinitialized has no
             initializer, the checkpoint belongs to another search, the targets do not fit the loss,
-            the validation or test data does not fit the model, or `update_masks` or
+            the validation or test data does not fit the model, data makes the loss NaN or
+            infinite because it has such values, or `update_masks` or
             `training.to_arrays` refuses an argument. In that case no step is trained.
         OSError: If the folder of the checkpoint is in use by another process (a
             `FolderInUseError`), is removed in the meantime, or cannot be written.
@@ -279,7 +281,17 @@ def search(
     targets.check(model, *data.train)
     validation = training.held_out(model, examples, "validation_data", data.validation)
     training.held_out(model, examples, "test_data", data.test)
+    parts = {"training": data.train, "validation": data.validation, "test": data.test}
+    for name, part in parts.items():
+        finite_data.check(model, f"{name} data", part)
     under_way = TicketSearch(model, data, examples, validation, plan, listeners or Listeners())
+    with notices.said_once():
+        return _carry_out(under_way, checkpoint, keep_rounds)
+
+
+def _carry_out(
+    under_way: "TicketSearch", checkpoint: str | os.PathLike[str] | None, keep_rounds: bool
+) -> TicketResult:
     under_way.rehearse()
     saved = None if checkpoint is None else Checkpoint(Path(checkpoint), under_way.arguments())
     if saved is not None and saved.unidentified and not saved.exists():

@@ -10,7 +10,7 @@ from typing import Any
 import keras
 
 import masked_layers as ml
-from lottery_ticket_pruner import _keras, notices, targets, tolerances, training
+from lottery_ticket_pruner import _keras, finite_data, notices, targets, tolerances, training
 from lottery_ticket_pruner.budgets import Latency
 from lottery_ticket_pruner.compression import metrics, steps
 from lottery_ticket_pruner.compression.attempts import Search
@@ -156,6 +156,8 @@ def search(
     started = time.perf_counter() if started is None else started
     masked = steps.masked_copy(model, coupled=plan.stages == ("channels",))
     targets.check(masked, *parts.train)
+    for name in parts.counts():
+        finite_data.check(masked, f"part {name!r} of the data", getattr(parts, name))
     before = time.perf_counter()
     results = training.evaluate(masked, *parts.validation)
     compiling = time.perf_counter() - before

@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from lottery_ticket_pruner.finite_data import not_finite
+
 Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
@@ -88,10 +90,9 @@ def _array(subject: str, name: str, value: object) -> np.ndarray:
 
 
 def _check_finite(subject: str, x: np.ndarray) -> None:
-    if not np.isfinite(x).all():
+    if (found := not_finite(x)) is not None:
         raise ValueError(
-            f"{subject}: expected x to be finite numbers. There are NaN or infinities in "
-            f"{x.dtype}{x.shape}."
+            f"{subject}: expected x to be finite numbers. {x.dtype}{x.shape} has {found}."
         )
     largest = max(abs(float(x.min())), abs(float(x.max())))
     limit = float(np.finfo("float32").max)

@@ -117,6 +117,9 @@ def test_a_search_says_it_once():
         )
     )
     assert "Nothing is left of 'mid/kernel'" in message
+    arguments = {"rounds": 2, "steps": 2, "batch_size": 6, "rate": 1e-4, "controls": ()}
+    (message,) = said(lambda: find_ticket(model, X, Y, **arguments))
+    assert "Nothing was pruned: a share of 0.0001" in message
 
 
 @pytest.mark.once

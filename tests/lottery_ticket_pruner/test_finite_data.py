@@ -1,0 +1,69 @@
+"""NaN and infinities in data are refused before anything is trained."""
+
+import keras
+import numpy as np
+import pytest
+
+from lottery_ticket_pruner import find_ticket, finite_data, learned, prune
+
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(40, 4)).astype("float32")
+Y = RNG.normal(size=(40, 1)).astype("float32")
+
+
+def known_only(y, predicted):
+    """Leaves out targets that are NaN."""
+    is_known = keras.ops.logical_not(keras.ops.isnan(y))
+    return keras.ops.square(
+        keras.ops.where(is_known, y, 0) - keras.ops.where(is_known, predicted, 0)
+    )
+
+
+def compiled(loss="mse"):
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    model.compile("sgd", loss, jit_compile=False)
+    return model
+
+
+def with_value(array, value, *indices):
+    array = array.copy()
+    for index in indices:
+        array[index] = value
+    return array
+
+
+def test_the_number_and_the_first_place_are_those_of_numpy(monkeypatch):
+    monkeypatch.setattr(finite_data, "_BLOCK", 7)
+    x = RNG.normal(size=(11, 3, 2))
+    assert finite_data.not_finite(x) is None
+    assert finite_data.not_finite(np.arange(3)) is None
+    x[RNG.random(x.shape) < 0.2] = np.inf
+    wrong = np.argwhere(~np.isfinite(x))
+    expected = f"{len(wrong)} entries that are NaN or infinite, the first at {wrong[0].tolist()}"
+    assert finite_data.not_finite(x) == expected
+
+
+@pytest.mark.once
+def test_searches_name_the_array_before_they_train():
+    trained, model = [], compiled()
+    wrong_x, wrong_y = with_value(X, np.nan, (7, 3), (9, 0)), with_value(Y, np.inf, (5, 0))
+    search = {"rounds": 1, "steps": 2, "controls": (), "on_progress": trained.append}
+    message = r"`x` of the training data has 2 entries .* first at \[7, 3\], and the loss .* nan"
+    with pytest.raises(ValueError, match=message):
+        find_ticket(model, wrong_x, Y, **search)
+    message = r"`y` of the validation data has 1 entry .* first at \[5, 0\], and the loss .* inf"
+    with pytest.raises(ValueError, match=message):
+        find_ticket(model, X, Y, validation_data=(X, wrong_y), **search)
+    with pytest.raises(ValueError, match=r"`x` of the test data has 2 entries"):
+        learned.learn_supermask(model, X, Y, steps=1, test_data=(wrong_x, Y))
+    data = (X, Y), (X[:20], Y[:20]), (wrong_x, Y)
+    with pytest.raises(ValueError, match=r"`x` of the part 'test' of the data has 2 entries"):
+        prune(model, data, max_drop=0.1, on_progress=trained.append)
+    assert not trained
+
+
+@pytest.mark.once
+def test_values_that_the_loss_leaves_out_are_taken():
+    finite_data.check(compiled(known_only), "data", (X, with_value(Y, np.nan, (3, 0))))
+    with pytest.raises(ValueError, match=r"`x` of the data"):
+        finite_data.check(compiled(known_only), "data", (with_value(X, np.nan, (3, 0)), Y))
