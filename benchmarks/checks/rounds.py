@@ -6,7 +6,9 @@ Each round trains a small model for a few steps, prunes one or two of its weight
 others, once with `training.fit` and once with `model.fit`. Printed are the resident memory, the
 number of traces or compilations and the processor time of a round at a tenth of the rounds and at
 the end. Then models of different sizes are made, pruned by gradients, evaluated and deleted, and
-those that stay in memory are counted.
+those that stay in memory are counted. Even when nothing in Python stays, TensorFlow keeps about a
+kilobyte for each operation of a function that it has traced. Therefore, plain models of Keras are
+evaluated and deleted afterwards, to compare.
 
 Left to itself, `training.fit` compares its compiled loop with `fit` once for each model, after some
 seconds in the loop, and therefore compiles `fit` late: one program on JAX, two functions on
@@ -158,9 +160,10 @@ def rounds(
     return faults
 
 
-def evaluated(count: int, warned: Warnings) -> list[str]:
+def evaluated(count: int, warned: Warnings, compilations: Compilations) -> list[str]:
     """Makes, prunes, evaluates and deletes models of different sizes."""
     alive, before = [], warned.count
+    compiled = len(compilations.names)
     memory = 0
     for number in range(count):
         model = small(8 + number)
@@ -174,17 +177,35 @@ def evaluated(count: int, warned: Warnings) -> list[str]:
         del model, smaller, pruner
         if number == count // 10:
             memory = resident()
-    grown = resident() - memory
+    grown = (resident() - memory) / (count - 1 - count // 10)
     left = sum(found() is not None for found in alive)
     print(
         f"{count} models evaluated: {warned.count - before} warnings of retracing, {left} of "
-        f"{len(alive)} objects left, memory grew by {grown / _MB:.1f} MB",
+        f"{len(alive)} objects left, {(len(compilations.names) - compiled) / count:.0f} functions "
+        f"compiled and {grown / _MB:.1f} MB of memory more a model",
         flush=True,
     )
     faults = [f"{left} deleted models or pruners stayed in memory"] if left else []
     if warned.count > before:
         faults.append(f"TensorFlow warned of retracing {warned.count - before} times")
     return faults
+
+
+def evaluated_by_keras(count: int, compilations: Compilations) -> None:
+    """Makes, evaluates and deletes plain models, to show what the backend keeps of each."""
+    compiled, memory = len(compilations.names), 0
+    for number in range(count):
+        model = ml.strip_masks(small(8 + number))
+        model.compile(loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+        model.evaluate(X, Y, verbose=0)
+        del model
+        if number == count // 10:
+            memory = resident()
+    grown = (resident() - memory) / (count - 1 - count // 10)
+    print(
+        f"{count} plain models evaluated once: {(len(compilations.names) - compiled) / count:.0f} "
+        f"functions compiled and {grown / _MB:.1f} MB of memory more a model"
+    )
 
 
 def main() -> int:
@@ -201,7 +222,8 @@ def main() -> int:
     faults = []
     for train in (trained_by_engine, trained_by_keras):
         faults += rounds(options.rounds, train, compilations)
-    faults += evaluated(options.models, warned)
+    faults += evaluated(options.models, warned, compilations)
+    evaluated_by_keras(options.models, compilations)
     print("\n".join(faults) or "nothing grew")
     return int(bool(faults))
 
