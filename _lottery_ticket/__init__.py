@@ -1,9 +1,9 @@
 """The start of the command `lottery-ticket`: what needs none of the imports that take seconds.
 
 It is separate from the packages because these import Keras. Here are the options of all commands
-(`commands.py`, `experiments.py`), the names that they take (`names.py`), and their parser. Some
-imports of the packages swallow a KeyboardInterrupt, so an interruption ends the process at any
-time until they are done.
+(`commands.py`, `experiments.py`), the names that they take (`names.py`, `unknown.py`), and their
+parser. Some imports of the packages swallow a KeyboardInterrupt, so an interruption ends the
+process at any time until they are done.
 """
 
 import os
@@ -35,11 +35,12 @@ def main() -> int:
 
 
 def _run(interruptible: bool) -> int:
-    from _lottery_ticket import logs, parser, refusals
+    from _lottery_ticket import logs, parser, refusals, unknown
 
     try:
         options = parser.parse(sys.argv[1:])
-    except (refusals.MissingExtraError, refusals.UsageError) as error:
+        unknown.check(options)
+    except (refusals.MissingExtraError, ValueError) as error:
         return parser.refuse(error)
     with logs.silenced():
         from lottery_ticket_pruner import cli

@@ -3,6 +3,9 @@
 DATASETS = ("digits", "mnist", "fashion_mnist", "cifar10", "cifar10_reduced_10x")
 DOWNLOADED = DATASETS[1:]
 NETWORKS = ("lenet-300-100", "conv-2", "conv-4", "conv-6", "resnet-20")
+# Endings of files with a model, and of tickets.
+MODEL_FILES = (".keras", ".h5", ".hdf5")
+TICKET_FILE = ".safetensors"
 OPTIMIZERS = ("adam", "sgd")
 
 # Criteria that rank recorded weights in layers: those of Zhou et al. and the earlier library.

@@ -5,32 +5,16 @@ restoring from a configuration and for refusing names. A name stands for one thi
 function is never mistaken for a registered one of the same name.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from types import MethodType
 from typing import Any, Generic, TypeVar
 
-from _lottery_ticket import hints
+from _lottery_ticket.unknown import UnknownNameError
 
 T = TypeVar("T")
 
 # Package under which built-in classes and functions are registered with Keras (`serialization`).
 PACKAGE = "lottery_ticket_pruner"
-
-
-class UnknownNameError(ValueError):
-    """An error for a name that is not registered.
-
-    Args:
-        kind: Kind of thing, as in "criterion".
-        name: The name that was given.
-        known: The known names.
-        remedy: A sentence that says what to do if none of the known names is meant.
-    """
-
-    def __init__(self, kind: str, name: object, known: Sequence[str], remedy: str = "") -> None:
-        hint = hints.question(name, known) if isinstance(name, str) else ""
-        self.without_remedy = f"Unknown {kind} {name!r}.{hint} Known are: {', '.join(known)}."
-        super().__init__(f"{self.without_remedy} {remedy}".rstrip())
 
 
 class Registry(Generic[T]):

@@ -15,7 +15,7 @@ import rich.progress
 from rich.console import Console
 
 from _lottery_ticket import commands as options
-from _lottery_ticket import hints
+from _lottery_ticket import unknown
 from _lottery_ticket.refusals import option
 from lottery_ticket_pruner import Latency
 from lottery_ticket_pruner.checks import require_extra
@@ -47,7 +47,6 @@ from lottery_ticket_pruner.experiments.tensorboard import TensorBoardLogger
 from lottery_ticket_pruner.experiments.workbench import compiled_network
 from lottery_ticket_pruner.fingerprints import of_json
 from lottery_ticket_pruner.loggers import PruneLog, opened
-from masked_layers.ticket_files import SUFFIX
 
 _UNITS = {
     "": 1,
@@ -343,16 +342,8 @@ def load(config: PruneConfig) -> keras.Model:
         return _network(config)
     if datasets.is_own(name) and not Path(name).is_file():
         return own.value_of(name, "make a model with", _compiled)
-    path = Path(name)
-    if path.suffix not in networks.FILES:
-        loss = " A ticket file contains no loss: name a function that loads and compiles the model."
-        hint = hints.file_question(path, networks.FILES) or hints.question(name, networks.NAMES)
-        raise ValueError(
-            "Expected as MODEL a .keras or .h5 file, module:function or file.py:function, or one "
-            f"of {', '.join(networks.NAMES)}. Received: {name!r}."
-            f"{loss if path.suffix == SUFFIX else hint}"
-        )
-    return _compiled(own_networks.load_file(path, compiled=True), f"{name}: ")
+    unknown.check_model(name)
+    return _compiled(own_networks.load_file(Path(name), compiled=True), f"{name}: ")
 
 
 def _network(config: PruneConfig) -> keras.Model:

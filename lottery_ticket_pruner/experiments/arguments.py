@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from _lottery_ticket.refusals import option, takes_several
-from lottery_ticket_pruner.registry import UnknownNameError
+from _lottery_ticket.unknown import UnknownNameError
 
 # Options that say where an experiment is executed, and belong to a single call.
 EXECUTION = ("executor", "address", "executor_option", "jobs")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from _lottery_ticket import experiments as options
+from _lottery_ticket import unknown
 from _lottery_ticket.refusals import option
 from lottery_ticket_pruner import criteria, selection, structures
 from lottery_ticket_pruner.checks import require_extra, share_meant
@@ -16,7 +17,6 @@ from lottery_ticket_pruner.experiments import datasets, networks, own
 from lottery_ticket_pruner.experiments.arguments import EXECUTION, rates_of
 from lottery_ticket_pruner.experiments.identifiers import identifier_of, resolved
 from lottery_ticket_pruner.fingerprints import of_json
-from lottery_ticket_pruner.registry import UnknownNameError
 from lottery_ticket_pruner.search_plans import (
     ControlPlan,
     PruningPlan,
@@ -25,7 +25,6 @@ from lottery_ticket_pruner.search_plans import (
     taken,
 )
 from lottery_ticket_pruner.training import TrainingPlan
-from masked_layers.ticket_files import SUFFIX
 
 _T = TypeVar("_T")
 
@@ -207,25 +206,12 @@ class RunConfig(options.RunOptions, Experiment):
     def _recipe(self) -> Recipe:
         named = datasets.NAMED.get(self.data)
         if named is None and not datasets.is_own(self.data):
-            raise UnknownNameError("data set", self.data, datasets.NAMES)
+            unknown.check_data(self.data)
         network = self.network or (named.network if named else "lenet-300-100")
         if networks.is_own(network):
             recipe = _SMALL if named and named.is_small else _RECIPES["lenet-300-100"]
             return dataclasses.replace(recipe, network=network)
-        if Path(network).suffix == SUFFIX:
-            raise ValueError(
-                f"--network: '{network}' is a ticket, which has its masks and weights already. An "
-                "experiment draws new weights and finds masks: name the network of the ticket. "
-                "The commands compare, inspect and export take tickets."
-            )
-        if network not in _RECIPES:
-            raise UnknownNameError(
-                "network",
-                network,
-                networks.NAMES,
-                "For a network of your own, give module:function, path/to/file.py:function or a "
-                ".keras file.",
-            )
+        unknown.check_network(network)
         if named and not named.is_image and networks.has_convolutions(network):
             raise ValueError(f"--network {network} needs images, and {self.data} has none.")
         if named and named.is_small and network == _SMALL.network:

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
+from _lottery_ticket import unknown
 from lottery_ticket_pruner.experiments import downloads, own
 from lottery_ticket_pruner.experiments.labelled import Arrays, checked
 from lottery_ticket_pruner.experiments.own import DatasetNotFoundError, UserCodeError
 from lottery_ticket_pruner.fingerprints import digest
-from lottery_ticket_pruner.registry import UnknownNameError
 from masked_layers.files import FileContentError
 
 __all__ = [
@@ -99,14 +99,7 @@ def load(name: str, data_dir: str | Path | None = None) -> Dataset:
         arrays = checked(name, own.arrays_of(name))
         return _split(name, name, arrays, _held_out(arrays))
     if name not in NAMED:
-        hint = " Name its function, too: " + f"{name}:FUNCTION." if name.endswith(".py") else ""
-        raise UnknownNameError(
-            "data set",
-            name,
-            NAMES,
-            "Or name a function that loads custom data: module:function or "
-            f"path/to/file.py:function.{hint}",
-        )
+        unknown.check_data(name)
     named = NAMED[name]
     source, places, arrays = named.read(data_dir)
     try:

@@ -4,10 +4,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from _lottery_ticket.refusals import option
+from _lottery_ticket.unknown import UnknownNameError, named_by
 from lottery_ticket_pruner import criteria, structures, treatments
 from lottery_ticket_pruner.experiments import networks, own, own_networks
 from lottery_ticket_pruner.fingerprints import fingerprint, names_with_code
-from lottery_ticket_pruner.registry import UnknownNameError
 
 _GETTERS: dict[str, Callable[[Any], Any]] = {
     "strategy": criteria.get,
@@ -38,10 +38,7 @@ def resolved(field: str, name: str, get: Callable[[Any], Any] | None = None) -> 
     try:
         return get(name)
     except UnknownNameError as error:
-        raise ValueError(
-            f"{option(field)}: {error.without_remedy} Name a custom one by its location, "
-            "module:name or path/to/file.py:name."
-        ) from error
+        raise named_by(field, error) from error
 
 
 def identifier_of(field: str, name: str) -> Any:

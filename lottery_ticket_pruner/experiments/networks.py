@@ -6,7 +6,8 @@ from typing import Any
 
 import keras
 
-from lottery_ticket_pruner.registry import UnknownNameError
+from _lottery_ticket import names
+from _lottery_ticket.unknown import UnknownNameError
 from lottery_ticket_pruner.training import CropAndFlip
 
 _CONV_WIDTHS = {"conv-2": (64,), "conv-4": (64, 128), "conv-6": (64, 128, 256)}
@@ -22,7 +23,7 @@ OPTIMIZERS = ("adam", "sgd")
 # Learning rate of Frankle & Carbin's recipe for fully connected networks.
 LEARNING_RATE = 1.2e-3
 # Endings of model files.
-FILES = (".keras", ".h5", ".hdf5")
+FILES = names.MODEL_FILES
 
 
 def build(

@@ -21,6 +21,7 @@ from lottery_ticket_pruner.commands import saved_models
 from lottery_ticket_pruner.compression import ModelComparison, plan
 from lottery_ticket_pruner.experiments import catalogue, datasets, networks
 from masked_layers.serving import stored_values
+from masked_layers.ticket_files import SUFFIX
 
 pytestmark = pytest.mark.once
 
@@ -38,6 +39,7 @@ def test_names_of_options_are_those_that_there_are():
         (names.DATASETS, datasets.NAMES),
         (names.DOWNLOADED, downloaded),
         (names.NETWORKS, networks.NAMES),
+        ([names.TICKET_FILE], [SUFFIX]),
         (names.OPTIMIZERS, networks.OPTIMIZERS),
         (names.RECORDED, recorded),
         (names.CRITERIA, criteria.names()),
@@ -69,7 +71,7 @@ def choices(type_):
 def test_help_version_and_refusals_import_nothing_heavy_and_fit_the_page():
     script = """
 import json, sys
-from _lottery_ticket import parser, refusals
+from _lottery_ticket import parser, refusals, unknown
 lines = [["--help"], ["--version"], *([name, "--help"] for name in parser.commands())]
 for line in lines:
     try:
@@ -83,6 +85,30 @@ for line in ([], ["fly"], ["run", "--stratgy", "x"], ["run", "--steps", "many"])
         continue
     raise AssertionError(line)
 heavy = {"keras", "tensorflow", "numpy", "pandas", "matplotlib", "rich", "lottery_ticket_pruner"}
+for line, said in (
+    ("run --network lenet", "Unknown network 'lenet'. Did you mean 'lenet-300-100'?"),
+    ("run --strategy large_finall", "--strategy: Unknown criterion 'large_finall'. Did you mean"),
+    ("sweep --kept rewnd", "--kept: Unknown treatment of kept weights 'rewnd'. Did you mean 'rew"),
+    ("supermask --criteria random snp", "--criteria: Unknown criterion 'snp'. Did you mean 'snip'"),
+    ("prune --data mnst", "Unknown data set 'mnst'. Did you mean 'mnist'?"),
+    ("prune conv2", "Expected as MODEL a .keras or .h5 file,"),
+):
+    try:
+        unknown.check(parser.parse(line.split()))
+    except ValueError as error:
+        assert said in str(error), error
+        continue
+    raise AssertionError(line)
+for line in (
+    "run --strategy mine --data own.py:load",  # The module may register it.
+    "run --strategy own.py:mine --network net.keras",
+    "run --strategy scale --structure channels --data cifar10",
+    "prune own.py:model",
+    "prune model.h5 --data own:load",
+    "compare a.keras b",
+    "inspect served",
+):
+    unknown.check(parser.parse(line.split()))
 print(json.dumps([len(lines), sorted(heavy & sys.modules.keys())]))
 """
     environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
