@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
+import numpy as np
 
 # None of these has a public name.
 from keras.src.backend.common import dtypes
@@ -145,14 +146,22 @@ def built_from(model: keras.Model, batch_size: int, data: tuple[Any, ...]) -> It
     Args:
         model: A compiled model. Nothing is done if it is not distributed.
         batch_size: Number of examples per step, on all devices together.
-        data: `(x, y)` or `(x, y, sample_weight)` as arrays, or None where there is none.
+        data: `(x, y)` or `(x, y, sample_weight)` as arrays, or None where there is none; or a
+            `tf.data.Dataset` in place of x. Nothing is done for other data, of which only a batch
+            shows the shapes.
     """
     strategy = getattr(model, "_distribute_strategy", None)
     if not hasattr(model, "_maybe_symbolic_build") or strategy is None:
         yield
         return
-    part = max(1, batch_size // strategy.num_replicas_in_sync)
-    batch = keras.tree.map_structure(lambda array: array[:part], data, none_is_leaf=False)
+    if (spec := getattr(data[0], "element_spec", None)) is not None:
+        batch = keras.utils.unpack_x_y_sample_weight(spec)
+    elif all(map(_has_examples, keras.tree.flatten(data))):
+        part = max(1, batch_size // strategy.num_replicas_in_sync)
+        batch = keras.tree.map_structure(lambda array: array[:part], data, none_is_leaf=False)
+    else:
+        yield
+        return
 
     def build(iterator: object = None, data_batch: object = None) -> None:
         with strategy.scope():
@@ -160,6 +169,10 @@ def built_from(model: keras.Model, batch_size: int, data: tuple[Any, ...]) -> It
 
     with replaced(model, "_maybe_symbolic_build", build):
         yield
+
+
+def _has_examples(data: object) -> bool:
+    return data is None or isinstance(data, np.ndarray) or keras.ops.is_tensor(data)
 
 
 def _symbolic(batch: tuple[Any, ...]) -> tuple[Any, ...]:

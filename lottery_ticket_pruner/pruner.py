@@ -29,6 +29,7 @@ from lottery_ticket_pruner import (
     targets,
     treatments,
 )
+from lottery_ticket_pruner._keras import built_from
 from lottery_ticket_pruner.budgets import Latency
 from lottery_ticket_pruner.overrides import (
     assign,
@@ -420,7 +421,8 @@ class LotteryTicketPruner(plain_models.PlainPruning):
         with state_restored(model), rescaling(model, dict.fromkeys(masks, dwr)):
             assign(model.weights, values)
             freeze_at_zero(model)
-            with targets.explained(model, x, y):
+            size, weight = (evaluate_kwargs.get(key) for key in ("batch_size", "sample_weight"))
+            with targets.explained(model, x, y), built_from(model, size or 32, (x, y, weight)):
                 return model.evaluate(x, y, **evaluate_kwargs, return_dict=True)
 
     def prune(

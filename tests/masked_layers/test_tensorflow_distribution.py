@@ -107,6 +107,13 @@ twin.fit(x, y, batch_size=8, shuffle=False, verbose=0)
 assert discarded[-1]
 for ours, theirs in zip(plain.get_weights(), twin.get_weights(), strict=True):
     np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+ours = LotteryTicketPruner(model)
+plainly = tf.data.Dataset.from_tensor_slices((x, y)).batch(8)
+found = [ours.evaluate_supermask(x, y, batch_size=8, verbose=0)]
+found += [ours.evaluate_supermask(plainly, verbose=0)]
+assert not any(discarded[-2:])
+assert found == [model.evaluate(x, y, batch_size=8, return_dict=True, verbose=0)] * 2
+assert discarded[-1]
 assert any("the model is distributed by MirroredStrategy" in message for message in told), told
 
 pruner = LotteryTicketPruner(plain)
