@@ -13,7 +13,7 @@ import masked_layers as ml
 from lottery_ticket_pruner import criteria, records, selection, zero_hold
 from lottery_ticket_pruner.records import is_masked
 from lottery_ticket_pruner.variables import read, viewed
-from masked_layers.maskable import input_axes
+from masked_layers.maskable import input_axes, why_quantized
 
 if TYPE_CHECKING:
     from masked_layers import WeightRef
@@ -140,10 +140,11 @@ class PlainPruning(abc.ABC):
         # Views of one value: of a masked model, they are never read or replaced.
         self._masks = {i: np.broadcast_to(np.True_, shapes[i]) for i in records.prunables(model)}
         if not self._masks:
-            raise ValueError(
-                f"The model {model.name!r} has no prunable weight. Kernels of Keras layers are "
-                "prunable; weights of other layers are after `masked_layers.register`."
+            why = why_quantized(model) or (
+                "kernels of Keras layers are prunable; weights of other layers are after "
+                "`masked_layers.register`."
             )
+            raise ValueError(f"The model {model.name!r} has no prunable weight: {why}")
         self.masks_version = 0
         self._rescaling = Rescaling()
         self._updates = 0

@@ -43,6 +43,7 @@ from masked_layers.maskable import (
     own_weights,
     raw_variable,
     weights_inside,
+    why_quantized,
 )
 from masked_layers.masks import Mask, raw_view
 from masked_layers.paths import check_walk, plain_class, resolve, walk
@@ -450,6 +451,8 @@ def _why_nothing(
     reason = "its layers have no maskable weight"
     if not model.built:
         reason = "it is not built yet: call `model.build(input_shape)` or call it on a batch"
+    if quantized := why_quantized(model):
+        return quantized
     inside = sorted({plain_class(layer).__name__ for _, layer in walk(model)})
     return (
         f"{reason}. Its layers: {inside}. To make a custom layer maskable, call "

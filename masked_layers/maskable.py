@@ -277,6 +277,20 @@ def why_unmasked(layer: Layer, hidden: bool) -> str:
     return "left out of the conversion"
 
 
+def why_quantized(model: Layer) -> str:
+    """Returns why quantized weights have no mask and what to do, or nothing if there are none."""
+    modes = {getattr(layer, "quantization_mode", None) for _, layer in walk(model)} - {None}
+    if not modes:
+        return ""
+    return (
+        f"its weights are quantized ({', '.join(sorted(map(str, modes)))}), and such codes are not "
+        "trained. Mask the model that was quantized, prune and train it in floating point, and "
+        'quantize the result: `strip_masks(model).quantize("int8")`, or '
+        '`export_sparse_saved_model(model, path, values="int8")`. To train with rounded weights, '
+        'use `convert_to_masked(model, quantize="int8")`.'
+    )
+
+
 def mask_of(layer: Layer, name: str) -> Mask | None:
     """Returns the mask of the layer's own weight `name`, or None."""
     mask = getattr(layer, f"{name}_mask", None)

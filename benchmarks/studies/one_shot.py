@@ -66,7 +66,7 @@ def trained(options, data, seed):
         x_train, x_test = x_train[..., 0], x_test[..., 0]
         rows, width = x_train.shape[1:]
         plain = wanda.build(rows, width, data.classes)
-        rate, dense = 1e-3, ["^positions$", "^rows$", "^output$"]
+        rate, dense = 1e-3, ["^rows$", "^output$"]
     else:
         plain = convolutional(data.input_shape, data.classes)
         rate = keras.optimizers.schedules.CosineDecay(2e-3, options.steps)

@@ -13,6 +13,7 @@ from keras import layers, ops
 import masked_layers as ml
 from common import data, half_masks, numpy
 from conversions import assert_equal_outputs, assert_round_trips, three_layers
+from lottery_ticket_pruner import LotteryTicketPruner
 from lottery_ticket_pruner._keras import double_precision
 from masked_layers.copying import copy_model
 
@@ -354,6 +355,12 @@ def test_nothing_maskable():
         ml.convert_to_masked(model)
     with pytest.raises(ValueError, match="leave no maskable layer"):
         ml.convert_to_masked(three_layers(), include="nothing")
+    quantized = keras.Sequential([keras.Input((4,)), layers.Dense(2)])
+    quantized.quantize("int8")
+    with pytest.raises(ValueError, match=r"are quantized \(int8\).*and quantize the result"):
+        ml.convert_to_masked(quantized)
+    with pytest.raises(ValueError, match=r"no prunable weight: its weights are quantized"):
+        LotteryTicketPruner(quantized)
 
 
 @pytest.mark.once
