@@ -6,6 +6,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 SUMS_FILE = "SHA256SUMS"
 
@@ -36,3 +37,29 @@ def read(file: Path) -> dict[str, str]:
     """Returns the checksums in a file by path, without damaged lines."""
     found = [_LINE.fullmatch(line) for line in file.read_text("utf-8", "replace").splitlines()]
     return {line[2]: line[1] for line in found if line is not None}
+
+
+def first_wrong(
+    folder: Path,
+    sums: Mapping[str, str],
+    names: Iterable[str],
+    later: Mapping[str, bytes] = MappingProxyType({}),
+) -> Path | None:
+    """Returns the first file that is missing or does not have its checksum, or None.
+
+    Args:
+        folder: The folder of the files.
+        sums: Checksums by name.
+        names: Names of the files to compare.
+        later: Other contents that files may have the checksums of, by name.
+    """
+    for name in names:
+        file = folder / name
+        if not file.is_file():
+            return file
+        found = {checksum(file)}
+        if name in later:
+            found.add(hashlib.sha256(later[name]).hexdigest())
+        if sums.get(name) not in found:
+            return file
+    return None

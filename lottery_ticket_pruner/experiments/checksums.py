@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-from masked_layers.checksums import SUMS_FILE, checksum, lines, read
+from masked_layers.checksums import SUMS_FILE, checksum, first_wrong, lines, read
 from masked_layers.files import FileContentError, replacing
 
 
@@ -65,22 +65,18 @@ def check(
         later: Other contents that files may have the checksums of, by name.
 
     Raises:
-        FileContentError: If a file differs, or the checksums are damaged.
+        FileContentError: If a file differs or is missing, or the checksums are damaged.
     """
     file = folder / SUMS_FILE
     if not file.exists():
         return
-    sums = read(file)
-    for name in names:
-        found = {checksum(folder / name)}
-        if name in later:
-            found.add(hashlib.sha256(later[name]).hexdigest())
-        if sums.get(name) not in found:
-            raise FileContentError(
-                f"'{folder / name}' does not have the checksum in {SUMS_FILE}, so one of the two "
-                f"was changed since the folder was finished. If you changed '{name}' on purpose, "
-                f"delete '{file}'."
-            )
+    wrong = first_wrong(folder, read(file), names, later)
+    if wrong is not None:
+        raise FileContentError(
+            f"'{wrong}' does not have the checksum in {SUMS_FILE}, so one of the two was changed "
+            f"since the folder was finished. If you changed '{wrong.relative_to(folder)}' on "
+            f"purpose, delete '{file}'."
+        )
 
 
 def _write(file: Path, sums: Mapping[str, str]) -> None:

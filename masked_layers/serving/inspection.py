@@ -6,7 +6,7 @@ import collections
 import dataclasses
 import hashlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -90,7 +90,13 @@ def _written_report(path: Path, files: Mapping[str, int]) -> StorageReport:
                 "folder was copied, or export the model again."
             )
     if SUMS in report.files:
-        _check_sums(path, report.files)
+        names = [name for name in report.files if name != SUMS]
+        wrong = checksums.first_wrong(path, checksums.read(path / SUMS), names)
+        if wrong is not None:
+            raise FileContentError(
+                f"'{wrong}' does not have the checksum in '{SUMS}', so one of the two is damaged. "
+                "Restore both from where the folder was copied, or export the model again."
+            )
     elif f"assets/{PACK}" in files:
         file = path / "assets" / PACK
         try:
@@ -98,17 +104,6 @@ def _written_report(path: Path, files: Mapping[str, int]) -> StorageReport:
         except ValueError as error:
             raise FileContentError(f"'{file}' is damaged: {error}") from error
     return dataclasses.replace(report, files=files)
-
-
-def _check_sums(path: Path, names: Iterable[str]) -> None:
-    """Raises an error if a file of a sparse folder does not have its checksum."""
-    sums = checksums.read(path / SUMS)
-    for name in names:
-        if name != SUMS and sums.get(name) != checksums.checksum(path / name):
-            raise FileContentError(
-                f"'{path / name}' does not have the checksum in '{SUMS}', so one of the two is "
-                "damaged. Restore both from where the folder was copied, or export the model again."
-            )
 
 
 def _checkpoint(path: Path) -> dict[str, np.ndarray]:
