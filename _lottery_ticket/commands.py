@@ -241,6 +241,7 @@ class InspectOptions:
     """Print sparsity, encoding and bytes of every weight of a saved model."""
 
     path: tyro.conf.Positional[Path]
-    """A `.keras` file, a ticket (`.safetensors`) or a SavedModel folder."""
+    """A `.keras` file, a ticket (`.safetensors`), a SavedModel folder, or one of `export --format \
+all`, whose table is printed after every file was checked."""
     json: bool = False
     """Print the result as a JSON document, and nothing else, on standard output."""

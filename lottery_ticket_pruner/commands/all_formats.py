@@ -16,6 +16,8 @@ import numpy as np
 import masked_layers as ml
 from lottery_ticket_pruner._keras import export_specs
 from masked_layers import files, serving
+from masked_layers.checksums import SUMS_FILE, checksum, first_wrong, lines, read
+from masked_layers.files import FileContentError
 from masked_layers.text_tables import aligned
 from masked_layers.turns import seconds_per_call
 
@@ -109,7 +111,8 @@ Call = Callable[[], Any]
 def export_all(model: keras.Model, out: Path, options: Options, *, overwrite: bool) -> FormatsTable:
     """Writes a model in every format for which the packages are installed.
 
-    The folder has a report, `formats.json`, and is complete before it replaces an existing one.
+    The folder has a report, `formats.json`, and the checksums of all files, `SHA256SUMS`, and is
+    complete before it replaces an existing one.
 
     Args:
         model: A built model, masked or plain.
@@ -157,9 +160,48 @@ def export_all(model: keras.Model, out: Path, options: Options, *, overwrite: bo
             batch_size=options.batch_size,
         )
         (scratch / REPORT).write_bytes(table.to_json())
+        sums = {name: checksum(scratch / name) for name in _files(scratch)}
+        (scratch / SUMS_FILE).write_bytes(lines(sums))
         _check_out(out, overwrite)  # Again, since writing takes time.
         files.replace_folder(scratch, out)
     return table
+
+
+def inspect_all(folder: Path) -> FormatsTable:
+    """Returns the table in a folder of all formats, after checking every byte of the formats.
+
+    Args:
+        folder: A folder that `export_all` wrote.
+
+    Raises:
+        FileContentError: If a file is missing or was changed, or there are no checksums.
+    """
+    file = folder / SUMS_FILE
+    if not file.is_file():
+        raise FileContentError(
+            f"'{file}' is missing, so the formats cannot be checked. Copy it together with them, "
+            "or export the model again: earlier versions wrote none."
+        )
+    sums = read(file)
+    wrong = first_wrong(folder, sums, sorted({REPORT, *sums, *_files(folder)}))
+    if wrong is not None:
+        raise FileContentError(
+            f"'{wrong}' is missing or does not have the checksum in {SUMS_FILE}, so one of the two "
+            "is damaged. Restore both from where the folder was copied, or export the model again."
+        )
+    try:
+        content = json.loads((folder / REPORT).read_bytes())
+        table = FormatsTable(tuple(FormatRow(**row) for row in content.pop("rows")), **content)
+        str(table)  # Which needs values of the right types.
+    except (*files.UNEXPECTED_FORM, ArithmeticError) as error:
+        raise FileContentError(f"'{folder / REPORT}' is damaged: {_line(error)}") from error
+    return table
+
+
+def _files(folder: Path) -> list[str]:
+    """Returns the names of the files that belong to a folder of all formats, but its checksums."""
+    found = (file.relative_to(folder) for file in folder.rglob("*") if file.is_file())
+    return [file.as_posix() for file in found if file.parts[0] in _CONTENTS - {SUMS_FILE}]
 
 
 def _check_out(out: Path, overwrite: bool) -> None:
@@ -235,7 +277,7 @@ def _arrays(outputs: Any) -> list[np.ndarray]:
 
 _SAVED_MODELS = ("float32", "float16", "int8", "codebook")
 _FILES = ("model.onnx", "int8.onnx", "model.pt", "model.pt.json", "model.tflite", "int8.tflite")
-_CONTENTS = frozenset((*_SAVED_MODELS, *_FILES, "ticket.safetensors", REPORT))
+_CONTENTS = frozenset((*_SAVED_MODELS, *_FILES, "ticket.safetensors", REPORT, SUMS_FILE))
 
 
 def _formats(

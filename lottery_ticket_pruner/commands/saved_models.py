@@ -9,7 +9,13 @@ import numpy as np
 import masked_layers
 from _lottery_ticket import commands as options
 from _lottery_ticket.refusals import option
-from lottery_ticket_pruner.commands.all_formats import FormatsTable, Options, export_all
+from lottery_ticket_pruner.commands.all_formats import (
+    REPORT,
+    FormatsTable,
+    Options,
+    export_all,
+    inspect_all,
+)
 from lottery_ticket_pruner.experiments import saved_tickets
 from masked_layers import serving
 from masked_layers.keras_files import how_to_save
@@ -112,8 +118,10 @@ _OPTIONS = {
 class InspectConfig(options.InspectOptions):
     """Options of `lottery-ticket inspect`."""
 
-    def execute(self) -> serving.StorageReport:
+    def execute(self) -> serving.StorageReport | FormatsTable:
         """Returns a report of the stored sizes."""
+        if (self.path / REPORT).is_file():
+            return inspect_all(self.path)
         tickets = saved_tickets.tickets_in(self.path)
         if tickets and not (self.path / "saved_model.pb").is_file():
             raise ValueError(f"'{self.path}' is the folder of a run.{_named(tickets)}")

@@ -78,7 +78,7 @@ def test_formats_that_fail_or_exceed_the_tolerance_are_not_in_the_folder(
     assert "full: OSError: No space left on device" in printed
     assert "other: outputs differ by 0.5 of the largest one, more than `tolerance`" in printed
     found = {path.name for path in (tmp_path / "all").rglob("*")}
-    assert found == {"int8.onnx", all_formats.REPORT}
+    assert found == {"int8.onnx", all_formats.REPORT, "SHA256SUMS"}
     (tmp_path / "another").mkdir()
     assert (tmp_path / "all").stat().st_mode == (tmp_path / "another").stat().st_mode
 
@@ -138,10 +138,48 @@ def test_a_folder_is_replaced_only_when_asked_and_if_it_has_only_formats(
     assert cli.main([*command, "--overwrite"]) == 2
     assert "files that are not formats of a model: ['thesis.tex']" in capsys.readouterr().err
     assert sorted(file.name for file in old.parent.iterdir()) == [
+        "SHA256SUMS",
         "formats.json",
         "thesis.tex",
         "ticket.safetensors",
     ]
+
+
+def test_inspect_checks_every_byte_of_the_folder(command, tmp_path, monkeypatch, capsys):
+    formats = {
+        "ONNX": ("model.onnx", write, fail),
+        "SavedModel int8": ("int8", lambda path: (path.mkdir(), write(path / "a")), fail),
+    }
+    monkeypatch.setattr(all_formats, "_formats", lambda model, options: formats)
+    out = tmp_path / "all"
+    assert cli.main(command) == 0
+    table = capsys.readouterr().out
+    (out / "notes.txt").write_text("of the user")
+    assert cli.main(["inspect", str(out)]) == 0
+    assert capsys.readouterr().out == table
+    for file in (out / "model.onnx", out / "int8" / "a", out / all_formats.REPORT):
+        content = file.read_bytes()
+        damages = [content[:-1] + bytes([content[-1] ^ 1]), content[:-1], None]
+        for damage in damages:
+            file.unlink()
+            if damage is not None:
+                file.write_bytes(damage)
+            elif file.name == all_formats.REPORT:  # Then it is no such folder.
+                continue
+            assert cli.main(["inspect", str(out)]) == 2
+            said = capsys.readouterr().err
+            assert f"'{file}' is missing or does not have the checksum" in said
+            assert said.count("\n") == 1
+        file.write_bytes(content)
+    sums = (out / "SHA256SUMS").read_bytes()
+    for place in range(0, len(sums), 7):
+        flipped = bytearray(sums)
+        flipped[place] ^= 4
+        (out / "SHA256SUMS").write_bytes(flipped)
+        assert cli.main(["inspect", str(out)]) == 2, bytes(flipped)
+    (out / "SHA256SUMS").unlink()
+    assert cli.main(["inspect", str(out)]) == 2
+    assert "SHA256SUMS' is missing" in capsys.readouterr().err
 
 
 def test_nothing_is_left_if_no_format_can_be_written(command, tmp_path, monkeypatch, capsys):
