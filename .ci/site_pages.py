@@ -1,4 +1,4 @@
-"""Hooks of MkDocs: notebooks with their stored outputs, and the changelog, as pages of the site."""
+"""Hooks of MkDocs: notebooks with their outputs and the changelog as pages; names in tables."""
 
 import json
 import re
@@ -29,6 +29,20 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Lets links to notebooks, which the repository's readers follow, lead to their pages."""
     return re.sub(r"(\]\([^):]*)\.ipynb\)", r"\1.md)", markdown)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Lets names in tables continue on the next line after `_`, `.` and the like, not anywhere."""
+    return re.sub(
+        r"<td.*?</td>",
+        lambda cell: re.sub(r"(?<=<code>)[^<]+", _breakable, cell[0]),
+        html,
+        flags=re.S,
+    )
+
+
+def _breakable(code: re.Match[str]) -> str:
+    return re.sub(r"[_.(=/](?=\w)", r"\g<0><wbr>", code[0])
 
 
 def as_markdown(notebook: dict[str, Any]) -> str:

@@ -3,10 +3,12 @@
 A criterion is a pure function from a `Group` of weights, ranked together, to one score per weight.
 To add one, write a function of a few lines and register it:
 
->>> @register("small_step", needs=("initial", "final"))
-... def small_step(group):
-...     '''Keeps the weights that moved least.'''
-...     return -np.abs(group.final - group.initial)
+```python
+@register("small_step", needs=("initial", "final"))
+def small_step(group):
+    '''Keeps the weights that moved least.'''
+    return -np.abs(group.final - group.initial)
+```
 
 Notation in the docstrings: `w0` is the recorded initial weight, `wf` the recorded final weight and
 `w` the current raw weight. A criterion can also request *evidence*, which the pruner measures

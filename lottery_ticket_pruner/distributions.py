@@ -3,10 +3,12 @@
 To add one, write a function that maps the shape of a kernel to its density relative to the other
 kernels, and register it:
 
->>> @register("small_dense")
-... def small_dense(shape):
-...     '''A higher density for smaller kernels: 1 / sqrt(size).'''
-...     return math.prod(shape) ** -0.5
+```python
+@register("small_dense")
+def small_dense(shape):
+    '''A higher density for smaller kernels: 1 / sqrt(size).'''
+    return math.prod(shape) ** -0.5
+```
 """
 
 import dataclasses

@@ -2,10 +2,12 @@
 
 A schedule is a function of the step. To add one, write a function of a line or two and register it:
 
->>> @register("staircase")
-... def staircase(step):
-...     '''Adds 0.1 every thousand steps, up to 0.9.'''
-...     return min(step // 1000, 9) / 10
+```python
+@register("staircase")
+def staircase(step):
+    '''Adds 0.1 every thousand steps, up to 0.9.'''
+    return min(step // 1000, 9) / 10
+```
 
 A step is a trained batch: `schedule(100)` is the sparsity after one hundred batches.
 

@@ -9,10 +9,12 @@ convolution's window). A tile is given as (positions, inputs, outputs). The last
 is smaller if the size of the axis is not a multiple of the tile's. To add a structure, write a
 function that returns its tile, and register it:
 
->>> @register("windows")
-... def windows(layout):
-...     '''The whole window of each pair of an input and an output.'''
-...     return layout.sizes[0], 1, 1
+```python
+@register("windows")
+def windows(layout):
+    '''The whole window of each pair of an input and an output.'''
+    return layout.sizes[0], 1, 1
+```
 """
 
 import dataclasses

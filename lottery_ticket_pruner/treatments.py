@@ -3,12 +3,14 @@
 A treatment of kept weights is a pure function from a `Kernel` (the mask and records of one masked
 weight) to the values that the kept entries start from. A treatment of pruned weights is a pure
 function of a `Kernel` and these values. It returns all values: kept entries start from them, and
-pruned entries are frozen at them.
+pruned entries are frozen at them. To add one, write a function and register it:
 
->>> @register_kept("halved")
-... def halved(kernel):
-...     '''Starts from half of the initial weights.'''
-...     return kernel.initial / 2
+```python
+@register_kept("halved")
+def halved(kernel):
+    '''Starts from half of the initial weights.'''
+    return kernel.initial / 2
+```
 
 Notation in the docstrings: `w0` is the recorded initial weight and `wf` the recorded final weight.
 Every round starts from the same `w0`, so permutations do not accumulate.
