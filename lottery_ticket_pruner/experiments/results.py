@@ -120,7 +120,7 @@ def write_figure(file: Path, figure: "Figure") -> None:
 def is_run(folder: Path) -> bool:
     """Returns True if a folder contains a configuration and results, or says that it does.
 
-    Folders of `lottery-ticket prune` are no runs of an experiment.
+    Folders of `lottery-ticket prune` are not runs of an experiment.
     """
     if is_pruned(folder):
         return False

@@ -188,7 +188,8 @@ def _carry_out(
         results.write_figure(folder.path / "heat-map.png", figures.heat_map(shown))
     for number, (title, lines, label) in enumerate(figures.charts(shown), 1):
         figure = figures.line_figure(lines, x_label=label)
-        figure.suptitle(title, fontsize=10)
+        text = "\n".join(filter(None, (title, figures.describe_spread(lines))))
+        figure.suptitle(text, fontsize=10)
         results.write_figure(folder.path / f"curves-{number}.png", figure)
 
 

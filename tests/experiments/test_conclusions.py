@@ -31,15 +31,19 @@ def test_tickets_that_match_and_beat():
     text = conclusions.of_search(searched([1, 0, -2], [(0, 0, 0), (2, 3, 4), (5, 5, 6)]))
     assert text == (
         "On average over 3 seeds, tickets with as few as 25.00 % of the weights are at least as "
-        "accurate as the dense network (90.10 ± 0.10 %). With 12.50 % of the weights, their "
-        "accuracy is 5.33 points above that of random mask. They beat the control (random mask) "
-        "from 25.00 % of the weights on (the 95 % interval of each difference is above zero)."
+        "accurate as the dense network (90.10 ± 0.10 %). With 12.50 % of the weights, the "
+        "accuracy of the tickets is 5.33 points above that of random mask. They beat the control "
+        "(random mask) from 25.00 % of the weights on (the 95 % interval of each difference is "
+        "above zero)."
     )
 
 
 def test_a_difference_that_may_be_zero_beats_nothing():
     text = conclusions.of_search(searched([-1], [(5, -1, 2)]))
-    assert text.startswith("No ticket is as accurate as the dense network (90.10 ± 0.10 %); with")
+    assert text.startswith(
+        "No ticket is as accurate as the dense network (90.10 ± 0.10 %). The closest is 1.00 "
+        "points below it, with 50.00 % of the weights."
+    )
     assert text.endswith(
         "the 95 % interval of at least one of these differences is not above zero."
     )
@@ -55,7 +59,7 @@ def test_unfinished_seeds_and_equal_accuracies():
     # The dense network of the seed that got furthest, and no difference in favor of either.
     assert text.startswith("In one seed, tickets with as few as 25.00 % of the weights")
     assert "the dense network (90.10 %)" in text
-    assert "their accuracy is equal to that of random mask. They do not beat" in text
+    assert "the accuracy of the tickets is equal to that of random mask. They do not beat" in text
 
 
 def test_only_accuracies_on_the_same_data_are_compared(tmp_path):

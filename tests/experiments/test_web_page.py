@@ -252,18 +252,26 @@ def test_results_without_rounds_are_drawn_by_their_choices(tmp_path):
     write_run(tmp_path / "grid", rows, strategy=None)
     (group,) = run_folders.groups_of(run_folders.find_runs([tmp_path]))
     assert [title for title, _, _ in figures.charts(group.rows)] == [
-        "weights initial, dwr True",
-        "weights initial, dwr False",
-        "weights signed_constant, dwr True",
-        "weights signed_constant, dwr False",
+        "weights initial, rescaled",
+        "weights initial, not rescaled",
+        "weights signed_constant, rescaled",
+        "weights signed_constant, not rescaled",
     ]
     _, lines, _ = figures.charts(group.rows)[0]
     assert [line.label for line in lines] == ["large_final", "random", "movement"]
     assert sorted(lines[0].x) == pytest.approx([40, 80])
     at_40 = lines[0].samples[np.argmin(lines[0].x)]
     assert at_40 == pytest.approx((0.76, 0.77))
+    # Nine bands would hide each other, so there are only means, which the caption says.
+    for count, start in ((8, "Bands: lowest"), (9, "Means of 2 replicates")):
+        many = figures.with_looks([lines[0]] * count)
+        bands = figures.line_figure(many).axes[0].collections
+        ends = [band.get_paths()[0].vertices for band in bands]
+        heights = [np.ptp(points[points[:, 0] == points[0, 0], 1]) for points in ends]
+        assert [height > 0.9 for height in heights] == [count == 8] * count
+        assert figures.describe_spread(many).startswith(start)
     sheet = tables.best_sheet(group.rows)
-    assert sheet.headings[:3] == ("criterion", "initial, dwr", "initial")
+    assert sheet.headings[:3] == ("criterion", "initial, rescaled", "initial")
     assert sheet.lines[0] == ("large_final", *["76.50 ± 0.71 at 40%"] * 4)
     assert "| large_final | 76.50 ± 0.71 at 40% |" in sheet.markdown()
     assert [line[0] for line in sheet.lines] == ["large_final", "random", "movement"]

@@ -1,5 +1,6 @@
 """Sentences that say what the results of a report show, from the same numbers as its tables."""
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,7 +18,7 @@ from lottery_ticket_pruner.experiments.reports.statistics import (
     interval,
     levels_of,
     place_of,
-    text_of,
+    setting_text,
 )
 
 # Largest relative difference of weights remaining at which tickets are compared in a sentence.
@@ -55,8 +56,8 @@ def _against_dense(rows: pd.DataFrame) -> str:
         )
     best = max(means, key=lambda number: means[number])
     return (
-        f"No ticket is as accurate as {_dense(rows, best)}; with {_percent(left[best])} of the "
-        f"weights it is {_points(means[best])} below."
+        f"No ticket is as accurate as {_dense(rows, best)}. The closest is {_points(means[best])} "
+        f"below it, with {_percent(left[best])} of the weights."
     )
 
 
@@ -74,7 +75,7 @@ def _against_controls(rows: pd.DataFrame) -> str:
     if not numbers:
         return ""
     last, left = numbers[-1], _left(rows)
-    sentence = f"With {_percent(left[last])} of the weights, their accuracy is "
+    sentence = f"With {_percent(left[last])} of the weights, the accuracy of the tickets is "
     sentence += _listed([_difference(arm, gains[last]) for arm, gains in every.items()])
     beaten = {n for n in numbers if all(_is_above(gains[n]) for gains in every.values())}
     begin = next((n for n in numbers if {m for m in numbers if m >= n} <= beaten), None)
@@ -147,10 +148,7 @@ def of_masks(rows: pd.DataFrame) -> str:
             found.append((level["test_accuracy"].mean(), at, values, level))
     _, at, values, level = max(found, key=lambda one: one[0])
     choices = dict(zip(factors, values, strict=True))
-    rescaled = choices.pop("dwr", None)
-    names = [f"{name.replace('_', ' ')} {text_of(value)}" for name, value in choices.items()]
-    names += [] if rescaled is None else ["rescaled" if rescaled else "not rescaled"]
-    named = ", ".join(names)
+    named = ", ".join(itertools.starmap(setting_text, choices.items()))
     at_place = f"at {place} {at:g}"
     where = f"with {100 * (1 - at):.4g} % of the weights" if place == "sparsity" else at_place
     best = accuracy_text(level["test_accuracy"])

@@ -105,7 +105,7 @@ def _search_charts(group: Group) -> list[Picture]:
         return []
     title = f"Accuracy of the ticket and its controls: {group.label or group.title}"
     dense = statistics.dense_accuracies(group.rows)
-    return [Chart("accuracy", title, _bands(lines), lines, dense=dense)]
+    return [Chart("accuracy", title, figures.describe_spread(lines), lines, dense=dense)]
 
 
 def _mask_charts(group: Group) -> list[Picture]:
@@ -114,7 +114,7 @@ def _mask_charts(group: Group) -> list[Picture]:
         Chart(
             "accuracy-of-masks",
             f"Accuracy of the masks{f': {name}' if name else ''}",
-            _bands(lines),
+            figures.describe_spread(lines),
             lines,
             x_label,
         )
@@ -123,7 +123,8 @@ def _mask_charts(group: Group) -> list[Picture]:
     if {"criterion", "weights", "dwr", "sparsity"} <= set(rows):
         caption = "Mean test accuracy in percent. Each row is a criterion."
         for (weights, dwr), own in rows.groupby(["weights", "dwr"], sort=False):
-            title = f"Accuracy of all masks: weights {weights}, dwr {dwr}"
+            title = f"Accuracy of all masks: {statistics.setting_text('weights', weights)}"
+            title += f", {statistics.setting_text('dwr', dwr)}"
             draw = functools.partial(figures.heat_map, own)
             found.append(Drawing("accuracy-of-all-masks", title, caption, draw))
     return found
@@ -184,7 +185,7 @@ def comparisons(groups: Sequence[Group]) -> list[Chart]:
         Chart(
             "tickets-compared",
             f"Tickets compared: {names}",
-            _bands(lines),
+            figures.describe_spread(lines),
             figures.with_looks(lines),
         )
         for names, lines in together.items()
@@ -237,10 +238,6 @@ def portraits_of(of_group: GroupTickets) -> list[Drawing]:
     draw = functools.partial(portraits.masks_figure, portrait)
     found.append(Drawing("masks", f"Masks {whose}", portraits.describe_masks(portrait), draw))
     return found
-
-
-def _bands(lines: Sequence[figures.Line]) -> str:
-    return statistics.describe_bands(len(sample) for line in lines for sample in line.samples)
 
 
 def named(all_tickets: Sequence[GroupTickets]) -> dict[str, Picture]:

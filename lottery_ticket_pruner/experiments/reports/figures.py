@@ -23,6 +23,7 @@ from lottery_ticket_pruner.experiments.reports.statistics import (
     interval,
     levels_of,
     place_of,
+    setting_text,
     text_of,
 )
 
@@ -30,6 +31,9 @@ _STYLES = ("-", "--", ":", "-.")
 
 _ARMS = ("ticket", "random_reinit", "random_mask", "reshuffled_mask", "reinit_same_sign")
 _LOOKS = {arm: pictures.look(number) for number, arm in enumerate(_ARMS)}
+
+# Bands of more lines than these would hide each other.
+_MOST_BANDS = len(pictures.PALETTE)
 
 # Label of the axis of what is left of the weights, which `weights_axis` draws.
 WEIGHTS = "weights remaining (log scale)"
@@ -79,6 +83,15 @@ def with_looks(lines: Sequence[Line]) -> list[Line]:
     return found
 
 
+def describe_spread(lines: Sequence[Line]) -> str:
+    """Describes the bands of a figure with these lines, or says that it has none."""
+    counts = [len(sample) for line in lines for sample in line.samples]
+    if len(lines) <= _MOST_BANDS or max(counts) < 2:
+        return describe_bands(counts)
+    shown = f"{min(counts)} to {max(counts)}" if min(counts) < max(counts) else f"{max(counts)}"
+    return f"Means of {shown} replicates; {len(lines)} bands would hide each other"
+
+
 def charts(rows: pd.DataFrame) -> list[tuple[str, list[Line], str]]:
     """Returns title, lines and axis label of the figures for rows without rounds.
 
@@ -88,8 +101,7 @@ def charts(rows: pd.DataFrame) -> list[tuple[str, list[Line], str]]:
     factors = sorted(factors_of(rows), key=lambda name: -rows[name].nunique())
     found = []
     for values, of_chart in grouped(rows, factors[1:]):
-        names = zip(factors[1:], values, strict=True)
-        title = ", ".join(f"{name} {value}" for name, value in names)
+        title = ", ".join(map(setting_text, factors[1:], values))
         lines = []
         for label, own in grouped(of_chart, factors[:1]):
             levels = levels_of(own, place)
@@ -165,8 +177,8 @@ def accuracy_figure(rows: Sequence[dict[str, Any]] | pd.DataFrame, title: str) -
     rows = pd.DataFrame(rows)
     lines = arm_lines(rows)
     figure = line_figure(lines, dense=dense_accuracies(rows), figsize=(8, 4.6))
-    bands = describe_bands(len(sample) for line in lines for sample in line.samples)
-    figure.axes[0].set_title("\n".join(filter(None, (title, bands))), fontsize=10)
+    text = "\n".join(filter(None, (title, describe_spread(lines))))
+    figure.axes[0].set_title(text, fontsize=10)
     return figure
 
 
@@ -186,7 +198,8 @@ def line_figure(
     figure = Figure(figsize=figsize, layout="constrained")
     axes = figure.subplots()
     means = [_error(sample) for line in lines for sample in line.samples]
-    bands = [[_band(sample) for sample in line.samples] for line in lines]
+    band = _band if len(lines) <= _MOST_BANDS else _no_band
+    bands = [[band(sample) for sample in line.samples] for line in lines]
     edges = [edge for of_line in bands for band in of_line for edge in band]
     if dense:
         means.append(_error(dense))
@@ -299,3 +312,7 @@ def _band(accuracies: Sequence[float]) -> tuple[float, float]:
     """Returns the errors at both ends of the interval in percent."""
     low, high = interval(accuracies)
     return 100 * (1 - low), 100 * (1 - high)
+
+
+def _no_band(accuracies: Sequence[float]) -> tuple[float, float]:
+    return _error(accuracies), _error(accuracies)

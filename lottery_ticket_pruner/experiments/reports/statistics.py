@@ -52,6 +52,13 @@ def describe_bands(counts: Iterable[int]) -> str:
     return f"Bands: {'; '.join(texts)}" if texts else ""
 
 
+def setting_text(name: str, value: object) -> str:
+    """Returns the choice of an option in words, for titles and sentences."""
+    if name == "dwr":
+        return "rescaled" if value else "not rescaled"
+    return f"{name.replace('_', ' ')} {text_of(value)}"
+
+
 def accuracy_text(accuracies: Sequence[float]) -> str:
     """Returns the mean in percent and, for several values, the standard deviation."""
     return spread(100 * np.asarray(accuracies, float), "{:.2f}")

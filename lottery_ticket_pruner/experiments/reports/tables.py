@@ -46,7 +46,8 @@ class Sheet:
     def table(self) -> Table:
         """Returns the table for the terminal. Wide tables get less padding."""
         columns = zip(self.headings, *self.lines, strict=True)
-        close = sum(2 + max(map(len, column)) for column in columns) > _TERMINAL
+        # A blank on both sides of each column, a blank between columns and at both edges.
+        close = 1 + sum(3 + max(map(len, column)) for column in columns) > _TERMINAL
         table = Table(
             box=rich.box.SIMPLE,
             title=escape(self.title),
@@ -354,11 +355,9 @@ def _best(rows: pd.DataFrame, place: str) -> tuple[str, str]:
 
 
 def _setting(names: Sequence[str], values: Sequence[Any]) -> str:
-    """Returns choices as a heading. Booleans are shown by their names."""
+    """Returns choices as a short heading, without the names of options."""
     texts = [
-        name * bool(value)
-        if isinstance(value, bool | np.bool_)
-        else text_of(value).replace("_", " ")
+        "rescaled" * bool(value) if name == "dwr" else text_of(value).replace("_", " ")
         for name, value in zip(names, values, strict=True)
     ]
-    return ", ".join(filter(None, texts)) or f"no {names[0]}"
+    return ", ".join(filter(None, texts)) or "not rescaled"
