@@ -176,8 +176,8 @@ class ReportConfig:
     folders: _Folders
     """Run folders, or folders that contain run folders, such as that of a sweep or ./runs."""
     out: OptionalPath = None
-    """Folder for report.html, tables.md, results.csv and *.png. By default `report` inside FOLDER
-    if there is only one, otherwise ./report."""
+    """Folder for report.html, tables.md, results.csv and *.png. Default: `report` inside \
+FOLDER if there is only one, otherwise ./report."""
     quiet: bool = False
     """Print nothing but errors."""
 

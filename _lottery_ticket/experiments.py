@@ -41,7 +41,8 @@ _NETWORK = tyro.conf.arg(
 _STRATEGY = tyro.conf.arg(
     metavar="NAME",
     help=f"Pruning criterion, which decides what is kept: {', '.join(names.CRITERIA)}; "
-    f"with --structure channels also {', '.join(names.CHANNEL_CRITERIA)}. {_CUSTOM}.",
+    f"with --structure channels also {', '.join(names.CHANNEL_CRITERIA)}. In Python, "
+    f"help(lottery_ticket_pruner.criteria) explains them. {_CUSTOM}.",
 )
 _STRUCTURE = tyro.conf.arg(
     metavar="NAME",
@@ -60,11 +61,15 @@ _RATE = tyro.conf.arg(
 _KEPT = tyro.conf.arg(
     metavar="NAME",
     help="Values that the ticket's kept weights start from in every round: "
-    f"{', '.join(names.KEPT)}. {_CUSTOM}.",
+    f"{', '.join(names.KEPT)}. rewind takes those of --rewind-to, finetune the trained ones; "
+    "reinit draws new ones, reshuffle permutes the kept ones of a layer, constant is plus or minus "
+    f"their deviation at random, and ..._same_sign keeps the initial signs. {_CUSTOM}.",
 )
 _PRUNED = tyro.conf.arg(
     metavar="NAME",
-    help=f"Values of its pruned weights: {', '.join(names.PRUNED)}. {_CUSTOM}.",
+    help=f"Values of its pruned weights: {', '.join(names.PRUNED)}. freeze keeps them at their "
+    "initial values, zero_if_shrunk only those whose magnitude did not shrink in training; "
+    f"zero_if_shrunk_all also sets kept weights to zero that shrank. {_CUSTOM}.",
 )
 _CHOSEN = tyro.conf.arg(
     metavar="NAME",
@@ -151,7 +156,7 @@ of the steps. Default: that of the network's recipe, sgd for resnet-20 and other
     """Tool that logs the curves: TensorBoard, in the run folder, or MLflow or Weights & Biases, \
 where their environment variables say. They have a run for each seed."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Seeds. Each has a separate replicate, including its initial weights."""
+    """Seeds. All is repeated for each, with other initial weights and another order of the data."""
     out: OptionalPath = None
     """Run folder. Default: a folder in ./runs, named after the options. An interrupted run with \
 the same options is resumed; finished runs, and runs with other options, are not changed."""
@@ -202,9 +207,11 @@ class SupermaskOptions:
     """Shares of pruned weights. Default: eleven from 0.1 to 0.98, or 0.5 to learn edge_popup \
 masks. A bernoulli mask learns its sparsity."""
     weights: tuple[_Weights, ...] = names.WEIGHTS
-    """Values under the masks: initial weights, or their signs times their deviation."""
+    """Values under the masks: initial weights, or (signed_constant) the signs of these times the \
+standard deviation of their layer."""
     dwr: tuple[bool, ...] = (False, True)
-    """Whether weights are rescaled by size / ones(mask)."""
+    """Whether the kept weights of each layer are multiplied by the number of all divided by the \
+number of kept ones (dynamic weight rescaling). Several values are tried in turn."""
     scope: Annotated[Literal["layer", "global"] | None, choice("layer", "global")] = None
     """Weights that are ranked together. Default: layer, or global for resnet-20."""
     steps: OptionalInt = None
@@ -219,7 +226,7 @@ the optimizers of their papers."""
     samples: int = SAMPLES
     """Number of masks sampled to evaluate a learned bernoulli mask (with --learn)."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Seeds. Each has a separate replicate, including its initial weights."""
+    """Seeds. All is repeated for each, with other initial weights and another order of the data."""
     out: OptionalPath = None
     """Run folder. Default: a folder in ./runs, named after the options. Complete seeds of an \
 interrupted run with the same options are kept; finished runs, and runs with other options, are \
@@ -269,7 +276,7 @@ data sets, or with --masks those of that run."""
     points: int = 30
     """Number of points on the line, including its ends."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Seeds. Each has a separate replicate, including its initial weights."""
+    """Seeds. All is repeated for each, with other initial weights and another order of the data."""
     out: OptionalPath = None
     """Run folder. Default: a folder in ./runs, named after the options. Results of an interrupted \
 run with the same options are kept; finished runs, and runs with other options, are not changed."""

@@ -1,4 +1,4 @@
-"""What was probably meant by a name that does not exist."""
+"""Finds what was probably meant by a name that does not exist."""
 
 import difflib
 from collections.abc import Iterable

@@ -6,6 +6,7 @@ import importlib.util
 import io
 import os
 import platform
+import re
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -193,9 +194,10 @@ def _page() -> Iterator[None]:
 
 def _wrapped(text: str) -> str:
     """Returns a help text within the page, without the frame of its table."""
-    lines = [line.rstrip("│ ").lstrip("│╭─").rstrip("─╮ ") for line in text.strip().splitlines()]
+    usage, _, text = text.strip().partition("\n\n")
+    lines = [line.rstrip("│ ").lstrip("│╭─").rstrip("─╮ ") for line in text.splitlines()]
     lines = [line for line in lines if not line or set(line) - set(" -─╭╮╰╯")]
-    return "\n".join(
+    wrapped = "\n".join(
         f"{line.strip()}:"
         if line.startswith((" options", " positional"))
         else _filled(line)
@@ -203,6 +205,16 @@ def _wrapped(text: str) -> str:
         else line
         for line in lines
     )
+    # A help that ends at the edge of the page is followed by an empty line.
+    wrapped = re.sub(r"\n\n(?=  -)", "\n", wrapped)
+    return f"{_usage(usage)}\n\n{wrapped}"
+
+
+def _usage(text: str) -> str:
+    """Returns a usage on one line, with one word for all options, as where there are many."""
+    whole = " ".join(text.split())
+    short = re.sub(r" \[--[^\]]*\]", "", whole)
+    return short if short == whole else short.replace("[-h]", "[-h] [OPTIONS]")
 
 
 def _end(text: str) -> NoReturn:

@@ -56,7 +56,7 @@ def check_names(kind: type[Any], command: str, arguments: Sequence[str]) -> None
         if name in unnamed:
             usage = " ".join([command, *(one.lstrip("-").upper() for one in unnamed)])
             raise UsageError(
-                f"{name} is no option: give the value alone, as in lottery-ticket {usage}."
+                f"{name} is not an option: give the value alone, as in lottery-ticket {usage}."
             )
         if name not in known:
             if (command, name) in _WITHOUT:
@@ -111,6 +111,11 @@ def reason(kind: type[Any], arguments: Sequence[str], said: str) -> str:
         for value in arguments:
             if name in fields and text == f"Unexpected: {value}." and value in there:
                 return f"{text} Did you mean {name} {value}?"
+    for value in arguments:
+        is_model = value.endswith((".keras", ".h5")) and text == f"Unexpected: {value}."
+        if is_model and "--network" in fields:
+            prune = f"lottery-ticket prune {value}"
+            return f"{text} Did you mean --network {value}, or, of a trained model, {prune}?"
     return text
 
 

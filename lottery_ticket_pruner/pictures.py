@@ -41,7 +41,7 @@ DARK_PALETTE = (
 
 MARKERS = "os^vDPX*"
 
-# Colors of lines that are no results, and of texts. Web pages replace them as well.
+# Colors of lines that are not results, and of texts. Web pages replace them as well.
 INK, GRID, MUTED = "#000000", "#b0b0b0", "#737373"
 
 # Start of the identifiers of artists with a text for a pointer, see `tell`.

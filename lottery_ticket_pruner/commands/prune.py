@@ -189,6 +189,7 @@ def prune(config: PruneConfig, console: Console | None = None) -> PruneResult:
     parts = load_data(config)
     with devices.scope(config.devices):
         model = load(config)
+    _check_inputs(config, model, parts)
     folder = config.folder
     _print(console, f"Results go to {folder}")
     with served_latency.DenseFolder(model) as dense, _Log(config) as log:
@@ -364,6 +365,21 @@ def _compiled(model: object, where: str = "") -> keras.Model:
             "after compile(), or name a function that returns it compiled: file.py:function."
         )
     return model
+
+
+def _check_inputs(config: PruneConfig, model: keras.Model, parts: Parts) -> None:
+    """Raises an error if a single input has another number of values than the model takes."""
+    x, shape = parts.train[0], getattr(model, "input_shape", None)
+    if not (isinstance(x, np.ndarray) and isinstance(shape, tuple)):
+        return
+    wanted = shape[1:]
+    if not all(isinstance(size, int) for size in wanted) or np.prod(wanted) == np.prod(x.shape[1:]):
+        return
+    name = " Name your own data: --data module:function or path/to/file.py:function."
+    raise ValueError(
+        f"{config.model} takes inputs of shape {wanted}, but those of --data {config.data} have "
+        f"{x.shape[1:]}.{'' if datasets.is_own(config.data) else name}"
+    )
 
 
 def _labels(parts: Parts) -> list[int] | None:

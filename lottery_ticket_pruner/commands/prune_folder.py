@@ -26,6 +26,14 @@ _REPORT_FILES = ("report.html", "model_card.md")
 _SERVED = "served"
 
 
+def models_in(folder: Path) -> list[Path]:
+    """Returns the models that a folder of a search has: the file, and the SavedModel if written."""
+    if not (folder / RESULT_FILE).is_file():
+        return []
+    served = folder / _SERVED / "1"
+    return [folder / MODEL_FILE, *([served] if served.is_dir() else [])]
+
+
 def begin(folder: Path) -> None:
     """Marks a folder as incomplete, so that no new model is taken for that of an earlier search."""
     for name in (CONFIG_FILE, SUMS_FILE):

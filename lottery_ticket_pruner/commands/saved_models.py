@@ -9,6 +9,7 @@ import numpy as np
 import masked_layers
 from _lottery_ticket import commands as options
 from _lottery_ticket.refusals import option
+from lottery_ticket_pruner.commands import prune_folder
 from lottery_ticket_pruner.commands.all_formats import (
     REPORT,
     FormatsTable,
@@ -122,16 +123,18 @@ class InspectConfig(options.InspectOptions):
         """Returns a report of the stored sizes."""
         if (self.path / REPORT).is_file():
             return inspect_all(self.path)
-        tickets = saved_tickets.tickets_in(self.path)
-        if tickets and not (self.path / "saved_model.pb").is_file():
-            raise ValueError(f"'{self.path}' is the folder of a run.{_named(tickets)}")
+        if not (self.path / "saved_model.pb").is_file():
+            if tickets := saved_tickets.tickets_in(self.path):
+                raise ValueError(f"'{self.path}' is the folder of a run.{_named(tickets)}")
+            if models := prune_folder.models_in(self.path):
+                raise ValueError(f"'{self.path}' is a folder of `prune`.{_named(models)}")
         return serving.inspect(self.path)
 
 
 def _check_model(path: Path) -> None:
     if not path.is_file():
         received = f" Received: the folder '{path}'." if path.is_dir() else ""
-        received += _named(saved_tickets.tickets_in(path))
+        received += _named(saved_tickets.tickets_in(path) or prune_folder.models_in(path))
         raise FileNotFoundError(f"There is no file '{path}'.{received}")
     if path.suffix not in saved_tickets.SUFFIXES:
         raise ValueError(
@@ -140,8 +143,11 @@ def _check_model(path: Path) -> None:
         )
 
 
-def _named(tickets: Sequence[Path]) -> str:
-    return f" Its tickets: {', '.join(map(str, tickets))}." if tickets else ""
+def _named(models: Sequence[Path]) -> str:
+    if not models:
+        return ""
+    kind = "tickets" if models[0].suffix == SUFFIX else "models"
+    return f" Its {kind}: {', '.join(map(str, models))}."
 
 
 def _array(path: Path) -> np.ndarray:

@@ -132,7 +132,7 @@ def compare(metric: Metric, dense: Outcome, pruned: Outcome, examples: int) -> C
     """Compares the outcomes of two models, with a confidence interval of the difference.
 
     An accuracy is compared example by example, another mean over examples by a bootstrap over at
-    most 200 groups of examples. For metrics that are no means, such as AUC, there is no interval,
+    most 200 groups of examples. For metrics that are not means, such as AUC, there is no interval,
     nor for fewer than 20 groups, or if all differ alike.
     """
     from lottery_ticket_pruner.compression import intervals  # Needs SciPy.

@@ -55,7 +55,7 @@ def prune(
     - `"one_shot"` prunes by magnitude without any training, and fits the kept weights of each layer
       to the layer's former outputs on 512 training examples.
     - `"iterative"` trains after each step. A trained model keeps its weights, and the learning
-      rate starts anew (learning-rate rewinding, Renda et al., arXiv 2003.02389).
+      rate starts from the beginning (learning-rate rewinding, Renda et al., arXiv 2003.02389).
     - `"gradual"` prunes the dense model while it trains, for three times the epochs (Zhu & Gupta,
       arXiv 1710.01878). To a sparsity or a size, this is a single training.
     - `"channels"` prunes whole channels, trains after each step, and removes them at the end, which

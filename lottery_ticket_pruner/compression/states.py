@@ -167,17 +167,11 @@ class Progress:
                 f"'{file}' is not the state of a search, or is damaged: {error}. Choose another "
                 "folder, or delete this one to start over."
             ) from error
-        changed = [
-            key
-            for key in self._arguments | arguments
-            if self._arguments.get(key) != arguments.get(key)
-        ]
-        if changed:
-            there = {key: arguments.get(key) for key in changed}
-            here = {key: self._arguments.get(key) for key in changed}
+        if arguments != self._arguments:
+            there, here = _differences(arguments, self._arguments)
             raise ValueError(
                 f"'{self._folder}' holds another search. There: {there}. Here: {here}. Choose "
-                "another folder, or delete this one to start over."
+                "another folder, or pass `overwrite` to start over."
             )
         if unidentified := reasons(self._arguments):
             raise ValueError(
@@ -185,3 +179,10 @@ class Progress:
                 f"{' '.join(unidentified)} Choose another folder, or delete this one to start over."
             )
         self.rows, self.facts = rows, facts
+
+
+def _differences(*arguments: Mapping[str, Any]) -> list[str]:
+    """Returns as text for each of two searches the arguments that differ, and the goals by name."""
+    first, second = ({**each, **(each.get("goals") or {})} for each in arguments)
+    names = [key for key in first | second if key != "goals" and first.get(key) != second.get(key)]
+    return [", ".join(f"`{key}` {each.get(key)!r}" for key in names) for each in (first, second)]

@@ -121,6 +121,8 @@ print(json.dumps([len(lines), sorted(heavy & sys.modules.keys())]))
     assert not any(character in done.stdout for character in "│╭\x1b")
     text = " ".join(" ".join(printed).split())
     assert text.count("exit status: 0 all is done") == 12
+    usages = [line for line in done.stdout.splitlines() if line.startswith("usage: ")]
+    assert usages.pop() == "usage: lottery-ticket inspect [-h] [OPTIONS] PATH"
     assert f"lottery-ticket-pruner {lottery_ticket_pruner.__version__} Python 3." in text
     for absent in ("(default: )", "(default: None)", "None,"):
         assert absent not in text
@@ -144,6 +146,10 @@ print(json.dumps([len(lines), sorted(heavy & sys.modules.keys())]))
         ("run --network", "--network expects a value."),
         ("run --rewind-to=", None),
         ("run lenet-300-100", "Unexpected: lenet-300-100. Did you mean --network lenet-300-100?"),
+        (
+            "run my.keras",
+            "--network my.keras, or, of a trained model, lottery-ticket prune my.keras?",
+        ),
         ("prune --max-drop 1%", "--max-drop expects a number. Received: '1%'. Give a share: 0.01."),
         ("export model.keras", "Expected MODEL OUT."),
         ("export model.keras out --values int9", "Received: 'int9'. Did you mean 'int8'?"),
@@ -151,7 +157,10 @@ print(json.dumps([len(lines), sorted(heavy & sys.modules.keys())]))
         ("compare", "Name at least one model to compare."),
         ("report --quiet", "Name at least one folder to report."),
         ("export a.keras --out served/1", "alone, as in lottery-ticket export MODEL OUT."),
-        ("prune --model a.keras", "--model is no option: give the value alone, as in lottery-tick"),
+        (
+            "prune --model a.keras",
+            "--model is not an option: give the value alone, as in lottery-tick",
+        ),
         ("run --rate 0.2 --steps 9 --rate conv=0.1", "all values at once: --rate 0.2 conv=0.1"),
         ("sweep --over rate=0.1,0.2 --over steps=1,2", None),
         ("sweep --jobs two", "--jobs expects a whole number. Received: 'two'."),

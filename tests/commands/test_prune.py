@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import types
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -41,6 +42,11 @@ def make():
 
 def one():
     return 1
+
+def wide():
+    model = keras.Sequential([keras.Input((5, 1)), keras.layers.Flatten(), keras.layers.Dense(2)])
+    model.compile(loss="mse")
+    return model
 
 def plain():
     return keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
@@ -151,7 +157,11 @@ def test_a_model_and_data_of_a_user_become_a_folder(here, capsys, monkeypatch):
     assert (here / "out" / "model.keras").is_file()
     # Other options are refused, unless the earlier search is discarded.
     assert run("own.py:make", "--sparsity", "0.5", "--out", "out") == 2
-    assert "holds another search" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "There: --max-drop 0.03, --sparsity None. Here: --max-drop None, --sparsity 0.5" in error
+    assert "pass --overwrite to start over" in error
+    assert cli.main(["inspect", "out"]) == cli.main(["export", "out", "file"]) == 2
+    assert capsys.readouterr().err.count(f" Its models: {Path('out', 'model.keras')}") == 2
     assert run("own.py:make", "--sparsity", "0.5", "--out", "out", "--overwrite") == 0
     assert float(rows_of(here / "out")[-1]["sparsity"]) == 0.5
 
@@ -255,6 +265,10 @@ def _interrupt(self, row):
         (["own.py:one"], "own.py:one: Expected a Keras model. Received: int."),
         (["ticket.safetensors"], "A ticket file contains no loss: name a function"),
         (["own.py:plain"], "own.py:plain: The model is not compiled"),
+        (
+            ["own.py:wide"],
+            "takes inputs of shape (5, 1), but those of --data own.py:load have (4,).",
+        ),
         (["own.py:broken"], "own.py:broken raised KeyError: 'colour'"),
         (["own.py:nothing"], "has no function 'nothing' to make a model with. It has: load, make"),
         (["absent.py:make"], "There is no file 'absent.py' to make a model with."),
