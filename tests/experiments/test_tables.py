@@ -112,6 +112,15 @@ def test_the_table_of_masks_fits_a_terminal():
     assert "…" not in str(lines)
 
 
+def test_a_table_of_89_columns_keeps_names_whole_on_80():
+    """Without its blanks between columns it would fit."""
+    headings = ("step", "method", "sparsity", "validation", "drop", "trained", "seconds", "")
+    line = ("10", "sensitivity", "95.58%", "0.9118", "+0.0441", "406 steps", "0.3", "accepted")
+    lines = rendered(tables.Sheet("tried", headings, (line,), names=2).table(), 80)
+    assert headings[1] in lines[2]
+    assert " ".join(line).split() in lines
+
+
 def test_differences_are_paired_by_seed():
     rng = np.random.default_rng(0)
     ticket, mask = rng.uniform(0.8, 0.9, (2, 4))
