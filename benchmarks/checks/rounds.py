@@ -6,8 +6,8 @@ Each round trains a small model for a few steps, prunes one or two of its weight
 others, once with `training.fit` and once with `model.fit`. Printed are the resident memory, the
 number of traces or compilations and the processor time of a round at a tenth of the rounds and at
 the end. Then models of different sizes are made, pruned by gradients, evaluated and deleted, and
-those that stay in memory are counted. Even when nothing in Python stays, TensorFlow keeps about a
-kilobyte for each operation of a function that it has traced. Therefore, plain models of Keras are
+those that stay in memory are counted. Even when nothing in Python stays, TensorFlow keeps a little
+for each operation of a function that it has traced. Therefore, plain models of Keras are
 evaluated and deleted afterwards, to compare. JAX keeps the programs of deleted models, 10 MB for a
 small one, until `jax.clear_caches()` is called, as is done here before memory is read.
 
