@@ -16,6 +16,9 @@ SKIP = 255
 CHUNK = 1 << 22
 """Number of gaps that are decoded together, which limits the additional memory."""
 
+# A sample is of as many pieces, each with twice as many bytes as repeats may be apart.
+_PIECES, _PIECE = 4, 1 << 16
+
 DTYPES = frozenset(
     (
         *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
@@ -99,18 +102,31 @@ def deflated(parts: Iterable[bytes], level: int = 9) -> bytes:
 
     Each part has its own codes, and is compressed with or without a search for repeats, whichever
     is smaller: gaps and mantissas have skewed symbols but no repeats, so that the search only costs
-    bits, while exponents at a high sparsity have repeats.
+    bits, while exponents at a high sparsity have repeats. The search takes up to sixty times as
+    long, so a large part is searched only if that makes a sample smaller by over a thousandth.
     """
     checksum, blocks = zlib.adler32(b""), []
     for part in parts:
         checksum = zlib.adler32(part, checksum)
-        candidates = []
-        for strategy in (zlib.Z_HUFFMAN_ONLY, zlib.Z_DEFAULT_STRATEGY):
-            packer = zlib.compressobj(level, zlib.DEFLATED, -zlib.MAX_WBITS, 9, strategy)
-            # A flush ends at a whole byte, so that the next part can follow.
-            candidates.append(packer.compress(part) + packer.flush(zlib.Z_SYNC_FLUSH))
-        blocks.append(min(candidates, key=len))
+        blocks.append(min((_block(part, level, s) for s in _strategies(part, level)), key=len))
     return b"".join([b"\x78\xda", *blocks, b"\x03\x00", checksum.to_bytes(4, "big")])
+
+
+def _strategies(part: bytes, level: int) -> tuple[int, ...]:
+    """Returns the strategies of zlib to try for a part."""
+    both = (zlib.Z_HUFFMAN_ONLY, zlib.Z_DEFAULT_STRATEGY)
+    if len(part) < 2 * _PIECES * _PIECE:
+        return both
+    apart = (len(part) - _PIECE) // (_PIECES - 1)
+    sample = b"".join(part[i * apart : i * apart + _PIECE] for i in range(_PIECES))
+    codes_only, searched = (len(_block(sample, level, strategy)) for strategy in both)
+    return both[:1] if codes_only <= 1.001 * searched else both
+
+
+def _block(part: bytes, level: int, strategy: int) -> bytes:
+    packer = zlib.compressobj(level, zlib.DEFLATED, -zlib.MAX_WBITS, 9, strategy)
+    # A flush ends at a whole byte, so that the next part can follow.
+    return packer.compress(part) + packer.flush(zlib.Z_SYNC_FLUSH)
 
 
 def inflated(data: bytes, most: int) -> bytes:
