@@ -82,7 +82,8 @@ def add_legend(figure: Figure, axes: Axes) -> None:
 def show_literally(figure: Figure) -> Figure:
     """Makes a figure show its texts as they are, and returns it.
 
-    matplotlib would take what is between two `$` of a name for a formula.
+    matplotlib would take what is between two `$` of a name for a formula. Users' figures are made
+    so before they are returned, and those of reports when they are written, with all their titles.
     """
     from matplotlib.text import Text
 

@@ -210,13 +210,20 @@ def operations():
     return keras.Model(inputs, layers.Dense(3)(x))
 
 
-@keras.utils.register_keras_serializable("conformance")
-class Scaled(layers.Layer):
-    """A custom layer with a kernel under a common name."""
+class OfUnits(layers.Layer):
+    """A custom layer with a number of units."""
 
     def __init__(self, units, **kwargs):
         super().__init__(**kwargs)
         self.units = units
+
+    def get_config(self):
+        return {**super().get_config(), "units": self.units}
+
+
+@keras.utils.register_keras_serializable("conformance")
+class Scaled(OfUnits):
+    """A custom layer with a kernel under a common name."""
 
     def build(self, shape):
         self.kernel = self.add_weight(
@@ -227,9 +234,6 @@ class Scaled(layers.Layer):
     def call(self, x):
         return x @ self.kernel
 
-    def get_config(self):
-        return {**super().get_config(), "units": self.units}
-
 
 @row("custom layer with a kernel")
 def custom():
@@ -237,12 +241,11 @@ def custom():
 
 
 @keras.utils.register_keras_serializable("conformance")
-class Block(layers.Layer):
+class Block(OfUnits):
     """A custom layer that makes other layers and calls them."""
 
     def __init__(self, units, **kwargs):
-        super().__init__(**kwargs)
-        self.units = units
+        super().__init__(units, **kwargs)
         self.wide = layers.Dense(2 * units, "relu")
         self.narrow = layers.Dense(units)
 
@@ -253,9 +256,6 @@ class Block(layers.Layer):
 
     def call(self, x):
         return x + self.narrow(self.wide(x))
-
-    def get_config(self):
-        return {**super().get_config(), "units": self.units}
 
 
 @row("custom layer of layers")
@@ -327,8 +327,12 @@ def low_rank():
     return model
 
 
+def three_dense() -> Any:
+    return stack((8,), layers.Dense(12, "relu"), layers.Dense(8), layers.Dense(3))
+
+
 def quantized(mode: str) -> Any:
-    model = stack((8,), layers.Dense(12, "relu"), layers.Dense(8), layers.Dense(3))
+    model = three_dense()
     model.quantize(mode)
     return model
 
@@ -340,7 +344,7 @@ def int8():
 
 @row("int8 by Keras, one layer", legacy=False)
 def int8_in_part():
-    model = stack((8,), layers.Dense(12, "relu"), layers.Dense(8), layers.Dense(3))
+    model = three_dense()
     model.layers[0].quantize("int8")
     return model
 

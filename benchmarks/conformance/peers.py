@@ -85,6 +85,7 @@ def pquant() -> "Callable[[Maker], Cell]":
     import pquant as library
 
     from benchmarks.conformance.makers import kernels
+    from masked_layers._keras import flatten
 
     config = library.pdp_config()
     config.quantization_parameters.enable_quantization = False
@@ -94,7 +95,7 @@ def pquant() -> "Callable[[Maker], Cell]":
         size = len(kernels(model))
         shape = tuple(model.inputs[0].shape)
         pruned = library.add_compression_layers(model, config, shape)
-        found = [layer for layer in pruned._flatten_layers() if hasattr(layer, "pruning_layer")]
+        found = [layer for layer in flatten(pruned) if hasattr(layer, "pruning_layer")]
         return f"{sum(bool(layer.enable_pruning) for layer in found)} of {size}", ""
 
     return count
