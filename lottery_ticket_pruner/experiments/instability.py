@@ -37,7 +37,6 @@ from lottery_ticket_pruner.experiments.workbench import compiled_network, make_d
 from lottery_ticket_pruner.pruner import LotteryTicketPruner
 from lottery_ticket_pruner.tickets import train_to_rewinding_point
 from lottery_ticket_pruner.training import ArrayDataset, Listeners
-from masked_layers.files import replacing
 
 _SHARES = (0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 # Options that must be the same as in the run whose masks are used.
@@ -182,9 +181,8 @@ def _carry_out(
                 lines += [place | of_share for of_share in line.to_dict("records")]
                 folder.check()
                 # The line is written first, so that every row has its line.
-                for name, table in ((results.LINES_FILE, lines), (results.RESULTS_FILE, rows)):
-                    with replacing(folder.path / name) as file:
-                        pd.DataFrame(table).to_csv(file, index=False)
+                parts = {results.LINES_FILE: lines, results.RESULTS_FILE: rows}
+                results.write_parts(folder.path, parts)
     failures.check()
     found = figures.interpolations([pd.DataFrame(lines)])
     results.write_figure(folder.path / _PICTURE, analyses.plot_instability(found))
@@ -214,10 +212,10 @@ def _config_of_run(folder: Path) -> dict[str, Any]:
 
 def _measured(folder: Path, points: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Returns the rows and lines of an interrupted run for which both are complete."""
-    files = [folder / name for name in (results.RESULTS_FILE, results.LINES_FILE)]
-    if not all(file.is_file() for file in files):
+    names = (results.RESULTS_FILE, results.LINES_FILE)
+    if not all((folder / name).is_file() for name in names):
         return [], []
-    rows, lines = map(results.read_rows, files)
+    rows, lines = (results.read_parts(folder, name) for name in names)
 
     def of_row(row: Mapping[str, Any]) -> tuple[Any, Any]:
         return row["replicate"], row["rewind_to"]

@@ -1,10 +1,11 @@
 """Files of results that commands write row by row, and the checks when they are read."""
 
 import csv
+import hashlib
 import io
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ import pandas as pd
 from lottery_ticket_pruner import pictures
 from lottery_ticket_pruner.experiments import catalogue, checksums
 from masked_layers.archives import read_npz
-from masked_layers.files import FileContentError, naming, replacing
+from masked_layers.files import UNEXPECTED_FORM, FileContentError, naming, replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,6 +24,8 @@ CONFIG_FILE = "config.json"
 
 RESULTS_FILE = "results.csv"
 
+# Checksums of the tables of an unfinished run.
+PARTS_FILE = ".tables.json"
 SWEEP_FILE = "sweep.json"
 
 # Metrics along the lines of a run of `lottery-ticket instability`.
@@ -237,6 +240,57 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
         raise FileContentError(
             f"{error} Restore it from a copy, or delete it: its run starts over then."
         ) from error
+
+
+def write_parts(folder: Path, tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    """Writes tables of an unfinished run in their order, and before, checksums of their lines.
+
+    Args:
+        folder: Folder of the run.
+        tables: The rows of each table, by name of the file.
+    """
+    contents = {
+        name: pd.DataFrame(rows).to_csv(index=False).encode() for name, rows in tables.items()
+    }
+    # Next to those of the lines that are there, because a kill may come in between.
+    sums = {
+        name: sorted(_sums([*complete_lines(folder / name), *content.splitlines(keepends=True)]))
+        for name, content in contents.items()
+    }
+    with replacing(folder / PARTS_FILE) as whole:
+        whole.write(json.dumps(sums).encode())
+    for name, content in contents.items():
+        with replacing(folder / name) as whole:
+            whole.write(content)
+
+
+def read_parts(folder: Path, name: str) -> list[dict[str, Any]]:
+    """Reads back the rows of a table of `write_parts`, of which the last ones may be missing.
+
+    Args:
+        folder: Folder of the run. One of an earlier version has no checksums.
+        name: Name of the file.
+
+    Raises:
+        FileContentError: If a line was changed since it was written, or the file is no table.
+    """
+    file, sums = folder / name, folder / PARTS_FILE
+    try:
+        known = json.loads(sums.read_bytes())[name] if sums.is_file() else None
+        same = known is None or _sums(complete_lines(file)) <= set(known)
+    except UNEXPECTED_FORM:
+        same = False
+    if not same:
+        raise FileContentError(
+            f"'{file}' has a line without a checksum in {PARTS_FILE}, so one of the two was "
+            "changed since the run was interrupted. Restore both from a copy, or delete the table: "
+            "its run starts over then."
+        )
+    return read_rows(file)
+
+
+def _sums(lines: Iterable[bytes]) -> set[str]:
+    return {hashlib.sha256(line).hexdigest() for line in lines}
 
 
 def rows_per_seed(config: Mapping[str, Any]) -> int | None:

@@ -27,6 +27,7 @@ from lottery_ticket_pruner.experiments.results import (
     CONFIG_FILE,
     FACTS,
     ORIGIN,
+    PARTS_FILE,
     RESULTS_FILE,
     SWEEP_FILE,
     as_bytes,
@@ -72,7 +73,10 @@ _Kind = TypeVar("_Kind")
 # Maximum number of user files named in a message.
 _SHOWN = 5
 # Files from which an interrupted run is resumed.
-_STATES = tuple(f"rounds/*/{name}" for name in ("state.json", "pruner-*.npz", "model-*.npz"))
+_STATES = (
+    PARTS_FILE,
+    *(f"rounds/*/{name}" for name in ("state.json", "pruner-*.npz", "model-*.npz")),
+)
 
 
 # --- Contents of a folder -------------------------------------------------------------------------

@@ -32,7 +32,6 @@ from lottery_ticket_pruner.learned import LearningPlan, learn_by_plan
 from lottery_ticket_pruner.pruner import LotteryTicketPruner
 from lottery_ticket_pruner.supermasks import evaluate_grid
 from lottery_ticket_pruner.training import ArrayDataset, Listeners
-from masked_layers.files import replacing
 
 _SPARSITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
 _LEARNING_STEPS = 20_000
@@ -157,8 +156,8 @@ def _carry_out(
 ) -> None:
     if config.deterministic:
         make_deterministic()
-    file = folder.path / results.RESULTS_FILE
-    rows = _whole(config, results.read_rows(file)) if folder.is_interrupted else []
+    found = results.read_parts(folder.path, results.RESULTS_FILE) if folder.is_interrupted else []
+    rows = _whole(config, found)
     folder.begin(
         f"{config.data}, {config.network}, {config.learn or 'untrained'} masks; "
         f"{keras.backend.backend()}",
@@ -179,8 +178,7 @@ def _carry_out(
                     names = results.identity(config, seed)
                     rows += [{"replicate": replicate, **row, **names} for row in found]
                     folder.check()
-                    with replacing(file) as whole:
-                        pd.DataFrame(rows).to_csv(whole, index=False)
+                    results.write_parts(folder.path, {results.RESULTS_FILE: rows})
     failures.check()
     table = _table(config, rows)
     shown = table.drop(columns=["dense_accuracy"], errors="ignore")

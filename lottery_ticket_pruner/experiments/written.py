@@ -7,7 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lottery_ticket_pruner.experiments import catalogue
-from lottery_ticket_pruner.experiments.results import CONFIG_FILE, RESULTS_FILE, SWEEP_FILE
+from lottery_ticket_pruner.experiments.results import (
+    CONFIG_FILE,
+    PARTS_FILE,
+    RESULTS_FILE,
+    SWEEP_FILE,
+)
 from masked_layers.checksums import SUMS_FILE
 
 # Marks a folder that another one is about to replace, or has replaced.
@@ -22,7 +27,7 @@ PICTURE = r"picture-\d+(-[a-z0-9-]+)?\.png"
 
 # Regular expressions for paths in the folder, next to those of `catalogue`.
 _OF_ALL = (
-    *map(re.escape, (CONFIG_FILE, SWEEP_FILE, REPLACED)),
+    *map(re.escape, (CONFIG_FILE, SWEEP_FILE, PARTS_FILE, REPLACED)),
     r"output\.log",
     r"optuna\.log(\.lock)?",  # Trials of a sweep.
     r"\.cluster-[0-9a-f]{8}|\.starts\.json(\.new)?|\.slurm/.*",  # Of sweeps on a cluster.

@@ -154,6 +154,11 @@ def test_rows_that_were_cut_are_made_again(tmp_path, monkeypatch):
     file = tmp_path / "results.csv"
     whole = file.read_bytes()
     assert whole.endswith(b"\n")
+    # A digit of a finished seed that was changed is not taken over.
+    place = whole.rindex(b".") + 2
+    file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    with pytest.raises(ml.FileContentError, match=r"a line without a checksum in \.tables\.json"):
+        supermask.run(config, data, Console(quiet=True))
     # Cut before the end of the last line, which looks whole, and after the previous line.
     for cut in (whole[:-1], whole[: whole[:-1].rindex(b"\n") + 1]):
         file.write_bytes(cut)
