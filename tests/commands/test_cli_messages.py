@@ -248,7 +248,8 @@ def search(folder):
 
 def test_damaged_states_of_a_search_are_reported(tmp_path):
     search(tmp_path)
-    files = sorted(tmp_path.iterdir())
+    # `restore` alone reads the trained weights of rounds.
+    files = sorted(set(tmp_path.iterdir()) - set(tmp_path.glob("trained-*")))
     assert len(files) == 5
     for file in files:
         content = file.read_bytes()
