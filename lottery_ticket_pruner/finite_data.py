@@ -11,6 +11,9 @@ from lottery_ticket_pruner.training import map_arrays
 
 # Entries that are tested at once, so that memory-mapped arrays are not read as a whole.
 _BLOCK = 1 << 20
+# Number of examples that are evaluated together with the first one that is not finite, and of those
+# among which they are chosen.
+_OTHERS, _SEARCHED = 31, 256
 
 
 def not_finite(array: Any) -> str | None:
@@ -27,7 +30,8 @@ def check(model: keras.Model, name: str, data: tuple[Any, ...] | None) -> None:
     """Checks that the values in data are finite, unless the model's loss is finite without that.
 
     Some losses leave out targets that are NaN, and some layers replace missing inputs. Therefore
-    the first example with such a value is evaluated.
+    the first example with such a value is evaluated, first alone and then together with others,
+    because a mean over the known targets of a batch is NaN where none is known.
 
     Args:
         model: A compiled model.
@@ -36,29 +40,43 @@ def check(model: keras.Model, name: str, data: tuple[Any, ...] | None) -> None:
 
     Raises:
         ValueError: If an array has entries that are not finite, and the loss of the first of these
-            examples is not finite either.
+            examples is not finite either, neither alone nor in a batch.
     """
     for path, array in keras.tree.flatten_with_path(data or ()):
         found = None if array is None else _count(array)
         if found is None:
             continue
-        loss, (part, *inside) = _loss_of(model, data, found[1][0]), path
-        if not math.isfinite(loss):
-            place = "".join(f"[{key!r}]" for key in inside)
-            raise ValueError(
-                f"`{('x', 'y', 'sample_weight')[part]}{place}` of the {name} has "
-                f"{not_finite(array)}, and the loss of that example is {loss}. "
-                "Replace these values, or leave these examples out."
-            )
+        example, (part, *inside) = found[1][0], path
+        loss = _loss_of(model, data, [example])
+        if math.isfinite(loss) or math.isfinite(_loss_of(model, data, _batch(data, example))):
+            continue
+        place = "".join(f"[{key!r}]" for key in inside)
+        raise ValueError(
+            f"`{('x', 'y', 'sample_weight')[part]}{place}` of the {name} has "
+            f"{not_finite(array)}, and the loss of that example is {loss}. "
+            "Replace these values, or leave these examples out."
+        )
 
 
-def _loss_of(model: keras.Model, data: Any, example: int) -> float:
-    """Returns the loss of an example, or 0 if the model does not take a single one."""
-    one = map_arrays(lambda array: np.asarray(array)[example : example + 1], data)
+def _loss_of(model: keras.Model, data: Any, examples: list[int]) -> float:
+    """Returns the loss of some examples, or 0 if the model does not take that many."""
+    some = map_arrays(lambda array: np.asarray(array)[examples], data)
     try:
-        return float(training.evaluate(model, *one)["loss"])
+        return float(training.evaluate(model, *some)["loss"])
     except Exception:  # Each backend raises types of its own, such as for a fixed batch size.
         return 0.0
+
+
+def _batch(data: Any, example: int) -> list[int]:
+    """Returns an example and others, with as few entries that are not finite as possible."""
+    arrays = [np.asarray(array) for array in keras.tree.flatten(data) if array is not None]
+    chosen = np.unique(np.linspace(0, len(arrays[0]) - 1, _SEARCHED).round().astype(int))
+    wrong = np.zeros(len(chosen), int)
+    for array in arrays:
+        if array.dtype.kind in "fc":
+            wrong += np.count_nonzero(~np.isfinite(array[chosen]).reshape(len(chosen), -1), axis=1)
+    others = chosen[np.argsort(wrong, kind="stable")]
+    return [example, *others[others != example][:_OTHERS].tolist()]
 
 
 def _count(array: Any) -> tuple[int, tuple[int, ...]] | None:
