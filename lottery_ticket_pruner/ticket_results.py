@@ -76,11 +76,12 @@ class TicketResult:
         judge = metric_of(dense, self.ticket, metric, mode)
         check_tolerance(judge, dense, max_drop)
         tickets = [row for row in self.rows if row["arm"] == "ticket"]
-        drops = {
-            row["round"]: judge.drop(dense[judge.name], _results(row)[judge.name])
+        within = (
+            row["round"]
             for row in tickets
-        }
-        return max((number for number, drop in drops.items() if drop <= max_drop), default=0)
+            if judge.is_within(dense[judge.name], _results(row)[judge.name], max_drop)
+        )
+        return max(within, default=0)
 
     def restore(self, number: int) -> keras.Model:
         """Sets the masks of a round and the weights trained under them in `ticket`.
@@ -90,7 +91,8 @@ class TicketResult:
 
         With `checkpoint`, the weights are read from its folder, from `trained-<round>.npz`. Without
         it, the result has them in memory, and takes four bytes for each weight that a round keeps
-        in float32, besides one for each entry of its masks.
+        in float32, besides one for each entry of its masks. With `pruned="freeze"`, frozen values
+        are stored in full, as many as there are weights.
 
         Args:
             number: Number of the round. 0 for the dense model, -1 for the last round.

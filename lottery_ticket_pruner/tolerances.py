@@ -11,6 +11,10 @@ import numpy as np
 from lottery_ticket_pruner import training
 from lottery_ticket_pruner.training import Arrays
 
+# Relative rounding error of metrics, which are computed in float32: there, 0.97 - 0.96 is
+# 0.01000005.
+_ROUNDING = 4 * float(np.finfo("float32").eps)
+
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
@@ -31,6 +35,10 @@ class Metric:
     def drop(self, dense: float, pruned: float) -> float:
         """Returns how much worse the pruned model is; negative if it is better."""
         return dense - pruned if self.higher_is_better else pruned - dense
+
+    def is_within(self, dense: float, pruned: float, tolerance: float) -> bool:
+        """Returns whether a drop is at most the tolerance, except for rounding. NaN is not."""
+        return self.drop(dense, pruned) <= tolerance + _ROUNDING * abs(dense)
 
 
 def metric_of(

@@ -3,6 +3,7 @@
 import dataclasses
 
 import keras
+import numpy as np
 import pytest
 
 import masked_layers as ml
@@ -96,6 +97,9 @@ def test_the_sparsest_round_within_a_drop_is_found():
     assert found.best_round(-0.25) == 1
     assert found.best_round(-0.5) == 0
     assert found.best_round(0.25) == 4
+    # Of float32, as metrics are: the difference is 0.01000005.
+    close = TicketResult(masked, [], [], rows(np.float32([0.97, 0.96, 0.9599]).tolist()))
+    assert close.best_round(0.01) == 1
     controls = [{**row, "arm": "random_mask"} for row in rows([0.5, 1.0, 1.0])[1:]]
     found = TicketResult(masked, [], [], rows([0.5, 0.25]) + controls)
     assert found.best_round(0.1) == 0
