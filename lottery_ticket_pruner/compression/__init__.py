@@ -8,7 +8,7 @@ from lottery_ticket_pruner.compression.comparing import (
     predict_in_batches,
 )
 from lottery_ticket_pruner.compression.metrics import Comparison, compare_models
-from lottery_ticket_pruner.compression.parts import Parts, parts_of, test_part_of
+from lottery_ticket_pruner.compression.parts import Parts, parts_of, split_off_test, test_part_of
 from lottery_ticket_pruner.compression.plan import Goals, Options, Plan
 from lottery_ticket_pruner.compression.pruning import prune, search
 from lottery_ticket_pruner.compression.result import (
@@ -40,6 +40,7 @@ __all__ = [
     "save_model",
     "search",
     "served_size",
+    "split_off_test",
     "test_part_of",
     "verdict_of",
 ]

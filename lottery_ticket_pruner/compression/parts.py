@@ -63,7 +63,7 @@ def parts_of(data: Any) -> Parts:
     notes = []
     train, *others = pairs
     if not others:
-        train, test = _split(train, _TEST_SHARE)
+        train, test = split_off_test(train)
         others = [test]
         notes.append(
             f"A fifth of the examples ({_length(test)}) was split off for the test by a fixed "
@@ -91,6 +91,15 @@ def test_part_of(data: Any) -> tuple[Arrays, Arrays]:
         ValueError: If the data has another form.
     """
     return _checked(*_pairs(data)[-1])
+
+
+def split_off_test(pair: tuple[Arrays, Arrays]) -> tuple[tuple[Arrays, Arrays], ...]:
+    """Splits a pair of inputs and targets into one to train on and one to test on.
+
+    Raises:
+        ValueError: If there are too few examples.
+    """
+    return _split(pair, _TEST_SHARE)
 
 
 def sample_of(arrays: Any, count: int) -> Any:

@@ -77,8 +77,9 @@ def load(name: str, data_dir: str | Path | None = None) -> Dataset:
 
     Custom data is loaded by a function without arguments, given as `module:function` or
     `path/to/file.py:function`. Modules are also searched in the working directory. The function
-    returns `((x_train, y_train), (x_test, y_test))`, like `load_data` of Keras' data sets, or two
-    data sets of batches that `lottery_ticket_pruner.training.to_arrays` accepts. Pixels of type
+    returns `((x_train, y_train), (x_test, y_test))`, like `load_data` of Keras' data sets, one
+    pair of arrays `(x, y)`, a fifth of which is then the test data, or two data sets of batches
+    that `lottery_ticket_pruner.training.to_arrays` accepts. Pixels of type
     uint8 are divided by 255, other inputs are used unchanged. Labels are class indices from 0. A
     twelfth of the training data is held out for validation.
 

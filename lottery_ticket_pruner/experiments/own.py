@@ -6,12 +6,16 @@ import importlib.util
 import inspect
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+
 import lottery_ticket_pruner
 from _lottery_ticket import hints
+from lottery_ticket_pruner.compression import split_off_test
 from lottery_ticket_pruner.training import pair_of
 
 _Value = TypeVar("_Value")
@@ -37,15 +41,20 @@ class UserCodeError(ValueError):
 def arrays_of(name: str) -> tuple[Any, Any, Any, Any]:
     """Calls a function and returns its data as `x_train, y_train, x_test, y_test`.
 
+    If it returns a single pair, the test data are those that `prune` splits off, and a warning says
+    so.
+
     Args:
         name: `module:function` or `path/to/file.py:function`.
 
     Raises:
         DatasetNotFoundError: If the file or module does not exist.
         UserCodeError: If the function or its module raises an exception.
-        ValueError: If the function does not exist, or does not return two pairs.
+        ValueError: If the function does not exist, or returns something else.
     """
     with _returned(name, _DATA) as (folder, returned):
+        if _is_pair(returned):
+            return _split(name, folder, returned)
         parts = _two_parts(name, returned)
         train, test = (_pair(name, folder, part, returned) for part in parts)
     return *train, *test
@@ -302,10 +311,34 @@ def _two_parts(name: str, returned: object) -> tuple[Any, Any]:
     return tuple(returned)
 
 
+def _is_pair(returned: object) -> bool:
+    """Returns True for a tuple or list of two arrays, unlike two data sets of batches."""
+    return (
+        isinstance(returned, tuple | list)
+        and len(returned) == 2
+        and all(hasattr(part, "__array__") for part in returned)
+    )
+
+
+def _split(name: str, folder: Path, pair: Any) -> tuple[Any, Any, Any, Any]:
+    with _named_results(name, folder):
+        x, y = (np.asarray(part) for part in pair)
+    if not (x.ndim and y.ndim and len(x) == len(y) > 1):
+        raise _unexpected(name, pair)
+    train, test = split_off_test((x, y))
+    warnings.warn(
+        f"{name} returned one pair (x, y): a fifth of the examples ({len(test[0]):,}) is the test "
+        "data, chosen by a fixed permutation, which is that of `prune`. To choose it yourself, "
+        "return ((x_train, y_train), (x_test, y_test)).",
+        stacklevel=2,
+    )
+    return *train, *test
+
+
 def _unexpected(name: str, returned: object) -> ValueError:
     return ValueError(
-        f"{name} must return ((x_train, y_train), (x_test, y_test)), or two data sets of "
-        f"batches (inputs, targets). Received: {_in_words(returned)}."
+        f"{name} must return ((x_train, y_train), (x_test, y_test)), one pair of arrays (x, y), or "
+        f"two data sets of batches (inputs, targets). Received: {_in_words(returned)}."
     )
 
 

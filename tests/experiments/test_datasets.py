@@ -13,6 +13,7 @@ import pytest
 
 pytest.importorskip("tyro")
 
+from lottery_ticket_pruner.compression import parts_of
 from lottery_ticket_pruner.experiments import datasets
 
 pytestmark = pytest.mark.once
@@ -286,6 +287,10 @@ def pictures():
     return [(images, labels), (images[:5], labels[:5])]
 
 
+def one():
+    return np.arange(COUNT)[:, None], np.arange(COUNT) % 3
+
+
 class Batches(keras.utils.PyDataset):
     num_batches = 4
 
@@ -373,6 +378,17 @@ def test_custom_rows_are_not_changed(own):
     np.testing.assert_array_equal(loaded.x_validation, again.x_validation)
 
 
+def test_of_one_pair_the_test_data_is_that_of_prune(own):
+    with pytest.warns(UserWarning, match=r"one pair \(x, y\): a fifth of the examples \(7\)"):
+        loaded = datasets.load(f"{own}:one")
+    x = np.arange(36)[:, None]
+    there = parts_of((x, x[:, 0] % 3)).test
+    np.testing.assert_array_equal(loaded.x_test, there[0])
+    np.testing.assert_array_equal(loaded.y_test, there[1])
+    everything = np.concatenate([loaded.x_train, loaded.x_validation, loaded.x_test])
+    np.testing.assert_array_equal(np.sort(everything, axis=0), x)
+
+
 def test_custom_pixels_are_scaled(own):
     loaded = datasets.load(f"{own}:pictures")
     assert (loaded.input_shape, loaded.classes) == ((9, 7, 1), 5)
@@ -395,7 +411,7 @@ def test_custom_data_from_tensorflow_data_sets(own):
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        ("tabel", r"no function 'tabel'.*It has: Noted, table, pictures, Batches, batches"),
+        ("tabel", r"no function 'tabel'.*It has: Noted, table, pictures, one, Batches"),
         ("nothing", "no function 'nothing'"),
         ("one_hot", r"index of each example's class.*y.argmax\(-1\).*float64\(36, 3\)"),
         (
