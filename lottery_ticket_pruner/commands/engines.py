@@ -179,7 +179,11 @@ class RayEngine:
 
         asked = {"CPU": self._options["num_cpus"], "GPU": self._options.get("num_gpus") or 0}
         asked |= self._options.get("resources") or {}
-        return sum(_covers(node["Resources"], asked) for node in ray.nodes() if node["Alive"])
+        try:
+            nodes = ray.nodes()
+        except Exception:  # Of several kinds. If the head is gone, Ray ends this process.
+            return None
+        return sum(_covers(node["Resources"], asked) for node in nodes if node["Alive"])
 
     def cancel(self, handle: Any) -> None:
         """Takes a job from the queue."""
@@ -344,11 +348,14 @@ class DaskEngine:
 
     def workers(self) -> int | None:
         """Returns how many workers offer what a job asks for."""
+        # `scheduler_info` would wait for a busy scheduler without end, while no job sees that the
+        # sweep is alive, and returns one without workers if there is no answer.
+        identity = self._client.scheduler.identity
         try:
-            found = self._client.scheduler_info(n_workers=-1)["workers"].values()
+            found = self._client.sync(identity, callback_timeout=f"{_ANSWER} s")["workers"]
         except Exception:  # Of several kinds. If the scheduler is gone, its jobs are lost.
             return None
-        return sum(_covers(worker["resources"], self._resources) for worker in found)
+        return sum(_covers(worker["resources"], self._resources) for worker in found.values())
 
     def cancel(self, handle: Any) -> None:
         """Takes a job from the queue."""
