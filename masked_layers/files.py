@@ -47,6 +47,17 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _naming_target(path: Path) -> Iterator[None]:
+    """Names a path in errors of the system that name the temporary file or folder for it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None:
+            error.filename = str(path)
+        raise
+
+
+@contextlib.contextmanager
 def temporary_folder() -> Iterator[Path]:
     """Creates a folder among the temporary files of the system, and removes it at the end."""
     with tempfile.TemporaryDirectory() as folder, naming(folder):
@@ -115,7 +126,9 @@ def _create_locked(path: Path) -> BinaryIO:
     """Creates a temporary file for a path that no other process takes for an abandoned one."""
     while True:
         # Random, because threads, and processes in two containers, may have the same number.
-        file = open(path.with_name(f".{path.name}.{secrets.randbits(48)}.part"), "xb")  # noqa: SIM115
+        temporary = path.with_name(f".{path.name}.{secrets.randbits(48)}.part")
+        with _naming_target(path):
+            file = open(temporary, "xb")  # noqa: SIM115
         # Another process may have removed it before it was locked.
         if sys.platform == "win32" or not _lock(file.fileno(), wait=True):
             return file
@@ -192,7 +205,8 @@ def scratch_folder(path: Path, contents: frozenset[str]) -> Iterator[Path]:
 def _locked_scratch(path: Path) -> Iterator[Path]:
     """Creates a temporary folder that no other process takes for an abandoned one."""
     while True:
-        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        with _naming_target(path):
+            folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
         if sys.platform == "win32":
             yield folder
             return

@@ -234,3 +234,13 @@ def test_a_folder_in_place_has_the_permissions_of_a_new_one(tmp_path, monkeypatc
     (tmp_path / "new").mkdir()
     wanted = (tmp_path / "new").stat().st_mode | 0o2000
     assert (tmp_path / "out").stat().st_mode == wanted
+
+
+@posix
+def test_errors_of_the_system_name_the_target_and_not_the_hidden_file(tmp_path):
+    target = tmp_path / ("a" * 250)  # The name of its temporary file is too long.
+    for opened in (files.replacing(target), files.scratch_folder(target, frozenset())):
+        with pytest.raises(OSError) as caught, opened:  # noqa: PT011
+            pass
+        assert caught.value.filename == str(target)
+    assert not list(tmp_path.iterdir())
