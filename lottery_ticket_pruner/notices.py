@@ -78,14 +78,16 @@ def rehearsal() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def said_once() -> Iterator[None]:
+def said_once() -> Iterator[set[str]]:
     """Temporarily issues each warning only the first time, such as in the rehearsal of a search.
 
-    Python's own filter forgets what it has shown whenever a library changes the filters.
+    Python's own filter forgets what it has shown whenever a library changes the filters. Yields the
+    set of what was said so far.
     """
-    token = _SAID.set(set())
+    said: set[str] = set()
+    token = _SAID.set(said)
     try:
-        yield
+        yield said
     finally:
         _SAID.reset(token)
 

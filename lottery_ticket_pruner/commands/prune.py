@@ -17,7 +17,7 @@ from rich.console import Console
 from _lottery_ticket import commands as options
 from _lottery_ticket import unknown
 from _lottery_ticket.refusals import option
-from lottery_ticket_pruner import Latency
+from lottery_ticket_pruner import Latency, notices
 from lottery_ticket_pruner.checks import require_extra
 from lottery_ticket_pruner.commands import prune_folder, served_latency
 from lottery_ticket_pruner.compression import (
@@ -195,7 +195,8 @@ def prune(config: PruneConfig, console: Console | None = None) -> PruneResult:
     with served_latency.DenseFolder(model) as dense, _Log(config) as log:
         reserve = 0.0 if config.minutes is None else dense.seconds_to_compare()
         times = {"started": started, "reserve": reserve}
-        result = _search(config, model, parts, console, log, times)
+        with notices.said_once() as said:
+            result = _search(config, model, parts, console, log, times)
         prune_folder.begin(folder)
         save_model(
             result.model, folder / prune_folder.MODEL_FILE
@@ -215,7 +216,8 @@ def prune(config: PruneConfig, console: Console | None = None) -> PruneResult:
         options={k: v for k, v in config.to_dict().items() if v is not None and k != "quiet"},
     )
     prune_folder.write(result, facts, folder)
-    _print(console, f"test: {result.test}\n{result.conclusion}\n" + "\n".join(result.notes))
+    notes = [note for note in result.notes if note not in said]  # What was no warning before.
+    _print(console, "\n".join([f"test: {result.test}", result.conclusion, *notes]))
     if facts.served is not None:
         pruned, whole = facts.served
         _print(

@@ -12,7 +12,7 @@ from typing import Any
 from lottery_ticket_pruner.compression import Comparison, Findings
 from lottery_ticket_pruner.experiments import checksums
 from lottery_ticket_pruner.experiments.reports import pruning
-from lottery_ticket_pruner.experiments.results import CONFIG_FILE, RESULTS_FILE, as_bytes
+from lottery_ticket_pruner.experiments.results import CONFIG_FILE, RESULTS_FILE, as_bytes, is_pruned
 from lottery_ticket_pruner.experiments.run_folder import versions, write_json
 from lottery_ticket_pruner.fingerprints import of_json
 from masked_layers.checksums import SUMS_FILE
@@ -27,11 +27,18 @@ _SERVED = "served"
 
 
 def models_in(folder: Path) -> list[Path]:
-    """Returns the models that a folder of a search has: the file, and the SavedModel if written."""
+    """Returns the models that a folder of a search has: the file, and the SavedModel if written.
+
+    A SavedModel of an earlier search, which stays if the export fails, is left out.
+    """
     if not (folder / RESULT_FILE).is_file():
         return []
     served = folder / _SERVED / "1"
-    return [folder / MODEL_FILE, *([served] if served.is_dir() else [])]
+    try:
+        was_exported = is_pruned(folder) and read(folder)[1].served is not None
+    except FileContentError:
+        was_exported = False
+    return [folder / MODEL_FILE, *([served] if was_exported and served.is_dir() else [])]
 
 
 def begin(folder: Path) -> None:

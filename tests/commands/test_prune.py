@@ -73,8 +73,12 @@ def rows_of(folder):
 
 
 def test_a_model_and_data_of_a_user_become_a_folder(here, capsys, monkeypatch):
-    assert run("own.py:make", "--max-drop", "0.03", "--out", "out") == 0
+    few = "examples is worth"
+    with pytest.warns(UserWarning, match=few):
+        assert run("own.py:make", "--max-drop", "0.03", "--out", "out") == 0
     printed = capsys.readouterr().out
+    assert few not in printed  # It is a note of the result, too, but was said before.
+    assert few in (here / "out" / "result.json").read_text()
     assert "The model was not trained. It was trained for 6 epochs first." in printed
     assert "Served: " in printed
     names = {path.name for path in (here / "out").iterdir()}
@@ -161,7 +165,7 @@ def test_a_model_and_data_of_a_user_become_a_folder(here, capsys, monkeypatch):
     assert "There: --max-drop 0.03, --sparsity None. Here: --max-drop None, --sparsity 0.5" in error
     assert "pass --overwrite to start over" in error
     assert cli.main(["inspect", "out"]) == cli.main(["export", "out", "file"]) == 2
-    assert capsys.readouterr().err.count(f" Its models: {Path('out', 'model.keras')}") == 2
+    assert capsys.readouterr().err.count(f" Its models: {Path('out', 'model.keras')}.\n") == 2
     assert run("own.py:make", "--sparsity", "0.5", "--out", "out", "--overwrite") == 0
     assert float(rows_of(here / "out")[-1]["sparsity"]) == 0.5
 
