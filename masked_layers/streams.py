@@ -103,24 +103,30 @@ def deflated(parts: Iterable[bytes], level: int = 9) -> bytes:
     Each part has its own codes, and is compressed with or without a search for repeats, whichever
     is smaller: gaps and mantissas have skewed symbols but no repeats, so that the search only costs
     bits, while exponents at a high sparsity have repeats. The search takes up to sixty times as
-    long, so a large part is searched only if that makes a sample smaller by over a thousandth.
+    long, so a large part is searched only if there are signs of repeats.
     """
     checksum, blocks = zlib.adler32(b""), []
     for part in parts:
         checksum = zlib.adler32(part, checksum)
-        blocks.append(min((_block(part, level, s) for s in _strategies(part, level)), key=len))
+        block = _block(part, level, zlib.Z_HUFFMAN_ONLY)
+        if len(part) < 2 * _PIECES * _PIECE or _has_repeats(part, level, len(block)):
+            block = min(block, _block(part, level, zlib.Z_DEFAULT_STRATEGY), key=len)
+        blocks.append(block)
     return b"".join([b"\x78\xda", *blocks, b"\x03\x00", checksum.to_bytes(4, "big")])
 
 
-def _strategies(part: bytes, level: int) -> tuple[int, ...]:
-    """Returns the strategies of zlib to try for a part."""
-    both = (zlib.Z_HUFFMAN_ONLY, zlib.Z_DEFAULT_STRATEGY)
-    if len(part) < 2 * _PIECES * _PIECE:
-        return both
+def _has_repeats(part: bytes, level: int, size: int) -> bool:
+    """Returns whether searching a part may make it smaller than `size`, that of its codes alone.
+
+    A quick search of all of it finds long repeats anywhere. A thorough search of a sample finds
+    short ones, if these are everywhere, and has to save over a thousandth.
+    """
+    if len(_block(part, 1, zlib.Z_DEFAULT_STRATEGY)) < size:
+        return True
     apart = (len(part) - _PIECE) // (_PIECES - 1)
     sample = b"".join(part[i * apart : i * apart + _PIECE] for i in range(_PIECES))
-    codes_only, searched = (len(_block(sample, level, strategy)) for strategy in both)
-    return both[:1] if codes_only <= 1.001 * searched else both
+    codes_only = len(_block(sample, level, zlib.Z_HUFFMAN_ONLY))
+    return codes_only > 1.001 * len(_block(sample, level, zlib.Z_DEFAULT_STRATEGY))
 
 
 def _block(part: bytes, level: int, strategy: int) -> bytes:
