@@ -1,6 +1,6 @@
 """Prunes, saves and exports one very large model, and measures the memory of each step.
 
-    python -m benchmarks.checks.large [--weights 1e9] [--layers 16] [--skip STEP ...]
+    python -m benchmarks.checks.large [--weights 1e9] [--layers 16] [--skip STEP ...] [--until STEP]
 
 The model consists of dense layers of equal size, with float32 weights. Each step prints its
 seconds, the processor seconds of all threads, the peak of resident memory above what was resident
@@ -246,7 +246,8 @@ def main() -> int:
     folder = Path(tempfile.mkdtemp(dir=options.folder))
     return_freed_memory()
     study = Study(int(options.weights), options.layers, folder)
-    if unknown := set(options.skip) - study.steps().keys():
+    named = {*options.skip, *([options.until] if options.until else [])}
+    if unknown := named - study.steps().keys():
         parser.error(f"unknown steps: {sorted(unknown)}; known: {list(study.steps())}")
     width = math.isqrt(int(options.weights) // options.layers)
     meter = Meter(4 * width**2, options.layers * width**2)

@@ -187,7 +187,7 @@ def evaluated(count: int, warned: Warnings, compilations: Compilations) -> list[
         del model, smaller, pruner
         if number == count // 10:
             memory = resident_without_programs()
-    grown = (resident_without_programs() - memory) / (count - 1 - count // 10)
+    grown = (resident_without_programs() - memory) / max(1, count - 1 - count // 10)
     left = sum(found() is not None for found in alive)
     print(
         f"{count} models evaluated: {warned.count - before} warnings of retracing, {left} of "
@@ -211,7 +211,7 @@ def evaluated_by_keras(count: int, compilations: Compilations) -> None:
         del model
         if number == count // 10:
             memory = resident_without_programs()
-    grown = (resident_without_programs() - memory) / (count - 1 - count // 10)
+    grown = (resident_without_programs() - memory) / max(1, count - 1 - count // 10)
     print(
         f"{count} plain models evaluated once: {(len(compilations.names) - compiled) / count:.0f} "
         f"functions compiled and {grown / _MB:.1f} MB of memory more a model"
