@@ -14,7 +14,7 @@ pytest.importorskip("tyro")
 import numpy as np
 
 from lottery_ticket_pruner import cli
-from lottery_ticket_pruner.experiments import checksums, run_folder
+from lottery_ticket_pruner.experiments import checksums, results, run_folder
 from lottery_ticket_pruner.experiments.config import RunConfig
 from lottery_ticket_pruner.experiments.datasets import Dataset
 from lottery_ticket_pruner.experiments.reports import run_folders
@@ -85,3 +85,38 @@ def test_a_kill_before_the_mark_of_the_end_leaves_a_run_that_is_resumed(run, mon
         assert not (run.out / "SHA256SUMS").exists()
         folder.finish()
     assert len(run_folders.read_run(run.out).rows) == 2
+
+
+def test_rows_of_an_unfinished_run_are_taken_over_as_they_were_written(tmp_path, monkeypatch):
+    rows = [{"a": 1, "b": 0.5}, {"a": 2, "b": 0.25}]
+    names = ("lines.csv", results.RESULTS_FILE)
+    before, after = (dict.fromkeys(names, rows[:count]) for count in (1, 2))
+    file = tmp_path / results.RESULTS_FILE
+    file.write_text("a,b\n1,0.5\n")  # Of an earlier version, without checksums.
+    assert results.read_parts(tmp_path, file.name) == rows[:1]
+    replacing = results.replacing
+    for kept in range(3):  # Killed after so many files.
+        results.write_parts(tmp_path, before)
+        left = iter(range(kept))
+
+        def until_killed(path, left=left):
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            return replacing(path)
+
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(results, "replacing", until_killed)
+            results.write_parts(tmp_path, after)
+        found = [results.read_parts(tmp_path, name) for name in names]
+        assert found == [rows[: 1 + (kept > 1)], rows[:1]]
+    results.write_parts(tmp_path, after)
+    content = file.read_bytes()
+    for bit in range(8 * len(content)):
+        flipped = bytearray(content)
+        flipped[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(flipped)
+        if bit // 8 == len(content) - 1:  # The end of the last line, which is then incomplete.
+            assert results.read_parts(tmp_path, file.name) == rows[:1]
+        else:
+            with pytest.raises(FileContentError, match=r"has a line without a checksum in"):
+                results.read_parts(tmp_path, file.name)
