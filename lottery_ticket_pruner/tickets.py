@@ -301,7 +301,7 @@ def _carry_out(
             "lottery_ticket_pruner",
         )
     if keep_rounds:
-        files = (saved.folder, saved.identity) if saved is not None else ()
+        files = (saved.folder.absolute(), saved.identity) if saved is not None else ()
         under_way.trained = TrainedRounds(*files)
     with contextlib.nullcontext() if saved is None else saved:
         under_way.run(saved)
