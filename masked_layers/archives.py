@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import struct
 import zipfile
 from typing import BinaryIO
 
@@ -18,6 +19,11 @@ from masked_layers.files import FileContentError
 # A zlib or gzip stream never expands to more than this many bytes per byte.
 MOST_PER_BYTE = 1032
 _CHUNK = 1 << 20
+
+# The record at the end of a zip file: signature, two numbers of disks, entries on this disk, all
+# entries, size and place of their directory, length of a comment.
+_END = struct.Struct("<4s4H2LH")
+_ZIP64_ENDS = 56 + 20
 
 
 def read_npz(path: str | os.PathLike[str], *, limit: int | None = None) -> dict[str, np.ndarray]:
@@ -58,6 +64,7 @@ def _read(file: BinaryIO, limit: int | None) -> dict[str, np.ndarray]:
     size = file.seek(0, os.SEEK_END)
     with zipfile.ZipFile(file) as archive:
         members = archive.infolist()
+        _check_end(file, size, len(members))
         # Entries must not share bytes; otherwise a few bytes could represent many arrays.
         if sum(member.compress_size for member in members) > size:
             raise ValueError(f"its entries are longer than its {size} bytes")
@@ -76,6 +83,25 @@ def _read(file: BinaryIO, limit: int | None) -> dict[str, np.ndarray]:
         return {
             member.filename.removesuffix(".npy"): _read_array(archive, member) for member in members
         }
+
+
+def _check_end(file: BinaryIO, size: int, found: int) -> None:
+    """Raises a ValueError if the last record of a zip file does not agree with the entries found.
+
+    `zipfile` reads the entries that it finds in the directory, even if these are not all or if the
+    record is followed by other bytes, and then a file without any entry is one that was changed.
+    """
+    file.seek(size - _END.size)
+    signature, *_, entries, length, start, comment = _END.unpack(file.read(_END.size))
+    if signature != b"PK\x05\x06" or comment:
+        raise ValueError("it does not end where its directory ends")
+    # More entries or bytes than the fields can hold are in records of ZIP64 before this one, which
+    # `zipfile` already writes from 2 GiB.
+    if entries < 0xFFFF and entries != found:
+        raise ValueError(f"it has {found} of {entries} entries")
+    between = size - _END.size - start - length
+    if max(length, start) < 0xFFFFFFFF and between not in (0, _ZIP64_ENDS):
+        raise ValueError("its directory is not where its end says")
 
 
 def _read_array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:

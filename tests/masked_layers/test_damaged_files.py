@@ -79,6 +79,13 @@ def test_arrays_are_read_as_numpy_reads_them(tmp_path, compressed):
         np.testing.assert_array_equal(got[name], array, strict=True)
 
 
+def test_arrays_of_a_file_of_gigabytes_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 99)  # Lower, so that the file is written like one.
+    np.savez(tmp_path / "a.npz", **KINDS)
+    assert b"PK\x06\x06" in (tmp_path / "a.npz").read_bytes()
+    assert same(read_npz(tmp_path / "a.npz"), KINDS)
+
+
 STORED = {compressed: stored(compressed, **KINDS) for compressed in (True, False)}
 
 
@@ -137,7 +144,20 @@ def overlapping():
     return bytes(first + directory + tail)
 
 
+def hidden():
+    """An entry that another one seems to have as its extra field, with another signature."""
+    content = bytearray(archive(member(header((1,)), b"1"), member(header((1,)), b"2")))
+    first, second = content.index(b"PK\x01\x02"), content.rindex(b"PK\x01\x02")
+    end = content.rindex(b"PK\x05\x06")
+    content[first + 30 : first + 32] = struct.pack("<H", end - second)
+    content[second] ^= 1
+    return bytes(content)
+
+
 HOSTILE = {
+    "a hidden entry": hidden,
+    "an empty archive behind it": lambda: archive(member(header((1,)), b"1")) + archive(),
+    "an empty archive with a comment": lambda: archive()[:-2] + b"\x63\x00" + bytes(99),
     "more values than bytes": lambda: archive(member(header((10**12,)), b"1")),
     "a negative length": lambda: archive(member(header((-1,)), b"1")),
     "objects": lambda: archive(member(header((1,), "|O"), pickle.dumps([print]))),
