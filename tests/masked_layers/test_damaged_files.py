@@ -145,11 +145,11 @@ def overlapping():
 
 
 def hidden():
-    """An entry that another one seems to have as its extra field, with another signature."""
+    """An entry that another one seems to have as its comment, with another signature."""
     content = bytearray(archive(member(header((1,)), b"1"), member(header((1,)), b"2")))
     first, second = content.index(b"PK\x01\x02"), content.rindex(b"PK\x01\x02")
     end = content.rindex(b"PK\x05\x06")
-    content[first + 30 : first + 32] = struct.pack("<H", end - second)
+    content[first + 32 : first + 34] = struct.pack("<H", end - second)
     content[second] ^= 1
     return bytes(content)
 
