@@ -170,12 +170,32 @@ def rounds(
     return faults
 
 
+def left_by(
+    count: int, use: Callable[[int], None], compilations: Compilations
+) -> tuple[float, float]:
+    """Makes and deletes models, and returns the functions compiled and the bytes kept of each.
+
+    Args:
+        count: Number of models.
+        use: Function that makes, evaluates and deletes a model, and takes its number.
+        compilations: The functions that were compiled so far.
+    """
+    compiled, memory = len(compilations.names), 0
+    for number in range(count):
+        use(number)
+        if number == count // 10:
+            memory = resident_without_programs()
+    grown = resident_without_programs() - memory
+    each = grown / max(1, count - 1 - count // 10)
+    return (len(compilations.names) - compiled) / count, each
+
+
 def evaluated(count: int, warned: Warnings, compilations: Compilations) -> list[str]:
     """Makes, prunes, evaluates and deletes models of different sizes."""
-    alive, before = [], warned.count
-    compiled = len(compilations.names)
-    memory = 0
-    for number in range(count):
+    alive: list[weakref.ref[object]] = []
+    before = warned.count
+
+    def use(number: int) -> None:
         model = small(8 + number)
         pruner = ltp.LotteryTicketPruner(model)
         pruner.update_masks("grasp", sparsity=0.5, data=(X, Y))
@@ -183,16 +203,14 @@ def evaluated(count: int, warned: Warnings, compilations: Compilations) -> list[
         model.evaluate(X, Y, verbose=0)
         smaller = ml.shrink(model)
         training.evaluate(smaller, X, Y)
-        alive += [weakref.ref(model), weakref.ref(smaller), weakref.ref(pruner)]
-        del model, smaller, pruner
-        if number == count // 10:
-            memory = resident_without_programs()
-    grown = (resident_without_programs() - memory) / max(1, count - 1 - count // 10)
+        alive.extend(map(weakref.ref, (model, smaller, pruner)))
+
+    functions, grown = left_by(count, use, compilations)
     left = sum(found() is not None for found in alive)
     print(
         f"{count} models evaluated: {warned.count - before} warnings of retracing, {left} of "
-        f"{len(alive)} objects left, {(len(compilations.names) - compiled) / count:.0f} functions "
-        f"compiled and {grown / _MB:.1f} MB of memory more a model",
+        f"{len(alive)} objects left, {functions:.0f} functions compiled and {grown / _MB:.1f} MB "
+        "of memory more a model",
         flush=True,
     )
     faults = [f"{left} deleted models or pruners stayed in memory"] if left else []
@@ -203,18 +221,16 @@ def evaluated(count: int, warned: Warnings, compilations: Compilations) -> list[
 
 def evaluated_by_keras(count: int, compilations: Compilations) -> None:
     """Makes, evaluates and deletes plain models, to show what the backend keeps of each."""
-    compiled, memory = len(compilations.names), 0
-    for number in range(count):
+
+    def use(number: int) -> None:
         model = ml.strip_masks(small(8 + number))
         model.compile(loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True))
         model.evaluate(X, Y, verbose=0)
-        del model
-        if number == count // 10:
-            memory = resident_without_programs()
-    grown = (resident_without_programs() - memory) / max(1, count - 1 - count // 10)
+
+    functions, grown = left_by(count, use, compilations)
     print(
-        f"{count} plain models evaluated once: {(len(compilations.names) - compiled) / count:.0f} "
-        f"functions compiled and {grown / _MB:.1f} MB of memory more a model"
+        f"{count} plain models evaluated once: {functions:.0f} functions compiled and "
+        f"{grown / _MB:.1f} MB of memory more a model"
     )
 
 
