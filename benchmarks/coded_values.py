@@ -34,8 +34,8 @@ from benchmarks.serving import pruned, verdict, write_dense
 from lottery_ticket_pruner import LotteryTicketPruner, schedules, training
 from lottery_ticket_pruner.experiments import datasets, networks
 from lottery_ticket_pruner.mask_schedules import GradualPruning
+from masked_layers.files import file_sizes
 from masked_layers.serving import export_sparse_saved_model
-from masked_layers.serving.report import file_sizes
 
 VALUES = ("float32", "int8", "codebook-5", "codebook-4", "codebook-3")
 DATA = {"lenet": "mnist", "cifar10": "cifar10"}

@@ -33,8 +33,8 @@ import numpy as np
 
 import masked_layers as ml
 from lottery_ticket_pruner.experiments import networks
+from masked_layers.files import file_sizes
 from masked_layers.serving import export_sparse_saved_model
-from masked_layers.serving.report import file_sizes
 from masked_layers.serving.tracing import effective_values, trace
 
 SIZE_GOALS = {

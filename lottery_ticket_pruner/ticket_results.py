@@ -86,8 +86,8 @@ class TicketResult:
     def restore(self, number: int) -> keras.Model:
         """Sets the masks of a round and the weights trained under them in `ticket`.
 
-        Nothing is trained. The optimizer is reset, and a learning-rate schedule starts anew. Raw
-        values of pruned weights, which no result depends on, are 0 afterwards.
+        Nothing is trained. The optimizer is reset, and a learning-rate schedule starts from the
+        beginning. Raw values of pruned weights, which no result depends on, are 0 afterwards.
 
         With `checkpoint`, the weights are read from its folder, from `trained-<round>.npz`. Without
         it, the result has them in memory, and takes four bytes for each weight that a round keeps

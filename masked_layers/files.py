@@ -36,25 +36,27 @@ _SUFFIX = re.compile(r"\.[a-z0-9_]{8}")  # The suffix that `tempfile` appends.
 
 
 @contextlib.contextmanager
-def naming(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Names a path in errors of the system that name none, such as those of a full disk."""
+def naming(path: str | os.PathLike[str], *, always: bool = False) -> Iterator[None]:
+    """Names a path in errors of the system that name none, such as those of a full disk.
+
+    Args:
+        path: The path.
+        always: Whether to replace another name, too, such as that of a temporary file for the path.
+    """
     try:
         yield
     except OSError as error:
-        if error.errno is not None and error.filename is None:
+        if error.errno is not None and (always or error.filename is None):
             error.filename = str(path)
         raise
 
 
-@contextlib.contextmanager
-def _naming_target(path: Path) -> Iterator[None]:
-    """Names a path in errors of the system that name the temporary file or folder for it."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno is not None:
-            error.filename = str(path)
-        raise
+def file_sizes(path: Path) -> dict[str, int]:
+    """Returns the size of every file below a folder, or of one file, by its relative path."""
+    if path.is_file():
+        return {path.name: path.stat().st_size}
+    files = (file for file in sorted(path.rglob("*")) if file.is_file())
+    return {file.relative_to(path).as_posix(): file.stat().st_size for file in files}
 
 
 @contextlib.contextmanager
@@ -127,7 +129,7 @@ def _create_locked(path: Path) -> BinaryIO:
     while True:
         # Random, because threads, and processes in two containers, may have the same number.
         temporary = path.with_name(f".{path.name}.{secrets.randbits(48)}.part")
-        with _naming_target(path):
+        with naming(path, always=True):
             file = open(temporary, "xb")  # noqa: SIM115
         # Another process may have removed it before it was locked.
         if sys.platform == "win32" or not _lock(file.fileno(), wait=True):
@@ -205,7 +207,7 @@ def scratch_folder(path: Path, contents: frozenset[str]) -> Iterator[Path]:
 def _locked_scratch(path: Path) -> Iterator[Path]:
     """Creates a temporary folder that no other process takes for an abandoned one."""
     while True:
-        with _naming_target(path):
+        with naming(path, always=True):
             folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
         if sys.platform == "win32":
             yield folder

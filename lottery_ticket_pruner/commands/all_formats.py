@@ -200,8 +200,8 @@ def inspect_all(folder: Path) -> FormatsTable:
 
 def _files(folder: Path) -> list[str]:
     """Returns the names of the files that belong to a folder of all formats, but its checksums."""
-    found = (file.relative_to(folder) for file in folder.rglob("*") if file.is_file())
-    return [file.as_posix() for file in found if file.parts[0] in _CONTENTS - {SUMS_FILE}]
+    own = _CONTENTS - {SUMS_FILE}
+    return [name for name in files.file_sizes(folder) if name.partition("/")[0] in own]
 
 
 def _check_out(out: Path, overwrite: bool) -> None:
@@ -228,8 +228,7 @@ def _written(row: FormatRow, path: Path, write: Callable[[Path], object]) -> For
     except Exception as error:  # Converters raise errors of any type.
         _remove(path)  # What it may have written before.
         return dataclasses.replace(row, note=f"{type(error).__name__}: {_line(error)}")
-    inside = path.rglob("*") if path.is_dir() else [path]
-    return dataclasses.replace(row, nbytes=sum(x.stat().st_size for x in inside if x.is_file()))
+    return dataclasses.replace(row, nbytes=sum(files.file_sizes(path).values()))
 
 
 def _compared(

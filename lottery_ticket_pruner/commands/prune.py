@@ -216,7 +216,7 @@ def prune(config: PruneConfig, console: Console | None = None) -> PruneResult:
         options={k: v for k, v in config.to_dict().items() if v is not None and k != "quiet"},
     )
     prune_folder.write(result, facts, folder)
-    notes = [note for note in result.notes if note not in said]  # What was no warning before.
+    notes = [note for note in result.notes if note not in said]  # What was not a warning before.
     _print(console, "\n".join([f"test: {result.test}", result.conclusion, *notes]))
     if facts.served is not None:
         pruned, whole = facts.served

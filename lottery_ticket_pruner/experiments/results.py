@@ -272,7 +272,7 @@ def read_parts(folder: Path, name: str) -> list[dict[str, Any]]:
         name: Name of the file.
 
     Raises:
-        FileContentError: If a line was changed since it was written, or the file is no table.
+        FileContentError: If a line was changed since it was written, or the file is not a table.
     """
     file, sums = folder / name, folder / PARTS_FILE
     try:

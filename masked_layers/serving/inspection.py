@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 
 from masked_layers import checksums
-from masked_layers.files import FileContentError
+from masked_layers.files import FileContentError, file_sizes
 from masked_layers.keras_files import how_to_save
 from masked_layers.serving import encoding
 from masked_layers.serving.graph import PACK
-from masked_layers.serving.report import FILE, SUMS, StorageReport, StorageRow, file_sizes
+from masked_layers.serving.report import FILE, SUMS, StorageReport, StorageRow
 from masked_layers.serving.tracing import effective_values
 from masked_layers.ticket_files import SUFFIX, load_saved
 

@@ -7,7 +7,6 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from masked_layers.checksums import SUMS_FILE
@@ -228,11 +227,3 @@ def _check(report: StorageReport) -> None:
 
 def _numbers(counts: StorageRow | StorageReport) -> tuple[str, str, str]:
     return f"{counts.alive:,}", f"{counts.sparsity:.2%}", f"{counts.nbytes:,}"
-
-
-def file_sizes(path: Path) -> dict[str, int]:
-    """Returns the size of every file below a folder, or of one file, by its relative path."""
-    if path.is_file():
-        return {path.name: path.stat().st_size}
-    files = (file for file in sorted(path.rglob("*")) if file.is_file())
-    return {file.relative_to(path).as_posix(): file.stat().st_size for file in files}

@@ -30,7 +30,7 @@ from masked_layers import checksums, files, workers
 from masked_layers.serving import compaction, encoding, graph
 from masked_layers.serving.codes import Coded
 from masked_layers.serving.folder import CONTENTS, check_replaceable
-from masked_layers.serving.report import FILE, SUMS, StorageReport, StorageRow, file_sizes
+from masked_layers.serving.report import FILE, SUMS, StorageReport, StorageRow
 from masked_layers.serving.samples import samples_of
 from masked_layers.serving.stored_values import CHOICES, Stored, fewest_bits, stored, too_large
 from masked_layers.serving.tracing import EffectiveValues, trace, values_of
@@ -171,7 +171,7 @@ def export_sparse_saved_model(
         report = StorageReport(
             rows=rows,
             dense_nbytes=dense_nbytes,
-            files=file_sizes(folder),
+            files=files.file_sizes(folder),
             values=values,
             output_error=error,
         )

@@ -164,7 +164,7 @@ def test_inspect_checks_every_byte_of_the_folder(command, tmp_path, monkeypatch,
             file.unlink()
             if damage is not None:
                 file.write_bytes(damage)
-            elif file.name == all_formats.REPORT:  # Then it is no such folder.
+            elif file.name == all_formats.REPORT:  # Then it is not such a folder.
                 continue
             assert cli.main(["inspect", str(out)]) == 2
             said = capsys.readouterr().err
