@@ -137,13 +137,21 @@ def test_a_cluster_without_workers_is_said_and_ends_the_sweep(cluster, tmp_path,
     """Some, such as dask, start a job again on the next worker by themselves."""
     engine, execute = cluster
     (job,) = jobs_of(tmp_path / "sweep", "wait")
-    looks, counts = itertools.count(), iter([0, 0, 0, 0, None, 1])
     passed = 0.0
+
+    def counts():
+        yield from (0, 1)  # At first none, then some.
+        while not job.starts:
+            yield 1
+        yield from (0, 0, 0, 0, None, 1)
+        yield from itertools.repeat(0)
+
+    looks = counts()
 
     def workers():
         nonlocal passed
         passed += 30.0
-        return next(counts, 0) if job.starts else next(looks)  # At first none, then some.
+        return next(looks)
 
     engine.workers = workers
     now = time.monotonic
