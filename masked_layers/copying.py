@@ -17,6 +17,7 @@ from masked_layers.files import temporary_folder
 from masked_layers.inspection import weight_refs
 from masked_layers.keras_files import reason_of
 from masked_layers.layers import MaskedLayer
+from masked_layers.notices import warn_outside
 from masked_layers.paths import children, plain_class, walk
 
 Layer: TypeAlias = keras.layers.Layer
@@ -269,6 +270,34 @@ def copy_assets(source: Layer, target: Layer) -> None:
             target.load_assets(str(folder))
     if hasattr(target, "finalize_state") and target.built:
         target.finalize_state()
+        if isinstance(source, keras.layers.Normalization):
+            _keep_statistics(source, target)
+
+
+def _keep_statistics(
+    source: keras.layers.Normalization, target: keras.layers.Normalization
+) -> None:
+    """Lets a copy normalize by what its original normalizes by.
+
+    Keras derives these tensors from the variables when the layer is built, adapted or loaded, but
+    not when `set_weights` changes the variables.
+    """
+    names = ("mean", "variance")
+    held, derived = (
+        [np.array(keras.ops.convert_to_numpy(getattr(layer, name))) for name in names]
+        for layer in (source, target)
+    )
+    if all(map(np.array_equal, held, derived)):
+        return
+    for name, value in zip(names, held, strict=True):
+        setattr(target, name, keras.ops.convert_to_tensor(value))
+    warn_outside(
+        f"'{source.name}' (Normalization) normalizes by an earlier mean and variance than those of "
+        "its variables, and so does its copy. Once saved and loaded, it will use those of its "
+        "variables; call its `finalize_state()` to use them now.",
+        "masked_layers",
+        "lottery_ticket_pruner",
+    )
 
 
 def _copy_optimizer(source: keras.Model, target: keras.Model) -> None:

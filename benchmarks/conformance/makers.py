@@ -70,6 +70,8 @@ def randomize(model: Any) -> Any:
     With Keras' initial values, many models have constant outputs (scales of zero), and a bias or
     scale that is lost would not be noticed.
     """
+    from masked_layers._keras import flatten  # Not with `tf_keras` in the place of Keras.
+
     rng = np.random.default_rng(SEED)
     for variable in model.weights:
         value = np.asarray(variable)
@@ -77,6 +79,9 @@ def randomize(model: Any) -> Any:
             continue
         spread = rng.uniform(-0.1, 0.1, value.shape)
         variable.assign((value.astype("float32") + spread).astype(value.dtype))
+    for layer in flatten(model):
+        if isinstance(layer, keras.layers.Normalization):
+            layer.finalize_state()  # Derives what it normalizes by from its variables.
     return model
 
 

@@ -1,5 +1,6 @@
 """Copies of a conversion: the exact functions and classes in use, and LoRA inside layers."""
 
+import contextlib
 import functools
 
 import keras
@@ -410,6 +411,25 @@ def test_lora_inside_a_layer(make, first):
     np.testing.assert_array_equal(numpy(stripped(x)), numpy(masked(x)))
     for masks, ref in zip(ml.get_masks(masked).values(), ml.weight_refs(stripped), strict=True):
         assert not numpy(ref.variable)[~masks].any()
+
+
+def test_a_normalization_with_other_statistics_than_its_variables_stays_as_it_is():
+    """Keras derives what it normalizes by in `adapt` and on loading, not in `set_weights`."""
+    normalization = layers.Normalization()
+    model = keras.Sequential([keras.Input((4,)), normalization, layers.Dense(3)])
+    normalization.adapt(data(20, 4) + 1)
+    x, mean, variance = data(3, 4), np.arange(4.0), np.arange(1.0, 5.0)
+    normalization.set_weights([mean, variance, np.array(9)])
+    before = numpy(model(x))
+    stale = keras.backend.backend() != "torch"  # There, they are views of the variables.
+    scaled = (x - mean) / np.sqrt(variance) @ numpy(model.layers[-1].kernel)
+    assert np.allclose(before, scaled, rtol=1e-5, atol=1e-5) != stale
+    said = pytest.warns(UserWarning, match="'normalization.*earlier mean and variance")
+    with said if stale else contextlib.nullcontext():
+        masked = ml.convert_to_masked(model)
+    np.testing.assert_array_equal(numpy(masked(x)), before)
+    masked.layers[0].finalize_state()
+    np.testing.assert_allclose(numpy(masked(x)), scaled, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.once
