@@ -110,13 +110,16 @@ def pytest_runtest_teardown():
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_route_by_the_clock():
-    """Prevents training from switching to `fit`, which rounds differently, on slow machines.
+    """Prevents choices by the clock, which slow machines would make in another way.
 
-    Tests of this switch set the patience that they need.
+    Training switches to `fit`, which rounds differently, and `prune` leaves out a method. Tests of
+    this set the patience and the limits that they need.
     """
     from lottery_ticket_pruner import training
+    from lottery_ticket_pruner.compression import attempts
 
     training.settings.patience = float("inf")
+    attempts._FIT_SECONDS = attempts._SCAN_SECONDS = float("inf")
 
 
 @pytest.fixture(scope="session", autouse=True)

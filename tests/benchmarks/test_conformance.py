@@ -106,7 +106,7 @@ def test_a_row_that_ends_its_process_is_one_rows_fault(tmp_path, monkeypatch):
         lambda words, **options: start([sys.executable, "-c", next(codes)], **options),
     )
     table = command.Table("tensorflow", "v1")
-    command.measure(["a", "b", "c"], table, None, 60)
+    command.measure(["a", "b", "c"], table, None, 1800)
     rows = json.loads((tmp_path / "tensorflow.json").read_text())
     assert rows["a"] == {"versions": "v1", "seconds": 1.0, "cells": {"converted": ["yes", ""]}}
     assert rows["b"]["cells"]["ended"] == ["error", "the process ended with status 3"]

@@ -73,7 +73,7 @@ def test_no_moment_of_the_process_ends_in_a_traceback(moment, tmp_path):
         "work": "def main(options):\n  try: wait()\n  except KeyboardInterrupt: return 130\n",
         "end": "import atexit\natexit.register(wait)\ndef main(options): return 0\n",
     }
-    wait = "import time\ndef wait():\n  print('there', flush=True)\n  time.sleep(30)\n"
+    wait = "import time\ndef wait():\n  print('there', flush=True)\n  time.sleep(600)\n"
     (package / "__init__.py").touch()
     (package / "cli.py").write_text(wait + lines[moment])
     process = subprocess.Popen(
@@ -88,7 +88,7 @@ def test_no_moment_of_the_process_ends_in_a_traceback(moment, tmp_path):
     )
     assert process.stdout.readline() == "there\n"
     process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=120)
+    _, error = process.communicate(timeout=300)
     assert error == ("Interrupted.\n" if moment == "import" else "")
     assert process.returncode == (0 if moment == "end" else 130)
 
@@ -118,7 +118,7 @@ CHILD = """
 import os, pathlib, runpy, sys, time
 runpy.run_path(sys.argv[1])["end_with_parent"]()
 (pathlib.Path(sys.argv[sys.argv.index("--out") + 1]) / "pid").write_text(str(os.getpid()))
-time.sleep(60)
+time.sleep(600)
 """
 SWEEP = """
 import sys

@@ -137,7 +137,7 @@ def test_example_sh_quick(tmp_path):
     environment["STRATEGIES"] = "large_final"
     command = ["sh", str(EXAMPLES / "example.sh"), "--quick"]
     done = subprocess.run(
-        command, check=True, env=environment, capture_output=True, text=True, timeout=240
+        command, check=True, env=environment, capture_output=True, text=True, timeout=1800
     )
     assert "== digits, large_final" in done.stdout
     rounds_of(tmp_path / "results_digits_large_final.csv", 4)

@@ -23,7 +23,7 @@ def started(code, *arguments, **variables):
 def printed(processes):
     """Returns the words that each process printed, and fails if one failed."""
     try:
-        said = [process.communicate(timeout=600) for process in processes]
+        said = [process.communicate(timeout=1800) for process in processes]
     finally:
         for process in processes:
             process.kill()

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import threading
 import time
+import types
 from pathlib import Path
 
 # Arguments: what to do, and the folder.
@@ -66,6 +67,30 @@ def is_running(process):
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def wait_until(condition):
+    """Waits until something is the case, however slow the machine is."""
+    deadline = time.monotonic() + 300
+    while not condition():
+        assert time.monotonic() < deadline, "It has not happened in five minutes."
+        time.sleep(0.05)
+
+
+def looks(monkeypatch):
+    """Returns a list with an entry for every time that a sweep has looked at its whole cluster.
+
+    A job may have started before the sweep, in another thread, has noted that it was submitted.
+    """
+    done = []
+
+    def sleep(seconds):
+        done.append(seconds)
+        time.sleep(seconds)
+
+    clock = types.SimpleNamespace(monotonic=time.monotonic, sleep=sleep)
+    monkeypatch.setattr("lottery_ticket_pruner.commands.clusters.time", clock)
+    return done
 
 
 def when(condition, action):

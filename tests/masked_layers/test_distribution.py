@@ -139,7 +139,7 @@ def test_masks_are_spread_like_their_kernels(tmp_path):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1800,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[-1] == "held"

@@ -27,7 +27,7 @@ with files.scratch_folder(pathlib.Path("1"), frozenset(["variables"])) as folder
         file.write(b"half")
         file.flush()
         print("written", flush=True)
-        time.sleep(60)
+        time.sleep(600)
 """
 
 

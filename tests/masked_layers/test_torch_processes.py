@@ -101,7 +101,7 @@ def test_masks_and_weights_are_equal_on_all_processes(tmp_path):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1800,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["held", "held"]

@@ -63,7 +63,7 @@ def run(code, folder, blocked=BLOCKED):
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1800,
     )
     assert result.returncode == 0, result.stderr
 

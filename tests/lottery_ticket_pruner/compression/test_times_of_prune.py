@@ -7,7 +7,7 @@ import pytest
 
 import masked_layers as ml
 from lottery_ticket_pruner import prune
-from lottery_ticket_pruner.compression import Goals, Options, Plan, parts_of, search
+from lottery_ticket_pruner.compression import Goals, Options, Plan, attempts, parts_of, search
 from lottery_ticket_pruner.compression.attempts import Search
 from lottery_ticket_pruner.compression.clock import Clock, Stopwatch
 from lottery_ticket_pruner.compression.early_ends import outcome_is_clear
@@ -43,8 +43,8 @@ def test_a_training_ends_when_the_time_is_over_and_what_was_cut_is_said(trained,
 
 
 def test_the_time_counts_from_the_start_and_includes_what_follows(trained):
-    plan = Plan(goals=Goals(max_drop=0.5), options=Options.of({"batch_size": 100}), minutes=1)
-    for times in ({"started": time.perf_counter() - 61}, {"reserve": 61.0}):
+    plan = Plan(goals=Goals(max_drop=0.5), options=Options.of({"batch_size": 100}), minutes=60)
+    for times in ({"started": time.perf_counter() - 3601}, {"reserve": 3601.0}):
         result = search(trained, parts_of(DATA), plan, **times)
         assert [row["method"] for row in result.rows] == ["dense"]
         assert "There was no time for magnitude pruning to 50.0%, then" in result.conclusion
@@ -112,6 +112,7 @@ def test_time_that_was_cut_is_spent_when_the_search_is_shown_again(trained, monk
 
 def test_fitting_that_takes_longer_than_training_is_given_up(trained, monkeypatch):
     before = ml.get_masks(ml.convert_to_masked(trained))
+    monkeypatch.setattr(attempts, "_FIT_SECONDS", 0.5)
     monkeypatch.setattr(Stopwatch, "seconds", property(lambda self: 1e9))
     monkeypatch.setattr(Workbench, "seconds_to_train", lambda self, ends: 1.0)
     result = prune(trained, DATA, 0.02, **SHORT)
@@ -123,5 +124,5 @@ def test_fitting_that_takes_longer_than_training_is_given_up(trained, monkeypatc
 
 def test_no_later_method_begins_when_the_time_is_over(trained, monkeypatch):
     monkeypatch.setattr(Search, "_is_late", lambda self, stage: stage == "magnitude")
-    result = prune(trained, DATA, 0.5, minutes=1, **SHORT)
+    result = prune(trained, DATA, 0.5, minutes=60, **SHORT)
     assert [row["method"] for row in result.rows] == ["dense"]
