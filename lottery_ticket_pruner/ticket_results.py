@@ -7,7 +7,7 @@ import keras
 import numpy as np
 
 from lottery_ticket_pruner import checks, optimizers
-from lottery_ticket_pruner.tolerances import check_tolerance, metric_of
+from lottery_ticket_pruner.tolerances import check_dense, check_tolerance, is_within, metric_of
 from lottery_ticket_pruner.trained_rounds import TrainedRounds
 
 _TEST = "test_"
@@ -63,7 +63,7 @@ class TicketResult:
 
         Raises:
             ValueError: If the search had no test data, there is no such metric, its direction is
-                unknown, or `max_drop` accepts any model.
+                unknown, it is not finite for the dense model, or `max_drop` accepts any model.
         """
         dense = _results(self.rows[0])
         if not dense:
@@ -75,11 +75,13 @@ class TicketResult:
             raise ValueError(f"`max_drop` must be a number. Received: {max_drop!r}")
         judge = metric_of(dense, self.ticket, metric, mode)
         check_tolerance(judge, dense, max_drop)
+        value = dense[judge.name]
+        check_dense(judge, value, "test")
         tickets = [row for row in self.rows if row["arm"] == "ticket"]
         within = (
             row["round"]
             for row in tickets
-            if judge.is_within(dense[judge.name], _results(row)[judge.name], max_drop)
+            if is_within(judge.drop(value, _results(row)[judge.name]), max_drop, value)
         )
         return max(within, default=0)
 

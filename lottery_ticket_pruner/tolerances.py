@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,9 +37,16 @@ class Metric:
         """Returns how much worse the pruned model is; negative if it is better."""
         return dense - pruned if self.higher_is_better else pruned - dense
 
-    def is_within(self, dense: float, pruned: float, tolerance: float) -> bool:
-        """Returns whether a drop is at most the tolerance, except for rounding. NaN is not."""
-        return self.drop(dense, pruned) <= tolerance + _ROUNDING * abs(dense)
+
+def is_within(drop: float, tolerance: float, dense: float) -> bool:
+    """Returns whether a drop is at most the tolerance, except for rounding. NaN is not.
+
+    Args:
+        drop: How much worse a model is.
+        tolerance: How much worse it may be.
+        dense: The value that it is worse than.
+    """
+    return drop <= tolerance + _ROUNDING * (abs(dense) + abs(tolerance))
 
 
 def metric_of(
@@ -90,6 +98,22 @@ def check_tolerance(metric: Metric, results: Mapping[str, Any], tolerance: float
         f"`max_drop` of an accuracy must be below 1, because any model would be accepted. "
         f"Received: {tolerance!r}.{points}"
     )
+
+
+def check_dense(metric: Metric, value: float, part: str) -> None:
+    """Raises a ValueError if no drop from the dense model can be measured.
+
+    Args:
+        metric: The metric of the tolerance.
+        value: Its value for the dense model.
+        part: The data that it was measured on, such as `"test"`.
+    """
+    if not math.isfinite(value):
+        raise ValueError(
+            f"The {part} {metric.name} of the dense model is {value}, so no drop from it can be "
+            f"measured. Choose another `metric`, or look for unsuitable values in the {part} data "
+            "and in the weights."
+        )
 
 
 def _is_maximized(model: keras.Model, name: str, mode: str) -> bool:

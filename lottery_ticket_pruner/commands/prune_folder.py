@@ -115,7 +115,7 @@ def _check(findings: Findings, facts: pruning.Facts) -> None:
     """Raises an error of some type if a report cannot be made of a result."""
     str(findings)
     pruning.sheets(findings, facts)
-    pruning.may_lose(findings.scan, 0.0)
+    pruning.may_lose(findings.scan, 0.0, dense=1.0)
     texts = (findings.conclusion, *findings.notes, facts.name, facts.data)
     if not all(isinstance(text, str) for text in texts) or not isinstance(facts.options, dict):
         raise ValueError("its texts or options are others")

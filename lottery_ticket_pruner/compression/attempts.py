@@ -23,6 +23,7 @@ from lottery_ticket_pruner.compression.states import Progress, State
 from lottery_ticket_pruner.compression.steps import Workbench
 from lottery_ticket_pruner.compression.training_state import is_trained
 from lottery_ticket_pruner.divergence import DivergenceError
+from lottery_ticket_pruner.tolerances import check_dense, is_within
 
 _logger = logging.getLogger(__name__)
 
@@ -138,6 +139,8 @@ class Search:
             bench.train_dense(self._warn_of_dense())
         dense = State.of(bench.model)
         value = bench.validate()
+        if self._plan.goals.tolerance is not None:
+            check_dense(bench.metric, value, "validation")
         self.clock.reserve += bench.seconds_to_compare()
         self.progress.facts |= {"trained": trained, "dense": "0", "best": "0"}
         self._densities.find(dense)
@@ -255,7 +258,7 @@ class Search:
             self._record(stage, density, None, started, note=getattr(error, "found", str(error)))
             return
         value = bench.validate()
-        if self._plan.goals.accepts(self._drop(value)):
+        if self._accepts(self._drop(value)):
             self.progress.keep(str(number), State.of(bench.model))
             facts["best"] = str(number)
         self._record(stage, density, value, started)
@@ -355,7 +358,7 @@ class Search:
             "size": size,
             "validation": value,
             "drop": drop,
-            "accepted": drop is not None and (not self._rows or self._plan.goals.accepts(drop)),
+            "accepted": drop is not None and (not self._rows or self._accepts(drop)),
             "misses": ", ".join(
                 self._judge.misses(density, size=size, in_time=bench.within_latency(density))
             ),
@@ -380,6 +383,9 @@ class Search:
 
     def _drop(self, value: float) -> float:
         return self.bench.metric.drop(self._rows[0]["validation"], value)
+
+    def _accepts(self, drop: float) -> bool:
+        return self._plan.goals.accepts(drop, self._rows[0]["validation"])
 
     def _tell(self, row: dict[str, Any]) -> None:
         _logger.info("%s", row)
@@ -502,7 +508,8 @@ class Search:
             )
         notes += [*self._notes_of_scan(), *self._notes_of_latency()]
         gain = -min((row["drop"] for row in self._rows if row["drop"] is not None), default=0.0)
-        if gain > (plan.goals.tolerance or 0.0) and gain > 0:
+        expected = max(plan.goals.tolerance or 0.0, 0.0)
+        if not is_within(gain, expected, self._rows[0]["validation"]):
             notes.append(
                 f"A pruned model was better than the dense one by {gain:.4f} on the validation "
                 "data. Unless this is chance, the dense model was not trained to the end, so part "

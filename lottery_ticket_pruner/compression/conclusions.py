@@ -119,12 +119,12 @@ def verdict(goals: Goals, test: metrics.Comparison) -> str:
     """Returns what the comparison on the test data says about the tolerance, if there is one."""
     if goals.tolerance is None:
         return ""
-    where = "within" if goals.accepts(test.drop) else "above"
+    where = "within" if goals.accepts(test.drop, test.dense) else "above"
     found = f"On the test data the drop is {test.drop:+.4f}, {where} {goals.tolerance}"
     if test.interval is None:
         return f"{found} ({test.method})."
     low, high = test.interval
-    if goals.accepts(high) or not goals.accepts(low):
+    if goals.accepts(high, test.dense) or not goals.accepts(low, test.dense):
         return f"{found}, and so is its whole 95 % interval."
     return (
         f"{found}, but {test.examples:,} examples leave open whether it really is: the 95 % "

@@ -7,6 +7,7 @@ from typing import Any
 
 from lottery_ticket_pruner.budgets import Latency
 from lottery_ticket_pruner.checks import is_integer, is_number, share_meant
+from lottery_ticket_pruner.tolerances import is_within
 
 METHODS = ("auto", "iterative", "gradual", "one_shot", "channels")
 SCOPES = ("global", "layer")
@@ -63,9 +64,9 @@ class Goals:
             return DEFAULT_DROP
         return self.max_drop
 
-    def accepts(self, drop: float) -> bool:
-        """Returns whether a drop is within the tolerance. NaN is not."""
-        return self.tolerance is None or drop <= self.tolerance + 1e-9
+    def accepts(self, drop: float, dense: float) -> bool:
+        """Returns whether a drop from the dense model's value is acceptable. NaN is not."""
+        return self.tolerance is None or is_within(drop, self.tolerance, dense)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

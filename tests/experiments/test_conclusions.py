@@ -1,5 +1,6 @@
 """Sentences about results, against what the rows were made to show."""
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -60,6 +61,21 @@ def test_unfinished_seeds_and_equal_accuracies():
     assert text.startswith("In one seed, tickets with as few as 25.00 % of the weights")
     assert "the dense network (90.10 %)" in text
     assert "the accuracy of the tickets is equal to that of random mask. They do not beat" in text
+
+
+def test_means_that_differ_only_by_the_rounding_of_float32_are_equal():
+    equal, *others = np.float32([0.93, 0.96, 0.9]).tolist()
+    assert np.mean(others) < equal
+    rows = []
+    for seed, accuracy in enumerate(others):
+        rows.append(row(0, "dense", seed, equal, 0.0))
+        rows.append(row(1, "ticket", seed, accuracy, 0.5))
+        rows.append(row(1, "random_mask", seed, equal, 0.5))
+    rows = pd.DataFrame(rows).assign(seed=lambda table: table["replicate"])
+    text = conclusions.of_search(rows)
+    assert "are at least as accurate as the dense network" in text
+    assert "the accuracy of the tickets is equal to that of random mask" in text
+    assert tables._holds_down_to(rows) == "50.00%"
 
 
 def test_only_accuracies_on_the_same_data_are_compared(tmp_path):

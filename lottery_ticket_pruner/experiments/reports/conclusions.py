@@ -16,6 +16,7 @@ from lottery_ticket_pruner.experiments.reports.statistics import (
     factors_of,
     grouped,
     interval,
+    is_at_least,
     levels_of,
     place_of,
     setting_text,
@@ -45,7 +46,7 @@ def _against_dense(rows: pd.DataFrame) -> str:
     if not gains:
         return ""
     left, means = _left(rows), {number: float(np.mean(gain)) for number, gain in gains.items()}
-    matching = [number for number, mean in means.items() if mean >= -1e-9]
+    matching = [number for number, mean in means.items() if is_at_least(mean)]
     if matching:
         fewest = min(matching, key=lambda number: left[number])
         count = len(gains[fewest])
@@ -112,12 +113,13 @@ def _left(rows: pd.DataFrame) -> dict[int, float]:
 
 
 def _is_above(gains: Sequence[float]) -> bool:
-    return (interval(gains)[0] if len(gains) > 2 else float(np.mean(gains))) > 0
+    least = interval(gains)[0] if len(gains) > 2 else float(np.mean(gains))
+    return not is_at_least(-least)
 
 
 def _difference(arm: str, gains: Sequence[float]) -> str:
     gain = float(np.mean(gains))
-    if abs(gain) < 1e-9:
+    if is_at_least(gain) and is_at_least(-gain):
         return f"equal to that of {arm_label(arm)}"
     return f"{_points(gain)} {'above' if gain > 0 else 'below'} that of {arm_label(arm)}"
 

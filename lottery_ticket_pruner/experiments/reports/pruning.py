@@ -15,6 +15,7 @@ from lottery_ticket_pruner.compression import Findings, verdict_of
 from lottery_ticket_pruner.experiments.reports import web_page
 from lottery_ticket_pruner.experiments.reports.figures import WEIGHTS, weights_axis
 from lottery_ticket_pruner.experiments.reports.tables import Sheet
+from lottery_ticket_pruner.tolerances import is_within
 
 _SHOWN = 10  # Indices of examples in a line.
 # Multiples of the tolerance that are shown below the least that is accepted.
@@ -208,13 +209,19 @@ def _scan_charts(result: Findings, facts: Facts) -> list[dict[str, str]]:
     ]
 
 
-def may_lose(scan: Sequence[Mapping[str, Any]], limit: float) -> dict[str, float]:
-    """Returns the largest sparsity of each weight alone up to which no drop is above a limit."""
+def may_lose(scan: Sequence[Mapping[str, Any]], limit: float, dense: float) -> dict[str, float]:
+    """Returns the largest sparsity of each weight alone up to which no drop is above a limit.
+
+    Args:
+        scan: The drops of weights that were pruned alone.
+        limit: The largest acceptable drop.
+        dense: The value of the dense model.
+    """
     found: dict[str, float] = {}
     ended = set()
     for row in scan:  # From the densest on.
         found.setdefault(row["path"], 0.0)
-        if not row["drop"] <= limit + 1e-9:
+        if not is_within(row["drop"], limit, dense):
             ended.add(row["path"])
         elif row["path"] not in ended:
             found[row["path"]] = 1 - row["density"]
@@ -223,7 +230,8 @@ def may_lose(scan: Sequence[Mapping[str, Any]], limit: float) -> dict[str, float
 
 def sensitivity(result: Findings, facts: Facts) -> Figure:
     """Plots how much each kernel may lose alone, and what it lost in the result."""
-    alone = may_lose(result.scan, result.tolerance or 0.0)
+    dense = result.rows[0]["validation"]
+    alone = may_lose(result.scan, result.tolerance or 0.0, dense)
     figure, axes = pictures.new_figure(4.8, 0.9 + 0.26 * len(alone))
     places = range(len(alone))
     axes.barh(places, list(alone.values()), color=pictures.PALETTE[0], height=0.6)

@@ -7,6 +7,8 @@ import numpy as np
 import pandas as pd
 import scipy.stats
 
+from lottery_ticket_pruner.tolerances import is_within
+
 LABELS = {
     "dense": "dense",
     "ticket": "ticket",
@@ -35,6 +37,11 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     mean, error = np.mean(values), scipy.stats.sem(values)
     half = error * scipy.stats.t.ppf(0.5 + CONFIDENCE / 2, len(values) - 1)
     return float(mean - half), float(mean + half)
+
+
+def is_at_least(gain: float) -> bool:
+    """Returns whether a difference of (mean) accuracies is not negative, except for rounding."""
+    return is_within(-gain, 0.0, 1.0)
 
 
 def describe_bands(counts: Iterable[int]) -> str:

@@ -20,6 +20,7 @@ from lottery_ticket_pruner.experiments.reports.statistics import (
     factors_of,
     grouped,
     interval,
+    is_at_least,
     levels_of,
     place_of,
     spread,
@@ -290,7 +291,7 @@ def _holds_down_to(rows: pd.DataFrame) -> str:
         return ""
     gain = tickets["test_accuracy"] - dense.loc[tickets["seed"]].to_numpy()
     rounds = tickets.assign(gain=gain).groupby("round")[["sparsity", "gain"]].mean()
-    matching = rounds[rounds["gain"] >= -1e-9]
+    matching = rounds[rounds["gain"].map(is_at_least)]
     return f"{1 - matching['sparsity'].max():.2%}" if len(matching) else "never"
 
 

@@ -354,7 +354,7 @@ def test_a_tolerance_that_the_validation_data_cannot_show_is_said(trained):
         (0.0195, (0.004, 0.04), "above 0.01, but 359 examples leave open whether it really is: "),
         (0.005, (-0.01, 0.02), "within 0.01, but 359 examples leave open whether it really is: "),
         (0.0195, (0.011, 0.03), "above 0.01, and so is its whole 95 % interval."),
-        (0.005, (-0.01, 0.01), "within 0.01, and so is its whole 95 % interval."),
+        (0.01000005, (0, 0.01000005), "within 0.01, and so is its whole 95 %"),  # Of float32.
         (0.0195, None, "above 0.01 (no interval: auc is no mean)."),
     ],
 )

@@ -107,6 +107,8 @@ def test_the_sparsest_round_within_a_drop_is_found():
         found.best_round(1)
     with pytest.raises(ValueError, match="must be one of"):
         found.best_round(0.1, "auc")
+    with pytest.raises(ValueError, match="test accuracy of the dense model is nan"):
+        TicketResult(masked, [], [], rows([np.nan, 0.5])).best_round(0.1)
     unmeasured = TicketResult(masked, [], [], [{"round": 0, "arm": "dense", "sparsity": 0.0}])
     with pytest.raises(ValueError, match="with `test_data`"):
         unmeasured.best_round(0.1)
