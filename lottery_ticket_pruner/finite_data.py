@@ -1,6 +1,7 @@
 """Finds NaN and infinities in data, which would otherwise show only after a training."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -31,7 +32,8 @@ def check(model: keras.Model, name: str, data: tuple[Any, ...] | None) -> None:
 
     Some losses leave out targets that are NaN, and some layers replace missing inputs. Therefore
     the first example with such a value is evaluated, first alone and then together with others,
-    because a mean over the known targets of a batch is NaN where none is known.
+    because a mean over the known targets of a batch is NaN where none is known. Where inputs have a
+    fixed batch size, examples are repeated to fill it.
 
     Args:
         model: A compiled model.
@@ -47,8 +49,12 @@ def check(model: keras.Model, name: str, data: tuple[Any, ...] | None) -> None:
         if found is None:
             continue
         example, (part, *inside) = found[1][0], path
-        loss = _loss_of(model, data, [example])
-        if math.isfinite(loss) or math.isfinite(_loss_of(model, data, _batch(data, example))):
+        fixed = training.fixed_batch_size(model)
+        loss = _loss_of(model, data, [example] * (fixed or 1))
+        if math.isfinite(loss):
+            continue
+        batch = _batch(data, example)
+        if math.isfinite(_loss_of(model, data, np.resize(batch, fixed or len(batch)))):
             continue
         place = "".join(f"[{key!r}]" for key in inside)
         raise ValueError(
@@ -58,12 +64,12 @@ def check(model: keras.Model, name: str, data: tuple[Any, ...] | None) -> None:
         )
 
 
-def _loss_of(model: keras.Model, data: Any, examples: list[int]) -> float:
-    """Returns the loss of some examples, or 0 if the model does not take that many."""
+def _loss_of(model: keras.Model, data: Any, examples: Sequence[int] | np.ndarray) -> float:
+    """Returns the loss of some examples, or 0 if the model does not take them."""
     some = map_arrays(lambda array: np.asarray(array)[examples], data)
     try:
         return float(training.evaluate(model, *some)["loss"])
-    except Exception:  # Each backend raises types of its own, such as for a fixed batch size.
+    except Exception:  # Each backend raises types of its own. The training says what is wrong.
         return 0.0
 
 

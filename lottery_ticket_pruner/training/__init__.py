@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from lottery_ticket_pruner._moved import earlier_names
 from lottery_ticket_pruner.training.augmentation import Augmentation, CropAndFlip
 from lottery_ticket_pruner.training.dataset import ArrayDataset, Arrays, map_arrays
-from lottery_ticket_pruner.training.engine import engine_of
+from lottery_ticket_pruner.training.engine import engine_of, fixed_batch_size
 from lottery_ticket_pruner.training.engine_settings import EngineSettings, settings
 from lottery_ticket_pruner.training.loading import pair_of, to_arrays
 from lottery_ticket_pruner.training.loops import (
@@ -36,6 +36,7 @@ __all__ = [
     "engine_of",
     "evaluate",
     "fit",
+    "fixed_batch_size",
     "held_out",
     "map_arrays",
     "pair_of",

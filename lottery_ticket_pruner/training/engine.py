@@ -265,8 +265,7 @@ class Engine:
         return [self.evaluate(ArrayDataset(part)) for part in parts]
 
     def _evaluation_batch(self, data: ArrayDataset) -> int:
-        inputs = getattr(self._model, "inputs", None)
-        fixed = inputs[0].shape[0] if inputs else None
+        fixed = fixed_batch_size(self._model)
         return fixed or min(_EVALUATION_BATCH, max(1, int(_EVALUATION_BYTES / data.bytes_each)))
 
     def _kinds(self, data: ArrayDataset, steps: int) -> tuple[str, ...]:
@@ -485,6 +484,12 @@ def engine_of(model: keras.Model) -> Engine:
     if engine is None or engine.train_function is not model.train_function:
         engine = kept["engine"] = Engine(model)
     return engine
+
+
+def fixed_batch_size(model: keras.Model) -> int | None:
+    """Returns the batch size that the inputs of a model have, or None if they take any."""
+    inputs = getattr(model, "inputs", None)
+    return inputs[0].shape[0] if inputs else None
 
 
 def warn_once(text: str) -> None:

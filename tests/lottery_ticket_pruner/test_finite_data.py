@@ -31,6 +31,20 @@ def compiled(loss="mse"):
     return model
 
 
+class Eight(keras.layers.Layer):
+    """Takes eight examples at a time, no others, like a stateful layer."""
+
+    def call(self, x):
+        return keras.ops.matmul(keras.ops.eye(8), x)
+
+
+def of_eight(loss="mse"):
+    inputs = keras.Input((4,), batch_size=8)
+    model = keras.Sequential([inputs, Eight(), keras.layers.Dense(1)])
+    model.compile("sgd", loss, jit_compile=False)
+    return model
+
+
 def with_value(array, value, *indices):
     array = array.copy()
     for index in indices:
@@ -77,3 +91,11 @@ def test_values_that_the_loss_leaves_out_are_taken():
     for loss in (known_only, mean_of_known):
         with pytest.raises(ValueError, match=r"`x` of the data"):
             finite_data.check(compiled(loss), "data", (with_value(X, np.nan, (3, 0)), Y))
+
+
+@pytest.mark.once
+def test_models_of_a_fixed_batch_size_are_asked_too():
+    with pytest.raises(ValueError, match=r"`x` of the data .* and the loss of that example is nan"):
+        finite_data.check(of_eight(), "data", (with_value(X, np.nan, (3, 0)), Y))
+    unknown = with_value(Y, np.nan, *((row, 0) for row in range(36)))
+    finite_data.check(of_eight(mean_of_known), "data", (X, unknown))
