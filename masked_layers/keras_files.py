@@ -10,6 +10,7 @@ import os
 import shutil
 import tempfile
 import textwrap
+import warnings
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -25,6 +26,9 @@ from masked_layers.files import FileContentError, naming
 _WEIGHTS = "model.weights.h5"
 _LARGEST_TEXT = 1 << 26  # Bytes of a config, as in ticket files.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # What the system says when a disk is full.
+# Keras' warning for an optimizer that had no slots yet when it was saved, so that none are lost: it
+# has its step and, without a schedule, its learning rate.
+_OF_UNBUILT = r"Skipping variable loading for optimizer .* the saved optimizer has [12] variables"
 _NAME_LENGTHS = 26  # Position of the lengths of two fields in the header of an entry.
 
 
@@ -59,7 +63,11 @@ def load_model(path: Path, *, compiled: bool = False) -> keras.Model:
     elif path.is_file() and h5py.is_hdf5(path):  # Keras says what others are.
         _check_h5(path, path)
     try:
-        return keras.models.load_model(path, compile=compiled)
+        if not compiled:
+            return keras.models.load_model(path, compile=False)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", _OF_UNBUILT)
+            return keras.models.load_model(path)
     except KeyError as error:
         raise FileContentError(f"'{path}' was not written by Keras: {error}.") from error
     # Keras can raise any error for other files, and for layers that are not imported.

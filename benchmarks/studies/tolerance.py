@@ -214,7 +214,8 @@ def report(name, way, trainings, dense, model, data, metric, minutes):
     assert test.interval is not None
     low, high = test.interval
     with tempfile.TemporaryDirectory() as folder, served_latency.DenseFolder(dense) as served:
-        compared = served.compare(model, Path(folder, "served"), data[2][0])
+        place = Path(folder, "served")
+        compared = served.timed(served.compare(model, place), place, data[2][0])
     assert compared.milliseconds is not None
     line(
         [

@@ -404,17 +404,20 @@ def _export(
     parts: Parts,
 ) -> served_latency.Served | None:
     """Writes the folder for serving, and compares it with that of the dense model."""
-    served = folder / "served" / "1"
+    place = folder / "served" / "1"
     try:
-        return dense.compare(result.model, served, parts.test[0])
-    except (
-        Exception
-    ) as error:  # TensorFlow has errors of its own. The rest of the folder is written.
+        served = dense.compare(result.model, place)
+    except Exception as error:  # TensorFlow's own, too. The rest of the folder is written.
         text = f"No SavedModel: {type(error).__name__}: {error}"
-        if served.exists():
-            text += f"\nWhat is in {served} is not this model, but from an earlier search."
+        if place.exists():
+            text += f"\nWhat is in {place} is not this model, but from an earlier search."
         _print(console, text)
         return None
+    try:
+        return dense.timed(served, place, parts.test[0])
+    except Exception as error:  # The folder is written nevertheless.
+        _print(console, f"The served models were not timed: {type(error).__name__}: {error}")
+        return served
 
 
 def _print(console: Console, text: str) -> None:

@@ -64,7 +64,8 @@ def write(findings: Findings, facts: pruning.Facts, folder: Path) -> None:
     options = as_bytes({"command": "prune", **facts.options, "versions": versions()})
     names = (MODEL_FILE, RESULT_FILE, RESULTS_FILE, SCAN_FILE, *_REPORT_FILES)
     files = [folder / name for name in names if (folder / name).is_file()]
-    files += [file for file in (folder / _SERVED).rglob("*") if file.is_file()]
+    if facts.served is not None:  # Otherwise it is of an earlier search.
+        files += [file for file in (folder / _SERVED).rglob("*") if file.is_file()]
     checksums.write(folder, files, {CONFIG_FILE: options})
     with replacing(folder / CONFIG_FILE) as whole:  # Marks the folder as complete.
         whole.write(options)

@@ -23,8 +23,8 @@ class Served:
 
     Attributes:
         nbytes: Bytes on disk.
-        milliseconds: Median milliseconds of a call with one example, called in turns, or None for
-            models with several inputs.
+        milliseconds: Median milliseconds of a call with one example, called in turns, or None if
+            they were not measured, as for models with several inputs.
     """
 
     nbytes: tuple[int, int]
@@ -63,22 +63,36 @@ class DenseFolder:
         # The other export, two folders loaded, and the calls.
         return 2 * (time.perf_counter() - started) + _SECONDS
 
-    def compare(self, pruned: keras.Model, path: Path, inputs: Arrays) -> Served:
+    def compare(self, pruned: keras.Model, path: Path) -> Served:
         """Exports a pruned model to a folder, and compares it with that of the dense model.
 
         Args:
             pruned: The pruned model.
             path: The folder to write.
-            inputs: Inputs of the model.
 
         Raises:
             Exception: Whatever an export raises.
         """
         before = self._export()
         after = ml.export_sparse_saved_model(pruned, path).disk_nbytes
+        return Served((after, before), None)
+
+    def timed(self, served: Served, path: Path, inputs: Arrays) -> Served:
+        """Adds the time of calls to a comparison, unless the model has several inputs.
+
+        Args:
+            served: The comparison.
+            path: The folder of the pruned model.
+            inputs: Inputs of the model.
+
+        Raises:
+            Exception: Whatever TensorFlow raises.
+        """
         arrays = keras.tree.flatten(inputs)
-        times = None if len(arrays) > 1 else _milliseconds(path, self._path, arrays[0][:1])
-        return Served((after, before), times)
+        if len(arrays) > 1:
+            return served
+        times = _milliseconds(path, self._path, arrays[0][:1])
+        return dataclasses.replace(served, milliseconds=times)
 
     def _export(self) -> int:
         if self._nbytes is None:

@@ -2,8 +2,10 @@
 
 import csv
 import hashlib
+import io
 import json
 import types
+import warnings
 from pathlib import Path
 
 import keras
@@ -16,7 +18,7 @@ from rich.console import Console
 
 import masked_layers as ml
 from lottery_ticket_pruner import Latency, cli
-from lottery_ticket_pruner.commands import prune, prune_again
+from lottery_ticket_pruner.commands import prune, prune_again, served_latency
 from lottery_ticket_pruner.experiments import own
 from lottery_ticket_pruner.experiments.reports import pruning
 from lottery_ticket_pruner.fingerprints import of_json
@@ -157,7 +159,8 @@ def test_a_model_and_data_of_a_user_become_a_folder(here, capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert "No SavedModel: KeyError: 'no kernel'" in printed
     assert "is not this model, but from an earlier search" in printed
-    assert "served/1" not in (here / "out" / "model_card.md").read_text()
+    for name in ("model_card.md", "SHA256SUMS"):
+        assert "served/1" not in (here / "out" / name).read_text()
     assert (here / "out" / "model.keras").is_file()
     # Other options are refused, unless the earlier search is discarded.
     assert run("own.py:make", "--sparsity", "0.5", "--out", "out") == 2
@@ -172,6 +175,34 @@ def test_a_model_and_data_of_a_user_become_a_folder(here, capsys, monkeypatch):
 
 def _fail(model, path):
     raise KeyError("no kernel")
+
+
+def test_a_served_folder_that_cannot_be_timed_is_that_of_this_model(tmp_path):
+    written = served_latency.Served((1, 2), None)
+    dense = types.SimpleNamespace(compare=lambda *_: written, timed=lambda *_: _fail(None, None))
+    result, parts = types.SimpleNamespace(model=None), types.SimpleNamespace(test=(None, None))
+    said = io.StringIO()
+    assert prune._export(result, dense, tmp_path, Console(file=said), parts) is written
+    assert said.getvalue() == "The served models were not timed: KeyError: 'no kernel'\n"
+
+
+def test_only_lost_values_of_an_optimizer_are_warned_of(here, monkeypatch):
+    model = own.value_of("own.py:make", "make a model with", lambda model: model)
+    config = prune.PruneConfig(model="new.keras")
+    model.save(config.model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert prune.load(config).optimizer.built
+
+    def three_of(optimizer, store):
+        for number in range(3):
+            store[str(number)] = optimizer.variables[number].numpy()
+
+    model.optimizer.build(model.trainable_variables)
+    monkeypatch.setattr(keras.optimizers.Adam, "save_own_variables", three_of)
+    model.save(config.model)
+    with pytest.warns(UserWarning, match="Skipping variable loading"):
+        prune.load(config)
 
 
 def test_a_file_of_a_model_is_pruned(here, capsys, monkeypatch):
