@@ -77,14 +77,11 @@ def run(config: RunConfig, console: Console | None = None) -> list[Failure]:
         _put_together(resolved, children, place)
 
     try:
-        final = folder.carry_out(
-            work, lambda rows: console.print(tables.summary_table(rows)), console
-        )
+        folder.carry_out(work, lambda rows: console.print(tables.summary_table(rows)), console)
     except _UnfinishedError:
         text = f"The run is not finished. What is done so far is in {folder.path}"
         console.print(text, highlight=False, markup=False)
         return failures
-    shutil.rmtree(final / SEEDS_FOLDER, ignore_errors=True)
     return []
 
 

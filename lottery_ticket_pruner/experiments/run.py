@@ -152,7 +152,7 @@ def _carry_out_seed(
         )
     suffix = f"-{replicate}" if replicate else ""
     saved_tickets.save(found.ticket, folder.path, f"ticket{suffix}")
-    if not suffix:
+    if not suffix and not _is_dropped(folder.final, config.seeds[0]):
         _export(found.ticket, folder, console)
 
 
@@ -174,6 +174,14 @@ def writer(config: RunConfig, folder: RunFolder) -> results.CsvWriter:
 def _runs(config: RunConfig) -> int:
     """Returns how often each seed trains: dense, and the ticket and its controls per round."""
     return chosen(results.rows_per_seed(config.to_dict() | {"command": "run"}))
+
+
+def _is_dropped(folder: Path, seed: int) -> bool:
+    """Returns whether a run is that of a seed of which the run of all seeds has no SavedModel."""
+    if folder.parent.parent.name != SEEDS_FOLDER:
+        return False
+    whole = results.read_json(folder.parent.parent.parent / results.CONFIG_FILE) or {}
+    return seed != whole.get("seeds", [seed])[0]
 
 
 def _export(ticket: keras.Model, folder: RunFolder, console: Console) -> None:

@@ -415,7 +415,7 @@ class RunFolder(Workplace):
             FileNotFoundError: If its folder was removed in the meantime.
         """
         self.check()
-        states = {file for pattern in _STATES for file in self.path.glob(pattern)}
+        states = self._states()
         kept = [file for file in results_in(self.path, self._command) if file not in states]
         for file in kept:
             sync(file)
@@ -423,9 +423,18 @@ class RunFolder(Workplace):
         checksums.write(self.path, kept, {CONFIG_FILE: content})
         with replacing(self.path / CONFIG_FILE) as whole:
             whole.write(content)
-        for file in states:
-            file.unlink()
+        self._remove_states()
         self.complete()
+
+    def _states(self) -> set[Path]:
+        return {file for pattern in _STATES for file in self.path.glob(pattern)}
+
+    def _remove_states(self) -> None:
+        """Removes what a finished run needs no more, also if an earlier process was killed here."""
+        for file in self._states():
+            file.unlink()
+        if (seeds := self.path / SEEDS_FOLDER).is_dir():
+            shutil.rmtree(seeds, ignore_errors=True)
 
     def _print(self, text: str) -> None:
         self._console.print(text, highlight=False, markup=False)
@@ -451,11 +460,13 @@ class RunFolder(Workplace):
                 except ValueError:  # It is damaged, so it starts again.
                     self.is_finished = False
                 else:
+                    self._remove_states()
                     self.complete()
         elif differing:
             raise ValueError(self._refusal(differing))
         elif self.is_finished:
             self._check_results()
+            self._remove_states()
 
     def _check_results(self) -> None:
         check_results(self.path / RESULTS_FILE, self._values | {"command": self._command})

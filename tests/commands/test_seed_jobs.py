@@ -10,7 +10,7 @@ pytest.importorskip("tyro")
 from lottery_ticket_pruner import cli
 from lottery_ticket_pruner.commands import processes
 from lottery_ticket_pruner.commands.jobs import Failure
-from lottery_ticket_pruner.experiments import results, written
+from lottery_ticket_pruner.experiments import results, run, written
 from masked_layers.archives import read_npz
 
 pytestmark = pytest.mark.once
@@ -42,7 +42,14 @@ def files_of(folder):
     return sorted(name.partition("events.")[0] for name in names)
 
 
-def test_the_folder_is_that_of_one_process(here, tmp_path, capsys):
+def test_the_folder_is_that_of_one_process(here, tmp_path, capsys, monkeypatch):
+    exported = []
+
+    def export(model, path):
+        exported.append(path.relative_to(tmp_path).as_posix())
+        raise ImportError
+
+    monkeypatch.setattr(run, "export_sparse_saved_model", export)
     one, jobs = tmp_path / "one", tmp_path / "jobs"
     assert cli.main([*LINE, "--out", str(one)]) == 0
     here.append(7)
@@ -59,6 +66,7 @@ def test_the_folder_is_that_of_one_process(here, tmp_path, capsys):
     assert cli.main(line) == 0
     assert "2 seeds, each a job, 1 of them finished earlier" in capsys.readouterr().out
 
+    assert exported == ["one/served/1", "jobs/.seeds/5/jobs/served/1"]
     assert files_of(jobs) == files_of(one)
     tables = [results.read_table(folder / "results.csv") for folder in (one, jobs)]
     assert tables[0].drop(columns="seconds").equals(tables[1].drop(columns="seconds"))

@@ -172,6 +172,25 @@ def test_a_kill_while_one_takes_the_place_of_the_other(
     assert not list(config.out.glob(".*"))
 
 
+def test_a_kill_after_the_mark_leaves_nothing_for_the_next_command(config, monkeypatch):
+    def killed(folder):
+        raise Killed
+
+    work(config, finish=False)
+    states = [".tables.json", "rounds/0/state.json", ".seeds/7/run/config.json"]
+    for name in states:
+        (config.out / name).parent.mkdir(parents=True, exist_ok=True)
+        (config.out / name).touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "_remove_states", killed)
+        with pytest.raises(Killed):
+            work(config)
+    assert all((config.out / name).exists() for name in states)
+    assert work(config) == (True, False)
+    assert not any((config.out / name).exists() for name in states)
+    assert (config.out / "results.csv").read_text() == ROWS
+
+
 def test_folders_of_earlier_versions_are_read(config):
     work(config)
     file = config.out / "config.json"
