@@ -27,8 +27,9 @@ _DATA = tyro.conf.arg(
     metavar="NAME",
     help=f"Data set: {', '.join(names.DATASETS)}. Of these, {', '.join(names.DOWNLOADED)} are "
     "read from --data-dir or downloaded. For custom data: module:function or "
-    "path/to/file.py:function, which returns ((x_train, y_train), (x_test, y_test)), (x, y), of "
-    "which a fifth is the test data, or two tf.data.Datasets of batches.",
+    "path/to/file.py:function, which returns ((x_train, y_train), (x_test, y_test)), three such "
+    "pairs, the second one for validation, (x, y), of which a fifth is the test data, or as many "
+    "tf.data.Datasets of batches.",
 )
 _NETWORK = tyro.conf.arg(
     metavar="NAME",

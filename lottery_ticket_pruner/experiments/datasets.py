@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -77,11 +77,12 @@ def load(name: str, data_dir: str | Path | None = None) -> Dataset:
 
     Custom data is loaded by a function without arguments, given as `module:function` or
     `path/to/file.py:function`. Modules are also searched in the working directory. The function
-    returns `((x_train, y_train), (x_test, y_test))`, like `load_data` of Keras' data sets, one
-    pair of arrays `(x, y)`, a fifth of which is then the test data, or two data sets of batches
-    that `lottery_ticket_pruner.training.to_arrays` accepts. Pixels of type
-    uint8 are divided by 255, other inputs are used unchanged. Labels are class indices from 0. A
-    twelfth of the training data is held out for validation.
+    returns `((x_train, y_train), (x_test, y_test))`, like `load_data` of Keras' data sets; three
+    such pairs, the second one for validation; one pair of arrays `(x, y)`, a fifth of which is then
+    the test data; or as many data sets of batches that `lottery_ticket_pruner.training.to_arrays`
+    accepts. Pixels of type uint8 are divided by 255, other inputs are used unchanged. Labels are
+    class indices from 0. Unless the function says which, a twelfth of the training data is held out
+    for validation.
 
     Args:
         name: One of `NAMES`, or the location of a function.
@@ -97,8 +98,13 @@ def load(name: str, data_dir: str | Path | None = None) -> Dataset:
             file or module of the function does not exist.
     """
     if is_own(name):
-        arrays = checked(name, own.arrays_of(name))
-        return _split(name, name, arrays, _held_out(arrays))
+        train, *validation, test = own.parts_of(name)
+        arrays = checked(name, (*train, *test))
+        if not validation:
+            return _split(name, name, arrays, _held_out(arrays))
+        subjects = (f"{name}, to train on", f"{name}, to validate on")
+        _, _, *held_out = checked(name, (*train, *validation[0]), places=subjects)
+        return _dataset(name, arrays[:2], held_out, arrays[2:])
     if name not in NAMED:
         unknown.check_data(name)
     named = NAMED[name]
@@ -161,23 +167,21 @@ def _split(name: str, source: str, arrays: Arrays, held_out: int) -> Dataset:
             f"{source} leaves {len(x_train)} examples for {name} to train on, of which {held_out} "
             "are held out for validation. Both must contain at least one example."
         )
-    scale = 255 if x_train.dtype == np.uint8 else 1
     order = np.random.default_rng(_SPLIT_SEED + 1).permutation(len(x_train))
     validation, train = np.sort(order[:held_out]), np.sort(order[held_out:])
-    return Dataset(
-        name,
-        _scaled(x_train[train], scale),
-        _labels(y_train[train]),
-        _scaled(x_train[validation], scale),
-        _labels(y_train[validation]),
-        _scaled(x_test, scale),
-        _labels(y_test),
-    )
+    parts = [(x_train[chosen], y_train[chosen]) for chosen in (train, validation)]
+    return _dataset(name, *parts, (x_test, y_test))
 
 
-def _scaled(images: np.ndarray, scale: float) -> np.ndarray:
+def _dataset(name: str, *parts: Sequence[np.ndarray]) -> Dataset:
+    """Returns a data set of checked training, validation and test data."""
+    arrays = [array for x, y in parts for array in (_scaled(x), _labels(y))]
+    return Dataset(name, *arrays)
+
+
+def _scaled(images: np.ndarray) -> np.ndarray:
     scaled = images.astype("float32")
-    scaled /= scale
+    scaled /= 255 if images.dtype == np.uint8 else 1
     return scaled[..., None] if scaled.ndim == 3 else scaled
 
 

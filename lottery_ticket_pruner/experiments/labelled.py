@@ -17,12 +17,12 @@ def checked(
     places: tuple[str, str] | None = None,
     classes: int | None = None,
 ) -> Arrays:
-    """Checks that a classifier can be trained and tested on arrays, and returns them unchanged.
+    """Checks that a classifier can be trained and judged on arrays, and returns them unchanged.
 
     Args:
         source: Source of the arrays for messages: a function, a file, or a folder of files.
-        arrays: `x_train, y_train, x_test, y_test`, objects of any type.
-        places: Sources of the training and the test data, if they differ.
+        arrays: Inputs and labels to train on, and those to judge by, objects of any type.
+        places: Sources of both, if they differ.
         classes: Number of classes. By default one more than the largest training label.
 
     Returns:
@@ -41,8 +41,7 @@ def checked(
     if train[0].shape[1:] != test[0].shape[1:] or pixels[0] != pixels[1]:
         received = " and ".join(f"{x.dtype}{x.shape[1:]}" for x, _ in (train, test))
         raise ValueError(
-            f"{source}: expected inputs of one shape and type to train and to test on. "
-            f"Received: {received}."
+            f"{source}: expected inputs of one shape and type in all parts. Received: {received}."
         )
     _check_classes(subjects, train[1], test[1], classes)
     return *train, *test

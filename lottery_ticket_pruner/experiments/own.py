@@ -21,6 +21,7 @@ from lottery_ticket_pruner.training import pair_of
 _Value = TypeVar("_Value")
 
 _SHOWN = 4
+_MOST_PARTS = 3
 # The module of each file, with the bytes that it was made from.
 _LOADED: dict[Path, tuple[bytes, Any]] = {}
 _DATA = "load data with"
@@ -38,8 +39,8 @@ class UserCodeError(ValueError):
     """
 
 
-def arrays_of(name: str) -> tuple[Any, Any, Any, Any]:
-    """Calls a function and returns its data as `x_train, y_train, x_test, y_test`.
+def parts_of(name: str) -> list[tuple[Any, Any]]:
+    """Calls a function and returns its data as pairs: training, validation if given, and test.
 
     If it returns a single pair, the test data are those that `prune` splits off, and a warning says
     so.
@@ -55,9 +56,13 @@ def arrays_of(name: str) -> tuple[Any, Any, Any, Any]:
     with _returned(name, _DATA) as (folder, returned):
         if _is_pair(returned):
             return _split(name, folder, returned)
-        parts = _two_parts(name, returned)
-        train, test = (_pair(name, folder, part, returned) for part in parts)
-    return *train, *test
+        parts = returned if isinstance(returned, tuple | list) else [returned]
+        pairs = [_pair(name, folder, part, returned) for part in parts[: _MOST_PARTS + 1]]
+        if len(pairs) == 1:
+            return _split(name, folder, pairs[0])
+        if len(pairs) not in (2, _MOST_PARTS):
+            raise _unexpected(name, returned)
+        return pairs
 
 
 def value_of(name: str, purpose: str, read: Callable[[Any], _Value]) -> _Value:
@@ -305,12 +310,6 @@ def _is_own_function(value: Any, module: Any) -> bool:
     return callable(value) and getattr(value, "__module__", None) == module.__name__
 
 
-def _two_parts(name: str, returned: object) -> tuple[Any, Any]:
-    if not isinstance(returned, tuple | list) or len(returned) != 2:
-        raise _unexpected(name, returned)
-    return tuple(returned)
-
-
 def _is_pair(returned: object) -> bool:
     """Returns True for a tuple or list of two arrays, unlike two data sets of batches."""
     return (
@@ -320,7 +319,7 @@ def _is_pair(returned: object) -> bool:
     )
 
 
-def _split(name: str, folder: Path, pair: Any) -> tuple[Any, Any, Any, Any]:
+def _split(name: str, folder: Path, pair: Any) -> list[tuple[Any, Any]]:
     with _named_results(name, folder):
         x, y = (np.asarray(part) for part in pair)
     if not (x.ndim and y.ndim and len(x) == len(y) > 1):
@@ -332,13 +331,14 @@ def _split(name: str, folder: Path, pair: Any) -> tuple[Any, Any, Any, Any]:
         "return ((x_train, y_train), (x_test, y_test)).",
         stacklevel=2,
     )
-    return *train, *test
+    return [train, test]
 
 
 def _unexpected(name: str, returned: object) -> ValueError:
     return ValueError(
-        f"{name} must return ((x_train, y_train), (x_test, y_test)), one pair of arrays (x, y), or "
-        f"two data sets of batches (inputs, targets). Received: {_in_words(returned)}."
+        f"{name} must return ((x_train, y_train), (x_test, y_test)), three such pairs, the second "
+        "one for validation, one pair of arrays (x, y), or as many data sets of batches (inputs, "
+        f"targets). Received: {_in_words(returned)}."
     )
 
 

@@ -309,6 +309,20 @@ def datasets():
     return [tf.data.Dataset.from_tensor_slices(part).batch(7) for part in table()]
 
 
+def single():
+    return Batches()
+
+
+def three():
+    (x, y), _ = table()
+    return (x[:20], y[:20]), (x[20:27], y[20:27]), (x[27:], y[27:])
+
+
+def other_widths():
+    (x, y), _ = table()
+    return (x, y), (x[:, :1], y), (x, y)
+
+
 def one_hot():
     (x, y), _ = table()
     return (x, np.eye(3)[y]), (x, np.eye(3)[y])
@@ -389,6 +403,18 @@ def test_of_one_pair_the_test_data_is_that_of_prune(own):
     np.testing.assert_array_equal(np.sort(everything, axis=0), x)
 
 
+def test_three_parts_and_one_data_set_are_taken_as_by_prune(own):
+    loaded = datasets.load(f"{own}:three")
+    y = np.arange(36) % 3
+    for name, chosen in (("train", y[:20]), ("validation", y[20:27]), ("test", y[27:])):
+        np.testing.assert_array_equal(getattr(loaded, f"x_{name}")[:, 0], chosen + 0.25)
+        np.testing.assert_array_equal(getattr(loaded, f"y_{name}"), chosen)
+    with pytest.warns(UserWarning, match="a fifth of the examples"):
+        loaded = datasets.load(f"{own}:single")
+    x = np.repeat(np.arange(4.0), 6)[:, None]
+    np.testing.assert_array_equal(loaded.x_test[:, :1], parts_of((x, x[:, 0])).test[0])
+
+
 def test_custom_pixels_are_scaled(own):
     loaded = datasets.load(f"{own}:pictures")
     assert (loaded.input_shape, loaded.classes) == ((9, 7, 1), 5)
@@ -421,6 +447,7 @@ def test_custom_data_from_tensorflow_data_sets(own):
         ("weighted", r"must return \(\(x_train.* Received: a tuple of 2 \(a tuple of 3 \("),
         ("negative", r"class indices 0, 1, ... as labels. Received: -1, 0, 1"),
         ("widths", r"of one shape and type.*float64\(2,\) and float64\(1,\)"),
+        ("other_widths", r"of one shape and type.*float64\(2,\) and float64\(1,\)"),
         ("gaps", "x to be finite numbers"),
         ("texts", "one array of numbers.*x of <U"),
     ],
