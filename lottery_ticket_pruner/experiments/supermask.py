@@ -186,8 +186,7 @@ def _carry_out(
         results.write_figure(folder.path / "heat-map.png", figures.heat_map(shown))
     for number, (title, lines, label) in enumerate(figures.charts(shown), 1):
         figure = figures.line_figure(lines, x_label=label)
-        text = "\n".join(filter(None, (title, figures.describe_spread(lines))))
-        figure.suptitle(text, fontsize=10)
+        figure.suptitle(figures.titled(title, lines), fontsize=10)
         results.write_figure(folder.path / f"curves-{number}.png", figure)
 
 

@@ -92,6 +92,11 @@ def describe_spread(lines: Sequence[Line]) -> str:
     return f"Means of {shown} replicates; {len(lines)} bands would hide each other"
 
 
+def titled(title: str, lines: Sequence[Line]) -> str:
+    """Returns the title of a figure with these lines, above what its bands are."""
+    return "\n".join(filter(None, (title, describe_spread(lines))))
+
+
 def charts(rows: pd.DataFrame) -> list[tuple[str, list[Line], str]]:
     """Returns title, lines and axis label of the figures for rows without rounds.
 
@@ -177,8 +182,7 @@ def accuracy_figure(rows: Sequence[dict[str, Any]] | pd.DataFrame, title: str) -
     rows = pd.DataFrame(rows)
     lines = arm_lines(rows)
     figure = line_figure(lines, dense=dense_accuracies(rows), figsize=(8, 4.6))
-    text = "\n".join(filter(None, (title, describe_spread(lines))))
-    figure.axes[0].set_title(text, fontsize=10)
+    figure.axes[0].set_title(titled(title, lines), fontsize=10)
     return figure
 
 
