@@ -27,6 +27,7 @@ from lottery_ticket_pruner.experiments import (
     networks,
     own,
     own_networks,
+    progress,
     saved_tickets,
 )
 from lottery_ticket_pruner.experiments.reports import comparison
@@ -56,7 +57,7 @@ def compare(config: CompareConfig, console: Console | None = None) -> ModelCompa
     subjects = [_subject(one, x, config.batch_size) for one in named]
     found = compare_subjects(subjects, (x, y))
     found = dataclasses.replace(found, notes=(*found.notes, *_note_of_data(config, named)))
-    console = console or Console()
+    console = console or progress.console()
     console.print(str(found), markup=False, highlight=False, soft_wrap=True)
     if config.page is not None:
         options = {"data": config.data or "that of the folders", "batch_size": config.batch_size}

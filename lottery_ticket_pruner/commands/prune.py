@@ -178,7 +178,7 @@ def prune(config: PruneConfig, console: Console | None = None) -> PruneResult:
             search.
         OSError: If a file is missing, or the folder is in use or cannot be written.
     """
-    console = console or Console(quiet=config.quiet)
+    console = console or progress.console(quiet=config.quiet)
     started = time.perf_counter()
     config.plan()  # Raises errors of options before anything is loaded.
     if config.log not in (None, "tensorboard"):

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from lottery_ticket_pruner.commands import prune_folder
 from lottery_ticket_pruner.commands.prune import PruneConfig, prune
+from lottery_ticket_pruner.experiments import progress
 from lottery_ticket_pruner.experiments.reports import pruning
 from lottery_ticket_pruner.experiments.results import CONFIG_FILE, is_pruned, read_json, reason
 from lottery_ticket_pruner.experiments.run_folder import restored
@@ -55,7 +56,7 @@ def repeat(folder: Path, config: PruneConfig, console: Console | None = None) ->
     Returns:
         Whether all rows are the same, except for their times.
     """
-    console = console or Console(quiet=config.quiet)
+    console = console or progress.console(quiet=config.quiet)
     earlier, _ = prune_folder.read(folder)
     if is_pruned(config.folder) and not config.overwrite:
         text = f"The search in {config.folder} is finished. Use --overwrite to execute it again."

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from _lottery_ticket.commands import ReportConfig
 from lottery_ticket_pruner.commands import prune_again
-from lottery_ticket_pruner.experiments import results
+from lottery_ticket_pruner.experiments import progress, results
 from lottery_ticket_pruner.experiments.reports import (
     contents,
     run_folders,
@@ -30,7 +30,7 @@ def write_report(config: ReportConfig, console: Console | None = None) -> Path:
         ValueError: If there are no folders, or one of them has no readable results.
         OSError: If a folder does not exist, or that of the report cannot be written.
     """
-    console = console or Console(quiet=config.quiet)
+    console = console or progress.console(quiet=config.quiet)
     if not config.folders:
         raise ValueError("Name at least one run folder, or a folder of run folders.")
     pruned = prune_again.pruned_in(config.folders)

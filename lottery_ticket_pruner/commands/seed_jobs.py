@@ -13,7 +13,7 @@ from rich.console import Console
 from lottery_ticket_pruner.commands import executors
 from lottery_ticket_pruner.commands.jobs import Failure
 from lottery_ticket_pruner.commands.sweep import Child
-from lottery_ticket_pruner.experiments import results
+from lottery_ticket_pruner.experiments import progress, results
 from lottery_ticket_pruner.experiments.arguments import arguments, options_given
 from lottery_ticket_pruner.experiments.config import RunConfig, chosen
 from lottery_ticket_pruner.experiments.reports import tables
@@ -53,7 +53,7 @@ def run(config: RunConfig, console: Console | None = None) -> list[Failure]:
         FolderInUseError: If another process is writing in the folder.
         OSError: If it cannot be written, or is removed in the meantime.
     """
-    console = console or Console(quiet=config.quiet)
+    console = console or progress.console(quiet=config.quiet)
     executors.check(config)
     resolved, data = load_and_resolve(config)
     executors.check_devices(config, resolved.devices, chosen(resolved.batch_size))

@@ -22,7 +22,7 @@ from _lottery_ticket.refusals import option
 from lottery_ticket_pruner.checks import require_extra
 from lottery_ticket_pruner.commands import executors
 from lottery_ticket_pruner.commands.jobs import Executor, Failure
-from lottery_ticket_pruner.experiments import checksums, datasets, results
+from lottery_ticket_pruner.experiments import checksums, datasets, progress, results
 from lottery_ticket_pruner.experiments.arguments import arguments as arguments_of
 from lottery_ticket_pruner.experiments.arguments import given, options_given, parse_over
 from lottery_ticket_pruner.experiments.config import RunConfig, choices, chosen
@@ -198,7 +198,7 @@ def sweep(
         FolderInUseError: If another process is writing in the folder.
         OSError: If the folder cannot be written, or is removed in the meantime.
     """
-    console = console or Console(quiet=config.quiet)
+    console = console or progress.console(quiet=config.quiet)
     children = plan(config)
     folder = children[0].config.folder.parent
     if (folder / results.CONFIG_FILE).is_file():

@@ -143,7 +143,7 @@ def run(config: InstabilityConfig, data: datasets.Dataset, console: Console | No
         FolderInUseError: If another process is writing in it.
         OSError: If it cannot be written, or is removed in the meantime.
     """
-    console = console or Console(quiet=config.quiet)
+    console = console or progress.console(quiet=config.quiet)
     if config.deterministic:
         make_deterministic()
     trainer = _Trainer(config, data)

@@ -1,9 +1,14 @@
-"""The progress bar of the commands, with the remaining time."""
+"""The console of the commands, and their progress bar with the remaining time."""
 
 import rich.progress
 from rich.console import Console
 
 STEPS = "{task.completed:.0f} of {task.total:.0f} steps"
+
+
+def console(*, quiet: bool = False) -> Console:
+    """Creates a console that shows names as they are: with emoji, `file.py:fire:` would be one."""
+    return Console(quiet=quiet, emoji=False)
 
 
 def bar(console: Console, count: str = STEPS, period: float = 30.0) -> rich.progress.Progress:

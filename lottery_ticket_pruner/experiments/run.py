@@ -47,7 +47,7 @@ def run(config: RunConfig, data: datasets.Dataset, console: Console | None = Non
         FolderInUseError: If another process is writing in it.
         OSError: If it cannot be written, or is removed in the meantime.
     """
-    console = console or Console(quiet=config.quiet)
+    console = console or progress.console(quiet=config.quiet)
     return RunFolder("run", config, data).carry_out(
         lambda folder: _carry_out(config, data, folder, console),
         lambda rows: console.print(tables.summary_table(rows)),

@@ -143,7 +143,7 @@ def run(config: SupermaskConfig, data: datasets.Dataset, console: Console | None
         FolderInUseError: If another process is writing in it.
         OSError: If it cannot be written, or is removed in the meantime.
     """
-    console = console or Console(quiet=config.quiet)
+    console = console or progress.console(quiet=config.quiet)
     return RunFolder("supermask", config, data).carry_out(
         lambda folder: _carry_out(config, data, folder, console),
         lambda rows: _show(config, _table(config, rows), console),

@@ -15,7 +15,7 @@ pytest.importorskip("matplotlib")
 import scipy.stats
 from rich.console import Console
 
-from lottery_ticket_pruner.experiments import results
+from lottery_ticket_pruner.experiments import progress, results
 from lottery_ticket_pruner.experiments.reports import (
     contents,
     figures,
@@ -26,6 +26,14 @@ from lottery_ticket_pruner.experiments.reports import (
 from made_up_runs import ROWS, row, write_run
 
 pytestmark = pytest.mark.once
+
+
+def test_names_of_users_are_no_emoji(capsys):
+    name = "mine.py:fire: [red]"
+    progress.console().print(
+        tables.Sheet(name, (name, "accuracy"), ((name, "1"),), names=1).table()
+    )
+    assert capsys.readouterr().out.count(name) == 3
 
 
 def pooled(rows):
