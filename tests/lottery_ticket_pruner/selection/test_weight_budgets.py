@@ -163,7 +163,8 @@ def by_path(probe):
     return {path: each for each in probe.products for path in each.sizes}
 
 
-@pytest.mark.parametrize("limit", [0.8, 0.6, 0.45, 0.42])
+# With 0.6, a sum is 1 or above 1 by its last bit, depending on how `sum` of this Python rounds.
+@pytest.mark.parametrize("limit", [0.8, 0.61, 0.45, 0.42])
 def test_globally_the_least_is_lost(limit):
     losses = {"a": lambda s: s**2, "b": lambda s: 3 * s**4, "c": lambda s: s}
     probe = Probe(limit)
