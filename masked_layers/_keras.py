@@ -512,11 +512,12 @@ def call_when_built(
 def bind_quantize(layer: keras.layers.Layer, quantize: Callable[..., None]) -> None:
     """Replaces the `quantize` method of a layer.
 
-    Keras binds the method of the layer's original class to the layer, so the method of a class that
-    the layer is given later would not be called.
+    Keras before 3.16 binds the method of the layer's original class to the layer, so the method of
+    a class that the layer is given later would not be called. Later versions call that one.
     """
-    vars(layer)["_plain_quantize"] = vars(layer)["quantize"]
-    vars(layer)["quantize"] = quantize
+    if "quantize" in vars(layer):
+        vars(layer)["_plain_quantize"] = vars(layer)["quantize"]
+        vars(layer)["quantize"] = quantize
 
 
 def unbind_quantize(layer: keras.layers.Layer) -> None:

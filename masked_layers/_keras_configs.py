@@ -8,7 +8,7 @@ from __future__ import annotations
 import collections.abc
 import contextlib
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
@@ -196,23 +196,40 @@ def identity_scope() -> Iterator[None]:
     looked up in a dict that has no public name, and there is no hook for objects without a name.
     """
     names = _Names(object_registration.GLOBAL_CUSTOM_NAMES)
-    plain_config = serialization_lib._get_class_or_fn_config
-
-    def config_of(obj: Any) -> Any:
-        if _is_kept(obj):
-            return names.keep(obj)
-        config = plain_config(obj)
-        names.kept_classes.discard(type(obj))
-        return config
-
+    place, config_of = _hook(names)
+    plain = getattr(serialization_lib, place)
     object_registration.GLOBAL_CUSTOM_NAMES = names
-    serialization_lib._get_class_or_fn_config = config_of
+    setattr(serialization_lib, place, config_of)
     try:
         yield
     finally:
         object_registration.GLOBAL_CUSTOM_NAMES = names.registered
-        serialization_lib._get_class_or_fn_config = plain_config
+        setattr(serialization_lib, place, plain)
         names.forget()
+
+
+def _hook(names: _Names) -> tuple[str, Callable[[Any], Any]]:
+    """Returns the name of the function of Keras that describes objects, and another one for it."""
+    if hasattr(serialization_lib, "_get_class_or_fn_config"):  # before Keras 3.16
+        plain = serialization_lib._get_class_or_fn_config
+
+        def config_of(obj: Any) -> Any:
+            if _is_kept(obj):
+                return names.keep(obj)
+            config = plain(obj)
+            names.kept_classes.discard(type(obj))
+            return config
+
+        return "_get_class_or_fn_config", config_of
+    serialize = serialization_lib.serialize_keras_object
+
+    def serialized(obj: Any) -> Any:
+        if _is_kept(obj):
+            return serialization_lib.serialize_with_public_class(type(obj), names.keep(obj))
+        names.kept_classes.discard(type(obj))
+        return serialize(obj)
+
+    return "serialize_keras_object", serialized
 
 
 def state_goes_apart() -> bool:

@@ -136,11 +136,12 @@ def _each_step_is_traced_once():
         yield
         return
     import tensorflow as tf
-    from keras.src.backend.tensorflow.trainer import TensorFlowTrainer
 
     from lottery_ticket_pruner import _keras
 
-    build, make = TensorFlowTrainer._maybe_symbolic_build, TensorFlowTrainer._make_function
+    # It is called TensorFlowTrainer in Keras 3.15 and Trainer in 3.16.
+    trainer = next(base for base in keras.Model.__mro__ if "_make_function" in vars(base))
+    build, make = trainer._maybe_symbolic_build, trainer._make_function
 
     def is_ready(model):
         return not model.run_eagerly and all(layer.built for layer in model._flatten_layers())
@@ -163,8 +164,8 @@ def _each_step_is_traced_once():
         return make(self, step)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TensorFlowTrainer, "_maybe_symbolic_build", build_metrics)
-        patch.setattr(TensorFlowTrainer, "_make_function", build_slots_and_make)
+        patch.setattr(trainer, "_maybe_symbolic_build", build_metrics)
+        patch.setattr(trainer, "_make_function", build_slots_and_make)
         yield
 
 
