@@ -549,7 +549,7 @@ def _about_place(first: np.ndarray, second: np.ndarray, count: int) -> np.ndarra
     while low < high:
         middle = (low + high) // 2
         for values in ordered:
-            values[low : high + 1].partition(middle - low)
+            values[low:high].partition(middle - low)  # The one at `high` is in its place.
         if np.count_nonzero(are_among([values[middle] for values in ordered])) >= count:
             high = middle
         else:

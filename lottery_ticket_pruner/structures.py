@@ -354,7 +354,7 @@ class Channels(Structure):
         if self.pooling not in poolings:
             raise ValueError(f"`pooling` must be one of {poolings}. Received: {self.pooling!r}")
         share = self.at_most
-        if isinstance(share, bool) or not isinstance(share, float | int) or not 0 < share < 1:
+        if not isinstance(share, float | int) or not 0 < share < 1:  # No bool is in between.
             raise ValueError(f"`at_most` must be a number in (0, 1). Received: {share!r}")
         if not _is_count(self.round_to):
             raise ValueError(f"`round_to` must be a positive integer. Received: {self.round_to!r}")

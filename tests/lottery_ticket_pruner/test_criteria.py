@@ -72,6 +72,19 @@ def test_every_criterion_is_tested_by_hand():
     assert set(HALF) | elsewhere == set(criteria.names())
 
 
+def test_criteria_are_declared_as_in_their_papers():
+    found = [criteria.get(name) for name in criteria.names()]
+    # Of ranks and of random numbers, a part has others than the whole.
+    whole = {"random", "large_init_large_final", "small_init_small_final"}
+    assert {each.name for each in found if not each.elementwise} == whole
+    assert {each.name for each in found if each.at_initialization} == {"snip", "grasp", "synflow"}
+    assert {each.name: each.rounds for each in found if each.rounds > 1} == {"synflow": 100}
+    assert {each.name: each.scope for each in found if each.scope} == {
+        **dict.fromkeys(["snip", "grasp", "synflow", "smallest_weights_global"], "global"),
+        "wanda": "output",
+    }
+
+
 def test_large_final_diff_sign_keeps_the_largest_flipped():
     assert prune("large_final_diff_sign", 6) == [0, 0, 1, 1, 0, 0, 0, 0]
     assert prune("large_final_diff_sign", 7) == [0, 0, 1, 0, 0, 0, 0, 0]
@@ -253,8 +266,9 @@ def test_registration_checks_its_arguments(registry):
         criteria.register("mine", scope="everywhere")
     with pytest.raises(ValueError, match="rounds=0"):
         criteria.register("mine", rounds=0)
-    with pytest.raises(ValueError, match=r"need scope=.global.*rounds=2, scope='layer'"):
-        criteria.register("mine", rounds=2, scope="layer")
+    for scope in ("layer", "output", None):
+        with pytest.raises(ValueError, match=rf"need scope=.global.*rounds=2, scope={scope!r}"):
+            criteria.register("mine", rounds=2, scope=scope)
     assert "mine" not in criteria.names()
 
 

@@ -1,5 +1,6 @@
 """The common rules for names, configurations, functions and identity of all registered kinds."""
 
+import dataclasses
 import json
 
 import keras
@@ -177,6 +178,19 @@ def test_a_class_that_is_not_registered_stays_itself(module, base):
     assert type(Mine.from_config(Mine().get_config())) is Mine
     with pytest.raises(ValueError, match="Unknown"):
         module.get(Mine().get_config())
+
+
+def test_a_class_makes_only_itself_or_what_is_registered():
+    @dataclasses.dataclass(frozen=True)
+    class Mine(structures.Outputs):
+        pass
+
+    config = json.loads('{"name": "Mine", "pooling": "max"}')
+    assert Mine.from_config(config) == Mine("max")
+    assert structures.Outputs.from_config({"name": "2:4"}).name == "n_of_m"
+    for name in ("Mine", "stripes"):
+        with pytest.raises(ValueError, match=f"Unknown structure '{name}'"):
+            structures.Outputs.from_config({"name": name})
 
 
 def test_a_class_named_like_a_schedule_is_not_taken_for_it():

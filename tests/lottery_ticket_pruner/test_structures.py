@@ -63,6 +63,9 @@ def test_pruned_weights_do_not_affect_the_score_of_a_tile_and_stay_pruned():
     np.testing.assert_array_equal(pruned, [[0, 1], [0, 1]])  # An average of 1 against 2, not 5.
     kept = update("large_final", {"k": kernel(values, mask)}, rate=0, structure="units")["k"]
     np.testing.assert_array_equal(kept, mask)
+    values[1][0] = 3  # The average of a single weight.
+    pruned = update("large_final", {"k": kernel(values, mask)}, rate=0.5, structure="units")["k"]
+    np.testing.assert_array_equal(pruned, [[0, 0], [1, 0]])
 
 
 @pytest.mark.once

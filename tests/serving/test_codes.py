@@ -11,6 +11,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from masked_layers.serving import codes
 from masked_layers.serving.codes import Coded, clustered, scaled
 from masked_layers.serving.encoding import blocks, decode, encode
 
@@ -114,11 +115,26 @@ def test_int8_rounds_to_the_nearest_multiple_of_each_channels_scale(array):
     exact = (values == array).all(axis=axes)  # Multiples of a scale keep it.
     largest = np.abs(array).max(axis=axes).astype("float64")
     assert (coded.table >= largest / 127 * (1 - 1e-6)).all()
+    assert (coded.table[largest == 0] == 0).all()
     normal = ~exact & (largest > 127 * np.finfo("float32").tiny)
     assert (coded.table[normal] <= largest[normal] / 127 * (1 + 2**-7)).all()
     # Scales have 8 significant bits, so their low bytes are zeros.
     assert not (coded.table[~exact].view("uint32") & 0xFFFF).any()
     assert (np.abs(values - array) <= coded.table.astype("float64") / 2 * (1 + 1e-6)).all()
+
+
+@pytest.mark.parametrize("most", [127, 7])
+def test_multiples_of_any_scale_by_codes_of_8_or_4_bits_keep_it(most):
+    rng = np.random.default_rng(0)
+    whole = rng.integers(-most, most, (600, 40), endpoint=True).astype("float32")
+    whole[0] = most
+    scales = rng.uniform(1e-3, 1, 40).astype("float32")
+    array = whole * scales
+    array[500, :10] = scales[:10] / 2  # Only late in these channels is there another value.
+    coded = scaled(array)
+    np.testing.assert_array_equal(coded.values()[:, 10:], array[:, 10:])
+    np.testing.assert_array_equal(coded.codes[:, 10:], whole[:, 10:])
+    assert not (coded.table[:10].view("uint32") & 0xFFFF).any()
 
 
 @given(MATRICES, st.integers(1, 8))
@@ -158,6 +174,16 @@ def test_a_huge_weight_leaves_values_for_the_others(outlier):
     array[0, 0] = outlier
     rest = (clustered(array, 5).values() - array).ravel()[1:]
     assert np.sqrt(np.mean(rest**2)) < 1.2 * usual
+
+
+def test_no_group_of_values_spans_the_gap_around_zero():
+    # All but one of them are in a single bin of the histogram.
+    values = np.sort([*np.linspace(-3, -2, 700), *np.linspace(0.1, 0.9, 900), 1e6])
+    sizes, means = codes._grouped(values)
+    assert 700 in np.cumsum(sizes)
+    parts = np.split(values, np.cumsum(sizes)[:-1])
+    np.testing.assert_allclose(means, [part.mean() for part in parts], rtol=1e-9)
+    assert len(sizes) <= codes._GROUPS
 
 
 @pytest.mark.parametrize("step", [5e-324, 1e-45, 1e-40, 1e35])

@@ -131,7 +131,10 @@ def test_every_cut_is_noticed(length):
 def test_zeros_at_the_end_are_written_where_they_are_many(monkeypatch):
     monkeypatch.setattr(encoding, "BLOCK_SIZE", 1000)
     few, many = np.eye(1, 1255, dtype="int8")[0], np.eye(1, 5101, dtype="int8")[0]
-    for array, gaps in ((few[:1000], 1), (few, 5), (many, 21), (many * 0, 20)):
+    # 255 zeros are a gap of their own, and 254 are none.
+    cases = [(few[:1001], 1), (few[:1002], 4), (few[:1020], 4), (few[:1021], 5), (few, 5)]
+    cases += [(many, 21), (many * 0, 20), (many[:5099] * 0, 19), (many[:1000] * 0, 0)]
+    for array, gaps in cases:
         data = encode({"w": array}, encodings={"w": "sparse"})
         assert blocks(data)[0].gaps == gaps
         got = decode(data)["w"]
@@ -151,6 +154,15 @@ def test_arrays_of_many_blocks_of_gaps(monkeypatch):
     data = encode({"w": array}, encodings={"w": "sparse"})
     monkeypatch.setattr(encoding, "BLOCK_SIZE", 64)
     np.testing.assert_array_equal(decode(data)["w"], array)
+
+
+@pytest.mark.parametrize(("number", "received"), [(999, "999"), (1001, "more"), (40_000, "more")])
+def test_lengths_of_long_streams_are_checked_first(number, received, monkeypatch):
+    data = packed(0, [["w", [1000], 1000]], [Z(bytes(number))], "dense")
+    monkeypatch.setattr(encoding, "BLOCK_SIZE", 500)
+    monkeypatch.setattr(encoding, "_decompress", None)
+    with pytest.raises(ValueError, match=f"expected 1000 bytes, received {received}"):
+        decode(data)
 
 
 def test_a_header_for_too_many_arrays_is_refused(monkeypatch):

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from masked_layers import streams
 from masked_layers.serving import codes, encoding, layout
 from masked_layers.serving.encoding import DTYPES, blocks, choose, decode, encode
+from masked_layers.streams import SKIP
 
 pytestmark = pytest.mark.once
 
@@ -87,6 +88,19 @@ def test_runs_of_zeros_around_the_escape(runs, ends_with_value):
         parts = parts[:-1]
     array = np.concatenate([np.zeros(0), *parts]).astype(np.float32)
     assert_same_bits(round_trip(array, "sparse"), array)
+
+
+@pytest.mark.parametrize(("dtype", "most"), [("float32", 64), ("int8", 256)])
+def test_few_zeros_are_stored_where_gaps_are_long(dtype, most):
+    """As many as leave no gap of 255, if these are at most 256 bytes."""
+    for zeros, stored in (([254, 509, 510], 3), ([255 * most], most), ([255 * most, 255], 0)):
+        array = np.concatenate([np.append(np.zeros(gap), 1) for gap in zeros]).astype(dtype)
+        data = encode({"w": array}, encodings={"w": "sparse"})
+        (block,) = blocks(data)
+        assert block.values == len(zeros) + stored
+        offset, length = block.streams[0]
+        assert (SKIP in zlib.decompress(data[offset : offset + length])) == (not stored)
+        assert_same_bits(decode(data)["w"], array)
 
 
 @pytest.mark.parametrize("chosen", ENCODINGS)

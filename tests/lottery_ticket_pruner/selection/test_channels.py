@@ -1,6 +1,7 @@
 """Selection of coupled channels on arrays, compared with a loop over channels."""
 
 import dataclasses
+import re
 import types
 
 import numpy as np
@@ -207,9 +208,31 @@ def test_invalid_requests_raise():
         select(request(sparsity=0.5, distribution="erk"), kernels(), graph=GRAPH)
     with pytest.raises(ValueError, match="for each sparsity"):
         selection.update_many("smallest_weights", kernels(), sparsities=[0.5], structure="channels")
-    for arguments in ({"pooling": "sum"}, {"at_most": 1.0}, {"round_to": 0}):
-        with pytest.raises(ValueError, match="Received"):
-            Channels(**arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *({"at_most": share} for share in (0, 0.0, -0.5, 1, 1.0, True, "0.5", None)),
+        *({"round_to": number} for number in (0, -1, 1.5, True)),
+        *({"attention": "all"}, {"pooling": "sum"}),
+    ],
+)
+def test_errors_quote_arguments_of_channels(arguments):
+    ((name, value),) = arguments.items()
+    with pytest.raises(
+        ValueError, match=rf"`{name}` must be .* Received: {re.escape(repr(value))}"
+    ):
+        Channels(**arguments)
+
+
+def test_channels_of_attention_are_taken_by_their_kind():
+    kinds = ("", "heads", "keys", "values")
+    taken = {
+        attention: [kind for kind in kinds if Channels(attention=attention).takes(kind)]
+        for attention in ("widths", "heads", "both")
+    }
+    assert taken == {"widths": ["", "keys", "values"], "heads": ["", "heads"], "both": [*kinds]}
 
 
 def macs(a, c):
