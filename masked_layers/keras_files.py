@@ -200,17 +200,19 @@ def _check_dataset(dataset: h5py.Dataset) -> None:
 
 
 def reason_of(error: Exception) -> str:
-    """Returns a sentence that says why Keras cannot make a model from a config.
+    """Returns a sentence that says why Keras cannot make a model from a config, or call a layer.
 
     Args:
         error: Error of Keras, whose message contains the config of every layer around the one that
-            cannot be made.
+            cannot be made, or all arguments of the call.
     """
     if isinstance(error, KeyError):  # Its message is the key alone.
         return f"An entry is missing: {error}."
     text = str(error)
     for before in ("Exception encountered: ", "Error encountered during deserialization: "):
         text = text.rpartition(before)[2].strip()
+    # What a layer said is in bold, between the layer's name and the arguments.
+    text = text.rpartition("\x1b[1m")[2].partition("\x1b[0m")[0].strip()
     # Further paragraphs, and what follows these words, are configs.
     first = itertools.takewhile(str.strip, (text or repr(error)).splitlines())
     line = " ".join(first).partition(" Full object config:")[0].partition(" config=")[0]

@@ -182,13 +182,13 @@ class Row:
         with tempfile.TemporaryDirectory() as folder:
             reset(self.masked)
             run = torch_program if torch else saved_model
-            found = run(self.masked, self.inputs, f"{folder}/model")
+            found, note = run(self.masked, self.inputs, f"{folder}/model")
         # Named outputs are in alphabetical order.
         worst = difference(self.pruned, found)
         what = "TorchScript" if torch else "SavedModel"
         if not worst <= rounding(self.masked):
             return "no", f"outputs of the {what} differ by {worst:.1e} of the largest"
-        return "yes", ""
+        return "yes", note
 
     def shrunk(self) -> Cell:
         """Prunes half of the channels of another copy; compares with the smaller model."""
@@ -228,23 +228,37 @@ def numpy(variable: Any) -> np.ndarray:
     return np.array(keras.ops.convert_to_numpy(variable))
 
 
-def saved_model(model: Any, inputs: Any, path: str) -> list[np.ndarray]:
-    """Returns the outputs of an exported SavedModel."""
+def saved_model(model: Any, inputs: Any, path: str) -> tuple[list[np.ndarray], str]:
+    """Returns the outputs of an exported SavedModel, and what the export needed."""
     import tensorflow as tf
 
-    ml.export_sparse_saved_model(model, path, sample_inputs=inputs)
+    signature, note = None, ""
+    try:
+        ml.export_sparse_saved_model(model, path, sample_inputs=inputs)
+    except ValueError as error:
+        if "pass an `input_signature`" not in str(error):
+            raise
+        signature = [keras.tree.map_structure(tf.TensorSpec.from_tensor, tensors(inputs))]
+        note = "with an `input_signature` of fixed sizes only"
+        ml.export_sparse_saved_model(model, path, sample_inputs=inputs, input_signature=signature)
     loaded = tf.saved_model.load(path)  # Its functions need it.
-    outputs = loaded.serve(keras.tree.map_structure(tf.constant, inputs))
-    return [np.asarray(output) for output in keras.tree.flatten(outputs)]
+    outputs = loaded.serve(tensors(inputs))
+    return [np.asarray(output) for output in keras.tree.flatten(outputs)], note
 
 
-def torch_program(model: Any, inputs: Any, path: str) -> list[np.ndarray]:
-    """Returns the outputs of an exported TorchScript file."""
+def tensors(inputs: Any) -> Any:
+    import tensorflow as tf
+
+    return keras.tree.map_structure(tf.constant, inputs)
+
+
+def torch_program(model: Any, inputs: Any, path: str) -> tuple[list[np.ndarray], str]:
+    """Returns the outputs of an exported TorchScript file, which has fixed sizes, and no note."""
     import torch
 
     ml.export_sparse_torch(model, f"{path}.pt", batch_size=2, threads=1, sample_inputs=inputs)
     outputs = torch.jit.load(f"{path}.pt")(keras.tree.map_structure(torch.from_numpy, inputs))
-    return [output.numpy() for output in keras.tree.flatten(outputs)]
+    return [output.numpy() for output in keras.tree.flatten(outputs)], ""
 
 
 # Each with the check that it needs.

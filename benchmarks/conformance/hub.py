@@ -27,7 +27,7 @@ SIZES: dict[str, Any] = {
     "decoder_num_key_value_heads": 1, "decoder_head_dim": 8, "decoder_layer_types": LAYERS,
 }  # fmt: skip
 RESNET = {
-    "input_conv_filters": [8], "input_conv_kernel_sizes": [3],
+    "input_conv_filters": [64], "input_conv_kernel_sizes": [3],
     "stackwise_num_filters": [64, 24], "stackwise_num_blocks": [1, 1],
     "stackwise_num_strides": [1, 2], "block_type": "basic_block",
 }  # fmt: skip
@@ -40,14 +40,14 @@ MIX_TRANSFORMER = {
 FURTHER: dict[str, dict[str, Any]] = {
     "CSPNetBackbone": {
         "stem_filters": 8, "stem_kernel_size": 3, "stem_strides": 1, "stackwise_depth": [1, 2],
-        "stackwise_strides": [1, 2], "stackwise_num_filters": [16, 32], "block_type": "dark",
+        "stackwise_strides": [1, 2], "stackwise_num_filters": [16, 32], "block_type": "dark_block",
     },
     "DenseNetBackbone": {"stackwise_num_repeats": [2, 2], "growth_rate": 8},
     "EfficientNetBackbone": {
         "stackwise_kernel_sizes": [3, 5], "stackwise_num_repeats": [1, 2],
         "stackwise_input_filters": [8, 16], "stackwise_output_filters": [16, 24],
         "stackwise_expansion_ratios": [1, 4], "stackwise_strides": [1, 2],
-        "stackwise_squeeze_and_excite_ratios": [0, 0.25], "num_features": 32,
+        "stackwise_squeeze_and_excite_ratios": [0, 0.25],
         "stackwise_block_types": ["fused", "unfused"], "stackwise_force_input_filters": [0, 0],
         "stackwise_nores_option": [False, False], "stackwise_width_coefficients": [1.0, 1.0],
         "stackwise_depth_coefficients": [1.0, 1.0],

@@ -6,6 +6,7 @@ Keras before the models are made. PQuantML prunes models of Keras 3.
 
 import importlib.metadata
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -40,6 +41,7 @@ def answered(count: "Callable[[Maker], Cell]", maker: "Maker") -> Cell:
         return count(maker)
     except Exception as error:  # Whatever the peer raises.
         text = " ".join(str(error).split())
+        text = re.sub(r"\x1b\[\d+m| at 0x[0-9a-f]+", "", text)
         return "refused", f"{type(error).__name__}: {text[:200]}"
 
 
@@ -82,6 +84,7 @@ def tfmot() -> "Callable[[Maker], Cell]":
 
 def pquant() -> "Callable[[Maker], Cell]":
     """Returns a function that replaces the layers that PQuantML knows."""
+    import keras
     import pquant as library
 
     from benchmarks.conformance.makers import kernels
@@ -94,6 +97,8 @@ def pquant() -> "Callable[[Maker], Cell]":
         model = maker.make()
         size = len(kernels(model))
         shape = tuple(model.inputs[0].shape)
+        # It takes the first layer for an input, which a Sequential model does not list.
+        model = keras.Model(model.inputs, model.outputs)
         pruned = library.add_compression_layers(model, config, shape)
         found = [layer for layer in flatten(pruned) if hasattr(layer, "pruning_layer")]
         return f"{sum(bool(layer.enable_pruning) for layer in found)} of {size}", ""

@@ -18,6 +18,7 @@ from lottery_ticket_pruner._keras import export_specs
 from masked_layers import files, serving
 from masked_layers.checksums import SUMS_FILE, checksum, first_wrong, lines, read
 from masked_layers.files import FileContentError
+from masked_layers.inference import inferred
 from masked_layers.text_tables import aligned
 from masked_layers.turns import seconds_per_call
 
@@ -408,4 +409,4 @@ def _load_litert(path: Path, inputs: Inputs, threads: int | None) -> Call:
 
 def _load_ticket(path: Path, inputs: Inputs) -> Call:
     model = ml.load_ticket(path)
-    return lambda: model(*inputs)
+    return lambda: inferred(model, *inputs)

@@ -9,6 +9,8 @@ import keras
 import ml_dtypes  # Makes NumPy know the names of more dtypes.  # noqa: F401
 import numpy as np
 
+from masked_layers.inference import inferred
+
 
 def samples_of(model: keras.Model, signature: Sequence[Any], given: object = None) -> list[Any]:
     """Returns the positional arguments for a call of a model, arrays of the signature's dtypes.
@@ -57,7 +59,7 @@ def outputs_of(
     """
     try:
         with keras.StatelessScope() as scope:
-            outputs = keras.tree.flatten(model(*arguments))
+            outputs = keras.tree.flatten(inferred(model, *arguments))
     except Exception as error:  # Layers may raise any error.
         kind = "the given" if given else "random"
         raise ValueError(

@@ -118,6 +118,7 @@ def export_sparse_saved_model(
         TypeError: If `model` is not a Keras model, or `include` has another type than listed above.
         ValueError: If an argument is invalid or the model is not built, or inside the scope of a
             `tf.distribute` strategy. If a normalization leaves channels out: `shrink` removes them.
+            If layers need sizes that the signature leaves out.
 
     Warns:
         UserWarning: If outputs on the sample inputs are not finite, so comparing them is of little

@@ -11,7 +11,9 @@ import keras
 import numpy as np
 
 from masked_layers import _keras
+from masked_layers.inference import inferred
 from masked_layers.inspection import WeightRef, check_no_channel_left_out, lora_factor, weight_refs
+from masked_layers.keras_files import reason_of
 from masked_layers.masks import raw_view
 from masked_layers.model_state import state_variables
 from masked_layers.normalization import without_masks
@@ -138,6 +140,7 @@ def trace(
             missing.
         NotImplementedError: If the backend cannot trace into TensorFlow, or a call changes a
             variable that the model does not track.
+        ValueError: If the model cannot be traced without sizes that the signature leaves out.
     """
     backend = keras.backend.backend()
     if backend not in ("tensorflow", "jax"):
@@ -175,7 +178,7 @@ def trace(
     # The inference pass does not read some variables (seeds of dropout layers, metrics), which only
     # the graph shows. The second trace leaves them out.
     function, reads = make(model, signature, sources, variables)
-    function.get_concrete_function()
+    _check_traceable(model, function, signature)
     used = {path for path, read in reads.items() if read.consumers()}
     if used < sources.keys():
         sources = {path: source for path, source in sources.items() if path in used}
@@ -185,6 +188,23 @@ def trace(
     return Traced(
         function, signature, prefix, variables, _other_resources(model, function, variables)
     )
+
+
+def _check_traceable(model: keras.Model, function: Any, signature: Any) -> None:
+    """Traces a function, and says what helps if layers need the sizes that are not given."""
+    try:
+        function.get_concrete_function()
+    except NotImplementedError:
+        raise
+    except Exception as error:
+        shapes = [tuple(spec.shape) for spec in keras.tree.flatten(signature)]
+        if not any(None in shape[1:] for shape in shapes):
+            raise
+        raise ValueError(
+            f"'{model.name}' cannot be traced for inputs of the shapes {shapes}: "
+            f"{reason_of(error)} If its layers need sizes that are None here, pass an "
+            "`input_signature` that gives them."
+        ) from error
 
 
 Maker = Callable[[keras.Model, Any, dict[str, Any], dict[str, Any]], tuple[Any, dict[str, Any]]]
@@ -243,11 +263,11 @@ def _jax_function(
 def _call(
     model: keras.Model, sources: dict[str, Any], values: Mapping[str, Any], args: tuple[Any, ...]
 ) -> tuple[Any, dict[str, Any]]:
-    """Returns the outputs of `model(*args)` over `values` and the variables that it updated."""
+    """Returns the outputs of a model over `values`, and the variables that the call updated."""
     mapping = [(source, values[path]) for path, source in sources.items()]
     with raw_view(), without_masks(), keras.StatelessScope(mapping) as scope:
         before = {path: scope.get_current_value(source) for path, source in sources.items()}
-        outputs = model(*args)
+        outputs = inferred(model, *args)
         after = {path: scope.get_current_value(source) for path, source in sources.items()}
     known = {id(variable) for variable, _ in state_variables(model).values()}
     if scope.state_mapping.keys() - known:

@@ -12,6 +12,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from masked_layers.inference import inferred
 from masked_layers.paths import walk
 from masked_layers.serving.tracing import Traced, bytes_of, values_of
 
@@ -61,7 +62,8 @@ def expected(
         if keras.backend.backend() != "tensorflow":
             inputs = keras.tree.map_structure(lambda sample: sample.numpy(), samples)
         try:
-            truth = [keras.ops.convert_to_numpy(x) for x in keras.tree.flatten(model(*inputs))]
+            outputs = keras.tree.flatten(inferred(model, *inputs))
+            truth = [keras.ops.convert_to_numpy(output) for output in outputs]
         except Exception as error:  # Layers may raise any error.
             if given:
                 raise ValueError(

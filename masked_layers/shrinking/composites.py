@@ -12,6 +12,7 @@ import keras
 import numpy as np
 
 from masked_layers import _keras
+from masked_layers.keras_files import reason_of
 from masked_layers.paths import walk
 from masked_layers.shrinking import _keras_graph
 from masked_layers.shrinking.channels import CannotFollow
@@ -99,11 +100,13 @@ def _traced(layer: keras.Layer, args: Sequence[Any], kwargs: dict[str, Any]) -> 
         except CannotFollow:
             raise
         except Exception as error:
-            reason = str(error).strip().split("\n")[0][:100]
+            reason = reason_of(error).rstrip(".")[:100]
             raise CannotFollow(
                 f"its `call` cannot be followed on symbolic inputs without sizes ({reason})"
             ) from error
     for operation, call_args, call_kwargs, outputs in _calls(graph):
+        if not isinstance(operation, keras.Layer) and _lacks_a_size(operation):
+            raise CannotFollow(f"its `call` uses a size that is not known in '{operation.name}'")
         for value in keras.tree.flatten((call_args, call_kwargs)):
             if isinstance(value, keras.Variable) or (
                 not _keras_graph.is_tensor(value) and (keras.ops.is_tensor(value) or np.ndim(value))
@@ -114,6 +117,12 @@ def _traced(layer: keras.Layer, args: Sequence[Any], kwargs: dict[str, Any]) -> 
     if scope.state_mapping:
         raise CannotFollow("its `call` changes a variable")
     return graph
+
+
+def _lacks_a_size(operation: Any) -> bool:
+    """Returns True if an operation keeps a shape with a None, with which it cannot be executed."""
+    held = (value for value in vars(operation).values() if isinstance(value, tuple | list))
+    return any(size is None for value in held for size in value)
 
 
 @contextlib.contextmanager

@@ -29,6 +29,7 @@ from masked_layers import _keras, _keras_configs
 from masked_layers.conversion import strip_weight_masks
 from masked_layers.copying import as_in_use, copy_assets, in_use_by_name
 from masked_layers.inspection import channel_refs
+from masked_layers.keras_files import reason_of
 from masked_layers.layers import MaskedLayer
 from masked_layers.paths import plain_class, walk
 from masked_layers.shrinking import _keras_graph
@@ -356,7 +357,7 @@ def _smaller(flow: Flow, operation: Any) -> Any:
     except Exception as error:
         raise ValueError(
             f"'{operation.name}' ({type(operation).__name__}) cannot be copied, because Keras "
-            f"cannot create it from its config: {error}"
+            f"cannot create it from its config: {reason_of(error)}"
         ) from error
 
 

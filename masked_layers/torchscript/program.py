@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from masked_layers import _keras
+from masked_layers.inference import inferred
 from masked_layers.model_state import state_variables
 from masked_layers.serving import relative_difference
 from masked_layers.torchscript import timing
@@ -75,7 +76,7 @@ class Program(torch.nn.Module):
         calls.compute = self._compute
         calls.replace = self._replace
         with calls, keras.StatelessScope() as scope:
-            outputs = self._model[0](*args)
+            outputs = inferred(self._model[0], *args)
         check_stateless(scope)
         if unused := [site for site in self._kernels if site not in self._used]:
             names = [name for site in unused for name in site.constant.paths]
@@ -91,6 +92,9 @@ class Program(torch.nn.Module):
         return getattr(self, self._kernels[site])(x)
 
     def _replace(self, constant: Constant) -> torch.Tensor:
+        if id(constant) not in self._weights:
+            # Only traced calls read it, as with a size that is a tensor in them: it is inlined.
+            return constant.tensor
         name, stored = self._weights[id(constant)]
         return getattr(self, name)() if stored else getattr(self, name)
 
@@ -187,7 +191,7 @@ def recorded(
 
         def run() -> None:
             with calls, keras.StatelessScope() as scope:
-                model(*batch)
+                inferred(model, *batch)
             check_stateless(scope)
 
         run()
@@ -372,12 +376,13 @@ def _verify(file: io.BytesIO, model: keras.Model, job: Job) -> tuple[float, tupl
         RuntimeError: If outputs differ by more than rounding.
     """
     arguments, expected = job.arguments, job.expected
+    infer = functools.partial(inferred, model)
     file.seek(0)
     loaded = torch.jit.load(file)
     size = len(keras.tree.flatten(arguments)[0])
     for rows in sorted({1, size, size + 1}) if job.free_batch else (None,):
         inputs = _torch(arguments, rows)
-        got, wanted = _outputs(loaded, inputs), _outputs(model, inputs)
+        got, wanted = _outputs(loaded, inputs), _outputs(infer, inputs)
         _check(got, wanted, _tolerance(wanted), f"the model's for {rows or size} rows")
     got = _outputs(loaded, _torch(arguments, None))
     # Other backends add up in another order.
@@ -423,7 +428,7 @@ def _is_free(loaded: Any, model: keras.Model, arguments: Sequence[Any]) -> bool:
     try:
         padded = keras.tree.map_structure(longer, list(specs), list(arguments))
         inputs = _torch(padded, None)
-        wanted = _outputs(model, inputs)
+        wanted = _outputs(functools.partial(inferred, model), inputs)
     except Exception:  # The model itself does not accept them.
         return True
     try:

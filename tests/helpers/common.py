@@ -1,7 +1,8 @@
 """Helpers that tests of several modules share: tensors as arrays, made-up data, random masks."""
 
+import keras
 import numpy as np
-from keras import ops
+from keras import layers, ops
 
 import masked_layers as ml
 
@@ -19,3 +20,20 @@ def half_masks(model, seed=1):
 
 def data(*shape, seed=0):
     return np.random.default_rng(seed).normal(size=shape).astype("float32")
+
+
+def augmented():
+    """Returns a model with layers that train by default, and others that follow them in that."""
+    model = keras.Sequential(
+        [
+            keras.Input((8, 8, 3)),
+            layers.RandomFlip(seed=1),
+            layers.Resizing(4, 4),
+            layers.Flatten(),
+            layers.BatchNormalization(),
+            layers.Dropout(0.5, seed=2),
+            layers.Dense(3),
+        ]
+    )
+    model.layers[3].moving_mean.assign(data(48))
+    return model

@@ -15,6 +15,7 @@ import pytest
 from keras import layers
 
 import masked_layers as ml
+from common import augmented
 from masked_layers import _keras
 from winning_kernels import let_win
 
@@ -312,13 +313,26 @@ def test_outputs_that_torchscript_cannot_hold_are_refused(tmp_path):
         ml.export_sparse_torch(model, tmp_path / "model.pt")
 
 
-def test_a_weight_that_is_repeated_for_each_row_keeps_the_batch_free(tmp_path):
+def test_layers_that_train_by_default_are_exported_in_inference(tmp_path):
+    model = augmented()
+    ml.export_sparse_torch(model, tmp_path / "model.pt")
+    x = np.random.default_rng(0).random((2, 8, 8, 3), "float32")
+    got = torch.jit.load(tmp_path / "model.pt")(torch.from_numpy(x))
+    np.testing.assert_allclose(got.numpy(), model.predict(x, verbose=0), atol=1e-6)
+
+
+@pytest.mark.parametrize("function", ["broadcast_to", "repeat"])
+def test_a_weight_that_is_repeated_for_each_row_keeps_the_batch_free(function, tmp_path):
     class Token(layers.Layer):
         def build(self, shape):
             self.token = self.add_weight(shape=(1, 1, shape[-1]), initializer="ones")
 
         def call(self, x):
-            token = keras.ops.broadcast_to(self.token, (keras.ops.shape(x)[0], 1, x.shape[-1]))
+            batch = keras.ops.shape(x)[0]
+            if function == "repeat":
+                token = keras.ops.repeat(self.token, batch, axis=0)
+            else:
+                token = keras.ops.broadcast_to(self.token, (batch, 1, x.shape[-1]))
             return keras.ops.concatenate([token, x], 1)
 
     model = keras.Sequential([keras.Input((3, 4)), Token(), layers.Dense(2)])

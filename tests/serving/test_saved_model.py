@@ -6,6 +6,7 @@ import pytest
 from keras import layers
 
 import masked_layers as ml
+from common import augmented
 from masked_layers.serving import export_sparse_saved_model
 from served import convolutional, dense, prune, subclassed
 
@@ -284,3 +285,11 @@ def test_noise_is_new_with_every_call_or_refused(tmp_path):
             keras.Sequential([keras.Input((20,)), Noise(False)]), tmp_path / "unseeded"
         )
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_layers_that_train_by_default_are_exported_in_inference(tmp_path):
+    model = augmented()
+    export_sparse_saved_model(model, tmp_path / "served")
+    x = np.random.default_rng(0).random((2, 8, 8, 3), "float32")
+    loaded = tf.saved_model.load(str(tmp_path / "served"))  # Its functions need it.
+    np.testing.assert_allclose(loaded.serve(x), model.predict(x, verbose=0), atol=1e-6)

@@ -178,3 +178,27 @@ def test_the_folder_can_be_read_by_others(tmp_path):
     umask = os.umask(0)
     os.umask(umask)
     assert (tmp_path / "out").stat().st_mode & 0o777 == 0o777 & ~umask
+
+
+class Unrolled(keras.layers.Layer):
+    """Adds steps one by one, as layers do that need the number of steps when they are traced."""
+
+    def call(self, x):
+        return sum(x[:, step] for step in range(keras.ops.shape(x)[1]))
+
+    def compute_output_spec(self, x):
+        return keras.KerasTensor((x.shape[0], x.shape[2]), x.dtype)
+
+
+def test_sizes_that_a_layer_needs_are_asked_for(tmp_path):
+    model = keras.Sequential([keras.Input((None, 3)), Unrolled(), keras.layers.Dense(2)])
+    with pytest.raises(
+        ValueError, match=r"shapes \[\(None, None, 3\)\].*pass an `input_signature`"
+    ):
+        export_sparse_saved_model(model, tmp_path / "served")
+    assert not list(tmp_path.iterdir())
+    signature = [keras.InputSpec(shape=(None, 4, 3), dtype="float32")]
+    export_sparse_saved_model(model, tmp_path / "served", input_signature=signature)
+    x = np.ones((2, 4, 3), "float32")
+    loaded = tf.saved_model.load(str(tmp_path / "served"))  # Its functions need it.
+    np.testing.assert_allclose(loaded.serve(x), model.predict(x, verbose=0), rtol=1e-6)

@@ -204,6 +204,36 @@ def test_a_layer_that_a_graph_would_not_describe_is_left_whole(what, why):
     assert all((old == new).all() for old, new in pairs)
 
 
+def test_a_composite_layer_that_reshapes_to_sizes_of_its_inputs_is_left_whole():
+    """On symbolic inputs, they are None, with which the smaller model could not be called."""
+
+    class Folded(layers.Layer):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            self.dense = layers.Dense(4)
+
+        def build(self, shape):
+            self.dense.build(shape)
+
+        def call(self, x):
+            batch, steps = keras.ops.shape(x)[:2]
+            return keras.ops.reshape(self.dense(x), (batch, steps, 8))
+
+        def compute_output_shape(self, shape):
+            return (*shape[:2], 8)
+
+    x = keras.Input((None, 2, 4))
+    y = layers.Dense(4)(layers.Dense(6, name="before")(x))
+    model = convert_to_masked(keras.Model(x, layers.Dense(2)(Folded(name="folded")(y))))
+    pruner = LotteryTicketPruner(model)
+    pruner.update_masks("smallest_weights", sparsity=0.5, structure="channels")
+    smaller, report = shrink(model, return_report=True)
+    assert "uses a size that is not known" in report.not_followed["folded"]
+    assert smaller.get_layer("before").units < 6
+    batch = np.linspace(-1, 1, 80, dtype="float32").reshape(2, 5, 2, 4)
+    np.testing.assert_allclose(numpy(smaller(batch)), numpy(model(batch)), atol=1e-6)
+
+
 @pytest.mark.once
 def test_a_transformer_of_keras_hub_is_known_by_name():
     """KerasHub need not be installed; its position embedding reads the shape of its input."""
