@@ -158,6 +158,22 @@ def test_random_drops_every_weight_equally_often():
     np.testing.assert_allclose(dropped, 2, atol=0.4)  # 5 standard deviations of 500 / 250
 
 
+def test_scores_of_channels_are_those_of_loops():
+    rng = np.random.default_rng(0)
+    mask = np.array([1, 1, 0, 1, 1], bool)
+    kernels = [rng.standard_normal((5, size)) * mask[:, None] for size in (3, 7)]
+    kernels[1][4] = kernels[1][3]  # Of equal filters, no rounding makes a distance NaN.
+    scales = [np.array([1, 2, np.nan, 4, 5]), np.array([3, np.nan, np.nan, 1, 0.5])]
+    group = criteria.ChannelGroup(mask=mask, rng=rng, kernels=kernels, scales=scales)
+    distances = [
+        np.mean([sum(np.linalg.norm(k[i] - k[j]) for j in np.flatnonzero(mask)) for k in kernels])
+        for i in range(5)
+    ]
+    found = criteria.get("geometric_median").scores(group)
+    np.testing.assert_allclose(found[mask], np.array(distances)[mask], rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(criteria.get("scale").scores(group)[mask], [2, 2, 2.5, 2.75])
+
+
 # ----------------------------------------------------------------------------- get and register
 
 
