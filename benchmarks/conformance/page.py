@@ -58,7 +58,9 @@ not "yes" has its reason below the table.
 PEERS_INTRODUCTION = """## What other libraries mask
 
 The same models, asked how many of these weights the library prunes
-(`python -m benchmarks.conformance --peer tfmot`, `--peer pquant`).
+(`python -m benchmarks.conformance --peer tfmot`, `--peer pquant`). "no model" is one that cannot be
+made with the library's Keras. PQuantML calls each layer on the output of the one before it, in the
+order of `model.layers`, and so refuses models that branch; its extra asks for TensorFlow 2.20.
 """
 ABSENT = "-"
 ORDER = ("Layers and kinds of models", "keras.applications", "KerasHub")
