@@ -79,6 +79,7 @@ def reason(error: BaseException) -> str:
     """
     text = " ".join(re.sub(r"\x1b\[\d+m", "", str(error)).split())
     text = re.sub(r"Exception encountered when calling \S+\. | Arguments received by .*", "", text)
+    text = re.sub(r'Detected at node .*?File ".*', "", text)  # Files of this machine.
     text = text.partition(". ")[0] or "no message"
     text = text.replace(tempfile.gettempdir(), "TMP")
     return f"{type(error).__name__}: {text if len(text) < 260 else text[:257] + '...'}"

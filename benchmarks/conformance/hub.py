@@ -41,6 +41,7 @@ FURTHER: dict[str, dict[str, Any]] = {
     "CSPNetBackbone": {
         "stem_filters": 8, "stem_kernel_size": 3, "stem_strides": 1, "stackwise_depth": [1, 2],
         "stackwise_strides": [1, 2], "stackwise_num_filters": [16, 32], "block_type": "dark_block",
+        "stage_type": "dark",
     },
     "DenseNetBackbone": {"stackwise_num_repeats": [2, 2], "growth_rate": 8},
     "EfficientNetBackbone": {

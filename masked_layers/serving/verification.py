@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -73,10 +74,32 @@ def expected(
                 f"The model cannot be called on random sample inputs for {traced.signature} with "
                 f"default free dimensions. Pass `sample_inputs` that it accepts. {error}"
             ) from error
-    dense = [x.numpy() for x in keras.tree.flatten(traced.function(*samples))]
+    dense = _executed(traced, samples)
     computed = {layer.compute_dtype for _, layer in walk(model)}
     dtypes = frozenset({*computed, *(x.dtype.name for x in truth)})
     return Expected(digests, truth, dense, dtypes)
+
+
+def _executed(traced: Traced, samples: list[Any]) -> list[np.ndarray]:
+    """Returns the outputs of a traced function.
+
+    Raises:
+        NotImplementedError: If TensorFlow does not know an operation that JAX has written.
+    """
+    import tensorflow as tf
+
+    try:
+        return [x.numpy() for x in keras.tree.flatten(traced.function(*samples))]
+    except tf.errors.InvalidArgumentError as error:
+        if "failed to deserialize portable artifact" not in str(error):
+            raise
+        found = re.search(r"in bytecode version.*?(StableHLO_v[\d.]+)", str(error))
+        written = f" ({found[1]})" if found else ""
+        raise NotImplementedError(
+            f"TensorFlow {tf.__version__} cannot execute an operation of the model that this "
+            f"version of JAX writes{written}. Install a newer TensorFlow or an older JAX, or save "
+            "the model and export it on the TensorFlow backend."
+        ) from error
 
 
 def _digest(array: np.ndarray) -> bytes:

@@ -1,13 +1,14 @@
 """Exports that are refused or fail: messages, and that nothing is left behind."""
 
 import os
+import types
 
 import keras
 import numpy as np
 import pytest
 from keras import layers
 
-from masked_layers.serving import compaction, export_sparse_saved_model, saved_model
+from masked_layers.serving import compaction, export_sparse_saved_model, saved_model, verification
 from served import contents, dense, prune
 
 tf = pytest.importorskip("tensorflow")
@@ -178,6 +179,16 @@ def test_the_folder_can_be_read_by_others(tmp_path):
     umask = os.umask(0)
     os.umask(umask)
     assert (tmp_path / "out").stat().st_mode & 0o777 == 0o777 & ~umask
+
+
+def test_operations_of_a_newer_jax_than_tensorflow_knows_are_named():
+    def function():
+        said = "in bytecode version 6 produced by: StableHLO_v9.1\n"
+        said += "error: failed to deserialize portable artifact using StableHLO_v1.2"
+        raise tf.errors.InvalidArgumentError(None, None, said)
+
+    with pytest.raises(NotImplementedError, match=r"\(StableHLO_v9.1\).*TensorFlow backend"):
+        verification._executed(types.SimpleNamespace(function=function), [])
 
 
 class Unrolled(keras.layers.Layer):
