@@ -21,6 +21,7 @@ import keras
 from keras.src.backend.common import global_state
 from keras.src.backend.common.stateless_scope import get_stateless_scope, in_stateless_scope
 from keras.src.backend.common.variables import AutocastScope
+from keras.src.layers.layer import CallContext
 from keras.src.layers.rnn.conv_lstm import ConvLSTMCell as ConvLSTMCell
 from keras.src.models.functional import Functional
 from keras.src.random import seed_generator
@@ -138,6 +139,23 @@ def no_autocast() -> Iterator[None]:
 def is_calling() -> bool:
     """Returns whether the code runs inside a call of any layer; the context is not public."""
     return global_state.get_global_attribute("current_call_ctx") is not None
+
+
+@contextlib.contextmanager
+def inference_scope() -> Iterator[None]:
+    """Calls layers in the scope in inference, also where Keras calls them without `training`.
+
+    Its exporters do, and then layers that train by default switch those after them to training. A
+    call passes its mode on in a context that has no public name.
+    """
+    outer = global_state.get_global_attribute("current_call_ctx")
+    context = CallContext(entry_layer=None)
+    context.set_value("training", False)
+    global_state.set_global_attribute("current_call_ctx", context)
+    try:
+        yield
+    finally:
+        global_state.set_global_attribute("current_call_ctx", outer)
 
 
 @contextlib.contextmanager

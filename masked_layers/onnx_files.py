@@ -169,7 +169,8 @@ def _dense_file(model: keras.Model) -> bytes:
             # About the lengths of axes; whether the file accepts others is found by running it.
             warnings.filterwarnings("ignore", "Converting a tensor to a Python")
         try:
-            model.export(file, format="onnx", verbose=False)
+            with _keras.inference_scope():
+                model.export(file, format="onnx", verbose=False)
         except ImportError as error:
             raise _missing(error) from error
         except Exception as error:  # The exporters raise any error.

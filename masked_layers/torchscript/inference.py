@@ -13,6 +13,7 @@ import numpy as np
 
 from masked_layers import _keras
 from masked_layers.devices import computes_on_cpu
+from masked_layers.inference import inferred
 from masked_layers.notices import warn_outside
 from masked_layers.torchscript.job import Job
 from masked_layers.torchscript.preparation import prepare
@@ -250,7 +251,8 @@ def _says_what_differs(plain: keras.Model, job: Job) -> bool:
         Whether `evaluate` may compute the same metrics.
     """
     with keras.StatelessScope(collect_losses=True) as scope:
-        masked = any(map(_keras.carries_mask, keras.tree.flatten(plain(*job.arguments))))
+        outputs = keras.tree.flatten(inferred(plain, *job.arguments))
+    masked = any(map(_keras.carries_mask, outputs))
     penalties = len(scope.losses) + sum(bool(x.regularizer) for x in plain.trainable_weights)
     own = [name for name in _STEPS if _is_own(getattr(type(plain), name))]
     parts = []

@@ -55,16 +55,17 @@ def test_attributes_read_in_a_call_know_its_training_mode():
     seen = []
 
     class Watching(layers.Layer):
-        def call(self, x):
+        def call(self, x, training=True):
             seen.append(_keras.is_training())
             return x
 
     model = keras.Sequential([keras.Input((2,)), keras.Sequential([Watching()])])
     seen.clear()
-    model(np.ones((1, 2)), training=True)
-    model(np.ones((1, 2)))
-    model(np.ones((1, 2)), training=False)
-    assert seen == [True, False, False]
+    for mode in (True, False, None):
+        model(np.ones((1, 2)), training=mode)
+    with _keras.inference_scope():
+        model(np.ones((1, 2)))
+    assert seen == [True, False, True, False]
     assert not _keras.is_training()
 
 

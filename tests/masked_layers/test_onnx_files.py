@@ -8,6 +8,7 @@ import pytest
 from keras import layers
 
 import masked_layers as ml
+from common import augmented
 from masked_layers import onnx_files
 from masked_layers.onnx_files import _steps
 
@@ -68,6 +69,17 @@ def test_convolutions_and_several_inputs(tmp_path):
     inputs = [rng.normal(size=(3, *x.shape[1:])).astype("float32") for x in model.inputs]
     expected = model.predict_on_batch(inputs)
     np.testing.assert_allclose(run(tmp_path / "m.onnx", *inputs), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.once("tensorflow", "torch")  # On JAX, Keras' exporter does this itself.
+def test_layers_that_train_by_default_are_exported_in_inference(tmp_path):
+    if keras.backend.backend() == "tensorflow":
+        pytest.importorskip("tf2onnx")
+    model = augmented()
+    ml.export_sparse_onnx(model, tmp_path / "m.onnx")
+    x = np.random.default_rng(0).random((2, 8, 8, 3), "float32")
+    expected = model.predict_on_batch(x)
+    np.testing.assert_allclose(run(tmp_path / "m.onnx", x), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_int8_keeps_weights_that_were_trained_for_it_and_rounds_others(tmp_path, monkeypatch):
