@@ -283,14 +283,18 @@ def _keep_statistics(
     not when `set_weights` changes the variables.
     """
     names = ("mean", "variance")
+    dtype = source.compute_dtype  # A copy in another dtype rounds them otherwise.
     held, derived = (
-        [np.array(keras.ops.convert_to_numpy(getattr(layer, name))) for name in names]
+        [
+            np.array(keras.ops.convert_to_numpy(keras.ops.cast(getattr(layer, name), dtype)))
+            for name in names
+        ]
         for layer in (source, target)
     )
     if all(map(np.array_equal, held, derived)):
         return
     for name, value in zip(names, held, strict=True):
-        setattr(target, name, keras.ops.convert_to_tensor(value))
+        setattr(target, name, keras.ops.convert_to_tensor(value, target.compute_dtype))
     warn_outside(
         f"'{source.name}' (Normalization) normalizes by an earlier mean and variance than those of "
         "its variables, and so does its copy. Once saved and loaded, it will use those of its "

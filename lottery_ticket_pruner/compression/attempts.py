@@ -509,7 +509,7 @@ class Search:
         notes += [*self._notes_of_scan(), *self._notes_of_latency()]
         gain = -min((row["drop"] for row in self._rows if row["drop"] is not None), default=0.0)
         expected = max(plan.goals.tolerance or 0.0, 0.0)
-        if not is_within(gain, expected, self._rows[0]["validation"]):
+        if gain > expected and not is_within(gain, expected, self._rows[0]["validation"]):
             notes.append(
                 f"A pruned model was better than the dense one by {gain:.4f} on the validation "
                 "data. Unless this is chance, the dense model was not trained to the end, so part "

@@ -76,6 +76,7 @@ def test_means_that_differ_only_by_the_rounding_of_float32_are_equal():
     assert "are at least as accurate as the dense network" in text
     assert "the accuracy of the tickets is equal to that of random mask" in text
     assert tables._holds_down_to(rows) == "50.00%"
+    assert not conclusions._is_above([np.nan, 0.1])
 
 
 def test_only_accuracies_on_the_same_data_are_compared(tmp_path):

@@ -11,6 +11,7 @@ from keras import layers, ops
 import masked_layers as ml
 from common import data, half_masks, numpy
 from masked_layers import _keras_configs
+from masked_layers.copying import copy_model
 
 
 def dense_net(*args, **kwargs):
@@ -430,6 +431,15 @@ def test_a_normalization_with_other_statistics_than_its_variables_stays_as_it_is
     np.testing.assert_array_equal(numpy(masked(x)), before)
     masked.layers[0].finalize_state()
     np.testing.assert_allclose(numpy(masked(x)), scaled, rtol=1e-5, atol=1e-5)
+
+
+def test_a_normalization_that_is_copied_in_another_dtype_uses_its_variables(recwarn):
+    normalization = layers.Normalization(dtype="mixed_bfloat16")
+    model = keras.Sequential([keras.Input((4,)), normalization])
+    normalization.adapt(data(20, 4))
+    copy = copy_model(model, dtype="float32").layers[0]
+    np.testing.assert_array_equal(numpy(copy.mean)[0], numpy(normalization.adapt_mean))
+    assert not [each for each in recwarn if "Normalization" in str(each.message)]
 
 
 @pytest.mark.once

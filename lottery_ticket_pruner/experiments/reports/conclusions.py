@@ -114,7 +114,7 @@ def _left(rows: pd.DataFrame) -> dict[int, float]:
 
 def _is_above(gains: Sequence[float]) -> bool:
     least = interval(gains)[0] if len(gains) > 2 else float(np.mean(gains))
-    return not is_at_least(-least)
+    return least > 0 and not is_at_least(-least)  # NaN is neither.
 
 
 def _difference(arm: str, gains: Sequence[float]) -> str:
