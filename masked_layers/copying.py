@@ -291,7 +291,7 @@ def _keep_statistics(
         ]
         for layer in (source, target)
     )
-    if all(map(np.array_equal, held, derived)):
+    if [value.tobytes() for value in held] == [value.tobytes() for value in derived]:
         return
     for name, value in zip(names, held, strict=True):
         setattr(target, name, keras.ops.convert_to_tensor(value, target.compute_dtype))
