@@ -218,7 +218,7 @@ def program_in(path):
     """Returns the code and data of a TorchScript file, without the numbers of its classes."""
 
     def plain(text):
-        return re.sub(r"___torch_mangle_\d+", "", text) if isinstance(text, str) else text
+        return re.sub(r"[./]___torch_mangle_\d+", "", text) if isinstance(text, str) else text
 
     entries = {}
     with zipfile.ZipFile(path) as archive:
