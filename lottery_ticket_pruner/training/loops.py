@@ -14,7 +14,7 @@ from lottery_ticket_pruner.targets import explained
 from lottery_ticket_pruner.training.augmentation import Augmentation
 from lottery_ticket_pruner.training.dataset import ArrayDataset, Arrays
 from lottery_ticket_pruner.training.devices import check_batches, check_equal_parts, shared_batch
-from lottery_ticket_pruner.training.engine import engine_of, warn_once
+from lottery_ticket_pruner.training.engine import engine_of, fixed_batch_size, warn_once
 from lottery_ticket_pruner.training.fit_arguments import split_off, weighted
 from lottery_ticket_pruner.training.late_training import Trainee
 from lottery_ticket_pruner.training.plans import (
@@ -458,8 +458,7 @@ def held_out(
 
 def _run(model: keras.Model, examples: ArrayDataset) -> None:
     """Runs the model and its loss on a batch, without changing either."""
-    inputs = keras.tree.flatten(getattr(model, "inputs", None))
-    x, *rest = examples.take(np.arange(inputs[0].shape[0] or 1 if inputs else 1) % len(examples))
+    x, *rest = examples.take(np.arange(fixed_batch_size(model) or 1) % len(examples))
     y, sample_weight = (*rest, None, None)[:2]
     outputs = model(x, training=False)
     try:

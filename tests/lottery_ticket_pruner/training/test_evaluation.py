@@ -245,3 +245,23 @@ def test_data_of_any_length_is_evaluated_by_one_trace():
         expected = {"loss": np.mean(difference**2), "mae": np.mean(np.abs(difference))}
         assert training.evaluate(model, X[:size], y[:size]) == pytest.approx(expected, rel=1e-5)
     assert len(traces) == 2
+
+
+@pytest.mark.once
+def test_data_of_another_type_is_tried_on_models_without_symbolic_inputs():
+    class Net(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.last = layers.Dense(1)
+
+        def call(self, x):
+            return self.last(x)
+
+    model = Net()
+    model.compile("sgd", "mse")
+    model(X)
+    train = ArrayDataset.of(X, np.zeros((len(X), 1), "float32"))
+    integers = np.zeros((len(X), 1), "int32")
+    assert train.kinds != training.held_out(model, train, "test_data", (X, integers)).kinds
+    with pytest.raises(ValueError, match="`test_data` does not fit"):
+        training.held_out(model, train, "test_data", (X[:, :-1], integers))
