@@ -233,7 +233,7 @@ def saved_model(model: Any, inputs: Any, path: str) -> tuple[list[np.ndarray], s
     """Returns the outputs of an exported SavedModel, and what the export needed."""
     import tensorflow as tf
 
-    signature, note = None, ""
+    note = ""
     try:
         ml.export_sparse_saved_model(model, path, sample_inputs=inputs)
     except ValueError as error:

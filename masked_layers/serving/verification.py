@@ -80,7 +80,7 @@ def expected(
     return Expected(digests, truth, dense, dtypes)
 
 
-def _executed(traced: Traced, samples: list[Any]) -> list[np.ndarray]:
+def _executed(traced: Traced, samples: Sequence[Any]) -> list[np.ndarray]:
     """Returns the outputs of a traced function.
 
     Raises:
@@ -184,7 +184,7 @@ def error_with(
         try:
             for name, value in given.items():
                 traced.variables[name].assign(value)
-            return [x.numpy() for x in keras.tree.flatten(traced.function(*samples))]
+            return _executed(traced, samples)
         finally:
             for name, value in exact.items():
                 traced.variables[name].assign(value)

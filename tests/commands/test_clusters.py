@@ -159,12 +159,12 @@ def test_a_cluster_without_workers_is_said_and_ends_the_sweep(cluster, tmp_path,
         yield from (0, 0, 0, 0, None, 1)
         yield from itertools.repeat(0)
 
-    looks = counts()
+    number = counts()
 
     def workers():
         nonlocal passed
         passed += 30.0
-        return next(looks)
+        return next(number)
 
     engine.workers = workers
     now = time.monotonic
