@@ -28,23 +28,23 @@ class _Watched(keras.StatelessScope):
         return super().get_current_value(variable)
 
 
-def watch(model: keras.layers.Layer, inputs: Any, read: Callable[[keras.Variable], None]) -> None:
-    """Calls a model on symbolic tensors and reports every variable whose value it reads.
+def watch(call: Callable[[Any], Any], inputs: Any, read: Callable[[keras.Variable], None]) -> None:
+    """Calls a function on symbolic tensors and reports every variable whose value it reads.
 
     Nothing is computed and no variable changes. `Layer.compute_output_spec` would not call the
     layers inside a functional model, and the backend's function has no public name.
 
     Args:
-        model: A built model.
+        call: A built model, or a function that calls one.
         inputs: Structure of `KerasTensor`s with known shapes.
         read: Function of a variable, called while the code that reads it is on the stack.
     """
 
-    def call(inputs: Any) -> Any:
+    def watched(inputs: Any) -> Any:
         with _Watched(read):
-            return model(inputs)
+            return call(inputs)
 
-    backend.compute_output_spec(call, inputs)
+    backend.compute_output_spec(watched, inputs)
 
 
 def callers() -> Iterator[types.FrameType]:

@@ -4,12 +4,13 @@ Keras' layers read each weight through the attribute that its mask replaces, and
 describe them completely; tests verify both for all of them. Custom code may read a weight in
 another way (`layer.weights[0]`, a private attribute, a tensor taken earlier) or leave an argument
 out of its `get_config`. If a model contains custom code and inputs for it can be generated, this
-module detects such faults.
+module detects such faults in what the model does in inference.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Iterator
 from typing import Any, TypeAlias
@@ -21,6 +22,7 @@ from masked_layers import _keras, _keras_trace
 from masked_layers._keras import input_specs
 from masked_layers.copying import held_by
 from masked_layers.effective import EffectiveWeight
+from masked_layers.inference import inferred
 from masked_layers.inspection import MaskedRef, weight_refs
 from masked_layers.masks import Mask, MaskedConstraint, MaskedRegularizer, raw_view
 from masked_layers.notices import warn_outside
@@ -226,15 +228,16 @@ def _first_reads(
     model: keras.Model, refs: dict[int, MaskedRef], source: keras.Model | None
 ) -> tuple[Any, _Reads | None]:
     """Returns the first input specs that the model accepts and its reads, or (None, None)."""
+    call = functools.partial(inferred, model)
     for specs in _input_specs(model):
         reads, again = _Reads(model, refs, source), _Reads(model, refs, source)
         try:
             with _attributes_kept(model):
-                _keras_trace.watch(model, specs, reads)
+                _keras_trace.watch(call, specs, reads)
             if keras.backend.backend() == "jax":
                 # Values that a function reads while JAX compiles it become constants.
                 with _attributes_kept(model):
-                    _keras_trace.watch(model, specs, again)
+                    _keras_trace.watch(call, specs, again)
                 reads.constant = reads.masks - again.masks
             return specs, reads
         except Exception as error:
@@ -335,7 +338,7 @@ def _outputs(model: keras.Model, specs: Any) -> list[np.ndarray] | None:
     try:
         # This scope does not change statistics and the states of random generators.
         with _attributes_kept(model), keras.StatelessScope(), _keras.same_draws():
-            outputs = model(keras.tree.map_structure(made_up, specs))
+            outputs = inferred(model, keras.tree.map_structure(made_up, specs))
         return [
             keras.ops.convert_to_numpy(output).astype("float64")
             for output in keras.tree.flatten(outputs)

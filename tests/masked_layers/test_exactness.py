@@ -96,6 +96,21 @@ def test_a_layer_that_reads_past_the_mask_is_named_and_the_model_unchanged(read,
         ml.convert_to_masked(model, exclude="encoder", inplace=inplace)
 
 
+class TransposedInInference(Transposed):
+    def call(self, x, training=None):
+        kernel = self.dense.kernel if training else self.read(self.dense)
+        return ops.matmul(x, ops.transpose(kernel))
+
+
+def test_a_reader_in_inference_is_found_behind_a_layer_that_trains_by_default():
+    x = keras.Input((4, 4, 3))
+    encoder = layers.Dense(6, name="encoder")
+    decoder = TransposedInInference(encoder, first_weight, name="decoder")
+    flat = layers.Reshape((12,))(layers.RandomFlip()(x)[:, :2, :2])
+    with pytest.raises(ValueError, match="'encoder/kernel' past its mask"):
+        ml.convert_to_masked(keras.Model(x, decoder(encoder(flat))))
+
+
 def test_masks_that_were_there_before_a_refusal_stay():
     model = tied(first_weight)
     hidden = layers.Dense(3, name="hidden", kernel_regularizer="l2")
