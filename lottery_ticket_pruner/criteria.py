@@ -478,8 +478,8 @@ def saliency(group: Group) -> np.ndarray:
 def wanda(group: Group) -> np.ndarray:
     """Keeps the largest products within each output: abs(w) times the norm of its input.
 
-    All norms are measured before the update. The paper instead prunes the blocks of a transformer
-    one after the other and measures each behind the blocks that are already pruned.
+    `update_masks` measures the norms of a layer behind the layers that it has pruned already (the
+    paper prunes block by block), or with `sequential=False` all of them before the update.
     """
     return np.abs(group.current) * group.input_norm
 

@@ -67,7 +67,15 @@ _PRUNER = "tests/lottery_ticket_pruner"
 MODULES = {
     "selection": Tested(
         ("lottery_ticket_pruner/selection/[!_]*.py",),
-        (f"{_PRUNER}/selection", f"{_PRUNER}/test_structures.py"),
+        (
+            f"{_PRUNER}/selection",
+            f"{_PRUNER}/test_structures.py",
+            f"{_PRUNER}/reconstruction/test_one_shot.py",
+            *(
+                f"{_PRUNER}/pruner/test_{name}.py"
+                for name in ("byte_budgets", "channel_rankings", "channels", "latency_budgets")
+            ),
+        ),
     ),
     "criteria": Tested(
         ("lottery_ticket_pruner/criteria.py",),
@@ -83,7 +91,11 @@ MODULES = {
     ),
     "structures": Tested(
         ("lottery_ticket_pruner/structures.py",),
-        (f"{_PRUNER}/test_structures.py", f"{_PRUNER}/selection/test_channels.py"),
+        (
+            f"{_PRUNER}/test_structures.py",
+            f"{_PRUNER}/test_registry.py",
+            f"{_PRUNER}/selection/test_channels.py",
+        ),
     ),
 }
 

@@ -214,11 +214,11 @@ def _nth_in_parts(scores: Scores, mask: Flags, number: int) -> Any:
 
 
 def _ordered_bits(scores: np.ndarray) -> np.ndarray:
-    """Returns unsigned integers in the order of floating-point scores, equal for equal scores."""
+    """Returns unsigned integers in the order of floating-point scores, -0.0 below 0.0."""
     if np.isnan(scores).any():
         raise ValueError(NAN)
     signed = f"i{scores.itemsize}"
-    keys = (scores + scores.dtype.type(0)).view(signed)  # The sum makes -0.0 to 0.0.
+    keys = scores.view(signed)
     # Negative numbers have their bits inverted, others only the sign.
     keys = keys ^ ((keys >> (8 * scores.itemsize - 1)) | np.iinfo(signed).min)
     return keys.view(f"u{scores.itemsize}")

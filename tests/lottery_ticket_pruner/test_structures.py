@@ -341,6 +341,17 @@ def test_every_form_round_trips(identifier, expected):
     assert structures.get(structure.get_config()) == structure
     assert type(structure).from_config(structure.get_config()) == structure
     assert structures.get(keras.saving.serialize_keras_object(structure)) == structure
+    assert structure.name == structure.get_config()["name"]
+    assert {structure: 1}[structures.get(identifier)] == 1
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        structure.pooling = "max"
+
+
+@pytest.mark.once
+def test_the_last_axes_of_a_kernel_are_inputs_and_outputs_if_not_said():
+    layout = structures.Layout((2, 3, 4, 5))
+    assert (layout.inputs, layout.outputs, layout.sizes) == ((2,), (3,), (6, 4, 5))
+    assert structures.Layout((5,)).sizes == (1, 1, 5)
 
 
 @pytest.mark.once

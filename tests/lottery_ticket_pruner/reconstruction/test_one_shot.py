@@ -8,7 +8,7 @@ import pytest
 from keras import layers, ops
 
 import masked_layers as ml
-from lottery_ticket_pruner import LotteryTicketPruner
+from lottery_ticket_pruner import LotteryTicketPruner, criteria
 from lottery_ticket_pruner.reconstruction import fitting
 
 RNG = np.random.default_rng(0)
@@ -287,6 +287,24 @@ def test_amounts_of_every_form_are_the_same_layer_by_layer():
             pruner.update_masks("wanda", **arguments, data=x, sequential=sequential)
             counts.append([row.alive for row in ml.sparsity_report(model).rows])
         assert counts[0] == counts[1], arguments
+
+
+@pytest.mark.once
+def test_inputs_are_not_measured_layer_by_layer_if_weights_are_ranked_across_layers(caplog):
+    wanda = criteria.get("wanda")
+    ranked = criteria.Criterion("ranked", wanda.function, wanda.needs, scope="global")
+    x = RNG.normal(size=(20, 8)).astype("float32")
+    found = []
+    for sequential in (True, False):
+        model = two_dense()
+        LotteryTicketPruner(model).update_masks(
+            ranked, sparsity=0.5, scope="global", data=x, sequential=sequential
+        )
+        found.append(ml.get_masks(model))
+    for path, mask in found[0].items():
+        np.testing.assert_array_equal(mask, found[1][path])
+    (message,) = (record.getMessage() for record in caplog.records)
+    assert "not layer by layer, because the scope 'global' ranks weights of several" in message
 
 
 def test_channels_and_frozen_and_rescaled_weights():

@@ -82,6 +82,18 @@ def test_evidence_is_measured_under_the_masks_of_each_round():
     }
 
 
+@pytest.mark.parametrize("structure", [None, "2x1"])
+def test_invalid_amounts_of_several_rounds_are_those_of_one(structure):
+    def measure(masks):
+        return {"gradient": {path: np.ones(mask.shape) for path, mask in masks.items()}}
+
+    slow = criteria.Criterion(
+        "slow", lambda group: group.gradient, frozenset({"gradient"}), scope="global", rounds=2
+    )
+    with pytest.raises(ValueError, match=r"`sparsity` must be a number in \[0, 1\).*=1\.5 of"):
+        select(Request.of(slow, sparsity=1.5, structure=structure), WEIGHTS, measure)
+
+
 def test_without_measuring_there_is_one_round_of_the_evidence_given():
     given = {
         path: dataclasses.replace(weights, gradient=np.arange(48.0).reshape(8, 6))
