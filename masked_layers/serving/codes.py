@@ -153,13 +153,12 @@ def _grouped(ordered: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _optimum(sizes: np.ndarray, means: np.ndarray, count: int) -> np.ndarray:
     """Returns the best `count` centers for groups of sorted values, by dynamic programming."""
-    w, s, q = (
-        np.concatenate([[0.0], np.cumsum(x)]) for x in (sizes, sizes * means, sizes * means**2)
-    )
+    w, s = (np.concatenate([[0.0], np.cumsum(x)]) for x in (sizes, sizes * means))
     total = len(sizes) + 1
     with np.errstate(divide="ignore", invalid="ignore"):
-        # cost[i, j]: the sum of squares around their mean of the groups from i to j - 1.
-        cost = q - q[:, None] - (s - s[:, None]) ** 2 / (w - w[:, None])
+        # cost[i, j]: the sum of squares around their mean of the groups from i to j - 1, less their
+        # squares, of which the sum is the same however the groups are divided.
+        cost = -((s - s[:, None]) ** 2) / (w - w[:, None])
     cost[np.tril_indices(total)] = np.inf
     best, firsts = cost[0], []
     for _ in range(min(count, len(sizes)) - 1):

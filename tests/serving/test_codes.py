@@ -200,8 +200,8 @@ def test_labels_name_the_bits():
     assert [clustered(kernel(), bits).label for bits in (2, 5, 8)] == [
         "codebook-2", "codebook-5", "codebook-8"
     ]  # fmt: skip
-    # Three different values need two bits.
-    assert clustered(np.sign(kernel()) + 2 * (kernel() > 1), 8).label == "codebook-2"
+    few = [clustered(np.arange(count) * 1.0, 8).label for count in (1, 2, 3, 4, 5, 16, 17)]
+    assert few == [f"codebook-{bits}" for bits in (1, 1, 2, 2, 3, 4, 5)]
 
 
 @pytest.mark.parametrize("share", [0.5, 0.9, 0.98])
