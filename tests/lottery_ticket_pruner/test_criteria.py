@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy.stats import rankdata
 
 from lottery_ticket_pruner import criteria, selection
 
@@ -55,7 +56,7 @@ def prune(name, drop, initial=INITIAL, final=FINAL, mask=None, seed=0):
         final=column(final),
         current=column(final),
         mask=mask[:, None],
-        **dict.fromkeys(criteria.EVIDENCE, column(EVIDENCE[: len(mask)])),
+        **dict.fromkeys(criteria.EVIDENCE, column(np.resize(EVIDENCE, len(mask)))),
     )
     rate = drop / np.count_nonzero(mask)
     masks = selection.update(name, {"kernel": kernel}, rate=rate, seed=seed)
@@ -65,6 +66,41 @@ def prune(name, drop, initial=INITIAL, final=FINAL, mask=None, seed=0):
 @pytest.mark.parametrize("name", HALF)
 def test_half_of_eight_by_hand(name):
     assert prune(name, 4) == HALF[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "score"),
+    [
+        ("gradient", lambda w: abs(w["gradient"])),
+        ("saliency", lambda w: abs(w["gradient"] * w["final"])),
+        ("snip", lambda w: abs(w["gradient"] * w["current"])),
+        ("grasp", lambda w: w["hessian_gradient"] * w["current"]),
+        ("synflow", lambda w: abs(w["flow"] * w["current"])),
+        ("wanda", lambda w: abs(w["current"]) * w["input_norm"]),
+    ],
+)
+def test_weights_are_pruned_in_the_order_of_their_scores(name, score):
+    rng = np.random.default_rng(0)
+    names = (*criteria.RECORDS, *criteria.EVIDENCE)
+    values = {each: rng.standard_normal(30).astype(np.float32) for each in names}
+    values["input_norm"] = abs(values["input_norm"])
+    kernel = selection.Weights(
+        mask=np.ones((30, 1), bool), **{each: array[:, None] for each, array in values.items()}
+    )
+    order = np.argsort(score(values))
+    for drop in range(30):
+        mask = selection.update(name, {"kernel": kernel}, rate=drop / 30)["kernel"]
+        assert sorted(np.flatnonzero(~mask)) == sorted(order[:drop])
+
+
+def test_the_lower_of_two_ranks_decides_among_many_weights():
+    rng = np.random.default_rng(0)
+    initial, final = np.round(rng.standard_normal((2, 9000)), 3)  # With ties.
+    lower = np.minimum(rankdata(abs(initial), "min"), rankdata(abs(final), "min"))
+    for drop in (1, 3, 60, 900, 4500, 8000, 8999):
+        mask = np.array(prune("large_init_large_final", drop, initial, final), bool)
+        assert np.count_nonzero(~mask) == drop
+        assert lower[~mask].max() <= lower[mask].min()
 
 
 def test_every_criterion_is_tested_by_hand():

@@ -82,6 +82,18 @@ def test_evidence_is_measured_under_the_masks_of_each_round():
     }
 
 
+def test_a_criterion_measures_once_if_it_says_nothing_else():
+    calls = []
+
+    def measure(masks):
+        calls.append(masks)
+        return {"gradient": {path: np.ones(mask.shape) for path, mask in masks.items()}}
+
+    mine = criteria.Criterion("mine", lambda group: group.gradient, frozenset({"gradient"}))
+    select(Request.of(mine, sparsity=0.5), WEIGHTS, measure)
+    assert len(calls) == 1
+
+
 @pytest.mark.parametrize("structure", [None, "2x1"])
 def test_invalid_amounts_of_several_rounds_are_those_of_one(structure):
     def measure(masks):
