@@ -2,7 +2,7 @@
 
 Usage: python install_oldest.py [PIP ARGUMENT ...]
 
-`keras>=3.14` installs 3.14.0. A version that does not exist, or that another package excludes, is
+`keras>=3.15` installs 3.15.0. A version that does not exist, or that another package excludes, is
 an error of pip: the requirement in pyproject.toml then promises what cannot be had.
 """
 

@@ -70,14 +70,12 @@ def order_sublayers(layer: keras.layers.Layer, order: list[keras.layers.Layer]) 
     """Changes the order in which `layer` tracks some of its layers; others keep their places.
 
     `weights` and `variables` follow this order. Layers in a set have no fixed order, so a copy can
-    differ from its original. Keras has no public way to change the order. What is in place is left,
-    because in Keras 3.14 TensorFlow does not save functional models of which it was replaced.
+    differ from its original. Keras has no public way to change the order.
     """
     wanted = {id(child) for child in order}
     places = [i for i, child in enumerate(layer._layers) if id(child) in wanted]
     for i, child in zip(places, order, strict=True):
-        if layer._layers[i] is not child:
-            layer._layers[i] = child
+        layer._layers[i] = child
 
 
 @contextlib.contextmanager

@@ -201,6 +201,7 @@ def test_checkpoints_hold_masks(tmp_path, save_freq):
 @pytest.mark.once
 def test_scikit_learn_trains_the_sparse_model():
     base = pytest.importorskip("sklearn.base")
+    pytest.importorskip("sklearn.pipeline")  # Keras does not import it.
     model = keras.Sequential([keras.Input((6,)), layers.Dense(3)])
     model = pruned(ml.convert_to_masked(model))
     model.compile("sgd", keras.losses.CategoricalCrossentropy(from_logits=True))
