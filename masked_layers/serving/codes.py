@@ -156,15 +156,15 @@ def _optimum(sizes: np.ndarray, means: np.ndarray, count: int) -> np.ndarray:
     w, s = (np.concatenate([[0.0], np.cumsum(x)]) for x in (sizes, sizes * means))
     total = len(sizes) + 1
     with np.errstate(divide="ignore", invalid="ignore"):
-        # cost[i, j]: the sum of squares around their mean of the groups from i to j - 1, less their
+        # cost[j, i]: the sum of squares around their mean of the groups from i to j - 1, less their
         # squares, of which the sum is the same however the groups are divided.
-        cost = -((s - s[:, None]) ** 2) / (w - w[:, None])
-    cost[np.tril_indices(total)] = np.inf
-    best, firsts = cost[0], []
+        cost = -((s[:, None] - s) ** 2) / (w[:, None] - w)
+    cost[np.triu_indices(total)] = np.inf
+    best, firsts, costs = cost[:, 0], [], np.empty_like(cost)
     for _ in range(min(count, len(sizes)) - 1):
-        costs = best[:, None] + cost
-        firsts.append(costs.argmin(axis=0))
-        best = costs[firsts[-1], np.arange(total)]
+        np.add(cost, best, out=costs)
+        firsts.append(costs.argmin(axis=1))
+        best = costs[np.arange(total), firsts[-1]]
     edges = [total - 1]
     for first in reversed(firsts):
         edges.append(int(first[edges[-1]]))

@@ -102,7 +102,8 @@ CALLBACKS = {
 PLACES = {"regrowth": ORDERS[0], "movement": ORDERS[1], "SET": ORDERS[1], "RigL": ORDERS[0]}
 ONCE = ("SET", "regrowth", "movement")  # differences between backends are covered by the others
 MARKS = {name: [pytest.mark.once] for name in ONCE} | {"RigL": [pytest.mark.slow("tensorflow")]}
-MARKS["movement"].append(pytest.mark.slow)
+for name in ("movement", "SET"):
+    MARKS[name].append(pytest.mark.slow)
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=MARKS[n]) for n in CALLBACKS])

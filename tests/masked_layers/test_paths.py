@@ -166,10 +166,17 @@ def test_the_walk_finds_every_layer_that_keras_tracks(name):
 
 
 EVERYWHERE = ("nested", "stacked")  # paths do not depend on the backend, weights in files may
+SLOW = ("shared", "mixed", "sequential")  # of what "nested" and "decoder" contain
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.once] * (n not in EVERYWHERE)) for n in ZOO]
+    "name",
+    [
+        pytest.param(
+            n, marks=[pytest.mark.once] * (n not in EVERYWHERE) + [pytest.mark.slow] * (n in SLOW)
+        )
+        for n in ZOO
+    ],
 )
 def test_masks_of_every_layer_survive_saving_and_stripping(name, tmp_path):
     x = data(2, 5, 8)

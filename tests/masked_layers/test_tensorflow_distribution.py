@@ -258,6 +258,7 @@ print(digest.hexdigest())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.once("tensorflow")
 def test_models_of_a_single_device_are_distributed_too():
     assert printed_by_one(START + SINGLE)[-1] == "held"

@@ -45,6 +45,8 @@ def test_a_request_does_not_change():
         ({"scope": "output", "structure": "filters"}, 'contradicts scope="output"'),
         ({"scope": "layer", "structure": "2:4"}, "determines how many weights are kept"),
         ({"distribution": "even"}, "distribution"),
+        ({"distribution": "erk", "budget": {"latency": 0.5}}, "leave out .*`distribution`"),
+        ({"distribution": "erk", "budget": {"macs": 0.5}, "structure": "4x1"}, "leave out"),
         ({"seed": -1}, "non-negative integer"),
     ],
 )

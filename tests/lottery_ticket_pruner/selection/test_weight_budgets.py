@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lottery_ticket_pruner import Latency, selection
-from lottery_ticket_pruner.selection import comparisons
+from lottery_ticket_pruner.selection import comparisons, weight_budgets
 from lottery_ticket_pruner.selection.served_latency import within_served_latency
 
 pytestmark = pytest.mark.once
@@ -47,6 +47,18 @@ def test_no_other_weights_are_worth_more_for_as_many_multiply_adds(share):
     # The next weight in the ranking would not fit.
     after = np.argmax(np.where(kept, -np.inf, flat / cost))
     assert left + cost[after] > share * COSTS.dense
+
+
+def test_no_more_is_tried_than_a_distribution_with_dense_kernels_allows():
+    kernels = {
+        path: selection.Weights(mask=np.ones(shape, bool), current=RNG.normal(size=shape))
+        for path, shape in {"first": (10, 10), "last": (10, 30)}.items()
+    }
+    distribution = {"name": "uniform", "dense_last": True}
+    request = selection.Request.of(
+        "smallest_weights", budget={"macs": 0.5}, distribution=distribution
+    )
+    assert weight_budgets._most(request, kernels) == pytest.approx(0.25, abs=2e-4)
 
 
 @pytest.mark.parametrize("before", [None, "dense"])

@@ -97,7 +97,8 @@ def test_numbers_and_ranges_of_other_types_go_into_a_checkpoint(data, tmp_path):
 
 
 @pytest.mark.once
-@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_weights_are_resumed_from_a_checkpoint(data, tmp_path, dtype):
     def model():
         keras.utils.set_random_seed(0)

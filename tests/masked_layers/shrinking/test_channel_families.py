@@ -129,7 +129,12 @@ def test_families_are_the_layers_whose_channels_are_joined(make):
     assert found.whole == found.not_followed == {}
 
 
-@pytest.mark.parametrize("make", MODELS, ids=lambda make: make.__name__)
+# Recurrent layers take a third of the time. That their channels are removed whole is tested below.
+@pytest.mark.parametrize(
+    "make",
+    [pytest.param(m, marks=[pytest.mark.slow] * (m is recurrent)) for m in MODELS],
+    ids=lambda make: make.__name__,
+)
 def test_no_layer_reads_a_channel_whose_weights_are_pruned(make):
     """Changes the weights that make the channel: the outputs must stay bitwise equal."""
     model = randomized(make)

@@ -18,7 +18,7 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", ["sgd", pytest.param("scaled", marks=pytest.mark.slow)])
 def test_training_continues_where_it_was(name):
     """Trains both models further: they must end with equal outputs."""
     keras.utils.set_random_seed(0)

@@ -98,6 +98,7 @@ def test_following_leaves_no_trace_in_the_model():
     assert block.output.shape == (None, 6, 8)
 
 
+@pytest.mark.slow  # `test_compilation.py` checks most of it.
 def test_training_of_a_smaller_transformer_goes_on_with_dropout():
     masked = convert_to_masked(transformer())
     LotteryTicketPruner(masked).update_masks("random", sparsity=0.5, structure="channels")

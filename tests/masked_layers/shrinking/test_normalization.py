@@ -277,6 +277,7 @@ def test_groups_in_the_first_axis_and_of_an_input_that_is_left_whole():
     assert groups == {"first": 3, "second": 2}
 
 
+@pytest.mark.slow  # `test_compilation.py` checks most of it.
 def test_optimizer_and_training_go_on():
     model = pre_norm_net(layers.LayerNormalization)
     model.compile("adam", "mse")
