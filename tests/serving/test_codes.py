@@ -195,6 +195,12 @@ def test_codebooks_of_the_smallest_and_largest_numbers(step):
     assert error <= max(20 * step, 1.5e-45)
 
 
+def test_a_scale_is_rounded_up_to_8_bits_only_if_it_has_more():
+    array = np.array([[63.5, 127.0, 63.6], [0.3, 0.7, 0.3]], np.float32)
+    # 63.6 / 127 is 0.50079; of 8 significant bits, the next number above 0.5 is 0.50390625.
+    assert scaled(array).table.tolist() == [0.5, 1.0, 0.50390625]
+
+
 def test_labels_name_the_bits():
     assert scaled(kernel()).label == "int8"
     assert [clustered(kernel(), bits).label for bits in (2, 5, 8)] == [
