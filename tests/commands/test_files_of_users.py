@@ -70,7 +70,7 @@ def kept(folder, names=OWN):
     return [n for n in names if (folder / n).is_file() and (folder / n).read_text().endswith(n)]
 
 
-SLOW = ("learned supermask", "instability")
+SLOW = ("run", "learned supermask", "instability")
 
 
 @pytest.mark.usefixtures("exported")

@@ -210,6 +210,7 @@ def test_an_interrupted_run_is_resumed(finished, monkeypatch):
 
 
 @pytest.mark.once
+@pytest.mark.slow  # An interruption during the training is quicker.
 def test_a_run_is_resumed_if_it_was_interrupted_while_loading_data(tmp_path, monkeypatch):
     config, data = load_and_resolve(
         RunConfig(rounds=1, steps=8, seeds=(0,), controls=(), out=tmp_path)

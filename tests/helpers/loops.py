@@ -23,14 +23,14 @@ def dense():
     return keras.Sequential([keras.Input((6,)), layers.Dense(5, "relu"), layers.Dense(2)])
 
 
-def with_state():
+def with_state(dropout=0.3):
     """Returns a model with dropout, statistics, a penalty, a constraint and masks."""
     model = keras.Sequential(
         [
             keras.Input((6,)),
             layers.Dense(8, "relu", kernel_regularizer="l2", kernel_constraint="max_norm"),
             layers.BatchNormalization(),
-            layers.Dropout(0.3, seed=3),
+            layers.Dropout(dropout, seed=3),
             layers.Dense(2),
         ]
     )

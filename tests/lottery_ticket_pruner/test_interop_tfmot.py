@@ -204,8 +204,11 @@ def layers_of(tk, text):
 
 @pytest.mark.parametrize(
     ("text", "shape"),
-    [(IMAGES, (10, 10, 4)), (SEQUENCES, (9, 4)), (VOLUMES, (6, 6, 6, 2))],
-    ids=["images", "sequences", "volumes"],
+    [
+        pytest.param(IMAGES, (10, 10, 4), id="images"),
+        pytest.param(SEQUENCES, (9, 4), id="sequences", marks=pytest.mark.slow),
+        pytest.param(VOLUMES, (6, 6, 6, 2), id="volumes"),
+    ],
 )
 def test_every_layer_that_both_know_is_converted(tk, tfmot, text, shape):
     layers = [

@@ -129,10 +129,10 @@ def test_families_are_the_layers_whose_channels_are_joined(make):
     assert found.whole == found.not_followed == {}
 
 
-# Recurrent layers take a third of the time. That their channels are removed whole is tested below.
+# These two take most of the time. That their channels are removed whole is tested below.
 @pytest.mark.parametrize(
     "make",
-    [pytest.param(m, marks=[pytest.mark.slow] * (m is recurrent)) for m in MODELS],
+    [pytest.param(m, marks=[pytest.mark.slow] * (m in (recurrent, text))) for m in MODELS],
     ids=lambda make: make.__name__,
 )
 def test_no_layer_reads_a_channel_whose_weights_are_pruned(make):
