@@ -44,12 +44,19 @@ def explained(model: keras.Model, x: object, y: object) -> Iterator[None]:
 
 
 def check(model: keras.Model, x: object, y: object) -> None:
-    """Checks that targets fit the compiled losses.
+    """Checks that targets are numbers and fit the compiled losses.
 
     Raises:
         ValueError: If they do not. The message says what was received, what was expected and what
             to do.
     """
+    for part in keras.tree.flatten(y):
+        first = next(iter(np.asarray(part).flat), None)
+        if isinstance(first, str | bytes):
+            raise ValueError(
+                f"Targets must be numbers. Received: text, such as {str(first)!r}. Number classes: "
+                "`y = np.unique(y, return_inverse=True)[1]`."
+            )
     problem = None
     # Subclassed models are skipped: they would be called on symbols, which they may keep.
     if getattr(model, "outputs", None):

@@ -76,9 +76,10 @@ def convert_to_masked(
     `sparsity_report(model)` lists them.
 
     If the model contains custom classes or functions, it is called on generated inputs to check
-    that the outputs are the same and that no code reads a weight without its mask. These checks are
-    skipped if the inputs are strings or unknown, as for a subclassed model with several arguments.
-    Methods of its layers under `tf.function` are compiled again, with the masks.
+    that the outputs are the same and that no code reads a weight without its mask, both in
+    inference. These checks are skipped if the inputs are strings or unknown, as for a subclassed
+    model with several arguments. Methods of its layers under `tf.function` are compiled again, with
+    the masks.
 
     Args:
         model: A sequential, functional or subclassed model, built or not, compiled or not.

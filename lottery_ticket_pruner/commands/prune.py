@@ -186,6 +186,7 @@ def prune(config: PruneConfig, console: Console | None = None) -> PruneResult:
     if config.devices and config.latency is not None:
         raise ValueError("--latency is measured on one device: leave out --devices.")
     devices.check(config.devices, config.batch_size)
+    prune_folder.check_that_nothing_is_lost(config.folder, config.model)
     parts = load_data(config)
     with devices.scope(config.devices):
         model = load(config)
@@ -261,7 +262,7 @@ def _search(
             display.begin(row, steps)
 
         plan = config.plan(on_row=on_row, on_training=on_training, on_progress=display.advance)
-        place = config.folder / "search"
+        place = config.folder / prune_folder.SEARCH
         try:
             with _naming_options():
                 return search(model, parts, plan, place, overwrite=config.overwrite, **times)

@@ -24,6 +24,8 @@ SCAN_FILE = "sensitivity.csv"
 # `lottery-ticket report` writes these again.
 _REPORT_FILES = ("report.html", "model_card.md")
 _SERVED = "served"
+# Folder with the state of the search.
+SEARCH = "search"
 
 
 def models_in(folder: Path) -> list[Path]:
@@ -39,6 +41,32 @@ def models_in(folder: Path) -> list[Path]:
     except FileContentError:
         was_exported = False
     return [folder / MODEL_FILE, *([served] if was_exported and served.is_dir() else [])]
+
+
+def check_that_nothing_is_lost(folder: Path, model: str | None) -> None:
+    """Refuses a folder in which a search would replace files that no search has written.
+
+    Args:
+        folder: The folder.
+        model: The model that is pruned, perhaps a file.
+
+    Raises:
+        ValueError: If one of the files to write is the model, or the folder holds no search.
+    """
+    file = folder / MODEL_FILE
+    if model is not None and file.exists() and Path(model).exists() and file.samefile(model):
+        raise ValueError(
+            f"The pruned model would replace '{file}', from which it is made. Choose another "
+            "folder with --out."
+        )
+    if (folder / SEARCH / "state.json").exists() or is_pruned(folder):
+        return
+    names = (CONFIG_FILE, SUMS_FILE, MODEL_FILE, RESULT_FILE, RESULTS_FILE, SCAN_FILE)
+    if found := [name for name in (*names, *_REPORT_FILES, _SERVED) if (folder / name).exists()]:
+        raise ValueError(
+            f"'{folder}' holds no search of `lottery-ticket prune`, but {', '.join(found)}, which "
+            "it would replace. Choose another folder with --out, or move these files."
+        )
 
 
 def begin(folder: Path) -> None:

@@ -153,12 +153,14 @@ def _grouped(ordered: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _optimum(sizes: np.ndarray, means: np.ndarray, count: int) -> np.ndarray:
     """Returns the best `count` centers for groups of sorted values, by dynamic programming."""
-    w, s = (np.concatenate([[0.0], np.cumsum(x)]) for x in (sizes, sizes * means))
+    w, s, q = (
+        np.concatenate([[0.0], np.cumsum(x)]) for x in (sizes, sizes * means, sizes * means**2)
+    )
     total = len(sizes) + 1
     with np.errstate(divide="ignore", invalid="ignore"):
-        # cost[j, i]: the sum of squares around their mean of the groups from i to j - 1, less their
-        # squares, of which the sum is the same however the groups are divided.
-        cost = -((s[:, None] - s) ** 2) / (w[:, None] - w)
+        # cost[j, i]: the sum of squares around their mean of the groups from i to j - 1. The sum of
+        # q is the same however they are divided, but without it, small costs would be rounded away.
+        cost = q[:, None] - q - (s[:, None] - s) ** 2 / (w[:, None] - w)
     cost[np.triu_indices(total)] = np.inf
     best, firsts, costs = cost[:, 0], [], np.empty_like(cost)
     for _ in range(min(count, len(sizes)) - 1):

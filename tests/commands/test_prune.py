@@ -232,6 +232,33 @@ def test_a_file_of_a_model_is_pruned(here, capsys, monkeypatch):
     assert "The search in again is finished. Use --overwrite" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("overwrite", [[], ["--overwrite"]], ids=["", "overwrite"])
+def test_no_file_is_replaced_that_a_search_did_not_write(here, capsys, overwrite):
+    own.value_of("own.py:make", "make a model with", lambda model: model).save(here / "model.keras")
+    (here / "of_mine").mkdir()
+    (here / "of_mine" / "results.csv").write_text("mine")
+    before = {path: path.read_bytes() for path in here.rglob("*.*") if path.is_file()}
+    for out, reason in (
+        (".", "would replace 'model.keras', from which it is made"),
+        ("of_mine", "'of_mine' holds no search of `lottery-ticket prune`, but results.csv"),
+    ):
+        assert run("model.keras", "--out", out, *overwrite) == 2
+        said = capsys.readouterr()
+        assert reason in said.err
+        assert said.err.count("\n") == 1
+        assert not said.out
+    assert {path: path.read_bytes() for path in here.rglob("*.*") if path.is_file()} == before
+
+
+def test_targets_that_are_text_are_refused(here, capsys):
+    (here / "text.py").write_text(SOURCE.replace('.astype("int32")', '.astype("U5")'))
+    assert cli.main(["prune", "own.py:make", "--data", "text.py:load"]) == 2
+    assert (
+        "Targets must be numbers. Received: text, such as 'False'. Number"
+        in capsys.readouterr().err
+    )
+
+
 def test_a_file_with_a_class_that_is_not_known_asks_for_a_function(here, capsys):
     class Own(keras.layers.Dense):
         pass

@@ -348,14 +348,6 @@ def test_every_form_round_trips(identifier, expected):
 
 
 @pytest.mark.once
-def test_the_last_axes_of_a_kernel_are_inputs_and_outputs_if_not_said():
-    layout = structures.Layout((2, 3, 4, 5))
-    assert (layout.inputs, layout.outputs, layout.sizes) == ((2,), (3,), (6, 4, 5))
-    assert structures.Layout((4, 5)).sizes == (1, 4, 5)
-    assert structures.Layout((5,)).sizes == (1, 1, 5)
-
-
-@pytest.mark.once
 @pytest.mark.parametrize(
     "identifier",
     [

@@ -15,6 +15,13 @@ FAMILY = Family(("a",), 6, {"a": {1: np.arange(6)}, "b": {0: np.tile(np.arange(6
 LAYOUTS = {"a": Layout((5, 6)), "b": Layout((12, 7))}
 
 
+def test_the_last_axes_of_a_kernel_are_inputs_and_outputs_if_not_said():
+    layout = Layout((2, 3, 4, 5))
+    assert (layout.inputs, layout.outputs, layout.sizes) == ((2,), (3,), (6, 4, 5))
+    assert Layout((4, 5)).sizes == (1, 4, 5)
+    assert Layout((5,)).sizes == (1, 1, 5)
+
+
 def stream(seed):
     return lambda name: np.random.default_rng([seed, *name.encode()])
 

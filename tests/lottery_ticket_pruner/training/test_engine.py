@@ -77,7 +77,9 @@ SLOW = ("clipping", "schedule", "inputs", "recurrent", "xla")
     [
         *(
             pytest.param(
-                case, case in ("state", "xla"), marks=[pytest.mark.slow("tensorflow")] * (case in SLOW)
+                case,
+                case in ("state", "xla"),
+                marks=[pytest.mark.slow("tensorflow")] * (case in SLOW),
             )
             for case in CASES
         ),

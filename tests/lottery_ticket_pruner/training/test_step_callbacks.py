@@ -96,8 +96,11 @@ def test_the_engine_changes_masks_as_fit_does(case, loop_calls, monkeypatch):
 @pytest.mark.skipif(BACKEND != "jax", reason="JAX may have 64 bits by default")
 def test_masks_change_in_the_loop_where_jax_has_64_bits(loop_calls):
     import jax
+    import jax.experimental
 
-    with jax.enable_x64(True):
+    # Its earlier name, first.
+    enable = getattr(jax.experimental, "enable_x64", None) or jax.enable_x64
+    with enable(True):
         model, _, _ = trained("each layer")
     assert all(changes for _, changes in loop_calls)
     assert zeros(model) == [int(0.9 * size + 1e-6) for size in (128, 32)]
