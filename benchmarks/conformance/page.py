@@ -52,7 +52,9 @@ python -m benchmarks.conformance --page
 
 {cells}
 
-"refused" is an error that is raised on purpose and says what to do, "error" any other one. What is
+"refused" is an error that is raised on purpose and says what to do, "error" any other one. "no"
+says that the result was another, "not possible" that there is nothing to check, because no weight
+could be masked, and "no model" that Keras or the library of the model cannot make it there. What is
 not "yes" has its reason below the table.
 """
 PEERS_INTRODUCTION = """## What other libraries mask
@@ -173,6 +175,8 @@ def joined_versions(rows: dict[str, Row]) -> str:
 def progress(found: dict[str, dict[str, Row]], size: int) -> str:
     """Returns a sentence of how many rows are known on each backend."""
     counts = [f"{len(found.get(key, ()))} on {name}" for key, name in BACKENDS.items()]
+    if all(len(found.get(key, ())) == size for key in BACKENDS):
+        return f"All of its {size} rows are measured, on {', '.join(BACKENDS.values())}."
     return f"Of its {size} rows, these are measured so far: {', '.join(counts)}."
 
 
@@ -194,8 +198,8 @@ def page(results: Path) -> str:
     lines += [f"- **{HEADS[key]}**: {text}" for key, text in MEANING.items()]
     lines += ["", "## Overview", ""]
     lines += [
-        "Numbers of rows. A number of masked weights counts as yes if all are masked, and so does "
-        "the share of a smaller model. Rows that were not measured are not listed below.",
+        "Numbers of rows. A number without a word counts those that are right: for masked, those "
+        "of which every weight is masked, and for shrunk, those with a smaller model.",
         "",
     ]
     lines += [*overview(found, len(rows)), ""]
