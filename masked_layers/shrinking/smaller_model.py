@@ -209,7 +209,7 @@ def shrink(
         try:
             smaller, report, copied = _shrink(model)
         except Exception as error:
-            # JAX's class of the error is not public, and in JAX 0.6 there is none.
+            # JAX's class of the error is not public, and in JAX 0.7 there is none.
             if not (type(error).__name__ == "IndivisibleError" or "divisible by" in str(error)):
                 raise
             if keras.distribution.distribution() is None:
