@@ -210,9 +210,8 @@ def shrink(
             smaller, report, copied = _shrink(model)
         except Exception as error:
             # JAX's class of the error is not public, and in JAX 0.7 there is none.
-            if not (type(error).__name__ == "IndivisibleError" or "divisible by" in str(error)):
-                raise
-            if keras.distribution.distribution() is None:
+            indivisible = type(error).__name__ == "IndivisibleError" or "divisible by" in str(error)
+            if not indivisible or keras.distribution.distribution() is None:
                 raise
             raise ValueError(
                 f"A weight of the smaller '{model.name}' cannot be divided among the devices of "

@@ -34,6 +34,8 @@ rng = np.random.default_rng(0)
 ml.set_masks(model, {path: rng.random(m.shape) < 0.1 for path, m in ml.get_masks(model).items()})
 report = export_sparse_saved_model(model, "out")
 assert report.sparsity > 0.8 and report.output_error == 0.0, report
+coded = export_sparse_saved_model(model, "codebook", values="codebook", tolerance=0.1)
+assert 0 < coded.output_error < 0.1 and coded.nbytes < report.nbytes, coded
 wanted = {}
 for batch in (1, 4):
     inputs = {

@@ -55,7 +55,10 @@ def schedule():
 
 CASES = {
     "dense": (dense, lambda: keras.optimizers.Adam(0.01)),
-    "state": (lambda: with_state(dropout=0), lambda: keras.optimizers.SGD(0.05, momentum=0.9)),
+    "state": (
+        lambda: with_state(dropout=0),
+        lambda: keras.optimizers.SGD(0.05, momentum=0.9, weight_decay=0.1),
+    ),
     # XLA draws other random numbers than TensorFlow does without it, and Keras' `fit` uses it.
     "xla": (with_state, lambda: keras.optimizers.SGD(0.05, momentum=0.9, weight_decay=0.1)),
     "schedule": (dense, lambda: keras.optimizers.SGD(schedule(), momentum=0.9, nesterov=True)),
