@@ -19,6 +19,7 @@ import numpy as np
 import masked_layers as ml
 from benchmarks.conformance.makers import Maker, inputs_of, kernels, randomize
 from benchmarks.conformance.page import HEADS
+from benchmarks.conformance.reasons import plain
 from lottery_ticket_pruner import LotteryTicketPruner
 from masked_layers._keras import flatten
 
@@ -73,11 +74,11 @@ def equal(before: list[np.ndarray], after: list[np.ndarray]) -> Cell:
 
 
 def reason(error: BaseException) -> str:
-    """Returns the first sentence of an error, without paths of this machine.
+    """Returns the first sentence of an error, without paths and addresses of this machine.
 
     Keras puts a sentence before an error of a call, and its arguments after it.
     """
-    text = " ".join(re.sub(r"\x1b\[\d+m", "", str(error)).split())
+    text = " ".join(plain(str(error)).split())
     text = re.sub(r"Exception encountered when calling \S+\. | Arguments received by .*", "", text)
     text = re.sub(r'Detected at node .*?File ".*', "", text)  # Files of this machine.
     text = text.partition(". ")[0] or "no message"

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.conformance.reasons import Note, by_reason, escaped, plain, word_for_word
+
 BACKENDS = {"tensorflow": "TensorFlow", "jax": "JAX", "torch": "torch"}
 PEERS = {"tfmot": "tfmot", "pquant": "PQuantML"}
 # Keys and heads of the columns.
@@ -23,7 +25,7 @@ HEADS = {
 MEANING = {
     "converted": "`convert_to_masked` leaves every bit of every output as it is.",
     "masked": "How many of the weights with two or more axes, except biases, have a mask. Those "
-    "without are named below the table; most are tables of positions and class tokens.",
+    "without are named in the notes; most are tables of positions and class tokens.",
     "exact": '`update_masks("smallest_weights", sparsity=0.8, scope="global")` prunes exactly '
     "floor(0.8 size) weights, and no pruned weight is larger than a kept one, by NumPy.",
     "zero": "All pruned raw weights are set to NaN, and the outputs keep their bits: nothing reads "
@@ -55,7 +57,7 @@ python -m benchmarks.conformance --page
 "refused" is an error that is raised on purpose and says what to do, "error" any other one. "no"
 says that the result was another, "not possible" that there is nothing to check, because no weight
 could be masked, and "no model" that Keras or the library of the model cannot make it there. What is
-not "yes" has its reason below the table.
+not "yes" has its [reason below the tables](#reasons).
 """
 PEERS_INTRODUCTION = """## What other libraries mask
 
@@ -63,6 +65,16 @@ The same models, asked how many of these weights the library prunes
 (`python -m benchmarks.conformance --peer tfmot`, `--peer pquant`). "no model" is one that cannot be
 made with the library's Keras. PQuantML calls each layer on the output of the one before it, in the
 order of `model.layers`, and so refuses models that branch; its extra asks for TensorFlow 2.20.
+"""
+REASONS_INTRODUCTION = """## Reasons
+
+Why cells are not "yes", or not complete. A row can have several reasons, and counts at each. The
+note of a row, which names its layers and weights, is [below](#every-note-word-for-word).
+"""
+NOTES_INTRODUCTION = """## Every note, word for word
+
+Each stands after the cells that have it. A long message ends in "...", and of many layers only the
+first are named.
 """
 ABSENT = "-"
 ORDER = ("Layers and kinds of models", "keras.applications", "KerasHub")
@@ -91,27 +103,24 @@ def joined(answers: Iterable[str]) -> str:
     return " / ".join(answers)
 
 
-def escaped(text: str) -> str:
-    """Returns a text without marks of Markdown."""
-    for mark in "\\`*_{}[]<>|":
-        text = text.replace(mark, f"\\{mark}")
-    return text
-
-
-def notes(name: str, rows: dict[str, Row | None]) -> list[str]:
-    """Returns the notes of a row; those that several backends share once."""
-    found: dict[tuple[str, str], list[str]] = {}
-    for backend, row in rows.items():
-        for column, (_, note) in (row or {"cells": {}})["cells"].items():
-            if note and not note.startswith("needs '"):
-                found.setdefault((column, note), []).append(BACKENDS[backend])
-    measured = [BACKENDS[backend] for backend, row in rows.items() if row]
-    lines = []
-    for (column, note), backends in found.items():
-        where = "" if backends == measured else f" ({', '.join(backends)})"
-        head = HEADS.get(column, column)
-        lines.append(f"- **{escaped(name)}**, {head}{where}: {escaped(note)}")
-    return lines
+def notes(names: list[str], results: dict[str, dict[str, Row]]) -> list[Note]:
+    """Returns the notes of rows, by column; those that several backends share once."""
+    found: dict[tuple[str, str, str], list[str]] = {}
+    for column in (*HEADS, "ended"):
+        for name in names:
+            for backend, rows in results.items():
+                if name not in rows:
+                    continue
+                said, text = rows[name]["cells"].get(column, ["", ""])
+                # Without a model, all columns have the same note.
+                head = said if said == "no model" else HEADS.get(column, column)
+                if text and not text.startswith("needs '"):
+                    backends = found.setdefault((name, head, plain(text)), [])
+                    backends += [BACKENDS[backend]] * (BACKENDS[backend] not in backends)
+    measured = {n: tuple(BACKENDS[b] for b, rows in results.items() if n in rows) for n in names}
+    every = [Note(*key, tuple(those), measured[key[0]]) for key, those in found.items()]
+    heads = [*HEADS.values(), "ended", "no model"]
+    return sorted(every, key=lambda note: heads.index(note.column))
 
 
 def table(names: list[str], results: dict[str, dict[str, Row]]) -> list[str]:
@@ -144,17 +153,18 @@ def kind(given: str) -> str:
     return "yes" if given.endswith("%") else given
 
 
-def peers(names: list[str], results: Path) -> list[str]:
+def peers(names: list[str], results: Path) -> tuple[list[str], list[Note]]:
+    """Returns the section of the peers, and their notes."""
     every = {name: stored(results, name) for name in PEERS}
     found = {name: rows for name, rows in every.items() if rows}
     absent = [PEERS[name] for name, rows in every.items() if not rows]
     missing = [f"Not measured so far: {', '.join(absent)}.", ""] if absent else []
     if not found:
-        return [PEERS_INTRODUCTION, *missing]
+        return [PEERS_INTRODUCTION, *missing], []
     ours = stored(results, "tensorflow")
     heads = ["", "this library", *(PEERS[name] for name in found)]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    reasons = []
+    notes = []
     for name in names:
         if all(name not in rows for rows in found.values()):
             continue
@@ -162,10 +172,11 @@ def peers(names: list[str], results: Path) -> list[str]:
         lines.append(f"| {escaped(name)} | " + " | ".join(cells) + " |")
         for peer, rows in found.items():
             if name in rows and (note := rows[name]["cells"].get("masked", ["", ""])[1]):
-                reasons.append(f"- **{escaped(name)}**, {PEERS[peer]}: {escaped(note)}")
+                notes.append(Note(name, PEERS[peer], plain(note)))
     used = [f"{PEERS[name]}: {joined_versions(rows)}." for name, rows in found.items()]
     head = [PEERS_INTRODUCTION, " ".join(used), "", *missing]
-    return [*head, *lines, "", *reasons, ""]
+    notes.sort(key=lambda note: list(PEERS.values()).index(note.column))
+    return [*head, *lines, "", *by_reason(notes)], notes
 
 
 def joined_versions(rows: dict[str, Row]) -> str:
@@ -209,8 +220,10 @@ def page(results: Path) -> str:
         names = [name for name in names if any(name in known for known in found.values())]
         if not names:
             continue
-        lines += ["", f"## {family}", "", *table(names, found), ""]
-        for name in names:
-            lines += notes(name, {backend: known.get(name) for backend, known in found.items()})
-    lines += ["", *peers([m.name for m in rows], results)]
+        lines += ["", f"## {family}", "", *table(names, found)]
+    names = [m.name for m in rows]
+    own = notes(names, found)
+    section, theirs = peers(names, results)
+    lines += ["", REASONS_INTRODUCTION, *by_reason(own), *section]
+    lines += [NOTES_INTRODUCTION, *word_for_word([*own, *theirs])]
     return "\n".join(lines).rstrip() + "\n"

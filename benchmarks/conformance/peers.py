@@ -6,10 +6,11 @@ Keras before the models are made. PQuantML prunes models of Keras 3.
 
 import importlib.metadata
 import os
-import re
 import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
+
+from benchmarks.conformance.reasons import plain
 
 if TYPE_CHECKING:
     from benchmarks.conformance.makers import Maker
@@ -40,8 +41,7 @@ def answered(count: "Callable[[Maker], Cell]", maker: "Maker") -> Cell:
     try:
         return count(maker)
     except Exception as error:  # Whatever the peer raises.
-        text = " ".join(str(error).split())
-        text = re.sub(r"\x1b\[\d+m| at 0x[0-9a-f]+", "", text)
+        text = " ".join(plain(str(error)).split())
         return "refused", f"{type(error).__name__}: {text[:200]}"
 
 
@@ -69,7 +69,7 @@ def tfmot() -> "Callable[[Maker], Cell]":
         try:
             pruned = prune_low_magnitude(model)
         except Exception as error:  # Layers that it does not know, or faults of its own.
-            text = " ".join(str(error).split())
+            text = " ".join(plain(str(error)).split())
             note = f"layer by layer, for the model as a whole is refused: {text[:160]}"
             pruned = tf_keras.models.clone_model(model, clone_function=wrapped)
         masked = {

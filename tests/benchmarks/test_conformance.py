@@ -13,7 +13,7 @@ sys.path.append(str(Path(__file__).parents[2]))
 
 from benchmarks.checks import conversion
 from benchmarks.conformance import __main__ as command
-from benchmarks.conformance import applications, checks, hub, page
+from benchmarks.conformance import applications, checks, hub, page, reasons
 from benchmarks.conformance.makers import Maker
 
 pytestmark = [pytest.mark.once, pytest.mark.usefixtures("nothing_drawn")]
@@ -67,11 +67,11 @@ def test_rounding_is_that_of_the_coarsest_dtype():
 def test_the_reason_of_an_error_of_a_call_is_not_that_there_was_one():
     class Failing(keras.layers.Layer):
         def call(self, x):
-            raise ValueError("No such shape. Pass another.")
+            raise ValueError(f"No shape of {object()}. Pass another.")
 
     with pytest.raises(ValueError, match="Exception encountered") as caught:
         Failing()(np.ones((1, 2), "float32"))
-    assert checks.reason(caught.value) == "ValueError: No such shape"
+    assert checks.reason(caught.value) == "ValueError: No shape of <object object>"
 
 
 def test_the_table_has_every_family_of_applications_and_many_backbones():
@@ -86,6 +86,49 @@ def test_the_table_has_every_family_of_applications_and_many_backbones():
 
 def test_the_page_is_that_of_the_stored_results():
     assert command.PAGE.read_text("utf-8") == page.page(command.RESULTS)
+
+
+def test_every_note_is_on_the_page_with_its_row_and_a_reason_without_addresses():
+    tables, rest = page.page(command.RESULTS).split("## Reasons")
+    grouped, every = rest.split("## Every note")
+    lines = every.splitlines()
+    assert " at 0x" not in tables + rest
+    count = 0
+    for name in (*page.BACKENDS, *page.PEERS):
+        for row, known in page.stored(command.RESULTS, name).items():
+            for column, (said, note) in known["cells"].items():
+                if not note or note.startswith("needs '"):
+                    continue
+                count += 1
+                text = reasons.escaped(reasons.plain(note))
+                head = "no model" if said == "no model" else page.HEADS[column]
+                head = page.PEERS.get(name, head)
+                found = [line for line in lines if line.endswith(f": {text}")]
+                assert len(found) == 1
+                assert f"**{reasons.escaped(row)}**" in found[0]
+                assert head in found[0].removesuffix(text)
+                assert reasons.escaped(row) in grouped
+    assert count > 500
+
+
+def test_a_note_says_where_it_is_from_and_keeps_what_no_reason_covers():
+    both = ("TensorFlow", "torch")
+    found = [
+        reasons.Note("a", "shrunk", "x: unknown class A", both, both),
+        reasons.Note("b", "shrunk", "y: unknown class B; z: LoRA is enabled", ("torch",), both),
+        reasons.Note("a", "saved", "*new*", ("torch",), both),
+        reasons.Note("a", "zero", "*new*", ("TensorFlow",), both),
+    ]
+    assert reasons.by_reason(found) == [
+        "### shrunk", "",
+        "- **`shrink` has no rule for the class of a layer** (2 rows): a. torch: b",
+        "- **LoRA is enabled** (1 row): torch: b",
+        "", "### saved", "", "- **\\*new\\*** (1 row): torch: a",
+        "", "### zero", "", "- **\\*new\\*** (1 row): TensorFlow: a", "",
+    ]  # fmt: skip
+    assert reasons.word_for_word(found)[2:] == [
+        "- **a**, saved (torch) and zero (TensorFlow): \\*new\\*"
+    ]
 
 
 def test_a_row_that_ends_its_process_is_one_rows_fault(tmp_path, monkeypatch):
