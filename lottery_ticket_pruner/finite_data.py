@@ -8,6 +8,7 @@ import keras
 import numpy as np
 
 from lottery_ticket_pruner import training
+from lottery_ticket_pruner.evidence import loss_gradients
 from lottery_ticket_pruner.training import map_arrays
 
 # Entries that are tested at once, so that memory-mapped arrays are not read as a whole.
@@ -27,22 +28,26 @@ def not_finite(array: Any) -> str | None:
     return f"{entries} NaN or infinite, the first at [{', '.join(map(str, first))}]"
 
 
-def check(model: keras.Model, name: str, data: tuple[Any, ...] | None) -> None:
+def check(
+    model: keras.Model, name: str, data: tuple[Any, ...] | None, *, trained: bool = False
+) -> None:
     """Checks that the values in data are finite, unless the model's loss is finite without that.
 
     Some losses leave out targets that are NaN, and some layers replace missing inputs. Therefore
     the first example with such a value is evaluated, first alone and then together with others,
     because a mean over the known targets of a batch is NaN where none is known. Where inputs have a
-    fixed batch size, examples are repeated to fill it.
+    fixed batch size, examples are repeated to fill it. A finite loss is not enough to train on:
+    a ReLU makes 0 of NaN on some backends, but the gradient of the kernel before it is NaN.
 
     Args:
         model: A compiled model.
         name: Description of the data for messages, such as `"validation data"`.
         data: `(x,)`, `(x, y)` or `(x, y, sample_weight)`, or None.
+        trained: Whether the model is trained on the data, so that gradients matter, too.
 
     Raises:
         ValueError: If an array has entries that are not finite, and the loss of the first of these
-            examples is not finite either, neither alone nor in a batch.
+            examples is not finite either, neither alone nor in a batch, or its gradient is not.
     """
     for path, array in keras.tree.flatten_with_path(data or ()):
         found = None if array is None else _count(array)
@@ -51,16 +56,17 @@ def check(model: keras.Model, name: str, data: tuple[Any, ...] | None) -> None:
         example, (part, *inside) = found[1][0], path
         fixed = training.fixed_batch_size(model)
         loss = _loss_of(model, data, [example] * (fixed or 1))
-        if math.isfinite(loss):
-            continue
         batch = _batch(data, example)
-        if math.isfinite(_loss_of(model, data, np.resize(batch, fixed or len(batch)))):
-            continue
+        together = np.resize(batch, fixed or len(batch))
+        what = f"the loss of that example is {loss}"
+        if math.isfinite(loss) or math.isfinite(_loss_of(model, data, together)):
+            if not trained or _has_finite_gradients(model, data, together):
+                continue
+            what = "gradients of a batch with that example are NaN or infinite"
         place = "".join(f"[{key!r}]" for key in inside)
         raise ValueError(
             f"`{('x', 'y', 'sample_weight')[part]}{place}` of the {name} has "
-            f"{not_finite(array)}, and the loss of that example is {loss}. "
-            "Replace these values, or leave these examples out."
+            f"{not_finite(array)}, and {what}. Replace these values, or leave these examples out."
         )
 
 
@@ -71,6 +77,16 @@ def _loss_of(model: keras.Model, data: Any, examples: Sequence[int] | np.ndarray
         return float(training.evaluate(model, *some)["loss"])
     except Exception:  # Each backend raises types of its own. The training says what is wrong.
         return 0.0
+
+
+def _has_finite_gradients(model: keras.Model, data: Any, examples: np.ndarray) -> bool:
+    """Returns whether gradients of the loss of some examples are finite, True if there are none."""
+    x, y, *weights = map_arrays(lambda array: np.asarray(array)[examples], data)
+    try:
+        found = loss_gradients(model, x, y, sample_weight=weights[0] if weights else None)
+    except Exception:  # As above.
+        return True
+    return all(np.isfinite(gradient).all() for gradient in found.values())
 
 
 def _batch(data: Any, example: int) -> list[int]:

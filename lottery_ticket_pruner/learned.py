@@ -171,7 +171,7 @@ def learn_by_plan(
     validation = training.held_out(model, examples, "validation_data", validation_data)
     training.held_out(model, examples, "test_data", test_data)
     for name, part in (("training", (x, y)), ("validation", validation_data), ("test", test_data)):
-        finite_data.check(model, f"{name} data", part)
+        finite_data.check(model, f"{name} data", part, trained=name == "training")
     own_optimizer = model.optimizer
     model = ml.convert_to_masked(model, mask=plan.prototype)
     others = _withhold_weights(model, plan)

@@ -76,7 +76,7 @@ class TicketResult:
         judge = metric_of(dense, self.ticket, metric, mode)
         check_tolerance(judge, dense, max_drop)
         value = dense[judge.name]
-        check_dense(judge, value, "test")
+        check_dense(judge, value, "test", max_drop)
         tickets = [row for row in self.rows if row["arm"] == "ticket"]
         within = (
             row["round"]

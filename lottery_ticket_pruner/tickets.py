@@ -283,7 +283,7 @@ def search(
     training.held_out(model, examples, "test_data", data.test)
     parts = {"training": data.train, "validation": data.validation, "test": data.test}
     for name, part in parts.items():
-        finite_data.check(model, f"{name} data", part)
+        finite_data.check(model, f"{name} data", part, trained=name == "training")
     under_way = TicketSearch(model, data, examples, validation, plan, listeners or Listeners())
     with notices.said_once():
         return _carry_out(under_way, checkpoint, keep_rounds)

@@ -82,15 +82,14 @@ def accuracies_of(results: Mapping[str, Any]) -> list[str]:
 
 
 def check_tolerance(metric: Metric, results: Mapping[str, Any], tolerance: float | None) -> None:
-    """Raises a ValueError for a drop of an accuracy that accepts any model.
+    """Raises a ValueError for a drop of an accuracy that accepts any model, however good.
 
     Args:
         metric: The metric of the tolerance.
         results: Results of an evaluation of the dense model.
         tolerance: The acceptable drop, or None.
     """
-    is_share = metric.name in accuracies_of(results) and 0 <= results[metric.name] <= 1
-    if tolerance is None or tolerance < 1 or not is_share or not metric.higher_is_better:
+    if tolerance is None or tolerance < 1 or not _is_share(metric, results[metric.name]):
         return
     unit = "point" if tolerance == 1 else "points"
     points = f" For {tolerance:g} {unit}, give {tolerance / 100:g}." if tolerance < 100 else ""
@@ -100,13 +99,14 @@ def check_tolerance(metric: Metric, results: Mapping[str, Any], tolerance: float
     )
 
 
-def check_dense(metric: Metric, value: float, part: str) -> None:
-    """Raises a ValueError if no drop from the dense model can be measured.
+def check_dense(metric: Metric, value: float, part: str, tolerance: float) -> None:
+    """Raises a ValueError if the drop from the dense model says nothing about another model.
 
     Args:
         metric: The metric of the tolerance.
         value: Its value for the dense model.
         part: The data that it was measured on, such as `"test"`.
+        tolerance: The acceptable drop.
     """
     if not math.isfinite(value):
         raise ValueError(
@@ -114,6 +114,17 @@ def check_dense(metric: Metric, value: float, part: str) -> None:
             f"measured. Choose another `metric`, or look for unsuitable values in the {part} data "
             "and in the weights."
         )
+    if _is_share(metric, value) and is_within(value, tolerance, value):
+        raise ValueError(
+            f"The {part} {metric.name} of the dense model is {value:.4g}, and `max_drop` is "
+            f"{tolerance:g}, so any model would be accepted. Train the dense model longer, look "
+            "for a mistake in the data or the labels, or lower `max_drop`."
+        )
+
+
+def _is_share(metric: Metric, value: float) -> bool:
+    """Returns whether a metric is an accuracy, at most 1 and at least 0."""
+    return bool(accuracies_of({metric.name: None})) and metric.higher_is_better and 0 <= value <= 1
 
 
 def _is_maximized(model: keras.Model, name: str, mode: str) -> bool:

@@ -192,7 +192,6 @@ def prune(config: PruneConfig, console: Console | None = None) -> PruneResult:
         model = load(config)
     _check_inputs(config, model, parts)
     folder = config.folder
-    _print(console, f"Results go to {folder}")
     with served_latency.DenseFolder(model) as dense, _Log(config) as log:
         reserve = 0.0 if config.minutes is None else dense.seconds_to_compare()
         times = {"started": started, "reserve": reserve}
@@ -251,7 +250,7 @@ def _search(
     times: Mapping[str, float],
 ) -> PruneResult:
     """Executes the search, and shows and logs its rows."""
-    with _Display(console) as display:
+    with _Display(console, config.folder) as display:
 
         def on_row(row: dict[str, Any]) -> None:
             display.show(row)
@@ -371,17 +370,31 @@ def _compiled(model: object, where: str = "") -> keras.Model:
 
 
 def _check_inputs(config: PruneConfig, model: keras.Model, parts: Parts) -> None:
-    """Raises an error if a single input has another number of values than the model takes."""
+    """Raises an error if a single input has another shape than the model takes."""
     x, shape = parts.train[0], getattr(model, "input_shape", None)
     if not (isinstance(x, np.ndarray) and isinstance(shape, tuple)):
         return
-    wanted = shape[1:]
-    if not all(isinstance(size, int) for size in wanted) or np.prod(wanted) == np.prod(x.shape[1:]):
+    wanted, given = shape[1:], x.shape[1:]
+    if not all(size is None or isinstance(size, int) for size in wanted) or _goes(given, wanted):
         return
-    name = " Name your own data: --data module:function or path/to/file.py:function."
+    data = f"--data {config.data}{' (the default)' * (config.data == options.PruneOptions.data)}"
+    own_data = "name your own data: --data module:function or path/to/file.py:function"
+    remedy = own_data[0].upper() + own_data[1:]
+    if None not in wanted and np.prod(wanted) == np.prod(given):
+        remedy = f"Reshape them in a function that returns the data, and {own_data}"
     raise ValueError(
-        f"{config.model} takes inputs of shape {wanted}, but those of --data {config.data} have "
-        f"{x.shape[1:]}.{'' if datasets.is_own(config.data) else name}"
+        f"{config.model} takes inputs of shape {wanted}, but those of {data} have {given}. "
+        f"{remedy}."
+    )
+
+
+def _goes(given: tuple[int, ...], wanted: tuple[int | None, ...]) -> bool:
+    """Returns whether Keras takes a shape, perhaps with a last axis of size 1 more or less."""
+    one = (1,)
+    forms = [given, *([(*given, 1)] * (wanted[-1:] == one)), *([given[:-1]] * (given[-1:] == one))]
+    return any(
+        len(form) == len(wanted) and all(w in (None, g) for w, g in zip(wanted, form, strict=True))
+        for form in forms
     )
 
 
@@ -426,22 +439,31 @@ def _print(console: Console, text: str) -> None:
 
 
 class _Display:
-    """A growing table of the models that were tried, and a bar for the current training."""
+    """A growing table of the models that were tried, and a bar for the current training.
 
-    def __init__(self, console: Console) -> None:
+    Args:
+        console: Where it is printed.
+        folder: Folder of the results. It is named before the first training or row, when nothing
+            can be refused any more.
+    """
+
+    def __init__(self, console: Console, folder: Path) -> None:
         self._console = console
+        self._folder = folder
+        self._is_open = False
         self._bar = progress.bar(console)
         self._task: rich.progress.TaskID | None = None
         self._said: set[str] = set()
 
     def __enter__(self) -> "_Display":
-        self._bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+        if self._is_open:
+            self._bar.stop()
 
     def begin(self, row: dict[str, Any], steps: int) -> None:
+        self._open()
         what = f"step {row['step']}, {row['sparsity']:.2%}"
         self._task = self._bar.add_task(what if row["step"] else "dense", total=steps)
 
@@ -450,6 +472,7 @@ class _Display:
             self._bar.advance(self._task, steps)
 
     def show(self, row: dict[str, Any]) -> None:
+        self._open()
         if self._task is not None:
             self._bar.remove_task(self._task)
             self._task = None
@@ -467,6 +490,12 @@ class _Display:
         )
         if row["note"]:
             _print(self._console, reason_of(row, self._said))
+
+    def _open(self) -> None:
+        if not self._is_open:
+            _print(self._console, f"Results go to {self._folder}")
+            self._bar.start()
+            self._is_open = True
 
     def _line(self, *texts: str) -> None:
         widths = (4, 11, 7, 10, 8, 7, 6, 8)

@@ -139,13 +139,25 @@ class Search:
             bench.train_dense(self._warn_of_dense())
         dense = State.of(bench.model)
         value = bench.validate()
-        if self._plan.goals.tolerance is not None:
-            check_dense(bench.metric, value, "validation")
+        self._check_dense(value)
         self.clock.reserve += bench.seconds_to_compare()
         self.progress.facts |= {"trained": trained, "dense": "0", "best": "0"}
         self._densities.find(dense)
         self.progress.keep("0", dense)
         self._record("dense", bench.density, value, started)
+
+    def _check_dense(self, value: float) -> None:
+        """Checks that a drop from the value of the dense model says something about a model."""
+        bench, tolerance = self.bench, self._plan.goals.tolerance
+        if tolerance is None:
+            return
+        check_dense(bench.metric, value, "validation", tolerance)
+        constant = metrics.warning_of_constant(
+            bench.metric, value, bench.parts.validation[1], tolerance
+        )
+        if constant is not None:
+            notices.warn(constant)
+            self.notes.append(constant)
 
     def _climb(self, stage: str) -> None:
         """Executes the attempts of a method."""

@@ -17,6 +17,7 @@ from lottery_ticket_pruner.checks import line_of
 from lottery_ticket_pruner.compression.metrics import FEWEST_GROUPS
 from lottery_ticket_pruner.compression.parts import test_part_of
 from lottery_ticket_pruner.compression.result import save_model
+from lottery_ticket_pruner.finite_data import not_finite
 from lottery_ticket_pruner.training import Arrays, map_arrays
 from masked_layers import randomness, serving, shrinking, turns
 from masked_layers.files import temporary_folder
@@ -161,8 +162,11 @@ def compare_subjects(subjects: Sequence[Subject], pair: tuple[Arrays, Arrays]) -
     x, y = pair
     outputs = subjects[0].predict(x)
     metric, judge = _judge(y, outputs)
-    judged = [judge(subjects[0].name, outputs)]
-    judged += [judge(one.name, one.predict(x)) for one in subjects[1:]]
+    judged, without_number = [], []
+    for number, one in enumerate(subjects):
+        outputs = one.predict(x) if number else outputs
+        judged.append(judge(one.name, outputs))
+        without_number += _note_of_nan(one.name, outputs)
     times, untimed = _seconds(subjects)
     first_scores, first_classes = judged[0]
     rows = []
@@ -188,10 +192,19 @@ def compare_subjects(subjects: Sequence[Subject], pair: tuple[Arrays, Arrays]) -
                 "slow": slow,
             }
         )
-    notes = [one.note for one in subjects if one.note] + untimed
+    notes = [one.note for one in subjects if one.note] + without_number + untimed
+    notes += [
+        f"The inputs have {found}." for found in map(not_finite, keras.tree.flatten(x)) if found
+    ]
     if first_classes is None and len(first_scores) < FEWEST_GROUPS:
         notes.append(f"{len(first_scores)} examples are too few for intervals.")
     return ModelComparison(metric, rows, len(first_scores), tuple(notes))
+
+
+def _note_of_nan(name: str, outputs: np.ndarray) -> list[str]:
+    """Returns a sentence if outputs of a model are NaN."""
+    examples = int(np.isnan(outputs.reshape(len(outputs), -1)).any(-1).sum())
+    return [f"{name} has outputs that are NaN for {examples:,} examples."] if examples else []
 
 
 _Judged = tuple[np.ndarray, np.ndarray | None]

@@ -8,7 +8,7 @@ import keras
 import numpy as np
 
 from lottery_ticket_pruner import training
-from lottery_ticket_pruner.tolerances import Metric, metric_of
+from lottery_ticket_pruner.tolerances import Metric, is_within, metric_of
 from lottery_ticket_pruner.training import Arrays, map_arrays
 from masked_layers import randomness
 
@@ -85,6 +85,38 @@ def warning_of_few(
         f"{error:.2g} or more, so the model that is accepted may really be worse. Hold out at "
         f"least {least:,} examples for this tolerance, and judge by the test data."
     )
+
+
+def warning_of_constant(metric: Metric, dense: float, y: Arrays, tolerance: float) -> str | None:
+    """Returns a warning if a tolerance accepts a model that ignores its inputs.
+
+    Args:
+        metric: The metric of the tolerance.
+        dense: Its value for the dense model.
+        y: The targets that decide.
+        tolerance: The acceptable drop.
+    """
+    classes = _classes(y) if metric.name in (*_ACCURACIES, *_BINARY) else None
+    if classes is None or not metric.higher_is_better:
+        return None
+    share = float(np.unique(classes, return_counts=True)[1].max() / len(classes))
+    if not is_within(dense - share, tolerance, dense):
+        return None
+    return (
+        f"Always predicting the most frequent class has a validation {metric.name} of {share:.4g}. "
+        f"The dense model has {dense:.4g}, so a drop of {tolerance:g} accepts a model that ignores "
+        "its inputs. Train the dense model longer, look for a mistake in the data or the labels, "
+        "or allow a smaller drop."
+    )
+
+
+def _classes(y: Arrays) -> np.ndarray | None:
+    """Returns the class of each example, or None if targets are not one class for each."""
+    if not isinstance(y, np.ndarray):
+        return None
+    if y.size == len(y):
+        return y.reshape(-1)
+    return y.argmax(-1) if y.ndim == 2 and np.all(y.sum(-1) == 1) else None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -157,7 +157,8 @@ def search(
     masked = steps.masked_copy(model, coupled=plan.stages == ("channels",))
     targets.check(masked, *parts.train)
     for name in parts.counts():
-        finite_data.check(masked, f"part {name!r} of the data", getattr(parts, name))
+        part = getattr(parts, name)
+        finite_data.check(masked, f"part {name!r} of the data", part, trained=name == "train")
     before = time.perf_counter()
     results = training.evaluate(masked, *parts.validation)
     compiling = time.perf_counter() - before

@@ -50,6 +50,11 @@ def wide():
     model.compile(loss="mse")
     return model
 
+def flat():
+    model = keras.Sequential([keras.Input((64,)), keras.layers.Dense(10)])
+    model.compile(loss="mse")
+    return model
+
 def plain():
     return keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
 
@@ -276,7 +281,7 @@ def test_a_file_with_a_class_that_is_not_known_asks_for_a_function(here, capsys)
 def test_a_step_that_was_not_possible_says_why(capsys):
     row = {"step": 3, "method": "channels", "sparsity": 0.5, "validation": None, "drop": None}
     row |= {"elapsed": 65.0, "remaining": 0.0}
-    with prune._Display(Console(width=200)) as display:
+    with prune._Display(Console(width=200), Path("out")) as display:
         for share in (0.5, 0.4):
             note = f"The budget {share} cannot be met. Pass larger shares. Or none."
             display.show(row | {"accepted": False, "note": note})
@@ -349,8 +354,19 @@ def _interrupt(self, row):
 def test_mistakes_get_one_line_and_leave_no_folder(here, capsys, arguments, message):
     (here / "trained.keras").write_text("")
     assert run(*arguments) == 2
-    assert message.lower() in capsys.readouterr().err.lower()
+    printed, refused = capsys.readouterr()
+    assert message.lower() in refused.lower()
+    assert not printed
     assert not (here / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"), [("make", "Name your own data: --data"), ("flat", "Reshape them in a ")]
+)
+def test_the_default_data_are_named_if_they_do_not_fit(here, capsys, name, remedy):
+    assert cli.main(["prune", f"own.py:{name}"]) == 2
+    text = f"those of --data digits (the default) have (8, 8, 1). {remedy}"
+    assert text in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

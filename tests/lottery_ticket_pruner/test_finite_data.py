@@ -93,6 +93,29 @@ def test_values_that_the_loss_leaves_out_are_taken():
             finite_data.check(compiled(loss), "data", (with_value(X, np.nan, (3, 0)), Y))
 
 
+@pytest.mark.parametrize("replace", [True, False])
+def test_gradients_of_values_that_a_layer_hides_are_asked_where_it_is_trained(replace):
+    class Known(keras.layers.Layer):
+        """Makes 0 of NaN, like ReLU on TensorFlow."""
+
+        def call(self, x):
+            return keras.ops.where(keras.ops.isnan(x), 0.0, x)
+
+    x = inputs = keras.Input((4,))
+    if replace:
+        x = Known()(x)
+    x = Known()(keras.layers.Dense(3)(x))
+    model = keras.Model(inputs, keras.layers.Dense(1)(x))
+    model.compile("sgd", "mse", jit_compile=False)
+    data = (with_value(X, np.nan, (3, 0)), Y)
+    finite_data.check(model, "data", data)
+    if replace:
+        finite_data.check(model, "data", data, trained=True)
+        return
+    with pytest.raises(ValueError, match=r"first at \[3, 0\], and gradients of a batch with that"):
+        finite_data.check(model, "data", data, trained=True)
+
+
 @pytest.mark.once
 def test_models_of_a_fixed_batch_size_are_asked_too():
     with pytest.raises(ValueError, match=r"`x` of the data .* and the loss of that example is nan"):

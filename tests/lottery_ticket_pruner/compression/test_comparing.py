@@ -108,9 +108,17 @@ def test_numbers_are_compared_by_squared_errors():
 def test_scores_that_are_nan_predict_no_class():
     y, scores = np.zeros(300, "int32"), np.eye(4)
     scores[0, 0] = np.nan
-    _, rows = rows_of({"one": linear(np.eye(4)), "nan": linear(scores)}, y)
+    found, rows = rows_of({"one": linear(np.eye(4)), "nan": linear(scores)}, y)
     # NumPy takes the first class for all of them, which would be right here.
     assert (rows["nan"]["value"], rows["nan"]["agreement"]) == (0.0, 0.0)
+    said = [note for note in found.notes if "NaN" in note]
+    assert said == ["nan has outputs that are NaN for 300 examples."]
+    inputs = X.copy()
+    inputs[7, 1] = np.inf
+    found = lottery_ticket_pruner.compare({"one": linear(np.eye(4))}, (inputs, y))
+    assert found.notes[-1] == (
+        "The inputs have 1 entry that is NaN or infinite, the first at [7, 1]."
+    )
 
 
 @pytest.mark.once

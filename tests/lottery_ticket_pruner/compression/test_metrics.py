@@ -6,8 +6,13 @@ import keras
 import numpy as np
 import pytest
 
-from lottery_ticket_pruner.compression.metrics import Outcome, compare, warning_of_few
-from lottery_ticket_pruner.tolerances import Metric, accuracies_of, metric_of
+from lottery_ticket_pruner.compression.metrics import (
+    Outcome,
+    compare,
+    warning_of_constant,
+    warning_of_few,
+)
+from lottery_ticket_pruner.tolerances import Metric, accuracies_of, check_dense, metric_of
 from lottery_ticket_pruner.training import evaluate
 
 RNG = np.random.default_rng(0)
@@ -74,6 +79,28 @@ def test_too_few_examples_for_a_tolerance_get_a_warning(model, tolerance, least)
     assert f"at least {least} examples" in text
     for other, drop in ((Metric("mae", False), tolerance), (metric, None), (metric, -1.0)):
         assert warning_of_few(other, model, (x[1:], y[1:]), drop) is None
+
+
+@pytest.mark.once
+def test_a_dense_accuracy_within_the_tolerance_of_nothing_is_refused():
+    accuracy, loss = Metric("accuracy", True), Metric("loss", False)
+    with pytest.raises(ValueError, match=r"The test accuracy .* is 0\.1.*so any model would be"):
+        check_dense(accuracy, 0.1, "test", 0.1)
+    for metric, value in ((accuracy, 0.11), (loss, 0.1), (Metric("auc", True), 0.1)):
+        check_dense(metric, value, "test", 0.1)
+
+
+@pytest.mark.once
+def test_a_tolerance_that_accepts_a_constant_prediction_gets_a_warning():
+    y = np.array([2, 0, 2, 1, 2])
+    forms = y, y[:, None], keras.utils.to_categorical(y)
+    for targets in forms:
+        text = warning_of_constant(Metric("accuracy", True), 0.7, targets, 0.1)
+        assert "has a validation accuracy of 0.6. The dense model has 0.7" in text
+        assert warning_of_constant(Metric("accuracy", True), 0.7, targets, 0.09) is None
+    assert warning_of_constant(Metric("loss", False), 0.7, y, 0.1) is None
+    several = np.ones((5, 3))  # Not one class for each example.
+    assert warning_of_constant(Metric("accuracy", True), 0.7, several, 0.1) is None
 
 
 def test_accuracies_are_compared_example_by_example(model):
