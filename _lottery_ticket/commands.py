@@ -111,7 +111,7 @@ Weights & Biases, where their environment variables say. Default: none."""
     overwrite: bool = False
     """Discard the state of an earlier search in the folder, and replace its results."""
     quiet: bool = False
-    """Print nothing."""
+    """Print nothing but warnings and errors."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +159,7 @@ for a run of a sweep, next to the sweep."""
     overwrite: bool = False
     """Replace the run in the folder of the new run once this one is finished."""
     quiet: bool = False
-    """Print nothing."""
+    """Print nothing but warnings and errors."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,7 +179,7 @@ class ReportConfig:
     """Folder for report.html, tables.md, results.csv and *.png. Default: `report` inside \
 FOLDER if there is only one, otherwise ./report."""
     quiet: bool = False
-    """Print nothing but errors."""
+    """Print nothing but warnings and errors."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -180,7 +180,7 @@ DASK_SCHEDULER_ADDRESS names, or else one that is started on this machine."""
 cluster has room for."""
     devices: Devices = ()
     quiet: bool = False
-    """Print nothing."""
+    """Print nothing but warnings and errors."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,7 +238,7 @@ not changed."""
     """Reproduce results bit for bit on this machine with the same number of cores."""
     devices: Devices = ()
     quiet: bool = False
-    """Print nothing."""
+    """Print nothing but warnings and errors."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -287,7 +287,7 @@ run with the same options are kept; finished runs, and runs with other options, 
     """Reproduce results bit for bit on this machine with the same number of cores."""
     devices: Devices = ()
     quiet: bool = False
-    """Print nothing."""
+    """Print nothing but warnings and errors."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -314,7 +314,7 @@ already finished there are kept, and missing ones are run."""
     overwrite: bool = False
     """Replace the sweep in that folder once all runs of this one are finished."""
     quiet: bool = False
-    """Print nothing but errors."""
+    """Print nothing but warnings and errors."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,8 +1,14 @@
 """Finds what was probably meant by a name that does not exist."""
 
+import contextlib
 import difflib
 from collections.abc import Iterable
 from pathlib import Path
+
+from _lottery_ticket import synonyms
+
+# Folder of the folders that commands write.
+_RUNS = Path("runs")
 
 
 def closest(name: str, known: Iterable[str]) -> str | None:
@@ -19,9 +25,13 @@ def closest(name: str, known: Iterable[str]) -> str | None:
 
 
 def question(name: str, known: Iterable[str]) -> str:
-    """Returns `" Did you mean 'x'?"` with the name that is most like another one, or nothing."""
-    found = closest(name, known)
-    return f" Did you mean {found!r}?" if found else ""
+    """Returns `" Did you mean 'x'?"` with what a name means elsewhere, or is like, or nothing."""
+    known = list(known)
+    meant = [one for one in synonyms.MEANT.get(_plain(name), ()) if one in known]
+    found = meant or [one for one in (closest(name, known),) if one is not None]
+    *others, last = [repr(one) for one in found] or [""]
+    listed = f"{', '.join(others)} or {last}" if others else last
+    return f" Did you mean {listed}?" if listed else ""
 
 
 def file_question(path: Path, suffixes: Iterable[str]) -> str:
@@ -37,6 +47,30 @@ def file_question(path: Path, suffixes: Iterable[str]) -> str:
         return ""
     found = closest(path.stem, names)  # Equal endings would make all of them alike.
     return f" Did you mean '{path.parent / names[found]}'?" if found else ""
+
+
+def folder_question(path: Path) -> str:
+    """Returns `" Did you mean 'x'?"` with the folder beside a path, or in ./runs, most like it."""
+    folders: dict[str, Path] = {}
+    for place in (path.parent, *((_RUNS,) if path.parent == Path() else ())):
+        with contextlib.suppress(OSError):
+            folders.update((one.name, one) for one in place.iterdir() if one.is_dir())
+    found = closest(path.name, folders)
+    return f" Did you mean '{folders[found]}'?" if found else ""
+
+
+def inside_question(path: Path, suffixes: Iterable[str]) -> str:
+    """Returns `" Did you mean 'x'?"` with the first file with an ending in a folder, or nothing.
+
+    Args:
+        path: A folder, given in place of a file.
+        suffixes: Endings of the files that can be used.
+    """
+    try:
+        files = sorted(one for one in path.iterdir() if one.suffix in suffixes)
+    except OSError:
+        return ""
+    return f" Did you mean '{files[0]}'?" if files else ""
 
 
 def _plain(name: str) -> str:

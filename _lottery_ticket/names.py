@@ -6,6 +6,8 @@ NETWORKS = ("lenet-300-100", "conv-2", "conv-4", "conv-6", "resnet-20")
 # Endings of files with a model, and of tickets.
 MODEL_FILES = (".keras", ".h5", ".hdf5")
 TICKET_FILE = ".safetensors"
+# Endings of files with data, which only a function of the user can read.
+DATA_FILES = (".npz", ".npy", ".csv", ".h5", ".hdf5", ".parquet", ".pkl", ".tfrecord", ".zip")
 OPTIMIZERS = ("adam", "sgd")
 
 # Criteria that rank recorded weights in layers: those of Zhou et al. and the earlier library.

@@ -12,7 +12,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
-from _lottery_ticket import hints, refusals
+from _lottery_ticket import hints, refusals, wording
 from _lottery_ticket.refusals import MissingExtraError, UsageError
 
 _EXTRA = ("jinja2", "matplotlib", "pandas", "rich", "scipy", "sklearn", "tensorboard", "tyro")
@@ -20,6 +20,30 @@ _SHELLS = ("bash", "zsh")
 # Commands of which the first argument may be repeated, but not left out.
 _LISTS = {"compare": "models", "report": "folders"}
 _WIDTH = 80
+# Command lines of each command, without its name.
+EXAMPLES = {
+    "prune": [
+        "--max-drop 0.02 --minutes 5",
+        "model.keras --data own.py:load --sparsity 0.9",
+        "lenet-300-100 --data mnist --macs 0.5",
+    ],
+    "compare": ["model.keras runs/pruned --data digits", "served/1 served/2 --data own.py:load"],
+    "run": [
+        "--rounds 5 --seeds 0",
+        "--network own.py:model --data own.py:load --strategy snip",
+    ],
+    "supermask": ["--criteria large_final random", "--learn edge_popup --sparsities 0.5"],
+    "instability": ["--network conv-2 --rewind-to 0 500it", "--masks runs/conv"],
+    "repeat": ["runs/conv --out runs/conv-again"],
+    "sweep": [
+        "--over rate=0.2,0.4 --over strategy=large_final,random",
+        "--over rate=0.1,0.2,0.4 --search optuna --trials 20",
+    ],
+    "sweep-supermask": ["--over learn=bernoulli,edge_popup --seeds 0 1"],
+    "report": ["runs/conv runs/lenet", "runs --out comparison"],
+    "export": ["model.keras served/1 --values int8", "model.keras model.onnx --format onnx"],
+    "inspect": ["model.keras", "served/1 --json"],
+}
 _ABOUT = "Lottery tickets in Keras 3: the papers' experiments as commands, and serving."
 STATUS = """\
 exit status:
@@ -80,7 +104,7 @@ def parse(arguments: Sequence[str]) -> Any:
 
 def refuse(error: Exception) -> int:
     """Prints why a command line was refused, and returns the exit status."""
-    print(f"lottery-ticket: {error}", file=sys.stderr)
+    print(f"lottery-ticket: {wording.sentence(str(error))}", file=sys.stderr)
     return 2
 
 
@@ -141,7 +165,7 @@ def _options(kind: type[Any], command: str, arguments: Sequence[str]) -> Any:
             options = tyro.cli(kind, args=list(arguments), prog=f"lottery-ticket {command}")
     except SystemExit as end:
         if not end.code:
-            _end(f"{_wrapped(printed.getvalue())}\n\n{STATUS}")
+            _end(f"{_wrapped(printed.getvalue())}\n\n{_examples(command)}\n\n{STATUS}")
         reason = refusals.reason(kind, arguments, refused.getvalue() + printed.getvalue())
         raise UsageError(f"{reason} See lottery-ticket {command} --help.") from None
     if not getattr(options, _LISTS.get(command, ""), True):
@@ -163,6 +187,11 @@ def _print_completion(arguments: Sequence[str]) -> NoReturn:
 
 def _first_line(kind: type[Any]) -> str:
     return (kind.__doc__ or "").partition("\n")[0]
+
+
+def _examples(command: str) -> str:
+    lines = [f"  lottery-ticket {command} {line}" for line in EXAMPLES[command]]
+    return "\n".join(["examples:", *lines])
 
 
 def _filled(text: str) -> str:
@@ -205,6 +234,7 @@ def _wrapped(text: str) -> str:
         else line
         for line in lines
     )
+    wrapped = wrapped.replace("show this help message and exit", "Show this help.")
     # A help that ends at the edge of the page is followed by an empty line.
     wrapped = re.sub(r"\n\n(?=  -)", "\n", wrapped)
     return f"{_usage(usage)}\n\n{wrapped}"

@@ -18,6 +18,17 @@ _EXPECTED = {
     str: "a value",
 }
 
+# What may follow a number after a space, and how it is written where it is part of the value.
+_UNITS = {
+    **{
+        unit.lower(): unit for unit in ("%", "kB", "MB", "GB", "KiB", "MiB", "us", "ms", "min", "h")
+    },
+    **dict.fromkeys(("s", "sec", "seconds"), "s"),
+    **dict.fromkeys(("b", "bytes"), "B"),
+    **dict.fromkeys(("it", "step", "steps"), "it"),
+    **dict.fromkeys(("ep", "epoch", "epochs"), "ep"),
+    "minutes": "min",
+}
 _SUPERMASK = "to execute seeds as jobs, use `lottery-ticket sweep-supermask`."
 _PRUNE = (
     "it is one search, in which each step follows from the one before, so there are no jobs to "
@@ -48,7 +59,7 @@ def check_names(kind: type[Any], command: str, arguments: Sequence[str]) -> None
         arguments: Its arguments.
     """
     known = _option_names(kind)
-    unnamed = _marked(kind, "Positional")
+    unnamed = unnamed_options(kind)
     repeatable = _marked(kind, "UseAppendAction")
     types = {option(one): type_ for one, type_ in typing.get_type_hints(kind).items()}
     given: dict[str, list[str]] = {}
@@ -67,13 +78,40 @@ def check_names(kind: type[Any], command: str, arguments: Sequence[str]) -> None
         if name in given and name not in repeatable and takes_several(types.get(name)):
             # The parser would only use the last values.
             together = " ".join([name, *given[name], *values])
-            raise UsageError(f"{name} is given twice. Give all values at once: {together}")
+            raise UsageError(f"{name} is given twice. Give all values at once ({together}).")
         given[name] = values
+        _check_unit(name, values, types.get(name))
+
+
+def _check_unit(name: str, values: Sequence[str], type_: object) -> None:
+    """Raises a UsageError for a unit after a number, which would be taken for another argument."""
+    number, unit = [*values, "", ""][:2]
+    short = _UNITS.get(unit.lower())
+    if short is None or not _fits(number, float) or takes_several(type_) or Path(unit).exists():
+        return
+    expected = "a number without a unit"
+    if short == "%":
+        expected = f"a share: {float(number) / 100:g}"
+    elif _plain(type_) is str:
+        expected = f"no space before the unit: {number}{short}"
+    raise UsageError(f"{name} expects {expected}. Received: {number} {unit}.")
 
 
 def option(name: str) -> str:
     """Returns the name of an option on the command line."""
     return f"--{name.replace('_', '-')}"
+
+
+def unnamed_options(kind: type[Any]) -> list[str]:
+    """Returns the options of a command whose values are given alone."""
+    return _marked(kind, "Positional")
+
+
+def choices_of(type_: Any) -> tuple[str, ...]:
+    """Returns the names that an option of a type takes, which may be left out. Empty for others."""
+    plain = _plain(type_)
+    inner = typing.get_args(plain)[0] if typing.get_origin(plain) is tuple else plain
+    return typing.get_args(inner) if typing.get_origin(inner) is typing.Literal else ()
 
 
 def takes_several(type_: object) -> bool:
@@ -123,7 +161,7 @@ def _fault(name: str, values: Sequence[str], type_: Any) -> str | None:
     """Returns what is wrong with the values of an option, if it can be seen."""
     several = typing.get_origin(type_) is tuple
     inner = typing.get_args(type_)[0] if several else type_
-    choices = typing.get_args(inner) if typing.get_origin(inner) is typing.Literal else ()
+    choices = choices_of(type_)
     expected = f"one of {', '.join(choices)}" if choices else _EXPECTED.get(inner, "a value")
     if not values:
         return None if several or inner is bool else f"{name} expects {expected}."
@@ -175,7 +213,7 @@ def _is_number(argument: str) -> bool:
 def _option_names(kind: type[Any]) -> list[str]:
     names = ["--help", "-h"]
     types = typing.get_type_hints(kind)
-    unnamed = _marked(kind, "Positional")
+    unnamed = unnamed_options(kind)
     for field in dataclasses.fields(kind):
         if option(field.name) in unnamed:
             continue

@@ -64,6 +64,9 @@ def check_data(name: str) -> None:
     """Raises an error if a name is neither that of a data set nor a location."""
     if ":" in name or name in names.DATASETS:
         return
+    path = Path(name)
+    if path.suffix != ".py" and (path.exists() or path.suffix in names.DATA_FILES):
+        raise _error_of_data(path)
     hint = f" Name its function, too: {name}:FUNCTION." if name.endswith(".py") else ""
     raise UnknownNameError(
         "data set",
@@ -71,6 +74,22 @@ def check_data(name: str) -> None:
         names.DATASETS,
         "Or name a function that loads custom data: module:function or "
         f"path/to/file.py:function.{hint}",
+    )
+
+
+def _error_of_data(path: Path) -> ValueError:
+    """Returns an error for data in a file or folder."""
+    what = "folder" if path.is_dir() else "file"
+    hint = "".join(
+        f" Of the published files, name the folder: --data {name} --data-dir "
+        f"{path if path.is_dir() else path.parent}."
+        for name in names.DOWNLOADED
+        if name == path.name.partition(".")[0]
+    )
+    return ValueError(
+        f"--data expects one of the data sets {', '.join(names.DATASETS)}, or a function that "
+        "loads your files and returns (x, y): write it as `def load():` into a file own.py, and "
+        f"give --data own.py:load. Received: the {what} '{path}'.{hint}"
     )
 
 
@@ -89,7 +108,7 @@ def check_network(name: str) -> None:
         name,
         names.NETWORKS,
         "For a network of your own, give module:function, path/to/file.py:function or a "
-        ".keras file.",
+        f".keras file.{hints.inside_question(Path(name), names.MODEL_FILES)}",
     )
 
 
@@ -99,7 +118,11 @@ def check_model(name: str) -> None:
     if ":" in name or name in names.NETWORKS or path.suffix in names.MODEL_FILES:
         return
     loss = " A ticket file contains no loss: name a function that loads and compiles the model."
-    hint = hints.file_question(path, names.MODEL_FILES) or hints.question(name, names.NETWORKS)
+    hint = (
+        hints.inside_question(path, names.MODEL_FILES)
+        or hints.file_question(path, names.MODEL_FILES)
+        or hints.question(name, names.NETWORKS)
+    )
     raise ValueError(
         "Expected as MODEL a .keras or .h5 file, module:function or file.py:function, or one "
         f"of {', '.join(names.NETWORKS)}. Received: {name!r}."

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from _lottery_ticket import parser, refusals
+from _lottery_ticket import parser, refusals, wording
 from lottery_ticket_pruner.checks import reason_in
 from lottery_ticket_pruner.experiments.parent import end_with_parent
 
@@ -26,8 +26,9 @@ def main(arguments: Sequence[str] | None = None, options: Any = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     end_with_parent()
     try:
-        with _warnings_of_a_command():
-            return _run(parser.parse(given) if options is None else options)
+        options = parser.parse(given) if options is None else options
+        with _warnings_of(type(options)):
+            return _run(options)
     except (refusals.MissingExtraError, refusals.UsageError) as error:
         return parser.refuse(error)
     except KeyboardInterrupt as error:
@@ -39,33 +40,37 @@ def main(arguments: Sequence[str] | None = None, options: Any = None) -> int:
 
 
 @contextlib.contextmanager
-def _warnings_of_a_command() -> Iterator[None]:
+def _warnings_of(kind: type[Any]) -> Iterator[None]:
+    """Formats warnings for users of a command, without the line of code that they come from."""
+
+    def formatted(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        line: str | None = None,
+    ) -> str:
+        named = "" if category is UserWarning else f"{category.__name__}: "
+        text = wording.sentence(wording.of_options(str(message), kind))
+        return f"lottery-ticket: warning: {named}{text}\n"
+
     before = warnings.formatwarning
-    warnings.formatwarning = _formatted
+    warnings.formatwarning = formatted
     try:
         yield
     finally:
         warnings.formatwarning = before
 
 
-def _formatted(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    line: str | None = None,
-) -> str:
-    """Formats a warning for users of a command, without the line of code that it comes from."""
-    kind = "" if category is UserWarning else f"{category.__name__}: "
-    return f"lottery-ticket: warning: {kind}{message}\n"
-
-
-def _print_error(error: Exception) -> int:
+def _print_error(error: Exception, kind: type[Any]) -> int:
+    """Prints an error of a command with a class of options, and returns the exit status."""
     text = reason_in(str(error))
     if isinstance(error, OSError) and error.strerror:  # From the system: "[Errno 13] ...".
         where = "" if error.filename is None else f"'{error.filename}': "
-        text = f"{where}{error.strerror.rstrip('.')}."
-    print(f"lottery-ticket: {text}", file=sys.stderr)
+        text = f"{where}{error.strerror}"
+    if "\n" not in text:  # Otherwise, with lines of the user's code.
+        text = wording.of_options(text, kind)
+    print(f"lottery-ticket: {wording.sentence(text)}", file=sys.stderr)
     return 2
 
 
@@ -78,7 +83,7 @@ def _run(options: Any) -> int:
     except BrokenPipeError:
         raise  # Of the output, not of the command.
     except (DivergenceError, refusals.MissingExtraError, OSError, ValueError) as error:
-        return _print_error(error)
+        return _print_error(error, type(options))
 
 
 def _experiment(command: str, options: Any) -> int:
@@ -195,7 +200,7 @@ def _print_report(config: Any) -> int:
     except BrokenPipeError:
         raise
     except (ArithmeticError, ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
-        return _print_error(error)
+        return _print_error(error, type(config))
     return 0
 
 

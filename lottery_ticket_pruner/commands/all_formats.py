@@ -254,7 +254,7 @@ def _within(row: FormatRow, path: Path, tolerance: float | None) -> FormatRow:
     if tolerance is None or row.output_error is None or row.output_error <= tolerance:
         return row
     _remove(path)
-    note = f"outputs differ by {row.output_error:.2g} of the largest one, more than `tolerance`"
+    note = f"outputs differ by {row.output_error:.2g} of the largest one, more than --tolerance"
     return FormatRow(row.format, row.path, note=note)
 
 

@@ -38,6 +38,10 @@ from masked_layers.files import replacing
 from masked_layers.ticket_files import SUFFIX, load_with_values
 
 _NAMES = {"prune": "model", "run": "ticket"}
+_EXPECTED = (
+    "Expected a .keras, .h5 or .safetensors file, a SavedModel folder such as served/1, a folder "
+    "of `lottery-ticket prune` or `run`, or module:function or file.py:function."
+)
 
 
 def compare(config: CompareConfig, console: Console | None = None) -> ModelComparison:
@@ -53,6 +57,8 @@ def compare(config: CompareConfig, console: Console | None = None) -> ModelCompa
     if config.batch_size < 1:
         raise ValueError(f"--batch-size must be positive. Received: {config.batch_size}.")
     named = [_Named(name) for name in dict.fromkeys(config.models)]  # Each once.
+    for one in named:
+        _check_exists(one)
     x, y = _data(config, named)
     subjects = [_subject(one, x, config.batch_size) for one in named]
     found = compare_subjects(subjects, (x, y))
@@ -94,6 +100,15 @@ class _Named:
                 "or `run`: name a file or folder inside it, such as served/1."
             )
         return _in_file(saved_tickets.find(self.path, file))
+
+
+def _check_exists(named: _Named) -> None:
+    """Raises an error if a model is neither a file, a folder nor a location."""
+    path = named.path
+    if path.exists() or own.is_location(named.name):
+        return
+    hint = hints.file_question(path, (SUFFIX, *networks.FILES)) or hints.folder_question(path)
+    raise FileNotFoundError(f"There is no file or folder '{path}'. {_EXPECTED}{hint}")
 
 
 def _data(config: CompareConfig, named: Sequence[_Named]) -> tuple[Arrays, Arrays]:
@@ -154,15 +169,9 @@ def _subject(named: _Named, x: Arrays, batch_size: int) -> Subject:
         if (path / "saved_model.pb").is_file():
             return _served(name, x, batch_size)
         return _in_folder(named, batch_size)
-    if not path.exists():
-        hint = hints.file_question(path, (SUFFIX, *networks.FILES))
-        raise FileNotFoundError(f"There is no file or folder '{name}'.{hint}")
     if path.suffix in (SUFFIX, *networks.FILES):
         return Subject.of_model(name, _in_file(path), batch_size)
-    raise ValueError(
-        "Expected a .keras, .h5 or .safetensors file, a SavedModel folder, a folder of "
-        f"`lottery-ticket prune` or `run`, or module:function. Received: '{name}'."
-    )
+    raise ValueError(f"{_EXPECTED} Received: '{name}'.")
 
 
 def _in_folder(named: _Named, batch_size: int) -> Subject:

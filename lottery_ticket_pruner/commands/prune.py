@@ -5,7 +5,7 @@ import dataclasses
 import json
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,8 +15,7 @@ import rich.progress
 from rich.console import Console
 
 from _lottery_ticket import commands as options
-from _lottery_ticket import unknown
-from _lottery_ticket.refusals import option
+from _lottery_ticket import unknown, wording
 from lottery_ticket_pruner import Latency, notices
 from lottery_ticket_pruner.checks import require_extra
 from lottery_ticket_pruner.commands import prune_folder, served_latency
@@ -85,47 +84,32 @@ class PruneConfig(options.PruneOptions):
         Raises:
             ValueError: If an option is out of range or contradicts another one.
         """
-        with _naming_options():
-            return Plan(
-                goals=Goals(
-                    max_drop=self.max_drop,
-                    sparsity=self.sparsity,
-                    size=None if self.size is None else bytes_of(self.size),
-                    macs=self.macs,
-                    latency=None if self.latency is None else latency_of(self.latency),
-                ),
-                options=Options(
-                    mode=self.mode,
-                    rate=self.rate,
-                    scope=self.scope,
-                    retraining=self.retraining,
-                    batch_size=self.batch_size,
-                    seed=self.seed,
-                    **listeners,
-                ),
-                method=self.method,
-                metric=self.metric,
-                epochs=self.epochs,
-                minutes=self.minutes,
-            )
+        return Plan(
+            goals=Goals(
+                max_drop=self.max_drop,
+                sparsity=self.sparsity,
+                size=None if self.size is None else bytes_of(self.size),
+                macs=self.macs,
+                latency=None if self.latency is None else latency_of(self.latency),
+            ),
+            options=Options(
+                mode=self.mode,
+                rate=self.rate,
+                scope=self.scope,
+                retraining=self.retraining,
+                batch_size=self.batch_size,
+                seed=self.seed,
+                **listeners,
+            ),
+            method=self.method,
+            metric=self.metric,
+            epochs=self.epochs,
+            minutes=self.minutes,
+        )
 
     def _choices(self) -> dict[str, Any]:
         others = ("out", "quiet", "minutes", "data_dir", "log")
         return {name: value for name, value in self.to_dict().items() if name not in others}
-
-
-@contextlib.contextmanager
-def _naming_options() -> Iterator[None]:
-    """Names options of the command in errors, instead of arguments."""
-    names = {field.name for field in dataclasses.fields(PruneConfig)} - {"model"}
-
-    def named(found: re.Match[str]) -> str:
-        return option(found[1]) if found[1] in names else found[0]
-
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(re.sub(r"`(\w+)`", named, str(error))) from error
 
 
 def bytes_of(text: str) -> int:
@@ -230,14 +214,17 @@ def prune(config: PruneConfig, console: Console | None = None) -> PruneResult:
 
 
 def _with_time(result: PruneResult, config: PruneConfig, started: float) -> PruneResult:
-    """Adds to the conclusion that the exports ended after --minutes, if they did."""
+    """Adds to the conclusion that the exports ended after --minutes, if they did.
+
+    The goals in it are named as on the command line.
+    """
+    text = wording.of_options(result.conclusion, PruneConfig)
     minutes = (time.perf_counter() - started) / 60
-    if config.minutes is None or minutes <= config.minutes:
-        return result
-    text = (
-        f"{result.conclusion} With the exports it took {minutes:.2g} minutes, more than "
-        f"minutes={config.minutes:g}."
-    )
+    if config.minutes is not None and minutes > config.minutes:
+        text += (
+            f" With the exports it took {minutes:.2g} minutes, more than --minutes "
+            f"{config.minutes:g}."
+        )
     return dataclasses.replace(result, conclusion=text)
 
 
@@ -263,8 +250,7 @@ def _search(
         plan = config.plan(on_row=on_row, on_training=on_training, on_progress=display.advance)
         place = config.folder / prune_folder.SEARCH
         try:
-            with _naming_options():
-                return search(model, parts, plan, place, overwrite=config.overwrite, **times)
+            return search(model, parts, plan, place, overwrite=config.overwrite, **times)
         except KeyboardInterrupt as error:
             error.add_note(f"What is done so far is in {config.folder}.")
             raise

@@ -12,6 +12,7 @@ from lottery_ticket_pruner.experiments.results import (
     CODE,
     CONFIG_FILE,
     SWEEP_FILE,
+    missing_folder,
     read_json,
     reason,
 )
@@ -62,7 +63,7 @@ class RepeatConfig(options.RepeatOptions):
 
     def _file(self) -> Path:
         if not self.folder.exists():
-            raise FileNotFoundError(f"There is no folder '{self.folder}' of a run to repeat.")
+            raise missing_folder(self.folder, "that of a run to repeat")
         file = self.folder / CONFIG_FILE if self.folder.is_dir() else self.folder
         if not file.is_file():
             of_sweep = (self.folder / SWEEP_FILE).is_file()

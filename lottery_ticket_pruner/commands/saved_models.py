@@ -8,6 +8,7 @@ import numpy as np
 
 import masked_layers
 from _lottery_ticket import commands as options
+from _lottery_ticket import hints
 from _lottery_ticket.refusals import option
 from lottery_ticket_pruner.commands import prune_folder
 from lottery_ticket_pruner.commands.all_formats import (
@@ -121,6 +122,13 @@ class InspectConfig(options.InspectOptions):
 
     def execute(self) -> serving.StorageReport | FormatsTable:
         """Returns a report of the stored sizes."""
+        if not self.path.exists():
+            hint = hints.file_question(self.path, saved_tickets.SUFFIXES)
+            raise FileNotFoundError(
+                f"There is no '{self.path}'. Expected a '.keras' file, a ticket ('{SUFFIX}'), or "
+                "a folder that `lottery-ticket prune` (served/1) or `lottery-ticket export` has "
+                f"written.{hint or hints.folder_question(self.path)}"
+            )
         if (self.path / REPORT).is_file():
             return inspect_all(self.path)
         if not (self.path / "saved_model.pb").is_file():
@@ -132,15 +140,15 @@ class InspectConfig(options.InspectOptions):
 
 
 def _check_model(path: Path) -> None:
+    expected = f"Expected a '.keras' file or a ticket ('{SUFFIX}')."
     if not path.is_file():
-        received = f" Received: the folder '{path}'." if path.is_dir() else ""
-        received += _named(saved_tickets.tickets_in(path) or prune_folder.models_in(path))
-        raise FileNotFoundError(f"There is no file '{path}'.{received}")
+        remedy = f"{expected}{hints.file_question(path, saved_tickets.SUFFIXES)}"
+        if path.is_dir():
+            models = saved_tickets.tickets_in(path) or prune_folder.models_in(path)
+            remedy = f"Received: the folder '{path}'.{_named(models) or f' {expected}'}"
+        raise FileNotFoundError(f"There is no file '{path}'. {remedy}")
     if path.suffix not in saved_tickets.SUFFIXES:
-        raise ValueError(
-            f"Expected a '.keras' file or a ticket ('{SUFFIX}'). Received: '{path}'. "
-            f"{how_to_save(path)}"
-        )
+        raise ValueError(f"{expected} Received: '{path}'. {how_to_save(path)}")
 
 
 def _named(models: Sequence[Path]) -> str:

@@ -278,6 +278,11 @@ class RunConfig(options.RunOptions, Experiment):
         whole = structure is not None and structure.whole_outputs
         per_layer = whole or (self.final_sparsity is None and self._rates_given())
         default = None if per_layer else recipe.scope
+        if self.scope is not None and criterion.scope not in (None, self.scope):
+            raise ValueError(
+                f"--scope {self.scope}: {self.strategy} ranks weights only by scope "
+                f"{criterion.scope}. Leave out --scope."
+            )
         # The scope of a criterion may be one that is not an option.
         scope = selection.resolve_scope(criterion, self.scope or criterion.scope or default)
         if whole and scope == "global":

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from _lottery_ticket import hints
 from lottery_ticket_pruner import pictures
 from lottery_ticket_pruner.experiments import catalogue, checksums
 from masked_layers.archives import read_npz
@@ -118,6 +119,19 @@ def write_figure(file: Path, figure: "Figure") -> None:
     """Writes a picture that is complete or absent."""
     with replacing(file) as whole:
         pictures.show_literally(figure).savefig(whole, dpi=150, format="png")
+
+
+def missing_folder(folder: Path, expected: str) -> FileNotFoundError:
+    """Returns an error for the folder of a command that does not exist.
+
+    Args:
+        folder: The folder.
+        expected: The folders that can be named.
+    """
+    return FileNotFoundError(
+        f"There is no folder '{folder}'. Expected {expected}: `lottery-ticket run` and the other "
+        f"commands write theirs into ./runs or --out.{hints.folder_question(folder)}"
+    )
 
 
 def is_run(folder: Path) -> bool:

@@ -41,7 +41,10 @@ def inspect(path: str | os.PathLike[str]) -> StorageReport:
     """
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"There is no '{path}'.")
+        raise FileNotFoundError(
+            f"There is no '{path}'. Expected a '.keras' file, a ticket ('{SUFFIX}') or a "
+            "SavedModel folder."
+        )
     files = file_sizes(path)
     if path.suffix in (".keras", SUFFIX) and path.is_file():
         arrays = effective_values(load_saved(path))

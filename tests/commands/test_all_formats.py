@@ -76,7 +76,7 @@ def test_formats_that_fail_or_exceed_the_tolerance_are_not_in_the_folder(
     assert cli.main([*command, "--tolerance", "0.1"]) == 0
     printed = capsys.readouterr().out
     assert "full: OSError: No space left on device" in printed
-    assert "other: outputs differ by 0.5 of the largest one, more than `tolerance`" in printed
+    assert "other: outputs differ by 0.5 of the largest one, more than --tolerance" in printed
     found = {path.name for path in (tmp_path / "all").rglob("*")}
     assert found == {"int8.onnx", all_formats.REPORT, "SHA256SUMS"}
     (tmp_path / "another").mkdir()

@@ -12,6 +12,7 @@ pytest.importorskip("tyro")
 import keras
 
 import masked_layers as ml
+from _lottery_ticket.commands import PruneOptions
 from lottery_ticket_pruner import LotteryTicketPruner, cli, criteria, find_ticket
 from lottery_ticket_pruner.checks import line_of
 from lottery_ticket_pruner.folders import make_folder
@@ -65,6 +66,7 @@ def said(tmp_path, monkeypatch, capsys):
     [
         ("--strategy", "larg_final", "large_final"),
         ("--strategy", "zzz", None),
+        ("--strategy", "magnitude", "large_final"),
         ("--kept", "rewnd", "rewind"),
         ("--pruned", "zerro", "zero"),
         ("--data", "minst", "mnist"),
@@ -78,7 +80,7 @@ def test_unknown_names_lead_to_those_that_there_are(said, option, name, meant):
     assert "register`" not in error
     assert ("Did you mean" in error) == (meant is not None)
     if meant:
-        assert f"Did you mean {meant!r}?" in error
+        assert f"Did you mean {meant!r}" in error
     assert option == "--data" or error.startswith(f"{option}: ")
     if option == "--strategy":
         assert name in said("sweep", "--over", f"strategy={name},random", "--out", "out")
@@ -88,16 +90,16 @@ def test_errors_of_keras_are_one_line_with_the_reason(capsys):
     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
     with pytest.raises(ValueError, match="Arguments received") as caught:
         model(np.ones((3, 5), "float32"))
-    assert cli._print_error(caught.value) == 2
+    assert cli._print_error(caught.value, PruneOptions) == 2
     line = capsys.readouterr().err
     assert line.count("\n") == 1
     assert "\x1b" not in line
     assert "(3, 5)" in line
     assert "(3, 5)" in line_of(caught.value)
-    cli._print_error(ValueError(f"'net.keras' does not fit. {caught.value}"))
+    cli._print_error(ValueError(f"'net.keras' does not fit. {caught.value}"), PruneOptions)
     assert capsys.readouterr().err == line.replace(": ", ": 'net.keras' does not fit. ", 1)
-    cli._print_error(ValueError("a \x1b[1mbold\x1b[0m word"))
-    assert capsys.readouterr().err == "lottery-ticket: a \x1b[1mbold\x1b[0m word\n"
+    cli._print_error(ValueError("a \x1b[1mbold\x1b[0m word"), PruneOptions)
+    assert capsys.readouterr().err == "lottery-ticket: a \x1b[1mbold\x1b[0m word.\n"
 
 
 def test_in_python_unknown_names_lead_on_too():
@@ -141,9 +143,14 @@ def test_errors_of_their_own_still_come_with_their_traceback(said):
             ("supermask", "--criteria", "random", "--out", "file"),
             "'file' is a file, but a folder",
         ),
-        (("repeat", "nowhere"), "There is no folder 'nowhere' of a run to repeat."),
+        (
+            ("repeat", "nowhere"),
+            "There is no folder 'nowhere'. Expected that of a run to repeat",
+        ),
         (("repeat", "."), "'.' is not a run folder: it holds no config.json."),
-        (("report", "nowhere"), "There is no folder 'nowhere'."),
+        (("report", "nowhere"), "There is no folder 'nowhere'. Expected that of a run, or one wi"),
+        (("compare", "nowhere"), "There is no file or folder 'nowhere'. Expected a .keras, .h5 o"),
+        (("inspect", "nowhere"), "There is no 'nowhere'. Expected a '.keras' file, a ticket ('.s"),
         (("instability", "--masks", "nowhere", "--out", "out"), "There is no folder 'nowhere'."),
         (
             ("export", "file", "out"),

@@ -15,8 +15,19 @@ pytest.importorskip("tyro")
 
 import _lottery_ticket
 import lottery_ticket_pruner
-from _lottery_ticket import commands, hints, logs, names, parser, refusals
-from lottery_ticket_pruner import cli, criteria, search_plans, supermasks, treatments
+from _lottery_ticket import (
+    commands,
+    experiments,
+    hints,
+    logs,
+    names,
+    parser,
+    refusals,
+    synonyms,
+    unknown,
+    wording,
+)
+from lottery_ticket_pruner import cli, criteria, search_plans, structures, supermasks, treatments
 from lottery_ticket_pruner.commands import saved_models
 from lottery_ticket_pruner.compression import ModelComparison, plan
 from lottery_ticket_pruner.experiments import catalogue, datasets, networks
@@ -78,6 +89,9 @@ for line in lines:
         parser.parse(line)
     except SystemExit as end:
         assert not end.code
+for command, examples in parser.EXAMPLES.items():
+    for example in examples:
+        unknown.check(parser.parse([command, *example.split()]))
 for line in ([], ["fly"], ["run", "--stratgy", "x"], ["run", "--steps", "many"]):
     try:
         parser.parse(line)
@@ -121,6 +135,8 @@ print(json.dumps([len(lines), sorted(heavy & sys.modules.keys())]))
     assert not any(character in done.stdout for character in "│╭\x1b")
     text = " ".join(" ".join(printed).split())
     assert text.count("exit status: 0 all is done") == 12
+    assert text.count("-h, --help Show this help.") == 12
+    assert text.count("examples: lottery-ticket ") == 11
     usages = [line for line in done.stdout.splitlines() if line.startswith("usage: ")]
     assert usages.pop() == "usage: lottery-ticket inspect [-h] [OPTIONS] PATH"
     assert f"lottery-ticket-pruner {lottery_ticket_pruner.__version__} Python 3." in text
@@ -143,6 +159,15 @@ print(json.dumps([len(lines), sorted(heavy & sys.modules.keys())]))
             "--scope expects one of layer, global, isomorphic. Received: 'Globl'",
         ),
         ("run --controls random-mask", "Did you mean 'random_mask'?"),
+        ("run --retraining lr_rewinding", "Did you mean 'learning_rate_rewinding'?"),
+        ("run --lr 0.1", "Did you mean '--learning-rate'?"),
+        ("prune --method magnitude", "Did you mean 'iterative', 'gradual' or 'one_shot'?"),
+        ("prune --method structured", "Did you mean 'channels'?"),
+        ("prune --size 500 kB --epochs 1", "--size expects no space before the unit: 500kB. Rec"),
+        ("prune --latency=3 ms", "--latency expects no space before the unit: 3ms. Received: 3 ms"),
+        ("prune --max-drop 1 %", "--max-drop expects a share: 0.01. Received: 1 %."),
+        ("run --rewind-to 5 epochs", "--rewind-to expects no space before the unit: 5ep. Rec"),
+        ("sweep --jobs 2 min", "--jobs expects a number without a unit. Received: 2 min."),
         ("run --network", "--network expects a value."),
         ("run --rewind-to=", None),
         ("run lenet-300-100", "Unexpected: lenet-300-100. Did you mean --network lenet-300-100?"),
@@ -161,10 +186,11 @@ print(json.dumps([len(lines), sorted(heavy & sys.modules.keys())]))
             "prune --model a.keras",
             "--model is not an option: give the value alone, as in lottery-tick",
         ),
-        ("run --rate 0.2 --steps 9 --rate conv=0.1", "all values at once: --rate 0.2 conv=0.1"),
+        ("run --rate 0.2 --steps 9 --rate conv=0.1", "all values at once (--rate 0.2 conv=0.1)."),
         ("sweep --over rate=0.1,0.2 --over steps=1,2", None),
         ("sweep --jobs two", "--jobs expects a whole number. Received: 'two'."),
         ("prune --size -3", None),
+        ("compare --batch-size 8 model.keras", None),
         ("run --learning-rate -1", None),
         ("--print-completion fish", "--print-completion takes bash or zsh."),
     ],
@@ -180,6 +206,33 @@ def test_likely_mistakes_are_answered_in_one_line(line, message, capsys):
     assert capsys.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("data.npz", "give --data own.py:load. Received: the file 'data.npz'."),
+        ("./folder", "give --data own.py:load. Received: the folder 'folder'."),
+        ("x/mnist.npz", "Of the published files, name the folder: --data mnist --data-dir x."),
+        ("own.py", "Name its function, too: own.py:FUNCTION."),
+    ],
+)
+def test_own_data_is_named_by_a_function(name, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ValueError, match="function that loads") as caught:
+        unknown.check_data(name)
+    assert str(caught.value).endswith(message)
+
+
+def test_names_of_elsewhere_mean_some_of_here():
+    here = {*parser.commands(), *structures.names(), *structures._NAMES}
+    here |= {name for listed in vars(names).values() if type(listed) is tuple for name in listed}
+    for kind in parser.commands().values():
+        for name, type_ in typing.get_type_hints(kind).items():
+            here |= {refusals.option(name), *refusals.choices_of(type_)}
+    assert {name for meant in synonyms.MEANT.values() for name in meant} <= here
+    assert synonyms.MEANT.keys() == {hints._plain(name) for name in synonyms.MEANT}
+
+
 def test_close_names_ignore_case_and_hyphens():
     known = ("large_final", "mnist", "lenet-300-100")
     assert [hints.closest(name, known) for name in ("large-final", "MNIST", "lenet", "x")] == [
@@ -188,6 +241,38 @@ def test_close_names_ignore_case_and_hyphens():
         "lenet-300-100",
         None,
     ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "said"),
+    [
+        (commands.PruneOptions, 'needs method="channels".', "needs --method channels."),
+        (commands.PruneOptions, "more than minutes=0.5.", "more than --minutes 0.5."),
+        (commands.PruneOptions, "size=1,500 bytes (`size`)", "--size 1,500 bytes (--size)."),
+        (commands.PruneOptions, "Received: -1.0", "Received: -1.0."),
+        (commands.PruneOptions, "of `Plan(rate=0.5)` or f(rate=1)", None),
+        (commands.PruneOptions, "a `model` at runs/rate=0.5", None),
+        (commands.PruneOptions, 'not: pip install "x[cli]"', 'not: pip install "x[cli]"'),
+        (experiments.RunOptions, "structure=None and scope='output'", "no --structure and scope="),
+        (experiments.RunOptions, "Pass deterministic=False", "Pass --no-deterministic."),
+        (experiments.SweepOptions, "as in --over rate=0.2,0.4?", "as in --over rate=0.2,0.4?"),
+    ],
+)
+def test_messages_name_options_and_are_sentences(kind, text, said):
+    found = wording.sentence(wording.of_options(text, kind))
+    assert found.startswith(f"{text}." if said is None else said)
+    assert wording.sentence(wording.of_options(found, kind)) == found
+
+
+def test_folders_that_were_probably_meant_are_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "digits-lenet").mkdir(parents=True)
+    (tmp_path / "runs" / "digits-lenet" / "model.keras").touch()
+    for given, meant in (("run", "runs"), ("digits", "runs/digits-lenet")):
+        assert hints.folder_question(Path(given)) == f" Did you mean '{meant}'?"
+    for check in (unknown.check_model, unknown.check_network):
+        with pytest.raises(ValueError, match=r"Did you mean 'runs/digits-lenet/model.keras'\?$"):
+            check("runs/digits-lenet")
 
 
 def test_the_ending_of_a_file_does_not_make_its_name_alike(tmp_path):

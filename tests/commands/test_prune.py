@@ -301,8 +301,8 @@ def test_exports_after_the_time_are_said_in_the_files_too(here, capsys):
         (folder / "model_card.md").read_text(),
         (folder / "report.html").read_text(),
     ):
-        assert " minutes, more than minutes=1e-06." in content
-        assert "Missed: sparsity=0.5 (0.00% pruned)." in content
+        assert " minutes, more than --minutes 1e-06." in content
+        assert "Missed: --sparsity 0.5 (0.00% pruned)." in content
 
 
 def test_an_interrupted_command_says_how_to_go_on(here, capsys, monkeypatch):
@@ -344,7 +344,10 @@ def _interrupt(self, row):
         (["own.py:make", "--latency", "3"], "For milliseconds, give 3ms."),
         (["own.py:make", "--latency", "fast"], "--latency expects a time, such as 3ms"),
         (["own.py:make", "--latency", "3ms", "--method", "gradual"], "A goal of --latency needs"),
-        (["own.py:make", "--macs", "0.5", "--method", "iterative"], "A goal of --macs needs"),
+        (
+            ["own.py:make", "--macs", "0.5", "--method", "iterative"],
+            "--macs needs --method channels. Received: --method iterative.",
+        ),
         (["own.py:make", "--metric", "auc"], "--metric must be one of ['loss', 'accuracy']"),
         (["own.py:make", "--metric", "auc", "--log", "tensorboard"], "--metric must be one of"),
         (["own.py:make", "--size", "1kB", "--log", "tensorboard"], "No sparsity makes the served"),

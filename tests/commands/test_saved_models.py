@@ -56,7 +56,7 @@ def test_export_of_codes_within_a_tolerance_on_samples(saved, tmp_path, capsys):
     out = tmp_path / "served" / "1"
     command = ["export", str(saved), str(out), "--sample-inputs", str(samples), "--tolerance"]
     assert cli.main([*command, "1e-6", "--values", "int8"]) == 2
-    assert "but `tolerance` is 1e-06" in capsys.readouterr().err
+    assert "but --tolerance is 1e-06" in capsys.readouterr().err
     assert not out.exists()
     assert cli.main([*command, "0.1", "--values", "codebook"]) == 0
     printed = capsys.readouterr().out
@@ -225,6 +225,6 @@ def test_onnx_files_are_written_and_not_replaced_without_being_asked(saved, tmp_
     assert "pass --overwrite to replace it" in capsys.readouterr().err
     assert cli.main([*command, "--overwrite"]) == 0
     assert cli.main([*command, "--overwrite", "--values", "float16"]) == 2
-    assert "`values` must be 'float32' (exact) or 'int8'" in capsys.readouterr().err
+    assert "--values must be 'float32' (exact) or 'int8'. Rec" in capsys.readouterr().err
     assert cli.main([*command, "--overwrite", "--level", "9"]) == 2
     assert "--level cannot be used with --format onnx" in capsys.readouterr().err

@@ -92,7 +92,7 @@ def test_a_global_scope_has_one_rate():
         ({"control_rounds": (1, 1)}, "--control-rounds each value once.*Received: 1 1"),
         ({"seeds": (0, -1)}, r"Received: \(0, -1\)"),
         ({"learning_rate": math.nan}, "--learning-rate must be positive. Received: nan"),
-        ({"strategy": "smallest_weights_global", "scope": "layer"}, "supports only scope='global'"),
+        ({"strategy": "smallest_weights_global", "scope": "layer"}, "only by scope global. Leave"),
         ({"steps": 5, "rewind_to": "5"}, "--rewind-to 5 is not before the end"),
         ({"rewind_to": "5s"}, "500it"),
         ({"network": "vgg"}, "lenet-300-100"),

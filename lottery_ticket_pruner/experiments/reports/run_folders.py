@@ -21,6 +21,7 @@ from lottery_ticket_pruner.experiments.results import (
     check_results,
     check_unfinished,
     is_run,
+    missing_folder,
     read_json,
     read_table,
     reason,
@@ -114,7 +115,7 @@ def read_run(folder: Path) -> Run:
         UserWarning: If the results end in the middle of a line, which is left out.
     """
     if not folder.is_dir():
-        raise FileNotFoundError(f"There is no folder '{folder}'.")
+        raise missing_folder(folder, "that of a run")
     if not is_run(folder):
         raise FileContentError(
             f"'{folder}' is not a run folder: it lacks {CONFIG_FILE} or {RESULTS_FILE}."
@@ -176,7 +177,7 @@ def find_runs(folders: Iterable[Path]) -> list[Run]:
     found: dict[Path, Run] = {}
     for folder in folders:
         if not folder.is_dir():
-            raise FileNotFoundError(f"There is no folder '{folder}'.")
+            raise missing_folder(folder, "that of a run, or one with several, such as ./runs")
         if is_run(folder):
             runs = [read_run(folder)]
         else:
