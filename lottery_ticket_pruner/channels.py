@@ -11,6 +11,7 @@ import numpy as np
 import masked_layers as ml
 from lottery_ticket_pruner import criteria, selection, structures
 from lottery_ticket_pruner.variables import read
+from masked_layers.text_tables import shortened
 
 _logger = logging.getLogger(__name__)
 
@@ -185,10 +186,7 @@ def _by_reason(reasons: Mapping[str, str]) -> list[str]:
     layers: dict[str, list[str]] = {}
     for name, reason in reasons.items():
         layers.setdefault(reason, []).append(name)
-    return [
-        f"{', '.join(names[:3])}{f' and {len(names) - 3} more' * (len(names) > 3)}: {reason}"
-        for reason, names in layers.items()
-    ]
+    return [f"{shortened(names, 3)}: {reason}" for reason, names in layers.items()]
 
 
 def note_limits(

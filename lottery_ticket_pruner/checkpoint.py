@@ -16,8 +16,9 @@ from lottery_ticket_pruner.variables import read, variable_scope
 from masked_layers.archives import read_npz
 from masked_layers.files import UNEXPECTED_FORM, FileContentError, replacing
 
-__all__ = ["Checkpoint", "description", "digest"]
+__all__ = ["STATE_FILE", "Checkpoint", "description", "digest"]
 
+STATE_FILE = "state.json"
 # Arguments missing from states of earlier versions, where they are assumed to be the same.
 _LATER = ("layers", "metrics")
 _ENTRIES = {"arguments", "round", "rows", "evaluations", "checksum"}
@@ -38,7 +39,7 @@ class Checkpoint:
     def __init__(self, folder: Path, arguments: Mapping[str, Any]) -> None:
         self._folder = folder
         self._arguments = json.loads(json.dumps(arguments, default=description))
-        self._state = folder / "state.json"
+        self._state = folder / STATE_FILE
         self._lock = FolderLock(folder)
 
     def __enter__(self) -> Self:

@@ -8,6 +8,7 @@ import numpy as np
 
 import masked_layers as ml
 from lottery_ticket_pruner.variables import read
+from masked_layers.text_tables import shortened
 
 _SHOWN = 3
 
@@ -30,10 +31,7 @@ def check_weights(model: keras.Model, where: str) -> None:
     """
     ml.sync(model)
     if wrong := _not_finite(model):
-        shown = ", ".join(wrong[:_SHOWN]) + (
-            f" and {len(wrong) - _SHOWN} more" * (len(wrong) > _SHOWN)
-        )
-        raise _error(where, f"weights are NaN or infinite: {shown}")
+        raise _error(where, f"weights are NaN or infinite: {shortened(wrong, _SHOWN)}")
 
 
 def check_loss(model: keras.Model, loss: float, where: str) -> None:

@@ -47,6 +47,7 @@ from masked_layers.maskable import (
 )
 from masked_layers.masks import Mask, raw_view
 from masked_layers.paths import check_walk, plain_class, resolve, walk
+from masked_layers.text_tables import shortened
 
 Layer: TypeAlias = keras.layers.Layer
 Filter = str | Iterable[str] | Callable[[Layer], bool]
@@ -464,13 +465,12 @@ def _why_nothing(
 def _named(layers: Iterable[Layer], wanted: object) -> str:
     """Lists names of layers, up to a maximum number, and suggests those similar to patterns."""
     names = sorted({layer.name for layer in layers})
-    shown = ", ".join(map(repr, names[:_NAMED]))
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    shown = shortened(list(map(repr, names)), _NAMED)
     patterns = wanted if isinstance(wanted, list) else [wanted]
     texts = [one for one in patterns if isinstance(one, str)]
     close = dict.fromkeys(name for one in texts for name in difflib.get_close_matches(one, names))
     hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
-    return f"{shown}{more}.{hint}"
+    return f"{shown}.{hint}"
 
 
 def _is_input(layer: Layer) -> bool:

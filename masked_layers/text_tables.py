@@ -1,4 +1,4 @@
-"""Tables of text, for reports that are printed."""
+"""Tables and lists of text, for reports that are printed and for messages."""
 
 from collections.abc import Collection, Sequence
 
@@ -18,3 +18,9 @@ def aligned(lines: Sequence[Sequence[str]], left: Collection[int]) -> list[str]:
         ).rstrip()
         for line in lines
     ]
+
+
+def shortened(items: Sequence[object], most: int) -> str:
+    """Returns the first items as text, at most a number of them, and how many more there are."""
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return ", ".join(map(str, items[:most])) + more

@@ -9,11 +9,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lottery_ticket_pruner.compression import Comparison, Findings
+from lottery_ticket_pruner.compression import STATE_FILE, Comparison, Findings
 from lottery_ticket_pruner.experiments import checksums
 from lottery_ticket_pruner.experiments.reports import pruning
 from lottery_ticket_pruner.experiments.results import CONFIG_FILE, RESULTS_FILE, as_bytes, is_pruned
 from lottery_ticket_pruner.experiments.run_folder import versions, write_json
+from lottery_ticket_pruner.experiments.written import refuse_to_replace
 from lottery_ticket_pruner.fingerprints import of_json
 from masked_layers.checksums import SUMS_FILE
 from masked_layers.files import UNEXPECTED_FORM, FileContentError, replacing
@@ -59,14 +60,11 @@ def check_that_nothing_is_lost(folder: Path, model: str | None) -> None:
             f"The pruned model would replace '{file}', from which it is made. Choose another "
             "folder with --out."
         )
-    if (folder / SEARCH / "state.json").exists() or is_pruned(folder):
+    if (folder / SEARCH / STATE_FILE).exists() or is_pruned(folder):
         return
     names = (CONFIG_FILE, SUMS_FILE, MODEL_FILE, RESULT_FILE, RESULTS_FILE, SCAN_FILE)
-    if found := [name for name in (*names, *_REPORT_FILES, _SERVED) if (folder / name).exists()]:
-        raise ValueError(
-            f"'{folder}' holds no search of `lottery-ticket prune`, but {', '.join(found)}, which "
-            "it would replace. Choose another folder with --out, or move these files."
-        )
+    found = [name for name in (*names, *_REPORT_FILES, _SERVED) if (folder / name).exists()]
+    refuse_to_replace(folder, found, "search of `lottery-ticket prune`")
 
 
 def begin(folder: Path) -> None:

@@ -16,7 +16,7 @@ from lottery_ticket_pruner.experiments.reports import (
     web_page,
 )
 from lottery_ticket_pruner.experiments.reports.ticket_masks import GroupTickets
-from lottery_ticket_pruner.experiments.written import PICTURE
+from lottery_ticket_pruner.experiments.written import PICTURE, refuse_to_replace
 from lottery_ticket_pruner.folders import make_folder
 from masked_layers.files import replacing
 
@@ -125,8 +125,5 @@ def _check_replaceable(out: Path) -> None:
     names = [results.RESULTS_FILE, "tables.md"]
     names += sorted(path.name for path in out.glob("*.png") if re.fullmatch(PICTURE, path.name))
     there = [name for name in names if (out / name).exists()]
-    if there and not (out / "report.html").exists():
-        raise ValueError(
-            f"'{out}' is not a report, but contains {', '.join(there)}, which a report would "
-            "replace. Choose another folder with --out, or move these files."
-        )
+    if not (out / "report.html").exists():
+        refuse_to_replace(out, there, "report")

@@ -36,6 +36,7 @@ from lottery_ticket_pruner.experiments.run_folder import (
 )
 from lottery_ticket_pruner.experiments.supermask import SupermaskConfig
 from lottery_ticket_pruner.experiments.workbench import fitted
+from lottery_ticket_pruner.experiments.written import refuse_to_replace
 from lottery_ticket_pruner.fingerprints import of_json
 from masked_layers.checksums import SUMS_FILE
 from masked_layers.files import replacing
@@ -273,10 +274,7 @@ def _carry_out(
     started = time.perf_counter()
     folder = place.path
     if (folder / results.RESULTS_FILE).exists() and not _stored(folder):
-        raise ValueError(
-            f"'{folder}' holds no {results.SWEEP_FILE} of a sweep, but {results.RESULTS_FILE}, "
-            "which a sweep would replace. Choose another folder with --out, or move the file."
-        )
+        refuse_to_replace(folder, [results.RESULTS_FILE], f"{results.SWEEP_FILE} of a sweep")
     _check_finished(folder)
     _check_code(children)
     todo = [child for child in children if not child.is_finished]

@@ -18,9 +18,11 @@ from lottery_ticket_pruner.compression.result import (
     save_model,
     verdict_of,
 )
+from lottery_ticket_pruner.compression.states import STATE_FILE
 from lottery_ticket_pruner.compression.steps import served_size
 
 __all__ = [
+    "STATE_FILE",
     "Comparison",
     "Findings",
     "Goals",

@@ -18,6 +18,8 @@ from lottery_ticket_pruner.variables import read
 from masked_layers.archives import read_npz
 from masked_layers.files import UNEXPECTED_FORM, FileContentError, replacing
 
+STATE_FILE = "state.json"
+
 
 @dataclasses.dataclass(frozen=True)
 class State:
@@ -131,7 +133,7 @@ class Progress:
         self._lock.check()
         content = {"arguments": self._arguments, "facts": self.facts, "rows": self.rows}
         content = json.loads(json.dumps(content))
-        with replacing(self._folder / "state.json") as file:
+        with replacing(self._folder / STATE_FILE) as file:
             file.write(json.dumps(content | {"checksum": of_json(content)}, indent=1).encode())
         for file_of_state in self._folder.glob("state-*.npz"):
             if file_of_state.name not in {f"state-{name}.npz" for name in used}:
@@ -144,12 +146,12 @@ class Progress:
 
     def _discard(self) -> None:
         assert self._folder is not None
-        for file in [self._folder / "state.json", *self._folder.glob("state-*.npz")]:
+        for file in [self._folder / STATE_FILE, *self._folder.glob("state-*.npz")]:
             file.unlink(missing_ok=True)
 
     def _read(self) -> None:
         assert self._folder is not None
-        file = self._folder / "state.json"
+        file = self._folder / STATE_FILE
         if not file.is_file():
             return
         try:

@@ -18,6 +18,7 @@ from rich.console import Console
 
 import lottery_ticket_pruner
 from lottery_ticket_pruner import records
+from lottery_ticket_pruner.checkpoint import STATE_FILE
 from lottery_ticket_pruner.experiments import catalogue, checksums, networks
 from lottery_ticket_pruner.experiments.config import choices
 from lottery_ticket_pruner.experiments.datasets import Dataset
@@ -42,12 +43,15 @@ from lottery_ticket_pruner.experiments.written import (
     EARLIER_STATE,
     REPLACED,
     SEEDS_FOLDER,
+    SHOWN,
     move_others,
+    refuse_to_replace,
     results_in,
 )
 from lottery_ticket_pruner.fingerprints import UnidentifiedError, digest
 from lottery_ticket_pruner.folders import FolderLock
 from masked_layers.files import replace_folder, replacing, sync
+from masked_layers.text_tables import shortened
 
 
 class Config(Protocol):
@@ -70,12 +74,10 @@ class Config(Protocol):
 
 _Kind = TypeVar("_Kind")
 
-# Maximum number of user files named in a message.
-_SHOWN = 5
 # Files from which an interrupted run is resumed.
 _STATES = (
     PARTS_FILE,
-    *(f"rounds/*/{name}" for name in ("state.json", "pruner-*.npz", "model-*.npz")),
+    *(f"rounds/*/{name}" for name in (STATE_FILE, "pruner-*.npz", "model-*.npz")),
 )
 
 
@@ -229,10 +231,8 @@ class Workplace:
 
     def describe_moved(self) -> str:
         """Returns a sentence with the names of `moved`, or an empty one if there are none."""
-        names = [str(name) for name in self.moved[:_SHOWN]]
-        more = len(self.moved) - len(names)
-        names += [f"{more} more"] if more else []
-        return f"Kept of what was there: {', '.join(names)}" if names else ""
+        names = shortened(self.moved, SHOWN)
+        return f"Kept of what was there: {names}" if names else ""
 
     @property
     def _beside(self) -> Path:
@@ -493,19 +493,15 @@ class RunFolder(Workplace):
 
     def _has_results(self) -> bool:
         lines = complete_lines(self.path / RESULTS_FILE)
-        states = ("rounds/*/state.json", f"{SEEDS_FOLDER}/*/*/{CONFIG_FILE}")
+        states = (f"rounds/*/{STATE_FILE}", f"{SEEDS_FOLDER}/*/*/{CONFIG_FILE}")
         return len(lines) > 1 or any(any(self.path.glob(state)) for state in states)
 
     def _check_that_nothing_is_lost(self) -> None:
         """Refuses files with the names of results in a folder that does not belong to a run."""
         if (self.path / CONFIG_FILE).exists():
             return
-        if files := results_in(self.path, self._command):
-            names = ", ".join(str(file.relative_to(self.path)) for file in files[:_SHOWN])
-            raise ValueError(
-                f"'{self.path}' holds no {CONFIG_FILE} of a run, but {names}, which a run would "
-                "replace. Choose another folder with --out, or move these files."
-            )
+        names = [file.relative_to(self.path) for file in results_in(self.path, self._command)]
+        refuse_to_replace(self.path, names, f"{CONFIG_FILE} of a run")
 
     def _differing(self, stored: Any) -> dict[str, tuple[Any, Any]]:
         if stored is None:

@@ -3,7 +3,7 @@
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lottery_ticket_pruner.experiments import catalogue
@@ -14,6 +14,7 @@ from lottery_ticket_pruner.experiments.results import (
     SWEEP_FILE,
 )
 from masked_layers.checksums import SUMS_FILE
+from masked_layers.text_tables import shortened
 
 # Marks a folder that another one is about to replace, or has replaced.
 REPLACED = ".replaced"
@@ -21,6 +22,9 @@ REPLACED = ".replaced"
 SEEDS_FOLDER = ".seeds"
 # Files that runs of earlier versions of two commands wrote next to their results.
 EARLIER_STATE = "state.json"
+
+# Maximum number of files that a message names.
+SHOWN = 5
 
 # Name of a picture of `lottery-ticket report`. In earlier versions, it was only a number.
 PICTURE = r"picture-\d+(-[a-z0-9-]+)?\.png"
@@ -92,6 +96,24 @@ def move_others(old: Path, new: Path, command: str | None) -> list[Path]:
         shutil.move(old / name, target)
         moved.append(target.relative_to(new))
     return moved
+
+
+def refuse_to_replace(folder: Path, names: Sequence[str | Path], missing: str) -> None:
+    """Refuses files that a command would replace in a folder that does not belong to it.
+
+    Args:
+        folder: The folder.
+        names: The files, as relative paths. None if empty.
+        missing: What a folder of the command has, and this one has not.
+
+    Raises:
+        ValueError: If there are such files.
+    """
+    if names:
+        raise ValueError(
+            f"'{folder}' holds no {missing}, but {shortened(names, SHOWN)}, which would be "
+            "replaced. Choose another folder with --out, or move these files."
+        )
 
 
 def _files(folder: Path) -> Iterator[Path]:

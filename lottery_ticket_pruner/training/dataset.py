@@ -11,6 +11,7 @@ import keras
 import numpy as np
 
 from lottery_ticket_pruner.training.augmentation import Augmentation
+from masked_layers.text_tables import shortened
 
 # An array with examples along the first axis, or a list or dict of such arrays. None stands for a
 # missing array, such as the targets of an output without a loss.
@@ -62,11 +63,12 @@ class ArrayDataset:
         }
         found = {length for each in lengths.values() for length in each}
         if len(found) != 1 or 0 in found:
-            named = ", ".join(f"{name}: {_listed(each)}" for name, each in lengths.items())
+            shown = functools.partial(shortened, most=_LISTED)
+            named = ", ".join(f"{name}: {shown(each)}" for name, each in lengths.items())
             raise ValueError(
                 "Expected inputs and targets with one entry per example, and at least one example. "
                 "A list stands for several arrays: convert a list of numbers or examples to an "
-                f"array. Received arrays of lengths [{_listed(sorted(found))}] ({named})."
+                f"array. Received arrays of lengths [{shown(sorted(found))}] ({named})."
             )
         return cls(tuple(data.values()), augment)
 
@@ -125,11 +127,6 @@ class ArrayDataset:
 
 def _flat(arrays: Arrays) -> list[np.ndarray]:
     return [array for array in keras.tree.flatten(arrays) if array is not None]
-
-
-def _listed(numbers: list[int]) -> str:
-    more = len(numbers) - _LISTED
-    return ", ".join(map(str, numbers[:_LISTED])) + (f" and {more} more" if more > 0 else "")
 
 
 def _as_keras_would(name: str, array: object) -> np.ndarray:

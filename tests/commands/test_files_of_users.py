@@ -122,10 +122,16 @@ def test_results_of_unknown_origin_are_not_replaced(here, capsys):
     for more in ([], ["--overwrite"]):
         assert cli.main([*COMMANDS["run"], "--out", "out", *more]) == 2
         error = capsys.readouterr().err
-        assert "holds no config.json of a run, but accuracy.png, ticket.keras" in error
+        assert "holds no config.json of a run, but accuracy.png, ticket.keras, which" in error
     assert sorted(path.name for path in (here / "out").iterdir()) == [
         "accuracy.png", "ticket.keras",
     ]  # fmt: skip
+
+
+def test_of_many_files_a_refusal_names_some_and_counts_the_others(tmp_path):
+    written.refuse_to_replace(tmp_path, [], "report")
+    with pytest.raises(ValueError, match="holds no report, but a, b, c, d, e and 2 more, which"):
+        written.refuse_to_replace(tmp_path, "abcdefg", "report")
 
 
 def test_a_report_does_not_replace_the_results_of_a_run(here, capsys):
@@ -136,10 +142,7 @@ def test_a_report_does_not_replace_the_results_of_a_run(here, capsys):
     assert (here / "out" / "results.csv").read_bytes() == before
     put(here / "mine", ["results.csv", "tables.md"])
     assert cli.main(["report", "out", "--out", "mine"]) == 2
-    assert (
-        "'mine' is not a report, but contains results.csv, tables.md, which"
-        in capsys.readouterr().err
-    )
+    assert "'mine' holds no report, but results.csv, tables.md, which" in capsys.readouterr().err
     assert kept(here / "mine", ["results.csv", "tables.md"]) == ["results.csv", "tables.md"]
     for _ in range(2):  # An earlier report is replaced.
         assert cli.main(["report", "out", "--quiet"]) == 0
