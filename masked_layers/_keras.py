@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import itertools
 import random
 import threading
@@ -26,6 +27,11 @@ from keras.src.layers.rnn.conv_lstm import ConvLSTMCell as ConvLSTMCell
 from keras.src.models.functional import Functional
 from keras.src.random import seed_generator
 from keras.src.utils.naming import to_snake_case as to_snake_case
+
+NAME_ARGUMENTS = (
+    "Keras records no shapes of inputs where `call` takes `*args` or hands on `**kwargs`: name the "
+    "arguments, as in `call(self, inputs, training=None)`,"
+)
 
 # A second thread in `same_draws` would mistake the replacement for Keras' method.
 _drawing = threading.RLock()
@@ -455,6 +461,9 @@ def export_specs(model: keras.Model) -> Any:
     """Returns a `keras.InputSpec` for every input, in the structure of the arguments of `call`.
 
     The structure of a model's inputs has no public name.
+
+    Raises:
+        ValueError: If Keras knows no shapes.
     """
     from keras.src.export import export_utils
 
@@ -463,8 +472,23 @@ def export_specs(model: keras.Model) -> Any:
     model._called = True
     try:
         return export_utils.get_input_signature(model)
+    except ValueError as error:
+        if not hides_inputs(model):
+            raise
+        raise ValueError(
+            f"The shapes of the inputs of '{model.name}' are not known. {NAME_ARGUMENTS} or pass "
+            "an `input_signature` to `export_sparse_saved_model`."
+        ) from error
     finally:
         model._called = called
+
+
+def hides_inputs(model: keras.Model) -> bool:
+    """Returns whether Keras has no shapes of inputs because `call` takes any arguments."""
+    kinds = {parameter.kind for parameter in inspect.signature(model.call).parameters.values()}
+    if not kinds & {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}:
+        return False
+    return model.built and not any((model.get_build_config() or {}).values())
 
 
 def copy_called(source: keras.Model, target: keras.Model) -> None:

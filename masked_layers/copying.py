@@ -78,10 +78,13 @@ def copy_model(model: keras.Model, *, dtype: str | None = None) -> keras.Model:
                     "list that contains itself. Return plain values from `get_config()`, or pass "
                     "`inplace=True` to change the model itself."
                 ) from error
+            remedy = "Give it a `get_config()` and `from_config()`,"
+            if _keras.hides_inputs(model):
+                remedy = _keras.NAME_ARGUMENTS
             raise ValueError(
                 f"'{model.name}' ({plain_class(model).__name__}) cannot be copied, because Keras "
-                f"cannot recreate it from its config: {reason_of(error)} Give it a `get_config()` "
-                "and `from_config()`, or pass `inplace=True` to change the model itself."
+                f"cannot recreate it from its config: {reason_of(error)} {remedy} or pass "
+                "`inplace=True` to change the model itself."
             ) from error
         _order_like(model, copy)
         _copy_state(model, copy)

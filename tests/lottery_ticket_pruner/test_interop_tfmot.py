@@ -316,6 +316,23 @@ def test_custom_classes_are_converted_by_name(tk, tfmot):
     compare(source, from_tfmot(source, {"Scale": Scale3}), batch((8,)))
 
 
+@pytest.mark.once
+def test_custom_cells_among_stacked_cells_are_converted_by_name(tk):
+    class Cell(tk.layers.SimpleRNNCell):
+        pass
+
+    class Cell3(keras.layers.SimpleRNNCell):
+        pass
+
+    cells = [Cell(3, name="first"), tk.layers.SimpleRNNCell(2)]
+    source = scatter(tk.Sequential([tk.layers.Input((2, 4)), tk.layers.RNN(cells)]))
+    with pytest.raises(ValueError, match=r"first \(Cell\): Keras 3 does not have this layer"):
+        from_tfmot(source)
+    target = from_tfmot(source, {"Cell": Cell3})
+    assert isinstance(target.layers[0].cell.cells[0], Cell3)
+    compare(source, target, batch((2, 4)))
+
+
 def test_everything_that_keras_3_lacks_is_named_at_once(tk, tfmot):
     L = tk.layers
     inputs = L.Input((6, 4))

@@ -9,7 +9,7 @@ import pytest
 from keras import layers, ops
 
 import masked_layers as ml
-from common import data, half_masks, numpy
+from common import HandingOn, data, half_masks, numpy
 from masked_layers import _keras_configs
 from masked_layers.copying import copy_model
 
@@ -270,6 +270,7 @@ class AroundItsOwn(Around):
     [
         (lambda: Around(layers.Dense(2)), "was created by passing non-serializable argument"),
         (AroundItsOwn, "got an unexpected keyword argument 'trainable'"),
+        (HandingOn, "name the arguments, as in `call(self, inputs, training=None)`, or pass"),
     ],
 )
 def test_a_model_without_a_config_is_refused_in_one_line(make, reason):

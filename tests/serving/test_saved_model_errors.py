@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from keras import layers
 
+from common import HandingOn
 from masked_layers.serving import compaction, export_sparse_saved_model, saved_model, verification
 from served import contents, dense, prune
 
@@ -20,6 +21,19 @@ pytestmark = [
     # Keras 3.15 with NumPy 2.4, wherever a variable becomes an array.
     pytest.mark.filterwarnings("ignore:__array__ implementation"),
 ]
+
+
+def test_inputs_that_keras_does_not_know_are_asked_for(tmp_path):
+    model = HandingOn()
+    x = np.ones((3, 4), "float32")
+    expected = model(x)
+    with pytest.raises(ValueError, match=r"name the arguments, as in `call.* `input_signature`"):
+        export_sparse_saved_model(model, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+    signature = [tf.TensorSpec((None, 4), "float32")]
+    export_sparse_saved_model(model, tmp_path / "out", input_signature=signature)
+    served = tf.saved_model.load(str(tmp_path / "out"))
+    np.testing.assert_allclose(served.serve(x), expected, rtol=1e-6)
 
 
 def test_invalid_arguments_leave_no_files(tmp_path):
