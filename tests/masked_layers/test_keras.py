@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from keras import layers, ops
 
+from common import HandingOn
 from masked_layers import _keras, _keras_configs
 
 
@@ -467,6 +468,15 @@ def test_inputs_for_exports_have_the_structure_of_the_arguments():
         "a": ((None, 4), "float32"),
         "b": ((None, 2, 3), "int32"),
     }
+
+
+@pytest.mark.once
+def test_inputs_of_a_call_that_names_no_arguments_are_hidden():
+    model = HandingOn()
+    assert not _keras.hides_inputs(model)  # It is not built yet.
+    model(np.zeros((1, 4)))
+    assert _keras.hides_inputs(model)
+    assert not _keras.hides_inputs(keras.Sequential([keras.Input((4,)), layers.Dense(1)]))
 
 
 @pytest.mark.once
