@@ -26,9 +26,10 @@ def closest(name: str, known: Iterable[str]) -> str | None:
 
 def question(name: str, known: Iterable[str]) -> str:
     """Returns `" Did you mean 'x'?"` with what a name means elsewhere, or is like, or nothing."""
-    known = list(known)
-    meant = [one for one in synonyms.MEANT.get(_plain(name), ()) if one in known]
-    found = meant or [one for one in (closest(name, known),) if one is not None]
+    plain = {_plain(one): one for one in known}
+    meant = map(_plain, synonyms.MEANT.get(_plain(name), ()))
+    found = [plain[one] for one in meant if one in plain]
+    found = found or [one for one in (closest(name, plain.values()),) if one is not None]
     *others, last = [repr(one) for one in found] or [""]
     listed = f"{', '.join(others)} or {last}" if others else last
     return f" Did you mean {listed}?" if listed else ""

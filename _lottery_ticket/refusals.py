@@ -29,6 +29,8 @@ _UNITS = {
     **dict.fromkeys(("ep", "epoch", "epochs"), "ep"),
     "minutes": "min",
 }
+# Values that are given to options without one. 1 may be a folder.
+_FLAGS = ("true", "false", "yes", "no", "on", "off")
 _SUPERMASK = "to execute seeds as jobs, use `lottery-ticket sweep-supermask`."
 _PRUNE = (
     "it is one search, in which each step follows from the one before, so there are no jobs to "
@@ -64,7 +66,7 @@ def check_names(kind: type[Any], command: str, arguments: Sequence[str]) -> None
     types = {option(one): type_ for one, type_ in typing.get_type_hints(kind).items()}
     given: dict[str, list[str]] = {}
     for name, values in _given(arguments):
-        if name in unnamed:
+        if name in unnamed or (name not in known and f"{name}s" in unnamed):
             usage = " ".join([command, *(one.lstrip("-").upper() for one in unnamed)])
             raise UsageError(
                 f"{name} is not an option: give the value alone, as in lottery-ticket {usage}."
@@ -74,6 +76,8 @@ def check_names(kind: type[Any], command: str, arguments: Sequence[str]) -> None
                 why = _WITHOUT[command, name]
                 raise UsageError(f"`lottery-ticket {command}` has no option {name}: {why}")
             hint = hints.question(name, known) or f" See lottery-ticket {command} --help."
+            if name == "--version":
+                hint = " Did you mean lottery-ticket --version?"
             raise UsageError(f"`lottery-ticket {command}` has no option {name}.{hint}")
         if name in given and name not in repeatable and takes_several(types.get(name)):
             # The parser would only use the last values.
@@ -81,6 +85,9 @@ def check_names(kind: type[Any], command: str, arguments: Sequence[str]) -> None
             raise UsageError(f"{name} is given twice. Give all values at once ({together}).")
         given[name] = values
         _check_unit(name, values, types.get(name))
+        if types.get(name) is bool and values and values[0].lower() in _FLAGS:
+            other = f"--no-{name.removeprefix('--')}"
+            raise UsageError(f"{name} takes no value: give {name} or {other} alone.")
 
 
 def _check_unit(name: str, values: Sequence[str], type_: object) -> None:
@@ -150,6 +157,8 @@ def reason(kind: type[Any], arguments: Sequence[str], said: str) -> str:
             if name in fields and text == f"Unexpected: {value}." and value in there:
                 return f"{text} Did you mean {name} {value}?"
     for value in arguments:
+        if "--over" in fields and "=" in value and text == f"Unexpected: {value}.":
+            return f"{text} Did you mean --over {value}?"
         is_model = value.endswith((".keras", ".h5")) and text == f"Unexpected: {value}."
         if is_model and "--network" in fields:
             prune = f"lottery-ticket prune {value}"

@@ -8,6 +8,7 @@ from typing import Any
 
 from _lottery_ticket.refusals import option, takes_several
 from _lottery_ticket.unknown import UnknownNameError
+from lottery_ticket_pruner.checks import share_meant
 
 # Options that say where an experiment is executed, and belong to a single call.
 EXECUTION = ("executor", "address", "executor_option", "jobs")
@@ -91,14 +92,12 @@ def rates_of(texts: Sequence[str], default: float) -> dict[str, float]:
     for text in texts:
         pattern, equals, number = text.rpartition("=")
         key = pattern if equals else "default"
-        try:
-            rate = float(number)
-        except ValueError:
-            rate = math.nan
+        rate = _number(number)
         if not key or not 0 <= rate < 1:
+            hint = share_meant(_number(number.removesuffix("%")))
             raise ValueError(
                 "--rate expects a share in [0, 1) for all layers and PATTERN=SHARE for some of "
-                f"them, as in --rate 0.2 conv=0.1. Received: {' '.join(texts)!r}."
+                f"them, as in --rate 0.2 conv=0.1. Received: {' '.join(texts)!r}.{hint}"
             )
         if key in rates:
             raise ValueError(f"--rate has two values for {key}. Received: {' '.join(texts)!r}.")
@@ -106,3 +105,10 @@ def rates_of(texts: Sequence[str], default: float) -> dict[str, float]:
     if not rates:
         raise ValueError("--rate expects at least one value, as in --rate 0.2 conv=0.1.")
     return {"default": rates.pop("default", default), **rates}
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan

@@ -173,6 +173,8 @@ def test_the_default_folder_is_named_after_all_runs(tmp_path, monkeypatch):
     ("options", "message"),
     [
         ({"over": ("rat=0.1",)}, "Unknown option 'rat'. Did you mean 'rate'"),
+        ({"over": ("lr=0.1",)}, "Unknown option 'lr'. Did you mean 'learning_rate'"),
+        ({"over": ("rate=0.1,20%",)}, "Received: '20%'. For 20 %, give 0.2."),
         ({"over": ("rate",)}, "--over rate=0.2,0.4. Received: 'rate'"),
         ({"over": ("rate=0.1,",)}, "Received: 'rate=0.1,'"),
         ({"over": ("seeds=1,2",)}, "--seeds 0 1 2"),
