@@ -3,7 +3,7 @@
     python -m benchmarks.checks.bad_inputs [--verbose]
 
 Everything is tried in one process, in a temporary folder. An error is expected to be raised by this
-library, with a message (or, of the command line, to be one line or the usage). Two other outcomes
+library, with a message (or, of the command line, one line that ends with a stop). Other outcomes
 count as faults: an error from the depths of another library, and a wrong argument that is accepted.
 The script prints the number of each outcome and every fault, and returns 1 if there is one.
 """
@@ -280,6 +280,15 @@ def commands():
         ["run", "--data", "own.py"],
         ["run", "--controls", "random-mask"],
         ["sweep", "--over", "stratgy=snip,random"],
+        ["run", "--strategy", "magnitude"],
+        ["run", "--lr", "0.1"],
+        ["run", "--data", "empty.npz"],
+        ["run", "--rate", "20%"],
+        ["run", "--strategy", "wanda", "--scope", "global"],
+        ["prune", "--method", "l1"],
+        ["prune", "--method", "one_shot", "--macs", "0.5"],
+        ["prune", "--size", "500", "kB"],
+        ["prune", "--quiet", "yes"],
         ["prune", "model.kears"],
         ["prune", "--max-drop", "1%"],
         ["prune", "--latency", "fast"],
@@ -372,7 +381,8 @@ def outcome_of_command(line):
         return "FROM THE DEPTHS", "".join(traceback.format_exception(error)[-3:])
     lines = [text for text in said.getvalue().splitlines() if ": warning: " not in text]
     if code and len(lines) == 1:
-        return "refused in one line", lines[0]
+        ends = lines[0].endswith((".", "?"))
+        return ("refused in one line" if ends else "WITHOUT A FULL STOP"), lines[0]
     return ("IN SEVERAL LINES" if code else "ACCEPTED"), said.getvalue()
 
 

@@ -122,15 +122,16 @@ def write_figure(file: Path, figure: "Figure") -> None:
 
 
 def missing_folder(folder: Path, expected: str) -> FileNotFoundError:
-    """Returns an error for the folder of a command that does not exist.
+    """Returns an error for the folder of a command that does not exist or is a file.
 
     Args:
         folder: The folder.
         expected: The folders that can be named.
     """
+    what = f"'{folder}' is a file." if folder.exists() else f"There is no folder '{folder}'."
     return FileNotFoundError(
-        f"There is no folder '{folder}'. Expected {expected}: `lottery-ticket run` and the other "
-        f"commands write theirs into ./runs or --out.{hints.folder_question(folder)}"
+        f"{what} Expected {expected}: `lottery-ticket run` and the other commands write theirs "
+        f"into ./runs or --out.{hints.folder_question(folder)}"
     )
 
 

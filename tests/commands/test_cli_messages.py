@@ -149,6 +149,7 @@ def test_errors_of_their_own_still_come_with_their_traceback(said):
         ),
         (("repeat", "."), "'.' is not a run folder: it holds no config.json."),
         (("report", "nowhere"), "There is no folder 'nowhere'. Expected that of a run, or one wi"),
+        (("report", "file"), "'file' is a file. Expected that of a run, or one with several, suc"),
         (("compare", "nowhere"), "There is no file or folder 'nowhere'. Expected a .keras, .h5 o"),
         (("inspect", "nowhere"), "There is no 'nowhere'. Expected a '.keras' file, a ticket ('.s"),
         (("instability", "--masks", "nowhere", "--out", "out"), "There is no folder 'nowhere'."),
