@@ -11,6 +11,7 @@ import numpy as np
 
 from lottery_ticket_pruner import training
 from lottery_ticket_pruner.training import Arrays
+from lottery_ticket_pruner.wording import DropText, is_accuracy
 
 # Relative rounding error of metrics, which are computed in float32: there, 0.97 - 0.96 is
 # 0.01000005.
@@ -78,7 +79,7 @@ def metric_of(
 
 def accuracies_of(results: Mapping[str, Any]) -> list[str]:
     """Returns the names of accuracies among the results of an evaluation."""
-    return [key for key in results if key.rpartition("_")[2] in ("accuracy", "acc")]
+    return list(filter(is_accuracy, results))
 
 
 def check_tolerance(metric: Metric, results: Mapping[str, Any], tolerance: float | None) -> None:
@@ -124,7 +125,7 @@ def check_dense(metric: Metric, value: float, part: str, tolerance: float) -> No
 
 def _is_share(metric: Metric, value: float) -> bool:
     """Returns whether a metric is an accuracy, at most 1 and at least 0."""
-    return bool(accuracies_of({metric.name: None})) and metric.higher_is_better and 0 <= value <= 1
+    return DropText.of(metric.name, value).in_points and metric.higher_is_better
 
 
 def _is_maximized(model: keras.Model, name: str, mode: str) -> bool:

@@ -46,6 +46,7 @@ from lottery_ticket_pruner.experiments.tensorboard import TensorBoardLogger
 from lottery_ticket_pruner.experiments.workbench import compiled_network
 from lottery_ticket_pruner.fingerprints import of_json
 from lottery_ticket_pruner.loggers import PruneLog, opened
+from lottery_ticket_pruner.wording import DropText
 
 _UNITS = {
     "": 1,
@@ -206,7 +207,8 @@ def prune(config: PruneConfig, console: Console | None = None) -> PruneResult:
         pruned, whole = facts.served
         _print(
             console,
-            f"Served: {pruned:,} bytes; dense {whole:,}, {whole / pruned:.1f} times as much.",
+            f"Served: {pruned:,} bytes; dense {whole:,}, {whole / pruned:.1f} times as much. "
+            f"{pruning.use_of_zeros(result, facts)}".rstrip(),
         )
     seconds = time.perf_counter() - started
     _print(console, f"{seconds:.0f} s. Report: {folder / 'report.html'}")
@@ -440,6 +442,7 @@ class _Display:
         self._bar = progress.bar(console)
         self._task: rich.progress.TaskID | None = None
         self._said: set[str] = set()
+        self._told = DropText(in_points=False)  # Until the dense model is shown.
 
     def __enter__(self) -> "_Display":
         return self
@@ -463,13 +466,16 @@ class _Display:
             self._bar.remove_task(self._task)
             self._task = None
         if not row["step"]:
-            self._line("step", "method", "pruned", "validation", "drop", "elapsed", "left", "")
-        numbers = [row["validation"], row["drop"]]
+            self._told = DropText.of(row["metric"], row["validation"])
+            headings = ("step", "method", "pruned", "validation", self._told.heading)
+            self._line(*headings, "elapsed", "left", "")
+        value, drop = row["validation"], row["drop"]
         self._line(
             str(row["step"]),
             row["method"].replace("_", " "),
             f"{row['sparsity']:.2%}",
-            *("" if value is None else f"{value:.4f}" for value in numbers),
+            "" if value is None else f"{value:.4f}",
+            "" if drop is None else self._told.number(drop),
             _minutes(row["elapsed"]),
             _minutes(row["remaining"]),
             verdict_of(row),
@@ -484,7 +490,7 @@ class _Display:
             self._is_open = True
 
     def _line(self, *texts: str) -> None:
-        widths = (4, 11, 7, 10, 8, 7, 6, 8)
+        widths = (4, 11, 7, 10, len(self._told.heading), 7, 6, 8)
         cells = [text.rjust(width) for text, width in zip(texts, widths, strict=True)]
         self._console.print("  ".join(cells).rstrip(), highlight=False, soft_wrap=True)
 

@@ -125,7 +125,7 @@ def read(folder: Path) -> tuple[Findings, pruning.Facts]:
         pairs = {name: tuple(test[name]) for name in ("worse", "better")}
         interval = None if test["interval"] is None else tuple(test["interval"])
         findings["test"] = Comparison(**test | pairs | {"interval": interval})
-        findings["notes"] = tuple(findings["notes"])
+        findings |= {k: tuple(findings.get(k, ())) for k in ("notes", "cautions")}
         found = Findings(**findings), pruning.Facts(**facts)
         _check(*found)
     # Whatever else than a result the file describes, the tables cannot be made of it.
@@ -143,7 +143,7 @@ def _check(findings: Findings, facts: pruning.Facts) -> None:
     str(findings)
     pruning.sheets(findings, facts)
     pruning.may_lose(findings.scan, 0.0, dense=1.0)
-    texts = (findings.conclusion, *findings.notes, facts.name, facts.data)
+    texts = (findings.conclusion, *findings.notes, *findings.cautions, facts.name, facts.data)
     if not all(isinstance(text, str) for text in texts) or not isinstance(facts.options, dict):
         raise ValueError("its texts or options are others")
     numbers = [row[name] for row in findings.rows for name in ("sparsity", "validation")]

@@ -24,6 +24,7 @@ from lottery_ticket_pruner.compression.steps import Workbench
 from lottery_ticket_pruner.compression.training_state import is_trained
 from lottery_ticket_pruner.divergence import DivergenceError
 from lottery_ticket_pruner.tolerances import check_dense, is_within
+from lottery_ticket_pruner.wording import DropText
 
 _logger = logging.getLogger(__name__)
 
@@ -402,8 +403,8 @@ class Search:
     def _tell(self, row: dict[str, Any]) -> None:
         _logger.info("%s", row)
         if self._plan.options.on_row is not None:
-            times = {"elapsed": self.clock.spent, "remaining": self._remaining()}
-            self._plan.options.on_row(row | times)
+            more = {"elapsed": self.clock.spent, "remaining": self._remaining()}
+            self._plan.options.on_row(row | more | {"metric": self.bench.metric.name})
 
     def _is_late(self, stage: str) -> bool:
         """Returns whether the next attempt would probably exceed the time."""
@@ -471,6 +472,7 @@ class Search:
             meets_goals=meets,
             conclusion=" ".join(filter(None, sentences)),
             notes=self._notes(),
+            cautions=self._cautions(),
         )
 
     def _words_about_time(self) -> str:
@@ -484,9 +486,12 @@ class Search:
             text.append(f"It took {self.clock.spent / 60:.2g} minutes nevertheless.")
         return " ".join(text)
 
+    def _cautions(self) -> tuple[str, ...]:
+        return (*self.bench.parts.notes, *self.notes)
+
     def _notes(self) -> tuple[str, ...]:
         bench, plan = self.bench, self._plan
-        notes = [*bench.parts.notes, *self.notes]
+        notes = [*self._cautions()]
         if self.progress.facts["trained"]:
             notes.append("The model was trained already, and is compared as it was.")
         else:
@@ -522,8 +527,9 @@ class Search:
         gain = -min((row["drop"] for row in self._rows if row["drop"] is not None), default=0.0)
         expected = max(plan.goals.tolerance or 0.0, 0.0)
         if gain > expected and not is_within(gain, expected, self._rows[0]["validation"]):
+            better = DropText.of(bench.metric.name, self._rows[0]["validation"]).text(gain)
             notes.append(
-                f"A pruned model was better than the dense one by {gain:.4f} on the validation "
+                f"A pruned model was better than the dense one by {better} on the validation "
                 "data. Unless this is chance, the dense model was not trained to the end, so part "
                 "of what pruning costs is hidden by training on."
             )

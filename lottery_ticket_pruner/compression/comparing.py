@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,12 +20,15 @@ from lottery_ticket_pruner.compression.parts import test_part_of
 from lottery_ticket_pruner.compression.result import save_model
 from lottery_ticket_pruner.finite_data import not_finite
 from lottery_ticket_pruner.training import Arrays, map_arrays
+from lottery_ticket_pruner.wording import signed
 from masked_layers import randomness, serving, shrinking, turns
 from masked_layers.files import temporary_folder
 from masked_layers.text_tables import aligned
 
 # Means of this many groups of examples are resampled, if there are more examples.
 _GROUPS = 500
+# Differences that are equal except for rounding differ by this share of the largest at most.
+_ROUNDING = 1e-9
 # Rounds in which the models are called in turns, and seconds after which no other begins.
 _ROUNDS, _SECONDS = (9, 41), 3.0
 _HEADINGS = (
@@ -127,7 +131,9 @@ class ModelComparison:
 
     def __str__(self) -> str:
         table = aligned([list(line) for line in self.cells()], left={0})
-        return "\n".join([*table, f"{self.examples} examples", *self.notes])
+        in_points = len(self.rows) > 1 and all(row["agreement"] is not None for row in self.rows)
+        examples = f"{self.examples} examples{'; differences in points' * in_points}"
+        return "\n".join([*table, examples, *self.notes])
 
 
 def compare(
@@ -196,8 +202,10 @@ def compare_subjects(subjects: Sequence[Subject], pair: tuple[Arrays, Arrays]) -
     notes += [
         f"The inputs have {found}." for found in map(not_finite, keras.tree.flatten(x)) if found
     ]
-    if first_classes is None and len(first_scores) < FEWEST_GROUPS:
-        notes.append(f"{len(first_scores)} examples are too few for intervals.")
+    if without := [str(row["model"]) for row in rows[1:] if _has_no_interval(row)]:
+        few = f"{len(first_scores)} examples are too few for intervals."
+        alike = f"No interval for {', '.join(without)}: the difference is the same everywhere."
+        notes.append(few if len(first_scores) < FEWEST_GROUPS else alike)
     return ModelComparison(metric, rows, len(first_scores), tuple(notes))
 
 
@@ -276,7 +284,12 @@ def _interval(scores: np.ndarray, first: np.ndarray) -> tuple[float | None, floa
     groups = np.array_split((scores - first)[order], min(_GROUPS, len(scores)))
     means = np.array([group.mean() for group in groups])
     # Of differences that are all alike, a bootstrap would claim to know the mean exactly.
-    return intervals.of_mean(means) if np.ptp(means) > 0 else (None, None)
+    vary = np.ptp(means) > _ROUNDING * np.abs(means).max()  # NaN do not.
+    return intervals.of_mean(means) if vary else (None, None)
+
+
+def _has_no_interval(row: Mapping[str, Any]) -> bool:
+    return row["low"] is None and math.isfinite(row["difference"])
 
 
 def _seconds(subjects: Sequence[Subject]) -> tuple[dict[int, list[float]], list[str]]:
@@ -366,4 +379,4 @@ def _cells(row: Mapping[str, Any], is_first: bool) -> tuple[str, ...]:
 
 
 def _signed(value: float, share: bool) -> str:
-    return f"{100 * value:+.2f}" if share else f"{value:+.3g}"
+    return signed(100 * value, ".2f") if share else signed(value, ".3g")

@@ -7,6 +7,7 @@ from typing import Any
 from lottery_ticket_pruner.budgets import Latency
 from lottery_ticket_pruner.compression import metrics
 from lottery_ticket_pruner.compression.plan import Goals
+from lottery_ticket_pruner.wording import DropText
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,17 +48,18 @@ class Judge:
         """Returns what was found, and if it misses a goal, what came nearest and why.
 
         Args:
-            best: The row of the result.
-            rows: The rows of the search.
+            best: The row of the result, and as `of` the name of the metric.
+            rows: The rows of the search, the dense model's first.
         """
-        text = self._found(best)
+        told = DropText.of(best["of"], rows[0]["validation"])
+        text = self._found(best, told)
         if best["misses"] or (not self.facts["densities"] and best["method"] == "dense"):
             tolerance = self.goals.tolerance
             what = "The nearest" if tolerance is None else f"Within max_drop={tolerance}"
-            text = f"No model meets the goals. {what}: {text}{self._why(best, rows)}"
+            text = f"No model meets the goals. {what}: {text}{self._why(best, rows, told)}"
         return text
 
-    def _found(self, row: Mapping[str, Any]) -> str:
+    def _found(self, row: Mapping[str, Any], told: DropText) -> str:
         parts = [f"{row['sparsity']:.2%} of the weights are pruned"]
         if row["macs"] is not None:
             parts.append(f"{row['macs']:.2%} of the multiply-adds are left")
@@ -65,14 +67,17 @@ class Judge:
             parts.append(f"a call takes {row['latency']:.3g} ms{self._dense_beside(row, ' ({})')}")
         if row["size"] is not None:
             parts.append(f"{row['size']:,} bytes are served")
-        return f"{', '.join(parts)}, with a drop of {row['drop']:+.4f} in validation {row['of']}."
+        drop = f"a drop of {told.text(row['drop'])} in validation {row['of']}"
+        return f"{', '.join(parts)}, with {drop}."
 
     def _dense_beside(self, row: Mapping[str, Any], form: str) -> str:
         """Returns the latency of the dense model beside that of another one."""
         dense = self.facts["milliseconds"]
         return "" if row["method"] == "dense" else form.format(f"dense {dense:.3g} ms")
 
-    def _why(self, best: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
+    def _why(
+        self, best: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], told: DropText
+    ) -> str:
         missed = best["misses"].split(", ") if best["misses"] else []
         text = f" Missed: {'; '.join(self._miss(goal, best) for goal in missed)}." if missed else ""
         beyond = [row for row in rows if not row["accepted"] and row["drop"] is not None]
@@ -80,7 +85,7 @@ class Judge:
             near = min(beyond, key=lambda row: row["drop"])
             text += (
                 f" The nearest beyond: {near['sparsity']:.2%} pruned, with a drop of "
-                f"{near['drop']:+.4f} ({near['method'].replace('_', ' ')})."
+                f"{told.text(near['drop'])} ({near['method'].replace('_', ' ')})."
             )
         for row in [row for row in rows if row["note"]][-1:]:
             text += f" Step {row['step']} failed: {row['note']}"
@@ -120,7 +125,8 @@ def verdict(goals: Goals, test: metrics.Comparison) -> str:
     if goals.tolerance is None:
         return ""
     where = "within" if goals.accepts(test.drop, test.dense) else "above"
-    found = f"On the test data the drop is {test.drop:+.4f}, {where} {goals.tolerance}"
+    limit = test.told.limit(goals.tolerance)
+    found = f"On the test data the drop is {test.told.text(test.drop)}, {where} {limit}"
     if test.interval is None:
         return f"{found} ({test.method})."
     low, high = test.interval
@@ -128,5 +134,5 @@ def verdict(goals: Goals, test: metrics.Comparison) -> str:
         return f"{found}, and so is its whole 95 % interval."
     return (
         f"{found}, but {test.examples:,} examples leave open whether it really is: the 95 % "
-        f"interval is {low:+.4f} to {high:+.4f}."
+        f"interval is {test.told.interval(low, high)}."
     )

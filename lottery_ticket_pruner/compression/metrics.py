@@ -10,6 +10,7 @@ import numpy as np
 from lottery_ticket_pruner import training
 from lottery_ticket_pruner.tolerances import Metric, is_within, metric_of
 from lottery_ticket_pruner.training import Arrays, map_arrays
+from lottery_ticket_pruner.wording import DropText, points
 from masked_layers import randomness
 
 # Groups of examples whose results are compared if a metric has no result for each example.
@@ -50,11 +51,17 @@ class Comparison:
     better: tuple[int, ...] = ()
 
     def __str__(self) -> str:
-        text = f"{self.metric} {self.dense:.4f} -> {self.pruned:.4f}, drop {self.drop:+.4f}"
+        told = self.told
+        text = f"{self.metric} {self.dense:.4f} -> {self.pruned:.4f}, drop {told.text(self.drop)}"
         if self.interval is None:
             return f"{text} ({self.method})"
-        low, high = self.interval
-        return f"{text} (95 % interval {low:+.4f} to {high:+.4f}, {self.examples} examples)"
+        interval = told.interval(*self.interval)
+        return f"{text} (95 % interval {interval}, {self.examples} examples)"
+
+    @property
+    def told(self) -> DropText:
+        """How the drop is told."""
+        return DropText.of(self.metric, self.dense)
 
 
 def warning_of_few(
@@ -80,10 +87,11 @@ def warning_of_few(
         return None
     error = math.sqrt(tolerance * (1 - tolerance) / examples)
     return (
-        f"One of the {examples:,} validation examples is worth {1 / examples:.2g} of "
-        f"{metric.name}. A drop of {tolerance:g} that is measured on them has a standard error of "
-        f"{error:.2g} or more, so the model that is accepted may really be worse. Hold out at "
-        f"least {least:,} examples for this tolerance, and judge by the test data."
+        f"One of the {examples:,} validation examples is worth {points(1 / examples, '.2g')} of "
+        f"{metric.name}. A drop of {points(tolerance)} that is measured on them has a standard "
+        f"error of {points(error, '.2g')} or more, so the model that is accepted may really be "
+        f"worse. Hold out at least {least:,} examples for this tolerance, and judge by the test "
+        "data."
     )
 
 
@@ -104,8 +112,8 @@ def warning_of_constant(metric: Metric, dense: float, y: Arrays, tolerance: floa
         return None
     return (
         f"Always predicting the most frequent class has a validation {metric.name} of {share:.4g}. "
-        f"The dense model has {dense:.4g}, so a drop of {tolerance:g} accepts a model that ignores "
-        "its inputs. Train the dense model longer, look for a mistake in the data or the labels, "
+        f"The dense model has {dense:.4g}, so a drop of {DropText.of(metric.name, dense).limit(tolerance)} accepts a "
+        "model that ignores its inputs. Train the dense model longer, look for a mistake in the data or the labels, "
         "or allow a smaller drop."
     )
 
@@ -183,7 +191,9 @@ def compare(metric: Metric, dense: Outcome, pruned: Outcome, examples: int) -> C
         differences = np.array([metric.drop(*pair) for pair in pairs])
         if len(differences) < FEWEST_GROUPS:
             method = f"no interval: {len(differences)} groups of examples are too few"
-        elif np.ptp(differences) == 0:  # A bootstrap would claim to know it exactly.
+        elif is_within(
+            float(np.ptp(differences)), 0.0, dense.value
+        ):  # A bootstrap would claim to know it exactly.
             method = f"no interval: the drop is the same in all {len(differences)} groups"
         else:
             interval = intervals.of_mean(differences)

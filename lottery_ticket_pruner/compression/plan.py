@@ -87,8 +87,8 @@ class Options:
         trained: Whether the model is trained. None to find out: its optimizer has done steps, or
             its biases have changed and its loss is below that of newly drawn models.
         on_row: Function that is called with each row as soon as it is known, and with the seconds
-            since the beginning (`elapsed`) and those that the rest will probably take
-            (`remaining`).
+            since the beginning (`elapsed`), those that the rest will probably take (`remaining`)
+            and the name of the `metric`.
         on_training: Function that is called before each training with the row of its model as far
             as it is known, and the number of steps.
         on_progress: Function that is called with the number of new steps of training.

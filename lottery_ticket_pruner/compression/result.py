@@ -13,6 +13,7 @@ import keras
 import masked_layers as ml
 from lottery_ticket_pruner.compression.metrics import Comparison
 from lottery_ticket_pruner.compression.steps import served_size
+from lottery_ticket_pruner.wording import DropText
 from masked_layers.files import replacing, temporary_folder
 from masked_layers.serving import StorageReport
 from masked_layers.text_tables import aligned
@@ -57,6 +58,8 @@ class Findings:
             nearest and why.
         notes: Further sentences about what was decided: parts of the data that were split off,
             whether the model was found to be trained, how long each step trained.
+        cautions: Those of the notes that qualify the conclusion: which metric was chosen, examples
+            that were split off, too few of them for the tolerance. Reports show them next to it.
     """
 
     rows: list[dict[str, Any]]
@@ -68,6 +71,7 @@ class Findings:
     meets_goals: bool
     conclusion: str
     notes: tuple[str, ...]
+    cautions: tuple[str, ...] = ()
 
     @property
     def table(self) -> str:
@@ -76,7 +80,9 @@ class Findings:
 
     def cells(self) -> list[tuple[str, ...]]:
         """Returns the headings and the rows as texts, without columns that are empty."""
-        lines = [_HEADINGS, *map(_cells, self.rows)]
+        told = self.test.told
+        headings = tuple(told.heading if name == "drop" else name for name in _HEADINGS)
+        lines = [headings, *(_cells(row, told) for row in self.rows)]
         columns = [i for i in range(len(_HEADINGS)) if any(line[i] for line in lines[1:])]
         return [tuple(line[i] for i in columns) for line in lines]
 
@@ -172,7 +178,7 @@ def reason_of(row: Mapping[str, Any], said: set[str]) -> str:
     return f"{reason}."
 
 
-def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+def _cells(row: dict[str, Any], told: DropText) -> tuple[str, ...]:
     return (
         str(row["step"]),
         row["method"].replace("_", " "),
@@ -181,7 +187,7 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         "" if row["latency"] is None else f"{row['latency']:.3g} ms",
         "" if row.get("size") is None else f"{row['size']:,}",
         "" if row["validation"] is None else f"{row['validation']:.4f}",
-        "" if row["drop"] is None else f"{row['drop']:+.4f}",
+        "" if row["drop"] is None else told.number(row["drop"]),
         f"{row['steps']} steps" if row.get("steps") else "",  # Earlier versions did not count.
         f"{row['seconds']:.1f}",
         verdict_of(row),

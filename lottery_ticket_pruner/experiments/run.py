@@ -82,6 +82,7 @@ def _carry_out(
     )
     rows: list[dict[str, Any]] = []
     failures = SeedFailures()
+    said = ""
     with (
         contextlib.closing(writer(config, folder)) as written,
         _Progress(config, console) as display,
@@ -96,7 +97,9 @@ def _carry_out(
             if replicate:
                 model.set_weights(compiled_network(config, data, seed).get_weights())
             with failures.seed(seed):
-                _carry_out_seed(config, data, folder, console, model, replicate, record, display)
+                said += _carry_out_seed(config, data, folder, model, replicate, record, display)
+    if said:  # Below the table that grew.
+        console.print(said, markup=False, highlight=False)
     failures.check()
     draw(config, rows, folder)
 
@@ -112,13 +115,12 @@ def _carry_out_seed(
     config: RunConfig,
     data: datasets.Dataset,
     folder: RunFolder,
-    console: Console,
     model: keras.Model,
     replicate: int,
     record: Callable[[dict[str, Any]], None],
     display: "_Progress",
-) -> None:
-    """Executes the search of a seed, and writes its ticket."""
+) -> str:
+    """Executes the search of a seed, and writes its ticket. Returns what to say of its export."""
     folder.keep_initial_weights(replicate, model)
     with _logger(config, folder, replicate, model) as logger:
         log = SearchLog(logger)
@@ -152,8 +154,9 @@ def _carry_out_seed(
         )
     suffix = f"-{replicate}" if replicate else ""
     saved_tickets.save(found.ticket, folder.path, f"ticket{suffix}")
-    if not suffix and not _is_dropped(folder.final, config.seeds[0]):
-        _export(found.ticket, folder, console)
+    if suffix or _is_dropped(folder.final, config.seeds[0]):
+        return ""
+    return _export(found.ticket, folder)
 
 
 def _prunes_nothing(config: RunConfig) -> bool:
@@ -184,17 +187,14 @@ def _is_dropped(folder: Path, seed: int) -> bool:
     return seed != whole.get("seeds", [seed])[0]
 
 
-def _export(ticket: keras.Model, folder: RunFolder, console: Console) -> None:
-    """Exports the ticket for TensorFlow Serving, with a folder per version."""
+def _export(ticket: keras.Model, folder: RunFolder) -> str:
+    """Exports the ticket for TensorFlow Serving, with a folder per version, and says so."""
     place = Path("served", "1")
     try:
         stored = export_sparse_saved_model(ticket, folder.path / place)
     except (ArithmeticError, ImportError, OSError, RuntimeError, ValueError) as error:
-        # Results do not depend on the export.
-        console.print(f"No SavedModel: {error}", markup=False, highlight=False)
-    else:
-        text = f"{folder.final / place}: {stored.disk_nbytes:,} bytes"
-        console.print(text, markup=False, highlight=False)
+        return f"No SavedModel: {error}"  # Results do not depend on the export.
+    return f"First ticket for serving: {folder.final / place}, {stored.disk_nbytes:,} bytes"
 
 
 def _logger(config: RunConfig, folder: RunFolder, replicate: int, model: keras.Model) -> RunLogger:
@@ -224,8 +224,8 @@ class _Progress:
         arms = [statistics.arm_label(arm) for arm in self._arms]
         headings = ["seed", "round", "weights left", *arms, "early stop"]
         if config.counts_channels:  # Within 80 columns, with two controls.
-            headings = ["seed", "round", "weights", "channels", *arms, "stop"]
-        self._widths = [max(len(heading), 6) for heading in headings]
+            headings = ["seed", "round", "weights", "channels", *arms, "early stop"]
+        self._widths = [max(len(heading), 5) for heading in headings]
         self._line(*headings)
 
     def __enter__(self) -> "_Progress":
@@ -251,7 +251,7 @@ class _Progress:
             *([f"{row['channels']:.2%}"] if "channels" in row else []),
             *(f"{100 * one['test_accuracy']:.2f}" if one else "" for one in shown),
             *[""] * (len(self._arms) - len(shown)),
-            str(row["early_stop_step"]),
+            f"step {row['early_stop_step']}",
         )
         self._round = {}
         following, rounds = f"seed {seed}", chosen(self._config.rounds)

@@ -358,7 +358,10 @@ class RunFolder(Workplace):
         if self.moved:
             self._print(self.describe_moved())
         if started is not None:
-            self._print(f"{time.perf_counter() - started:.0f} s. Results in {self.final}")
+            files = results_in(self.final, self._command)
+            drawn = ", ".join(sorted(file.name for file in files if file.suffix == ".png"))
+            what = f", drawn in {drawn}" if drawn else ""
+            self._print(f"{time.perf_counter() - started:.0f} s. Results in {self.final}{what}")
         return self.final
 
     def describe(self) -> str:

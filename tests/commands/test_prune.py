@@ -110,6 +110,9 @@ def test_a_model_and_data_of_a_user_become_a_folder(here, capsys, monkeypatch):
         assert "Dense and pruned" in text
         assert "milliseconds per call as served, batch 1" in text
         assert f"{float(rows[1]['sparsity']):.2%}" in text
+        assert "Zeros save bytes where they are exported sparsely (served/1), but no time" in text
+        assert text.index(few) < text.index("Dense and pruned")  # Next to the conclusion.
+        assert text.count(few) == 1
     assert "How much each kernel may lose alone" in page
 
     # The report is written again from the stored results.

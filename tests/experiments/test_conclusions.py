@@ -53,6 +53,15 @@ def test_a_difference_that_may_be_zero_beats_nothing():
     assert text.endswith("of the weights on (2 seeds are too few for an interval).")
 
 
+def test_equal_differences_do_not_look_certain():
+    text = conclusions.of_search(searched([-1], [(1, 1, 1)]))
+    assert (
+        "1.00 points above that of random mask; at least one of these differences is the same"
+        in text
+    )
+    assert "beat" not in text
+
+
 def test_unfinished_seeds_and_equal_accuracies():
     rows = searched([1, 1], [(0, 0), (0, 0)], seeds=2)
     rows = rows[(rows["seed"] == 1) | (rows["round"] < 2)]

@@ -137,7 +137,7 @@ def test_output_of_a_run(finished):
     ticket, mask, reinit = rows[6], rows[5], rows[4]
     accuracies = [f"{100 * row['test_accuracy']:.2f}" for row in (ticket, reinit, mask)]
     left = f"{1 - ticket['sparsity']:.2%}"
-    assert ["4", "2", left, *accuracies, f"{ticket['early_stop_step']:.0f}"] in lines
+    assert ["4", "2", left, *accuracies, "step", f"{ticket['early_stop_step']:.0f}"] in lines
     assert max(map(len, printed.splitlines())) <= 80
     assert "mean ± standard deviation of 2 replicates" in printed
     assert "…" not in printed

@@ -143,6 +143,19 @@ def test_differences_are_paired_by_seed():
     expected = f"{mean:+.2f} ± {half:.2f}"
     versus_dense = f"{100 * (ticket[0] - 0.9):+.2f}"
     assert sheet.lines == (("1", "50.00%", versus_dense, expected),)
+    assert not sheet.note
+
+
+def test_equal_differences_have_no_interval_and_zero_no_sign():
+    rows = [row(1, arm, r, 0.9, 0.5) for arm in ("ticket", "random_mask") for r in range(3)]
+    rows += [row(0, "dense", r, 0.9 - 1e-7 * r, 0.0) for r in range(3)]
+    sheet = tables.difference_sheet(pooled(rows))
+    assert sheet.lines == (("1", "50.00%", "0.00 (3 equal)", "0.00 (3 equal)"),)
+    assert "tells nothing about its spread" in sheet.note
+    assert "± 0.00: all replicates are equal" in tables.accuracy_sheet(pooled(rows)).note
+    assert "none where all replicates are equal" in figures.describe_spread(
+        figures.arm_lines(pooled(rows))
+    )
 
 
 # --- Figures --------------------------------------------------------------------------------------
@@ -152,7 +165,8 @@ def test_intervals_are_those_of_the_t_test():
     values = [0.91, 0.93, 0.92, 0.97]
     expected = scipy.stats.ttest_1samp(values, 0).confidence_interval(0.95)
     assert statistics.interval(values) == pytest.approx((expected.low, expected.high))
-    assert statistics.interval([0.5, 0.5, 0.5]) == (0.5, 0.5)
+    # Equal values tell nothing about their spread. 0.97 - 0.96 is 0.010000000000000009.
+    assert statistics.interval([0.97 - 0.96, 0.01, 0.01]) is None
     assert statistics.interval([0.4, 0.3]) == (0.3, 0.4)
     assert statistics.interval([0.4]) == (0.4, 0.4)
 

@@ -1,6 +1,6 @@
 """The page of a comparison of models."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -9,6 +9,7 @@ from lottery_ticket_pruner import pictures
 from lottery_ticket_pruner.compression import ModelComparison
 from lottery_ticket_pruner.experiments.reports import web_page
 from lottery_ticket_pruner.experiments.reports.tables import Sheet
+from lottery_ticket_pruner.wording import signed
 
 
 def page(found: ModelComparison, options: Mapping[str, Any]) -> str:
@@ -19,7 +20,8 @@ def page(found: ModelComparison, options: Mapping[str, Any]) -> str:
         options: Options to show below it.
     """
     headings, *lines = found.cells()
-    note = f"{found.examples} test examples. Differences are those from the first model."
+    unit = ", in points" if _in_points(found.rows) else ""
+    note = f"{found.examples} test examples. Differences are those from the first model{unit}."
     sheet = Sheet("Models compared", headings, tuple(lines), 1, note)
     charts = []
     if any(row["low"] is not None for row in found.rows):
@@ -32,7 +34,8 @@ def page(found: ModelComparison, options: Mapping[str, Any]) -> str:
         kind="Compared",
         title=", ".join(row["model"] for row in found.rows),
         conclusion=conclusion(found),
-        notes=found.notes,
+        cautions=found.notes,
+        notes=(),
         sheets=[sheet],
         charts=charts,
         options=options,
@@ -69,18 +72,24 @@ def differences(found: ModelComparison) -> Figure:
     Differences of accuracies are in points, as in the table.
     """
     rows = [row for row in found.rows if row["low"] is not None]
-    in_points = all(row["agreement"] is not None for row in rows)
-    scale, form, unit = (100, "+.2f", " points") if in_points else (1, "+.4f", "")
+    in_points = _in_points(rows)
+    scale, form, unit = (100, ".2f", " points") if in_points else (1, ".4f", "")
     figure, axes = pictures.new_figure(4.8, 0.9 + 0.34 * len(rows))
     axes.axvline(0, color=pictures.MUTED, linewidth=1.2, linestyle=(0, (5, 3)))
     for place, row in enumerate(rows):
         middle, low, high = (scale * row[name] for name in ("difference", "low", "high"))
         axes.plot([low, high], [place] * 2, color=pictures.PALETTE[0], linewidth=2)
         axes.plot(middle, place, "o", color=pictures.PALETTE[0])
-        text = f"{row['model']}: {middle:{form}}{unit} ({low:{form}} to {high:{form}})"
+        middle_text, *ends = (signed(value, form) for value in (middle, low, high))
+        text = f"{row['model']}: {middle_text}{unit} ({' to '.join(ends)})"
         pictures.add_target(axes, middle, place, text)
     axes.set_yticks(range(len(rows)), [pictures.wrapped(row["model"]) for row in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlabel(f"difference of the {found.metric}{',' * in_points}{unit}")
     pictures.open_up(axes, "x")
     return figure
+
+
+def _in_points(rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Returns whether differences are those of accuracies."""
+    return all(row["agreement"] is not None for row in rows)

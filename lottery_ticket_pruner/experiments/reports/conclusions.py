@@ -8,6 +8,7 @@ import pandas as pd
 
 from lottery_ticket_pruner.experiments.reports.run_folders import Group
 from lottery_ticket_pruner.experiments.reports.statistics import (
+    ALL_EQUAL,
     CONFIDENCE,
     STABLE,
     accuracy_text,
@@ -21,6 +22,7 @@ from lottery_ticket_pruner.experiments.reports.statistics import (
     place_of,
     setting_text,
 )
+from lottery_ticket_pruner.wording import signed
 
 # Largest relative difference of weights remaining at which tickets are compared in a sentence.
 _COMPARABLE = 0.1
@@ -86,6 +88,9 @@ def _against_controls(rows: pd.DataFrame) -> str:
         return f"{sentence}. They do not beat {name} at the end."
     interval_text = f"the {100 * CONFIDENCE:.0f} % interval of"
     if begin is None:
+        undecided = [gains[last] for gains in every.values() if not _is_above(gains[last])]
+        if all(interval(gains) is None for gains in undecided):
+            return f"{sentence}; at least one of these differences is {ALL_EQUAL}."
         return f"{sentence}; {interval_text} at least one of these differences is not above zero."
     if fewest < 3:
         why = f"{_seeds(fewest)} {'is' if fewest == 1 else 'are'} too few for an interval"
@@ -113,7 +118,10 @@ def _left(rows: pd.DataFrame) -> dict[int, float]:
 
 
 def _is_above(gains: Sequence[float]) -> bool:
-    least = interval(gains)[0] if len(gains) > 2 else float(np.mean(gains))
+    found = interval(gains)
+    if found is None:
+        return False
+    least = found[0] if len(gains) > 2 else float(np.mean(gains))
     return least > 0 and not is_at_least(-least)  # NaN is neither.
 
 
@@ -175,11 +183,11 @@ def of_instability(rows: pd.DataFrame) -> str:
         return (
             f"From step {first} on, trainings with different orders of the examples stay "
             f"connected: the mean instability is below {100 * STABLE:g} points, and "
-            f"{100 * means[first]:.2f} there."
+            f"{100 * means[first]:z.2f} there."
         )
     return (
         "From none of the measured steps on do trainings stay connected: the mean instability of "
-        f"the last is {100 * means.iloc[-1]:.2f} points, and less than {100 * STABLE:g} count as "
+        f"the last is {100 * means.iloc[-1]:z.2f} points, and less than {100 * STABLE:g} count as "
         "stable."
     )
 
@@ -212,8 +220,10 @@ def of_comparison(groups: Sequence[Group]) -> str:
     gains = (by_seed[0] - by_seed[1]).dropna()
     if len(gains) < 3:
         return f"{text}; too few seeds in common for an interval."
-    low, high = (100 * end for end in interval(gains))
-    between = f"{low:+.2f} to {high:+.2f} points"
+    ends = interval(gains)
+    if ends is None:
+        return f"{text}; the difference is {ALL_EQUAL}, so it has no interval."
+    between = " to ".join(signed(100 * end, ".2f") for end in ends) + " points"
     return f"{text}; the {100 * CONFIDENCE:.0f} % interval of the difference is {between}."
 
 

@@ -85,9 +85,11 @@ def with_looks(lines: Sequence[Line]) -> list[Line]:
 
 def describe_spread(lines: Sequence[Line]) -> str:
     """Describes the bands of a figure with these lines, or says that it has none."""
-    counts = [len(sample) for line in lines for sample in line.samples]
+    samples = [sample for line in lines for sample in line.samples]
+    counts = list(map(len, samples))
     if len(lines) <= _MOST_BANDS or max(counts) < 2:
-        return describe_bands(counts)
+        without = any(interval(sample) is None for sample in samples)
+        return describe_bands(counts) + "; none where all replicates are equal" * without
     shown = f"{min(counts)} to {max(counts)}" if min(counts) < max(counts) else f"{max(counts)}"
     return f"Means of {shown} replicates; {len(lines)} bands would hide each other"
 
@@ -314,8 +316,10 @@ def _error(accuracies: Sequence[float]) -> float:
 
 def _band(accuracies: Sequence[float]) -> tuple[float, float]:
     """Returns the errors at both ends of the interval in percent."""
-    low, high = interval(accuracies)
-    return 100 * (1 - low), 100 * (1 - high)
+    found = interval(accuracies)
+    if found is None:
+        return _no_band(accuracies)
+    return 100 * (1 - found[0]), 100 * (1 - found[1])
 
 
 def _no_band(accuracies: Sequence[float]) -> tuple[float, float]:

@@ -84,9 +84,9 @@ def describe_pixels(portrait: Portrait) -> str:
     assert portrait.readers is not None
     unread = int((portrait.readers == 0).sum())
     return (
-        f"Empty: read by no kept weight ({unread:,} of {portrait.readers.size:,} pixels). Darkest: "
-        f"read by {int(portrait.readers.max()):,} of the {portrait.units:,} units of the first "
-        "layer."
+        f"Empty: read by no kept weight ({unread:,} of {portrait.readers.size:,} pixels). Fullest "
+        f"color: read by {int(portrait.readers.max()):,} of the {portrait.units:,} units of the "
+        "first layer."
     )
 
 
@@ -108,7 +108,7 @@ def kernels_figure(portrait: Portrait) -> Figure:
 
 
 def masks_figure(portrait: Portrait) -> Figure:
-    """Plots every mask as blocks, the darker the more weights are kept."""
+    """Plots every mask as blocks, the fuller their color the more weights are kept."""
     masks = list(portrait.masks.items())[:_MASKS]
     across = min(3, len(masks))
     down = -(-len(masks) // across)
@@ -129,7 +129,7 @@ def masks_figure(portrait: Portrait) -> Figure:
 
 def describe_masks(portrait: Portrait) -> str:
     """Returns the caption of `masks_figure`."""
-    text = "The darker, the larger the share of kept weights in a block of inputs and units."
+    text = "The fuller the color, the more weights are kept in a block of inputs and units."
     if len(portrait.masks) > _MASKS:
         text += f" The first {_MASKS} of {len(portrait.masks)} masks."
     return text

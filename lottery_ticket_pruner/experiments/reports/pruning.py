@@ -86,7 +86,8 @@ def page(result: Findings, facts: Facts) -> str:
         kind="Pruned",
         title=title,
         conclusion=result.conclusion,
-        notes=result.notes,
+        cautions=result.cautions,
+        notes=[note for note in result.notes if note not in result.cautions],
         sheets=sheets(result, facts),
         charts=[
             {
@@ -117,7 +118,8 @@ def curve(result: Findings) -> Figure:
         color, marker = pictures.look(number)
         left = [100 * (1 - share) for share in x]
         name = method.replace("_", " ")
-        axes.plot(left, y, color=color, linewidth=1.4, label=name)
+        axes.plot(left, y, color=color, linewidth=1.4)
+        axes.plot([], [], color=color, marker=marker, linewidth=1.4, label=name)  # In the legend.
         for accepted, face in ((True, color), (False, "none")):
             chosen = [row for row in own if (verdict_of(row) == "accepted") == accepted]
             axes.scatter(
@@ -197,8 +199,8 @@ def _scan_charts(result: Findings, facts: Facts) -> list[dict[str, str]]:
     title = "How much each kernel may lose alone"
     caption = (
         "Bars: the largest share of a kernel that was pruned alone, without training, with a drop "
-        f"of at most {result.tolerance or 0.0:g} on validation data. Circles: what it lost in the "
-        "result."
+        f"of at most {result.test.told.limit(result.tolerance or 0.0)} on validation data. "
+        "Circles: what it lost in the result."
     )
     return [
         {
@@ -234,9 +236,10 @@ def sensitivity(result: Findings, facts: Facts) -> Figure:
     alone = may_lose(result.scan, result.tolerance or 0.0, dense)
     figure, axes = pictures.new_figure(4.8, 0.9 + 0.26 * len(alone))
     places = range(len(alone))
-    axes.barh(places, list(alone.values()), color=pictures.PALETTE[0], height=0.6)
+    axes.barh(places, list(alone.values()), color=pictures.PALETTE[0], alpha=0.4, height=0.6)
     lost = [1 - facts.kept_sizes.get(path, 0) / facts.dense_sizes[path] for path in alone]
-    axes.scatter(lost, places, edgecolors=pictures.PALETTE[1], facecolors="none", zorder=3)
+    circles = {"edgecolors": pictures.PALETTE[1], "facecolors": "none", "linewidths": 2}
+    axes.scatter(lost, places, zorder=3, **circles)
     axes.set_yticks(places, list(alone))
     axes.invert_yaxis()
     axes.set_xlim(0, 1.02)
@@ -258,7 +261,7 @@ def card(result: Findings, facts: Facts) -> str:
         files += " and `served/1` (a SavedModel for TensorFlow Serving, which needs neither)"
     texts = [
         f"# {facts.name}, pruned",
-        result.conclusion,
+        " ".join([result.conclusion, *result.cautions]),
         f"{files}.",
         "## Results",
         *(sheet.markdown() for sheet in sheets(result, facts)),
@@ -266,7 +269,7 @@ def card(result: Findings, facts: Facts) -> str:
         f"{facts.data}: {parts} examples. The validation data chose the model, the test data was "
         "used once, for the comparison above.",
         "## How it was made",
-        *(f"- {note}" for note in result.notes),
+        *(f"- {note}" for note in result.notes if note not in result.cautions),
         options,
     ]
     return "\n\n".join([*texts, ""])
@@ -286,12 +289,23 @@ def _summary(result: Findings, facts: Facts) -> Sheet:
     if facts.latencies is not None:
         after, before = facts.latencies
         lines.append(("milliseconds per call as served, batch 1", f"{before:.3g}", f"{after:.3g}"))
-    note = f"Drop {test.drop:+.4f}"
+    note = f"Drop: {test.told.text(test.drop)}"
     if test.interval is not None:
-        low, high = test.interval
-        note += f", 95 % interval {low:+.4f} to {high:+.4f}"
-    note += f", {test.examples} test examples ({test.method})."
-    return Sheet("Dense and pruned", ("", "dense", "pruned"), tuple(lines), 1, note)
+        note += f", 95 % interval {test.told.interval(*test.interval)}"
+    note += f", {test.examples} test examples ({test.method}). {use_of_zeros(result, facts)}"
+    return Sheet("Dense and pruned", ("", "dense", "pruned"), tuple(lines), 1, note.rstrip())
+
+
+def use_of_zeros(result: Findings, facts: Facts) -> str:
+    """Returns what zeros save and do not, if the result has kernels with zeros, or nothing."""
+    has_zeros = sum(facts.kept_sizes.values()) < sum(facts.dense_sizes.values())
+    if not has_zeros or any(row["method"] == "channels" for row in result.rows):
+        return ""
+    place = "" if facts.served is None else " (served/1)"
+    return (
+        f"Zeros save bytes where they are exported sparsely{place}, but no time on ordinary dense "
+        "kernels: for a faster model, ask for --macs or --latency, which remove channels."
+    )
 
 
 def _attempts(result: Findings) -> Sheet:

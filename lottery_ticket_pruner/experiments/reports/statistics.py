@@ -20,6 +20,9 @@ LABELS = {
 
 CONFIDENCE = 0.95
 
+# What differences without an interval are, for readers.
+ALL_EQUAL = "the same for all seeds, which tells nothing about its spread"
+
 # Below this instability a network counts as stable (Frankle et al., arXiv 1912.05671).
 STABLE = 0.02
 
@@ -27,16 +30,24 @@ STABLE = 0.02
 _CHOICES = ("criterion", "dwr", "kind", "weights")
 
 
-def interval(values: Sequence[float]) -> tuple[float, float]:
+def interval(values: Sequence[float]) -> tuple[float, float] | None:
     """Returns the 95 % confidence interval of the mean by Student's t, from three values on.
 
-    For two values, returns the lower and the higher one; for one value, that value twice.
+    None if these are all equal, because the interval would have no width, as if the mean were
+    certain. For two values, returns the lower and the higher one; for one value, that value twice.
     """
     if len(values) < 3:
         return min(values), max(values)
+    if are_equal(values):
+        return None
     mean, error = np.mean(values), scipy.stats.sem(values)
     half = error * scipy.stats.t.ppf(0.5 + CONFIDENCE / 2, len(values) - 1)
     return float(mean - half), float(mean + half)
+
+
+def are_equal(shares: Sequence[float]) -> bool:
+    """Returns whether several shares, or differences of shares, are equal except for rounding."""
+    return len(shares) > 1 and is_within(float(np.ptp(shares)), 0.0, 1.0)
 
 
 def is_at_least(gain: float) -> bool:
@@ -68,7 +79,7 @@ def setting_text(name: str, value: object) -> str:
 
 def accuracy_text(accuracies: Sequence[float]) -> str:
     """Returns the mean in percent and, for several values, the standard deviation."""
-    return spread(100 * np.asarray(accuracies, float), "{:.2f}")
+    return spread(100 * np.asarray(accuracies, float), "{:z.2f}")
 
 
 def spread(values: Sequence[float] | np.ndarray, style: str) -> str:

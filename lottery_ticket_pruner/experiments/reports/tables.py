@@ -12,8 +12,10 @@ from rich.table import Table
 
 from lottery_ticket_pruner.experiments.reports.run_folders import Group
 from lottery_ticket_pruner.experiments.reports.statistics import (
+    ALL_EQUAL,
     CONFIDENCE,
     accuracy_text,
+    are_equal,
     arm_label,
     arms_of,
     dense_accuracies,
@@ -26,6 +28,7 @@ from lottery_ticket_pruner.experiments.reports.statistics import (
     spread,
     text_of,
 )
+from lottery_ticket_pruner.wording import signed
 
 _TERMINAL = 80
 
@@ -135,7 +138,11 @@ def accuracy_sheet(rows: pd.DataFrame) -> Sheet:
         several = f"{counts.max()}" if counts.min() == counts.max() else f"up to {counts.max()}"
         title += f": mean ± standard deviation of {several} replicates"
     headings = ("round", "weights", "channels", *map(arm_label, arms), "early stop")
-    return _with_channels(Sheet(title, headings, tuple(lines)))
+    note = "Early stop: the step with the lowest validation loss, of the dense run or the ticket."
+    own = [accuracies for _, accuracies in rows.groupby(["round", "arm"])["test_accuracy"]]
+    if any(map(are_equal, own)):
+        note += " ± 0.00: all replicates are equal, which does not make their mean certain."
+    return _with_channels(Sheet(title, headings, tuple(lines), note=note))
 
 
 def _channels_left(rows: pd.DataFrame) -> str:
@@ -166,12 +173,17 @@ def difference_sheet(rows: pd.DataFrame) -> Sheet:
     counts: set[int] = set()
 
     def cell(ticket: pd.Series, other: pd.Series) -> str:
-        points = (100 * (ticket - other)).dropna().tolist()
-        if not points:
+        gains = (ticket - other).dropna().tolist()
+        if not gains:
             return ""
-        counts.add(len(points))
-        half = f" ± {interval(points)[1] - np.mean(points):.2f}" if len(points) > 2 else ""
-        return f"{np.mean(points):+.2f}{half}"
+        counts.add(len(gains))
+        mean = signed(100 * np.mean(gains), ".2f")
+        if len(gains) < 3:
+            return mean
+        found = interval(gains)
+        if found is None:
+            return f"{mean} ({len(gains)} equal)"
+        return f"{mean} ± {100 * (found[1] - np.mean(gains)):.2f}"
 
     lines = []
     for number, of_round in by_seed[by_seed["round"] > 0].groupby("round"):
@@ -184,7 +196,10 @@ def difference_sheet(rows: pd.DataFrame) -> Sheet:
     if max(counts, default=0) > 2:
         title += f": mean ± half of the {CONFIDENCE:.0%} interval by Student's t, paired by seed"
     others = ([] if dense is None else ["dense"]) + [arm_label(arm) for arm in controls]
-    return Sheet(title, ("round", "weights", *(f"minus {name}" for name in others)), tuple(lines))
+    headings = ("round", "weights", *(f"minus {name}" for name in others))
+    has_equal = any(text.endswith("equal)") for line in lines for text in line)
+    note = f"Equal: the difference is {ALL_EQUAL}." if has_equal else ""
+    return Sheet(title, headings, tuple(lines), note=note)
 
 
 def overview_sheet(groups: Sequence[Group]) -> Sheet:
@@ -228,8 +243,8 @@ def overview_sheet(groups: Sequence[Group]) -> Sheet:
             headings,
             tuple(lines),
             names=1,
-            note="The last column shows the fewest weights with which the mean of the tickets is "
-            "at least that of the dense network.",
+            note="Matches dense to: the fewest weights with which the mean of the tickets is at "
+            "least that of the dense network.",
         )
     )
 
@@ -335,7 +350,7 @@ def instability_sheet(rows: pd.DataFrame) -> Sheet:
                 f"{step}",
                 f"{1 - sparsity:.2%}",
                 accuracy_text(own["instability"]),
-                spread(own["loss_barrier"], "{:.3f}"),
+                spread(own["loss_barrier"], "{:z.3f}"),
                 accuracy_text(own["test_accuracy"]),
                 accuracy_text(own["lowest_accuracy"]),
             )

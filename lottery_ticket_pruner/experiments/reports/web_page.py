@@ -102,12 +102,26 @@ def filled(template: str, **values: Any) -> str:
     )
     environment.filters["value"] = run_folders.as_text
     environment.filters["value_of"] = lambda value, option: run_folders.option_text(option, value)
+    environment.filters["unbroken"] = unbroken
+    environment.filters["options"] = _with_whole_options
+    environment.filters["deviation"] = lambda cell: str(cell).replace("± ", "±\N{NO-BREAK SPACE}")
     environment.filters["words"] = lambda name: str(name).replace("_", " ")
     return environment.get_template(template).render(
         palette=list(zip(pictures.PALETTE, pictures.DARK_PALETTE, strict=True)),
         version=lottery_ticket_pruner.__version__,
         **values,
     )
+
+
+def unbroken(text: str) -> str:
+    """Returns a text in which no line breaks between a number and its unit."""
+    return re.sub(r"(?<=\d) (?=%|±|points?\b)|(?<=±) (?=\d)", "\N{NO-BREAK SPACE}", text)
+
+
+def _with_whole_options(text: str) -> str:
+    """Returns a text as HTML in which no line breaks within an option such as `--macs`."""
+    escaped = str(jinja2.filters.escape(text))
+    return re.sub(r"--[a-z][a-z-]*", r'<span class="whole">\g<0></span>', escaped)
 
 
 def _template(name: str) -> str:

@@ -101,6 +101,7 @@ def test_numbers_are_compared_by_squared_errors():
     assert rows["two"]["low"] == pytest.approx(rows["two"]["difference"] - half, rel=0.2)
     assert rows["two"]["high"] == pytest.approx(rows["two"]["difference"] + half, rel=0.2)
     assert (rows["same"]["difference"], rows["same"]["low"]) == (0.0, None)
+    assert "No interval for same: the difference is the same everywhere." in found.notes
     assert rows["two"]["agreement"] is None
 
 

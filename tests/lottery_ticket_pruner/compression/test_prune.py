@@ -62,8 +62,8 @@ def test_the_model_that_was_passed_is_not_changed(trained, result):
 
 def test_the_result_prints_as_a_table_and_sentences(result):
     text = str(result)
-    headings = ["step", "method", "sparsity", "validation", "drop", "trained", "seconds"]
-    assert text.splitlines()[0].split() == headings
+    headings = "step method sparsity validation drop, points trained seconds"
+    assert text.splitlines()[0].split() == headings.split()
     assert "The model was trained already" in text
     assert f"{result.sparsity:.2%} of the weights are pruned" in text
     assert "test: accuracy" in text
@@ -131,7 +131,7 @@ def test_an_interrupted_search_goes_on_with_the_same_results(trained, result, le
     assert np.isfinite([row["remaining"] for row in told]).all()
 
     def untimed(rows):
-        others = ("seconds", "elapsed", "remaining", "density", "load")
+        others = ("seconds", "elapsed", "remaining", "density", "load", "metric")
         return [{k: v for k, v in row.items() if k not in others} for row in rows]
 
     assert untimed(told) == untimed(resumed.rows) == untimed(result.rows)
@@ -285,13 +285,13 @@ def test_missed_goals_are_named_with_what_was_reached():
     assert judge.misses(0.05, size=20_001, in_time=False) == ["size", "latency"]
     row = {"step": 1, "method": "channels", "accepted": True, "note": "", "of": "accuracy"}
     row |= {"density": 0.7, "sparsity": 0.3, "macs": 0.72, "latency": 4.25, "size": 31_234}
-    row |= {"drop": 0.001, "load": 4.25, "misses": ", ".join(densities)}
+    row |= {"drop": 0.001, "load": 4.25, "misses": ", ".join(densities), "validation": 0.9}
     assert verdict_of(row) == "too dense, too large, too many macs, too slow"
     failed = row | {"step": 2, "drop": None, "accepted": False, "note": "Every family is at one."}
     assert judge.conclusion(row, [row, row | {"note": "At first."}, failed]) == (
         "No model meets the goals. The nearest: 30.00% of the weights are pruned, 72.00% of the "
         "multiply-adds are left, a call takes 4.25 ms (dense 5.1 ms), 31,234 bytes are served, "
-        "with a drop of +0.0010 in validation accuracy. Missed: sparsity=0.95 (30.00% pruned); "
+        "with a drop of 0.10 points in validation accuracy. Missed: sparsity=0.95 (30.00% pruned); "
         "size=20,000 bytes (31,234 as served, dense 90,000); macs=0.5 (72.00% left); a latency of "
         "at most 3 ms (4.25 ms, dense 5.1 ms). Step 2 failed: Every family is at one."
     )
@@ -343,19 +343,25 @@ def test_an_untrained_model_is_trained_first_and_can_be_rewound():
 @pytest.mark.once
 def test_a_tolerance_that_the_validation_data_cannot_show_is_said(trained):
     few = (DATA[0], (DATA[1][0][:50], DATA[1][1][:50]), DATA[2])
-    with pytest.warns(UserWarning, match="One of the 50 validation examples is worth 0.02") as told:
+    with pytest.warns(
+        UserWarning, match="One of the 50 validation examples is worth 2 points"
+    ) as told:
         result = prune(trained, few, 0.05, method="one_shot", minutes=1e-9)
-    assert {str(warning.message) for warning in told} & set(result.notes)
+    assert {str(warning.message) for warning in told} & set(result.notes) & set(result.cautions)
 
 
 @pytest.mark.parametrize(
     ("drop", "interval", "text"),
     [
-        (0.0195, (0.004, 0.04), "above 0.01, but 359 examples leave open whether it really is: "),
-        (0.005, (-0.01, 0.02), "within 0.01, but 359 examples leave open whether it really is: "),
-        (0.0195, (0.011, 0.03), "above 0.01, and so is its whole 95 % interval."),
-        (0.01000005, (0, 0.01000005), "within 0.01, and so is its whole 95 %"),  # Of float32.
-        (0.0195, None, "above 0.01 (no interval: auc is no mean)."),
+        (
+            0.0195,
+            (0.004, 0.04),
+            "is 1.95 points, above 1 point, but 359 examples leave open whether",
+        ),
+        (0.005, (-0.01, 0.02), "it really is: the 95 % interval is -1.00 to +2.00 points."),
+        (0.0195, (0.011, 0.03), "above 1 point, and so is its whole 95 % interval."),
+        (0.01000005, (0, 0.01000005), "within 1 point, and so is its whole 95 %"),  # Of float32.
+        (0.0195, None, "above 1 point (no interval: auc is no mean)."),
     ],
 )
 @pytest.mark.once
