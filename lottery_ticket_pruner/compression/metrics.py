@@ -110,11 +110,12 @@ def warning_of_constant(metric: Metric, dense: float, y: Arrays, tolerance: floa
     share = float(np.unique(classes, return_counts=True)[1].max() / len(classes))
     if not is_within(dense - share, tolerance, dense):
         return None
+    limit = DropText.of(metric.name, dense).limit(tolerance)
     return (
         f"Always predicting the most frequent class has a validation {metric.name} of {share:.4g}. "
-        f"The dense model has {dense:.4g}, so a drop of {DropText.of(metric.name, dense).limit(tolerance)} accepts a "
-        "model that ignores its inputs. Train the dense model longer, look for a mistake in the data or the labels, "
-        "or allow a smaller drop."
+        f"The dense model has {dense:.4g}, so a drop of {limit} accepts a model that ignores its "
+        "inputs. Train the dense model longer, look for a mistake in the data or the labels, or "
+        "allow a smaller drop."
     )
 
 

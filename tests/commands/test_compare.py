@@ -69,7 +69,7 @@ def test_files_and_folders_of_one_ticket_are_the_same_model(here, capsys, monkey
     for name in same[1:]:
         assert found[name][1:6] == ["0.00", *found[name][2:5], "100.00%"]
     assert found["mine.py:make"][0] != "100.00%"
-    assert found["50"] == ["examples; differences in points"]
+    assert found["50"] == ["examples;", "differences", "in", "points"]
     graph = here / "run" / "served" / "1" / "saved_model.pb"
     graph.write_bytes(graph.read_bytes().replace(b"MatMul", b"MatMuL", 1))
     for name in ("run", "run/served/1"):  # TensorFlow does not load it.
