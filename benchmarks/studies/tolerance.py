@@ -225,7 +225,7 @@ def report(name, way, trainings, dense, model, data, metric, minutes):
             f"{ml.sparsity_report(model).sparsity:.1%}",
             "{:,} of {:,}".format(*compared.nbytes),
             f"{test.dense:.2%} -> {test.pruned:.2%}",
-            f"{100 * test.drop:+.2f} ({100 * low:+.2f} to {100 * high:+.2f})",
+            f"{100 * test.drop:+z.2f} ({100 * low:+z.2f} to {100 * high:+z.2f})",
             "{:.2f}, dense {:.2f}".format(*compared.milliseconds),
             "{:.1f}, {:.2f}".format(*minutes),
         ]
