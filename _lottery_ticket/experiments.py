@@ -45,6 +45,14 @@ _STRATEGY = tyro.conf.arg(
     f"with --structure channels also {', '.join(names.CHANNEL_CRITERIA)}. In Python, "
     f"help(lottery_ticket_pruner.criteria) explains them. {_CUSTOM}.",
 )
+_SCOPE = choice(
+    *("layer", "global", "isomorphic"),
+    help="Weights that are ranked together. With layer, every layer loses its rate. With global, "
+    "the weights with the lowest scores of the whole model are pruned, wherever they are. With "
+    "isomorphic (only with --structure channels), layers of equal shapes share a ranking. Default: "
+    f"global for resnet-20 and for {', '.join(names.GLOBAL[:-1])} and {names.GLOBAL[-1]}, each "
+    "output for wanda, otherwise layer.",
+)
 _STRUCTURE = tyro.conf.arg(
     metavar="NAME",
     help_behavior_hint="",
@@ -63,8 +71,9 @@ _KEPT = tyro.conf.arg(
     metavar="NAME",
     help="Values that the ticket's kept weights start from in every round: "
     f"{', '.join(names.KEPT)}. rewind takes those of --rewind-to, finetune the trained ones; "
-    "reinit draws new ones, reshuffle permutes the kept ones of a layer, constant is plus or minus "
-    f"their deviation at random, and ..._same_sign keeps the initial signs. {_CUSTOM}.",
+    "reinit draws new ones, reshuffle permutes the kept ones of a layer, and constant gives all of "
+    "a layer the same magnitude (the standard deviation of its initial weights) and random signs. "
+    f"..._same_sign keeps the initial signs. {_CUSTOM}.",
 )
 _PRUNED = tyro.conf.arg(
     metavar="NAME",
@@ -110,12 +119,7 @@ class RunOptions:
     """Folder with the published files of the data set or its .npz, or with a subfolder of them."""
     network: Annotated[str | None, _NETWORK] = None
     strategy: Annotated[str, _STRATEGY] = "large_final"
-    scope: Annotated[
-        Literal["layer", "global", "isomorphic"] | None, choice("layer", "global", "isomorphic")
-    ] = None
-    """Weights that are ranked together: per layer, global, or, with --structure channels, \
-isomorphic (layers of equal shapes). Default: the scope of the strategy, or else that of \
-the recipe: global for resnet-20, otherwise layer."""
+    scope: Annotated[Literal["layer", "global", "isomorphic"] | None, _SCOPE] = None
     structure: Annotated[str | None, _STRUCTURE] = None
     rounds: OptionalInt = None
     """Rounds of pruning after the dense run. Default: 20, or 9 for small data sets (digits)."""
@@ -214,7 +218,9 @@ standard deviation of their layer."""
     """Whether the kept weights of each layer are multiplied by the number of all divided by the \
 number of kept ones (dynamic weight rescaling). Several values are tried in turn."""
     scope: Annotated[Literal["layer", "global"] | None, choice("layer", "global")] = None
-    """Weights that are ranked together. Default: layer, or global for resnet-20."""
+    """Weights that are ranked together. With layer, every layer has the sparsity. With global, \
+the weights with the lowest scores of the whole model are pruned, wherever they are. Default: \
+layer, or global for resnet-20."""
     steps: OptionalInt = None
     """Training steps. Default: those of the network's recipe, or 20,000 to learn masks."""
     epochs: OptionalInt = None

@@ -37,6 +37,8 @@ CRITERIA = (
     "saliency",
     "wanda",
 )
+# Those with a scope of their own, which replaces that of the network's recipe.
+GLOBAL = ("smallest_weights_global", "snip", "grasp", "synflow")
 CHANNEL_CRITERIA = ("scale", "geometric_median")
 
 RETRAINING = ("weight_rewinding", "learning_rate_rewinding", "fine_tuning")

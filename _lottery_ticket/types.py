@@ -23,6 +23,6 @@ Devices = Annotated[
 OptionalPath = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
 
 
-def choice(*names: str) -> Any:
+def choice(*names: str, help: str | None = None) -> Any:  # noqa: A002 (as tyro calls it)
     """Returns what shows an option that may be left out as a choice among names."""
-    return tyro.conf.arg(metavar=f"{{{','.join(names)}}}", help_behavior_hint="")
+    return tyro.conf.arg(metavar=f"{{{','.join(names)}}}", help_behavior_hint="", help=help)

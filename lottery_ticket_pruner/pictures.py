@@ -104,7 +104,7 @@ def add_target(axes: Axes, x: float, y: float, text: str) -> None:
 
 
 def dots(rows: Sequence[str], series: Mapping[str, Sequence[float]], label: str) -> Figure:
-    """Plots a share for each row and series as a dot, on lines that are labelled with the rows."""
+    """Plots a share for each row and series as a dot, on lines that are labeled with the rows."""
     height = 0.8 + len(rows) * max(0.26, 0.1 + 0.09 * len(series))
     figure, axes = new_figure(4.8, height)
     offsets = np.linspace(-0.28, 0.28, len(series)) if len(series) > 1 else [0.0]

@@ -190,8 +190,11 @@ class LotteryTicketPruner(plain_models.PlainPruning):
                 `Latency` for batches and milliseconds. For single weights one of `{"macs": 0.1}`
                 (kept weights times uses), `{"latency": 0.5}` (that of `export_sparse_torch`) and
                 `{"bytes": 200_000}` or a share (what a sparse SavedModel stores of the weights).
-            scope: Weights that are ranked together: `"layer"` (the default for most criteria),
-                `"global"`, `"output"`, or for channels `"isomorphic"` (layers of equal shapes).
+            scope: Weights that are ranked together. With `"layer"` (the default for most
+                criteria), every layer loses the same share. With `"global"`, the weights with the
+                lowest scores of the whole model are pruned, wherever they are. With `"output"`,
+                every output of a layer loses the same share. For channels also `"isomorphic"`:
+                layers of equal shapes share a ranking.
             seed: Seed for random scores and ties. The default is the number of updates since the
                 masks were last reset, so updates differ but repeated runs agree.
             structure: Weights that are pruned together: `"channels"` (filters and units with all

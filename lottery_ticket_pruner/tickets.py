@@ -135,7 +135,9 @@ def find_ticket(
             `y`, with the weights trained last. Criteria for pruning at initialization (`snip`,
             `grasp`, `synflow`) rank the weights of the rewinding point under the masks of the
             previous round; with one round, this is pruning at initialization.
-        scope: Weights that are ranked together. None for the default of the criterion.
+        scope: Weights that are ranked together. With `"layer"`, every layer loses the same share;
+            with `"global"`, the weights with the lowest scores of the whole model are pruned,
+            wherever they are. None for the default of the criterion (see `update_masks`).
         structure: Weights that are pruned together, as in `LotteryTicketPruner.update_masks`, such
             as `"channels"`. Rates and sparsities are then shares of these. N:M needs one round.
             For channels, a plain model is masked with `mask_normalization=True`.

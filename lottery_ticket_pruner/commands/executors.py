@@ -24,7 +24,7 @@ class ExecutorOptions(Protocol):
 
     @property
     def executor(self) -> str | None:
-        """What executes them."""
+        """Name of an executor, or None if none was chosen."""
 
     @property
     def address(self) -> str | None:
@@ -32,7 +32,7 @@ class ExecutorOptions(Protocol):
 
     @property
     def executor_option(self) -> Sequence[str]:
-        """What a job asks of a cluster, each as name=value."""
+        """Requests of a job to a cluster, each as name=value."""
 
     @property
     def jobs(self) -> int | None:

@@ -1,4 +1,4 @@
-"""What a metric says about two models: the final comparison, and whether examples suffice."""
+"""Two models compared by a metric at the end of a search, and whether examples suffice for it."""
 
 import dataclasses
 import math

@@ -252,7 +252,7 @@ def _drop_between(
 ) -> np.ndarray | None:
     """Does what `drop_lowest` does if the threshold lies between two scores, else returns None."""
     kept = np.empty(mask.size, bool)
-    # Each thread compares neighbouring parts; NumPy does not hold other threads up meanwhile.
+    # Each thread compares neighboring parts; NumPy does not hold other threads up meanwhile.
     threads = _THREADS if isinstance(scores, np.ndarray) or scores.in_threads else 1
     ends = np.linspace(0, -(-mask.size // CHUNK), threads + 1, dtype=int) * CHUNK
     ranges = [range(*pair, CHUNK) for pair in itertools.pairwise(ends.tolist())]

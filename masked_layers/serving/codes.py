@@ -107,7 +107,7 @@ def clustered(array: np.ndarray, bits: int) -> Coded:
 
     The values minimize the sum of squared errors (Han et al., 2016,
     https://arxiv.org/abs/1510.00149, section 3): exactly by dynamic programming over groups of
-    neighbouring weights, and then by Lloyd's algorithm over all weights. Zeros keep code 0, and no
+    neighboring weights, and then by Lloyd's algorithm over all weights. Zeros keep code 0, and no
     other weight gets it. If an array has no more than `2**bits - 1` different non-zero values, they
     become the codebook, so that nothing is lost beyond rounding to float32.
 
@@ -130,7 +130,7 @@ def clustered(array: np.ndarray, bits: int) -> Coded:
 
 
 def _grouped(ordered: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Joins neighbours among sorted values into groups, at most about `_GROUPS`.
+    """Joins neighbors among sorted values into groups, at most about `_GROUPS`.
 
     Pruning leaves a gap around 0, which no group spans. The density of groups is about the cube
     root of that of the values, as for the best clusters if they are many (Panter and Dite, 1951).

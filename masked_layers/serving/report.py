@@ -185,10 +185,12 @@ class StorageReport:
             text.append(f"nothing but zeros: {', '.join(zero)}")
         on_disk = f"on disk: {self.disk_nbytes:,} bytes"
         if "saved_model.pb" in self.files:
-            ratio = self.dense_disk_nbytes / max(self.disk_nbytes, 1)
+            dense, here = self.dense_disk_nbytes, max(self.disk_nbytes, 1)
+            ratio = f"{dense / here:.1f} times smaller than"
+            if here > dense:
+                ratio = f"{here / max(dense, 1):.1f} times as large as"
             on_disk += (
-                f", {ratio:.1f} times smaller than one uncompressed copy of the weights with the "
-                f"same graph ({self.dense_disk_nbytes:,})"
+                f", {ratio} one uncompressed copy of the weights with the same graph ({dense:,})"
             )
         text += [
             f"uncompressed weights: {self.dense_nbytes:,} bytes",

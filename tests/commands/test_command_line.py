@@ -46,6 +46,7 @@ def test_names_of_options_are_those_that_there_are():
         for name in criteria.names()
         if criteria.get(name).needs <= {"initial", "final"} and criteria.get(name).scope is None
     ]
+    ranked_globally = [name for name in criteria.names() if criteria.get(name).scope == "global"]
     for listed, there in (
         (names.DATASETS, datasets.NAMES),
         (names.DOWNLOADED, downloaded),
@@ -54,6 +55,7 @@ def test_names_of_options_are_those_that_there_are():
         (names.OPTIMIZERS, networks.OPTIMIZERS),
         (names.RECORDED, recorded),
         (names.CRITERIA, criteria.names()),
+        (names.GLOBAL, ranked_globally),
         (names.CHANNEL_CRITERIA, criteria.channel_names()),
         (names.RETRAINING, search_plans.RETRAINING),
         (names.KEPT, treatments.kept_names()),

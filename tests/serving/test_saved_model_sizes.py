@@ -125,6 +125,14 @@ def test_a_value_too_small_for_float16_becomes_zero(tmp_path):
     assert not np.signbit(stored[stored == 0]).any()
 
 
+@pytest.mark.parametrize(
+    ("assets", "says"), [(100, "2.0 times smaller than"), (500, "1.5 times as large as")]
+)
+def test_a_folder_larger_than_the_dense_weights_is_not_called_smaller(assets, says):
+    report = StorageReport((), 200, {"saved_model.pb": 200, "assets": assets - 100})
+    assert f"bytes, {says} one uncompressed copy" in str(report)
+
+
 def test_level_changes_only_the_number_of_bytes(tmp_path):
     model = prune(dense())
     sizes = [
