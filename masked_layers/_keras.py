@@ -488,7 +488,9 @@ def hides_inputs(model: keras.Model) -> bool:
     kinds = {parameter.kind for parameter in inspect.signature(model.call).parameters.values()}
     if not kinds & {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}:
         return False
-    return model.built and not any((model.get_build_config() or {}).values())
+    if not model.built or getattr(model, "inputs", None):  # Those of a graph are known.
+        return False
+    return not any((model.get_build_config() or {}).values())
 
 
 def copy_called(source: keras.Model, target: keras.Model) -> None:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 # What a note contains, as a pattern, and what the page says of it. A note can have several reasons.
 # One without any is a reason by itself, so nothing is lost when the messages change.
 REASONS = {
+    "same bits": {r"Nothing to mask": "The model has nothing to mask."},
     "masked": {
         r"to mask its weights:": "The class is not registered; `masked_layers.register` does, with "
         "the names of the weights that shall get masks.",

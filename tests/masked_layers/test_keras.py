@@ -476,7 +476,8 @@ def test_inputs_of_a_call_that_names_no_arguments_are_hidden():
     assert not _keras.hides_inputs(model)  # It is not built yet.
     model(np.zeros((1, 4)))
     assert _keras.hides_inputs(model)
-    assert not _keras.hides_inputs(keras.Sequential([keras.Input((4,)), layers.Dense(1)]))
+    inputs = keras.Input((4,))
+    assert not _keras.hides_inputs(keras.Model(inputs, layers.Dense(1)(inputs)))
 
 
 @pytest.mark.once
