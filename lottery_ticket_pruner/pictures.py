@@ -107,7 +107,9 @@ def dots(rows: Sequence[str], series: Mapping[str, Sequence[float]], label: str)
     """Plots a share for each row and series as a dot, on lines that are labeled with the rows."""
     height = 0.8 + len(rows) * max(0.26, 0.1 + 0.09 * len(series))
     figure, axes = new_figure(4.8, height)
-    offsets = np.linspace(-0.28, 0.28, len(series)) if len(series) > 1 else [0.0]
+    # Two of a row are nearer to each other than to those of the next row.
+    end = min(0.28, 0.14 * (len(series) - 1))
+    offsets = np.linspace(-end, end, len(series))
     for (number, (name, values)), offset in zip(enumerate(series.items()), offsets, strict=True):
         color, marker = look(number)
         at = np.arange(len(rows)) + offset

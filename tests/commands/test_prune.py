@@ -114,6 +114,7 @@ def test_a_model_and_data_of_a_user_become_a_folder(here, capsys, monkeypatch):
         assert text.index(few) < text.index("Dense and pruned")  # Next to the conclusion.
         assert text.count(few) == 1
     assert "How much each kernel may lose alone" in page
+    assert '<span class="whole">--latency</span>' in page  # It does not break after a dash.
 
     # The report is written again from the stored results.
     for name in ("report.html", "model_card.md"):
@@ -442,6 +443,17 @@ def test_the_curve_has_a_line_for_the_least_that_is_accepted(tolerance, lines):
     dashed = [line for line in axes.get_lines() if line.get_linestyle() == "--"]
     assert len(dashed) == lines
     assert [float(line.get_ydata()[0]) for line in dashed] == [0.9 - (tolerance or 0)] * lines
+    (handle,), _ = axes.get_legend_handles_labels()
+    assert handle.get_marker() == "o"  # As the points.
+
+
+def test_only_zeros_are_said_to_save_no_time():
+    facts = types.SimpleNamespace(dense_sizes={"a": 4}, kept_sizes={"a": 2}, served=None)
+    for method, said in (("magnitude", True), ("channels", False)):
+        result = types.SimpleNamespace(rows=[{"method": "dense"}, {"method": method}])
+        assert bool(pruning.use_of_zeros(result, facts)) == said
+    facts.kept_sizes = facts.dense_sizes  # Nothing was pruned.
+    assert not pruning.use_of_zeros(types.SimpleNamespace(rows=[]), facts)
 
 
 def test_a_kernel_may_lose_what_no_smaller_share_contradicts():
