@@ -15,6 +15,7 @@ import numpy as np
 
 import masked_layers as ml
 from lottery_ticket_pruner import divergence, optimizers, pictures, training
+from lottery_ticket_pruner.checks import check_compiled
 from lottery_ticket_pruner.training import ArrayDataset, Augmentation, Listeners, TrainingPlan
 from lottery_ticket_pruner.variables import read, variable_scope, widened
 from masked_layers import copying
@@ -91,8 +92,7 @@ def interpolate(
         - [Frankle et al., arXiv 1912.05671](https://arxiv.org/abs/1912.05671), section 2
     """
     _check_points(points)
-    if not getattr(model, "compiled", False):
-        raise ValueError(f"{model.name} is not compiled: call compile() before interpolate().")
+    check_compiled(model, "interpolate()")
     ends = [_effective(model, solution) for solution in (first, second)]
     plain = _plain(model)
     shares = np.linspace(0.0, 1.0, points)
@@ -172,8 +172,7 @@ def instability(
         - [Frankle et al., arXiv 1912.05671](https://arxiv.org/abs/1912.05671), section 2
     """
     _check_points(points)
-    if not getattr(model, "compiled", False):
-        raise ValueError(f"{model.name} is not compiled: call compile() before instability().")
+    check_compiled(model, "instability()")
     plan = TrainingPlan(
         steps=steps, batch_size=batch_size, augment=augment, deterministic=deterministic
     )

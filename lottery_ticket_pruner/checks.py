@@ -1,9 +1,9 @@
-"""Checks whether arguments of users are numbers or percentages, and shortens their errors."""
+"""Checks of arguments of users: numbers, percentages, compiled models; and shorter errors."""
 
 import importlib.util
 import numbers
 import re
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 from _lottery_ticket.refusals import MissingExtraError
 
@@ -30,6 +30,20 @@ def share_meant(value: object) -> str:
     if not is_number(value) or not 1 < value < 100:
         return ""
     return f" For {value:g} %, give {value / 100:g}."
+
+
+def check_compiled(model: Any, call: str) -> None:
+    """Checks that a model is compiled.
+
+    Args:
+        model: The model.
+        call: What it has to be compiled for, such as `"prune()"`.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if not getattr(model, "compiled", False):
+        raise ValueError(f"{model.name} is not compiled: call compile() before {call}.")
 
 
 def reason_in(text: str) -> str:

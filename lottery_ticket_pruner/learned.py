@@ -11,6 +11,7 @@ import numpy as np
 
 import masked_layers as ml
 from lottery_ticket_pruner import finite_data, training, treatments
+from lottery_ticket_pruner.checks import check_compiled
 from lottery_ticket_pruner.training import ArrayDataset, Augmentation, Listeners, TrainingPlan
 from masked_layers import copying, learned, randomness
 
@@ -165,8 +166,7 @@ def learn_by_plan(
     Raises:
         ValueError: If the model is not compiled or is already masked, or an argument is not valid.
     """
-    if not getattr(model, "compiled", False):
-        raise ValueError(f"{model.name} is not compiled: call compile() before learn_supermask().")
+    check_compiled(model, "learn_supermask()")
     examples = ArrayDataset.of(x, y, None, plan.training.augment)
     validation = training.held_out(model, examples, "validation_data", validation_data)
     training.held_out(model, examples, "test_data", test_data)

@@ -25,6 +25,7 @@ from lottery_ticket_pruner import (
     training,
 )
 from lottery_ticket_pruner.checkpoint import Checkpoint
+from lottery_ticket_pruner.checks import check_compiled
 from lottery_ticket_pruner.fingerprints import description, digest, layers
 from lottery_ticket_pruner.pruner import LotteryTicketPruner
 from lottery_ticket_pruner.search_plans import (
@@ -272,8 +273,7 @@ def search(
         ValueError: If an argument is not valid, as in `find_ticket`.
         OSError: If the folder of the checkpoint is in use or cannot be written.
     """
-    if not getattr(model, "compiled", False):
-        raise ValueError(f"{model.name} is not compiled: call compile() before find_ticket().")
+    check_compiled(model, "find_ticket()")
     data = data.in_memory(model)
     if all(ref.mask is None for ref in ml.weight_refs(model)):
         structure = plan.pruning.found_structure

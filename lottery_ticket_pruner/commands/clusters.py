@@ -343,7 +343,8 @@ class ClusterExecutor:
                 if _has_ended(self._engine, self._submitted[job].handle):
                     self._forget(job)
             time.sleep(_POLL)
-        left = f", of which {len(self._submitted)} have not confirmed it" * bool(self._submitted)
+        waiting = len(self._submitted)
+        left = f", of which {waiting} have not confirmed it" if waiting else ""
         board.say(f"Cancelled {count} jobs on {self._engine.description}{left}.")
 
 

@@ -20,6 +20,7 @@ from lottery_ticket_pruner import (
     training,
 )
 from lottery_ticket_pruner.budgets import Latency
+from lottery_ticket_pruner.checks import check_compiled
 from lottery_ticket_pruner.compression import allocation, metrics, sensitivity
 from lottery_ticket_pruner.compression.clock import Stopwatch
 from lottery_ticket_pruner.compression.parts import Parts, sample_of
@@ -62,8 +63,7 @@ def masked_copy(model: keras.Model, coupled: bool) -> keras.Model:
     Raises:
         ValueError: If the model is not compiled or cannot be masked.
     """
-    if not getattr(model, "compiled", False):
-        raise ValueError(f"{model.name} is not compiled: call compile() before prune().")
+    check_compiled(model, "prune()")
     with variable_scope(model):
         if any(ref.mask is not None for ref in ml.weight_refs(model)):
             return copy_model(model)

@@ -9,7 +9,7 @@ import keras
 import numpy as np
 
 from lottery_ticket_pruner import _keras
-from lottery_ticket_pruner.checks import reason_in
+from lottery_ticket_pruner.checks import check_compiled, reason_in
 from lottery_ticket_pruner.targets import explained
 from lottery_ticket_pruner.training.augmentation import Augmentation
 from lottery_ticket_pruner.training.dataset import ArrayDataset, Arrays
@@ -98,7 +98,7 @@ def train(
         ValueError: If the model is not compiled, a number is out of range, or arrays differ in
             length or are empty.
     """
-    _check_compiled(model)
+    check_compiled(model, "using it")
     plan = TrainingPlan(
         steps=steps,
         batch_size=batch_size,
@@ -234,7 +234,7 @@ def fit(
         ValueError: If the model is not compiled, a number is out of range, or arrays differ in
             length or are empty.
     """
-    _check_compiled(model)
+    check_compiled(model, "using it")
     plan = EpochPlan(
         batch_size=batch_size,
         epochs=epochs,
@@ -413,7 +413,7 @@ def evaluate(
         ValueError: If the model is not compiled, `batch_size` is less than 1, or arrays differ in
             length or are empty.
     """
-    _check_compiled(model)
+    check_compiled(model, "using it")
     check_validation_batch(batch_size)
     return engine_of(model).evaluate(ArrayDataset.of(x, y, sample_weight), batch_size)
 
@@ -500,11 +500,6 @@ class _Batches(keras.utils.PyDataset):
         batch = self._data.take(self.order[start : start + self._batch_size])
         # Not in a list, which TensorFlow would convert to one array.
         return keras.tree.lists_to_tuples(batch)
-
-
-def _check_compiled(model: keras.Model) -> None:
-    if not getattr(model, "compiled", False):
-        raise ValueError(f"{model.name} is not compiled: call compile() before using it.")
 
 
 def _finalize(model: keras.Model) -> None:

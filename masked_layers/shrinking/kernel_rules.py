@@ -259,7 +259,7 @@ def _separable_convolution(flow: Flow, call: Call) -> Channels:
     )
 
 
-# -- recurrent layers
+# --- Recurrent layers -----------------------------------------------------------------------------
 
 
 _GATES = {layers.SimpleRNN: 1, layers.GRU: 3, layers.LSTM: 4}
@@ -345,7 +345,7 @@ def _units(
     return target
 
 
-# -- tables
+# --- Tables ---------------------------------------------------------------------------------------
 
 
 @foreign_rule("keras_hub.ReversibleEmbedding")

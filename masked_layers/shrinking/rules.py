@@ -151,7 +151,7 @@ def pads(layer: Any) -> bool:
     return layer.padding != "valid" and math.prod(layer.kernel_size) > 1
 
 
-# -- layers that pass channels on, with weights of their own
+# --- Layers that pass channels on, with weights of their own --------------------------------------
 
 
 @rule(layers.DepthwiseConv1D, layers.DepthwiseConv2D)
@@ -231,7 +231,7 @@ def _prelu(flow: Flow, call: Call) -> Channels:
     )
 
 
-# -- layers that pass channels on and have no weights
+# --- Layers that pass channels on and have no weights ---------------------------------------------
 
 
 @rule(
@@ -425,7 +425,7 @@ def _only_whole(flow: Flow, call: Call) -> Channels:
     return WHOLE
 
 
-# -- merges
+# --- Merges ---------------------------------------------------------------------------------------
 
 
 @rule(layers.Concatenate, _keras_graph.CONCATENATE)

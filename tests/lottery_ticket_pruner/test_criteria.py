@@ -210,7 +210,7 @@ def test_scores_of_channels_are_those_of_loops():
     np.testing.assert_allclose(criteria.get("scale").scores(group)[mask], [2, 2, 2.5, 2.75])
 
 
-# ----------------------------------------------------------------------------- get and register
+# --- Get and register -----------------------------------------------------------------------------
 
 
 @pytest.fixture

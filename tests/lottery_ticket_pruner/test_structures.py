@@ -26,7 +26,7 @@ def kernel(values, mask=None, **kwargs):
     return Weights(mask=mask, initial=values, final=values, current=values, **kwargs)
 
 
-# --------------------------------------------------------------------------------------- by hand
+# --- By hand --------------------------------------------------------------------------------------
 
 
 @pytest.mark.once
@@ -75,7 +75,7 @@ def test_tiles_of_all_layers_are_ranked_together_with_global_scope():
     assert [mask.tolist() for mask in masks.values()] == [[[0, 0, 1]], [[1, 1], [1, 1]]]
 
 
-# -------------------------------------------------------------------------------- brute force
+# --- Brute force ----------------------------------------------------------------------------------
 
 
 def tiles_of(shape, layout, structure):
@@ -231,7 +231,7 @@ def test_two_of_four_run_on_sparse_tensor_cores():
     torch.testing.assert_close(sparse @ x, dense @ x, rtol=1e-2, atol=1e-1)
 
 
-# ------------------------------------------------------------------------------- ties and rules
+# --- Ties and rules -------------------------------------------------------------------------------
 
 
 @pytest.mark.once
@@ -318,7 +318,7 @@ def test_scores_of_nan_or_of_another_shape_are_errors():
             update(lambda group: group.final[:1], weights, structure=structure, **amount)
 
 
-# ------------------------------------------------------------------------------- get and register
+# --- Get and register -----------------------------------------------------------------------------
 
 
 @pytest.mark.once
@@ -421,7 +421,7 @@ def test_errors_quote_what_is_not_a_tile(tile):
         update("large_final", {"k": kernel(np.ones((4, 4)))}, rate=0.5, structure=odd)
 
 
-# --------------------------------------------------------------------------------- on a model
+# --- On a model -----------------------------------------------------------------------------------
 
 
 def test_input_axes_are_the_axes_that_layers_sum_over():

@@ -17,7 +17,7 @@ from lottery_ticket_pruner.selection import Weights, drop_count, lowest, update
 pytestmark = pytest.mark.once
 
 
-# --------------------------------------------------------- update against sorting in plain Python
+# --- Update against sorting in plain Python -------------------------------------------------------
 
 # Multiples of 1/8: sums and differences are exact in every dtype, and ties are frequent.
 NUMBERS = st.integers(-24, 24).map(lambda eighths: eighths / 8)
@@ -160,7 +160,7 @@ def test_growing_sparsities_reach_their_counts_with_nested_masks(weights, percen
             assert dead == math.floor(Fraction(percent, 100) * len(group))
 
 
-# ------------------------------------------------------------------------ update against torch
+# --- Update against torch -------------------------------------------------------------------------
 
 
 @pytest.mark.once("tensorflow", "torch")  # Where torch is installed.
@@ -210,7 +210,7 @@ def test_two_global_rounds_are_torchs_global_unstructured(seed):
             np.testing.assert_array_equal(mask, layer.weight_mask.numpy().astype(bool))
 
 
-# ------------------------------------------------------------------------------ scope and shares
+# --- Scope and shares -----------------------------------------------------------------------------
 
 
 def test_weights_are_ranked_by_layer_globally_or_by_output():
@@ -262,7 +262,7 @@ def test_an_unknown_scope_is_an_error_that_lists_the_known():
         update("large_final", {"k": kernel([1, 2])}, rate=0.5, scope="filter")
 
 
-# ----------------------------------------------------------------------------------------- seeds
+# --- Seeds ----------------------------------------------------------------------------------------
 
 
 def tied(*paths, size=40):
