@@ -28,7 +28,7 @@ def points(share: float, style: str = "g") -> str:
 
 @dataclasses.dataclass(frozen=True)
 class DropText:
-    """How drops of a metric are told: those of an accuracy in points, others as they are.
+    """Form in which drops are printed: those of an accuracy in points, others as they are.
 
     Attributes:
         in_points: Whether they are told in points.

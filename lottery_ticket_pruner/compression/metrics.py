@@ -60,7 +60,7 @@ class Comparison:
 
     @property
     def told(self) -> DropText:
-        """How the drop is told."""
+        """The form in which drops are printed."""
         return DropText.of(self.metric, self.dense)
 
 
