@@ -88,6 +88,7 @@ class MaskedLayer(LayerMixin):
 
     def load_own_variables(self, store: Any) -> None:
         """Loads raw values, and layers in sets."""
+        states.check_built(self, self._masking.weights or ())
         own = sets.without(self, store)
         with raw_view():
             super().load_own_variables(own)
@@ -111,8 +112,7 @@ class MaskedLayer(LayerMixin):
         # Clones, JSON and `.h5` files contain nothing but the config.
         if not _keras_configs.state_goes_apart():
             plain = masking.mask is None and isinstance(masking.initializer, Ones)
-            found = {**masking.state, **states.configs(self, _paths(self), as_made=plain)}
-            if found:
+            if found := {**masking.state, **states.configs(self, _paths(self), as_made=plain)}:
                 config["mask_state"] = found
         return config
 

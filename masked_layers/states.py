@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 
 import keras
 
+from masked_layers import _keras
 from masked_layers.maskable import every_weight_inside, mask_of
 from masked_layers.packing import MaskState
 
@@ -34,6 +35,26 @@ def configs(layer: Layer, paths: Collection[str], *, as_made: bool) -> States:
     if as_made and all(state.is_new for state in found.values()):
         return {}
     return {path: state.get_config() for path, state in found.items()}
+
+
+def check_built(layer: Layer, paths: Collection[str]) -> None:
+    """Refuses to load a layer with masks inside that Keras could not build before.
+
+    Keras would load nothing of what is inside, without a word.
+
+    Args:
+        layer: A layer whose values are about to be loaded.
+        paths: Paths of its masked weights.
+
+    Raises:
+        ValueError: If it is not built.
+    """
+    if not layer.built and any("/" in path for path in paths):
+        raise ValueError(
+            f"'{layer.name}' is not built, so its weights and masks cannot be loaded. "
+            f"{_keras.NAME_ARGUMENTS} or load the file into a model that was called: "
+            "`masked_layers.convert_to_masked(model).load_weights(path)`."
+        )
 
 
 def restore(layer: Layer, states: States) -> None:

@@ -11,6 +11,7 @@ import pytest
 from keras import layers, ops
 
 import masked_layers as ml
+from common import HandingOn, half_masks
 
 # What they use of the backend is tested on JAX, too.
 pytestmark = pytest.mark.slow("jax")
@@ -168,6 +169,33 @@ def test_masks_are_copied(make, way, tmp_path):
 def test_masks_of_layers_created_by_others_are_copied(make, way, tmp_path):
     model = make()
     check_masks(WAYS[way](model, tmp_path), model)
+
+
+class HandingOnOptions(HandingOn):
+    """Hands on options, so that Keras calls it without having built it."""
+
+    def call(self, inputs, **kwargs):
+        return self.inner(inputs, **kwargs)
+
+
+@pytest.mark.once
+def test_a_file_of_a_model_that_keras_cannot_build_is_refused_and_its_masks_are_not_lost(tmp_path):
+    def called():
+        model = HandingOnOptions()
+        model(X)
+        return ml.convert_to_masked(model)
+
+    masked = called()
+    half_masks(masked)
+    masked.save(tmp_path / "m.keras")
+    with pytest.raises(ValueError, match=r"name the arguments.* load the file into a model that"):
+        keras.saving.load_model(
+            tmp_path / "m.keras", custom_objects={"HandingOnOptions": HandingOnOptions}
+        )
+    other = called()
+    other.load_weights(tmp_path / "m.keras")
+    check_masks(other, masked)
+    np.testing.assert_array_equal(other(X), masked(X))
 
 
 def test_a_clone_shares_no_variables_and_can_be_pruned_further():
