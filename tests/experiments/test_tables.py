@@ -153,9 +153,8 @@ def test_equal_differences_have_no_interval_and_zero_no_sign():
     assert sheet.lines == (("1", "50.00%", "0.00 (3 equal)", "0.00 (3 equal)"),)
     assert "tells nothing about its spread" in sheet.note
     assert "± 0.00: all replicates are equal" in tables.accuracy_sheet(pooled(rows)).note
-    assert "none where all replicates are equal" in figures.describe_spread(
-        figures.arm_lines(pooled(rows))
-    )
+    lines = figures.arm_lines(pooled(rows))
+    assert "none where all are equal" in figures.describe_spread(lines)
 
 
 # --- Figures --------------------------------------------------------------------------------------
@@ -206,6 +205,22 @@ def test_a_perfect_accuracy_is_drawn_at_100_percent(levels, scale):
     assert labels[0].get_text() == "100 %"
     low, high = axes.get_ylim()
     assert high < 0 < low
+
+
+def test_equal_replicates_have_no_band_and_a_band_between_them_is_a_bar():
+    levels = ([0.9] * 3, [0.8, 0.81, 0.82], [0.7] * 3)
+    rows = [
+        row(n, "ticket", r, a, 0.2 * n)
+        for n, own in enumerate(levels, 1)
+        for r, a in enumerate(own)
+    ]
+    axes = figures.accuracy_figure(rows, "").axes[0]
+    band, bar = axes.collections
+    for path in band.get_paths():
+        np.testing.assert_allclose(path.vertices[:, 0], 60)
+    low, high = statistics.interval(levels[1])
+    ends = [100 * (1 - low), 100 * (1 - high)]
+    np.testing.assert_allclose(bar.get_segments(), [[[60, end] for end in ends]])
 
 
 def test_bands_of_three_replicates_are_confidence_intervals():

@@ -1,6 +1,7 @@
 """Figures of test accuracy against weights left, sparsity or epochs."""
 
 import dataclasses
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -34,6 +35,9 @@ _LOOKS = {arm: pictures.look(number) for number, arm in enumerate(_ARMS)}
 
 # Bands of more lines than these would hide each other.
 _MOST_BANDS = len(pictures.PALETTE)
+
+# Characters of a line that fit above a figure in a file.
+_TITLE = 100
 
 # Label of the axis of what is left of the weights, which `weights_axis` draws.
 WEIGHTS = "weights remaining (log scale)"
@@ -89,14 +93,14 @@ def describe_spread(lines: Sequence[Line]) -> str:
     counts = list(map(len, samples))
     if len(lines) <= _MOST_BANDS or max(counts) < 2:
         without = any(interval(sample) is None for sample in samples)
-        return describe_bands(counts) + "; none where all replicates are equal" * without
+        return describe_bands(counts) + "; none where all are equal" * without
     shown = f"{min(counts)} to {max(counts)}" if min(counts) < max(counts) else f"{max(counts)}"
     return f"Means of {shown} replicates; {len(lines)} bands would hide each other"
 
 
 def titled(title: str, lines: Sequence[Line]) -> str:
     """Returns the title of a figure with these lines, above what its bands are."""
-    return "\n".join(filter(None, (title, describe_spread(lines))))
+    return "\n".join(filter(None, (title, textwrap.fill(describe_spread(lines), _TITLE))))
 
 
 def charts(rows: pd.DataFrame) -> list[tuple[str, list[Line], str]]:
@@ -206,7 +210,7 @@ def line_figure(
     means = [_error(sample) for line in lines for sample in line.samples]
     band = _band if len(lines) <= _MOST_BANDS else _no_band
     bands = [[band(sample) for sample in line.samples] for line in lines]
-    edges = [edge for of_line in bands for band in of_line for edge in band]
+    edges = [edge for of_line in bands for band in of_line for edge in band if edge == edge]
     if dense:
         means.append(_error(dense))
         style = {"color": pictures.MUTED, "linewidth": 1.2, "linestyle": (0, (5, 3))}
@@ -228,8 +232,9 @@ def line_figure(
             linestyle=line.style,
         )
         axes.fill_between(line.x, low, high, color=line.color, alpha=0.14, linewidth=0)
-        if len(line.x) == 1:  # a band without width
-            axes.vlines(line.x, low, high, color=line.color, alpha=0.4, linewidth=3)
+        if (alone := _are_alone(np.isfinite(low))).any():
+            ends = (np.compress(alone, part) for part in (line.x, low, high))
+            axes.vlines(*ends, color=line.color, alpha=0.4, linewidth=3)
     if x_label == WEIGHTS:
         weights_axis(axes, [left for line in lines for left in line.x])
     else:
@@ -315,11 +320,17 @@ def _error(accuracies: Sequence[float]) -> float:
 
 
 def _band(accuracies: Sequence[float]) -> tuple[float, float]:
-    """Returns the errors at both ends of the interval in percent."""
+    """Returns the errors at both ends of the interval in percent, NaN if there is none."""
     found = interval(accuracies)
     if found is None:
-        return _no_band(accuracies)
+        return np.nan, np.nan
     return 100 * (1 - found[0]), 100 * (1 - found[1])
+
+
+def _are_alone(have_band: np.ndarray) -> np.ndarray:
+    """Returns which points with a band have no neighbor with one, to which it could reach."""
+    padded = np.pad(have_band, 1)
+    return have_band & ~padded[:-2] & ~padded[2:]
 
 
 def _no_band(accuracies: Sequence[float]) -> tuple[float, float]:
