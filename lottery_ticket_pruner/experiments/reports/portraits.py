@@ -151,7 +151,7 @@ def _tinted(shares: np.ndarray) -> np.ndarray:
     """Returns shares as pixels of one color that hide more of the page the larger they are."""
     image = np.empty((*shares.shape, 4))
     image[..., :3] = to_rgb(_POSITIVE)
-    image[..., 3] = np.where(shares > 0, 0.12 + 0.88 * shares, 0)
+    image[..., 3] = np.where(shares > 0, 0.3 + 0.7 * shares, 0)
     return image
 
 
