@@ -1,6 +1,7 @@
 """TensorFlow's lines on standard error, which tell users of a command nothing."""
 
 import contextlib
+import logging
 import os
 import re
 import sys
@@ -23,6 +24,7 @@ def silenced() -> Iterator[None]:
     if os.environ.setdefault(_LEVEL, "3") != "3":
         yield
         return
+    logging.getLogger("tensorflow").addFilter(_is_of_use)
     sys.stderr.flush()
     kept = os.dup(2)
     with tempfile.TemporaryFile() as held:
@@ -37,3 +39,11 @@ def silenced() -> Iterator[None]:
             for line in held:
                 if not _NOISE.match(line):
                     os.write(2, line)
+
+
+def _is_of_use(record: logging.LogRecord) -> bool:
+    """Leaves out a warning of several models, each of which is traced as often as it has to be.
+
+    TensorFlow tells functions apart by their code, and `predict` has the same for all models.
+    """
+    return "triggered tf.function retracing" not in record.getMessage()

@@ -30,6 +30,7 @@ _OTHERS = {
     ("saved_model",): "tf tensorflow",
     ("torch",): "pytorch pt torchscript",
     ("onnx",): "ort onnxruntime",
+    ("all",): "tflite litert lite",
     ("float32",): "fp32 f32",
     ("float16",): "fp16 f16 half",
     ("bfloat16",): "bf16",

@@ -23,6 +23,8 @@ def is_accuracy(metric: str) -> bool:
 def points(share: float, style: str = "g") -> str:
     """Returns a share in percentage points, by default with no more digits than it has."""
     number = format(100 * share, style)
+    if "e+" in number:  # Of a hundred, two digits would be 1e+02.
+        number = f"{100 * share:.0f}"
     return f"{number} point" if number == "1" else f"{number} points"
 
 

@@ -367,6 +367,8 @@ def _check_inputs(config: PruneConfig, model: keras.Model, parts: Parts) -> None
         return
     data = f"--data {config.data}{' (the default)' * (config.data == options.PruneOptions.data)}"
     own_data = "name your own data: --data module:function or path/to/file.py:function"
+    if ":" in config.data:
+        own_data = f"return others from {config.data}, or name another model"
     remedy = own_data[0].upper() + own_data[1:]
     if None not in wanted and np.prod(wanted) == np.prod(given):
         remedy = f"Reshape them in a function that returns the data, and {own_data}"

@@ -561,7 +561,7 @@ class Search:
             return []
         latency = Latency.of(self._plan.goals.latency)
         return [
-            "Zeros inside a kernel do not make a model faster, so channels were removed. The "
+            "Zeros inside a kernel do not make a model faster, so channels are removed. The "
             f"latency is that of a call of the Keras model with a batch of {latency.batch_size} on "
             f"this machine. The dense model took {self.progress.facts['milliseconds']:.3g} ms."
         ]

@@ -86,8 +86,10 @@ def warning_of_few(
     if examples >= least:
         return None
     error = math.sqrt(tolerance * (1 - tolerance) / examples)
+    several = examples > 1
+    what = f"One of the {examples:,} validation examples" if several else "The validation example"
     return (
-        f"One of the {examples:,} validation examples is worth {points(1 / examples, '.2g')} of "
+        f"{what} is worth {points(1 / examples, '.2g')} of "
         f"{metric.name}. A drop of {points(tolerance)} that is measured on them has a standard "
         f"error of {points(error, '.2g')} or more, so the model that is accepted may really be "
         f"worse. Hold out at least {least:,} examples for this tolerance, and judge by the test "

@@ -25,12 +25,14 @@ class Parts:
         validation: Those that decide what is good enough.
         test: Those that are used once, at the end.
         notes: Sentences about parts that were split off.
+        permuted: Names of the parts whose examples are not where they were in the data.
     """
 
     train: tuple[Arrays, Arrays]
     validation: tuple[Arrays, Arrays]
     test: tuple[Arrays, Arrays]
     notes: tuple[str, ...] = ()
+    permuted: tuple[str, ...] = ()
 
     def counts(self) -> dict[str, int]:
         """Returns the number of examples of each part by name."""
@@ -61,6 +63,7 @@ def parts_of(data: Any) -> Parts:
             f"Received: {' and '.join(sorted(kinds))}"
         )
     notes = []
+    permuted = {1: _NAMES, 2: _NAMES[:2]}.get(len(pairs), ())
     train, *others = pairs
     if not others:
         train, test = split_off_test(train)
@@ -79,7 +82,7 @@ def parts_of(data: Any) -> Parts:
             "there than it is: pass three pairs, for training, validation and test, instead."
         )
     validation, test = others
-    return Parts(train, validation, test, tuple(notes))
+    return Parts(train, validation, test, tuple(notes), permuted)
 
 
 def test_part_of(data: Any) -> tuple[Arrays, Arrays]:

@@ -158,7 +158,9 @@ def search(
     targets.check(masked, *parts.train)
     for name in parts.counts():
         part = getattr(parts, name)
-        finite_data.check(masked, f"part {name!r} of the data", part, trained=name == "train")
+        split = ", as it was split off by a permutation," if name in parts.permuted else ""
+        described = f"part {name!r} of the data{split}"
+        finite_data.check(masked, described, part, trained=name == "train")
     before = time.perf_counter()
     results = training.evaluate(masked, *parts.validation)
     compiling = time.perf_counter() - before

@@ -365,7 +365,7 @@ def parse_steps(text: str, steps_per_epoch: int) -> int:
     """
     match = re.fullmatch(r"(\d+)(it|ep)?", text)
     if match is None:
-        raise ValueError(f"Expected a step such as 0, 500it or 2ep. Received: {text!r}.")
+        raise ValueError(f"--rewind-to expects a step such as 0, 500it or 2ep. Received: {text!r}.")
     number, unit = match.groups()
     return int(number) * (steps_per_epoch if unit == "ep" else 1)
 

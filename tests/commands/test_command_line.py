@@ -1,6 +1,7 @@
 """The command line before any heavy import: help, version, names, and lines for likely mistakes."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -303,6 +304,11 @@ def test_the_log_of_tensorflow_is_held_back_and_nothing_else(capfd, monkeypatch)
         assert os.environ["TF_CPP_MIN_LOG_LEVEL"] == "3"
         os.write(2, noise + b"Something else.\n")
     assert capfd.readouterr().err == "Something else.\n"
+    logger = logging.getLogger("tensorflow")
+    text = "5 out of the last 5 calls to predict triggered tf.function retracing"
+    for message, handled in ((text, False), ("Something else", True)):
+        record = logger.makeRecord(logger.name, logging.WARNING, "", 0, message, (), None)
+        assert bool(logger.filter(record)) is handled
     monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", "0")
     with logs.silenced():
         os.write(2, noise)

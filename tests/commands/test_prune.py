@@ -374,6 +374,9 @@ def test_the_default_data_are_named_if_they_do_not_fit(here, capsys, name, remed
     assert cli.main(["prune", f"own.py:{name}"]) == 2
     text = f"those of --data digits (the default) have (8, 8, 1). {remedy}"
     assert text in capsys.readouterr().err
+    if name == "make":
+        assert cli.main(["prune", "own.py:wide", "--data", "own.py:load"]) == 2
+        assert "Return others from own.py:load, or name another mod" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,8 @@ def test_a_difference_that_may_be_zero_beats_nothing():
     assert text.endswith(
         "the 95 % interval of at least one of these differences is not above zero."
     )
+    text = conclusions.of_search(searched([-1, -1, -3], [(5, -1, 2)] * 3))
+    assert "The closest is 1.00 points below it, with 25.00 % of the weights." in text
     # The same means from two seeds have no interval, which is said.
     text = conclusions.of_search(searched([-1], [(1, 2)], seeds=2))
     assert text.endswith("of the weights on (2 seeds are too few for an interval).")

@@ -79,6 +79,8 @@ def test_searches_name_the_array_before_they_train():
     data = (X, Y), (X[:20], Y[:20]), (wrong_x, Y)
     with pytest.raises(ValueError, match=r"`x` of the part 'test' of the data has 2 entries"):
         prune(model, data, max_drop=0.1, on_progress=trained.append)
+    with pytest.raises(ValueError, match=r"'train' of the data, as it was split .* entry that is"):
+        prune(model, ((wrong_x, Y), (X, Y)), max_drop=0.1, on_progress=trained.append)
     assert not trained
 
 

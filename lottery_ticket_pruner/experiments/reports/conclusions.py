@@ -57,7 +57,8 @@ def _against_dense(rows: pd.DataFrame) -> str:
             f"{_percent(left[fewest])} of the weights are at least as accurate as "
             f"{_dense(rows, fewest)}."
         )
-    best = max(means, key=lambda number: means[number])
+    closest = max(means.values())
+    best = min((n for n in means if is_at_least(means[n] - closest)), key=lambda n: left[n])
     return (
         f"No ticket is as accurate as {_dense(rows, best)}. The closest is {_points(means[best])} "
         f"below it, with {_percent(left[best])} of the weights."

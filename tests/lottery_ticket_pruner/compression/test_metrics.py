@@ -77,6 +77,8 @@ def test_too_few_examples_for_a_tolerance_get_a_warning(model, tolerance, least)
     text = warning_of_few(metric, model, (x[1:], y[1:]), tolerance)
     assert f"One of the {least - 1} validation examples is worth" in text
     assert f"at least {least} examples" in text
+    alone = warning_of_few(metric, model, (x[:1], y[:1]), tolerance)
+    assert alone.startswith("The validation example is worth 100 points of accuracy.")
     for other, drop in ((Metric("mae", False), tolerance), (metric, None), (metric, -1.0)):
         assert warning_of_few(other, model, (x[1:], y[1:]), drop) is None
 
