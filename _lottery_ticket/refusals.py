@@ -181,7 +181,7 @@ def _fault(name: str, values: Sequence[str], type_: Any) -> str | None:
         if inner in (int, float) and not _fits(value, inner):
             shown = ", as in {name} 0.1 0.2" if inner is float else ", as in {name} 0 1"
             more = f" Separate several by spaces{shown.format(name=name)}." if several else ""
-            if value.endswith("%") and _fits(value[:-1], float):
+            if inner is float and value.endswith("%") and _fits(value[:-1], float):
                 more = f" Give a share: {float(value[:-1]) / 100:g}."
             return f"{name} expects {expected}. Received: {value!r}.{more}"
     return None

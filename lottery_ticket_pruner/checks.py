@@ -40,9 +40,12 @@ def check_compiled(model: Any, call: str) -> None:
         call: What it has to be compiled for, such as `"prune()"`.
 
     Raises:
-        ValueError: If it is not.
+        TypeError: If it is no model.
+        ValueError: If it is not compiled.
     """
-    if not getattr(model, "compiled", False):
+    if not hasattr(model, "compiled"):
+        raise TypeError(f"Expected a `keras.Model`. Received: {model!r}")
+    if not model.compiled:
         raise ValueError(f"{model.name} is not compiled: call compile() before {call}.")
 
 

@@ -40,8 +40,9 @@ class TicketResult:
     """
 
     ticket: keras.Model
-    initial_weights: list[np.ndarray]
-    masks: list[dict[str, np.ndarray]]
+    # A notebook shows a result in its last line, and these would be thousands of numbers.
+    initial_weights: list[np.ndarray] = dataclasses.field(repr=False)
+    masks: list[dict[str, np.ndarray]] = dataclasses.field(repr=False)
     rows: list[dict[str, Any]]
     trained: TrainedRounds = dataclasses.field(default_factory=TrainedRounds, repr=False)
 

@@ -505,8 +505,11 @@ def sparsity_report(model: Layer) -> SparsityReport:
         A report that prints as a table.
 
     Raises:
+        TypeError: If it is neither.
         ValueError: If the model has no masked weight.
     """
+    if not isinstance(model, keras.layers.Layer):
+        raise TypeError(f"Expected a `keras.Model` or a layer. Received: {model!r}")
     _keras.sync(model)
     rows = tuple(_row(ref) for ref in masked_refs(model))
     unmasked, reasons, hidden = [], {}, overwritten(model)

@@ -316,6 +316,7 @@ def load_data(config: PruneConfig) -> Parts:
         UserCodeError: If the user's function raises an exception.
     """
     if datasets.is_own(config.data):
+        keras.utils.set_random_seed(config.seed)  # Of examples that are drawn, see `load`.
         return own.value_of(config.data, "load data with", parts_of)
     return parts_of(datasets.load(config.data, config.data_dir))
 
@@ -332,6 +333,8 @@ def load(config: PruneConfig) -> keras.Model:
     if name is None or name in networks.NAMES:
         return _network(config)
     if datasets.is_own(name) and not Path(name).is_file():
+        # With other initial weights, the same command could not resume its search.
+        keras.utils.set_random_seed(config.seed)
         return own.value_of(name, "make a model with", _compiled)
     unknown.check_model(name)
     return _compiled(own_networks.load_file(Path(name), compiled=True), f"{name}: ")

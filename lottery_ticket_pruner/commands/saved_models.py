@@ -32,6 +32,7 @@ class ExportConfig(options.ExportOptions):
         """Loads the model, writes the folder or file and returns a report."""
         _check_model(self.model)
         self._check_options()
+        self._check_ending()
         if self.format == "all":
             return self._write_all()
         if self.format != "saved_model":
@@ -75,6 +76,15 @@ class ExportConfig(options.ExportOptions):
         if given:
             raise ValueError(f"{', '.join(given)} cannot be used with --format {self.format}.")
 
+    def _check_ending(self) -> None:
+        """Refuses a folder that is named like a file of another format."""
+        meant = _ENDINGS.get(self.out.suffix.lower())
+        if meant is not None and self.format in ("saved_model", "all") and self.format != meant:
+            raise ValueError(
+                f"--format {self.format} writes a folder. Received: '{self.out}', the name of a "
+                f"file. Pass --format {meant}{_LITERT * (meant == 'all')}, or choose another name."
+            )
+
     def _check_out(self) -> None:
         if self.out.is_file() and not self.overwrite:
             raise FileExistsError(
@@ -106,6 +116,10 @@ class ExportConfig(options.ExportOptions):
             shrink=self.shrink,
         )
 
+
+# The formats of files that are named so.
+_ENDINGS = {".onnx": "onnx", ".pt": "torch", ".tflite": "all"}
+_LITERT = " with a folder, in which LiteRT files are written, too"
 
 # The options that some formats do not have.
 _OPTIONS = {

@@ -154,9 +154,15 @@ def compare(
         batch_size: Number of examples of a call whose time is measured.
 
     Raises:
+        TypeError: If the models have no names, or one is no model.
         ValueError: If there is no model, a model is not built or has several outputs, outputs and
             targets do not fit, or the data has another form.
     """
+    if not isinstance(models, Mapping):
+        raise TypeError(f"Expected a dict of models by name. Received: {models!r}")
+    for name, model in models.items():
+        if not isinstance(model, keras.Model):
+            raise TypeError(f"Expected a `keras.Model` named {name!r}. Received: {model!r}")
     subjects = [Subject.of_model(name, model, batch_size) for name, model in models.items()]
     return compare_subjects(subjects, test_part_of(data))
 

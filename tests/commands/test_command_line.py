@@ -179,6 +179,7 @@ print(json.dumps([len(lines), sorted(heavy & sys.modules.keys())]))
             "--network my.keras, or, of a trained model, lottery-ticket prune my.keras?",
         ),
         ("prune --max-drop 1%", "--max-drop expects a number. Received: '1%'. Give a share: 0.01."),
+        ("run --rounds 3%", "--rounds expects a whole number. Received: '3%'. See"),
         ("export model.keras", "Expected MODEL OUT."),
         ("export model.keras out --values int9", "Received: 'int9'. Did you mean 'int8'?"),
         ("repeat", "Expected FOLDER."),

@@ -379,6 +379,12 @@ def test_the_default_data_are_named_if_they_do_not_fit(here, capsys, name, remed
         assert "Return others from own.py:load, or name another mod" in capsys.readouterr().err
 
 
+def test_a_function_makes_the_same_model_each_time(here):
+    (here / "drawn.py").write_text(SOURCE.replace("keras.utils.set_random_seed(0)", "pass"))
+    config = prune.PruneConfig(model="drawn.py:make")
+    np.testing.assert_array_equal(*(prune.load(config).get_weights()[0] for _ in range(2)))
+
+
 @pytest.mark.parametrize(
     ("text", "size"),
     [("500kB", 500_000), ("2MB", 2_000_000), ("1.5 MiB", 1_572_864), ("12,345", 12_345)],

@@ -150,9 +150,14 @@ def test_errors_are_explained_without_a_traceback(arguments, message, capsys):
 
 
 @pytest.mark.once
-def test_wrong_values_are_refused(capsys):
+def test_wrong_values_are_refused(saved, tmp_path, capsys):
     assert cli.main(["export", "a.keras", "out", "--values", "int4"]) == 2
     assert "int4" in capsys.readouterr().err
+    for ending, meant in ((".onnx", "onnx"), (".pt", "torch"), (".tflite", "all")):
+        out = tmp_path / f"model{ending}"
+        assert cli.main(["export", str(saved), str(out)]) == 2
+        assert f"Pass --format {meant}" in capsys.readouterr().err
+        assert not out.exists()
 
 
 @pytest.mark.once

@@ -58,6 +58,8 @@ def test_refs_of_plain_and_masked_models():
     ]
     with pytest.raises(ValueError, match="convert_to_masked"):
         ml.masked_refs(plain)
+    with pytest.raises(TypeError, match=r"Expected a `keras.Model` or a layer\. Received: 'a'"):
+        ml.sparsity_report("a")
 
 
 @pytest.mark.once

@@ -167,3 +167,9 @@ def test_models_that_cannot_be_compared():
         lottery_ticket_pruner.compare({"model": model}, (X, y.astype("U1")))
     with pytest.raises(ValueError, match="at least one model"):
         lottery_ticket_pruner.compare({}, (X, y))
+    for wrong, text in (
+        (model, "dict of models by name"),
+        ({"a": "b.keras"}, "`keras.Model` named"),
+    ):
+        with pytest.raises(TypeError, match=f"Expected a {text}"):
+            lottery_ticket_pruner.compare(wrong, (X, y))

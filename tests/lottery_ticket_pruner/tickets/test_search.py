@@ -301,6 +301,8 @@ def test_an_uncompiled_model_is_refused(data):
     model = keras.Sequential([keras.Input((8,)), layers.Dense(2)])
     with pytest.raises(ValueError, match="not compiled"):
         find_ticket(model, *data, rounds=1, steps=1)
+    with pytest.raises(TypeError, match=r"Expected a `keras.Model`\. Received: 'model.keras'"):
+        find_ticket("model.keras", *data, rounds=1, steps=1)
 
 
 @pytest.mark.once
