@@ -97,9 +97,9 @@ def _check_unit(name: str, values: Sequence[str], type_: object) -> None:
     if short is None or not _fits(number, float) or takes_several(type_) or Path(unit).exists():
         return
     expected = "a number without a unit"
-    if short == "%":
+    if short == "%" and _plain(type_) is float:
         expected = f"a share: {float(number) / 100:g}"
-    elif _plain(type_) is str:
+    elif short != "%" and _plain(type_) is str:
         expected = f"no space before the unit: {number}{short}"
     raise UsageError(f"{name} expects {expected}. Received: {number} {unit}.")
 

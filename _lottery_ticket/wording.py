@@ -7,12 +7,14 @@ from typing import Any
 
 from _lottery_ticket.refusals import choices_of, option, unnamed_options
 
-# A name in backticks, other code, and an argument with its value. Those in code are of functions.
+# A name in backticks, other code, a text in quotes, and an argument with its value. What looks like
+# an argument is one of a function in code, and part of a path or a value in quotes.
 _PARTS = re.compile(
     r"`(?P<name>\w+)`"
     r"|`[^`]*`|\w\([^()]*\)"
+    r"|(?<![\w=])'[^']*'"
     r"|(?<![^\s(])(?<!--over )(?P<argument>[a-z_]+)="
-    r"""(?P<value>"[^"]*"|'[^']*'|-?\w[\w.,+-]*(?<![.,]))(?![\w(])"""
+    r"""(?P<value>"[^"]*"|'[^']*'|-?\w[\w.,+-]*(?<![.,]))(?![\w(]|\.\w)"""
 )
 _ENDS_WITH_COMMAND = re.compile(r": (pip install|lottery-ticket) [^:]*$")
 

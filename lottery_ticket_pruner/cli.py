@@ -64,7 +64,7 @@ def _warnings_of(kind: type[Any]) -> Iterator[None]:
 
 def _print_error(error: Exception, kind: type[Any]) -> int:
     """Prints an error of a command with a class of options, and returns the exit status."""
-    text = reason_in(str(error))
+    text = reason_in(str(error)) or type(error).__name__
     if isinstance(error, OSError) and error.strerror:  # From the system: "[Errno 13] ...".
         where = "" if error.filename is None else f"'{error.filename}': "
         text = f"{where}{error.strerror}"

@@ -81,9 +81,10 @@ def _loss_of(model: keras.Model, data: Any, examples: Sequence[int] | np.ndarray
 
 def _has_finite_gradients(model: keras.Model, data: Any, examples: np.ndarray) -> bool:
     """Returns whether gradients of the loss of some examples are finite, True if there are none."""
-    x, y, *weights = map_arrays(lambda array: np.asarray(array)[examples], data)
+    chosen = map_arrays(lambda array: np.asarray(array)[examples], data)
+    x, y, weights = (*chosen, None, None)[:3]
     try:
-        found = loss_gradients(model, x, y, sample_weight=weights[0] if weights else None)
+        found = loss_gradients(model, x, y, sample_weight=weights)
     except Exception:  # As above.
         return True
     return all(np.isfinite(gradient).all() for gradient in found.values())

@@ -369,12 +369,14 @@ def _check_inputs(config: PruneConfig, model: keras.Model, parts: Parts) -> None
     if not all(size is None or isinstance(size, int) for size in wanted) or _goes(given, wanted):
         return
     data = f"--data {config.data}{' (the default)' * (config.data == options.PruneOptions.data)}"
-    own_data = "name your own data: --data module:function or path/to/file.py:function"
-    if ":" in config.data:
-        own_data = f"return others from {config.data}, or name another model"
-    remedy = own_data[0].upper() + own_data[1:]
+    named = "name your own data: --data module:function or path/to/file.py:function"
+    reshaped, others = f"a function that returns the data, and {named}", f"N{named[1:]}"
+    if datasets.is_own(config.data):
+        reshaped = config.data
+        others = f"Return others from {config.data}, or name another model"
+    remedy = others
     if None not in wanted and np.prod(wanted) == np.prod(given):
-        remedy = f"Reshape them in a function that returns the data, and {own_data}"
+        remedy = f"Reshape them in {reshaped}"
     raise ValueError(
         f"{config.model} takes inputs of shape {wanted}, but those of {data} have {given}. "
         f"{remedy}."

@@ -50,6 +50,11 @@ def wide():
     model.compile(loss="mse")
     return model
 
+def square():
+    model = keras.Sequential([keras.Input((2, 2)), keras.layers.Flatten(), keras.layers.Dense(2)])
+    model.compile(loss="mse")
+    return model
+
 def flat():
     model = keras.Sequential([keras.Input((64,)), keras.layers.Dense(10)])
     model.compile(loss="mse")
@@ -375,8 +380,10 @@ def test_the_default_data_are_named_if_they_do_not_fit(here, capsys, name, remed
     text = f"those of --data digits (the default) have (8, 8, 1). {remedy}"
     assert text in capsys.readouterr().err
     if name == "make":
-        assert cli.main(["prune", "own.py:wide", "--data", "own.py:load"]) == 2
-        assert "Return others from own.py:load, or name another mod" in capsys.readouterr().err
+        other = "(4,). Return others from own.py:load, or name another model."
+        for own, text in (("wide", other), ("square", "(4,). Reshape them in own.py:load.")):
+            assert cli.main(["prune", f"own.py:{own}", "--data", "own.py:load"]) == 2
+            assert text in capsys.readouterr().err
 
 
 def test_a_function_makes_the_same_model_each_time(here):
