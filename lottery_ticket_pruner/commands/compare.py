@@ -130,6 +130,7 @@ def _data(config: CompareConfig, named: Sequence[_Named]) -> tuple[Arrays, Array
             "data of a name."
         )
     if datasets.is_own(config.data):
+        datasets.warn_of_folder(config.data, config.data_dir)
         return own.value_of(config.data, "load data with", test_part_of)
     return test_part_of(datasets.load(config.data, config.data_dir))
 

@@ -316,6 +316,7 @@ def load_data(config: PruneConfig) -> Parts:
         UserCodeError: If the user's function raises an exception.
     """
     if datasets.is_own(config.data):
+        datasets.warn_of_folder(config.data, config.data_dir)
         keras.utils.set_random_seed(config.seed)  # Of examples that are drawn, see `load`.
         return own.value_of(config.data, "load data with", parts_of)
     return parts_of(datasets.load(config.data, config.data_dir))

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from _lottery_ticket import unknown
+from _lottery_ticket.names import DOWNLOADED
+from lottery_ticket_pruner import notices
 from lottery_ticket_pruner.experiments import downloads, own
 from lottery_ticket_pruner.experiments.labelled import Arrays, checked
 from lottery_ticket_pruner.experiments.own import DatasetNotFoundError, UserCodeError
@@ -97,6 +99,7 @@ def load(name: str, data_dir: str | Path | None = None) -> Dataset:
         DatasetNotFoundError: If the data is neither in the folder nor could be downloaded, or the
             file or module of the function does not exist.
     """
+    warn_of_folder(name, data_dir)
     if is_own(name):
         train, *validation, test = own.parts_of(name)
         arrays = checked(name, (*train, *test))
@@ -116,6 +119,20 @@ def load(name: str, data_dir: str | Path | None = None) -> Dataset:
     except ValueError as error:  # The published files pass these checks.
         raise FileContentError(str(error)) from None
     return _split(name, source, arrays, named.held_out(arrays))
+
+
+def warn_of_folder(name: str, data_dir: str | Path | None) -> None:
+    """Warns if a folder is given for data that is not read from it.
+
+    Args:
+        name: Name of a data set, or the location of a function.
+        data_dir: The folder, or None.
+    """
+    if data_dir is not None and (is_own(name) or name == "digits"):
+        notices.warn(
+            f"`data_dir` is not used: the data {name!r} is not read from '{data_dir}'. The folder "
+            f"is for the published files of {', '.join(DOWNLOADED)}."
+        )
 
 
 def is_own(name: str) -> bool:

@@ -66,6 +66,12 @@ def assert_same_images(scaled, images):
     assert sorted(map(bytes, restored)) == sorted(map(bytes, flat))
 
 
+def test_a_folder_for_data_that_is_not_read_from_it_gets_a_warning(own):
+    for name in ("digits", f"{own}:table"):
+        with pytest.warns(UserWarning, match=f"the data '{name}' is not read from 'nowhere'"):
+            datasets.load(name, "nowhere")
+
+
 def test_digits_are_embedded_and_split_the_same_way_every_time():
     digits = datasets.load("digits")
     again = datasets.load("digits")
