@@ -485,12 +485,17 @@ def export_specs(model: keras.Model) -> Any:
 
 def hides_inputs(model: keras.Model) -> bool:
     """Returns whether Keras has no shapes of inputs because `call` takes any arguments."""
-    kinds = {parameter.kind for parameter in inspect.signature(model.call).parameters.values()}
-    if not kinds & {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}:
-        return False
     if not model.built or getattr(model, "inputs", None):  # Those of a graph are known.
         return False
+    if not takes_any_arguments(model):
+        return False
     return not any((model.get_build_config() or {}).values())
+
+
+def takes_any_arguments(layer: keras.layers.Layer) -> bool:
+    """Returns whether `call` of a layer takes `*args` or `**kwargs`."""
+    kinds = {parameter.kind for parameter in inspect.signature(layer.call).parameters.values()}
+    return bool(kinds & {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD})
 
 
 def copy_called(source: keras.Model, target: keras.Model) -> None:

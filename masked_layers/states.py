@@ -40,7 +40,8 @@ def configs(layer: Layer, paths: Collection[str], *, as_made: bool) -> States:
 def check_built(layer: Layer, paths: Collection[str]) -> None:
     """Refuses to load a layer with masks inside that Keras could not build before.
 
-    Keras would load nothing of what is inside, without a word.
+    Keras would load nothing of what is inside, without a word. It builds layers that name their
+    arguments as they were built when they were saved, so one that is not built has nothing to load.
 
     Args:
         layer: A layer whose values are about to be loaded.
@@ -49,7 +50,9 @@ def check_built(layer: Layer, paths: Collection[str]) -> None:
     Raises:
         ValueError: If it is not built.
     """
-    if not layer.built and any("/" in path for path in paths):
+    if layer.built or not any("/" in path for path in paths):
+        return
+    if _keras.takes_any_arguments(layer):
         raise ValueError(
             f"'{layer.name}' is not built, so its weights and masks cannot be loaded. "
             f"{_keras.NAME_ARGUMENTS} or load the file into a model that was called: "

@@ -198,6 +198,16 @@ def test_a_file_of_a_model_that_keras_cannot_build_is_refused_and_its_masks_are_
     np.testing.assert_array_equal(other(X), masked(X))
 
 
+@pytest.mark.once
+def test_a_layer_that_was_never_built_has_nothing_to_load(tmp_path):
+    model = ml.convert_to_masked(keras.Sequential([layers.Bidirectional(layers.LSTM(2))]))
+    with pytest.warns(UserWarning, match="not yet been built"):
+        model.save(tmp_path / "m.keras")
+    loaded = keras.saving.load_model(tmp_path / "m.keras")
+    loaded(np.ones((1, 3, 2), "float32"))
+    assert len(ml.get_masks(loaded)) == 4
+
+
 def test_a_clone_shares_no_variables_and_can_be_pruned_further():
     model = dense()
     clone = keras.models.clone_model(model)
