@@ -94,6 +94,7 @@ class Search:
             self.bench.validate()  # Only to measure how long it takes, which `_tell` needs.
             self.clock.reserve += self.bench.seconds_to_compare()
             self.clock.reserve += self.progress.facts.get("export", 0.0)
+            self._warn_of_constant(self._rows[0]["validation"])
             for row in self._rows:
                 self._tell(row)
         else:
@@ -140,25 +141,25 @@ class Search:
             bench.train_dense(self._warn_of_dense())
         dense = State.of(bench.model)
         value = bench.validate()
-        self._check_dense(value)
+        if (tolerance := self._plan.goals.tolerance) is not None:
+            check_dense(bench.metric, value, "validation", tolerance)
+        self._warn_of_constant(value)
         self.clock.reserve += bench.seconds_to_compare()
         self.progress.facts |= {"trained": trained, "dense": "0", "best": "0"}
         self._densities.find(dense)
         self.progress.keep("0", dense)
         self._record("dense", bench.density, value, started)
 
-    def _check_dense(self, value: float) -> None:
-        """Checks that a drop from the value of the dense model says something about a model."""
-        bench, tolerance = self.bench, self._plan.goals.tolerance
+    def _warn_of_constant(self, dense: float) -> None:
+        """Warns if a model that ignores its inputs is within the tolerance of the dense one."""
+        metric, tolerance = self.bench.metric, self._plan.goals.tolerance
         if tolerance is None:
             return
-        check_dense(bench.metric, value, "validation", tolerance)
-        constant = metrics.warning_of_constant(
-            bench.metric, value, bench.parts.validation[1], tolerance
-        )
-        if constant is not None:
-            notices.warn(constant)
-            self.notes.append(constant)
+        targets = self.bench.parts.validation[1]
+        text = metrics.warning_of_constant(metric, dense, targets, tolerance)
+        if text is not None:
+            notices.warn(text)
+            self.notes.append(text)
 
     def _climb(self, stage: str) -> None:
         """Executes the attempts of a method."""

@@ -6,6 +6,8 @@ import keras
 import numpy as np
 import pytest
 
+from lottery_ticket_pruner import prune
+from lottery_ticket_pruner.compression import metrics
 from lottery_ticket_pruner.compression.metrics import (
     Outcome,
     compare,
@@ -14,6 +16,7 @@ from lottery_ticket_pruner.compression.metrics import (
 )
 from lottery_ticket_pruner.tolerances import Metric, accuracies_of, check_dense, metric_of
 from lottery_ticket_pruner.training import evaluate
+from small_classifier import DATA, SHORT
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(150, 5)).astype("float32")
@@ -141,3 +144,12 @@ def test_other_means_are_compared_by_groups_and_the_rest_has_no_interval(model):
     comparison = compare(metric, outcome, outcome, len(X))
     assert comparison.interval is None
     assert "auc is not a mean" in str(comparison)
+
+
+@pytest.mark.once
+def test_a_search_that_goes_on_warns_again(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics, "warning_of_constant", lambda *_: "Constant.")
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="Constant"):
+            found = prune(trained, DATA, 0.02, method="one_shot", folder=tmp_path, **SHORT)
+        assert found.cautions[-1] == "Constant."
