@@ -80,7 +80,13 @@ def _loss_of(model: keras.Model, data: Any, examples: Sequence[int] | np.ndarray
 
 
 def _has_finite_gradients(model: keras.Model, data: Any, examples: np.ndarray) -> bool:
-    """Returns whether gradients of the loss of some examples are finite, True if there are none."""
+    """Returns whether gradients of the loss of some examples are finite.
+
+    True if there are none, or if the model has its own step of training, which may leave out what
+    is not finite.
+    """
+    if training.engine_of(model).has_own_step:
+        return True
     chosen = map_arrays(lambda array: np.asarray(array)[examples], data)
     x, y, weights = (*chosen, None, None)[:3]
     try:

@@ -113,7 +113,7 @@ class Engine:
             self._model.reset_metrics()
         batch_size = min(batch_size, len(rows))
         # Only `fit` returns the result of a custom step, so it trains on the last batch.
-        own = logged and self._has_own_step
+        own = logged and self.has_own_step
         kept = (len(rows) % batch_size or batch_size) if own else 0
         logs, loops = None, self._loops
         end = done + -(-len(rows) // batch_size)
@@ -138,10 +138,11 @@ class Engine:
     @property
     def logs_freely(self) -> bool:
         """True if results of training do not change the route, as those of a custom step do."""
-        return self._loops is None or self._why_fit is not None or not self._has_own_step
+        return self._loops is None or self._why_fit is not None or not self.has_own_step
 
     @property
-    def _has_own_step(self) -> bool:
+    def has_own_step(self) -> bool:
+        """True if the model trains by a step, or computes metrics, in a way of its own."""
         return _own_method(self._model, "train_step", "compute_metrics") is not None
 
     def has_loops(self, data: ArrayDataset, steps: int) -> bool:
@@ -174,7 +175,7 @@ class Engine:
         """
         self._model.reset_metrics()
         done = 0
-        own = self._has_own_step
+        own = self.has_own_step
         rows = rows[: -(len(rows) % batch_size or batch_size)] if own else rows
         while self._loops is not None and len(rows):
             size = min(batch_size, len(rows))

@@ -465,8 +465,11 @@ def test_the_curve_has_a_line_for_the_least_that_is_accepted(tolerance, lines):
 
 def test_only_zeros_are_said_to_save_no_time():
     facts = types.SimpleNamespace(dense_sizes={"a": 4}, kept_sizes={"a": 2}, served=None)
-    for method, said in (("magnitude", True), ("channels", False)):
-        result = types.SimpleNamespace(rows=[{"method": "dense"}, {"method": method}])
+    dense = {"method": "dense", "accepted": True}
+    tries = ("magnitude", True, True), ("channels", True, False), ("channels", False, True)
+    for method, accepted, said in tries:
+        row = {"method": method, "accepted": accepted}
+        result = types.SimpleNamespace(rows=[dense, row])
         assert bool(pruning.use_of_zeros(result, facts)) == said
     facts.kept_sizes = facts.dense_sizes  # Nothing was pruned.
     assert not pruning.use_of_zeros(types.SimpleNamespace(rows=[]), facts)

@@ -31,6 +31,13 @@ def compiled(loss="mse"):
     return model
 
 
+class OwnStep(keras.Model):
+    """May leave out examples that are not finite."""
+
+    def train_step(self, *arguments):
+        raise NotImplementedError
+
+
 class Eight(keras.layers.Layer):
     """Takes eight examples at a time, no others, like a stateful layer."""
 
@@ -117,6 +124,9 @@ def test_gradients_of_values_that_a_layer_hides_are_asked_where_it_is_trained(re
         return
     with pytest.raises(ValueError, match=r"first at \[3, 0\], and gradients of a batch with that"):
         finite_data.check(model, "data", data, trained=True)
+    careful = OwnStep(model.inputs, model.outputs)
+    careful.compile("sgd", "mse", jit_compile=False)
+    finite_data.check(careful, "data", data, trained=True)
 
 
 @pytest.mark.once

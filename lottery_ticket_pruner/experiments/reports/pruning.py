@@ -299,7 +299,7 @@ def _summary(result: Findings, facts: Facts) -> Sheet:
 def use_of_zeros(result: Findings, facts: Facts) -> str:
     """Returns what zeros save and do not, if the result has kernels with zeros, or nothing."""
     has_zeros = sum(facts.kept_sizes.values()) < sum(facts.dense_sizes.values())
-    if not has_zeros or any(row["method"] == "channels" for row in result.rows):
+    if not has_zeros or any(r["method"] == "channels" and r["accepted"] for r in result.rows):
         return ""
     place = "" if facts.served is None else " (served/1)"
     return (
