@@ -56,6 +56,8 @@ def test_without_a_folder_there_is_none_to_name(command, tmp_path, capsys, monke
     monkeypatch.setattr(serving, "inspect", interrupted)
     monkeypatch.setattr(report, "write_report", interrupted)
     monkeypatch.setattr(run, "compiled_network", interrupted)  # Before anything is written.
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.keras").touch()
     out = ["--out", str(tmp_path / "run")] if command is RUN else []
     assert cli.main([*command, *out]) == 130
     assert capsys.readouterr().err == "Interrupted.\n"

@@ -256,7 +256,7 @@ def test_an_interrupted_run_is_resumed_and_reports_show_it(tmp_path, measured, m
     text = web_page.render(
         ticket_masks.read_tickets(run_folders.groups_of(run_folders.find_runs([tmp_path])))
     )
-    assert "10.00 ± 0.00" in text
+    assert "10.00 ±\N{NO-BREAK SPACE}0.00" in text
     assert text.count("<svg") == 2  # Drawn again, for both configurations.
     assert "From none of the measured steps on do trainings stay connected" in text
 
