@@ -64,12 +64,12 @@ def compare(config: CompareConfig, console: Console | None = None) -> ModelCompa
     found = compare_subjects(subjects, (x, y))
     found = dataclasses.replace(found, notes=(*found.notes, *_note_of_data(config, named)))
     console = console or progress.console()
-    console.print(str(found), markup=False, highlight=False, soft_wrap=True)
+    progress.say(console, str(found))
     if config.page is not None:
         options = {"data": config.data or "that of the folders", "batch_size": config.batch_size}
         with replacing(config.page) as file:
             file.write(comparison.page(found, options).encode())
-        console.print(f"Page: {config.page}", markup=False, highlight=False)
+        progress.say(console, f"Page: {config.page}")
     return found
 
 

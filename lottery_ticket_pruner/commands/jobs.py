@@ -107,7 +107,7 @@ class Board:
 
     def say(self, text: str) -> None:
         """Prints a line above the progress bar."""
-        self._console.print(text, highlight=False, markup=False)
+        progress.say(self._console, text)
 
     def end(self, job: Job, outcome: str | Failure) -> None:
         """Notes and prints how a job ended."""

@@ -202,16 +202,16 @@ def prune(config: PruneConfig, console: Console | None = None) -> PruneResult:
     )
     prune_folder.write(result, facts, folder)
     notes = [note for note in result.notes if note not in said]  # What was not a warning before.
-    _print(console, "\n".join([f"test: {result.test}", result.conclusion, *notes]))
+    progress.say(console, "\n".join([f"test: {result.test}", result.conclusion, *notes]))
     if facts.served is not None:
         pruned, whole = facts.served
-        _print(
+        progress.say(
             console,
             f"Served: {pruned:,} bytes; dense {whole:,}, {whole / pruned:.1f} times as much. "
             f"{pruning.use_of_zeros(result, facts)}".rstrip(),
         )
     seconds = time.perf_counter() - started
-    _print(console, f"{seconds:.0f} s. Report: {folder / 'report.html'}")
+    progress.say(console, f"{seconds:.0f} s. Report: {folder / 'report.html'}")
     return result
 
 
@@ -369,7 +369,8 @@ def _check_inputs(config: PruneConfig, model: keras.Model, parts: Parts) -> None
     wanted, given = shape[1:], x.shape[1:]
     if not all(size is None or isinstance(size, int) for size in wanted) or _goes(given, wanted):
         return
-    data = f"--data {config.data}{' (the default)' * (config.data == options.PruneOptions.data)}"
+    default = " (the default)" if config.data == options.PruneOptions.data else ""
+    data = f"--data {config.data}{default}"
     named = "name your own data: --data module:function or path/to/file.py:function"
     reshaped, others = f"a function that returns the data, and {named}", f"N{named[1:]}"
     if datasets.is_own(config.data):
@@ -421,17 +422,13 @@ def _export(
         text = f"No SavedModel: {type(error).__name__}: {error}"
         if place.exists():
             text += f"\nWhat is in {place} is not this model, but from an earlier search."
-        _print(console, text)
+        progress.say(console, text)
         return None
     try:
         return dense.timed(served, place, parts.test[0])
     except Exception as error:  # The folder is written nevertheless.
-        _print(console, f"The served models were not timed: {type(error).__name__}: {error}")
+        progress.say(console, f"The served models were not timed: {type(error).__name__}: {error}")
         return served
-
-
-def _print(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 class _Display:
@@ -489,11 +486,11 @@ class _Display:
             verdict_of(row),
         )
         if row["note"]:
-            _print(self._console, reason_of(row, self._said))
+            progress.say(self._console, reason_of(row, self._said))
 
     def _open(self) -> None:
         if not self._is_open:
-            _print(self._console, f"Results go to {self._folder}")
+            progress.say(self._console, f"Results go to {self._folder}")
             self._bar.start()
             self._is_open = True
 

@@ -60,7 +60,7 @@ def repeat(folder: Path, config: PruneConfig, console: Console | None = None) ->
     earlier, _ = prune_folder.read(folder)
     if is_pruned(config.folder) and not config.overwrite:
         text = f"The search in {config.folder} is finished. Use --overwrite to execute it again."
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        progress.say(console, text)
     result = prune(config, console)
     pairs = differences(earlier.rows, result.rows)
     same = not pairs and earlier.test == result.test
@@ -77,7 +77,7 @@ def repeat(folder: Path, config: PruneConfig, console: Console | None = None) ->
                 f"here, test: {result.test}",
             ]
         )
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    progress.say(console, text)
     return same
 
 
@@ -120,12 +120,12 @@ def report(folders: Iterable[Path], out: Path | None, console: Console) -> list[
     for folder, findings, facts in read:
         for sheet in pruning.sheets(findings, facts):
             console.print(sheet.table())
-        console.print(findings.conclusion, markup=False, highlight=False, soft_wrap=True)
+        progress.say(console, findings.conclusion)
         target = out or folder
         target.mkdir(parents=True, exist_ok=True)
         prune_folder.write_report(findings, facts, target)
         pages.append(target / "report.html")
-        console.print(str(pages[-1]), markup=False, highlight=False, soft_wrap=True)
+        progress.say(console, str(pages[-1]))
     return pages
 
 

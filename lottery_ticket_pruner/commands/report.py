@@ -83,17 +83,15 @@ def write_report(config: ReportConfig, console: Console | None = None) -> Path:
             texts += [sheet.markdown() for sheet in sheets]
             texts += [f"Not loaded: {text}" for text in of_group.unreadable]
         file.write("\n\n".join([*texts, ""]).encode())
-    console.print(
-        f"{out / 'report.html'}; tables.md, results.csv and {pictures} *.png next to it",
-        highlight=False,
-        markup=False,
+    progress.say(
+        console, f"{out / 'report.html'}; tables.md, results.csv and {pictures} *.png next to it"
     )
     return out / "report.html"
 
 
 def _say(console: Console, text: str) -> None:
     if text:
-        console.print(text, markup=False, highlight=False)
+        progress.say(console, text)
 
 
 def _write_pictures(out: Path, all_tickets: Sequence[GroupTickets]) -> int:

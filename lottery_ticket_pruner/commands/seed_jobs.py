@@ -80,7 +80,7 @@ def run(config: RunConfig, console: Console | None = None) -> list[Failure]:
         folder.carry_out(work, lambda rows: console.print(tables.summary_table(rows)), console)
     except _UnfinishedError:
         text = f"The run is not finished. What is done so far is in {folder.path}"
-        console.print(text, highlight=False, markup=False)
+        progress.say(console, text)
         return failures
     return []
 

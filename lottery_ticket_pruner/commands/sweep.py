@@ -215,7 +215,7 @@ def sweep(
             if _is_finished(config, place.path):  # It was killed before it was moved in place.
                 place.complete()
                 if place.moved:
-                    console.print(place.describe_moved(), highlight=False, markup=False)
+                    progress.say(console, place.describe_moved())
                 return []
         return _carry_out(config, children, place, console)
 
@@ -291,16 +291,13 @@ def _carry_out(
         pace = executor.pace(at_once) if executor else "nothing left to run"
         what = "runs" if search is None else "runs to choose from"
         if not config.over:
-            console.print(
-                "Without --over OPTION=VALUE,VALUE, this is one combination of options.",
-                highlight=False,
-                markup=False,
+            progress.say(
+                console, "Without --over OPTION=VALUE,VALUE, this is one combination of options."
             )
-        console.print(
+        progress.say(
+            console,
             f"{len(children)} {what}, {len(children) - len(todo)} of them finished earlier; "
             f"{pace}\n{_where(place)}",
-            highlight=False,
-            markup=False,
         )
         failures: list[Failure] = []
         if search is not None:
@@ -326,7 +323,7 @@ def _carry_out(
     seconds = time.perf_counter() - started
     moved = f"{place.describe_moved()}\n" if place.moved else ""
     text = f"{moved}{seconds:.0f} s. Results in {place.path}"
-    console.print(text, highlight=False, markup=False)
+    progress.say(console, text)
     return failures
 
 

@@ -11,6 +11,11 @@ def console(*, quiet: bool = False) -> Console:
     return Console(quiet=quiet, emoji=False)
 
 
+def say(console: Console, text: str) -> None:
+    """Prints a text as it is. Its lines are not broken, because a path in them may be copied."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
 def bar(console: Console, count: str = STEPS, period: float = 30.0) -> rich.progress.Progress:
     """Creates a progress bar that disappears at the end.
 

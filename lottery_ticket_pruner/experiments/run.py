@@ -99,7 +99,7 @@ def _carry_out(
             with failures.seed(seed):
                 said += _carry_out_seed(config, data, folder, model, replicate, record, display)
     if said:  # Below the table that grew.
-        console.print(said, markup=False, highlight=False)
+        progress.say(console, said)
     failures.check()
     draw(config, rows, folder)
 

@@ -19,7 +19,7 @@ from rich.console import Console
 import lottery_ticket_pruner
 from lottery_ticket_pruner import records
 from lottery_ticket_pruner.checkpoint import STATE_FILE
-from lottery_ticket_pruner.experiments import catalogue, checksums, networks
+from lottery_ticket_pruner.experiments import catalogue, checksums, networks, progress
 from lottery_ticket_pruner.experiments.config import choices
 from lottery_ticket_pruner.experiments.datasets import Dataset
 from lottery_ticket_pruner.experiments.identifiers import code_of
@@ -440,7 +440,7 @@ class RunFolder(Workplace):
             shutil.rmtree(seeds, ignore_errors=True)
 
     def _print(self, text: str) -> None:
-        self._console.print(text, highlight=False, markup=False)
+        progress.say(self._console, text)
 
     def _remove_empty(self, folder: Path) -> None:
         """Removes a folder of results, and its parents up to `path`, if they are empty."""

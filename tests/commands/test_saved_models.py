@@ -92,9 +92,8 @@ def test_a_run_leaves_its_ticket_ready_to_serve(tmp_path, capsys):
     options = {"rounds": 1, "steps": 4, "final-sparsity": 0.9, "out": tmp_path}
     arguments = [text for key, value in options.items() for text in (f"--{key}", str(value))]
     assert cli.main(["run", *arguments, "--seeds", "3", "4", "--controls"]) == 0
-    printed = " ".join(capsys.readouterr().out.split())
-    assert "First ticket for serving: " in printed
-    assert "served/1, " in printed
+    place = tmp_path / "served" / "1"  # On one line, however long it is.
+    assert f"First ticket for serving: {place}, " in capsys.readouterr().out
     assert [path.name for path in (tmp_path / "served").iterdir()] == ["1"]
     assert not written.others_in(tmp_path, "run")  # Nothing counts as a file of the user.
     assert cli.main(["export", str(tmp_path), str(tmp_path / "served")]) == 2
