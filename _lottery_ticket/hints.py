@@ -29,10 +29,13 @@ def question(name: str, known: Iterable[str]) -> str:
     plain = {_plain(one): one for one in known}
     meant = map(_plain, synonyms.MEANT.get(_plain(name), ()))
     found = [plain[one] for one in meant if one in plain]
-    found = found or [one for one in (closest(name, plain.values()),) if one is not None]
-    *others, last = [repr(one) for one in found] or [""]
+    if not found and (like := closest(name, plain.values())) is not None:
+        found = [like]
+    if not found:
+        return ""
+    *others, last = map(repr, found)
     listed = f"{', '.join(others)} or {last}" if others else last
-    return f" Did you mean {listed}?" if listed else ""
+    return f" Did you mean {listed}?"
 
 
 def file_question(path: Path, suffixes: Iterable[str]) -> str:

@@ -80,12 +80,10 @@ def check_data(name: str) -> None:
 def _error_of_data(path: Path) -> ValueError:
     """Returns an error for data in a file or folder."""
     what = "folder" if path.is_dir() else "file"
-    hint = "".join(
-        f" Of the published files, name the folder: --data {name} --data-dir "
-        f"{path if path.is_dir() else path.parent}."
-        for name in names.DOWNLOADED
-        if name == path.name.partition(".")[0]
-    )
+    name, hint = path.name.partition(".")[0], ""
+    if name in names.DOWNLOADED:
+        folder = path if path.is_dir() else path.parent
+        hint = f" Of the published files, name the folder: --data {name} --data-dir {folder}."
     return ValueError(
         f"--data expects one of the data sets {', '.join(names.DATASETS)}, or a function that "
         "loads your files and returns (x, y): write it as `def load():` into a file own.py, and "

@@ -40,7 +40,7 @@ def check_compiled(model: Any, call: str) -> None:
         call: What it has to be compiled for, such as `"prune()"`.
 
     Raises:
-        TypeError: If it is no model.
+        TypeError: If it is not a model.
         ValueError: If it is not compiled.
     """
     if not hasattr(model, "compiled"):

@@ -53,21 +53,30 @@ def check(
         found = None if array is None else _count(array)
         if found is None:
             continue
-        example, (part, *inside) = found[1][0], path
-        fixed = training.fixed_batch_size(model)
-        loss = _loss_of(model, data, [example] * (fixed or 1))
-        batch = _batch(data, example)
-        together = np.resize(batch, fixed or len(batch))
-        what = f"the loss of that example is {loss}"
-        if math.isfinite(loss) or math.isfinite(_loss_of(model, data, together)):
-            if not trained or _has_finite_gradients(model, data, together):
-                continue
-            what = "gradients of a batch with that example are NaN or infinite"
+        what = _problem(model, data, found[1][0], trained)
+        if what is None:
+            continue
+        part, *inside = path
         place = "".join(f"[{key!r}]" for key in inside)
         raise ValueError(
             f"`{('x', 'y', 'sample_weight')[part]}{place}` of the {name} has "
             f"{not_finite(array)}, and {what}. Replace these values, or leave these examples out."
         )
+
+
+def _problem(model: keras.Model, data: Any, example: int, trained: bool) -> str | None:
+    """Says what becomes NaN or infinite by an example, or returns None. See `check`."""
+    fixed = training.fixed_batch_size(model)
+    loss = _loss_of(model, data, [example] * (fixed or 1))
+    if math.isfinite(loss) and not trained:
+        return None
+    batch = _batch(data, example)
+    together = np.resize(batch, fixed or len(batch))
+    if not math.isfinite(loss) and not math.isfinite(_loss_of(model, data, together)):
+        return f"the loss of that example is {loss}"
+    if trained and not _has_finite_gradients(model, data, together):
+        return "gradients of a batch with that example are NaN or infinite"
+    return None
 
 
 def _loss_of(model: keras.Model, data: Any, examples: Sequence[int] | np.ndarray) -> float:

@@ -11,7 +11,7 @@ import numpy as np
 
 from lottery_ticket_pruner import training
 from lottery_ticket_pruner.training import Arrays
-from lottery_ticket_pruner.wording import DropText, is_accuracy
+from lottery_ticket_pruner.wording import is_accuracy, is_share
 
 # Relative rounding error of metrics, which are computed in float32: there, 0.97 - 0.96 is
 # 0.01000005.
@@ -90,7 +90,7 @@ def check_tolerance(metric: Metric, results: Mapping[str, Any], tolerance: float
         results: Results of an evaluation of the dense model.
         tolerance: The acceptable drop, or None.
     """
-    if tolerance is None or tolerance < 1 or not _is_share(metric, results[metric.name]):
+    if tolerance is None or tolerance < 1 or not _is_good_share(metric, results[metric.name]):
         return
     unit = "point" if tolerance == 1 else "points"
     points = f" For {tolerance:g} {unit}, give {tolerance / 100:g}." if tolerance < 100 else ""
@@ -115,7 +115,7 @@ def check_dense(metric: Metric, value: float, part: str, tolerance: float) -> No
             f"measured. Choose another `metric`, or look for unsuitable values in the {part} data "
             "and in the weights."
         )
-    if _is_share(metric, value) and is_within(value, tolerance, value):
+    if _is_good_share(metric, value) and is_within(value, tolerance, value):
         raise ValueError(
             f"The {part} {metric.name} of the dense model is {value:.4g}, and `max_drop` is "
             f"{tolerance:g}, so any model would be accepted. Train the dense model longer, look "
@@ -123,9 +123,9 @@ def check_dense(metric: Metric, value: float, part: str, tolerance: float) -> No
         )
 
 
-def _is_share(metric: Metric, value: float) -> bool:
-    """Returns whether a metric is an accuracy, at most 1 and at least 0."""
-    return DropText.of(metric.name, value).in_points and metric.higher_is_better
+def _is_good_share(metric: Metric, value: float) -> bool:
+    """Returns whether a metric is an accuracy between 0, the worst value, and 1."""
+    return is_share(metric.name, value) and metric.higher_is_better
 
 
 def _is_maximized(model: keras.Model, name: str, mode: str) -> bool:

@@ -20,6 +20,11 @@ def is_accuracy(metric: str) -> bool:
     return metric.rpartition("_")[2] in ("accuracy", "acc")
 
 
+def is_share(metric: str, value: float) -> bool:
+    """Returns whether a value of a metric is an accuracy between 0 and 1."""
+    return is_accuracy(metric) and 0 <= value <= 1
+
+
 def points(share: float, style: str = "g") -> str:
     """Returns a share in percentage points, by default with no more digits than it has."""
     number = format(100 * share, style)
@@ -44,9 +49,9 @@ class DropText:
 
         Args:
             metric: Its name.
-            dense: Its value for the dense model. Above 1, it is no share.
+            dense: Its value for the dense model. Only drops of shares are told in points.
         """
-        return cls(is_accuracy(metric) and 0 <= dense <= 1)
+        return cls(is_share(metric, dense))
 
     def number(self, drop: float) -> str:
         """Returns a drop without its unit, with its sign."""
@@ -58,7 +63,8 @@ class DropText:
 
     def interval(self, low: float, high: float) -> str:
         """Returns the ends of an interval of drops."""
-        return f"{self.number(low)} to {self.number(high)}{' points' * self.in_points}"
+        unit = " points" if self.in_points else ""
+        return f"{self.number(low)} to {self.number(high)}{unit}"
 
     def limit(self, drop: float) -> str:
         """Returns a drop that was given, such as a tolerance."""

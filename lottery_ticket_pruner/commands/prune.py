@@ -370,25 +370,31 @@ def _check_inputs(config: PruneConfig, model: keras.Model, parts: Parts) -> None
     if not all(size is None or isinstance(size, int) for size in wanted) or _goes(given, wanted):
         return
     default = " (the default)" if config.data == options.PruneOptions.data else ""
-    data = f"--data {config.data}{default}"
-    named = "name your own data: --data module:function or path/to/file.py:function"
-    reshaped, others = f"a function that returns the data, and {named}", f"N{named[1:]}"
-    if datasets.is_own(config.data):
-        reshaped = config.data
-        others = f"Return others from {config.data}, or name another model"
-    remedy = others
-    if None not in wanted and np.prod(wanted) == np.prod(given):
-        remedy = f"Reshape them in {reshaped}"
+    same_size = None not in wanted and np.prod(wanted) == np.prod(given)
     raise ValueError(
-        f"{config.model} takes inputs of shape {wanted}, but those of {data} have {given}. "
-        f"{remedy}."
+        f"{config.model} takes inputs of shape {wanted}, but those of --data {config.data}"
+        f"{default} have {given}. {_remedy_of_inputs(config.data, same_size)}"
     )
+
+
+def _remedy_of_inputs(data: str, same_size: bool) -> str:
+    """Returns what to do about inputs of another shape, perhaps with as many values."""
+    form = "--data module:function or path/to/file.py:function."
+    if datasets.is_own(data):
+        others = f"Return others from {data}, or name another model."
+        return f"Reshape them in {data}." if same_size else others
+    if same_size:
+        return f"Reshape them in a function that returns the data, and name your own data: {form}"
+    return f"Name your own data: {form}"
 
 
 def _goes(given: tuple[int, ...], wanted: tuple[int | None, ...]) -> bool:
     """Returns whether Keras takes a shape, perhaps with a last axis of size 1 more or less."""
-    one = (1,)
-    forms = [given, *([(*given, 1)] * (wanted[-1:] == one)), *([given[:-1]] * (given[-1:] == one))]
+    forms = [given]
+    if wanted[-1:] == (1,):
+        forms.append((*given, 1))
+    if given[-1:] == (1,):
+        forms.append(given[:-1])
     return any(
         len(form) == len(wanted) and all(w in (None, g) for w, g in zip(wanted, form, strict=True))
         for form in forms

@@ -118,6 +118,11 @@ class ModelComparison:
     examples: int
     notes: tuple[str, ...] = ()
 
+    @property
+    def in_points(self) -> bool:
+        """True if differences are those of accuracies, which are told in percentage points."""
+        return all(row["agreement"] is not None for row in self.rows)
+
     def to_json(self) -> bytes:
         """Returns the comparison as JSON."""
         return json.dumps(dataclasses.asdict(self), indent=1).encode()
@@ -131,9 +136,8 @@ class ModelComparison:
 
     def __str__(self) -> str:
         table = aligned([list(line) for line in self.cells()], left={0})
-        in_points = len(self.rows) > 1 and all(row["agreement"] is not None for row in self.rows)
-        examples = f"{self.examples} examples{'; differences in points' * in_points}"
-        return "\n".join([*table, examples, *self.notes])
+        unit = "; differences in points" if self.in_points and len(self.rows) > 1 else ""
+        return "\n".join([*table, f"{self.examples} examples{unit}", *self.notes])
 
 
 def compare(
@@ -154,7 +158,7 @@ def compare(
         batch_size: Number of examples of a call whose time is measured.
 
     Raises:
-        TypeError: If the models have no names, or one is no model.
+        TypeError: If the models have no names, or one is not a model.
         ValueError: If there is no model, a model is not built or has several outputs, outputs and
             targets do not fit, or the data has another form.
     """

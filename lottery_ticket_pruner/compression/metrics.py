@@ -194,9 +194,8 @@ def compare(metric: Metric, dense: Outcome, pruned: Outcome, examples: int) -> C
         differences = np.array([metric.drop(*pair) for pair in pairs])
         if len(differences) < FEWEST_GROUPS:
             method = f"no interval: {len(differences)} groups of examples are too few"
-        elif is_within(
-            float(np.ptp(differences)), 0.0, dense.value
-        ):  # A bootstrap would claim to know it exactly.
+        elif is_within(float(np.ptp(differences)), 0.0, dense.value):
+            # A bootstrap would claim to know it exactly.
             method = f"no interval: the drop is the same in all {len(differences)} groups"
         else:
             interval = intervals.of_mean(differences)

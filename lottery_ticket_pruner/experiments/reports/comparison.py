@@ -1,6 +1,6 @@
 """The page of a comparison of models."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -20,7 +20,7 @@ def page(found: ModelComparison, options: Mapping[str, Any]) -> str:
         options: Options to show below it.
     """
     headings, *lines = found.cells()
-    unit = ", in points" if _in_points(found.rows) else ""
+    unit = ", in points" if found.in_points else ""
     note = f"{found.examples} test examples. Differences are those from the first model{unit}."
     sheet = Sheet("Models compared", headings, tuple(lines), 1, note)
     charts = []
@@ -72,8 +72,7 @@ def differences(found: ModelComparison) -> Figure:
     Differences of accuracies are in points, as in the table.
     """
     rows = [row for row in found.rows if row["low"] is not None]
-    in_points = _in_points(rows)
-    scale, form, unit = (100, ".2f", " points") if in_points else (1, ".4f", "")
+    scale, form, unit = (100, ".2f", " points") if found.in_points else (1, ".4f", "")
     figure, axes = pictures.new_figure(4.8, 0.9 + 0.34 * len(rows))
     axes.axvline(0, color=pictures.MUTED, linewidth=1.2, linestyle=(0, (5, 3)))
     for place, row in enumerate(rows):
@@ -85,11 +84,6 @@ def differences(found: ModelComparison) -> Figure:
         pictures.add_target(axes, middle, place, text)
     axes.set_yticks(range(len(rows)), [pictures.wrapped(row["model"]) for row in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set_xlabel(f"difference of the {found.metric}{',' * in_points}{unit}")
+    axes.set_xlabel(f"difference of the {found.metric}{',' * found.in_points}{unit}")
     pictures.open_up(axes, "x")
     return figure
-
-
-def _in_points(rows: Sequence[Mapping[str, Any]]) -> bool:
-    """Returns whether differences are those of accuracies."""
-    return all(row["agreement"] is not None for row in rows)

@@ -93,7 +93,7 @@ def describe_spread(lines: Sequence[Line]) -> str:
     counts = list(map(len, samples))
     if len(lines) <= _MOST_BANDS or max(counts) < 2:
         without = any(interval(sample) is None for sample in samples)
-        return describe_bands(counts) + "; none where all are equal" * without
+        return describe_bands(counts) + ("; none where all are equal" if without else "")
     shown = f"{min(counts)} to {max(counts)}" if min(counts) < max(counts) else f"{max(counts)}"
     return f"Means of {shown} replicates; {len(lines)} bands would hide each other"
 
@@ -210,7 +210,7 @@ def line_figure(
     means = [_error(sample) for line in lines for sample in line.samples]
     band = _band if len(lines) <= _MOST_BANDS else _no_band
     bands = [[band(sample) for sample in line.samples] for line in lines]
-    edges = [edge for of_line in bands for band in of_line for edge in band if edge == edge]
+    edges = [edge for of_line in bands for band in of_line for edge in band if np.isfinite(edge)]
     if dense:
         means.append(_error(dense))
         style = {"color": pictures.MUTED, "linewidth": 1.2, "linestyle": (0, (5, 3))}
